@@ -1,0 +1,1 @@
+"""The training run: recipe, engine, checkpoints, metrics."""

@@ -1,0 +1,1 @@
+"""From a shard set to batches on the device: plan, reader, decoding, augmentation."""

@@ -1,0 +1,1 @@
+"""Augmentation: parameters drawn as arrays from counters (`params`), pixels touched on the device (`pixels`)."""

@@ -1,0 +1,133 @@
+"""`dataset.json`: what a shard set contains and how it was made.
+
+Written last, so a folder without a manifest is not (yet) a shard set. It holds no time, host, worker or part count: the
+same input and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ShardSetError
+
+FORMAT = "fat-pipeline shard set"
+VERSION = 1
+MANIFEST_NAME = "dataset.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassEntry:
+    """One class; its label is its place in the manifest's list."""
+
+    folder: str
+    """Folder name or synset id in the source."""
+    name: str | None = None
+    """Human-readable name where the source knows one."""
+
+    @property
+    def title(self) -> str:
+        return self.name or self.folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One tar of a split."""
+
+    name: str
+    samples: int
+    bytes: int
+    """Size of the file."""
+    hash: str
+    """xxh3-64 of the file, 16 hex digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitEntry:
+    """One split: its tars in sample order, and its index."""
+
+    samples: int
+    shards: tuple[ShardEntry, ...]
+    index: str
+    """File name of the index beside the manifest."""
+    index_hash: str
+    """xxh3-64 of the index file, 16 hex digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The parsed `dataset.json`."""
+
+    classes: tuple[ClassEntry, ...]
+    splits: dict[str, SplitEntry]
+    made: dict[str, Any] = field(default_factory=dict)
+    """Tool version, seed, options that change bytes, counts of repaired, rejected and ignored files."""
+    version: int = VERSION
+
+    def dumps(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+    def save(self, folder: Path) -> None:
+        """Publish atomically: temporary name, fsync, rename, fsync of the folder."""
+        target = folder / MANIFEST_NAME
+        temporary = target.with_suffix(".json.tmp")
+        with temporary.open("w", encoding="utf-8") as f:
+            f.write(self.dumps())
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.rename(target)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read FOLDER/dataset.json.
+
+        Raises:
+            ShardSetError: no such folder or manifest, unreadable, or of another format or version.
+        """
+        path = folder / MANIFEST_NAME
+        if not folder.exists():
+            raise ShardSetError(f"{folder}: no such shard set; make one with 'pipeline shard SOURCE --out {folder}'")
+        if not path.is_file():
+            raise ShardSetError(
+                f"{folder}: no {MANIFEST_NAME}, so this is no finished shard set; "
+                f"run (or resume) 'pipeline shard SOURCE --out {folder}'"
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ShardSetError(f"{path}: unreadable manifest ({error}); shard the source again") from error
+        return cls._parse(raw, path)
+
+    @classmethod
+    def _parse(cls, raw: Any, path: Path) -> Manifest:
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise ShardSetError(f"{path}: not a '{FORMAT}' manifest; point to the output of 'pipeline shard'")
+        if raw.get("version") != VERSION:
+            raise ShardSetError(
+                f"{path}: manifest version {raw.get('version')}, this tool reads version {VERSION}; "
+                "use the tool version that made it, or shard the source again"
+            )
+        try:
+            return cls(
+                classes=tuple(ClassEntry(**entry) for entry in raw["classes"]),
+                splits={
+                    name: SplitEntry(
+                        samples=int(split["samples"]),
+                        shards=tuple(ShardEntry(**shard) for shard in split["shards"]),
+                        index=split["index"],
+                        index_hash=split["index_hash"],
+                    )
+                    for name, split in raw["splits"].items()
+                },
+                made=raw["made"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ShardSetError(f"{path}: damaged manifest ({error!r}); shard the source again") from error
