@@ -60,7 +60,7 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     name = str(path.relative_to(ROOT))
-    package = name.split("/")[0]
+    package = name.split("/", maxsplit=1)[0]
     for module, top in _imports(path):
         if module in PACKAGES and module != package:
             lazily = not top and module in LAZY_EXCEPTIONS.get(name, set())
