@@ -1,0 +1,299 @@
+"""The plan: which sample stands at which row of which global batch. Pure arithmetic; no files, no torch, no global state.
+
+An epoch's order is made in three moves, each from hashed keys (`pipeline.rng`):
+
+1. the shards are permuted, and the stream of their samples is rotated by a hashed offset, so that the N mod G samples
+   that an epoch leaves out are others every time;
+2. the stream is cut into `lanes` equal contiguous segments; global batch s takes the next G/lanes samples (its *share*)
+   of each lane, so every batch mixes samples from all over the set while each lane reads its shards nearly in order;
+3. inside a lane, samples are permuted within windows of `window` samples.
+
+The rows of a global batch are lane-major and rank r of R owns rows [r G/R, (r+1) G/R): the global batch does not know R.
+Finding any position costs O(lanes of the rank x window), never O(samples).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.rng import Stream, bits
+from shards.errors import UserError
+
+Ids = NDArray[np.int64]
+
+MAX_LANES = 64
+DEFAULT_WINDOW = 4096
+NO_SAMPLE = -1
+
+
+class PlanError(UserError):
+    """Sizes that do not fit together: global batch, world size, micro-batch, lanes, samples."""
+
+
+class Position(NamedTuple):
+    """A place in training: `step` global batches of `epoch` lie behind it. Positions compare in training order."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """How a global batch is dealt out to ranks and micro-batches.
+
+    Raises:
+        PlanError: the sizes do not divide; the message names the nearest that do.
+    """
+
+    global_batch: int
+    world: int = 1
+    rank: int = 0
+    micro_batch: int | None = None
+    """Rows per forward pass; None = all rows of the rank at once."""
+    pairs: bool = False
+    """Mixup or cutmix is on: rows come in pairs (2i, 2i+1) that must not be torn apart."""
+
+    def __post_init__(self) -> None:
+        unit = 2 if self.pairs else 1
+        if self.global_batch < unit or self.global_batch % unit:
+            raise PlanError(
+                f"global batch {self.global_batch}: "
+                + ("mixup and cutmix pair rows, so it must be even" if self.pairs else "must be at least 1")
+            )
+        if not 0 <= self.rank < self.world:
+            raise PlanError(f"rank {self.rank} does not exist in a world of {self.world}")
+        if self.global_batch % (self.world * unit):
+            fits = [r for r in range(1, self.global_batch // unit + 1) if self.global_batch % (r * unit) == 0]
+            raise PlanError(
+                f"world size {self.world} does not divide the global batch of {self.global_batch}"
+                f"{' into pairs' if self.pairs else ''}; the nearest world sizes that do: {_nearest(self.world, fits)}"
+            )
+        if self.rank_rows % self.micro_rows or self.micro_rows % unit:
+            fits = [m for m in range(unit, self.rank_rows + 1, unit) if self.rank_rows % m == 0]
+            raise PlanError(
+                f"micro-batch {self.micro_rows} does not divide the {self.rank_rows} rows of a rank"
+                f"{' into pairs' if self.pairs else ''}; the nearest that do: {_nearest(self.micro_rows, fits)}"
+            )
+
+    @property
+    def rank_rows(self) -> int:
+        return self.global_batch // self.world
+
+    @property
+    def micro_rows(self) -> int:
+        return self.rank_rows if self.micro_batch is None else self.micro_batch
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per step."""
+        return self.rank_rows // self.micro_rows
+
+    def rows(self, micro: int) -> range:
+        """Rows of the global batch that make up this rank's micro-batch number `micro`."""
+        start = self.rank * self.rank_rows + micro * self.micro_rows
+        return range(start, start + self.micro_rows)
+
+
+def default_lanes(global_batch: int) -> int:
+    """The largest divisor of half the global batch (of all of it when odd) up to 64: 1024 -> 64, 96 -> 48."""
+    base = global_batch // 2 if global_batch % 2 == 0 else global_batch
+    return max(d for d in range(1, min(base, MAX_LANES) + 1) if base % d == 0)
+
+
+@dataclass(frozen=True)
+class _EpochOrder:
+    """The permuted, rotated stream of one epoch."""
+
+    stream_start: Ids  # [shards] where each permuted shard begins in the unrotated stream
+    first_id: Ids  # [shards] id of the first sample of each permuted shard
+    offset: int
+
+
+class TrainPlan:
+    """The order of all global batches of all epochs.
+
+    Args:
+        shard_samples: samples of each shard, in the order of the manifest.
+        global_batch: rows of a global batch (G).
+        seed: of the run.
+        lanes: parallel contiguous segments; divides G. None = `default_lanes(G)`, a function of G alone.
+        window: samples among which a lane shuffles. Larger mixes better and reads less in order.
+        pairs: mixup or cutmix is on: each lane's share must be even.
+
+    Raises:
+        PlanError: fewer samples than one global batch, or sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        shard_samples: NDArray[np.integer] | list[int],
+        *,
+        global_batch: int,
+        seed: int,
+        lanes: int | None = None,
+        window: int = DEFAULT_WINDOW,
+        pairs: bool = False,
+    ) -> None:
+        counts = np.asarray(shard_samples, dtype=np.int64)
+        self.samples = int(counts.sum())
+        self.global_batch = global_batch
+        self.seed = seed
+        self.lanes = default_lanes(global_batch) if lanes is None else lanes
+        self.window = window
+        if global_batch < 1 or self.lanes < 1 or window < 1:
+            raise PlanError(f"global batch {global_batch}, lanes {self.lanes}, window {window}: all must be at least 1")
+        if global_batch % self.lanes or (pairs and (global_batch // self.lanes) % 2):
+            unit = 2 if pairs else 1
+            fits = [d for d in range(1, global_batch // unit + 1) if global_batch % (d * unit) == 0]
+            raise PlanError(
+                f"{self.lanes} lanes do not divide the global batch of {global_batch}{' into pairs' if pairs else ''}; "
+                f"the nearest that do: {_nearest(self.lanes, fits)}"
+            )
+        self.steps_per_epoch = self.samples // global_batch
+        if self.steps_per_epoch == 0:
+            raise PlanError(
+                f"{self.samples} training images are fewer than one global batch of {global_batch}; "
+                f"use a global batch of at most {self.samples}"
+            )
+        self.share = global_batch // self.lanes
+        self.lane_samples = self.steps_per_epoch * self.share
+        self._counts = counts
+        self._first_id = np.cumsum(counts) - counts
+        self._orders: OrderedDict[int, _EpochOrder] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], Ids] = OrderedDict()
+
+    def ids(self, position: Position, rows: range | None = None) -> Ids:
+        """Sample ids of the global batch at `position`, int64 [len(rows)].
+
+        Args:
+            position: epoch >= 0, 0 <= step < steps_per_epoch.
+            rows: which rows of the global batch (step 1); None = all of them.
+
+        Raises:
+            IndexError: no such step or row.
+        """
+        if not (position.epoch >= 0 and 0 <= position.step < self.steps_per_epoch):
+            raise IndexError(f"no {position} in a plan of {self.steps_per_epoch} steps per epoch")
+        rows = range(self.global_batch) if rows is None else rows
+        if rows.step != 1 or rows.start < 0 or rows.stop > self.global_batch:
+            raise IndexError(f"no {rows} in a global batch of {self.global_batch}")
+        parts, row = [], rows.start
+        while row < rows.stop:
+            lane, within = divmod(row, self.share)
+            count = min(self.share - within, rows.stop - row)
+            parts.append(self._lane_ids(position.epoch, lane, position.step * self.share + within, count))
+            row += count
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def lane_of(self, rows: range) -> Ids:
+        """The lane of each row, int64 [len(rows)]."""
+        return np.arange(rows.start, rows.stop, dtype=np.int64) // self.share
+
+    def after(self, position: Position, steps: int = 1) -> Position:
+        """The position `steps` global batches later."""
+        return self.at(self.steps_before(position) + steps)
+
+    def at(self, step: int) -> Position:
+        """The position with `step` global batches behind it, counted from the start of training."""
+        return Position(*divmod(step, self.steps_per_epoch))
+
+    def steps_before(self, position: Position) -> int:
+        """Global batches before `position`, counted from the start of training."""
+        return position.epoch * self.steps_per_epoch + position.step
+
+    def left_out(self, epoch: int) -> Ids:
+        """The N mod G ids that sit this epoch out."""
+        stream = np.arange(self.steps_per_epoch * self.global_batch, self.samples, dtype=np.int64)
+        return self._resolve(self._order(epoch), stream)
+
+    def _lane_ids(self, epoch: int, lane: int, start: int, count: int) -> Ids:
+        """Ids at places [start, start + count) of a lane."""
+        parts = []
+        while count > 0:
+            number, within = divmod(start, self.window)
+            part = self._window(epoch, lane, number)[within : within + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _window(self, epoch: int, lane: int, number: int) -> Ids:
+        """Permuted ids of one window of a lane; kept while its lane is likely to come back to it."""
+        key = (epoch, lane, number)
+        found = self._windows.get(key)
+        if found is not None:
+            self._windows.move_to_end(key)
+            return found
+        start = number * self.window
+        places = np.arange(start, min(start + self.window, self.lane_samples), dtype=np.int64)
+        order = np.argsort(bits(Stream.WINDOW_ORDER, self.seed, epoch, lane, places), kind="stable")
+        window = self._resolve(self._order(epoch), lane * self.lane_samples + places[order])
+        self._windows[key] = window
+        # Two windows per lane: a step may straddle a border, and the reader runs ahead of the consumer.
+        if len(self._windows) > 2 * self.lanes:
+            self._windows.popitem(last=False)
+        return window
+
+    def _order(self, epoch: int) -> _EpochOrder:
+        found = self._orders.get(epoch)
+        if found is not None:
+            return found
+        shards = np.arange(len(self._counts), dtype=np.int64)
+        permutation = np.argsort(bits(Stream.SHARD_ORDER, self.seed, epoch, shards), kind="stable")
+        counts = self._counts[permutation]
+        order = _EpochOrder(
+            stream_start=np.cumsum(counts) - counts,
+            first_id=self._first_id[permutation],
+            offset=int(bits(Stream.ROTATION, self.seed, epoch)) % self.samples,
+        )
+        self._orders[epoch] = order
+        if len(self._orders) > 2:  # this epoch and the one that prefetching has reached
+            self._orders.popitem(last=False)
+        return order
+
+    def _resolve(self, order: _EpochOrder, stream: Ids) -> Ids:
+        """Places in the rotated stream -> sample ids."""
+        place = (stream + order.offset) % self.samples
+        shard = np.searchsorted(order.stream_start, place, side="right") - 1
+        return order.first_id[shard] + place - order.stream_start[shard]
+
+
+class EvalPlan:
+    """Evaluation: samples in the order of the shards, dealt evenly, each exactly once at any world size.
+
+    Every rank runs the same number of steps; rows without a sample carry `NO_SAMPLE`.
+
+    Args:
+        samples: of the split (a plain number: the order is 0, 1, 2, ...).
+        batch: rows per rank and step.
+    """
+
+    def __init__(self, samples: int, *, batch: int, world: int = 1, rank: int = 0) -> None:
+        if samples < 1:
+            raise PlanError("the split to evaluate has no samples")
+        if batch < 1 or not 0 <= rank < world:
+            raise PlanError(f"batch {batch}, rank {rank} of {world}: no such evaluation")
+        self.samples = samples
+        self.batch = batch
+        self.start = rank * samples // world
+        self.stop = (rank + 1) * samples // world
+        self.steps = -(-(-(-samples // world)) // batch)
+
+    def ids(self, step: int) -> Ids:
+        """Sample ids of this rank's batch number `step`, int64 [batch]; `NO_SAMPLE` where the rank has run out."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"no step {step} in an evaluation of {self.steps} steps")
+        ids = self.start + step * self.batch + np.arange(self.batch, dtype=np.int64)
+        ids[ids >= self.stop] = NO_SAMPLE
+        return ids
+
+
+def _nearest(wanted: int, fits: list[int]) -> str:
+    """The largest fit below and the smallest above `wanted`, as text."""
+    below = [f for f in fits if f < wanted][-1:]
+    above = [f for f in fits if f > wanted][:1]
+    return " and ".join(str(f) for f in below + above) or "none"
