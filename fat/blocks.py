@@ -1,0 +1,128 @@
+"""What a FAT block is made of: FASA (fully adaptive self-attention), the convolutional feed-forward network, the block.
+
+Every map is a float tensor [B, C, H, W] whose memory is channels-last; the layout is never left. The weights may lie in
+either layout.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fat.layers import ConvNorm, DropPath, MapNorm, ResidualDepthwise, depthwise, pointwise
+
+SHORTCUT_KERNEL = 5  # of the depthwise stride-2 convolution beside a reducing block
+POOL_KERNEL = 5  # of every depthwise stride-2 step from queries' to keys' resolution
+
+
+class Block(nn.Module):
+    """`x + cpe(x)`, then `x + FASA(norm(x))`, then `shortcut(x) + ConvFFN(norm(x))` (paper, section 3.1).
+
+    [B, dim, H, W] -> [B, out_dim, ceil(H / stride), ceil(W / stride)]. The shortcut is the identity unless the block
+    reduces (stride 2).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kernel: int,
+        window: int,
+        *,
+        out_dim: int | None = None,
+        stride: int = 1,
+        ffn_ratio: int = 4,
+        ffn_kernel: int = 5,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        out_dim = dim if out_dim is None else out_dim
+        self.cpe = ResidualDepthwise(dim, kernel)
+        self.norm1 = MapNorm(dim)
+        self.attn = FASA(dim, heads, kernel, window)
+        self.norm2 = MapNorm(dim)
+        self.ffn = ConvFFN(dim, dim * ffn_ratio, out_dim, ffn_kernel, stride)
+        self.drop_path = DropPath(drop_path)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or out_dim != dim:
+            self.shortcut = nn.Sequential(
+                ConvNorm(depthwise(dim, SHORTCUT_KERNEL, stride)),
+                pointwise(dim, out_dim),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.feed(self.mix(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Position and attention: the last map at the block's own resolution, which features are taken from."""
+        x = self.cpe(x)
+        return self.drop_path(x, self.attn(self.norm1(x)))
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The feed-forward half, which alone may reduce."""
+        return self.drop_path(self.shortcut(x), self.ffn(self.norm2(x)))
+
+
+class FASA(nn.Module):
+    """Fully adaptive self-attention: a local and a global branch that modulate each other (paper, section 3.2).
+
+    The local branch is a depthwise convolution of the queries, the global one attends from every position to the
+    (H / window) x (W / window) keys of a convolutionally pooled map. The released gating, `S * sigmoid(G) * G` with
+    `S = L * sigmoid(L)`, is the product of two SiLUs.
+    """
+
+    def __init__(self, dim: int, heads: int, kernel: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.scale = (dim // heads) ** -0.5
+        self.q = pointwise(dim, dim)
+        self.kv = pointwise(dim, 2 * dim)
+        self.pool = Pool(dim, window)
+        self.local = depthwise(dim, kernel)
+        self.proj = pointwise(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        k, v = self.kv(self.pool(x)).chunk(2, dim=1)
+        return self.proj(F.silu(self.local(q)) * F.silu(self.attend(q, k, v)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; k, v: [B, C, h, w]; returns [B, C, H, W]."""
+        size = q.shape[-2:]
+        q, k, v = self._split(q), self._split(k), self._split(v)
+        if q.is_cuda:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            # On a CPU the backward of scaled_dot_product_attention is several times slower at 49 keys. The scale goes
+            # to the keys, of which there are few.
+            out = ((q @ (k * self.scale).transpose(-2, -1)).softmax(dim=-1)) @ v
+        return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, heads, H W, C / heads]: a view where x is channels-last."""
+        return x.flatten(2).transpose(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class Pool(nn.Sequential):
+    """The map that keys and values are taken from: each step halves the side by depthwise convolution and BatchNorm,
+    with a 1x1 convolution between steps; no activation (paper's fine-grained downsampling). Identity at window 1.
+    """
+
+    def __init__(self, dim: int, window: int) -> None:
+        steps: list[nn.Module] = []
+        for _ in range(window.bit_length() - 1):
+            steps += [ConvNorm(depthwise(dim, POOL_KERNEL, stride=2)), pointwise(dim, dim)]
+        super().__init__(*steps[:-1])
+
+
+class ConvFFN(nn.Module):
+    """1x1 to the hidden width, GELU, depthwise (with an inner residual unless it reduces), BatchNorm, 1x1."""
+
+    def __init__(self, dim: int, hidden: int, out_dim: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.fc1 = pointwise(dim, hidden)
+        self.dw = ConvNorm(ResidualDepthwise(hidden, kernel) if stride == 1 else depthwise(hidden, kernel, stride))
+        self.fc2 = pointwise(hidden, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dw(F.gelu(self.fc1(x))))

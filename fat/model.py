@@ -1,0 +1,114 @@
+"""FAT, the Fully Adaptive Transformer (Fan, Huang, Zhou, He: "Lightweight Vision Transformer with Bidirectional
+Interaction", NeurIPS 2023, arXiv 2306.00396)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fat.blocks import Block
+from fat.config import STAGES, FATConfig
+from fat.layers import ConvNorm, MapNorm, pointwise
+
+MIN_SIZE = 32  # the fourth stage has stride 32
+
+
+class Trunk(nn.Module):
+    """Stem and four stages: what classifier and feature pyramid have in common."""
+
+    def __init__(self, config: FATConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.stem = Stem(config.in_chans, config.widths[0])
+        self.stages = nn.ModuleList(Stage(config, index) for index in range(STAGES))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay leaves alone: biases and norms, that is all 1-D ones."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+
+class FAT(Trunk):
+    """The classifier: [B, in_chans, H, W] -> logits [B, num_classes].
+
+    images: float, any memory layout, any H and W of at least 32.
+    """
+
+    def __init__(self, config: FATConfig) -> None:
+        super().__init__(config)
+        self.num_features = config.widths[-1]
+        self.num_classes = config.num_classes
+        self.norm = MapNorm(self.num_features)
+        self.head: nn.Module = _classifier(self.num_features, config.num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """The normalised map of the last stage: [B, widths[3], ceil(H / 32), ceil(W / 32)]."""
+        x = self.stem(images)
+        for stage in self.stages:
+            x = stage(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map of `forward_features` -> logits [B, classes], or the pooled features [B, widths[3]] if `pre_logits`."""
+        x = x.mean(dim=(2, 3))
+        return x if pre_logits else self.head(x)
+
+
+class Stage(nn.Module):
+    """The blocks of one resolution; the last one halves it, except in the last stage."""
+
+    def __init__(self, config: FATConfig, index: int) -> None:
+        super().__init__()
+        width, depth, before = config.widths[index], config.depths[index], sum(config.depths[:index])
+        self.reduces = index + 1 < STAGES
+        self.blocks = nn.ModuleList()
+        for number in range(depth):
+            last = self.reduces and number + 1 == depth
+            self.blocks.append(
+                Block(
+                    width,
+                    config.heads[index],
+                    config.kernels[index],
+                    config.windows[index],
+                    out_dim=config.widths[index + 1] if last else width,
+                    stride=2 if last else 1,
+                    ffn_ratio=config.ffn_ratio,
+                    ffn_kernel=config.ffn_kernel,
+                    drop_path=config.drop_path * (before + number) / max(sum(config.depths) - 1, 1),
+                )
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Stem(nn.Module):
+    """Four 3x3 convolutions (strides 2, 2, 1, 1), a 1x1 convolution and a norm: [B, in_chans, H, W] -> stride 4."""
+
+    def __init__(self, in_chans: int, width: int) -> None:
+        super().__init__()
+        ends = (in_chans, width // 2, width, width, width)
+        strides = (2, 2, 1, 1)
+        self.convs = nn.ModuleList(
+            ConvNorm(nn.Conv2d(ends[i], ends[i + 1], 3, stride, padding=1)) for i, stride in enumerate(strides)
+        )
+        self.proj = pointwise(width, width)
+        self.norm = MapNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if min(images.shape[-2:]) < MIN_SIZE:
+            height, width = images.shape[-2:]
+            raise ValueError(f"images of {height}x{width}: at least {MIN_SIZE} per side, by which FAT reduces them")
+        x = images.contiguous(memory_format=torch.channels_last)
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return self.norm(self.proj(x))
+
+
+def _classifier(features: int, classes: int) -> nn.Module:
+    return nn.Linear(features, classes) if classes else nn.Identity()
