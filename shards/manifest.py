@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from shards.errors import ShardSetError
 
 FORMAT = "fat-pipeline shard set"
@@ -68,7 +70,9 @@ class Manifest:
     version: int = VERSION
 
     def dumps(self) -> str:
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+        """The file's text, with a hash of all the rest of it, by which `pipeline verify` notices alterations."""
+        content = {"format": FORMAT, **asdict(self)}
+        return _dumps(content | {"hash": xxhash.xxh3_64_hexdigest(_dumps(content).encode())})
 
     def save(self, folder: Path) -> None:
         """Publish atomically: temporary name, fsync, rename, fsync of the folder."""
@@ -131,3 +135,7 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardSetError(f"{path}: damaged manifest ({error!r}); shard the source again") from error
+
+
+def _dumps(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"

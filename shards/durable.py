@@ -1,0 +1,62 @@
+"""Files that are there whole or not at all, whenever the power goes."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[FileIO]:
+    """Open a file that appears under its name only when the block ends well: temporary name, fsync, rename.
+
+    The temporary name is drawn anew each time, so two processes that make the same file never write into each other's.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def durable_write(path: Path, content: bytes) -> None:
+    """Write a whole file durably."""
+    with durable_file(path) as file:
+        write_all(file, content)
+
+
+def save_array(path: Path, array: NDArray) -> None:
+    """Write an array as .npy durably."""
+    with durable_file(path) as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        write_all(file, array.tobytes())
+
+
+def write_all(file: FileIO, content: bytes | memoryview) -> None:
+    """Write every byte to a raw file, whose `write` may stop early."""
+    view = memoryview(content)
+    while view:
+        view = view[file.write(view) :]
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

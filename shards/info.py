@@ -1,0 +1,86 @@
+"""`pipeline info`: what is in a set."""
+
+from __future__ import annotations
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from shards.dataset import ShardSet
+
+BAR = 30  # characters of the longest bar
+SIDES = (0, 64, 128, 256, 375, 500, 750, 1000, 2000, 65536)  # pixels: bounds of the histogram
+SHOWN_CLASSES = 10
+
+
+def describe(shard_set: ShardSet) -> RenderableType:
+    """Splits, classes, sizes, repairs and rejects, as tables."""
+    return Group(_splits(shard_set), _classes(shard_set), _sides(shard_set), _treatment(shard_set))
+
+
+def _splits(shard_set: ShardSet) -> Table:
+    table = Table(title=str(shard_set.path), title_justify="left")
+    for column in ("split", "images", "shards", "bytes", "mean image", "repaired", "rejected"):
+        table.add_column(column, justify="left" if column == "split" else "right")
+    counts = shard_set.manifest.made.get("images", {})
+    for name, split in shard_set.manifest.splits.items():
+        index = shard_set.index(name)
+        table.add_row(
+            name,
+            f"{split.samples:,}",
+            f"{len(split.shards):,}",
+            f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f} MB",
+            f"{index['size'].mean() / 1e3:,.1f} kB",
+            f"{int(index['repaired'].sum()):,}",
+            f"{sum(counts.get(name, {}).get('rejected', {}).values()):,}",
+        )
+    return table
+
+
+def _classes(shard_set: ShardSet) -> Table:
+    classes = shard_set.manifest.classes
+    splits = list(shard_set.manifest.splits)
+    per_split = {
+        name: np.bincount(shard_set.index(name)["label"], minlength=len(classes)).astype(int) for name in splits
+    }
+    table = Table(title=f"{len(classes):,} classes", title_justify="left")
+    for column in ("label", "folder", "name", *splits):
+        table.add_column(column, justify="left" if column in ("folder", "name") else "right")
+    for label, entry in list(enumerate(classes))[:SHOWN_CLASSES]:
+        table.add_row(str(label), entry.folder, entry.name or "", *(f"{per_split[name][label]:,}" for name in splits))
+    if len(classes) > SHOWN_CLASSES:
+        table.add_row("...", "", "", *(f"{n.min():,} to {n.max():,} each" for n in per_split.values()))
+    return table
+
+
+def _sides(shard_set: ShardSet) -> Table:
+    table = Table(title="longer side in pixels", title_justify="left")
+    table.add_column("from", justify="right")
+    table.add_column("to", justify="right")
+    table.add_column("images", justify="right")
+    table.add_column("")
+    longer = np.concatenate(
+        [np.maximum(index["height"], index["width"]) for index in map(shard_set.index, shard_set.manifest.splits)]
+    )
+    counts, _ = np.histogram(longer, bins=np.array(SIDES))
+    for low, high, count in zip(SIDES, SIDES[1:], counts, strict=False):
+        if count:
+            table.add_row(str(low), str(high - 1), f"{count:,}", "█" * max(1, round(BAR * count / counts.max())))
+    return table
+
+
+def _treatment(shard_set: ShardSet) -> Table:
+    made = shard_set.manifest.made
+    table = Table(title="how it was made", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column()
+    table.add_row("tool", str(made.get("tool", "")))
+    table.add_row("source", str(made.get("source", "")))
+    for name, value in made.get("options", {}).items():
+        table.add_row(name, str(value))
+    for split, counts in made.get("images", {}).items():
+        for what in ("repaired", "rejected"):
+            for reason, count in counts.get(what, {}).items():
+                table.add_row(f"{what} in {split}", f"{count:,}: {reason}")
+    table.add_row("other files passed over", f"{made.get('ignored_files', 0):,}")
+    return table

@@ -1,0 +1,92 @@
+"""What a JPEG says about itself before its pixels: ITU-T T.81 (B.2) markers, and the EXIF orientation."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+START = b"\xff\xd8\xff"
+BASELINE, EXTENDED, PROGRESSIVE = 0, 1, 2  # the Huffman-coded, sequential or progressive processes
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7 have no length
+_START_OF_SCAN, _END_OF_IMAGE, _EXIF_SEGMENT = 0xDA, 0xD9, 0xE1
+_ORIENTATION_TAG, _SHORT = 0x0112, 3
+
+
+class NotAJpeg(ValueError):
+    """The bytes are no JPEG, or end before its frame header."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """The frame header and the orientation."""
+
+    height: int
+    width: int
+    components: int
+    precision: int
+    process: int
+    """Number of the start-of-frame marker: 0 baseline, 1 extended sequential, 2 progressive, others are rare."""
+    orientation: int
+    """EXIF orientation 1..8; 1 when absent or out of range."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether every JPEG decoder can be expected to read it: 8-bit Huffman-coded grey or colour."""
+        return self.process in (BASELINE, EXTENDED, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
+
+
+def parse_header(data: bytes) -> JpegHeader:
+    """Read the segments up to the first scan.
+
+    Raises:
+        NotAJpeg: there is no frame header before the first scan.
+    """
+    if data[:3] != START:
+        raise NotAJpeg("no JPEG start")
+    orientation = 1
+    frame: tuple[int, ...] | None = None
+    at = 2
+    try:
+        while True:
+            if data[at] != 0xFF:
+                raise NotAJpeg("a marker is missing")
+            marker = data[at + 1]
+            if marker == 0xFF:  # fill byte
+                at += 1
+                continue
+            if marker in _STANDALONE:
+                at += 2
+                continue
+            if marker in (_START_OF_SCAN, _END_OF_IMAGE):
+                break
+            (length,) = struct.unpack_from(">H", data, at + 2)
+            if marker in _FRAMES and frame is None:
+                frame = (marker - 0xC0, *struct.unpack_from(">BHHB", data, at + 4))
+            elif marker == _EXIF_SEGMENT and data[at + 4 : at + 10] == b"Exif\0\0" and orientation == 1:
+                orientation = _orientation(data[at + 10 : at + 2 + length])
+            at += 2 + length
+    except (IndexError, struct.error):
+        raise NotAJpeg("ends within its header") from None
+    if frame is None:
+        raise NotAJpeg("no frame header")
+    process, precision, height, width, components = frame
+    return JpegHeader(height, width, components, precision, process, orientation)
+
+
+def _orientation(tiff: bytes) -> int:
+    """The orientation tag of the first directory of an EXIF block (TIFF 6.0, section 2)."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for i in range(entries):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
+            if tag == _ORIENTATION_TAG and kind == _SHORT and 1 <= value <= 8:
+                return value
+    except struct.error:
+        pass
+    return 1

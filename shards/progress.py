@@ -1,0 +1,67 @@
+"""Progress of a long job: a bar on a terminal, a log line every so often elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LOG_EVERY = 30.0  # seconds
+
+
+class Progress:
+    """Counts items and bytes of a job whose total is known; a context manager.
+
+    Args:
+        what: what is being done, a word or two.
+        items: how many there are.
+        unit: what an item is.
+    """
+
+    def __init__(self, what: str, items: int, unit: str = "images") -> None:
+        self._what, self._total, self._unit = what, items, unit
+        self._items = self._bytes = 0
+        self._started = self._said = time.monotonic()
+        self._bar: Bar | None = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            self._bar = Bar(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,}/{task.total:,} {task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._what, total=self._total, rate="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._say()
+
+    def update(self, items: int, size: int) -> None:
+        """Set what is done by now: items and bytes in all."""
+        self._items, self._bytes = items, size
+        if self._bar is not None:
+            self._bar.update(self._task, completed=items, rate=self._rates())
+        elif time.monotonic() - self._said >= LOG_EVERY:
+            self._say()
+
+    def _rates(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-3)
+        return f"{self._unit}, {self._items / seconds:,.0f}/s, {self._bytes / seconds / 1e6:,.1f} MB/s"
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        seconds = self._said - self._started
+        left = seconds / self._items * (self._total - self._items) if self._items else 0.0
+        eta = f", {left:,.0f} s left" if self._items < self._total else f", {seconds:,.1f} s"
+        print(f"{self._what}: {self._items:,} of {self._total:,} {self._rates()}{eta}", file=sys.stderr, flush=True)

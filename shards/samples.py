@@ -1,0 +1,199 @@
+"""Sample sets to try things with, made from images that installed libraries ship: nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import xxhash
+from numpy.typing import NDArray
+from PIL import Image
+
+from shards.errors import UserError
+
+DIGIT_SIDE = 64
+DIGIT_QUALITY = 95
+DIGITS_IN_VAL = 360  # of 1797: a fifth
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+# Width, height and share, as ImageNet's training images are spread: most were fetched 500 pixels wide or high.
+PHOTO_SIZES = (
+    ((500, 375), 0.50),
+    ((375, 500), 0.16),
+    ((500, 333), 0.12),
+    ((333, 500), 0.05),
+    ((500, 500), 0.04),
+    ((400, 300), 0.04),
+    ((640, 480), 0.03),
+    ((250, 188), 0.03),
+    ((1024, 768), 0.02),
+    ((120, 90), 0.01),
+)
+# Encoded bytes per pixel to aim at: ImageNet's mean is 110 kB over images of about 180,000 pixels, widely spread.
+BYTES_PER_PIXEL = 0.95
+BYTES_SPREAD = 0.5  # of the logarithm
+PHOTO_QUALITIES = (80, 88, 93, 96, 98)
+PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, before the photo's own size limits it
+PHOTO_VAL_SHARE = 0.1
+
+# file (below the library's own data folder) -> class
+PHOTOS = {
+    "skimage": {
+        "data/astronaut.png": "astronaut",
+        "data/camera.png": "camera",
+        "data/chelsea.png": "cat",
+        "data/coffee.png": "coffee",
+        "data/gravel.png": "gravel",
+        "data/hubble_deep_field.jpg": "galaxy",
+        "data/ihc.png": "tissue",
+        "data/motorcycle_left.png": "motorcycle",
+        "data/motorcycle_right.png": "motorcycle",
+        "data/retina.jpg": "retina",
+        "data/rocket.jpg": "rocket",
+    },
+    "sklearn": {"datasets/images/china.jpg": "temple", "datasets/images/flower.jpg": "flower"},
+    "matplotlib": {"mpl-data/sample_data/grace_hopper.jpg": "officer"},
+}
+
+
+def write_digits(out: Path) -> Counter[str]:
+    """Write scikit-learn's 1,797 handwritten digits, 64x64 and grey, as OUT/{train,val}/CLASS/*.JPEG: a fixed split.
+
+    Returns:
+        Images per split (1437 and 360).
+
+    Raises:
+        UserError: scikit-learn is not installed, or `out` already holds something else.
+    """
+    _need("sklearn", "scikit-learn")
+    from sklearn.datasets import load_digits
+
+    _need_empty(out)
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    in_val = _stratified(digits.target, DIGITS_IN_VAL)
+    written: Counter[str] = Counter()
+    for number, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
+        split = "val" if in_val[number] else "train"
+        folder = out / split / f"{label}_{DIGIT_NAMES[label]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        large = Image.fromarray(image).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
+        large.save(folder / f"digit_{number:04d}.JPEG", quality=DIGIT_QUALITY)
+        written[split] += 1
+    return written
+
+
+def write_photos(out: Path, count: int, seed: int = 0) -> Counter[str]:
+    """Write `count` JPEGs cut from real photos as OUT/{train,val}/CLASS/*.JPEG, with ImageNet's spread of sizes.
+
+    The photos are those that scikit-image, scikit-learn and matplotlib install; each is a class. The same count and
+    seed give the same files.
+
+    Returns:
+        Images per split; a tenth is for validation.
+
+    Raises:
+        UserError: a library is not installed, or `out` already holds something else.
+    """
+    photos = _load_photos()
+    if count < 2 * len(photos):
+        raise UserError(f"--count {count}: at least {2 * len(photos)} are needed, one per class and split")
+    _need_empty(out)
+    in_val = max(len(photos), round(count * PHOTO_VAL_SHARE))
+
+    def write(number: int) -> str:
+        split = "val" if number < in_val else "train"
+        name, sources = photos[number % len(photos)]
+        folder = out / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        encoded = _cut(sources, random.Random(f"{seed}/{number}"))
+        (folder / f"{name}_{number:07d}.JPEG").write_bytes(encoded)
+        return split
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return Counter(pool.map(write, range(count)))
+
+
+def _stratified(labels: NDArray[np.integer], wanted: int) -> NDArray[np.bool_]:
+    """Choose `wanted` of the samples, in proportion to the classes; which ones is fixed by a hash."""
+    classes, sizes = np.unique(labels, return_counts=True)
+    exact = sizes * wanted / len(labels)
+    quota = np.floor(exact).astype(int)
+    largest_remainders = np.argsort(quota - exact, kind="stable")
+    quota[largest_remainders[: wanted - quota.sum()]] += 1
+    draw = np.array([xxhash.xxh3_64_intdigest(b"digit %d" % i) for i in range(len(labels))], dtype=np.uint64)
+    chosen = np.zeros(len(labels), dtype=bool)
+    for label, n in zip(classes, quota, strict=True):
+        members = np.flatnonzero(labels == label)
+        chosen[members[np.argsort(draw[members], kind="stable")[:n]]] = True
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """A window of a photo (left, top, width, height) and the size that it is to become."""
+
+    window: tuple[int, int, int, int]
+    size: tuple[int, int]
+
+
+def _cut(sources: list[Image.Image], draw: random.Random) -> bytes:
+    photo = draw.choice(sources)
+    crop = _draw_crop(photo.size, draw)
+    left, top, width, height = crop.window
+    image = photo.resize(crop.size, Image.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+    if draw.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    goal = crop.size[0] * crop.size[1] * BYTES_PER_PIXEL * draw.lognormvariate(0, BYTES_SPREAD)
+    return min(_encodings(image), key=lambda encoded: abs(len(encoded) - goal))
+
+
+def _draw_crop(available: tuple[int, int], draw: random.Random) -> _Crop:
+    sizes, shares = zip(*PHOTO_SIZES, strict=True)
+    (size,) = draw.choices(sizes, shares)
+    zoom = min(draw.uniform(*PHOTO_ZOOM), available[0] / size[0], available[1] / size[1])
+    width, height = int(size[0] * zoom), int(size[1] * zoom)
+    left, top = draw.randint(0, available[0] - width), draw.randint(0, available[1] - height)
+    return _Crop((left, top, width, height), size)
+
+
+def _encodings(image: Image.Image) -> Iterator[bytes]:
+    pixels = np.asarray(image)
+    for quality in PHOTO_QUALITIES:
+        if image.mode == "L":
+            yield simplejpeg.encode_jpeg(pixels[:, :, None], quality, colorspace="GRAY", colorsubsampling="Gray")
+        else:
+            yield simplejpeg.encode_jpeg(pixels, quality, colorspace="RGB", colorsubsampling="420")
+
+
+def _load_photos() -> list[tuple[str, list[Image.Image]]]:
+    """Classes with their photos, by name."""
+    by_class: dict[str, list[Image.Image]] = {}
+    for library, package in (("skimage", "scikit-image"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
+        root = _need(library, package)
+        for file, name in PHOTOS[library].items():
+            with Image.open(root / file) as image:
+                by_class.setdefault(name, []).append(image.convert("L" if image.mode == "L" else "RGB"))
+    return sorted(by_class.items())
+
+
+def _need(library: str, package: str) -> Path:
+    """The installed library's folder."""
+    from importlib.util import find_spec
+
+    spec = find_spec(library)
+    if spec is None or spec.origin is None:
+        raise UserError(f"sample data needs {package}; install it with: pip install 'fat-pipeline[demo]'")
+    return Path(spec.origin).parent
+
+
+def _need_empty(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: already exists and is not empty; choose another folder or remove it")

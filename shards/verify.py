@@ -1,0 +1,188 @@
+"""`pipeline verify`: every byte of a set accounted for.
+
+A set's layout follows from its index: where each header, image, label and padding of a tar stands, and what it must
+say. So damage is not only noticed, but named: shard, offset, key.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError
+from shards.index import Index
+from shards.join import REJECTS_NAME
+from shards.jpeg import NotAJpeg, parse_header
+from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.pool import Report, run_jobs
+from shards.progress import Progress
+from shards.tar import BLOCK, END, dali_index, header, index_line, padding
+
+CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class ShardCheck:
+    """One shard to be checked in a worker process."""
+
+    set: Path
+    split: str
+    shard: int
+
+
+def verify(path: Path, workers: int | None = None) -> list[str]:
+    """Check a whole set.
+
+    Returns:
+        A line per fault, each naming its file; empty when every byte is as it should be.
+
+    Raises:
+        ShardSetError: there is no set, or its manifest cannot be read.
+    """
+    shard_set = ShardSet(path)
+    manifest = shard_set.manifest
+    faults = _check_manifest(path, manifest)
+    checks = []
+    for split, entry in manifest.splits.items():
+        found = _check_index(shard_set, split)
+        faults += found
+        if not found:
+            checks += [ShardCheck(path, split, i) for i in range(len(entry.shards))]
+    workers = workers or len(os.sched_getaffinity(0))
+    if checks:
+        samples = sum(manifest.splits[check.split].shards[check.shard].samples for check in checks)
+        with Progress("verifying", samples) as progress:
+            for found in run_jobs(check_shard, checks, min(workers, len(checks)), progress):
+                faults += found
+    return faults
+
+
+def _check_manifest(path: Path, manifest: Manifest) -> list[str]:
+    faults = []
+    if (path / MANIFEST_NAME).read_text(encoding="utf-8") != manifest.dumps():
+        faults.append(f"{path / MANIFEST_NAME}: altered since it was written: its own hash does not fit")
+    expected = manifest.made.get("rejects_hash")
+    try:
+        found = xxhash.xxh3_64_hexdigest((path / REJECTS_NAME).read_bytes())
+    except FileNotFoundError:
+        found = None
+    if found != expected:
+        faults.append(f"{path / REJECTS_NAME}: {'missing' if found is None else 'not the list the manifest describes'}")
+    return faults
+
+
+def _check_index(shard_set: ShardSet, split: str) -> list[str]:
+    """The split's index as a whole: its hash, and the rows against the manifest."""
+    entry = shard_set.split(split)
+    path = shard_set.path / entry.index
+    try:
+        digest = xxhash.xxh3_64()
+        with path.open("rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != entry.index_hash:
+            return [f"{path}: hash {entry.index_hash} expected, {digest.hexdigest()} found: damaged index"]
+        index = shard_set.index(split)
+    except FileNotFoundError:
+        return [f"{path}: the index is missing"]
+    except ShardSetError as error:
+        return [str(error)]
+    samples = shard_set.shard_samples(split)
+    if samples.sum() != entry.samples or not np.array_equal(
+        index["shard"], np.repeat(np.arange(len(samples)), samples)
+    ):
+        return [f"{path}: its rows are not those of the manifest's shards"]
+    if index["label"].max() >= len(shard_set.manifest.classes):
+        row = int(index["label"].argmax())
+        return [f"{path}: row {row} has label {index['label'][row]}, of {len(shard_set.manifest.classes)} classes"]
+    return []
+
+
+def check_shard(check: ShardCheck, report: Report) -> list[str]:
+    """Check one tar and its DALI index, byte for byte."""
+    shard_set = ShardSet(check.set)
+    entry = shard_set.split(check.split).shards[check.shard]
+    path = shard_set.path / entry.name
+    first = int(shard_set.shard_samples(check.split)[: check.shard].sum())
+    rows = shard_set.index(check.split)[first : first + entry.samples]
+    try:
+        found = path.stat().st_size
+        if found != entry.bytes:
+            faults = [f"{path}: {entry.bytes} bytes expected, {found} found"]
+            if found < entry.bytes:
+                faults[0] += ": truncated"
+            return faults
+        with path.open("rb") as file:
+            faults, lines = _walk(path, file, rows, entry, report)
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"]
+    return faults + _check_dali_index(path.with_suffix(".idx"), lines)
+
+
+def _walk(path: Path, file: BinaryIO, rows: Index, entry: ShardEntry, report: Report) -> tuple[list[str], list[str]]:
+    """Read a tar once, from its first byte to its last; faults, and the lines that its DALI index must have."""
+    digest = xxhash.xxh3_64()
+    faults: list[str] = []
+    lines: list[str] = []
+    keys: set[str] = set()
+
+    def read(size: int) -> bytes:
+        content = file.read(size)
+        digest.update(content)
+        return content
+
+    for row in rows:
+        at, size, label = file.tell(), int(row["size"]), b"%d" % row["label"]
+        head = read(BLOCK)
+        key = _name(head).removesuffix(".jpg")
+        image = read(size)
+        rest = read(-size % BLOCK + BLOCK + len(label) + -len(label) % BLOCK)
+        where = f"{path}: offset {at}, key '{key}'"
+        if at + BLOCK != row["offset"]:
+            faults.append(f"{where}: the index places its image at {row['offset']}")
+        elif head != header(f"{key}.jpg", size):
+            faults.append(f"{where}: damaged tar header")
+        elif xxhash.xxh3_64_intdigest(image) != row["hash"]:
+            faults.append(f"{where}: the image's bytes are not those that were written")
+        elif rest != padding(size) + header(f"{key}.cls", len(label)) + label + padding(len(label)):
+            faults.append(f"{where}: the label member is damaged")
+        elif key in keys:
+            faults.append(f"{where}: the key occurs twice")
+        elif not _fits(image, row):
+            faults.append(f"{where}: the image is not of the size that the index says")
+        keys.add(key)
+        lines.append(index_line(key, at + BLOCK, size, len(label)))
+        report(1, size)
+    if read(len(END) + 1) != END:
+        faults.append(f"{path}: offset {entry.bytes - len(END)}: damaged end of archive")
+    if not faults and digest.hexdigest() != entry.hash:
+        faults.append(f"{path}: hash {entry.hash} expected, {digest.hexdigest()} found")
+    return faults, lines
+
+
+def _name(head: bytes) -> str:
+    return head[:100].rstrip(b"\0").decode("ascii", errors="replace")
+
+
+def _fits(image: bytes, row: np.void) -> bool:
+    try:
+        found = parse_header(image)
+    except NotAJpeg:
+        return False
+    return (found.height, found.width, found.orientation) == (row["height"], row["width"], row["orientation"])
+
+
+def _check_dali_index(path: Path, lines: list[str]) -> list[str]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [f"{path}: missing"]
+    return [] if content == dali_index(lines) else [f"{path}: not the index of its tar"]
