@@ -16,9 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 U64 = NDArray[np.uint64]
 
 # Constants of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX2 = np.uint64(0x94D049BB133111EB)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 class Stream(IntEnum):
@@ -42,8 +42,8 @@ class Stream(IntEnum):
 def mix64(x: U64) -> U64:
     """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit."""
     with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * _MIX1
-        x = (x ^ (x >> np.uint64(27))) * _MIX2
+        x = (x ^ (x >> np.uint64(30))) * MIX1
+        x = (x ^ (x >> np.uint64(27))) * MIX2
     return x ^ (x >> np.uint64(31))
 
 
@@ -58,9 +58,9 @@ def bits(stream: Stream, *key: ArrayLike) -> U64:
         uint64, of the key's broadcast shape.
     """
     with np.errstate(over="ignore"):
-        state = mix64(np.asarray(int(stream), dtype=np.uint64) + _GOLDEN)
+        state = mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN)
         for word in key:
-            state = mix64((state ^ _as_u64(word)) + _GOLDEN)
+            state = mix64((state ^ _as_u64(word)) + GOLDEN)
     return state
 
 

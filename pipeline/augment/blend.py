@@ -1,0 +1,42 @@
+"""Color and Sharpness: blends of an image with a degenerate one, bit for bit as PIL's ImageEnhance has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment.tables import luma
+
+
+def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
+    """The factors, float32 [n]."""
+    return [arguments.astype(np.float32)]
+
+
+def colour(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+    """Towards grey below factor 1, away from it above. images: uint8 [n, H, W, 3]; the same is returned."""
+    grey = luma(images).to(torch.float32)[..., None].expand(images.shape)
+    return _blend(grey.contiguous(), images, *tensors)
+
+
+def sharpness(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+    """Towards a smoothed image below factor 1, away from it above; the border of one pixel stays as it is."""
+    smooth = images.to(torch.float32)
+    if min(images.shape[1:3]) > 2:
+        # PIL's SMOOTH: the mean of 3 x 3 pixels, the middle one five times. Sums fit 16 bits; thirteenths never tie.
+        wide = images.to(torch.int16)
+        tall = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
+        total = tall[:, :, :-2] + tall[:, :, 1:-1] + tall[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
+        smooth[:, 1:-1, 1:-1] = total.to(torch.float32).add_(6.5).mul_(1 / 13).floor_()
+    return _blend(smooth, images, *tensors)
+
+
+def _blend(degenerate: Tensor, images: Tensor, factors: Tensor) -> Tensor:
+    """degenerate + factor (image - degenerate), clipped and truncated; degenerate is float32 and of integers."""
+    difference = images.to(torch.float32).sub_(degenerate)
+    return difference.mul_(factors[:, None, None, None]).add_(degenerate).clamp_(0, 255).to(torch.uint8)

@@ -1,0 +1,134 @@
+"""Eight of RandAugment's operations are look-up tables: a new value for each old one, per sample and channel.
+
+Five tables depend on the drawn argument alone and are made on the host. AutoContrast, Equalize and Contrast depend on
+the image and are made on the device. One gather applies them all. All agree with PIL bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.augment.ops import Op
+
+OPS = (
+    Op.AUTO_CONTRAST,
+    Op.EQUALIZE,
+    Op.INVERT,
+    Op.POSTERIZE,
+    Op.SOLARIZE,
+    Op.SOLARIZE_ADD,
+    Op.CONTRAST,
+    Op.BRIGHTNESS,
+)
+LEVELS = 256
+
+
+def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
+    """Tables made on the host, uint8 [n, 256] (the identity for the rest); then which of the n are AutoContrast, which
+    Equalize, which Contrast (int64 each), and the latters' factors (float32)."""
+    contrast = np.flatnonzero(ops == Op.CONTRAST)
+    return [
+        host_tables(ops, arguments),
+        np.flatnonzero(ops == Op.AUTO_CONTRAST),
+        np.flatnonzero(ops == Op.EQUALIZE),
+        contrast,
+        arguments[contrast].astype(np.float32),
+    ]
+
+
+def host_tables(ops: NDArray[np.int64], arguments: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Invert, Posterize, Solarize, SolarizeAdd and Brightness as tables, uint8 [n, 256]; the identity for others."""
+    old = np.arange(LEVELS)
+    argument = arguments[:, None]
+    dropped_bits = 8 - np.clip(argument.astype(np.int64), 0, 8)
+    new = {
+        Op.INVERT: 255 - old,
+        Op.POSTERIZE: (old >> dropped_bits) << dropped_bits,
+        Op.SOLARIZE: np.where(old < argument, old, 255 - old),
+        Op.SOLARIZE_ADD: np.where(old < 128, np.minimum(old + argument, 255), old),
+        Op.BRIGHTNESS: np.clip(old.astype(np.float32) * argument.astype(np.float32), 0, 255),
+    }
+    return np.select([ops[:, None] == op for op in new], list(new.values()), default=old).astype(np.uint8)
+
+
+def run(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+    """Make what tables are missing, then look up. images: uint8 [n, H, W, 3], contiguous; the same is returned."""
+    host, auto_contrast, equalize, contrast, factors = tensors
+    tables = host.repeat(1, 3).view(-1, 3, LEVELS)
+    for rows, make in (
+        (auto_contrast, auto_contrast_tables),
+        (equalize, equalize_tables),
+        (contrast, lambda chosen: contrast_tables(chosen, factors)),
+    ):
+        if rows.numel():
+            tables.index_copy_(0, rows, make(images.index_select(0, rows)))
+    places = _table_places(images, torch.int32)
+    return tables.view(-1).index_select(0, places.view(-1)).view(images.shape)
+
+
+def auto_contrast_tables(images: Tensor) -> Tensor:
+    """Stretch each channel's range to 0..255; a channel of one value stays. uint8 [n, 3, 256]."""
+    low, high = (value.to(torch.float64)[..., None] for value in _extremes(images))
+    scale = 255.0 / (high - low).clamp(min=1.0)
+    old = torch.arange(LEVELS, device=images.device)
+    new = (old * scale - low * scale).clamp(0, 255)
+    return torch.where(high > low, new, old.to(torch.float64)).to(torch.uint8)
+
+
+def equalize_tables(images: Tensor) -> Tensor:
+    """Level each channel's histogram, by PIL's integer arithmetic. uint8 [n, 3, 256]."""
+    counts = _histograms(images)
+    _, high = _extremes(images)
+    last = counts.gather(2, high.to(torch.int64)[..., None])
+    pixels = images.shape[1] * images.shape[2]
+    step = torch.div(pixels - last, 255, rounding_mode="floor")
+    below = counts.cumsum(2) - counts
+    new = torch.div(step // 2 + below, step.clamp(min=1), rounding_mode="floor").clamp(max=255)
+    old = torch.arange(LEVELS, device=images.device)
+    return torch.where(step > 0, new, old).to(torch.uint8)
+
+
+def contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
+    """Blend with the image's mean luma, rounded; factors float32 [n]. uint8 [n, 3, 256], all three channels alike."""
+    pixels = images.shape[1] * images.shape[2]
+    total = luma(images).sum(dim=(1, 2), dtype=torch.int64)
+    mean = torch.div(2 * total + pixels, 2 * pixels, rounding_mode="floor").to(torch.float32)[:, None]
+    old = torch.arange(LEVELS, device=images.device, dtype=torch.float32)
+    new = (old - mean).mul_(factors[:, None]).add_(mean).clamp_(0, 255)
+    return new.to(torch.uint8)[:, None].expand(-1, 3, -1)
+
+
+def luma(images: Tensor) -> Tensor:
+    """PIL's mode L: int32 [n, H, W] in 0..255, of uint8 [n, H, W, 3]."""
+    red, green, blue = images.to(torch.int32).unbind(3)
+    # ITU-R 601-2 in 16-bit fixed point, rounded.
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest value of each channel, uint8 [n, 3]; over rows first, which a CPU does in long vectors."""
+    count, height, width, _ = images.shape
+    rows = images.view(count, height, width * 3)
+    return rows.amin(1).view(count, width, 3).amin(1), rows.amax(1).view(count, width, 3).amax(1)
+
+
+def _histograms(images: Tensor) -> Tensor:
+    """int64 [n, 3, 256]."""
+    places = _table_places(images, torch.int64).view(-1)
+    counts = torch.zeros(len(images) * 3 * LEVELS, dtype=torch.int64, device=images.device)
+    one = torch.ones(1, dtype=torch.int64, device=images.device)
+    return counts.scatter_add_(0, places, one.expand(len(places))).view(-1, 3, LEVELS)
+
+
+def _table_places(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where each value stands in flattened tables [n, 3, 256]; dtype [n, H, W * 3]."""
+    count, height, width, _ = images.shape
+    channel = torch.arange(3, dtype=dtype, device=images.device).repeat(width) * LEVELS
+    sample = torch.arange(count, dtype=dtype, device=images.device)[:, None, None] * (3 * LEVELS)
+    return images.view(count, height, width * 3).to(dtype).add_(channel + sample)
