@@ -1,4 +1,4 @@
-"""The plan: which sample stands at which row of which global batch. Pure arithmetic; no files, no torch, no global state.
+"""The plan: which sample stands at which row of which global batch. Pure arithmetic: no files, no torch, no globals.
 
 An epoch's order is made in three moves, each from hashed keys (`pipeline.rng`):
 
@@ -8,8 +8,8 @@ An epoch's order is made in three moves, each from hashed keys (`pipeline.rng`):
    of each lane, so every batch mixes samples from all over the set while each lane reads its shards nearly in order;
 3. inside a lane, samples are permuted within windows of `window` samples.
 
-The rows of a global batch are lane-major and rank r of R owns rows [r G/R, (r+1) G/R): the global batch does not know R.
-Finding any position costs O(lanes of the rank x window), never O(samples).
+The rows of a global batch are lane-major and rank r of R owns rows [r G/R, (r+1) G/R): the global batch does
+not depend on R. Finding any position costs O(lanes of the rank x window), never O(samples).
 """
 
 from __future__ import annotations
@@ -281,7 +281,8 @@ class EvalPlan:
         self.batch = batch
         self.start = rank * samples // world
         self.stop = (rank + 1) * samples // world
-        self.steps = -(-(-(-samples // world)) // batch)
+        most = -(samples // -world)  # of any rank
+        self.steps = -(most // -batch)
 
     def ids(self, step: int) -> Ids:
         """Sample ids of this rank's batch number `step`, int64 [batch]; `NO_SAMPLE` where the rank has run out."""

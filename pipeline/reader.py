@@ -55,7 +55,13 @@ class SampleReader:
     """
 
     def __init__(
-        self, dataset: ShardSet, split: str, *, threads: int = READ_THREADS, check: bool = True, max_open: int = MAX_OPEN_SHARDS
+        self,
+        dataset: ShardSet,
+        split: str,
+        *,
+        threads: int = READ_THREADS,
+        check: bool = True,
+        max_open: int = MAX_OPEN_SHARDS,
     ) -> None:
         self.index = dataset.index(split)
         self._paths = [dataset.shard_path(split, shard) for shard in range(len(dataset.split(split).shards))]
@@ -78,11 +84,9 @@ class SampleReader:
             for ids, extra in batches:
                 under_way.append((self._start(ids), extra))
                 if len(under_way) > ahead:
-                    started, extra = under_way.popleft()
-                    yield self._gather(*started), extra
+                    yield self._finish(under_way.popleft())
             while under_way:
-                started, extra = under_way.popleft()
-                yield self._gather(*started), extra
+                yield self._finish(under_way.popleft())
         finally:
             for (_, tasks), _ in under_way:
                 for task in tasks:
@@ -112,6 +116,10 @@ class SampleReader:
         ]
         return batch, tasks
 
+    def _finish(self, started: tuple[tuple[Encoded, list[Future[None]]], T]) -> tuple[Encoded, T]:
+        (batch, tasks), extra = started
+        return self._gather(batch, tasks), extra
+
     @staticmethod
     def _gather(batch: Encoded, tasks: list[Future[None]]) -> Encoded:
         for task in tasks:
@@ -127,14 +135,15 @@ class SampleReader:
                 _read_fully(handle, target, offset, self._paths[shard])
             if self._check and xxh3_64_intdigest(target) != expected:
                 raise ShardSetError(
-                    f"{self._paths[shard]}: the {len(target)} bytes at offset {offset} (sample {batch.ids[place]}) are not "
-                    "the ones that were sharded (hash differs); run 'pipeline verify' on the set and copy the shard again"
+                    f"{self._paths[shard]}: the {len(target)} bytes at offset {offset} (sample {batch.ids[place]}) "
+                    "are not the ones that were sharded: their hash differs; run 'pipeline verify' on the set, then "
+                    "copy the shard again"
                 )
 
 
 def _read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:
     """Fill `target` from `offset`; preadv may deliver less than asked for."""
-    view, done = memoryview(target), 0
+    view, done = memoryview(target.data), 0
     while done < len(view):
         got = os.preadv(handle, [view[done:]], offset + done)
         if got == 0:
@@ -177,7 +186,9 @@ class _OpenFiles:
                 try:
                     self._handles[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except FileNotFoundError:
-                    raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
+                    raise ShardSetError(
+                        f"{path}: missing; copy it again, or run 'pipeline verify' on the set"
+                    ) from None
                 except OSError as error:
                     raise ShardSetError(f"{path}: cannot be opened ({error.strerror})") from error
             self._handles.move_to_end(path)

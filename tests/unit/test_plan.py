@@ -21,7 +21,9 @@ def plans(draw: st.DrawFn) -> TrainPlan:
     global_batch = draw(st.integers(1, min(24, sum(sizes))))
     lanes = draw(st.sampled_from([d for d in range(1, global_batch + 1) if global_batch % d == 0]))
     window = draw(st.integers(1, 20))
-    return TrainPlan(sizes, global_batch=global_batch, seed=draw(st.integers(-(2**63), 2**63)), lanes=lanes, window=window)
+    return TrainPlan(
+        sizes, global_batch=global_batch, seed=draw(st.integers(-(2**63), 2**63)), lanes=lanes, window=window
+    )
 
 
 def epoch_ids(plan: TrainPlan, epoch: int) -> np.ndarray:
@@ -48,7 +50,9 @@ def test_nobody_sits_out_for_ever(plan: TrainPlan) -> None:
 
 
 @given(plans(), st.integers(0, 3), st.data())
-def test_same_global_batches_at_every_world_size_with_accumulation_too(plan: TrainPlan, epoch: int, data: st.DataObject) -> None:
+def test_same_global_batches_at_every_world_size_with_accumulation_too(
+    plan: TrainPlan, epoch: int, data: st.DataObject
+) -> None:
     size = plan.global_batch
     world = data.draw(st.sampled_from([r for r in range(1, size + 1) if size % r == 0]))
     micro = data.draw(st.sampled_from([m for m in range(1, size // world + 1) if size // world % m == 0]))
@@ -119,7 +123,10 @@ def test_default_lanes_depend_on_the_global_batch_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TrainPlan([10, 20], global_batch=31, seed=0), "30 training images are fewer than one global batch of 31"),
+        (
+            lambda: TrainPlan([10, 20], global_batch=31, seed=0),
+            "30 training images are fewer than one global batch of 31",
+        ),
         (lambda: TrainPlan([100], global_batch=12, seed=0, lanes=5), "nearest that do: 4 and 6"),
         (lambda: TrainPlan([100], global_batch=12, seed=0, lanes=12, pairs=True), "nearest that do: 6"),
         (lambda: BatchShape(global_batch=64, world=3), "world size 3 does not divide .* 64; .* 2 and 4"),

@@ -1,0 +1,94 @@
+"""What a run is fed: a function of the shard set, the recipe and the seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from launch.recipe import Recipe
+from launch.world import World
+from pipeline.augment.recipe import AugmentRecipe
+from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.plan import BatchShape, EvalPlan, TrainPlan
+from shards.dataset import ShardSet
+
+# More rows than this make an evaluation no faster, only larger.
+MAX_EVAL_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data side of a run: set, augmentation, order, and this rank's part of it."""
+
+    recipe: Recipe
+    world: World
+    dataset: ShardSet
+    augment: AugmentRecipe
+    shape: BatchShape
+    plan: TrainPlan
+
+    @classmethod
+    def of(cls, recipe: Recipe, world: World) -> Feed:
+        """Open the set and lay the plan.
+
+        Raises:
+            UserError: no such set, a damaged one, or sizes that do not fit together.
+        """
+        data = recipe.data
+        augment = data.augmentation()
+        shape = BatchShape(
+            global_batch=data.global_batch,
+            world=world.size,
+            rank=world.rank,
+            micro_batch=data.micro_batch,
+            pairs=augment.mixes,
+        )
+        dataset = ShardSet(data.folder())
+        plan = TrainPlan(
+            dataset.shard_samples("train"),
+            global_batch=data.global_batch,
+            seed=recipe.run.seed,
+            lanes=data.lanes,
+            window=data.window,
+            pairs=augment.mixes,
+        )
+        return cls(recipe, world, dataset, augment, shape, plan)
+
+    @property
+    def last_step(self) -> int:
+        """Optimiser steps of the run, from the start of training."""
+        whole = self.recipe.optim.epochs * self.plan.steps_per_epoch
+        stop = self.recipe.run.stop_after
+        return whole if stop is None else min(whole, stop)
+
+    def train_loader(self, *, step: int, dtype: torch.dtype) -> TrainLoader:
+        """This rank's micro-batches from optimiser step `step` to the end of training."""
+        return TrainLoader(
+            self.dataset,
+            self.plan,
+            self.shape,
+            self.augment,
+            epochs=self.recipe.optim.epochs,
+            start=self.plan.at(step),
+            device=self.world.device,
+            dtype=dtype,
+            options=self.recipe.data.loader,
+        )
+
+    def eval_loader(self, *, dtype: torch.dtype) -> EvalLoader | None:
+        """This rank's share of the validation split; None where the set has none."""
+        if "val" not in self.dataset.manifest.splits:
+            return None
+        batch = self.recipe.data.eval_batch or min(MAX_EVAL_BATCH, self.shape.rank_rows)
+        samples = self.dataset.split("val").samples
+        return EvalLoader(
+            self.dataset,
+            EvalPlan(samples, batch=batch, world=self.world.size, rank=self.world.rank),
+            size=self.recipe.data.size,
+            mean=self.augment.mean,
+            std=self.augment.std,
+            device=self.world.device,
+            dtype=dtype,
+            options=self.recipe.data.loader,
+        )

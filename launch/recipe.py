@@ -1,0 +1,311 @@
+"""The recipe: everything that decides what a run computes, as frozen dataclasses with a docstring per field.
+
+The docstrings are the command line's help; `b0()` .. `b3()` are the paper's recipes. Numbers are the released code's
+unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tomllib
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.loader import LoaderOptions
+from pipeline.plan import DEFAULT_WINDOW
+from shards.errors import UserError
+
+DEFAULT_DATA = Path("imagenet-shards")
+# The released code's rates are given for a batch of 512 and scale linearly.
+LR_REFERENCE_BATCH = 512
+
+Variant = Literal["b0", "b1", "b2", "b3"]
+
+
+class RecipeError(UserError):
+    """Options that contradict one another or make no sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What is trained."""
+
+    variant: Variant = "b0"
+    """FAT variant."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block, rising linearly from 0 at the first. None = the variant's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What the run is fed."""
+
+    data: Path | None = None
+    """Shard set made by 'pipeline shard'. None = $FAT_DATA, else ./imagenet-shards."""
+    size: int = 224
+    """Side of the images in pixels."""
+    global_batch: int = 1024
+    """Images per optimiser step over all ranks. Part of the run: it cannot change on resume."""
+    micro_batch: int | None = None
+    """Images per forward pass of a rank; gradients are accumulated over the rest. None = all of the rank's at once."""
+    eval_batch: int | None = None
+    """Images per rank and evaluation step. None = the rank's rows of a global batch, at most 256."""
+    lanes: int | None = None
+    """Contiguous streams that every batch is mixed from. None = the largest divisor of half the batch up to 64."""
+    window: int = DEFAULT_WINDOW
+    """Samples among which each stream shuffles."""
+    augment: Literal["fat", "light", "none"] = "fat"
+    """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
+    crop_scale: tuple[float, float] | None = None
+    """Area of the random crop, as shares of the image."""
+    flip: float | None = None
+    """Probability of a horizontal flip."""
+    rand_augment: str | None = None
+    """RandAugment in timm's syntax, such as rand-m9-mstd0.5-inc1; '' = off."""
+    erase: float | None = None
+    """Probability of random erasing."""
+    mixup: float | None = None
+    """Mixup's alpha; 0 = off."""
+    cutmix: float | None = None
+    """Cutmix's alpha; 0 = off."""
+    loader: LoaderOptions = field(default_factory=LoaderOptions)
+
+    def augmentation(self) -> AugmentRecipe:
+        """The augmentation recipe that the fields amount to."""
+        overrides: dict[str, Any] = {
+            "scale": self.crop_scale,
+            "flip": self.flip,
+            "erase": self.erase,
+            "mixup": self.mixup,
+            "cutmix": self.cutmix,
+        }
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        if self.rand_augment is not None:
+            overrides["rand_augment"] = self.rand_augment or None
+        return augment_recipe(self.augment, size=self.size, **overrides)
+
+    def folder(self) -> Path:
+        """The shard set: `data`, else $FAT_DATA, else ./imagenet-shards.
+
+        Raises:
+            RecipeError: none was named and the defaults do not exist.
+        """
+        if self.data is not None:
+            return self.data
+        if os.environ.get("FAT_DATA"):
+            return Path(os.environ["FAT_DATA"])
+        if DEFAULT_DATA.exists():
+            return DEFAULT_DATA
+        raise RecipeError(
+            f"no data: give --data SET, set FAT_DATA, or make ./{DEFAULT_DATA} with 'pipeline shard imagenet/' "
+            f"(neither FAT_DATA nor ./{DEFAULT_DATA} exists)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimRecipe:
+    """AdamW, its schedule and the loss."""
+
+    epochs: int = 300
+    """Passes over the training split."""
+    lr: float | None = None
+    """Peak learning rate. None = 5e-4 x global batch / 512."""
+    warmup_lr: float | None = None
+    """Rate of the first step. None = 5e-7 x global batch / 512."""
+    min_lr: float | None = None
+    """Rate at the end. None = 5e-6 x global batch / 512."""
+    warmup_epochs: float = 20
+    """Epochs of linear warm-up."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; 1-D parameters and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: float = 5.0
+    """Largest gradient norm; 0 = no clipping."""
+    label_smoothing: float = 0.1
+    """Share of the target spread evenly over all classes."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise RecipeError(f"--epochs {self.epochs}: at least 1")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise RecipeError(
+                f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}: warm-up must be shorter"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise RecipeError(f"--label-smoothing {self.label_smoothing:g}: a share in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecipe:
+    """How and where it runs."""
+
+    out: Path = Path("runs/fat")
+    """Run folder: recipe, metrics, checkpoints, curves."""
+    seed: int = 0
+    """Seed of everything random."""
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage; 0 = plain data parallel. auto = 1 on GPUs, 0 on CPUs."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto = go on from the newest checkpoint of the run folder, if there is one."""
+    stop_after: int | None = None
+    """End after this many optimiser steps (the schedule still spans all epochs). None = train to the end."""
+    eval_every: int = 1
+    """Evaluate and write a checkpoint every N epochs, and at the end."""
+    keep: int = 3
+    """Checkpoints to keep, besides the best."""
+    log_every: int = 10
+    """Optimiser steps between two lines of metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """All of it."""
+
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    run: RunRecipe = field(default_factory=RunRecipe)
+
+    def rates(self) -> tuple[float, float, float]:
+        """(first, peak, last) learning rate."""
+        scale = self.data.global_batch / LR_REFERENCE_BATCH
+        optim = self.optim
+        return (
+            5e-7 * scale if optim.warmup_lr is None else optim.warmup_lr,
+            5e-4 * scale if optim.lr is None else optim.lr,
+            5e-6 * scale if optim.min_lr is None else optim.min_lr,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as `recipe.json` holds them."""
+        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+
+
+def b0() -> Recipe:
+    """FAT-B0: 4.5 M parameters, 77.6 % top-1."""
+    return Recipe(model=ModelRecipe(variant="b0"))
+
+
+def b1() -> Recipe:
+    """FAT-B1: 7.8 M parameters, 80.1 % top-1."""
+    return Recipe(model=ModelRecipe(variant="b1"))
+
+
+def b2() -> Recipe:
+    """FAT-B2: 13.5 M parameters, 81.9 % top-1."""
+    return Recipe(model=ModelRecipe(variant="b2"))
+
+
+def b3() -> Recipe:
+    """FAT-B3: 29.2 M parameters, 83.6 % top-1."""
+    return Recipe(model=ModelRecipe(variant="b3"))
+
+
+VARIANTS: dict[str, Callable[[], Recipe]] = {"b0": b0, "b1": b1, "b2": b2, "b3": b3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """Read before the rest: they choose the defaults that the other options override."""
+
+    variant: Variant = "b0"
+    recipe: Path | None = None
+
+
+def parse(args: Sequence[str] | None = None) -> Recipe:
+    """The recipe that a command line asks for: variant, then `--recipe FILE`, then single options.
+
+    Raises:
+        RecipeError: an unreadable recipe file or contradictory options.
+        SystemExit: unknown options (status 2), --help (status 0).
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    flat = (tyro.conf.OmitArgPrefixes,)
+    start, _ = tyro.cli(
+        _Start, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
+    )
+    default = VARIANTS[start.variant]()
+    if start.recipe is not None:
+        default = with_file(default, start.recipe)
+    full = dataclasses.make_dataclass(
+        "TrainCommand",
+        [
+            (
+                "recipe",
+                Annotated[Path | None, tyro.conf.arg(help="TOML file with sections [model], [data], [optim], [run].")],
+                None,
+            ),
+            ("all", Annotated[Recipe, tyro.conf.arg(name="")], default),
+        ],
+        frozen=True,
+    )
+    command: Any = tyro.cli(full, args=args, description="Train a FAT backbone from a shard set.", config=flat)
+    return typing.cast(Recipe, command.all)
+
+
+def with_file(recipe: Recipe, path: Path) -> Recipe:
+    """`recipe` with the values of a TOML file put in.
+
+    Raises:
+        RecipeError: unreadable file, unknown section or field, or a value of the wrong type.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
+    return typing.cast(Recipe, _merge(recipe, values, str(path)))
+
+
+def _merge(base: Any, values: dict[str, Any], where: str) -> Any:
+    types = typing.get_type_hints(type(base))
+    changes = {}
+    for name, value in values.items():
+        if name not in types:
+            raise RecipeError(f"{where}: unknown entry '{name}'; there are: {', '.join(sorted(types))}")
+        current = getattr(base, name)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise RecipeError(f"{where}: '{name}' is a section of its own: write [{name}] and its fields below")
+            changes[name] = _merge(current, value, f"{where} [{name}]")
+        else:
+            changes[name] = _convert(value, types[name], f"{where}: {name}")
+    return dataclasses.replace(base, **changes)
+
+
+def _convert(value: Any, wanted: Any, where: str) -> Any:
+    """A TOML value as the field's type, by the rules that the command line has."""
+    text = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, bool):
+        text = ["True" if value else "False"]
+    try:
+        return tyro.cli(
+            Annotated[wanted, tyro.conf.Positional],
+            args=text,
+            console_outputs=False,
+            config=(tyro.conf.FlagConversionOff,),
+        )
+    except SystemExit:
+        raise RecipeError(f"{where}: {value!r} is no {getattr(wanted, '__name__', wanted)}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

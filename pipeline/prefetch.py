@@ -1,0 +1,85 @@
+"""Run an iterator in a thread of its own, a bounded number of items ahead."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+# How often a producer that waits for room looks whether it has been closed meanwhile.
+_POLL_SECONDS = 0.1
+
+
+class Prefetcher(Generic[T]):
+    """Iterates `source` in a thread and hands its items on in order.
+
+    An exception in the source surfaces at the consumer, after the items that came before it, and poisons the
+    prefetcher: every later `next` raises it again, nothing is skipped.
+
+    Args:
+        source: closed (if it is a generator) in the thread that ran it.
+        depth: finished items that may wait for the consumer.
+    """
+
+    def __init__(self, source: Iterator[T], *, depth: int, name: str) -> None:
+        self._source = source
+        self._queue: queue.Queue[tuple[bool, T | BaseException]] = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._end: BaseException | None = None
+        # A daemon: if the consumer dies without closing, the process must still end.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._end is not None:
+            raise self._end
+        ended, item = self._queue.get()
+        if ended:
+            assert isinstance(item, BaseException)
+            self._end = item
+            raise item
+        return item  # type: ignore[return-value]
+
+    @property
+    def ready(self) -> int:
+        """Items that wait for the consumer."""
+        return self._queue.qsize()
+
+    def close(self) -> None:
+        """Stop the thread and wait for it. Idempotent."""
+        self._closed.set()
+        self._end = self._end or StopIteration()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+
+    def _run(self) -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in self._source:
+                if not self._put((False, item)):
+                    return
+        except BaseException as error:  # whatever it was, it belongs to the consumer
+            end = error
+        finally:
+            close = getattr(self._source, "close", None)
+            if close is not None:
+                close()
+        self._put((True, end))
+
+    def _put(self, entry: tuple[bool, T | BaseException]) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(entry, timeout=_POLL_SECONDS)
+                return True
+            except queue.Full:
+                continue
+        return False

@@ -1,0 +1,32 @@
+"""What many tests share: real shard sets, made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main as pipeline
+
+
+def run_pipeline(*args: str | Path) -> None:
+    status = pipeline([str(arg) for arg in args])
+    assert status == 0, f"pipeline {' '.join(map(str, args))}: exit status {status}"
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shard set of `pipeline sample digits`: 1437 training and 360 validation images of 64x64."""
+    folder = tmp_path_factory.mktemp("digits")
+    run_pipeline("sample", "digits", folder / "images")
+    run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "1MiB")
+    return folder / "set"
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shard set of 96 photos of ImageNet-like sizes, in several shards."""
+    folder = tmp_path_factory.mktemp("photos")
+    run_pipeline("sample", "photos", folder / "images", "--count", "96")
+    run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "2MiB")
+    return folder / "set"

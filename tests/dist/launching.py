@@ -1,0 +1,58 @@
+"""Start runs the way a user does, as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+TRAIN = "launch/train.py"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
+    """Ours, without anything a launcher or a user's accelerate configuration could add."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_", "RANK", "WORLD_", "LOCAL_"))}
+    return env | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": str(ROOT)} | extra
+
+
+def accelerate(tmp_path: Path, *args: str | Path, ranks: int = 1, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch [--multi_gpu --num_processes N] launch/train.py ARGS`."""
+    topology = [] if ranks == 1 else ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
+    return subprocess.run(
+        [str(BIN / "accelerate"), "launch", *topology, TRAIN, *map(str, args)],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def python(tmp_path: Path, *args: str | Path, timeout: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
+    """`python ARGS`."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)],
+        cwd=ROOT,
+        env=environment(tmp_path, **env),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def lines(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind of a run's metrics."""
+    text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]

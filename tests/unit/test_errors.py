@@ -1,0 +1,108 @@
+"""Bad input says so in one clear line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from launch.train import main as train
+from pipeline.cli import main as pipeline
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error."""
+    shown = capsys.readouterr().err.strip()
+    assert "Traceback" not in shown
+    assert shown.count("\n") == 0, shown
+    assert shown.startswith("error: ")
+    return shown
+
+
+@pytest.fixture()
+def copied(digits: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(digits, tmp_path / "set"))
+
+
+def test_a_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline(["shard", str(tmp_path / "none")]) == 2
+    assert "none" in error_line(capsys)
+
+
+def test_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "imagenet").mkdir()
+    assert pipeline(["shard", str(tmp_path / "imagenet")]) == 2
+    assert "imagenet" in error_line(capsys)
+
+
+def test_a_class_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "in" / "train" / name).mkdir(parents=True)
+    source = Path(__file__).parents[1] / "data" / "one.jpg"
+    shutil.copy(source, tmp_path / "in" / "train" / "cat" / "one.jpg")
+    assert pipeline(["shard", str(tmp_path / "in")]) == 2
+    assert "dog" in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["verify"], ["info"], ["look"]])
+def test_what_is_no_shard_set(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline([*command, str(tmp_path / "none")]) == 2
+    assert "no such shard set" in error_line(capsys)
+
+
+def test_a_manifest_of_another_version(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = json.loads((copied / "dataset.json").read_text())
+    (copied / "dataset.json").write_text(json.dumps(manifest | {"version": 99}))
+    for run in (lambda: pipeline(["info", str(copied)]), lambda: train_on(copied)):
+        assert run() == 2
+        line = error_line(capsys)
+        assert "version 99" in line
+        assert "dataset.json" in line
+
+
+def test_a_truncated_tar(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = sorted(copied.glob("train-*.tar"))[1]
+    os.truncate(shard, shard.stat().st_size - 1000)
+    assert train_on(copied) == 2
+    line = error_line(capsys)
+    assert shard.name in line
+    assert "truncated" in line
+
+
+def test_fewer_images_than_one_batch(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_on(digits, "--global-batch", "2048") == 2
+    assert "1437 training images are fewer than one global batch of 2048" in error_line(capsys)
+
+
+def test_a_world_size_that_does_not_fit(
+    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.plan import BatchShape, PlanError
+
+    with pytest.raises(PlanError, match=r"world size 3 .* global batch of 64.*: 2 and 4"):
+        BatchShape(global_batch=64, world=3)
+    assert train_on(digits, "--micro-batch", "7") == 2
+    assert "micro-batch 7 does not divide the 64 rows" in error_line(capsys)
+
+
+def test_no_data_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FAT_DATA", raising=False)
+    assert train_with("--out", "run") == 2
+    assert "--data" in error_line(capsys)
+
+
+def train_on(data: Path, *args: str) -> int:
+    return train_with("--data", str(data), "--out", str(data.parent / "run"), *args)
+
+
+def train_with(*args: str) -> int:
+    import sys
+
+    base = ["train.py", "--augment", "light", "--size", "64", "--global-batch", "64", "--epochs", "1", "--warmup-epochs", "0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*base, *args])
+        return train()

@@ -1,0 +1,67 @@
+"""The prefetching thread (pipeline/prefetch.py): order, faults, and no leftovers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from pipeline.prefetch import Prefetcher
+
+
+def test_items_come_in_order_and_end() -> None:
+    items = Prefetcher(iter(range(100)), depth=3, name="t")
+    assert list(items) == list(range(100))
+    with pytest.raises(StopIteration):
+        next(items)
+
+
+def test_a_fault_surfaces_after_the_items_before_it_and_stays() -> None:
+    def source() -> Iterator[int]:
+        yield 1
+        yield 2
+        raise OSError("disk gone")
+
+    items = Prefetcher(source(), depth=8, name="t")
+    assert [next(items), next(items)] == [1, 2]
+    for _ in range(3):
+        with pytest.raises(OSError, match="disk gone"):
+            next(items)
+
+
+def test_it_runs_no_further_ahead_than_its_depth() -> None:
+    made = 0
+
+    def source() -> Iterator[int]:
+        nonlocal made
+        while True:
+            made += 1
+            yield made
+
+    items = Prefetcher(source(), depth=3, name="t")
+    time.sleep(0.3)
+    assert made == 4  # three wait, one is in the thread's hands
+    assert items.ready == 3
+    items.close()
+
+
+def test_closing_ends_the_thread_and_the_source() -> None:
+    closed_in: list[str] = []
+
+    def source() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            closed_in.append(threading.current_thread().name)
+
+    items = Prefetcher(source(), depth=2, name="the-thread")
+    next(items)
+    items.close()
+    items.close()
+    assert closed_in == ["the-thread"]
+    assert "the-thread" not in [thread.name for thread in threading.enumerate()]
+    with pytest.raises(StopIteration):
+        next(items)

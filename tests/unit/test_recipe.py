@@ -1,0 +1,92 @@
+"""The recipe and its command line (launch/recipe.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.recipe import VARIANTS, RecipeError, parse
+from shards.errors import UserError
+
+
+def test_the_paper_s_recipe_is_the_default() -> None:
+    recipe = parse(["--variant", "b3"])
+    assert recipe == VARIANTS["b3"]()
+    augment = recipe.data.augmentation()
+    assert (augment.rand_augment, augment.erase, augment.mixup, augment.cutmix) == (
+        "rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0,
+    )  # fmt: skip
+    assert recipe.optim.epochs == 300
+    assert recipe.rates() == pytest.approx((1e-6, 1e-3, 1e-5))
+
+
+def test_options_override_the_file_and_the_file_overrides_the_variant(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('[data]\nglobal_batch = 96\nflip = 0\n[optim]\nepochs = 7\nwarmup_epochs = 1\n[run]\nzero = 2\n')
+    recipe = parse(["--recipe", str(file), "--variant", "b2", "--global-batch", "48"])
+    assert recipe.model.variant == "b2"
+    assert (recipe.data.global_batch, recipe.data.flip, recipe.optim.epochs, recipe.run.zero) == (48, 0.0, 7, 2)
+
+
+def test_a_recipe_survives_json(tmp_path: Path) -> None:
+    json.dumps(parse(["--data", "x"]).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[data]\nglobal_batsh = 3", "unknown entry 'global_batsh'"),
+        ("data = 3", "section"),
+        ("[data]\nglobal_batch = 'many'", "global_batch: 'many'"),
+        ("[optim]\nepochs = 5\nwarmup_epochs = 9", "warmup-epochs 9 of --epochs 5"),
+        ("[data", "not a readable TOML"),
+    ],
+)
+def test_a_wrong_recipe_file_is_refused_with_the_reason(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        parse(["--recipe", str(file)])
+
+
+def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        parse(["--recipe", str(tmp_path / "none.toml")])
+
+
+@pytest.mark.parametrize("args", [["--no-such-option", "1"], ["--zero", "7"], ["--variant", "b9"], ["--epochs", "x"]])
+def test_unknown_options_end_with_status_2(args: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(args)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("args", [["--flip", "2"], ["--rand-augment", "rand-m99"], ["--crop-scale", "1", "0.5"]])
+def test_impossible_augmentation_is_refused(args: list[str]) -> None:
+    with pytest.raises(UserError):
+        parse(args).data.augmentation()
+
+
+def test_help_shows_the_fields_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        parse(["--help"])
+    assert error.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Images per optimiser step over all ranks." in shown
+    assert "--recipe" in shown
+
+
+def test_data_falls_back_to_the_environment_then_to_the_default_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FAT_DATA", raising=False)
+    with pytest.raises(RecipeError, match="no data: give --data SET, set FAT_DATA, or make"):
+        parse([]).data.folder()
+    (tmp_path / "imagenet-shards").mkdir()
+    assert parse([]).data.folder() == Path("imagenet-shards")
+    monkeypatch.setenv("FAT_DATA", "/elsewhere")
+    assert parse([]).data.folder() == Path("/elsewhere")
+    assert parse(["--data", "here"]).data.folder() == Path("here")
