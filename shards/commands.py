@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from shards.errors import UserError
+
+if TYPE_CHECKING:
+    from shards.convert import Options
+
+Layout = Literal["folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
+MANIFEST_NAME = "dataset.json"
 
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Turn a folder of images into a shard set.
+    """Turn images into a shard set, from whatever layout they are in.
 
     Interrupted, even by kill -9, it goes on where it was when the same command is given again.
     """
 
     source: Positional[Path]
-    """Folder of train/ and val/ with class folders, or of class folders alone."""
+    """Class folders (train/ and val/ of them, or one), ILSVRC2012 tars, Kaggle's ILSVRC/, Parquet, WebDataset tars."""
 
     out: Path | None = None
     """Folder of the new set (default: SOURCE-shards beside the source)."""
+
+    layout: Annotated[Layout | None, arg(name="from")] = None
+    """Insist on the source's layout (default: whatever it looks like)."""
+
+    val_fraction: float = 0.0
+    """Share of each class that becomes the validation split, for sources that have none."""
+
+    classes: Path | None = None
+    """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
 
     shard_size: int = 256
     """MiB per shard, about."""
@@ -35,32 +50,42 @@ class Shard:
     check: Literal["decode", "header"] = "decode"
     """Decode every image once, or trust the headers."""
 
+    max_side: int | None = None
+    """Shrink and re-encode images whose longer side is above this many pixels."""
+
+    short_side: int | None = None
+    """Shrink and re-encode images whose shorter side is above this many pixels."""
+
+    quality: int = 90
+    """JPEG quality of images that are shrunk."""
+
     max_rejects: float = 0.001
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
     workers: int | None = None
     """Processes (default: one per core)."""
 
-    def run(self) -> int:
-        from shards.convert import Options, convert, default_out
-        from shards.images import ImageRules
+    part: str | None = None
+    """K/N: make only this part of the shards, for array jobs; --finish joins them."""
 
-        if self.shard_size < 1:
-            raise UserError(f"--shard-size {self.shard_size}: at least 1 MiB")
-        if self.workers is not None and self.workers < 1:
-            raise UserError(f"--workers {self.workers}: at least 1")
+    finish: bool = False
+    """Join the parts, when all have run."""
+
+    def run(self) -> int:
+        from shards.convert import convert, default_out, finish
+        from shards.parts import Part
+
         out = self.out or default_out(self.source)
-        outcome = convert(
-            self.source,
-            out,
-            Options(
-                seed=self.seed,
-                shard_bytes=self.shard_size * MIB,
-                rules=ImageRules(check=self.check),
-                max_rejects=self.max_rejects,
-                workers=self.workers,
-            ),
-        )
+        if self.finish:
+            outcome = finish(out, self.max_rejects)
+        else:
+            part = Part.parse(self.part) if self.part else None
+            outcome = convert(self.source, out, self._options(), part)
+            if outcome is None and part and not (out / MANIFEST_NAME).exists():
+                print(
+                    f"{out}: part {part} is done; when all are, run: pipeline shard {self.source} --out {out} --finish"
+                )
+                return 0
         if outcome is None:
             print(f"{out}: already complete")
             return 0
@@ -70,6 +95,32 @@ class Shard:
             f"{outcome.repaired:,} repaired, {outcome.rejected:,} rejected"
         )
         return 0
+
+    def _options(self) -> Options:
+        from shards.convert import Options
+        from shards.images import ImageRules
+        from shards.sources.scan import ScanOptions
+
+        for name in ("shard_size", "max_side", "short_side", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality {self.quality}: between 1 and 100")
+        return Options(
+            scan=ScanOptions(
+                layout=self.layout,
+                val_fraction=self.val_fraction,
+                classes=self.classes,
+                seed=self.seed,
+                workers=self.workers,
+            ),
+            shard_bytes=self.shard_size * MIB,
+            rules=ImageRules(
+                check=self.check, max_side=self.max_side, short_side=self.short_side, quality=self.quality
+            ),
+            max_rejects=self.max_rejects,
+        )
 
 
 @dataclass(frozen=True)

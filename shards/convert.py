@@ -7,51 +7,73 @@ A killed conversion resumes with the same command: what was decided and what is 
 
 from __future__ import annotations
 
-import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shards.errors import UserError
+import xxhash
+
+from shards.errors import ConversionFailed, UserError
 from shards.images import ImageRules
 from shards.join import Outcome, join
+from shards.lock import hold
 from shards.manifest import MANIFEST_NAME, Manifest
 from shards.order import arrange
+from shards.parts import WHOLE, Part, hold_part
 from shards.pool import run_jobs
 from shards.progress import Progress
-from shards.sources import scan
+from shards.sources.recognise import recognise, scan
+from shards.sources.scan import ScanOptions
 from shards.work import Plan, Work
 from shards.writer import ShardJob, explain, write_shard
 
 MIB = 2**20
+MAX_REJECTS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a set is to be made."""
 
-    seed: int = 0
+    scan: ScanOptions = field(default_factory=ScanOptions)
     shard_bytes: int = 256 * MIB
     rules: ImageRules = field(default_factory=ImageRules)
-    max_rejects: float = 0.001
-    workers: int | None = None
+    max_rejects: float = MAX_REJECTS
+
+    @property
+    def workers(self) -> int | None:
+        return self.scan.workers
 
     @property
     def changing_bytes(self) -> dict[str, Any]:
-        return {"seed": self.seed, "shard_bytes": self.shard_bytes, **asdict(self.rules)}
+        classes = self.scan.classes
+        return {
+            "seed": self.scan.seed,
+            "shard_bytes": self.shard_bytes,
+            "val_fraction": self.scan.val_fraction,
+            "classes": classes and xxhash.xxh3_64_hexdigest(classes.read_bytes()),
+            **asdict(self.rules),
+        }
 
 
-def convert(source: Path, out: Path, options: Options) -> Outcome | None:
+def convert(source: Path, out: Path, options: Options, part: Part | None = None) -> Outcome | None:
     """Convert `source` into the shard set `out`, or finish what was begun there.
 
+    Args:
+        part: make this share of the shards only, and no manifest; `finish` joins the parts.
+
     Returns:
-        None when the set was already complete.
+        What was made; None for a part, and when the set was already complete.
 
     Raises:
         UserError: the source or the options do not fit.
         ConversionFailed: the job could not be finished; the same command resumes it.
     """
-    try:
+    with _explained(out):
         if (out / MANIFEST_NAME).exists():
             _check_same(out, Manifest.load(out).made.get("options"), options)
             return None
@@ -59,11 +81,36 @@ def convert(source: Path, out: Path, options: Options) -> Outcome | None:
         plan = work.load_plan() or _plan(source, work, options)
         _check_same(out, plan.options, options)
         for note in plan.notes:
-            print(f"note: {note}")
-        _write_shards(work, plan, options)
-        return join(work, plan, options.max_rejects)
-    except OSError as error:
-        raise explain(error, out) from error
+            print(f"note: {note}", file=sys.stderr)
+        with hold_part(work, part or WHOLE):
+            _write_shards(work, plan, options, part or WHOLE)
+            return None if part else join(work, plan, options.max_rejects)
+
+
+def finish(out: Path, max_rejects: float = MAX_REJECTS) -> Outcome | None:
+    """Join the parts of a conversion into a set.
+
+    Returns:
+        What was made; None when the set was already complete.
+
+    Raises:
+        ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
+    """
+    with _explained(out):
+        if (out / MANIFEST_NAME).exists():
+            return None
+        work = Work(out)
+        plan = work.load_plan()
+        if plan is None:
+            raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
+        missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
+        if missing:
+            raise ConversionFailed(
+                f"{out}: {len(missing):,} of {len(plan.jobs):,} shards are not made yet ({missing[0]} is the first); "
+                "run their parts again, or all that is left without --part"
+            )
+        with hold(work.path / "finish.lock", f"the end of {out}"):
+            return join(work, plan, max_rejects)
 
 
 def default_out(source: Path) -> Path:
@@ -72,47 +119,67 @@ def default_out(source: Path) -> Path:
     return source.with_name(source.name + "-shards")
 
 
+@contextmanager
+def _explained(out: Path) -> Iterator[None]:
+    """What the system refuses becomes one line."""
+    try:
+        yield
+    except OSError as error:
+        raise explain(error, out) from error
+
+
 def _plan(source: Path, work: Work, options: Options) -> Plan:
-    """Scan, arrange and remember."""
-    found = scan(source)
+    """Scan, arrange and remember; of several processes that begin together one does it, the others wait for it."""
     if work.out.exists() and any(path != work.path for path in work.out.iterdir()):
         raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
+    recognise(source)
     work.path.mkdir(parents=True, exist_ok=True)
+    with hold(work.path / "scan.lock", f"the listing of {source}", wait=True):
+        plan = work.load_plan()
+        if plan is None:
+            try:
+                plan = _scan(source, work, options)
+            except UserError:  # nothing was begun
+                shutil.rmtree(work.path)
+                with suppress(OSError):
+                    work.out.rmdir()
+                raise
+            work.save_plan(plan)
+        return plan
+
+
+def _scan(source: Path, work: Work, options: Options) -> Plan:
+    found = scan(source, options.scan, work.path / "spool")
     shards = {}
     for split, listing in found.splits.items():
-        arranged, bounds = arrange(listing, split, options.seed, options.shard_bytes)
+        arranged, bounds = arrange(listing, split, options.scan.seed, options.shard_bytes)
         work.save_listing(split, arranged, bounds)
         shards[split] = len(bounds) - 1
-    plan = Plan(
+    return Plan(
         options=options.changing_bytes,
-        kind=found.kind,
+        layout=found.layout,
         classes=found.classes,
         shards=shards,
         ignored=found.ignored,
         notes=found.notes,
     )
-    work.save_plan(plan)
-    return plan
 
 
 def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -> None:
-    asked = options.changing_bytes
-    if made_with != asked:
-        differing = [name for name in asked if (made_with or {}).get(name) != asked[name]]
-        was = ", ".join(f"{name} {(made_with or {}).get(name)}" for name in differing)
-        raise UserError(f"{out}: was begun with other options ({was}); give the same, or another --out, or remove it")
+    asked, was = options.changing_bytes, made_with or {}
+    if was != asked:
+        differing = ", ".join(f"{name} {was.get(name)}" for name in asked if was.get(name) != asked[name])
+        raise UserError(
+            f"{out}: was begun with other options ({differing}); give the same, or another --out, or remove it"
+        )
 
 
-def _write_shards(work: Work, plan: Plan, options: Options) -> None:
-    todo = [
-        ShardJob(work.out, split, shard, options.rules) for split, shard in plan.jobs if not work.is_done(split, shard)
-    ]
+def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:
+    mine = plan.jobs[part.number - 1 :: part.of]
+    todo = [ShardJob(work.out, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
     images = 0
     for job in todo:
         _, bounds = work.load_listing(job.split)
         images += int(bounds[job.shard + 1] - bounds[job.shard])
-    if not todo:
-        return
-    workers = options.workers or len(os.sched_getaffinity(0))
     with Progress("sharding", images) as progress:
-        run_jobs(write_shard, todo, min(workers, len(todo)), progress)
+        run_jobs(write_shard, todo, options.workers, progress)

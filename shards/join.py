@@ -125,7 +125,7 @@ def _made(plan: Plan, done: dict[tuple[str, int], ShardDone]) -> dict[str, Any]:
         counts[split] = {"repaired": dict(sorted(repaired.items())), "rejected": dict(sorted(rejected.items()))}
     return {
         "tool": f"fat-pipeline {version('fat-pipeline')}",
-        "source": plan.kind,
+        "source": plan.layout,
         "shuffled": True,
         "options": plan.options,
         "images": counts,

@@ -7,7 +7,8 @@ from the same list: a worker maps the few rows of its shard and never holds the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,8 @@ class Entry:
 
     @property
     def key(self) -> str:
-        return sample_key(self.name, self.ambiguous)
+        place = b"" if self.offset is None else b"%s %d" % (os.fsencode(self.container.name), self.offset)
+        return sample_key(self.name, self.name + place if self.ambiguous else None)
 
     @property
     def path(self) -> str:
@@ -122,7 +124,7 @@ class ListingBuilder:
         self._rows: list[Rows] = []
         self._containers: list[Path] = []
 
-    def add(self, container: Path, found: list[tuple[bytes, int | None, int, int]]) -> None:
+    def add(self, container: Path, found: Sequence[tuple[bytes, int | None, int, int]]) -> None:
         """Add (name, offset or None, size, label) of each entry of a folder or archive."""
         if not self._containers or self._containers[-1] != container:
             self._containers.append(container)
@@ -145,18 +147,19 @@ class ListingBuilder:
         return listing
 
 
-def sample_key(name: bytes, ambiguous: bool) -> str:
+def sample_key(name: bytes, unique: bytes | None = None) -> str:
     """The key of an image in the tar: its class and file name, in letters, digits, '-' and '_' only.
 
-    Keys that several files would share, or that would be too long, get a hash of the full name.
+    Keys that several files would share get a hash of something that tells them apart (`unique`); keys that would be
+    too long are cut, and get a hash of the name.
     """
     base = name.rfind(b"/") + 1
     dot = name.rfind(b".")
     stem = name[:dot] if dot > base else name
     key = stem.translate(_KEY_BYTES).decode("ascii")
-    if not ambiguous and len(key) <= MAX_KEY:
+    if unique is None and len(key) <= MAX_KEY:
         return key
-    mark = "-" + xxhash.xxh3_64_hexdigest(name)
+    mark = "-" + xxhash.xxh3_64_hexdigest(unique or name)
     return key[: MAX_KEY - len(mark)] + mark
 
 
@@ -171,7 +174,7 @@ def _basename(name: bytes) -> str:
 
 def _mark_ambiguous(listing: Listing) -> None:
     keys = np.fromiter(
-        (xxhash.xxh3_64_intdigest(sample_key(listing.name(i), False).encode()) for i in range(len(listing))),
+        (xxhash.xxh3_64_intdigest(sample_key(listing.name(i)).encode()) for i in range(len(listing))),
         dtype=np.uint64,
         count=len(listing),
     )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.queues import SimpleQueue
 from typing import Any, TypeVar
 
 from shards.errors import ConversionFailed
@@ -19,31 +20,50 @@ from shards.progress import Progress
 J = TypeVar("J")
 R = TypeVar("R")
 Report = Callable[[int, int], None]
+"""Called with (items, bytes) done since the last call; raises when the run is to stop."""
 
 POLL = 0.2  # seconds between looks at the counters and, in a worker, at the parent
 
-_items: Synchronized[int]
-_bytes: Synchronized[int]
+# Shared without locks, so that a worker killed at any moment leaves nobody waiting: the first number tells all to stop,
+# then come two for each worker, who alone writes them.
+_STOP, _FIRST = 0, 1
+_counters: Any
+_slot: int
 
 
-def run_jobs(task: Callable[[J, Report], R], jobs: Iterable[J], workers: int, progress: Progress) -> list[R]:
-    """Run `task(job, report)` for every job in worker processes; results in the order of the jobs.
+class Stopped(Exception):
+    """Raised in a worker when another one failed, or the run was interrupted."""
 
-    The first error ends the run: what has not started is dropped, what runs is waited for.
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_jobs(task: Callable[[J, Report], R], jobs: Sequence[J], workers: int | None, progress: Progress) -> list[R]:
+    """Run `task(job, report)` for every job in worker processes (one per core unless told); results in their order.
+
+    The first error ends the run: what runs is stopped at its next report, what has not started is dropped.
 
     Raises:
         ConversionFailed: a worker died (killed, or out of memory).
         Exception: whatever a task raised first.
     """
+    if not jobs:
+        return []
     context = multiprocessing.get_context("spawn")
-    items, size = context.Value("q", 0), context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, _start, (items, size, os.getpid())) as pool:
+    size = min(workers or cores(), len(jobs))
+    counters = context.RawArray("q", _FIRST + 2 * size)
+    slots: SimpleQueue[int] = context.SimpleQueue()
+    for i in range(size):
+        slots.put(_FIRST + 2 * i)
+    with ProcessPoolExecutor(size, context, _start, (counters, slots, os.getpid())) as pool:
         futures = [pool.submit(partial(_run, task), job) for job in jobs]
         waiting = set(futures)
         try:
             while waiting:
                 finished, waiting = wait(waiting, timeout=POLL, return_when=FIRST_EXCEPTION)
-                progress.update(items.value, size.value)
+                progress.update(sum(counters[_FIRST::2]), sum(counters[_FIRST + 1 :: 2]))
                 for future in finished:
                     future.result()
         except BrokenProcessPool as error:
@@ -52,14 +72,16 @@ def run_jobs(task: Callable[[J, Report], R], jobs: Iterable[J], workers: int, pr
                 "with fewer --workers if memory is short"
             ) from error
         finally:
+            counters[_STOP] = 1
             pool.shutdown(wait=True, cancel_futures=True)
     return [future.result() for future in futures]
 
 
-def _start(items: Synchronized[int], size: Synchronized[int], parent: int) -> None:
-    global _items, _bytes  # the way to hand an inherited counter to a pool's tasks
-    _items, _bytes = items, size
+def _start(counters: Any, slots: SimpleQueue[int], parent: int) -> None:
+    global _counters, _slot
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all: the parent alone decides
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    _counters, _slot = counters, slots.get()
 
 
 def _leave_with(parent: int) -> None:
@@ -74,7 +96,7 @@ def _run(task: Callable[[Any, Report], Any], job: Any) -> Any:
 
 
 def _report(items: int, size: int) -> None:
-    with _items.get_lock():
-        _items.value += items
-    with _bytes.get_lock():
-        _bytes.value += size
+    _counters[_slot] += items
+    _counters[_slot + 1] += size
+    if _counters[_STOP]:
+        raise Stopped

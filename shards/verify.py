@@ -6,7 +6,6 @@ say. So damage is not only noticed, but named: shard, offset, key.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -54,12 +53,10 @@ def verify(path: Path, workers: int | None = None) -> list[str]:
         faults += found
         if not found:
             checks += [ShardCheck(path, split, i) for i in range(len(entry.shards))]
-    workers = workers or len(os.sched_getaffinity(0))
-    if checks:
-        samples = sum(manifest.splits[check.split].shards[check.shard].samples for check in checks)
-        with Progress("verifying", samples) as progress:
-            for found in run_jobs(check_shard, checks, min(workers, len(checks)), progress):
-                faults += found
+    samples = sum(manifest.splits[check.split].shards[check.shard].samples for check in checks)
+    with Progress("verifying", samples) as progress:
+        for found in run_jobs(check_shard, checks, workers, progress):
+            faults += found
     return faults
 
 

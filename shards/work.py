@@ -40,7 +40,7 @@ class Plan:
 
     options: dict[str, Any]
     """Everything that changes bytes; a resumed conversion must be asked for the same."""
-    kind: str
+    layout: str
     classes: tuple[ClassEntry, ...]
     shards: dict[str, int]
     """Split -> number of shards."""

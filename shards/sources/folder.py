@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from shards.errors import UserError
 from shards.images import looks_like_image
 from shards.listing import ListingBuilder, printable
 from shards.manifest import ClassEntry
-from shards.sources import Scan
+from shards.sources.classes import human_names
+from shards.sources.scan import TRAIN, VAL, Scan
 
-TRAIN = "train"
 VAL_FOLDERS = ("val", "valid", "validation")
 IMAGE_SUFFIXES = frozenset(
     {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
@@ -27,9 +28,14 @@ def scan_folder(source: Path) -> Scan:
     Raises:
         UserError: no such folder, no class folders, or a class folder without images.
     """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; give a folder of class folders, or of train/ and val/")
-    roots = split_folders(source)
+    found = scan_classes(split_folders(source))
+    names = human_names(source)
+    classes = tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes)
+    return replace(found, classes=classes)
+
+
+def scan_classes(roots: dict[str, Path]) -> Scan:
+    """List the class folders of each split's root; classes are numbered in the order of their sorted names."""
     names = sorted({name for root in roots.values() for name in _class_folders(root)})
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
@@ -47,7 +53,7 @@ def scan_folder(source: Path) -> Scan:
             if images == 0:
                 raise UserError(f"{folder}: a class folder without images; fill it or remove it")
     return Scan(
-        kind="folder",
+        layout="folder",
         classes=tuple(ClassEntry(folder=printable(name)) for name in names),
         splits={split: builder.build() for split, builder in builders.items()},
         ignored=ignored,
@@ -56,24 +62,27 @@ def scan_folder(source: Path) -> Scan:
 
 def split_folders(source: Path) -> dict[str, Path]:
     """Split name -> folder of class folders."""
-    if not any(source.iterdir()):
-        raise UserError(f"{source}: empty folder; give a folder of class folders, or of train/ and val/")
     if not (source / TRAIN).is_dir():
         roots = {TRAIN: source}
     else:
         roots = {TRAIN: source / TRAIN}
         for folder in VAL_FOLDERS:
             if (source / folder).is_dir():
-                roots["val"] = source / folder
-    for root in roots.values():
-        if not _class_folders(root):
-            raise UserError(f"{root}: no class folders in it; images are expected as {root}/CLASS/IMAGE")
+                roots[VAL] = source / folder
     return roots
 
 
 def _class_folders(root: Path) -> list[bytes]:
+    """Names of the folders in `root`, without hidden ones, which tools leave behind.
+
+    Raises:
+        UserError: there are none.
+    """
     with os.scandir(bytes(root)) as entries:
-        return sorted(entry.name for entry in entries if not entry.name.startswith(b".") and entry.is_dir())
+        found = sorted(entry.name for entry in entries if not entry.name.startswith(b".") and entry.is_dir())
+    if not found:
+        raise UserError(f"{root}: no class folders in it; images are expected as {root}/CLASS/IMAGE")
+    return found
 
 
 Found = tuple[bytes, list[tuple[bytes, int]], int]

@@ -1,0 +1,118 @@
+"""Classes and splits, as every source has them: order, names, ImageNet's counts, a validation split where none is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from shards.errors import UserError
+from shards.listing import Listing
+from shards.manifest import ClassEntry
+from shards.sources.scan import TRAIN, VAL, Scan
+
+SYNSET = re.compile(r"n\d{8}")
+IMAGENET_CLASSES = 1000
+IMAGENET_IMAGES = {TRAIN: 1_281_167, VAL: 50_000}
+MAPPING_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
+
+
+def read_classes(path: Path) -> list[ClassEntry]:
+    """Read a file of one class a line: folder, white space, human names separated by commas (the first counts).
+
+    Raises:
+        UserError: missing, empty, or a folder named twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a text file with one class a line") from error
+    entries = []
+    for line in filter(None, map(str.strip, lines)):
+        folder, _, names = line.partition(" ") if "\t" not in line else line.partition("\t")
+        entries.append(ClassEntry(folder=folder, name=names.split(",")[0].strip() or None))
+    if not entries:
+        raise UserError(f"{path}: no classes in it; expected one a line")
+    if len({entry.folder for entry in entries}) < len(entries):
+        raise UserError(f"{path}: a class is named twice")
+    return entries
+
+
+def human_names(folder: Path) -> dict[str, str | None]:
+    """Class folder -> name, from the mapping file that a source brings along; empty where it brings none."""
+    for name in MAPPING_FILES:
+        if (folder / name).is_file():
+            return {entry.folder: entry.name for entry in read_classes(folder / name)}
+    return {}
+
+
+def order_classes(found: Scan, path: Path) -> Scan:
+    """Give the classes the order, and the names, of a file.
+
+    Raises:
+        UserError: the source has classes that the file does not name.
+    """
+    wanted = read_classes(path)
+    places = {entry.folder: place for place, entry in enumerate(wanted)}
+    unknown = [entry.folder for entry in found.classes if entry.folder not in places]
+    if unknown:
+        raise UserError(f"{path}: does not name class '{unknown[0]}' ({len(unknown)} such in the source); add it")
+    names = {entry.folder: entry.name for entry in found.classes}
+    move = np.array([places[entry.folder] for entry in found.classes], dtype=np.uint32)
+    for listing in found.splits.values():
+        listing.rows["label"] = move[listing.rows["label"]]
+    classes = tuple(ClassEntry(folder=entry.folder, name=entry.name or names.get(entry.folder)) for entry in wanted)
+    return replace(found, classes=classes)
+
+
+def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
+    """Take a share of every class for validation; which images is decided by a hash of their names.
+
+    Raises:
+        UserError: the source has a validation split, or the share is none.
+    """
+    if fraction == 0:
+        return found
+    if not 0 < fraction < 1:
+        raise UserError(f"--val-fraction {fraction:g}: a share between 0 and 1 is expected")
+    if VAL in found.splits:
+        raise UserError(f"--val-fraction {fraction:g}: the source has a validation split; leave the option out")
+    listing = found.splits[TRAIN]
+    draws = np.fromiter(
+        (xxhash.xxh3_64_intdigest(b"val-fraction/" + listing.name(i), seed) for i in range(len(listing))),
+        dtype=np.uint64,
+        count=len(listing),
+    )
+    labels = listing.rows["label"].astype(np.int64)
+    order = np.lexsort((draws, labels))
+    sizes = np.bincount(labels, minlength=len(found.classes))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    chosen = np.zeros(len(order), dtype=bool)
+    chosen[order] = rank < np.repeat(np.round(sizes * fraction), sizes)
+    if not chosen.any() or chosen.all():
+        raise UserError(f"--val-fraction {fraction:g}: leaves one of the splits empty")
+    splits = {
+        TRAIN: Listing(listing.rows[~chosen], listing.names, listing.containers),
+        VAL: Listing(listing.rows[chosen], listing.names, listing.containers),
+    }
+    return replace(found, splits=splits)
+
+
+def check_imagenet(found: Scan) -> tuple[str, ...]:
+    """Notes on what a source that has ImageNet-1K's look lacks of it."""
+    folders = [entry.folder for entry in found.classes]
+    if not all(map(SYNSET.fullmatch, folders)):
+        return ()
+    if found.layout not in ("ilsvrc", "kaggle") and len(folders) != IMAGENET_CLASSES:
+        return ()
+    notes = []
+    if len(folders) != IMAGENET_CLASSES:
+        notes.append(f"ImageNet-1K has {IMAGENET_CLASSES:,} classes, this source {len(folders):,}")
+    for split, listing in found.splits.items():
+        expected = IMAGENET_IMAGES[split]
+        if len(listing) != expected:
+            notes.append(f"ImageNet-1K has {expected:,} {split} images, this source {len(listing):,}")
+    return tuple(notes)

@@ -1,0 +1,70 @@
+"""ImageNet-1K as Kaggle gives it out: ILSVRC/Data/CLS-LOC/train/SYNSET/*, a flat val/, and lists beside ILSVRC."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+from shards.errors import UserError
+from shards.listing import Listing, ListingBuilder
+from shards.manifest import ClassEntry
+from shards.sources.classes import human_names
+from shards.sources.folder import scan_classes
+from shards.sources.scan import TRAIN, VAL, Scan
+
+DATA = Path("ILSVRC/Data/CLS-LOC")
+SOLUTION = "LOC_val_solution.csv"
+
+
+def kaggle_root(source: Path) -> Path | None:
+    """The folder that holds ILSVRC/, where `source` is that folder or ILSVRC itself."""
+    root = source.absolute().parent if source.absolute().name == "ILSVRC" else source
+    return root if (root / DATA).is_dir() else None
+
+
+def scan_kaggle(source: Path) -> Scan:
+    """List the images.
+
+    Raises:
+        UserError: a part of the layout is missing, or a validation image has no label.
+    """
+    root = kaggle_root(source)
+    if root is None:
+        raise UserError(f"{source}: no {DATA} in it, so this is not the Kaggle layout")
+    data = root / DATA
+    found = scan_classes({TRAIN: data / "train"})
+    labels = {entry.folder: label for label, entry in enumerate(found.classes)}
+    splits = dict(found.splits)
+    notes: list[str] = []
+    if (data / "val").is_dir():
+        splits[VAL] = _scan_val(data / "val", _read_solution(root / SOLUTION), labels)
+    else:
+        notes.append(f"{data / 'val'}: not there, so the set gets no validation split")
+    names = human_names(root)
+    classes = tuple(ClassEntry(folder=folder, name=names.get(folder)) for folder in labels)
+    return Scan("kaggle", classes, splits, found.ignored, tuple(notes))
+
+
+def _read_solution(path: Path) -> dict[str, str]:
+    """Image id -> synset id, the first word of each prediction string."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; without it the validation images have no labels") from None
+    except (KeyError, IndexError, AttributeError):
+        raise UserError(f"{path}: not the list it should be (ImageId,PredictionString); download it again") from None
+
+
+def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> Listing:
+    builder = ListingBuilder()
+    found: list[tuple[bytes, int | None, int, int]] = []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            synset = truth.get(os.path.splitext(entry.name)[0])
+            if synset not in labels:
+                raise UserError(f"{entry.path}: its class in {SOLUTION} is {synset}, which train/ does not have")
+            found.append((f"{synset}/{entry.name}".encode(), None, entry.stat().st_size, labels[synset]))
+    builder.add(folder, found)
+    return builder.build()

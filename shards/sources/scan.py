@@ -1,0 +1,41 @@
+"""What a source is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shards.listing import Listing
+from shards.manifest import ClassEntry
+
+TRAIN, VAL = "train", "val"
+
+Layout = Literal["folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScanOptions:
+    """How to read a source."""
+
+    layout: Layout | None = None
+    """None = whatever it looks like."""
+    val_fraction: float = 0.0
+    """Share of each class that becomes the validation split, for sources that have none."""
+    classes: Path | None = None
+    """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
+    seed: int = 0
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source holds."""
+
+    layout: Layout
+    classes: tuple[ClassEntry, ...]
+    splits: dict[str, Listing]
+    ignored: int = 0
+    """Files that are no images, by name and by content."""
+    notes: tuple[str, ...] = ()
+    """Lines that the person should see."""
