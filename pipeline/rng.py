@@ -58,7 +58,12 @@ def bits(stream: Stream, *key: ArrayLike) -> U64:
         uint64, of the key's broadcast shape.
     """
     with np.errstate(over="ignore"):
-        state = mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN)
+        return extend(mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
+
+
+def extend(state: U64, *key: ArrayLike) -> U64:
+    """What `bits` gives for a longer key: `extend(bits(s, a), b)` is `bits(s, a, b)`."""
+    with np.errstate(over="ignore"):
         for word in key:
             state = mix64((state ^ _as_u64(word)) + GOLDEN)
     return state

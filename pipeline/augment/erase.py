@@ -70,7 +70,7 @@ def quantiles() -> NDArray[np.float32]:
 
 
 def hash_place(keys: Tensor, place: Tensor) -> Tensor:
-    """`rng.bits(..., place)` for keys made by `rng.bits(...)`, on the device: int64, the same 64 bits."""
+    """`rng.extend(keys, place)` on the device: int64, the same 64 bits."""
     state = (keys ^ place) + _signed(rng.GOLDEN)
     state = (state ^ _shift(state, 30)) * _signed(rng.MIX1)
     state = (state ^ _shift(state, 27)) * _signed(rng.MIX2)

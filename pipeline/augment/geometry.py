@@ -19,8 +19,8 @@ from torch.nn.functional import pad
 
 from pipeline.augment.ops import Op
 
-# Pixels resampled at once, at some 300 bytes each: on a CPU, what its caches hold; elsewhere, what memory allows.
-_BLOCK = {"cpu": 1 << 14}
+# Pixels resampled at once, at up to 300 bytes each: on a CPU, what its caches nearly hold; elsewhere, what memory does.
+_BLOCK = {"cpu": 1 << 16}
 _BLOCK_ELSEWHERE = 1 << 20
 
 
@@ -66,59 +66,52 @@ def along_y(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int
 
 def _resample(images: Tensor, maps: Tensor, fill: tuple[int, int, int], *, taps_x: int, taps_y: int) -> Tensor:
     count, height, width, _ = images.shape
+    at_once = max(1, _BLOCK.get(images.device.type, _BLOCK_ELSEWHERE) // (height * width))
+    if count > at_once:
+        parts = zip(images.split(at_once), maps.split(at_once), strict=True)
+        return torch.cat([_resample(*part, fill, taps_x=taps_x, taps_y=taps_y) for part in parts])
     device = images.device
-    # Coordinates in float64, as PIL has them: a pixel on the edge falls on the same side.
     a, b, c, d, e, f = maps.view(count, 6, 1, 1).unbind(1)
+    # Coordinates in float64, as PIL has them: a pixel on the edge falls on the same side.
     x = torch.arange(width, dtype=torch.float64, device=device) + 0.5
     y = torch.arange(height, dtype=torch.float64, device=device)[:, None] + 0.5
-    source_x, source_y = a * x + b * y + c, d * x + e * y + f
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    left, right_share = _split(source_x)
-    top, bottom_share = _split(source_y)
-    first = torch.arange(count, dtype=torch.int32, device=device)[:, None, None] * (height * width)
-    first = first.expand(count, height, width).reshape(-1)
-
+    first = torch.arange(0, count * height, height, dtype=torch.int32, device=device).view(count, 1, 1)
+    columns, rows = x.to(torch.int32), y.to(torch.int32) + first  # truncated: the half goes
+    inside = torch.ones_like(maps[:, :1, None], dtype=torch.bool)
+    if taps_x == 4:
+        inside, columns, share_x = _neighbours(a * x + b * y + c, width)
+    if taps_y == 4:
+        inside_y, rows, share_y = _neighbours(d * x + e * y + f, height)
+        inside, rows = inside & inside_y, rows + first
+    places = (rows * width).view(taps_y, 1, *rows.shape[-3:]) + columns
     # Four bytes a pixel, so that one gather of 32-bit words fetches all channels.
     packed = pad(images, (0, 1)).view(torch.int32).view(-1)
-    offsets_x, offsets_y = (_offsets(taps, device) for taps in (taps_x, taps_y))
-    result = torch.empty(count * height * width, 4, dtype=torch.uint8, device=device)
-    block = _BLOCK.get(device.type, _BLOCK_ELSEWHERE)
-    for start in range(0, len(result), block):
-        part = slice(start, start + block)
-        columns = (left[part] + offsets_x).clamp_(0, width - 1)
-        rows = (top[part] + offsets_y).clamp_(0, height - 1).mul_(width).add_(first[part])
-        places = rows[:, None] + columns
-        values = packed.index_select(0, places.view(-1)).view(torch.uint8).view(taps_y, taps_x, -1, 4)
-        values = values.to(torch.float32)
-        values = _cubic(values.unbind(1), right_share[part]) if taps_x == 4 else values[:, 0]
-        values = _cubic(values.unbind(0), bottom_share[part]) if taps_y == 4 else values[0]
-        result[part] = values.clamp_(0, 255)
+    values = packed.index_select(0, places.view(-1)).view(torch.uint8).view(taps_y, taps_x, -1, 4).to(torch.float32)
+    values = _cubic(values.unbind(1), share_x) if taps_x == 4 else values[:, 0]
+    values = _cubic(values.unbind(0), share_y) if taps_y == 4 else values[0]
+    sampled = values.clamp_(0, 255).to(torch.uint8).view(torch.int32).view(count, height, width)
     colour = int.from_bytes(bytes((*fill, 0)), byteorder)
-    words = torch.where(inside, result.view(torch.int32).view(inside.shape), colour)
-    return words.view(torch.uint8).view(count, height, width, 4)[..., :3]
+    return torch.where(inside, sampled, colour).view(torch.uint8).view(count, height, width, 4)[..., :3]
 
 
-def _split(source: Tensor) -> tuple[Tensor, Tensor]:
-    """The pixel before each place, int32 [pixels], and how far the place is on the way to the next, float32
-    [pixels, 1]."""
+def _neighbours(source: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Along one axis, for places `source` [n, H, W]: whether they are inside the image, bool [n, H, W]; the four pixels
+    about each, clamped to the image, int32 [4, n, H, W]; and how far it is from the second to the third, float32
+    [n * H * W, 4], the same in each channel."""
+    inside = (source >= 0) & (source < size)
     centred = source - 0.5
     before = centred.floor()
-    return before.to(torch.int32).view(-1), (centred - before).to(torch.float32).view(-1, 1)
+    share = (centred - before).to(torch.float32).view(-1, 1).expand(-1, 4).contiguous()
+    offsets = torch.arange(-1, 3, dtype=torch.int32, device=source.device).view(4, 1, 1, 1)
+    return inside, (before.to(torch.int32) + offsets).clamp_(0, size - 1), share
 
 
-def _offsets(taps: int, device: torch.device) -> Tensor:
-    """int32 [taps, 1], from the pixel before."""
-    first = -1 if taps == 4 else 0
-    return torch.arange(first, first + taps, dtype=torch.int32, device=device)[:, None]
-
-
-def _cubic(values: Sequence[Tensor], share: Tensor) -> Tensor:
-    """The cubic through four neighbours (overwritten), float32 [..., pixels, 4], by PIL's Horner scheme.
+def _cubic(values: Sequence[Tensor], t: Tensor) -> Tensor:
+    """The cubic through four neighbours (overwritten), float32 [..., pixels, 4], at t [pixels, 4], by PIL's scheme.
 
     v2 + t ((v3 - v1) + t ((2 (v1 - v2) + v3 - v4) + t (v2 - v1 + v3 - v4))) with the last bracket's sign turned.
     """
     v1, v2, v3, v4 = values
-    t = share.expand(-1, 4).contiguous()
     slope = v3 - v1
     first, last = v1.sub_(v2), v3.sub_(v4)
     bend = last.add_(first)

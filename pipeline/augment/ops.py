@@ -76,3 +76,24 @@ def arguments(
         Op.TRANSLATE_Y: signs * (share * 0.45),
     }
     return np.select([ops == op for op in table], list(table.values()), default=0.0)
+
+
+_CAPTIONS = {
+    Op.ROTATE: "{:+.1f}°",
+    Op.POSTERIZE: "to {:.0f} bits",
+    Op.SOLARIZE: "from {:.0f}",
+    Op.SOLARIZE_ADD: "{:+.0f}",
+    Op.COLOR: "x{:.2f}",
+    Op.CONTRAST: "x{:.2f}",
+    Op.BRIGHTNESS: "x{:.2f}",
+    Op.SHARPNESS: "x{:.2f}",
+    Op.SHEAR_X: "{:+.2f}",
+    Op.SHEAR_Y: "{:+.2f}",
+    Op.TRANSLATE_X: "{:+.0%}",
+    Op.TRANSLATE_Y: "{:+.0%}",
+}
+
+
+def caption(op: Op, argument: float) -> str:
+    """For people, as in `Rotate -26.4°`."""
+    return f"{op.title} {_CAPTIONS.get(op, '')}".rstrip().format(argument)
