@@ -19,11 +19,11 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from shards.jpeg import JpegHeader, NotAJpeg, parse_header
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", TiffImagePlugin.TiffImageFile.format, WebPImagePlugin.WebPImageFile.format)
 REPAIR_QUALITY = 95
 MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_500  # of a JPEG, in libjpeg
@@ -147,10 +147,10 @@ def _decoding() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except Rejected:
+    except (Rejected, MemoryError):
         raise
-    except MemoryError:
-        raise
+    except Image.DecompressionBombError as error:
+        raise Rejected(f"unreasonably large: {error}") from error
     except Exception as error:  # Pillow's decoders raise whatever their parsers stumble over
         reason = "no image" if isinstance(error, Image.UnidentifiedImageError) else f"does not decode: {error}"
         raise Rejected(reason) from error

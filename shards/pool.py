@@ -49,10 +49,10 @@ def run_jobs(task: Callable[[J, Report], R], jobs: Sequence[J], workers: int | N
         ConversionFailed: a worker died (killed, or out of memory).
         Exception: whatever a task raised first.
     """
-    if not jobs:
-        return []
-    context = multiprocessing.get_context("spawn")
     size = min(workers or cores(), len(jobs))
+    if size <= 1:
+        return _run_here(task, jobs, progress)
+    context = multiprocessing.get_context("spawn")
     counters = context.RawArray("q", _FIRST + 2 * size)
     slots: SimpleQueue[int] = context.SimpleQueue()
     for i in range(size):
@@ -75,6 +75,18 @@ def run_jobs(task: Callable[[J, Report], R], jobs: Sequence[J], workers: int | N
             counters[_STOP] = 1
             pool.shutdown(wait=True, cancel_futures=True)
     return [future.result() for future in futures]
+
+
+def _run_here(task: Callable[[J, Report], R], jobs: Sequence[J], progress: Progress) -> list[R]:
+    """One worker needs no process of its own."""
+    done = [0, 0]
+
+    def report(items: int, size: int) -> None:
+        done[0] += items
+        done[1] += size
+        progress.update(*done)
+
+    return [task(job, report) for job in jobs]
 
 
 def _start(counters: Any, slots: SimpleQueue[int], parent: int) -> None:

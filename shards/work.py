@@ -92,7 +92,12 @@ class Work:
         durable_write(self._done(split, shard, "json"), json.dumps(asdict(done)).encode())
 
     def is_done(self, split: str, shard: int) -> bool:
-        return self._done(split, shard, "json").exists()
+        """Whether the shard is recorded, and what is recorded is there."""
+        try:
+            found = self.tar(split, shard).stat().st_size
+            return found == self.load_done(split, shard).bytes and self._done(split, shard, "rows.npy").exists()
+        except FileNotFoundError:
+            return False
 
     def load_done(self, split: str, shard: int) -> ShardDone:
         return ShardDone(**json.loads(self._done(split, shard, "json").read_bytes()))

@@ -1,0 +1,362 @@
+"""Conversion: the same input gives the same bytes, and bad input one clear line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from shards.commands import SamplePhotos, Shard
+from shards.convert import Options, convert, default_out, finish
+from shards.dataset import ShardSet
+from shards.errors import ConversionFailed, ShardSetError, UserError
+from shards.images import ImageRules
+from shards.lock import Held, hold
+from shards.parts import Part, hold_part
+from shards.sources.scan import ScanOptions
+from shards.verify import verify
+from shards.work import Work
+
+SMALL = Options(shard_bytes=400_000, scan=ScanOptions(workers=1))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "photos"
+    SamplePhotos(folder, count=40).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("reference") / "set"
+    convert(photos, out, SMALL)
+    return contents(out)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def jpeg(shade: int = 0) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade % 256, shade // 256, 0)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def class_folders(root: Path, classes: int = 2, images: int = 3) -> Path:
+    for c in range(classes):
+        (root / f"c{c}").mkdir(parents=True)
+        for i in range(images):
+            (root / f"c{c}" / f"{i}.jpg").write_bytes(jpeg(c * images + i))
+    return root
+
+
+def test_a_set_is_tars_indexes_and_a_manifest(photos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "set"
+    outcome = convert(photos, out, SMALL)
+    assert outcome is not None
+    names = {Path(name).name for name in contents(out)}
+    assert len([name for name in names if name.startswith("train-") and name.endswith(".tar")]) > 3
+    assert {"dataset.json", "train.index.npy", "val.index.npy", "val-000000.tar", "val-000000.idx"} <= names
+    assert contents(out) == reference, "made again, byte for byte"
+    assert verify(out, workers=1) == []
+
+
+def test_the_order_is_a_global_shuffle_by_seed(photos: Path, tmp_path: Path) -> None:
+    orders = {}
+    for seed in (0, 1):
+        convert(photos, tmp_path / str(seed), Options(scan=ScanOptions(seed=seed, workers=1)))
+        orders[seed] = ShardSet(tmp_path / str(seed)).index("train")
+    assert not np.array_equal(orders[0]["hash"], orders[1]["hash"])
+    assert set(orders[0]["hash"]) == set(orders[1]["hash"])
+    for index in orders.values():
+        runs = 1 + np.count_nonzero(np.diff(index["label"].astype(int)))
+        assert runs > len(index) / 2, "no long runs of a class"
+
+
+def test_the_order_does_not_depend_on_other_files(photos: Path, tmp_path: Path) -> None:
+    """Each sample is placed by a hash of its own name: leaving one out moves no other."""
+    copy = tmp_path / "photos"
+    shutil.copytree(photos, copy)
+    victim = sorted((copy / "train").rglob("*.JPEG"))[0]
+    victim.unlink()
+    one = Options(scan=ScanOptions(workers=1))
+    convert(photos, tmp_path / "all", one)
+    convert(copy, tmp_path / "fewer", one)
+    everything = list(ShardSet(tmp_path / "all").index("train")["hash"])
+    fewer = list(ShardSet(tmp_path / "fewer").index("train")["hash"])
+    assert len(fewer) == len(everything) - 1
+    assert [h for h in everything if h in set(fewer)] == fewer
+
+
+def test_shards_are_of_like_size_below_the_limit(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path / "set", SMALL)
+    sizes = [shard.bytes for shard in ShardSet(tmp_path / "set").split("train").shards]
+    largest_sample = int(ShardSet(tmp_path / "set").index("train")["size"].max()) + 2048
+    assert max(sizes) < SMALL.shard_bytes + largest_sample
+    assert max(sizes) - min(sizes) < 2 * largest_sample, "no small rest at the end"
+
+
+def test_manifest_names_no_time_host_or_place(reference: dict[str, bytes]) -> None:
+    made = json.loads(reference["dataset.json"])["made"]
+    assert set(made) == {"tool", "source", "shuffled", "options", "images", "ignored_files", "rejects_hash"}
+    assert made["source"] == "folder"
+    assert made["options"]["shard_bytes"] == 400_000
+
+
+def test_a_finished_set_is_left_alone(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = Shard(photos, out=tmp_path / "set", shard_size=1, workers=1)
+    assert command.run() == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
+    assert command.run() == 0
+    assert "already complete" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
+
+
+@pytest.mark.parametrize("lose", [".making/train-000001.json", ".making/train-000001.rows.npy", "train-000001.tar"])
+def test_resumes_where_it_was(photos: Path, tmp_path: Path, reference: dict[str, bytes], lose: str) -> None:
+    """Two parts of three done, one shard of them damaged, and leftovers of a killed process lying about."""
+    out = tmp_path / "set"
+    for k in (1, 2):
+        convert(photos, out, SMALL, Part(k, 3))
+    (out / ".train-000002.tar.0123abcd.tmp").write_bytes(b"half a shard")
+    (out / lose).unlink()
+    convert(photos, out, SMALL)
+    assert contents(out) == reference
+
+
+def test_parts_join_to_the_same_set(photos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+    out = tmp_path / "set"
+    for k in (3, 1, 2):
+        with pytest.raises(UserError):
+            finish(out)
+        assert convert(photos, out, SMALL, Part(k, 3)) is None
+    assert finish(out) is not None
+    assert contents(out) == reference
+    assert finish(out) is None, "already complete"
+
+
+def test_a_part_is_worked_on_once_at_a_time(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    convert(photos, out, SMALL, Part(2, 2))
+    with hold_part(Work(out), Part(1, 2)):
+        with pytest.raises(Held, match=f"part 1/2 of .* worked on by process {os.getpid()} on "):
+            convert(photos, out, SMALL, Part(1, 2))
+        with pytest.raises(Held, match="other parts"):
+            convert(photos, out, SMALL)
+        convert(photos, out, SMALL, Part(2, 2))
+
+
+def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock = tmp_path / "part.lock"
+    lock.write_text(json.dumps({"host": os.uname().nodename, "pid": 999_999}))
+    with hold(lock, "it"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    assert "999999" in capsys.readouterr().err
+    assert lock.read_text() == ""
+
+
+def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:
+    lock = tmp_path / "part.lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
+    with pytest.raises(Held, match="process 7 on elsewhere"), hold(lock, "it"):
+        pass
+    os.utime(lock, (0, 0))
+    with hold(lock, "it"):
+        pass
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3"])
+def test_parts_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UserError, match="K/N"):
+        Part.parse(text)
+
+
+def test_other_options_do_not_mix_with_what_was_begun(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    convert(photos, out, SMALL, Part(1, 2))
+    other = Options(shard_bytes=500_000, scan=SMALL.scan)
+    for _ in ("begun", "finished"):
+        with pytest.raises(UserError, match="shard_bytes 400000"):
+            convert(photos, out, other)
+        convert(photos, out, SMALL)
+
+
+def test_too_many_rejects_fail_with_the_list_and_without_a_manifest(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in" / "train", images=10)
+    (source / "c0" / "0.jpg").write_bytes(b"no image at all")
+    (source / "c1" / "1.jpg").write_bytes(b"")
+    out = tmp_path / "set"
+    with pytest.raises(ConversionFailed, match=r"2 of 20 images rejected.*--max-rejects") as caught:
+        convert(tmp_path / "in", out, Options(max_rejects=0.09))
+    assert caught.value.exit_code == 1
+    listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert listed == [
+        {"split": "train", "image": "c0/0.jpg", "reason": "no image"},
+        {"split": "train", "image": "c1/1.jpg", "reason": "empty file"},
+    ]
+    with pytest.raises(ShardSetError, match=r"no dataset\.json"):
+        ShardSet(out)
+    outcome = convert(tmp_path / "in", out, Options(max_rejects=0.1))  # allowing more needs no second conversion
+    assert outcome is not None
+    assert (outcome.rejected, outcome.manifest.splits["train"].samples) == (2, 18)
+    assert verify(out, workers=1) == []
+
+
+def test_a_shard_of_which_nothing_is_left_is_dropped(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in" / "train", classes=1, images=8)
+    options = Options(shard_bytes=2 * 3072, max_rejects=1.0, scan=ScanOptions(workers=1))
+    convert(tmp_path / "in", tmp_path / "whole", options)
+    whole = ShardSet(tmp_path / "whole")
+    first = set(whole.index("train")["hash"][: whole.shard_samples("train")[0]])
+    import xxhash
+
+    for path in source.rglob("*.jpg"):
+        if xxhash.xxh3_64_intdigest(path.read_bytes()) in first:
+            path.write_bytes(b"x" * path.stat().st_size)
+    convert(tmp_path / "in", tmp_path / "set", options)
+    shard_set = ShardSet(tmp_path / "set")
+    assert [shard.name for shard in shard_set.split("train").shards] == [
+        shard.name for shard in whole.split("train").shards[1:]
+    ]
+    assert not (tmp_path / "set" / "train-000000.tar").exists()
+    assert shard_set.index("train")["shard"].max() == len(shard_set.split("train").shards) - 1
+    assert verify(tmp_path / "set", workers=1) == []
+
+
+def test_a_split_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in", classes=1, images=2)
+    for path in source.rglob("*.jpg"):
+        path.write_bytes(b"")
+    with pytest.raises(ConversionFailed, match="no image of split 'train'"):
+        convert(source, tmp_path / "set", Options(max_rejects=1.0))
+
+
+def test_files_with_the_same_key_stay_apart(tmp_path: Path) -> None:
+    folder = class_folders(tmp_path / "in", classes=1, images=1) / "c0"
+    for i, name in enumerate(("same.jpg", "same.jpeg", "sa me.jpg", "sa_me.jpg")):
+        (folder / name).write_bytes(jpeg(100 + i))
+    convert(tmp_path / "in", tmp_path / "set", SMALL)
+    import tarfile
+
+    with tarfile.open(tmp_path / "set" / "train-000000.tar") as tar:
+        names = [name for name in tar.getnames() if name.endswith(".jpg")]
+    assert len(set(names)) == 5
+    assert sum(name.startswith("c0/same-") for name in names) == 2
+    assert sum(name.startswith("c0/sa_me-") for name in names) == 2
+    assert "c0/0.jpg" in names
+
+
+@contextmanager
+def without_privileges() -> Iterator[Path]:
+    """A folder of its own for somebody who is not root, whose every file root may read."""
+    root = Path(tempfile.mkdtemp())
+    root.chmod(0o777)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield root
+    finally:
+        os.seteuid(user)
+        shutil.rmtree(root)
+
+
+def test_an_unreadable_file_is_rejected_and_an_unreadable_folder_an_error() -> None:
+    with without_privileges() as root:
+        source = class_folders(root / "in", images=4)
+        (source / "c0" / "2.jpg").chmod(0)
+        outcome = convert(source, root / "set", Options(max_rejects=0.2))
+        assert outcome is not None
+        assert "cannot be read: Permission denied" in (root / "set" / "rejects.jsonl").read_text()
+        (source / "c1").chmod(0)
+        with pytest.raises(ConversionFailed, match=r"c1.*Permission denied"):
+            convert(source, root / "set2", Options())
+        (source / "c1").chmod(0o755)
+        (root / "readonly").mkdir(mode=0o555)
+        with pytest.raises(ConversionFailed, match=r"readonly.*Permission denied"):
+            convert(source, root / "readonly" / "set", Options())
+
+
+@pytest.mark.parametrize("change", ["gone", "longer", "shorter"])
+def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_path: Path, change: str) -> None:
+    source = class_folders(tmp_path / "in")
+    out = tmp_path / "set"
+    options = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
+    convert(source, tmp_path / "undisturbed", options)
+    convert(source, out, options, Part(1, 6))  # lists everything, converts a sixth
+    originals = contents(source)
+    for path in source.rglob("*.jpg"):
+        {
+            "gone": lambda path: path.unlink(),
+            "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+            "shorter": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        }[change](path)
+    with pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .*changed meanwhile"):
+        convert(source, out, options)
+    assert not list(out.glob("*.tmp"))
+    assert not (out / "dataset.json").exists()
+    for name, data in originals.items():
+        (source / name).write_bytes(data)
+    convert(source, out, options)
+    assert contents(out) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "complaint"),
+    [
+        (lambda root: root / "nowhere", "nowhere: no such file or folder"),
+        (lambda root: (root / "empty").mkdir() or root / "empty", "empty: empty folder"),
+        (lambda root: (root / "x" / "train").mkdir(parents=True) or root / "x", "train: no class folders"),
+        (lambda root: (root / "x" / "c0").mkdir(parents=True) or root / "x", "c0: a class folder without images"),
+        (lambda root: (root / "f.txt").write_text("x") and root / "f.txt", "f.txt: a file of no known kind"),
+    ],
+)
+def test_bad_sources_are_refused_and_leave_nothing_behind(
+    tmp_path: Path, prepare: Callable[[Path], Path], complaint: str
+) -> None:
+    source = prepare(tmp_path)
+    with pytest.raises(UserError, match=complaint) as caught:
+        convert(source, tmp_path / "set", Options())
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(UserError, match="not empty and no shard set"):
+        convert(photos, tmp_path, SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [({"shard_size": 0}, "--shard-size 0"), ({"workers": 0}, "--workers 0"), ({"quality": 101}, "--quality 101")],
+)
+def test_options_out_of_range(photos: Path, option: dict[str, int], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        Shard(photos, **option).run()
+
+
+def test_default_place_of_a_set(tmp_path: Path) -> None:
+    assert default_out(tmp_path / "imagenet") == tmp_path / "imagenet-shards"
+    assert default_out(Path(f"{tmp_path}/imagenet/")) == tmp_path / "imagenet-shards"
+
+
+def test_shrinking_a_whole_set(photos: Path, tmp_path: Path) -> None:
+    convert(photos, tmp_path / "set", Options(rules=ImageRules(max_side=100, quality=80), scan=ScanOptions(workers=1)))
+    index = ShardSet(tmp_path / "set").index("train")
+    assert np.maximum(index["height"], index["width"]).max() == 100
+    assert index["repaired"].sum() == 0
+    assert verify(tmp_path / "set", workers=1) == []

@@ -1,0 +1,245 @@
+"""The one rule for images (docs/sharding.md), asserted by name on a folder of oddities."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from PIL import Image
+
+from shards.convert import Options, convert
+from shards.dataset import ShardSet
+from shards.images import MAX_PIXELS, ImageRules, Rejected, accept
+from shards.jpeg import parse_header
+from shards.listing import sample_key
+
+RULES = ImageRules()
+
+
+def photo(mode: str = "RGB", size: tuple[int, int] = (160, 120)) -> Image.Image:
+    """Smooth waves with some grain: compresses like a photo."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    grain = np.random.default_rng(0).normal(0, 6, (size[1], size[0], 3))
+    waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], axis=-1) * 90 + 128
+    return Image.fromarray((waves + grain).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def oriented(value: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def with_ycck_marker(cmyk: bytes) -> bytes:
+    """The same CMYK JPEG, declared to be YCCK by its Adobe marker (transform 2)."""
+    at = cmyk.index(b"Adobe")
+    return cmyk[: at + 11] + b"\x02" + cmyk[at + 12 :]
+
+
+JPEG = encoded(photo(), quality=90)
+# Entropy-coded bytes in the middle replaced by others that hold no marker.
+DAMAGED = JPEG[: len(JPEG) // 2] + bytes(range(64)) + JPEG[len(JPEG) // 2 + 64 :]
+DEEP = Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16))
+FRAMES = [photo(size=(64, 48)), photo(size=(64, 48)).transpose(Image.Transpose.ROTATE_180)]
+
+KEPT = {
+    "baseline.JPEG": JPEG,
+    "grey.jpg": encoded(photo("L")),
+    "progressive.jpg": encoded(photo(), progressive=True),
+    "progressive grey.jpg": encoded(photo("L"), progressive=True),
+    "twelve_megapixels.jpg": encoded(photo().resize((4000, 3000))),
+    "rotated_by_exif.jpg": encoded(photo(), exif=oriented(6)),
+    "trailing_garbage.jpg": JPEG + b"garbage" * 99,
+    "one_pixel.jpg": encoded(photo(size=(1, 1))),
+    "long_and_thin.jpg": encoded(photo(size=(10000, 20))),
+    "no_suffix": JPEG,
+    "with  spaces and (brackets).jpg": JPEG,
+    "ünïcödé 图像.jpg": JPEG,
+    "图像.jpg": JPEG,
+    ".leading_dot.jpg": JPEG,
+    "two.dots.jpg": JPEG,
+}
+REPAIRED = {
+    "cmyk.jpg": encoded(photo("CMYK")),
+    "ycck.jpg": with_ycck_marker(encoded(photo("CMYK"))),
+    "png_named.JPEG": encoded(photo(), "PNG"),
+    "with_alpha.png": encoded(photo("RGBA"), "PNG"),
+    "palette_with_transparency.png": encoded(photo("P"), "PNG", transparency=0),
+    "sixteen_bits.png": encoded(DEEP, "PNG"),
+    "two_levels.png": encoded(photo("1"), "PNG"),
+    "a.webp": encoded(photo(), "WEBP"),
+    "animated.gif": encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
+    "a.bmp": encoded(photo(), "BMP"),
+    "damaged_in_the_middle.jpg": DAMAGED,
+}
+REJECTED = {
+    "truncated.jpg": JPEG[: len(JPEG) // 2],
+    "truncated.png": encoded(photo(), "PNG")[:2000],
+    "empty.jpg": b"",
+    "text.jpg": b"This is a text, whatever its name says.\n" * 9,
+    "header_only.jpg": JPEG[:300],
+    "a_billion_pixels.jpg": JPEG.replace(
+        struct.pack(">HH", 120, 160), struct.pack(">HH", 40000, 40000)
+    ),  # only claims it
+}
+IGNORED = {"Thumbs.db": b"\xd0\xcf\x11\xe0" * 9, "notes.txt": b"hello", "._baseline.JPEG": b"\0\5\x16\7" * 9}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_plain_jpegs_are_kept_byte_for_byte(name: str) -> None:
+    image = accept(KEPT[name], RULES)
+    assert image.data == KEPT[name]
+    assert image.repair is None
+    with Image.open(io.BytesIO(KEPT[name])) as reference:
+        assert (image.width, image.height) == reference.size
+        assert image.orientation == reference.getexif().get(0x0112, 1)
+
+
+@pytest.mark.parametrize("name", REPAIRED)
+def test_other_images_become_plain_jpegs_of_the_same_picture(name: str) -> None:
+    image = accept(REPAIRED[name], RULES)
+    assert image.repair
+    header = parse_header(image.data)
+    assert header.plain
+    assert (header.height, header.width) == (image.height, image.width)
+    with Image.open(io.BytesIO(image.data)) as result, Image.open(io.BytesIO(REPAIRED[name])) as source:
+        assert result.size == source.size
+        assert result.mode in ("L", "RGB")
+        if name != "sixteen_bits.png":  # Pillow itself clips these, see below
+            difference = np.abs(np.int32(result.convert("RGB")) - np.int32(on_white(source))).mean()
+            assert difference < 4  # levels of 255
+    assert accept(image.data, RULES).data == image.data, "what was repaired once is plain from then on"
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def test_sixteen_bits_keep_their_upper_eight() -> None:
+    with Image.open(io.BytesIO(accept(REPAIRED["sixteen_bits.png"], RULES).data)) as result:
+        assert np.abs(np.int32(result) - np.int32(np.asarray(DEEP) >> 8)).max() <= 6
+
+
+def test_transparency_is_laid_on_white() -> None:
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    with Image.open(io.BytesIO(accept(encoded(clear, "PNG"), RULES).data)) as result:
+        assert np.asarray(result).min() > 250
+
+
+@pytest.mark.parametrize("name", REJECTED)
+def test_what_does_not_decode_is_rejected_with_its_reason(name: str) -> None:
+    with pytest.raises(Rejected) as caught:
+        accept(REJECTED[name], RULES)
+    expected = {"empty.jpg": "empty file", "text.jpg": "no image", "a_billion_pixels.jpg": "unreasonably large"}
+    assert expected.get(name, "does not decode") in str(caught.value)
+
+
+def test_a_bomb_is_rejected_before_it_is_decoded() -> None:
+    side = int(MAX_PIXELS**0.5) + 1
+    with pytest.raises(Rejected, match=f"unreasonably large: {side}x{side}"):
+        accept(encoded(Image.new("1", (side, side)), "PNG"), RULES)
+
+
+def test_orientation_survives_repair_and_shrinking() -> None:
+    for data in (encoded(photo("CMYK"), exif=oriented(8)), encoded(photo(), "PNG", exif=oriented(8))):
+        image = accept(data, ImageRules(max_side=80))
+        assert image.orientation == 8
+        assert parse_header(image.data).orientation == 8
+        assert (image.width, image.height) == (80, 60), "and is not applied"
+
+
+@pytest.mark.parametrize(
+    ("rules", "source", "expected"),
+    [
+        ({"max_side": 80}, (160, 120), (80, 60)),
+        ({"max_side": 80}, (120, 160), (60, 80)),
+        ({"short_side": 60}, (160, 120), (80, 60)),
+        ({"short_side": 60}, (120, 160), (60, 80)),
+        ({"short_side": 60, "max_side": 70}, (160, 120), (70, 52)),
+        ({"max_side": 80}, (1000, 2), (80, 1)),
+    ],
+)
+def test_shrinking(rules: dict[str, int], source: tuple[int, int], expected: tuple[int, int]) -> None:
+    image = accept(encoded(photo(size=source), quality=95), ImageRules(**rules))
+    with Image.open(io.BytesIO(image.data)) as result:
+        assert result.size == expected == (image.width, image.height)
+    assert image.repair is None, "shrinking on request is no repair"
+
+
+def test_nothing_is_ever_enlarged() -> None:
+    assert accept(JPEG, ImageRules(max_side=160)).data == JPEG
+    assert accept(JPEG, ImageRules(short_side=500, max_side=400)).data == JPEG
+
+
+def test_shrinking_is_antialiased() -> None:
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (256, 128)))
+    with Image.open(io.BytesIO(accept(encoded(stripes, quality=100), ImageRules(max_side=64)).data)) as result:
+        assert np.abs(np.int32(result)[:, 4:-4] - 128).max() < 24, "stripes of one pixel become grey, not stripes"
+
+
+def test_header_check_trusts_the_entropy_coded_data() -> None:
+    assert accept(DAMAGED, ImageRules(check="header")).data == DAMAGED
+    with pytest.raises(Rejected):
+        accept(REJECTED["text.jpg"], ImageRules(check="header"))
+
+
+def test_a_folder_of_oddities(tmp_path: Path) -> None:
+    """Every case of the table through the whole conversion: kept, repaired, rejected or passed over, by name."""
+    folder = tmp_path / "odd" / "train" / "a class with spaces"
+    folder.mkdir(parents=True)
+    for name, data in (KEPT | REPAIRED | REJECTED | IGNORED).items():
+        (folder / name).write_bytes(data)
+    os.symlink(folder / "baseline.JPEG", folder / "a_link.jpg")
+    os.symlink("nowhere.jpg", folder / "broken_link.jpg")
+    os.symlink("itself.jpg", folder / "itself.jpg")
+    os.symlink(folder.parent, folder / "loop")
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "baseline.JPEG").write_bytes(JPEG)
+
+    convert(tmp_path / "odd", tmp_path / "set", Options(max_rejects=1.0))
+
+    kept = KEPT | {"a_link.jpg": JPEG, "deeper/baseline.JPEG": JPEG}
+    shard_set = ShardSet(tmp_path / "set")
+    index = shard_set.index("train")
+    assert len(index) == len(kept) + len(REPAIRED)
+    assert sorted(index["hash"][index["repaired"] == 0]) == sorted(map(xxhash.xxh3_64_intdigest, kept.values()))
+    assert int(index["repaired"].sum()) == len(REPAIRED)
+    rejects = [json.loads(line) for line in (tmp_path / "set" / "rejects.jsonl").read_text().splitlines()]
+    reasons = {reject["image"].rpartition("/")[2]: reject["reason"] for reject in rejects}
+    assert set(reasons) == {*REJECTED, "broken_link.jpg", "itself.jpg"}
+    assert (reasons["broken_link.jpg"], reasons["itself.jpg"]) == ("a link to nothing", "a link to itself")
+    assert shard_set.manifest.made["ignored_files"] == len(IGNORED) + 1, "the pipe too"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (b"n01440764/n01440764_10026.JPEG", "n01440764/n01440764_10026"),
+        (b"a class/two.dots and (brackets).jpg", "a_class/two_dots_and__brackets_"),
+        (b"c/.hidden.jpg", "c/_hidden"),
+        (b"c/no_suffix", "c/no_suffix"),
+        ("c/é.png".encode(), "c/__"),
+    ],
+)
+def test_keys_are_plain(name: bytes, key: str) -> None:
+    assert sample_key(name) == key
+
+
+def test_long_keys_are_cut_and_stay_distinct() -> None:
+    one, other = (sample_key(b"c/" + b"x" * 200 + end + b".jpg") for end in (b"1", b"2"))
+    assert one != other
+    assert max(len(one), len(other)) <= 95
