@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -143,36 +144,38 @@ class Engine:
         """
         state: dict[str, Tensor] = {}
         self.average_statistics()
+        self._link_moments()
         for name, parameter in self._names.items():
             state[f"model/{name}"] = self._full(parameter)
             for moment in MOMENTS:
-                full = self._moment(parameter, moment)
-                if full is not None:
-                    state[f"{moment}/{name}"] = full
+                state[f"{moment}/{name}"] = self._moment(parameter, moment)
         state |= {f"model/{name}": buffer for name, buffer in self.model.named_buffers()}
         if not self.world.is_main:
             return {}
-        # Copies, so that training may go on while a thread writes them.
+        # Copies, so that training may go on while they are written.
         return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor], *, steps: int) -> None:
-        """Take back what `state_dict` gave, on every rank alike. `steps` optimiser steps lie behind it."""
-        wanted = {f"model/{name}" for name in self.model.state_dict()}
-        found = {key for key in state if key.startswith("model/")}
-        if wanted != found:
-            odd = sorted(wanted ^ found)
+        """Take back what `state_dict` gave, on every rank alike. `steps` >= 1 optimiser steps lie behind it.
+
+        Raises:
+            RecipeError: the state is of another model.
+        """
+        wanted = {f"model/{name}" for name in (*self._names, *(name for name, _ in self.model.named_buffers()))}
+        odd = sorted(wanted ^ {key for key in state if key.startswith("model/")})
+        if odd:
             raise RecipeError(
                 f"the checkpoint is of another model: {len(odd)} names differ, such as {odd[0].split('/')[1]}; "
                 "use its recipe, or another run folder (--out)"
             )
         for name, buffer in self.model.named_buffers():
             buffer.copy_(state[f"model/{name}"])
+        self._set_parameters(state)
+        self._create_moments(steps)
+        self._link_moments()
         for name, parameter in self._names.items():
-            self._set_parameter(parameter, state[f"model/{name}"])
-            if steps:
-                for moment in MOMENTS:
-                    self._set_moment(parameter, moment, state[f"{moment}/{name}"])
-        self._set_steps(steps)
+            for moment in MOMENTS:
+                self._set_moment(parameter, moment, state[f"{moment}/{name}"])
 
     # -- plain ---------------------------------------------------------------------------------------------------
 
@@ -255,7 +258,10 @@ class Engine:
         plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(micro_batch)) if self.zero else None
         accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
         self._check_agreement(accelerator)
-        wrapped, _ = accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # `broadcast_buffers` has a new name in the newest torch only.
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped, _ = accelerator.prepare(model, optimizer)
         if self.zero:
             self.model = wrapped.module
             self._names = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -289,41 +295,74 @@ class Engine:
 
         return safe_get_full_fp32_param(parameter)
 
-    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor | None:
+    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if not self.zero:
-            return self._optimizer.state[parameter].get(moment)
+            return self._optimizer.state[parameter][moment]
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, moment)
 
-    def _set_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
-        with torch.no_grad():
-            if not self.zero:
-                parameter.copy_(value)
-                return
-            from deepspeed.utils import safe_set_full_fp32_param
+    def _set_parameters(self, state: dict[str, Tensor]) -> None:
+        values = {parameter: state[f"model/{name}"].to(self.world.device) for name, parameter in self._names.items()}
+        if self.zero == 3:
+            from deepspeed.runtime.zero import GatheredParameters
 
-            value = value.to(self.world.device)
-            safe_set_full_fp32_param(parameter, value)
-            if self.zero < 3:
-                parameter.copy_(value)
+            with torch.no_grad(), GatheredParameters(list(values), modifier_rank=0):
+                for parameter, value in values.items():
+                    parameter.copy_(value)
+        else:
+            with torch.no_grad():
+                for parameter, value in values.items():
+                    parameter.copy_(value)
+        if self.zero:  # the float32 masters that the optimiser works on
+            from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+            for parameter, value in values.items():
+                if self.zero == 3:
+                    safe_set_local_fp32_param(parameter, self._own_partition(parameter, value))
+                else:
+                    safe_set_full_fp32_param(parameter, value)
 
     def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
         value = value.to(self.world.device)
         if not self.zero:
-            self._optimizer.state[parameter][moment] = value.clone(memory_format=torch.preserve_format).to(
-                memory_format=torch.channels_last if parameter.ndim == 4 else torch.preserve_format
-            )
+            self._optimizer.state[parameter][moment].copy_(value)
             return
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        safe_set_full_optimizer_state(parameter, value, moment)
+        if self.zero == 3:
+            safe_set_local_optimizer_state(parameter, self._own_partition(parameter, value), moment)
+        else:
+            safe_set_full_optimizer_state(parameter, value, moment)
 
-    def _set_steps(self, steps: int) -> None:
+    def _own_partition(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's slice of a ZeRO-3 parameter, padded (which DeepSpeed's own full setters forget)."""
+        size = parameter.partition_numel()
+        flat = value.flatten()
+        padded = nn.functional.pad(flat, (0, size * self.world.size - flat.numel()))
+        return padded.narrow(0, size * self.world.rank, size)
+
+    def _create_moments(self, steps: int) -> None:
+        """Give the optimiser the state that it makes at its first step, moments zero, `steps` steps on."""
         inner = self._wrapped.optimizer.optimizer if self.zero else self._optimizer
-        if not self.zero and steps:
-            for parameter in self._names.values():
-                self._optimizer.state[parameter]["step"] = torch.tensor(float(steps), device=self.world.device)
-        for state in inner.state.values():
-            if "step" in state:
-                state["step"] = torch.as_tensor(float(steps)).to(state["step"])
+        if self.zero == 0:
+            owners: list[Tensor] = list(self._names.values())
+        elif self.zero == 3:
+            owners = list(self._wrapped.optimizer.fp32_partitioned_groups_flat)
+        else:
+            owners = list(self._wrapped.optimizer.single_partition_of_fp32_groups)
+        for owner in owners:
+            inner.state[owner] = {
+                "step": torch.tensor(float(steps), device=owner.device),
+                **{moment: torch.zeros_like(owner, memory_format=torch.preserve_format) for moment in MOMENTS},
+            }
+
+    def _link_moments(self) -> None:
+        """ZeRO 1 and 2 find a parameter's moments by links made after the first step, for the first group only."""
+        if self.zero not in (1, 2):
+            return
+        optimizer = self._wrapped.optimizer
+        for parameters, owner in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            for parameter in parameters:
+                if parameter._hp_mapping is not None:
+                    parameter._hp_mapping.set_optim_state_fragment(owner, optimizer.optimizer.state[owner])

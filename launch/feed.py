@@ -53,6 +53,8 @@ class Feed:
             window=data.window,
             pairs=augment.mixes,
         )
+        for split in dataset.manifest.splits:
+            dataset.check_sizes(split)  # loaders do so as well; here it comes before anything is written
         return cls(recipe, world, dataset, augment, shape, plan)
 
     @property

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import subcommand
@@ -28,7 +28,7 @@ class Sample:
         return self.what.run()
 
 
-VERBS = {"shard": Shard, "verify": Verify, "info": Info, "look": Look, "sample": Sample}
+VERBS: dict[str, Callable[..., Any]] = {"shard": Shard, "verify": Verify, "info": Info, "look": Look, "sample": Sample}
 DESCRIPTION = "Make, check and look at shard sets for training vision backbones."
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 

@@ -19,7 +19,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shard set of `pipeline sample digits`: 1437 training and 360 validation images of 64x64."""
     folder = tmp_path_factory.mktemp("digits")
     run_pipeline("sample", "digits", folder / "images")
-    run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "1MiB")
+    run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "1")
     return folder / "set"
 
 
@@ -28,5 +28,5 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shard set of 96 photos of ImageNet-like sizes, in several shards."""
     folder = tmp_path_factory.mktemp("photos")
     run_pipeline("sample", "photos", folder / "images", "--count", "96")
-    run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "2MiB")
+    run_pipeline("shard", folder / "images", "--out", folder / "set", "--shard-size", "2")
     return folder / "set"

@@ -27,9 +27,13 @@ def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
     return env | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": str(ROOT)} | extra
 
 
-def accelerate(tmp_path: Path, *args: str | Path, ranks: int = 1, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+def accelerate(
+    tmp_path: Path, *args: str | Path, ranks: int = 1, timeout: float = 280
+) -> subprocess.CompletedProcess[str]:
     """`accelerate launch [--multi_gpu --num_processes N] launch/train.py ARGS`."""
-    topology = [] if ranks == 1 else ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
+    topology = (
+        [] if ranks == 1 else ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
+    )
     return subprocess.run(
         [str(BIN / "accelerate"), "launch", *topology, TRAIN, *map(str, args)],
         cwd=ROOT,

@@ -102,7 +102,19 @@ def train_on(data: Path, *args: str) -> int:
 def train_with(*args: str) -> int:
     import sys
 
-    base = ["train.py", "--augment", "light", "--size", "64", "--global-batch", "64", "--epochs", "1", "--warmup-epochs", "0"]
+    base = [
+        "train.py",
+        "--augment",
+        "light",
+        "--size",
+        "64",
+        "--global-batch",
+        "64",
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*base, *args])
         return train()

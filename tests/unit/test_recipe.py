@@ -24,7 +24,7 @@ def test_the_paper_s_recipe_is_the_default() -> None:
 
 def test_options_override_the_file_and_the_file_overrides_the_variant(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
-    file.write_text('[data]\nglobal_batch = 96\nflip = 0\n[optim]\nepochs = 7\nwarmup_epochs = 1\n[run]\nzero = 2\n')
+    file.write_text("[data]\nglobal_batch = 96\nflip = 0\n[optim]\nepochs = 7\nwarmup_epochs = 1\n[run]\nzero = 2\n")
     recipe = parse(["--recipe", str(file), "--variant", "b2", "--global-batch", "48"])
     assert recipe.model.variant == "b2"
     assert (recipe.data.global_batch, recipe.data.flip, recipe.optim.epochs, recipe.run.zero) == (48, 0.0, 7, 2)

@@ -1,0 +1,259 @@
+"""Loaders on real shards: what is delivered is what the plan, the index and the recipe say."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.augment.params import crop_windows, flips
+from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.reader import SampleReader
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError
+
+CPU = torch.device("cpu")
+GLOBAL = 24
+
+
+def train_loader(path: Path, recipe: AugmentRecipe, *, epochs: int = 1, start: Position | None = None, **shape: int):
+    dataset = ShardSet(path)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16, pairs=recipe.mixes)
+    batch_shape = BatchShape(global_batch=GLOBAL, pairs=recipe.mixes, **shape)
+    return plan, TrainLoader(dataset, plan, batch_shape, recipe, epochs=epochs, start=start, device=CPU)
+
+
+def pixels_of(batch: Batch, recipe: AugmentRecipe) -> np.ndarray:
+    """Back to 0..255, float64 [B, H, W, 3]."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
+    return ((batch.images.double() * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+
+
+def test_training_batches_are_the_plan_s_samples_cropped_and_flipped_as_drawn(photos: Path) -> None:
+    recipe = augment_recipe("light", size=96)
+    plan, loader = train_loader(photos, recipe)
+    dataset = ShardSet(photos)
+    index = dataset.index("train")
+    errors = []
+    with loader, SampleReader(dataset, "train") as reader:
+        batches = list(loader)
+        assert [b.position.step for b in batches] == list(range(plan.steps_per_epoch))
+        for batch in batches:
+            ids = plan.ids(batch.position)
+            assert batch.ids.tolist() == ids.tolist()
+            assert batch.labels.tolist() == index["label"][ids].tolist()
+            assert batch.images.shape == (GLOBAL, 3, 96, 96)
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            sizes = {"heights": index["height"][ids], "widths": index["width"][ids]}
+            windows = crop_windows(recipe, seed=5, epoch=0, ids=ids, **sizes)
+            flipped = flips(recipe, seed=5, epoch=0, ids=ids)
+            shown = pixels_of(batch, recipe)
+            for row, jpeg in enumerate(reader.read(ids).jpegs):
+                y, x, height, width = windows[row].tolist()
+                image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
+                expected = image.resize((96, 96), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
+                if flipped[row]:
+                    expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+                errors.append(np.abs(shown[row] - np.asarray(expected, np.float64)).mean())
+    assert any(flips(recipe, seed=5, epoch=0, ids=np.arange(40)))
+    # Chroma upsampling differs between decoders; the issue's bound for DALI's crops is half a level.
+    assert np.mean(errors) < 0.5
+    assert np.max(errors) < 1.5
+
+
+@pytest.mark.parametrize("recipe_name", ["light", "fat"])
+def test_global_batches_are_the_same_at_every_world_size(digits: Path, recipe_name: str) -> None:
+    recipe = augment_recipe(recipe_name, size=32)
+
+    def global_batches(world: int, micro: int) -> list[tuple[list[int], torch.Tensor]]:
+        ranks = []
+        for rank in range(world):
+            plan, loader = train_loader(digits, recipe, world=world, rank=rank, micro_batch=micro)
+            with loader:
+                ranks.append([next(loader) for _ in range(3 * GLOBAL // world // micro)])
+        per_step = GLOBAL // world // micro
+        steps = []
+        for step in range(3):
+            parts = [batch for rank in ranks for batch in rank[step * per_step : (step + 1) * per_step]]
+            steps.append(([i for b in parts for i in b.ids.tolist()], torch.cat([b.images for b in parts])))
+        return steps
+
+    reference = global_batches(1, GLOBAL)
+    for world, micro in [(1, 6), (2, 12), (4, 6), (6, 2)]:
+        for (ids, images), (expected_ids, expected) in zip(global_batches(world, micro), reference, strict=True):
+            assert ids == expected_ids
+            assert torch.equal(images, expected)
+
+
+def test_a_loader_goes_on_from_its_state_with_the_very_next_batch(digits: Path) -> None:
+    recipe = augment_recipe("fat", size=32)
+    plan, whole = train_loader(digits, recipe, epochs=2)
+    with whole:
+        first = [next(whole) for _ in range(5)]
+        state = whole.state_dict()
+        expected = [next(whole) for _ in range(3)]
+    assert state == {"epoch": 0, "step": 5}
+    assert [b.position for b in first] == [plan.at(step) for step in range(5)]
+    _, resumed = train_loader(digits, recipe, epochs=2)
+    next(resumed)  # and prefetching has begun
+    resumed.load_state_dict(state)
+    with resumed:
+        for batch in expected:
+            again = next(resumed)
+            assert again.ids.tolist() == batch.ids.tolist()
+            assert torch.equal(again.images, batch.images)
+
+
+def test_state_counts_whole_steps_delivered_only(digits: Path) -> None:
+    _, loader = train_loader(digits, augment_recipe("light", size=32), micro_batch=8)
+    with loader:
+        for expected in (0, 0, 1, 1, 1, 2):
+            next(loader)
+            assert loader.state_dict()["step"] == expected
+
+
+def test_training_goes_on_from_epoch_to_epoch_and_ends(digits: Path) -> None:
+    plan, loader = train_loader(digits, augment_recipe("light", size=16), epochs=2, start=Position(0, 57))
+    with loader:
+        positions = [batch.position for batch in loader]
+    assert positions[0] == (0, 57)
+    assert positions[-1] == (1, plan.steps_per_epoch - 1)
+    assert (1, 0) in positions
+
+
+def test_evaluation_shows_each_image_once_at_any_world_size(digits: Path) -> None:
+    dataset = ShardSet(digits)
+    labels = dataset.index("val")["label"]
+    for world in (1, 3):
+        seen: list[int] = []
+        steps = set()
+        for rank in range(world):
+            plan = EvalPlan(360, batch=50, world=world, rank=rank)
+            loader = EvalLoader(dataset, plan, size=32, mean=(0.5,) * 3, std=(0.5,) * 3, device=CPU)
+            with loader:
+                batches = list(loader)
+                again = list(loader)
+            steps.add(len(batches))
+            assert [b.ids.tolist() for b in batches] == [b.ids.tolist() for b in again]
+            for batch in batches:
+                assert ((batch.ids != NO_SAMPLE) == batch.mask.numpy()).all()
+                ids = batch.ids[batch.mask.numpy()]
+                assert batch.labels[batch.mask].tolist() == labels[ids].tolist()
+                seen += ids.tolist()
+        assert len(steps) == 1
+        assert seen == list(range(360))
+
+
+def test_evaluation_pixels_are_the_recipe_s(photos: Path) -> None:
+    dataset = ShardSet(photos)
+    samples = dataset.split("val").samples
+    recipe = AugmentRecipe()
+    loader = EvalLoader(
+        dataset, EvalPlan(samples, batch=samples), size=112, mean=recipe.mean, std=recipe.std, device=CPU
+    )
+    with loader, SampleReader(dataset, "val") as reader:
+        batch = next(loader)
+        encoded = reader.read(np.arange(samples))
+    shown = pixels_of(batch, recipe)
+    for row, jpeg in enumerate(encoded.jpegs):
+        image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
+        short, (width, height) = 128, image.size
+        scaled = (short, int(short * height / width)) if width < height else (int(short * width / height), short)
+        resized = image.resize(scaled, Image.Resampling.BICUBIC)
+        left, top = round((scaled[0] - 112) / 2), round((scaled[1] - 112) / 2)
+        expected = np.asarray(resized.crop((left, top, left + 112, top + 112)), np.float64)
+        assert np.abs(shown[row] - expected).mean() < 1.0
+
+
+def test_evaluation_geometry_keeps_the_ratio_of_256_to_224() -> None:
+    resize, anchor = eval_geometry(np.array([375, 500, 64]), np.array([500, 333, 64]), 224)
+    assert resize.tolist() == [[256, 341], [384, 256], [256, 256]]
+    assert anchor.tolist() == [[16, 58], [80, 16], [16, 16]]
+    assert eval_geometry(np.array([64]), np.array([64]), 64)[0].tolist() == [[73, 73]]
+
+
+@pytest.fixture()
+def copied(photos: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(photos, tmp_path / "set"))
+
+
+def flip_a_byte(path: Path) -> str:
+    row = ShardSet(path).index("train")[11]
+    shard = ShardSet(path).shard_path("train", int(row["shard"]))
+    data = bytearray(shard.read_bytes())
+    data[int(row["offset"]) + int(row["size"]) // 2] ^= 4
+    shard.write_bytes(data)
+    return f"{shard.name}.*offset {row['offset']}"
+
+
+def truncate(path: Path) -> str:
+    shard = ShardSet(path).shard_path("train", 1)
+    os.truncate(shard, shard.stat().st_size - 4096)
+    return f"{shard.name}.*truncated"
+
+
+def lose(path: Path) -> str:
+    shard = ShardSet(path).shard_path("train", 1)
+    shard.unlink()
+    return f"{shard.name}.*missing"
+
+
+@pytest.mark.parametrize("damage", [flip_a_byte, truncate, lose])
+def test_damage_surfaces_at_the_consumer_by_name_and_poisons_the_loader(copied: Path, damage) -> None:
+    message = damage(copied)
+    with pytest.raises(ShardSetError, match=message):  # noqa: PT012 - found at opening or while reading
+        _, loader = train_loader(copied, augment_recipe("light", size=32))
+        with loader:
+            for _ in loader:
+                pass
+    if damage is flip_a_byte:
+        with pytest.raises(ShardSetError):
+            next(loader._prefetcher or loader)
+
+
+def test_nothing_is_left_behind(digits: Path) -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def round_trip() -> None:
+        _, loader = train_loader(digits, augment_recipe("light", size=32))
+        with loader:
+            next(loader)
+
+    round_trip()
+    threads, files = threading.active_count(), open_files()
+    for _ in range(5):
+        round_trip()
+    assert threading.active_count() == threads
+    assert open_files() <= files
+
+
+def test_a_set_of_many_shards_reads_within_few_file_descriptors(photos: Path) -> None:
+    dataset = ShardSet(photos)
+    ids = np.arange(dataset.split("train").samples)
+    with SampleReader(dataset, "train", max_open=2) as reader, SampleReader(dataset, "train") as free:
+        for _ in range(3):
+            jpegs = reader.read(np.roll(ids, 17)).jpegs
+            assert len(reader._files._handles) <= 2
+        assert all(np.array_equal(a, b) for a, b in zip(jpegs, free.read(np.roll(ids, 17)).jpegs, strict=True))
+
+
+def test_options_change_speed_only(digits: Path) -> None:
+    recipe = augment_recipe("light", size=32)
+    dataset = ShardSet(digits)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5)
+    shape = BatchShape(global_batch=GLOBAL)
+    images = []
+    for options in (LoaderOptions(), LoaderOptions(read_threads=1, read_ahead=0, ready=1, check_hashes=False)):
+        with TrainLoader(dataset, plan, shape, recipe, epochs=1, device=CPU, options=options) as loader:
+            images.append(torch.cat([next(loader).images for _ in range(3)]))
+    assert torch.equal(*images)
