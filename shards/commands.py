@@ -161,6 +161,42 @@ class Info:
 
 
 @dataclass(frozen=True)
+class Index:
+    """Make a set of existing WebDataset tars where they lie: an index and a manifest beside them, no copy.
+
+    Their order stays as it is, so training is as well shuffled as they are; `pipeline shard` shuffles anew.
+    """
+
+    tars: Positional[tuple[Path, ...]]
+    """Tars of KEY.jpg and KEY.cls, all in one folder; those whose names begin with 'val' are the validation split."""
+
+    classes: Path | None = None
+    """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
+
+    check: Literal["decode", "header"] = "decode"
+    """Decode every image once, or trust the headers."""
+
+    max_rejects: float = 0.001
+    """Share of the images that may be left out because they cannot be used; more fail the run."""
+
+    workers: int | None = None
+    """Processes (default: one per core)."""
+
+    def run(self) -> int:
+        from shards.adopt import adopt
+        from shards.images import ImageRules
+
+        if not self.tars:
+            raise UserError("no tars given")
+        manifest = adopt(list(self.tars), ImageRules(check=self.check), self.classes, self.max_rejects, self.workers)
+        folder = self.tars[0].absolute().parent
+        for split, entry in manifest.splits.items():
+            run = manifest.made["class_run"][split]
+            print(f"{folder}: {entry.samples:,} {split} images in {len(entry.shards):,} tars, class runs of {run:g}")
+        return 0
+
+
+@dataclass(frozen=True)
 class SampleDigits:
     """Write scikit-learn's 1,797 handwritten digits as an ImageNet-like folder."""
 

@@ -26,13 +26,13 @@ from shards.order import arrange
 from shards.parts import WHOLE, Part, hold_part
 from shards.pool import run_jobs
 from shards.progress import Progress
+from shards.rejects import MAX_REJECTS
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import ScanOptions
 from shards.work import Plan, Work
 from shards.writer import ShardJob, explain, write_shard
 
 MIB = 2**20
-MAX_REJECTS = 0.001
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,15 @@ A sample's *id* is its row number: the order of the shards and of the samples in
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
+from shards.durable import durable_file, write_all
 from shards.errors import ShardSetError
 
 INDEX_DTYPE = np.dtype(
@@ -47,3 +51,35 @@ def open_index(path: Path, samples: int) -> Index:
     if len(index) != samples:
         raise ShardSetError(f"{path}: {samples} rows expected by the manifest, {len(index)} found; {remedy}")
     return index
+
+
+def write_index(path: Path, samples: int, shards: Iterable[Index]) -> str:
+    """Write a split's index, shard by shard, without holding more than one in memory.
+
+    Args:
+        samples: rows in all.
+        shards: rows of each shard, in order; their `shard` is set here.
+
+    Returns:
+        xxh3-64 of the file, 16 hex digits.
+    """
+    digest = xxhash.xxh3_64()
+    with durable_file(path) as file:
+
+        def write(content: bytes) -> None:
+            digest.update(content)
+            write_all(file, content)
+
+        write(_npy_header(samples))
+        for place, rows in enumerate(shards):
+            rows["shard"] = place
+            write(rows.tobytes())
+    return digest.hexdigest()
+
+
+def _npy_header(samples: int) -> bytes:
+    """Header (format 1.0) of an .npy file of that many rows."""
+    out = io.BytesIO()
+    fields = np.lib.format.header_data_from_array_1_0(np.zeros(0, dtype=INDEX_DTYPE))
+    np.lib.format.write_array_header_1_0(out, fields | {"shape": (samples,)})
+    return out.getvalue()

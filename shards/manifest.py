@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ class Manifest:
     made: dict[str, Any] = field(default_factory=dict)
     """Tool version, seed, options that change bytes, counts of repaired, rejected and ignored files."""
     version: int = VERSION
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the order of the samples is our global shuffle; not so where existing tars were indexed."""
+        return bool(self.made.get("shuffled", True))
 
     def dumps(self) -> str:
         """The file's text, with a hash of all the rest of it, by which `pipeline verify` notices alterations."""
@@ -135,6 +141,14 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardSetError(f"{path}: damaged manifest ({error!r}); shard the source again") from error
+
+
+def tool() -> str:
+    """Name and version, for the manifest."""
+    try:
+        return f"fat-pipeline {version('fat-pipeline')}"
+    except PackageNotFoundError:  # run from a checkout
+        return "fat-pipeline"
 
 
 def _dumps(content: dict[str, Any]) -> str:

@@ -26,9 +26,8 @@ Size = TypeVar("Size", np.int64, NDArray[np.int64])
 
 def header(name: str, size: int) -> bytes:
     """The header block of a regular file: mode 0644, owner 0, time 0, so that equal contents give equal tars."""
-    encoded = name.encode("ascii")
-    if len(encoded) > _NAME:
-        raise ValueError(f"{name}: over {_NAME} characters")
+    encoded = name.encode("latin-1")
+    assert len(encoded) <= _NAME, name
     digits = b"%011o\0" % size
     checksum = _SUM_OF_FIXED + sum(encoded) + sum(digits)
     return encoded.ljust(_NAME, b"\0") + _BEFORE_SIZE + digits + _MTIME + b"%06o\0 " % checksum + _AFTER_SUM

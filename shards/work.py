@@ -30,8 +30,8 @@ class ShardDone:
     hash: str
     repaired: dict[str, int]
     """Reason -> images."""
-    rejected: list[dict[str, str]]
-    """name and reason of each image left out."""
+    rejected: list[tuple[str, str]]
+    """Name and reason of each image left out."""
 
 
 @dataclass(frozen=True, kw_only=True)

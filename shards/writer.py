@@ -44,7 +44,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
     start, stop = int(bounds[job.shard]), int(bounds[job.shard + 1])
     rows = np.zeros(stop - start, dtype=INDEX_DTYPE)
     repaired: Counter[str] = Counter()
-    rejected: list[dict[str, str]] = []
+    rejected: list[tuple[str, str]] = []
     samples = 0
     path = work.tar(job.split, job.shard)
     try:
@@ -54,10 +54,10 @@ def write_shard(job: ShardJob, report: Report) -> None:
                 try:
                     image = accept(reader.read(entry), job.rules)
                 except Rejected as error:
-                    rejected.append({"image": printable(entry.name), "reason": str(error)})
+                    rejected.append((printable(entry.name), str(error)))
                 else:
                     offset = tar.add(entry.key, image.data, entry.label)
-                    rows[samples] = _row(image, entry.label, offset, job.shard)
+                    rows[samples] = index_row(image, entry.label, offset, job.shard)
                     repaired.update([image.repair] if image.repair else [])
                     samples += 1
                 report(1, entry.size)
@@ -151,7 +151,8 @@ def _read_up_to(handle: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def _row(image: Accepted, label: int, offset: int, shard: int) -> tuple[int, ...]:
+def index_row(image: Accepted, label: int, offset: int, shard: int) -> tuple[int, ...]:
+    """The image's row, in the order of `INDEX_DTYPE`."""
     return (
         offset,
         xxhash.xxh3_64_intdigest(image.data),

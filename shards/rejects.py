@@ -1,0 +1,59 @@
+"""`rejects.jsonl`: the images that a set had to leave out, with the reason for each."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TypedDict
+
+import xxhash
+
+from shards.durable import durable_write
+from shards.errors import ConversionFailed
+
+REJECTS_NAME = "rejects.jsonl"
+MAX_REJECTS = 0.001
+"""Share of the images that may be left out unless told otherwise."""
+
+
+class Reject(TypedDict):
+    """A line of the list."""
+
+    split: str
+    image: str
+    """Class and file name, or tar and member."""
+    reason: str
+
+
+def settle_rejects(folder: Path, rejects: list[Reject], kept: int, max_share: float) -> str | None:
+    """Write the list, and judge whether it is short enough.
+
+    Args:
+        kept: images that were not rejected.
+        max_share: of all images, that may be rejected.
+
+    Returns:
+        xxh3-64 of the list; None when there is nothing to list (and no list).
+
+    Raises:
+        ConversionFailed: more were rejected. The list stays.
+    """
+    path = folder / REJECTS_NAME
+    if not rejects:
+        path.unlink(missing_ok=True)
+        return None
+    ordered = sorted(rejects, key=lambda reject: (reject["split"], reject["image"]))
+    content = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in ordered).encode()
+    durable_write(path, content)
+    if len(rejects) > max_share * (kept + len(rejects)):
+        raise ConversionFailed(
+            f"{folder}: {len(rejects):,} of {kept + len(rejects):,} images rejected, more than --max-rejects "
+            f"{max_share:g} allows; see {path}, then mend the source and start anew, or allow more"
+        )
+    return xxhash.xxh3_64_hexdigest(content)
+
+
+def count_reasons(rejects: list[Reject], split: str) -> dict[str, int]:
+    """Reason -> images, of a split."""
+    return dict(sorted(Counter(reject["reason"] for reject in rejects if reject["split"] == split).items()))

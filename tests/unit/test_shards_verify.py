@@ -1,0 +1,193 @@
+"""Verify names every fault: any byte changed, any file cut, lost or exchanged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shards.commands import SampleDigits, Verify
+from shards.convert import Options, convert
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError, UserError
+from shards.index import open_index
+from shards.manifest import Manifest
+from shards.sources.scan import ScanOptions
+from shards.verify import verify
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set with everything in it: two splits, several shards, a list of rejects."""
+    root = tmp_path_factory.mktemp("verify")
+    SampleDigits(root / "digits").run()
+    for folder in (root / "digits" / "train").iterdir():
+        for path in sorted(folder.iterdir())[10:]:
+            path.unlink()
+    for folder in (root / "digits" / "val").iterdir():
+        for path in sorted(folder.iterdir())[3:]:
+            path.unlink()
+    (root / "digits" / "train" / "3_three" / "broken.JPEG").write_bytes(b"")
+    options = Options(shard_bytes=100_000, max_rejects=1.0, scan=ScanOptions(workers=1))
+    convert(root / "digits", root / "set", options)
+    assert verify(root / "set", workers=1) == []
+    return root / "set"
+
+
+@pytest.fixture
+def copy(pristine: Path, tmp_path: Path) -> Path:
+    shutil.copytree(pristine, tmp_path / "set")
+    return tmp_path / "set"
+
+
+def faults(path: Path) -> list[str]:
+    """What verify says; a manifest that cannot be read at all is named by an error."""
+    try:
+        return verify(path, workers=1)
+    except ShardSetError as error:
+        return [str(error)]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_changed_byte_is_noticed_and_its_file_named(pristine: Path, tmp_path: Path, data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(path.name for path in pristine.iterdir())))
+    content = (pristine / name).read_bytes()
+    at = data.draw(st.integers(0, len(content) - 1), label="at")
+    flip = data.draw(st.integers(1, 255), label="flip")
+    victim = tmp_path / "flipped"
+    shutil.rmtree(victim, ignore_errors=True)
+    victim.mkdir()
+    for path in pristine.iterdir():
+        (victim / path.name).hardlink_to(path)
+    (victim / name).unlink()
+    (victim / name).write_bytes(content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :])
+    assert any(name in fault for fault in faults(victim))
+
+
+@pytest.mark.parametrize("part", ["header", "image", "image padding", "label header", "label", "label padding"])
+def test_damage_in_a_shard_is_placed(copy: Path, part: str) -> None:
+    shard_set = ShardSet(copy)
+    row = shard_set.index("train")[5]
+    path = shard_set.shard_path("train", row["shard"])
+    image_at = int(row["offset"])
+    label_at = image_at + -(-int(row["size"]) // 512) * 512
+    at = {
+        "header": image_at - 512 + 130,  # in the size
+        "image": image_at + 100,
+        "image padding": label_at - 1,
+        "label header": label_at + 3,
+        "label": label_at + 512,
+        "label padding": label_at + 1023,
+    }[part]
+    data = bytearray(path.read_bytes())
+    key = data[image_at - 512 : image_at - 412].rstrip(b"\0").decode().removesuffix(".jpg")
+    data[at] ^= 1
+    path.write_bytes(data)
+    (fault,) = verify(copy, workers=1)
+    assert fault.startswith(f"{path}: offset {image_at - 512}, key '{key}': ")
+
+
+def test_a_truncated_shard(copy: Path) -> None:
+    path = copy / "train-000001.tar"
+    path.write_bytes(path.read_bytes()[:-1000])
+    (fault,) = verify(copy, workers=1)
+    assert str(path) in fault
+    assert fault.endswith("truncated")
+
+
+@pytest.mark.parametrize(
+    "name", ["train-000001.tar", "train-000001.idx", "train.index.npy", "rejects.jsonl", "val-000000.tar"]
+)
+def test_a_missing_file(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    (fault,) = verify(copy, workers=1)
+    assert f"{copy / name}: " in fault
+    assert "missing" in fault
+
+
+def test_two_shards_exchanged(copy: Path) -> None:
+    first, second = copy / "train-000000.tar", copy / "train-000001.tar"
+    first.rename(copy / "x")
+    second.rename(first)
+    (copy / "x").rename(second)
+    found = verify(copy, workers=1)
+    for path in (first, second):
+        assert any(str(path) in fault for fault in found)
+
+
+def test_two_indexes_exchanged(copy: Path) -> None:
+    train, val = copy / "train.index.npy", copy / "val.index.npy"
+    content = train.read_bytes(), val.read_bytes()
+    train.write_bytes(content[1])
+    val.write_bytes(content[0])
+    found = verify(copy, workers=1)
+    assert [str(train) in found[0], str(val) in found[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("label", 10, "row 0 has label 10, of 10 classes"),
+        ("label", 3, "the label member is damaged"),
+        ("offset", 1024, "the index places its image at 1024"),
+        ("height", 63, "not of the size that the index says"),
+        ("orientation", 2, "not of the size that the index says"),
+        ("hash", 1, "not those that were written"),
+        ("shard", 1, "not those of the manifest's shards"),
+    ],
+)
+def test_an_index_that_is_whole_but_wrong(copy: Path, field: str, value: int, complaint: str) -> None:
+    """A row altered, and the index's hash in the manifest made to fit: the tars still contradict it."""
+    path = copy / "train.index.npy"
+    index = np.array(open_index(path, ShardSet(copy).split("train").samples))
+    assert index[field][0] != value
+    index[field][0] = value
+    np.save(path, index)
+    rehash(copy, path)
+    found = verify(copy, workers=1)
+    assert complaint in found[0]
+
+
+def rehash(copy: Path, index: Path) -> None:
+    manifest = json.loads((copy / "dataset.json").read_text())
+    manifest["splits"]["train"]["index_hash"] = xxhash.xxh3_64_hexdigest(index.read_bytes())
+    (copy / "dataset.json").write_text(json.dumps(manifest))
+    Manifest.load(copy).save(copy)
+
+
+def test_an_edited_manifest_is_told(copy: Path) -> None:
+    path = copy / "dataset.json"
+    path.write_text(path.read_text().replace("3_three", "3_trees"))
+    (fault,) = verify(copy, workers=1)
+    assert "dataset.json: altered" in fault
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ('{"format": "fat-pipeline shard set", "version": 99}', "manifest version 99, this tool reads version 1"),
+        ('{"some": "other json"}', "not a 'fat-pipeline shard set' manifest"),
+        ("{", "unreadable manifest"),
+        ('{"format": "fat-pipeline shard set", "version": 1}', "damaged manifest"),
+    ],
+)
+def test_manifests_that_cannot_be_used(copy: Path, content: str, complaint: str) -> None:
+    (copy / "dataset.json").write_text(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        verify(copy)
+    assert caught.value.exit_code == 2
+
+
+def test_the_command_says_so_and_fails(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Verify(copy).run() == 0
+    assert "every byte is as it should be" in capsys.readouterr().out
+    (copy / "val-000000.idx").write_bytes(b"")
+    assert Verify(copy).run() == 1
+    assert f"fault: {copy / 'val-000000.idx'}: not the index of its tar" in capsys.readouterr().out
