@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,37 +21,24 @@ class Eraser:
     def __init__(self, device: torch.device) -> None:
         (self._quantiles,) = upload([quantiles()], device)
 
-    @staticmethod
-    def prepare(params: SampleParams) -> list[NDArray[Any]]:
-        """The arrays that erasing needs on the device; none where no box was drawn."""
-        rows = np.flatnonzero(params.erase_boxes[:, 2])
-        if not len(rows):
-            return []
-        y, x, height, width = params.erase_boxes[rows].astype(np.int64).T
-        area = height * width
-        return [np.stack([rows, y, x, width, np.cumsum(area) - area]), area, params.erase_keys[rows]]
-
-    @staticmethod
-    def pixels(params: SampleParams) -> int:
-        """How many pixels the boxes cover."""
-        return int((params.erase_boxes[:, 2].astype(np.int64) * params.erase_boxes[:, 3]).sum())
-
-    def __call__(self, images: Tensor, tensors: Sequence[Tensor], pixels: int) -> None:
-        """Overwrite the boxes in place.
-
-        Args:
-            images: floating [B, 3, H, W], channels-last.
-            tensors: what `prepare` returned, on the device.
-            pixels: of all boxes together: known on the host, so that the device need not be asked.
-        """
-        boxes, area, keys = tensors
-        # One entry per erased pixel: its sample and its place in the box, row by row.
-        row, y, x, width, start = boxes.repeat_interleave(area, dim=1, output_size=pixels)
+    def __call__(self, images: Tensor, params: SampleParams) -> None:
+        """Overwrite the boxes in place; images: floating [B, 3, H, W], channels-last."""
+        drawn = np.flatnonzero(params.erase_boxes[:, 2])
+        if not len(drawn):
+            return
+        tops, lefts, heights, widths = params.erase_boxes[drawn].astype(np.int64).T
+        areas = heights * widths
+        boxes = np.stack([drawn, tops, lefts, widths, np.cumsum(areas) - areas])
+        box, area, key = upload([boxes, areas, params.erase_keys[drawn]], images.device)
+        # One entry per erased pixel: its sample and its place in the box, row by row. How many there are is known on the
+        # host, so the device need not be asked.
+        pixels = int(areas.sum())
+        sample, y, x, width, start = box.repeat_interleave(area, dim=1, output_size=pixels)
         place = torch.arange(pixels, device=images.device) - start
-        noise = self._noise(keys.repeat_interleave(area, output_size=pixels), place)
+        noise = self._noise(key.repeat_interleave(area, output_size=pixels), place)
         batch, _, high, wide = images.shape
         down = torch.div(place, width, rounding_mode="floor")
-        target = (row * high + y + down) * wide + x + place - down * width
+        target = (sample * high + y + down) * wide + x + place - down * width
         images.permute(0, 2, 3, 1).view(batch * high * wide, 3).index_copy_(0, target, noise.to(images.dtype))
 
     def _noise(self, keys: Tensor, place: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def arguments(
 
 _CAPTIONS = {
     Op.ROTATE: "{:+.1f}°",
-    Op.POSTERIZE: "to {:.0f} bits",
+    Op.POSTERIZE: "{:.0f}-bit",
     Op.SOLARIZE: "from {:.0f}",
     Op.SOLARIZE_ADD: "{:+.0f}",
     Op.COLOR: "x{:.2f}",

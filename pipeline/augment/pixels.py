@@ -81,24 +81,27 @@ class BatchAugment:
         Raises:
             ValueError: another shape or dtype.
         """
+        result = normalise(self.operate(images, params), self._recipe.mean, self._recipe.std, self._dtype)
+        self._eraser(result, params)
+        return result
+
+    def operate(self, images: Tensor, params: SampleParams) -> Tensor:
+        """The part on 8-bit pixels: flips, if they are ours to do, and RandAugment. uint8 [B, size, size, 3], new or,
+        where nothing is to be done, `images` itself."""
         size = self._recipe.size
         if images.shape != (len(params), size, size, 3) or images.dtype != torch.uint8:
             raise ValueError(
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
         stages = self._stages(params)
-        boxes = Eraser.prepare(params)
-        arrays = [array for _, stage in stages for array in stage]
-        tensors = iter(upload([*arrays, *boxes], self._device) if arrays or boxes else [])
-        if stages:
-            images = images.clone()
-        for run, stage in stages:
-            rows, *rest = [next(tensors) for _ in stage]
+        if not stages:
+            return images
+        tensors = iter(upload([array for _, arrays in stages for array in arrays], self._device))
+        images = images.clone()
+        for run, arrays in stages:
+            rows, *rest = [next(tensors) for _ in arrays]
             images.index_copy_(0, rows, run(images.index_select(0, rows), rest, self._recipe.fill))
-        result = normalise(images, self._recipe.mean, self._recipe.std, self._dtype)
-        if boxes:
-            self._eraser(result, list(tensors), Eraser.pixels(params))
-        return result
+        return images
 
     def _stages(self, params: SampleParams) -> list[tuple[Callable[..., Tensor], Arrays]]:
         """What is run, in order: a function of (images, tensors, fill), and its arrays, the first being the rows."""

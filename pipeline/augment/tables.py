@@ -75,7 +75,8 @@ def run(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -
 def auto_contrast_tables(images: Tensor) -> Tensor:
     """Stretch each channel's range to 0..255; a channel of one value stays. uint8 [n, 3, 256]."""
     low, high = (value.to(torch.float64)[..., None] for value in _extremes(images))
-    scale = 255.0 / (high - low).clamp(min=1.0)
+    # A tensor over a tensor: torch takes `255.0 / x` as 255 times the reciprocal, which rounds twice.
+    scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1.0)
     old = torch.arange(LEVELS, device=images.device)
     new = (old * scale - low * scale).clamp(0, 255)
     return torch.where(high > low, new, old.to(torch.float64)).to(torch.uint8)
