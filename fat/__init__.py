@@ -1,7 +1,31 @@
-"""The FAT family (Fully Adaptive Transformer, arXiv 2306.00396): `fat.create_model("fat_b0")`."""
+"""The FAT family (Fully Adaptive Transformer, arXiv 2306.00396): `fat.create_model("fat_b0")`.
+
+Imports torch alone. Where timm is in use, `timm.create_model("fat_b0")` works too, whichever is imported first.
+"""
 
 from fat.config import FATConfig
+from fat.cost import Cost, count
+from fat.export import export_onnx, export_program
 from fat.factory import create_model, list_models
-from fat.model import FAT
+from fat.fusion import fuse
+from fat.model import FAT, FATFeatures
+from fat.registration import register_with_timm, when_imported
+from fat.weights import load_model, load_weights, save_weights
 
-__all__ = ["FAT", "FATConfig", "create_model", "list_models"]
+when_imported("timm", register_with_timm)
+
+__all__ = [
+    "FAT",
+    "Cost",
+    "FATConfig",
+    "FATFeatures",
+    "count",
+    "create_model",
+    "export_onnx",
+    "export_program",
+    "fuse",
+    "list_models",
+    "load_model",
+    "load_weights",
+    "save_weights",
+]

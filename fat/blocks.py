@@ -74,6 +74,7 @@ class FASA(nn.Module):
     def __init__(self, dim: int, heads: int, kernel: int, window: int) -> None:
         super().__init__()
         self.heads = heads
+        self.window = window
         self.scale = (dim // heads) ** -0.5
         self.q = pointwise(dim, dim)
         self.kv = pointwise(dim, 2 * dim)

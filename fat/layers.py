@@ -40,7 +40,9 @@ class ConvNorm(nn.Module):
 
 
 class MapNorm(nn.Module):
-    """GroupNorm with one group: statistics over C, H and W of each sample, in fp32 also under autocast; affine in C.
+    """GroupNorm with one group: statistics over C, H and W of each sample; affine in C.
+
+    Works in fp32 at least, autocast or not, and returns the dtype of its weights.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
@@ -50,7 +52,25 @@ class MapNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, 1, self.weight, self.bias, self.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = _norm_rows if x.is_cuda else _group_norm
+        return norm(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.eps).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.group_norm(x, 1, weight, bias, eps)
+
+
+def _norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The same as a layer norm over each sample's channels-last row: torch's GroupNorm returns NCHW memory on CUDA, and
+    every layer behind it would pay for that."""
+    maps = x.permute(0, 2, 3, 1)
+    rows = maps.flatten(1)
+    maps = F.layer_norm(rows, rows.shape[1:], eps=eps).view(maps.shape)
+    return torch.addcmul(bias, maps, weight).permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):

@@ -3,11 +3,15 @@ Interaction", NeurIPS 2023, arXiv 2306.00396)."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat.blocks import Block
+from fat.checkpointing import recomputed
 from fat.config import STAGES, FATConfig
 from fat.layers import ConvNorm, MapNorm, pointwise
 
@@ -22,6 +26,12 @@ class Trunk(nn.Module):
         self.config = config
         self.stem = Stem(config.in_chans, config.widths[0])
         self.stages = nn.ModuleList(Stage(config, index) for index in range(STAGES))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Whether training keeps the input of each block only and computes the rest again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay leaves alone: biases and norms, that is all 1-D ones."""
@@ -56,6 +66,46 @@ class FAT(Trunk):
         x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
 
+    def reset_classifier(self, num_classes: int) -> None:
+        """A fresh classifier, of `num_classes` outputs; 0 leaves it out, and the model returns pooled features."""
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.num_classes = num_classes
+        self.head = _classifier(self.num_features, num_classes).to(self.norm.weight)
+
+
+class FATFeatures(Trunk):
+    """The backbone of detection and segmentation: images as for `FAT` -> one map per stage, finest first.
+
+    Map i is [B, channels, ceil(H / reduction), ceil(W / reduction)] with channels and reduction from `feature_info`,
+    float, channels-last: the stage's last map at its own resolution, after all of its attention, without a norm.
+    """
+
+    def __init__(self, config: FATConfig) -> None:
+        super().__init__(config)
+        self.feature_info = FeatureInfo(config.widths)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.stem(images)
+        maps = []
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            fine, x = stage.forward_features(x)
+            maps.append(fine)
+        return maps
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureInfo:
+    """What a head must know before the first image, under timm's names."""
+
+    widths: tuple[int, ...]
+
+    def channels(self) -> list[int]:
+        return list(self.widths)
+
+    def reduction(self) -> list[int]:
+        return [4, 8, 16, 32]
+
 
 class Stage(nn.Module):
     """The blocks of one resolution; the last one halves it, except in the last stage."""
@@ -63,6 +113,7 @@ class Stage(nn.Module):
     def __init__(self, config: FATConfig, index: int) -> None:
         super().__init__()
         width, depth, before = config.widths[index], config.depths[index], sum(config.depths[:index])
+        self.checkpointing = False
         self.reduces = index + 1 < STAGES
         self.blocks = nn.ModuleList()
         for number in range(depth):
@@ -83,8 +134,25 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = block(x)
+            x = self._run(block, x)
         return x
+
+    def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(the last map of this stage's resolution, the stage's output)."""
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = self._run(block, x)
+        if not self.reduces:
+            x = self._run(last, x)
+            return x, x
+        assert isinstance(last, Block)
+        fine = self._run(last, x, part=last.mix)
+        return fine, self._run(last, fine, part=last.feed)
+
+    def _run(self, block: nn.Module, x: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        function = part or block
+        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
+        return recomputed(function, x, block) if recompute else function(x)
 
 
 class Stem(nn.Module):

@@ -1,0 +1,40 @@
+"""Activation checkpointing of a block that holds BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint, noop_context_fn
+
+
+def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module) -> Tensor:
+    """function(x), a part of `block`, whose inner activations the backward pass computes again instead of keeping them.
+
+    The second forward draws the same drop path and leaves BatchNorm's running statistics alone, which a plain
+    `torch.utils.checkpoint` would move twice.
+    """
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _running_statistics_kept(block)
+
+    # A compiled backward repeats arithmetic but no update of a buffer: nothing to prevent there.
+    context_fn: Callable = noop_context_fn if torch.compiler.is_compiling() else contexts
+    result: Tensor = checkpoint(function, x, use_reentrant=False, context_fn=context_fn)
+    return result
+
+
+@contextmanager
+def _running_statistics_kept(block: nn.Module) -> Iterator[None]:
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:  # still given to the kernel, which must keep as many tensors as the first time
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter
