@@ -73,11 +73,12 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         UserError: the source or the options do not fit.
         ConversionFailed: the job could not be finished; the same command resumes it.
     """
+    work = Work(out)
     with _explained(out):
         if (out / MANIFEST_NAME).exists():
             _check_same(out, Manifest.load(out).made.get("options"), options)
+            work.close()
             return None
-        work = Work(out)
         plan = work.load_plan() or _plan(source, work, options)
         _check_same(out, plan.options, options)
         for note in plan.notes:
@@ -96,10 +97,11 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS) -> Outcome | None:
     Raises:
         ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
     """
+    work = Work(out)
     with _explained(out):
         if (out / MANIFEST_NAME).exists():
+            work.close()
             return None
-        work = Work(out)
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +56,7 @@ def join(work: Work, plan: Plan, max_rejects: float) -> Outcome:
         },
     )
     manifest.save(work.out)
-    shutil.rmtree(work.path, ignore_errors=True)
+    work.close()
     return Outcome(manifest, len(rejects), sum(sum(shard.repaired.values()) for shard in done.values()))
 
 

@@ -7,7 +7,6 @@ same input and options give the same bytes.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import xxhash
 
+from shards.durable import durable_write
 from shards.errors import ShardSetError
 
 FORMAT = "fat-pipeline shard set"
@@ -81,19 +81,8 @@ class Manifest:
         return _dumps(content | {"hash": xxhash.xxh3_64_hexdigest(_dumps(content).encode())})
 
     def save(self, folder: Path) -> None:
-        """Publish atomically: temporary name, fsync, rename, fsync of the folder."""
-        target = folder / MANIFEST_NAME
-        temporary = target.with_suffix(".json.tmp")
-        with temporary.open("w", encoding="utf-8") as f:
-            f.write(self.dumps())
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.rename(target)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        """Publish atomically and durably."""
+        durable_write(folder / MANIFEST_NAME, self.dumps().encode())
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

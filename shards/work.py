@@ -6,6 +6,8 @@ Everything in it is published by rename, so whatever is there is whole; the fold
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -115,5 +117,14 @@ class Work:
     def remove_temporary(self, split: str, shard: int) -> None:
         """Remove what a killed process left half-written of a shard."""
         for folder in (self.out, self.path):
-            for leftover in folder.glob(f".{split}-{shard:06d}.*{TEMPORARY}"):
-                leftover.unlink(missing_ok=True)
+            _remove(folder.glob(f".{split}-{shard:06d}.*{TEMPORARY}"))
+
+    def close(self) -> None:
+        """Remove the work folder, and what killed processes left half-written beside it. The set is complete."""
+        _remove(self.out.glob(f".*{TEMPORARY}"))
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _remove(leftovers: Iterable[Path]) -> None:
+    for leftover in leftovers:
+        leftover.unlink(missing_ok=True)

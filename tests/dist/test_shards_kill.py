@@ -1,0 +1,260 @@
+"""Conversion by real processes: killed at any moment, in parts, with any number of workers, it gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from shards.commands import SamplePhotos
+from shards.verify import verify
+
+# What the console command does, without what the other verbs import.
+DRIVER = """
+import sys, tyro
+from shards.commands import Shard
+from shards.errors import UserError
+try:
+    sys.exit(tyro.cli(Shard).run())
+except UserError as error:
+    sys.exit(f"error: {error}")
+"""
+SHARD_MIB = "1"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source") / "photos"
+    SamplePhotos(folder, count=150).run()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
+    """What an uninterrupted run makes, and the seconds it takes."""
+    out = tmp_path_factory.mktemp("reference") / "set"
+    began = time.monotonic()
+    done = run(photos, out)
+    seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr
+    assert verify(out, workers=1) == []
+    return contents(out), seconds
+
+
+def start(photos: Path, out: Path, *options: str, **popen: object) -> subprocess.Popen[str]:
+    """The command as the leader of a process group of its own."""
+    command = [sys.executable, "-c", DRIVER, str(photos), "--out", str(out), "--shard-size", SHARD_MIB, *options]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, **popen)  # type: ignore[call-overload]
+
+
+def run(photos: Path, out: Path, *options: str, **popen: object) -> subprocess.CompletedProcess[str]:
+    process = start(photos, out, *options, **popen)
+    stdout, stderr = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def some_shards(out: Path) -> int:
+    return len(list(out.glob("train-*.tar")))
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes], float], kills: int) -> None:
+    """Kill conversions at random moments, resuming some again and again; look at what is published after each kill."""
+    expected, seconds = reference
+    draw = random.Random(kills)
+    done = 0
+    while done < kills:
+        out = folder / f"set{done}"
+        for _ in range(draw.randint(1, 6)):
+            process = start(photos, out)
+            time.sleep(draw.uniform(0.2, 1.0) * seconds)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            done += 1
+            published = contents_published(out)
+            assert published == {name: expected[name] for name in published}, "whatever has its name is whole"
+            if "dataset.json" in published:
+                assert published.keys() == expected.keys(), "a manifest means a whole set"
+        resumed = run(photos, out)
+        assert resumed.returncode == 0, resumed.stderr
+        assert contents(out) == expected
+
+
+def contents_published(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("[!.]*")} if out.exists() else {}
+
+
+def test_killed_at_random_moments_and_resumed(
+    photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    kill_campaign(photos, tmp_path, reference, kills=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_two_hundred_times(photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]) -> None:
+    kill_campaign(photos, tmp_path, reference, kills=200)
+
+
+@pytest.mark.parametrize("workers", ["1", "2", "4"])
+def test_any_number_of_workers(
+    workers: str, photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    assert run(photos, tmp_path / "set", "--workers", workers).returncode == 0
+    assert contents(tmp_path / "set") == reference[0]
+
+
+def test_three_parts_at_the_same_time(photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]) -> None:
+    """They begin together on an empty folder: one lists the source, the others wait for the list."""
+    out = tmp_path / "set"
+    parts = [start(photos, out, "--part", f"{k}/3", "--workers", "1") for k in (1, 2, 3)]
+    for process in parts:
+        _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+    assert "dataset.json" not in contents_published(out)
+    assert run(photos, out, "--finish").returncode == 0
+    assert contents(out) == reference[0]
+
+
+def test_a_second_process_is_refused_and_takes_over_from_a_dead_one(
+    photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    out = tmp_path / "set"
+    first = start(photos, out)
+    wait_for(lambda: some_shards(out) > 0)
+    os.killpg(first.pid, signal.SIGSTOP)  # lest it ends before the second one asks
+    second = run(photos, out)
+    assert second.returncode == 1
+    assert f"worked on by process {first.pid} on {os.uname().nodename}" in second.stderr
+    assert len(second.stderr.strip().splitlines()) == 1
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    third = run(photos, out)
+    assert third.returncode == 0
+    assert f"left by process {first.pid}" in third.stderr
+    assert contents(out) == reference[0]
+
+
+def test_workers_leave_with_a_killed_parent(
+    photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    out = tmp_path / "set"
+    process = start(photos, out, "--workers", "2")
+    wait_for(lambda: some_shards(out) > 0)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    process.kill()  # the parent alone
+    wait_for(lambda: not any(map(alive, workers)), seconds=10)
+    process.communicate()
+    assert run(photos, out).returncode == 0
+    assert contents(out) == reference[0]
+
+
+def test_a_dead_worker_ends_the_run_with_one_line(
+    photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    out = tmp_path / "set"
+    process = start(photos, out, "--workers", "2")
+    wait_for(lambda: some_shards(out) > 0)
+    victim = next(pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(victim, signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert stderr.startswith("error: a worker process died")
+    assert len(stderr.strip().splitlines()) == 1
+    assert run(photos, out).returncode == 0
+    assert contents(out) == reference[0]
+
+
+def test_an_interrupt_leaves_at_once_and_leaves_nothing_half_written(
+    photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    out = tmp_path / "set"
+    process = start(photos, out, "--workers", "2")
+    wait_for(lambda: some_shards(out) > 0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of the group
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode != 0
+    assert stderr.count("Traceback") <= 1, "the parent's KeyboardInterrupt, and no other"
+    assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
+    assert run(photos, out).returncode == 0
+    assert contents(out) == reference[0]
+
+
+@contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[Callable[[], None] | None]:
+    """Mount a disk of that size, if this machine lets us; yields what makes it large."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        yield None
+        return
+    try:
+        yield lambda: subprocess.run(["mount", "-o", "remount,size=256m", folder], check=True)
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+
+
+def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(
+    photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
+) -> None:
+    with small_disk(tmp_path / "disk", mib=9) as enlarge:
+        out = tmp_path / "disk" / "set"
+        limits: dict[str, object] = {} if enlarge else {"preexec_fn": limit_file_size}
+        failed = run(photos, out, **limits)
+        assert failed.returncode == 1
+        (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error")]
+        assert ("No space left on device" if enlarge else "File too large") in line
+        assert str(out) in line
+        assert "resumes" in line
+        assert "dataset.json" not in contents_published(out)
+        if enlarge:
+            enlarge()
+        resumed = run(photos, out)
+        assert resumed.returncode == 0, resumed.stderr
+        assert contents(out) == reference[0]
+
+
+def test_array_jobs_tell_what_is_missing(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    assert run(photos, out, "--part", "2/2").returncode == 0
+    early = run(photos, out, "--finish")
+    assert early.returncode == 1
+    assert "train-000000.tar is the first" in early.stderr
+    assert json.loads((out / ".making" / "plan.json").read_text())["shards"]["train"] > 4
