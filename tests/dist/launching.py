@@ -41,6 +41,7 @@ def accelerate(
         capture_output=True,
         text=True,
         timeout=timeout,
+        check=False,
     )
 
 
@@ -53,6 +54,7 @@ def python(tmp_path: Path, *args: str | Path, timeout: float = 280, **env: str) 
         capture_output=True,
         text=True,
         timeout=timeout,
+        check=False,
     )
 
 

@@ -22,7 +22,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     return shown
 
 
-@pytest.fixture()
+@pytest.fixture
 def copied(digits: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(digits, tmp_path / "set"))
 

@@ -77,7 +77,7 @@ def test_global_batches_are_the_same_at_every_world_size(digits: Path, recipe_na
     def global_batches(world: int, micro: int) -> list[tuple[list[int], torch.Tensor]]:
         ranks = []
         for rank in range(world):
-            plan, loader = train_loader(digits, recipe, world=world, rank=rank, micro_batch=micro)
+            _, loader = train_loader(digits, recipe, world=world, rank=rank, micro_batch=micro)
             with loader:
                 ranks.append([next(loader) for _ in range(3 * GLOBAL // world // micro)])
         per_step = GLOBAL // world // micro
@@ -181,7 +181,7 @@ def test_evaluation_geometry_keeps_the_ratio_of_256_to_224() -> None:
     assert eval_geometry(np.array([64]), np.array([64]), 64)[0].tolist() == [[73, 73]]
 
 
-@pytest.fixture()
+@pytest.fixture
 def copied(photos: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(photos, tmp_path / "set"))
 

@@ -1,0 +1,101 @@
+"""Whole runs, started the way a user starts them (README, "Several processes")."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.dist.launching import accelerate, lines, python
+
+# A short training that reaches about 98 %: the demo's recipe at half the size and a quarter of the epochs.
+SHORT = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--epochs", "5", "--warmup-epochs", "1")
+FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1")
+
+
+def accuracy(run: Path) -> float:
+    last = lines(run, "eval")[-1]
+    assert last["samples"] == 360  # every validation image, once
+    return float(last["top1"])
+
+
+def engine_of(run: Path) -> dict[str, object]:
+    return json.loads((run / "recipe.json").read_text())["engine"]
+
+
+@pytest.fixture(scope="module")
+def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Accuracy of the one-process run."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = accelerate(folder, *SHORT, "--data", digits, "--out", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return accuracy(folder / "run")
+
+
+def test_one_process_learns_the_digits(alone: float) -> None:
+    assert alone > 0.96
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_ranks_learn_as_well_as_one(tmp_path: Path, digits: Path, alone: float, zero: int) -> None:
+    run = tmp_path / "run"
+    done = accelerate(tmp_path, *SHORT, "--data", digits, "--out", run, "--zero", str(zero), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert engine_of(run) == {"zero": zero, "precision": "fp32", "world": 2}
+    assert abs(accuracy(run) - alone) <= 0.015
+
+
+def test_the_bare_command_chooses_engine_and_precision_by_the_device(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    done = accelerate(tmp_path, *FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "2")
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "empty-hf-home" / "accelerate").exists()
+    expected = {"zero": 1, "precision": "bf16"} if torch.cuda.is_available() else {"zero": 0, "precision": "fp32"}
+    assert engine_of(run) == {**expected, "world": 1}
+    assert [line["step"] for line in lines(run, "train")] == [1, 2]
+
+
+def test_zero_1_with_bf16_as_on_gpus(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    options = (*FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "4", "--zero", "1", "--precision", "bf16")
+    done = accelerate(tmp_path, *options, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert engine_of(run) == {"zero": 1, "precision": "bf16", "world": 2}
+    assert lines(run, "train")[-1]["loss"] < lines(run, "train")[0]["loss"]
+    weights = load_file(run / "weights.safetensors")
+    assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path, digits: Path) -> None:
+    def weights(name: str, *stops: int) -> dict[str, torch.Tensor]:
+        for stop in stops:
+            options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / name, "--stop-after", str(stop))
+            done = python(tmp_path, "launch/train.py", *options, "--augment", "fat", "--drop-path", "0.1")
+            assert done.returncode == 0, done.stderr
+        return load_file(tmp_path / name / "weights.safetensors")
+
+    whole, resumed = weights("whole", 5), weights("resumed", 3, 5)
+    assert [line["step"] for line in lines(tmp_path / "resumed", "start")] == [0, 3]
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_is_not_resumed_as_another(tmp_path: Path, digits: Path) -> None:
+    options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / "run")
+    assert python(tmp_path, "launch/train.py", *options, "--stop-after", "1").returncode == 0
+    done = python(tmp_path, "launch/train.py", *options, "--stop-after", "2", "--global-batch", "32")
+    assert done.returncode == 2
+    assert "global_batch was 64, is 32" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_world_size_that_does_not_fit_ends_every_rank_with_status_2(tmp_path: Path, digits: Path) -> None:
+    done = accelerate(tmp_path, *FEW_STEPS, "--data", digits, "--out", tmp_path / "run", ranks=3)
+    assert done.returncode != 0
+    fact = "world size 3 does not divide the global batch of 64"
+    assert f"error: {fact}; the nearest world sizes that do: 2 and 4" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+    assert not (tmp_path / "run").exists()
