@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.augment.blocks import by_block
 from pipeline.augment.tables import luma
 
 
@@ -20,12 +21,20 @@ def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -
 
 def colour(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     """Towards grey below factor 1, away from it above. images: uint8 [n, H, W, 3]; the same is returned."""
-    grey = luma(images).to(torch.float32)[..., None].expand(images.shape)
-    return _blend(grey.contiguous(), images, *tensors)
+    return by_block(_colour, images, *tensors)
 
 
 def sharpness(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     """Towards a smoothed image below factor 1, away from it above; the border of one pixel stays as it is."""
+    return by_block(_sharpness, images, *tensors)
+
+
+def _colour(images: Tensor, factors: Tensor) -> Tensor:
+    grey = luma(images).to(torch.float32)[..., None].expand(images.shape)
+    return _blend(grey.contiguous(), images, factors)
+
+
+def _sharpness(images: Tensor, factors: Tensor) -> Tensor:
     smooth = images.to(torch.float32)
     if min(images.shape[1:3]) > 2:
         # PIL's SMOOTH: the mean of 3 x 3 pixels, the middle one five times. Sums fit 16 bits; thirteenths never tie.
@@ -33,7 +42,7 @@ def sharpness(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, i
         tall = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
         total = tall[:, :, :-2] + tall[:, :, 1:-1] + tall[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
         smooth[:, 1:-1, 1:-1] = total.to(torch.float32).add_(6.5).mul_(1 / 13).floor_()
-    return _blend(smooth, images, *tensors)
+    return _blend(smooth, images, factors)
 
 
 def _blend(degenerate: Tensor, images: Tensor, factors: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ on whole rows or columns, where the kernel needs 4 neighbours of the 16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from sys import byteorder
 from typing import Any
 
@@ -17,11 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pipeline.augment.blocks import by_block
 from pipeline.augment.ops import Op
-
-# Pixels resampled at once, at up to 300 bytes each: on a CPU, what its caches nearly hold; elsewhere, what memory does.
-_BLOCK = {"cpu": 1 << 16}
-_BLOCK_ELSEWHERE = 1 << 20
 
 
 def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
@@ -51,25 +49,21 @@ def matrices(ops: NDArray[np.int64], arguments: NDArray[np.float64], height: int
 
 def rotate(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     """Any affine map. images: uint8 [n, H, W, 3], contiguous; the same is returned."""
-    return _resample(images, tensors[0], fill, taps_x=4, taps_y=4)
+    return by_block(partial(_resample, fill=fill, taps_x=4, taps_y=4), images, *tensors)
 
 
 def along_x(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     """Maps that keep y."""
-    return _resample(images, tensors[0], fill, taps_x=4, taps_y=1)
+    return by_block(partial(_resample, fill=fill, taps_x=4, taps_y=1), images, *tensors)
 
 
 def along_y(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     """Maps that keep x."""
-    return _resample(images, tensors[0], fill, taps_x=1, taps_y=4)
+    return by_block(partial(_resample, fill=fill, taps_x=1, taps_y=4), images, *tensors)
 
 
-def _resample(images: Tensor, maps: Tensor, fill: tuple[int, int, int], *, taps_x: int, taps_y: int) -> Tensor:
+def _resample(images: Tensor, maps: Tensor, *, fill: tuple[int, int, int], taps_x: int, taps_y: int) -> Tensor:
     count, height, width, _ = images.shape
-    at_once = max(1, _BLOCK.get(images.device.type, _BLOCK_ELSEWHERE) // (height * width))
-    if count > at_once:
-        parts = zip(images.split(at_once), maps.split(at_once), strict=True)
-        return torch.cat([_resample(*part, fill, taps_x=taps_x, taps_y=taps_y) for part in parts])
     device = images.device
     a, b, c, d, e, f = maps.view(count, 6, 1, 1).unbind(1)
     # Coordinates in float64, as PIL has them: a pixel on the edge falls on the same side.

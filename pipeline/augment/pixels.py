@@ -27,6 +27,8 @@ from pipeline.augment.transfer import upload
 __all__ = ["BatchAugment", "mix", "mix_targets", "normalise"]
 
 Arrays = list[NDArray[Any]]
+Run = Callable[[Tensor, Sequence[Tensor], tuple[int, int, int]], Tensor]
+Group = tuple[Run, Arrays]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Family:
 
     ops: tuple[Op, ...]
     prepare: Callable[[NDArray[np.int64], NDArray[np.float64], int], Arrays]
-    run: Callable[[Tensor, Sequence[Tensor], tuple[int, int, int]], Tensor]
+    run: Run
 
 
 FAMILIES = (
@@ -94,27 +96,51 @@ class BatchAugment:
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
         stages = self._stages(params)
-        if not stages:
-            return images
-        tensors = iter(upload([array for _, arrays in stages for array in arrays], self._device))
-        images = images.clone()
-        for run, arrays in stages:
-            rows, *rest = [next(tensors) for _ in arrays]
-            images.index_copy_(0, rows, run(images.index_select(0, rows), rest, self._recipe.fill))
+        tensors = iter(upload([array for stage in stages for array in stage.arrays()], self._device))
+        for stage in stages:
+            results = []
+            for run, arrays in stage.groups:
+                rows, *rest = [next(tensors) for _ in arrays]
+                results.append(run(images.index_select(0, rows), rest, self._recipe.fill))
+            # Gathered back as whole samples: several times faster than scattering bytes into place.
+            images = torch.cat(results).index_select(0, next(tensors))
         return images
 
-    def _stages(self, params: SampleParams) -> list[tuple[Callable[..., Tensor], Arrays]]:
-        """What is run, in order: a function of (images, tensors, fill), and its arrays, the first being the rows."""
-        stages: list[tuple[Callable[..., Tensor], Arrays]] = []
+    def _stages(self, params: SampleParams) -> list[Stage]:
+        stages = []
         if self._flip and params.flips.any():
-            stages.append((_flipped, [np.flatnonzero(params.flips)]))
+            stages.append(Stage.of([(_flipped, [np.flatnonzero(params.flips)])], len(params)))
         for layer in range(params.ops.shape[1]):
             ops, arguments = params.ops[:, layer], params.arguments[:, layer]
+            groups: list[Group] = []
             for family in FAMILIES:
                 rows = np.flatnonzero(params.applied[:, layer] & np.isin(ops, family.ops))
                 if len(rows):
-                    stages.append((family.run, [rows, *family.prepare(ops[rows], arguments[rows], self._recipe.size)]))
+                    groups.append((family.run, [rows, *family.prepare(ops[rows], arguments[rows], self._recipe.size)]))
+            if groups:
+                stages.append(Stage.of(groups, len(params)))
         return stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What happens to a batch at one time: every row is in one group."""
+
+    groups: list[Group]
+    """Functions of (images, tensors, fill), each with its arrays: the rows it is for, then what it needs."""
+    back: NDArray[np.int64]
+    """Where, among all groups' rows one after another, each row of the batch is found."""
+
+    @staticmethod
+    def of(groups: list[Group], batch: int) -> Stage:
+        """With one more group, for the rows that stay as they are."""
+        touched = np.concatenate([arrays[0] for _, arrays in groups])
+        groups = [*groups, (_kept, [np.setdiff1d(np.arange(batch), touched)])]
+        return Stage(groups, np.argsort(np.concatenate([arrays[0] for _, arrays in groups])))
+
+    def arrays(self) -> Arrays:
+        """All that goes to the device, in the order in which it is used."""
+        return [*(array for _, arrays in self.groups for array in arrays), self.back]
 
 
 def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> Tensor:
@@ -128,7 +154,8 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
         dtype [B, 3, H, W] with channels-last strides.
     """
     batch, height, width, _ = images.shape
-    scale, offset = _scale_and_offset(mean, std, width, images.device)
+    stream = torch.cuda.current_stream(images.device).cuda_stream if images.is_cuda else 0
+    scale, offset = _scale_and_offset(mean, std, width, images.device, stream)
     rows = images.view(batch * height, width * 3)
     if images.is_cuda:  # two kernels in all, each converting as it goes: a GPU pays by the byte
         result = torch.empty_like(rows, dtype=dtype)
@@ -139,8 +166,11 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
 
 
 @lru_cache(maxsize=16)
-def _scale_and_offset(mean: Colour, std: Colour, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A row of pixels each, float32 [width * 3]: a broadcast along three channels would be slow."""
+def _scale_and_offset(
+    mean: Colour, std: Colour, width: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor]:
+    """A row of pixels each, float32 [width * 3]: a broadcast along three channels would be slow. Kept for each stream,
+    since what one has queued another cannot know to be there."""
     scale = 1.0 / (255.0 * np.asarray(std))
     offset = -np.asarray(mean) / np.asarray(std)
     rows = [np.tile(values.astype(np.float32), width) for values in (scale, offset)]
@@ -150,3 +180,7 @@ def _scale_and_offset(mean: Colour, std: Colour, width: int, device: torch.devic
 
 def _flipped(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     return images.flip(2)
+
+
+def _kept(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+    return images

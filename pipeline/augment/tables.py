@@ -7,6 +7,7 @@ the image and are made on the device. One gather applies them all. All agree wit
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.augment.blocks import by_block
 from pipeline.augment.ops import Op
 
 OPS = (
@@ -63,13 +65,17 @@ def run(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -
     tables = host.repeat(1, 3).view(-1, 3, LEVELS)
     for rows, make in (
         (auto_contrast, auto_contrast_tables),
-        (equalize, equalize_tables),
-        (contrast, lambda chosen: contrast_tables(chosen, factors)),
+        (equalize, partial(by_block, equalize_tables)),
+        (contrast, lambda chosen: by_block(contrast_tables, chosen, factors)),
     ):
         if rows.numel():
             tables.index_copy_(0, rows, make(images.index_select(0, rows)))
+    return by_block(_look_up, images, tables)
+
+
+def _look_up(images: Tensor, tables: Tensor) -> Tensor:
     places = _table_places(images, torch.int32)
-    return tables.view(-1).index_select(0, places.view(-1)).view(images.shape)
+    return tables.reshape(-1).index_select(0, places.view(-1)).view(images.shape)
 
 
 def auto_contrast_tables(images: Tensor) -> Tensor:
