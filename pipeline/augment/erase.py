@@ -30,7 +30,7 @@ class Eraser:
         areas = heights * widths
         boxes = np.stack([drawn, tops, lefts, widths, np.cumsum(areas) - areas])
         box, area, key = upload([boxes, areas, params.erase_keys[drawn]], images.device)
-        # One entry per erased pixel: its sample and its place in the box, row by row. The host knows how many there are;
+        # One entry per erased pixel: its sample and its place in the box, row by row. The host knows how many, so that
         # the device need not be asked.
         pixels = int(areas.sum())
         sample, y, x, width, start = box.repeat_interleave(area, dim=1, output_size=pixels)

@@ -70,7 +70,7 @@ def _resample(images: Tensor, maps: Tensor, *, fill: tuple[int, int, int], taps_
     x = torch.arange(width, dtype=torch.float64, device=device) + 0.5
     y = torch.arange(height, dtype=torch.float64, device=device)[:, None] + 0.5
     first = torch.arange(0, count * height, height, dtype=torch.int32, device=device).view(count, 1, 1)
-    columns, rows = x.to(torch.int32), y.to(torch.int32) + first  # truncated: the half goes
+    columns, rows = x.to(torch.int32), y.to(torch.int32) + first  # truncated: without the half
     inside = torch.ones_like(maps[:, :1, None], dtype=torch.bool)
     if taps_x == 4:
         inside, columns, share_x = _neighbours(a * x + b * y + c, width)
@@ -84,7 +84,7 @@ def _resample(images: Tensor, maps: Tensor, *, fill: tuple[int, int, int], taps_
     values = _cubic(values.unbind(1), share_x) if taps_x == 4 else values[:, 0]
     values = _cubic(values.unbind(0), share_y) if taps_y == 4 else values[0]
     sampled = values.clamp_(0, 255).to(torch.uint8).view(torch.int32).view(count, height, width)
-    colour = int.from_bytes(bytes((*fill, 0)), byteorder)
+    colour = int.from_bytes(bytes((*fill, 0)), byteorder, signed=True)
     return torch.where(inside, sampled, colour).view(torch.uint8).view(count, height, width, 4)[..., :3]
 
 

@@ -96,6 +96,8 @@ class BatchAugment:
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
         stages = self._stages(params)
+        if not stages:
+            return images
         tensors = iter(upload([array for stage in stages for array in stage.arrays()], self._device))
         for stage in stages:
             results = []
