@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint, noop_context_fn
+from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module) -> Tensor:
@@ -21,9 +21,11 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _running_statistics_kept(block)
 
-    # A compiled backward repeats arithmetic but no update of a buffer: nothing to prevent there.
-    context_fn: Callable = noop_context_fn if torch.compiler.is_compiling() else contexts
-    result: Tensor = checkpoint(function, x, use_reentrant=False, context_fn=context_fn)
+    result: Tensor
+    if torch.compiler.is_compiling():  # a compiled backward repeats arithmetic but no update of a buffer
+        result = checkpoint(function, x, use_reentrant=False)
+    else:
+        result = checkpoint(function, x, use_reentrant=False, context_fn=contexts)
     return result
 
 

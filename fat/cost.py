@@ -26,7 +26,8 @@ class Cost:
     attention_macs: int
     """Multiply-accumulates of the two attention products, q k^T and softmax times v."""
     activation_bytes: int
-    """Bytes that eager autograd keeps between forward and backward in the parameters' dtype, attention written out."""
+    """Bytes that eager autograd keeps between forward and backward in the parameters' dtype, attention written out; the
+    copies that a device makes to suit its layout, some 3 % on a CPU, come on top."""
 
     @property
     def macs(self) -> int:

@@ -1,0 +1,68 @@
+"""The costs that FAT.md and the paper state, counted from the models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fat
+from tests.unit.test_fat_parity import PARAMETERS, TINY
+
+GMAC = {"fat_b0": 0.754, "fat_b1": 1.243, "fat_b2": 2.131, "fat_b3": 4.632}  # at 224, attention products included
+PAPER_GMAC = {"fat_b0": 0.7, "fat_b1": 1.2, "fat_b2": 2.0, "fat_b3": 4.4}  # without them, as printed
+
+
+@pytest.mark.parametrize("name", fat.list_models())
+def test_costs_of_the_paper(name: str) -> None:
+    with torch.device("meta"):
+        cost = fat.count(fat.create_model(name))
+    assert cost.parameters == PARAMETERS[name]
+    assert cost.macs / 1e9 == pytest.approx(GMAC[name], rel=0.005)
+    assert cost.conv_macs / 1e9 == pytest.approx(PAPER_GMAC[name], abs=0.05)
+
+
+def test_counting_leaves_the_model_alone() -> None:
+    model = fat.FAT(TINY).eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fat.count(model, 64)
+    assert not model.training
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_activation_bytes_are_those_that_autograd_keeps() -> None:
+    """Counted again on real memory, which has a copy of each block's queries more."""
+    model = fat.FAT(TINY).train()
+    images = torch.randn(2, 3, 96, 64)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)
+    real = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    assert output.requires_grad
+    assert fat.count(model, (96, 64)).activation_bytes == pytest.approx(real / 2, rel=0.04)
+
+
+def test_costs_grow_with_the_image() -> None:
+    model = fat.FAT(TINY)
+    small, large = fat.count(model, 64), fat.count(model, (128, 128))
+    assert large.parameters == small.parameters
+    assert large.conv_macs == pytest.approx(4 * small.conv_macs, rel=0.01)
+    assert large.attention_macs == 16 * small.attention_macs
+    assert large.activation_bytes > 4 * small.activation_bytes
+
+
+def test_the_table_is_printed() -> None:
+    result = subprocess.run([sys.executable, "-m", "fat.table"], capture_output=True, text=True, check=True)
+    rows = {line.split()[0]: line for line in result.stdout.splitlines()}
+    for name in fat.list_models():
+        assert f"{PARAMETERS[name]:,}" in rows[name]
+        assert f"{GMAC[name]:.3f}" in rows[name]
