@@ -50,6 +50,15 @@ class Shard:
     check: Literal["decode", "header"] = "decode"
     """Decode every image once, or trust the headers."""
 
+    format: Literal["tar", "ffcv", "both"] = "tar"
+    """WebDataset tars, FFCV's .beton, or both in the same order."""
+
+    write_mode: Literal["jpg", "raw", "smart"] = "jpg"
+    """What a .beton stores: JPEGs, pixels, or (smart) pixels where they take little more room."""
+
+    smart_ratio: float = 4.0
+    """With smart: pixels where they take at most this many times the JPEG's bytes."""
+
     max_side: int | None = None
     """Shrink and re-encode images whose longer side is above this many pixels."""
 
@@ -77,7 +86,7 @@ class Shard:
 
         out = self.out or default_out(self.source)
         if self.finish:
-            outcome = finish(out, self.max_rejects)
+            outcome = finish(out, self.max_rejects, self.workers)
         else:
             part = Part.parse(self.part) if self.part else None
             outcome = convert(self.source, out, self._options(), part)
@@ -97,6 +106,7 @@ class Shard:
         return 0
 
     def _options(self) -> Options:
+        from shards.beton import BetonOptions
         from shards.convert import Options
         from shards.images import ImageRules
         from shards.sources.scan import ScanOptions
@@ -107,6 +117,8 @@ class Shard:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: between 1 and 100")
+        if self.smart_ratio < 1:
+            raise UserError(f"--smart-ratio {self.smart_ratio:g}: at least 1")
         return Options(
             scan=ScanOptions(
                 layout=self.layout,
@@ -120,6 +132,8 @@ class Shard:
                 check=self.check, max_side=self.max_side, short_side=self.short_side, quality=self.quality
             ),
             max_rejects=self.max_rejects,
+            format=self.format,
+            beton=BetonOptions(mode=self.write_mode, smart_ratio=self.smart_ratio),
         )
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
+from shards.beton import BetonOptions
 from shards.errors import ConversionFailed, UserError
 from shards.images import ImageRules
 from shards.join import Outcome, join
@@ -33,6 +34,7 @@ from shards.work import Plan, Work
 from shards.writer import ShardJob, explain, write_shard
 
 MIB = 2**20
+Format = Literal["tar", "ffcv", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Options:
     shard_bytes: int = 256 * MIB
     rules: ImageRules = field(default_factory=ImageRules)
     max_rejects: float = MAX_REJECTS
+    format: Format = "tar"
+    beton: BetonOptions = field(default_factory=BetonOptions)
 
     @property
     def workers(self) -> int | None:
@@ -56,6 +60,8 @@ class Options:
             "shard_bytes": self.shard_bytes,
             "val_fraction": self.scan.val_fraction,
             "classes": classes and xxhash.xxh3_64_hexdigest(classes.read_bytes()),
+            "format": self.format,
+            "beton": None if self.format == "tar" else asdict(self.beton),
             **asdict(self.rules),
         }
 
@@ -73,7 +79,7 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         UserError: the source or the options do not fit.
         ConversionFailed: the job could not be finished; the same command resumes it.
     """
-    work = Work(out)
+    work = Work(out, options.format != "ffcv")
     with _explained(out):
         if (out / MANIFEST_NAME).exists():
             _check_same(out, Manifest.load(out).made.get("options"), options)
@@ -85,10 +91,10 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
             print(f"note: {note}", file=sys.stderr)
         with hold_part(work, part or WHOLE):
             _write_shards(work, plan, options, part or WHOLE)
-            return None if part else join(work, plan, options.max_rejects)
+            return None if part else join(work, plan, options.max_rejects, options.workers)
 
 
-def finish(out: Path, max_rejects: float = MAX_REJECTS) -> Outcome | None:
+def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = None) -> Outcome | None:
     """Join the parts of a conversion into a set.
 
     Returns:
@@ -105,6 +111,7 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS) -> Outcome | None:
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
+        work = Work(out, plan.keeps_tars)
         missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
         if missing:
             raise ConversionFailed(
@@ -112,7 +119,7 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS) -> Outcome | None:
                 "run their parts again, or all that is left without --part"
             )
         with hold(work.path / "finish.lock", f"the end of {out}"):
-            return join(work, plan, max_rejects)
+            return join(work, plan, max_rejects, workers)
 
 
 def default_out(source: Path) -> Path:
@@ -178,7 +185,7 @@ def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -
 
 def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:
     mine = plan.jobs[part.number - 1 :: part.of]
-    todo = [ShardJob(work.out, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
+    todo = [ShardJob(work, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
     images = 0
     for job in todo:
         _, bounds = work.load_listing(job.split)

@@ -51,15 +51,15 @@ class ShardSet:
         Raises:
             ShardSetError: names the first shard that is missing, truncated or of another size.
         """
-        for shard in self.split(name).shards:
-            path = self.path / shard.name
+        for file, expected in self.split(name).files.items():
+            path = self.path / file
             try:
                 found = path.stat().st_size
             except FileNotFoundError:
                 raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify {self.path}'") from None
-            if found != shard.bytes:
-                fact = "truncated" if found < shard.bytes else "not the file the manifest describes"
+            if found != expected:
+                fact = "truncated" if found < expected else "not the file the manifest describes"
                 raise ShardSetError(
-                    f"{path}: {shard.bytes} bytes expected, {found} found: {fact}; "
+                    f"{path}: {expected} bytes expected, {found} found: {fact}; "
                     f"copy it again, or run 'pipeline shard' with the source to make it anew"
                 )

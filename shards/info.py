@@ -29,7 +29,7 @@ def _splits(shard_set: ShardSet) -> Table:
             name,
             f"{split.samples:,}",
             f"{len(split.shards):,}",
-            f"{sum(shard.bytes for shard in split.shards) / 1e6:,.1f} MB",
+            f"{sum(split.files.values()) / 1e6:,.1f} MB",
             f"{index['size'].mean() / 1e3:,.1f} kB",
             f"{int(index['repaired'].sum()):,}",
             f"{sum(counts.get(name, {}).get('rejected', {}).values()):,}",

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from shards.assemble import assemble
 from shards.errors import ConversionFailed
 from shards.index import write_index
 from shards.manifest import Manifest, ShardEntry, SplitEntry, tool
@@ -24,7 +25,7 @@ class Outcome:
     repaired: int
 
 
-def join(work: Work, plan: Plan, max_rejects: float) -> Outcome:
+def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Outcome:
     """Publish the set whose shards are all done.
 
     Raises:
@@ -41,7 +42,7 @@ def join(work: Work, plan: Plan, max_rejects: float) -> Outcome:
     rejects_hash = settle_rejects(work.out, rejects, kept, max_rejects)
     manifest = Manifest(
         classes=plan.classes,
-        splits={split: _join_split(work, split, done) for split in plan.shards},
+        splits={split: _join_split(work, plan, split, done, workers) for split in plan.shards},
         made={
             "tool": tool(),
             "source": plan.layout,
@@ -60,8 +61,8 @@ def join(work: Work, plan: Plan, max_rejects: float) -> Outcome:
     return Outcome(manifest, len(rejects), sum(sum(shard.repaired.values()) for shard in done.values()))
 
 
-def _join_split(work: Work, split: str, done: Done) -> SplitEntry:
-    """Write the split's index; shards of which nothing is left are dropped."""
+def _join_split(work: Work, plan: Plan, split: str, done: Done, workers: int | None) -> SplitEntry:
+    """Write the split's index, and its .beton if asked for; shards of which nothing is left are dropped."""
     kept = []
     for (of, shard), record in done.items():
         if of == split and record.samples:
@@ -72,17 +73,24 @@ def _join_split(work: Work, split: str, done: Done) -> SplitEntry:
     samples = sum(record.samples for _, record in kept)
     if samples == 0:
         raise ConversionFailed(f"{work.out}: no image of split '{split}' can be used; see {work.out / REJECTS_NAME}")
+    beton = None
+    if plan.beton is not None:
+        beton = assemble(work, split, [shard for shard, _ in kept], plan.beton, workers)
     index = work.out / f"{split}.index.npy"
-    digest = write_index(index, samples, (work.load_rows(split, shard) for shard, _ in kept))
-    return SplitEntry(
-        samples=samples,
-        shards=tuple(
+    if beton is None or work.keeps_tars:
+        rows = (work.load_rows(split, shard) for shard, _ in kept)
+        shards = [
             ShardEntry(name=work.tar(split, shard).name, samples=record.samples, bytes=record.bytes, hash=record.hash)
             for shard, record in kept
-        ),
-        index=index.name,
-        index_hash=digest,
-    )
+        ]
+    else:
+        rows = (work.load_segment(split, shard)[1] for shard, _ in kept)
+        shards = [
+            ShardEntry(name=beton.name, samples=record.samples, bytes=beton.bytes, hash=digest)
+            for (_, record), digest in zip(kept, beton.segments, strict=True)
+        ]
+    digest = write_index(index, samples, rows)
+    return SplitEntry(samples=samples, shards=tuple(shards), index=index.name, index_hash=digest, beton=beton)
 
 
 def _repaired(done: Done, split: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
@@ -49,15 +49,44 @@ class ShardEntry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BetonEntry:
+    """The split as one FFCV file."""
+
+    name: str
+    bytes: int
+    """Size of the file."""
+    mode: Literal["jpg", "raw", "smart"]
+    """What it stores: JPEGs, pixels, or pixels where they take at most `smart_ratio` times the JPEG's bytes."""
+    smart_ratio: float
+    segments: tuple[str, ...]
+    """xxh3-64 of each shard's part of the file, 16 hex digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SplitEntry:
-    """One split: its tars in sample order, and its index."""
+    """One split: its shards in sample order, and its index."""
 
     samples: int
     shards: tuple[ShardEntry, ...]
+    """Where there are no tars, each names the .beton, in which the shard is a run of bytes; the index's offsets, sizes
+    and hashes are then those of what the .beton stores."""
     index: str
     """File name of the index beside the manifest."""
     index_hash: str
     """xxh3-64 of the index file, 16 hex digits."""
+    beton: BetonEntry | None = None
+    """The same samples in the same order for FFCV, if asked for."""
+
+    @property
+    def tars(self) -> bool:
+        """Whether the split's shards are tars."""
+        return self.beton is None or self.shards[0].name != self.beton.name
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Name -> bytes of the data files."""
+        files = {shard.name: shard.bytes for shard in self.shards}
+        return files | ({self.beton.name: self.beton.bytes} if self.beton else {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +152,7 @@ class Manifest:
                         shards=tuple(ShardEntry(**shard) for shard in split["shards"]),
                         index=split["index"],
                         index_hash=split["index_hash"],
+                        beton=_parse_beton(split["beton"]),
                     )
                     for name, split in raw["splits"].items()
                 },
@@ -130,6 +160,10 @@ class Manifest:
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ShardSetError(f"{path}: damaged manifest ({error!r}); shard the source again") from error
+
+
+def _parse_beton(raw: dict[str, Any] | None) -> BetonEntry | None:
+    return BetonEntry(**raw | {"segments": tuple(raw["segments"])}) if raw else None
 
 
 def tool() -> str:

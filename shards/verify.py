@@ -23,6 +23,7 @@ from shards.pool import Report, run_jobs
 from shards.progress import Progress
 from shards.rejects import REJECTS_NAME
 from shards.tar import BLOCK, END, dali_index, header, index_line, padding
+from shards.verify_beton import SegmentCheck, check_frame, check_segment
 
 CHUNK = 2**22
 
@@ -48,17 +49,28 @@ def verify(path: Path, workers: int | None = None) -> list[str]:
     shard_set = ShardSet(path)
     manifest = shard_set.manifest
     faults = _check_manifest(path, manifest)
-    checks = []
+    checks: list[ShardCheck | SegmentCheck] = []
     for split, entry in manifest.splits.items():
         found = _check_index(shard_set, split)
         faults += found
         if not found:
-            checks += [ShardCheck(path, split, i) for i in range(len(entry.shards))]
-    samples = sum(manifest.splits[check.split].shards[check.shard].samples for check in checks)
+            if entry.tars:
+                checks += [ShardCheck(path, split, i) for i in range(len(entry.shards))]
+            if entry.beton:
+                found, segments = check_frame(shard_set, split)
+                faults += found
+                checks += segments
+    samples = sum(
+        entry.samples * (int(entry.tars) + int(entry.beton is not None)) for entry in manifest.splits.values()
+    )
     with Progress("verifying", samples) as progress:
-        for found in run_jobs(check_shard, checks, workers, progress):
+        for found in run_jobs(_check, checks, workers, progress):
             faults += found
     return faults
+
+
+def _check(check: ShardCheck | SegmentCheck, report: Report) -> list[str]:
+    return check_segment(check, report) if isinstance(check, SegmentCheck) else check_shard(check, report)
 
 
 def _check_manifest(path: Path, manifest: Manifest) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shards.beton import BetonOptions
 from shards.durable import TEMPORARY, durable_write, save_array
 from shards.index import INDEX_DTYPE, Index
 from shards.listing import Listing
@@ -50,6 +51,15 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def keeps_tars(self) -> bool:
+        return self.options["format"] != "ffcv"
+
+    @property
+    def beton(self) -> BetonOptions | None:
+        """None when no .beton is asked for."""
+        return BetonOptions(**self.options["beton"]) if self.options["beton"] else None
+
+    @property
     def jobs(self) -> list[tuple[str, int]]:
         """(split, shard), in order."""
         return [(split, i) for split, n in self.shards.items() for i in range(n)]
@@ -58,8 +68,8 @@ class Plan:
 class Work:
     """The work folder inside the set that is being made."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, keeps_tars: bool = True) -> None:
+        self.out, self.keeps_tars = out, keeps_tars
         self.path = out / FOLDER
 
     # -- the plan
@@ -86,7 +96,8 @@ class Work:
     # -- shards
 
     def tar(self, split: str, shard: int) -> Path:
-        return self.out / f"{split}-{shard:06d}.tar"
+        """A shard's tar; in the work folder where the set is to be a .beton alone."""
+        return (self.out if self.keeps_tars else self.path) / f"{split}-{shard:06d}.tar"
 
     def save_done(self, split: str, shard: int, done: ShardDone, rows: Index) -> None:
         """Record a shard as finished, after its files are in place."""
@@ -95,6 +106,8 @@ class Work:
 
     def is_done(self, split: str, shard: int) -> bool:
         """Whether the shard is recorded, and what is recorded is there."""
+        if not self.keeps_tars and self.is_in_beton(split, shard):
+            return True
         try:
             found = self.tar(split, shard).stat().st_size
             return found == self.load_done(split, shard).bytes and self._done(split, shard, "rows.npy").exists()
@@ -108,6 +121,28 @@ class Work:
         rows = np.load(self._done(split, shard, "rows.npy"))
         assert rows.dtype == INDEX_DTYPE
         return rows
+
+    # -- betons
+
+    def beton(self, split: str) -> Path:
+        return self.out / f"{split}.beton"
+
+    def unfinished_beton(self, split: str) -> Path:
+        return self.path / f"{split}.beton"
+
+    def save_segment(self, split: str, shard: int, digest: str, rows: Index) -> None:
+        """Record a shard's part of the .beton as filled."""
+        save_array(self._done(split, shard, "beton.npy"), rows)
+        durable_write(self._done(split, shard, "beton"), digest.encode())
+
+    def load_segment(self, split: str, shard: int) -> tuple[str, Index]:
+        """The part's hash, and the rows with offset, size and hash of what it holds."""
+        return self._done(split, shard, "beton").read_text(), np.load(self._done(split, shard, "beton.npy"))
+
+    def is_in_beton(self, split: str, shard: int) -> bool:
+        """Whether the shard's part is recorded as filled, and the .beton is there."""
+        there = self.beton(split).exists() or self.unfinished_beton(split).exists()
+        return there and self._done(split, shard, "beton").exists()
 
     def _done(self, split: str, shard: int, suffix: str) -> Path:
         return self.path / f"{split}-{shard:06d}.{suffix}"

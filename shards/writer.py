@@ -26,7 +26,7 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class ShardJob:
-    out: Path
+    work: Work
     split: str
     shard: int
     rules: ImageRules
@@ -38,7 +38,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
     Raises:
         ConversionFailed: the source changed, the disk is full, or reading or writing failed; nothing is half-published.
     """
-    work = Work(job.out)
+    work = job.work
     work.remove_temporary(job.split, job.shard)
     listing, bounds = work.load_listing(job.split)
     start, stop = int(bounds[job.shard]), int(bounds[job.shard + 1])
@@ -62,7 +62,8 @@ def write_shard(job: ShardJob, report: Report) -> None:
                     samples += 1
                 report(1, entry.size)
             digest = tar.finish()
-        durable_write(path.with_suffix(".idx"), dali_index(tar.index_lines))
+        if work.keeps_tars:
+            durable_write(path.with_suffix(".idx"), dali_index(tar.index_lines))
         done = ShardDone(
             samples=samples, bytes=tar.bytes, hash=digest, repaired=dict(sorted(repaired.items())), rejected=rejected
         )

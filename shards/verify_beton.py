@@ -1,0 +1,110 @@
+"""The part of `pipeline verify` that knows .beton files: all of one but the images follows from the index."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shards.beton import BetonOptions, Layout, lay_out
+from shards.dataset import ShardSet
+from shards.index import Index
+from shards.manifest import BetonEntry
+from shards.pool import Report
+
+CHUNK = 2**22
+
+
+@dataclass(frozen=True)
+class SegmentCheck:
+    """One shard's part of the file, to be checked in a worker process."""
+
+    path: Path
+    hash: str
+    start: int
+    stop: int
+    """First byte of the part, and of what follows it."""
+    first: int
+    """Sample id of its first image."""
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    hashes: NDArray[np.uint64]
+    known: NDArray[np.bool_]
+    """bool [samples]: whether `hashes` is of the bytes that the .beton stores, not of the JPEG they were made from."""
+
+
+def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[SegmentCheck]]:
+    """Check the size, the head and the table of the split's .beton; what is between them is left to be checked."""
+    entry = shard_set.split(split)
+    beton, index = entry.beton, shard_set.index(split)
+    assert beton is not None
+    path = shard_set.path / beton.name
+    layout = lay_out(index, BetonOptions(mode=beton.mode, smart_ratio=beton.smart_ratio))
+    try:
+        found = path.stat().st_size
+        if found != beton.bytes or found != layout.total or len(beton.segments) != len(entry.shards):
+            fact = ": truncated" if found < beton.bytes else ""
+            return [f"{path}: {beton.bytes} bytes expected, {found} found{fact}"], []
+        faults = _check_ends(path, layout, index)
+    except FileNotFoundError:
+        return [f"{path}: missing"], []
+    except OSError as error:
+        return [f"{path}: cannot be read: {error.strerror}"], []
+    return faults, _segments(path, beton, layout, index, entry.tars)
+
+
+def check_segment(check: SegmentCheck, report: Report) -> list[str]:
+    """Check a shard's part, byte for byte."""
+    digest = xxhash.xxh3_64()
+    try:
+        with check.path.open("rb") as file:
+            file.seek(check.start)
+            for at in range(check.start, check.stop, CHUNK):
+                digest.update(file.read(min(CHUNK, check.stop - at)))
+                report(0, CHUNK)
+            report(len(check.offsets), 0)
+            if digest.hexdigest() == check.hash:
+                return []
+            for i in np.flatnonzero(check.known):
+                file.seek(int(check.offsets[i]))
+                if xxhash.xxh3_64_intdigest(file.read(int(check.sizes[i]))) != check.hashes[i]:
+                    where = f"offset {check.offsets[i]}, sample {check.first + i}"
+                    return [f"{check.path}: {where}: its bytes are not those that were written"]
+    except OSError as error:
+        return [f"{check.path}: cannot be read: {error.strerror}"]
+    return [f"{check.path}: offset {check.start}: damaged in the {check.stop - check.start} bytes from there on"]
+
+
+def _check_ends(path: Path, layout: Layout, index: Index) -> list[str]:
+    faults = []
+    with path.open("rb") as file:
+        if file.read(int(layout.starts[0])) != layout.head(index):
+            faults.append(f"{path}: offset 0: its header or its metadata is damaged")
+        file.seek(int(layout.starts[-1]))
+        if file.read() != layout.table():
+            faults.append(f"{path}: offset {layout.starts[-1]}: its allocation table is damaged")
+    return faults
+
+
+def _segments(path: Path, beton: BetonEntry, layout: Layout, index: Index, in_tars: bool) -> list[SegmentCheck]:
+    firsts = np.searchsorted(index["shard"], np.arange(len(beton.segments) + 1))
+    checks = []
+    for i, digest in enumerate(beton.segments):
+        mine = slice(int(firsts[i]), int(firsts[i + 1]))
+        checks.append(
+            SegmentCheck(
+                path=path,
+                hash=digest,
+                start=int(layout.starts[i]),
+                stop=int(layout.starts[i + 1]),
+                first=mine.start,
+                offsets=layout.offsets[mine],
+                sizes=layout.sizes[mine],
+                hashes=np.array(index["hash"][mine]),
+                known=~layout.raw[mine] if in_tars else np.ones(mine.stop - mine.start, bool),
+            )
+        )
+    return checks
