@@ -53,6 +53,13 @@ def write_all(file: FileIO, content: bytes | memoryview) -> None:
         view = view[file.write(view) :]
 
 
+def write_parts(file: FileIO, parts: list[bytes]) -> None:
+    """Write several pieces in one call."""
+    written = os.writev(file.fileno(), parts)
+    if written < sum(map(len, parts)):
+        write_all(file, b"".join(parts)[written:])
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)

@@ -21,7 +21,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
-from shards.jpeg import JpegHeader, NotAJpeg, parse_header
+from shards.jpeg import EXIF_SEGMENT, JpegHeader, NotAJpeg, parse_header, with_segment
 
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", TiffImagePlugin.TiffImageFile.format, WebPImagePlugin.WebPImageFile.format)
 REPAIR_QUALITY = 95
@@ -29,6 +29,7 @@ MAX_PIXELS = 100_000_000
 MAX_SIDE = 65_500  # of a JPEG, in libjpeg
 MAX_ENCODED = 512 * 2**20
 _ORIENTATION_TAG = 0x0112
+_FILTER = Image.Resampling.HAMMING  # antialiased; made for shrinking: as quick as bilinear, as sharp as bicubic
 
 # The whole stream is entropy-decoded, which is where damage shows; reconstructing every eighth pixel of the luminance
 # spares most of the rest of the work.
@@ -77,19 +78,18 @@ def accept(data: bytes, rules: ImageRules) -> Accepted:
     """
     if not data:
         raise Rejected("empty file")
-    repair = None
     try:
         header = parse_header(data)
     except NotAJpeg as error:
-        header, repair = None, f"JPEG: {error}" if data[:2] == b"\xff\xd8" else "not a JPEG"
-    if header is not None:
-        _check_extent(header.width, header.height)
-        repair = _fault(data, header, rules)
-    if repair is None and header is not None:
-        target = _target_size(header.width, header.height, rules)
-        if target is None:
-            return Accepted(data, header.height, header.width, header.orientation)
-    return _reencode(data, rules, header, repair)
+        return _repair(data, rules, 1, f"damaged JPEG: {error}" if data[:2] == b"\xff\xd8" else "not a JPEG")
+    _check_extent(header.width, header.height)
+    fault = "CMYK JPEG" if header.components == 4 else "unusual JPEG"
+    if header.plain:
+        try:
+            return _take(data, rules, header)
+        except ValueError as error:
+            fault = f"damaged JPEG: {_kind(str(error))}"
+    return _repair(data, rules, header.orientation, fault)
 
 
 def looks_like_image(start: bytes) -> bool:
@@ -101,18 +101,20 @@ def looks_like_image(start: bytes) -> bool:
     )
 
 
-def _fault(data: bytes, header: JpegHeader, rules: ImageRules) -> str | None:
-    """What keeps a JPEG from being used as it is."""
-    if header.components == 4:
-        return "CMYK JPEG"
-    if not header.plain:
-        return "unusual JPEG"
-    if rules.check == "decode":
-        try:
+def _take(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
+    """A plain JPEG, as it is or shrunk.
+
+    Raises:
+        ValueError: the decoder complains.
+    """
+    target = _target_size(header.width, header.height, rules)
+    if target is None:
+        if rules.check == "decode":
             simplejpeg.decode_jpeg(data, strict=True, **_CHECK)
-        except ValueError as error:
-            return f"damaged JPEG: {_kind(str(error))}"
-    return None
+        return Accepted(data, header.height, header.width, header.orientation)
+    pixels = simplejpeg.decode_jpeg(data, "GRAY" if header.components == 1 else "RGB", strict=True)
+    shrunk = Image.fromarray(pixels.squeeze(axis=2) if header.components == 1 else pixels).resize(target, _FILTER)
+    return _encode(shrunk, rules.quality, "420", header.orientation, None)
 
 
 def _kind(warning: str) -> str:
@@ -120,24 +122,31 @@ def _kind(warning: str) -> str:
     return " ".join(word for word in warning.split() if not any(c.isdigit() for c in word)).rstrip(":")
 
 
-def _reencode(data: bytes, rules: ImageRules, header: JpegHeader | None, repair: str | None) -> Accepted:
+def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Accepted:
+    """Whatever else Pillow can decode, as a plain JPEG."""
     with _decoding():
         opened = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_extent(*opened.size)
-        orientation = header.orientation if header else _exif_orientation(opened)
         if opened.format not in ("JPEG", "MPO"):
-            repair = str(opened.format)
+            fault, orientation = str(opened.format), _exif_orientation(opened)
         image = _plain(opened)
     target = _target_size(*image.size, rules)
     if target is not None:
-        image = image.resize(target, Image.Resampling.LANCZOS)
-    out = io.BytesIO()
-    exif = Image.Exif()
+        return _encode(image.resize(target, _FILTER), rules.quality, "420", orientation, fault)
+    return _encode(image, REPAIR_QUALITY, "444", orientation, fault)
+
+
+def _encode(image: Image.Image, quality: int, subsampling: str, orientation: int, repair: str | None) -> Accepted:
+    pixels = np.asarray(image)
+    if image.mode == "L":
+        data = simplejpeg.encode_jpeg(pixels[:, :, None], quality, "GRAY", "Gray")
+    else:
+        data = simplejpeg.encode_jpeg(pixels, quality, "RGB", subsampling)
     if orientation != 1:
+        exif = Image.Exif()
         exif[_ORIENTATION_TAG] = orientation
-    quality, subsampling = (REPAIR_QUALITY, "4:4:4") if target is None else (rules.quality, "4:2:0")
-    image.save(out, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
-    return Accepted(out.getvalue(), image.height, image.width, orientation, repair)
+        data = with_segment(data, EXIF_SEGMENT, exif.tobytes())
+    return Accepted(data, image.height, image.width, orientation, repair)
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import struct
 from dataclasses import dataclass
 
 START = b"\xff\xd8\xff"
+EXIF_SEGMENT = 0xE1  # APP1
 BASELINE, EXTENDED, PROGRESSIVE = 0, 1, 2  # the Huffman-coded, sequential or progressive processes
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7 have no length
-_START_OF_SCAN, _END_OF_IMAGE, _EXIF_SEGMENT = 0xDA, 0xD9, 0xE1
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 
 
@@ -64,7 +65,7 @@ def parse_header(data: bytes) -> JpegHeader:
             (length,) = struct.unpack_from(">H", data, at + 2)
             if marker in _FRAMES and frame is None:
                 frame = (marker - 0xC0, *struct.unpack_from(">BHHB", data, at + 4))
-            elif marker == _EXIF_SEGMENT and data[at + 4 : at + 10] == b"Exif\0\0" and orientation == 1:
+            elif marker == EXIF_SEGMENT and data[at + 4 : at + 10] == b"Exif\0\0" and orientation == 1:
                 orientation = _orientation(data[at + 10 : at + 2 + length])
             at += 2 + length
     except (IndexError, struct.error):
@@ -73,6 +74,14 @@ def parse_header(data: bytes) -> JpegHeader:
         raise NotAJpeg("no frame header")
     process, precision, height, width, components = frame
     return JpegHeader(height, width, components, precision, process, orientation)
+
+
+def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
+    """The JPEG with another segment, after its JFIF segment (which has to come first) if it has one."""
+    at = 2
+    if data[2:4] == b"\xff\xe0":
+        at += 2 + int.from_bytes(data[4:6], "big")
+    return data[:at] + bytes((0xFF, marker)) + (2 + len(content)).to_bytes(2, "big") + content + data[at:]
 
 
 def _orientation(tiff: bytes) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.durable import write_all
+from shards.durable import write_parts
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
@@ -61,21 +61,21 @@ class SampleTar:
         text = b"%d" % label
         image_name, label_name = f"{key}.jpg", f"{key}.cls"
         image_at = self.bytes + BLOCK
-        self._write(header(image_name, len(image)))
-        self._write(image)
-        self._write(padding(len(image)) + header(label_name, len(text)) + text + padding(len(text)))
+        label_part = padding(len(image)) + header(label_name, len(text)) + text + padding(len(text))
+        self._write([header(image_name, len(image)), image, label_part])
         self.index_lines.append(index_line(key, image_at, len(image), len(text)))
         return image_at
 
     def finish(self) -> str:
         """Write the end of the archive; returns the xxh3-64 of the whole file as 16 hex digits."""
-        self._write(END)
+        self._write([END])
         return self._hash.hexdigest()
 
-    def _write(self, content: bytes) -> None:
-        write_all(self._file, content)
-        self._hash.update(content)
-        self.bytes += len(content)
+    def _write(self, parts: list[bytes]) -> None:
+        write_parts(self._file, parts)
+        for part in parts:
+            self._hash.update(part)
+            self.bytes += len(part)
 
 
 def index_line(key: str, image_at: int, image_size: int, label_size: int) -> str:

@@ -106,14 +106,17 @@ class ContainerReader:
         return data
 
     def _read_file(self, entry: Entry) -> bytes:
-        path = entry.container / os.fsdecode(entry.name[entry.name.rfind(b"/") + 1 :])
+        path = os.fsencode(entry.container) + entry.name[entry.name.rfind(b"/") :]
         try:
-            with open(path, "rb", buffering=0) as file:
-                return _read_up_to(file.fileno(), entry.size + 1)
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                return _read_up_to(handle, entry.size + 1)
+            finally:
+                os.close(handle)
         except PermissionError as error:
             raise Rejected(f"cannot be read: {error.strerror}") from error
         except FileNotFoundError as error:
-            if path.is_symlink():
+            if os.path.islink(path):
                 raise Rejected("a link to nothing") from error
             raise ConversionFailed(
                 f"{entry.path}: listed, but gone now: the source changed meanwhile; "

@@ -1,0 +1,219 @@
+"""How fast sharding is, beside tools that do the same work on as many processes, in one run.
+
+Photos as `pipeline sample photos` makes them, from memory to memory (`--work`, by default /dev/shm), so that it is
+the tools that are compared and not the disk. All take turns; medians of `--rounds`, ratios within a round.
+
+- check: `pipeline shard` (every image decoded for a check) against the decoder alone (simplejpeg, full size, RGB, on
+  encoded images already in memory), and against webdataset's ShardWriter with that decoder as its check;
+- pack: `pipeline shard --check header` against `tar cf` of the same folder, and against ShardWriter without a check;
+- ffcv: `pipeline shard --format ffcv --max-side 400 --quality 90` against FFCV's DatasetWriter with
+  RGBImageField(write_mode='jpg', max_resolution=400, jpeg_quality=90) on images opened by Pillow.
+
+    python benchmarks/shard.py [--rounds 7] [--count 6000] [--processes 2] [--out FILE.json]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import simplejpeg
+import tyro
+from PIL import Image
+
+from shards.beton import BetonOptions
+from shards.convert import Options as ConvertOptions
+from shards.convert import convert
+from shards.images import ImageRules
+from shards.samples import write_photos
+from shards.sources.scan import ScanOptions
+
+SHARD_BYTES = 32 * 2**20
+MAX_SIDE, QUALITY = 400, 90
+IMAGENET = 1_281_167
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare sharding tools."""
+
+    rounds: int = 7
+    """Interleaved rounds."""
+    count: int = 6000
+    """Photos to make."""
+    processes: int = 2
+    """Worker processes of each tool."""
+    work: Path = Path("/dev/shm")
+    """Where to read and write."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+def pipeline_shard(source: Path, out: Path, processes: int, rules: ImageRules, beton: bool = False) -> None:
+    options = ConvertOptions(
+        shard_bytes=SHARD_BYTES,
+        rules=rules,
+        format="ffcv" if beton else "tar",
+        beton=BetonOptions(mode="jpg"),
+        scan=ScanOptions(workers=processes),
+    )
+    convert(source, out, options)
+
+
+def decoder_alone(files: list[Path]) -> float:
+    """Seconds for decoding images that are in memory."""
+    encoded = [file.read_bytes() for file in files]
+    began = time.perf_counter()
+    for data in encoded:
+        simplejpeg.decode_jpeg(data, strict=True)
+    return time.perf_counter() - began
+
+
+def shard_writer(job: tuple[list[tuple[Path, int]], Path, bool]) -> None:
+    """What people write with webdataset: read, check, write."""
+    import webdataset
+
+    samples, out, check = job
+    out.mkdir()
+    with webdataset.ShardWriter(str(out / "train-%06d.tar"), maxsize=SHARD_BYTES, maxcount=10**9, verbose=0) as sink:
+        for path, label in samples:
+            data = path.read_bytes()
+            if check:
+                simplejpeg.decode_jpeg(data, strict=True)
+            sink.write({"__key__": path.stem, "jpg": data, "cls": str(label).encode()})
+
+
+class Opened:
+    """A data set for FFCV's writer."""
+
+    def __init__(self, samples: list[tuple[Path, int]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
+        path, label = self.samples[i]
+        return Image.open(path).convert("RGB"), label
+
+
+def ffcv_writer(samples: list[tuple[Path, int]], out: Path, processes: int) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
+    out.mkdir()
+    image = RGBImageField(write_mode="jpg", max_resolution=MAX_SIDE, jpeg_quality=QUALITY)
+    writer = DatasetWriter(str(out / "train.beton"), {"image": image, "label": IntField()}, num_workers=processes)
+    writer.from_indexed_dataset(Opened(samples))
+
+
+def main(options: Options) -> None:
+    work = Path(tempfile.mkdtemp(dir=options.work))
+    try:
+        result = compare(options, work)
+    finally:
+        shutil.rmtree(work)
+    print(json.dumps(result, indent=1))
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def compare(options: Options, work: Path) -> dict[str, object]:
+    source, processes = work / "photos", options.processes
+    write_photos(source, options.count)
+    classes = sorted(path.name for path in (source / "train").iterdir())
+    samples = [(path, classes.index(path.parent.name)) for path in sorted(source.rglob("*.JPEG"))]
+    total = sum(path.stat().st_size for path, _ in samples)
+    halves = [samples[i::processes] for i in range(processes)]
+    pool = ProcessPoolExecutor(processes)
+
+    def webdataset_with(check: bool) -> Callable[[Path], None]:
+        return lambda out: (
+            out.mkdir() or list(pool.map(shard_writer, [(half, out / str(i), check) for i, half in enumerate(halves)]))
+        )
+
+    contenders: dict[str, Callable[[Path], object]] = {
+        "pipeline shard": lambda out: pipeline_shard(source, out, processes, ImageRules()),
+        "ShardWriter, decoding": webdataset_with(check=True),
+        "pipeline shard --check header": lambda out: pipeline_shard(source, out, processes, ImageRules(check="header")),
+        "ShardWriter": webdataset_with(check=False),
+        "tar cf": lambda out: subprocess.run(["tar", "cf", out, "-C", source, "."], check=True),
+        "pipeline shard --format ffcv --max-side 400": lambda out: pipeline_shard(
+            source, out, processes, ImageRules(max_side=MAX_SIDE, quality=QUALITY), beton=True
+        ),
+        "FFCV DatasetWriter": lambda out: ffcv_writer(samples, out, processes),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in [*contenders, "decoder alone"]}
+    for turn in range(options.rounds + 1):
+        for name, contender in contenders.items():
+            took = timed(contender, work / "out")
+            if turn:  # the first round warms up
+                seconds[name].append(took)
+        alone = max(pool.map(decoder_alone, [[path for path, _ in half] for half in halves]))
+        if turn:
+            seconds["decoder alone"].append(alone)
+    pool.shutdown()
+    return report(seconds, options, total)
+
+
+def timed(contender: Callable[[Path], object], out: Path) -> float:
+    began = time.perf_counter()
+    contender(out)
+    took = time.perf_counter() - began
+    shutil.rmtree(out) if out.is_dir() else out.unlink()
+    return took
+
+
+def report(seconds: dict[str, list[float]], options: Options, total: int) -> dict[str, object]:
+    def faster(ours: str, theirs: str) -> float:
+        pairs = zip(seconds[ours], seconds[theirs], strict=True)
+        return round(statistics.median(their / our for our, their in pairs), 3)
+
+    rate = {name: options.count / statistics.median(times) for name, times in seconds.items()}
+    return {
+        "images": options.count,
+        "bytes": total,
+        "processes": options.processes,
+        "rounds": options.rounds,
+        "images/s": {name: round(value) for name, value in rate.items()},
+        "MB/s": {name: round(value * total / options.count / 1e6, 1) for name, value in rate.items()},
+        "ratios": {
+            "check / decoder alone": faster("pipeline shard", "decoder alone"),
+            "check / ShardWriter": faster("pipeline shard", "ShardWriter, decoding"),
+            "pack / tar cf": faster("pipeline shard --check header", "tar cf"),
+            "pack / ShardWriter": faster("pipeline shard --check header", "ShardWriter"),
+            "ffcv / DatasetWriter": faster("pipeline shard --format ffcv --max-side 400", "FFCV DatasetWriter"),
+        },
+        "ImageNet-1K, training split, minutes": round(IMAGENET / rate["pipeline shard"] / 60, 1),
+        "machine": {
+            "cpu": cpu(),
+            "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+            "work": str(options.work),
+        },
+    }
+
+
+def cpu() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))
