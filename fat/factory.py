@@ -49,11 +49,11 @@ def create_model(
 ) -> Trunk:
     """A FAT in training mode; its weights are drawn from torch's default generator by PyTorch's default initialisation.
 
-    name: one of `list_models()`, or a config. num_classes (1000, or the config's; 0 leaves the classifier out), in_chans
-    (3, or the config's), drop_path (the paper's, or the config's) and `dimensions`, which may be any other field of
-    `FATConfig`, replace what that says. weights: a file to fill the model from, see `load_weights`; replace_head: keep
-    the fresh classifier where the file's has another number of classes, which is an error otherwise. features_only: the
-    four stages' maps instead of logits, see `FATFeatures`.
+    name: one of `list_models()`, or a config. num_classes, in_chans, drop_path and `dimensions`, which may be any other
+    field of `FATConfig`, replace what that says (the variants: 1000 classes, 3 channels, the paper's drop path);
+    num_classes=0 leaves the classifier out. weights: a file to fill the model from, see `load_weights`. replace_head:
+    keep the fresh classifier where the file's has another number of classes, which is an error otherwise.
+    features_only: the four stages' maps instead of logits, see `FATFeatures`.
     """
     if isinstance(name, str):
         if name not in VARIANTS:

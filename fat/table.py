@@ -21,15 +21,15 @@ COLUMNS = (
     ("drop path", 9),
     ("parameters", 10),
     ("GMAC", 6),
-    ("without attention products", 26),
+    ("conv GMAC", 9),
     ("activation MB", 13),
-    ("top-1 (paper)", 13),
+    ("top-1", 5),
 )
 
 
 def table(size: int = 224) -> str:
-    """One line per variant; GMAC (10^9 multiply-accumulates) and activation MB (10^6 bytes, fp32, for training) are of
-    one image of `size` x `size` pixels."""
+    """One line per variant, for one image of `size` x `size` pixels: 10^9 multiply-accumulates with and without the
+    attention products, 10^6 bytes that training in fp32 keeps between forward and backward; top-1 is the paper's."""
     lines = [_line([title for title, _ in COLUMNS]), _line(["-" * width for _, width in COLUMNS])]
     for name, config in VARIANTS.items():
         with torch.device("meta"):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 
 import pytest
 import torch
@@ -60,9 +59,10 @@ def test_costs_grow_with_the_image() -> None:
     assert large.activation_bytes > 4 * small.activation_bytes
 
 
-def test_the_table_is_printed() -> None:
-    result = subprocess.run([sys.executable, "-m", "fat.table"], capture_output=True, text=True, check=True)
-    rows = {line.split()[0]: line for line in result.stdout.splitlines()}
+def test_the_table_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["fat.table"])
+    runpy.run_module("fat.table", run_name="__main__")
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     for name in fat.list_models():
         assert f"{PARAMETERS[name]:,}" in rows[name]
         assert f"{GMAC[name]:.3f}" in rows[name]

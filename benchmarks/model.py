@@ -1,0 +1,176 @@
+"""How fast the models run, in images/s, and what each way of running them gains over the plain one.
+
+    python benchmarks/model.py [--variants fat_b0 ...] [--ways plain channels-last ...] [--batch N] [--size 224]
+                               [--rounds 7] [--dtype float32|bfloat16] [--out FILE.json]
+
+Compares, in one run and interleaved round by round (medians of the rounds, ratios of the same round):
+
+  plain           NCHW memory, eager, as the released implementation runs
+  channels-last   the model as it is: channels-last activations, eager
+  compiled        the same under torch.compile
+  fused           inference only: BatchNorm and identities folded (`fat.fuse`)
+  fused compiled  inference only: both
+
+`inference` is a forward pass in eval mode, `training` forward and backward with cross-entropy. bfloat16 is by autocast
+(not for the fused, whose weights are meant for fp32). Each way warms up, and compiles, before any round. Ratios to a
+busy machine mean little: the load at the start is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fat
+from fat.blocks import FASA
+from fat.layers import MapNorm
+from fat.model import Stem
+
+WAYS = ("plain", "channels-last", "compiled", "fused", "fused compiled")
+MODES = ("inference", "training")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", choices=fat.list_models(), default=fat.list_models())
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=7)
+    dtypes = ("bfloat16", "float32") if DEVICE == "cuda" else ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes[0])
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+
+    setting = {
+        "machine": machine(),
+        "load average at the start": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+        "dtype": options.dtype,
+        "batch": options.batch,
+        "size": options.size,
+        "rounds": options.rounds,
+    }
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    print(f"{'variant':8} {'way':15} {'inference':>12} {'to plain':>9} {'training':>12} {'to plain':>9}   images/s")
+    results: list[dict[str, Any]] = []
+    for variant in options.variants:
+        rows: dict[str, dict[str, Any]] = {way: {"variant": variant, "way": way} for way in options.ways}
+        for mode in MODES:
+            ways = [way for way in options.ways if mode == "inference" or not way.startswith("fused")]
+            steps = {way: step(variant, way, mode == "training", options) for way in ways}
+            times = interleave(steps, options.rounds)
+            for way in ways:
+                rows[way].update(figures(mode, times, way, options.batch))
+        for row in rows.values():
+            print(line(row), flush=True)
+        results += rows.values()
+    if options.out:
+        options.out.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
+
+
+def step(variant: str, way: str, training: bool, options: argparse.Namespace) -> Callable[[], None]:
+    """One forward, or forward and backward, of a model set up in that way."""
+    torch.manual_seed(0)
+    model = fat.create_model(variant).to(DEVICE).train(training)
+    if way.startswith("fused"):
+        model = fat.fuse(model)
+    if way == "plain":
+        make_plain(model)
+    run = torch.compile(model, fullgraph=True) if way.endswith("compiled") else model
+    images = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
+    if way != "plain":
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(options.batch, device=DEVICE)
+    half = options.dtype == "bfloat16" and not way.startswith("fused")
+
+    def once() -> None:
+        with torch.set_grad_enabled(training), torch.autocast(DEVICE, torch.bfloat16) if half else nullcontext():
+            logits = run(images)
+            loss = F.cross_entropy(logits.float(), labels) if training else None
+        if loss is not None:
+            loss.backward()
+            model.zero_grad()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return once
+
+
+def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round, after two untimed calls of each."""
+    for once in steps.values():
+        once()
+        once()
+    times: dict[str, list[float]] = {way: [] for way in steps}
+    for _ in range(rounds):
+        for way, once in steps.items():
+            start = time.perf_counter()
+            once()
+            times[way].append(time.perf_counter() - start)
+    return times
+
+
+def figures(mode: str, times: dict[str, list[float]], way: str, batch: int) -> dict[str, float]:
+    found = {f"{mode} images/s": round(batch / median(times[way]), 1)}
+    if "plain" in times:
+        ratios = [plain / own for plain, own in zip(times["plain"], times[way], strict=True)]
+        found[f"{mode} to plain"] = round(median(ratios), 2)
+    return found
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = [f"{row.get(f'{mode} {what}', '')}" for mode in MODES for what in ("images/s", "to plain")]
+    return f"{row['variant']:8} {row['way']:15} {cells[0]:>12} {cells[1]:>9} {cells[2]:>12} {cells[3]:>9}"
+
+
+class PlainStem(Stem):
+    """Leaves the images in the memory layout that they have."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        for conv in self.convs:
+            images = F.relu(conv(images))
+        return self.norm(self.proj(images))
+
+
+class PlainFASA(FASA):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return super().attend(q, k, v).contiguous()
+
+
+class PlainNorm(MapNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, 1, self.weight, self.bias, self.eps)
+
+
+def make_plain(model: nn.Module) -> None:
+    """The same weights and arithmetic with NCHW activations throughout."""
+    for module in model.modules():
+        for plain in (PlainStem, PlainFASA, PlainNorm):
+            if type(module) is plain.__base__:
+                module.__class__ = plain
+
+
+def machine() -> str:
+    """The processor by name, with the cores that this process may use."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
+    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()
