@@ -11,11 +11,13 @@ import json
 import os
 import re
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,6 +63,46 @@ class Checkpoint:
         return load_file(self.path / "state.safetensors")
 
 
+class BackgroundWriter:
+    """Saves checkpoints in a thread, one at a time, so that training does not wait for the disk.
+
+    A save that fails (disk full) leaves the earlier checkpoints and the run alive; `complaints` tells.
+    """
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        self._folder = folder
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._pending: Future[Path] | None = None
+        self._complaints: list[str] = []
+
+    def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: dict[str, Any]) -> None:
+        """Begin to write; waits for the one before. `state` must be a copy that nobody changes."""
+        self.wait()
+        self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint)
+
+    def wait(self) -> bool:
+        """Wait for the save under way; False if it failed."""
+        pending, self._pending = self._pending, None
+        try:
+            if pending is not None:
+                pending.result()
+        except CheckpointError as error:
+            self._complaints.append(str(error))
+            return False
+        return True
+
+    def complaints(self) -> list[str]:
+        """What went wrong since the last call. Does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+        told, self._complaints = self._complaints, []
+        return told
+
+    def close(self) -> None:
+        self.wait()
+        self._pool.shutdown()
+
+
 class CheckpointFolder:
     """The checkpoints of one run.
 
@@ -98,9 +140,9 @@ class CheckpointFolder:
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _fsync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"{final}: checkpoint not written ({error.strerror or error})") from error
+            raise CheckpointError(f"{final}: checkpoint not written ({error})") from error
         self._drop_old()
         return final
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from launch.recipe import Recipe
+from launch.recipe import Recipe, RecipeError
 from launch.world import World
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, TrainLoader
@@ -15,6 +15,10 @@ from shards.dataset import ShardSet
 
 # More rows than this make an evaluation no faster, only larger.
 MAX_EVAL_BATCH = 256
+# Below this many rows, launching kernels takes longer than running them, whatever the variant.
+MIN_ROWS_PER_GPU = 32
+# AdamW with linear scaling and 20 epochs of warm-up is known to hold to about here.
+LARGE_BATCH = 4096
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,33 @@ class Feed:
             window=data.window,
             pairs=augment.mixes,
         )
+        classes = len(dataset.manifest.classes)
+        if recipe.model.classes is not None and recipe.model.classes < classes:
+            raise RecipeError(f"--classes {recipe.model.classes}: the data set has {classes}; use at least as many")
         for split in dataset.manifest.splits:
             dataset.check_sizes(split)  # loaders do so as well; here it comes before anything is written
         return cls(recipe, world, dataset, augment, shape, plan)
+
+    @property
+    def classes(self) -> int:
+        """Classes of the model: the recipe's, else the data set's."""
+        return self.recipe.model.classes or len(self.dataset.manifest.classes)
+
+    def advice(self) -> list[str]:
+        """Warnings about sizes with which no GPU can be busy, or that the paper's recipe was not made for."""
+        lines = []
+        rows, wanted = self.shape.micro_rows, MIN_ROWS_PER_GPU
+        if self.world.device.type == "cuda" and rows < wanted:
+            lines.append(
+                f"warning: {rows} images per GPU and forward pass cannot keep a GPU busy, {wanted} or more can; "
+                f"use fewer GPUs than {self.world.size}, or a larger --global-batch (docs/training.md, Large batches)"
+            )
+        if self.plan.global_batch > LARGE_BATCH:
+            lines.append(
+                f"warning: a global batch of {self.plan.global_batch} is beyond what the recipe was made for (1024); "
+                "see docs/training.md, Large batches, for the learning rate and warm-up"
+            )
+        return lines
 
     @property
     def last_step(self) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -20,9 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 from launch.checkpoint import Progress
-from launch.engine import StepResult
-from launch.world import World
-from pipeline.plan import Position
+from launch.engine import Engine, StepResult
+from launch.feed import Feed
+from launch.recipe import Recipe
+from launch.trackers import open_trackers
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -30,22 +32,27 @@ METRICS_NAME = "metrics.jsonl"
 class Tracker:
     """A run's running account: intervals of steps, evaluations, the clock; to the log and the terminal.
 
-    Args:
-        folder: where rank 0 writes metrics.jsonl.
-        progress: where the run stood when it began.
-        total_steps: optimiser steps of the whole run.
-        images: rows of a global batch.
+    A context manager; closing it ends the display.
     """
 
-    def __init__(self, folder: Path, world: World, *, progress: Progress, total_steps: int, images: int) -> None:
-        self._world, self._images, self._begun_at = world, images, progress
-        self._log = MetricsLog(folder if world.is_main else None)
-        self._display = Display(enabled=world.is_main, total_steps=total_steps, done=progress.step)
+    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, progress: Progress) -> None:
+        self._world, self._plan, self._begun_at = engine.world, feed.plan, progress
+        main = self._world.is_main
+        self._log = MetricsLog(recipe, recipe.run.out if main else None)
+        self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
+        self._log.write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
-        self._last: tuple[int, int, float] = (0, 0, 0.0)
-        self.resume_clock()
+        self._rate = 0.0
+        self.restart_interval()
 
-    def resume_clock(self) -> None:
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._display.close()
+        self._log.close()
+
+    def restart_interval(self) -> None:
         """Begin a new interval, so that evaluating and saving do not count as training."""
         self._interval_started = time.perf_counter()
         self._waited = 0.0
@@ -58,74 +65,95 @@ class Tracker:
         yield
         self._waited += time.perf_counter() - asked
 
-    def say(self, line: str) -> None:
-        self._display.say(line)
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            self._display.say(line)
 
-    def start(self, engine: str) -> None:
-        self._log.write("start", step=self._begun_at.step, world=self._world.size, engine=engine)
-
-    def step(self, step: int, epoch: int, lr: float, result: StepResult) -> None:
+    def step(self, step: int, rate: float, result: StepResult) -> None:
         """Account for optimiser step `step`; nothing is read from the device."""
-        self._last = (step + 1, epoch, lr)
+        self._step, self._rate = step, rate
         self._results.append(result)
         self._display.step(step + 1)
 
-    def interval(self) -> None:
-        """Write a line about the steps since the last one. Reads the device, so it waits for the last step."""
-        step, epoch, lr = self._last
-        device = self._world.device
-        loss = torch.stack([result.loss for result in self._results]).mean()
+    def interval(self, *, skipped: int) -> None:
+        """Write a line about the steps since the last one. Reads the device; collective.
+
+        Args:
+            skipped: updates skipped so far.
+        """
+        if not self._results:
+            return
+        losses = torch.stack([result.loss for result in self._results])
+        finite = losses.isfinite()
+        sums = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum()]).float()
         if self._world.size > 1:
-            dist.all_reduce(loss)
-        norm = torch.stack([result.grad_norm for result in self._results]).mean()
-        values = {"loss": round(loss.item() / self._world.size, 5), "grad_norm": round(norm.item(), 4)}
+            dist.all_reduce(sums)
+        norms = torch.stack([result.grad_norm for result in self._results]).tolist()
+        norms = [norm for norm in norms if math.isfinite(norm)]
+        loss, count = sums.tolist()
         seconds = time.perf_counter() - self._interval_started
-        values["images_per_second"] = round(len(self._results) * self._images / seconds, 1)
-        values["data_wait"] = round(self._waited / seconds, 4)
-        values["memory_bytes"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        self._log.write("train", step=step, epoch=epoch, lr=lr, **values)
-        self._display.interval(step, epoch, lr, values)
-        self.resume_clock()
+        device = self._world.device
+        values = {
+            "loss": round(loss / count, 5) if count else None,
+            "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
+            "images_per_second": round(len(self._results) * self._plan.global_batch / seconds, 1),
+            "data_wait": round(self._waited / seconds, 4),
+            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            "skipped": skipped,
+        }
+        epoch = self._plan.at(self._step).epoch
+        self._log.write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
+        self._display.interval(self._step + 1, epoch, self._rate, values)
+        self.restart_interval()
 
-    def evaluation(self, step: int, epoch: int, result: dict[str, float]) -> None:
-        self._log.write("eval", step=step, epoch=epoch, **result)
+    def evaluation(self, step: int, result: dict[str, float], *, kind: str = "eval") -> float:
+        """Write a line about an evaluation; returns its top-1."""
+        epoch = self._plan.at(step).epoch
+        self._log.write(kind, step=step, epoch=epoch, **result)
         self.say(
-            f"epoch {epoch}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f} "
-            f"over {result['samples']} images"
+            f"epoch {epoch}{', moving average' if kind == 'eval-ema' else ''}: top-1 {result['top1']:.2%}, "
+            f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} over {result['samples']} images"
         )
+        return result["top1"]
 
-    def progress(self, before: Progress, step: int, position: Position, top1: float | None) -> Progress:
-        """Where the run stands after optimiser step `step`, evaluated to `top1`."""
-        seconds = self._begun_at.seconds + time.perf_counter() - self._clock
+    def progress(self, before: Progress, step: int, top1: float | None = None) -> Progress:
+        """Where the run stands with `step` optimiser steps behind it, the last evaluated to `top1`."""
+        position = self._plan.at(step)
         is_best = top1 is not None and top1 > before.best
-        best = top1 if is_best and top1 is not None else before.best
         return Progress(
-            step=step, epoch=position.epoch, epoch_step=position.step, best=best, is_best=is_best, seconds=seconds
+            step=step,
+            epoch=position.epoch,
+            epoch_step=position.step,
+            best=top1 if is_best and top1 is not None else before.best,
+            is_best=is_best,
+            seconds=self._begun_at.seconds + time.perf_counter() - self._clock,
         )
 
     def finish(self, progress: Progress) -> None:
         self._log.write("end", step=progress.step, seconds=round(progress.seconds, 1), best=progress.best)
         self.say(f"{progress.step} steps in {progress.seconds:.0f} s, best top-1 {progress.best:.2%}")
 
-    def close(self) -> None:
-        self._display.close()
-        self._log.close()
-
 
 class MetricsLog:
     """Append-only JSON lines; on rank 0 only (elsewhere `folder` is None and nothing is written)."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, recipe: Recipe, folder: Path | None) -> None:
         self._file = (folder / METRICS_NAME).open("a", encoding="utf-8", buffering=1) if folder else None
+        self._trackers = open_trackers(recipe, folder) if folder else []
 
     def write(self, kind: str, **values: Any) -> None:
         """One line: its kind ("start", "train", "eval", "end"), the Unix time, and the values."""
         if self._file is not None:
             self._file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **values}) + "\n")
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step=values.get("step", 0))
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -170,9 +198,10 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def interval(self, step: int, epoch: int, lr: float, values: dict[str, float]) -> None:
+    def interval(self, step: int, epoch: int, lr: float, values: dict[str, Any]) -> None:
+        loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
         text = (
-            f"epoch {epoch} loss {values['loss']:.3f} lr {lr:.2e} norm {values['grad_norm']:.2f} "
+            f"epoch {epoch} loss {loss:.3f} lr {lr:.2e} norm {norm:.2f} "
             f"{values['images_per_second']:.0f} img/s, waiting for data {values['data_wait']:.1%}"
         )
         if self._bar is not None:

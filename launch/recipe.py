@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import sys
 import tomllib
 import typing
@@ -42,6 +43,12 @@ class ModelRecipe:
     """FAT variant."""
     drop_path: float | None = None
     """Stochastic depth of the last block, rising linearly from 0 at the first. None = the variant's own."""
+    weights: Path | None = None
+    """Start from these weights (safetensors, or the released layout) instead of a random model: fine-tuning."""
+    classes: int | None = None
+    """Classes of the model. None = the data set's. With --weights of another number, the head starts afresh."""
+    freeze_bn: bool = False
+    """BatchNorm uses and keeps its running statistics (fine-tuning with small batches)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,8 @@ class OptimRecipe:
     """Largest gradient norm; 0 = no clipping."""
     label_smoothing: float = 0.1
     """Share of the target spread evenly over all classes."""
+    ema: float = 0.0
+    """Decay per step of a moving average of the weights, evaluated and exported beside them; 0 = none."""
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -142,6 +151,8 @@ class OptimRecipe:
             raise RecipeError(
                 f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}: warm-up must be shorter"
             )
+        if not 0 <= self.ema < 1:
+            raise RecipeError(f"--ema {self.ema:g}: a decay in [0, 1), such as 0.9999")
         if not 0 <= self.label_smoothing < 1:
             raise RecipeError(f"--label-smoothing {self.label_smoothing:g}: a share in [0, 1)")
 
@@ -160,14 +171,41 @@ class RunRecipe:
     """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
     resume: Literal["auto", "never"] = "auto"
     """auto = go on from the newest checkpoint of the run folder, if there is one."""
+    sync_bn: str = "auto"
+    """BatchNorm over ranks: auto (synchronised on several GPUs), on, off, or group:N (within N neighbouring ranks)."""
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """torch.compile mode; reduce-overhead and max-autotune use CUDA graphs."""
     stop_after: int | None = None
     """End after this many optimiser steps (the schedule still spans all epochs). None = train to the end."""
     eval_every: int = 1
     """Evaluate and write a checkpoint every N epochs, and at the end."""
+    save_every: int | None = None
+    """Write a checkpoint every N optimiser steps too."""
     keep: int = 3
     """Checkpoints to keep, besides the best."""
     log_every: int = 10
     """Optimiser steps between two lines of metrics."""
+    time_limit: float | None = None
+    """Minutes after which to save and leave with status 75. None = the SLURM job's end, where there is one."""
+    max_bad_steps: int = 10
+    """Give up after this many steps in a row whose gradients are not finite (each is skipped)."""
+    compare_every: int = 500
+    """Optimiser steps between two checks that all ranks hold the same weights; 0 = never."""
+    tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Also log to these (accelerate's trackers)."""
+    dry_run: bool = False
+    """Show what the run would be (steps, rates, memory, checkpoint size) and touch nothing."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|on|off|group:[1-9]\d*", self.sync_bn):
+            raise RecipeError(f"--sync-bn {self.sync_bn}: auto, on, off or group:N expected")
+        for name in ("eval_every", "keep", "log_every", "max_bad_steps"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        for name in ("save_every", "stop_after", "time_limit"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise RecipeError(f"--{name.replace('_', '-')} {value}: more than 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,39 +4,47 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal
 
 import fat
-from launch.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Progress
+from launch.checkpoint import BackgroundWriter, Checkpoint, CheckpointError, CheckpointFolder, Progress
 from launch.engine import Engine
 from launch.feed import Feed
+from launch.masters import AVERAGE
+from launch.preempt import Preempted
 from launch.recipe import Recipe
 from launch.report import draw_curves
 from shards.errors import UserError
 
-RECIPE_NAME = "recipe.json"
+RECIPE_NAME, STATUS_NAME = "recipe.json", "status"
 LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
+Status = Literal["running", "preempted", "finished", "failed"]
 
 
 class RunFolder:
-    """RUN/: recipe.json, metrics.jsonl, checkpoints/, weights.safetensors, curves.png. Written by rank 0 alone.
+    """RUN/: recipe.json, status, metrics.jsonl, checkpoints/, weights.safetensors, curves.png. Rank 0 alone writes.
 
-    Every method that takes part in saving is collective: all ranks call it.
+    As a context manager it keeps RUN/status true: running, preempted, finished or failed, with step and reason.
     """
 
     def __init__(self, recipe: Recipe, feed: Feed, engine: Engine) -> None:
         self.path = recipe.run.out
-        self.story: list[str] = []
-        """Lines for people: what was found, what was written."""
         self._recipe, self._feed, self._engine = recipe, feed, engine
         self._checkpoints = CheckpointFolder(self.path / "checkpoints", keep=recipe.run.keep)
+        self._writer = BackgroundWriter(self._checkpoints)
         self._fingerprint = fingerprint(recipe, feed)
+        self._saved = Progress()
 
-    def resume(self) -> Progress:
+    def resume(self) -> tuple[Progress, list[str]]:
         """Load the newest whole checkpoint into the engine, if the recipe says so and there is one; describe the run.
+
+        Collective. Returns where the run stands, and lines for people.
 
         Raises:
             CheckpointError: it belongs to another run.
@@ -47,38 +55,76 @@ class RunFolder:
         if found is not None:
             check_fingerprint(found, self._fingerprint)
             self._engine.load_state_dict(found.load(), steps=found.progress.step)
+            self._saved = found.progress
         world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
             self._describe()
-        self.story = [f"warning: {complaint}" for complaint in complaints]
-        self.story.append(
+        story = [f"warning: {complaint}" for complaint in complaints]
+        story.append(
             f"fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, {self._engine.description}; "
             f"{plan.samples} images of {self._feed.dataset.path}, {plan.steps_per_epoch} steps of {plan.global_batch} "
             f"per epoch, {plan.lanes} lanes"
         )
-        self.story.append(f"going on from {found.path}" if found else f"starting in {self.path}")
-        return found.progress if found else Progress()
+        story.append(f"going on from {found.path}" if found else f"starting in {self.path}")
+        return self._saved, story
 
     def save(self, progress: Progress) -> Progress:
-        """Write a checkpoint; returns `progress`."""
+        """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on."""
         state = self._engine.state_dict()
         if self._engine.world.is_main:
-            self._checkpoints.save(state, progress, self._fingerprint)
-        self._engine.world.barrier()
+            self._writer.save(state, progress, self._fingerprint)
+        self._saved = progress
         return progress
 
-    def finish(self) -> None:
-        """Export the weights and draw the curves."""
-        self.story = []
+    def complaints(self) -> list[str]:
+        """Checkpoints that could not be written since the last call."""
+        return self._writer.complaints()
+
+    def finish(self) -> list[str]:
+        """Wait for the last checkpoint, export the weights, draw the curves. Collective. Returns lines for people."""
         state = self._engine.state_dict()
         if not self._engine.world.is_main:
+            return []
+        self._writer.wait()
+        story = [f"warning: {complaint}" for complaint in self.complaints()]
+        model = fat.create_model(f"fat_{self._recipe.model.variant}", num_classes=self._feed.classes)
+        raw = {key.removeprefix("model/"): value for key, value in state.items() if key.startswith("model/")}
+        average = {key.removeprefix(f"{AVERAGE}/"): value for key, value in state.items() if key.startswith(AVERAGE)}
+        for name, tensors in (("weights", raw), ("weights-ema", raw | average if average else {})):
+            if tensors:
+                fat.save_weights(model, self.path / f"{name}.safetensors", state=tensors)
+                story.append(f"wrote {self.path / name}.safetensors")
+        story.append(f"wrote {draw_curves(self.path)}")
+        return story
+
+    def __enter__(self) -> RunFolder:
+        self._status("running")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        for complaint in self.complaints():
+            print(f"warning: {complaint}", file=sys.stderr, flush=True)
+        if kind is None:
+            self._status("finished")
+        elif issubclass(kind, Preempted):
+            self._status("preempted", str(error))
+        else:
+            self._status("failed", f"{kind.__name__}: {error}")
+
+    def _status(self, status: Status, reason: str = "") -> None:
+        if not self._engine.world.is_main:
             return
-        model = fat.create_model(
-            f"fat_{self._recipe.model.variant}", num_classes=len(self._feed.dataset.manifest.classes)
-        )
-        model.load_state_dict({k.removeprefix("model/"): v for k, v in state.items() if k.startswith("model/")})
-        fat.save_weights(model, self.path / "weights.safetensors")
-        self.story.append(f"wrote {self.path / 'weights.safetensors'} and {draw_curves(self.path)}")
+        temporary = self.path / f".{STATUS_NAME}.tmp"
+        text = json.dumps({"status": status, "step": self._saved.step, "reason": reason})
+        try:
+            temporary.write_text(text + "\n", encoding="utf-8")
+            os.replace(temporary, self.path / STATUS_NAME)
+        except OSError:
+            # The disk may be the very reason for the end; the end itself must not be hidden by it.
+            temporary.unlink(missing_ok=True)
 
     def _describe(self) -> None:
         engine = self._engine

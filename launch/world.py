@@ -52,6 +52,15 @@ def connect() -> World:
     return World(rank, size, local_rank, local_size, device)
 
 
+def all_equal(value: int, world: World) -> bool:
+    """Whether all ranks hold the same 63-bit value. Collective."""
+    if world.size == 1:
+        return True
+    ends = torch.tensor([value, -value], dtype=torch.int64, device=world.device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return int(ends[0]) == -int(ends[1])
+
+
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

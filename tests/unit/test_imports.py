@@ -23,8 +23,8 @@ LAZY_EXCEPTIONS = {"pipeline/cli.py": {"fat", "launch"}}
 ONLY_IN = {
     "nvidia": {"pipeline/dali.py"},
     "ffcv": {"pipeline/ffcv.py", "shards/beton.py"},
-    "accelerate": {"launch/engine.py"},
-    "deepspeed": {"launch/engine.py"},
+    "accelerate": {"launch/engine.py", "launch/trackers.py"},
+    "deepspeed": {"launch/engine.py", "launch/masters.py"},
 }
 TORCH_FREE = ("shards",)
 FAT_TOP_LEVEL = {"torch"}

@@ -1,0 +1,78 @@
+"""What a run would be, without running it."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import fat
+from launch.engine import choose
+from launch.feed import Feed
+from launch.recipe import Recipe
+from launch.schedule import rate_of
+
+SAMPLED_RATES = 8
+MIB = 2**20
+
+
+def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
+    """Steps, learning rates, memory, checkpoint size and, if the run folder knows a speed, the time; as text.
+
+    Reads the data set's manifest and the run folder, writes nothing.
+    """
+    plan, shape, world = feed.plan, feed.shape, feed.world
+    zero, precision = choose(recipe, world.device)
+    total = recipe.optim.epochs * plan.steps_per_epoch
+    cost = fat.count(model, recipe.data.size)
+    state = 4 * cost.parameters
+    shared = world.size if zero else 1
+    activations = cost.activation_bytes * shape.micro_rows * (0.5 if precision == "bf16" else 1)
+    average = state if recipe.optim.ema else 0
+    title = f"dry run of fat_{recipe.model.variant}"
+    table = Table("what", "value", show_header=False, title=title, title_justify="left")
+    table.add_row("data", f"{plan.samples:,} images, {feed.classes:,} classes, {feed.dataset.path}")
+    table.add_row("engine", f"{f'ZeRO-{zero}' if zero else 'plain'}, {precision}, {world.size} x {world.device.type}")
+    table.add_row(
+        "batch",
+        f"{plan.global_batch} = {world.size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} images; "
+        f"{plan.lanes} lanes",
+    )
+    table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
+    table.add_row("left out", f"{plan.samples % plan.global_batch} images per epoch, other ones every time")
+    rate = rate_of(recipe, plan.steps_per_epoch)
+    steps = sorted({round(i * (total - 1) / (SAMPLED_RATES - 1)) for i in range(SAMPLED_RATES)})
+    table.add_row("learning rate", "\n".join(f"step {step:>9,}  {rate(step):.3e}" for step in steps))
+    table.add_row("parameters", f"{cost.parameters:,}")
+    table.add_row("multiply-accumulates", f"{cost.macs / 1e9:.3f} G per image of {recipe.data.size} pixels")
+    table.add_row(
+        "memory per rank, about",
+        f"{(2 * state + 2 * state / shared + average / shared + activations) / MIB:,.0f} MiB: weights and gradients "
+        f"{2 * state / MIB:,.0f}, moments {2 * state / shared / MIB:,.0f}, average {average / shared / MIB:,.0f}, "
+        f"activations {activations / MIB:,.0f}",
+    )
+    table.add_row("checkpoint", f"{(3 * state + average) / MIB:,.0f} MiB")
+    speed = _known_speed(feed)
+    table.add_row(
+        "time",
+        f"{speed * 3600 / plan.samples:.2f} epochs per hour, "
+        f"{total * plan.global_batch / speed / 3600:,.1f} hours in all at {speed:,.0f} images/s, as last measured"
+        if speed
+        else f"unknown: no run in {recipe.run.out} has measured a speed yet",
+    )
+    text = io.StringIO()
+    Console(width=110, file=text).print(table)
+    return text.getvalue().rstrip()
+
+
+def _known_speed(feed: Feed) -> float | None:
+    """The last speed in the run folder's metrics."""
+    from launch.metrics import METRICS_NAME, read_metrics
+
+    folder = feed.recipe.run.out
+    if not (folder / METRICS_NAME).is_file():
+        return None
+    speeds = [line["images_per_second"] for line in read_metrics(folder) if line["kind"] == "train"]
+    return float(speeds[-1]) if speeds else None
