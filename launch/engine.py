@@ -127,7 +127,7 @@ class Engine:
                 with self._autocast():
                     # The bare module: wrappers would add collectives.
                     logits = self.model(batch.images)
-                totals += count_correct(logits, batch)
+                totals += count_correct(logits, batch).sum(dim=0)
         if self.world.size > 1:
             dist.all_reduce(totals)
         samples, top1, top5, loss = totals.tolist()

@@ -24,9 +24,9 @@ def soft_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor
 
 
 def count_correct(logits: Tensor, batch: Batch) -> Tensor:
-    """Sums over the rows that count, float64 [4]: samples, top-1 hits, top-5 hits, cross-entropy."""
+    """Per row: 1, top-1 hit, top-5 hit, cross-entropy; all 0 where the mask is False. float64 [B, 4]."""
     logits = logits.float()
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
-    per_row = torch.stack([torch.ones_like(losses), top[:, 0].float(), top.any(dim=1).float(), losses])
-    return torch.where(batch.mask, per_row, 0.0).double().sum(dim=1)
+    rows = torch.stack([torch.ones_like(losses), hits[:, 0].float(), hits.any(dim=1).float(), losses], dim=1)
+    return torch.where(batch.mask[:, None], rows, 0.0).double()

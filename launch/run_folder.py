@@ -143,6 +143,18 @@ class RunFolder:
             ) from error
 
 
+def saved_recipe(run: Path) -> dict[str, Any]:
+    """The recipe of a run, as its folder has it: sections model, data, optim, run.
+
+    Raises:
+        UserError: no readable recipe there.
+    """
+    try:
+        return dict(json.loads((run / RECIPE_NAME).read_text(encoding="utf-8"))["recipe"])
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{run / RECIPE_NAME}: not a readable recipe ({error}); give a run folder") from error
+
+
 def fingerprint(recipe: Recipe, feed: Feed) -> dict[str, Any]:
     """What decides the order of the data and the meaning of a step; every checkpoint holds it."""
     plan = feed.plan

@@ -1,0 +1,75 @@
+"""One rank of a small training on fixed random batches, BatchNorm frozen: what the engine does, without data loading.
+
+    engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--poison STEP] [options of launch/train.py]
+
+Rank 0 writes the canonical state, and the losses and gradient norms of all steps, to OUT.pt.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import fat
+from launch.engine import Engine
+from launch.recipe import parse
+from launch.world import connect, disconnect
+from pipeline.loader import Batch
+from pipeline.plan import BatchShape, Position
+
+GLOBAL, CLASSES, SIZE = 8, 10, 32
+
+
+def batch_of(step: int, rows: range, poison: bool) -> Batch:
+    """The same images for a row of a global batch, whoever asks."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(GLOBAL, 3, SIZE, SIZE, generator=generator)
+    labels = torch.randint(0, CLASSES, (GLOBAL,), generator=generator)
+    if poison:
+        images[GLOBAL - 1, 0, 0, 0] = float("nan")
+    chosen = list(rows)
+    return Batch(
+        images=images[chosen].contiguous(memory_format=torch.channels_last),
+        labels=labels[chosen],
+        ids=np.array(chosen),
+        mask=torch.ones(len(chosen), dtype=torch.bool),
+        position=Position(0, step),
+    )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("out", type=Path)
+    arguments.add_argument("--steps", type=int, required=True)
+    arguments.add_argument("--state", type=Path)
+    arguments.add_argument("--at", type=int, default=0)
+    arguments.add_argument("--micro", type=int)
+    arguments.add_argument("--poison", type=int, default=-1)
+    own, rest = arguments.parse_known_args()
+    recipe = parse([*rest, "--freeze-bn"])
+    world = connect()
+    torch.manual_seed(0)
+    config = fat.FATConfig(num_classes=CLASSES, widths=(16, 32, 48, 64), depths=(1, 2, 2, 1), heads=(2, 4, 6, 8))
+    shape = BatchShape(global_batch=GLOBAL, world=world.size, rank=world.rank, micro_batch=own.micro)
+    model = fat.create_model(config)
+    engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+    if own.state:
+        engine.load_state_dict(torch.load(own.state, weights_only=True)["state"], steps=own.at)
+    losses, norms = [], []
+    for step in range(own.at, own.steps):
+        batches = [batch_of(step, shape.rows(m), step == own.poison) for m in range(shape.accumulation)]
+        result = engine.step(batches, step=step, lr=1e-3)
+        losses.append(result.loss.item())
+        norms.append(result.grad_norm.item())
+    accuracy = engine.evaluate([batch_of(100, shape.rows(0), False)], average=bool(recipe.optim.ema))
+    state = engine.state_dict()
+    if world.is_main:
+        torch.save({"state": state, "losses": losses, "norms": norms, "loss": accuracy["loss"]}, own.out)
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

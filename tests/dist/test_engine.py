@@ -1,0 +1,109 @@
+"""The engine's law: ZeRO stage, world size, accumulation and restarts change nothing but floating-point order.
+
+Float32, fixed random batches, BatchNorm frozen (its statistics are per rank on CPUs), see `engine_run.py`.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.launching import ROOT, environment, free_port
+
+STEPS = 20
+# AdamW divides by the root of tiny second moments: biases whose true gradient is zero (of convolutions before a norm)
+# wander by rounding alone, so parameters are compared as whole vectors, by relative norm.
+TOLERANCE = 1e-5
+
+
+def run(tmp_path: Path, name: str, *args: str | Path, ranks: int = 1, zero: int = 0) -> dict[str, Any]:
+    """Train on `ranks` processes; what rank 0 wrote."""
+    out = tmp_path / f"{name}.pt"
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+    command = [*launcher, "tests/dist/engine_run.py", str(out), "--zero", str(zero), *map(str, args)]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True)
+
+
+def distance(a: dict[str, Any], b: dict[str, Any], kind: str) -> float:
+    """Relative norm of the difference of all tensors of a kind ("model", "exp_avg", "exp_avg_sq", "ema")."""
+    names = [name for name in a["state"] if name.startswith(f"{kind}/") and "running" not in name]
+    assert names
+    x, y = (torch.cat([run["state"][name].double().flatten() for name in names]) for run in (a, b))
+    return float((x - y).norm() / x.norm())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One process, plain, uninterrupted."""
+    result = run(tmp_path_factory.mktemp("reference"), "reference", "--steps", str(STEPS), "--ema", "0.9")
+    assert result["losses"][-1] < result["losses"][0]
+    return result
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A state half way, from one plain process."""
+    folder = tmp_path_factory.mktemp("half")
+    run(folder, "half", "--steps", str(STEPS // 2), "--ema", "0.9")
+    return folder / "half.pt"
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(1, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+def test_every_stage_and_world_size_ends_at_the_same_weights(
+    tmp_path: Path, reference: dict[str, Any], zero: int, ranks: int
+) -> None:
+    result = run(tmp_path, "r", "--steps", str(STEPS), "--ema", "0.9", zero=zero, ranks=ranks)
+    assert result["norms"] == pytest.approx(reference["norms"], rel=1e-4)
+    for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
+        assert distance(reference, result, kind) < TOLERANCE, kind
+    assert result["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # of the moving average
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (2, 1), (3, 2)])
+def test_a_state_goes_on_at_another_stage_and_world_size(
+    tmp_path: Path, reference: dict[str, Any], half: Path, zero: int, ranks: int
+) -> None:
+    options = ("--steps", STEPS, "--state", half, "--at", STEPS // 2, "--ema", "0.9")
+    result = run(tmp_path, "r", *options, zero=zero, ranks=ranks)
+    for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
+        assert distance(reference, result, kind) < TOLERANCE, kind
+
+
+@pytest.mark.parametrize(("zero", "micro"), [(0, 2), (1, 4)])
+def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
+    tmp_path: Path, reference: dict[str, Any], zero: int, micro: int
+) -> None:
+    options = ("--steps", STEPS, "--ema", "0.9", "--micro", micro)
+    assert distance(reference, run(tmp_path, "r", *options, zero=zero), "model") < TOLERANCE
+
+
+@pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (3, 2)])
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, zero: int, ranks: int) -> None:
+    before = run(tmp_path, "before", "--steps", "2", zero=zero, ranks=ranks)
+    after = run(tmp_path, "after", "--steps", "3", "--poison", "2", zero=zero, ranks=ranks)
+    assert not torch.tensor(after["norms"][2]).isfinite()
+    for name, value in before["state"].items():
+        if "running" not in name:
+            assert torch.equal(value, after["state"][name]), name
+
+
+def test_bf16_stays_near_fp32(tmp_path: Path, reference: dict[str, Any]) -> None:
+    for zero in (0, 1):
+        result = run(tmp_path, f"bf16-{zero}", "--steps", str(STEPS), "--ema", "0.9", "--precision", "bf16", zero=zero)
+        assert distance(reference, result, "model") < 0.05
+        assert result["losses"] == pytest.approx(reference["losses"], rel=0.1)
