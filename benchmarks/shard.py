@@ -1,7 +1,8 @@
 """How fast sharding is, beside tools that do the same work on as many processes, in one run.
 
 Photos as `pipeline sample photos` makes them, from memory to memory (`--work`, by default /dev/shm), so that it is
-the tools that are compared and not the disk. All take turns; medians of `--rounds`, ratios within a round.
+the tools that are compared and not the disk. All take turns; medians of `--rounds`, ratios within a round, by the clock
+and by the time of all cores (which is what counts where a machine is shared).
 
 - check: `pipeline shard` (every image decoded for a check) against the decoder alone (simplejpeg, full size, RGB, on
   encoded images already in memory), and against webdataset's ShardWriter with that decoder as its check;
@@ -15,8 +16,10 @@ the tools that are compared and not the disk. All take turns; medians of `--roun
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -73,13 +76,21 @@ def pipeline_shard(source: Path, out: Path, processes: int, rules: ImageRules, b
     convert(source, out, options)
 
 
-def decoder_alone(files: list[Path]) -> float:
-    """Seconds for decoding images that are in memory."""
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the clock, and of all cores."""
+
+    wall: float
+    cpu: float
+
+
+def decoder_alone(files: list[Path]) -> Spent:
+    """Decode images that are in memory."""
     encoded = [file.read_bytes() for file in files]
-    began = time.perf_counter()
+    wall, cpu = time.perf_counter(), time.process_time()
     for data in encoded:
         simplejpeg.decode_jpeg(data, strict=True)
-    return time.perf_counter() - began
+    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def shard_writer(job: tuple[list[tuple[Path, int]], Path, bool]) -> None:
@@ -138,13 +149,15 @@ def compare(options: Options, work: Path) -> dict[str, object]:
     classes = sorted(path.name for path in (source / "train").iterdir())
     samples = [(path, classes.index(path.parent.name)) for path in sorted(source.rglob("*.JPEG"))]
     total = sum(path.stat().st_size for path, _ in samples)
-    halves = [samples[i::processes] for i in range(processes)]
-    pool = ProcessPoolExecutor(processes)
+    shares = [samples[i::processes] for i in range(processes)]
 
     def webdataset_with(check: bool) -> Callable[[Path], None]:
-        return lambda out: (
-            out.mkdir() or list(pool.map(shard_writer, [(half, out / str(i), check) for i, half in enumerate(halves)]))
-        )
+        def write(out: Path) -> None:
+            out.mkdir()
+            with ProcessPoolExecutor(processes) as pool:
+                list(pool.map(shard_writer, [(share, out / str(i), check) for i, share in enumerate(shares)]))
+
+        return write
 
     contenders: dict[str, Callable[[Path], object]] = {
         "pipeline shard": lambda out: pipeline_shard(source, out, processes, ImageRules()),
@@ -157,46 +170,59 @@ def compare(options: Options, work: Path) -> dict[str, object]:
         ),
         "FFCV DatasetWriter": lambda out: ffcv_writer(samples, out, processes),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in [*contenders, "decoder alone"]}
-    for turn in range(options.rounds + 1):
+    spent: dict[str, list[Spent]] = {name: [] for name in [*contenders, "decoder alone"]}
+    for turn in range(options.rounds):
         for name, contender in contenders.items():
-            took = timed(contender, work / "out")
-            if turn:  # the first round warms up
-                seconds[name].append(took)
-        alone = max(pool.map(decoder_alone, [[path for path, _ in half] for half in halves]))
-        if turn:
-            seconds["decoder alone"].append(alone)
-    pool.shutdown()
-    return report(seconds, options, total)
+            spent[name].append(measure(contender, work / "out"))
+            print(f"round {turn + 1}: {name}: {options.count / spent[name][-1].wall:,.0f} images/s", file=sys.stderr)
+        with ProcessPoolExecutor(processes) as pool:
+            alone = list(pool.map(decoder_alone, [[path for path, _ in share] for share in shares]))
+        spent["decoder alone"].append(Spent(max(s.wall for s in alone), sum(s.cpu for s in alone)))
+    return report(spent, options, total)
 
 
-def timed(contender: Callable[[Path], object], out: Path) -> float:
-    began = time.perf_counter()
+def measure(contender: Callable[[Path], object], out: Path) -> Spent:
+    """Run it once, start and end of its processes included."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
     contender(out)
-    took = time.perf_counter() - began
+    multiprocessing.active_children()  # waits for those that have ended, so that their time is counted
+    spent = Spent(time.perf_counter() - wall, cpu_seconds() - cpu)
     shutil.rmtree(out) if out.is_dir() else out.unlink()
-    return took
+    return spent
 
 
-def report(seconds: dict[str, list[float]], options: Options, total: int) -> dict[str, object]:
-    def faster(ours: str, theirs: str) -> float:
-        pairs = zip(seconds[ours], seconds[theirs], strict=True)
-        return round(statistics.median(their / our for our, their in pairs), 3)
+def cpu_seconds() -> float:
+    """Of this process and of its children that have ended, in user and kernel mode."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
-    rate = {name: options.count / statistics.median(times) for name, times in seconds.items()}
+
+def report(spent: dict[str, list[Spent]], options: Options, total: int) -> dict[str, object]:
+    def ratios(ours: str, theirs: str) -> dict[str, float]:
+        pairs = list(zip(spent[ours], spent[theirs], strict=True))
+        return {
+            "by the clock": round(statistics.median(b.wall / a.wall for a, b in pairs), 3),
+            "per core": round(statistics.median(b.cpu / a.cpu for a, b in pairs), 3),
+        }
+
+    rate = {name: options.count / statistics.median(one.wall for one in ones) for name, ones in spent.items()}
     return {
         "images": options.count,
         "bytes": total,
         "processes": options.processes,
         "rounds": options.rounds,
         "images/s": {name: round(value) for name, value in rate.items()},
+        "CPU ms/image": {
+            name: round(1e3 * statistics.median(one.cpu for one in ones) / options.count, 3)
+            for name, ones in spent.items()
+        },
         "MB/s": {name: round(value * total / options.count / 1e6, 1) for name, value in rate.items()},
         "ratios": {
-            "check / decoder alone": faster("pipeline shard", "decoder alone"),
-            "check / ShardWriter": faster("pipeline shard", "ShardWriter, decoding"),
-            "pack / tar cf": faster("pipeline shard --check header", "tar cf"),
-            "pack / ShardWriter": faster("pipeline shard --check header", "ShardWriter"),
-            "ffcv / DatasetWriter": faster("pipeline shard --format ffcv --max-side 400", "FFCV DatasetWriter"),
+            "check / decoder alone": ratios("pipeline shard", "decoder alone"),
+            "check / ShardWriter": ratios("pipeline shard", "ShardWriter, decoding"),
+            "pack / tar cf": ratios("pipeline shard --check header", "tar cf"),
+            "pack / ShardWriter": ratios("pipeline shard --check header", "ShardWriter"),
+            "ffcv / DatasetWriter": ratios("pipeline shard --format ffcv --max-side 400", "FFCV DatasetWriter"),
         },
         "ImageNet-1K, training split, minutes": round(IMAGENET / rate["pipeline shard"] / 60, 1),
         "machine": {

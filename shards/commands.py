@@ -182,7 +182,7 @@ class Index:
     """
 
     tars: Positional[tuple[Path, ...]]
-    """Tars of KEY.jpg and KEY.cls, all in one folder; those whose names begin with 'val' are the validation split."""
+    """Tars of KEY.jpg and KEY.cls, all in one folder; 'val' in a name means the validation split."""
 
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""

@@ -62,14 +62,11 @@ def scan_classes(roots: dict[str, Path]) -> Scan:
 
 def split_folders(source: Path) -> dict[str, Path]:
     """Split name -> folder of class folders."""
-    if not (source / TRAIN).is_dir():
-        roots = {TRAIN: source}
-    else:
-        roots = {TRAIN: source / TRAIN}
-        for folder in VAL_FOLDERS:
-            if (source / folder).is_dir():
-                roots[VAL] = source / folder
-    return roots
+    roots = {TRAIN: source / TRAIN} if (source / TRAIN).is_dir() else {}
+    for folder in VAL_FOLDERS:
+        if (source / folder).is_dir():
+            roots[VAL] = source / folder
+    return roots or {TRAIN: source}
 
 
 def _class_folders(root: Path) -> list[bytes]:

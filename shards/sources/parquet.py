@@ -51,9 +51,10 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
         import pyarrow.parquet as pq
     except ImportError:
         raise UserError(f"{source}: {_NEEDS}") from None
-    files = parquet_files(source)
-    if not files:
+    splits, notes = _splits(parquet_files(source))
+    if not splits:
         raise UserError(f"{source}: no Parquet files in it")
+    files = list(splits)
     spool.mkdir(parents=True, exist_ok=True)
     jobs = [Unpack(file, spool / f"{i:05d}.bin") for i, file in enumerate(files)]
     with Progress("unpacking", sum(pq.read_metadata(file).num_rows for file in files)) as progress:
@@ -65,8 +66,7 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
         found = json.loads(job.spool.with_suffix(".json").read_bytes())
         labels = [row[3] for row in found]
         top = max(top, *labels)
-        split = VAL if job.file.name.lower().startswith(("val", "test")) else TRAIN
-        builders.setdefault(split, ListingBuilder()).add(
+        builders.setdefault(splits[job.file], ListingBuilder()).add(
             job.spool,
             [
                 (f"{label}/{name}".encode("utf-8", "surrogateescape"), offset, size, label)
@@ -77,7 +77,17 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
     classes = tuple(
         ClassEntry(folder=str(label), name=name.split(",")[0] if name else None) for label, name in enumerate(names)
     )
-    return Scan("parquet", classes, {split: builder.build() for split, builder in builders.items()})
+    return Scan("parquet", classes, {split: builder.build() for split, builder in builders.items()}, notes=notes)
+
+
+def _splits(files: list[Path]) -> tuple[dict[Path, str], tuple[str, ...]]:
+    """File -> split, by the word that its name begins with. A test split is validation where there is no other."""
+    kinds = {file: file.name.lower()[:3] for file in files}
+    if "val" not in kinds.values():
+        return {file: VAL if kind == "tes" else TRAIN for file, kind in kinds.items()}, ()
+    left_out = [file.name for file, kind in kinds.items() if kind == "tes"]
+    notes = (f"{left_out[0]}: a test split, left out ({len(left_out)} such files)",) if left_out else ()
+    return {file: VAL if kind == "val" else TRAIN for file, kind in kinds.items() if kind != "tes"}, notes
 
 
 def unpack(job: Unpack, report: Report) -> None:
@@ -93,6 +103,8 @@ def unpack(job: Unpack, report: Report) -> None:
     with durable_file(job.spool) as file, pq.ParquetFile(job.file) as table:
         for number, (image, label) in enumerate(_rows(table, image_column, label_column)):
             data, name = _unwrap(job.file, image, number)
+            if label is None or label < 0:
+                raise UserError(f"{job.file}: row {number} has label {label}: a split without labels; leave it out")
             write_all(file, data)
             found.append((name, at, len(data), label))
             at += len(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from shards.sources.scan import TRAIN, VAL, Scan
 
 LABEL_SUFFIX = "cls"
 _MAX_LABEL = 20  # characters
+_VAL = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ def tar_files(source: Path) -> list[Path]:
 
 def split_of(path: Path, root: Path) -> str:
     """The split that a tar's name (or its folder's, below the source) tells: 'val' where it says so, else 'train'."""
-    words = (path.parent.name if path.parent != root else "", path.name)
-    return VAL if any(word.lower().startswith(("val", "imagenet1k-val", "imagenet-val")) for word in words) else TRAIN
+    below = path.name if path.parent == root else f"{path.parent.name}/{path.name}"
+    return VAL if _VAL.search(below) else TRAIN
 
 
 def scan_webdataset(source: Path) -> Scan:

@@ -29,7 +29,7 @@ try:
 except UserError as error:
     sys.exit(f"error: {error}")
 """
-SHARD_MIB = "1"
+OPTIONS = ("--shard-size", "1", "--format", "both")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
 
 def start(photos: Path, out: Path, *options: str, **popen: object) -> subprocess.Popen[str]:
     """The command as the leader of a process group of its own."""
-    command = [sys.executable, "-c", DRIVER, str(photos), "--out", str(out), "--shard-size", SHARD_MIB, *options]
+    command = [sys.executable, "-c", DRIVER, str(photos), "--out", str(out), *OPTIONS, *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, **popen)  # type: ignore[call-overload]
 
