@@ -107,6 +107,7 @@ def test_onnx_takes_any_batch_and_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # exporters think for minutes on two cores
 @pytest.mark.parametrize("name", ["fat_b0", "fat_b2"])
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_variants_export(name: str, fused: bool, tmp_path: Path) -> None:
