@@ -33,7 +33,8 @@ from PIL import Image
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
 from pipeline.cli import main as pipeline
-from pipeline.loader import LoaderOptions, TrainLoader, decode_threads
+from pipeline.decode import decode_threads
+from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
 from shards.dataset import ShardSet
 

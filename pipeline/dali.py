@@ -13,52 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline.reader import Encoded
+from pipeline.decode import DecodeError, DecodeJob, decode_threads
+from pipeline.options import DaliOptions
 from shards.errors import UserError
 
 T = TypeVar("T")
-
-
-class DecodeError(UserError):
-    """DALI could not decode a batch."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DaliOptions:
-    """How DALI works; none of it changes what comes out."""
-
-    threads: int | None = None
-    """Decoding threads of this rank. None = its share of the machine's cores."""
-    prefetch: int = 2
-    """Batches that DALI works on at once."""
-    hw_decoder_load: float = 0.9
-    """Share of the images given to the GPU's JPEG engine, where it has one; the rest goes to its CUDA decoder."""
-    preallocate_width: int = 0
-    """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first."""
-    preallocate_height: int = 0
-
-
-@dataclass(frozen=True)
-class DecodeJob:
-    """What becomes of each image of a batch. All arrays have n rows.
-
-    The window is cut from the image, resized to `resize` and, where that is larger than the output, cut to the output
-    size at `anchor`. Training hands in random windows and resizes them to the output size; evaluation hands in whole
-    images.
-    """
-
-    encoded: Encoded
-    window: NDArray[np.int32]
-    """int32 [n, 4]: y, x, height, width in source pixels."""
-    flip: NDArray[np.bool_] | None = None
-    """bool [n]; None = nowhere."""
-    resize: NDArray[np.int32] | None = None
-    """int32 [n, 2]: height, width after resizing; None = the output size."""
-    anchor: NDArray[np.int32] | None = None
-    """int32 [n, 2]: y, x of the output's corner in the resized image; goes with `resize`."""
 
 
 @dataclass
@@ -75,7 +36,6 @@ class DaliDecoder:
     size: int
     batch: int
     device: torch.device
-    threads: int
     evaluation: bool = False
     options: DaliOptions = field(default_factory=DaliOptions)
 
@@ -117,7 +77,7 @@ class DaliDecoder:
 
     def _inputs(self, job: DecodeJob) -> tuple[Any, ...]:
         n = len(job.encoded.ids)
-        inputs: tuple[Any, ...] = (job.encoded.jpegs, *map(np.ascontiguousarray, np.split(job.window, 2, axis=1)))
+        inputs: tuple[Any, ...] = (job.encoded.images, *map(np.ascontiguousarray, np.split(job.window, 2, axis=1)))
         if self.evaluation:
             assert job.resize is not None
             assert job.anchor is not None
@@ -129,7 +89,7 @@ class DaliDecoder:
         on_gpu = self.device.type == "cuda"
         pipeline = Pipeline(
             batch_size=self.batch,
-            num_threads=self.threads,
+            num_threads=self.options.threads or decode_threads(),
             device_id=(self.device.index or 0) if on_gpu else None,
             prefetch_queue_depth=self.options.prefetch,
             seed=0,
@@ -160,14 +120,6 @@ class DaliDecoder:
 
     @staticmethod
     def _explain(error: RuntimeError, in_flight: deque[tuple[DecodeJob, T]]) -> DecodeError:
-        """DALI names no sample: say which batch it was, and where to look."""
+        """DALI names no sample: say which batch it was."""
         detail = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-        ids: Iterable[int] = in_flight[0][0].encoded.ids.tolist() if in_flight else ()
-        return DecodeError(
-            f"a batch could not be decoded ({detail}); its samples are {_few(ids)}; run 'pipeline verify' on the set"
-        )
-
-
-def _few(ids: Iterable[int], limit: int = 8) -> str:
-    shown = [str(int(i)) for i in ids]
-    return ", ".join(shown[:limit]) + (f" and {len(shown) - limit} more" if len(shown) > limit else "")
+        return DecodeError.of(in_flight[0][0].encoded.ids if in_flight else (), detail)

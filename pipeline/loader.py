@@ -5,10 +5,7 @@ A loader's state is the position of the last batch *delivered*; what it has pref
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,129 +14,22 @@ from numpy.typing import NDArray
 from pipeline.augment.params import SampleParams, draw, mix_params
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
-from pipeline.dali import DaliDecoder, DaliOptions, DecodeJob
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Ids, Position, TrainPlan
-from pipeline.prefetch import Prefetcher
-from pipeline.reader import READ_THREADS, Encoded, SampleReader
+from pipeline.background import BackgroundLoader, Portion
+from pipeline.batch import Batch
+from pipeline.decode import DecodeJob
+from pipeline.options import DaliOptions, LoaderOptions
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.reader import Encoded
+from pipeline.synthetic import synthetic_batches
 from shards.dataset import ShardSet
+
+__all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader", "eval_geometry"]
 
 # timm's crop_pct of the recipe: 224 is cut from 256, and other sizes keep the ratio.
 EVAL_CROP = 0.875
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderOptions:
-    """How a loader works; none of it changes what it delivers."""
-
-    read_threads: int = READ_THREADS
-    """Threads that read shards; more hide the latency of slow file systems."""
-    read_ahead: int = 4
-    """Batches whose bytes are read before the decoder asks for them."""
-    ready: int = 2
-    """Finished batches that wait on the device."""
-    check_hashes: bool = True
-    """Compare each sample's bytes with the hash in the index."""
-    dali: DaliOptions = field(default_factory=DaliOptions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One micro-batch on the device."""
-
-    images: torch.Tensor
-    """float [B, 3, size, size], channels-last, normalised (and mixed, in training)."""
-    labels: torch.Tensor
-    """int64 [B]."""
-    ids: Ids
-    """int64 [B] on the host; `NO_SAMPLE` where `mask` is False."""
-    mask: torch.Tensor
-    """bool [B]: False for rows that only fill up the last batches of an evaluation."""
-    lam: torch.Tensor | None = None
-    """float32 [B]: weight of a row's own label, the rest is its partner's (row i ^ 1); None = nothing was mixed."""
-    position: Position
-    """In training, the global batch that this micro-batch belongs to; in evaluation, (0, step)."""
-    micro: int = 0
-    """Number of this micro-batch within its rank's step."""
-    ready: torch.cuda.Event | None = field(default=None, compare=False)
-
-
-def decode_threads(local_world: int | None = None) -> int:
-    """This rank's share of the cores that the process may use."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_world is None else local_world
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
-
-
-class _Loader:
-    """What training and evaluation share: a stream of batches made in a thread, on a stream of its own."""
-
-    def __init__(
-        self, dataset: ShardSet, split: str, device: torch.device, dtype: torch.dtype, options: LoaderOptions
-    ) -> None:
-        self._dataset, self._split = dataset, split
-        self._device, self._dtype, self._options = device, dtype, options
-        self._prefetcher: Prefetcher[Batch] | None = None
-        dataset.check_sizes(split)
-
-    def __next__(self) -> Batch:
-        if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._stream(), depth=self._options.ready, name=f"{self._split}-loader")
-        batch = next(self._prefetcher)
-        if batch.ready is not None:
-            consumer = torch.cuda.current_stream(self._device)
-            consumer.wait_event(batch.ready)
-            for tensor in (batch.images, batch.labels, batch.mask, batch.lam):
-                if tensor is not None:
-                    tensor.record_stream(consumer)
-        return batch
-
-    def close(self) -> None:
-        """Stop the threads and give back memory and file descriptors. Idempotent."""
-        if self._prefetcher is not None:
-            self._prefetcher.close()
-            self._prefetcher = None
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _stream(self) -> Iterator[Batch]:
-        """Runs in the loader's thread."""
-        reader = SampleReader(
-            self._dataset, self._split, threads=self._options.read_threads, check=self._options.check_hashes
-        )
-        if self._device.type != "cuda":
-            with reader:
-                yield from self._batches(reader)
-            return
-        torch.cuda.set_device(self._device)
-        with reader, torch.cuda.stream(torch.cuda.Stream(self._device)):
-            yield from self._batches(reader)
-
-    def _batches(self, reader: SampleReader) -> Iterator[Batch]:
-        raise AssertionError("a loader says how its batches are made")
-
-    def _decoder(self, size: int, batch: int, evaluation: bool) -> DaliDecoder:
-        threads = self._options.dali.threads or decode_threads()
-        return DaliDecoder(
-            size=size,
-            batch=batch,
-            device=self._device,
-            threads=threads,
-            evaluation=evaluation,
-            options=self._options.dali,
-        )
-
-    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
-
-    def _event(self) -> torch.cuda.Event | None:
-        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
-
-
-class TrainLoader(_Loader):
+class TrainLoader(BackgroundLoader):
     """Micro-batches of one rank in training order, from `start` to the end of the last epoch.
 
     Args:
@@ -165,7 +55,7 @@ class TrainLoader(_Loader):
         split: str = "train",
         options: LoaderOptions | None = None,
     ) -> None:
-        super().__init__(dataset, split, device, dtype, options or LoaderOptions())
+        super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=plan.seed)
         self._plan, self._shape, self._augment, self._epochs = plan, shape, augment, epochs
         self._next = Position(0, 0) if start is None else start
 
@@ -191,52 +81,57 @@ class TrainLoader(_Loader):
         self.close()
         self._next = Position(state["epoch"], state["step"])
 
-    def _work(self) -> Iterator[tuple[Ids, tuple[Position, int]]]:
+    def _work(self) -> Iterator[Portion]:
         first = self._plan.steps_before(self._next)
         for step in range(first, self._epochs * self._plan.steps_per_epoch):
             position = self._plan.at(step)
             for micro in range(self._shape.accumulation):
-                yield self._plan.ids(position, self._shape.rows(micro)), (position, micro)
+                yield Portion(self._plan.ids(position, self._shape.rows(micro)), position, micro)
 
-    def _batches(self, reader: SampleReader) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch]:
+        size, rows = self._augment.size, self._shape.micro_rows
+        if self._loader == "synthetic":
+            classes, mixed = len(self._dataset.manifest.classes), self._augment.mixes
+            yield from synthetic_batches(
+                self._work(), size=size, classes=classes, device=self._device, dtype=self._dtype, mixed=mixed
+            )
+            return
         augment = BatchAugment(self._augment, self._device, self._dtype)
-        decoder = self._decoder(self._augment.size, self._shape.micro_rows, evaluation=False)
-        jobs = (
-            self._job(encoded, *place) for encoded, place in reader.read_ahead(self._work(), self._options.read_ahead)
-        )
-        for pixels, job, (params, position, micro) in decoder.decode(jobs):
-            images, lam = augment(pixels, params), None
-            if self._augment.mixes:
-                lanes = self._plan.lane_of(self._shape.rows(micro))
-                step = self._plan.steps_before(position)
-                mixing = mix_params(self._augment, seed=self._plan.seed, step=step, lanes=lanes)
-                images, lam = mix(images, mixing), self._to_device(mixing.lam)
+        for pixels, job, (portion, params) in self._decoded(self._work(), self._job, size=size, rows=rows):
+            images, lam = self._mixed(augment(pixels, params), portion)
             yield Batch(
                 images=images,
-                labels=self._to_device(job.encoded.rows["label"].astype(np.int64)),
+                labels=self._labels(job.encoded),
                 ids=job.encoded.ids,
-                mask=torch.ones(len(job.encoded.ids), dtype=torch.bool, device=self._device),
+                planned=portion.ids,
+                mask=torch.ones(len(portion.ids), dtype=torch.bool, device=self._device),
                 lam=lam,
-                position=position,
-                micro=micro,
+                position=portion.position,
+                micro=portion.micro,
                 ready=self._event(),
             )
 
-    def _job(
-        self, encoded: Encoded, position: Position, micro: int
-    ) -> tuple[DecodeJob, tuple[SampleParams, Position, int]]:
+    def _job(self, encoded: Encoded, portion: Portion) -> tuple[DecodeJob, SampleParams]:
         params = draw(
             self._augment,
             seed=self._plan.seed,
-            epoch=position.epoch,
+            epoch=portion.position.epoch,
             ids=encoded.ids,
             heights=encoded.rows["height"],
             widths=encoded.rows["width"],
         )
-        return DecodeJob(encoded=encoded, window=params.windows, flip=params.flips), (params, position, micro)
+        return DecodeJob(encoded=encoded, window=params.windows, flip=params.flips), params
+
+    def _mixed(self, images: torch.Tensor, portion: Portion) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._augment.mixes:
+            return images, None
+        lanes = self._plan.lane_of(self._shape.rows(portion.micro))
+        step = self._plan.steps_before(portion.position)
+        params = mix_params(self._augment, seed=self._plan.seed, step=step, lanes=lanes)
+        return mix(images, params), self._to_device(params.lam)
 
 
-class EvalLoader(_Loader):
+class EvalLoader(BackgroundLoader):
     """The batches of one rank of one evaluation; each sample of the split exactly once over all ranks.
 
     Every pass over the loader (`iter`) is one evaluation. Short side to size / 0.875, then a centre crop, bicubic.
@@ -260,42 +155,77 @@ class EvalLoader(_Loader):
         split: str = "val",
         options: LoaderOptions | None = None,
     ) -> None:
-        super().__init__(dataset, split, device, dtype, options or LoaderOptions())
+        super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=0)
         self._plan, self._size, self._mean, self._std = plan, size, mean, std
+        self._delivered = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self.close()
+        """Start an evaluation, or go on with the one whose state was just loaded."""
+        if self._prefetcher is not None:
+            self.close()
+            self._start_at(0)
         return self
 
     def __len__(self) -> int:
+        """Batches of this evaluation."""
         return self._plan.steps
 
-    def _batches(self, reader: SampleReader) -> Iterator[Batch]:
-        decoder = self._decoder(self._size, self._plan.batch, evaluation=True)
-        jobs = (
-            (self._job(encoded), extra) for encoded, extra in reader.read_ahead(self._work(), self._options.read_ahead)
-        )
-        for pixels, job, (step, ids) in decoder.decode(jobs):
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        self._delivered += 1
+        return batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How many samples of the split all ranks together have been given."""
+        return {"samples": self._plan.done(self._delivered)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on with an evaluation that was broken off, at whatever world size; what was prefetched is thrown away."""
+        self.close()
+        self._start_at(state["samples"])
+
+    def _start_at(self, samples: int) -> None:
+        plan = self._plan
+        self._plan = EvalPlan(plan.samples, batch=plan.batch, world=plan.world, rank=plan.rank, start=samples)
+        self._delivered = 0
+
+    def _work(self) -> Iterator[Portion]:
+        for step in range(self._plan.steps):
+            yield Portion(self._plan.ids(step), Position(0, step))
+
+    def _batches(self) -> Iterator[Batch]:
+        size, rows = self._size, self._plan.batch
+        if self._loader == "synthetic":
+            classes = len(self._dataset.manifest.classes)
+            yield from synthetic_batches(
+                self._work(), size=size, classes=classes, device=self._device, dtype=self._dtype
+            )
+            return
+        work = (Portion(_filled(portion.ids), portion.position) for portion in self._work())
+        for pixels, job, (portion, _) in self._decoded(work, self._job, size=size, rows=rows, evaluation=True):
+            planned = self._plan.ids(portion.position.step)
+            # No other sample can stand in for a bad one here: its row is left out.
+            ids = np.where(planned == job.encoded.ids, planned, NO_SAMPLE)
             yield Batch(
                 images=normalise(pixels, self._mean, self._std, self._dtype),
-                labels=self._to_device(job.encoded.rows["label"].astype(np.int64)),
+                labels=self._labels(job.encoded),
                 ids=ids,
+                planned=planned,
                 mask=self._to_device(ids != NO_SAMPLE),
-                position=Position(0, step),
+                position=portion.position,
                 ready=self._event(),
             )
 
-    def _work(self) -> Iterator[tuple[Ids, tuple[int, Ids]]]:
-        for step in range(self._plan.steps):
-            ids = self._plan.ids(step)
-            # Rows without a sample decode sample 0, so that every batch has one shape; the mask hides them.
-            yield np.where(ids == NO_SAMPLE, 0, ids), (step, ids)
-
-    def _job(self, encoded: Encoded) -> DecodeJob:
+    def _job(self, encoded: Encoded, portion: Portion) -> tuple[DecodeJob, None]:
         heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
         window = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
         resize, anchor = eval_geometry(heights, widths, self._size)
-        return DecodeJob(encoded=encoded, window=window, resize=resize, anchor=anchor)
+        return DecodeJob(encoded=encoded, window=window, resize=resize, anchor=anchor), None
+
+
+def _filled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows without a sample decode another one of the batch, so that it has its full shape; the mask hides them."""
+    return np.where(ids == NO_SAMPLE, max(int(ids.max()), 0), ids)
 
 
 def eval_geometry(

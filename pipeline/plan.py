@@ -263,33 +263,38 @@ class TrainPlan:
 
 
 class EvalPlan:
-    """Evaluation: samples in the order of the shards, dealt evenly, each exactly once at any world size.
+    """Evaluation: samples in the order of the shards, each exactly once at any world size.
 
-    Every rank runs the same number of steps; rows without a sample carry `NO_SAMPLE`.
+    A step takes the next batch x world samples (fewer in the last one) and deals them evenly, so every rank runs the
+    same number of steps, and what is done after some of them is the beginning of the split, whoever did it: another
+    number of ranks can end an evaluation that was broken off. Rows without a sample carry `NO_SAMPLE`.
 
     Args:
         samples: of the split (a plain number: the order is 0, 1, 2, ...).
         batch: rows per rank and step.
+        start: samples that are done already.
     """
 
-    def __init__(self, samples: int, *, batch: int, world: int = 1, rank: int = 0) -> None:
+    def __init__(self, samples: int, *, batch: int, world: int = 1, rank: int = 0, start: int = 0) -> None:
         if samples < 1:
             raise PlanError("the split to evaluate has no samples")
-        if batch < 1 or not 0 <= rank < world:
-            raise PlanError(f"batch {batch}, rank {rank} of {world}: no such evaluation")
-        self.samples = samples
-        self.batch = batch
-        self.start = rank * samples // world
-        self.stop = (rank + 1) * samples // world
-        most = -(samples // -world)  # of any rank
-        self.steps = -(most // -batch)
+        if batch < 1 or not 0 <= rank < world or not 0 <= start <= samples:
+            raise PlanError(f"batch {batch}, rank {rank} of {world}, start {start}: no such evaluation")
+        self.samples, self.batch, self.world, self.rank, self.start = samples, batch, world, rank, start
+        self.steps = -((samples - start) // -(batch * world))
+
+    def done(self, steps: int) -> int:
+        """Samples of the split that are done when this many steps are."""
+        return min(self.start + steps * self.batch * self.world, self.samples)
 
     def ids(self, step: int) -> Ids:
-        """Sample ids of this rank's batch number `step`, int64 [batch]; `NO_SAMPLE` where the rank has run out."""
+        """Sample ids of this rank's batch number `step`, int64 [batch]; `NO_SAMPLE` where it has fewer."""
         if not 0 <= step < self.steps:
             raise IndexError(f"no step {step} in an evaluation of {self.steps} steps")
-        ids = self.start + step * self.batch + np.arange(self.batch, dtype=np.int64)
-        ids[ids >= self.stop] = NO_SAMPLE
+        first = self.done(step)
+        dealt = self.done(step + 1) - first
+        ids = first + self.rank * dealt // self.world + np.arange(self.batch, dtype=np.int64)
+        ids[ids >= first + (self.rank + 1) * dealt // self.world] = NO_SAMPLE
         return ids
 
 

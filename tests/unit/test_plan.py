@@ -160,8 +160,22 @@ def test_evaluation_takes_each_sample_exactly_once_at_every_world_size() -> None
             for batch in (1, 7, 64):
                 plans = [EvalPlan(samples, batch=batch, world=world, rank=rank) for rank in range(world)]
                 assert len({plan.steps for plan in plans}) == 1
-                ids = np.concatenate([plan.ids(step) for plan in plans for step in range(plan.steps)])
+                ids = np.concatenate([plan.ids(step) for step in range(plans[0].steps) for plan in plans])
                 assert ids[ids != NO_SAMPLE].tolist() == list(range(samples))
+
+
+def test_an_evaluation_that_was_broken_off_is_ended_by_another_number_of_ranks() -> None:
+    for samples in (1, 50, 199):
+        for world, batch, most in ((1, 7, 2), (3, 4, 1), (8, 64, 0), (9, 30, 1)):
+            first = [EvalPlan(samples, batch=batch, world=world, rank=rank) for rank in range(world)]
+            steps = min(most, first[0].steps)
+            done = first[0].done(steps)
+            rest = [EvalPlan(samples, batch=5, world=4, rank=rank, start=done) for rank in range(4)]
+            assert len({plan.steps for plan in rest}) == 1
+            ids = [plan.ids(step) for plan in first for step in range(steps)]
+            ids += [plan.ids(step) for plan in rest for step in range(plan.steps)]
+            real = np.concatenate(ids) if ids else np.empty(0)
+            assert sorted(real[real != NO_SAMPLE].tolist()) == list(range(samples))
 
 
 def test_a_billion_samples_open_at_once_and_any_position_is_found_quickly() -> None:

@@ -1,0 +1,137 @@
+"""What training's and evaluation's loaders share: read, decode and finish batches in a thread, ahead of its user."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.bad_samples import BadSamples
+from pipeline.batch import Batch
+from pipeline.decode import DecodeJob
+from pipeline.decoders import chosen_loader, make_decoder
+from pipeline.options import LoaderOptions
+from pipeline.plan import Ids, Position
+from pipeline.prefetch import Prefetcher
+from pipeline.quick_check import quick_check
+from pipeline.reader import Encoded, SampleReader
+from pipeline.storage import storage_of
+from shards.dataset import ShardSet
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What a rank delivers at once."""
+
+    ids: Ids
+    """int64 [n], as the plan says."""
+    position: Position
+    micro: int = 0
+
+
+class BackgroundLoader(ABC):
+    """A stream of batches made in a thread of its own, on a CUDA stream of its own."""
+
+    def __init__(
+        self,
+        dataset: ShardSet,
+        split: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        options: LoaderOptions,
+        seed: int,
+    ) -> None:
+        self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
+        self._loader = chosen_loader(options, dataset.split(split))
+        self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
+        self._prefetcher: Prefetcher[Batch] | None = None
+        if self._loader != "synthetic":
+            with self._reader() as reader:
+                quick_check(dataset, split, reader, one_fault_is_fine=options.skip_budget > 0)
+
+    @property
+    def bad_samples(self) -> int:
+        """Different bad samples that were met so far, also in batches that still wait to be delivered."""
+        return self._bad.count
+
+    def __next__(self) -> Batch:
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(self._stream(), depth=self._options.ready, name=f"{self._split}-loader")
+        batch = next(self._prefetcher)
+        if batch.ready is not None:
+            consumer = torch.cuda.current_stream(self._device)
+            consumer.wait_event(batch.ready)
+            for tensor in (batch.images, batch.labels, batch.mask, batch.lam):
+                if tensor is not None:
+                    tensor.record_stream(consumer)
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads and give back memory and file descriptors. Idempotent."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self._prefetcher = None
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from where the loader stands; runs in the loader's thread."""
+
+    def _stream(self) -> Iterator[Batch]:
+        if self._device.type != "cuda":
+            yield from self._batches()
+            return
+        torch.cuda.set_device(self._device)
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            yield from self._batches()
+
+    def _decoded(
+        self,
+        work: Iterable[Portion],
+        job: Callable[[Encoded, Portion], tuple[DecodeJob, T]],
+        *,
+        size: int,
+        rows: int,
+        evaluation: bool = False,
+    ) -> Iterator[tuple[torch.Tensor, DecodeJob, tuple[Portion, T]]]:
+        """Read and decode: images uint8 [n, size, size, 3] on the device, the job, and what it came of."""
+        decoder = make_decoder(
+            self._loader, self._options, size=size, batch=rows, device=self._device, evaluation=evaluation
+        )
+        with self._reader() as reader:
+
+            def jobs() -> Iterator[tuple[DecodeJob, tuple[Portion, T]]]:
+                ordered = ((portion.ids, portion) for portion in work)
+                for encoded, portion in reader.read_ahead(ordered, self._options.read_ahead):
+                    mended = self._bad.mend(encoded, reader, epoch=portion.position.epoch)
+                    made, extra = job(mended, portion)
+                    yield made, (portion, extra)
+
+            yield from decoder.decode(jobs())
+
+    def _reader(self) -> SampleReader:
+        storage = storage_of(self._dataset, self._split, beton=self._loader == "ffcv")
+        return SampleReader(storage, threads=self._options.read_threads, check=self._options.check_hashes)
+
+    def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+    def _labels(self, encoded: Encoded) -> torch.Tensor:
+        return self._to_device(encoded.rows["label"].astype(np.int64))
+
+    def _event(self) -> torch.cuda.Event | None:
+        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None

@@ -1,0 +1,76 @@
+"""What decoders are asked for, whoever they are: windows, sizes and flips are handed in, nothing is drawn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipeline.reader import Encoded
+from shards.errors import UserError
+
+T = TypeVar("T")
+
+SHOWN_IDS = 8
+
+
+class DecodeError(UserError):
+    """A batch could not be decoded."""
+
+    @classmethod
+    def of(cls, ids: Iterable[int], detail: str) -> DecodeError:
+        """Name the samples; decoders know them by their place only."""
+        listed = [str(int(i)) for i in ids]
+        more = f" and {len(listed) - SHOWN_IDS} more" if len(listed) > SHOWN_IDS else ""
+        which = "sample" if len(listed) == 1 else "one of samples"
+        return cls(
+            f"{which} {', '.join(listed[:SHOWN_IDS])}{more} could not be decoded ({detail}); "
+            "run 'pipeline verify' on the set"
+        )
+
+
+@dataclass(frozen=True)
+class DecodeJob:
+    """What becomes of each image of a batch. All arrays have n rows.
+
+    The window is cut from the image, resized to `resize` and, where that is larger than the output, cut to the output
+    size at `anchor`. Training hands in random windows and resizes them to the output size; evaluation hands in whole
+    images.
+    """
+
+    encoded: Encoded
+    window: NDArray[np.int32]
+    """int32 [n, 4]: y, x, height, width in source pixels."""
+    flip: NDArray[np.bool_] | None = None
+    """bool [n]; None = nowhere."""
+    resize: NDArray[np.int32] | None = None
+    """int32 [n, 2]: height, width after resizing; None = the output size."""
+    anchor: NDArray[np.int32] | None = None
+    """int32 [n, 2]: y, x of the output's corner in the resized image; goes with `resize`."""
+
+
+class Decoder(Protocol):
+    """Turns a stream of jobs into a stream of batches, in order."""
+
+    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
+        """Decode jobs.
+
+        Yields:
+            images: uint8 [n, size, size, 3], RGB, on the decoder's device; valid until the next one is asked for.
+            job, extra: as they came.
+
+        Raises:
+            DecodeError: a batch could not be decoded. The stream ends there, nothing is skipped.
+        """
+        ...
+
+
+def decode_threads(local_world: int | None = None) -> int:
+    """This rank's share of the cores that the process may use."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_world is None else local_world
+    return max(1, len(os.sched_getaffinity(0)) // local_world)

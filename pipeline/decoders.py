@@ -1,0 +1,37 @@
+"""Which decoder works for a loader."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from pipeline.decode import Decoder
+from pipeline.options import LoaderOptions
+from shards.manifest import SplitEntry
+
+Chosen = Literal["dali", "ffcv", "synthetic"]
+
+
+def chosen_loader(options: LoaderOptions, split: SplitEntry) -> Chosen:
+    """What `auto` comes to: DALI for tars, FFCV for a .beton that stands alone."""
+    if options.loader != "auto":
+        return options.loader
+    return "dali" if split.tars else "ffcv"
+
+
+def make_decoder(
+    loader: Chosen, options: LoaderOptions, *, size: int, batch: int, device: torch.device, evaluation: bool
+) -> Decoder:
+    """A decoder of batches of up to `batch` rows, `size` pixels a side; libraries are imported only where needed.
+
+    Raises:
+        UserError: the library is not installed.
+    """
+    if loader == "ffcv":
+        from pipeline.ffcv import FfcvDecoder
+
+        return FfcvDecoder(size=size, device=device)
+    from pipeline.dali import DaliDecoder
+
+    return DaliDecoder(size=size, batch=batch, device=device, evaluation=evaluation, options=options.dali)

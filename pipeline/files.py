@@ -1,0 +1,133 @@
+"""The files of a split, opened for reading: a bounded number of descriptors, however many shards there are."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shards.errors import ShardSetError
+
+MAX_OPEN = 256
+
+
+class ShardFiles(Protocol):
+    """Where a reader gets bytes from. Thread-safe."""
+
+    def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
+        """Fill `target` (uint8 [n]) from file number `file`.
+
+        Raises:
+            ShardSetError: the file is missing, unreadable or too short.
+        """
+        ...
+
+    def name(self, file: int) -> str:
+        """The file, for messages."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalFiles:
+    """Files of this machine's file systems, least recently used closed first; those in use are never closed.
+
+    No memory maps: a map whose file is truncated is a SIGBUS, network file systems punish page faults, and thousands of
+    shards exhaust them.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, max_open: int = MAX_OPEN) -> None:
+        self._paths = paths
+        self._limit = max_open
+        self._lock = threading.Lock()
+        self._handles: OrderedDict[int, int] = OrderedDict()
+        self._users: dict[int, int] = {}
+
+    def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
+        with self._open(file) as handle:
+            read_fully(handle, target, offset, self._paths[file])
+
+    def name(self, file: int) -> str:
+        return str(self._paths[file])
+
+    @property
+    def open_now(self) -> int:
+        """Descriptors held."""
+        return len(self._handles)
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+            self._users.clear()
+
+    @contextlib.contextmanager
+    def _open(self, file: int) -> Iterator[int]:
+        with self._lock:
+            self._users[file] = self._users.get(file, 0) + 1
+            handle = self._handles.get(file)
+        try:
+            yield self._add(file) if handle is None else handle
+        finally:
+            with self._lock:
+                self._users[file] -= 1
+                if file in self._handles:
+                    self._handles.move_to_end(file)
+                if len(self._handles) > self._limit:
+                    self._shrink()
+
+    def _add(self, file: int) -> int:
+        """Open outside of the lock: on a network file system that takes a while, and others need not wait for it."""
+        opened = open_shard(self._paths[file])
+        with self._lock:
+            handle = self._handles.setdefault(file, opened)
+        if handle != opened:  # another thread was faster
+            os.close(opened)
+        return handle
+
+    def _shrink(self) -> None:
+        for file in [f for f in self._handles if not self._users[f]][: len(self._handles) - self._limit]:
+            os.close(self._handles.pop(file))
+            del self._users[file]
+
+
+def open_shard(path: Path) -> int:
+    """A descriptor of the file.
+
+    Raises:
+        ShardSetError: it is missing or cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
+    except OSError as error:
+        raise ShardSetError(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:
+    """Fill `target` from `offset`; preadv may deliver less than asked for.
+
+    Raises:
+        ShardSetError: the file ends before, or cannot be read.
+    """
+    view, done = memoryview(target.data), 0
+    while done < len(view):
+        try:
+            got = os.preadv(handle, [view[done:]], offset + done)
+        except OSError as error:
+            raise ShardSetError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
+        if got == 0:
+            raise ShardSetError(
+                f"{path}: ends at byte {offset + done}, inside a sample of {len(view)} bytes at {offset}: truncated; "
+                "copy the shard again"
+            )
+        done += got

@@ -1,0 +1,244 @@
+"""Reading samples: the right bytes, few descriptors, damage by name, substitutes that every rank agrees on."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augment.recipe import augment_recipe
+from pipeline.files import LocalFiles
+from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, TrainPlan
+from pipeline.quick_check import quick_check
+from pipeline.reader import SampleReader
+from pipeline.storage import storage_of, tar_key
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError, UserError
+
+CPU = torch.device("cpu")
+GLOBAL = 12
+RECIPE = augment_recipe("light", size=32)
+
+
+@pytest.fixture
+def copied(photos: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(photos, tmp_path / "set"))
+
+
+def shard_of(path: Path, sample: int, split: str = "train") -> tuple[Path, int, int]:
+    """Shard, offset and size of a sample."""
+    row = ShardSet(path).index(split)[sample]
+    return ShardSet(path).shard_path(split, int(row["shard"])), int(row["offset"]), int(row["size"])
+
+
+def flip_a_bit(path: Path, sample: int = 11, split: str = "train") -> str:
+    shard, offset, size = shard_of(path, sample, split)
+    data = bytearray(shard.read_bytes())
+    data[offset + size // 2] ^= 4
+    shard.write_bytes(data)
+    with tarfile.open(shard) as tar:
+        name = next(member.name for member in tar if member.offset_data == offset)
+    return f"{shard.name}.*offset {offset} .*sample {sample}, key {name.removesuffix('.jpg')}\\)"
+
+
+def truncate(path: Path) -> str:
+    shard = ShardSet(path).shard_path("train", 1)
+    os.truncate(shard, shard.stat().st_size - 4096)
+    return f"{shard.name}.*truncated"
+
+
+def lose(path: Path) -> str:
+    shard = ShardSet(path).shard_path("train", 1)
+    shard.unlink()
+    return f"{shard.name}.*missing"
+
+
+def swap(path: Path) -> str:
+    """Two shards of one size change places; sizes and manifest cannot tell."""
+    dataset = ShardSet(path)
+    one, other = (dataset.shard_path("train", i) for i in (1, 2))
+    size = min(one.stat().st_size, other.stat().st_size)
+    contents = one.read_bytes(), other.read_bytes()
+    for shard, content in ((one, contents[1]), (other, contents[0])):
+        shard.write_bytes(content[:size].ljust(shard.stat().st_size, b"\0"))
+    return f"{one.name}: neither its first nor its last sample.*stale, or another shard"
+
+
+def train(path: Path, *, bad_samples: str, world: int = 1, rank: int = 0) -> TrainLoader:
+    dataset = ShardSet(path)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16)
+    shape = BatchShape(global_batch=GLOBAL, world=world, rank=rank)
+    options = LoaderOptions(bad_samples=bad_samples)
+    return TrainLoader(dataset, plan, shape, RECIPE, epochs=2, device=CPU, options=options)
+
+
+def batches_of(loader: TrainLoader) -> list[Batch]:
+    with loader:
+        return list(loader)
+
+
+def test_the_bytes_are_those_of_the_tars_in_the_order_asked_for(photos: Path) -> None:
+    dataset = ShardSet(photos)
+    ids = np.array([5, 60, 5, 0, 33])
+    with SampleReader(storage_of(dataset, "train")) as reader:
+        found = reader.read(ids).checked()
+    for sample, image in zip(ids.tolist(), found.images, strict=True):
+        shard, offset, size = shard_of(photos, sample)
+        assert image.tobytes() == shard.read_bytes()[offset : offset + size]
+    assert found.rows["label"].tolist() == dataset.index("train")["label"][ids].tolist()
+
+
+def test_a_set_of_many_shards_reads_within_few_file_descriptors(photos: Path) -> None:
+    dataset = ShardSet(photos)
+    ids = np.roll(np.arange(dataset.split("train").samples), 17)
+    storage = storage_of(dataset, "train", max_open=2)
+    assert len(dataset.split("train").shards) > 2
+    assert isinstance(storage.files, LocalFiles)
+    with SampleReader(storage, threads=2) as few, SampleReader(storage_of(dataset, "train")) as free:
+        for _ in range(3):
+            images = few.read(ids).checked().images
+            assert storage.files.open_now <= 2
+        assert all(np.array_equal(a, b) for a, b in zip(images, free.read(ids).checked().images, strict=True))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose])
+def test_damage_surfaces_at_the_consumer_by_name_and_poisons_the_loader(
+    copied: Path, damage: Callable[[Path], str]
+) -> None:
+    message = damage(copied)
+    with pytest.raises(ShardSetError, match=message):  # noqa: PT012 - found at opening or while reading
+        loader = train(copied, bad_samples="raise")
+        with loader:
+            for _ in loader:
+                pass
+    if damage is flip_a_bit:
+        with pytest.raises(ShardSetError, match=message):
+            next(loader._prefetcher or loader)
+
+
+@pytest.mark.parametrize("damage", [truncate, lose, swap])
+@pytest.mark.parametrize("bad_samples", ["raise", "skip:9999"])
+def test_files_that_are_not_the_sets_are_refused_before_training(
+    copied: Path, damage: Callable[[Path], str], bad_samples: str
+) -> None:
+    message = damage(copied)
+    with pytest.raises(ShardSetError, match=message):
+        train(copied, bad_samples=bad_samples)
+
+
+def test_the_look_before_training_is_bounded_and_begins_elsewhere_on_another_rank(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ShardSet(copied)
+    shards = len(dataset.split("train").shards)
+    assert shards >= 3
+    monkeypatch.setattr("pipeline.quick_check.SHARDS_AT_ONCE", 1)
+    with SampleReader(storage_of(dataset, "train")) as reader:
+        assert quick_check(dataset, "train", reader) == shards
+        swap(copied)
+        assert quick_check(dataset, "train", reader, seconds=0) == 1, "shard 0 is good"
+        monkeypatch.setenv("WORLD_SIZE", str(shards))
+        monkeypatch.setenv("RANK", "1")
+        with pytest.raises(ShardSetError, match="stale"):
+            quick_check(dataset, "train", reader, seconds=0)
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("n01440764/n01440764_10026.JPEG", "n01440764/n01440764_10026"),
+        ("deep/" * 40 + "a.b.jpg", "deep/" * 40 + "a"),
+        ("plain.jpg", "plain"),
+    ],
+)
+def test_a_samples_key_is_found_in_tars_of_others_too(tmp_path: Path, style: int, name: str, key: str) -> None:
+    path = tmp_path / "foreign.tar"
+    with tarfile.open(path, "w", format=style) as tar:
+        for member in ("first.jpg", name):
+            info = tarfile.TarInfo(member)
+            info.size = 1000
+            tar.addfile(info, io.BytesIO(bytes(1000)))
+    with tarfile.open(path) as tar:
+        offset = tar.getmembers()[1].offset_data
+    files = LocalFiles([path])
+    assert tar_key(files, 0, offset) == key
+    assert tar_key(files, 0, 700) is None
+    files.close()
+
+
+def test_a_substitute_takes_a_bad_samples_place_and_is_reported(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = batches_of(train(copied, bad_samples="raise"))
+    flip_a_bit(copied)
+    loader = train(copied, bad_samples="skip:1")
+    with caplog.at_level(logging.WARNING):
+        mended = batches_of(loader)
+    assert loader.bad_samples == 1
+    assert "sample 11" in caplog.text
+    replaced = []
+    for before, after in zip(whole, mended, strict=True):
+        assert after.planned.tolist() == before.ids.tolist()
+        for row, (planned, sample) in enumerate(zip(after.planned.tolist(), after.ids.tolist(), strict=True)):
+            if planned != 11:
+                assert sample == planned
+                assert torch.equal(after.images[row], before.images[row])
+                continue
+            assert sample != 11
+            assert after.labels[row] == ShardSet(copied).index("train")["label"][sample]
+            replaced.append(sample)
+    assert len(replaced) >= 1
+
+
+def test_substitutes_are_the_same_at_every_world_size(copied: Path) -> None:
+    for sample in (3, 11, 40, 41):
+        flip_a_bit(copied, sample)
+
+    def sequence(world: int) -> list[list[int]]:
+        ranks = [batches_of(train(copied, bad_samples="skip:4", world=world, rank=rank)) for rank in range(world)]
+        return [[i for batch in step for i in batch.ids.tolist()] for step in zip(*ranks, strict=True)]
+
+    alone = sequence(1)
+    assert not {3, 11, 40, 41} & {i for step in alone for i in step}
+    assert sequence(3) == alone
+    assert sequence(4) == alone
+
+
+def test_the_run_stops_when_more_samples_are_bad_than_the_budget_allows(copied: Path) -> None:
+    for sample in (3, 11, 40):
+        flip_a_bit(copied, sample)
+    with pytest.raises(ShardSetError, match=r"3 bad samples are more than --bad-samples skip:2 allows.*offset \d+"):
+        batches_of(train(copied, bad_samples="skip:2"))
+
+
+def test_an_evaluation_leaves_a_bad_sample_out(copied: Path) -> None:
+    dataset = ShardSet(copied)
+    flip_a_bit(copied, 4, "val")
+    samples = dataset.split("val").samples
+    with EvalLoader(
+        dataset,
+        EvalPlan(samples, batch=5),
+        size=32,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        device=CPU,
+        options=LoaderOptions(bad_samples="skip:1"),
+    ) as loader:
+        batches = list(loader)
+    ids = np.concatenate([batch.ids for batch in batches])
+    assert ids[ids != NO_SAMPLE].tolist() == [i for i in range(samples) if i != 4]
+    assert all(((batch.ids != NO_SAMPLE) == batch.mask.numpy()).all() for batch in batches)
+
+
+@pytest.mark.parametrize("text", ["skip", "skip:", "skip:-1", "ignore", "raise:3"])
+def test_a_policy_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--bad-samples"):
+        LoaderOptions(bad_samples=text)
