@@ -1,8 +1,9 @@
-"""The .beton of a split, from its finished shards: filled by processes, resumable, published by rename."""
+"""The .beton of each split, from its finished shards: filled by processes, resumable, published by rename."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +11,9 @@ import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 
-from shards.beton import BetonOptions, lay_out
+from shards.beton import BetonOptions, Layout, lay_out
 from shards.durable import sync_folder, write_all
+from shards.index import Index
 from shards.manifest import BetonEntry
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
@@ -34,37 +36,73 @@ class SegmentJob:
     """First byte of the part, and of what follows it."""
 
 
-def assemble(work: Work, split: str, shards: list[int], options: BetonOptions, workers: int | None) -> BetonEntry:
-    """Write SPLIT.beton, or go on with it where a killed run left it.
+def assemble(
+    work: Work, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
+) -> dict[str, BetonEntry]:
+    """Write SPLIT.beton for each split, or go on with them where a killed run left them.
 
     Where the set keeps no tars, each is removed when its images are safe in the .beton: the disk never holds all twice.
+
+    Args:
+        shards: split -> its shards that have images.
     """
-    index = np.concatenate([work.load_rows(split, shard) for shard in shards])
-    index["shard"] = np.repeat(np.arange(len(shards)), [len(work.load_rows(split, shard)) for shard in shards])
-    layout = lay_out(index, options)
-    target, unfinished = work.beton(split), work.unfinished_beton(split)
-    if not target.exists():
-        with unfinished.open("ab") as file:
-            file.truncate(layout.total)
-        jobs = []
-        for place, shard in enumerate(shards):
-            mine = index["shard"] == place
-            start, stop = int(layout.starts[place]), int(layout.starts[place + 1])
-            jobs.append(SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop))
-        todo = [job for job in jobs if not work.is_in_beton(split, job.shard)]
-        with Progress(f"{split}.beton", sum(len(job.offsets) for job in todo)) as progress:
-            run_jobs(fill_segment, todo, workers, progress)
-        with unfinished.open("r+b", buffering=0) as file:
-            write_all(file, layout.head(index))
-            file.seek(int(layout.starts[-1]))
-            write_all(file, layout.table())
-            os.fsync(file.fileno())
-        unfinished.rename(target)
-        sync_folder(work.out)
-    segments = tuple(work.load_segment(split, shard)[0] for shard in shards)
-    return BetonEntry(
-        name=target.name, bytes=layout.total, mode=options.mode, smart_ratio=options.smart_ratio, segments=segments
-    )
+    frames = {split: _frame(work, split, numbers, options) for split, numbers in shards.items()}
+    begun = {split: frame for split, frame in frames.items() if not work.beton(split).exists()}
+    todo = []
+    for split, frame in begun.items():
+        with work.unfinished_beton(split).open("ab") as file:
+            file.truncate(frame.layout.total)
+        todo += [job for job in _jobs(work, split, shards[split], frame) if not work.is_in_beton(split, job.shard)]
+    with Progress("filling .beton", sum(len(job.offsets) for job in todo)) as progress:
+        run_jobs(fill_segment, todo, workers, progress)
+    for split, frame in begun.items():
+        _publish(work, split, frame)
+    return {
+        split: BetonEntry(
+            name=work.beton(split).name,
+            bytes=frame.layout.total,
+            mode=options.mode,
+            smart_ratio=options.smart_ratio,
+            segments=tuple(work.load_segment(split, shard)[0] for shard in shards[split]),
+        )
+        for split, frame in frames.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A split's index and where its images go."""
+
+    index: Index
+    layout: Layout
+
+
+def _frame(work: Work, split: str, shards: list[int], options: BetonOptions) -> _Frame:
+    rows = [work.load_rows(split, shard) for shard in shards]
+    for place, some in enumerate(rows):
+        some["shard"] = place
+    index = np.concatenate(rows)
+    return _Frame(index, lay_out(index, options))
+
+
+def _jobs(work: Work, split: str, shards: list[int], frame: _Frame) -> Iterator[SegmentJob]:
+    layout = frame.layout
+    for place, shard in enumerate(shards):
+        mine = frame.index["shard"] == place
+        start, stop = int(layout.starts[place]), int(layout.starts[place + 1])
+        yield SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop)
+
+
+def _publish(work: Work, split: str, frame: _Frame) -> None:
+    """Write what stands before and after the images, and give the file its name."""
+    unfinished = work.unfinished_beton(split)
+    with unfinished.open("r+b", buffering=0) as file:
+        write_all(file, frame.layout.head(frame.index))
+        file.seek(int(frame.layout.starts[-1]))
+        write_all(file, frame.layout.table())
+        os.fsync(file.fileno())
+    unfinished.rename(work.beton(split))
+    sync_folder(work.out)
 
 
 def fill_segment(job: SegmentJob, report: Report) -> None:

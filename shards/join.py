@@ -9,7 +9,7 @@ from typing import Any
 from shards.assemble import assemble
 from shards.errors import ConversionFailed
 from shards.index import write_index
-from shards.manifest import Manifest, ShardEntry, SplitEntry, tool
+from shards.manifest import BetonEntry, Manifest, ShardEntry, SplitEntry, tool
 from shards.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
 from shards.work import Plan, ShardDone, Work
 
@@ -38,11 +38,12 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
         for (split, _), shard in done.items()
         for image, reason in shard.rejected
     ]
-    kept = sum(shard.samples for shard in done.values())
-    rejects_hash = settle_rejects(work.out, rejects, kept, max_rejects)
+    rejects_hash = settle_rejects(work.out, rejects, sum(shard.samples for shard in done.values()), max_rejects)
+    kept = {split: _drop_empty(work, split, done) for split in plan.shards}
+    betons = assemble(work, kept, plan.beton, workers) if plan.beton else {}
     manifest = Manifest(
         classes=plan.classes,
-        splits={split: _join_split(work, plan, split, done, workers) for split in plan.shards},
+        splits={split: _join_split(work, split, kept[split], done, betons.get(split)) for split in plan.shards},
         made={
             "tool": tool(),
             "source": plan.layout,
@@ -61,36 +62,37 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
     return Outcome(manifest, len(rejects), sum(sum(shard.repaired.values()) for shard in done.values()))
 
 
-def _join_split(work: Work, plan: Plan, split: str, done: Done, workers: int | None) -> SplitEntry:
-    """Write the split's index, and its .beton if asked for; shards of which nothing is left are dropped."""
-    kept = []
-    for (of, shard), record in done.items():
-        if of == split and record.samples:
-            kept.append((shard, record))
-        elif of == split:
+def _drop_empty(work: Work, split: str, done: Done) -> list[int]:
+    """Numbers of the split's shards, without those of which nothing is left, whose files are removed."""
+    kept = [shard for (of, shard), record in done.items() if of == split and record.samples]
+    if not kept:
+        raise ConversionFailed(f"{work.out}: no image of split '{split}' can be used; see {work.out / REJECTS_NAME}")
+    for of, shard in done:
+        if of == split and shard not in kept:
             work.tar(split, shard).unlink(missing_ok=True)
             work.tar(split, shard).with_suffix(".idx").unlink(missing_ok=True)
-    samples = sum(record.samples for _, record in kept)
-    if samples == 0:
-        raise ConversionFailed(f"{work.out}: no image of split '{split}' can be used; see {work.out / REJECTS_NAME}")
-    beton = None
-    if plan.beton is not None:
-        beton = assemble(work, split, [shard for shard, _ in kept], plan.beton, workers)
-    index = work.out / f"{split}.index.npy"
+    return kept
+
+
+def _join_split(work: Work, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
+    """Write the split's index: of the tars, or of the .beton where that is all there is."""
+    records = [done[split, shard] for shard in shards]
     if beton is None or work.keeps_tars:
-        rows = (work.load_rows(split, shard) for shard, _ in kept)
-        shards = [
+        rows = (work.load_rows(split, shard) for shard in shards)
+        entries = [
             ShardEntry(name=work.tar(split, shard).name, samples=record.samples, bytes=record.bytes, hash=record.hash)
-            for shard, record in kept
+            for shard, record in zip(shards, records, strict=True)
         ]
     else:
-        rows = (work.load_segment(split, shard)[1] for shard, _ in kept)
-        shards = [
+        rows = (work.load_segment(split, shard)[1] for shard in shards)
+        entries = [
             ShardEntry(name=beton.name, samples=record.samples, bytes=beton.bytes, hash=digest)
-            for (_, record), digest in zip(kept, beton.segments, strict=True)
+            for record, digest in zip(records, beton.segments, strict=True)
         ]
+    index = work.out / f"{split}.index.npy"
+    samples = sum(record.samples for record in records)
     digest = write_index(index, samples, rows)
-    return SplitEntry(samples=samples, shards=tuple(shards), index=index.name, index_hash=digest, beton=beton)
+    return SplitEntry(samples=samples, shards=tuple(entries), index=index.name, index_hash=digest, beton=beton)
 
 
 def _repaired(done: Done, split: str) -> dict[str, Any]:

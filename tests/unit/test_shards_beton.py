@@ -162,7 +162,7 @@ def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_pat
     from shards.assemble import assemble
 
     shards = [i for split, i in work.load_plan().jobs if split == "train"]  # type: ignore[union-attr]
-    assemble(work, "train", shards, BetonOptions(), workers=1)
+    assemble(work, {"train": shards}, BetonOptions(), workers=1)
     if form == "both":  # as if killed while the second shard's part was being filled
         (out / "train.beton").rename(out / ".making" / "train.beton")
         (out / ".making" / "train-000001.beton").unlink()
