@@ -76,7 +76,7 @@ class BackgroundWriter:
         self._complaints: list[str] = []
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: dict[str, Any]) -> None:
-        """Begin to write; waits for the one before. `state` must be a copy that nobody changes."""
+        """Begin to write; waits for the one before. Nobody may change `state` before `wait` has returned."""
         self.wait()
         self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint)
 

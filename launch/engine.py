@@ -81,6 +81,7 @@ class Engine:
         self._wrapped, self._optimizer = self._prepare(model, optimizer, micro_batch)
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
+        self._staging: dict[str, Tensor] = {}
         self._masters = Masters(self.zero, self.model, self._optimizer, world, decay=optim.ema)
 
     @property
@@ -147,8 +148,9 @@ class Engine:
         """BatchNorm's running means and variances, live."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Canonical state (see `launch.masters`), full tensors, copied to the CPU.
+        """Canonical state (see `launch.masters`), full tensors on the CPU, untouched by training until the next call.
 
         Collective: every rank must call it; the result is complete on rank 0 and empty elsewhere.
         """
@@ -156,7 +158,19 @@ class Engine:
         state = self._masters.state_dict()
         if not self.world.is_main:
             return {}
-        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+        cuda = self.world.device.type == "cuda"
+        if not self._staging:  # kept: touching fresh memory costs more than copying
+            self._staging = {
+                key: torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda) for key, value in state.items()
+            }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # thousands of small copies: waking threads for each takes far longer than copying
+        for key, value in state.items():
+            self._staging[key].copy_(value, non_blocking=True)
+        torch.set_num_threads(threads)
+        if cuda:
+            torch.cuda.current_stream(self.world.device).synchronize()
+        return dict(self._staging)
 
     def load_state_dict(self, state: dict[str, Tensor], *, steps: int) -> None:
         """Take back what `state_dict` gave, on every rank alike. `steps` optimiser steps lie behind it.

@@ -70,6 +70,7 @@ class RunFolder:
 
     def save(self, progress: Progress) -> Progress:
         """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on."""
+        self._writer.wait()  # the engine stages every state in the same memory
         state = self._engine.state_dict()
         if self._engine.world.is_main:
             self._writer.save(state, progress, self._fingerprint)
@@ -82,10 +83,10 @@ class RunFolder:
 
     def finish(self) -> list[str]:
         """Wait for the last checkpoint, export the weights, draw the curves. Collective. Returns lines for people."""
+        self._writer.wait()
         state = self._engine.state_dict()
         if not self._engine.world.is_main:
             return []
-        self._writer.wait()
         story = [f"warning: {complaint}" for complaint in self.complaints()]
         model = fat.create_model(f"fat_{self._recipe.model.variant}", num_classes=self._feed.classes)
         raw = {key.removeprefix("model/"): value for key, value in state.items() if key.startswith("model/")}

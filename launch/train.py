@@ -58,7 +58,7 @@ def train(recipe: Recipe) -> None:
 
         def settle() -> None:
             """Read the device: judge and log the steps since the last time."""
-            tracker.say(*guards.check(), *folder.complaints())
+            tracker.say(*(f"warning: {fact}" for fact in (*guards.check(), *folder.complaints())))
             tracker.interval(skipped=guards.skipped)
 
         for step in range(progress.step, feed.last_step):

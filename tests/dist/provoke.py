@@ -1,0 +1,86 @@
+"""A training run in which something goes wrong, on purpose.
+
+    provoke.py nan|drift|disk|stall [options of launch/train.py]
+
+nan: the images of steps 3, 6, 7, 8 hold a NaN. drift: rank 1's weights are disturbed after step 3. disk: no large
+file can be written during steps 4 and 5. stall: no training; prints how long a save holds the caller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import launch.train
+from launch.checkpoint import BackgroundWriter, CheckpointFolder, Progress
+from launch.engine import Engine, StepResult
+from launch.recipe import parse
+from launch.world import connect
+
+BAD_STEPS = {2, 5, 6, 7}
+original_step = Engine.step
+
+
+def nan_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    if step in BAD_STEPS:
+        images = batches[0].images.clone()
+        images[0, 0, 0, 0] = float("nan")
+        batches = [dataclasses.replace(batches[0], images=images), *batches[1:]]
+    return original_step(engine, batches, step=step, lr=lr)
+
+
+def drifting_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    result = original_step(engine, batches, step=step, lr=lr)
+    if step == 2 and engine.world.rank == 1:
+        with torch.no_grad():
+            next(engine.model.parameters()).mul_(1.001)
+    return result
+
+
+def step_on_a_full_disk(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    full = step in (3, 4)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    result = original_step(engine, batches, step=step, lr=lr)
+    if step in (2, 4):
+        time.sleep(3)  # lets the background saves of steps 2 (well) and 4 (on the full disk) end
+    return result
+
+
+def measure_stall() -> None:
+    recipe = parse(sys.argv[1:])
+    world = connect()
+    model = launch.train.build_model(recipe, 1000)
+    engine = Engine(model, recipe, world, micro_batch=1, accumulation=1)
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        writer = BackgroundWriter(CheckpointFolder(Path(folder), keep=1))
+        for number in range(5):
+            writer.wait()
+            begun = time.perf_counter()  # what RunFolder.save does after waiting
+            state = engine.state_dict()
+            writer.save(state, Progress(step=number + 1), {})
+            times.append(time.perf_counter() - begun)
+        writer.close()
+    size = sum(tensor.nbytes for tensor in state.values()) / 1e6
+    milliseconds = 1e3 * statistics.median(times) / size * 100
+    print(json.dumps({"megabytes": size, "milliseconds_per_100_megabytes": milliseconds}))
+
+
+if __name__ == "__main__":
+    kind = sys.argv.pop(1)
+    if kind == "stall":
+        measure_stall()
+        sys.exit(0)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead
+    Engine.step = {"nan": nan_step, "drift": drifting_step, "disk": step_on_a_full_disk}[kind]  # type: ignore[method-assign]
+    sys.exit(launch.train.main())
