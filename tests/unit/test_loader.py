@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -237,3 +238,32 @@ def test_options_change_speed_only(digits: Path) -> None:
         with TrainLoader(dataset, plan, shape, recipe, epochs=1, device=CPU, options=options) as loader:
             images.append(torch.cat([next(loader).images for _ in range(3)]))
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("recipe_name", ["light", "fat"])
+def test_synthetic_batches_have_the_plan_s_shape_and_read_nothing(
+    tmp_path: Path, digits: Path, recipe_name: str
+) -> None:
+    for file in ("dataset.json", "train.index.npy", "val.index.npy"):
+        shutil.copy(digits / file, tmp_path)  # and no shards
+    dataset, recipe = ShardSet(tmp_path), augment_recipe(recipe_name, size=32)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, pairs=recipe.mixes)
+    options = LoaderOptions(loader="synthetic")
+    shape = BatchShape(global_batch=GLOBAL, micro_batch=GLOBAL // 2)
+    with TrainLoader(
+        dataset, plan, shape, recipe, epochs=1, device=CPU, dtype=torch.bfloat16, options=options
+    ) as loader:
+        batches = [next(loader) for _ in range(4)]
+    assert [(b.position.step, b.micro) for b in batches] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for batch in batches:
+        assert batch.ids.tolist() == plan.ids(batch.position, shape.rows(batch.micro)).tolist()
+        assert batch.images.shape == (GLOBAL // 2, 3, 32, 32)
+        assert batch.images.dtype == torch.bfloat16
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.images.data_ptr() == batches[0].images.data_ptr()
+        assert (batch.lam is not None) == recipe.mixes
+    with EvalLoader(
+        dataset, EvalPlan(360, batch=100), size=32, mean=(0.5,) * 3, std=(0.5,) * 3, device=CPU, options=options
+    ) as loader:
+        ids = np.concatenate([batch.ids[batch.mask.numpy()] for batch in loader])
+    assert ids.tolist() == list(range(360))

@@ -1,0 +1,193 @@
+"""The FFCV loader follows the plan, with the windows, flips and operations that DALI's uses."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from pipeline import background
+from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.decode import DecodeError, DecodeJob
+from pipeline.decoders import make_decoder
+from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
+from pipeline.options import LoaderName
+from pipeline.plan import BatchShape, EvalPlan, TrainPlan
+from pipeline.reader import SampleReader
+from pipeline.storage import storage_of
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError, UserError
+from tests.conftest import run_pipeline
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("ffcv")
+
+CPU = torch.device("cpu")
+GLOBAL = 24
+MODES = {"both": ("both", "jpg"), "jpg": ("ffcv", "jpg"), "raw": ("ffcv", "raw"), "smart": ("both", "smart")}
+
+
+@pytest.fixture(scope="module")
+def sets(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One source as tars and .beton, as .beton alone, with pixels, and with a mixture."""
+    folder = tmp_path_factory.mktemp("betons")
+    source = photos.parent / "images"
+    for name, (form, mode) in MODES.items():
+        options = ("--shard-size", "2", "--format", form, "--write-mode", mode, "--smart-ratio", "5")
+        run_pipeline("shard", source, "--out", folder / name, *options)
+    return {name: folder / name for name in MODES} | {"tars": photos}
+
+
+def train(path: Path, loader: LoaderName, recipe: AugmentRecipe, **options: Any) -> TrainLoader:
+    dataset = ShardSet(path)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16, pairs=recipe.mixes)
+    shape = BatchShape(global_batch=GLOBAL, pairs=recipe.mixes)
+    chosen = LoaderOptions(loader=loader, **options)
+    return TrainLoader(dataset, plan, shape, recipe, epochs=2, device=CPU, options=chosen)
+
+
+def batches_of(loader: TrainLoader | EvalLoader) -> list[Batch]:
+    with loader:
+        return list(loader)
+
+
+class Recording:
+    """A decoder that notes its jobs."""
+
+    def __init__(self, inner: Any, jobs: list[tuple[DecodeJob, Any]]) -> None:
+        self._inner, self._jobs = inner, jobs
+
+    def decode(self, jobs: Iterable[tuple[DecodeJob, Any]]) -> Iterator[Any]:
+        for images, job, extra in self._inner.decode(jobs):
+            self._jobs.append((job, extra))
+            yield images, job, extra
+
+
+def record_jobs(patch: pytest.MonkeyPatch, jobs: list[tuple[DecodeJob, Any]]) -> None:
+    patch.setattr(background, "make_decoder", lambda *args, **kwargs: Recording(make_decoder(*args, **kwargs), jobs))
+
+
+def test_dali_and_ffcv_are_asked_for_the_same_at_every_position(
+    sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = augment_recipe("fat", size=64)
+    asked: dict[str, list[tuple[DecodeJob, Any]]] = {"dali": [], "ffcv": []}
+    delivered = {}
+    for name, jobs in asked.items():
+        record_jobs(monkeypatch, jobs)
+        delivered[name] = batches_of(train(sets["both"], name, recipe))  # type: ignore[arg-type]
+    assert len(asked["dali"]) == len(asked["ffcv"]) == len(delivered["dali"]) > 4
+    for (one, (portion, params)), (other, (other_portion, others)) in zip(*asked.values(), strict=True):
+        assert portion.position == other_portion.position
+        assert one.encoded.ids.tolist() == other.encoded.ids.tolist()
+        assert np.array_equal(one.window, other.window)
+        assert np.array_equal(one.flip, other.flip)
+        for name in ("ops", "applied", "arguments", "erase_boxes", "erase_keys"):
+            assert np.array_equal(getattr(params, name), getattr(others, name))
+    for one, other in zip(*delivered.values(), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.lam, other.lam)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["tars", *MODES])
+def test_pixels_are_close_to_pils_however_the_set_is_stored(sets: dict[str, Path], name: str) -> None:
+    recipe = augment_recipe("light", size=96)
+    jobs: list[tuple[DecodeJob, Any]] = []
+    loader = train(sets[name], "ffcv", recipe)
+    with loader, pytest.MonkeyPatch.context() as patch:
+        record_jobs(patch, jobs)
+        shown = [next(loader) for _ in range(3)]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
+    errors = []
+    with SampleReader(storage_of(ShardSet(sets["tars"]), "train")) as tars:
+        for (job, _), batch in zip(jobs, shown, strict=False):
+            pixels = ((batch.images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+            assert job.flip is not None
+            for row, jpeg in enumerate(tars.read(batch.ids).checked().images):
+                y, x, height, width = job.window[row].tolist()
+                image = Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB")
+                expected = image.resize((96, 96), Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
+                expected = ImageOps.mirror(expected) if job.flip[row] else expected
+                errors.append(np.abs(pixels[row] - np.asarray(expected, np.float64)).mean())
+    assert np.mean(errors) < 3
+
+
+def test_every_way_of_storing_the_set_gives_the_same_batches(sets: dict[str, Path]) -> None:
+    recipe = augment_recipe("fat", size=64)
+    reference = batches_of(train(sets["tars"], "ffcv", recipe))
+    for name, exact in (("both", True), ("jpg", True), ("raw", False), ("smart", False)):
+        for one, other in zip(reference, batches_of(train(sets[name], "ffcv", recipe)), strict=True):
+            assert one.ids.tolist() == other.ids.tolist()
+            # Pixels were decoded beforehand, by the exact inverse DCT.
+            assert torch.equal(one.images, other.images) if exact else (one.images - other.images).abs().mean() < 0.1
+
+
+def test_evaluation_pixels_are_close_to_dalis(sets: dict[str, Path]) -> None:
+    dataset = ShardSet(sets["both"])
+    samples = dataset.split("val").samples
+    images = []
+    for loader in ("dali", "ffcv"):
+        plan = EvalPlan(samples, batch=samples)
+        options = LoaderOptions(loader=loader)  # type: ignore[arg-type]
+        normalisation = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+        (batch,) = batches_of(EvalLoader(dataset, plan, size=96, device=CPU, options=options, **normalisation))  # type: ignore[arg-type]
+        images.append(batch.images)
+    assert (images[0] - images[1]).abs().mean() < 3
+
+
+def test_auto_takes_ffcv_for_a_beton_that_stands_alone_and_dali_elsewhere(sets: dict[str, Path]) -> None:
+    recipe = augment_recipe("light", size=32)
+    for name, expected in (("tars", "dali"), ("both", "dali"), ("jpg", "ffcv"), ("raw", "ffcv")):
+        auto, named = (batches_of(train(sets[name], loader, recipe)) for loader in ("auto", expected))  # type: ignore[arg-type]
+        assert all(torch.equal(a.images, b.images) for a, b in zip(auto, named, strict=True))
+
+
+def test_dali_reads_the_jpegs_of_a_beton_and_says_so_where_there_are_none(sets: dict[str, Path]) -> None:
+    recipe = augment_recipe("light", size=32)
+    tars, beton = (batches_of(train(sets[name], "dali", recipe)) for name in ("tars", "jpg"))
+    assert all(torch.equal(a.images, b.images) for a, b in zip(tars, beton, strict=True))
+    with pytest.raises(ShardSetError, match=r"stores pixels \(mode raw\).*--loader ffcv"):
+        train(sets["raw"], "dali", recipe)
+
+
+@pytest.mark.parametrize("name", ["jpg", "raw"])
+@pytest.mark.parametrize("check", [True, False])
+def test_a_damaged_sample_is_an_error_at_once(sets: dict[str, Path], tmp_path: Path, name: str, check: bool) -> None:
+    path = Path(shutil.copytree(sets[name], tmp_path / "set"))
+    row = ShardSet(path).index("train")[11]
+    with (path / "train.beton").open("r+b") as file:
+        file.seek(int(row["offset"]) + int(row["size"]) // 2)
+        file.write(b"\xff\xd9" * 200)
+    loader = train(path, "ffcv", augment_recipe("light", size=32), check_hashes=check)
+    if check:
+        with pytest.raises(ShardSetError, match=rf"train.beton: the .* offset {row['offset']} .*sample 11"):
+            batches_of(loader)
+    elif name == "jpg":
+        with pytest.raises(DecodeError, match=r"sample 11 could not be decoded"):
+            batches_of(loader)
+    else:
+        assert batches_of(loader), "nobody can tell pixels from other pixels"
+
+
+def test_a_beton_of_other_samples_is_refused(sets: dict[str, Path], tmp_path: Path) -> None:
+    path = Path(shutil.copytree(sets["both"], tmp_path / "set"))
+    (path / "train.beton").write_bytes(bytes((path / "train.beton").stat().st_size))
+    with pytest.raises(ShardSetError, match=r"no \.beton of this version"):
+        train(path, "ffcv", augment_recipe("light", size=32))
+
+
+def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
+    monkeypatch.delitem(sys.modules, "pipeline.ffcv", raising=False)
+    monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
+    with pytest.raises(UserError, match=r"pip install 'fat-pipeline\[ffcv\]'"):
+        batches_of(train(sets["both"], "ffcv", augment_recipe("light", size=32)))
