@@ -1,0 +1,82 @@
+"""What only a CUDA device can show: `make gpu`. Each has its CPU twin in tests/unit or tests/dist."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist.launching import accelerate, lines, python
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "64", "--log-every", "1")
+
+
+def engine_of(run: Path) -> dict[str, object]:
+    return json.loads((run / "recipe.json").read_text())["engine"]
+
+
+def test_the_bare_command_trains_with_zero_1_and_bf16(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    done = accelerate(tmp_path, *FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "12")
+    assert done.returncode == 0, done.stderr
+    assert engine_of(run) == {"zero": 1, "precision": "bf16", "world": torch.cuda.device_count()}
+    losses = [line["loss"] for line in lines(run, "train")]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_every_stage_trains_and_goes_on(tmp_path: Path, digits: Path, zero: int) -> None:
+    options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / "run", "--zero", str(zero), "--ema", "0.9")
+    for stop in ("4", "8"):
+        done = python(tmp_path, "launch/train.py", *options, "--stop-after", stop)
+        assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(tmp_path / "run", "start")] == [0, 4]
+
+
+@pytest.mark.parametrize("zero", [0, 1])
+def test_two_ranks_share_one_gpu(tmp_path: Path, digits: Path, zero: int) -> None:
+    """The multi-rank CUDA path (SyncBatchNorm, autocast, ZeRO, checkpoint) on whatever GPU there is, over gloo."""
+    run = tmp_path / "run"
+    options = (*FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "6", "--zero", str(zero))
+    done = accelerate(tmp_path, *options, "--sync-bn", "off", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert engine_of(run)["world"] == 2
+    assert lines(run, "train")[-1]["loss"] < lines(run, "train")[0]["loss"]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_model_learns_the_same(tmp_path: Path, digits: Path, mode: str) -> None:
+    losses = {}
+    for compile_mode in ("off", mode):
+        run = tmp_path / compile_mode
+        options = (*FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "6", "--zero", "0")
+        done = python(tmp_path, "launch/train.py", *options, "--compile", compile_mode, "--drop-path", "0")
+        assert done.returncode == 0, done.stderr
+        losses[compile_mode] = [line["loss"] for line in lines(run, "train")]
+    assert losses[mode] == pytest.approx(losses["off"], rel=0.05)
+
+
+def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
+    from pipeline.augment.recipe import augment_recipe
+    from pipeline.loader import TrainLoader
+    from pipeline.plan import BatchShape, TrainPlan
+    from shards.dataset import ShardSet
+
+    dataset = ShardSet(photos)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=32, seed=0)
+    batches = []
+    for device in ("cpu", "cuda"):
+        recipe = augment_recipe("light", size=128)
+        shape = BatchShape(global_batch=32)
+        with TrainLoader(dataset, plan, shape, recipe, epochs=1, device=torch.device(device)) as loader:
+            batches.append(next(loader))
+    on_cpu, on_gpu = batches
+    assert on_cpu.ids.tolist() == on_gpu.ids.tolist()
+    assert on_gpu.images.is_cuda
+    assert on_gpu.images.is_contiguous(memory_format=torch.channels_last)
+    # nvJPEG upsamples chroma by its own rule; a level is 1/255/0.226 = .017 of a normalised value.
+    assert (on_cpu.images - on_gpu.images.cpu()).abs().mean() < 2 * 0.017
