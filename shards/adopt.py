@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.errors import ConversionFailed, UserError
+from shards.errors import UserError, explained
 from shards.images import Accepted, ImageRules, Rejected, accept
 from shards.index import INDEX_DTYPE, Index, write_index
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
@@ -120,22 +120,19 @@ def index_tar(job: AdoptJob, report: Report) -> Adopted:
     rejected: list[Reject] = []
     digest = xxhash.xxh3_64()
     kept = 0
-    try:
-        with job.tar.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-                report(len(chunk), len(chunk))
-            size = file.tell()
-            for sample in samples:
-                data = os.pread(file.fileno(), sample.image.size, sample.image.offset)
-                try:
-                    rows[kept] = index_row(_as_it_is(data, job.rules), sample.label, sample.image.offset, 0)
-                    kept += 1
-                except Rejected as error:
-                    where = f"{job.tar.name}/{sample.image.name}"
-                    rejected.append(Reject(split=split, image=where, reason=str(error)))
-    except OSError as error:
-        raise ConversionFailed(f"{job.tar}: {error.strerror}") from error
+    with explained(job.tar), job.tar.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            report(len(chunk), len(chunk))
+        size = file.tell()
+        for sample in samples:
+            data = os.pread(file.fileno(), sample.image.size, sample.image.offset)
+            try:
+                rows[kept] = index_row(_as_it_is(data, job.rules), sample.label, sample.image.offset, 0)
+                kept += 1
+            except Rejected as error:
+                where = f"{job.tar.name}/{sample.image.name}"
+                rejected.append(Reject(split=split, image=where, reason=str(error)))
     entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
     return Adopted(split, entry, rows[:kept], rejected)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from shards.beton import BetonOptions, Layout, lay_out
 from shards.durable import sync_folder, write_all
+from shards.errors import explained
 from shards.index import Index
 from shards.manifest import BetonEntry
 from shards.pool import Report, run_jobs
@@ -112,7 +113,8 @@ def fill_segment(job: SegmentJob, report: Report) -> None:
     rows = work.load_rows(job.split, job.shard)
     digest = xxhash.xxh3_64()
     at = job.start
-    with tar.open("rb") as source, work.unfinished_beton(job.split).open("r+b", buffering=0) as target:
+    beton = work.unfinished_beton(job.split)
+    with explained(beton), tar.open("rb") as source, beton.open("r+b", buffering=0) as target:
         target.seek(at)
 
         def write(content: bytes) -> None:

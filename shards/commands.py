@@ -115,6 +115,10 @@ class Shard:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed {self.seed}: between 0 and 2^64")
+        if not 0 <= self.max_rejects <= 1:
+            raise UserError(f"--max-rejects {self.max_rejects:g}: a share between 0 and 1")
         if not 1 <= self.quality <= 100:
             raise UserError(f"--quality {self.quality}: between 1 and 100")
         if self.smart_ratio < 1:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +17,11 @@ from typing import Any, Literal
 import xxhash
 
 from shards.beton import BetonOptions
-from shards.errors import ConversionFailed, UserError
+from shards.errors import ConversionFailed, UserError, explained
 from shards.images import ImageRules
 from shards.join import Outcome, join
 from shards.lock import hold
-from shards.manifest import MANIFEST_NAME, Manifest
+from shards.manifest import MANIFEST_NAME, Manifest, tool
 from shards.order import arrange
 from shards.parts import WHOLE, Part, hold_part
 from shards.pool import run_jobs
@@ -31,7 +30,7 @@ from shards.rejects import MAX_REJECTS
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import ScanOptions
 from shards.work import Plan, Work
-from shards.writer import ShardJob, explain, write_shard
+from shards.writer import ShardJob, write_shard
 
 MIB = 2**20
 Format = Literal["tar", "ffcv", "both"]
@@ -80,13 +79,14 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         ConversionFailed: the job could not be finished; the same command resumes it.
     """
     work = Work(out, options.format != "ffcv")
-    with _explained(out):
+    with explained(out):
         if (out / MANIFEST_NAME).exists():
             _check_same(out, Manifest.load(out).made.get("options"), options)
             work.close()
             return None
         plan = work.load_plan() or _plan(source, work, options)
         _check_same(out, plan.options, options)
+        _check_tool(out, plan)
         for note in plan.notes:
             print(f"note: {note}", file=sys.stderr)
         with hold_part(work, part or WHOLE):
@@ -104,13 +104,14 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = No
         ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
     """
     work = Work(out)
-    with _explained(out):
+    with explained(out):
         if (out / MANIFEST_NAME).exists():
             work.close()
             return None
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
+        _check_tool(out, plan)
         work = Work(out, plan.keeps_tars)
         missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
         if missing:
@@ -125,16 +126,7 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = No
 def default_out(source: Path) -> Path:
     """`imagenet/` -> `imagenet-shards` beside it."""
     source = source.resolve()
-    return source.with_name(source.name + "-shards")
-
-
-@contextmanager
-def _explained(out: Path) -> Iterator[None]:
-    """What the system refuses becomes one line."""
-    try:
-        yield
-    except OSError as error:
-        raise explain(error, out) from error
+    return source.with_name((source.stem if source.is_file() else source.name) + "-shards")
 
 
 def _plan(source: Path, work: Work, options: Options) -> Plan:
@@ -158,13 +150,14 @@ def _plan(source: Path, work: Work, options: Options) -> Plan:
 
 
 def _scan(source: Path, work: Work, options: Options) -> Plan:
-    found = scan(source, options.scan, work.path / "spool")
+    found = scan(source.absolute(), options.scan, work.path / "spool")
     shards = {}
     for split, listing in found.splits.items():
         arranged, bounds = arrange(listing, split, options.scan.seed, options.shard_bytes)
         work.save_listing(split, arranged, bounds)
         shards[split] = len(bounds) - 1
     return Plan(
+        tool=tool(),
         options=options.changing_bytes,
         layout=found.layout,
         classes=found.classes,
@@ -181,6 +174,11 @@ def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -
         raise UserError(
             f"{out}: was begun with other options ({differing}); give the same, or another --out, or remove it"
         )
+
+
+def _check_tool(out: Path, plan: Plan) -> None:
+    if plan.tool != tool():
+        raise UserError(f"{out}: was begun by {plan.tool}, and this is {tool()}; go on with that, or remove it")
 
 
 def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:

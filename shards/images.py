@@ -53,10 +53,6 @@ class ImageRules:
     quality: int = 90
     """JPEG quality of images that are shrunk."""
 
-    @property
-    def resizes(self) -> bool:
-        return self.max_side is not None or self.short_side is not None
-
 
 @dataclass(frozen=True)
 class Accepted:
@@ -167,7 +163,9 @@ def _decoding() -> Iterator[None]:
 
 def _plain(image: Image.Image) -> Image.Image:
     """Mode L or RGB."""
-    if image.mode.startswith(("I", "F")):
+    if image.mode == "F":
+        raise Rejected("floating-point samples")
+    if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("L", "1"):
         return image.convert("L")

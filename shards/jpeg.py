@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 START = b"\xff\xd8\xff"
 EXIF_SEGMENT = 0xE1  # APP1
-BASELINE, EXTENDED, PROGRESSIVE = 0, 1, 2  # the Huffman-coded, sequential or progressive processes
+BASELINE, PROGRESSIVE = 0, 2  # numbers of the start-of-frame markers
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7 have no length
@@ -28,14 +28,14 @@ class JpegHeader:
     components: int
     precision: int
     process: int
-    """Number of the start-of-frame marker: 0 baseline, 1 extended sequential, 2 progressive, others are rare."""
+    """Number of the start-of-frame marker: 0 baseline, 2 progressive, others are rare."""
     orientation: int
     """EXIF orientation 1..8; 1 when absent or out of range."""
 
     @property
     def plain(self) -> bool:
-        """Whether every JPEG decoder can be expected to read it: 8-bit Huffman-coded grey or colour."""
-        return self.process in (BASELINE, EXTENDED, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
+        """Whether every JPEG decoder can be expected to read it: baseline or progressive, 8 bits, grey or colour."""
+        return self.process in (BASELINE, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
 
 
 def parse_header(data: bytes) -> JpegHeader:

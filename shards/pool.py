@@ -74,19 +74,26 @@ def run_jobs(task: Callable[[J, Report], R], jobs: Sequence[J], workers: int | N
         finally:
             counters[_STOP] = 1
             pool.shutdown(wait=True, cancel_futures=True)
+    progress.update(sum(counters[_FIRST::2]), sum(counters[_FIRST + 1 :: 2]))
     return [future.result() for future in futures]
 
 
 def _run_here(task: Callable[[J, Report], R], jobs: Sequence[J], progress: Progress) -> list[R]:
     """One worker needs no process of its own."""
     done = [0, 0]
+    said = 0.0
 
     def report(items: int, size: int) -> None:
+        nonlocal said
         done[0] += items
         done[1] += size
-        progress.update(*done)
+        if (now := time.monotonic()) - said > POLL:
+            said = now
+            progress.update(*done)
 
-    return [task(job, report) for job in jobs]
+    results = [task(job, report) for job in jobs]
+    progress.update(*done)
+    return results
 
 
 def _start(counters: Any, slots: SimpleQueue[int], parent: int) -> None:

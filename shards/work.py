@@ -41,6 +41,8 @@ class ShardDone:
 class Plan:
     """What a conversion decided before it opened the first image."""
 
+    tool: str
+    """Name and version; another may not give the same bytes."""
     options: dict[str, Any]
     """Everything that changes bytes; a resumed conversion must be asked for the same."""
     layout: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +12,19 @@ import numpy as np
 import xxhash
 
 from shards.durable import durable_file, durable_write
-from shards.errors import ConversionFailed
+from shards.errors import ConversionFailed, explained
 from shards.images import MAX_ENCODED, Accepted, ImageRules, Rejected, accept
 from shards.index import INDEX_DTYPE
 from shards.listing import Entry, printable
+from shards.pool import Report
 from shards.tar import SampleTar, dali_index
 from shards.work import ShardDone, Work
-
-Report = Callable[[int, int], None]
-"""Called now and then with (images, source bytes) done since the last call."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
+    """One shard to be made in a worker process."""
+
     work: Work
     split: str
     shard: int
@@ -47,7 +46,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
     rejected: list[tuple[str, str]] = []
     samples = 0
     path = work.tar(job.split, job.shard)
-    try:
+    with explained(path):
         with durable_file(path) as file, ContainerReader() as reader:
             tar = SampleTar(file)
             for entry in listing.entries(start, stop):
@@ -68,16 +67,6 @@ def write_shard(job: ShardJob, report: Report) -> None:
             samples=samples, bytes=tar.bytes, hash=digest, repaired=dict(sorted(repaired.items())), rejected=rejected
         )
         work.save_done(job.split, job.shard, done, rows[:samples])
-    except OSError as error:
-        raise explain(error, path) from error
-
-
-def explain(error: OSError, path: Path) -> ConversionFailed:
-    """One line on what the system refused, and what to do."""
-    what = error.filename or path
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ConversionFailed(f"{path}: {error.strerror}; free some space, then run the same command: it resumes")
-    return ConversionFailed(f"{what}: {error.strerror or error}; mend that, then run the same command: it resumes")
 
 
 class ContainerReader:

@@ -19,6 +19,7 @@ VAL_FOLDERS = ("val", "valid", "validation")
 IMAGE_SUFFIXES = frozenset(
     {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
 )
+_HIDDEN = b"."  # folders that tools leave behind, with copies and thumbnails in them
 _APPLE_DOUBLE = b"._"  # resource forks that macOS leaves beside files, under the files' own suffixes
 
 
@@ -70,13 +71,13 @@ def split_folders(source: Path) -> dict[str, Path]:
 
 
 def _class_folders(root: Path) -> list[bytes]:
-    """Names of the folders in `root`, without hidden ones, which tools leave behind.
+    """Names of the folders in `root`.
 
     Raises:
         UserError: there are none.
     """
     with os.scandir(bytes(root)) as entries:
-        found = sorted(entry.name for entry in entries if not entry.name.startswith(b".") and entry.is_dir())
+        found = sorted(entry.name for entry in entries if not entry.name.startswith(_HIDDEN) and entry.is_dir())
     if not found:
         raise UserError(f"{root}: no class folders in it; images are expected as {root}/CLASS/IMAGE")
     return found
@@ -112,20 +113,24 @@ def _list(folder: bytes, prefix: bytes) -> tuple[list[tuple[bytes, int]], list[b
                 status = entry.stat()
             except OSError:  # a link to nothing: listed where it claims to be an image, and rejected when read
                 status = entry.stat(follow_symlinks=False)
-            if stat.S_ISDIR(status.st_mode):
+            is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
+            if stat.S_ISDIR(status.st_mode) and not entry.name.startswith(_HIDDEN):
                 folders.append(entry.name)
-            elif stat.S_ISREG(status.st_mode) | stat.S_ISLNK(status.st_mode) and _is_image(entry):
+            elif is_file and _is_image(entry):
                 found.append((prefix + b"/" + entry.name, status.st_size))
             else:
                 passed_over += 1
     return found, folders, passed_over
 
 
+def named_as_image(name: bytes) -> bool:
+    """Whether a file's name says that it is an image."""
+    return not name.startswith(_APPLE_DOUBLE) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
 def _is_image(entry: os.DirEntry[bytes]) -> bool:
     """By name or, failing that, by content."""
-    if entry.name.startswith(_APPLE_DOUBLE):
-        return False
-    if os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
+    if named_as_image(entry.name):
         return True
     try:
         with open(entry.path, "rb") as file:

@@ -41,7 +41,7 @@ def scan_ilsvrc(source: Path) -> Scan:
     """
     folder = source.parent if source.is_file() else source
     train_tar = source if source.is_file() else folder / TRAIN_TAR
-    inner = members(train_tar)
+    inner = [member for member in members(train_tar) if member.name.endswith(".tar")]
     classes = sorted(Path(member.name).stem for member in inner)
     if not classes:
         raise UserError(f"{train_tar}: no class tars in it; it should be a tar of tars, one for each class")

@@ -10,7 +10,7 @@ from shards.errors import UserError
 from shards.listing import Listing, ListingBuilder
 from shards.manifest import ClassEntry
 from shards.sources.classes import human_names
-from shards.sources.folder import scan_classes
+from shards.sources.folder import named_as_image, scan_classes
 from shards.sources.scan import TRAIN, VAL, Scan
 
 DATA = Path("ILSVRC/Data/CLS-LOC")
@@ -35,15 +35,16 @@ def scan_kaggle(source: Path) -> Scan:
     data = root / DATA
     found = scan_classes({TRAIN: data / "train"})
     labels = {entry.folder: label for label, entry in enumerate(found.classes)}
-    splits = dict(found.splits)
+    splits, ignored = dict(found.splits), found.ignored
     notes: list[str] = []
     if (data / "val").is_dir():
-        splits[VAL] = _scan_val(data / "val", _read_solution(root / SOLUTION), labels)
+        splits[VAL], others = _scan_val(data / "val", _read_solution(root / SOLUTION), labels)
+        ignored += others
     else:
         notes.append(f"{data / 'val'}: not there, so the set gets no validation split")
     names = human_names(root)
     classes = tuple(ClassEntry(folder=folder, name=names.get(folder)) for folder in labels)
-    return Scan("kaggle", classes, splits, found.ignored, tuple(notes))
+    return Scan("kaggle", classes, splits, ignored, tuple(notes))
 
 
 def _read_solution(path: Path) -> dict[str, str]:
@@ -57,14 +58,19 @@ def _read_solution(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not the list it should be (ImageId,PredictionString); download it again") from None
 
 
-def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> Listing:
+def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tuple[Listing, int]:
+    """The images of a flat folder, and how many other files there are."""
     builder = ListingBuilder()
     found: list[tuple[bytes, int | None, int, int]] = []
+    ignored = 0
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
+            if not named_as_image(os.fsencode(entry.name)):
+                ignored += 1
+                continue
             synset = truth.get(os.path.splitext(entry.name)[0])
             if synset not in labels:
                 raise UserError(f"{entry.path}: its class in {SOLUTION} is {synset}, which train/ does not have")
             found.append((f"{synset}/{entry.name}".encode(), None, entry.stat().st_size, labels[synset]))
     builder.add(folder, found)
-    return builder.build()
+    return builder.build(), ignored

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.sources.folder import IMAGE_SUFFIXES
+from shards.sources.folder import named_as_image
 
 _READ_AHEAD = 2**16
 
@@ -29,7 +29,7 @@ class Member:
     @property
     def is_image(self) -> bool:
         """By its name: opening each member would mean reading the whole tar."""
-        return not self.base.startswith("._") and os.path.splitext(self.base)[1].lower().encode() in IMAGE_SUFFIXES
+        return named_as_image(self.base.encode("utf-8", "surrogateescape"))
 
 
 def members(path: Path, start: int = 0, stop: int | None = None) -> list[Member]:

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -342,9 +343,17 @@ def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("option", "complaint"),
-    [({"shard_size": 0}, "--shard-size 0"), ({"workers": 0}, "--workers 0"), ({"quality": 101}, "--quality 101")],
+    [
+        ({"shard_size": 0}, "--shard-size 0"),
+        ({"workers": 0}, "--workers 0"),
+        ({"max_side": -1}, "--max-side -1"),
+        ({"quality": 101}, "--quality 101"),
+        ({"seed": -1}, "--seed -1"),
+        ({"max_rejects": 1.5}, "--max-rejects 1.5"),
+        ({"smart_ratio": 0.5}, "--smart-ratio 0.5"),
+    ],
 )
-def test_options_out_of_range(photos: Path, option: dict[str, int], complaint: str) -> None:
+def test_options_out_of_range(photos: Path, option: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         Shard(photos, **option).run()
 
@@ -352,6 +361,27 @@ def test_options_out_of_range(photos: Path, option: dict[str, int], complaint: s
 def test_default_place_of_a_set(tmp_path: Path) -> None:
     assert default_out(tmp_path / "imagenet") == tmp_path / "imagenet-shards"
     assert default_out(Path(f"{tmp_path}/imagenet/")) == tmp_path / "imagenet-shards"
+    (tmp_path / "ILSVRC2012_img_train.tar").touch()
+    assert default_out(tmp_path / "ILSVRC2012_img_train.tar") == tmp_path / "ILSVRC2012_img_train-shards"
+
+
+def test_resuming_from_another_folder(
+    photos: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos.parent)
+    convert(Path("photos"), tmp_path / "set", SMALL, Part(1, 2))
+    monkeypatch.chdir(tmp_path)
+    convert(photos, Path("set"), SMALL)
+    assert contents(tmp_path / "set") == reference
+
+
+def test_another_version_of_the_tool_does_not_go_on(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    convert(photos, out, SMALL, Part(1, 2))
+    plan = out / ".making" / "plan.json"
+    plan.write_text(plan.read_text().replace("fat-pipeline 0", "fat-pipeline 99"))
+    with pytest.raises(UserError, match=r"was begun by fat-pipeline 99"):
+        convert(photos, out, SMALL)
 
 
 def test_shrinking_a_whole_set(photos: Path, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ REPAIRED = {
     "animated.gif": encoded(FRAMES[0], "GIF", save_all=True, append_images=FRAMES[1:]),
     "a.bmp": encoded(photo(), "BMP"),
     "damaged_in_the_middle.jpg": DAMAGED,
+    "extended_sequential.jpg": JPEG.replace(b"\xff\xc0", b"\xff\xc1", 1),
+    "stray_bytes_in_the_header.jpg": JPEG[:20] + bytes(7) + JPEG[20:],
 }
 REJECTED = {
     "truncated.jpg": JPEG[: len(JPEG) // 2],
@@ -207,8 +209,9 @@ def test_a_folder_of_oddities(tmp_path: Path) -> None:
     os.symlink("itself.jpg", folder / "itself.jpg")
     os.symlink(folder.parent, folder / "loop")
     os.mkfifo(folder / "pipe.jpg")
-    (folder / "deeper").mkdir()
-    (folder / "deeper" / "baseline.JPEG").write_bytes(JPEG)
+    for below in ("deeper", ".thumbnails"):
+        (folder / below).mkdir()
+        (folder / below / "baseline.JPEG").write_bytes(JPEG)
 
     convert(tmp_path / "odd", tmp_path / "set", Options(max_rejects=1.0))
 
@@ -222,7 +225,7 @@ def test_a_folder_of_oddities(tmp_path: Path) -> None:
     reasons = {reject["image"].rpartition("/")[2]: reject["reason"] for reject in rejects}
     assert set(reasons) == {*REJECTED, "broken_link.jpg", "itself.jpg"}
     assert (reasons["broken_link.jpg"], reasons["itself.jpg"]) == ("a link to nothing", "a link to itself")
-    assert shard_set.manifest.made["ignored_files"] == len(IGNORED) + 1, "the pipe too"
+    assert shard_set.manifest.made["ignored_files"] == len(IGNORED) + 2, "the pipe and the hidden folder too"
 
 
 @pytest.mark.parametrize(
