@@ -1,0 +1,109 @@
+"""The launch commands in one process: dry run, evaluation, fine-tuning, curves."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fat
+from launch.evaluate import main as evaluate
+from launch.report import draw_curves
+from launch.train import main as train
+from shards.errors import UserError
+
+SMALL = ("--size", "32", "--augment", "light", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0")
+
+
+def run(main, *args: object) -> int:
+    """A command with these arguments."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, args)])
+        return int(main())
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """FAT-B0 for ten classes, untrained, with a head that always says class 3 first."""
+    torch.manual_seed(0)
+    model = fat.create_model("fat_b0", num_classes=10)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.arange(10.0).roll(4)  # the largest is class 3, then 2, 1, 0, 9
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    fat.save_weights(model, path)
+    return path
+
+
+def test_a_dry_run_tells_all_and_touches_nothing(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(train, *SMALL, "--data", digits, "--out", out, "--dry-run") == 0
+    shown = capsys.readouterr().out
+    for fact in ("44 = 1 epochs x 44", "1,437 images, 10 classes", "4,240,058", "29 images per epoch", "49 MiB"):
+        assert fact in shown
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_evaluation_counts_every_image_once_and_by_class(
+    tmp_path: Path, digits: Path, weights: Path, fused: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "figures.json"
+    options = ("--size", "32", "--batch", "100", "--json", out, *(["--fuse"] if fused else []))
+    assert run(evaluate, weights, "--data", digits, *options) == 0
+    result = json.loads(out.read_text())
+    classes = result["classes"]
+    assert result["samples"] == sum(entry["samples"] for entry in classes.values()) == 360
+    assert {name: entry["top1"] for name, entry in classes.items()} == {n: float(n == "3_three") for n in classes}
+    assert result["top1"] == pytest.approx(classes["3_three"]["samples"] / 360)
+    assert result["top5"] == pytest.approx(
+        sum(classes[n]["samples"] for n in ("3_three", "2_two", "1_one", "0_zero", "9_nine")) / 360
+    )
+    assert "over 360 images" in capsys.readouterr().out
+
+
+def test_evaluation_of_the_first_few(tmp_path: Path, digits: Path, weights: Path) -> None:
+    out = tmp_path / "figures.json"
+    assert run(evaluate, weights, "--data", digits, "--size", "32", "--limit", "50", "--json", out) == 0
+    assert json.loads(out.read_text())["samples"] == 50
+
+
+@pytest.mark.parametrize("what", ["nothing", "empty"])
+def test_evaluation_of_nothing_is_refused(
+    tmp_path: Path, digits: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(evaluate, tmp_path / what, "--data", digits) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_fine_tuning_starts_from_the_weights_and_gives_other_classes_a_new_head(
+    tmp_path: Path, digits: Path, weights: Path
+) -> None:
+    options = (*SMALL, "--data", digits, "--weights", weights, "--stop-after", "1", "--lr", "0", "--min-lr", "0")
+    given = load_file(weights)
+    for classes, out in ((10, tmp_path / "same"), (12, tmp_path / "other")):
+        assert run(train, *options, "--classes", classes, "--out", out, "--warmup-lr", "0") == 0
+        tuned = load_file(out / "weights.safetensors")
+        kept = [name for name in given if "running" not in name and "batches" not in name and "head" not in name]
+        assert all(torch.equal(given[name], tuned[name]) for name in kept)
+        assert tuned["head.weight"].shape[0] == classes
+        assert torch.equal(given["head.bias"], tuned["head.bias"]) if classes == 10 else True
+
+
+def test_weights_that_do_not_fit_are_named(
+    tmp_path: Path, digits: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(train, *SMALL, "--variant", "b1", "--data", digits, "--weights", weights, "--out", tmp_path / "r") == 2
+    assert "w.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_curves_need_metrics(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        draw_curves(tmp_path)
