@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from launch.loss import count_correct, soft_cross_entropy
 from launch.masters import Masters
 from launch.norms import batch_norms, synchronise_norms
+from launch.optimizers import OPTIMIZERS, parameter_groups
 from launch.recipe import Recipe, RecipeError
 from launch.world import World
 from pipeline.loader import Batch
@@ -41,15 +42,6 @@ def choose(recipe: Recipe, device: torch.device) -> tuple[Literal[0, 1, 2, 3], L
     zero = (1 if cuda else 0) if recipe.run.zero == "auto" else recipe.run.zero
     precision = ("bf16" if cuda else "fp32") if recipe.run.precision == "auto" else recipe.run.precision
     return zero, precision
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: 1-D parameters, biases and what the model names itself have no weight decay."""
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    no_decay: set[str] = getattr(model, "no_weight_decay", set)()
-    kept = [p for name, p in named if p.ndim > 1 and name not in no_decay]
-    free = [p for name, p in named if p.ndim <= 1 or name in no_decay]
-    return [{"params": kept, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
 class Engine:
@@ -75,14 +67,13 @@ class Engine:
             # In place, before wrapping: names, wrappers and checkpoints do not change.
             model.compile(fullgraph=True, mode=None if recipe.run.compile == "default" else recipe.run.compile)
         optim = recipe.optim
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, optim.weight_decay), lr=0.0, betas=optim.betas, eps=optim.eps, fused=True
-        )
+        kind = OPTIMIZERS[optim.optimizer]
+        optimizer = kind.build(parameter_groups(model, optim.weight_decay), optim.betas, optim.eps)
         self._wrapped, self._optimizer = self._prepare(model, optimizer, micro_batch)
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
         self._staging: dict[str, Tensor] = {}
-        self._masters = Masters(self.zero, self.model, self._optimizer, world, decay=optim.ema)
+        self._masters = Masters(self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema)
 
     @property
     def description(self) -> str:
@@ -209,7 +200,7 @@ class Engine:
             total += loss.detach()
         clip = self._recipe.optim.clip_grad or float("inf")
         norm = nn.utils.clip_grad_norm_(self._masters.parameters, clip).detach().float()
-        # Fused AdamW leaves everything as it is where this says so, without anybody reading it on the host.
+        # A fused optimiser leaves everything as it is where this says so, without anybody reading it on the host.
         self._optimizer.grad_scale, self._optimizer.found_inf = None, norm.isfinite().logical_not().float()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""The float32 parameters and AdamW moments, wherever ZeRO keeps them, and their moving average.
+"""The float32 parameters and the optimiser's moments, wherever ZeRO keeps them, and their moving average.
 
 The optimiser works on *owners*: the parameters themselves without ZeRO, this rank's flat partitions of them with ZeRO.
 What goes out and comes in here is canonical: full float32 tensors by parameter name.
@@ -7,7 +7,7 @@ What goes out and comes in here is canonical: full float32 tensors by parameter 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from launch.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 AVERAGE = "ema"
 
 
@@ -25,13 +24,16 @@ class Masters:
     Args:
         zero: ZeRO stage; 0 = plain.
         model: the bare module, after wrapping.
-        optimizer: torch's AdamW without ZeRO, else DeepSpeed's wrapper around it.
+        optimizer: torch's own without ZeRO, else DeepSpeed's wrapper around it.
+        moments: names of the optimiser's state tensors.
         decay: of the moving average; 0 = none.
     """
 
-    def __init__(self, zero: int, model: nn.Module, optimizer: Any, world: World, *, decay: float) -> None:
+    def __init__(
+        self, zero: int, model: nn.Module, optimizer: Any, world: World, *, moments: Sequence[str], decay: float
+    ) -> None:
         self._zero, self._model, self._world, self._decay = zero, model, world, decay
-        self._outer = optimizer
+        self._outer, self._moments = optimizer, moments
         self._inner = optimizer.optimizer if zero else optimizer
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._create_moments(steps=0)
@@ -70,7 +72,7 @@ class Masters:
         """
         self._link_moments()
         state = {f"model/{name}": self._full(parameter) for name, parameter in self._names.items()}
-        for moment in MOMENTS:
+        for moment in self._moments:
             state |= {f"{moment}/{name}": self._moment(parameter, moment) for name, parameter in self._names.items()}
         state |= {f"model/{name}": buffer for name, buffer in self._model.named_buffers()}
         if self._decay:
@@ -109,7 +111,7 @@ class Masters:
         self._create_moments(steps)
         self._link_moments()
         for name, parameter in self._names.items():
-            for moment in MOMENTS:
+            for moment in self._moments:
                 self._set_moment(parameter, moment, state[f"{moment}/{name}"].to(self._world.device))
 
     # -- owners --------------------------------------------------------------------------------------------------
@@ -206,7 +208,7 @@ class Masters:
         for owner in self._owners():
             self._inner.state[owner] = {
                 "step": torch.tensor(float(steps), device=owner.device),
-                **{moment: torch.zeros_like(owner, memory_format=torch.preserve_format) for moment in MOMENTS},
+                **{moment: torch.zeros_like(owner, memory_format=torch.preserve_format) for moment in self._moments},
             }
 
     def _link_moments(self) -> None:

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from launch.optimizers import Name
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.loader import LoaderOptions
 from pipeline.plan import DEFAULT_WINDOW
@@ -119,8 +120,10 @@ class DataRecipe:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimRecipe:
-    """AdamW, its schedule and the loss."""
+    """The optimiser, its schedule and the loss."""
 
+    optimizer: Name = "adamw"
+    """Optimiser."""
     epochs: int = 300
     """Passes over the training split."""
     lr: float | None = None

@@ -1,9 +1,10 @@
 """A training run in which something goes wrong, on purpose.
 
-    provoke.py nan|drift|disk|stall [options of launch/train.py]
+    provoke.py nan|drift|disk|record|stall [options of launch/train.py]
 
 nan: the images of steps 3, 6, 7, 8 hold a NaN. drift: rank 1's weights are disturbed after step 3. disk: no large
-file can be written during steps 4 and 5. stall: no training; prints how long a save holds the caller.
+file can be written during steps 4 and 5. record: every rank
+writes what it was fed to RUN/fed-RANK.jsonl. stall: no training; prints how long a save holds the caller.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 import launch.train
 from launch.checkpoint import BackgroundWriter, CheckpointFolder, Progress
@@ -56,6 +58,20 @@ def step_on_a_full_disk(engine: Engine, batches: Any, *, step: int, lr: float) -
     return result
 
 
+def recorded_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    world = engine.world
+    entry = {
+        "step": step,
+        "rank": world.rank,
+        "world": world.size,
+        "ids": [int(i) for batch in batches for i in batch.ids],
+        "pixels": [xxhash.xxh3_64_hexdigest(x.contiguous().numpy().data) for batch in batches for x in batch.images],
+    }
+    with (parse(sys.argv[1:]).run.out / f"fed-{world.rank}.jsonl").open("a") as log:
+        log.write(json.dumps(entry) + "\n")
+    return original_step(engine, batches, step=step, lr=lr)
+
+
 def measure_stall() -> None:
     recipe = parse(sys.argv[1:])
     world = connect()
@@ -82,5 +98,6 @@ if __name__ == "__main__":
         measure_stall()
         sys.exit(0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead
-    Engine.step = {"nan": nan_step, "drift": drifting_step, "disk": step_on_a_full_disk}[kind]  # type: ignore[method-assign]
+    steps = {"nan": nan_step, "drift": drifting_step, "disk": step_on_a_full_disk, "record": recorded_step}
+    Engine.step = steps[kind]  # type: ignore[method-assign]
     sys.exit(launch.train.main())
