@@ -1,6 +1,6 @@
 """The recipe: everything that decides what a run computes, as frozen dataclasses with a docstring per field.
 
-The docstrings are the command line's help; `b0()` .. `b3()` are the paper's recipes. Numbers are the released code's
+The docstrings are the command line's help (`launch.command_line`); `b0()` .. `b3()` are the paper's recipes. Numbers are the released code's
 unless a docstring says otherwise.
 """
 
@@ -9,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
-import tomllib
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 from launch.optimizers import Name
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
@@ -256,92 +252,6 @@ def b3() -> Recipe:
 
 
 VARIANTS: dict[str, Callable[[], Recipe]] = {"b0": b0, "b1": b1, "b2": b2, "b3": b3}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Start:
-    """Read before the rest: they choose the defaults that the other options override."""
-
-    variant: Variant = "b0"
-    recipe: Path | None = None
-
-
-def parse(args: Sequence[str] | None = None) -> Recipe:
-    """The recipe that a command line asks for: variant, then `--recipe FILE`, then single options.
-
-    Raises:
-        RecipeError: an unreadable recipe file or contradictory options.
-        SystemExit: unknown options (status 2), --help (status 0).
-    """
-    args = list(sys.argv[1:] if args is None else args)
-    flat = (tyro.conf.OmitArgPrefixes,)
-    start, _ = tyro.cli(
-        _Start, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
-    )
-    default = VARIANTS[start.variant]()
-    if start.recipe is not None:
-        default = with_file(default, start.recipe)
-    full = dataclasses.make_dataclass(
-        "TrainCommand",
-        [
-            (
-                "recipe",
-                Annotated[Path | None, tyro.conf.arg(help="TOML file with sections [model], [data], [optim], [run].")],
-                None,
-            ),
-            ("all", Annotated[Recipe, tyro.conf.arg(name="")], default),
-        ],
-        frozen=True,
-    )
-    command: Any = tyro.cli(full, args=args, description="Train a FAT backbone from a shard set.", config=flat)
-    return typing.cast(Recipe, command.all)
-
-
-def with_file(recipe: Recipe, path: Path) -> Recipe:
-    """`recipe` with the values of a TOML file put in.
-
-    Raises:
-        RecipeError: unreadable file, unknown section or field, or a value of the wrong type.
-    """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
-    return typing.cast(Recipe, _merge(recipe, values, str(path)))
-
-
-def _merge(base: Any, values: dict[str, Any], where: str) -> Any:
-    types = typing.get_type_hints(type(base))
-    changes = {}
-    for name, value in values.items():
-        if name not in types:
-            raise RecipeError(f"{where}: unknown entry '{name}'; there are: {', '.join(sorted(types))}")
-        current = getattr(base, name)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise RecipeError(f"{where}: '{name}' is a section of its own: write [{name}] and its fields below")
-            changes[name] = _merge(current, value, f"{where} [{name}]")
-        else:
-            changes[name] = _convert(value, types[name], f"{where}: {name}")
-    return dataclasses.replace(base, **changes)
-
-
-def _convert(value: Any, wanted: Any, where: str) -> Any:
-    """A TOML value as the field's type, by the rules that the command line has."""
-    text = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    if isinstance(value, bool):
-        text = ["True" if value else "False"]
-    try:
-        return tyro.cli(
-            Annotated[wanted, tyro.conf.Positional],
-            args=text,
-            console_outputs=False,
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit:
-        raise RecipeError(f"{where}: {value!r} is no {getattr(wanted, '__name__', wanted)}") from None
 
 
 def _plain(value: Any) -> Any:

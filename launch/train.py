@@ -13,13 +13,14 @@ if __name__ == "__main__":
 import torch
 
 import fat
+from launch.command_line import parse
 from launch.dry_run import describe_run
 from launch.engine import Engine
 from launch.feed import Feed
 from launch.guards import Guards
 from launch.metrics import Tracker
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
-from launch.recipe import Recipe, parse
+from launch.recipe import Recipe
 from launch.run_folder import RunFolder
 from launch.schedule import rate_of
 from launch.world import World, connect, disconnect, report_error

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import fat
+from launch.command_line import parse
 from launch.engine import Engine
-from launch.recipe import parse
 from launch.world import connect, disconnect
 from pipeline.loader import Batch
 from pipeline.plan import BatchShape, Position

@@ -25,8 +25,8 @@ import xxhash
 
 import launch.train
 from launch.checkpoint import BackgroundWriter, CheckpointFolder, Progress
+from launch.command_line import parse
 from launch.engine import Engine, StepResult
-from launch.recipe import parse
 from launch.world import connect
 
 BAD_STEPS = {2, 5, 6, 7}

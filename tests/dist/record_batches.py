@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 import xxhash
 
+from launch.command_line import parse
 from launch.feed import Feed
-from launch.recipe import parse
 from launch.world import connect, disconnect
 
 

@@ -22,13 +22,13 @@ OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-ever
 
 
 def start(
-    tmp_path: Path, *args: str | Path, ranks: int = 1, launcher: bool = False, **env: str
+    tmp_path: Path, *args: str | Path, ranks: int = 1, launcher: bool = False, script: tuple[str, ...] = (TRAIN,)
 ) -> subprocess.Popen[str]:
     """Start a run in a process group of its own; one plain process, or several under `accelerate launch`."""
     topology = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
     command = [str(BIN / "accelerate"), "launch", *topology] if launcher else [sys.executable]
     return subprocess.Popen(
-        [*command, TRAIN, *OPTIONS, *map(str, args)],
+        [*command, *script, *OPTIONS, *map(str, args)],
         cwd=ROOT,
         env=environment(tmp_path),
         stdout=subprocess.DEVNULL,
@@ -141,15 +141,25 @@ def test_the_second_signal_ends_the_run_at_once(tmp_path: Path, digits: Path) ->
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
+RECORD = ("tests/dist/provoke.py", "record")
+
+
 def killed_and_resumed(
-    tmp_path: Path, digits: Path, *, kills: int, seed: int, steps: int, worlds: tuple[int, ...]
+    tmp_path: Path,
+    digits: Path,
+    *options: str,
+    kills: int,
+    seed: int,
+    steps: int,
+    worlds: tuple[int, ...],
+    script: tuple[str, ...] = (TRAIN,),
 ) -> Path:
     """A run of `steps` steps that is killed `kills` times at random moments and each time resumed."""
     chance, run = random.Random(seed), tmp_path / "run"
-    goal = ("--stop-after", str(steps), "--save-every", "2", "--data", digits, "--out", run)
+    goal = ("--stop-after", str(steps), "--save-every", "2", "--data", digits, "--out", run, *options)
     for number in range(kills):
         world = worlds[number % len(worlds)]
-        process = start(tmp_path, *goal, ranks=world, launcher=world > 1)
+        process = start(tmp_path, *goal, ranks=world, launcher=world > 1, script=script)
         begun = max([0, *(line["step"] for line in lines(run, "train"))]) if (run / "metrics.jsonl").exists() else 0
         if begun < steps:
             wait_for_step(run, min(begun + 1, steps), process)
@@ -157,7 +167,7 @@ def killed_and_resumed(
         kill_everything(process)
         for pid in ranks_of(run):
             os.kill(pid, signal.SIGKILL)
-    process = start(tmp_path, *goal, ranks=worlds[0], launcher=worlds[0] > 1)
+    process = start(tmp_path, *goal, ranks=worlds[0], launcher=worlds[0] > 1, script=script)
     assert process.wait(timeout=250) == 0, process.stderr and process.stderr.read()
     return run
 
@@ -186,6 +196,37 @@ def test_ten_kills_at_one_world_size_change_no_bit(tmp_path: Path, digits: Path,
     assert_bit_identical(
         whole, killed_and_resumed(tmp_path / "killed", digits, kills=10, seed=7, steps=30, worlds=worlds)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_ten_kills_with_changing_world_sizes_change_neither_what_is_fed_nor_where_it_leads(
+    tmp_path: Path, digits: Path
+) -> None:
+    """Float32, constant rate, BatchNorm frozen and no drop path: what remains is the order of floating-point sums."""
+    constant = ("--lr", "1e-3", "--min-lr", "1e-3", "--warmup-epochs", "0", "--freeze-bn", "--augment", "fat")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    options: dict[str, Any] = {"steps": 50, "script": RECORD}
+    whole = killed_and_resumed(tmp_path / "whole", digits, *constant, kills=0, seed=0, worlds=(1,), **options)
+    killed = killed_and_resumed(tmp_path / "killed", digits, *constant, kills=10, seed=3, worlds=(2, 1, 4), **options)
+
+    reference = {entry["step"]: entry for entry in map(json.loads, (whole / "fed-0.jsonl").read_text().splitlines())}
+    fed = [json.loads(line) for path in killed.glob("fed-*.jsonl") for line in path.read_text().splitlines()]
+    assert {entry["world"] for entry in fed} == {1, 2, 4}
+    assert {entry["step"] for entry in fed} == set(range(50))
+    for entry in fed:
+        rows = len(entry["ids"])
+        own = slice(entry["rank"] * rows, (entry["rank"] + 1) * rows)
+        assert entry["ids"] == reference[entry["step"]]["ids"][own]
+        assert entry["pixels"] == reference[entry["step"]]["pixels"][own]
+
+    losses = [line["loss"] for line in lines(whole, "train")]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    x, y = load_file(whole / "weights.safetensors"), load_file(killed / "weights.safetensors")
+    names = [name for name in x if x[name].is_floating_point()]
+    a, b = (torch.cat([weights[name].double().flatten() for name in names]) for weights in (x, y))
+    assert float((a - b).norm() / a.norm()) < 1e-4
 
 
 def test_nan_images_are_skipped_counted_and_at_last_refused_by_name(tmp_path: Path, digits: Path) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.recipe import VARIANTS, RecipeError, parse
+from launch.command_line import parse
+from launch.recipe import VARIANTS, RecipeError
 from shards.errors import UserError
 
 
