@@ -7,8 +7,12 @@ DEMO        ?= demo
 OUT         ?= benchmarks/results
 
 BIN         := $(VENV)/bin
-PIP_INSTALL := $(BIN)/python -m pip install -q -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+PIP_INSTALL := $(BIN)/python -m pip install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 INSTALLED   := $(VENV)/.installed
+FOR_TESTS   := $(VENV)/.installed-for-tests
+# FFCV is built from source against these; without them its tests are skipped (and with CI=true refused).
+FFCV_NEEDS  := libopencv-dev libturbojpeg0-dev pkg-config g++
+HAVE_FFCV   := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-unit test-dist test-all lint bench gpu clean
@@ -23,7 +27,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt-get install python3-venv"; exit 2; }
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(PIP_INSTALL) torch
-	@$(PIP_INSTALL) -e '.[demo,dev,onnx]'
+	@$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+$(FOR_TESTS): $(INSTALLED)
+	@echo "installing what the tests need beside that"
+	@$(HAVE_FFCV) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(FFCV_NEEDS) >/dev/null; }
+	@$(HAVE_FFCV) || echo "note: FFCV cannot be built here, its tests will be skipped; install $(FFCV_NEEDS)"
+	@$(PIP_INSTALL) -e ".[demo,dev,onnx,remote,parquet$$($(HAVE_FFCV) && echo ,ffcv)]"
 	@touch $@
 
 demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.png, curves.png in demo/
@@ -31,26 +43,34 @@ demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.
 
 test: lint test-unit test-dist  ## lint, unit tests, several-process tests
 
-test-unit: $(INSTALLED)
+test-unit: $(FOR_TESTS)
 	$(BIN)/python -m pytest tests/unit -m "not gpu and not slow"
 
-test-dist: $(INSTALLED)
+test-dist: $(FOR_TESTS)
 	$(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
 
-test-all: lint $(INSTALLED)  ## every test, the long campaigns too
+test-all: lint $(FOR_TESTS)  ## every test, the long campaigns too
 	$(BIN)/python -m pytest tests -m "not gpu"
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(INSTALLED)  ## the loader and model benchmarks of this machine -> benchmarks/results/
+bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (half an hour)
 	$(BIN)/python benchmarks/loader.py --out $(OUT)/loader.json
+	$(BIN)/python benchmarks/reader.py --out $(OUT)/reader.json
+	$(BIN)/python benchmarks/augment.py --out $(OUT)/augment.json
+	$(BIN)/python benchmarks/shard.py --out $(OUT)/shard.json
+	$(BIN)/python benchmarks/model.py --out $(OUT)/model.json
 
-gpu:             ## all GPU tests and benchmarks with PYTHON as it is (no .venv): make gpu PYTHON=python3 OUT=dir
-	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) -m pytest tests -m gpu -p no:cacheprovider
+# Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, safetensors,
+# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, pytest.
+gpu:             ## all GPU tests and benchmarks with PYTHON as it is: make gpu PYTHON=python3 OUT=dir
 	mkdir -p $(OUT)
+	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) -m pytest tests/gpu tests/unit/test_augment_pixels.py -m gpu -p no:cacheprovider
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/loader.py --out $(OUT)/loader-gpu.json
+	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/augment.py --device cuda --out $(OUT)/augment-gpu.json
+	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/model.py --out $(OUT)/model-gpu.json
 
 clean:           ## remove the environment, the demo and all caches
 	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

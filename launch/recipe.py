@@ -1,7 +1,7 @@
 """The recipe: everything that decides what a run computes, as frozen dataclasses with a docstring per field.
 
-The docstrings are the command line's help (`launch.command_line`); `b0()` .. `b3()` are the paper's recipes. Numbers are
-the released code's unless a docstring says otherwise.
+The docstrings are the command line's help (`launch.command_line`); `b0()` .. `b3()` are the paper's recipes. Numbers
+are the released code's unless a docstring says otherwise.
 """
 
 from __future__ import annotations
