@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,6 +167,8 @@ def _parse_beton(raw: dict[str, Any] | None) -> BetonEntry | None:
 
 def tool() -> str:
     """Name and version, for the manifest."""
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return f"fat-pipeline {version('fat-pipeline')}"
     except PackageNotFoundError:  # run from a checkout

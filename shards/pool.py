@@ -22,7 +22,7 @@ R = TypeVar("R")
 Report = Callable[[int, int], None]
 """Called with (items, bytes) done since the last call; raises when the run is to stop."""
 
-POLL = 0.2  # seconds between looks at the counters and, in a worker, at the parent
+POLL = 0.2  # seconds between looks at the counters
 
 # Shared without locks, so that a worker killed at any moment leaves nobody waiting: the first number tells all to stop,
 # then come two for each worker, who alone writes them.
@@ -52,12 +52,14 @@ def run_jobs(task: Callable[[J, Report], R], jobs: Sequence[J], workers: int | N
     size = min(workers or cores(), len(jobs))
     if size <= 1:
         return _run_here(task, jobs, progress)
-    context = multiprocessing.get_context("spawn")
+    # Workers are forked from a server that has imported all they need, and that has no threads, unlike this process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", task.__module__])
     counters = context.RawArray("q", _FIRST + 2 * size)
     slots: SimpleQueue[int] = context.SimpleQueue()
     for i in range(size):
         slots.put(_FIRST + 2 * i)
-    with ProcessPoolExecutor(size, context, _start, (counters, slots, os.getpid())) as pool:
+    with ProcessPoolExecutor(size, context, _start, (counters, slots)) as pool:
         futures = [pool.submit(partial(_run, task), job) for job in jobs]
         waiting = set(futures)
         try:
@@ -96,17 +98,18 @@ def _run_here(task: Callable[[J, Report], R], jobs: Sequence[J], progress: Progr
     return results
 
 
-def _start(counters: Any, slots: SimpleQueue[int], parent: int) -> None:
+def _start(counters: Any, slots: SimpleQueue[int]) -> None:
     global _counters, _slot
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all: the parent alone decides
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _counters, _slot = counters, slots.get()
 
 
-def _leave_with(parent: int) -> None:
-    """Exit when the parent is gone: a killed parent cannot tell its workers."""
-    while os.getppid() == parent:
-        time.sleep(POLL)
+def _leave_with_parent() -> None:
+    """A killed parent cannot tell its workers; the end of a pipe does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 

@@ -79,8 +79,14 @@ def some_shards(out: Path) -> int:
     return len(list(out.glob("train-*.tar")))
 
 
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def descendants(pid: int) -> list[int]:
+    children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
+def workers_of(pid: int) -> list[int]:
+    """Those below the fork server, which is the one that has any."""
+    return [below for child in descendants(pid) for below in descendants(child)]
 
 
 def alive(pid: int) -> bool:
@@ -173,10 +179,10 @@ def test_workers_leave_with_a_killed_parent(
     out = tmp_path / "set"
     process = start(photos, out, "--workers", "2")
     wait_for(lambda: some_shards(out) > 0)
-    workers = children(process.pid)
-    assert len(workers) >= 2
+    everything = descendants(process.pid)
+    assert len(workers_of(process.pid)) == 2
     process.kill()  # the parent alone
-    wait_for(lambda: not any(map(alive, workers)), seconds=10)
+    wait_for(lambda: not any(map(alive, everything)), seconds=10)
     process.communicate()
     assert run(photos, out).returncode == 0
     assert contents(out) == reference[0]
@@ -188,8 +194,7 @@ def test_a_dead_worker_ends_the_run_with_one_line(
     out = tmp_path / "set"
     process = start(photos, out, "--workers", "2")
     wait_for(lambda: some_shards(out) > 0)
-    victim = next(pid for pid in children(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(victim, signal.SIGKILL)
+    os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
     assert stderr.startswith("error: a worker process died")
