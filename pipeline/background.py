@@ -16,7 +16,7 @@ from pipeline.batch import Batch
 from pipeline.decode import DecodeJob
 from pipeline.decoders import chosen_loader, make_decoder
 from pipeline.options import LoaderOptions
-from pipeline.plan import Ids, Position
+from pipeline.plan import Ids, Need, Position
 from pipeline.prefetch import Prefetcher
 from pipeline.quick_check import quick_check
 from pipeline.reader import Encoded, SampleReader
@@ -53,6 +53,7 @@ class BackgroundLoader(ABC):
         self._loader = chosen_loader(options, dataset.split(split))
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._prefetcher: Prefetcher[Batch] | None = None
+        self._reading: SampleReader | None = None
         if self._loader != "synthetic":
             with self._reader() as reader:
                 quick_check(dataset, split, reader, one_fault_is_fine=options.skip_budget > 0)
@@ -77,8 +78,10 @@ class BackgroundLoader(ABC):
     def close(self) -> None:
         """Stop the threads and give back memory and file descriptors. Idempotent."""
         if self._prefetcher is not None:
+            if self._reading is not None:
+                self._reading.interrupt()  # else the thread might wait for a server that does not answer
             self._prefetcher.close()
-            self._prefetcher = None
+            self._prefetcher = self._reading = None
 
     def __enter__(self) -> Any:
         return self
@@ -89,6 +92,14 @@ class BackgroundLoader(ABC):
     @abstractmethod
     def _batches(self) -> Iterator[Batch]:
         """The batches from where the loader stands; runs in the loader's thread."""
+
+    @abstractmethod
+    def _needs(self) -> Iterator[Need]:
+        """The shards that these batches come from."""
+
+    @abstractmethod
+    def _step(self, position: Position) -> int:
+        """The step of a position, counted as `_needs` does."""
 
     def _stream(self) -> Iterator[Batch]:
         if self._device.type != "cuda":
@@ -112,10 +123,13 @@ class BackgroundLoader(ABC):
             self._loader, self._options, size=size, batch=rows, device=self._device, evaluation=evaluation
         )
         with self._reader() as reader:
+            self._reading = reader
+            reader.expect(self._needs())
 
             def jobs() -> Iterator[tuple[DecodeJob, tuple[Portion, T]]]:
                 ordered = ((portion.ids, portion) for portion in work)
                 for encoded, portion in reader.read_ahead(ordered, self._options.read_ahead):
+                    reader.reached(self._step(portion.position))
                     mended = self._bad.mend(encoded, reader, epoch=portion.position.epoch)
                     made, extra = job(mended, portion)
                     yield made, (portion, extra)

@@ -13,9 +13,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.plan import Need
 from shards.errors import ShardSetError
 
 MAX_OPEN = 256
+
+
+class Interrupted(Exception):
+    """The reader is being closed."""
 
 
 class ShardFiles(Protocol):
@@ -26,14 +31,29 @@ class ShardFiles(Protocol):
 
         Raises:
             ShardSetError: the file is missing, unreadable or too short.
+            Interrupted: `interrupt` was called.
         """
+        ...
+
+    def expect(self, needs: Iterator[Need]) -> None:
+        """What will be read, file by file in order, to be fetched before it is."""
+        ...
+
+    def reached(self, step: int) -> None:
+        """All batches before `step` have been read."""
         ...
 
     def name(self, file: int) -> str:
         """The file, for messages."""
         ...
 
-    def close(self) -> None: ...
+    def interrupt(self) -> None:
+        """Let reads that wait for something, and all later ones, end at once."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back; nobody reads any more."""
+        ...
 
 
 class LocalFiles:
@@ -49,10 +69,19 @@ class LocalFiles:
         self._lock = threading.Lock()
         self._handles: OrderedDict[int, int] = OrderedDict()
         self._users: dict[int, int] = {}
+        self._interrupted = False
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
+        if self._interrupted:
+            raise Interrupted
         with self._open(file) as handle:
             read_fully(handle, target, offset, self._paths[file])
+
+    def expect(self, needs: Iterator[Need]) -> None:
+        """It is here already."""
+
+    def reached(self, step: int) -> None:
+        """Files are closed when others are opened."""
 
     def name(self, file: int) -> str:
         return str(self._paths[file])
@@ -61,6 +90,9 @@ class LocalFiles:
     def open_now(self) -> int:
         """Descriptors held."""
         return len(self._handles)
+
+    def interrupt(self) -> None:
+        self._interrupted = True
 
     def close(self) -> None:
         with self._lock:

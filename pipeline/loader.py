@@ -18,7 +18,7 @@ from pipeline.background import BackgroundLoader, Portion
 from pipeline.batch import Batch
 from pipeline.decode import DecodeJob
 from pipeline.options import DaliOptions, LoaderOptions
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Need, Position, TrainPlan
 from pipeline.reader import Encoded
 from pipeline.synthetic import synthetic_batches
 from shards.dataset import ShardSet
@@ -87,6 +87,14 @@ class TrainLoader(BackgroundLoader):
             position = self._plan.at(step)
             for micro in range(self._shape.accumulation):
                 yield Portion(self._plan.ids(position, self._shape.rows(micro)), position, micro)
+
+    def _needs(self) -> Iterator[Need]:
+        shape = self._shape
+        rows = range(shape.rank * shape.rank_rows, (shape.rank + 1) * shape.rank_rows)
+        return self._plan.needs(self._next, rows, epochs=self._epochs)
+
+    def _step(self, position: Position) -> int:
+        return self._plan.steps_before(position)
 
     def _batches(self) -> Iterator[Batch]:
         size, rows = self._augment.size, self._shape.micro_rows
@@ -192,6 +200,12 @@ class EvalLoader(BackgroundLoader):
     def _work(self) -> Iterator[Portion]:
         for step in range(self._plan.steps):
             yield Portion(self._plan.ids(step), Position(0, step))
+
+    def _needs(self) -> Iterator[Need]:
+        return self._plan.needs(self._dataset.shard_samples(self._split))
+
+    def _step(self, position: Position) -> int:
+        return position.step
 
     def _batches(self) -> Iterator[Batch]:
         size, rows = self._size, self._plan.batch

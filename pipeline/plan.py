@@ -15,6 +15,7 @@ not depend on R. Finding any position costs O(lanes of the rank x window), never
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,6 +41,14 @@ class Position(NamedTuple):
 
     epoch: int
     step: int
+
+
+class Need(NamedTuple):
+    """Shards that are read from one step to another, both included; steps are counted from the start."""
+
+    first: int
+    last: int
+    shards: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,7 @@ def default_lanes(global_batch: int) -> int:
 class _EpochOrder:
     """The permuted, rotated stream of one epoch."""
 
+    shards: Ids  # [shards] permuted
     stream_start: Ids  # [shards] where each permuted shard begins in the unrotated stream
     first_id: Ids  # [shards] id of the first sample of each permuted shard
     offset: int
@@ -206,6 +216,31 @@ class TrainPlan:
         """Global batches before `position`, counted from the start of training."""
         return position.epoch * self.steps_per_epoch + position.step
 
+    def needs(self, position: Position, rows: range, *, epochs: int) -> Iterator[Need]:
+        """The shards that the rows of coming batches come from: window by window, for the lanes one after another.
+
+        Args:
+            position: the first batch.
+            epochs: to the end of which epoch, counted from the start.
+        """
+        lanes = range(rows.start // self.share, (rows.stop - 1) // self.share + 1)
+        first_window = position.step * self.share // self.window
+        for epoch in range(position.epoch, epochs):
+            before = epoch * self.steps_per_epoch
+            order = self._order(epoch)
+            for start in range(first_window * self.window, self.lane_samples, self.window):
+                stop = min(start + self.window, self.lane_samples)
+                for lane in lanes:
+                    ends = lane * self.lane_samples + np.array([start, stop - 1])
+                    ends = (ends + order.offset) % self.samples
+                    low, high = np.searchsorted(order.stream_start, ends, side="right") - 1
+                    # The rotated stream goes on at its start.
+                    wraps = ends[1] < ends[0]
+                    places = [*range(low, len(order.shards)), *range(high + 1)] if wraps else range(low, high + 1)
+                    shards = order.shards[np.unique(places)].tolist()
+                    yield Need(before + start // self.share, before + (stop - 1) // self.share, shards)
+            first_window = 0
+
     def left_out(self, epoch: int) -> Ids:
         """The N mod G ids that sit this epoch out."""
         stream = np.arange(self.steps_per_epoch * self.global_batch, self.samples, dtype=np.int64)
@@ -246,6 +281,7 @@ class TrainPlan:
         permutation = np.argsort(bits(Stream.SHARD_ORDER, self.seed, epoch, shards), kind="stable")
         counts = self._counts[permutation]
         order = _EpochOrder(
+            shards=permutation,
             stream_start=np.cumsum(counts) - counts,
             first_id=self._first_id[permutation],
             offset=int(bits(Stream.ROTATION, self.seed, epoch)) % self.samples,
@@ -296,6 +332,19 @@ class EvalPlan:
         ids = first + self.rank * dealt // self.world + np.arange(self.batch, dtype=np.int64)
         ids[ids >= first + (self.rank + 1) * dealt // self.world] = NO_SAMPLE
         return ids
+
+    def needs(self, shard_samples: NDArray[np.integer] | list[int]) -> Iterator[Need]:
+        """The shards that the steps come from, one after another.
+
+        Args:
+            shard_samples: samples of each shard of the split.
+        """
+        ends = np.cumsum(np.asarray(shard_samples, dtype=np.int64))
+        per_step = self.batch * self.world
+        for shard, (start, stop) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+            if stop > max(start, self.start):
+                first = (max(start, self.start) - self.start) // per_step
+                yield Need(first, (stop - 1 - self.start) // per_step, [shard])
 
 
 def _nearest(wanted: int, fits: list[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Iterator
@@ -55,11 +56,10 @@ class Prefetcher(Generic[T]):
         """Stop the thread and wait for it. Idempotent."""
         self._closed.set()
         self._end = self._end or StopIteration()
-        while self._thread.is_alive():
-            try:
+        while self._thread.is_alive() or not self._queue.empty():
+            with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
-                continue
+        self._queue.put((True, self._end))  # for a consumer that waits in another thread
 
     def _run(self) -> None:
         end: BaseException = StopIteration()

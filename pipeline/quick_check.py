@@ -44,18 +44,18 @@ def quick_check(
     for at in range(0, len(shards), SHARDS_AT_ONCE):
         some = shards[at : at + SHARDS_AT_ONCE]
         ids = np.stack([first[some], first[some] + counts[some] - 1], axis=1).ravel()
-        _judge(dataset, split, reader.read(ids), some, one_fault_is_fine)
+        _judge(reader, reader.read(ids), some, one_fault_is_fine)
         if time.monotonic() > end:
             return at + len(some)
     return len(shards)
 
 
-def _judge(dataset: ShardSet, split: str, looked_at: Encoded, shards: np.ndarray, one_fault_is_fine: bool) -> None:
+def _judge(reader: SampleReader, looked_at: Encoded, shards: np.ndarray, one_fault_is_fine: bool) -> None:
     bad = {fault.row for fault in looked_at.faults}
     for place, shard in enumerate(shards.tolist()):
         if {2 * place, 2 * place + 1} <= bad:
             raise ShardSetError(
-                f"{dataset.shard_path(split, shard)}: neither its first nor its last sample is the one in the index: "
+                f"{reader.file_of(shard)}: neither its first nor its last sample is the one in the index: "
                 "stale, or another shard under its name; copy it again, or run 'pipeline verify' on the set"
             )
     if not one_fault_is_fine:

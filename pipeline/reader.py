@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from pipeline.plan import Ids
+from pipeline.plan import Ids, Need
 from pipeline.storage import Places, Storage
 from shards.errors import ShardSetError
 
@@ -22,6 +22,9 @@ T = TypeVar("T")
 READ_THREADS = 32
 # Samples per task: enough to amortise the hand-over, few enough that a small batch keeps many threads busy.
 SAMPLES_PER_TASK = (2, 16)
+
+# Of a sample whose bytes are wrong: they may have been damaged on the way here.
+READINGS = 2
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,24 @@ class SampleReader:
                 for task in tasks:
                     task.cancel()
 
+    def expect(self, needs: Iterator[Need]) -> None:
+        """Shards that will be read, in order; those on a server are then fetched beforehand. To be told once."""
+        self._storage.files.expect(needs)
+
+    def reached(self, step: int) -> None:
+        """All batches before `step` have been read."""
+        self._storage.files.reached(step)
+
+    def file_of(self, shard: int) -> str:
+        """The file of a shard, for messages."""
+        return self._storage.files.name(0 if self._storage.one_file else shard)
+
+    def interrupt(self) -> None:
+        """Let whoever waits for bytes go: what is under way ends with an error."""
+        self._storage.files.interrupt()
+
     def close(self) -> None:
+        self.interrupt()
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._storage.files.close()
 
@@ -124,8 +144,11 @@ class SampleReader:
         for row, file, offset, expected, hashed in zip(*(column.tolist() for column in columns), strict=True):
             target = batch.images[row]
             try:
-                self._storage.files.read(file, target, offset)
-                if self._check and hashed and xxh3_64_intdigest(target) != expected:
+                for _ in range(READINGS):
+                    self._storage.files.read(file, target, offset)
+                    if not self._check or not hashed or xxh3_64_intdigest(target) == expected:
+                        break
+                else:
                     raise ShardSetError(
                         f"{self._storage.files.name(file)}: the {len(target)} bytes at offset {offset} are not the "
                         "ones that were sharded: their hash differs; run 'pipeline verify' on the set"

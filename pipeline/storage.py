@@ -1,22 +1,25 @@
-"""Where the samples of a split are stored: as files in tars, or as images of a .beton."""
+"""Where the samples of a split are stored: as files in tars, or as images of a .beton; here or on a server."""
 
 from __future__ import annotations
 
+import dataclasses
 import posixpath
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.files import MAX_OPEN, LocalFiles, ShardFiles
 from pipeline.plan import Ids
+from pipeline.remote_set import RemoteSet
+from pipeline.staging import StagedFile, whole
 from shards.beton import FIELD, HEADER, METADATA, VERSION
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError
 from shards.index import Index
+from shards.manifest import BetonEntry
 from shards.tar import BLOCK
 
 RAW = 1  # FFCV's mode of an image that is stored as pixels
@@ -37,79 +40,49 @@ class Places:
     """Whether the index's hash is of these bytes."""
 
 
-class Storage(Protocol):
+@dataclass(frozen=True)
+class Storage:
     """The stored samples of a split."""
 
+    index: Index
     files: ShardFiles
-    samples: int
+    one_file: bool = False
+    """All shards are runs of bytes of one file."""
+    images: NDArray[np.void] | None = None
+    """A .beton's own metadata, METADATA [samples], where the index is not enough: of tars beside it, or of pixels."""
+    starts: NDArray[np.int64] | None = None
+    """int64 [shards]: where each file's bytes begin, if files are parts of one."""
+    hashes_of_pixels: bool = True
+    """The index's hashes are of what is stored, be it pixels; else of the JPEGs that they were made from."""
 
     def locate(self, ids: Ids) -> Places:
         """Find samples; O(len(ids))."""
-        ...
-
-    def key(self, file: int, offset: int) -> str | None:
-        """The name of the sample whose bytes begin there, for messages; None where it has none."""
-        ...
-
-
-class IndexedStorage:
-    """A split that is read where the index says: in tars, or as JPEGs of a .beton that has no tars beside it."""
-
-    def __init__(self, index: Index, files: ShardFiles, *, single_file: bool = False) -> None:
-        self.files, self.samples = files, len(index)
-        self._index, self._single_file = index, single_file
-
-    def locate(self, ids: Ids) -> Places:
-        rows = self._index[ids]
-        n = len(ids)
+        rows = self.index[ids]
+        shards = rows["shard"].astype(np.int64)
+        offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
+        raw = np.zeros(len(ids), np.bool_)
+        if self.images is not None:
+            images = self.images[ids]["image"]
+            raw = images["mode"] == RAW
+            offsets = images["data_ptr"].astype(np.int64)
+            sizes = np.where(raw, images["height"].astype(np.int64) * images["width"] * 3, sizes)
         return Places(
             rows=rows,
-            files=np.zeros(n, np.int64) if self._single_file else rows["shard"].astype(np.int64),
-            offsets=rows["offset"].astype(np.int64),
-            sizes=rows["size"].astype(np.int64),
-            raw=np.zeros(n, np.bool_),
-            hashed=np.ones(n, np.bool_),
-        )
-
-    def key(self, file: int, offset: int) -> str | None:
-        return None if self._single_file else tar_key(self.files, file, offset)
-
-
-class BetonStorage:
-    """A split as one .beton; what it stores of each image, and where, stands in its own metadata.
-
-    Args:
-        path: of the .beton, for its metadata, which is mapped.
-        own_index: the index describes what the .beton stores, not the tars beside it.
-
-    Raises:
-        ShardSetError: the file is no .beton of these samples.
-    """
-
-    def __init__(self, index: Index, files: ShardFiles, path: Path, *, own_index: bool) -> None:
-        self.files, self.samples = files, len(index)
-        self._index, self._own_index = index, own_index
-        self._images = _metadata(path, len(index))
-
-    def locate(self, ids: Ids) -> Places:
-        rows, images = self._index[ids], self._images[ids]["image"]
-        raw = images["mode"] == RAW
-        pixels = images["height"].astype(np.int64) * images["width"] * 3
-        return Places(
-            rows=rows,
-            files=np.zeros(len(ids), np.int64),
-            offsets=images["data_ptr"].astype(np.int64),
-            sizes=np.where(raw, pixels, rows["size"].astype(np.int64)),
+            files=np.zeros_like(shards) if self.one_file else shards,
+            offsets=offsets if self.starts is None else offsets - self.starts[shards],
+            sizes=sizes,
             raw=raw,
-            hashed=np.ones(len(ids), np.bool_) if self._own_index else ~raw,
+            hashed=np.ones_like(raw) if self.hashes_of_pixels else ~raw,
         )
 
     def key(self, file: int, offset: int) -> str | None:
-        return None
+        """The key of the sample whose bytes begin there, for messages; None where it has none."""
+        is_tar = not self.one_file and self.starts is None
+        return tar_key(self.files, file, offset) if is_tar else None
 
 
 def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int = MAX_OPEN) -> Storage:
-    """The stored samples of a local set.
+    """The stored samples of a set.
 
     Args:
         beton: read the .beton, if there is one, even where there are tars.
@@ -119,19 +92,36 @@ def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: 
         ShardSetError: no such split, a damaged index or .beton, or pixels where JPEGs are wanted.
     """
     entry, index = dataset.split(split), dataset.index(split)
-    if beton and entry.beton is not None:
-        path = dataset.path / entry.beton.name
-        return BetonStorage(index, LocalFiles([path]), path, own_index=not entry.tars)
-    if entry.tars:
-        paths = [dataset.path / shard.name for shard in entry.shards]
-        return IndexedStorage(index, LocalFiles(paths, max_open=max_open))
+    remote = dataset if isinstance(dataset, RemoteSet) else None
+    if entry.tars and not (beton and entry.beton):
+        if remote:
+            return Storage(index, remote.files([whole(shard.name, shard.bytes, shard.hash) for shard in entry.shards]))
+        return Storage(index, LocalFiles([dataset.path / shard.name for shard in entry.shards], max_open=max_open))
     assert entry.beton is not None
-    if entry.beton.mode != "jpg":
+    path = dataset.path / entry.beton.name
+    if not beton and entry.beton.mode != "jpg":
         raise ShardSetError(
-            f"{dataset.path / entry.beton.name}: stores pixels (mode {entry.beton.mode}), which the FFCV loader alone "
-            "reads: use --loader ffcv"
+            f"{path}: stores pixels (mode {entry.beton.mode}), which the FFCV loader alone reads: use --loader ffcv"
         )
-    return IndexedStorage(index, LocalFiles([dataset.path / entry.beton.name]), single_file=True)
+    images = None
+    if entry.tars or entry.beton.mode != "jpg":
+        images = _metadata(path, remote, len(index))
+    storage = Storage(index, LocalFiles([path]), one_file=True, images=images, hashes_of_pixels=not entry.tars)
+    return _in_segments(storage, entry.beton, remote) if remote else storage
+
+
+def _in_segments(storage: Storage, beton: BetonEntry, remote: RemoteSet) -> Storage:
+    """A .beton on a server: each shard's run of bytes is staged, and checked, by itself."""
+    lasts = np.searchsorted(storage.index["shard"], np.arange(len(beton.segments)), side="right") - 1
+    ends_of = storage.locate(lasts)
+    ends = ends_of.offsets + ends_of.sizes
+    first = storage.locate(np.zeros(1, np.int64)).offsets
+    starts = np.concatenate([first, ends[:-1]])
+    files = [
+        StagedFile(f"{beton.name}.{shard:06d}", int(end - start), digest, beton.name, int(start))
+        for shard, (digest, start, end) in enumerate(zip(beton.segments, starts, ends, strict=True))
+    ]
+    return dataclasses.replace(storage, files=remote.files(files), one_file=False, starts=starts)
 
 
 def tar_key(files: ShardFiles, file: int, offset: int) -> str | None:
@@ -171,19 +161,22 @@ def _block(files: ShardFiles, file: int, offset: int) -> bytes:
     return block.tobytes()
 
 
-def _metadata(path: Path, samples: int) -> NDArray[np.void]:
-    """The metadata of every sample of a .beton, METADATA [samples], mapped."""
+def _metadata(path: Path, remote: RemoteSet | None, samples: int) -> NDArray[np.void]:
+    """The metadata of every sample of a .beton, METADATA [samples]: mapped, or fetched."""
+    at = HEADER.itemsize + 2 * FIELD.itemsize
     try:
-        header = np.fromfile(path, HEADER, count=1)
-        at = HEADER.itemsize + 2 * FIELD.itemsize
-        if len(header) != 1 or (header["version"][0], header["fields"][0]) != (VERSION, 2):
+        head = remote.read(path.name, 0, HEADER.itemsize) if remote else path.open("rb").read(HEADER.itemsize)
+        header = np.frombuffer(head, HEADER)[0]
+        if (header["version"], header["fields"]) != (VERSION, 2):
             raise ShardSetError(f"{path}: no .beton of this version; make it again with 'pipeline shard'")
-        if header["samples"][0] != samples:
+        if header["samples"] != samples:
             raise ShardSetError(
-                f"{path}: {samples} samples expected by the manifest, {header['samples'][0]} found; copy it again"
+                f"{path}: {samples} samples expected by the manifest, {header['samples']} found; copy it again"
             )
+        if remote:
+            return np.frombuffer(remote.read(path.name, at, at + samples * METADATA.itemsize), METADATA)
         return np.memmap(path, METADATA, mode="r", offset=at, shape=(samples,))
     except FileNotFoundError:
         raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise ShardSetError(f"{path}: cannot be read ({error}); copy it again") from error

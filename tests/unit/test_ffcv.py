@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,12 @@ from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import LoaderName
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan
 from pipeline.reader import SampleReader
+from pipeline.remote_set import open_set
 from pipeline.storage import storage_of
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError, UserError
 from tests.conftest import run_pipeline
+from tests.serving import serve
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("ffcv")
@@ -47,8 +50,8 @@ def sets(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     return {name: folder / name for name in MODES} | {"tars": photos}
 
 
-def train(path: Path, loader: LoaderName, recipe: AugmentRecipe, **options: Any) -> TrainLoader:
-    dataset = ShardSet(path)
+def train(path: Path | str, loader: LoaderName, recipe: AugmentRecipe, **options: Any) -> TrainLoader:
+    dataset = open_set(path, cache=options.pop("cache", None))
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16, pairs=recipe.mixes)
     shape = BatchShape(global_batch=GLOBAL, pairs=recipe.mixes)
     chosen = LoaderOptions(loader=loader, **options)
@@ -191,3 +194,19 @@ def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     with pytest.raises(UserError, match=r"pip install 'fat-pipeline\[ffcv\]'"):
         batches_of(train(sets["both"], "ffcv", augment_recipe("light", size=32)))
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_beton_on_a_server_is_staged_shard_by_shard(sets: dict[str, Path], tmp_path: Path, name: str) -> None:
+    recipe = augment_recipe("light", size=32)
+    shards = len(ShardSet(sets[name]).split("train").shards)
+    with serve(sets[name]) as site, train(site.url, "ffcv", recipe, cache=tmp_path) as loader:
+        found = [next(loader)]
+        end = time.monotonic() + 20
+        while len(list(tmp_path.glob("*/train.beton.??????"))) < shards:
+            assert time.monotonic() < end, "waited in vain"
+            time.sleep(0.02)
+        found += list(loader)
+    for one, other in zip(found, batches_of(train(sets[name], "ffcv", recipe)), strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert torch.equal(one.images, other.images)

@@ -65,3 +65,22 @@ def test_closing_ends_the_thread_and_the_source() -> None:
     assert "the-thread" not in [thread.name for thread in threading.enumerate()]
     with pytest.raises(StopIteration):
         next(items)
+
+
+def test_closing_wakes_a_consumer_that_waits_in_another_thread() -> None:
+    may_go_on = threading.Event()
+
+    def source() -> Iterator[int]:
+        may_go_on.wait(10)
+        yield from ()
+
+    items = Prefetcher(source(), depth=2, name="t")
+    waiting = threading.Thread(target=lambda: next(items, None))
+    waiting.start()
+    closing = threading.Thread(target=items.close)
+    closing.start()
+    may_go_on.set()
+    for thread in (waiting, closing):
+        thread.join(5)
+        assert not thread.is_alive()
+    items.close()

@@ -1,0 +1,393 @@
+"""Sets on a server: the batches of the local set, whatever happens to servers, downloads and the cache."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import remote, staging
+from pipeline.augment.recipe import augment_recipe
+from pipeline.cache import Cache, CacheFull
+from pipeline.files import Interrupted
+from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
+from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.reader import SampleReader
+from pipeline.remote import RemoteError
+from pipeline.remote_set import GIB, RemoteSet, open_set
+from pipeline.storage import storage_of
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError, UserError
+from tests.serving import Site, serve
+
+CPU = torch.device("cpu")
+RECIPE = augment_recipe("light", size=32)
+GLOBAL = 24
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(staging, "_FULL_SECONDS", 0.2)
+
+
+@pytest.fixture
+def site(photos: Path) -> Iterator[Site]:
+    with serve(photos) as site:
+        yield site
+
+
+def train(dataset: ShardSet, *, world: int = 1, rank: int = 0, epochs: int = 2, **options: object) -> TrainLoader:
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16)
+    shape = BatchShape(global_batch=GLOBAL, world=world, rank=rank)
+    chosen = LoaderOptions(**options)  # type: ignore[arg-type]
+    return TrainLoader(dataset, plan, shape, RECIPE, epochs=epochs, device=CPU, options=chosen)
+
+
+def evaluation(dataset: ShardSet) -> EvalLoader:
+    samples = dataset.split("val").samples
+    plan = EvalPlan(samples, batch=5)
+    return EvalLoader(dataset, plan, size=32, mean=RECIPE.mean, std=RECIPE.std, device=CPU)
+
+
+def batches_of(loader: TrainLoader | EvalLoader) -> list[Batch]:
+    with loader:
+        return list(loader)
+
+
+def same(found: list[Batch], expected: list[Batch]) -> bool:
+    return len(found) == len(expected) and all(
+        np.array_equal(a.ids, b.ids) and torch.equal(a.labels, b.labels) and torch.equal(a.images, b.images)
+        for a, b in zip(found, expected, strict=True)
+    )
+
+
+def staged(loader: TrainLoader | EvalLoader, cache: Path, files: int, seconds: float = 20) -> None:
+    """Wait until that many tars are whole in the cache."""
+    end = time.monotonic() + seconds
+    while len(list(cache.glob("*/*.tar"))) < files:
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def size_of(cache: Path) -> int:
+    return sum(path.stat().st_size for path in cache.glob("*/*"))
+
+
+def shards_of(path: Path, split: str = "train") -> list[str]:
+    return [shard.name for shard in ShardSet(path).split(split).shards]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_the_batches_are_those_of_the_local_set_and_each_shard_is_fetched_once(
+    site: Site, photos: Path, tmp_path: Path, world: int
+) -> None:
+    dataset = open_set(site.url, cache=tmp_path)
+    for rank in range(world):
+        loader = train(dataset, world=world, rank=rank)
+        with loader:
+            found = [next(loader)]
+            staged(loader, tmp_path, 1)
+            found += list(loader)
+        assert same(found, batches_of(train(ShardSet(photos), world=world, rank=rank)))
+    assert same(batches_of(evaluation(dataset)), batches_of(evaluation(ShardSet(photos))))
+    assert set(site.whole_reads().values()) <= {1, 2}, "the manifest is read to name the folder, then to be there"
+    assert {name: n for name, n in site.whole_reads().items() if name.endswith("tar") and n > 1} == {}
+
+
+def test_a_second_run_fetches_no_shard(site: Site, photos: Path, tmp_path: Path) -> None:
+    expected = batches_of(train(ShardSet(photos)))
+    with train(open_set(site.url, cache=tmp_path)) as loader:
+        next(loader)
+        staged(loader, tmp_path, len(shards_of(photos)))
+    site.log.clear()
+    loader = train(open_set(site.url, cache=tmp_path))
+    time.sleep(0.3)
+    assert same(batches_of(loader), expected)
+    assert site.whole_reads().keys() <= {"dataset.json", "train.index.npy"}
+    # Samples may be asked for while the cache is looked through.
+    assert sum(site.bytes_read(name) for name in shards_of(photos)) < size_of(tmp_path) / 2
+
+
+def test_the_first_batch_waits_for_no_shard(site: Site, photos: Path, tmp_path: Path) -> None:
+    go_on = threading.Event()
+    sizes = {shard.name: shard.bytes for shard in ShardSet(photos).split("train").shards}
+    site.before = lambda name, start, stop: None if stop - start < sizes.get(name, 1 << 62) else void(go_on.wait(20))
+    expected = batches_of(train(ShardSet(photos), epochs=1))
+    with train(open_set(site.url, cache=tmp_path), epochs=1) as loader:
+        found = list(loader)
+        assert not list(tmp_path.glob("*/*.tar"))
+        go_on.set()
+    assert same(found, expected)
+
+
+def void(_: object) -> None:
+    return None
+
+
+def damage_downloads(site: Site, name: str, times: int) -> None:
+    """Flip a bit in the next downloads of a whole shard; samples that are read by themselves stay whole."""
+    size = (site.folder / name).stat().st_size
+    left = iter(range(times))
+
+    def before(asked: str, start: int, stop: int) -> None:
+        if asked == name and stop - start == size and next(left, None) is not None:
+            site.damage[name] = 1
+
+    site.before = before
+
+
+def test_what_was_damaged_on_the_way_is_fetched_anew(site: Site, photos: Path, tmp_path: Path) -> None:
+    victim = shards_of(photos)[1]
+    damage_downloads(site, victim, times=2)
+    with train(open_set(site.url, cache=tmp_path)) as loader:
+        found = [next(loader)]
+        staged(loader, tmp_path, len(shards_of(photos)))
+        found += list(loader)
+    assert same(found, batches_of(train(ShardSet(photos))))
+    assert site.whole_reads()[victim] == 3
+    assert next(tmp_path.glob(f"*/{victim}")).read_bytes() == (photos / victim).read_bytes()
+
+
+def test_a_sample_that_was_damaged_on_the_way_is_read_again(site: Site, photos: Path, tmp_path: Path) -> None:
+    dataset = open_set(site.url, cache=tmp_path)
+    for shard in shards_of(photos):
+        site.damage[shard] = 1
+    with SampleReader(storage_of(dataset, "train")) as reader:
+        for sample in range(0, dataset.split("train").samples, 7):
+            reader.read(np.array([sample])).checked()
+    assert not +site.damage
+
+
+def test_a_shard_whose_downloads_never_fit_the_manifest_is_an_error(site: Site, photos: Path, tmp_path: Path) -> None:
+    victim = shards_of(photos)[1]
+    damage_downloads(site, victim, times=10**6)
+    with pytest.raises(RemoteError, match=rf"{site.url}/{victim}: fetched 3 times, .*damaged or stale"):
+        batches_of(train(open_set(site.url, cache=tmp_path), epochs=50))
+    assert not list(tmp_path.glob(f"*/{victim}*"))
+
+
+def test_a_shard_that_is_another_one_is_refused_before_training(site: Site, photos: Path, tmp_path: Path) -> None:
+    dataset = open_set(site.url, cache=tmp_path / "cache")
+    site.folder = Path(shutil.copytree(photos, tmp_path / "stale"))
+    victim = site.folder / shards_of(photos)[1]
+    victim.write_bytes(bytes(victim.stat().st_size))
+    with pytest.raises(ShardSetError, match=rf"{site.url}/{victim.name}: neither its first nor its last .*stale"):
+        train(dataset)
+
+
+def test_a_server_that_stumbles_is_asked_again(site: Site, photos: Path, tmp_path: Path) -> None:
+    for name in (*shards_of(photos), "dataset.json", "train.index.npy"):
+        site.failures[name] = 3
+    assert same(batches_of(train(open_set(site.url, cache=tmp_path))), batches_of(train(ShardSet(photos))))
+
+
+def test_a_server_that_is_gone_is_an_error_at_the_consumer(
+    site: Site, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    dataset = open_set(site.url, cache=tmp_path)
+    loader = train(dataset, epochs=50)
+    for name in shards_of(photos):
+        site.failures[name] = 10**6
+    with pytest.raises(RemoteError, match=rf"{site.url}/train-\d+.tar: failed 3 times.*503.*what was fetched is kept"):
+        batches_of(loader)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("{site}-that-is-not-there", "dataset.json: not there"),
+        ("nonsense://host/set", "nonsense://host/set: .*s3://, https://"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_an_error_at_once(site: Site, tmp_path: Path, url: str, message: str) -> None:
+    site.folder /= "elsewhere"
+    with pytest.raises(UserError, match=message):
+        open_set(url.format(site=site.url.replace("the-set", "x/y")), cache=tmp_path)
+
+
+def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"s3fs.*pip install 'fat-pipeline\[remote\]'"):
+        open_set("s3://bucket/set", cache=tmp_path)
+
+
+def test_a_server_without_ranges_serves_too(photos: Path, tmp_path: Path) -> None:
+    with serve(photos, knows_ranges=False) as site:
+        assert same(batches_of(train(open_set(site.url, cache=tmp_path))), batches_of(train(ShardSet(photos))))
+
+
+def test_file_systems_without_asyncio_serve_too(photos: Path, tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for path in photos.iterdir():
+        memory.pipe(f"/some/set/{path.name}", path.read_bytes())
+    dataset = open_set("memory://some/set", cache=tmp_path)
+    assert same(batches_of(train(dataset)), batches_of(train(ShardSet(photos))))
+
+
+def test_a_broken_off_download_is_gone_on_with(site: Site, photos: Path, tmp_path: Path) -> None:
+    dataset = open_set(site.url, cache=tmp_path)
+    (folder,) = tmp_path.glob("the-set-*")
+    victim = ShardSet(photos).split("train").shards[1]
+    (folder / f"{victim.name}.{victim.bytes}.part").write_bytes((photos / victim.name).read_bytes()[:700_000])
+    with train(dataset) as loader:
+        next(loader)
+        staged(loader, tmp_path, len(shards_of(photos)))
+    assert (victim.name, 700_000, victim.bytes) in site.log
+    assert site.whole_reads()[victim.name] == 0
+    assert (folder / victim.name).read_bytes() == (photos / victim.name).read_bytes()
+
+
+def test_a_cache_that_is_too_small_for_two_sets_forgets_the_older_one(
+    photos: Path, digits: Path, tmp_path: Path
+) -> None:
+    limit = (size_of_set(photos) + size_of_set(digits)) * 9 // 10
+    largest = 0
+    with serve(photos) as one, serve(digits) as other:
+        for site, path in ((one, photos), (other, digits), (one, photos)):
+            with train(open_set(site.url, cache=tmp_path, cache_gib=limit / GIB)) as loader:
+                found = [next(loader)]
+                for batch in loader:
+                    found.append(batch)
+                    largest = max(largest, size_of(tmp_path))
+            assert same(found, batches_of(train(ShardSet(path))))
+    assert limit // 2 < largest <= limit
+
+
+def size_of_set(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".tar", ".npy", ".json"))
+
+
+def test_a_cache_without_room_costs_speed_alone(
+    site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = max(shard.bytes for shard in ShardSet(photos).split("train").shards)
+    dataset = open_set(site.url, cache=tmp_path, cache_gib=(shard * 1.5) / GIB)
+    with caplog.at_level(logging.WARNING):
+        assert same(batches_of(train(dataset, epochs=3)), batches_of(train(ShardSet(photos), epochs=3)))
+    assert size_of(tmp_path) <= shard * 1.5
+
+
+def test_a_lease_keeps_a_file_and_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 1000)
+
+    def put(name: str, size: int) -> int:
+        part = cache.begin(tmp_path / "set" / name, size)
+        assert part is not None
+        with part:
+            part.append(bytes(size))
+            return part.finish()
+
+    leases = {name: put(name, 400) for name in ("a", "b")}
+    with pytest.raises(CacheFull, match=r"no room for c: all of the 1,000 bytes.*--cache-size"):
+        put("c", 400)
+    os.close(leases.pop("a"))
+    os.close(leases.pop("b"))
+    again = cache.lease(tmp_path / "set" / "a", 400)
+    assert again is not None, "a was used after b"
+    os.close(again)
+    os.close(put("c", 400))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["a", "c"]
+    assert cache.lease(tmp_path / "set" / "a", 399) is None, "another size is another file"
+    with pytest.raises(CacheFull, match="more than the 1,000"):
+        put("d", 2000)
+
+
+def test_one_process_at_a_time_fetches_a_file_and_its_room_is_kept(tmp_path: Path) -> None:
+    cache, path = Cache(tmp_path, 1000), tmp_path / "set" / "a"
+    part = cache.begin(path, 900)
+    assert part is not None
+    with part:
+        part.append(bytes(10))
+        assert cache.begin(path, 900) is None
+        with pytest.raises(CacheFull):
+            cache.begin(tmp_path / "set" / "b", 200)
+    resumed = cache.begin(path, 900)
+    assert resumed is not None
+    assert resumed.done == 10
+    with resumed:
+        pass
+    other = cache.begin(tmp_path / "set" / "b", 200)
+    assert other is not None, "a part that nobody fetches makes room"
+
+
+def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Path) -> None:
+    loader = train(open_set(site.url, cache=tmp_path))
+    server_goes_on = threading.Event()
+    site.before = lambda *_: void(server_goes_on.wait(30))
+    ends: list[BaseException] = []
+
+    def consume() -> None:
+        try:
+            next(loader)
+        except BaseException as end:
+            ends.append(end)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    time.sleep(0.5)
+    start = time.monotonic()
+    loader.close()
+    took = time.monotonic() - start
+    server_goes_on.set()
+    consumer.join(5)
+    assert took < 2
+    assert [type(end) for end in ends] in ([Interrupted], [StopIteration])
+    assert not [t for t in threading.enumerate() if t.name.startswith(("staging", "shard-reader", "train-loader"))]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_shards_said_to_be_needed_are_those_that_are_read(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    counts = draw.integers(0, 40, draw.integers(1, 9))
+    counts[0] += 12
+    ends = np.cumsum(counts)
+    plan = TrainPlan(
+        counts,
+        global_batch=12,
+        seed=seed,
+        lanes=int(draw.choice([1, 2, 3, 4, 6])),
+        window=int(draw.choice([4, 7, 16, 99])),
+    )
+    world = int(draw.choice([1, 2, 3, 4, 6, 12]))
+    rows = BatchShape(global_batch=12, world=world, rank=int(draw.integers(world))).rows(0)
+    start = int(draw.integers(plan.steps_per_epoch))
+    needs = list(plan.needs(plan.at(start), rows, epochs=3))
+    assert [need.last for need in needs] == sorted(need.last for need in needs)
+    for step in range(start, 3 * plan.steps_per_epoch):
+        read = set(np.searchsorted(ends, plan.ids(plan.at(step), rows), side="right").tolist())
+        assert read <= {shard for need in needs if need.first <= step <= need.last for shard in need.shards}
+    split = EvalPlan(int(counts.sum()), batch=5, world=3, rank=1, start=int(draw.integers(counts.sum())))
+    for step in range(split.steps):
+        ids = split.ids(step)
+        read = set(np.searchsorted(ends, ids[ids >= 0], side="right").tolist())
+        assert read <= {
+            shard for need in split.needs(counts) if need.first <= step <= need.last for shard in need.shards
+        }
+
+
+def test_a_large_plan_says_at_once_what_it_needs() -> None:
+    plan = TrainPlan(np.full(100_000, 10_000), global_batch=1024, seed=0)
+    plan.ids(Position(1, 500_000), range(1))  # the epoch's order
+    start = time.perf_counter()
+    needs = [need for need, _ in zip(plan.needs(Position(1, 500_000), range(128), epochs=9), range(64), strict=False)]
+    assert time.perf_counter() - start < 0.5
+    assert all(len(need.shards) <= 2 for need in needs)
+
+
+def test_a_local_path_is_opened_where_it_is(photos: Path) -> None:
+    dataset = open_set(photos)
+    assert not isinstance(dataset, RemoteSet)
+    assert dataset.path == photos
