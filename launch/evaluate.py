@@ -33,7 +33,6 @@ from launch.world import World, connect, disconnect, report_error
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
-from shards.dataset import ShardSet
 from shards.errors import UserError
 
 WORST_SHOWN = 5
@@ -45,8 +44,8 @@ class Evaluate:
 
     model: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint), weights file (.safetensors, or the released layout)."""
-    data: Path | None = None
-    """Shard set. None = $FAT_DATA, else ./imagenet-shards."""
+    data: str | None = None
+    """Shard set, a folder or a URL. None = $FAT_DATA, else ./imagenet-shards."""
     split: str = "val"
     """Split to evaluate."""
     size: int | None = None
@@ -72,7 +71,7 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         UserError: no such model or data, or they do not fit.
     """
     world = connect()
-    dataset = ShardSet(DataRecipe(data=command.data).folder())
+    dataset = DataRecipe(data=command.data).open()
     model, size = load_model(command)
     if model.config.num_classes < len(dataset.manifest.classes):
         raise UserError(

@@ -48,7 +48,7 @@ class Feed:
             micro_batch=data.micro_batch,
             pairs=augment.mixes,
         )
-        dataset = ShardSet(data.folder())
+        dataset = data.open()
         plan = TrainPlan(
             dataset.shard_samples("train"),
             global_batch=data.global_batch,

@@ -19,6 +19,9 @@ from launch.optimizers import Name
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.loader import LoaderOptions
 from pipeline.plan import DEFAULT_WINDOW
+from pipeline.remote import is_remote
+from pipeline.remote_set import open_set
+from shards.dataset import ShardSet
 from shards.errors import UserError
 
 DEFAULT_DATA = Path("imagenet-shards")
@@ -52,8 +55,13 @@ class ModelRecipe:
 class DataRecipe:
     """What the run is fed."""
 
-    data: Path | None = None
-    """Shard set made by 'pipeline shard'. None = $FAT_DATA, else ./imagenet-shards."""
+    data: str | None = None
+    """Shard set made by 'pipeline shard': a folder, or a URL (s3://, https://, what fsspec knows). None = $FAT_DATA,
+    else ./imagenet-shards."""
+    cache: Path | None = None
+    """Where a remote set is staged, once per node; on a local disk. None = $FAT_CACHE, else in the temporary folder."""
+    cache_size: float | None = None
+    """Room in the cache in GiB. None = four fifths of what is free there."""
     size: int = 224
     """Side of the images in pixels."""
     global_batch: int = 1024
@@ -96,16 +104,23 @@ class DataRecipe:
             overrides["rand_augment"] = self.rand_augment or None
         return augment_recipe(self.augment, size=self.size, **overrides)
 
-    def folder(self) -> Path:
-        """The shard set: `data`, else $FAT_DATA, else ./imagenet-shards.
+    def open(self) -> ShardSet:
+        """Open the shard set, which may be on a server.
+
+        Raises:
+            UserError: no such set, or a cache that cannot be used.
+        """
+        return open_set(self.location(), cache=self.cache, cache_gib=self.cache_size)
+
+    def location(self) -> Path | str:
+        """The shard set's folder or URL: `data`, else $FAT_DATA, else ./imagenet-shards.
 
         Raises:
             RecipeError: none was named and the defaults do not exist.
         """
-        if self.data is not None:
-            return self.data
-        if os.environ.get("FAT_DATA"):
-            return Path(os.environ["FAT_DATA"])
+        named = self.data or os.environ.get("FAT_DATA")
+        if named:
+            return named if is_remote(named) else Path(named)
         if DEFAULT_DATA.exists():
             return DEFAULT_DATA
         raise RecipeError(

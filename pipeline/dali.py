@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline.decode import DecodeError, DecodeJob, decode_threads
+from pipeline.decode import DecodeError, DecodeJob
 from pipeline.options import DaliOptions
 from shards.errors import UserError
 
@@ -30,12 +30,16 @@ class DaliDecoder:
         size: side of the output in pixels.
         batch: rows of the largest batch.
         device: where the images shall be; a CUDA device makes DALI decode there.
+        threads: that decode, or prepare decoding.
+        ahead: batches in the works at once.
         evaluation: jobs carry `resize` and `anchor`.
     """
 
     size: int
     batch: int
     device: torch.device
+    threads: int
+    ahead: int = 2
     evaluation: bool = False
     options: DaliOptions = field(default_factory=DaliOptions)
 
@@ -89,9 +93,9 @@ class DaliDecoder:
         on_gpu = self.device.type == "cuda"
         pipeline = Pipeline(
             batch_size=self.batch,
-            num_threads=self.options.threads or decode_threads(),
+            num_threads=self.threads,
             device_id=(self.device.index or 0) if on_gpu else None,
-            prefetch_queue_depth=self.options.prefetch,
+            prefetch_queue_depth=self.ahead,
             seed=0,
         )
         with pipeline:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.decode import Decoder
+from pipeline.decode import Decoder, decode_threads
 from pipeline.options import LoaderOptions
 from shards.manifest import SplitEntry
 
@@ -28,10 +28,19 @@ def make_decoder(
     Raises:
         UserError: the library is not installed.
     """
+    threads, ahead = options.decode_threads or decode_threads(), options.decode_ahead
     if loader == "ffcv":
         from pipeline.ffcv import FfcvDecoder
 
-        return FfcvDecoder(size=size, device=device)
+        return FfcvDecoder(size=size, device=device, threads=threads, ahead=ahead)
     from pipeline.dali import DaliDecoder
 
-    return DaliDecoder(size=size, batch=batch, device=device, evaluation=evaluation, options=options.dali)
+    return DaliDecoder(
+        size=size,
+        batch=batch,
+        device=device,
+        threads=threads,
+        ahead=ahead,
+        evaluation=evaluation,
+        options=options.dali,
+    )

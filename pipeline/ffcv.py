@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.decode import DecodeError, DecodeJob, decode_threads
+from pipeline.decode import DecodeError, DecodeJob
 from shards.errors import UserError
 
 try:
@@ -44,22 +44,22 @@ class FfcvDecoder:
     Args:
         size: side of the output in pixels.
         device: where the images shall be.
-        threads: decoding threads; None = this rank's share of the cores.
-        prefetch: batches that are decoded at once.
+        threads: that decode.
+        ahead: batches in the works at once.
     """
 
     size: int
     device: torch.device
-    threads: int | None = None
-    prefetch: int = 2
+    threads: int
+    ahead: int = 2
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
         under_way: deque[tuple[_Task, DecodeJob, T]] = deque()
-        with ThreadPoolExecutor(self.threads or decode_threads(), thread_name_prefix="ffcv") as pool:
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="ffcv") as pool:
             try:
                 for job, extra in jobs:
                     under_way.append((_Task(job, self.size, self.device, pool), job, extra))
-                    if len(under_way) > self.prefetch:
+                    if len(under_way) > self.ahead:
                         task, first, with_it = under_way.popleft()
                         yield task.images(), first, with_it
                 while under_way:

@@ -15,10 +15,6 @@ LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
 class DaliOptions:
     """How DALI works; none of it changes what comes out."""
 
-    threads: int | None = None
-    """Decoding threads of this rank. None = its share of the machine's cores."""
-    prefetch: int = 2
-    """Batches that DALI works on at once."""
     hw_decoder_load: float = 0.9
     """Share of the images given to the GPU's JPEG engine, where it has one; the rest goes to its CUDA decoder."""
     preallocate_width: int = 0
@@ -40,6 +36,10 @@ class LoaderOptions:
     """Threads that read shards; more hide the latency of slow file systems. None = 32."""
     read_ahead: int = 4
     """Batches whose bytes are read before the decoder asks for them."""
+    decode_threads: int | None = None
+    """Threads of this rank that decode. None = its share of the machine's cores."""
+    decode_ahead: int = 2
+    """Batches that are decoded at once."""
     ready: int = 2
     """Finished batches that wait on the device."""
     check_hashes: bool = True

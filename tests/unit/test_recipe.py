@@ -85,9 +85,9 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FAT_DATA", raising=False)
     with pytest.raises(RecipeError, match="no data: give --data SET, set FAT_DATA, or make"):
-        parse([]).data.folder()
+        parse([]).data.location()
     (tmp_path / "imagenet-shards").mkdir()
-    assert parse([]).data.folder() == Path("imagenet-shards")
+    assert parse([]).data.location() == Path("imagenet-shards")
     monkeypatch.setenv("FAT_DATA", "/elsewhere")
-    assert parse([]).data.folder() == Path("/elsewhere")
-    assert parse(["--data", "here"]).data.folder() == Path("here")
+    assert parse([]).data.location() == Path("/elsewhere")
+    assert parse(["--data", "here"]).data.location() == Path("here")
