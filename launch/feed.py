@@ -83,6 +83,14 @@ class Feed:
                 f"warning: a global batch of {self.plan.global_batch} is beyond what the recipe was made for (1024); "
                 "see docs/training.md, Large batches, for the learning rate and warm-up"
             )
+        manifest = self.dataset.manifest
+        if not manifest.shuffled:
+            run = manifest.made.get("class_run", {}).get("train", 1.0)
+            lines.append(
+                f"warning: {self.dataset.path} was not shuffled by 'pipeline shard'; its samples come in runs of {run:.1f} "
+                f"of one class on average (shuffled ones in runs of about 1), mixed over {self.plan.lanes} lanes and "
+                f"windows of {self.plan.window}; if runs are long, shard the set anew"
+            )
         return lines
 
     @property
