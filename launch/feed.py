@@ -87,8 +87,8 @@ class Feed:
         if not manifest.shuffled:
             run = manifest.made.get("class_run", {}).get("train", 1.0)
             lines.append(
-                f"warning: {self.dataset.path} was not shuffled by 'pipeline shard'; its samples come in runs of {run:.1f} "
-                f"of one class on average (shuffled ones in runs of about 1), mixed over {self.plan.lanes} lanes and "
+                f"warning: {self.dataset.path} was not shuffled by 'pipeline shard'; its samples come in runs of "
+                f"{run:.1f} of one class on average (shuffled ones in runs of about 1), mixed over {self.plan.lanes} lanes and "
                 f"windows of {self.plan.window}; if runs are long, shard the set anew"
             )
         return lines
