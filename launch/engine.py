@@ -6,10 +6,12 @@ The only file that knows accelerate; with `launch/masters.py` the only one that 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -229,22 +231,15 @@ class Engine:
         return StepResult(total, norm)
 
     def _deepspeed_config(self, micro_batch: int) -> dict[str, Any]:
-        return {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": self._accumulation,
-            "gradient_clipping": self._recipe.optim.clip_grad,
-            "zero_optimization": {"stage": self.zero, "overlap_comm": self.world.device.type == "cuda"},
-            # DeepSpeed's own "bf16" breaks BatchNorm; autocast keeps parameters, statistics and moments in float32.
-            "torch_autocast": {
-                "enabled": self.precision == "bf16",
-                "dtype": "bfloat16",
-                "lower_precision_safe_modules": [],  # gradients are reduced in float32, as DDP does
-            },
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "wall_clock_breakdown": False,
-            "steps_per_print": 2**31,
-        }
+        """launch/zero/zeroN.json, and what only the run knows."""
+        path = Path(__file__).with_name("zero") / f"zero{self.zero}.json"
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config["train_micro_batch_size_per_gpu"] = micro_batch
+        config["gradient_accumulation_steps"] = self._accumulation
+        config["gradient_clipping"] = self._recipe.optim.clip_grad
+        config["torch_autocast"]["enabled"] = self.precision == "bf16"
+        config["zero_optimization"]["overlap_comm"] &= self.world.device.type == "cuda"
+        return config
 
     # -- wrapping ------------------------------------------------------------------------------------------------
 

@@ -88,8 +88,8 @@ class Feed:
             run = manifest.made.get("class_run", {}).get("train", 1.0)
             lines.append(
                 f"warning: {self.dataset.path} was not shuffled by 'pipeline shard'; its samples come in runs of "
-                f"{run:.1f} of one class on average (shuffled ones in runs of about 1), mixed over {self.plan.lanes} lanes and "
-                f"windows of {self.plan.window}; if runs are long, shard the set anew"
+                f"{run:.1f} of one class on average (shuffled ones of about 1), mixed over {self.plan.lanes} lanes "
+                f"and windows of {self.plan.window}; if runs are long, shard the set anew"
             )
         return lines
 

@@ -35,6 +35,7 @@ def batch_of(step: int, rows: range, poison: bool) -> Batch:
         images=images[chosen].contiguous(memory_format=torch.channels_last),
         labels=labels[chosen],
         ids=np.array(chosen),
+        planned=np.array(chosen),
         mask=torch.ones(len(chosen), dtype=torch.bool),
         position=Position(0, step),
     )

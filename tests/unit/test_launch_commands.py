@@ -107,3 +107,14 @@ def test_weights_that_do_not_fit_are_named(
 def test_curves_need_metrics(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no metrics\.jsonl"):
         draw_curves(tmp_path)
+
+
+def test_trackers_get_the_metrics_too(tmp_path: Path, digits: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--data", digits, "--out", out, "--stop-after", "2", "--log-every", "1", "--tracker", "tensorboard")
+    assert run(train, *SMALL, *options) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(next(out.rglob("events.out.tfevents.*")).parent))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
