@@ -45,6 +45,8 @@ class Progress:
     """Best top-1 so far (share)."""
     is_best: bool = False
     """Whether it was reached here."""
+    pending_evaluation: bool = False
+    """Whether the evaluation due at this step was broken off."""
     seconds: float = 0.0
     """Time trained, over all restarts."""
 
@@ -143,7 +145,7 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{final}: checkpoint not written ({error})") from error
-        self._drop_old()
+        self._drop_old(final)
         return final
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
@@ -172,8 +174,19 @@ class CheckpointFolder:
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
 
-    def _drop_old(self) -> None:
-        folders = self._folders()
+    def set_aside(self) -> Path | None:
+        """Move all checkpoints out of the way of a run that starts afresh; where to, if there were any."""
+        if not self._folders():
+            return None
+        number = 1
+        while (target := self.folder.with_name(f"{self.folder.name}-before-{number}")).exists():
+            number += 1
+        self.folder.rename(target)
+        return target
+
+    def _drop_old(self, saved: Path) -> None:
+        # Newer ones can only be damaged (a whole one would have been resumed from): they take no good one's place.
+        folders = [path for path in self._folders() if path.name <= saved.name]
         best = [path for path in folders if self._is_best(path)][-1:]
         for path in folders[: -self.keep]:
             if path not in best:

@@ -30,7 +30,7 @@ from pipeline.rng import Stream, seed64
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device; nothing is waited for."""
+    """What a step leaves on the device; reading it would wait for the step (DeepSpeed's norm has been read already)."""
 
     loss: Tensor
     """float32 scalar: mean over this rank's rows."""
@@ -66,6 +66,11 @@ class Engine:
             # DeepSpeed cannot broadcast channels-last weights; there, only activations are channels-last.
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.run.compile != "off":
+            if self.zero == 3 or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+                raise RecipeError(
+                    f"--compile {recipe.run.compile}: neither SyncBatchNorm nor ZeRO 3 can be compiled whole; use "
+                    "--sync-bn off and --zero 0, 1 or 2, or --compile off"
+                )
             # In place, before wrapping: names, wrappers and checkpoints do not change.
             model.compile(fullgraph=True, mode=None if recipe.run.compile == "default" else recipe.run.compile)
         optim = recipe.optim
@@ -107,8 +112,10 @@ class Engine:
         return result
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], *, average: bool = False) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[Batch | None], *, average: bool = False) -> dict[str, float] | None:
         """Accuracy over all ranks' batches: samples, top1, top5 (shares) and loss. Collective.
+
+        A None among the batches, at the same place on all ranks, breaks it off; the result is None then.
 
         Args:
             average: evaluate the moving average instead of the present weights.
@@ -118,6 +125,8 @@ class Engine:
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._masters.averaged() if average else contextlib.nullcontext():
             for batch in batches:
+                if batch is None:
+                    return None
                 with self._autocast():
                     # The bare module: wrappers would add collectives.
                     logits = self.model(batch.images)
@@ -131,7 +140,7 @@ class Engine:
         """Make BatchNorm's running statistics the mean over ranks; SyncBatchNorm's are already. Collective."""
         if self.world.size == 1:
             return
-        buffers = self.statistics()
+        buffers = [*self.statistics(), *self._masters.averaged_statistics]
         flat = torch.cat([b.flatten() for b in buffers]) / self.world.size
         dist.all_reduce(flat)
         for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):

@@ -29,7 +29,7 @@ from launch.loss import count_correct
 from launch.masters import AVERAGE
 from launch.recipe import DataRecipe
 from launch.run_folder import saved_recipe
-from launch.world import World, connect, disconnect, report_error
+from launch.world import World, connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
@@ -172,18 +172,17 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     """The command line; returns the exit status."""
-    try:
-        command = tyro.cli(Evaluate, description=__doc__)
+    command = tyro.cli(Evaluate, description=__doc__)
+
+    def run() -> int:
         result = evaluate(command)
         if result is not None:
             show(result)
             if command.json is not None:
                 command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         return 0
-    except UserError as error:
-        return report_error(error)
-    finally:
-        disconnect()
+
+    return run_command(run)
 
 
 if __name__ == "__main__":

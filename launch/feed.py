@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -114,10 +115,10 @@ class Feed:
             options=self.recipe.data.loader,
         )
 
-    def eval_loader(self, *, dtype: torch.dtype) -> EvalLoader | None:
-        """This rank's share of the validation split; None where the set has none."""
+    def eval_loader(self, *, dtype: torch.dtype) -> AbstractContextManager[EvalLoader | None]:
+        """This rank's share of the validation split, to be closed; None where the set has none."""
         if "val" not in self.dataset.manifest.splits:
-            return None
+            return nullcontext()
         batch = self.recipe.data.eval_batch or min(MAX_EVAL_BATCH, self.shape.rank_rows)
         samples = self.dataset.split("val").samples
         return EvalLoader(

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from launch.engine import Engine, StepResult
 from launch.world import all_equal
 from pipeline.loader import Batch
+from pipeline.plan import Ids
 from shards.errors import UserError
 
 SHOWN_IDS = 8
@@ -35,7 +36,7 @@ class Guards:
 
     def __init__(self, engine: Engine, *, max_bad_steps: int, compare_every: int) -> None:
         self._engine, self._max_bad, self._compare_every = engine, max_bad_steps, compare_every
-        self._steps: list[tuple[int, StepResult, Sequence[Batch]]] = []
+        self._steps: list[tuple[int, StepResult, list[Ids]]] = []
         self._in_a_row = 0
         self._compared_at = 0
         self.skipped = 0
@@ -44,7 +45,7 @@ class Guards:
 
     def note(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
         """Remember a step until the next check."""
-        self._steps.append((step, result, batches))
+        self._steps.append((step, result, [batch.ids for batch in batches]))
 
     def check(self) -> list[str]:
         """Judge the steps since the last check; returns warnings.
@@ -56,13 +57,13 @@ class Guards:
             return []
         finite = torch.stack([result.grad_norm for _, result, _ in self._steps]).isfinite().tolist()
         warnings = []
-        for (step, result, batches), good in zip(self._steps, finite, strict=True):
+        for (step, result, ids), good in zip(self._steps, finite, strict=True):
             self._in_a_row = 0 if good else self._in_a_row + 1
             if not good:
                 self.skipped += 1
                 warnings.append(f"step {step + 1}: gradients are not finite; the update was skipped")
             if self._in_a_row >= self._max_bad:
-                raise RunFailed(self._accuse(step, result, batches))
+                raise RunFailed(self._accuse(step, result, ids))
         self._mend_statistics(all(finite))
         last = self._steps[-1][0] + 1
         self._steps = []
@@ -83,10 +84,10 @@ class Guards:
         if statistics:
             torch._foreach_copy_(target, source)
 
-    def _accuse(self, step: int, result: StepResult, batches: Sequence[Batch]) -> str:
+    def _accuse(self, step: int, result: StepResult, parts: list[Ids]) -> str:
         """Which ranks had a loss that is not finite, and what they were fed. Collective."""
         world = self._engine.world
-        ids = [int(i) for batch in batches for i in batch.ids]
+        ids = [int(i) for part in parts for i in part]
         mine = (world.rank, bool(result.loss.isfinite()), ids)
         everyone: list[tuple[int, bool, list[int]]] = [mine]
         if world.size > 1:

@@ -49,7 +49,9 @@ class Masters:
         """Move the average towards the present parameters and BatchNorm statistics. Local to the rank, no sync."""
         if self._decay:
             torch._foreach_lerp_(self._shadow, [owner.detach() for owner in self._owners()], 1 - self._decay)
-            torch._foreach_lerp_(self._shadow_buffers, self._buffers(), 1 - self._decay)
+            for shadow, buffer in zip(self._shadow_buffers, self._buffers(), strict=True):
+                # A bad forward pass leaves statistics that are not finite until the guards mend them.
+                shadow.lerp_(torch.where(buffer.isfinite(), buffer, shadow), 1 - self._decay)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -64,6 +66,11 @@ class Masters:
                 yield
             finally:
                 self._write_module(present)
+
+    @property
+    def averaged_statistics(self) -> list[Tensor]:
+        """BatchNorm's running means and variances in the moving average, live."""
+        return self._shadow_buffers
 
     def state_dict(self) -> dict[str, Tensor]:
         """`model/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, buffers, and with an average `ema/NAME`.

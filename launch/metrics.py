@@ -1,6 +1,6 @@
 """Metrics: RUN/metrics.jsonl is the truth, the terminal is a view of it.
 
-Losses and norms stay on the device until a line is due, so that no step waits for one.
+Losses and norms stay on the device until a line is due, so that no step waits for the log.
 """
 
 from __future__ import annotations
@@ -75,22 +75,23 @@ class Tracker:
         self._results.append(result)
         self._display.step(step + 1)
 
-    def interval(self, *, skipped: int) -> None:
+    def interval(self, *, skipped: int, replaced: int) -> None:
         """Write a line about the steps since the last one. Reads the device; collective.
 
         Args:
             skipped: updates skipped so far.
+            replaced: damaged samples that this rank has replaced so far.
         """
         if not self._results:
             return
         losses = torch.stack([result.loss for result in self._results])
         finite = losses.isfinite()
-        sums = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum()]).float()
+        sums = torch.stack([torch.where(finite, losses, 0.0).sum(), finite.sum(), losses.new_tensor(replaced)]).float()
         if self._world.size > 1:
             dist.all_reduce(sums)
         norms = torch.stack([result.grad_norm for result in self._results]).tolist()
         norms = [norm for norm in norms if math.isfinite(norm)]
-        loss, count = sums.tolist()
+        loss, count, replaced_by_all = sums.tolist()
         seconds = time.perf_counter() - self._interval_started
         device = self._world.device
         values = {
@@ -100,6 +101,7 @@ class Tracker:
             "data_wait": round(self._waited / seconds, 4),
             "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
             "skipped": skipped,
+            "replaced": int(replaced_by_all),
         }
         epoch = self._plan.at(self._step).epoch
         self._log.write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
@@ -116,8 +118,8 @@ class Tracker:
         )
         return result["top1"]
 
-    def progress(self, before: Progress, step: int, top1: float | None = None) -> Progress:
-        """Where the run stands with `step` optimiser steps behind it, the last evaluated to `top1`."""
+    def progress(self, before: Progress, step: int, top1: float | None = None, *, pending: bool = False) -> Progress:
+        """Where the run stands with `step` optimiser steps behind it, the last evaluated to `top1` (or still to be)."""
         position = self._plan.at(step)
         is_best = top1 is not None and top1 > before.best
         return Progress(
@@ -126,12 +128,14 @@ class Tracker:
             epoch_step=position.step,
             best=top1 if is_best and top1 is not None else before.best,
             is_best=is_best,
+            pending_evaluation=pending,
             seconds=self._begun_at.seconds + time.perf_counter() - self._clock,
         )
 
     def finish(self, progress: Progress) -> None:
         self._log.write("end", step=progress.step, seconds=round(progress.seconds, 1), best=progress.best)
-        self.say(f"{progress.step} steps in {progress.seconds:.0f} s, best top-1 {progress.best:.2%}")
+        best = f", best top-1 {progress.best:.2%}" if progress.best else ""
+        self.say(f"{progress.step} steps in {progress.seconds:.0f} s{best}")
 
 
 class MetricsLog:

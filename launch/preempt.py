@@ -5,7 +5,7 @@ that no GPU and no rank waits for it; whatever was asked of one rank then happen
 
     SIGTERM, SIGINT, SIGUSR2, RUN/PREEMPT, deadline    save a checkpoint and leave with `EXIT_STATUS`
     SIGUSR1, RUN/SAVE                                   save a checkpoint and go on
-    the same signal again                               leave at once, without saving
+    one of the first three again, seconds later         leave at once, without saving
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections import Counter
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from launch.world import World
 
+T = TypeVar("T")
+
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SAVE = (signal.SIGUSR1,)
+# One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher passes it on as well.
+SAME_REQUEST_SECONDS = 5.0
 # Before the end of a SLURM job or time limit: a save, and the end of the processes, must fit in.
 MARGIN_SECONDS = 120.0
 
@@ -48,13 +52,15 @@ class Preemption:
 
     Args:
         run: run folder, for the files.
-        deadline: Unix time by which the run should have left; None = none.
+        deadline: Unix time by which the run should leave; None = none.
     """
 
     def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
         self._run, self._world, self._deadline = run, world, deadline
-        self._asked = Request.NOTHING
-        self._seen: Counter[int] = Counter()
+        # Set by handlers, which may run between any two instructions: `_leave` is never cleared, `_save` before a look.
+        self._leave = False
+        self._save = False
+        self._first_leave = 0.0
         self._old: dict[int, Any] = {}
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
@@ -72,9 +78,8 @@ class Preemption:
             signal.signal(number, handler)
 
     def agreed(self) -> Request:
-        """What all ranks do now; called once a step by every rank. It is what they asked for until the step before."""
-        asked = max(self._asked, self._look_around())
-        self._asked = Request.NOTHING if asked == Request.SAVE else asked
+        """What all ranks do now: what was asked for until the last call. Every rank calls it at the same places."""
+        asked = self._asked()
         if self._group is None:
             return asked
         if self._pending is not None:
@@ -84,30 +89,48 @@ class Preemption:
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return decision
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._seen[number] += 1
-        if self._seen[number] > 1 and number in LEAVE:
-            os._exit(128 + number)
-        self._asked = max(self._asked, Request.LEAVE if number in LEAVE else Request.SAVE)
-        self.reason = signal.Signals(number).name
+    def heed(self, items: Iterable[T]) -> Iterator[T | None]:
+        """`items`, of which every rank has equally many; None, and no more, once all have agreed to leave."""
+        for item in items:
+            yield item
+            if self.agreed() is Request.LEAVE:
+                yield None
+                return
 
-    def _look_around(self) -> Request:
-        """Files and the clock, on rank 0 alone: one rank's word is enough."""
-        if not self._world.is_main:
-            return Request.NOTHING
-        if self._deadline is not None and time.time() > self._deadline:
-            self.reason = "the deadline"
+    def _asked(self) -> Request:
+        save, self._save = self._save, False
+        if self._world.is_main:  # one rank's look at files and the clock is enough
+            save |= self._found("SAVE")
+            if self._found("PREEMPT"):
+                self._leave = True
+            elif self._deadline is not None and time.time() > self._deadline:
+                self._leave, self.reason = True, "the deadline"
+        if self._leave:
             return Request.LEAVE
-        for name, request in (("PREEMPT", Request.LEAVE), ("SAVE", Request.SAVE)):
-            if (self._run / name).exists():
-                (self._run / name).unlink(missing_ok=True)
-                self.reason = f"the file {name}"
-                return request
-        return Request.NOTHING
+        return Request.SAVE if save else Request.NOTHING
+
+    def _found(self, name: str) -> bool:
+        """Whether the run folder holds a request file of this name; it is taken away."""
+        path = self._run / name
+        if not path.exists():
+            return False
+        path.unlink(missing_ok=True)
+        self.reason = f"the file {name}"
+        return True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number in SAVE:
+            self._save = True
+            return
+        now = time.monotonic()
+        if not self._leave:
+            self._leave, self._first_leave, self.reason = True, now, signal.Signals(number).name
+        elif now - self._first_leave > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
 
 
 def deadline(time_limit: float | None, started: float) -> float | None:
-    """When the run should leave: `time_limit` minutes after `started`, else shortly before the SLURM job's end."""
+    """When to leave: after `time_limit` minutes from `started`, else a margin before the SLURM job's end."""
     if time_limit is not None:
         return started + 60 * time_limit
     end = os.environ.get("SLURM_JOB_END_TIME")

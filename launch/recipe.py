@@ -90,6 +90,13 @@ class DataRecipe:
     """Cutmix's alpha; 0 = off."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
 
+    def __post_init__(self) -> None:
+        for name in ("size", "global_batch", "window"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        if self.eval_batch is not None and self.eval_batch < 1:
+            raise RecipeError(f"--eval-batch {self.eval_batch}: at least 1")
+
     def augmentation(self) -> AugmentRecipe:
         """The augmentation recipe that the fields amount to."""
         overrides: dict[str, Any] = {
@@ -165,6 +172,10 @@ class OptimRecipe:
             raise RecipeError(
                 f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}: warm-up must be shorter"
             )
+        for name in ("lr", "warmup_lr", "min_lr", "weight_decay", "eps", "clip_grad"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise RecipeError(f"--{name.replace('_', '-')} {value:g}: not negative")
         if not 0 <= self.ema < 1:
             raise RecipeError(f"--ema {self.ema:g}: a decay in [0, 1), such as 0.9999")
         if not 0 <= self.label_smoothing < 1:

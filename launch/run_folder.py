@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, NoReturn
+
+from safetensors import SafetensorError
 
 import fat
 from launch.checkpoint import BackgroundWriter, Checkpoint, CheckpointError, CheckpointFolder, Progress
 from launch.engine import Engine
 from launch.feed import Feed
+from launch.guards import RunFailed
 from launch.masters import AVERAGE
+from launch.metrics import METRICS_NAME
 from launch.preempt import Preempted
 from launch.recipe import Recipe
 from launch.report import draw_curves
+from launch.status import Status, write_status
+from launch.world import share
 from shards.errors import UserError
 
-RECIPE_NAME, STATUS_NAME = "recipe.json", "status"
+RECIPE_NAME = "recipe.json"
 LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
-Status = Literal["running", "preempted", "finished", "failed"]
 
 
 class RunFolder:
@@ -44,22 +48,28 @@ class RunFolder:
     def resume(self) -> tuple[Progress, list[str]]:
         """Load the newest whole checkpoint into the engine, if the recipe says so and there is one; describe the run.
 
-        Collective. Returns where the run stands, and lines for people.
+        Collective: rank 0 chooses, all ranks read. Returns where the run stands, and lines for people.
 
         Raises:
-            CheckpointError: it belongs to another run.
+            CheckpointError: it belongs to another run, or not every rank can read it.
             UserError: the folder cannot be written.
         """
-        world, plan, run = self._engine.world, self._feed.plan, self._recipe.run
-        found, complaints = self._checkpoints.newest() if run.resume == "auto" else (None, [])
+        world, plan = self._engine.world, self._feed.plan
+        found, story = share(self._choose if world.is_main else None, world)
         if found is not None:
-            check_fingerprint(found, self._fingerprint)
-            self._engine.load_state_dict(found.load(), steps=found.progress.step)
+            changed = check_fingerprint(found, self._fingerprint)
+            story += [f"warning: {fact}; the run goes on with the new value" for fact in changed]
+            try:
+                state = found.load()
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{found.path}: rank {world.rank} cannot read it ({error}); "
+                    "the run folder (--out) must be on storage that all nodes share"
+                ) from error
+            self._engine.load_state_dict(state, steps=found.progress.step)
             self._saved = found.progress
-        world.barrier()  # no rank may write before every rank has looked
         if world.is_main:
             self._describe()
-        story = [f"warning: {complaint}" for complaint in complaints]
         story.append(
             f"fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, {self._engine.description}; "
             f"{plan.samples} images of {self._feed.dataset.path}, {plan.steps_per_epoch} steps of {plan.global_batch} "
@@ -67,6 +77,17 @@ class RunFolder:
         )
         story.append(f"going on from {found.path}" if found else f"starting in {self.path}")
         return self._saved, story
+
+    def _choose(self) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, and lines for people; on rank 0."""
+        if self._recipe.run.resume == "never":
+            aside = self._checkpoints.set_aside()
+            metrics = self.path / METRICS_NAME
+            if aside is not None and metrics.exists():
+                metrics.rename(aside / METRICS_NAME)
+            return None, [f"the earlier run's checkpoints and metrics are now in {aside}"] if aside else []
+        found, complaints = self._checkpoints.newest()
+        return found, [f"warning: {complaint}" for complaint in complaints]
 
     def save(self, progress: Progress) -> Progress:
         """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on."""
@@ -76,6 +97,20 @@ class RunFolder:
             self._writer.save(state, progress, self._fingerprint)
         self._saved = progress
         return progress
+
+    def leave(self, progress: Progress, reason: str) -> NoReturn:
+        """Save, wait for it, and end the run in good order. Collective.
+
+        Raises:
+            Preempted: saved.
+            RunFailed: not saved, although tried twice.
+        """
+        for _ in range(2):
+            self.save(progress)
+            main = self._engine.world.is_main
+            if share(self._writer.wait if main else None, self._engine.world):
+                raise Preempted(reason or "another rank's request")
+        raise RunFailed(f"asked to leave ({reason}), but the checkpoint could not be written, twice")
 
     def complaints(self) -> list[str]:
         """Checkpoints that could not be written since the last call."""
@@ -116,16 +151,8 @@ class RunFolder:
             self._status("failed", f"{kind.__name__}: {error}")
 
     def _status(self, status: Status, reason: str = "") -> None:
-        if not self._engine.world.is_main:
-            return
-        temporary = self.path / f".{STATUS_NAME}.tmp"
-        text = json.dumps({"status": status, "step": self._saved.step, "reason": reason})
-        try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            os.replace(temporary, self.path / STATUS_NAME)
-        except OSError:
-            # The disk may be the very reason for the end; the end itself must not be hidden by it.
-            temporary.unlink(missing_ok=True)
+        if self._engine.world.is_main:
+            write_status(self.path, status, step=self._saved.step, reason=reason)
 
     def _describe(self) -> None:
         engine = self._engine
@@ -157,36 +184,48 @@ def saved_recipe(run: Path) -> dict[str, Any]:
 
 
 def fingerprint(recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """What decides the order of the data and the meaning of a step; every checkpoint holds it."""
-    plan = feed.plan
+    """What every checkpoint holds of its run: `fixed` decides what is fed and what a step means, `free` may change."""
+    plan, optim = feed.plan, recipe.optim
     return {
-        "variant": recipe.model.variant,
-        "global_batch": plan.global_batch,
-        "lanes": plan.lanes,
-        "window": plan.window,
-        "seed": plan.seed,
-        "epochs": recipe.optim.epochs,
-        "train_samples": plan.samples,
-        "train_index": feed.dataset.split("train").index_hash,
+        "fixed": {
+            "variant": recipe.model.variant,
+            "global_batch": plan.global_batch,
+            "lanes": plan.lanes,
+            "window": plan.window,
+            "seed": plan.seed,
+            "epochs": optim.epochs,
+            "train_samples": plan.samples,
+            "train_index": feed.dataset.split("train").index_hash,
+            "augmentation": repr(feed.augment),
+        },
+        "free": {
+            name: getattr(optim, name)
+            for name in ("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "label_smoothing", "ema")
+        },
     }
 
 
-def check_fingerprint(found: Checkpoint, current: dict[str, Any]) -> None:
-    """Refuse to resume a run as another one.
+def check_fingerprint(found: Checkpoint, current: dict[str, Any]) -> list[str]:
+    """Refuse to resume a run as another one; returns what else differs.
 
     Raises:
-        CheckpointError: names each difference.
+        CheckpointError: names each difference that would change what is fed or what a step means.
     """
-    changed = [
-        f"{key} was {found.fingerprint.get(key)}, is {value}"
-        for key, value in current.items()
-        if found.fingerprint.get(key) != value
-    ]
-    if changed:
+
+    def changes(kind: str) -> list[str]:
+        before = found.fingerprint.get(kind, {})
+        return [
+            f"{key} was {before.get(key)}, is {value}"
+            for key, value in current[kind].items()
+            if before.get(key) != value
+        ]
+
+    if changed := changes("fixed"):
         raise CheckpointError(
             f"{found.path}: saved by a different run ({'; '.join(changed)}); "
-            "use the same options, another run folder (--out), or --resume never"
+            "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
         )
+    return changes("free")
 
 
 def _version(library: str) -> str | None:

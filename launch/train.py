@@ -10,25 +10,22 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
-
-import fat
 from launch.command_line import parse
 from launch.dry_run import describe_run
 from launch.engine import Engine
 from launch.feed import Feed
 from launch.guards import Guards
 from launch.metrics import Tracker
+from launch.model import build_model
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
 from launch.recipe import Recipe
 from launch.run_folder import RunFolder
 from launch.schedule import rate_of
-from launch.world import World, connect, disconnect, report_error
-from pipeline.rng import Stream, seed64
-from shards.errors import UserError
+from launch.status import read_status, write_status
+from launch.world import World, connect, run_command
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, world: World) -> None:
     """One run, from the recipe to its last checkpoint, curves and weights.
 
     Raises:
@@ -36,11 +33,11 @@ def train(recipe: Recipe) -> None:
         Preempted: the run was asked to leave, and has been saved.
     """
     started = time.time()
-    world = connect()
     feed = Feed.of(recipe, world)
     model = build_model(recipe, feed.classes)
     if recipe.run.dry_run:
-        say_once(world, describe_run(recipe, feed, model))
+        if world.is_main:
+            print(describe_run(recipe, feed, model))
         return
     shape = feed.shape
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
@@ -51,24 +48,35 @@ def train(recipe: Recipe) -> None:
         Tracker(recipe, feed, engine, progress) as tracker,
         Preemption(folder.path, world, deadline=deadline(recipe.run.time_limit, started)) as preemption,
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
+        feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
         tracker.say(*story, *feed.advice())
-        evaluation = feed.eval_loader(dtype=engine.input_dtype)
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
         rate = rate_of(recipe, feed.plan.steps_per_epoch)
 
         def settle() -> None:
             """Read the device: judge and log the steps since the last time."""
             tracker.say(*(f"warning: {fact}" for fact in (*guards.check(), *folder.complaints())))
-            tracker.interval(skipped=guards.skipped)
+            tracker.interval(skipped=guards.skipped, replaced=loader.bad_samples)
 
+        def evaluate(step: int) -> float | None:
+            """Top-1 with `step` steps behind; asked to leave meanwhile, the run saves that this is still to be done."""
+            top1 = None
+            for kind in ("eval", "eval-ema") if recipe.optim.ema else ("eval",):
+                result = engine.evaluate(preemption.heed(evaluation or ()), average=kind == "eval-ema")
+                if result is None:
+                    folder.leave(tracker.progress(progress, step, pending=True), preemption.reason)
+                top1 = tracker.evaluation(step, result, kind=kind)
+            return top1
+
+        if progress.pending_evaluation and evaluation is not None:
+            progress = folder.save(tracker.progress(progress, progress.step, evaluate(progress.step)))
         for step in range(progress.step, feed.last_step):
             request = preemption.agreed()
-            if request is not Request.NOTHING and step > progress.step:
+            if request is not Request.NOTHING:
                 settle()
-                progress = folder.save(tracker.progress(progress, step))
-            if request is Request.LEAVE:
-                raise Preempted(preemption.reason or "another rank's request")
+                progress = tracker.progress(progress, step) if step > progress.step else progress
+                folder.leave(progress, preemption.reason) if request is Request.LEAVE else folder.save(progress)
 
             with tracker.waiting_for_data():
                 batches = [next(loader) for _ in range(shape.accumulation)]
@@ -81,12 +89,8 @@ def train(recipe: Recipe) -> None:
             saves = evaluates or (step + 1) % (recipe.run.save_every or sys.maxsize) == 0
             if saves or (step + 1) % recipe.run.log_every == 0:
                 settle()
-            top1 = None
-            if evaluates and evaluation is not None:
-                top1 = tracker.evaluation(step + 1, engine.evaluate(evaluation))
-                if recipe.optim.ema:
-                    top1 = tracker.evaluation(step + 1, engine.evaluate(evaluation, average=True), kind="eval-ema")
             if saves:
+                top1 = evaluate(step + 1) if evaluates and evaluation is not None else None
                 progress = folder.save(tracker.progress(progress, step + 1, top1))
                 tracker.restart_interval()
 
@@ -94,42 +98,26 @@ def train(recipe: Recipe) -> None:
         tracker.say(*folder.finish())
 
 
-def build_model(recipe: Recipe, classes: int) -> torch.nn.Module:
-    """The variant, initialised from the run's seed or from `--weights`.
-
-    Raises:
-        UserError: weights that do not fit.
-    """
-    torch.manual_seed(seed64(Stream.INIT, recipe.run.seed))
-    try:
-        return fat.create_model(
-            f"fat_{recipe.model.variant}",
-            num_classes=classes,
-            drop_path=recipe.model.drop_path,
-            weights=recipe.model.weights,
-            replace_head=True,
-        )
-    except (ValueError, OSError) as error:
-        raise UserError(f"--weights: {error}") from error
-
-
-def say_once(world: World, text: str) -> None:
-    if world.is_main:
-        print(text)
-
-
 def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
-    try:
-        train(parse())
+    recipe = parse()
+
+    def run() -> int:
+        world = connect()
+        if world.is_main and not recipe.run.dry_run:
+            write_status(recipe.run.out, "running")  # an earlier end of this run must not be taken for this one's
+        try:
+            train(recipe, world)
+        except Preempted as reason:
+            print(f"saved and leaving: {reason}", file=sys.stderr, flush=True)
+            return EXIT_STATUS
         return 0
-    except UserError as error:
-        return report_error(error)
-    except Preempted as reason:
-        print(f"saved and leaving: {reason}", file=sys.stderr, flush=True)
-        return EXIT_STATUS
-    finally:
-        disconnect()
+
+    def failed(reason: str) -> None:
+        if not recipe.run.dry_run and read_status(recipe.run.out) == "running":  # the run folder says more, if it can
+            write_status(recipe.run.out, "failed", reason=reason)
+
+    return run_command(run, failed)
 
 
 if __name__ == "__main__":

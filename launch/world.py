@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from shards.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,10 @@ def connect() -> World:
         device = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(device)
         backend = "nccl" if local_size <= gpus else "gloo"
+        if local_size > gpus:
+            # accelerate and DeepSpeed take the device of this number, and would look for one GPU per rank.
+            os.environ["LOCAL_RANK"] = str(device.index)
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     else:
         device = torch.device("cpu")
         # Launchers set OMP_NUM_THREADS=1; a rank's share of the cores is what it should be.
@@ -61,14 +70,54 @@ def all_equal(value: int, world: World) -> bool:
     return int(ends[0]) == -int(ends[1])
 
 
+def share(make: Callable[[], T] | None, world: World) -> T:
+    """What `make` returns on rank 0, on every rank. Collective; an exception of rank 0 is raised on all."""
+    if world.size == 1:
+        assert make is not None
+        return make()
+    box: list[Any] = [None, None]
+    if make is not None:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    if box[1] is not None:
+        raise box[1]
+    return cast(T, box[0])
+
+
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def report_error(error: UserError) -> int:
-    """Print one line and return the exit status. All ranks may find the same fault; rank 0's word is the plain one."""
-    rank = int(os.environ.get("RANK", "0"))
-    print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-    return error.exit_code
+def run_command(command: Callable[[], int], failed: Callable[[str], None] = lambda reason: None) -> int:
+    """Run a command of one rank; returns its exit status and prints one line for bad input.
+
+    A rank that fails while others run on must go without ceremony: leaving NCCL's group waits for the peers, which wait
+    for this rank, and the launcher, which would end them, waits for it to exit.
+
+    Args:
+        failed: told the reason of a failure, before the end.
+    """
+    status = 1
+    try:
+        status = command()
+        disconnect()
+        return status
+    except UserError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
+        failed(str(error))
+        status = error.exit_code
+    except Exception as error:
+        traceback.print_exc()
+        failed(f"{type(error).__name__}: {error}")
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    disconnect()
+    return status

@@ -82,7 +82,7 @@ class BatchShape:
                 f"world size {self.world} does not divide the global batch of {self.global_batch}"
                 f"{' into pairs' if self.pairs else ''}; the nearest world sizes that do: {_nearest(self.world, fits)}"
             )
-        if self.rank_rows % self.micro_rows or self.micro_rows % unit:
+        if self.micro_rows < unit or self.rank_rows % self.micro_rows or self.micro_rows % unit:
             fits = [m for m in range(unit, self.rank_rows + 1, unit) if self.rank_rows % m == 0]
             raise PlanError(
                 f"micro-batch {self.micro_rows} does not divide the {self.rank_rows} rows of a rank"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
+LAUNCHER = (sys.executable, "-m", "accelerate.commands.launch")
 TRAIN = "launch/train.py"
 
 
@@ -21,10 +21,14 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+STRIPPED = ("ACCELERATE_", "DS_", "RANK", "WORLD_", "LOCAL_", "MASTER_", "FAT_DATA", "SLURM_")
+
+
 def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
-    """Ours, without anything a launcher or a user's accelerate configuration could add."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "DS_", "RANK", "WORLD_", "LOCAL_"))}
-    return env | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": str(ROOT)} | extra
+    """Ours, without anything a launcher or a user's configuration could add, and without GPUs (tests/gpu asks for them)."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(STRIPPED)}
+    hidden = {} if "tests/gpu" in os.environ.get("PYTEST_CURRENT_TEST", "") else {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": str(ROOT)} | hidden | extra
 
 
 def accelerate(
@@ -35,7 +39,7 @@ def accelerate(
         [] if ranks == 1 else ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
     )
     return subprocess.run(
-        [str(BIN / "accelerate"), "launch", *topology, TRAIN, *map(str, args)],
+        [*LAUNCHER, *topology, TRAIN, *map(str, args)],
         cwd=ROOT,
         env=environment(tmp_path),
         capture_output=True,

@@ -1,9 +1,10 @@
 """A training run in which something goes wrong, on purpose.
 
-    provoke.py nan|drift|disk|record|stall [options of launch/train.py]
+    provoke.py nan|drift|disk|slow|ask|record|stall [options of launch/train.py]
 
 nan: the images of steps 3, 6, 7, 8 hold a NaN. drift: rank 1's weights are disturbed after step 3. disk: no large
-file can be written during steps 4 and 5. record: every rank
+file can be written during steps 4 and 5. slow: every step
+after the first takes a minute. ask: the run is asked to leave in the middle of its first evaluation. record: every rank
 writes what it was fed to RUN/fed-RANK.jsonl. stall: no training; prints how long a save holds the caller.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import resource
 import signal
 import statistics
@@ -27,10 +29,12 @@ import launch.train
 from launch.checkpoint import BackgroundWriter, CheckpointFolder, Progress
 from launch.command_line import parse
 from launch.engine import Engine, StepResult
+from launch.model import build_model
 from launch.world import connect
 
 BAD_STEPS = {2, 5, 6, 7}
 original_step = Engine.step
+original_evaluate = Engine.evaluate
 
 
 def nan_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
@@ -58,6 +62,22 @@ def step_on_a_full_disk(engine: Engine, batches: Any, *, step: int, lr: float) -
     return result
 
 
+def slow_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    for _ in range(60 if step else 0):
+        time.sleep(1)
+    return original_step(engine, batches, step=step, lr=lr)
+
+
+def interrupted_evaluation(engine: Engine, batches: Any, *, average: bool = False) -> dict[str, float] | None:
+    def with_a_request() -> Any:
+        for number, batch in enumerate(batches):
+            if number == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    return original_evaluate(engine, with_a_request(), average=average)
+
+
 def recorded_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
     world = engine.world
     entry = {
@@ -75,7 +95,7 @@ def recorded_step(engine: Engine, batches: Any, *, step: int, lr: float) -> Step
 def measure_stall() -> None:
     recipe = parse(sys.argv[1:])
     world = connect()
-    model = launch.train.build_model(recipe, 1000)
+    model = build_model(recipe, 1000)
     engine = Engine(model, recipe, world, micro_batch=1, accumulation=1)
     times = []
     with tempfile.TemporaryDirectory() as folder:
@@ -98,6 +118,15 @@ if __name__ == "__main__":
         measure_stall()
         sys.exit(0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead
-    steps = {"nan": nan_step, "drift": drifting_step, "disk": step_on_a_full_disk, "record": recorded_step}
+    steps = {
+        "nan": nan_step,
+        "drift": drifting_step,
+        "disk": step_on_a_full_disk,
+        "slow": slow_step,
+        "ask": original_step,
+        "record": recorded_step,
+    }
     Engine.step = steps[kind]  # type: ignore[method-assign]
+    if kind == "ask":
+        Engine.evaluate = interrupted_evaluation  # type: ignore[method-assign]
     sys.exit(launch.train.main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,34 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.launching import BIN, ROOT, TRAIN, environment, free_port, lines, python
+from tests.dist.launching import LAUNCHER, ROOT, TRAIN, environment, free_port, lines, python
 
 OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """Whatever a test has started, it ends with the test, also when that fails."""
+    yield
+    for process in STARTED:
+        for pid in _descendants(process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    STARTED.clear()
+
+
+def _descendants(pid: int) -> list[int]:
+    """`pid` and all its children's children."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def start(
@@ -26,8 +53,8 @@ def start(
 ) -> subprocess.Popen[str]:
     """Start a run in a process group of its own; one plain process, or several under `accelerate launch`."""
     topology = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
-    command = [str(BIN / "accelerate"), "launch", *topology] if launcher else [sys.executable]
-    return subprocess.Popen(
+    command = [*LAUNCHER, *topology] if launcher else [sys.executable]
+    process = subprocess.Popen(
         [*command, *script, *OPTIONS, *map(str, args)],
         cwd=ROOT,
         env=environment(tmp_path),
@@ -36,6 +63,8 @@ def start(
         text=True,
         start_new_session=True,
     )
+    STARTED.append(process)
+    return process
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -67,7 +96,9 @@ def ranks_of(run: Path) -> list[int]:
 
 
 def kill_everything(process: subprocess.Popen[str]) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
+    for pid in _descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 
@@ -77,14 +108,13 @@ def test_sigterm_under_the_launcher_saves_once_leaves_no_orphans_and_resumes_at_
     run = tmp_path / "run"
     process = start(tmp_path, "--data", digits, "--out", run, ranks=2, launcher=True)
     wait_for_step(run, 3, process)
-    asked = time.monotonic()
-    process.send_signal(signal.SIGTERM)
+    for pid in ranks_of(run):  # as SLURM does: every process, and the launcher passes it on as well
+        os.kill(pid, signal.SIGTERM)
     process.wait(timeout=60)
-    assert time.monotonic() - asked < 30  # 10 s on an idle machine; the launcher itself would kill after 30
     assert ranks_of(run) == []
     left = status(run)
     assert left["status"] == "preempted"
-    assert left["reason"] == "SIGTERM"
+    assert "SIGTERM" in left["reason"]
     assert left["step"] >= 3
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved == [f"step-{left['step']:08d}"]
@@ -102,7 +132,8 @@ def test_other_ways_of_asking_end_with_the_reserved_status(tmp_path: Path, digit
     run = tmp_path / "run"
     limit = ("--time-limit", "0.2") if how == "deadline" else ()
     process = start(tmp_path, "--data", digits, "--out", run, *limit)
-    wait_for_step(run, 1, process)
+    if how != "deadline":
+        wait_for_step(run, 1, process)
     if how == "file":
         (run / "PREEMPT").touch()
     elif how == "usr2":
@@ -127,18 +158,44 @@ def test_a_save_on_request_lets_the_run_go_on(tmp_path: Path, digits: Path) -> N
     assert step % 22 != 0  # not one of the saves at epoch ends
 
 
-def test_the_second_signal_ends_the_run_at_once(tmp_path: Path, digits: Path) -> None:
+def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digits: Path) -> None:
+    """Asked to leave within a step of many seconds, and then asked again."""
     run = tmp_path / "run"
-    process = start(tmp_path, "--data", digits, "--out", run, "--global-batch", "512", "--warmup-epochs", "0")
-    for _ in range(600):
-        if (run / "status").exists():
-            break
-        time.sleep(0.1)
+    process = start(tmp_path, "--data", digits, "--out", run, script=("tests/dist/provoke.py", "slow"))
+    wait_for_step(run, 1, process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)  # the same request by another way
+    time.sleep(6)
+    assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    assert not list((run / "checkpoints").glob("step-*"))
+
+
+def test_asked_to_leave_during_an_evaluation_the_run_saves_and_evaluates_when_it_is_back(
+    tmp_path: Path, digits: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--data", digits, "--out", run, "--stop-after", "2", "--eval-batch", "4")
+    process = start(tmp_path, *options, script=("tests/dist/provoke.py", "ask"))
+    assert process.wait(timeout=120) == 75
+    assert lines(run, "eval") == []
+    assert status(run)["step"] == 2
+    done = python(tmp_path, TRAIN, *OPTIONS, *options)
+    assert done.returncode == 0, done.stderr
+    assert [(line["step"], line["samples"]) for line in lines(run, "eval")] == [(2, 360)]
+
+
+def test_a_run_that_starts_afresh_sets_the_old_one_aside(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    for steps, resume in (("4", "auto"), ("2", "never")):
+        options = ("--data", digits, "--out", run, "--stop-after", steps, "--save-every", "1", "--resume", resume)
+        done = python(tmp_path, TRAIN, *OPTIONS, *options)
+        assert done.returncode == 0, done.stderr
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
+    assert (run / "checkpoints-before-1" / "step-00000004").is_dir()
+    assert [line["step"] for line in lines(run, "train")] == [1, 2]
 
 
 RECORD = ("tests/dist/provoke.py", "record")
