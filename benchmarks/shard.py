@@ -1,8 +1,7 @@
 """How fast sharding is, beside tools that do the same work on as many processes, in one run.
 
 Photos as `pipeline sample photos` makes them, from memory to memory (`--work`, by default /dev/shm), so that it is
-the tools that are compared and not the disk. All take turns; medians of `--rounds`, ratios within a round, by the clock
-and by the time of all cores (which is what counts where a machine is shared).
+the tools that are compared and not the disk. All take turns; medians of `--rounds`, ratios within a round.
 
 - check: `pipeline shard` (every image decoded for a check) against the decoder alone (simplejpeg, full size, RGB, on
   encoded images already in memory), and against webdataset's ShardWriter with that decoder as its check;
@@ -10,16 +9,14 @@ and by the time of all cores (which is what counts where a machine is shared).
 - ffcv: `pipeline shard --format ffcv --max-side 400 --quality 90` against FFCV's DatasetWriter with
   RGBImageField(write_mode='jpg', max_resolution=400, jpeg_quality=90) on images opened by Pillow.
 
-    python benchmarks/shard.py [--rounds 7] [--count 5000] [--processes 2] [--out FILE.json]
+    python benchmarks/shard.py [--rounds 7] [--count 4000] [--processes 2] [--out FILE.json]
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -57,7 +54,7 @@ class Options:
 
     rounds: int = 7
     """Interleaved rounds."""
-    count: int = 5000
+    count: int = 4000
     """Photos to make."""
     processes: int = 2
     """Worker processes of each tool."""
@@ -78,21 +75,13 @@ def pipeline_shard(source: Path, out: Path, processes: int, rules: ImageRules, b
     convert(source, out, options)
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Seconds by the clock, and of all cores."""
-
-    wall: float
-    cpu: float
-
-
-def decoder_alone(files: list[Path]) -> Spent:
-    """Decode images that are in memory."""
+def decoder_alone(files: list[Path]) -> float:
+    """Seconds for decoding images that are in memory."""
     encoded = [file.read_bytes() for file in files]
-    wall, cpu = time.perf_counter(), time.process_time()
+    began = time.perf_counter()
     for data in encoded:
         simplejpeg.decode_jpeg(data, strict=True)
-    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+    return time.perf_counter() - began
 
 
 def shard_writer(job: tuple[list[tuple[Path, int]], Path, bool]) -> None:
@@ -134,9 +123,10 @@ def ffcv_writer(samples: list[tuple[Path, int]], out: Path, processes: int) -> N
 
 
 def main(options: Options) -> None:
+    load = os.getloadavg()[0]
     work = Path(tempfile.mkdtemp(dir=options.work))
     try:
-        result = compare(options, work)
+        result = compare(options, work) | {"machine": machine(options, load)}
     finally:
         shutil.rmtree(work)
     print(json.dumps(result, indent=1))
@@ -181,68 +171,59 @@ def compare(options: Options, work: Path) -> dict[str, object]:
         ),
         "FFCV DatasetWriter": lambda out: ffcv_writer(samples, out, processes),
     }
-    spent: dict[str, list[Spent]] = {name: [] for name in [*contenders, "decoder alone"]}
+    seconds: dict[str, list[float]] = {name: [] for name in [*contenders, "decoder alone"]}
     for turn in range(options.rounds):
         for name, contender in contenders.items():
-            spent[name].append(measure(contender, work / "out"))
-            print(f"round {turn + 1}: {name}: {spent[name][-1].wall:.1f} s", file=sys.stderr)
+            seconds[name].append(measure(contender, work / "out"))
+            print(f"round {turn + 1}: {name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
         with ProcessPoolExecutor(processes) as pool:
-            alone = list(pool.map(decoder_alone, [[path for path, _ in share] for share in shares]))
-        spent["decoder alone"].append(Spent(max(s.wall for s in alone), sum(s.cpu for s in alone)))
-    return report(spent, options, total)
+            shares_of_paths = [[path for path, _ in share] for share in shares]
+            seconds["decoder alone"].append(max(pool.map(decoder_alone, shares_of_paths)))
+    return report(seconds, options, total)
 
 
-def measure(contender: Callable[[Path], object], out: Path) -> Spent:
-    """Run it once, start and end of its processes included."""
-    wall, cpu = time.perf_counter(), cpu_seconds()
+def measure(contender: Callable[[Path], object], out: Path) -> float:
+    """Seconds for one run, start and end of its processes included."""
+    began = time.perf_counter()
     contender(out)
-    multiprocessing.active_children()  # waits for those that have ended, so that their time is counted
-    spent = Spent(time.perf_counter() - wall, cpu_seconds() - cpu)
+    took = time.perf_counter() - began
     shutil.rmtree(out) if out.is_dir() else out.unlink()
-    return spent
+    return took
 
 
-def cpu_seconds() -> float:
-    """Of this process and of its children that have ended, in user and kernel mode."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+def report(seconds: dict[str, list[float]], options: Options, total: int) -> dict[str, object]:
+    def faster(ours: str, theirs: str) -> float:
+        pairs = zip(seconds[ours], seconds[theirs], strict=True)
+        return round(statistics.median(their / our for our, their in pairs), 3)
 
-
-def report(spent: dict[str, list[Spent]], options: Options, total: int) -> dict[str, object]:
-    def ratios(ours: str, theirs: str) -> dict[str, float]:
-        pairs = list(zip(spent[ours], spent[theirs], strict=True))
-        return {
-            "by the clock": round(statistics.median(b.wall / a.wall for a, b in pairs), 3),
-            "per core": round(statistics.median(b.cpu / a.cpu for a, b in pairs), 3),
-        }
-
-    images = {name: options.count * (PACK_COPIES if name in PACKERS else 1) for name in spent}
-    rate = {name: images[name] / statistics.median(one.wall for one in ones) for name, ones in spent.items()}
+    images = {name: options.count * (PACK_COPIES if name in PACKERS else 1) for name in seconds}
+    rate = {name: images[name] / statistics.median(times) for name, times in seconds.items()}
     return {
         "images": options.count,
         "bytes": total,
         "processes": options.processes,
         "rounds": options.rounds,
         "images/s": {name: round(value) for name, value in rate.items()},
-        "CPU ms/image": {
-            name: round(1e3 * statistics.median(one.cpu for one in ones) / images[name], 3)
-            for name, ones in spent.items()
-        },
         "MB/s": {name: round(value * total / options.count / 1e6, 1) for name, value in rate.items()},
         "ratios": {
-            "check / decoder alone": ratios("pipeline shard", "decoder alone"),
-            "check / ShardWriter": ratios("pipeline shard", "ShardWriter, decoding"),
-            "pack / tar cf": ratios("pipeline shard --check header", "tar cf"),
-            "pack / ShardWriter": ratios("pipeline shard --check header", "ShardWriter"),
-            "ffcv / DatasetWriter": ratios("pipeline shard --format ffcv --max-side 400", "FFCV DatasetWriter"),
+            "check / decoder alone": faster("pipeline shard", "decoder alone"),
+            "check / ShardWriter": faster("pipeline shard", "ShardWriter, decoding"),
+            "pack / tar cf": faster("pipeline shard --check header", "tar cf"),
+            "pack / ShardWriter": faster("pipeline shard --check header", "ShardWriter"),
+            "ffcv / DatasetWriter": faster("pipeline shard --format ffcv --max-side 400", "FFCV DatasetWriter"),
         },
         "ImageNet-1K, training split, minutes": round(IMAGENET / rate["pipeline shard"] / 60, 1),
-        "machine": {
-            "cpu": cpu(),
-            "cores": len(os.sched_getaffinity(0)),
-            "python": platform.python_version(),
-            "work": str(options.work),
-        },
+    }
+
+
+def machine(options: Options, load: float) -> dict[str, object]:
+    """What the figures were measured on, and how much else it had to do."""
+    return {
+        "cpu": cpu(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load before": load,
+        "python": platform.python_version(),
+        "work": str(options.work),
     }
 
 
