@@ -2,60 +2,167 @@
 
 from __future__ import annotations
 
-import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import ROOT, environment, free_port
+from tests.dist.launching import ROOT, environment
+from tests.dist.ranks import Ranks, Record, Sequence
 
-STEPS = 6
-OPTIONS = ("--size", "32", "--augment", "fat", "--global-batch", "48", "--epochs", "2", "--warmup-epochs", "0")
-
-
-def record(tmp_path: Path, data: Path, *, world: int, start: int = 0, micro_batch: int | None = None) -> None:
-    """Run `record_batches.py` on `world` ranks."""
-    micro = [] if micro_batch is None else ["--micro-batch", str(micro_batch)]
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", str(free_port())]
-    command = [*launcher, "tests/dist/record_batches.py", str(tmp_path), str(STEPS), str(start), *OPTIONS, *micro]
-    subprocess.run(
-        [sys.executable, *command, "--data", str(data)], cwd=ROOT, env=environment(tmp_path), check=True, timeout=120
-    )
-
-
-def global_batches(tmp_path: Path, *, world: int, start: int = 0) -> dict[int, tuple[list[int], list[str]]]:
-    """Step -> ids and pixel hashes of the whole global batch."""
-    batches: dict[int, tuple[list[int], list[str]]] = {}
-    for rank in range(world):
-        path = tmp_path / f"world{world}-from{start}-rank{rank}.jsonl"
-        for line in map(json.loads, path.read_text().splitlines()):
-            ids, pixels = batches.setdefault(line["step"], ([], []))
-            ids += line["ids"]
-            pixels += line["pixels"]
-    return batches
+WORLDS = (1, 2, 3, 4, 6, 8)
+GLOBAL = 96
+STEPS = 24  # of 14 per epoch
+SAMPLES = 360  # to evaluate
+OPTIONS = (
+    *("--size", "32", "--augment", "fat", "--global-batch", str(GLOBAL), "--epochs", "3", "--warmup-epochs", "0"),
+    *("--eval-batch", "10", "--window", "64"),
+)
 
 
 @pytest.fixture(scope="module")
-def reference(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[list[int], list[str]]]:
-    folder = tmp_path_factory.mktemp("reference")
-    record(folder, digits, world=1)
-    return global_batches(folder, world=1)
+def ranks(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(tmp_path_factory.mktemp("ranks"), "--data", digits, *OPTIONS) as ranks:
+        yield ranks
 
 
-@pytest.mark.parametrize(("world", "micro_batch"), [(2, None), (2, 8), (4, None)])
-def test_same_global_batches_at_every_world_size(
-    tmp_path: Path, digits: Path, reference: dict[int, tuple[list[int], list[str]]], world: int, micro_batch: int | None
+@pytest.fixture(scope="module")
+def training(ranks: Ranks) -> Sequence:
+    """What one uninterrupted process is fed."""
+    ranks.start(1, 0, STEPS)
+    return ranks.join().steps
+
+
+@pytest.fixture(scope="module")
+def evaluation(ranks: Ranks) -> dict[int, str]:
+    """Pixel hash of each sample, from one uninterrupted process."""
+    ranks.start(1, 0, kind="eval")
+    steps = ranks.join().steps
+    return {i: pixels for ids, hashes in steps.values() for i, pixels in zip(ids, hashes, strict=True)}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_same_global_batches_at_every_world_size(ranks: Ranks, training: Sequence, world: int) -> None:
+    ranks.start(world, 0, STEPS)
+    found = ranks.join()
+    assert found.done
+    assert sorted(found.steps) == list(range(STEPS))
+    assert found.steps == training
+
+
+def test_micro_batches_are_slices_of_the_same_global_batches(digits: Path, tmp_path: Path, training: Sequence) -> None:
+    with Ranks(tmp_path, "--data", digits, *OPTIONS, "--micro-batch", "8") as accumulating:
+        accumulating.start(3, 5, 9)
+        assert accumulating.join().steps == {step: training[step] for step in range(5, 9)}
+
+
+def train_through_kills(ranks: Ranks, training: Sequence, draw: random.Random, kills: int) -> None:
+    """Kill the ranks at random moments, restart at another world size where the last whole step was, and compare."""
+    position, killed = 0, 0
+    while position < STEPS:
+        world = draw.choice(WORLDS)
+        pids = ranks.start(world, position, STEPS, pace=0.02)
+        if killed < kills:
+            # Start-up takes a part of a second: some are killed before their first batch, others after many.
+            time.sleep(draw.uniform(0, 0.8 + 0.1 * world))
+            found = ranks.kill(pids)
+            killed += 1
+        else:
+            found = ranks.join()
+            assert found.done
+        assert list(found.steps) == list(range(position, position + len(found.steps)))
+        assert found.steps == {step: training[step] for step in found.steps}
+        rows = GLOBAL // world
+        for (step, rank), (ids, pixels) in found.loose.items():
+            mine = slice(rank * rows, (rank + 1) * rows)
+            assert (ids, pixels) == (training[step][0][mine], training[step][1][mine])
+        position += len(found.steps)
+        if position == STEPS and killed < kills:
+            position = 0
+
+
+def evaluate_through_kills(ranks: Ranks, evaluation: dict[int, str], draw: random.Random, kills: int) -> None:
+    """The same for an evaluation: what is not done yet goes on at another world size, each sample exactly once."""
+    state, seen, killed = {"samples": 0}, {}, 0
+    while state["samples"] < SAMPLES:
+        world = draw.choice(WORLDS)
+        pids = ranks.start(world, state["samples"], kind="eval", pace=0.05)
+        if killed < kills:
+            time.sleep(draw.uniform(0, 0.5 + 0.1 * world))
+            found = ranks.kill(pids)
+            killed += 1
+        else:
+            found = ranks.join()
+            assert found.done
+        collect(found, seen)
+        state = found.state or state
+        assert sorted(seen) == list(range(state["samples"]))
+    assert seen == evaluation
+
+
+def collect(found: Record, seen: dict[int, str]) -> None:
+    for ids, hashes in found.steps.values():
+        for i, pixels in zip(ids, hashes, strict=True):
+            assert i not in seen
+            seen[i] = pixels
+
+
+def test_killed_and_restarted_at_other_world_sizes_the_batches_are_the_same(ranks: Ranks, training: Sequence) -> None:
+    train_through_kills(ranks, training, random.Random(1), kills=4)
+
+
+def test_a_killed_evaluation_ends_at_other_world_sizes_with_each_sample_once(
+    ranks: Ranks, evaluation: dict[int, str]
 ) -> None:
-    record(tmp_path, digits, world=world, micro_batch=micro_batch)
-    assert sorted(reference) == list(range(STEPS))
-    assert global_batches(tmp_path, world=world) == reference
+    assert sorted(evaluation) == list(range(SAMPLES))
+    evaluate_through_kills(ranks, evaluation, random.Random(2), kills=2)
 
 
-def test_same_global_batches_after_a_restart_at_another_world_size(
-    tmp_path: Path, digits: Path, reference: dict[int, tuple[list[int], list[str]]]
-) -> None:
-    record(tmp_path, digits, world=3, start=2)
-    resumed = global_batches(tmp_path, world=3, start=2)
-    assert resumed == {step: batch for step, batch in reference.items() if step >= 2}
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", range(10))
+def test_a_long_campaign_of_kills(ranks: Ranks, training: Sequence, evaluation: dict[int, str], seed: int) -> None:
+    train_through_kills(ranks, training, random.Random(100 + seed), kills=20)
+    for number in range(5):
+        evaluate_through_kills(ranks, evaluation, random.Random(1000 * seed + number), kills=3)
+
+
+CONSUMER = """
+import sys, torch
+from pathlib import Path
+from pipeline.augment.recipe import augment_recipe
+from pipeline.loader import TrainLoader
+from pipeline.plan import BatchShape, TrainPlan
+from shards.dataset import ShardSet
+dataset = ShardSet(Path(sys.argv[1]))
+plan = TrainPlan(dataset.shard_samples("train"), global_batch=64, seed=0)
+recipe = augment_recipe("fat", size=224, mixup=0, cutmix=0)
+with TrainLoader(dataset, plan, BatchShape(global_batch=64), recipe, epochs=9999, device=torch.device("cpu")) as loader:
+    for number, batch in enumerate(loader):
+        if number == 2:
+            print("running", flush=True)
+"""
+
+
+def test_ctrl_c_ends_a_loader_within_two_seconds(photos: Path, tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    command = [sys.executable, "-c", CONSUMER, str(photos)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "running\n"
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    took = time.monotonic() - began
+    assert "KeyboardInterrupt" in stderr
+    assert process.returncode in (1, 130, -signal.SIGINT)
+    assert took < 2
+    assert set(os.listdir("/dev/shm")) <= before
