@@ -151,7 +151,7 @@ class Manifest:
                         shards=tuple(ShardEntry(**shard) for shard in split["shards"]),
                         index=split["index"],
                         index_hash=split["index_hash"],
-                        beton=_parse_beton(split["beton"]),
+                        beton=_parse_beton(split.get("beton")),
                     )
                     for name, split in raw["splits"].items()
                 },

@@ -40,7 +40,7 @@ PHOTO_SIZES = (
 BYTES_PER_PIXEL = 0.95
 BYTES_SPREAD = 0.5  # of the logarithm
 PHOTO_QUALITIES = (80, 88, 93, 96, 98)
-PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, before the photo's own size limits it
+PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, where the photo is large enough
 PHOTO_VAL_SHARE = 0.1
 
 # file (below the library's own data folder) -> class
@@ -158,7 +158,9 @@ def _cut(sources: list[Image.Image], draw: random.Random) -> bytes:
 def _draw_crop(available: tuple[int, int], draw: random.Random) -> _Crop:
     sizes, shares = zip(*PHOTO_SIZES, strict=True)
     (size,) = draw.choices(sizes, shares)
-    zoom = min(draw.uniform(*PHOTO_ZOOM), available[0] / size[0], available[1] / size[1])
+    zoom, limit = draw.uniform(*PHOTO_ZOOM), min(available[0] / size[0], available[1] / size[1])
+    if zoom > limit:
+        zoom = limit * draw.uniform(0.8, 1.0)  # always at the limit, they would be one and the same window
     width, height = int(size[0] * zoom), int(size[1] * zoom)
     left, top = draw.randint(0, available[0] - width), draw.randint(0, available[1] - height)
     return _Crop((left, top, width, height), size)
