@@ -32,6 +32,8 @@ CHUNK = 8 << 20  # bytes asked for at once
 VERSIONS = 3  # times that a file is fetched anew when its bytes do not match its hash
 # Files leased at once; each is a file descriptor. Others stay in the cache as long as there is room.
 MAX_LEASES = 400
+# Looked ahead at once: a set of few shards needs the same ones again and again, to the last epoch.
+MAX_NEEDS = 1024
 _LOOK_AGAIN_SECONDS = 0.2
 _FULL_SECONDS = 5.0
 
@@ -200,7 +202,7 @@ class StagedFiles:
 
     def _look_ahead(self) -> None:
         """Want what is needed next, as far as the share of the cache goes."""
-        while True:
+        while len(self._needs) < MAX_NEEDS:
             if self._next is None:
                 self._next = next(self._upcoming, None)
                 if self._next is None:

@@ -130,6 +130,14 @@ def test_the_first_batch_waits_for_no_shard(site: Site, photos: Path, tmp_path: 
     assert same(found, expected)
 
 
+def test_a_run_of_a_million_epochs_starts_as_fast_as_one(site: Site, tmp_path: Path) -> None:
+    loader = train(open_set(site.url, cache=tmp_path), epochs=10**6)
+    start = time.monotonic()
+    with loader:
+        next(loader)
+        assert time.monotonic() - start < 5
+
+
 def void(_: object) -> None:
     return None
 

@@ -1,0 +1,187 @@
+"""Sets on a server, in real processes: ranks of a node share what they stage, kill -9 loses nothing, S3 works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.dist.launching import ROOT, environment, free_port
+from tests.dist.ranks import Ranks, Sequence
+from tests.serving import Site, serve
+
+STEPS = 14
+OPTIONS = ("--size", "32", "--augment", "fat", "--global-batch", "96", "--epochs", "3", "--warmup-epochs", "0")
+
+if os.environ.get("CI") != "true":
+    pytest.importorskip("s3fs")
+    pytest.importorskip("moto")
+
+
+@pytest.fixture(scope="module")
+def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence:
+    """What the local set gives."""
+    with Ranks(tmp_path_factory.mktemp("local"), "--data", digits, *OPTIONS) as ranks:
+        ranks.start(1, 0, STEPS)
+        return ranks.join().steps
+
+
+@pytest.fixture
+def site(digits: Path) -> Iterator[Site]:
+    with serve(digits) as site:
+        yield site
+
+
+def shards(path: Path) -> dict[str, int]:
+    return {shard.name: shard.stat().st_size for shard in path.glob("train-*.tar")}
+
+
+def test_two_ranks_stage_each_shard_once(site: Site, digits: Path, tmp_path: Path, local: Sequence) -> None:
+    with Ranks(tmp_path, "--data", site.url, "--cache", tmp_path / "cache", *OPTIONS) as ranks:
+        ranks.start(2, 0, STEPS, pace=0.2)
+        assert ranks.join().steps == local
+        whole = {name: times for name, times in site.whole_reads().items() if name in shards(digits)}
+        assert whole == dict.fromkeys(shards(digits), 1)
+        assert {path.name for path in (tmp_path / "cache").glob("*/train-*")} == set(shards(digits))
+        site.log.clear()
+        ranks.start(3, 0, STEPS, pace=0.1)
+        assert ranks.join().steps == local
+        assert not site.whole_reads().keys() & set(shards(digits)), "all is in the cache"
+
+
+# In small pieces, so that there is something to be killed in the middle of.
+DOWNLOADER = """
+import sys, torch, pipeline.staging
+from pathlib import Path
+from pipeline.augment.recipe import augment_recipe
+from pipeline.loader import TrainLoader
+from pipeline.plan import BatchShape, TrainPlan
+from pipeline.remote_set import open_set
+pipeline.staging.CHUNK = int(sys.argv[3])
+dataset = open_set(sys.argv[1], cache=Path(sys.argv[2]))
+plan = TrainPlan(dataset.shard_samples("train"), global_batch=96, seed=0)
+recipe, shape, device = augment_recipe("light", size=32), BatchShape(global_batch=96), torch.device("cpu")
+with TrainLoader(dataset, plan, shape, recipe, epochs=99999, device=device) as loader:
+    for number, batch in enumerate(loader):
+        if number == 0:
+            print("first", flush=True)
+        if len(list(Path(sys.argv[2]).glob("*/train-*.tar"))) == int(sys.argv[4]):
+            break
+print("staged", flush=True)
+"""
+PIECE = 1 << 16
+
+
+def downloader(tmp_path: Path, site: Site, files: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", DOWNLOADER, site.url, str(tmp_path / "cache"), str(PIECE), str(files)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True)
+
+
+def test_killed_while_it_downloads_a_run_goes_on_where_it_was(site: Site, digits: Path, tmp_path: Path) -> None:
+    sizes = shards(digits)
+
+    def pieces() -> Counter[tuple[str, int]]:
+        """How often each piece of a shard was sent; samples are shorter."""
+        sent = [(name, start, stop) for name, start, stop in list(site.log) if name in sizes]
+        return Counter(
+            (name, start) for name, start, stop in sent if stop - start == PIECE or stop == sizes[name] > start + 10_000
+        )
+
+    total = sum(-(size // -PIECE) for size in sizes.values())
+    site.before = lambda name, start, stop: time.sleep(0.1 if stop - start == PIECE else 0)
+    for killed_at in (total // 4, total // 2):
+        process = downloader(tmp_path, site, len(sizes))
+        while pieces().total() < killed_at:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    process = downloader(tmp_path, site, len(sizes))
+    stdout, stderr = process.communicate(timeout=60)
+    assert stdout == "first\nstaged\n", stderr
+    # The pieces that were under way when it was killed are asked for again, one per shard at most; no others are.
+    assert pieces().total() - len(pieces()) <= 2 * len(sizes)
+    for name in sizes:
+        (staged,) = (tmp_path / "cache").glob(f"*/{name}")
+        assert staged.read_bytes() == (digits / name).read_bytes()
+
+
+def test_ctrl_c_ends_a_run_whose_server_hangs(site: Site, tmp_path: Path) -> None:
+    hangs = threading.Event()
+    site.before = lambda name, start, stop: time.sleep(15 if hangs.is_set() or stop - start == PIECE else 0)
+    process = downloader(tmp_path, site, 99)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "first\n", "samples were sent, no shard was"
+    hangs.set()
+    time.sleep(0.5)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    assert "KeyboardInterrupt" in stderr
+
+
+@pytest.fixture
+def s3(digits: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A local S3 that holds the set in s3://bucket/digits; the environment that leads there."""
+    import boto3
+
+    url = f"http://127.0.0.1:{free_port()}"
+    access = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    command = [sys.executable, "-m", "moto.server", "-p", url.rpartition(":")[2]]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            wait_for(url)
+            client = boto3.client(
+                "s3",
+                endpoint_url=url,
+                aws_access_key_id="test",
+                aws_secret_access_key="test",
+                region_name="us-east-1",
+            )
+            client.create_bucket(Bucket="bucket")
+            for path in digits.iterdir():
+                client.upload_file(str(path), "bucket", f"digits/{path.name}")
+            yield {"AWS_ENDPOINT_URL": url, **access}
+        finally:
+            server.kill()
+
+
+def wait_for(url: str) -> None:
+    end = time.monotonic() + 30
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < end, "moto does not start"
+            time.sleep(0.1)
+
+
+def test_s3(s3: dict[str, str], digits: Path, tmp_path: Path, local: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.items():
+        monkeypatch.setenv(name, value)
+    cache = tmp_path / "cache"
+    with Ranks(tmp_path, "--data", "s3://bucket/digits", "--cache", cache, *OPTIONS) as ranks:
+        ranks.start(2, 0, STEPS, pace=0.1)
+        assert ranks.join().steps == local
+        for name in shards(digits):
+            (staged,) = cache.glob(f"*/{name}")
+            assert staged.read_bytes() == (digits / name).read_bytes()
+    command = [sys.executable, "launch/train.py", "--data", "s3://bucket/nothing-here", "--cache", str(cache)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 2
+    assert "s3://bucket/nothing-here/dataset.json: not there" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
