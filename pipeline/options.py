@@ -24,8 +24,8 @@ class DaliOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How a loader works. Which samples, crops and augmentations it delivers does not depend on it; pixels do a little on
-    who decodes (`loader`)."""
+    """How a loader works. Which samples, crops and augmentations it delivers does not depend on it; pixels do a little
+    on who decodes (`loader`)."""
 
     loader: LoaderName = "auto"
     """Who decodes. auto = dali where the set has tars, ffcv where it has a .beton alone. synthetic = random images that

@@ -39,4 +39,5 @@ def synthetic_batches(
             lam=torch.full((n,), 0.5, device=device) if mixed else None,
             position=portion.position,
             micro=portion.micro,
+            ready=torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
         )
