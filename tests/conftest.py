@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import main as pipeline
+
+
+# A shell that starts us in the background lets SIGINT be ignored, by us and by everything that we start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_pipeline(*args: str | Path) -> None:
