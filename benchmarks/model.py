@@ -92,7 +92,7 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
     if way == "plain":
         make_plain(model)
     else:
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     run = torch.compile(model, fullgraph=True) if way.endswith("compiled") else model
     images = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
     if way != "plain":
