@@ -11,7 +11,7 @@ import tyro
 from tyro.conf import subcommand
 
 from pipeline.look import Look
-from shards.commands import Info, SampleDigits, SamplePhotos, Shard, Verify
+from shards.commands import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
 from shards.errors import UserError
 
 
@@ -28,7 +28,14 @@ class Sample:
         return self.what.run()
 
 
-VERBS: dict[str, Callable[..., Any]] = {"shard": Shard, "verify": Verify, "info": Info, "look": Look, "sample": Sample}
+VERBS: dict[str, Callable[..., Any]] = {
+    "shard": Shard,
+    "index": Index,
+    "verify": Verify,
+    "info": Info,
+    "look": Look,
+    "sample": Sample,
+}
 DESCRIPTION = "Make, check and look at shard sets for training vision backbones."
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
