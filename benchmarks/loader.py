@@ -1,24 +1,27 @@
-"""Images per second of loaders that do the same work, in one run: ours, DALI's own webdataset reader, a PIL DataLoader.
+"""Images per second of loaders that do the same work, in one run: ours and the libraries' own.
 
-All three: random resized crop to 224 (bicubic, antialiased), horizontal flip, normalise to float32, batches of 64 in
-random order, on `pipeline sample photos` data, as many threads or workers as there are cores. Ours reads through the
-plan in full random order and checks every sample's hash; DALI's reader shuffles in a buffer of 1024; the DataLoader
-opens the JPEG files themselves. After a warm-up each, the three take turns and medians of `--rounds` are reported.
+All: random resized crop to 224, horizontal flip, normalise to float32, batches of 64 in random order, on `pipeline
+sample photos` data, as many threads or workers as there are cores.
+
+- ours, DALI / ours, FFCV: through the plan, in full random order, every sample's hash checked;
+- DALI's own: its webdataset reader with a shuffle buffer of 1024, the same operators (bicubic, antialiased), its output
+  taken without a copy;
+- FFCV's own: its Loader on the same .beton, RANDOM order, the page cache;
+- PIL: a DataLoader over the JPEG files with our windows;
+- ours, DALI, `fat`: the paper's augmentation besides; what it takes more is its cost beyond decoding.
 
     python benchmarks/loader.py [--rounds 7] [--images 1024] [--count 2000] [--out FILE.json]
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
-import platform
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,13 @@ import tyro
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
+from benchmarks.taking_turns import Maker, machine, medians, ratio, take_turns
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
 from pipeline.cli import main as pipeline
 from pipeline.decode import decode_threads
 from pipeline.loader import LoaderOptions, TrainLoader
+from pipeline.options import LoaderName
 from pipeline.plan import BatchShape, TrainPlan
 from shards.dataset import ShardSet
 
@@ -54,18 +59,18 @@ class Options:
     count: int = 2000
     """Photos to make, when `--data` is not given."""
     data: Path | None = None
-    """Folder with photos/ and photos-shards/ from an earlier run."""
+    """Folder to keep photos/ and photos-shards/ in, or with those of an earlier run."""
     out: Path | None = None
     """JSON file for the figures."""
 
 
-def ours(dataset: ShardSet, device: torch.device) -> Iterator[int]:
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=BATCH, seed=0)
-    shape = BatchShape(global_batch=BATCH)
-    with TrainLoader(
-        dataset, plan, shape, RECIPE, epochs=MANY_EPOCHS, device=device, options=LoaderOptions()
-    ) as loader:
-        for batch in loader:
+def ours(dataset: ShardSet, device: torch.device, loader: LoaderName, recipe: str = "light") -> Iterator[int]:
+    augment = augment_recipe(recipe, size=SIZE)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=BATCH, seed=0, pairs=augment.mixes)
+    shape = BatchShape(global_batch=BATCH, pairs=augment.mixes)
+    options = LoaderOptions(loader=loader)
+    with TrainLoader(dataset, plan, shape, augment, epochs=MANY_EPOCHS, device=device, options=options) as batches:
+        for batch in batches:
             yield len(batch.images)
 
 
@@ -105,8 +110,40 @@ def dali(dataset: ShardSet, device: torch.device) -> Iterator[int]:
     )
     while True:
         (images,) = pipe.run()
-        tensor = torch.from_dlpack(images.as_tensor()).clone()
-        yield len(tensor)
+        yield len(torch.from_dlpack(images.as_tensor()))
+
+
+def ffcv(dataset: ShardSet, device: torch.device) -> Iterator[int]:
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
+
+    mean, std = (np.array(values) * 255 for values in (RECIPE.mean, RECIPE.std))
+    on_gpu = [ToDevice(device, non_blocking=True)] if device.type == "cuda" else []
+    beton = dataset.split("train").beton
+    assert beton is not None
+    loader = Loader(
+        str(dataset.path / beton.name),
+        batch_size=BATCH,
+        num_workers=decode_threads(),
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        pipelines={
+            "image": [
+                RandomResizedCropRGBImageDecoder((SIZE, SIZE), RECIPE.scale, RECIPE.ratio),
+                RandomHorizontalFlip(),
+                NormalizeImage(mean, std, np.float32),
+                ToTensor(),
+                *on_gpu,
+                ToTorchImage(),
+            ],
+            "label": [IntDecoder(), ToTensor()],
+        },
+    )
+    while True:
+        for images, _ in loader:
+            yield len(images)
 
 
 class PilPhotos(torch.utils.data.Dataset[torch.Tensor]):
@@ -141,73 +178,54 @@ def pil(folder: Path) -> Iterator[int]:
         yield len(batch)
 
 
-def rate(images: Iterator[int], wanted: int) -> float:
-    """Images per second over the next `wanted` images of a running loader."""
-    start, done = time.perf_counter(), 0
-    while done < wanted:
-        done += next(images)
-    return done / (time.perf_counter() - start)
-
-
-def measure(makers: dict[str, Callable[[], Iterator[int]]], rounds: int, images: int) -> dict[str, list[float]]:
-    """Rates per loader and round. Each round starts every loader afresh and warms it up, so that none runs ahead while
-    another is on."""
-    rates: dict[str, list[float]] = {name: [] for name in makers}
-    for number in range(rounds):
-        for name in list(makers)[number % len(makers) :] + list(makers)[: number % len(makers)]:
-            loader = makers[name]()
-            rate(loader, 8 * BATCH)  # fill the queues that run ahead
-            rates[name].append(rate(loader, images))
-            loader.close()  # type: ignore[attr-defined]
-            print(f"  round {number + 1} {name:20s} {rates[name][-1]:7.0f} img/s", flush=True)
-    return rates
-
-
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    has_ffcv = importlib.util.find_spec("ffcv") is not None
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.data or Path(temporary)
         photos, shards = folder / "photos", folder / "photos-shards"
         if not shards.exists():
             assert pipeline(["sample", "photos", str(photos), "--count", str(options.count)]) == 0
-            assert pipeline(["shard", str(photos), "--out", str(shards), "--shard-size", "32"]) == 0
+            assert pipeline(["shard", str(photos), "--out", str(shards), "--shard-size", "32", "--format", "both"]) == 0
         dataset = ShardSet(shards)
-        makers: dict[str, Callable[[], Iterator[int]]] = {
-            "ours": lambda: ours(dataset, device),
-            "DALI webdataset": lambda: dali(dataset, device),
-            "PIL DataLoader": lambda: pil(photos),
+        makers: dict[str, Maker] = {
+            "ours, DALI": partial(ours, dataset, device, "dali"),
+            "DALI's own": partial(dali, dataset, device),
+            "ours, DALI, fat": partial(ours, dataset, device, "dali", "fat"),
+            "PIL DataLoader": partial(pil, photos),
         }
-        rates = measure(makers, options.rounds, options.images)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    ratios = {
-        f"ours / {name}": statistics.median(a / b for a, b in zip(rates["ours"], values, strict=True))
-        for name, values in rates.items()
-        if name != "ours"
+        pairs = [("ours, DALI", "DALI's own"), ("ours, DALI", "PIL DataLoader")]
+        if has_ffcv:
+            makers |= {
+                "ours, FFCV": partial(ours, dataset, device, "ffcv"),
+                "FFCV's own": partial(ffcv, dataset, device),
+            }
+            pairs += [("ours, FFCV", "FFCV's own"), ("ours, FFCV", "PIL DataLoader")]
+        turns = take_turns(makers, rounds=options.rounds, units=options.images, warm_up=8 * BATCH)
+    result = {
+        "machine": machine(device),
+        "settings": {"batch": BATCH, "size": SIZE, "rounds": options.rounds, "images": options.images},
+        "medians": medians(turns),
+        "ratios": {f"{one} / {other}": ratio(turns, one, other) for one, other in pairs},
     }
-    print(f"\n{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, {device.type}")
-    for name, value in medians.items():
-        print(f"{name:20s} {value:7.0f} img/s (median of {options.rounds})")
-    for name, value in ratios.items():
-        print(f"{name:28s} {value:5.2f} (median of pairs)")
+    found = result["medians"]
+    result["fat_beyond_decoding_us"] = 1e6 * (found["ours, DALI, fat"]["cpu"] - found["ours, DALI"]["cpu"])
+    show(result)
+    if not has_ffcv:
+        print("FFCV is not installed: its two loaders were left out")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"machine": machine(device), "medians": medians, "ratios": ratios, "rates": rates}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
-    model = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.machine(),
-    )
-    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-    return {"cpu": model, "cores": len(os.sched_getaffinity(0)), "gpu": gpu, "torch": torch.__version__}
+def show(result: dict[str, Any]) -> None:
+    print(f"\n{result['machine']['cpu']}, {result['machine']['cores']} cores, load {result['machine']['load']:.1f}")
+    for name, figures in result["medians"].items():
+        print(f"{name:20s} {figures['rate']:7.0f} img/s  {figures['cpu'] * 1e6:6.0f} us of CPU per image")
+    for name, figures in result["ratios"].items():
+        print(f"{name:32s} {figures['rate']:5.2f} of the rate, {figures['cpu']:5.2f} by CPU time (medians of pairs)")
+    print(f"the fat recipe beyond decoding and normalising: {result['fat_beyond_decoding_us']:.0f} us of CPU per image")
 
 
 if __name__ == "__main__":

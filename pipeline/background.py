@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline.bad_samples import BadSamples
 from pipeline.batch import Batch
-from pipeline.decode import DecodeJob
+from pipeline.decode import DecodeJob, Normalisation
 from pipeline.decoders import chosen_loader, make_decoder
 from pipeline.options import LoaderOptions
 from pipeline.plan import Ids, Need, Position
@@ -65,7 +66,7 @@ class BackgroundLoader(ABC):
 
     def __next__(self) -> Batch:
         if self._prefetcher is None:
-            self._prefetcher = Prefetcher(self._stream(), depth=self._options.ready, name=f"{self._split}-loader")
+            self._prefetcher = self._start()
         batch = next(self._prefetcher)
         if batch.ready is not None:
             consumer = torch.cuda.current_stream(self._device)
@@ -101,7 +102,19 @@ class BackgroundLoader(ABC):
     def _step(self, position: Position) -> int:
         """The step of a position, counted as `_needs` does."""
 
-    def _stream(self) -> Iterator[Batch]:
+    def _start(self) -> Prefetcher[Batch]:
+        threads, begun = torch.get_num_threads(), threading.Event()
+        prefetcher = Prefetcher(self._stream(begun), depth=self._options.ready, name=f"{self._split}-loader")
+        # The loader's thread has set its own number of threads, but with it the one that threads to come begin with.
+        begun.wait()
+        torch.set_num_threads(threads)
+        return prefetcher
+
+    def _stream(self, begun: threading.Event) -> Iterator[Batch]:
+        # A team of threads that the decoder's threads keep interrupting spends its time waiting for one another.
+        torch.get_num_threads()  # a thread takes over the common number when it first asks; later it would undo ours
+        torch.set_num_threads(1)
+        begun.set()
         if self._device.type != "cuda":
             yield from self._batches()
             return
@@ -117,10 +130,17 @@ class BackgroundLoader(ABC):
         size: int,
         rows: int,
         evaluation: bool = False,
+        normalisation: Normalisation | None = None,
     ) -> Iterator[tuple[torch.Tensor, DecodeJob, tuple[Portion, T]]]:
-        """Read and decode: images uint8 [n, size, size, 3] on the device, the job, and what it came of."""
+        """Read and decode: images [n, size, size, 3] on the device (see `Decoder`), the job, and what it came of."""
         decoder = make_decoder(
-            self._loader, self._options, size=size, batch=rows, device=self._device, evaluation=evaluation
+            self._loader,
+            self._options,
+            size=size,
+            batch=rows,
+            device=self._device,
+            evaluation=evaluation,
+            normalisation=normalisation,
         )
         with self._reader() as reader:
             self._reading = reader
@@ -143,6 +163,10 @@ class BackgroundLoader(ABC):
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+    def _channels_first(self, normalised: torch.Tensor) -> torch.Tensor:
+        """float32 [n, H, W, 3] -> [n, 3, H, W] in the loader's dtype; the same memory if it is float32."""
+        return normalised.permute(0, 3, 1, 2).to(self._dtype)
 
     def _labels(self, encoded: Encoded) -> torch.Tensor:
         return self._to_device(encoded.rows["label"].astype(np.int64))

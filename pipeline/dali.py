@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from pipeline.decode import DecodeError, DecodeJob
+from pipeline.decode import DecodeError, DecodeJob, Normalisation
 from pipeline.options import DaliOptions
 from shards.errors import UserError
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass
 class DaliDecoder:
-    """Turns a stream of jobs into a stream of uint8 batches.
+    """Turns a stream of jobs into a stream of batches (see `pipeline.decode.Decoder`).
 
     Args:
         size: side of the output in pixels.
@@ -33,6 +33,7 @@ class DaliDecoder:
         threads: that decode, or prepare decoding.
         ahead: batches in the works at once.
         evaluation: jobs carry `resize` and `anchor`.
+        normalisation: to be done too, giving float32; None = uint8.
     """
 
     size: int
@@ -41,14 +42,11 @@ class DaliDecoder:
     threads: int
     ahead: int = 2
     evaluation: bool = False
+    normalisation: Normalisation | None = None
     options: DaliOptions = field(default_factory=DaliOptions)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
         """Decode jobs in order.
-
-        Yields:
-            images: uint8 [n, size, size, 3] on the device, RGB; valid until the next one is asked for.
-            job, extra: as they came.
 
         Raises:
             DecodeError: DALI failed on a batch. What it had already prefetched is lost, so the stream ends there.
@@ -118,9 +116,17 @@ class DaliDecoder:
                 images = fn.slice(images, start=rest[1], shape=[self.size, self.size], axis_names="HW")
             else:
                 images = fn.resize(images, size=[self.size, self.size], **resize)
-                images = fn.flip(images, horizontal=rest[0])
-            pipeline.set_outputs(images)
+            pipeline.set_outputs(self._finish(images, flip=None if self.evaluation else rest[0]))
         return pipeline
+
+    def _finish(self, images: Any, flip: Any) -> Any:
+        if self.normalisation is None:
+            return images if flip is None else fn.flip(images, horizontal=flip)
+        scale = [[255 * value for value in values] for values in (self.normalisation.mean, self.normalisation.std)]
+        mirror = {} if flip is None else {"mirror": flip}
+        return fn.crop_mirror_normalize(
+            images, dtype=types.FLOAT, output_layout="HWC", mean=scale[0], std=scale[1], **mirror
+        )
 
     @staticmethod
     def _explain(error: RuntimeError, in_flight: deque[tuple[DecodeJob, T]]) -> DecodeError:

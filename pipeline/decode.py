@@ -54,6 +54,14 @@ class DecodeJob:
     """int32 [n, 2]: y, x of the output's corner in the resized image; goes with `resize`."""
 
 
+@dataclass(frozen=True)
+class Normalisation:
+    """What decoders may do to the pixels at the end: (pixels / 255 - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
 class Decoder(Protocol):
     """Turns a stream of jobs into a stream of batches, in order."""
 
@@ -61,7 +69,7 @@ class Decoder(Protocol):
         """Decode jobs.
 
         Yields:
-            images: uint8 [n, size, size, 3], RGB, on the decoder's device; valid until the next one is asked for.
+            images: uint8 [n, size, size, 3], RGB, on the decoder's device; float32 where it normalises. The caller's.
             job, extra: as they came.
 
         Raises:

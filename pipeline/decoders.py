@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.decode import Decoder, decode_threads
+from pipeline.decode import Decoder, Normalisation, decode_threads
 from pipeline.options import LoaderOptions
 from shards.manifest import SplitEntry
 
@@ -21,9 +21,20 @@ def chosen_loader(options: LoaderOptions, split: SplitEntry) -> Chosen:
 
 
 def make_decoder(
-    loader: Chosen, options: LoaderOptions, *, size: int, batch: int, device: torch.device, evaluation: bool
+    loader: Chosen,
+    options: LoaderOptions,
+    *,
+    size: int,
+    batch: int,
+    device: torch.device,
+    evaluation: bool,
+    normalisation: Normalisation | None,
 ) -> Decoder:
     """A decoder of batches of up to `batch` rows, `size` pixels a side; libraries are imported only where needed.
+
+    Args:
+        evaluation: its jobs carry `resize` and `anchor`.
+        normalisation: to be done by the decoder.
 
     Raises:
         UserError: the library is not installed.
@@ -32,7 +43,7 @@ def make_decoder(
     if loader == "ffcv":
         from pipeline.ffcv import FfcvDecoder
 
-        return FfcvDecoder(size=size, device=device, threads=threads, ahead=ahead)
+        return FfcvDecoder(size=size, device=device, threads=threads, ahead=ahead, normalisation=normalisation)
     from pipeline.dali import DaliDecoder
 
     return DaliDecoder(
@@ -42,5 +53,6 @@ def make_decoder(
         threads=threads,
         ahead=ahead,
         evaluation=evaluation,
+        normalisation=normalisation,
         options=options.dali,
     )

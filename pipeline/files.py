@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 from collections import OrderedDict
@@ -57,7 +56,7 @@ class ShardFiles(Protocol):
 
 
 class LocalFiles:
-    """Files of this machine's file systems, least recently used closed first; those in use are never closed.
+    """Files of this machine's file systems; when too many are open, the one that was opened first is closed.
 
     No memory maps: a map whose file is truncated is a SIGBUS, network file systems punish page faults, and thousands of
     shards exhaust them.
@@ -67,15 +66,15 @@ class LocalFiles:
         self._paths = paths
         self._limit = max_open
         self._lock = threading.Lock()
-        self._handles: OrderedDict[int, int] = OrderedDict()
-        self._users: dict[int, int] = {}
+        self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._interrupted = False
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
         if self._interrupted:
             raise Interrupted
-        with self._open(file) as handle:
-            read_fully(handle, target, offset, self._paths[file])
+        # Whoever reads holds on to the handle: one that is put out meanwhile is closed when the last of them is done.
+        handle = self._open.get(file) or self._add(file)
+        read_fully(handle.number, target, offset, self._paths[file])
 
     def expect(self, needs: Iterator[Need]) -> None:
         """It is here already."""
@@ -89,46 +88,33 @@ class LocalFiles:
     @property
     def open_now(self) -> int:
         """Descriptors held."""
-        return len(self._handles)
+        return len(self._open)
 
     def interrupt(self) -> None:
         self._interrupted = True
 
     def close(self) -> None:
         with self._lock:
-            for handle in self._handles.values():
-                os.close(handle)
-            self._handles.clear()
-            self._users.clear()
+            self._open.clear()
 
-    @contextlib.contextmanager
-    def _open(self, file: int) -> Iterator[int]:
+    def _add(self, file: int) -> _Handle:
+        # Opened outside of the lock: on a network file system that takes a while, and others need not wait for it.
+        opened = _Handle(open_shard(self._paths[file]))
         with self._lock:
-            self._users[file] = self._users.get(file, 0) + 1
-            handle = self._handles.get(file)
-        try:
-            yield self._add(file) if handle is None else handle
-        finally:
-            with self._lock:
-                self._users[file] -= 1
-                if file in self._handles:
-                    self._handles.move_to_end(file)
-                if len(self._handles) > self._limit:
-                    self._shrink()
-
-    def _add(self, file: int) -> int:
-        """Open outside of the lock: on a network file system that takes a while, and others need not wait for it."""
-        opened = open_shard(self._paths[file])
-        with self._lock:
-            handle = self._handles.setdefault(file, opened)
-        if handle != opened:  # another thread was faster
-            os.close(opened)
+            handle = self._open.setdefault(file, opened)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
         return handle
 
-    def _shrink(self) -> None:
-        for file in [f for f in self._handles if not self._users[f]][: len(self._handles) - self._limit]:
-            os.close(self._handles.pop(file))
-            del self._users[file]
+
+class _Handle:
+    """A file descriptor that closes itself."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 def open_shard(path: Path) -> int:
@@ -151,15 +137,15 @@ def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) 
     Raises:
         ShardSetError: the file ends before, or cannot be read.
     """
-    view, done = memoryview(target.data), 0
-    while done < len(view):
+    done = 0
+    while done < len(target):
         try:
-            got = os.preadv(handle, [view[done:]], offset + done)
+            got = os.preadv(handle, [target.data[done:]], offset + done)
         except OSError as error:
             raise ShardSetError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
         if got == 0:
             raise ShardSetError(
-                f"{path}: ends at byte {offset + done}, inside a sample of {len(view)} bytes at {offset}: truncated; "
+                f"{path}: ends at byte {offset + done}, inside a sample of {len(target)} bytes at {offset}: truncated; "
                 "copy the shard again"
             )
         done += got

@@ -16,7 +16,7 @@ from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader, Portion
 from pipeline.batch import Batch
-from pipeline.decode import DecodeJob
+from pipeline.decode import DecodeJob, Normalisation
 from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Need, Position, TrainPlan
 from pipeline.reader import Encoded
@@ -105,8 +105,13 @@ class TrainLoader(BackgroundLoader):
             )
             return
         augment = BatchAugment(self._augment, self._device, self._dtype)
-        for pixels, job, (portion, params) in self._decoded(self._work(), self._job, size=size, rows=rows):
-            images, lam = self._mixed(augment(pixels, params), portion)
+        # On a CPU a decoder that has the pixels in its cache normalises them at no cost, if nothing comes in between.
+        by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
+        normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
+        decoded = self._decoded(self._work(), self._job, size=size, rows=rows, normalisation=normalisation)
+        for pixels, job, (portion, params) in decoded:
+            finished = self._channels_first(pixels) if by_decoder else augment(pixels, params)
+            images, lam = self._mixed(finished, portion)
             yield Batch(
                 images=images,
                 labels=self._labels(job.encoded),
@@ -216,12 +221,17 @@ class EvalLoader(BackgroundLoader):
             )
             return
         work = (Portion(_filled(portion.ids), portion.position) for portion in self._work())
-        for pixels, job, (portion, _) in self._decoded(work, self._job, size=size, rows=rows, evaluation=True):
+        by_decoder = self._device.type == "cpu"
+        normalisation = Normalisation(self._mean, self._std) if by_decoder else None
+        decoded = self._decoded(work, self._job, size=size, rows=rows, evaluation=True, normalisation=normalisation)
+        for pixels, job, (portion, _) in decoded:
             planned = self._plan.ids(portion.position.step)
             # No other sample can stand in for a bad one here: its row is left out.
             ids = np.where(planned == job.encoded.ids, planned, NO_SAMPLE)
             yield Batch(
-                images=normalise(pixels, self._mean, self._std, self._dtype),
+                images=self._channels_first(pixels)
+                if by_decoder
+                else normalise(pixels, self._mean, self._std, self._dtype),
                 labels=self._labels(job.encoded),
                 ids=ids,
                 planned=planned,

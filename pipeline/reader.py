@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from pipeline.plan import Ids, Need
+from pipeline.recycle import Recycler
 from pipeline.storage import Places, Storage
 from shards.errors import ShardSetError
 
@@ -21,7 +23,7 @@ T = TypeVar("T")
 # Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing.
 READ_THREADS = 32
 # Samples per task: enough to amortise the hand-over, few enough that a small batch keeps many threads busy.
-SAMPLES_PER_TASK = (2, 16)
+SAMPLES_PER_TASK = 8
 
 # Of a sample whose bytes are wrong: they may have been damaged on the way here.
 READINGS = 2
@@ -73,8 +75,8 @@ class SampleReader:
 
     def __init__(self, storage: Storage, *, threads: int | None = None, check: bool = True) -> None:
         self._storage, self._check = storage, check
-        self._threads = READ_THREADS if threads is None else threads
-        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="shard-reader")
+        self._buffers = Recycler()
+        self._pool = ThreadPoolExecutor(threads or READ_THREADS, thread_name_prefix="shard-reader")
 
     def read(self, ids: Ids) -> Encoded:
         """Read one batch and wait for it; what could not be read is in its `faults`."""
@@ -127,26 +129,26 @@ class SampleReader:
     def _start(self, ids: Ids) -> tuple[Encoded, list[Future[None]]]:
         places = self._storage.locate(ids)
         ends = np.cumsum(places.sizes)
-        buffer = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-        batch = Encoded(ids=ids, images=np.split(buffer, ends[:-1]), rows=places.rows, raw=places.raw)
+        buffer = self._buffers.empty((int(ends[-1]) if len(ends) else 0,), torch.uint8).numpy()
+        images = [buffer[end - size : end] for end, size in zip(ends.tolist(), places.sizes.tolist(), strict=True)]
+        batch = Encoded(ids=ids, images=images, rows=places.rows, raw=places.raw)
         # Neighbours in storage are read by one task: sorting by place makes them neighbours here.
         by_place = np.lexsort((places.offsets, places.files))
-        fewest, most = SAMPLES_PER_TASK
-        per_task = min(max(len(ids) // self._threads, fewest), most)
         tasks = [
-            self._pool.submit(self._read_some, batch, places, by_place[start : start + per_task])
-            for start in range(0, len(ids), per_task)
+            self._pool.submit(self._read_some, batch, places, by_place[start : start + SAMPLES_PER_TASK])
+            for start in range(0, len(ids), SAMPLES_PER_TASK)
         ]
         return batch, tasks
 
     def _read_some(self, batch: Encoded, places: Places, order: NDArray[np.int64]) -> None:
+        read, check = self._storage.files.read, self._check
         columns = (order, places.files[order], places.offsets[order], places.rows["hash"][order], places.hashed[order])
         for row, file, offset, expected, hashed in zip(*(column.tolist() for column in columns), strict=True):
             target = batch.images[row]
             try:
                 for _ in range(READINGS):
-                    self._storage.files.read(file, target, offset)
-                    if not self._check or not hashed or xxh3_64_intdigest(target) == expected:
+                    read(file, target, offset)
+                    if not check or not hashed or xxh3_64_intdigest(target) == expected:
                         break
                 else:
                     raise ShardSetError(

@@ -9,7 +9,6 @@ import pytest
 
 from pipeline.cli import main as pipeline
 
-
 # A shell that starts us in the background lets SIGINT be ignored, by us and by everything that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

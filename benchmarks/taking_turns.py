@@ -1,0 +1,97 @@
+"""Loaders measured against each other in one run: they take turns, and pairs of one round are compared.
+
+Each turn starts a loader afresh. Besides the rate, the CPU time of each image is taken, of this process and its
+children: on a machine that is shared with others it says more.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Maker = Callable[[], Iterator[int]]
+"""Starts a loader, which yields how many units (images, bytes) each batch has."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One loader's turn."""
+
+    rate: float
+    """Units per second."""
+    cpu: float
+    """CPU seconds per unit."""
+
+
+def take_turns(makers: dict[str, Maker], *, rounds: int, units: int, warm_up: int) -> dict[str, list[Turn]]:
+    """Let every loader run once a round, in rotating order. The first `warm_up` units fill its queues, unmeasured."""
+    turns: dict[str, list[Turn]] = {name: [] for name in makers}
+    for number in range(rounds):
+        names = list(makers)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            loader = makers[name]()
+            _consume(loader, warm_up)
+            start, cpu = time.perf_counter(), _cpu_seconds()
+            done = _consume(loader, units)
+            turns[name].append(Turn(done / (time.perf_counter() - start), (_cpu_seconds() - cpu) / done))
+            loader.close()  # type: ignore[attr-defined]
+            print(f"  round {number + 1} {name:32s} {turns[name][-1].rate:12,.0f}/s", flush=True)
+    return turns
+
+
+def ratio(turns: dict[str, list[Turn]], one: str, other: str) -> dict[str, float]:
+    """Median of pairs: how many times faster `one` is, and how many times less CPU time it takes."""
+    pairs = list(zip(turns[one], turns[other], strict=True))
+    return {
+        "rate": statistics.median(a.rate / b.rate for a, b in pairs),
+        "cpu": statistics.median(b.cpu / a.cpu for a, b in pairs),
+    }
+
+
+def medians(turns: dict[str, list[Turn]]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "rate": statistics.median(turn.rate for turn in some),
+            "cpu": statistics.median(turn.cpu for turn in some),
+        }
+        for name, some in turns.items()
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were measured on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return {
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "load": os.getloadavg()[0],
+        "gpu": gpu,
+        "torch": torch.__version__,
+    }
+
+
+def _consume(loader: Iterator[int], wanted: int) -> int:
+    done = 0
+    while done < wanted:
+        done += next(loader)
+    return done
+
+
+def _cpu_seconds() -> float:
+    """Of this process, and of its children that are alive."""
+    pids = [int(pid) for children in Path("/proc/self/task").glob("*/children") for pid in children.read_text().split()]
+    ticks = 0
+    for pid in pids:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system time, proc(5)
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")

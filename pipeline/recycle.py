@@ -1,0 +1,42 @@
+"""Large CPU buffers that are used again: fresh memory is handed out by the operating system page by page, which costs
+more than what loaders do with it (a batch of 64 float images: 15 ms of page faults, 3 ms of normalising)."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_KEPT = 8  # free buffers; more than a loader has on its hands at once
+
+
+class Recycler:
+    """Tensors whose memory comes back when nobody refers to it any more: no tensor, view, array or autograd graph.
+    Thread-safe."""
+
+    def __init__(self) -> None:
+        self._free: list[NDArray[np.uint8]] = []
+        self._lock = threading.Lock()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised, contiguous CPU tensor."""
+        size = int(np.prod(shape)) * dtype.itemsize
+        with self._lock:
+            # The one that came back last may still be in the CPU's cache.
+            fits = [i for i, memory in enumerate(self._free) if memory.nbytes >= size]
+            memory = self._free.pop(fits[-1]) if fits else None
+        if memory is None:
+            memory = np.empty(size, np.uint8)
+        # The tensor's storage holds on to this very array object, and so tells when it is gone.
+        lease = memory[:size]
+        weakref.finalize(lease, self._take_back, memory).atexit = False
+        return torch.from_numpy(lease).view(dtype).view(shape)
+
+    def _take_back(self, memory: NDArray[np.uint8]) -> None:
+        with self._lock:
+            self._free.append(memory)
+            if len(self._free) > _KEPT:
+                self._free.pop(0)
