@@ -17,7 +17,7 @@ from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
-from pipeline.reader import SampleReader
+from pipeline.reader import Encoded, SampleReader
 from pipeline.storage import storage_of
 from shards.dataset import ShardSet
 
@@ -226,6 +226,32 @@ def test_nothing_is_left_behind(digits: Path) -> None:
         round_trip()
     assert threading.active_count() == threads
     assert open_files() <= files
+
+
+def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(digits: Path) -> None:
+    def seen_by_a_new_thread() -> int:
+        found: list[int] = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    torch.set_num_threads(3)
+    used = []
+
+    class Watching(TrainLoader):
+        def _labels(self, encoded: Encoded) -> torch.Tensor:
+            used.append(torch.get_num_threads())
+            return super()._labels(encoded)
+
+    dataset = ShardSet(digits)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5)
+    recipe = augment_recipe("light", size=32)
+    with Watching(dataset, plan, BatchShape(global_batch=GLOBAL), recipe, epochs=1, device=CPU) as loader:
+        next(loader)
+        assert torch.get_num_threads() == seen_by_a_new_thread() == 3
+    assert set(used) == {1}
+    torch.set_num_threads(2)
 
 
 def test_options_change_speed_only(digits: Path) -> None:

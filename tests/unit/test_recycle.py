@@ -1,0 +1,58 @@
+"""Buffers that are used again (pipeline/recycle.py): only when nothing refers to them any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.recycle import Recycler
+
+
+def weighted_sum(tensor: torch.Tensor) -> Any:
+    """A loss whose graph has saved the tensor for its gradient."""
+    return (torch.ones(4, 3, requires_grad=True) * tensor).sum()
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda tensor: tensor,
+        lambda tensor: tensor[1:, ::2],
+        lambda tensor: tensor.numpy(),
+        lambda tensor: np.split(tensor.numpy().ravel(), [3, 5])[2],
+        lambda tensor: tensor.permute(1, 0).to(torch.float32),
+        torch.utils.dlpack.to_dlpack,
+        weighted_sum,
+    ],
+)
+def test_memory_is_used_again_when_nothing_refers_to_it_and_not_before(derive: Callable[[torch.Tensor], Any]) -> None:
+    buffers = Recycler()
+    tensor = buffers.empty((4, 3), torch.float32).fill_(2)
+    place = tensor.data_ptr()
+    kept = derive(tensor)
+    del tensor
+    other = buffers.empty((4, 3), torch.float32)
+    assert other.data_ptr() != place
+    del kept
+    assert buffers.empty((4, 3), torch.float32).data_ptr() == place
+
+
+def test_a_smaller_tensor_may_have_a_larger_one_s_memory_not_the_other_way_round() -> None:
+    buffers = Recycler()
+    place = buffers.empty((100,), torch.uint8).data_ptr()
+    small = buffers.empty((10, 2), torch.int32)
+    assert small.data_ptr() == place
+    assert small.shape == (10, 2)
+    del small
+    assert buffers.empty((101,), torch.uint8).data_ptr() != place
+
+
+def test_it_keeps_few_buffers() -> None:
+    buffers = Recycler()
+    tensors = [buffers.empty((10,), torch.uint8) for _ in range(50)]
+    del tensors
+    assert len(buffers._free) < 10
