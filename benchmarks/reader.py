@@ -117,6 +117,9 @@ class SlowFiles(LocalFiles):
         time.sleep(LATENCY)
         super().read(file, target, offset)
 
+    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+        return False  # network file systems cannot tell what is cached
+
 
 def slow_storage(dataset: ShardSet, split: str, **options: Any) -> Storage:
     paths = [dataset.path / shard.name for shard in dataset.split(split).shards]

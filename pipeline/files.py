@@ -34,6 +34,10 @@ class ShardFiles(Protocol):
         """
         ...
 
+    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+        """The same if it takes no waiting, as when the bytes are in the page cache; False otherwise."""
+        ...
+
     def expect(self, needs: Iterator[Need]) -> None:
         """What will be read, file by file in order, to be fetched before it is."""
         ...
@@ -75,6 +79,10 @@ class LocalFiles:
         # Whoever reads holds on to the handle: one that is put out meanwhile is closed when the last of them is done.
         handle = self._open.get(file) or self._add(file)
         read_fully(handle.number, target, offset, self._paths[file])
+
+    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+        handle = self._open.get(file)
+        return handle is not None and read_cached(handle.number, target, offset)
 
     def expect(self, needs: Iterator[Need]) -> None:
         """It is here already."""
@@ -129,6 +137,14 @@ def open_shard(path: Path) -> int:
         raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
     except OSError as error:
         raise ShardSetError(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def read_cached(handle: int, target: NDArray[np.uint8], offset: int) -> bool:
+    """Fill `target` if the bytes are in the page cache; False where they are not, or where nobody can tell (NFS)."""
+    try:
+        return os.preadv(handle, [target], offset, os.RWF_NOWAIT) == len(target)  # type: ignore[list-item]
+    except OSError:
+        return False
 
 
 def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:

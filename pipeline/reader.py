@@ -20,6 +20,9 @@ from shards.errors import ShardSetError
 
 T = TypeVar("T")
 
+Sample = tuple[int, int, int, int | None]
+"""Row in the batch, file, offset, and the hash of its bytes (None = not to be checked)."""
+
 # Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing.
 READ_THREADS = 32
 # Samples per task: enough to amortise the hand-over, few enough that a small batch keeps many threads busy.
@@ -83,12 +86,13 @@ class SampleReader:
         return _gather(*self._start(ids))
 
     def read_ahead(self, batches: Iterable[tuple[Ids, T]], ahead: int) -> Iterator[tuple[Encoded, T]]:
-        """Read a stream of (ids, anything) in order, keeping up to `ahead` batches under way."""
+        """Read a stream of (ids, anything) in order; as long as reads have to be waited for, up to `ahead` batches are
+        under way."""
         under_way: deque[tuple[tuple[Encoded, list[Future[None]]], T]] = deque()
         try:
             for ids, extra in batches:
                 under_way.append((self._start(ids), extra))
-                if len(under_way) > ahead:
+                if len(under_way) > ahead or all(task.done() for (_, tasks), _ in under_way for task in tasks):
                     started, first = under_way.popleft()
                     yield _gather(*started), first
             while under_way:
@@ -127,28 +131,46 @@ class SampleReader:
         self.close()
 
     def _start(self, ids: Ids) -> tuple[Encoded, list[Future[None]]]:
+        """Read what is in the page cache at once, and have the threads read the rest.
+
+        Threads that have nothing to wait for would only wait for each other (the interpreter's lock): from the page
+        cache, one reads faster than many.
+        """
         places = self._storage.locate(ids)
         ends = np.cumsum(places.sizes)
         buffer = self._buffers.empty((int(ends[-1]) if len(ends) else 0,), torch.uint8).numpy()
         images = [buffer[end - size : end] for end, size in zip(ends.tolist(), places.sizes.tolist(), strict=True)]
         batch = Encoded(ids=ids, images=images, rows=places.rows, raw=places.raw)
+        read_now = self._storage.files.read_now
         # Neighbours in storage are read by one task: sorting by place makes them neighbours here.
         by_place = np.lexsort((places.offsets, places.files))
+        waiting = []
+        for sample in self._samples(places, by_place):
+            row, file, offset, expected = sample
+            if not (read_now(file, images[row], offset) and _is_good(images[row], expected)):
+                waiting.append(sample)
         tasks = [
-            self._pool.submit(self._read_some, batch, places, by_place[start : start + SAMPLES_PER_TASK])
-            for start in range(0, len(ids), SAMPLES_PER_TASK)
+            self._pool.submit(self._read_some, batch, waiting[start : start + SAMPLES_PER_TASK])
+            for start in range(0, len(waiting), SAMPLES_PER_TASK)
         ]
         return batch, tasks
 
-    def _read_some(self, batch: Encoded, places: Places, order: NDArray[np.int64]) -> None:
-        read, check = self._storage.files.read, self._check
-        columns = (order, places.files[order], places.offsets[order], places.rows["hash"][order], places.hashed[order])
-        for row, file, offset, expected, hashed in zip(*(column.tolist() for column in columns), strict=True):
+    def _samples(self, places: Places, order: NDArray[np.int64]) -> list[Sample]:
+        hashes = places.rows["hash"].tolist()
+        if not self._check:
+            hashes = [None] * len(hashes)
+        elif not places.hashed.all():
+            hashes = [value if known else None for value, known in zip(hashes, places.hashed.tolist(), strict=True)]
+        files, offsets = places.files.tolist(), places.offsets.tolist()
+        return [(row, files[row], offsets[row], hashes[row]) for row in order.tolist()]
+
+    def _read_some(self, batch: Encoded, samples: list[Sample]) -> None:
+        for row, file, offset, expected in samples:
             target = batch.images[row]
             try:
                 for _ in range(READINGS):
-                    read(file, target, offset)
-                    if not check or not hashed or xxh3_64_intdigest(target) == expected:
+                    self._storage.files.read(file, target, offset)
+                    if _is_good(target, expected):
                         break
                 else:
                     raise ShardSetError(
@@ -159,6 +181,10 @@ class SampleReader:
                 sample, key = int(batch.ids[row]), self._storage.key(file, offset)
                 which = f"sample {sample}" if key is None else f"sample {sample}, key {key}"
                 batch.faults.append(Fault(row, sample, ShardSetError(f"{error} ({which})")))
+
+
+def _is_good(image: NDArray[np.uint8], expected: int | None) -> bool:
+    return expected is None or xxh3_64_intdigest(image) == expected  # type: ignore[arg-type]
 
 
 def _gather(batch: Encoded, tasks: list[Future[None]]) -> Encoded:

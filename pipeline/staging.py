@@ -6,6 +6,7 @@ bytes. So a cache that is too small costs speed, and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -20,7 +21,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pipeline.cache import Cache, CacheFull, Part
-from pipeline.files import Interrupted, read_fully
+from pipeline.files import Interrupted, read_cached, read_fully
 from pipeline.plan import Need
 from pipeline.remote import Remote, RemoteError
 from shards.errors import ShardSetError
@@ -158,21 +159,15 @@ class StagedFiles:
             ShardSetError: the file ends before.
             RemoteError: staging of any file, or this read, has failed for good.
         """
-        with self._change:
-            if self._failure is not None:
-                raise self._failure
-            handle = self._leases.get(file)
-            if handle is not None:
-                self._users[file] += 1
-        if handle is None:
-            self._read_there(self._files[file], target, offset)
-            return
-        try:
-            read_fully(handle, target, offset, self._folder / self._files[file].name)
-        finally:
-            with self._change:
-                self._users[file] -= 1
-                self._let_go(file)
+        with self._leased(file) as handle:
+            if handle is None:
+                self._read_there(self._files[file], target, offset)
+            else:
+                read_fully(handle, target, offset, self._folder / self._files[file].name)
+
+    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+        with self._leased(file) as handle:
+            return handle is not None and read_cached(handle, target, offset)
 
     def name(self, file: int) -> str:
         return f"{self._remote.url}/{self._files[file].source}"
@@ -191,6 +186,21 @@ class StagedFiles:
         with self._change:
             self._wanted.clear()
             for file in list(self._leases):
+                self._let_go(file)
+
+    @contextlib.contextmanager
+    def _leased(self, file: int) -> Iterator[int | None]:
+        """Keep the file's lease, if there is one, while the block runs."""
+        with self._change:
+            if self._failure is not None:
+                raise self._failure
+            handle = self._leases.get(file)
+            self._users[file] += 1
+        try:
+            yield handle
+        finally:
+            with self._change:
+                self._users[file] -= 1
                 self._let_go(file)
 
     def _read_there(self, entry: StagedFile, target: NDArray[np.uint8], offset: int) -> None:
