@@ -1,36 +1,50 @@
-"""`pipeline look SET`: a picture of what the model will see."""
+"""`pipeline look SET`: a picture of what the model will see, beside what it was made from."""
 
 from __future__ import annotations
 
+import io
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import tyro
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from shards.dataset import ShardSet
+from pipeline.options import LoaderOptions
 from shards.errors import UserError
 
-MARGIN, CAPTION, FONT_SIZE = 6, 30, 11
-MIN_CELL = 96
+if TYPE_CHECKING:
+    from pipeline.augment.params import SampleParams
+    from pipeline.augment.recipe import AugmentRecipe
+    from pipeline.batch import Batch
+    from pipeline.plan import Position, TrainPlan
+    from shards.dataset import ShardSet
+
+Pixels = NDArray[np.uint8]
+
+MARGIN, FONT_SIZE = 6, 11
+MIN_PANEL = 128
+WINDOW_COLOUR = (255, 40, 40)
+CAPTION_LINES = 4
 
 
 @dataclass(frozen=True)
 class Look:
-    """Draw one augmented training batch with class names and sample ids."""
+    """Draw training images as they come and as the model gets them, with the names of what was done to them."""
 
-    dataset: tyro.conf.Positional[Path]
-    """Shard set."""
+    dataset: tyro.conf.Positional[str]
+    """Shard set: a folder or a URL."""
     out: Path = Path("batch.png")
     """Picture to write."""
     augment: Literal["fat", "light", "none"] = "light"
-    """Augmentation recipe."""
+    """Augmentation recipe; mixup and CutMix are left out, since a mixed image shows two classes."""
     size: int = 224
     """Side of the images in pixels."""
-    count: int = 32
+    count: int = 24
     """Images to draw."""
     flip: float | None = None
     """Probability of a horizontal flip; None = the recipe's."""
@@ -40,41 +54,29 @@ class Look:
     """Seed of the run to look at."""
     epoch: int = 0
     """Epoch to look at."""
+    diff: bool = False
+    """Also show what PIL makes of the same image by the same operations, and how far ours is from it."""
+    loader: Literal["auto", "dali", "ffcv"] = "auto"
+    """Who decodes."""
+    cache: Path | None = None
+    """Where a remote set is staged. None = $FAT_CACHE, else in the temporary folder."""
 
     def run(self) -> int:
-        import torch
-
         from pipeline.augment.recipe import augment_recipe
-        from pipeline.loader import TrainLoader
-        from pipeline.plan import BatchShape, Position, TrainPlan
+        from pipeline.plan import Position, TrainPlan
+        from pipeline.remote_set import open_set
 
-        dataset = ShardSet(self.dataset)
+        if self.count < 1:
+            raise UserError(f"--count {self.count}: at least 1 image")
+        dataset = open_set(self.dataset, cache=self.cache)
         overrides = {"flip": self.flip, "scale": self.crop_scale}
-        # Mixed images would show two classes each; everything else is drawn as the model gets it.
         recipe = augment_recipe(
             self.augment, size=self.size, mixup=0.0, cutmix=0.0, **{k: v for k, v in overrides.items() if v is not None}
         )
         count = min(self.count, dataset.split("train").samples)
         plan = TrainPlan(dataset.shard_samples("train"), global_batch=count, seed=self.seed)
-        loader = TrainLoader(
-            dataset,
-            plan,
-            BatchShape(global_batch=count),
-            recipe,
-            epochs=self.epoch + 1,
-            start=Position(self.epoch, 0),
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        )
-        with loader:
-            batch = next(loader)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (recipe.mean, recipe.std))
-        pixels = (batch.images.float().cpu() * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
-        classes = dataset.manifest.classes
-        captions = [
-            f"{classes[label].title}\n#{sample}"
-            for label, sample in zip(batch.labels.tolist(), batch.ids.tolist(), strict=True)
-        ]
-        sheet = contact_sheet(list(pixels.permute(0, 2, 3, 1).numpy()), captions)
+        position = Position(self.epoch, 0)
+        sheet = contact_sheet(self._cells(dataset, plan, position, recipe))
         try:
             sheet.save(self.out)
         except (OSError, ValueError) as error:
@@ -82,30 +84,104 @@ class Look:
         print(f"{self.out}: {count} images of {self.dataset}, epoch {self.epoch}, recipe {self.augment}")
         return 0
 
+    def _cells(self, dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe) -> list[Cell]:
+        from pipeline.augment.describe import describe
+        from pipeline.augment.params import draw
+        from pipeline.augment.reference import reference_sample
+        from pipeline.reader import SampleReader
+        from pipeline.storage import storage_of
 
-def contact_sheet(images: list[np.ndarray], captions: list[str]) -> Image.Image:
-    """A grid, about as wide as high, of images (uint8 [H, W, 3]) with two lines of caption below each."""
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    height, width = images[0].shape[:2]
-    scale = max(1, math.ceil(MIN_CELL / max(height, width)))
-    cell_w, cell_h = width * scale + MARGIN, height * scale + MARGIN + CAPTION
+        batch = first_batch(dataset, plan, position, recipe, LoaderOptions(loader=self.loader))
+        after = shown(batch.images.float().cpu().numpy(), recipe)
+        beton = self.loader == "ffcv" or not dataset.split("train").tars
+        with SampleReader(storage_of(dataset, "train", beton=beton)) as reader:
+            encoded = reader.read(batch.ids).checked()
+        sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
+        params = draw(recipe, seed=plan.seed, epoch=position.epoch, ids=batch.ids, **sizes)
+        cells = []
+        for i, row in enumerate(encoded.rows):
+            if encoded.raw[i]:
+                source = Image.fromarray(encoded.images[i].reshape(int(row["height"]), int(row["width"]), 3))
+            else:
+                source = Image.open(io.BytesIO(encoded.images[i].tobytes())).convert("RGB")
+            panels = [with_window(source, params, i, self.size), after[i]]
+            title = f"{dataset.manifest.classes[int(row['label'])].title} #{batch.ids[i]}"
+            if self.diff:
+                (ours,) = shown(reference_sample(source, recipe, params, i)[None], recipe)
+                away = np.abs(ours.astype(int) - after[i])
+                title += f"; PIL's at the right: {away.mean():.2f} levels away, {away.max()} at most"
+                panels.append(ours)
+            cells.append(Cell(panels, title, describe(params, i)))
+        return cells
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One sample of the sheet."""
+
+    panels: list[Pixels]
+    """uint8 [size, size, 3] each, drawn side by side."""
+    title: str
+    done: str
+    """What was done to it."""
+
+
+def first_batch(
+    dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe, options: LoaderOptions
+) -> Batch:
+    """The global batch of a position, as training gets it."""
+    import torch
+
+    from pipeline.loader import TrainLoader
+    from pipeline.plan import BatchShape
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = BatchShape(global_batch=plan.global_batch)
+    with TrainLoader(
+        dataset, plan, shape, recipe, epochs=position.epoch + 1, start=position, device=device, options=options
+    ) as loader:
+        return next(loader)
+
+
+def shown(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:
+    """Normalised float32 [n, 3, H, W] back to uint8 [H, W, 3] each."""
+    mean, std = (np.asarray(values).reshape(3, 1, 1) for values in (recipe.mean, recipe.std))
+    pixels = np.rint((images * std + mean) * 255).clip(0, 255).astype(np.uint8)
+    return list(pixels.transpose(0, 2, 3, 1))
+
+
+def with_window(source: Image.Image, params: SampleParams, i: int, size: int) -> Pixels:
+    """The source, fitted into a square, with its crop window drawn in: uint8 [size, size, 3]."""
+    scale = size / max(source.size)
+    width, height = (max(1, round(side * scale)) for side in source.size)
+    square = Image.new("RGB", (size, size), "white")
+    corner = (size - width) // 2, (size - height) // 2
+    square.paste(source.resize((width, height), Image.Resampling.BICUBIC), corner)
+    y, x, high, wide = (params.windows[i] * scale).tolist()
+    left, top = corner[0] + x, corner[1] + y
+    ImageDraw.Draw(square).rectangle((left, top, left + wide - 1, top + high - 1), outline=WINDOW_COLOUR)
+    return np.asarray(square)
+
+
+def contact_sheet(cells: list[Cell]) -> Image.Image:
+    """A grid, about as wide as high, of cells with their captions below."""
+    font = ImageFont.load_default(FONT_SIZE)
+    size, panels = len(cells[0].panels[0]), len(cells[0].panels)
+    scale = max(1, math.ceil(MIN_PANEL / size))
+    line, width = FONT_SIZE + 2, panels * size * scale
+    letters = int(width / font.getlength("0"))
+    captions = [
+        (textwrap.wrap(cell.title, letters) + textwrap.wrap(cell.done, letters))[:CAPTION_LINES] for cell in cells
+    ]
+    cell_w = width + MARGIN
+    cell_h = size * scale + max(map(len, captions)) * line + 2 * MARGIN
+    columns = max(1, min(len(cells), round(math.sqrt(len(cells) * cell_h / cell_w))))
+    rows = math.ceil(len(cells) / columns)
     sheet = Image.new("RGB", (columns * cell_w + MARGIN, rows * cell_h + MARGIN), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
-    for number, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
-        x = MARGIN + number % columns * cell_w
-        y = MARGIN + number // columns * cell_h
-        image = Image.fromarray(pixels)
-        if scale > 1:
-            image = image.resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(image, (x, y))
-        for line, text in enumerate(caption.split("\n")):
-            pen.text((x, y + height * scale + 2 + line * (FONT_SIZE + 2)), _fit(text, pen, font, cell_w), "black", font)
+    pen = ImageDraw.Draw(sheet)
+    for number, (cell, caption) in enumerate(zip(cells, captions, strict=True)):
+        x, y = MARGIN + number % columns * cell_w, MARGIN + number // columns * cell_h
+        strip = Image.fromarray(np.concatenate(cell.panels, axis=1))
+        sheet.paste(strip.resize((width, size * scale), Image.Resampling.NEAREST), (x, y))
+        pen.multiline_text((x, y + size * scale + 2), "\n".join(caption), "black", font, spacing=2)
     return sheet
-
-
-def _fit(text: str, pen: ImageDraw.ImageDraw, font: ImageFont.ImageFont | ImageFont.FreeTypeFont, width: int) -> str:
-    """`text`, cut so that it does not run into its neighbour."""
-    while text and pen.textlength(text, font) > width - MARGIN:
-        text = text[:-1]
-    return text
