@@ -1,0 +1,90 @@
+"""How close the plan's order is to a full shuffle (docs/input.md states the figures), and how large a set may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.files import MAX_OPEN
+from pipeline.plan import Position, TrainPlan
+from pipeline.quick_check import quick_check
+from pipeline.reader import SampleReader
+from pipeline.storage import storage_of
+from shards.dataset import ShardSet
+from shards.index import write_index
+from shards.manifest import Manifest
+
+SAMPLES, SHARDS, GLOBAL = 204_800, 100, 256
+
+
+@pytest.fixture(scope="module")
+def plan() -> TrainPlan:
+    return TrainPlan(np.full(SHARDS, SAMPLES // SHARDS), global_batch=GLOBAL, seed=3)
+
+
+def batches(plan: TrainPlan, epoch: int) -> np.ndarray:
+    """int64 [steps, GLOBAL]."""
+    return np.stack([plan.ids(Position(epoch, step)) for step in range(plan.steps_per_epoch)])
+
+
+def test_a_batch_is_spread_over_the_whole_set(plan: TrainPlan) -> None:
+    draw = np.random.default_rng(0)
+    rows = draw.permuted(batches(plan, 0), axis=1)
+    distance = np.abs(np.diff(rows, axis=1)).mean()
+    assert distance == pytest.approx(SAMPLES / 3, rel=0.02), "as in a full shuffle"
+    shards = [len(np.unique(batch // (SAMPLES // SHARDS))) for batch in rows]
+    assert np.mean(shards) > 0.75 * SHARDS * (1 - (1 - 1 / SHARDS) ** GLOBAL)
+
+
+def test_samples_that_met_in_a_batch_meet_again_about_as_seldom_as_in_a_full_shuffle(plan: TrainPlan) -> None:
+    step_of = np.full(SAMPLES, -1)
+    step_of[batches(plan, 1)] = np.arange(plan.steps_per_epoch)[:, None]
+    again = sum(int((np.bincount(step_of[batch]) ** 2).sum()) - GLOBAL for batch in batches(plan, 0))
+    pairs = plan.steps_per_epoch * GLOBAL * (GLOBAL - 1)
+    assert again / pairs < 1.1 / plan.steps_per_epoch
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_set_of_a_hundred_thousand_shards_opens_and_reads(
+    digits: Path, tmp_path: Path, few_descriptors: None
+) -> None:
+    shards = 100_000
+    source = ShardSet(digits)
+    entry = dataclasses.replace(source.split("train").shards[0], samples=2)
+    rows = np.array(source.index("train")[:2])
+    names = [f"train-{number:06d}.tar" for number in range(shards)]
+    for name in names:
+        (tmp_path / name).symlink_to(digits / entry.name)
+    split = dataclasses.replace(
+        source.split("train"),
+        samples=2 * shards,
+        shards=tuple(dataclasses.replace(entry, name=name) for name in names),
+        index_hash=write_index(tmp_path / "train.index.npy", 2 * shards, (rows.copy() for _ in names)),
+    )
+    Manifest(classes=source.manifest.classes, splits={"train": split}).save(tmp_path)
+    dataset = ShardSet(tmp_path)
+    storage = storage_of(dataset, "train")
+    expected = [
+        SampleReader(storage_of(source, "train")).read(np.arange(2)).checked().images[i].tobytes() for i in (0, 1)
+    ]
+    start = time.perf_counter()
+    with SampleReader(storage) as reader:
+        assert quick_check(dataset, "train", reader, seconds=0.5) > 100
+        ids = np.random.default_rng(0).permutation(2 * shards)[:2000]
+        found = reader.read(ids).checked().images
+        assert storage.files.open_now <= MAX_OPEN  # type: ignore[attr-defined]
+    assert time.perf_counter() - start < 10
+    assert [image.tobytes() for image in found] == [expected[i % 2] for i in ids.tolist()]
