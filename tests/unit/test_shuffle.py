@@ -58,10 +58,10 @@ def few_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_set_of_a_hundred_thousand_shards_opens_and_reads(
-    digits: Path, tmp_path: Path, few_descriptors: None
+@pytest.mark.parametrize("shards", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_set_of_very_many_shards_opens_and_reads(
+    digits: Path, tmp_path: Path, few_descriptors: None, shards: int
 ) -> None:
-    shards = 100_000
     source = ShardSet(digits)
     entry = dataclasses.replace(source.split("train").shards[0], samples=2)
     rows = np.array(source.index("train")[:2])
