@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.decode import DecodeError, DecodeJob, Normalisation
 from pipeline.recycle import Recycler
+from pipeline.resize import scale_and_offset
 from shards.errors import UserError
 
 try:
@@ -84,7 +85,7 @@ class _Task:
             self._out = torch.empty((n, size, size, 3), dtype=dtype, pin_memory=True)
         else:
             self._out = buffers.empty((n, size, size, 3), dtype)
-        self._scale, self._offset = _scale_and_offset(decoder.normalisation, size)
+        self._scale, self._offset = scale_and_offset(decoder.normalisation, size)
         self._geometry = _geometry(job, size)
         self._refused = np.zeros(n, np.bool_)
         starts = range(0, n, IMAGES_PER_TASK)
@@ -113,15 +114,6 @@ class _Task:
         _decode(
             stored, encoded.raw[rows], geometry, scratch, source, self._scale, self._offset, out, self._refused[rows]
         )
-
-
-def _scale_and_offset(
-    normalisation: Normalisation | None, size: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Of each value of a row of pixels, float32 [size * 3], as `pipeline.augment.pixels.normalise` has them."""
-    mean, std = ((0.0,) * 3, (1 / 255,) * 3) if normalisation is None else (normalisation.mean, normalisation.std)
-    scale, offset = 1.0 / (255.0 * np.asarray(std)), -np.asarray(mean) / np.asarray(std)
-    return np.tile(scale.astype(np.float32), size), np.tile(offset.astype(np.float32), size)
 
 
 def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:

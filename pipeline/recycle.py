@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 _KEPT = 8  # free buffers; more than a loader has on its hands at once
+_SIZES_PER_OCTAVE_BITS = 3  # sizes are rounded up to 4 in each octave, so that batches of about the same size share
 
 
 class Recycler:
@@ -24,12 +25,14 @@ class Recycler:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised, contiguous CPU tensor."""
         size = int(np.prod(shape)) * dtype.itemsize
+        grain = 1 << max(0, size.bit_length() - _SIZES_PER_OCTAVE_BITS)
+        room = -(-size // grain) * grain
         with self._lock:
             # The one that came back last may still be in the CPU's cache.
-            fits = [i for i, memory in enumerate(self._free) if memory.nbytes >= size]
+            fits = [i for i, memory in enumerate(self._free) if memory.nbytes >= room]
             memory = self._free.pop(fits[-1]) if fits else None
         if memory is None:
-            memory = np.empty(size, np.uint8)
+            memory = np.empty(room, np.uint8)
         # The tensor's storage holds on to this very array object, and so tells when it is gone.
         lease = memory[:size]
         weakref.finalize(lease, self._take_back, memory).atexit = False

@@ -65,9 +65,9 @@ def test_training_batches_are_the_plan_s_samples_cropped_and_flipped_as_drawn(ph
                     expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 errors.append(np.abs(shown[row] - np.asarray(expected, np.float64)).mean())
     assert any(flips(recipe, seed=5, epoch=0, ids=np.arange(40)))
-    # Chroma upsampling differs between decoders; the bound for DALI's crops is half a level.
-    assert np.mean(errors) < 0.5
-    assert np.max(errors) < 1.5
+    # Chroma upsampling differs between decoders, and the resize by a level here and there.
+    assert np.mean(errors) < 0.1
+    assert np.max(errors) < 0.3
 
 
 @pytest.mark.parametrize("recipe_name", ["light", "fat"])

@@ -1,0 +1,75 @@
+"""The CPU's resize against PIL's own, pixel by pixel."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from skimage import data as photos
+
+from pipeline.decode import DecodeJob, Normalisation
+from pipeline.resize import Resizer
+
+SIZE = 64
+WINDOWS = [(0, 0, 300, 451), (10, 20, 100, 60), (50, 51, 64, 64), (100, 100, 31, 97), (5, 300, 7, 9), (299, 0, 1, 451)]
+
+
+@pytest.fixture(scope="module")
+def photo() -> NDArray[np.uint8]:
+    return photos.chelsea()  # type: ignore[no-any-return]
+
+
+def job(**given: Any) -> DecodeJob:
+    window = np.array(WINDOWS, np.int32)
+    encoded = SimpleNamespace(ids=np.arange(len(window)), images=[], rows=None, raw=None)
+    return DecodeJob(encoded=cast(Any, encoded), window=window, **given)
+
+
+def cut(photo: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    return [np.ascontiguousarray(photo[y : y + h, x : x + w]) for y, x, h, w in WINDOWS]
+
+
+def by_pil(window: NDArray[np.uint8], height: int, width: int) -> NDArray[np.int16]:
+    return np.asarray(Image.fromarray(window).resize((width, height), Image.Resampling.BICUBIC), np.int16)
+
+
+def test_training_windows_are_pils_but_for_rounding(photo: NDArray[np.uint8]) -> None:
+    flip = np.arange(len(WINDOWS)) % 2 == 1
+    with Resizer(size=SIZE, threads=2, normalisation=None) as resize:
+        batch = resize(cut(photo), job(flip=flip)).numpy().astype(np.int16)
+    for shown, window, flipped in zip(batch, cut(photo), flip, strict=True):
+        expected = by_pil(window, SIZE, SIZE)
+        difference = np.abs(shown - (expected[:, ::-1] if flipped else expected))
+        assert difference.max() <= 2
+        assert difference.mean() < 0.2
+
+
+def test_evaluation_is_resized_whole_and_cut_at_the_anchor(photo: NDArray[np.uint8]) -> None:
+    n = len(WINDOWS)
+    resize_to = np.tile(np.array([[80, 96]], np.int32), (n, 1))
+    anchor = np.tile(np.array([[3, 17]], np.int32), (n, 1))
+    with Resizer(size=SIZE, threads=1, normalisation=None) as resize:
+        batch = resize(cut(photo), job(resize=resize_to, anchor=anchor)).numpy().astype(np.int16)
+    for shown, window in zip(batch, cut(photo), strict=True):
+        assert np.abs(shown - by_pil(window, 80, 96)[3 : 3 + SIZE, 17 : 17 + SIZE]).max() <= 2
+
+
+def test_normalised_pixels_are_the_same_pixels(photo: NDArray[np.uint8]) -> None:
+    flip = np.arange(len(WINDOWS)) % 2 == 0
+    normalisation = Normalisation(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
+    with Resizer(size=SIZE, threads=2, normalisation=None) as resize:
+        plain = resize(cut(photo), job(flip=flip))
+    with Resizer(size=SIZE, threads=2, normalisation=normalisation) as resize:
+        normalised = resize(cut(photo), job(flip=flip))
+    mean, std = torch.tensor(normalisation.mean), torch.tensor(normalisation.std)
+    torch.testing.assert_close(normalised, (plain / 255 - mean) / std, atol=1e-5, rtol=1e-5)
+
+
+def test_an_error_in_a_thread_reaches_the_caller(photo: NDArray[np.uint8]) -> None:
+    with Resizer(size=SIZE, threads=2, normalisation=None) as resize, pytest.raises(RuntimeError):
+        resize([np.zeros((0, 0, 3), np.uint8)] * len(WINDOWS), job())
