@@ -31,7 +31,7 @@ from launch.recipe import DataRecipe
 from launch.run_folder import saved_recipe
 from launch.world import World, connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
-from pipeline.loader import EvalLoader, LoaderOptions
+from pipeline.loader import CROP_PCT, EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
 from shards.errors import UserError
 
@@ -50,6 +50,8 @@ class Evaluate:
     """Split to evaluate."""
     size: int | None = None
     """Side of the images in pixels. None = the run's, else 224."""
+    crop_pct: float | None = None
+    """Share of the short side that is looked at. None = the run's, else 0.875."""
     batch: int = 128
     """Images per rank and step."""
     limit: int | None = None
@@ -72,7 +74,9 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     """
     world = connect()
     dataset = DataRecipe(data=command.data).open()
-    model, size = load_model(command)
+    if command.crop_pct is not None and not 0 < command.crop_pct <= 1:
+        raise UserError(f"--crop-pct {command.crop_pct}: between 0 and 1")
+    model, data = load_model(command)
     if model.config.num_classes < len(dataset.manifest.classes):
         raise UserError(
             f"{command.model}: a model of {model.config.num_classes} classes, {dataset.path} has "
@@ -88,7 +92,8 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     loader = EvalLoader(
         dataset,
         EvalPlan(samples, batch=command.batch, world=world.size, rank=world.rank),
-        size=command.size or size,
+        size=command.size or data.get("size", 224),
+        crop_pct=command.crop_pct or data.get("crop_pct", CROP_PCT),
         mean=normal.mean,
         std=normal.std,
         device=world.device,
@@ -108,8 +113,8 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     return {"samples": int(seen), "top1": top1 / seen, "top5": top5 / seen, "loss": loss / seen, "classes": classes}
 
 
-def load_model(command: Evaluate) -> tuple[fat.FAT, int]:
-    """The model, and the size that it was trained at (224 where nobody says).
+def load_model(command: Evaluate) -> tuple[fat.FAT, dict[str, Any]]:
+    """The model, and the `data` section of the recipe that it was trained by (empty where nobody says).
 
     Raises:
         UserError: neither a run folder with a whole checkpoint nor a readable weights file.
@@ -121,7 +126,7 @@ def load_model(command: Evaluate) -> tuple[fat.FAT, int]:
         if path.is_file():
             if command.average:
                 raise UserError(f"{path}: --average needs a run folder; or give its weights-ema.safetensors")
-            return fat.load_model(path), 224
+            return fat.load_model(path), {}
         found, complaints = CheckpointFolder(path / "checkpoints").newest()
         for complaint in complaints:
             print(f"warning: {complaint}", file=sys.stderr)
@@ -139,7 +144,7 @@ def load_model(command: Evaluate) -> tuple[fat.FAT, int]:
         model.load_state_dict(values)
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: {error}") from error
-    return model, int(recipe["data"]["size"])
+    return model, recipe["data"]
 
 
 @torch.no_grad()

@@ -125,6 +125,7 @@ class Feed:
             self.dataset,
             EvalPlan(samples, batch=batch, world=self.world.size, rank=self.world.rank),
             size=self.recipe.data.size,
+            crop_pct=self.recipe.data.crop_pct,
             mean=self.augment.mean,
             std=self.augment.std,
             device=self.world.device,

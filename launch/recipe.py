@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from launch.optimizers import Name
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
-from pipeline.loader import LoaderOptions
+from pipeline.loader import CROP_PCT, LoaderOptions
 from pipeline.plan import DEFAULT_WINDOW
 from pipeline.remote import is_remote
 from pipeline.remote_set import open_set
@@ -78,6 +78,8 @@ class DataRecipe:
     """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
     crop_scale: tuple[float, float] | None = None
     """Area of the random crop, as shares of the image."""
+    crop_pct: float = CROP_PCT
+    """Share of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""
     flip: float | None = None
     """Probability of a horizontal flip."""
     rand_augment: str | None = None
@@ -96,6 +98,8 @@ class DataRecipe:
                 raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
         if self.eval_batch is not None and self.eval_batch < 1:
             raise RecipeError(f"--eval-batch {self.eval_batch}: at least 1")
+        if not 0 < self.crop_pct <= 1:
+            raise RecipeError(f"--crop-pct {self.crop_pct}: between 0 and 1; the paper's is {CROP_PCT}")
 
     def augmentation(self) -> AugmentRecipe:
         """The augmentation recipe that the fields amount to."""

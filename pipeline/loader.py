@@ -25,8 +25,8 @@ from shards.dataset import ShardSet
 
 __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader", "eval_geometry"]
 
-# timm's crop_pct of the recipe: 224 is cut from 256, and other sizes keep the ratio.
-EVAL_CROP = 0.875
+# The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
+CROP_PCT = 0.875
 
 
 class TrainLoader(BackgroundLoader):
@@ -147,12 +147,13 @@ class TrainLoader(BackgroundLoader):
 class EvalLoader(BackgroundLoader):
     """The batches of one rank of one evaluation; each sample of the split exactly once over all ranks.
 
-    Every pass over the loader (`iter`) is one evaluation. Short side to size / 0.875, then a centre crop, bicubic.
+    Every pass over the loader (`iter`) is one evaluation. Short side to size / crop_pct, then a centre crop, bicubic.
 
     Args:
         plan: which samples are this rank's.
         size: side of the images in pixels.
         mean, std: of the normalisation, per channel on the 0..1 scale.
+        crop_pct: share of the short side that is looked at.
     """
 
     def __init__(
@@ -166,11 +167,12 @@ class EvalLoader(BackgroundLoader):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         split: str = "val",
+        crop_pct: float = CROP_PCT,
         options: LoaderOptions | None = None,
     ) -> None:
         super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=0)
         self._plan, self._size, self._mean, self._std = plan, size, mean, std
-        self._delivered = 0
+        self._crop_pct, self._delivered = crop_pct, 0
 
     def __iter__(self) -> Iterator[Batch]:
         """Start an evaluation, or go on with the one whose state was just loaded."""
@@ -243,7 +245,7 @@ class EvalLoader(BackgroundLoader):
     def _job(self, encoded: Encoded, portion: Portion) -> tuple[DecodeJob, None]:
         heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
         window = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
-        resize, anchor = eval_geometry(heights, widths, self._size)
+        resize, anchor = eval_geometry(heights, widths, self._size, self._crop_pct)
         return DecodeJob(encoded=encoded, window=window, resize=resize, anchor=anchor), None
 
 
@@ -253,10 +255,10 @@ def _filled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def eval_geometry(
-    heights: NDArray[np.int32], widths: NDArray[np.int32], size: int
+    heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Sizes after resizing and corners of the centre crop, each int32 [n, 2], rounded the way torchvision does."""
-    short = int(size / EVAL_CROP)
+    short = int(size / crop_pct)
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
     resize = short * sides // sides.min(axis=1, keepdims=True)
     anchor = np.rint((resize - size) / 2).astype(np.int32)

@@ -209,6 +209,7 @@ def test_evaluation_geometry_keeps_the_ratio_of_256_to_224() -> None:
     assert resize.tolist() == [[256, 341], [384, 256], [256, 256]]
     assert anchor.tolist() == [[16, 58], [80, 16], [16, 16]]
     assert eval_geometry(np.array([64]), np.array([64]), 64)[0].tolist() == [[73, 73]]
+    assert eval_geometry(np.array([80]), np.array([64]), 64, crop_pct=1)[0].tolist() == [[80, 64]]
 
 
 def test_nothing_is_left_behind(digits: Path) -> None:
