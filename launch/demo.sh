@@ -13,7 +13,7 @@ say "2/5 sharding"
 "$BIN/pipeline" info "$DEMO/digits-shards"
 say "3/5 verifying every byte, drawing what the model will see"
 "$BIN/pipeline" verify "$DEMO/digits-shards"
-"$BIN/pipeline" look "$DEMO/digits-shards" --size 64 --flip 0 --crop-scale 0.6 1 --out "$DEMO/batch.png"
+"$BIN/pipeline" look "$DEMO/digits-shards" --size 64 --flip 0 --crop-scale 0.5 1 --out "$DEMO/batch.png"
 say "4/5 training FAT-B0 at 64x64"
 HF_HOME="$DEMO/no-launcher-defaults" "$BIN/accelerate" launch launch/train.py \
   --recipe launch/recipes/digits.toml --data "$DEMO/digits-shards" --out "$DEMO/run"
