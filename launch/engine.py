@@ -66,10 +66,10 @@ class Engine:
             # DeepSpeed cannot broadcast channels-last weights; there, only activations are channels-last.
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if recipe.run.compile != "off":
-            if self.zero == 3 or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+            if self.zero == 3:
                 raise RecipeError(
-                    f"--compile {recipe.run.compile}: neither SyncBatchNorm nor ZeRO 3 can be compiled whole; use "
-                    "--sync-bn off and --zero 0, 1 or 2, or --compile off"
+                    f"--compile {recipe.run.compile}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or "
+                    "--compile off"
                 )
             # In place, before wrapping: names, wrappers and checkpoints do not change.
             model.compile(fullgraph=True, mode=None if recipe.run.compile == "default" else recipe.run.compile)
@@ -137,7 +137,7 @@ class Engine:
         return {"samples": int(samples), "top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples}
 
     def average_statistics(self) -> None:
-        """Make BatchNorm's running statistics the mean over ranks; SyncBatchNorm's are already. Collective."""
+        """Make BatchNorm's running statistics the mean over ranks; synchronised ones are already. Collective."""
         if self.world.size == 1:
             return
         buffers = [*self.statistics(), *self._masters.averaged_statistics]
