@@ -53,6 +53,9 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
+Tensors = tuple[Tensor, ...]
+
+
 class GlobalBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose training statistics are those of all ranks of a group, each with the same number of values.
 
@@ -104,7 +107,7 @@ class _Normalise(torch.autograd.Function):
     """(input, weight, bias, eps, group, ranks) -> normalised input, and the mean and biased variance over all ranks."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0917 - autograd hands them over by position
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup, ranks: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         input = input.contiguous(memory_format=_layout(input))
@@ -122,14 +125,14 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, mean, inverse = ctx.saved_tensors
+        kept = input, weight, _, inverse = ctx.saved_tensors
         reduce, apply = (_reduce_fused, _apply_fused) if _has_kernels(input) else (_reduce, _apply)
-        sums = reduce(grad, input, mean, inverse, weight)  # of the gradient, and of gradient x (input - mean)
+        sums = reduce(grad, kept)  # of the gradient, and of gradient x (input - mean)
         # Weights' gradients are averaged with all others afterwards: those of this rank's rows are wanted here.
         grad_weight, grad_bias = (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype)
         total = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
         count = ctx.ranks * (input.numel() // input.shape[1])
-        return apply(grad, input, mean, inverse, weight, total, count), grad_weight, grad_bias, None, None, None
+        return apply(grad, kept, total, count), grad_weight, grad_bias, None, None, None
 
 
 def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -149,20 +152,21 @@ def _local_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
 
 
-def _reduce(grad: Tensor, input: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _reduce(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:
+    input, _, mean, _ = kept
     grad, centred = grad.float(), input.float() - _per_channel(mean)
     return grad.sum(dim=(0, 2, 3)), (grad * centred).sum(dim=(0, 2, 3))
 
 
-def _reduce_fused(grad: Tensor, input: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _reduce_fused(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:
+    input, weight, mean, inverse = kept
     grad = grad.contiguous(memory_format=_layout(input))  # kernels walk both alike
     sums = torch.batch_norm_backward_reduce(grad, input, mean, inverse, weight, True, False, False)
     return sums[0], sums[1]
 
 
-def _apply(
-    grad: Tensor, input: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, total: tuple[Tensor, ...], count: int
-) -> Tensor:
+def _apply(grad: Tensor, kept: Tensors, total: Tensors, count: int) -> Tensor:
+    input, weight, mean, inverse = kept
     slope = inverse * weight
     towards = total[1] * inverse * inverse * slope / count
     shift = total[0] * slope / count - mean * towards
@@ -170,9 +174,8 @@ def _apply(
     return result.to(input.dtype)
 
 
-def _apply_fused(
-    grad: Tensor, input: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, total: tuple[Tensor, ...], count: int
-) -> Tensor:
+def _apply_fused(grad: Tensor, kept: Tensors, total: Tensors, count: int) -> Tensor:
+    input, weight, mean, inverse = kept
     grad = grad.contiguous(memory_format=_layout(input))
     counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
     return torch.batch_norm_backward_elemt(grad, input, mean, inverse, weight, total[0], total[1], counts)
