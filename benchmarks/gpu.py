@@ -5,7 +5,7 @@
 Needs neither an installed project nor a virtual environment: this Python with its packages is used as it is. A part
 whose whole result for these very sources lies in DIR is not run again; one that did not end is. DIR/gpu.json holds all
 results with machine, versions and commit, DIR/gpu.md is a table of them, DIR/parts/ each part's own JSON and output.
-Exit status: 0 all parts have passed, 1 some failed, 3 time was up before all had their turn.
+Exit status: 0 all parts have passed, 1 some failed, 2 no GPU, 3 time was up before all had their turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "accelerate", "deepspeed", "ffcv", "timm", "numpy")
 SHOWN_LINES = 12
 LEAST_SECONDS = 20.0  # with less time left, a part is left to the next call
-TIME_IS_UP = 3
+BAD_INPUT, TIME_IS_UP = 2, 3
 FAT = ("fat_b0", "fat_b1", "fat_b2", "fat_b3")
 TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 
@@ -87,7 +87,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--minutes", type=float, default=8.0, help="end by then; the next call goes on")
     parser.add_argument("--only", nargs="+", help="parts by the start of their names")
+    parser.add_argument("--cpu", action="store_true", help="run without a GPU: to see that the script itself works")
     options = parser.parse_args()
+    if not options.cpu and not has_gpu():
+        print(f"error: {sys.executable} finds no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
+        return BAD_INPUT
     deadline = time.monotonic() + 60 * options.minutes
     sources = digest_of_sources()
     folder = options.out.absolute() / "parts"
@@ -184,6 +188,12 @@ def commit() -> str:
     except OSError:
         return ""
     return asked.stdout.strip()
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def machine() -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_every_stage_trains_and_goes_on(tmp_path: Path, digits: Path, zero: int)
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_share_one_gpu(tmp_path: Path, digits: Path, zero: int) -> None:
-    """The multi-rank CUDA path (BatchNorm over ranks, autocast, ZeRO, checkpoint) over gloo, on whatever GPU there is."""
+    """The multi-rank CUDA path (BatchNorm over ranks, autocast, ZeRO, checkpoint) over gloo, on any one GPU."""
     run = tmp_path / "run"
     options = (*FEW_STEPS, "--data", digits, "--out", run, "--zero", str(zero), "--sync-bn", "on")
     for stop in ("4", "8"):
