@@ -62,15 +62,13 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/augment.py --out $(OUT)/augment.json
 	$(BIN)/python benchmarks/shard.py --out $(OUT)/shard.json
 	$(BIN)/python benchmarks/model.py --out $(OUT)/model.json
+	$(BIN)/python benchmarks/decode.py --out $(OUT)/decode.json
+	$(BIN)/python benchmarks/step.py --models fat_b0 fat_b1 --modes training --out $(OUT)/step.json
 
-# Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, safetensors,
-# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, pytest.
-gpu:             ## all GPU tests and benchmarks with PYTHON as it is: make gpu PYTHON=python3 OUT=dir
-	mkdir -p $(OUT)
-	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) -m pytest tests/gpu tests/unit/test_augment_pixels.py -m gpu -p no:cacheprovider
-	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/loader.py --out $(OUT)/loader-gpu.json
-	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/augment.py --device cuda --out $(OUT)/augment-gpu.json
-	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/model.py --out $(OUT)/model-gpu.json
+# Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, rich, safetensors,
+# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, pytest; FFCV and timm are used if there.
+gpu:             ## all GPU tests and benchmarks, 8 minutes at most, call again to go on: make gpu PYTHON=python3 OUT=dir
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 
 clean:           ## remove the environment, the demo and all caches
 	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

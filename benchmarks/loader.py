@@ -186,8 +186,9 @@ def main() -> None:
         folder = options.data or Path(temporary)
         photos, shards = folder / "photos", folder / "photos-shards"
         if not shards.exists():
+            beton = ["--format", "both"] if has_ffcv else []
             assert pipeline(["sample", "photos", str(photos), "--count", str(options.count)]) == 0
-            assert pipeline(["shard", str(photos), "--out", str(shards), "--shard-size", "32", "--format", "both"]) == 0
+            assert pipeline(["shard", str(photos), "--out", str(shards), "--shard-size", "32", *beton]) == 0
         dataset = ShardSet(shards)
         makers: dict[str, Maker] = {
             "ours, DALI": partial(ours, dataset, device, "dali"),

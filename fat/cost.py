@@ -25,6 +25,9 @@ class Cost:
     """Multiply-accumulates of convolutions and linear layers: what the paper counts."""
     attention_macs: int
     """Multiply-accumulates of the two attention products, q k^T and softmax times v."""
+    product_elements: int
+    """Numbers that convolutions, linear layers and attention take in and give out in one forward pass, weights left
+    out: what must pass through memory if everything between them is done while these pass by."""
     activation_bytes: int
     """Bytes that eager autograd keeps between forward and backward in the parameters' dtype, attention written out; the
     copies that a device makes to suit its layout, some 3 % on a CPU, come on top."""
@@ -34,6 +37,20 @@ class Cost:
         """All multiply-accumulates."""
         return self.conv_macs + self.attention_macs
 
+    @property
+    def training_flops(self) -> int:
+        """Floating-point operations of forward and backward, as model FLOP utilisation counts them: two for each
+        multiply-accumulate, and the backward pass is twice the forward."""
+        return 6 * self.macs
+
+    def fused_bytes(self, itemsize: int, *, training: bool = True) -> int:
+        """Bytes that perfectly fused blocks move, in numbers of `itemsize` bytes; the floor of memory traffic.
+
+        Training passes each number three times: inputs are read forward, read again for the weight's gradient, and
+        their own gradient is written; outputs are written forward, and their gradient is read for either gradient.
+        """
+        return (3 if training else 1) * itemsize * self.product_elements
+
 
 def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
     """The cost of one image, found by running a copy of the model on the meta device: nothing is computed.
@@ -42,16 +59,18 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
     """
     height, width = (size, size) if isinstance(size, int) else size
     twin = copy.deepcopy(model).to("meta").train()
-    conv_macs = attention_macs = 0
+    conv_macs = attention_macs = elements = 0
 
     def add_layer(layer: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal conv_macs
+        nonlocal conv_macs, elements
         conv_macs += output.numel() * layer.weight[0].numel()
+        elements += inputs[0].numel() + output.numel()
 
     def add_attention(fasa: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        nonlocal attention_macs
+        nonlocal attention_macs, elements
         keys = -(-output.shape[2] // fasa.window) * -(-output.shape[3] // fasa.window)
         attention_macs += 2 * output.numel() * keys
+        elements += 2 * output.numel() + 2 * output.shape[0] * output.shape[1] * keys  # q, result; k, v
 
     for module in twin.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -77,5 +96,6 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         conv_macs=conv_macs // BATCH,
         attention_macs=attention_macs // BATCH,
+        product_elements=elements // BATCH,
         activation_bytes=sum(storage.nbytes() for storage in kept.values()) // BATCH,
     )

@@ -53,7 +53,7 @@ class MapNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        norm = _norm_rows if x.is_cuda else _group_norm
+        norm = norm_rows if x.is_cuda else _group_norm
         return norm(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.eps).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -64,7 +64,7 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.group_norm(x, 1, weight, bias, eps)
 
 
-def _norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """The same as a layer norm over each sample's channels-last row: torch's GroupNorm returns NCHW memory on CUDA, and
     every layer behind it would pay for that."""
     maps = x.permute(0, 2, 3, 1)

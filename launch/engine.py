@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from launch.loss import count_correct, soft_cross_entropy
 from launch.masters import Masters
-from launch.norms import batch_norms, synchronise_norms
+from launch.norms import GlobalBatchNorm, batch_norms, synchronise_norms
 from launch.optimizers import OPTIMIZERS, parameter_groups
 from launch.recipe import Recipe, RecipeError
+from launch.tuning import Choice, choose_mode
 from launch.world import World
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
@@ -61,18 +62,20 @@ class Engine:
         self.zero, self.precision = choose(recipe, world.device)
         self._recipe = recipe
         self._accumulation = accumulation
-        model = synchronise_norms(model.to(world.device), recipe.run.sync_bn, world)
+        model = model.to(world.device)
         if self.zero == 0:
             # DeepSpeed cannot broadcast channels-last weights; there, only activations are channels-last.
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if recipe.run.compile != "off":
-            if self.zero == 3 or any(isinstance(m, nn.SyncBatchNorm) for m in model.modules()):
+        self._compiled = self._mode(model, micro_batch)
+        model = synchronise_norms(model, recipe.run.sync_bn, world)
+        if self._compiled.mode != "off":
+            if self.zero == 3:
                 raise RecipeError(
-                    f"--compile {recipe.run.compile}: neither SyncBatchNorm nor ZeRO 3 can be compiled whole; use "
-                    "--sync-bn off and --zero 0, 1 or 2, or --compile off"
+                    f"--compile {self._compiled.mode}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or "
+                    "--compile off"
                 )
             # In place, before wrapping: names, wrappers and checkpoints do not change.
-            model.compile(fullgraph=True, mode=None if recipe.run.compile == "default" else recipe.run.compile)
+            model.compile(fullgraph=True, mode=None if self._compiled.mode == "default" else self._compiled.mode)
         optim = recipe.optim
         kind = OPTIMIZERS[optim.optimizer]
         optimizer = kind.build(parameter_groups(model, optim.weight_decay), optim.betas, optim.eps)
@@ -85,8 +88,23 @@ class Engine:
     @property
     def description(self) -> str:
         """For people: engine and precision."""
-        compiled = "" if self._recipe.run.compile == "off" else f", compiled ({self._recipe.run.compile})"
+        compiled = "" if self._compiled.mode == "off" else f", compiled ({self._compiled.mode})"
         return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}{compiled}"
+
+    @property
+    def picks(self) -> dict[str, str]:
+        """What the engine works with, and why where it chose, for people and the log."""
+        norms = batch_norms(self.model)
+        ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
+        over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
+        reason = f" ({self._compiled.reason})" if self._compiled.reason else ""
+        return {
+            "engine": f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}",
+            "compile": self._compiled.mode + reason,
+            "channels-last": "activations" if self.zero else "weights and activations",
+            "optimiser": f"fused {self._recipe.optim.optimizer}",
+            "BatchNorm": "frozen" if self._frozen else over,
+        }
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -137,7 +155,7 @@ class Engine:
         return {"samples": int(samples), "top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples}
 
     def average_statistics(self) -> None:
-        """Make BatchNorm's running statistics the mean over ranks; SyncBatchNorm's are already. Collective."""
+        """Make BatchNorm's running statistics the mean over ranks; synchronised ones are already. Collective."""
         if self.world.size == 1:
             return
         buffers = [*self.statistics(), *self._masters.averaged_statistics]
@@ -251,6 +269,20 @@ class Engine:
         return config
 
     # -- wrapping ------------------------------------------------------------------------------------------------
+
+    def _mode(self, model: nn.Module, micro_batch: int) -> Choice:
+        """The recipe's torch.compile mode, or the fastest."""
+        if self._recipe.run.compile != "auto":
+            return Choice(self._recipe.run.compile, "")
+        side, device, dtype = self._recipe.data.size, self.world.device, self.input_dtype
+        return choose_mode(
+            model,
+            self.world,
+            images=lambda: torch.randn(micro_batch, 3, side, side, device=device, dtype=dtype),
+            bf16=self.precision == "bf16",
+            whole=self.zero != 3,
+            graphs=self._accumulation == 1,
+        )
 
     def _prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batch: int) -> tuple[Any, Any]:
         cuda = self.world.device.type == "cuda"

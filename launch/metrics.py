@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+import fat
 from launch.checkpoint import Progress
 from launch.engine import Engine, StepResult
 from launch.feed import Feed
+from launch.limits import Limits, limits_of
 from launch.recipe import Recipe
 from launch.trackers import open_trackers
 
@@ -40,6 +43,7 @@ class Tracker:
         main = self._world.is_main
         self._log = MetricsLog(recipe, recipe.run.out if main else None)
         self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
+        self._yardstick = Yardstick.of(recipe, feed, engine) if main else None
         self._log.write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
         self._rate = 0.0
@@ -93,11 +97,13 @@ class Tracker:
         norms = [norm for norm in norms if math.isfinite(norm)]
         loss, count, replaced_by_all = sums.tolist()
         seconds = time.perf_counter() - self._interval_started
+        rate = len(self._results) * self._plan.global_batch / seconds
         device = self._world.device
         values = {
             "loss": round(loss / count, 5) if count else None,
             "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
-            "images_per_second": round(len(self._results) * self._plan.global_batch / seconds, 1),
+            "images_per_second": round(rate, 1),
+            **(self._yardstick.shares(rate) if self._yardstick else {}),
             "data_wait": round(self._waited / seconds, 4),
             "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
             "skipped": skipped,
@@ -107,6 +113,11 @@ class Tracker:
         self._log.write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
         self._display.interval(self._step + 1, epoch, self._rate, values)
         self.restart_interval()
+
+    def picked(self, picks: dict[str, str]) -> None:
+        """Write down and say what engine and loader have chosen for themselves."""
+        self._log.write("picks", step=self._begun_at.step, **picks)
+        self.say("; ".join(f"{name}: {choice}" for name, choice in picks.items()))
 
     def evaluation(self, step: int, result: dict[str, float], *, kind: str = "eval") -> float:
         """Write a line about an evaluation; returns its top-1."""
@@ -136,6 +147,42 @@ class Tracker:
         self._log.write("end", step=progress.step, seconds=round(progress.seconds, 1), best=progress.best)
         best = f", best top-1 {progress.best:.2%}" if progress.best else ""
         self.say(f"{progress.step} steps in {progress.seconds:.0f} s{best}")
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the run's speed is compared with."""
+
+    flops: int
+    """Floating-point operations of an image, forward and backward."""
+    passed: int
+    """Bytes that an image must pass through memory in perfectly fused blocks."""
+    limits: Limits
+    """Of one device."""
+    devices: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, feed: Feed, engine: Engine) -> Yardstick:
+        """Counts the recipe's model and measures this rank's device: some tenths of a second."""
+        with torch.device("meta"):
+            cost = fat.count(
+                fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size
+            )
+        return cls(
+            flops=cost.training_flops,
+            passed=cost.fused_bytes(engine.input_dtype.itemsize),
+            limits=limits_of(engine.world.device, engine.precision),
+            devices=engine.world.size,
+        )
+
+    def shares(self, rate: float) -> dict[str, float]:
+        """Model FLOP utilisation, and the share of the copy bandwidth that fused blocks would need; of `rate` images/s
+        over all devices."""
+        each = rate / self.devices
+        return {
+            "mfu": round(each * self.flops / self.limits.arithmetic, 4),
+            "bandwidth": round(each * self.passed / self.limits.bandwidth, 4),
+        }
 
 
 class MetricsLog:
@@ -206,7 +253,8 @@ class Display:
         loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
         text = (
             f"epoch {epoch} loss {loss:.3f} lr {lr:.2e} norm {norm:.2f} "
-            f"{values['images_per_second']:.0f} img/s, waiting for data {values['data_wait']:.1%}"
+            f"{values['images_per_second']:.0f} img/s, MFU {values.get('mfu', 0):.1%}, "
+            f"waiting for data {values['data_wait']:.1%}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

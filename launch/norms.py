@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import _functional_collectives as collectives
+from torch.nn import functional as F
 
 from launch.recipe import RecipeError
 from launch.world import World
 
 
 def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
-    """BatchNorm -> SyncBatchNorm over all ranks, or over groups of N neighbours (`group:N`), where that is possible.
+    """BatchNorm's statistics over all ranks, or over groups of N neighbours (`group:N`), where there are several ranks.
 
-    Each layer then costs a collective forward and backward; groups inside a node keep those off the network.
+    Each layer then costs a small collective forward and one backward; groups inside a node keep those off the network.
 
     Args:
         wanted: auto, on, off or group:N (`RunRecipe.sync_bn`).
@@ -20,14 +26,12 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
     Raises:
         RecipeError: asked for what cannot be.
     """
-    possible = world.device.type == "cuda" and world.size > 1
-    if wanted == "off" or (wanted == "auto" and not possible):
+    several = world.size > 1
+    if wanted == "off" or (wanted == "auto" and not (several and world.device.type == "cuda")):
         return model
-    if not possible:
-        raise RecipeError(
-            f"--sync-bn {wanted}: needs several ranks on GPUs, here are {world.size} on {world.device.type}; use auto"
-        )
-    group = None
+    if not several:
+        raise RecipeError(f"--sync-bn {wanted}: needs several ranks, here is one; use auto")
+    group = dist.group.WORLD
     if wanted.startswith("group:"):
         size = int(wanted.removeprefix("group:"))
         if world.size % size:
@@ -35,9 +39,169 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
         # Every rank takes part in making every group.
         groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
         group = groups[world.rank // size]
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    assert group is not None
+    return _replace(model, lambda norm: GlobalBatchNorm.of(norm, group))
+
+
+def local_norms(model: nn.Module) -> nn.Module:
+    """The way back: every norm per rank again. The parameters and buffers are the same tensors."""
+    return _replace(model, lambda norm: norm.local() if isinstance(norm, GlobalBatchNorm) else norm)
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """All BatchNorm layers, synchronised or not."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+Tensors = tuple[Tensor, ...]
+
+
+class GlobalBatchNorm(nn.BatchNorm2d):
+    """BatchNorm whose training statistics are those of all ranks of a group, each with the same number of values.
+
+    torch's SyncBatchNorm allows for ranks with different numbers, and to leave out those without any it makes the host
+    wait for the device in every layer; nor can it be compiled whole. Here ranks have equal numbers by plan, so one
+    all-reduce forward and one backward are all there is.
+
+    images: float [B, C, H, W], any memory layout and dtype; statistics are float32, and combined over ranks in float64,
+    where the mean of squares less the square of the mean keeps its digits.
+    """
+
+    def __init__(self, num_features: int, group: dist.ProcessGroup, *, eps: float, momentum: float) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.group = group
+        self.ranks = dist.get_world_size(group)
+
+    @classmethod
+    def of(cls, norm: nn.BatchNorm2d, group: dist.ProcessGroup) -> GlobalBatchNorm:
+        """A twin on the same parameters and buffers."""
+        assert norm.momentum is not None
+        with torch.device("meta"):
+            twin = cls(norm.num_features, group, eps=norm.eps, momentum=norm.momentum)
+        return _adopt(twin, norm)
+
+    def local(self) -> nn.BatchNorm2d:
+        """An ordinary BatchNorm on the same parameters and buffers."""
+        assert self.momentum is not None
+        with torch.device("meta"):
+            twin = nn.BatchNorm2d(self.num_features, eps=self.eps, momentum=self.momentum)
+        return _adopt(twin, self)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        output, mean, var = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
+        with torch.no_grad():
+            count = self.ranks * input.numel() // input.shape[1]
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return output
+
+
+class _Normalise(torch.autograd.Function):
+    """(input, weight, bias, eps, group, ranks) -> normalised input, and the mean and biased variance over all ranks."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd hands them over by position
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup, ranks: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        input = input.contiguous(memory_format=_layout(input))
+        var, mean = _local_statistics(input, eps)
+        mean, var = mean.double(), var.double()
+        moments = _sum_over_ranks(torch.cat([mean, var + mean * mean]), group) / ranks
+        mean, second = moments.chunk(2)
+        var = (second - mean * mean).clamp_(min=0)
+        mean, var = mean.float(), var.float()
+        output = F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)
+        ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt())
+        ctx.group, ctx.ranks = group, ranks
+        ctx.mark_non_differentiable(mean, var)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        kept = input, weight, _, inverse = ctx.saved_tensors
+        reduce, apply = (_reduce_fused, _apply_fused) if _has_kernels(input) else (_reduce, _apply)
+        sums = reduce(grad, kept)  # of the gradient, and of gradient x (input - mean)
+        # Weights' gradients are averaged with all others afterwards: those of this rank's rows are wanted here.
+        grad_weight, grad_bias = (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype)
+        total = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
+        count = ctx.ranks * (input.numel() // input.shape[1])
+        return apply(grad, kept, total, count), grad_weight, grad_bias, None, None, None
+
+
+def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
+
+
+def _has_kernels(input: Tensor) -> bool:
+    """Whether torch has kernels of its own for the parts; the compiler fuses plain operations better."""
+    return input.is_cuda and not torch.compiler.is_compiling()
+
+
+def _local_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Biased variance and mean of this rank's values, float32 [C]."""
+    if _has_kernels(input):
+        mean, inverse = torch.batch_norm_stats(input, eps)
+        return inverse.double().pow(-2) - eps, mean
+    return torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
+
+
+def _reduce(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:
+    input, _, mean, _ = kept
+    grad, centred = grad.float(), input.float() - _per_channel(mean)
+    return grad.sum(dim=(0, 2, 3)), (grad * centred).sum(dim=(0, 2, 3))
+
+
+def _reduce_fused(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:
+    input, weight, mean, inverse = kept
+    grad = grad.contiguous(memory_format=_layout(input))  # kernels walk both alike
+    sums = torch.batch_norm_backward_reduce(grad, input, mean, inverse, weight, True, False, False)
+    return sums[0], sums[1]
+
+
+def _apply(grad: Tensor, kept: Tensors, total: Tensors, count: int) -> Tensor:
+    input, weight, mean, inverse = kept
+    slope = inverse * weight
+    towards = total[1] * inverse * inverse * slope / count
+    shift = total[0] * slope / count - mean * towards
+    result = grad.float() * _per_channel(slope) - input.float() * _per_channel(towards) - _per_channel(shift)
+    return result.to(input.dtype)
+
+
+def _apply_fused(grad: Tensor, kept: Tensors, total: Tensors, count: int) -> Tensor:
+    input, weight, mean, inverse = kept
+    grad = grad.contiguous(memory_format=_layout(input))
+    counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
+    return torch.batch_norm_backward_elemt(grad, input, mean, inverse, weight, total[0], total[1], counts)
+
+
+def _layout(input: Tensor) -> torch.memory_format:
+    last = input.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1)
+
+
+def _adopt(twin: Any, norm: nn.BatchNorm2d) -> Any:
+    for name, parameter in norm.named_parameters():
+        setattr(twin, name, parameter)
+    for name, buffer in norm.named_buffers():
+        setattr(twin, name, buffer)
+    return twin.train(norm.training)
+
+
+def _replace(model: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
+    """Put `make(norm)` in the place of every BatchNorm2d; the model itself is changed and returned."""
+    if isinstance(model, nn.BatchNorm2d):
+        return make(model)
+    for name, child in model.named_children():
+        setattr(model, name, _replace(child, make))
+    return model

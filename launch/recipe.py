@@ -202,8 +202,9 @@ class RunRecipe:
     """auto = go on from the newest checkpoint of the run folder, if there is one."""
     sync_bn: str = "auto"
     """BatchNorm over ranks: auto (synchronised on several GPUs), on, off, or group:N (within N neighbouring ranks)."""
-    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
-    """torch.compile mode; reduce-overhead and max-autotune use CUDA graphs."""
+    compile: Literal["off", "auto", "default", "reduce-overhead", "max-autotune"] = "off"
+    """torch.compile mode; reduce-overhead and max-autotune use CUDA graphs. auto = time off, default and
+    reduce-overhead on this GPU at the start, some minutes, and take the fastest (on CPUs: off)."""
     stop_after: int | None = None
     """End after this many optimiser steps (the schedule still spans all epochs). None = train to the end."""
     eval_every: int = 1

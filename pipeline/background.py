@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from pipeline.bad_samples import BadSamples
 from pipeline.batch import Batch
-from pipeline.decode import DecodeJob, Normalisation
+from pipeline.decode import DecodeJob, Normalisation, decode_threads
 from pipeline.decoders import chosen_loader, make_decoder
 from pipeline.options import LoaderOptions
 from pipeline.plan import Ids, Need, Position
 from pipeline.prefetch import Prefetcher
 from pipeline.quick_check import quick_check
-from pipeline.reader import Encoded, SampleReader
+from pipeline.reader import READ_THREADS, Encoded, SampleReader
 from pipeline.storage import storage_of
 from shards.dataset import ShardSet
 
@@ -63,6 +63,20 @@ class BackgroundLoader(ABC):
     def bad_samples(self) -> int:
         """Different bad samples that were met so far, also in batches that still wait to be delivered."""
         return self._bad.count
+
+    @property
+    def picks(self) -> dict[str, str]:
+        """What the loader works with, for people and the log."""
+        options, loader, cuda = self._options, self._loader, self._device.type == "cuda"
+        if loader == "synthetic":
+            return {"loader": "synthetic"}
+        decode, read = options.decode_threads or decode_threads(), options.read_threads or READ_THREADS
+        where = f"the GPU, hardware decoder's share {options.dali.hw_decoder_load:g}" if cuda else "CPUs"
+        return {
+            "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
+            "threads": f"{decode} decode, {read} read",
+            "batches ahead": f"{options.read_ahead} read, {options.decode_ahead} in decoding, {options.ready} ready",
+        }
 
     def __next__(self) -> Batch:
         if self._prefetcher is None:

@@ -1,6 +1,7 @@
-"""One rank of a small training on fixed random batches, BatchNorm frozen: what the engine does, without data loading.
+"""One rank of a small training on fixed random batches, BatchNorm frozen but for `--statistics`: what the engine does, without data loading.
 
-    engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--poison STEP] [options of launch/train.py]
+    engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--poison STEP] [--statistics]
+                  [options of launch/train.py]
 
 Rank 0 writes the canonical state, and the losses and gradient norms of all steps, to OUT.pt.
 """
@@ -49,8 +50,9 @@ def main() -> None:
     arguments.add_argument("--at", type=int, default=0)
     arguments.add_argument("--micro", type=int)
     arguments.add_argument("--poison", type=int, default=-1)
+    arguments.add_argument("--statistics", action="store_true", help="let BatchNorm train")
     own, rest = arguments.parse_known_args()
-    recipe = parse([*rest, "--freeze-bn"])
+    recipe = parse(rest if own.statistics else [*rest, "--freeze-bn"])
     world = connect()
     torch.manual_seed(0)
     config = fat.FATConfig(num_classes=CLASSES, widths=(16, 32, 48, 64), depths=(1, 2, 2, 1), heads=(2, 4, 6, 8))

@@ -107,6 +107,20 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Pat
             assert torch.equal(value, after["state"][name]), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1])
+def test_with_statistics_over_ranks_their_number_changes_nothing(tmp_path: Path, zero: int) -> None:
+    """Training by BatchNorm's own statistics, which without that differ from rank to rank. Gradients are compared:
+    of biases before a norm they are noise, which AdamW makes steps of."""
+    options = ("--steps", "10", "--statistics", "--drop-path", "0")
+    one = run(tmp_path, "one", *options)
+    two = run(tmp_path, "two", *options, "--sync-bn", "on", zero=zero, ranks=2)
+    apart = run(tmp_path, "apart", *options, "--sync-bn", "off", zero=zero, ranks=2)
+    assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert apart["norms"] != pytest.approx(one["norms"], rel=1e-2)
+
+
 @pytest.mark.parametrize("zero", [1, *slow(0, 2, 3)])
 def test_bf16_stays_near_fp32(tmp_path: Path, reference: dict[str, Any], zero: int) -> None:
     result = run(tmp_path, "bf16", "--steps", str(STEPS), "--ema", "0.9", "--precision", "bf16", zero=zero)

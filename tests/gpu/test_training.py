@@ -39,12 +39,14 @@ def test_every_stage_trains_and_goes_on(tmp_path: Path, digits: Path, zero: int)
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_share_one_gpu(tmp_path: Path, digits: Path, zero: int) -> None:
-    """The multi-rank CUDA path (SyncBatchNorm, autocast, ZeRO, checkpoint) on whatever GPU there is, over gloo."""
+    """The multi-rank CUDA path (BatchNorm over ranks, autocast, ZeRO, checkpoint) over gloo, on any one GPU."""
     run = tmp_path / "run"
-    options = (*FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "6", "--zero", str(zero))
-    done = accelerate(tmp_path, *options, "--sync-bn", "off", ranks=2)
-    assert done.returncode == 0, done.stderr
+    options = (*FEW_STEPS, "--data", digits, "--out", run, "--zero", str(zero), "--sync-bn", "on")
+    for stop in ("4", "8"):
+        done = accelerate(tmp_path, *options, "--stop-after", stop, ranks=2)
+        assert done.returncode == 0, done.stderr
     assert engine_of(run)["world"] == 2
+    assert [line["step"] for line in lines(run, "start")] == [0, 4]
     assert lines(run, "train")[-1]["loss"] < lines(run, "train")[0]["loss"]
 
 

@@ -1,0 +1,156 @@
+"""Decode + crop + resize + flip alone, in images/s and host CPU time per image: by window operator and share of the
+hardware decoder.
+
+    python benchmarks/decode.py [--loads 0 0.5 0.65 0.8 0.9 1] [--batch 256] [--rounds 5] [--count 500] [--data DIR]
+                                [--out FILE.json]
+
+Encoded JPEGs (`pipeline sample photos`, handed over from memory, so nothing is read) go through DALI, on the GPU
+(`mixed`) where there is one. Operators:
+
+  slice    decoders.image_slice, the window handed in: what training uses
+  whole    decoders.image, then the window cut out
+  random   decoders.image_random_crop, DALI drawing its own windows: what people usually write
+
+Turns are interleaved and medians reported. Without a GPU there is no hardware decoder, and one load stands for all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+from nvidia.dali import Pipeline, fn, types
+from PIL import Image
+
+from benchmarks.taking_turns import Maker, machine, medians, take_turns
+from pipeline.augment.params import crop_windows
+from pipeline.augment.recipe import augment_recipe
+from pipeline.cli import main as pipeline
+from pipeline.decode import decode_threads
+
+SIZE = 224
+RECIPE = augment_recipe("light", size=SIZE)
+OPERATORS = ("slice", "whole", "random")
+AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare ways to decode."""
+
+    loads: tuple[float, ...] = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
+    """Shares of the images that the hardware decoder is given."""
+    operators: tuple[str, ...] = OPERATORS
+    """Window operators."""
+    batch: int = 256
+    """Images per batch."""
+    rounds: int = 5
+    """Interleaved rounds."""
+    batches: int = 8
+    """Batches per turn."""
+    count: int = 500
+    """Photos to make, when `--data` is not given."""
+    data: Path | None = None
+    """Folder to keep photos/ in, or with those of an earlier run."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+def photos(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
+    """Encoded images, and their heights and widths."""
+    paths = sorted(folder.glob("train/*/*.JPEG"))
+    sizes = [Image.open(path).size for path in paths]
+    return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths], np.array(sizes)[:, ::-1]
+
+
+def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarray, options: Options) -> Iterator[int]:
+    gpu = torch.cuda.is_available()
+    rng = itertools.count()
+
+    def batch() -> tuple[Any, ...]:
+        number = next(rng)
+        ids = (np.arange(options.batch) + number * options.batch) % len(images)
+        high, wide = sizes[ids].T
+        windows = crop_windows(RECIPE, seed=0, epoch=number, ids=ids, heights=high, widths=wide).astype(np.int32)
+        start, shape = np.split(windows, 2, axis=1)
+        flip = (ids % 2).astype(np.int32)[:, None]
+        return [images[i] for i in ids], np.ascontiguousarray(start), np.ascontiguousarray(shape), flip
+
+    pipe = Pipeline(
+        batch_size=options.batch,
+        num_threads=decode_threads(),
+        device_id=0 if gpu else None,
+        prefetch_queue_depth=AHEAD,
+        seed=0,
+    )
+    decoder: dict[str, Any] = {"device": "mixed" if gpu else "cpu", "output_type": types.RGB}
+    if gpu:
+        decoder["hw_decoder_load"] = load
+    with pipe:
+        encoded, start, shape, flip = fn.external_source(source=batch, num_outputs=4, batch=True)
+        if operator == "slice":
+            out = fn.decoders.image_slice(
+                encoded, start=start, shape=shape, axis_names="HW", adjust_orientation=False, **decoder
+            )
+        elif operator == "whole":
+            out = fn.decoders.image(encoded, adjust_orientation=False, **decoder)
+            out = fn.slice(out, start=start, shape=shape, axis_names="HW")
+        else:
+            out = fn.decoders.image_random_crop(
+                encoded,
+                random_area=list(RECIPE.scale),
+                random_aspect_ratio=list(RECIPE.ratio),
+                adjust_orientation=False,
+                **decoder,
+            )
+        out = fn.resize(out, size=[SIZE, SIZE], interp_type=types.INTERP_CUBIC, antialias=True)
+        pipe.set_outputs(fn.flip(out, horizontal=flip))
+    pipe.build()
+    while True:
+        (decoded,) = pipe.run()
+        if gpu:
+            torch.cuda.synchronize()
+        yield len(decoded)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loads = options.loads if device.type == "cuda" else options.loads[:1]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.data or Path(temporary)) / "photos"
+        if not folder.exists():
+            assert pipeline(["sample", "photos", str(folder), "--count", str(options.count)]) == 0
+        images, sizes = photos(folder)
+        makers: dict[str, Maker] = {
+            f"{operator}, hardware {load:g}" if device.type == "cuda" else operator: partial(
+                decode, operator, load, images, sizes, options
+            )
+            for operator in options.operators
+            for load in loads
+        }
+        units = options.batches * options.batch
+        turns = take_turns(makers, rounds=options.rounds, units=units, warm_up=3 * options.batch)
+    settings = {"batch": options.batch, "rounds": options.rounds, "threads": decode_threads()}
+    result = {"machine": machine(device), "settings": settings, "medians": medians(turns)}
+    for name, figures in sorted(result["medians"].items(), key=lambda item: -item[1]["rate"]):
+        print(f"{name:24s} {figures['rate']:9,.0f} images/s  {figures['cpu'] * 1e6:6.0f} us of CPU per image")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

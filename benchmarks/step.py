@@ -1,0 +1,172 @@
+"""Whole training steps, and inference, in images/s: each way of running a model in one run, and other models beside it.
+
+    python benchmarks/step.py [--models fat_b0 ... swin_tiny_patch4_window7_224 ...] [--ways ...] [--modes ...]
+                              [--batch N] [--size 224] [--rounds 7] [--dtype bfloat16|float32] [--out FILE.json]
+
+Ways, each interleaved with the others round by round (medians of rounds, ratios within a round):
+
+  contiguous      NCHW memory, eager
+  channels-last   channels-last weights and activations, eager
+  graph           channels-last, the whole step replayed as one CUDA graph
+  compiled        channels-last under torch.compile
+  compiled graph  both
+
+A training step is forward, cross-entropy, backward, gradient clipping and fused AdamW; bfloat16 is by autocast. Models
+that are not ours come from timm, where it is installed, and are left out with a word where it is not. Graphs need CUDA.
+A way that fails is reported with its reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fat
+from benchmarks.model import DEVICE, interleave, machine, make_plain
+
+WAYS = ("contiguous", "channels-last", "graph", "compiled", "compiled graph")
+MODES = ("training", "inference")
+OTHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
+CLIP = 5.0
+GRAPH_WARM_UP = 3  # runs on a side stream before a capture, as torch asks for
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[*fat.list_models(), *OTHERS])
+    ways = WAYS if DEVICE == "cuda" else tuple(way for way in WAYS if "graph" not in way)
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=7)
+    dtypes = ("bfloat16", "float32") if DEVICE == "cuda" else ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, default=dtypes[0])
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+
+    setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "dtype")}
+    setting |= {"machine": machine(), "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    results: list[dict[str, Any]] = []
+    for name in options.models:
+        if name not in fat.list_models() and importlib.util.find_spec("timm") is None:
+            print(f"{name}: timm is not installed; left out")
+            continue
+        for mode in options.modes:
+            torch._dynamo.reset()  # compiled models of one process share a bounded cache
+            results += compare(name, mode == "training", options)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
+
+
+def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per way of running this model."""
+    mode = "training" if training else "inference"
+    steps: dict[str, Callable[[], None]] = {}
+    rows: dict[str, dict[str, Any]] = {way: {"model": name, "mode": mode, "way": way} for way in options.ways}
+    for way in options.ways:
+        try:
+            steps[way] = step(name, way, training, options)
+            steps[way]()
+        except Exception as error:
+            steps.pop(way, None)
+            rows[way]["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+    times = interleave(steps, options.rounds)
+    for way, row in rows.items():
+        if way in times:
+            row["images/s"] = round(options.batch / median(times[way]), 1)
+        if way in times and "channels-last" in times:
+            pairs = zip(times["channels-last"], times[way], strict=True)
+            row["to channels-last"] = round(median(base / own for base, own in pairs), 3)
+        found = row.get("failed") or f"{row['images/s']:>10,.1f} images/s {row.get('to channels-last', ''):>7}"
+        print(f"{name:30} {mode:10} {way:15} {found}", flush=True)
+    return list(rows.values())
+
+
+def step(name: str, way: str, training: bool, options: argparse.Namespace) -> Callable[[], None]:
+    """One step of a model set up in that way; returns when the device has done it."""
+    torch.manual_seed(0)
+    model = build(name).to(DEVICE).train(training)
+    images = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
+    if options.dtype == "bfloat16":
+        images = images.bfloat16()
+    if way == "contiguous":
+        make_plain(model)
+    else:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(options.batch, device=DEVICE) % 1000
+    run = torch.compile(model) if "compiled" in way else model
+    autocast = options.dtype == "bfloat16"
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True, capturable=DEVICE == "cuda") if training else None
+
+    def once() -> None:
+        with torch.set_grad_enabled(training), torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext():
+            logits = run(images)
+        if optimizer is not None:
+            F.cross_entropy(logits.float(), labels).backward()
+            nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    work = captured(once) if way.endswith("graph") else once
+
+    def finished() -> None:
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    return finished
+
+
+def captured(once: Callable[[], None]) -> Callable[[], None]:
+    """The same work as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(GRAPH_WARM_UP):
+            once()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=graph_pool()):
+        once()
+    return graph.replay
+
+
+@cache
+def graph_pool() -> Any:
+    """All graphs take turns with the same memory: the largest models leave no room for several."""
+    return torch.cuda.graph_pool_handle()
+
+
+def build(name: str) -> nn.Module:
+    """Ours, or timm's by this name (the first of the family, where timm names its versions)."""
+    if name in fat.list_models():
+        return fat.create_model(name)
+    import timm
+
+    names = [name] if timm.is_model(name) else timm.list_models(f"{name}*")
+    if not names:
+        raise ValueError(f"timm {timm.__version__} has no {name}")
+    return timm.create_model(names[0])
+
+
+if __name__ == "__main__":
+    main()

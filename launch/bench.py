@@ -1,0 +1,259 @@
+"""`pipeline bench`: loader alone, model alone, both together, in one run: who waits for whom, and how much of the
+device the model itself uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fat
+from fat.roofline import ceiling
+from launch.bench_verdict import Figures, Phase, verdict
+from launch.engine import Engine
+from launch.feed import Feed
+from launch.limits import limits_of, settle
+from launch.model import build_model
+from launch.recipe import Recipe
+from launch.schedule import rate_of
+from launch.world import connect, disconnect
+from pipeline.batch import Batch
+from pipeline.decoders import chosen_loader
+from pipeline.loader import TrainLoader
+from pipeline.reader import SampleReader
+from pipeline.storage import storage_of
+
+ROUNDS = 3
+WARM_UP = 3  # of the model: allocations, compilation, CUDA graphs
+OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
+
+
+def bench(recipe: Recipe, *, steps: int) -> Figures:
+    """Measure a recipe on this machine, in this process alone.
+
+    Args:
+        recipe: what would be trained; nothing is written.
+        steps: optimiser steps per round of each measurement.
+
+    Raises:
+        UserError: recipe and data do not fit together.
+    """
+    world = connect()
+    try:
+        feed = Feed.of(recipe, world)
+        shape = feed.shape
+        engine = Engine(
+            build_model(recipe, feed.classes),
+            recipe,
+            world,
+            micro_batch=shape.micro_rows,
+            accumulation=shape.accumulation,
+        )
+        return _figures(recipe, feed, engine, steps)
+    finally:
+        disconnect()
+
+
+def compare(
+    loader: OpenLoader,
+    resident: OpenLoader,
+    step: Callable[[Batch], object],
+    *,
+    batch: int,
+    steps: int,
+    ahead: int,
+    device: torch.device,
+    rounds: int,
+) -> tuple[Phase, Phase, Phase]:
+    """(loader alone, model alone, both): medians of rounds in which each has its turn.
+
+    Args:
+        loader: opens the loader afresh.
+        resident: opens batches that are on the device already.
+        step: trains on a batch.
+        batch, ahead: images of a batch, and batches that the loader holds when it has run as far ahead as it can.
+    """
+    turns: list[tuple[Phase, Phase, Phase]] = []
+    with resident() as batches:
+        for _ in range(WARM_UP):
+            step(next(batches))
+    for _ in range(rounds):
+        with loader() as batches:
+            for _ in range(ahead):
+                next(batches)
+            alone = run(batches, None, steps=steps, batch=batch, device=device)
+        with resident() as batches:
+            model = run(batches, step, steps=steps, batch=batch, device=device)
+        with loader() as batches:
+            step(next(batches))
+            # To a steady state: queues that run full beside a slow model, or dry beside a fast one.
+            if alone.rate > model.rate:
+                time.sleep(ahead * batch / alone.rate)
+            else:
+                for _ in range(ahead):
+                    step(next(batches))
+            turns.append((alone, model, run(batches, step, steps=steps, batch=batch, device=device)))
+    alone, model, both = (_median([turn[which] for turn in turns]) for which in range(3))
+    return alone, model, both
+
+
+def run(
+    batches: Iterator[Batch], step: Callable[[Batch], object] | None, *, steps: int, batch: int, device: torch.device
+) -> Phase:
+    """Time some steps; without `step`, batches are only taken."""
+    settle(device)
+    waited, start, cpu = 0.0, time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        taken = next(batches)
+        waited += time.perf_counter() - asked
+        if step is not None:
+            step(taken)
+    settle(device)
+    seconds = time.perf_counter() - start
+    images = steps * batch
+    return Phase(rate=images / seconds, cpu=(time.process_time() - cpu) / images, waiting=waited / seconds)
+
+
+def _median(phases: list[Phase]) -> Phase:
+    return Phase(**{f.name: statistics.median(getattr(p, f.name) for p in phases) for f in dataclasses.fields(Phase)})
+
+
+def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
+    device, options, shape = engine.world.device, recipe.data.loader, feed.shape
+    rate, number = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
+
+    def step(batch: Batch) -> None:
+        at = next(number)
+        engine.step([batch], step=at, lr=rate(at))
+
+    def opener(what: Feed) -> OpenLoader:
+        return lambda: what.train_loader(step=0, dtype=engine.input_dtype)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    batch, ahead = shape.micro_rows, options.read_ahead + options.decode_ahead + options.ready
+    synthetic = _with_loader(feed, loader="synthetic")
+    alone, model, both = compare(
+        opener(feed), opener(synthetic), step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
+    )
+    memory = _memory(device)
+    picks = engine.picks | _picks(feed, engine)
+    with torch.device("meta"):
+        cost = fat.count(fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size)
+    limits = limits_of(device, engine.precision)
+    flops, passed = cost.training_flops, cost.fused_bytes(engine.input_dtype.itemsize)
+    cores = len(os.sched_getaffinity(0))
+    figures = Figures(
+        machine=_machine(device, cores),
+        settings={
+            "variant": recipe.model.variant,
+            "batch": batch,
+            "size": recipe.data.size,
+            "augment": recipe.data.augment,
+            "steps": steps,
+            "rounds": ROUNDS,
+            **picks,
+        },
+        reading=_reading(feed, steps, ahead),
+        decoding=_decoding(feed, engine, steps, ahead),
+        loader=alone,
+        model=model,
+        both=both,
+        roofline=ceiling(flops, passed, bandwidth=limits.bandwidth, arithmetic=limits.arithmetic),
+        predicted=predict(alone, model, cores=cores if device.type == "cpu" else None),
+        mfu=model.rate * flops / limits.arithmetic,
+        peak=limits.arithmetic,
+        peak_stated=limits.stated,
+        bytes_per_second=model.rate * passed,
+        bandwidth=limits.bandwidth,
+        memory=memory,
+    )
+    return dataclasses.replace(figures, verdict=verdict(figures))
+
+
+def predict(loader: Phase, model: Phase, *, cores: int | None) -> float:
+    """Images per second that both together should reach: those of the slower, and where they share CPU cores (`cores`),
+    no more than there is CPU time for."""
+    seconds = max(1 / loader.rate, 1 / model.rate)
+    return 1 / (max(seconds, (loader.cpu + model.cpu) / cores) if cores else seconds)
+
+
+def _with_loader(feed: Feed, **options: Any) -> Feed:
+    data = feed.recipe.data
+    data = dataclasses.replace(data, loader=dataclasses.replace(data.loader, **options))
+    return dataclasses.replace(feed, recipe=dataclasses.replace(feed.recipe, data=data))
+
+
+def _reading(feed: Feed, steps: int, ahead: int) -> float:
+    """Images per second that are read and checked, when nobody decodes them."""
+    options, plan, rows = feed.recipe.data.loader, feed.plan, feed.shape.rows(0)
+    if options.loader == "synthetic":
+        return 0.0
+    beton = chosen_loader(options, feed.dataset.split("train")) == "ffcv"
+    work = ((plan.ids(plan.at(step), rows), None) for step in itertools.count())
+    with SampleReader(
+        storage_of(feed.dataset, "train", beton=beton), threads=options.read_threads, check=options.check_hashes
+    ) as reader:
+        batches = reader.read_ahead(work, options.read_ahead)
+        for _ in range(ahead):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        return steps * len(rows) / (time.perf_counter() - start)
+
+
+def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
+    """Images per second that are read, decoded, cropped, flipped and normalised, without any further augmentation."""
+    recipe = feed.recipe
+    light = dataclasses.replace(recipe.data, augment="light", rand_augment=None, erase=None, mixup=None, cutmix=None)
+    plain = dataclasses.replace(feed, augment=light.augmentation())
+    with plain.train_loader(step=0, dtype=engine.input_dtype) as batches:
+        for _ in range(ahead):
+            next(batches)
+        return run(batches, None, steps=steps, batch=feed.shape.micro_rows, device=engine.world.device).rate
+
+
+def _picks(feed: Feed, engine: Engine) -> dict[str, str]:
+    with feed.train_loader(step=0, dtype=engine.input_dtype) as loader:
+        assert isinstance(loader, TrainLoader)
+        return loader.picks
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Bytes of GPU memory: torch's peak, and what is in use in all (the decoder's too)."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {"torch_peak": torch.cuda.max_memory_allocated(device), "in_use": total - free, "total": total}
+
+
+def _machine(device: torch.device, cores: int) -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpu": cpu,
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "torch": torch.__version__,
+    }
+
+
+def write_json(figures: Figures, path: Path) -> None:
+    """All figures, and the ratios among them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,143 @@
+"""What a benchmark's figures mean: ratios, the one-line verdict, the table."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+# Less waiting than this is noise: both together then count as fast as the model alone.
+SATURATED = 0.98
+# A stage that is not this much faster than the whole loader is what holds it up.
+SLACK = 1.15
+
+TRY = {
+    "reading": "try faster storage or a local copy, or more --read-threads and a larger --read-ahead",
+    "decode": "try more --decode-threads (or cores), --loader ffcv, or smaller images: pipeline shard --short-side 256",
+    "decode on the GPU": "try another --hw-decoder-load, or smaller images: pipeline shard --short-side 256",
+    "augmentation": "try more cores per rank, or --augment light to see what it costs",
+    "contention": "alone the loader is fast enough: give the rank more cores, or fewer --decode-threads",
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One of the three measurements."""
+
+    rate: float
+    """Images per second."""
+    cpu: float
+    """CPU seconds per image, of all threads of this process."""
+    waiting: float
+    """Share of the time in which the next batch was waited for."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What `pipeline bench` found."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    reading: float
+    """Images per second, reading alone (from the page cache, where the set fits into it)."""
+    decoding: float
+    """Images per second, reading and decoding without augmentation."""
+    loader: Phase
+    """The whole loader alone."""
+    model: Phase
+    """The training step alone, on batches that are on the device already."""
+    both: Phase
+    """Training."""
+    predicted: float
+    """Images per second that both should reach, from each alone."""
+    roofline: float
+    """Images per second that memory and arithmetic of the device allow, the model's blocks perfectly fused."""
+    mfu: float
+    """Share of the device's arithmetic that the model alone uses."""
+    peak: float
+    """FLOP/s that `mfu` is a share of."""
+    peak_stated: bool
+    """Whether that is the maker's figure, or was measured."""
+    bytes_per_second: float
+    """What perfectly fused blocks would move at the model's speed."""
+    bandwidth: float
+    """bytes/s that a copy on the device moves."""
+    memory: dict[str, int]
+    """Bytes of GPU memory; empty on a CPU."""
+    verdict: str = ""
+
+    @property
+    def both_of_model(self) -> float:
+        """1 = the device never waits."""
+        return self.both.rate / self.model.rate
+
+    @property
+    def model_of_roofline(self) -> float:
+        """How much of the device the model itself uses."""
+        return self.model.rate / self.roofline
+
+    @property
+    def both_of_predicted(self) -> float:
+        return self.both.rate / self.predicted
+
+    def to_dict(self) -> dict[str, Any]:
+        ratios = {name: getattr(self, name) for name in ("both_of_model", "model_of_roofline", "both_of_predicted")}
+        return {"verdict": self.verdict, **ratios, **dataclasses.asdict(self)}
+
+
+def verdict(figures: Figures) -> str:
+    """One line: what limits training here, by how much, and what to try."""
+    ratio, waiting = figures.both_of_model, figures.both.waiting
+    used = f"the model uses {figures.model_of_roofline:.0%} of what the device allows"
+    if ratio >= SATURATED:
+        return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
+    if waiting > 1 - SATURATED:
+        stage = bottleneck(figures)
+        return f"input-bound: {stage}, {waiting:.0%} of the time spent waiting (both/model {ratio:.2f}); {TRY[stage]}"
+    if figures.memory:
+        return (
+            f"host-bound: batches are ready, but beside the loader the host starts kernels too slowly "
+            f"(both/model {ratio:.2f}); try fewer --decode-threads, or --compile reduce-overhead"
+        )
+    return (
+        f"model-bound: batches are always ready; loader and model share {figures.machine['cores']} cores "
+        f"(both/model {ratio:.2f}, {figures.both_of_predicted:.2f} of what their CPU times predict); {used}"
+    )
+
+
+def bottleneck(figures: Figures) -> str:
+    """The stage that holds the loader up: the first that alone is hardly faster than the whole."""
+    if figures.loader.rate > SLACK * figures.model.rate:
+        return "contention"
+    if figures.reading <= SLACK * figures.loader.rate:
+        return "reading"
+    if figures.decoding <= SLACK * figures.loader.rate:
+        return "decode on the GPU" if "dali on the GPU" in figures.settings.get("loader", "") else "decode"
+    return "augmentation"
+
+
+def table(figures: Figures) -> str:
+    """The figures as text."""
+    f = figures
+    speeds = (
+        ("reading", f.reading, ""),
+        ("+ decode, crop, flip", f.decoding, ""),
+        ("loader alone", f.loader.rate, f"{1e3 * f.loader.cpu:.2f} ms of CPU per image"),
+        ("model alone", f.model.rate, f"{1e3 * f.model.cpu:.2f} ms of CPU per image"),
+        ("both, predicted", f.predicted, ""),
+        ("both", f.both.rate, f"waiting for data {f.both.waiting:.1%}, {1e3 * f.both.cpu:.2f} ms of CPU per image"),
+        ("roofline of the model", f.roofline, "perfectly fused blocks"),
+    )
+    peak = f"{f.peak / 1e12:,.3g} TFLOP/s {'as stated by the maker' if f.peak_stated else 'measured'}"
+    lines = [
+        f"{f.machine['device']}, {f.machine['cores']} cores, load {f.machine['load']}",
+        ", ".join(f"{name} {value}" for name, value in f.settings.items()),
+        *(f"{name:24s}{rate:12,.1f} images/s   {note}".rstrip() for name, rate, note in speeds),
+        f"both/model {f.both_of_model:.3f}   model/roofline {f.model_of_roofline:.3f}   both/predicted "
+        f"{f.both_of_predicted:.3f}",
+        f"MFU {f.mfu:.1%} of {peak}; {f.bytes_per_second / 1e9:,.1f} GB/s of {f.bandwidth / 1e9:,.1f} GB/s copied",
+    ]
+    if f.memory:
+        peak_gib, used_gib, total_gib = (f.memory[name] / 2**30 for name in ("torch_peak", "in_use", "total"))
+        lines.append(f"GPU memory: {peak_gib:.1f} GiB by torch at most, {used_gib:.1f} of {total_gib:.1f} GiB in use")
+    return "\n".join([*lines, f.verdict])

@@ -1,0 +1,100 @@
+"""What a device can do at most: the arithmetic and the memory bandwidth that a run is measured against."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+GIGA = 10**9
+# Dense bf16 FLOP/s of tensor cores with fp32 sums, from NVIDIA's data sheets, by what the device's name contains; the
+# first that fits counts. MFU is customarily a share of these.
+STATED: tuple[tuple[str, float], ...] = (
+    ("B200", 2250e12),
+    ("H200", 989e12),
+    ("GH200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("H800", 989e12),
+    ("A100", 312e12),
+    ("A800", 312e12),
+    ("L40S", 362e12),
+    ("L40", 181e12),
+    ("L4", 121e12),
+    ("A10G", 70e12),
+    ("A10", 125e12),
+)
+REPEATS = 5
+# Large enough to fill the device, small enough to be done in a tenth of a second.
+MATRIX = {"cuda": 8192, "cpu": 768}
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes, more than any cache holds
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one device, at one precision."""
+
+    arithmetic: float
+    """FLOP/s of matrix products."""
+    stated: bool
+    """Whether `arithmetic` is the maker's figure; else it was measured, as a product of large matrices."""
+    bandwidth: float
+    """bytes/s of a copy on the device, measured: bytes read plus bytes written."""
+
+
+def limits_of(device: torch.device, precision: str) -> Limits:
+    """The limits of a device; the first call measures for some tenths of a second.
+
+    Args:
+        precision: bf16 or fp32 (with whatever torch.backends allows for it).
+    """
+    stated = stated_arithmetic(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if precision != "bf16":
+        stated = None
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    arithmetic = measured_arithmetic(device, dtype) if stated is None else stated
+    return Limits(arithmetic=arithmetic, stated=stated is not None, bandwidth=measured_bandwidth(device))
+
+
+def stated_arithmetic(name: str) -> float | None:
+    """The maker's figure for a device of this name, if it is known."""
+    return next((flops for part, flops in STATED if part in name), None)
+
+
+@cache
+def measured_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a product of large square matrices."""
+    side = MATRIX[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+@cache
+def measured_bandwidth(device: torch.device) -> float:
+    """bytes/s that a copy reads and writes."""
+    source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    work()
+    times = []
+    for _ in range(REPEATS):
+        settle(device)
+        start = time.perf_counter()
+        work()
+        settle(device)
+        times.append(time.perf_counter() - start)
+    return min(times)  # a limit: whatever disturbed the others is not the device's
+
+
+def settle(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

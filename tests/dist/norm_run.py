@@ -1,0 +1,75 @@
+"""One of several ranks with BatchNorm over groups of them: `norm_run.py OUT.pt`.
+
+Every rank normalises its rows of the same seeded batch, and rank 0 writes what all of them have, case by case: outputs,
+gradients, running statistics.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launch.norms import GlobalBatchNorm, local_norms, synchronise_norms
+from launch.world import World, connect, disconnect
+
+RANKS = 4
+ROWS, CHANNELS, SIDE = 3, 7, 5  # rows of each rank
+# Ranks in a group, and whether the layer runs as one compiled graph.
+CASES = ((4, False), (2, False), (4, True))
+
+
+def whole(world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images and the cotangent of all ranks; their means are far from 0, where variances lose digits."""
+    generator = torch.Generator().manual_seed(5)
+    shape = (world * ROWS, CHANNELS, SIDE, SIDE)
+    images = torch.randn(shape, generator=generator) * 3 + torch.arange(CHANNELS).view(-1, 1, 1) * 20
+    return images, torch.randn(shape, generator=generator)
+
+
+def layer() -> nn.Sequential:
+    torch.manual_seed(1)
+    norm = nn.BatchNorm2d(CHANNELS)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return nn.Sequential(norm)
+
+
+def run(group: int, compiled: bool, world: World) -> list[dict[str, torch.Tensor]]:
+    """What every rank has found."""
+    model = synchronise_norms(layer(), f"group:{group}", world)
+    assert isinstance(model[0], GlobalBatchNorm)
+    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    mine = slice(world.rank * ROWS, (world.rank + 1) * ROWS)
+    images, cotangent = (t[mine].contiguous(memory_format=torch.channels_last) for t in whole(world.size))
+    images.requires_grad_()
+    output = call(images)
+    output.backward(cotangent)
+    norm = local_norms(model)[0]
+    assert type(norm) is nn.BatchNorm2d
+    found = {
+        "output": output.detach(),
+        "images": images.grad,
+        "weight": norm.weight.grad,
+        "bias": norm.bias.grad,
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+        "batches": norm.num_batches_tracked,
+    }
+    everyone = [{}] * world.size
+    dist.all_gather_object(everyone, found)
+    return everyone
+
+
+def main() -> None:
+    world = connect()
+    found = [run(group, compiled, world) for group, compiled in CASES]
+    if world.is_main:
+        torch.save(found, sys.argv[1])
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""BatchNorm over ranks is BatchNorm of the whole batch: values, gradients, running statistics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.dist.launching import free_port, python
+from tests.dist.norm_run import CASES, RANKS, ROWS, layer, whole
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool], list[dict[str, torch.Tensor]]]:
+    """What each rank has found, by case."""
+    folder = tmp_path_factory.mktemp("norms")
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--master_port", str(free_port()))
+    done = python(folder, *launcher, "tests/dist/norm_run.py", folder / "norms.pt")
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, torch.load(folder / "norms.pt", weights_only=True), strict=True))
+
+
+def expected(ranks: range) -> dict[str, Any]:
+    """torch's own BatchNorm on the rows of these ranks together, in float64."""
+    rows = slice(ranks.start * ROWS, ranks.stop * ROWS)
+    images, cotangent = (t[rows].double() for t in whole(RANKS))
+    images.requires_grad_()
+    norm = layer().double()[0]
+    output = norm(images)
+    output.backward(cotangent)
+    return {
+        "output": output.detach(),
+        "images": images.grad,
+        "weight": norm.weight.grad,
+        "bias": norm.bias.grad,
+        "mean": norm.running_mean,
+        "var": norm.running_var,
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_together_are_one_big_batch(
+    found: dict[tuple[int, bool], list[dict[str, torch.Tensor]]], case: tuple[int, bool]
+) -> None:
+    group, _ = case
+    for start in range(0, RANKS, group):
+        members = found[case][start : start + group]
+        reference = expected(range(start, start + group))
+        for name in ("output", "images"):
+            joined = torch.cat([member[name] for member in members])
+            torch.testing.assert_close(joined.double(), reference[name], **TOLERANCE)
+        for name in ("weight", "bias"):  # each rank has its rows' part; data parallelism adds them up
+            total = sum(member[name].double() for member in members)
+            torch.testing.assert_close(total, reference[name], **TOLERANCE)
+        for member in members:
+            assert int(member["batches"]) == 1
+            for name in ("mean", "var"):
+                torch.testing.assert_close(member[name].double(), reference[name], **TOLERANCE)
+
+
+def test_groups_have_statistics_of_their_own(
+    found: dict[tuple[int, bool], list[dict[str, torch.Tensor]]],
+) -> None:
+    first, _, other, _ = found[2, False]
+    assert not torch.allclose(first["mean"], other["mean"])

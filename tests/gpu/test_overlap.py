@@ -1,0 +1,42 @@
+"""The loop never waits for the device: CUDA's own check of synchronisation raises at whatever would. `make gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training_loop import training
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+STEPS = 10
+
+
+@pytest.fixture
+def checked() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_check_notices(checked: None) -> None:
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        torch.ones((), device="cuda").item()
+
+
+@pytest.mark.parametrize("options", [(), ("--ema", "0.9"), ("--augment", "light"), ("--micro-batch", "16")])
+def test_neither_loop_nor_loader_waits_for_the_device(tmp_path: Path, photos: Path, options: tuple[str, ...]) -> None:
+    with training(photos, tmp_path / "run", *options, batch=32, device="cuda") as step:
+        for _ in range(3):  # allocations, kernels' choice
+            step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(STEPS):
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

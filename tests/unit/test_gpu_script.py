@@ -1,0 +1,83 @@
+"""`make gpu` in itself: it goes on where it stopped, keeps to its time, and survives what fails or is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu import Part
+
+# Writes a letter more to a file at each run.
+COUNT = "import pathlib, sys; file = pathlib.Path(sys.argv[1], sys.argv[2]); file.open('a').write('x')"
+
+
+def run(patch: pytest.MonkeyPatch, out: Path, parts: list[Part], *options: str) -> tuple[int, dict[str, Any]]:
+    patch.setattr(gpu, "parts", lambda: parts)
+    patch.setattr(sys, "argv", ["gpu.py", "--cpu", "--out", str(out), *options])
+    status = gpu.main()
+    return status, json.loads((out / "gpu.json").read_text())["parts"]
+
+
+def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Part("good", ("-c", COUNT, str(tmp_path), "good-runs"))
+    bad = Part("bad", ("-c", "print('why it failed'); raise SystemExit(5)"))
+    absent = Part("absent", ("-c", ""), needs=("no_such_module",))
+    status, parts = run(monkeypatch, tmp_path, [good, bad, absent])
+    assert status == 1
+    assert [part["state"] for part in parts.values()] == ["passed", "failed", "left out"]
+    assert parts["bad"]["tail"] == "why it failed"
+    mended = Part("bad", ("-c", COUNT, str(tmp_path), "mended-runs"))
+    status, parts = run(monkeypatch, tmp_path, [good, mended, absent])
+    assert status == 0
+    assert (tmp_path / "good-runs").read_text() == (tmp_path / "mended-runs").read_text() == "x"
+
+
+def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = Part("good", ("-c", COUNT, str(tmp_path), "runs"))
+    for sources in ("one", "one", "other"):
+        monkeypatch.setattr(gpu, "digest_of_sources", lambda sources=sources: sources)
+        run(monkeypatch, tmp_path, [good])
+    assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
+    endless = Part("endless", ("-c", "import time; time.sleep(60)"))
+    late = Part("late", ("-c", ""))
+    status, parts = run(monkeypatch, tmp_path, [endless, late], "--minutes", "0.04")
+    assert status == gpu.TIME_IS_UP
+    assert [part["state"] for part in parts.values()] == ["time was up", "not run"]
+    assert parts["endless"]["seconds"] < 10
+
+
+def test_a_part_that_hangs_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    status, parts = run(monkeypatch, tmp_path, [Part("hangs", ("-c", "import time; time.sleep(60)"), limit=0.5)])
+    assert (status, parts["hangs"]["state"]) == (1, "failed")
+
+
+def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {"results": [{"mode": "training", "way": "graph", "images/s": 1234.5}]}
+    write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(rows)!r})"
+    run(monkeypatch, tmp_path, [Part("step", ("-c", write.replace("{", "{{").replace("}", "}}"), "{out}"))])
+    assert "| step | training graph 1,234 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_without_a_gpu_it_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu, "has_gpu", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
+    assert gpu.main() == gpu.BAD_INPUT
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_every_part_names_files_that_exist() -> None:
+    for part in gpu.parts():
+        for word in part.command:
+            if word.endswith(".py"):
+                assert (gpu.ROOT / word).is_file(), part

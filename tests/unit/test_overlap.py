@@ -1,0 +1,82 @@
+"""The training thread only hands work over: nothing per sample in Python, and no look at a result before it is due.
+
+Its twin on a GPU, with CUDA's own check of synchronisation, is in tests/gpu/test_overlap.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.training_loop import training
+
+STEPS = 50
+SMALL, LARGE = 4, 32
+# What reads a result on the host, which on a GPU means to wait for it.
+READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
+
+
+def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[str]]:
+    """Python functions that the training thread calls, C functions that it calls from Python included."""
+    calls: Counter[str] = Counter()
+
+    def note(frame: FrameType, event: str, arg: Any) -> None:
+        if event in ("call", "c_call"):
+            calls[frame.f_code.co_qualname if event == "call" else getattr(arg, "__qualname__", "?")] += 1
+
+    with training(data, out, batch=batch, device="cpu") as step:
+        for _ in range(3):
+            step()
+        sys.setprofile(note)
+        try:
+            for _ in range(STEPS):
+                step()
+        finally:
+            sys.setprofile(None)
+    return calls.total() / STEPS, calls
+
+
+def test_the_training_thread_does_no_python_work_per_sample(tmp_path: Path, digits: Path) -> None:
+    small, _ = calls_per_step(digits, tmp_path / "small", SMALL)
+    large, calls = calls_per_step(digits, tmp_path / "large", LARGE)
+    # Eight times the samples, the same calls; one call per sample and step would add 28.
+    assert large == pytest.approx(small, abs=2), calls.most_common(10)
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations whose result the host reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in READS:
+            self.found[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [(), ("--accumulate",), ("--ema", "0.9")])
+def test_no_step_reads_a_result(tmp_path: Path, digits: Path, options: tuple[str, ...]) -> None:
+    extra = ("--micro-batch", str(SMALL // 2)) if "--accumulate" in options else options
+    with training(digits, tmp_path / "run", *extra, batch=SMALL, device="cpu") as step:
+        step()
+        with Reads() as reads:
+            for _ in range(3):
+                step()
+    assert not reads.found
+
+
+def test_a_read_would_be_noticed() -> None:
+    with Reads() as reads:
+        torch.ones(()).item()
+        torch.ones(3).nonzero()
+    assert reads.found == {"_local_scalar_dense": 1, "nonzero": 1}
