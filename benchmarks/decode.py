@@ -86,7 +86,8 @@ def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarr
         windows = crop_windows(RECIPE, seed=0, epoch=number, ids=ids, heights=high, widths=wide).astype(np.int32)
         start, shape = np.split(windows, 2, axis=1)
         flip = (ids % 2).astype(np.int32)[:, None]
-        return [images[i] for i in ids], np.ascontiguousarray(start), np.ascontiguousarray(shape), flip
+        handed = [images[i] for i in ids], flip
+        return handed if operator == "random" else (*handed, np.ascontiguousarray(start), np.ascontiguousarray(shape))
 
     pipe = Pipeline(
         batch_size=options.batch,
@@ -99,14 +100,16 @@ def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarr
     if gpu:
         decoder["hw_decoder_load"] = load
     with pipe:
-        encoded, start, shape, flip = fn.external_source(source=batch, num_outputs=4, batch=True)
+        given = fn.external_source(source=batch, num_outputs=2 if operator == "random" else 4, batch=True)
+        encoded, flip, *window = given
         if operator == "slice":
+            start, shape = window
             out = fn.decoders.image_slice(
                 encoded, start=start, shape=shape, axis_names="HW", adjust_orientation=False, **decoder
             )
         elif operator == "whole":
             out = fn.decoders.image(encoded, adjust_orientation=False, **decoder)
-            out = fn.slice(out, start=start, shape=shape, axis_names="HW")
+            out = fn.slice(out, start=window[0], shape=window[1], axis_names="HW")
         else:
             out = fn.decoders.image_random_crop(
                 encoded,

@@ -95,12 +95,13 @@ def main() -> int:
     deadline = time.monotonic() + 60 * options.minutes
     sources = digest_of_sources()
     folder = options.out.absolute() / "parts"
-    (folder / "work").mkdir(parents=True, exist_ok=True)
+    work = folder / f"work-{sources}"  # what other sources have made there may be half done, or no longer right
+    work.mkdir(parents=True, exist_ok=True)
     chosen = [p for p in parts() if not options.only or p.name.startswith(tuple(options.only))]
     results: dict[str, dict[str, Any]] = {}
     for part in chosen:
         path = folder / f"{part.name.replace(' ', '-')}.json"
-        results[part.name] = earlier(path, sources) or run(part, path, sources, folder / "work", deadline)
+        results[part.name] = earlier(path, sources) or run(part, path, sources, work, deadline)
         print(f"{part.name:40} {summary(results[part.name])}", flush=True)
         write(options.out, sources, results)
     states = {result["state"] for result in results.values()}

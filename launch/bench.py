@@ -24,6 +24,7 @@ from launch.engine import Engine
 from launch.feed import Feed
 from launch.limits import limits_of, settle
 from launch.model import build_model
+from launch.provenance import git_state, versions
 from launch.recipe import Recipe
 from launch.schedule import rate_of
 from launch.world import connect, disconnect
@@ -249,7 +250,8 @@ def _machine(device: torch.device, cores: int) -> dict[str, Any]:
         "cores": cores,
         "torch_threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
+        "versions": versions(),
+        "commit": git_state(),
     }
 
 

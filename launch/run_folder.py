@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +18,7 @@ from launch.guards import RunFailed
 from launch.masters import AVERAGE
 from launch.metrics import METRICS_NAME
 from launch.preempt import Preempted
+from launch.provenance import git_state, versions
 from launch.recipe import Recipe
 from launch.report import draw_curves
 from launch.status import Status, write_status
@@ -28,7 +26,6 @@ from launch.world import share
 from shards.errors import UserError
 
 RECIPE_NAME = "recipe.json"
-LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
 
 
 class RunFolder:
@@ -159,8 +156,8 @@ class RunFolder:
         description = {
             "recipe": self._recipe.to_dict(),
             "engine": {"zero": engine.zero, "precision": engine.precision, "world": engine.world.size},
-            "versions": {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}},
-            "git": _git_state(),
+            "versions": versions(),
+            "git": git_state(),
         }
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -226,19 +223,3 @@ def check_fingerprint(found: Checkpoint, current: dict[str, Any]) -> list[str]:
             "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
         )
     return changes("free")
-
-
-def _version(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> str | None:
-    """`git describe` of the source tree; None where it is no checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

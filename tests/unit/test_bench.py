@@ -33,7 +33,7 @@ def slow(patch: pytest.MonkeyPatch, owner: type, method: str) -> None:
 
 
 def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
-    sizes = ("--size", "32", "--batch-size", str(BATCH), "--steps", "3")
+    sizes = ("--size", "32", "--batch-size", str(BATCH), "--steps", "2")
     shallow = ("--read-ahead", "1", "--decode-ahead", "1", "--ready", "1")
     files = ("--json", tmp_path / "bench.json", "--chart", tmp_path / "bench.png")
     assert pipeline([str(arg) for arg in ("bench", data, *sizes, *shallow, *files, *options)]) == 0

@@ -1,0 +1,86 @@
+"""What speeds are measured against, and what a run says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import fat
+from launch.limits import limits_of, measured_bandwidth, stated_arithmetic
+from launch.tuning import Trial, best_of, choose_mode, measure
+from launch.world import World
+from tests.unit.test_fat_parity import TINY
+from tests.unit.test_launch_commands import SMALL, run, train
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA B200", 2250),
+        ("Some other GPU", None),
+    ],
+)
+def test_makers_figures_are_found_by_name(name: str, tera: float | None) -> None:
+    assert stated_arithmetic(name) == (None if tera is None else tera * 1e12)
+
+
+def test_a_cpu_is_measured_once() -> None:
+    limits = limits_of(CPU, "fp32")
+    assert not limits.stated
+    assert 1e9 < limits.arithmetic < 1e14
+    assert 1e8 < limits.bandwidth < 1e13
+    assert measured_bandwidth(CPU) is measured_bandwidth(CPU)
+
+
+def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) -> None:
+    out = tmp_path / "run"
+    assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "2", "--log-every", "1") == 0
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    picks = next(line for line in lines if line["kind"] == "picks")
+    assert picks["compile"] == "off"
+    assert picks["channels-last"] == "weights and activations"
+    assert picks["loader"] == "dali on CPUs"
+    line = [line for line in lines if line["kind"] == "train"][-1]
+    cost, limits = fat.count(fat.create_model("fat_b0", num_classes=10), 32), limits_of(CPU, "fp32")
+    rate = line["images_per_second"]
+    assert line["mfu"] == pytest.approx(6 * cost.macs * rate / limits.arithmetic, rel=0.02, abs=1e-4)
+    assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / limits.bandwidth, rel=0.02, abs=1e-4)
+
+
+def test_the_fastest_mode_is_taken_and_failures_are_told() -> None:
+    choice = best_of([Trial("off", 900.0), Trial("default", 1200.0), Trial("reduce-overhead", 0.0, "failed (no room)")])
+    assert choice.mode == "default"
+    assert choice.reason == "measured: off 900 images/s, default 1,200 images/s, reduce-overhead failed (no room)"
+
+
+def test_measuring_leaves_no_trace() -> None:
+    model = fat.FAT(TINY).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, state = torch.randn(2, 3, 32, 32), torch.get_rng_state()
+    good, bad = measure(model, images, ["off", "no-such-mode"], bf16=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert good.rate > 0
+    assert bad.rate == 0
+    assert bad.failure.startswith("failed (")
+    assert not model.training
+    assert model._compiled_call_impl is None
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_compiled_on_cpus_by_itself() -> None:
+    world = World(0, 1, 0, 1, CPU)
+    choice = choose_mode(fat.FAT(TINY), world, images=lambda: torch.empty(0), bf16=False, whole=True, graphs=True)
+    assert choice.mode == "off"
