@@ -1,8 +1,9 @@
 """Triton: GroupNorm with one group over channels-last maps, with the residual add before it, and the gradients.
 
 A sample is one dense row of H W C numbers. Its moments are a split reduction: each part gives its count, mean and sum
-of squared deviations (two passes over registers, in fp32), and whoever normalises joins the parts: nothing cancels where
-deviations are small beside the mean. What is normalised is what was stored, so the backward pass sees the same numbers.
+of squared deviations (two passes over registers, in fp32), and whoever normalises joins the parts, so that nothing
+cancels where deviations are small beside the mean. What is normalised is what was stored: the backward pass sees the
+same numbers.
 """
 
 from __future__ import annotations
