@@ -64,12 +64,13 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/model.py --out $(OUT)/model.json
 
 # Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, safetensors,
-# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, pytest.
+# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, pytest; torch for CUDA brings triton.
 gpu:             ## all GPU tests and benchmarks with PYTHON as it is: make gpu PYTHON=python3 OUT=dir
 	mkdir -p $(OUT)
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) -m pytest tests/gpu tests/unit/test_augment_pixels.py -m gpu -p no:cacheprovider
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/loader.py --out $(OUT)/loader-gpu.json
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/augment.py --device cuda --out $(OUT)/augment-gpu.json
+	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/kernels.py --out $(OUT)/kernels-gpu.json
 	PYTHONPATH=.:$(PYTHONPATH) $(PYTHON) benchmarks/model.py --out $(OUT)/model-gpu.json
 
 clean:           ## remove the environment, the demo and all caches

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: gradients through autograd, schemas, fake tensors, compilation, autocast, limits."""
+"""The operators as torch sees them: gradients by autograd, schemas, fake tensors, compilation, autocast, limits."""
 
 from __future__ import annotations
 

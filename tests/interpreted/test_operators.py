@@ -22,12 +22,12 @@ from tests.kernel_checks import (
 # fewer rows high and 8 to 64 columns wide, 16, 32 or 64 channels deep.
 DEPTHWISE = [
     Case(3, 1, 2, 20, 7, 7, FP32, residual=True),
-    Case(3, 1, 1, 80, 14, 14, BF16),
+    Case(3, 1, 1, 40, 14, 14, BF16),
     Case(3, 1, 1, 16, 1, 1, FP32),
     Case(3, 1, 1, 8, 8, 65, FP16, residual=True, bias=False),
     Case(3, 2, 3, 32, 7, 7, BF16),
     Case(3, 2, 1, 24, 13, 9, FP32, bias=False),
-    Case(5, 1, 1, 72, 13, 9, FP32),
+    Case(5, 1, 1, 72, 8, 5, FP32),
     Case(5, 1, 3, 32, 7, 7, BF16, residual=True),
     Case(5, 1, 1, 5, 4, 17, FP16, bias=False),
     Case(5, 2, 1, 64, 14, 14, FP32),
@@ -38,7 +38,7 @@ DEPTHWISE = [
     Case(7, 2, 1, 16, 14, 14, FP32),
     Case(7, 2, 1, 10, 7, 7, FP16),
     Case(9, 1, 1, 32, 7, 7, FP32, residual=True),
-    Case(9, 1, 1, 12, 13, 9, BF16),
+    Case(9, 1, 1, 12, 8, 9, BF16),
     Case(9, 2, 1, 64, 7, 7, FP32, bias=False),
     Case(9, 2, 1, 16, 13, 9, BF16),
 ]
