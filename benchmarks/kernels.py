@@ -125,7 +125,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 
 def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, dtype: torch.dtype) -> Iterator[Job]:
     """Stride 1 is x + depthwise(x), for the library too."""
-    batch, channels, height, width = shape
+    _, channels, height, width = shape
     residual = stride == 1
     x, weight, bias = maps(shape, dtype), torch.randn(channels, 1, kernel, kernel, device=DEVICE), rand(channels)
     out = ops.depthwise(x, weight, bias, stride, residual)

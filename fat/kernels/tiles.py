@@ -5,6 +5,7 @@ split reductions add in one order. Reasons and byte counts: docs/kernels.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is one 16-byte access in half precision;
 # with 8, the weights of a column of 7 or 9 taps and the sums leave no registers for occupancy
@@ -27,6 +28,7 @@ class Tile:
     warps: int
 
 
+@cache
 def depthwise(kernel: int, height: int, width: int, channels: int) -> Tile:
     """For a kernel that writes maps of that size: each thread keeps some channels of a column of `rows` positions, so
     a row that has been read serves all kernel rows."""
@@ -35,6 +37,7 @@ def depthwise(kernel: int, height: int, width: int, channels: int) -> Tile:
     return Tile(best(height), cols, wide, warps(cols * wide // LANES[kernel]))
 
 
+@cache
 def weight_gradient(kernel: int, height: int, width: int, channels: int) -> tuple[Tile, int]:
     """For the weight gradient from a gradient map of that size, and how many kernel columns a program takes: a thread
     keeps one sum for each tap of these and each of its channels, which bounds both."""
