@@ -121,6 +121,6 @@ def _cast(x: Tensor) -> Tensor:
 def _supported(device: str, interpreted: bool) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
-    if device == "cuda":
-        return not interpreted and torch.version.hip is None and torch.cuda.get_device_capability() >= MIN_CAPABILITY
+    if device == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        return not interpreted and torch.cuda.get_device_capability() >= MIN_CAPABILITY
     return device == "cpu" and interpreted

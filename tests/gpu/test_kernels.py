@@ -6,6 +6,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch.nn import functional as F
 import fat
 from fat import kernels
 from fat.kernels import ops
+from pipeline.augment.params import draw, mix_params
+from pipeline.augment.pixels import BatchAugment
+from pipeline.augment.recipe import augment_recipe
 from tests.kernel_checks import (
     BF16,
     FP16,
@@ -180,6 +184,22 @@ def test_a_compiled_block_trains_as_an_eager_one() -> None:
     scale = max(wanted.abs().max().item() for wanted in results[0])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_augmentation_is_finished_as_in_torch(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = augment_recipe("fat", rand_augment=None, erase=0.5)
+    sides = np.full(16, 400)
+    for _ in range(INPUTS):
+        seed = secrets.randbits(31)
+        params = draw(recipe, seed=seed, epoch=0, ids=np.arange(16), heights=sides, widths=sides)
+        mixing = mix_params(recipe, seed=seed, step=1, lanes=np.arange(16) // 2) if mixes else None
+        images = torch.randint(256, (16, 224, 224, 3), dtype=torch.uint8, device="cuda")
+        found = {}
+        for switch in ("auto", "off"):
+            monkeypatch.setenv("FAT_KERNELS", switch)
+            found[switch] = BatchAugment(recipe, torch.device("cuda"))(images, params, mixing)
+        torch.testing.assert_close(found["auto"], found["off"], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
 
 
 def test_what_is_not_served_on_a_device() -> None:

@@ -23,7 +23,10 @@ LAZY_EXCEPTIONS = {"pipeline/cli.py": {"fat", "launch"}}
 ONLY_IN = {
     "nvidia": {"pipeline/dali.py"},
     "ffcv": {"pipeline/ffcv.py", "shards/beton.py"},
-    "triton": {f"fat/kernels/{room}.py" for room in ("convolution", "correlation", "gating", "groupnorm")},
+    "triton": {
+        *(f"fat/kernels/{room}.py" for room in ("convolution", "correlation", "gating", "groupnorm")),
+        "pipeline/augment/finishing.py",
+    },
     "accelerate": {"launch/engine.py", "launch/trackers.py"},
     "deepspeed": {"launch/engine.py", "launch/masters.py"},
 }

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from fat.kernels import ops, tiles
+from pipeline.augment.params import draw, mix_params
+from pipeline.augment.recipe import augment_recipe
 
 pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
 
@@ -121,6 +124,17 @@ def _block(kernel: int, channels: int, side: int) -> Callable[[], object]:
     return launch
 
 
+def _finish() -> None:
+    recipe = augment_recipe("fat", size=224)
+    sides = np.full(2, 400)
+    params = draw(recipe, seed=1, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
+    mixing = mix_params(recipe, seed=1, step=0, lanes=np.zeros(2, np.int64))
+    images = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
+    from pipeline.augment.finishing import finish
+
+    finish(images, params, mixing, torch.zeros(1 << 16), recipe.mean, recipe.std, BF16)
+
+
 LAUNCHES = {
     "stage 1": _depthwise(3, 64, 56),
     "stage 2": _depthwise(5, 80, 28),
@@ -128,6 +142,7 @@ LAUNCHES = {
     "stage 4": _depthwise(9, 256, 7),
     "reducing": _depthwise(5, 256, 56, stride=2),
     "block": _block(5, 128, 28),
+    "augmentation": _finish,
 }
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
