@@ -55,6 +55,7 @@ def parts() -> list[Part]:
     return [
         *(Part(f"test {Path(test).stem[5:]}", (*pytest, test)) for test in tests),
         Part("test augmentation", (*pytest, "tests/unit/test_augment_pixels.py")),
+        Part("kernels", ("benchmarks/kernels.py", "--out", "{out}")),
         Part("photos", ("-m", "pipeline.cli", "sample", "photos", "{work}/photos", "--count", "2000")),
         Part(
             "shards",

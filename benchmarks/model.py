@@ -6,8 +6,10 @@
 Compares, in one run and interleaved round by round (medians of the rounds, ratios of the same round):
 
   plain           NCHW memory, eager, as the released implementation runs
-  channels-last   the model as it is, channels-last activations (and here weights), eager
+  torch           channels-last activations (and here weights), eager, FAT_KERNELS=off
+  channels-last   the model as it is: the same with our own kernels where there are any (on a CPU there are none)
   compiled        the same under torch.compile
+  graphs          the same with CUDA graphs as well (mode reduce-overhead): no time between kernels
   fused           inference only: BatchNorm and identities folded (`fat.fuse`)
   fused compiled  inference only: both
 
@@ -37,7 +39,8 @@ from fat.blocks import FASA
 from fat.layers import MapNorm
 from fat.model import Stem
 
-WAYS = ("plain", "channels-last", "compiled", "fused", "fused compiled")
+ON_CUDA = ("torch", "graphs")  # what makes a difference there only
+WAYS = ("plain", "torch", "channels-last", "compiled", "graphs", "fused", "fused compiled")
 MODES = ("inference", "training")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -45,7 +48,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=fat.list_models(), default=fat.list_models())
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    default = [way for way in WAYS if DEVICE == "cuda" or way not in ON_CUDA]
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=default)
     parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=7)
@@ -93,7 +97,10 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
         make_plain(model)
     else:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run = torch.compile(model, fullgraph=True) if way.endswith("compiled") else model
+    run: Callable[..., Any] = model
+    if way.endswith("compiled") or way == "graphs":
+        run = torch.compile(model, fullgraph=True, mode="reduce-overhead" if way == "graphs" else None)
+    switch = "off" if way in ("plain", "torch") else "auto"
     images = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
     if way != "plain":
         images = images.contiguous(memory_format=torch.channels_last)
@@ -101,6 +108,7 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
     half = options.dtype == "bfloat16" and not way.startswith("fused")
 
     def once() -> None:
+        os.environ["FAT_KERNELS"] = switch
         with torch.set_grad_enabled(training), torch.autocast(DEVICE, torch.bfloat16) if half else nullcontext():
             logits = run(images)
             loss = F.cross_entropy(logits.float(), labels) if training else None

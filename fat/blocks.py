@@ -9,7 +9,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fat.layers import ConvNorm, DropPath, MapNorm, ResidualDepthwise, depthwise, pointwise
+from fat.layers import (
+    ConvNorm,
+    DropPath,
+    MapNorm,
+    ResidualDepthwise,
+    add_norm,
+    convolve_gate,
+    convolve_norm,
+    depthwise,
+    pointwise,
+)
 
 SHORTCUT_KERNEL = 5  # of the depthwise stride-2 convolution beside a reducing block
 POOL_KERNEL = 5  # of every depthwise stride-2 step from queries' to keys' resolution
@@ -51,16 +61,23 @@ class Block(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.feed(self.mix(x))
+        return self._feed(*add_norm(self.drop_path, self.norm2, *self._attend(x)))
 
     def mix(self, x: Tensor) -> Tensor:
         """Position and attention: the last map at the block's own resolution, which features are taken from."""
-        x = self.cpe(x)
-        return self.drop_path(x, self.attn(self.norm1(x)))
+        return self.drop_path(*self._attend(x))
 
     def feed(self, x: Tensor) -> Tensor:
         """The feed-forward half, which alone may reduce."""
-        return self.drop_path(self.shortcut(x), self.ffn(self.norm2(x)))
+        return self._feed(x, self.norm2(x))
+
+    def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The map with its position, and the branch that is to be added to it."""
+        x, normalised = convolve_norm(self.cpe, self.norm1, x)
+        return x, self.attn(normalised)
+
+    def _feed(self, x: Tensor, normalised: Tensor) -> Tensor:
+        return self.drop_path(self.shortcut(x), self.ffn(normalised))
 
 
 class FASA(nn.Module):
@@ -85,7 +102,7 @@ class FASA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
         k, v = self.kv(self.pool(x)).chunk(2, dim=1)
-        return self.proj(F.silu(self.local(q)) * F.silu(self.attend(q, k, v)))
+        return self.proj(convolve_gate(self.local, q, self.attend(q, k, v)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; k, v: [B, C, h, w]; returns [B, C, H, W]."""

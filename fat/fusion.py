@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fat.layers import ConvNorm, ResidualDepthwise
+from fat.layers import ConvNorm, Depthwise, ResidualDepthwise
 from fat.model import Trunk
 
 Model = TypeVar("Model", bound=Trunk)
@@ -56,16 +56,20 @@ def _normalised(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> nn.Conv2d:
 
 
 def _like(conv: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Conv2d:
-    """A plain convolution of the same geometry, device and dtype."""
+    """A convolution of the same geometry, device and dtype, without what it adds."""
+    plain: nn.Conv2d
     with torch.device("meta"):
-        plain = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            conv.stride,  # type: ignore[arg-type]
-            conv.padding,  # type: ignore[arg-type]
-            groups=conv.groups,
-        )
+        if isinstance(conv, Depthwise):
+            plain = Depthwise(conv.in_channels, conv.kernel_size[0], conv.stride[0])
+        else:
+            plain = nn.Conv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size,  # type: ignore[arg-type]
+                conv.stride,  # type: ignore[arg-type]
+                conv.padding,  # type: ignore[arg-type]
+                groups=conv.groups,
+            )
     for name, tensor in (("weight", weight), ("bias", bias)):
         assert tensor is not None
         setattr(plain, name, nn.Parameter(tensor.detach().to(conv.weight.dtype), requires_grad=False))

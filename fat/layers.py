@@ -6,25 +6,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fat import kernels
+
 
 def pointwise(dim: int, out_dim: int) -> nn.Conv2d:
     """1x1 convolution, with bias."""
     return nn.Conv2d(dim, out_dim, 1)
 
 
-def depthwise(dim: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+def depthwise(dim: int, kernel: int, stride: int = 1) -> Depthwise:
     """Depthwise convolution, with bias; stride 2 gives ceil(n / 2)."""
-    return nn.Conv2d(dim, dim, kernel, stride, padding=kernel // 2, groups=dim)
+    return Depthwise(dim, kernel, stride)
 
 
-class ResidualDepthwise(nn.Conv2d):
-    """x + depthwise(x). The identity is never folded into the weights of training: near 1 bf16's spacing is 2^-7."""
+class Depthwise(nn.Conv2d):
+    """A depthwise convolution, by our own kernel where that serves."""
 
-    def __init__(self, dim: int, kernel: int) -> None:
-        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+    residual = False
+
+    def __init__(self, dim: int, kernel: int, stride: int = 1) -> None:
+        super().__init__(dim, dim, kernel, stride, padding=kernel // 2, groups=dim)
+
+    def served(self, x: Tensor) -> bool:
+        """Whether our own kernel takes x and has this size."""
+        return self.kernel_size[0] in kernels.SIZES and self.stride[0] in kernels.STRIDES and kernels.serves(x)
 
     def forward(self, input: Tensor) -> Tensor:
-        return input + super().forward(input)
+        if self.served(input):
+            stride = self.stride[0]
+            return kernels.depthwise(input, self.weight, self.bias, stride=stride, residual=self.residual)
+        output = super().forward(input)
+        return input + output if self.residual else output
+
+
+class ResidualDepthwise(Depthwise):
+    """x + depthwise(x). The identity is never folded into the weights of training: near 1 bf16's spacing is 2^-7."""
+
+    residual = True
 
 
 class ConvNorm(nn.Module):
@@ -42,7 +60,8 @@ class ConvNorm(nn.Module):
 class MapNorm(nn.Module):
     """GroupNorm with one group: statistics over C, H and W of each sample; affine in C.
 
-    Works in fp32 at least, autocast or not, and returns the dtype of its weights.
+    Works in fp32 at least, autocast or not, and returns the dtype of its weights; by our own kernel, the dtype of x, or
+    autocast's: every reader would round to that.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
@@ -52,6 +71,8 @@ class MapNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.serves(x):
+            return kernels.norm(x, self.weight, self.bias, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = norm_rows if x.is_cuda else _group_norm
         return norm(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.eps).to(self.weight.dtype)
@@ -85,12 +106,55 @@ class DropPath(nn.Module):
         self.drop = drop
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        scale = self.draw(x)
+        if kernels.serves(x, branch):
+            return kernels.add(x, branch, scale)
+        return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
+
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Each sample's factor, fp32 at least, [B]; None where all are 1."""
         if self.drop == 0 or not self.training:
-            return x + branch
+            return None
         keep = 1 - self.drop
         dtype = torch.promote_types(x.dtype, torch.float32)
-        scale = x.new_empty(x.shape[0], 1, 1, 1, dtype=dtype).bernoulli_(keep).div_(keep)
-        return torch.addcmul(x, branch, scale)
+        return x.new_empty(x.shape[0], dtype=dtype).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f"drop={self.drop:.4f}"
+
+
+# Neighbours in one pass over memory, where our own kernels serve. `x` is read and the result written as by the modules
+# one after the other.
+
+
+def convolve_norm(conv: nn.Module, norm: MapNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = conv(x), and norm(y)."""
+    if isinstance(conv, ResidualDepthwise) and conv.served(x) and not _watched(conv, norm):
+        return kernels.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
+    y = conv(x)
+    return y, norm(y)
+
+
+def add_norm(drop_path: DropPath, norm: MapNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+    """y = drop_path(x, branch), and norm(y)."""
+    if kernels.serves(x, branch) and not _watched(drop_path, norm):
+        return kernels.add_norm(x, branch, drop_path.draw(x), norm.weight, norm.bias, norm.eps)
+    y = drop_path(x, branch)
+    return y, norm(y)
+
+
+def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
+    """SiLU(conv(q)) * SiLU(other)."""
+    if kernels.serves(q, other):
+        if isinstance(conv, Depthwise) and conv.served(q) and not _watched(conv):
+            return kernels.depthwise_gate(q, conv.weight, conv.bias, other)
+        return kernels.gate(conv(q), other)
+    return F.silu(conv(q)) * F.silu(other)
+
+
+def _watched(*modules: nn.Module) -> bool:
+    """Whether someone must be told when these are called: a user's hooks, or those by which ZeRO 3 gathers weights."""
+    return any(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        for module in modules
+    )

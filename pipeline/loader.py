@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment.params import SampleParams, draw, mix_params
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader, Portion
@@ -110,15 +110,19 @@ class TrainLoader(BackgroundLoader):
         normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
         decoded = self._decoded(self._work(), self._job, size=size, rows=rows, normalisation=normalisation)
         for pixels, job, (portion, params) in decoded:
-            finished = self._channels_first(pixels) if by_decoder else augment(pixels, params)
-            images, lam = self._mixed(finished, portion)
+            mixing = self._mixing(portion)
+            if by_decoder:
+                images = self._channels_first(pixels)
+                images = images if mixing is None else mix(images, mixing)
+            else:
+                images = augment(pixels, params, mixing)
             yield Batch(
                 images=images,
                 labels=self._labels(job.encoded),
                 ids=job.encoded.ids,
                 planned=portion.ids,
                 mask=torch.ones(len(portion.ids), dtype=torch.bool, device=self._device),
-                lam=lam,
+                lam=None if mixing is None else self._to_device(mixing.lam),
                 position=portion.position,
                 micro=portion.micro,
                 ready=self._event(),
@@ -135,13 +139,12 @@ class TrainLoader(BackgroundLoader):
         )
         return DecodeJob(encoded=encoded, window=params.windows, flip=params.flips), params
 
-    def _mixed(self, images: torch.Tensor, portion: Portion) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _mixing(self, portion: Portion) -> MixParams | None:
         if not self._augment.mixes:
-            return images, None
+            return None
         lanes = self._plan.lane_of(self._shape.rows(portion.micro))
         step = self._plan.steps_before(portion.position)
-        params = mix_params(self._augment, seed=self._plan.seed, step=step, lanes=lanes)
-        return mix(images, params), self._to_device(params.lam)
+        return mix_params(self._augment, seed=self._plan.seed, step=step, lanes=lanes)
 
 
 class EvalLoader(BackgroundLoader):

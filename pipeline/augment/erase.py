@@ -19,7 +19,7 @@ class Eraser:
     a logarithm or cosine would differ between machines in its last bits."""
 
     def __init__(self, device: torch.device) -> None:
-        (self._quantiles,) = upload([quantiles()], device)
+        (self.quantiles,) = upload([quantiles()], device)
 
     def __call__(self, images: Tensor, params: SampleParams) -> None:
         """Overwrite the boxes in place; images: floating [B, 3, H, W], channels-last."""
@@ -45,7 +45,7 @@ class Eraser:
         """Standard normal float32 [pixels, 3], each from 16 bits of the hash; keys and place: int64 [pixels]."""
         bits = hash_place(keys, place)
         words = torch.stack([bits, bits >> 16, bits >> 32], dim=1) & (QUANTILES - 1)
-        return self._quantiles.index_select(0, words.view(-1)).view(-1, 3)
+        return self.quantiles.index_select(0, words.view(-1)).view(-1, 3)
 
 
 def quantiles() -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Pixels of a decoded batch, on its device: RandAugment, normalisation, erasing. Mixing (`mix`) comes after.
+"""Pixels of a decoded batch, on its device: RandAugment, normalisation, erasing, mixing.
 
 Which sample gets what is decided on the host, from the parameters, so that no kernel's result is ever waited for.
 Samples that share a family of operations go through it together; families are those that run the same kernels.
@@ -6,6 +6,8 @@ Samples that share a family of operations go through it together; families are t
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +22,7 @@ from pipeline.augment import blend, geometry, tables
 from pipeline.augment.erase import Eraser
 from pipeline.augment.mix import mix, mix_targets
 from pipeline.augment.ops import Op
-from pipeline.augment.params import SampleParams
+from pipeline.augment.params import MixParams, SampleParams
 from pipeline.augment.recipe import AugmentRecipe, Colour
 from pipeline.augment.transfer import upload
 
@@ -55,7 +57,8 @@ FAMILIES = (
 
 
 class BatchAugment:
-    """RandAugment, normalisation and erasing of one batch after another.
+    """RandAugment, normalisation, erasing and mixing of one batch after another; all but the first in one kernel on
+    CUDA devices where Triton is installed, unless FAT_KERNELS=off.
 
     Args:
         recipe: what to do.
@@ -70,22 +73,28 @@ class BatchAugment:
         self._recipe, self._device, self._dtype, self._flip = recipe, device, dtype, flip
         self._eraser = Eraser(device)
 
-    def __call__(self, images: Tensor, params: SampleParams) -> Tensor:
+    def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None = None) -> Tensor:
         """The augmented samples; `images` itself is left as it is.
 
         Args:
             images: uint8 [B, size, size, 3], RGB, contiguous, cropped and resized.
             params: the draws for these B samples.
+            mixing: how they are mixed in pairs, if they are.
 
         Returns:
             dtype [B, 3, size, size] with channels-last strides.
 
         Raises:
-            ValueError: another shape or dtype.
+            ValueError: another shape or dtype, or an odd batch to mix.
         """
-        result = normalise(self.operate(images, params), self._recipe.mean, self._recipe.std, self._dtype)
+        recipe, images = self._recipe, self.operate(images, params)
+        if _one_kernel(images.device):
+            from pipeline.augment.finishing import finish
+
+            return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
+        result = normalise(images, recipe.mean, recipe.std, self._dtype)
         self._eraser(result, params)
-        return result
+        return result if mixing is None else mix(result, mixing)
 
     def operate(self, images: Tensor, params: SampleParams) -> Tensor:
         """The part on 8-bit pixels: flips, if they are ours to do, and RandAugment. uint8 [B, size, size, 3], new or,
@@ -143,6 +152,19 @@ class Stage:
     def arrays(self) -> Arrays:
         """All that goes to the device, in the order in which it is used."""
         return [*(array for _, arrays in self.groups for array in arrays), self.back]
+
+
+def _one_kernel(device: torch.device) -> bool:
+    """Whether Triton's kernel serves there; with TRITON_INTERPRET=1 it does on a CPU, for tests."""
+    if os.environ.get("FAT_KERNELS") == "off":
+        return False
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type == ("cpu" if interpreted else "cuda") and _has_triton()
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 import fat
 from fat.blocks import Block
-from fat.layers import DropPath, MapNorm, _group_norm, _norm_rows
+from fat.layers import DropPath, MapNorm, _group_norm, norm_rows
 from tests.unit.test_fat_model import images, settle
 from tests.unit.test_fat_parity import TINY, relative_error
 
@@ -22,12 +22,12 @@ def test_both_norms_agree_and_keep_the_layout() -> None:
     """The CUDA form, which runs anywhere, against torch's GroupNorm."""
     x = images(3, (5, 7), 8).double().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.rand(8).double(), torch.rand(8).double()
-    found = _norm_rows(x, weight, bias, 1e-5)
+    found = norm_rows(x, weight, bias, 1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, _group_norm(x, weight, bias, 1e-5), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", [_group_norm, _norm_rows])
+@pytest.mark.parametrize("norm", [_group_norm, norm_rows])
 def test_norms_work_in_fp32_under_autocast(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a bf16 map whose mean is large beside its spread, which bf16 sums would lose."""
     monkeypatch.setattr("fat.layers._group_norm", norm)

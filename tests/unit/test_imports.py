@@ -23,6 +23,10 @@ LAZY_EXCEPTIONS = {"pipeline/cli.py": {"fat", "launch"}}
 ONLY_IN = {
     "nvidia": {"pipeline/dali.py"},
     "ffcv": {"pipeline/ffcv.py", "shards/beton.py"},
+    "triton": {
+        *(f"fat/kernels/{room}.py" for room in ("convolution", "correlation", "gating", "groupnorm")),
+        "pipeline/augment/finishing.py",
+    },
     "accelerate": {"launch/engine.py", "launch/trackers.py"},
     "deepspeed": {"launch/engine.py", "launch/masters.py"},
 }
@@ -69,7 +73,7 @@ def test_imports_run_one_way(path: Path) -> None:
             assert name in ONLY_IN[module], f"{name} imports {module}"
         if package in TORCH_FREE:
             assert module != "torch", f"{name} imports torch"
-        if package == "fat" and top and module not in {*FAT_TOP_LEVEL, "fat"}:
+        if package == "fat" and top and module not in {*FAT_TOP_LEVEL, "fat"} and name not in ONLY_IN["triton"]:
             import sys
 
             assert module in sys.stdlib_module_names, f"{name} imports {module} at module level"
@@ -79,3 +83,17 @@ def test_ffcv_is_imported_lazily() -> None:
     for path in _sources():
         if str(path.relative_to(ROOT)) == "shards/beton.py":
             assert not any(module == "ffcv" and top for module, top in _imports(path))
+
+
+@pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_import_triton_are_imported_lazily(path: Path) -> None:
+    rooms = {room.removesuffix(".py").replace("/", ".") for room in ONLY_IN["triton"]}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names}
+        else:
+            continue
+        assert not names & rooms, f"{path.relative_to(ROOT)}: {names & rooms} at module level"

@@ -1,0 +1,126 @@
+"""FAT's own kernels (Triton), and the choice between them and plain torch.
+
+    if kernels.serves(x):
+        y = kernels.depthwise(x, weight, bias)
+
+They serve maps [B, C, H, W] in channels-last memory on CUDA devices of compute capability 8.0 and up, where Triton is
+installed; float32, bfloat16 and float16. All else, and all of it under `FAT_KERNELS=off`, is left to torch; so are
+`torch.export` and ONNX. With TRITON_INTERPRET=1 they serve CPU maps, slowly: that is how they are tested.
+
+Under autocast maps are read and stored in its dtype, weights stay as they are (fp32) and sums are in fp32.
+docs/kernels.md says what is fused and why.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from fat.kernels import ops
+from fat.kernels.ops import SIZES, STRIDES
+
+__all__ = [
+    "SIZES",
+    "STRIDES",
+    "add",
+    "add_norm",
+    "available",
+    "depthwise",
+    "depthwise_gate",
+    "depthwise_norm",
+    "gate",
+    "norm",
+    "serves",
+]
+
+SWITCH = "FAT_KERNELS"
+MIN_CAPABILITY = (8, 0)  # bfloat16
+
+
+def serves(*maps: Tensor) -> bool:
+    """Whether the kernels take these maps as they are, all of them. Weights may be in any float dtype."""
+    if torch.compiler.is_exporting():
+        return False
+    return all(
+        x.ndim == 4
+        and x.numel() > 0
+        and x.dtype in ops.DTYPES
+        and available(x.device.type)
+        and x.is_contiguous(memory_format=torch.channels_last)
+        for x in maps
+    )
+
+
+@torch.compiler.assume_constant_result
+def available(device: str) -> bool:
+    """Whether there are kernels for that type of device, "cuda" or "cpu", here and now.
+
+    Raises ValueError when the variable FAT_KERNELS is neither "auto" nor "off". A compiled model keeps the answer that
+    it was compiled with.
+    """
+    wish = os.environ.get(SWITCH, "auto")
+    if wish not in ("auto", "off"):
+        raise ValueError(f"{SWITCH}={wish}: expected auto or off")
+    return wish == "auto" and _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False) -> Tensor:
+    """Depthwise k x k convolution with padding k // 2, plus x in fp32 where `residual`. weight: [C, 1, k, k]."""
+    return ops.depthwise(_cast(x), weight, bias, stride, residual)
+
+
+def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    """SiLU(depthwise(q)) * SiLU(other). The backward pass works depthwise(q) out again."""
+    return ops.depthwise_gate(_cast(q), weight, bias, _cast(other))
+
+
+def gate(local: Tensor, other: Tensor) -> Tensor:
+    """SiLU(local) * SiLU(other)."""
+    return ops.gate(_cast(local), _cast(other))
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """GroupNorm with one group, statistics in fp32, in x's dtype. weight, bias: [C]."""
+    return ops.norm(_cast(x), weight, bias, eps)[0]
+
+
+def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale * branch, worked out in fp32, in x's dtype. scale: fp32 [B], one factor per sample."""
+    return ops.add(_cast(x), _cast(branch), scale)
+
+
+def add_norm(
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(`add`, `norm` of it)."""
+    total, normalised, _, _ = ops.add_norm(_cast(x), _cast(branch), scale, weight, bias, eps)
+    return total, normalised
+
+
+def depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(x + depthwise(x), `norm` of it)."""
+    total, normalised, _, _ = ops.depthwise_norm(_cast(x), weight, bias, norm_weight, norm_bias, eps)
+    return total, normalised
+
+
+def _cast(x: Tensor) -> Tensor:
+    """Custom operators take no part in autocast; this is the part that a convolution's maps take in it."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+@functools.cache
+def _supported(device: str, interpreted: bool) -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device == "cuda" and torch.cuda.is_available() and torch.version.hip is None:
+        return not interpreted and torch.cuda.get_device_capability() >= MIN_CAPABILITY
+    return device == "cpu" and interpreted

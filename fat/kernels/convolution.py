@@ -1,0 +1,299 @@
+"""Triton: depthwise convolution over channels-last maps, and its gradient by the input.
+
+Each thread holds a column of output rows. A row of the input that has been read is used for every kernel row that it
+falls under, so k (rows + k - 1) / rows reads serve k^2 products; the reads of neighbouring kernel columns hit the first
+cache. Sums are in fp32 whatever the maps are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fat.kernels import tiles
+from fat.kernels.tiles import Tile
+
+PLAIN, GATE, GATE_GRADIENT = 0, 1, 2
+_GATE = tl.constexpr(GATE)
+_GATE_GRADIENT = tl.constexpr(GATE_GRADIENT)
+
+
+@triton.jit
+def _convolve(
+    x,
+    taps,
+    bias,
+    gate,
+    gradient,
+    out,
+    gate_out,
+    moments,
+    height,
+    width,
+    channels,
+    out_height,
+    out_width,
+    row_tiles,
+    col_tiles,
+    channel_tiles,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FLIP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """x [B, height, width, channels], taps fp32 [KERNEL^2, channels] -> out [B, out_height, out_width, channels].
+
+    FLIP turns the kernel round (the gradient by the input at stride 1). moments, where given, gets (count, mean, sum of
+    squared deviations) of each program's outputs.
+    """
+    pad: tl.constexpr = KERNEL // 2
+    program = tl.program_id(0)
+    c = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    rest = program // channel_tiles
+    col = (rest % col_tiles) * COLS + tl.arange(0, COLS)
+    rest = rest // col_tiles
+    top = (rest % row_tiles) * ROWS
+    sample = (rest // row_tiles).to(tl.int64)
+    x += sample * height * width * channels
+    known = c < channels
+
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
+    for tap_col in range(KERNEL):
+        weights = ()
+        for tap_row in tl.static_range(KERNEL):
+            tap = tap_row * KERNEL + tap_col
+            if FLIP:
+                tap = KERNEL * KERNEL - 1 - tap
+            weights = weights + (tl.load(taps + tap * channels + c, mask=known, other=0.0)[None, :],)
+        source_col = col * STRIDE + (tap_col - pad)
+        here = ((source_col >= 0) & (source_col < width))[:, None] & known[None, :]
+        offsets = source_col[:, None] * channels + c[None, :]
+        for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
+            row = top * STRIDE + (i - pad)
+            inside = here & ((row >= 0) & (row < height))
+            values = tl.load(x + row * width * channels + offsets, mask=inside, other=0.0).to(tl.float32)
+            for r in tl.static_range(ROWS):
+                if i - r * STRIDE >= 0 and i - r * STRIDE < KERNEL:
+                    sums = sums[:r] + (sums[r] + values * weights[i - r * STRIDE],) + sums[r + 1 :]
+
+    out += sample * out_height * out_width * channels
+    known_here = (col < out_width)[:, None] & known[None, :]
+    offsets = col[:, None] * channels + c[None, :]
+    shift = tl.zeros((1, CHANNELS), tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)[None, :]
+    total = tl.zeros((COLS, CHANNELS), tl.float32)
+    rounded = ()
+    for r in tl.static_range(ROWS):
+        row = top + r
+        inside = known_here & (row < out_height)
+        place = row * out_width * channels + offsets
+        value = sums[r] + shift
+        if RESIDUAL:
+            value += tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        if EPILOGUE == _GATE or EPILOGUE == _GATE_GRADIENT:
+            base = sample * out_height * out_width * channels
+            other = tl.load(gate + base + place, mask=inside, other=0.0).to(tl.float32)
+            own = value * tl.sigmoid(value)
+            others = other * tl.sigmoid(other)
+            if EPILOGUE == _GATE:
+                value = own * others
+            else:
+                upper = tl.load(gradient + base + place, mask=inside, other=0.0).to(tl.float32)
+                slope = tl.sigmoid(other) * (1 + other - others)
+                tl.store(gate_out + base + place, (upper * own * slope).to(gate_out.dtype.element_ty), mask=inside)
+                value = upper * others * (tl.sigmoid(value) * (1 + value - own))
+        stored = value.to(out.dtype.element_ty)
+        tl.store(out + place, stored, mask=inside)
+        if moments is not None:
+            kept = tl.where(inside, stored.to(tl.float32), 0.0)
+            total += kept
+            rounded = rounded + (kept,)
+    if moments is not None:
+        rows = tl.minimum(out_height - top, ROWS)
+        count = rows * tl.sum(tl.sum(known_here.to(tl.int32), axis=1), axis=0)
+        mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
+        squares = tl.zeros((COLS, CHANNELS), tl.float32)
+        for r in tl.static_range(ROWS):
+            deviation = tl.where(known_here & (top + r < out_height), rounded[r] - mean, 0.0)
+            squares += deviation * deviation
+        slot = moments + program_slot(sample, program, row_tiles * col_tiles * channel_tiles) * 3
+        tl.store(slot, count.to(tl.float32))
+        tl.store(slot + 1, mean)
+        tl.store(slot + 2, tl.sum(tl.sum(squares, axis=1), axis=0))
+
+
+@triton.jit
+def program_slot(sample, program, each):
+    """Programs of a sample are consecutive."""
+    return sample * each + program % each
+
+
+@triton.jit
+def _spread(
+    gradient,
+    taps,
+    out,
+    height,
+    width,
+    channels,
+    grad_height,
+    grad_width,
+    row_tiles,
+    col_tiles,
+    channel_tiles,
+    KERNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """The gradient by the input of a stride-2 convolution, gathered: a program writes outputs of one parity of row and
+    column, under which every second kernel row and column falls, as a stride-1 convolution of the gradient.
+
+    Output row 2 a + p takes kernel row t = t0 + 2 m from gradient row a + d - m, with t0 = (p + pad) mod 2 and
+    d = (p + pad - t0) / 2.
+    """
+    pad: tl.constexpr = KERNEL // 2
+    half: tl.constexpr = (KERNEL + 1) // 2
+    program = tl.program_id(0)
+    c = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    rest = program // channel_tiles
+    col_parity = rest % 2
+    rest = rest // 2
+    row_parity = rest % 2
+    rest = rest // 2
+    a = (rest % col_tiles) * COLS + tl.arange(0, COLS)
+    rest = rest // col_tiles
+    top = (rest % row_tiles) * ROWS
+    sample = (rest // row_tiles).to(tl.int64)
+    gradient += sample * grad_height * grad_width * channels
+    known = c < channels
+    row_tap = (row_parity + pad) % 2
+    col_tap = (col_parity + pad) % 2
+    row_shift = (row_parity + pad - row_tap) // 2
+    col_shift = (col_parity + pad - col_tap) // 2
+
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
+    for n in range(half):
+        tap_col = col_tap + 2 * n
+        weights = ()
+        for m in tl.static_range(half):
+            tap_row = row_tap + 2 * m
+            real = known & (tap_row < KERNEL) & (tap_col < KERNEL)
+            weights = weights + (tl.load(taps + (tap_row * KERNEL + tap_col) * channels + c, mask=real, other=0.0),)
+        source_col = a + (col_shift - n)
+        here = ((source_col >= 0) & (source_col < grad_width))[:, None] & known[None, :]
+        offsets = source_col[:, None] * channels + c[None, :]
+        for i in tl.static_range(ROWS + half - 1):
+            row = top + row_shift + (i - (half - 1))
+            inside = here & ((row >= 0) & (row < grad_height))
+            values = tl.load(gradient + row * grad_width * channels + offsets, mask=inside, other=0.0).to(tl.float32)
+            for r in tl.static_range(ROWS):
+                if r + half - 1 - i >= 0 and r + half - 1 - i < half:
+                    sums = sums[:r] + (sums[r] + values * weights[r + half - 1 - i][None, :],) + sums[r + 1 :]
+
+    out += sample * height * width * channels
+    col = 2 * a + col_parity
+    for r in tl.static_range(ROWS):
+        row = 2 * (top + r) + row_parity
+        inside = (col < width)[:, None] & known[None, :] & (row < height)
+        place = row * width * channels + col[:, None] * channels + c[None, :]
+        tl.store(out + place, sums[r].to(out.dtype.element_ty), mask=inside)
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    flip: bool = False,
+    residual: bool = False,
+    epilogue: int = PLAIN,
+    gate: Tensor | None = None,
+    gradient: Tensor | None = None,
+    gate_out: Tensor | None = None,
+    moments: bool = False,
+) -> Tensor | None:
+    """Fills `out` (and `gate_out`); returns the moments fp32 [B, programs per sample, 3] where they are asked for."""
+    batch, channels, height, width = x.shape
+    out_height, out_width = out.shape[2:]
+    tile = tiles.depthwise(weight.shape[-1], out_height, out_width, channels)
+    grid = _grid(tile, out_height, out_width, channels)
+    programs = grid[0] * grid[1] * grid[2]
+    parts = x.new_empty(batch, programs, 3, dtype=torch.float32) if moments else None
+    _convolve[(batch * programs,)](
+        x,
+        _taps(weight),
+        bias,
+        gate,
+        gradient,
+        out,
+        gate_out,
+        parts,
+        height,
+        width,
+        channels,
+        out_height,
+        out_width,
+        *grid,
+        KERNEL=weight.shape[-1],
+        STRIDE=stride,
+        FLIP=flip,
+        RESIDUAL=residual,
+        EPILOGUE=epilogue,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        CHANNELS=tile.channels,
+        num_warps=tile.warps,
+    )
+    return parts
+
+
+def input_gradient(gradient: Tensor, weight: Tensor, out: Tensor, *, stride: int, residual: bool) -> None:
+    """Fills `out`, shaped as the convolution's input."""
+    if stride == 1:
+        convolve(gradient, weight, None, out, flip=True, residual=residual)
+        return
+    batch, channels, height, width = out.shape
+    grad_height, grad_width = gradient.shape[2:]
+    tile = tiles.depthwise(weight.shape[-1], -(-height // 2), -(-width // 2), channels)
+    grid = _grid(tile, -(-height // 2), -(-width // 2), channels)
+    _spread[(4 * batch * grid[0] * grid[1] * grid[2],)](
+        gradient,
+        _taps(weight),
+        out,
+        height,
+        width,
+        channels,
+        grad_height,
+        grad_width,
+        *grid,
+        KERNEL=weight.shape[-1],
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        CHANNELS=tile.channels,
+        num_warps=tile.warps,
+    )
+
+
+def _grid(tile: Tile, height: int, width: int, channels: int) -> tuple[int, int, int]:
+    """Tiles along rows, columns and channels."""
+    return triton.cdiv(height, tile.rows), triton.cdiv(width, tile.cols), triton.cdiv(channels, tile.channels)
+
+
+def _taps(weight: Tensor) -> Tensor:
+    """Depthwise weights [C, 1, k, k] as fp32 [k^2, C]: neighbouring threads, which hold neighbouring channels, read
+    neighbouring numbers."""
+    return weight.detach().flatten(1).t().to(torch.float32, memory_format=torch.contiguous_format).contiguous()

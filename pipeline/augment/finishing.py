@@ -1,0 +1,153 @@
+"""Triton: normalisation, erasing, mixing and the cast to the model's dtype in one pass over the batch.
+
+Torch takes some ten passes in fp32 for the same. A program reads both rows of a pair once, as bytes, and writes both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline import rng
+from pipeline.augment.params import MixParams, SampleParams
+from pipeline.augment.recipe import Colour
+from pipeline.augment.transfer import upload
+
+BLOCK, WARPS = 4096, 8  # numbers of one program: 16 bytes of input a thread
+CHANNELS = tl.constexpr(3)
+BITS = tl.constexpr(16)  # of the hash for each number of noise
+GOLDEN, MIX1, MIX2 = (tl.constexpr(int(word)) for word in (rng.GOLDEN, rng.MIX1, rng.MIX2))
+
+
+@triton.jit
+def _finish(
+    images,
+    erase_boxes,
+    erase_keys,
+    quantiles,
+    lam,
+    cut,
+    mix_boxes,
+    out,
+    numel,
+    width,
+    scale0,
+    scale1,
+    scale2,
+    offset0,
+    offset1,
+    offset2,
+    MIX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """images uint8 -> out, both [B, numel] with numel = height * width * 3; a program takes BLOCK numbers of a sample,
+    or of the two samples of a pair."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    known = at < numel
+    channel = at % CHANNELS
+    y, x = at // CHANNELS // width, at // CHANNELS % width
+    scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
+    offset = tl.where(channel == 0, offset0, tl.where(channel == 1, offset1, offset2))
+    row = tl.program_id(1).to(tl.int64)
+    if MIX:
+        first = _erased(
+            images, erase_boxes, erase_keys, quantiles, 2 * row, at, known, channel, y, x, scale, offset, numel
+        )
+        second = _erased(
+            images, erase_boxes, erase_keys, quantiles, 2 * row + 1, at, known, channel, y, x, scale, offset, numel
+        )
+        _store_mixed(first, second, lam, cut, mix_boxes, out, 2 * row, at, known, y, x, numel)
+        _store_mixed(second, first, lam, cut, mix_boxes, out, 2 * row + 1, at, known, y, x, numel)
+    else:
+        own = _erased(images, erase_boxes, erase_keys, quantiles, row, at, known, channel, y, x, scale, offset, numel)
+        tl.store(out + row * numel + at, own.to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _erased(images, boxes, keys, quantiles, row, at, known, channel, y, x, scale, offset, numel):
+    """A sample's numbers, normalised, with noise in its box: 16 bits of the hash of the sample's key and the place in
+    the box, looked up among the normal's quantiles."""
+    value = tl.load(images + row * numel + at, mask=known, other=0).to(tl.float32) * scale + offset
+    top, left = tl.load(boxes + row * 4), tl.load(boxes + row * 4 + 1)
+    high, wide = tl.load(boxes + row * 4 + 2), tl.load(boxes + row * 4 + 3)
+    if high > 0:
+        inside = known & (y >= top) & (y < top + high) & (x >= left) & (x < left + wide)
+        place = ((y - top) * wide + (x - left)).to(tl.uint64)
+        state = (tl.load(keys + row).to(tl.uint64, bitcast=True) ^ place) + GOLDEN
+        state = (state ^ (state >> 30)) * MIX1
+        state = (state ^ (state >> 27)) * MIX2
+        state = state ^ (state >> 31)
+        word = (state >> (channel * BITS).to(tl.uint64)) & 0xFFFF
+        noise = tl.load(quantiles + word.to(tl.int32), mask=inside, other=0.0)
+        value = tl.where(inside, noise, value)
+    return value
+
+
+@triton.jit
+def _store_mixed(own, partner, lam, cut, boxes, out, row, at, known, y, x, numel):
+    share = tl.where(tl.load(cut + row) != 0, 1.0, tl.load(lam + row))
+    top, left = tl.load(boxes + row * 4), tl.load(boxes + row * 4 + 1)
+    high, wide = tl.load(boxes + row * 4 + 2), tl.load(boxes + row * 4 + 3)
+    inside = (y >= top) & (y < top + high) & (x >= left) & (x < left + wide)
+    mixed = tl.where(inside, partner, own * share + partner * (1.0 - share))
+    tl.store(out + row * numel + at, mixed.to(out.dtype.element_ty), mask=known)
+
+
+def finish(
+    images: Tensor,
+    params: SampleParams,
+    mixing: MixParams | None,
+    quantiles: Tensor,
+    mean: Colour,
+    std: Colour,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What `normalise`, `Eraser` and `mix` do, one after another, with one rounding at the end.
+
+    Args:
+        images: uint8 [B, H, W, 3], contiguous; B even where mixing.
+        quantiles: the standard normal's, float32 [65536].
+        mean, std: per channel, on the 0..1 scale.
+
+    Returns:
+        dtype [B, 3, H, W] with channels-last strides.
+
+    Raises:
+        ValueError: an odd batch to mix, or parameters of another length.
+    """
+    batch, height, width, _ = images.shape
+    if mixing is not None and (batch % 2 or len(mixing.lam) != batch):
+        raise ValueError(f"whole pairs expected: {batch} images, {len(mixing.lam)} parameters")
+    arrays: list[NDArray[Any]] = [params.erase_boxes, params.erase_keys]
+    if mixing is not None:
+        arrays += [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
+    boxes, keys, *mix = upload(arrays, images.device)
+    lam, cut, mix_boxes = mix or (None, None, None)
+    scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
+    offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    out = torch.empty_like(images, dtype=dtype)
+    numel = height * width * 3
+    _finish[(triton.cdiv(numel, BLOCK), batch // 2 if mix else batch)](
+        images,
+        boxes,
+        keys,
+        quantiles,
+        lam,
+        cut,
+        mix_boxes,
+        out,
+        numel,
+        width,
+        *scale.tolist(),
+        *offset.tolist(),
+        MIX=bool(mix),
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return out.permute(0, 3, 1, 2)

@@ -1,0 +1,211 @@
+"""The kernels on the device: ten fresh inputs each, the network's own shapes, whole steps, captured graphs. The same
+checks run on small maps in Triton's interpreter (tests/interpreted)."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import fat
+from fat import kernels
+from fat.kernels import ops
+from pipeline.augment.params import draw, mix_params
+from pipeline.augment.pixels import BatchAugment
+from pipeline.augment.recipe import augment_recipe
+from tests.kernel_checks import (
+    BF16,
+    FP16,
+    FP32,
+    Case,
+    Draw,
+    check_add,
+    check_depthwise,
+    check_depthwise_gate,
+    check_depthwise_norm,
+    check_gate,
+    check_norm,
+    poisoned_memory,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
+
+INPUTS = 10
+
+
+@pytest.fixture(autouse=True)
+def _exact_references() -> Iterator[None]:
+    """fp32 references without TF32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def on_fresh_inputs(check: Callable[[Draw], None]) -> None:
+    for _ in range(INPUTS):
+        seed = secrets.randbits(32)
+        try:
+            with poisoned_memory():
+                check(Draw.seeded(seed, "cuda"))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+
+
+DEPTHWISE = [
+    Case(3, 1, 3, 64, 56, 56, BF16, residual=True),  # stages of B0 to B3
+    Case(3, 1, 2, 48, 56, 56, BF16),
+    Case(5, 1, 2, 80, 28, 28, BF16, residual=True),
+    Case(5, 1, 2, 256, 56, 56, BF16, residual=True),
+    Case(7, 1, 2, 160, 14, 14, BF16, residual=True),
+    Case(9, 1, 2, 512, 7, 7, BF16, residual=True),
+    Case(5, 2, 2, 64, 56, 56, BF16),
+    Case(5, 2, 2, 640, 14, 14, BF16),
+    Case(3, 1, 1, 20, 13, 9, FP32, residual=True),  # the rest of the sizes, odd maps, odd channels
+    Case(3, 2, 3, 24, 13, 9, FP16),
+    Case(7, 2, 2, 33, 14, 13, FP32, bias=False),
+    Case(9, 1, 1, 7, 13, 9, FP32),
+    Case(9, 2, 2, 72, 15, 7, BF16),
+]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise(case: Case) -> None:
+    on_fresh_inputs(lambda draw: check_depthwise(case, draw))
+
+
+GATED = [Case(3, 1, 2, 32, 56, 56, BF16), Case(5, 1, 2, 80, 28, 28, BF16), Case(9, 1, 2, 20, 7, 9, FP32)]
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_depthwise_gate(case: Case) -> None:
+    on_fresh_inputs(lambda draw: check_depthwise_gate(case, draw))
+
+
+@pytest.mark.parametrize("case", GATED, ids=str)
+def test_depthwise_and_norm(case: Case) -> None:
+    on_fresh_inputs(lambda draw: check_depthwise_norm(case, draw))
+
+
+MAPS = [((3, 32, 56, 56), BF16), ((2, 160, 28, 28), BF16), ((2, 512, 7, 7), BF16), ((3, 20, 13, 9), FP32)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), MAPS)
+def test_maps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Gate, norm and add."""
+    on_fresh_inputs(lambda draw: check_gate(shape, dtype, draw))
+    on_fresh_inputs(lambda draw: check_norm(shape, dtype, 0.0, draw))
+    on_fresh_inputs(lambda draw: check_norm(shape, dtype, 50.0, draw))
+    on_fresh_inputs(lambda draw: check_add(shape, dtype, True, draw))
+
+
+@pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "add_norm"])
+def test_opcheck(name: str) -> None:
+    draw = Draw.seeded(0, "cuda")
+    x, y = (draw.map(2, 32, 9, 7, FP32).requires_grad_() for _ in range(2))
+    weight, bias = draw.tensor(32, 1, 3, 3).requires_grad_(), draw.tensor(32).requires_grad_()
+    arguments = {
+        "depthwise_norm": (x, weight, bias, bias, bias, 1e-5),
+        "depthwise_gate": (x, weight, bias, y),
+        "add_norm": (x, y, draw.scale(2), bias, bias, 1e-5),
+    }
+    torch.library.opcheck(getattr(torch.ops.fat, name), arguments[name])
+
+
+def gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the loss by all parameters, as one vector."""
+    model.zero_grad()
+    with torch.autocast("cuda", BF16, enabled=dtype == BF16):
+        logits = model(images)
+    F.cross_entropy(logits.float(), labels).backward()
+    return torch.cat([parameter.grad.flatten().double() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("variant", ["fat_b0", "fat_b3"])
+def test_gradients_of_the_whole_net(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp32 as eager's; under bf16 autocast as near to those as eager's own are, nearly."""
+    torch.manual_seed(0)
+    model = fat.create_model(variant, drop_path=0.0).cuda().train()
+    images = torch.randn(8, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
+    labels = torch.arange(8, device="cuda")
+    found: dict[tuple[str, torch.dtype], Tensor] = {}
+    for switch in ("off", "auto"):
+        monkeypatch.setenv("FAT_KERNELS", switch)
+        for dtype in (FP32, BF16):
+            found[switch, dtype] = gradient(model, images, labels, dtype)
+    exact = found["off", FP32]
+    off = {key: ((vector - exact).norm() / exact.norm()).item() for key, vector in found.items()}
+    assert off["auto", FP32] < 1e-3, off
+    assert off["auto", BF16] < 1.5 * off["off", BF16] + 1e-3, off
+
+
+def test_a_step_is_captured_as_a_cuda_graph() -> None:
+    torch.manual_seed(0)
+    block = fat.create_model("fat_b0").cuda().stages[0].blocks[0]
+    x = torch.randn(4, 32, 56, 56, device="cuda").to(BF16).contiguous(memory_format=torch.channels_last)
+
+    def step() -> None:
+        with torch.autocast("cuda", BF16, cache_enabled=False):
+            block(x).float().square().mean().backward()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            block.zero_grad()
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    expected = [parameter.grad.clone() for parameter in block.parameters()]
+    block.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for parameter in block.parameters():
+        parameter.grad.zero_()
+    graph.replay()
+    for parameter, wanted in zip(block.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=0.02, atol=1e-4 * wanted.abs().max().item() + 1e-7)
+
+
+def test_a_compiled_block_trains_as_an_eager_one() -> None:
+    torch.manual_seed(0)
+    block = fat.create_model("fat_b0").cuda().stages[1].blocks[0]
+    x = torch.randn(4, 80, 28, 28, device="cuda").contiguous(memory_format=torch.channels_last)
+    results = []
+    for run in (block, torch.compile(block, fullgraph=True)):
+        block.zero_grad()
+        run(x).square().mean().backward()
+        results.append([parameter.grad.clone() for parameter in block.parameters()])
+    scale = max(wanted.abs().max().item() for wanted in results[0])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_augmentation_is_finished_as_in_torch(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = augment_recipe("fat", rand_augment=None, erase=0.5)
+    sides = np.full(16, 400)
+    for _ in range(INPUTS):
+        seed = secrets.randbits(31)
+        params = draw(recipe, seed=seed, epoch=0, ids=np.arange(16), heights=sides, widths=sides)
+        mixing = mix_params(recipe, seed=seed, step=1, lanes=np.arange(16) // 2) if mixes else None
+        images = torch.randint(256, (16, 224, 224, 3), dtype=torch.uint8, device="cuda")
+        found = {}
+        for switch in ("auto", "off"):
+            monkeypatch.setenv("FAT_KERNELS", switch)
+            found[switch] = BatchAugment(recipe, torch.device("cuda"))(images, params, mixing)
+        torch.testing.assert_close(found["auto"], found["off"], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
+
+
+def test_what_is_not_served_on_a_device() -> None:
+    x = torch.zeros(1, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
+    assert kernels.serves(x)
+    assert not kernels.serves(x.contiguous())
+    assert not kernels.serves(x.cpu())
+    with pytest.raises(ValueError, match="one device"):
+        ops.depthwise(x, torch.zeros(32, 1, 3, 3), None, 1, False)

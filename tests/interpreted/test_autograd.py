@@ -1,0 +1,199 @@
+"""The operators as torch sees them: gradients by autograd, schemas, fake tensors, compilation, autocast, limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fat import kernels
+from fat.kernels import ops
+from tests.kernel_checks import BF16, FP32, Draw, expect
+
+SHAPE = (2, 20, 5, 4)
+KERNEL = 3
+SCALE = torch.tensor([1.25, 0.0])
+
+
+def maps(*dtypes: torch.dtype) -> list[Tensor]:
+    draw = Draw.seeded(7, "cpu")
+    return [draw.map(*SHAPE, dtype) for dtype in dtypes]
+
+
+def weights() -> list[Tensor]:
+    draw = Draw.seeded(8, "cpu")
+    return [draw.tensor(SHAPE[1], 1, KERNEL, KERNEL), *(draw.tensor(SHAPE[1]) for _ in range(3))]
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -> Tensor:
+    return F.conv2d(x, weight, bias, stride, KERNEL // 2, groups=SHAPE[1])
+
+
+def added(x: Tensor, branch: Tensor) -> Tensor:
+    return x + branch * SCALE.double().view(-1, 1, 1, 1)
+
+
+def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, 1, weight, bias, 1e-5)
+
+
+X, Y = maps(FP32, FP32)
+WEIGHT, BIAS, GAIN, SHIFT = weights()
+# name: (ours, the same in torch, arguments that need gradients)
+FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Tensor]]] = {
+    "depthwise": (kernels.depthwise, convolved, [X, WEIGHT, BIAS]),
+    "depthwise, stride 2": (
+        lambda *a: kernels.depthwise(*a, None, stride=2),
+        lambda *a: convolved(*a, None, 2),
+        [X, WEIGHT],
+    ),
+    "x + depthwise": (
+        lambda *a: kernels.depthwise(*a, residual=True),
+        lambda x, *a: x + convolved(x, *a),
+        [X, WEIGHT, BIAS],
+    ),
+    "depthwise and gate": (
+        lambda q, other, w, b: kernels.depthwise_gate(q, w, b, other),
+        lambda q, other, w, b: F.silu(convolved(q, w, b)) * F.silu(other),
+        [X, Y, WEIGHT, BIAS],
+    ),
+    "gate": (kernels.gate, lambda a, b: F.silu(a) * F.silu(b), [X, Y]),
+    "norm": (lambda *a: kernels.norm(*a, 1e-5), normalised, [X, GAIN, SHIFT]),
+    "add": (lambda x, y: kernels.add(x, y, SCALE), added, [X, Y]),
+    "add and norm": (
+        lambda x, y, *a: kernels.add_norm(x, y, SCALE, *a, 1e-5),
+        lambda x, y, *a: (added(x, y), normalised(added(x, y), *a)),
+        [X, Y, GAIN, SHIFT],
+    ),
+    "add and norm, nothing dropped": (
+        lambda x, y, *a: kernels.add_norm(x, y, None, *a, 1e-5),
+        lambda x, y, *a: (x + y, normalised(x + y, *a)),
+        [X, Y, GAIN, SHIFT],
+    ),
+    "depthwise and norm": (
+        lambda *a: kernels.depthwise_norm(*a, 1e-5),
+        lambda x, w, b, *a: (x + convolved(x, w, b), normalised(x + convolved(x, w, b), *a)),
+        [X, WEIGHT, BIAS, GAIN, SHIFT],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradients_reach_every_argument(name: str) -> None:
+    ours, reference, arguments = FUNCTIONS[name]
+    own = [argument.clone().requires_grad_() for argument in arguments]
+    exact = [argument.double().requires_grad_() for argument in arguments]
+    results = [_outputs(function(*leaves)) for function, leaves in ((ours, own), (reference, exact))]
+    draw = Draw.seeded(9, "cpu")
+    cotangents = [draw.tensor(*result.shape) for result in results[0]]  # contiguous: the backward pass makes its layout
+    torch.autograd.backward(results[0], cotangents)
+    torch.autograd.backward(results[1], [cotangent.double() for cotangent in cotangents])
+    for place, (a, b) in enumerate(zip(own, exact, strict=True)):
+        assert a.grad is not None
+        expect(f"by argument {place}", a.grad, b.grad)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_compiles_to_one_graph(name: str) -> None:
+    """Forward and backward, with the same bits as eager."""
+    torch._dynamo.reset()
+    ours, _, arguments = FUNCTIONS[name]
+    gradients = []
+    for function in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+        leaves = [argument.clone().requires_grad_() for argument in arguments]
+        sum(output.square().sum() for output in _outputs(function(*leaves))).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for eager, compiled in zip(*gradients, strict=True):
+        assert torch.equal(eager, compiled)
+
+
+MEAN, RSTD = torch.zeros(SHAPE[0]), torch.ones(SHAPE[0])
+OPERATORS = {
+    "depthwise": (X, WEIGHT, BIAS, 1, True),
+    "depthwise_input_gradient": (X, WEIGHT, 2 * SHAPE[2], 2 * SHAPE[3] - 1, 2, False),
+    "depthwise_weight_gradient": (X, Y, KERNEL, 1),
+    "depthwise_gate": (X, WEIGHT, None, Y),
+    "depthwise_gate_gradient": (X, X, WEIGHT, BIAS, Y),
+    "gate": (X, Y),
+    "gate_gradient": (X, X, Y),
+    "norm": (X, GAIN, SHIFT, 1e-5),
+    "add": (X, Y, SCALE),
+    "add_norm": (X, Y, None, GAIN, SHIFT, 1e-5),
+    "depthwise_norm": (X, WEIGHT, BIAS, GAIN, SHIFT, 1e-5),
+    "norm_gradient": (X, Y, MEAN, RSTD, GAIN, X),
+    "add_norm_gradient": (X, Y, MEAN, RSTD, GAIN, X, SCALE, BF16),
+}
+DIFFERENTIABLE = {"depthwise", "depthwise_gate", "gate", "norm", "add", "add_norm", "depthwise_norm"}
+
+
+def test_every_operator_is_listed() -> None:
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("fat::")}
+    assert registered == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    arguments = OPERATORS[name]
+    if name in DIFFERENTIABLE:
+        arguments = tuple(
+            a.clone().requires_grad_() if isinstance(a, Tensor) and a is not SCALE else a for a in arguments
+        )
+    torch.library.opcheck(getattr(torch.ops.fat, name), arguments)
+
+
+def test_autocast_stores_maps_in_its_dtype_and_sums_weight_gradients_in_theirs() -> None:
+    x, weight, bias = (argument.clone().requires_grad_() for argument in (X, WEIGHT, BIAS))
+    with torch.autocast("cpu", BF16):
+        out = kernels.depthwise(x, weight, bias)
+    assert out.dtype == BF16
+    out.float().sum().backward()
+    assert (x.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (FP32, FP32, FP32)
+    rounded = X.to(BF16)
+    expect("out", out.detach(), convolved(rounded.double(), WEIGHT.double(), BIAS.double()))
+    # Ones summed in fp32: the corner taps see (H - 1) (W - 1) inputs, rounded to bf16 as maps and no further.
+    expect("by weight", weight.grad[:, 0, 0, 0], rounded.double()[:, :, :-1, :-1].sum(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("x", "why"),
+    [
+        (X.contiguous(), "channels-last"),
+        (X.double(), "float64"),
+        (X[0], "channels-last"),
+        (X[:, :, :, ::2], "channels-last"),
+    ],
+)
+def test_what_is_not_served_is_left_to_torch_and_refused_by_the_operator(x: Tensor, why: str) -> None:
+    assert kernels.serves(X)
+    assert not kernels.serves(x)
+    assert not kernels.serves(X, x)
+    with pytest.raises(ValueError, match=why):
+        ops.norm(x, GAIN, SHIFT, 1e-5)
+
+
+def test_refused_weights() -> None:
+    with pytest.raises(ValueError, match=r"\(20, 1, 4, 4\) for 20 channels: expected \[20, 1, k, k\] with k one of 3"):
+        kernels.depthwise(X, torch.zeros(20, 1, 4, 4), None)
+    with pytest.raises(ValueError, match="stride 3"):
+        kernels.depthwise(X, WEIGHT, None, stride=3)
+    with pytest.raises(ValueError, match="one device and dtype"):
+        ops.gate(X, Y.to(BF16))
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAT_KERNELS", "off")
+    assert not kernels.serves(X)
+    monkeypatch.setenv("FAT_KERNELS", "no")
+    with pytest.raises(ValueError, match="FAT_KERNELS=no: expected auto or off"):
+        kernels.serves(X)
+
+
+def test_empty_maps_are_left_to_torch() -> None:
+    assert not kernels.serves(X[:0])
+
+
+def _outputs(result: object) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]

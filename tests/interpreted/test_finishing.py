@@ -1,0 +1,44 @@
+"""Normalisation, erasing, mixing and the cast in one kernel, against the same in torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augment import pixels
+from pipeline.augment.params import draw, mix_params
+from pipeline.augment.pixels import BatchAugment
+from pipeline.augment.recipe import augment_recipe
+
+BATCH = 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_one_kernel_does_what_torch_does(mixes: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = augment_recipe("fat", size=37, rand_augment=None, erase=0.7)
+    side = np.full(BATCH, 64)
+    params = draw(recipe, seed=3, epoch=1, ids=np.arange(BATCH), heights=side, widths=side)
+    mixing = mix_params(recipe, seed=3, step=2, lanes=np.arange(BATCH) // 2) if mixes else None
+    erased = params.erase_boxes[:, 2] > 0
+    assert erased.any()
+    assert not erased.all()
+    assert mixing is None or 0 < mixing.use_cutmix.mean() < 1
+    images = torch.randint(256, (BATCH, 37, 37, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ours = BatchAugment(recipe, torch.device("cpu"), dtype)(images, params, mixing)
+    assert ours.dtype == dtype
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(pixels, "_one_kernel", lambda device: False)
+    exact = BatchAugment(recipe, torch.device("cpu"), torch.float32)(images, params, mixing)
+    allowed = torch.finfo(dtype).eps * exact.abs() + 2.0**-21 * exact.abs().max()
+    assert ((ours.float() - exact).abs() <= allowed).all()
+
+
+def test_odd_batches_are_not_mixed() -> None:
+    recipe = augment_recipe("fat", size=8, rand_augment=None)
+    side = np.full(3, 64)
+    params = draw(recipe, seed=3, epoch=1, ids=np.arange(3), heights=side, widths=side)
+    mixing = mix_params(recipe, seed=3, step=2, lanes=np.zeros(4, np.int64))
+    with pytest.raises(ValueError, match="whole pairs expected: 3 images, 4 parameters"):
+        BatchAugment(recipe, torch.device("cpu"))(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), params, mixing)

@@ -1,0 +1,134 @@
+"""The whole network with the kernels against the same network without."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fat
+from fat.config import FATConfig
+
+TINY = FATConfig(
+    widths=(16, 16, 32, 32),
+    depths=(1, 1, 1, 1),
+    heads=(1, 1, 2, 2),
+    kernels=(3, 5, 7, 9),
+    windows=(4, 2, 2, 1),
+    drop_path=0.4,
+    num_classes=3,
+)
+SIZE = 33  # maps of 9, 5, 3 and 2
+
+
+class Called(TorchDispatchMode):
+    """Counts our operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fat":
+            self.count[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(model: torch.nn.Module, images: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits and gradients, with the same drop path every time."""
+    model.zero_grad()
+    torch.manual_seed(1)
+    logits = model(images)
+    (logits.float() * cotangent).sum().backward()
+    return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def model() -> fat.FAT:
+    torch.manual_seed(0)
+    return fat.create_model(TINY).train()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    cotangent = torch.randn(2, 3, generator=torch.Generator().manual_seed(3))
+    with Called() as called:
+        logits, gradients = run(model, images, cotangent)
+    monkeypatch.setenv("FAT_KERNELS", "off")
+    with Called() as silent:
+        plain_logits, plain_gradients = run(model, images, cotangent)
+    assert not silent.count
+    blocks, pools = 4, 2 + 1 + 1 + 0
+    assert called.count == {
+        "norm": 2,  # stem and head
+        "depthwise_norm": blocks,
+        "depthwise_gate": blocks,
+        "depthwise_gate_gradient": blocks,
+        "add_norm": blocks,
+        "add_norm_gradient": blocks - 1,  # the first block drops nothing
+        "norm_gradient": 2 + blocks + 1,
+        "add": blocks,
+        "depthwise": pools + 2 * blocks - 1,  # feed-forward, and the shortcuts of the three that reduce
+        "depthwise_input_gradient": pools + 2 * blocks - 1 + 2 * blocks,
+        "depthwise_weight_gradient": pools + 2 * blocks - 1 + 2 * blocks,
+    }
+    torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-5)
+    scale = torch.stack([gradient.norm() for gradient in plain_gradients.values()]).max()
+    for name, gradient in plain_gradients.items():
+        # A bias before a BatchNorm has no gradient but rounding, hence the part that does not depend on its size.
+        off = (gradients[name] - gradient).norm()
+        assert off <= 1e-4 * gradient.norm() + 1e-5 * scale, f"{name}: {off} beside {gradient.norm()}"
+
+
+def test_hooks_see_their_modules_called(model: fat.FAT, images: Tensor) -> None:
+    """ZeRO 3 gathers a module's weights by hooks: what is watched is not fused."""
+    seen: list[Tensor] = []
+    block = model.stages[0].blocks[0]
+    hook = block.norm1.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    x = torch.randn(1, 16, 5, 4).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Called() as called:
+        block.eval()._attend(x)
+    hook.remove()
+    block.train()
+    assert len(seen) == 1
+    assert called.count["depthwise_norm"] == 0
+    assert called.count["norm"] == 1
+
+
+def test_exporting_leaves_the_kernels_out(model: fat.FAT) -> None:
+    graph = fat.export_program(model).graph
+    assert not [node for node in graph.nodes if "fat" in str(node.target)]
+
+
+def test_the_whole_net_is_one_graph_forward_and_backward(model: fat.FAT, images: Tensor) -> None:
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.aot_autograd import make_boxed_func
+
+    graphs: list[Counter[str]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> object:
+        graphs.append(
+            Counter(str(node.target).split(".")[1] for node in graph.graph.nodes if "fat." in str(node.target))
+        )
+        return make_boxed_func(lambda *arguments: _zeros(graph))
+
+    def _zeros(graph: torch.fx.GraphModule) -> list[object]:
+        """What the graph returns, unfilled: tracing is what is tested."""
+        (output,) = next(iter(graph.graph.find_nodes(op="output"))).args
+        found = [node if node is None else node.meta["val"] for node in output]
+        return [torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v for v in found]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=record), fullgraph=True)
+    compiled(images).sum().backward()
+    forward, backward = graphs
+    assert forward["add_norm"] == forward["depthwise_gate"] == 4
+    assert backward["depthwise_gate_gradient"] == 4
+    assert backward["depthwise_weight_gradient"] == 4 + 4 + 4 + 4 + 3

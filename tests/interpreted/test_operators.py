@@ -1,0 +1,94 @@
+"""Every kernel against float64: kernel sizes, strides, odd maps, channels that fill no tile, dtypes, batches."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernel_checks import (
+    BF16,
+    FP16,
+    FP32,
+    Case,
+    Draw,
+    check_add,
+    check_depthwise,
+    check_depthwise_gate,
+    check_depthwise_norm,
+    check_gate,
+    check_norm,
+)
+
+# Pairs of (kernel, stride), (kernel, dtype), (map, stride) and of each with bias and residual all occur. Tiles are 7 or
+# fewer rows high and 8 to 64 columns wide, 16, 32 or 64 channels deep.
+DEPTHWISE = [
+    Case(3, 1, 2, 20, 7, 7, FP32, residual=True),
+    Case(3, 1, 1, 40, 14, 14, BF16),
+    Case(3, 1, 1, 16, 1, 1, FP32),
+    Case(3, 1, 1, 8, 8, 65, FP16, residual=True, bias=False),
+    Case(3, 2, 3, 32, 7, 7, BF16),
+    Case(3, 2, 1, 24, 13, 9, FP32, bias=False),
+    Case(5, 1, 1, 72, 8, 5, FP32),
+    Case(5, 1, 3, 32, 7, 7, BF16, residual=True),
+    Case(5, 1, 1, 5, 4, 17, FP16, bias=False),
+    Case(5, 2, 1, 64, 14, 14, FP32),
+    Case(5, 2, 2, 17, 13, 9, BF16),
+    Case(5, 2, 1, 33, 1, 2, FP32, bias=False),
+    Case(7, 1, 1, 16, 13, 9, BF16, residual=True),
+    Case(7, 1, 2, 40, 4, 3, FP32, bias=False),
+    Case(7, 2, 1, 16, 14, 14, FP32),
+    Case(7, 2, 1, 10, 7, 7, FP16),
+    Case(9, 1, 1, 32, 7, 7, FP32, residual=True),
+    Case(9, 1, 1, 12, 8, 9, BF16),
+    Case(9, 2, 1, 64, 7, 7, FP32, bias=False),
+    Case(9, 2, 1, 16, 13, 9, BF16),
+]
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+def test_depthwise(case: Case) -> None:
+    check_depthwise(case, Draw.seeded(1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 1, 2, 20, 7, 7, FP32),
+        Case(5, 1, 1, 80, 4, 9, BF16, bias=False),
+        Case(7, 1, 1, 16, 7, 7, BF16),
+        Case(9, 1, 1, 32, 7, 7, FP32),
+    ],
+    ids=str,
+)
+def test_depthwise_gate(case: Case) -> None:
+    check_depthwise_gate(case, Draw.seeded(2, "cpu"))
+
+
+@pytest.mark.parametrize("case", [Case(3, 1, 2, 80, 14, 14, FP32), Case(9, 1, 1, 20, 7, 9, BF16)], ids=str)
+def test_depthwise_and_norm(case: Case) -> None:
+    check_depthwise_norm(case, Draw.seeded(3, "cpu"))
+
+
+MAPS = [
+    ((1, 32, 7, 7), FP32),
+    ((3, 20, 13, 9), BF16),
+    ((2, 80, 14, 14), FP32),
+    ((2, 7, 3, 5), FP16),
+    ((1, 512, 1, 1), BF16),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), MAPS)
+def test_gate(shape, dtype) -> None:
+    check_gate(shape, dtype, Draw.seeded(4, "cpu"))
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "mean of 100 deviations"])
+@pytest.mark.parametrize(("shape", "dtype"), MAPS)
+def test_norm(shape, dtype, offset) -> None:
+    check_norm(shape, dtype, offset, Draw.seeded(5, "cpu"))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), MAPS)
+def test_add_and_norm(shape, dtype, scaled) -> None:
+    check_add(shape, dtype, scaled, Draw.seeded(6, "cpu"))

@@ -1,0 +1,217 @@
+"""What every kernel is held to, on whatever device: the float64 reference, within one unit in the last place of the
+dtype it writes and a few of fp32's, from inputs drawn from a seed, into memory poisoned with NaN.
+
+Used by tests/interpreted (Triton's interpreter) and tests/gpu.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fat.kernels import ops
+
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+SUMMING = 2.0**-20  # of the largest result: what an fp32 sum in another order may differ by
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A depthwise convolution of a map [batch, channels, height, width]."""
+
+    kernel: int
+    stride: int
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    residual: bool = False
+    bias: bool = True
+
+    def __str__(self) -> str:
+        what = f"{self.kernel}x{self.kernel}s{self.stride}" + "+x" * self.residual + "-bias" * (not self.bias)
+        return f"{what}-{self.batch}x{self.channels}x{self.height}x{self.width}-{str(self.dtype).split('.')[1]}"
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Uninitialised memory is NaN: what a kernel forgets to write, or reads too early, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(8).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def check_depthwise(case: Case, draw: Draw) -> None:
+    """Forward, gradient by input, gradients by weight and bias; the weight's twice, for the same bits."""
+    x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
+    weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
+    bias = draw.tensor(case.channels) if case.bias else None
+    out = ops.depthwise(x, weight, bias, case.stride, case.residual)
+    exact = _convolve(x.double(), weight.double(), _double(bias), case.stride, case.residual)
+    expect("out", out, exact)
+
+    gradient = draw.like(out)
+    leaves = [leaf.double().requires_grad_() for leaf in (x, weight, draw.tensor(case.channels))]
+    exact = _convolve(*leaves, case.stride, case.residual)
+    by_x, by_weight, by_bias = torch.autograd.grad(exact, leaves, gradient.double())
+    own = ops.depthwise_input_gradient(gradient, weight, case.height, case.width, case.stride, case.residual)
+    expect("by x", own, by_x)
+    own = ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride)
+    expect("by weight", own[0], by_weight)
+    expect("by bias", own[1], by_bias)
+    again = ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride)
+    assert torch.equal(own[0], again[0])
+    assert torch.equal(own[1], again[1])
+
+
+def check_depthwise_gate(case: Case, draw: Draw) -> None:
+    q, other = (draw.map(case.batch, case.channels, case.height, case.width, case.dtype) for _ in range(2))
+    weight = draw.tensor(case.channels, 1, case.kernel, case.kernel) / case.kernel
+    bias = draw.tensor(case.channels) if case.bias else None
+    local = _convolve(q.double(), weight.double(), _double(bias), 1, False)
+    _check_gate(
+        local,
+        other,
+        draw,
+        lambda: ops.depthwise_gate(q, weight, bias, other),
+        lambda gradient: ops.depthwise_gate_gradient(gradient, q, weight, bias, other),
+    )
+
+
+def check_gate(shape: tuple[int, int, int, int], dtype: torch.dtype, draw: Draw) -> None:
+    local, other = draw.map(*shape, dtype), draw.map(*shape, dtype)
+    _check_gate(
+        local, other, draw, lambda: ops.gate(local, other), lambda gradient: ops.gate_gradient(gradient, local, other)
+    )
+
+
+def _check_gate(
+    local: Tensor, other: Tensor, draw: Draw, forward: Callable[[], Tensor], backward: Callable[[Tensor], Any]
+) -> None:
+    leaves = [local.double().requires_grad_(), other.double().requires_grad_()]
+    exact = F.silu(leaves[0]) * F.silu(leaves[1])
+    out = forward()
+    expect("out", out, exact)
+    gradient = draw.like(out)
+    by_local, by_other = torch.autograd.grad(exact, leaves, gradient.double())
+    own = backward(gradient)
+    expect("by local", own[0], by_local)
+    expect("by other", own[1], by_other)
+
+
+def check_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: float, draw: Draw) -> None:
+    """offset: the maps' mean, in standard deviations."""
+    x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)
+    weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
+    out, mean, rstd = ops.norm(x, weight, bias, EPS)
+    _check_normalised(x, (out, mean, rstd), weight, bias, offset)
+
+    gradient, residual = draw.like(x), draw.like(x)
+    leaves = [leaf.double().requires_grad_() for leaf in (x, weight, bias)]
+    by_x, by_weight, by_bias = torch.autograd.grad(_norm(*leaves), leaves, gradient.double())
+    slack = SUMMING * (1 + offset)
+    own, affine = ops.norm_gradient(gradient, x, mean, rstd, weight, None)
+    expect("by x", own, by_x, slack)
+    expect("by weight", affine[0], by_weight, slack)
+    expect("by bias", affine[1], by_bias)
+    own, _ = ops.norm_gradient(gradient, x, mean, rstd, weight, residual)
+    expect("by x with residual", own, by_x + residual.double(), slack)
+    scale = draw.scale(shape[0])
+    total, branch, _ = ops.add_norm_gradient(gradient, x, mean, rstd, weight, residual, scale, FP32)
+    assert torch.equal(total, own)
+    expect("by branch", branch, (by_x + residual.double()) * scale.double().view(-1, 1, 1, 1), slack)
+
+
+def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool, draw: Draw) -> None:
+    """The add, and the norm of what the add has stored."""
+    x, branch = draw.map(*shape, dtype), draw.map(*shape, BF16)
+    scale = draw.scale(shape[0]) if scaled else None
+    weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
+    factor = 1.0 if scale is None else scale.double().view(-1, 1, 1, 1)
+    exact = x.double() + factor * branch.double()
+    expect("sum", ops.add(x, branch, scale), exact)
+    total, *found = ops.add_norm(x, branch, scale, weight, bias, EPS)
+    expect("sum before the norm", total, exact)
+    _check_normalised(total, found, weight, bias)
+
+
+def check_depthwise_norm(case: Case, draw: Draw) -> None:
+    """The convolution, and the norm of what it has stored."""
+    x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
+    weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
+    bias, norm_weight, norm_bias = (draw.tensor(case.channels) for _ in range(3))
+    total, *found = ops.depthwise_norm(x, weight, bias, norm_weight, norm_bias, EPS)
+    expect("map", total, _convolve(x.double(), weight.double(), bias.double(), 1, True))
+    _check_normalised(total, found, norm_weight, norm_bias)
+
+
+def _check_normalised(x: Tensor, found: Sequence[Tensor], weight: Tensor, bias: Tensor, offset: float = 0.0) -> None:
+    out, mean, rstd = found
+    slack = SUMMING * (1 + offset)  # rounding of x itself, which the norm magnifies
+    expect("normalised", out, _norm(x.double(), weight.double(), bias.double()), slack)
+    expect("mean", mean, x.double().mean(dim=(1, 2, 3)), slack)
+    expect("rstd", rstd, (x.double().var(dim=(1, 2, 3), correction=0) + EPS).rsqrt(), slack)
+
+
+def expect(what: str, actual: Tensor, exact: Tensor, slack: float = SUMMING) -> None:
+    """Same shape, maps in channels-last memory, within one unit in the last place."""
+    assert actual.shape == exact.shape
+    if actual.ndim == 4:  # depthwise weights are both, contiguous and channels-last
+        assert actual.is_contiguous(memory_format=torch.channels_last), f"{what}: strides {actual.stride()}"
+    exact = exact.detach()
+    allowed = torch.finfo(actual.dtype).eps * exact.abs() + slack * exact.abs().max()
+    off = (actual.double() - exact).abs()
+    assert not actual.isnan().any(), f"{what}: {actual.isnan().sum()} of {actual.numel()} are NaN"
+    worst = (off / allowed.clamp_min(1e-300)).max().item()
+    assert (off <= allowed).all(), f"{what}: {worst:.2f} times the allowed error"
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Normal tensors from one generator, on one device."""
+
+    device: str
+    generator: torch.Generator
+
+    @classmethod
+    def seeded(cls, seed: int, device: str) -> Draw:
+        return cls(device, torch.Generator().manual_seed(seed))
+
+    def tensor(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def map(self, batch: int, channels: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+        drawn = self.tensor(batch, channels, height, width).to(dtype)
+        return drawn.contiguous(memory_format=torch.channels_last)
+
+    def like(self, x: Tensor) -> Tensor:
+        return self.tensor(*x.shape).to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+    def scale(self, batch: int) -> Tensor:
+        """Drop path's: of every two samples one is left out."""
+        return torch.tensor([0.0, 1.25, 1.25], device=self.device).repeat(batch)[:batch]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:
+    out = F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2, groups=x.shape[1])
+    return x + out if residual else out
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, 1, weight, bias, EPS)
+
+
+def _double(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.double()

@@ -1,0 +1,175 @@
+"""The Triton kernels where there is no GPU: their numerics in its interpreter, their machine code by its compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fat.kernels import ops, tiles
+from pipeline.augment.params import draw, mix_params
+from pipeline.augment.recipe import augment_recipe
+
+pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
+
+ROOT = Path(__file__).resolve().parents[2]
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.timeout(1200)
+def test_in_the_interpreter() -> None:
+    """tests/interpreted, in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/interpreted", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "FAT_KERNELS": "auto"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+class Compiled:
+    """Every launch is compiled as the launch would be on a device of that capability, and left at that."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.kernels: dict[str, Any] = {}
+
+    # What Triton asks its driver for.
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def registers(self, name: str, folder: Path) -> tuple[int, int]:
+        """(registers of a thread, bytes of registers spilled)."""
+        import triton
+
+        binary = folder / f"{name}.cubin"
+        binary.write_bytes(self.kernels[name].asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        return int(found[1]), int(found[2])
+
+
+@pytest.fixture
+def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    target = Compiled(capability)
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        assert kernel is not None
+        target.kernels[self.fn.__name__] = kernel
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(driver, "_active", target)
+    return target
+
+
+def _maps(count: int, channels: int, side: int) -> list[torch.Tensor]:
+    return [
+        torch.zeros(1, channels, side, side, dtype=BF16).contiguous(memory_format=torch.channels_last)
+        for _ in range(count)
+    ]
+
+
+def _depthwise(kernel: int, channels: int, side: int, stride: int = 1) -> Callable[[], object]:
+    (x,), (gradient,) = _maps(1, channels, side), _maps(1, channels, -(-side // stride))
+    weight, bias = torch.zeros(channels, 1, kernel, kernel), torch.zeros(channels)
+
+    def launch() -> None:
+        ops.depthwise(x, weight, bias, stride, stride == 1)
+        ops.depthwise_weight_gradient(gradient, x, kernel, stride)
+        if stride == 2:
+            ops.depthwise_input_gradient(gradient, weight, side, side, stride, False)
+
+    return launch
+
+
+def _block(kernel: int, channels: int, side: int) -> Callable[[], object]:
+    x, y, z = _maps(3, channels, side)
+    weight, bias, one = torch.zeros(channels, 1, kernel, kernel), torch.zeros(channels), torch.zeros(1)
+
+    def launch() -> None:
+        ops.depthwise_norm(x, weight, bias, bias, bias, 1e-5)
+        ops.depthwise_gate_gradient(x, y, weight, bias, z)
+        ops.add_norm(x, y, one, bias, bias, 1e-5)
+        ops.add_norm_gradient(x, y, one, one, bias, z, one, BF16)
+        ops.gate_gradient(x, y, z)
+
+    return launch
+
+
+def _finish() -> None:
+    recipe = augment_recipe("fat", size=224)
+    sides = np.full(2, 400)
+    params = draw(recipe, seed=1, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
+    mixing = mix_params(recipe, seed=1, step=0, lanes=np.zeros(2, np.int64))
+    images = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
+    from pipeline.augment.finishing import finish
+
+    finish(images, params, mixing, torch.zeros(1 << 16), recipe.mean, recipe.std, BF16)
+
+
+LAUNCHES = {
+    "stage 1": _depthwise(3, 64, 56),
+    "stage 2": _depthwise(5, 80, 28),
+    "stage 3": _depthwise(7, 160, 14),
+    "stage 4": _depthwise(9, 256, 7),
+    "reducing": _depthwise(5, 256, 56, stride=2),
+    "block": _block(5, 128, 28),
+    "augmentation": _finish,
+}
+REGISTERS = 255  # of a thread; what does not fit is spilled to memory
+
+
+@pytest.mark.parametrize(("what", "capability"), [*((what, 90) for what in LAUNCHES), ("stage 2", 80), ("block", 80)])
+def test_compiles_for_gpus_without_spilling(what: str, compiled: Compiled, tmp_path: Path) -> None:
+    LAUNCHES[what]()
+    assert compiled.kernels
+    for name in compiled.kernels:
+        registers, spilled = compiled.registers(name, tmp_path)
+        assert registers <= REGISTERS, name
+        assert spilled == 0, name
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: Compiled) -> None:
+    LAUNCHES["block"]()
+    for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
+        code = compiled.kernels[name].asm["ptx"]
+        assert "ld.global.v4.b32" in code, name
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7, 9])
+@pytest.mark.parametrize(("side", "channels"), [(56, 32), (56, 256), (28, 80), (14, 160), (7, 256), (7, 2048)])
+def test_tiles_leave_few_lanes_idle(kernel: int, side: int, channels: int) -> None:
+    tile = tiles.depthwise(kernel, side, side, channels)
+    assert tile.cols * tile.channels >= 32 * tile.warps
+    across = -(-side // tile.rows) * tile.rows * -(-side // tile.cols) * tile.cols
+    deep = -(-channels // tile.channels) * tile.channels
+    assert side**2 * channels / (across * deep) >= 0.7
