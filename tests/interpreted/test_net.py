@@ -75,6 +75,7 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         "add_norm_gradient": blocks - 1,  # the first block drops nothing
         "norm_gradient": 2 + blocks + 1,
         "add": blocks,
+        "scaled": blocks - 1,
         "depthwise": pools + 2 * blocks - 1,  # feed-forward, and the shortcuts of the three that reduce
         "depthwise_input_gradient": pools + 2 * blocks - 1 + 2 * blocks,
         "depthwise_weight_gradient": pools + 2 * blocks - 1 + 2 * blocks,
