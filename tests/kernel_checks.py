@@ -142,6 +142,8 @@ def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool
     factor = 1.0 if scale is None else scale.double().view(-1, 1, 1, 1)
     exact = x.double() + factor * branch.double()
     expect("sum", ops.add(x, branch, scale), exact)
+    if scale is not None:
+        expect("scaled", ops.scaled(x, scale), factor * x.double())
     total, *found = ops.add_norm(x, branch, scale, weight, bias, EPS)
     expect("sum before the norm", total, exact)
     _check_normalised(total, found, weight, bias)

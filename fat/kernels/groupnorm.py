@@ -17,20 +17,23 @@ from fat.kernels import tiles
 
 
 @triton.jit
-def _add(x, branch, scale, out, moments, numel, HAS_BRANCH: tl.constexpr, MOMENTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = x + scale[sample] * branch, summed in fp32, and the moments of each part of what is stored; without a
-    branch the moments of x alone."""
+def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
+    """out = x + scale[sample] * branch, summed in fp32, where there is a branch (x and scale may be missing); and the
+    moments of each part of what is stored, or of x, where there is room for them."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
     known = at < numel
-    stored = tl.load(x + sample * numel + at, mask=known, other=0.0)
-    if HAS_BRANCH:
-        more = tl.load(branch + sample * numel + at, mask=known, other=0.0).to(tl.float32)
+    if branch is None:
+        stored = tl.load(x + sample * numel + at, mask=known, other=0.0)
+    else:
+        total = tl.load(branch + sample * numel + at, mask=known, other=0.0).to(tl.float32)
         if scale is not None:
-            more *= tl.load(scale + sample)
-        stored = (stored.to(tl.float32) + more).to(out.dtype.element_ty)
+            total *= tl.load(scale + sample)
+        if x is not None:
+            total += tl.load(x + sample * numel + at, mask=known, other=0.0).to(tl.float32)
+        stored = total.to(out.dtype.element_ty)
         tl.store(out + sample * numel + at, stored, mask=known)
-    if MOMENTS:
+    if moments is not None:
         value = tl.where(known, stored.to(tl.float32), 0.0)
         count = tl.minimum(numel - part * BLOCK, BLOCK)
         mean = tl.sum(value, axis=0) / count
@@ -175,23 +178,12 @@ def _input_gradient(
         tl.store(branch_out + at_sample, result.to(branch_out.dtype.element_ty), mask=known)
 
 
-def add(x: Tensor, branch: Tensor | None, scale: Tensor | None, out: Tensor, *, moments: bool) -> Tensor | None:
+def add(x: Tensor | None, branch: Tensor | None, scale: Tensor | None, out: Tensor, *, moments: bool) -> Tensor | None:
     """Fills `out` where there is a branch; returns moments fp32 [B, parts, 3] of it, or of x, where asked for."""
-    batch, numel = x.shape[0], x[0].numel()
+    batch, numel = out.shape[0], out[0].numel()
     parts = triton.cdiv(numel, tiles.FLAT)
-    found = x.new_empty(batch, parts, 3, dtype=torch.float32) if moments else None
-    _add[(parts, batch)](
-        x,
-        branch,
-        scale,
-        out,
-        found,
-        numel,
-        HAS_BRANCH=branch is not None,
-        MOMENTS=moments,
-        BLOCK=tiles.FLAT,
-        num_warps=tiles.FLAT_WARPS,
-    )
+    found = out.new_empty(batch, parts, 3, dtype=torch.float32) if moments else None
+    _add[(parts, batch)](x, branch, scale, out, found, numel, BLOCK=tiles.FLAT, num_warps=tiles.FLAT_WARPS)
     return found
 
 

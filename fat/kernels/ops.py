@@ -259,6 +259,23 @@ def _(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     return torch.empty_like(x)
 
 
+@custom_op("fat::scaled", mutates_args=())
+@_on_its_device
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """scale * x in x's dtype; scale: fp32 [B]."""
+    from fat.kernels import groupnorm as kernels
+
+    _expect(x)
+    out = torch.empty_like(x)
+    kernels.add(None, x, scale, out, moments=False)
+    return out
+
+
+@scaled.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 @custom_op("fat::add_norm", mutates_args=())
 @_on_its_device
 def add_norm(
@@ -384,7 +401,8 @@ def _keep_add(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _add_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (scale,) = ctx.saved_tensors
-    by_branch = gradient if scale is None else gradient * scale.view(-1, 1, 1, 1)
+    gradient = _channels_last(gradient)
+    by_branch = gradient if scale is None else scaled(gradient, scale)
     return gradient, by_branch.to(ctx.branch_dtype), None
 
 

@@ -121,6 +121,7 @@ OPERATORS = {
     "gate_gradient": (X, X, Y),
     "norm": (X, GAIN, SHIFT, 1e-5),
     "add": (X, Y, SCALE),
+    "scaled": (X, SCALE),
     "add_norm": (X, Y, None, GAIN, SHIFT, 1e-5),
     "depthwise_norm": (X, WEIGHT, BIAS, GAIN, SHIFT, 1e-5),
     "norm_gradient": (X, Y, MEAN, RSTD, GAIN, X),

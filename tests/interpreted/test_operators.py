@@ -35,12 +35,11 @@ DEPTHWISE = [
     Case(5, 2, 1, 33, 1, 2, FP32, bias=False),
     Case(7, 1, 1, 16, 13, 9, BF16, residual=True),
     Case(7, 1, 2, 40, 4, 3, FP32, bias=False),
-    Case(7, 2, 1, 16, 14, 14, FP32),
-    Case(7, 2, 1, 10, 7, 7, FP16),
+    Case(7, 2, 1, 10, 8, 7, FP32),
     Case(9, 1, 1, 32, 7, 7, FP32, residual=True),
     Case(9, 1, 1, 12, 8, 9, BF16),
     Case(9, 2, 1, 64, 7, 7, FP32, bias=False),
-    Case(9, 2, 1, 16, 13, 9, BF16),
+    Case(9, 2, 1, 16, 7, 9, BF16),
 ]
 
 

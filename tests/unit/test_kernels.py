@@ -147,7 +147,10 @@ LAUNCHES = {
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
 
-@pytest.mark.parametrize(("what", "capability"), [*((what, 90) for what in LAUNCHES), ("stage 2", 80), ("block", 80)])
+ON_OLDER = ("stage 2",)  # one size shows that the older cards have every instruction
+
+
+@pytest.mark.parametrize(("what", "capability"), [(what, 80 if what in ON_OLDER else 90) for what in LAUNCHES])
 def test_compiles_for_gpus_without_spilling(what: str, compiled: Compiled, tmp_path: Path) -> None:
     LAUNCHES[what]()
     assert compiled.kernels

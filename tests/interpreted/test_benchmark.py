@@ -1,0 +1,51 @@
+"""That `benchmarks/kernels.py` runs to its end and writes what it says; its times mean nothing here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernels as benchmark
+from fat.kernels import tiles
+
+
+def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "kernels.json"
+    options = ["--variants", "fat_b0", "--stages", "1", "--batch", "1", "--size", "8", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["kernels.py", *options, "--out", str(out)])
+    benchmark.main()
+    found = json.loads(out.read_text())
+    assert found["copy GB/s"] > 0
+    rows = {row["kernel"]: row for row in found["results"]}
+    for kernel in ("depthwise 3x3 + x", "depthwise 5x5 + x weight gradient", "depthwise 5x5 s2 input gradient"):
+        assert set(rows[kernel]) >= {"ours", "channels-last", "contiguous"}
+    for kernel in ("gate", "gate gradient", "norm", "add and norm", "norm gradient + residual"):
+        assert set(rows[kernel]) >= {"ours", "channels-last"}
+    assert rows["gate"]["bytes"] == 3 * 2 * 32 * 2 * 2
+
+
+def test_sweep_tries_tiles_and_puts_the_table_back() -> None:
+    tried: list[tiles.Tile] = []
+    before = tiles.depthwise(3, 56, 56, 64)
+    found = benchmark.sweep(benchmark.Clock(1), lambda: tried.append(tiles.depthwise(3, 56, 56, 64)), weights=False)
+    assert len({(tile.rows, tile.cols, tile.channels, tile.warps) for tile in tried}) == len(found) > 10
+    assert [entry["us"] for entry in found] == sorted(entry["us"] for entry in found)
+    assert tiles.depthwise(3, 56, 56, 64) == before
+
+
+def test_ways_of_the_library_agree_with_ours() -> None:
+    """What is compared does the same thing."""
+    for job in benchmark.depthwise_jobs((1, 16, 5, 5), 3, 1, torch.float32):
+        results = {way: call() for way, call in job.ways.items()}
+        if "gradient" not in job.name:
+            torch.testing.assert_close(results["ours"], results["channels-last"], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(results["ours"], results["contiguous"], rtol=1e-4, atol=1e-4)
+        elif "input" in job.name:
+            torch.testing.assert_close(results["ours"], results["contiguous"], rtol=1e-4, atol=1e-4)
+        else:
+            torch.testing.assert_close(results["ours"][0], results["contiguous"][1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(results["ours"][1], results["contiguous"][2], rtol=1e-4, atol=1e-4)
