@@ -55,7 +55,6 @@ def serves(*maps: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def available(device: str) -> bool:
     """Whether there are kernels for that type of device, "cuda" or "cpu", here and now.
 
@@ -66,6 +65,10 @@ def available(device: str) -> bool:
     if wish not in ("auto", "off"):
         raise ValueError(f"{SWITCH}={wish}: expected auto or off")
     return wish == "auto" and _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+# All that torch.compiler.assume_constant_result does; the decorator imports the compiler, which takes a second and Triton.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False) -> Tensor:
