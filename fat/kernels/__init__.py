@@ -67,7 +67,7 @@ def available(device: str) -> bool:
     return wish == "auto" and _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
 
 
-# All that torch.compiler.assume_constant_result does; the decorator imports the compiler, which takes a second and Triton.
+# What torch.compiler.assume_constant_result does; the decorator imports the compiler: a second, and Triton.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
