@@ -17,8 +17,8 @@ from launch.bench_chart import draw
 from launch.bench_verdict import Figures, Phase, bottleneck, verdict
 from pipeline.cli import main as pipeline
 
-BATCH = 4
-DELAY = 0.4  # seconds a batch, far above what these small images take
+BATCH = 2
+DELAY = 0.6  # seconds a batch, far above what these small images take, also on a busy machine
 
 
 def slow(patch: pytest.MonkeyPatch, owner: type, method: str) -> None:
@@ -33,7 +33,7 @@ def slow(patch: pytest.MonkeyPatch, owner: type, method: str) -> None:
 
 
 def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
-    sizes = ("--size", "32", "--batch-size", str(BATCH), "--steps", "2")
+    sizes = ("--size", "32", "--batch-size", str(BATCH), "--steps", "3")
     shallow = ("--read-ahead", "1", "--decode-ahead", "1", "--ready", "1")
     files = ("--json", tmp_path / "bench.json", "--chart", tmp_path / "bench.png")
     assert pipeline([str(arg) for arg in ("bench", data, *sizes, *shallow, *files, *options)]) == 0
@@ -67,7 +67,7 @@ def test_a_slow_model_is_found_out(tmp_path: Path, digits: Path, monkeypatch: py
     from launch.engine import Engine
 
     slow(monkeypatch, Engine, "step")
-    found = run(tmp_path, digits, "--augment", "light")
+    found = run(tmp_path, digits, "--augment", "light")  # many times as fast as that
     assert found["verdict"].startswith("model-bound: ")
     assert found["both"]["waiting"] < 0.02
     assert BATCH / DELAY / 4 < found["model"]["rate"] < BATCH / DELAY
