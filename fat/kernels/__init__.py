@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fat.kernels import ops
-from fat.kernels.ops import SIZES, STRIDES
+from fat.kernels.maps import DTYPES, SIZES, STRIDES
 
 __all__ = [
     "SIZES",
@@ -48,7 +48,7 @@ def serves(*maps: Tensor) -> bool:
     return all(
         x.ndim == 4
         and x.numel() > 0
-        and x.dtype in ops.DTYPES
+        and x.dtype in DTYPES
         and available(x.device.type)
         and x.is_contiguous(memory_format=torch.channels_last)
         for x in maps
