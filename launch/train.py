@@ -18,6 +18,7 @@ from launch.guards import Guards
 from launch.metrics import Tracker
 from launch.model import build_model
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
+from launch.preflight import preflight
 from launch.recipe import Recipe
 from launch.run_folder import RunFolder
 from launch.schedule import rate_of
@@ -111,6 +112,9 @@ def main() -> int:
         world = connect(near_gpu=recipe.run.near_gpu)
         if world.is_main and not recipe.run.dry_run:
             write_status(recipe.run.out, "running")  # an earlier end of this run must not be taken for this one's
+        warnings = preflight(recipe, world)
+        if warnings and world.is_main:
+            print(*warnings, sep="\n", file=sys.stderr, flush=True)
         try:
             train(recipe, world)
         except Preempted as reason:
