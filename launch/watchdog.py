@@ -52,7 +52,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self._timeout:
             self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
-            self._file = self.stacks.open("w", encoding="utf-8")
+            self._file = self.stacks.open("a", encoding="utf-8")  # an earlier start's may be there
             self._peers = Peers(self._world, self._standing, self.dump)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()

@@ -72,7 +72,7 @@ def test_a_link_that_fails_ends_both_sides_with_the_peer_named_and_the_run_goes_
             stalled = [line for line in log.read_text().splitlines() if line.startswith("stalled: ")]
             assert stalled, log.read_text()
             assert f"no answer from: rank {1 - own} on host{1 - own} ({host.address})" in stalled[0]
-            assert "step" in (run / f"stacks-rank{own}.txt").read_text()
+            assert f"rank {own}, {steps()[-1]} steps done" in (run / f"stacks-rank{own}.txt").read_text()
         assert json.loads((run / "status").read_text())["status"] == "stalled"
 
         hosts[1].plug_in()
