@@ -194,7 +194,7 @@ def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
         "#!/bin/bash",
         title,
         "# Rendered by launch.submit; launch/slurm/train.sbatch explains each line.",
-        *(f"#SBATCH {option}" for option in _options(job, run)),
+        *(f"#SBATCH {shlex.quote(option)}" for option in _options(job, run)),
         "",
         settings.rstrip(),
         f"RUN={shlex.quote(str(run))}",

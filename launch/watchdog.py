@@ -43,7 +43,8 @@ class Watchdog:
     def __init__(self, run: Path, world: World, *, timeout: float) -> None:
         self._run, self._world, self._timeout = run, world, timeout
         self._limit = max(timeout, START_TIMEOUT.total_seconds())
-        self._steps, self._beat_at, self._stepped = 0, time.monotonic(), False
+        self._steps, self._beat_at = 0, time.monotonic()
+        self._stepped = self._evaluated = False
         self._ends = threading.Event()
         self._dumping = threading.Lock()
         self.stacks = run / f"stacks-rank{world.rank}.txt"
@@ -84,10 +85,14 @@ class Watchdog:
         self._beat_at = time.monotonic()
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, each of which is a sign of progress."""
+        """`items`, each of which is a sign of progress. The first of all may be compiled for, as the first step is."""
         for item in items:
             self.beat()
+            limit = self._limit
+            if not self._evaluated:
+                self._limit = max(limit, START_TIMEOUT.total_seconds())
             yield item
+            self._evaluated, self._limit = True, limit
         self.beat()
 
     def dump(self) -> None:

@@ -107,11 +107,13 @@ class Cluster:
         self._start("taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", name, as_name=name)
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL to a node's daemon and everything that runs on it, at once."""
-        victims = [self._daemons[name].pid, *self.processes(node=name)]
-        for pid in victims:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """SIGKILL to a node's daemon and everything that runs on it; stopped first, so that nothing reports a death."""
+        jobs = self.processes(node=name)
+        keepers = {parent for parent in map(parent_of, jobs) if command_of(parent).startswith(b"slurmstepd")}
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (self._daemons[name].pid, *keepers, *jobs):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         self._daemons.pop(name).wait()
 
     def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -153,10 +155,7 @@ class Cluster:
         try:
             wait_until(lambda: not self.processes(), "end of the jobs' processes", seconds)
         except AssertionError as error:
-            names = [
-                f"{pid} {Path(f'/proc/{pid}/cmdline').read_bytes().replace(bytes(1), b' ').decode()}"
-                for pid in self.processes()
-            ]
+            names = [f"{pid} {command_of(pid).replace(bytes(1), b' ').decode()}" for pid in self.processes()]
             raise AssertionError(f"{error}: {names}") from None
 
     def processes(self, node: str | None = None) -> list[int]:
@@ -166,9 +165,9 @@ class Cluster:
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) in own:
                 continue
+            command = command_of(int(entry.name))
             try:
                 variables = (entry / "environ").read_bytes().split(b"\0")
-                command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
             ours = f"SLURM_CONF={self.config}".encode() in variables
@@ -187,6 +186,22 @@ class Cluster:
 
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 NOT_JOBS = (b"scontrol", b"squeue", b"sinfo", b"sbatch", b"scancel", b": slurmscriptd", b"slurmscriptd")
+
+
+def command_of(pid: int) -> bytes:
+    """A process's command line; empty when it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def parent_of(pid: int) -> int:
+    """A process's parent; 0 when it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ RECORDED = ROOT / "tests" / "slurm" / "recorded_train.py"
 def need(*programs: str) -> None:
     """Skip where a program is missing or we are not root; in CI that is a failure."""
     missing = [name for name in programs if shutil.which(name) is None] + (["root"] if os.getuid() else [])
+    if not missing and "ip" in programs:
+        probe = ["unshare", "--net", "ip", "link", "add", "probe", "type", "veth"]
+        missing = [] if subprocess.run(probe, check=False).returncode == 0 else ["leave to make network namespaces"]
     if missing:
         reason = f"needs {', '.join(missing)} (as root, `make test-slurm` installs what is missing)"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)

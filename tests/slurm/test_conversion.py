@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import run_pipeline
 from tests.dist.launching import ROOT
-from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.cluster import Cluster, command_of, wait_until
 
 OPTIONS = ("--shard-size", "1", "--max-side", "48")  # re-encoding, so that a task lasts for a while
 
@@ -38,10 +38,7 @@ def test_four_tasks_one_of_them_killed_give_the_bytes_of_a_local_conversion(
 
     def kill_the_third() -> bool:
         for pid in cluster.processes():
-            try:
-                command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
+            command = command_of(pid).split(b"\0")
             if b"3/4" in command and b"--part" in command and Path(command[0].decode()).name.startswith("python"):
                 os.kill(pid, signal.SIGKILL)
                 killed.append(pid)

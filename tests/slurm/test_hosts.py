@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -19,14 +20,17 @@ STALL_SECONDS = 6
 OVERHEAD_SECONDS = 45
 
 
-def start(hosts: list[Host], tmp_path: Path, *options: str | Path) -> list[subprocess.Popen[str]]:
+def start(
+    hosts: list[Host], tmp_path: Path, *options: str | Path, only_second: tuple[str | Path, ...] = ()
+) -> list[subprocess.Popen[str]]:
+    """One rank on each host."""
     port = str(free_port())
     started = []
     for number, host in enumerate(hosts):
         env = environment(tmp_path, GLOO_SOCKET_IFNAME="eth0", PACE="0.3", SLURMD_NODENAME=f"host{number}")
         topology = ("--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(number),
                     "--main_process_ip", hosts[0].address, "--main_process_port", port)  # fmt: skip
-        command = [*LAUNCHER, *topology, RECORDED, *OPTIONS, *options]
+        command = [*LAUNCHER, *topology, RECORDED, *OPTIONS, *options, *(only_second if number else ())]
         started.append(host.start(command, cwd=ROOT, env=env, log=tmp_path / f"{number}.log"))
     return started
 
@@ -100,3 +104,22 @@ def test_a_rank_that_hangs_is_found_by_the_others_and_all_stacks_are_written(tmp
     found = json.loads((run / "status").read_text())
     assert found["status"] == "stalled"
     assert "nodes" not in found  # it answers: no node is to blame
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_host_that_sees_another_set_and_another_run_folder_is_named(tmp_path: Path, digits: Path) -> None:
+    need("ip")
+    shutil.copytree(digits, tmp_path / "set")
+    with (tmp_path / "set" / "dataset.json").open("a") as manifest:
+        manifest.write("\n")
+    run = tmp_path / "run"
+    with two_hosts() as hosts:
+        apart = ("--data", tmp_path / "set", "--out", tmp_path / "elsewhere")
+        for process in start(hosts, tmp_path, "--data", digits, "--out", run, only_second=apart):
+            assert process.wait(120) != 0
+    said = (tmp_path / "0.log").read_text()
+    assert "error: nodes that differ from host0: host1: data " in said
+    assert "run folder not the one that rank 0 writes to, not shared" in said
+    found = json.loads((run / "status").read_text())
+    assert (found["status"], found["nodes"]) == ("failed", ["host1"])
