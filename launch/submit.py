@@ -62,8 +62,8 @@ class Submit:
     """Shell line run first on each node, such as 'module load cuda'."""
     restarts: int = 3
     """Starts after a crash or stall that brings no new checkpoint, before the job ends."""
-    leave_seconds: int = 180
-    """Seconds before the time limit at which SLURM warns the job."""
+    warn_seconds: int = 180
+    """Seconds before the time limit at which SLURM warns the job, which then saves and leaves."""
     sbatch: tuple[str, ...] = ()
     """More options of sbatch, such as --sbatch=--qos=high --sbatch=--constraint=h100."""
     dry_run: bool = False
@@ -107,7 +107,7 @@ class Fit:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 submitted (or shown), 1 SLURM refused, 2 bad input."""
+    """The command line; returns the exit status: 0 submitted (or shown), 2 bad input, or SLURM refused."""
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)
     training = args[split + 1 :]  # those of launch/train.py
@@ -118,9 +118,7 @@ def main(args: Sequence[str] | None = None) -> int:
         print(script)
         if job.dry_run:
             return 0
-        path = (recipe.run.out / "slurm" / "train.sbatch").absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(script, encoding="utf-8")
+        path = write(script, recipe.run.out.absolute())
         number = submit(path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -130,6 +128,22 @@ def main(args: Sequence[str] | None = None) -> int:
     print(f"save, leave and go back into the queue:  scancel --signal=USR2 --batch {number}")
     print(f"save and end:                            scancel {number}")
     return 0
+
+
+def write(script: str, run: Path) -> Path:
+    """Put the script into the run folder; returns its path.
+
+    Raises:
+        SubmitError: the folder cannot be written.
+    """
+    path = run / "slurm" / "train.sbatch"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(script, encoding="utf-8")
+    except OSError as error:
+        reason = f"the run folder cannot be written ({error.strerror}); choose another with --out"
+        raise SubmitError(f"{run}: {reason}") from error
+    return path
 
 
 def submit(script: Path) -> int:
@@ -227,7 +241,7 @@ def _options(job: Submit, run: Path) -> list[str]:
         if value
     ]
     options += [
-        f"--signal=B:USR2@{job.leave_seconds}",
+        f"--signal=B:USR2@{job.warn_seconds}",
         "--requeue",
         "--open-mode=append",
         f"--output={run / 'slurm' / 'job-%j.out'}",

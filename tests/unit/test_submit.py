@@ -92,6 +92,12 @@ def test_a_dry_run_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_unwritable_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["--", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "the run folder cannot be written" in capsys.readouterr().err
+
+
 def test_without_sbatch_the_script_is_there_to_be_submitted_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
