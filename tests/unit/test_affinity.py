@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -47,16 +48,26 @@ def test_this_machines_nodes_hold_all_cores_of_this_process() -> None:
         assert os.sched_getaffinity(0) <= frozenset().union(*nodes.values())
 
 
-def test_torch_openmp_and_the_decoder_follow_the_mask_and_not_the_machine() -> None:
-    program = """
-import os
-core = min(os.sched_getaffinity(0))
-os.sched_setaffinity(0, {core})
+MASKED = """
+import os, sys
+from pathlib import Path
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
+from launch.command_line import parse
+from launch.feed import Feed
 from launch.world import connect
 world = connect()
-print(world.cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"])
+recipe = parse(["--data", sys.argv[1], "--size", "32", "--global-batch", "16", "--loader", "dali"])
+with Feed.of(recipe, world).train_loader(step=0, dtype=torch.float32) as loader:
+    next(loader)
+    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+decoders = sum(name.startswith("[DALI][TP") for name in names)
+print(world.cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], decoders)
 """
+
+
+def test_torch_openmp_and_the_decoder_follow_the_mask_and_not_the_machine(digits: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["1", "1", "1"]
+    command = [sys.executable, "-c", MASKED, str(digits)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "1", "1"]
