@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import lines
+from launch.submit import TEMPLATE
+from tests.dist.launching import ROOT, lines
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
-from tests.slurm.conftest import need, start_job, uninterrupted
+from tests.slurm.conftest import OPTIONS, need, start_job, uninterrupted
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -98,3 +102,27 @@ def test_bad_input_is_not_started_again(large: Cluster, tmp_path: Path, digits: 
     job = start_job(large, tmp_path / "run", "--nodes", "1", options=("--data", tmp_path / "absent"))
     ended = job.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), job.log
+
+
+def test_the_template_edited_by_hand(large: Cluster, tmp_path: Path, digits: Path) -> None:
+    """Options and settings changed, and nothing else."""
+    run = tmp_path / "run"
+    arguments = shlex.join(map(str, (*OPTIONS, "--data", digits, "--out", run, "--stop-after", "3")))
+    edits = {
+        "#SBATCH --gpus-per-node=8": "",
+        "#SBATCH --output=slurm-%j.out": f"#SBATCH --output={tmp_path}/slurm-%j.out",
+        "RUN=": f"RUN={run}",
+        "PYTHON=": f"PYTHON={sys.executable}",
+        "PROCESSES=": "PROCESSES=1",
+        "ARGS=": f"ARGS=({arguments})",
+    }
+    text = TEMPLATE.read_text()
+    for old, new in edits.items():
+        text, count = re.subn(f"^{re.escape(old)}.*$", new, text, flags=re.MULTILINE)
+        assert count == 1, old
+    (tmp_path / "mine.sbatch").write_text(text)
+    number = large.run("sbatch", "--parsable", f"--chdir={ROOT}", tmp_path / "mine.sbatch").stdout
+    ended = large.wait_for_end(int(number), 600)
+    assert ended["JobState"] == "COMPLETED", (tmp_path / f"slurm-{number.strip()}.out").read_text()
+    assert [line["world"] for line in lines(run, "start")] == [2]
+    assert json.loads((run / "status").read_text())["status"] == "finished"
