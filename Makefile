@@ -14,8 +14,12 @@ FOR_TESTS   := $(VENV)/.installed-for-tests
 FFCV_NEEDS  := libopencv-dev libturbojpeg0-dev pkg-config g++
 HAVE_FFCV   := pkg-config --exists opencv4 libturbojpeg 2>/dev/null
 
+# A cluster of several nodes is started on this machine with these; without them its tests are skipped (with CI=true refused).
+SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
+HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-dist test-all lint bench gpu clean
+.PHONY: help install demo test test-unit test-dist test-slurm test-all lint bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,7 +45,7 @@ $(FOR_TESTS): $(INSTALLED)
 demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.png, curves.png in demo/
 	@BIN=$(BIN) DEMO=$(DEMO) bash launch/demo.sh
 
-test: lint test-unit test-dist  ## lint, unit tests, several-process tests
+test: lint test-unit test-dist test-slurm  ## lint, unit tests, several-process tests, a SLURM cluster on this machine
 
 test-unit: $(FOR_TESTS)
 	$(BIN)/python -m pytest tests/unit -m "not gpu and not slow"
@@ -49,8 +53,17 @@ test-unit: $(FOR_TESTS)
 test-dist: $(FOR_TESTS)
 	$(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
 
-test-all: lint $(FOR_TESTS)  ## every test, the long campaigns too
-	$(BIN)/python -m pytest tests -m "not gpu"
+test-slurm: $(FOR_TESTS) slurm-installed
+	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"
+
+.PHONY: slurm-installed
+slurm-installed:
+	@export PATH=$$PATH:/usr/sbin; $(HAVE_SLURM) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM_NEEDS) >/dev/null; }
+	@export PATH=$$PATH:/usr/sbin; $(HAVE_SLURM) || echo "note: no SLURM here, its tests will be skipped; install $(SLURM_NEEDS)"
+
+test-all: lint $(FOR_TESTS) slurm-installed  ## every test, the long campaigns too
+	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests -m "not gpu"
 
 lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from launch.recipe import Recipe, RecipeError
 from launch.world import World
 from pipeline.augment.recipe import AugmentRecipe
-from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan
 from shards.dataset import ShardSet
 
@@ -112,8 +112,12 @@ class Feed:
             start=self.plan.at(step),
             device=self.world.device,
             dtype=dtype,
-            options=self.recipe.data.loader,
+            options=self._loader_options(),
         )
+
+    def _loader_options(self) -> LoaderOptions:
+        options = self.recipe.data.loader
+        return options if options.decode_threads else replace(options, decode_threads=self.world.cores)
 
     def eval_loader(self, *, dtype: torch.dtype) -> AbstractContextManager[EvalLoader | None]:
         """This rank's share of the validation split, to be closed; None where the set has none."""
@@ -130,5 +134,5 @@ class Feed:
             std=self.augment.std,
             device=self.world.device,
             dtype=dtype,
-            options=self.recipe.data.loader,
+            options=self._loader_options(),
         )

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from launch.recipe import RunRecipe
 from launch.world import World
 
 T = TypeVar("T")
@@ -31,8 +32,6 @@ LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SAVE = (signal.SIGUSR1,)
 # One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher passes it on as well.
 SAME_REQUEST_SECONDS = 5.0
-# Before the end of a SLURM job or time limit: a save, and the end of the processes, must fit in.
-MARGIN_SECONDS = 120.0
 
 
 class Request(IntEnum):
@@ -129,9 +128,9 @@ class Preemption:
             os._exit(128 + number)
 
 
-def deadline(time_limit: float | None, started: float) -> float | None:
-    """When to leave: after `time_limit` minutes from `started`, else a margin before the SLURM job's end."""
-    if time_limit is not None:
-        return started + 60 * time_limit
+def deadline(run: RunRecipe, started: float) -> float | None:
+    """Unix time at which to leave: `time_limit` from `started`, else `leave_seconds` before the SLURM job's end."""
+    if run.time_limit is not None:
+        return started + 60 * run.time_limit
     end = os.environ.get("SLURM_JOB_END_TIME")
-    return float(end) - MARGIN_SECONDS if end and end.isdigit() else None
+    return float(end) - run.leave_seconds if end and end.isdigit() else None

@@ -217,6 +217,13 @@ class RunRecipe:
     """Optimiser steps between two lines of metrics."""
     time_limit: float | None = None
     """Minutes after which to save and leave with status 75. None = the SLURM job's end, where there is one."""
+    leave_seconds: float = 120.0
+    """Seconds before the SLURM job's end at which to save and leave: what a save and the processes' end take."""
+    stall_timeout: float = 300.0
+    """Seconds without progress after which the stacks of all ranks are written and the run ends; 0 = never. Longer than
+    the longest step or save. Before the first step, at least half an hour is allowed."""
+    near_gpu: bool = True
+    """Hold each rank to the cores (and so to the memory) near its GPU, where there are several NUMA nodes."""
     max_bad_steps: int = 10
     """Give up after this many steps in a row whose gradients are not finite (each is skipped)."""
     compare_every: int = 500
@@ -236,6 +243,9 @@ class RunRecipe:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"--{name.replace('_', '-')} {value}: more than 0")
+        for name in ("leave_seconds", "stall_timeout"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name):g}: not negative")
 
 
 @dataclass(frozen=True, kw_only=True)

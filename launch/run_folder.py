@@ -21,7 +21,7 @@ from launch.preempt import Preempted
 from launch.provenance import git_state, versions
 from launch.recipe import Recipe
 from launch.report import draw_curves
-from launch.status import Status, write_status
+from launch.status import Status, read_status, write_status
 from launch.world import share
 from shards.errors import UserError
 
@@ -144,7 +144,7 @@ class RunFolder:
             self._status("finished")
         elif issubclass(kind, Preempted):
             self._status("preempted", str(error))
-        else:
+        elif read_status(self.path) != "stalled":  # another rank's watchdog has said why this one was cut off
             self._status("failed", f"{kind.__name__}: {error}")
 
     def _status(self, status: Status, reason: str = "") -> None:

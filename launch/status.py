@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 STATUS_NAME = "status"
-Status = Literal["running", "preempted", "finished", "failed"]
+Status = Literal["running", "preempted", "stalled", "finished", "failed", "refused"]
+"""preempted: saved and left when asked to. stalled: ended by the watchdog. refused: bad input, which another start
+would meet again. `launch/slurm/train.sbatch` starts a run again after preempted, and within a budget after stalled,
+failed and running (it was killed)."""
 
 
-def write_status(run: Path, status: Status, *, step: int | None = None, reason: str = "") -> None:
+def write_status(
+    run: Path, status: Status, *, step: int | None = None, reason: str = "", nodes: Sequence[str] = ()
+) -> None:
     """Replace RUN/status, if there is a run folder.
 
     Args:
         step: optimiser steps in the newest checkpoint; None = not known yet.
+        nodes: hosts that should not be used for the next start.
     """
     if not run.is_dir():
         return
-    temporary = run / f".{STATUS_NAME}.{os.getpid()}"
+    content: dict[str, Any] = {"status": status, "step": step, "reason": reason}
+    if nodes:
+        content["nodes"] = list(nodes)
+    # Ranks of several hosts may write at once: process numbers alone are not unique.
+    temporary = run / f".{STATUS_NAME}.{os.uname().nodename}.{os.getpid()}"
     try:
-        temporary.write_text(json.dumps({"status": status, "step": step, "reason": reason}) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
         os.replace(temporary, run / STATUS_NAME)
     except OSError:
         # A full disk may be the very reason for the end, which must not be hidden by it.

@@ -18,10 +18,12 @@ from launch.guards import Guards
 from launch.metrics import Tracker
 from launch.model import build_model
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
+from launch.preflight import preflight
 from launch.recipe import Recipe
 from launch.run_folder import RunFolder
 from launch.schedule import rate_of
 from launch.status import read_status, write_status
+from launch.watchdog import Watchdog
 from launch.world import World, connect, run_command
 
 
@@ -46,7 +48,8 @@ def train(recipe: Recipe, world: World) -> None:
     with (
         folder,
         Tracker(recipe, feed, engine, progress) as tracker,
-        Preemption(folder.path, world, deadline=deadline(recipe.run.time_limit, started)) as preemption,
+        Preemption(folder.path, world, deadline=deadline(recipe.run, started)) as preemption,
+        Watchdog(folder.path, world, timeout=recipe.run.stall_timeout) as watchdog,
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
@@ -64,7 +67,9 @@ def train(recipe: Recipe, world: World) -> None:
             """Top-1 with `step` steps behind; asked to leave meanwhile, the run saves that this is still to be done."""
             top1 = None
             for kind in ("eval", "eval-ema") if recipe.optim.ema else ("eval",):
-                result = engine.evaluate(preemption.heed(evaluation or ()), average=kind == "eval-ema")
+                result = engine.evaluate(
+                    watchdog.watched(preemption.heed(evaluation or ())), average=kind == "eval-ema"
+                )
                 if result is None:
                     folder.leave(tracker.progress(progress, step, pending=True), preemption.reason)
                 top1 = tracker.evaluation(step, result, kind=kind)
@@ -84,6 +89,7 @@ def train(recipe: Recipe, world: World) -> None:
             result = engine.step(batches, step=step, lr=rate(step))
             guards.note(step, result, batches)
             tracker.step(step, rate(step), result)
+            watchdog.beat(step + 1)
 
             done, ends = feed.plan.at(step + 1), step + 1 == feed.last_step
             evaluates = ends or (done.step == 0 and done.epoch % recipe.run.eval_every == 0)
@@ -104,9 +110,12 @@ def main() -> int:
     recipe = parse()
 
     def run() -> int:
-        world = connect()
+        world = connect(near_gpu=recipe.run.near_gpu)
         if world.is_main and not recipe.run.dry_run:
             write_status(recipe.run.out, "running")  # an earlier end of this run must not be taken for this one's
+        warnings = preflight(recipe, world)
+        if warnings and world.is_main:
+            print(*warnings, sep="\n", file=sys.stderr, flush=True)
         try:
             train(recipe, world)
         except Preempted as reason:
@@ -114,9 +123,9 @@ def main() -> int:
             return EXIT_STATUS
         return 0
 
-    def failed(reason: str) -> None:
+    def failed(reason: str, *, refused: bool) -> None:
         if not recipe.run.dry_run and read_status(recipe.run.out) == "running":  # the run folder says more, if it can
-            write_status(recipe.run.out, "failed", reason=reason)
+            write_status(recipe.run.out, "refused" if refused else "failed", reason=reason)
 
     return run_command(run, failed)
 

@@ -6,12 +6,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from launch import affinity, network
 from shards.errors import UserError
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """This rank's share of the cores: how many threads each of its parts uses."""
 
     @property
     def is_main(self) -> bool:
@@ -37,8 +40,12 @@ class World:
             dist.barrier()
 
 
-def connect() -> World:
-    """Join the other processes of this launch (by torchrun's environment variables, as accelerate sets them)."""
+def connect(*, near_gpu: bool = True) -> World:
+    """Join the other processes of this launch (by torchrun's environment variables, as accelerate sets them).
+
+    Args:
+        near_gpu: hold each rank to the cores near its GPU.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "gloo"
@@ -53,12 +60,14 @@ def connect() -> World:
             os.environ["LOCAL_RANK"] = str(device.index)
             os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     else:
+        gpus = 0
         device = torch.device("cpu")
-        # Launchers set OMP_NUM_THREADS=1; a rank's share of the cores is what it should be.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    placed = [rank % gpus for rank in range(local_size)] if gpus and near_gpu else None
+    cores = affinity.bind(local_rank, local_size, placed)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(backend)
-    return World(rank, size, local_rank, local_size, device)
+        network.set_defaults()
+        dist.init_process_group(backend, timeout=network.START_TIMEOUT)
+    return World(rank, size, local_rank, local_size, device, cores.threads)
 
 
 def all_equal(value: int, world: World) -> bool:
@@ -93,14 +102,20 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def run_command(command: Callable[[], int], failed: Callable[[str], None] = lambda reason: None) -> int:
+class Failed(Protocol):
+    """Is told how a command failed."""
+
+    def __call__(self, reason: str, *, refused: bool) -> None: ...
+
+
+def run_command(command: Callable[[], int], failed: Failed = lambda reason, *, refused: None) -> int:
     """Run a command of one rank; returns its exit status and prints one line for bad input.
 
     A rank that fails while others run on must go without ceremony: leaving NCCL's group waits for the peers, which wait
     for this rank, and the launcher, which would end them, waits for it to exit.
 
     Args:
-        failed: told the reason of a failure, before the end.
+        failed: told the reason of a failure, and whether it was bad input, before the end.
     """
     status = 1
     try:
@@ -110,11 +125,11 @@ def run_command(command: Callable[[], int], failed: Callable[[str], None] = lamb
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        failed(str(error))
+        failed(str(error), refused=error.exit_code == 2)
         status = error.exit_code
     except Exception as error:
         traceback.print_exc()
-        failed(f"{type(error).__name__}: {error}")
+        failed(f"{type(error).__name__}: {error}", refused=False)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

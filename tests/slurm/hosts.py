@@ -1,0 +1,77 @@
+"""Hosts with addresses and links of their own: network namespaces joined by a bridge."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+def ip(*args: str, check: bool = True) -> str:
+    """`ip ARGS`."""
+    return subprocess.run(["ip", *args], capture_output=True, text=True, check=check, timeout=20).stdout
+
+
+class Host:
+    """A network namespace with one interface, eth0."""
+
+    def __init__(self, name: str, address: str, link: str) -> None:
+        self.name, self.address = name, address
+        self._link = link
+        """The bridge's end of the cable."""
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(
+        self, command: Sequence[str | Path], *, cwd: Path, env: dict[str, str], log: Path
+    ) -> subprocess.Popen[str]:
+        """Run a command on this host."""
+        with log.open("a", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *map(str, command)],
+                cwd=cwd, env=env, stdout=file, stderr=file, text=True, start_new_session=True,
+            )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def unplug(self) -> None:
+        ip("link", "set", self._link, "down")
+
+    def plug_in(self) -> None:
+        ip("link", "set", self._link, "up")
+
+    def processes(self) -> list[int]:
+        """What runs on this host."""
+        return [int(pid) for pid in ip("netns", "pids", self.name, check=False).split()]
+
+
+@contextlib.contextmanager
+def two_hosts() -> Iterator[list[Host]]:
+    """Two hosts, 10.77.N.1 and .2, on a bridge of their own; gone afterwards, with all that ran there."""
+    mark = f"{os.getpid() % 100000}"
+    net = f"10.77.{os.getpid() % 250}"
+    bridge, hosts = f"br{mark}", []
+    try:
+        ip("link", "add", bridge, "type", "bridge")
+        ip("link", "set", bridge, "up")
+        for number in (1, 2):
+            name, link = f"host{number}-{mark}", f"v{number}-{mark}"
+            ip("netns", "add", name)
+            host = Host(name, f"{net}.{number}", link)
+            hosts.append(host)
+            ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+            ip("link", "set", link, "master", bridge, "up")
+            for args in (("addr", "add", f"{host.address}/24", "dev", "eth0"), ("link", "set", "eth0", "up"),
+                         ("link", "set", "lo", "up")):  # fmt: skip
+                ip("-n", name, *args)
+        yield hosts
+    finally:
+        for host in hosts:
+            for pid in host.processes():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, 9)
+            for process in host.started:
+                process.wait()
+            ip("netns", "del", host.name, check=False)
+        ip("link", "del", bridge, check=False)

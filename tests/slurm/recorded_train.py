@@ -1,0 +1,62 @@
+"""launch/train.py whose ranks write down what they are fed, and in which something may go wrong on purpose.
+
+    recorded_train.py [options of launch/train.py]
+
+Rank R appends a line per step to RUN/fed-R.jsonl: start of the job, world, node, rendezvous, ids and hashes of its
+images. Environment: PACE = seconds that each step takes at least; CRASH_AT = step in which rank 0 raises an exception;
+HANG_AT = step in which rank 1 sleeps for ever (at the first start of a job only).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import xxhash
+
+import launch.train
+from launch.command_line import parse
+from launch.engine import Engine, StepResult
+
+original_step = Engine.step
+START = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
+    world = engine.world
+    entry = {
+        "step": step,
+        "start": START,
+        "rank": world.rank,
+        "world": world.size,
+        "node": os.environ.get("SLURMD_NODENAME"),
+        "node_id": os.environ.get("SLURM_NODEID"),
+        "rendezvous": f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+        "threads": [world.cores, torch.get_num_threads(), int(os.environ["OMP_NUM_THREADS"])],
+        "ids": [int(i) for batch in batches for i in batch.ids],
+        "pixels": [xxhash.xxh3_64_hexdigest(x.contiguous().numpy().data) for batch in batches for x in batch.images],
+    }
+    with (RUN / f"fed-{world.rank}.jsonl").open("a") as log:
+        log.write(json.dumps(entry) + "\n")
+    if step == int(os.environ.get("CRASH_AT", "-1")) and world.rank == 0:
+        raise RuntimeError("on purpose")
+    if step == int(os.environ.get("HANG_AT", "-1")) and world.rank == 1 and START == 0:
+        hang()
+    time.sleep(float(os.environ.get("PACE", "0")))
+    return original_step(engine, batches, step=step, lr=lr)
+
+
+def hang() -> None:
+    """Shows up in the stacks by this name."""
+    while True:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    RUN = parse(sys.argv[1:]).run.out
+    Engine.step = step  # type: ignore[method-assign]
+    sys.exit(launch.train.main())

@@ -1,0 +1,125 @@
+"""Two hosts with a network between them, and without."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.dist.launching import LAUNCHER, ROOT, environment, free_port
+from tests.slurm.cluster import wait_until
+from tests.slurm.conftest import OPTIONS, RECORDED, need
+from tests.slurm.hosts import Host, two_hosts
+
+STALL_SECONDS = 6
+# The look at the clock, the peers' silence, the farewell, and the launcher's own end on a busy machine.
+OVERHEAD_SECONDS = 45
+
+
+def start(
+    hosts: list[Host], tmp_path: Path, *options: str | Path, only_second: tuple[str | Path, ...] = ()
+) -> list[subprocess.Popen[str]]:
+    """One rank on each host."""
+    port = str(free_port())
+    started = []
+    for number, host in enumerate(hosts):
+        env = environment(tmp_path, GLOO_SOCKET_IFNAME="eth0", PACE="0.3", SLURMD_NODENAME=f"host{number}")
+        topology = ("--multi_gpu", "--num_machines", "2", "--num_processes", "2", "--machine_rank", str(number),
+                    "--main_process_ip", hosts[0].address, "--main_process_port", port)  # fmt: skip
+        command = [*LAUNCHER, *topology, RECORDED, *OPTIONS, *options, *(only_second if number else ())]
+        started.append(host.start(command, cwd=ROOT, env=env, log=tmp_path / f"{number}.log"))
+    return started
+
+
+@pytest.mark.timeout(600)
+def test_a_link_that_fails_ends_both_sides_with_the_peer_named_and_the_run_goes_on_when_it_is_back(
+    tmp_path: Path, digits: Path
+) -> None:
+    need("ip")
+    run = tmp_path / "run"
+    options = (
+        "--data",
+        digits,
+        "--out",
+        run,
+        "--zero",
+        "1",
+        "--save-every",
+        "2",
+        "--stall-timeout",
+        str(STALL_SECONDS),
+    )
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+
+    def steps() -> list[int]:
+        fed = run / "fed-0.jsonl"
+        return [json.loads(line)["step"] for line in fed.read_text().splitlines()] if fed.exists() else []
+
+    def texts() -> str:
+        return "\n".join(path.read_text() for path in logs)
+
+    with two_hosts() as hosts:
+        processes = start(hosts, tmp_path, *options, "--stop-after", "100")
+        wait_until(lambda: len(steps()) > 4 or any(p.poll() is not None for p in processes), "step 4", seconds=150)
+        assert all(process.poll() is None for process in processes), texts()
+        hosts[1].unplug()
+        cut = time.monotonic()
+        for process in processes:
+            process.wait(STALL_SECONDS + OVERHEAD_SECONDS - (time.monotonic() - cut))
+        assert all(process.returncode for process in processes)
+        wait_until(lambda: not any(host.processes() for host in hosts), "end of all processes")
+        for own, (log, host) in enumerate(zip(logs, reversed(hosts), strict=True)):
+            stalled = [line for line in log.read_text().splitlines() if line.startswith("stalled: ")]
+            assert stalled, log.read_text()
+            assert f"no answer from: rank {1 - own} on host{1 - own} ({host.address})" in stalled[0]
+            assert f"rank {own}, {steps()[-1]} steps done" in (run / f"stacks-rank{own}.txt").read_text()
+        assert json.loads((run / "status").read_text())["status"] == "stalled"
+
+        hosts[1].plug_in()
+        last = max(steps())
+        resumed = start(hosts, tmp_path, *options, "--stop-after", str(last + 4))
+        assert [process.wait(200) for process in resumed] == [0, 0], texts()
+        assert steps()[-1] == last + 3
+        assert json.loads((run / "status").read_text())["status"] == "finished"
+
+
+@pytest.mark.timeout(300)
+def test_a_rank_that_hangs_is_found_by_the_others_and_all_stacks_are_written(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    topology = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()))
+    options = ("--data", digits, "--out", run, "--zero", "0", "--stall-timeout", "5", "--stop-after", "50")
+    command = [*LAUNCHER, *topology, RECORDED, *OPTIONS, *options]
+    done = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=environment(tmp_path, HANG_AT="3"), capture_output=True,
+        text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "recorded_train.py" in (run / "stacks-rank1.txt").read_text()
+    assert "in hang" in (run / "stacks-rank1.txt").read_text()
+    assert "in hang" not in (run / "stacks-rank0.txt").read_text()
+    found = json.loads((run / "status").read_text())
+    assert found["status"] == "stalled"
+    assert "nodes" not in found  # it answers: no node is to blame
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_host_that_sees_another_set_and_another_run_folder_is_named(tmp_path: Path, digits: Path) -> None:
+    need("ip")
+    shutil.copytree(digits, tmp_path / "set")
+    with (tmp_path / "set" / "dataset.json").open("a") as manifest:
+        manifest.write("\n")
+    run = tmp_path / "run"
+    with two_hosts() as hosts:
+        apart = ("--data", tmp_path / "set", "--out", tmp_path / "elsewhere")
+        for process in start(hosts, tmp_path, "--data", digits, "--out", run, only_second=apart):
+            assert process.wait(120) != 0
+    said = (tmp_path / "0.log").read_text()
+    assert "error: nodes that differ from host0: host1: data " in said
+    assert "run folder not the one that rank 0 writes to, not shared" in said
+    found = json.loads((run / "status").read_text())
+    assert (found["status"], found["nodes"]) == ("failed", ["host1"])

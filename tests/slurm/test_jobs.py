@@ -1,0 +1,116 @@
+"""Runs submitted to a real SLURM cluster: preempted, out of time, crashing, losing a node."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_until
+from tests.slurm.conftest import Job, start_job, uninterrupted
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("no_orphans")]
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status").read_text())
+
+
+def steps_of(job: Job, start: int) -> list[int]:
+    """Steps that rank 0 made in a start."""
+    return [entry["step"] for entry in job.fed() if entry["start"] == start and entry["rank"] == 0]
+
+
+def test_two_nodes_train_with_zero_are_preempted_and_go_on_with_the_next_batch(
+    cluster: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    options = ("--data", digits, "--zero", "1", "--stop-after", "24")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "2", options=options, PACE="0.5")
+    job.wait_for_step(4)
+    cluster.run("scancel", "--signal=USR2", "--batch", str(job.number))
+    ended = job.end()
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log
+    assert status(job.run) == {"status": "finished", "step": 24, "reason": ""}
+    assert "DeepSpeed ZeRO-1" in job.log
+
+    for start in (0, 1):
+        entries = [entry for entry in job.fed() if entry["start"] == start]
+        assert {(e["rank"], e["node_id"], e["node"]) for e in entries} == {(0, "0", "n0"), (1, "1", "n1")}
+        assert {e["rendezvous"] for e in entries} == {f"127.0.0.1:{10000 + job.number}"}
+        assert {tuple(e["threads"]) for e in entries} == {(1, 1, 1)}  # the node's mask has one core
+    left_at = len(steps_of(job, 0))
+    assert 4 < left_at < 24
+    assert steps_of(job, 0) + steps_of(job, 1) == list(range(24))  # none twice, none left out
+    assert job.batches() == uninterrupted(digits, 24)
+
+
+@pytest.fixture(scope="module")
+def side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Job]:
+    """Two runs of one node each, at once: one that meets its time limit, one that crashes."""
+    folder = tmp_path_factory.mktemp("side-by-side")
+    # SLURM's own warning is made harmless, so that the run's deadline does it.
+    limit = ("--nodes", "1", "--time", "1", "--sbatch=--signal=B:URG@1")
+    options = ("--data", digits, "--zero", "0")
+    long = (*options, "--stop-after", "80", "--leave-seconds", "15")
+    short = (*options, "--stop-after", "4")
+    crash = ("--nodes", "1", "--restarts", "1")
+    return {
+        "limit": start_job(cluster, folder / "limit", *limit, options=long, PACE="0.5"),
+        "crash": start_job(cluster, folder / "crash", *crash, options=short, CRASH_AT="2"),
+    }
+
+
+def test_a_crash_is_started_again_within_its_budget_only(side_by_side: dict[str, Job]) -> None:
+    job = side_by_side["crash"]
+    ended = job.end()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), job.log
+    assert steps_of(job, 0) == steps_of(job, 1) == [0, 1, 2]
+    assert status(job.run)["status"] == "failed"
+    assert "on purpose" in status(job.run)["reason"]
+    assert "1 restarts since checkpoint none are spent: given up" in job.log
+
+
+def test_a_time_limit_is_met_in_time_and_costs_no_batch(side_by_side: dict[str, Job], digits: Path) -> None:
+    job = side_by_side["limit"]
+    ended = job.end()
+    assert ended["JobState"] == "COMPLETED", job.log
+    starts = range(int(ended["Restarts"]) + 1)
+    assert len(starts) > 1
+    assert "saved and leaving: the deadline" in job.log
+    assert [step for start in starts for step in steps_of(job, start)] == list(range(80))
+    assert job.batches() == uninterrupted(digits, 80)
+
+
+def test_a_killed_node_is_left_out_and_the_run_goes_on_without_it(
+    cluster: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    options = ("--data", digits, "--zero", "1", "--save-every", "3", "--stop-after", "20")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "1-2", options=options, PACE="0.5")
+    job.wait_for_step(7)
+    cluster.kill_node("n1")
+    try:
+        wait_until(lambda: cluster.job(job.number)["Restarts"] == "1", "requeue", seconds=60)
+        ended = job.end()
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log
+    finally:
+        cluster.start_node("n1")
+    assert {entry["world"] for entry in job.fed() if entry["start"] == 0} == {2}
+    assert {(entry["world"], entry["node"]) for entry in job.fed() if entry["start"] == 1} == {(1, "n0")}
+    assert steps_of(job, 1)[0] % 3 == 0  # the last checkpoint
+    assert steps_of(job, 1)[0] > 0
+    assert job.batches() == uninterrupted(digits, 20)
+
+
+def test_a_cancelled_run_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    options = ("--data", digits, "--zero", "0", "--stop-after", "500")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "1", options=options, PACE="0.5")
+    job.wait_for_step(1)
+    cluster.run("scancel", str(job.number))
+    ended = job.end()
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), job.log
+    cluster.wait_for_silence()
+    assert status(job.run)["status"] == "preempted"
+    assert list((job.run / "checkpoints").glob("step-*"))
+    assert cluster.job(job.number)["JobState"] == "CANCELLED"

@@ -1,0 +1,73 @@
+"""Which cores a rank takes of those that it was given."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch.affinity import choose, numa_nodes, parse_list
+from tests.dist.launching import ROOT
+
+TWO_SOCKETS = {0: frozenset(range(8)), 1: frozenset(range(8, 16))}
+ALL = frozenset(range(16))
+
+
+@pytest.mark.parametrize(
+    ("what", "allowed", "near", "rank", "expected"),
+    [
+        ("half of the ranks near each node", ALL, [0, 0, 1, 1], 2, (range(8, 16), 4)),
+        ("all near one node: its cores are shared", ALL, [1, 1, 1, 1], 0, (range(8, 16), 2)),
+        ("no GPUs: everything is shared", ALL, [None] * 4, 3, (ALL, 4)),
+        ("alone on the machine: far cores too", ALL, [1], 0, (ALL, 16)),
+        ("the mask has half of each socket", frozenset({0, 1, 2, 3, 8, 9, 10, 11}), [0, 0, 1, 1], 3, (range(8, 12), 2)),
+        ("the mask has nothing near some GPU", frozenset(range(8)), [0, 0, 1, 1], 0, (range(8), 2)),
+        ("the mask has too little near some GPU", frozenset(range(9)), [0, 0, 1, 1], 0, (range(9), 2)),
+        ("more ranks than cores", frozenset({5}), [None] * 4, 1, ({5}, 1)),
+        ("one GPU's place is unknown", ALL, [0, None], 0, (ALL, 8)),
+    ],
+)
+def test_a_rank_takes_the_cores_near_its_gpu(
+    what: str, allowed: frozenset[int], near: list[int | None], rank: int, expected: tuple[set[int], int]
+) -> None:
+    found = choose(allowed, TWO_SOCKETS, near, rank)
+    assert (found.allowed, found.threads) == (frozenset(expected[0]), expected[1]), what
+
+
+def test_the_kernels_lists_are_read() -> None:
+    assert parse_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
+    assert parse_list("\n") == set()
+
+
+def test_this_machines_nodes_hold_all_cores_of_this_process() -> None:
+    nodes = numa_nodes()
+    if nodes:  # not every virtual machine tells
+        assert os.sched_getaffinity(0) <= frozenset().union(*nodes.values())
+
+
+MASKED = """
+import os, sys
+from pathlib import Path
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from launch.command_line import parse
+from launch.feed import Feed
+from launch.world import connect
+world = connect()
+recipe = parse(["--data", sys.argv[1], "--size", "32", "--global-batch", "16", "--loader", "dali"])
+with Feed.of(recipe, world).train_loader(step=0, dtype=torch.float32) as loader:
+    next(loader)
+    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+decoders = sum(name.startswith("[DALI][TP") for name in names)
+print(world.cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], decoders)
+"""
+
+
+def test_torch_openmp_and_the_decoder_follow_the_mask_and_not_the_machine(digits: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", MASKED, str(digits)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1", "1", "1"]

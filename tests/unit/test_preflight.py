@@ -1,0 +1,64 @@
+"""What nodes tell one another before a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.command_line import parse
+from launch.preflight import GIB, Facts, differences, leave_token, look, seen_data, sees, shortages, source_hash
+from launch.world import World
+
+GOOD = Facts("abc", "shared", "def", "torch 2", "n0", 100 * GIB, 100 * GIB, 8)
+
+
+def test_nodes_that_see_the_same_are_fit() -> None:
+    assert differences([GOOD, dataclasses.replace(GOOD, host="n1", run_free=1, cores=1)]) == {}
+
+
+def test_a_node_that_sees_something_else_is_named_with_what_it_sees() -> None:
+    odd = dataclasses.replace(GOOD, host="n2", libraries="torch 3", data="/set: No such file or directory")
+    assert differences([GOOD, dataclasses.replace(GOOD, host="n1"), odd]) == {
+        "n2": ["data /set: No such file or directory, not abc", "libraries torch 3, not torch 2"]
+    }
+
+
+def test_shortages_are_warned_of_with_the_nodes() -> None:
+    poor = dataclasses.replace(GOOD, host="n1", run_free=GIB, tmp_free=0, cores=1)
+    disk, tmp, cores = shortages([GOOD, poor], gpus=True)
+    assert "less than 4 GiB free in the run folder on n1 (1.0 GiB)" in disk
+    assert "temporary folder on n1" in tmp
+    assert "one core per GPU on n1" in cores
+    assert shortages([GOOD], gpus=True) == []
+
+
+def test_a_changed_or_missing_set_is_seen(tmp_path: Path, digits: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(digits, copy)
+    before = seen_data(parse(["--data", str(copy)]))
+    assert before == seen_data(parse(["--data", str(digits)]))
+    with (copy / "train.index.npy").open("ab") as index:
+        index.write(b"more")
+    assert seen_data(parse(["--data", str(copy)])) != before
+    assert "No such file" in seen_data(parse(["--data", str(tmp_path / "absent")]))
+
+
+def test_a_run_folder_that_is_another_one_is_seen(tmp_path: Path) -> None:
+    token = leave_token(tmp_path / "run")
+    leave_token(tmp_path / "other")
+    assert sees(tmp_path / "run", token)
+    assert not sees(tmp_path / "other", token, within=0)
+    assert not sees(tmp_path / "absent", token, within=0)
+
+
+def test_this_machines_facts(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    recipe = parse(["--data", str(digits), "--out", str(tmp_path / "run")])
+    facts = look(recipe, World(0, 1, 0, 1, torch.device("cpu")), leave_token(recipe.run.out))
+    assert (facts.host, facts.run_folder, facts.code) == ("n7", "shared", source_hash())
+    assert facts.run_free > 0
+    assert "torch 2" in facts.libraries

@@ -1,0 +1,115 @@
+"""What `launch.submit` makes of its options, without a cluster (tests/slurm has one)."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.command_line import parse
+from launch.submit import END_OF_SETTINGS, TEMPLATE, Fit, Submit, SubmitError, fits, main, render
+
+SLURM = TEMPLATE.parent
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node", "options", "expected"),
+    [
+        ("1-4", 8, (), [(1, 1, 8), (2, 2, 8), (3, 2, 8), (4, 4, 8)]),
+        ("3", 8, ("--global-batch", "96"), [(3, 3, 8)]),
+        # 28 of 96 rows do not go; 24 = 2 x 12 are no more than 14 a node, and fewer nodes than 3 x 8
+        ("2", 14, ("--global-batch", "96", "--mixup", "0", "--cutmix", "0"), None),
+        ("1-2", 14, ("--global-batch", "96", "--mixup", "0", "--cutmix", "0"), [(1, 1, 12), (2, 2, 12)]),
+        ("1-2", 8, ("--global-batch", "1024", "--micro-batch", "128"), [(1, 1, 8), (2, 1, 8)]),
+    ],
+)
+def test_the_largest_world_size_that_the_batch_can_be_dealt_out_to(
+    nodes: str, per_node: int, options: tuple[str, ...], expected: list[tuple[int, int, int]] | None
+) -> None:
+    job, recipe = Submit(nodes=nodes, gpus_per_node=per_node), parse(options)
+    if expected is None:
+        with pytest.raises(SubmitError, match="nearest world sizes that do: 24 and 32"):
+            fits(recipe, job)
+    else:
+        assert fits(recipe, job) == [Fit(*fit) for fit in expected]
+
+
+def test_a_rendered_script_differs_from_the_template_in_its_head_only(tmp_path: Path) -> None:
+    training = ["--variant", "b3", "--data", "a set", "--out", str(tmp_path / "it's")]
+    job = Submit(nodes="2", partition="gpu", time="1:00:00", account="me", sbatch=("--qos=high",))
+    script = render(job, parse(training), training)
+    body = TEMPLATE.read_text().partition(END_OF_SETTINGS)[2]
+    assert script.endswith(END_OF_SETTINGS + body)
+    options = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    assert {"--partition=gpu", "--time=1:00:00", "--account=me", "--qos=high", "--exclusive", "--requeue"} < set(
+        options
+    )
+    assert {"--nodes=2", "--gpus-per-node=8", "--signal=B:USR2@180"} < set(options)
+    head = script.partition(END_OF_SETTINGS)[0]
+    program = head + '\nprintf "%s\\n" "$RUN" "${ARGS[@]}"'
+    said = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == [str(tmp_path / "it's"), *training]
+
+
+@pytest.mark.parametrize(
+    ("container", "srun", "command"),
+    [
+        ("fat.sif", "SRUN=()", "EXEC=(apptainer exec --nv --pwd "),
+        ("nvcr.io#nvidia/pytorch:25.01", "SRUN=('--container-image=nvcr.io#nvidia/pytorch:25.01'", "EXEC=()"),
+    ],
+)
+def test_containers(container: str, srun: str, command: str) -> None:
+    training = ["--data", "/scratch/set"]
+    lines = render(Submit(container=container, mount=("/opt",)), parse(training), training).splitlines()
+    assert any(line.startswith(srun) for line in lines)
+    assert any(line.startswith(command) for line in lines)
+    assert any("/scratch/set:/scratch/set" in line and "/opt:/opt" in line for line in lines)
+    assert "PYTHON=python3" in lines
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--nodes", "0"), "--nodes 0: a number as in 4, or MIN-MAX as in 2-8, expected"),
+        (("--nodes", "4-2"), "--nodes 4-2"),
+        (("--gpus-per-node", "0"), "at least one process per node"),
+        (("--nodes", "5"), "--nodes 5 x 8 processes: world size 40 does not divide"),
+        (("--", "--epochs", "0"), "--epochs 0: at least 1"),
+    ],
+)
+def test_bad_input_is_refused_before_the_queue(
+    args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith("#!/bin/bash\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["--", "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "the run folder cannot be written" in capsys.readouterr().err
+
+
+def test_without_sbatch_the_script_is_there_to_be_submitted_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["--", "--out", str(tmp_path / "run")]) == 2
+    assert f"on a login node run: sbatch {tmp_path / 'run' / 'slurm' / 'train.sbatch'}" in capsys.readouterr().err
+    assert (tmp_path / "run" / "slurm" / "train.sbatch").is_file()
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.glob("*.sbatch")), ids=lambda path: path.name)
+def test_the_templates_are_valid_shell(script: Path) -> None:
+    bash = shutil.which("bash")
+    assert bash is not None
+    done = subprocess.run([bash, "-n", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
