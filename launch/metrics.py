@@ -114,10 +114,10 @@ class Tracker:
         self._display.interval(self._step + 1, epoch, self._rate, values)
         self.restart_interval()
 
-    def picked(self, picks: dict[str, str]) -> None:
-        """Write down and say what engine and loader have chosen for themselves."""
+    def begin(self, *lines: str, picks: dict[str, str]) -> None:
+        """Say how the run starts; write down and say what engine and loader have chosen for themselves."""
         self._log.write("picks", step=self._begun_at.step, **picks)
-        self.say("; ".join(f"{name}: {choice}" for name, choice in picks.items()))
+        self.say(*lines, "; ".join(f"{name}: {choice}" for name, choice in picks.items()))
 
     def evaluation(self, step: int, result: dict[str, float], *, kind: str = "eval") -> float:
         """Write a line about an evaluation; returns its top-1."""

@@ -53,8 +53,7 @@ def train(recipe: Recipe, world: World) -> None:
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
-        tracker.say(*story, *feed.advice())
-        tracker.picked(engine.picks | loader.picks)
+        tracker.begin(*story, *feed.advice(), picks=engine.picks | loader.picks)
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
         rate = rate_of(recipe, feed.plan.steps_per_epoch)
 
