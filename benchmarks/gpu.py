@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "accelerate", "deepspeed", "ffcv", "timm", "numpy")
 SHOWN_LINES = 12
+WHOLE_CALL = 460.0  # seconds: what a call of 8 minutes has
 LEAST_SECONDS = 20.0  # with less time left, a part is left to the next call
 BAD_INPUT, TIME_IS_UP = 2, 3
 FAT = ("fat_b0", "fat_b1", "fat_b2", "fat_b3")
@@ -48,13 +50,22 @@ class Part:
 def parts() -> list[Part]:
     """In order: tests, then what is cheap and tells most."""
     pytest = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    # Each of its tests starts training several times: together they would outlast a call.
+    whole = [str(path.relative_to(ROOT)) for path in files if path.stem != "test_training"]
+    launches = re.findall(
+        r"^def (test_\w+)", (ROOT / "tests/gpu/test_training.py").read_text(encoding="utf-8"), re.MULTILINE
+    )
     step = ("benchmarks/step.py", "--rounds", "5", "--out", "{out}", "--models")
     bench = ("-m", "pipeline.cli", "bench", "{work}/photos-shards", "--json", "{out}", "--chart")
     eager = ("--ways", "contiguous", "channels-last", "graph")
     return [
-        *(Part(f"test {Path(test).stem[5:]}", (*pytest, test)) for test in tests),
+        *(Part(f"test {Path(test).stem[5:]}", (*pytest, test), limit=WHOLE_CALL) for test in whole),
         Part("test augmentation", (*pytest, "tests/unit/test_augment_pixels.py")),
+        *(
+            Part(f"train {name[5:]}", (*pytest, f"tests/gpu/test_training.py::{name}"), limit=WHOLE_CALL)
+            for name in launches
+        ),
         Part("kernels", ("benchmarks/kernels.py", "--out", "{out}")),
         Part("photos", ("-m", "pipeline.cli", "sample", "photos", "{work}/photos", "--count", "2000")),
         Part(
@@ -66,7 +77,11 @@ def parts() -> list[Part]:
         *(Part(f"step {name}", (*step, name, *eager)) for name in FAT),
         *(Part(f"step {name}", (*step, name, *eager), needs=("timm",)) for name in TIMM),
         *(
-            Part(f"compiled {name}", (*step, name, "--ways", "channels-last", "compiled", "compiled graph"))
+            Part(
+                f"compiled {name}",
+                (*step, name, "--ways", "channels-last", "compiled", "compiled graph"),
+                limit=WHOLE_CALL,
+            )
             for name in FAT
         ),
         *(
@@ -79,7 +94,14 @@ def parts() -> list[Part]:
         ),
         Part("augmentation", ("benchmarks/augment.py", "--device", "cuda", "--out", "{out}")),
         Part("loaders", ("benchmarks/loader.py", "--rounds", "3", "--out", "{out}")),
-        Part("inference", ("benchmarks/model.py", "--rounds", "5", "--out", "{out}")),
+        *(
+            Part(
+                f"inference {name}",
+                ("benchmarks/model.py", "--rounds", "5", "--variants", name, "--out", "{out}"),
+                limit=WHOLE_CALL,
+            )
+            for name in FAT
+        ),
     ]
 
 

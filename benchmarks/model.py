@@ -78,7 +78,7 @@ def main() -> None:
             ways = [way for way in options.ways if mode == "inference" or not way.startswith("fused")]
             steps = {way: step(variant, way, mode == "training", options) for way in ways}
             times = interleave(steps, options.rounds)
-            for way in ways:
+            for way in times:
                 rows[way].update(figures(mode, times, way, options.batch))
         for row in rows.values():
             print(line(row), flush=True)
@@ -122,16 +122,21 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
 
 
 def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after two untimed calls of each."""
-    for once in steps.values():
-        once()
-        once()
-    times: dict[str, list[float]] = {way: [] for way in steps}
-    for _ in range(rounds):
-        for way, once in steps.items():
+    """Seconds of each step in each round, after two untimed calls of each; what finds no memory beside the others is
+    left out."""
+    times: dict[str, list[float]] = {}
+    for round_number in range(-2, rounds):
+        for way in list(steps):
             start = time.perf_counter()
-            once()
-            times[way].append(time.perf_counter() - start)
+            try:
+                steps[way]()
+            except torch.OutOfMemoryError:
+                del steps[way]
+                times.pop(way, None)
+                torch.cuda.empty_cache()
+                continue
+            if round_number >= 0:
+                times.setdefault(way, []).append(time.perf_counter() - start)
     return times
 
 

@@ -89,6 +89,9 @@ def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict
             rows[way]["failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     times = interleave(steps, options.rounds)
     for way, row in rows.items():
+        if way not in times:
+            row.setdefault("failed", "OutOfMemoryError: no room beside the other ways")
+    for way, row in rows.items():
         if way in times:
             row["images/s"] = round(options.batch / median(times[way]), 1)
         if way in times and "channels-last" in times:

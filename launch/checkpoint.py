@@ -25,6 +25,7 @@ from shards.errors import UserError
 
 _NAME = re.compile(r"step-(\d{8})")
 _CHUNK = 1 << 22
+_REPLACED = ".replaced"
 VERSION = 1
 
 
@@ -139,9 +140,13 @@ class CheckpointFolder:
             (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             for path in (temporary / "state.safetensors", temporary / "meta.json", temporary):
                 _fsync(path)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = self.folder / f".{final.name}{_REPLACED}"
+            if final.exists():  # the same step again: there must be a whole one at every moment
+                shutil.rmtree(replaced, ignore_errors=True)
+                final.rename(replaced)
             temporary.rename(final)
             _fsync(self.folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"{final}: checkpoint not written ({error})") from error
@@ -151,6 +156,10 @@ class CheckpointFolder:
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and one line for each damaged one passed over on the way to it."""
         complaints: list[str] = []
+        for path in self.folder.glob(f".step-*{_REPLACED}"):  # killed between two renames
+            final = self.folder / path.name.removeprefix(".").removesuffix(_REPLACED)
+            if not final.exists():
+                path.rename(final)
         for path in reversed(self._folders()):
             try:
                 return self._open(path), complaints

@@ -272,8 +272,14 @@ class Engine:
 
     def _mode(self, model: nn.Module, micro_batch: int) -> Choice:
         """The recipe's torch.compile mode, or the fastest."""
-        if self._recipe.run.compile != "auto":
-            return Choice(self._recipe.run.compile, "")
+        wish = self._recipe.run.compile
+        if wish in {"reduce-overhead", "max-autotune"} and self._accumulation > 1 and self.world.device.type == "cuda":
+            raise RecipeError(
+                f"--compile {wish}: CUDA graphs would overwrite gradients that {self._accumulation} micro-batches add "
+                "up; use --compile default, or a --micro-batch that is the whole batch of a rank"
+            )
+        if wish != "auto":
+            return Choice(wish, "")
         side, device, dtype = self._recipe.data.size, self.world.device, self.input_dtype
         return choose_mode(
             model,
@@ -299,6 +305,8 @@ class Engine:
                 os.environ.setdefault(name, str(value))
             dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
+        # DeepSpeed before 0.19.8 looks for nvcc when it is imported, though nothing of ours needs it.
+        os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 

@@ -12,6 +12,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -78,8 +79,9 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     if bad:
         reason = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
         if world.is_main:
-            write_status(run, "failed", reason=reason, nodes=list(bad))
-        raise PreflightFailed(f"nodes that differ from {nodes[0].host}: {reason}")
+            # Where half of them or more differ, it is not they who should be left out of the next start.
+            write_status(run, "failed", reason=reason, nodes=list(bad) if 2 * len(bad) < len(nodes) else [])
+        raise PreflightFailed(f"nodes that differ from the others: {reason}")
     return shortages(nodes, gpus=world.device.type == "cuda")
 
 
@@ -98,16 +100,15 @@ def look(recipe: Recipe, world: World, token: str) -> Facts:
 
 
 def differences(nodes: list[Facts]) -> dict[str, list[str]]:
-    """Per node that does not see what the first sees: what it sees instead."""
-    first, bad = nodes[0], {}
-    for facts in nodes[1:]:
-        what = [
-            f"{field.name.replace('_', ' ')} {getattr(facts, field.name)}, not {getattr(first, field.name)}"
-            for field in fields(Facts)[:4]
-            if getattr(facts, field.name) != getattr(first, field.name)
-        ]
-        if what:
-            bad[facts.host] = what
+    """Per node that does not see what most see: what it sees instead. The first node is right where there is no
+    majority, and about the run folder: its is the one that is written to."""
+    bad: dict[str, list[str]] = {}
+    for field in fields(Facts)[:4]:
+        seen = [getattr(facts, field.name) for facts in nodes]
+        right = seen[0] if field.name == "run_folder" else Counter(seen).most_common(1)[0][0]
+        for facts, value in zip(nodes, seen, strict=True):
+            if value != right:
+                bad.setdefault(facts.host, []).append(f"{field.name.replace('_', ' ')} {value}, not {right}")
     return bad
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -77,7 +78,8 @@ class RunFolder:
 
     def _choose(self) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to go on from, and lines for people; on rank 0."""
-        if self._recipe.run.resume == "never":
+        # "never" is about the run as it was when the job was submitted, not about the job's own earlier starts.
+        if self._recipe.run.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             aside = self._checkpoints.set_aside()
             metrics = self.path / METRICS_NAME
             if aside is not None and metrics.exists():
@@ -144,8 +146,9 @@ class RunFolder:
             self._status("finished")
         elif issubclass(kind, Preempted):
             self._status("preempted", str(error))
-        elif read_status(self.path) != "stalled":  # another rank's watchdog has said why this one was cut off
-            self._status("failed", f"{kind.__name__}: {error}")
+        elif read_status(self.path) in {None, "running"}:  # else another rank has said why this one was cut off
+            refused = isinstance(error, UserError) and error.exit_code == UserError.exit_code
+            self._status("refused" if refused else "failed", f"{kind.__name__}: {error}")
 
     def _status(self, status: Status, reason: str = "") -> None:
         if self._engine.world.is_main:

@@ -52,7 +52,7 @@ class Submit:
     """Name of the job. None = the run folder's."""
     container: str | None = None
     """Image that holds Python and all libraries: a .sif file (Apptainer), or what Pyxis takes."""
-    mount: tuple[str, ...] = ()
+    mount: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Folders (FROM or FROM:TO) to see in the container, besides the project, the run folder and the data."""
     python: str | None = None
     """Python on the nodes. None = this one, or python3 in a container."""
@@ -64,7 +64,7 @@ class Submit:
     """Starts after a crash or stall that brings no new checkpoint, before the job ends."""
     warn_seconds: int = 180
     """Seconds before the time limit at which SLURM warns the job, which then saves and leaves."""
-    sbatch: tuple[str, ...] = ()
+    sbatch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """More options of sbatch, such as --sbatch=--qos=high --sbatch=--constraint=h100."""
     dry_run: bool = False
     """Show the script; write and submit nothing."""

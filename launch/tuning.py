@@ -81,6 +81,9 @@ def measure(model: nn.Module, images: torch.Tensor, modes: Sequence[str], *, bf1
             finally:
                 model._compiled_call_impl = None
                 model.zero_grad(set_to_none=True)
+    if images.is_cuda:  # the trials' graphs would keep their memory, which may be most of the device's
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(kept[name])

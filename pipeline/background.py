@@ -50,6 +50,8 @@ class BackgroundLoader(ABC):
         options: LoaderOptions,
         seed: int,
     ) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants a number
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
         self._loader = chosen_loader(options, dataset.split(split))
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan import Need
-from shards.errors import ShardSetError
+from shards.errors import ShardSetError, StorageFailed
 
 MAX_OPEN = 256
 
@@ -136,7 +136,7 @@ def open_shard(path: Path) -> int:
     except FileNotFoundError:
         raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
     except OSError as error:
-        raise ShardSetError(f"{path}: cannot be opened ({error.strerror})") from error
+        raise StorageFailed(f"{path}: cannot be opened ({error.strerror})") from error
 
 
 def read_cached(handle: int, target: NDArray[np.uint8], offset: int) -> bool:
@@ -158,7 +158,7 @@ def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) 
         try:
             got = os.preadv(handle, [target.data[done:]], offset + done)
         except OSError as error:
-            raise ShardSetError(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
+            raise StorageFailed(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
         if got == 0:
             raise ShardSetError(
                 f"{path}: ends at byte {offset + done}, inside a sample of {len(target)} bytes at {offset}: truncated; "

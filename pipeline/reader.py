@@ -25,6 +25,8 @@ Sample = tuple[int, int, int, int | None]
 
 # Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing.
 READ_THREADS = 32
+# Batches that are begun at once. What is in the page cache is read there and then, by as many threads as gain by it.
+BATCH_THREADS = 2
 # Samples per task: enough to amortise the hand-over, few enough that a small batch keeps many threads busy.
 SAMPLES_PER_TASK = 8
 
@@ -67,6 +69,10 @@ class Encoded:
         return self
 
 
+Started = tuple[Encoded, list[Future[None]]]
+"""A batch, and who still reads for it."""
+
+
 class SampleReader:
     """Reads batches of one split. Thread-safe; close it, or use it as a context manager.
 
@@ -80,28 +86,26 @@ class SampleReader:
         self._storage, self._check = storage, check
         self._buffers = Recycler()
         self._pool = ThreadPoolExecutor(threads or READ_THREADS, thread_name_prefix="shard-reader")
+        self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
     def read(self, ids: Ids) -> Encoded:
         """Read one batch and wait for it; what could not be read is in its `faults`."""
         return _gather(*self._start(ids))
 
     def read_ahead(self, batches: Iterable[tuple[Ids, T]], ahead: int) -> Iterator[tuple[Encoded, T]]:
-        """Read a stream of (ids, anything) in order; as long as reads have to be waited for, up to `ahead` batches are
-        under way."""
-        under_way: deque[tuple[tuple[Encoded, list[Future[None]]], T]] = deque()
+        """Read a stream of (ids, anything) in order, up to `ahead` batches before they are asked for."""
+        under_way: deque[tuple[Future[Started], T]] = deque()
         try:
             for ids, extra in batches:
-                under_way.append((self._start(ids), extra))
-                if len(under_way) > ahead or all(task.done() for (_, tasks), _ in under_way for task in tasks):
+                under_way.append((self._batches.submit(self._start, ids), extra))
+                if len(under_way) > ahead:
                     started, first = under_way.popleft()
-                    yield _gather(*started), first
+                    yield _gather(*started.result()), first
             while under_way:
                 started, first = under_way.popleft()
-                yield _gather(*started), first
+                yield _gather(*started.result()), first
         finally:
-            for (_, tasks), _ in under_way:
-                for task in tasks:
-                    task.cancel()
+            self._cancel(started for started, _ in under_way)
 
     def expect(self, needs: Iterator[Need]) -> None:
         """Shards that will be read, in order; those on a server are then fetched beforehand. To be told once."""
@@ -121,6 +125,7 @@ class SampleReader:
 
     def close(self) -> None:
         self.interrupt()
+        self._batches.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._storage.files.close()
 
@@ -130,11 +135,18 @@ class SampleReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start(self, ids: Ids) -> tuple[Encoded, list[Future[None]]]:
+    @staticmethod
+    def _cancel(unwanted: Iterable[Future[Started]]) -> None:
+        for started in unwanted:
+            if not started.cancel():
+                for task in started.result()[1] if started.exception() is None else ():
+                    task.cancel()
+
+    def _start(self, ids: Ids) -> Started:
         """Read what is in the page cache at once, and have the threads read the rest.
 
-        Threads that have nothing to wait for would only wait for each other (the interpreter's lock): from the page
-        cache, one reads faster than many.
+        Threads that have nothing to wait for mostly wait for each other (the interpreter's lock): what is in the page
+        cache is not worth handing out.
         """
         places = self._storage.locate(ids)
         ends = np.cumsum(places.sizes)

@@ -28,6 +28,12 @@ class RemoteError(UserError):
     """A server that cannot be reached, or does not have what a set needs."""
 
 
+class ServerFailed(RemoteError):
+    """A server that was asked again and again; another time it may answer."""
+
+    exit_code = 1
+
+
 def is_remote(location: object) -> bool:
     """Whether a set's location is a URL."""
     return "://" in str(location)
@@ -86,7 +92,7 @@ class Remote:
             except Exception as error:  # each file system has its own
                 reason = f"{type(error).__name__}: {error}".rstrip(": ")
                 if attempt == ATTEMPTS:
-                    raise RemoteError(
+                    raise ServerFailed(
                         f"{self.url}/{name}: failed {ATTEMPTS} times, at last with {reason}; check the server, and run "
                         "the same command again: what was fetched is kept"
                     ) from error

@@ -41,7 +41,7 @@ def open_set(location: Path | str, *, cache: Path | None = None, cache_gib: floa
     if not is_remote(location):
         return ShardSet(location)
     named = os.environ.get("FAT_CACHE")
-    folder = cache or (Path(named) if named else Path(tempfile.gettempdir()) / "fat-pipeline-cache")
+    folder = cache or (Path(named) if named else Path(tempfile.gettempdir()) / f"fat-pipeline-cache-{os.getuid()}")
     return RemoteSet(str(location), Cache(folder, None if cache_gib is None else int(cache_gib * GIB)))
 
 

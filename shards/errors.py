@@ -19,6 +19,12 @@ class ShardSetError(UserError):
     """A shard set that does not fit its manifest, or whose manifest does not fit this version."""
 
 
+class StorageFailed(ShardSetError):
+    """Storage that did not do what it was asked; nothing says that it will not the next time."""
+
+    exit_code = 1
+
+
 class ConversionFailed(UserError):
     """The input was understood, but the job could not be finished as asked (too many rejects, disk full)."""
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main as pipeline
-
 # A shell that starts us in the background lets SIGINT be ignored, by us and by everything that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_pipeline(*args: str | Path) -> None:
+    from pipeline.cli import main as pipeline  # many libraries, which tests of kernels do without
+
     status = pipeline([str(arg) for arg in args])
     assert status == 0, f"pipeline {' '.join(map(str, args))}: exit status {status}"
 

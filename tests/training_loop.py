@@ -23,7 +23,7 @@ def training(data: Path, out: Path, *options: str, batch: int, device: str) -> I
     """A function that does one step as training does, from the next batch to the guards' note."""
     sizes = ("--size", "32", "--global-batch", str(batch), "--zero", "0")
     recipe = parse(["--data", str(data), "--out", str(out), *sizes, *options])
-    world = World(0, 1, 0, 1, torch.device(device))
+    world = World(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     feed = Feed.of(recipe, world)
     shape = feed.shape
     config = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8), num_classes=feed.classes)

@@ -168,8 +168,9 @@ def test_a_step_is_captured_as_a_cuda_graph() -> None:
     for parameter in block.parameters():
         parameter.grad.zero_()
     graph.replay()
+    scale = max(wanted.abs().max().item() for wanted in expected)  # biases before a BatchNorm have none but rounding
     for parameter, wanted in zip(block.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, wanted, rtol=0.02, atol=1e-4 * wanted.abs().max().item() + 1e-7)
+        torch.testing.assert_close(parameter.grad, wanted, rtol=0.02, atol=1e-4 * scale)
 
 
 def test_a_compiled_block_trains_as_an_eager_one() -> None:

@@ -119,7 +119,7 @@ def test_a_host_that_sees_another_set_and_another_run_folder_is_named(tmp_path: 
         for process in start(hosts, tmp_path, "--data", digits, "--out", run, only_second=apart):
             assert process.wait(120) != 0
     said = (tmp_path / "0.log").read_text()
-    assert "error: nodes that differ from host0: host1: data " in said
+    assert "error: nodes that differ from the others: host1: data " in said
     assert "run folder not the one that rank 0 writes to, not shared" in said
     found = json.loads((run / "status").read_text())
     assert (found["status"], found["nodes"]) == ("failed", ["host1"])

@@ -79,6 +79,16 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
     assert not (tmp_path / ".step-00000020.tmp").exists()
 
 
+def test_killed_while_it_replaces_a_checkpoint_the_replaced_one_is_found(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    saved = save(folder, 20)
+    saved.rename(tmp_path / f".{saved.name}.replaced")
+    found, complaints = folder.newest()
+    assert found is not None
+    assert (found.path, complaints) == (saved, [])
+    assert [path.name for path in save(folder, 20).parent.iterdir()] == [saved.name]
+
+
 def test_a_folder_that_cannot_be_written_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)

@@ -27,6 +27,14 @@ def test_a_node_that_sees_something_else_is_named_with_what_it_sees() -> None:
     }
 
 
+def test_the_first_node_may_be_the_odd_one() -> None:
+    """Not about the run folder, though: what it writes to is the run folder."""
+    others = [dataclasses.replace(GOOD, host=f"n{i}", data="def", run_folder="another") for i in (1, 2, 3)]
+    found = differences([GOOD, *others])
+    assert found["n0"] == ["data abc, not def"]
+    assert all(found[node.host] == ["run folder another, not shared"] for node in others)
+
+
 def test_shortages_are_warned_of_with_the_nodes() -> None:
     poor = dataclasses.replace(GOOD, host="n1", run_free=GIB, tmp_free=0, cores=1)
     disk, tmp, cores = shortages([GOOD, poor], gpus=True)

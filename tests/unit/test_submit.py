@@ -113,3 +113,11 @@ def test_the_templates_are_valid_shell(script: Path) -> None:
     assert bash is not None
     done = subprocess.run([bash, "-n", str(script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_options_that_may_be_repeated_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--nodes", "1", "--dry-run", "--sbatch=--qos=high", "--sbatch=--constraint=h100"]
+    assert main([*options, "--", "--variant", "b0", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().out
+    assert "#SBATCH --qos=high\n" in shown
+    assert "#SBATCH --constraint=h100\n" in shown
