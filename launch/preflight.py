@@ -1,14 +1,12 @@
 """Before a run of several nodes starts: do all of them see the same data, run folder, code and libraries?
 
-Each node's first rank looks, all exchange what they saw, and rank 0's node is the yardstick. What differs on some nodes
-is named with them; RUN/status then lists those nodes, so that the next start goes without them.
+Each node's first rank looks, all exchange what they saw, and what most see is the yardstick. Nodes that differ are
+named; if they are the minority, RUN/status lists them, so that the next start goes without them.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -20,6 +18,7 @@ import torch.distributed as dist
 import xxhash
 
 from launch.network import host_name
+from launch.provenance import versions
 from launch.recipe import Recipe
 from launch.status import write_status
 from launch.world import World, share
@@ -29,7 +28,6 @@ from shards.manifest import MANIFEST_NAME
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
-LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
 GIB = 2**30
 # The newest three checkpoints of B3, the best, and one being written take 1.7 GiB.
 WANTED_IN_RUN = 4 * GIB
@@ -91,7 +89,7 @@ def look(recipe: Recipe, world: World, token: str) -> Facts:
         data=seen_data(recipe),
         run_folder="shared" if sees(recipe.run.out, token) else "not the one that rank 0 writes to",
         code=source_hash(),
-        libraries=", ".join([f"python {platform.python_version()}", *(_version(name) for name in LIBRARIES)]),
+        libraries=", ".join(f"{name} {found}" if found else f"no {name}" for name, found in versions().items()),
         host=host_name(),
         run_free=_free(recipe.run.out),
         tmp_free=_free(Path(tempfile.gettempdir())),
@@ -181,13 +179,6 @@ def source_hash() -> str:
         for path in sorted((ROOT / package).rglob("*.py")):
             digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def _version(library: str) -> str:
-    try:
-        return f"{library} {importlib.metadata.version(library)}"
-    except importlib.metadata.PackageNotFoundError:
-        return f"no {library}"
 
 
 def _free(folder: Path) -> int:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pipeline.augment.recipe import scale_and_offset
 from pipeline.decode import DecodeError, DecodeJob, Normalisation
 from pipeline.recycle import Recycler
-from pipeline.resize import scale_and_offset
 from shards.errors import UserError
 
 try:
@@ -34,6 +34,7 @@ except (ImportError, OSError) as error:  # OSError: the shared libraries that it
 T = TypeVar("T")
 
 IMAGES_PER_TASK = 8
+AS_STORED = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
 
 
 @dataclass
@@ -85,7 +86,8 @@ class _Task:
             self._out = torch.empty((n, size, size, 3), dtype=dtype, pin_memory=True)
         else:
             self._out = buffers.empty((n, size, size, 3), dtype)
-        self._scale, self._offset = scale_and_offset(decoder.normalisation, size)
+        normal = decoder.normalisation or AS_STORED
+        self._scale, self._offset = scale_and_offset(normal.mean, normal.std, size)
         self._geometry = _geometry(job, size)
         self._refused = np.zeros(n, np.bool_)
         starts = range(0, n, IMAGES_PER_TASK)

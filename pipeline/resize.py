@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from pipeline.augment.recipe import scale_and_offset
 from pipeline.decode import DecodeJob, Normalisation
 from pipeline.recycle import Recycler
 
@@ -33,8 +34,8 @@ class Resizer:
     """
 
     def __init__(self, *, size: int, threads: int, normalisation: Normalisation | None) -> None:
-        self._size, self._normalisation = size, normalisation
-        self._scale, self._offset = scale_and_offset(normalisation, size)
+        self._size = size
+        self._row = None if normalisation is None else scale_and_offset(normalisation.mean, normalisation.std, size)
         self._buffers = Recycler()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
@@ -45,7 +46,7 @@ class Resizer:
             windows: of each image what the job's window says, uint8 [height, width, 3]; not used after the return.
         """
         n, size = len(windows), self._size
-        dtype = torch.uint8 if self._normalisation is None else torch.float32
+        dtype = torch.uint8 if self._row is None else torch.float32
         out = self._buffers.empty((n, size, size, 3), dtype)
         rows = out.numpy()
 
@@ -81,16 +82,10 @@ class Resizer:
             turned = np.empty_like(pixels, order="C")
             np.copyto(turned.view("V3"), np.ascontiguousarray(pixels).view("V3")[:, ::-1])
             pixels = turned
-        if self._normalisation is None:
+        if self._row is None:
             np.copyto(out, pixels)
             return
         values = out.reshape(self._size, -1)
-        np.multiply(pixels.reshape(self._size, -1), self._scale, out=values)
-        np.add(values, self._offset, out=values)
-
-
-def scale_and_offset(normalisation: Normalisation | None, size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Of each value of a row of pixels, float32 [size * 3], as `pipeline.augment.pixels.normalise` has them."""
-    mean, std = ((0.0,) * 3, (1 / 255,) * 3) if normalisation is None else (normalisation.mean, normalisation.std)
-    scale, offset = 1.0 / (255.0 * np.asarray(std)), -np.asarray(mean) / np.asarray(std)
-    return np.tile(scale.astype(np.float32), size), np.tile(offset.astype(np.float32), size)
+        scale, offset = self._row
+        np.multiply(pixels.reshape(self._size, -1), scale, out=values)
+        np.add(values, offset, out=values)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline import rng
 from pipeline.augment.params import MixParams, SampleParams
-from pipeline.augment.recipe import Colour
+from pipeline.augment.recipe import Colour, scale_and_offset
 from pipeline.augment.transfer import upload
 
 BLOCK, WARPS = 4096, 8  # numbers of one program: 16 bytes of input a thread
@@ -129,8 +129,7 @@ def finish(
         arrays += [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
     boxes, keys, *mix = upload(arrays, images.device)
     lam, cut, mix_boxes = mix or (None, None, None)
-    scale = (1.0 / (255.0 * np.asarray(std))).astype(np.float32)
-    offset = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+    scale, offset = scale_and_offset(mean, std)
     out = torch.empty_like(images, dtype=dtype)
     numel = height * width * 3
     _finish[(triton.cdiv(numel, BLOCK), batch // 2 if mix else batch)](

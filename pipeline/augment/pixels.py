@@ -23,7 +23,7 @@ from pipeline.augment.erase import Eraser
 from pipeline.augment.mix import mix, mix_targets
 from pipeline.augment.ops import Op
 from pipeline.augment.params import MixParams, SampleParams
-from pipeline.augment.recipe import AugmentRecipe, Colour
+from pipeline.augment.recipe import AugmentRecipe, Colour, scale_and_offset
 from pipeline.augment.transfer import upload
 
 __all__ = ["BatchAugment", "mix", "mix_targets", "normalise"]
@@ -195,10 +195,7 @@ def _scale_and_offset(
 ) -> tuple[Tensor, Tensor]:
     """A row of pixels each, float32 [width * 3]: a broadcast along three channels would be slow. Kept for each stream,
     since what one has queued another cannot know to be there."""
-    scale = 1.0 / (255.0 * np.asarray(std))
-    offset = -np.asarray(mean) / np.asarray(std)
-    rows = [np.tile(values.astype(np.float32), width) for values in (scale, offset)]
-    first, second = upload(rows, device)
+    first, second = upload(scale_and_offset(mean, std, width), device)
     return first, second
 
 

@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shards.errors import UserError
 
 Range = tuple[float, float]
@@ -134,3 +137,17 @@ def augment_recipe(name: str, **overrides: Any) -> AugmentRecipe:
     if name not in RECIPES:
         raise UserError(f"augmentation {name!r}: one of {', '.join(RECIPES)} expected")
     return replace(RECIPES[name], **overrides)
+
+
+def scale_and_offset(mean: Colour, std: Colour, pixels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What turns bytes into normalised numbers: value * scale + offset = (value / 255 - mean) / std.
+
+    Args:
+        mean, std: per channel, on the 0..1 scale.
+        pixels: for how many pixels, one after the other.
+
+    Returns:
+        scale, offset: float32 [pixels * 3].
+    """
+    scale, offset = 1.0 / (255.0 * np.asarray(std)), -np.asarray(mean) / np.asarray(std)
+    return np.tile(scale.astype(np.float32), pixels), np.tile(offset.astype(np.float32), pixels)
