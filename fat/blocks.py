@@ -15,10 +15,12 @@ from fat.layers import (
     MapNorm,
     ResidualDepthwise,
     add_norm,
+    convolve_fold,
     convolve_gate,
     convolve_norm,
     depthwise,
     pointwise,
+    watched,
 )
 
 SHORTCUT_KERNEL = 5  # of the depthwise stride-2 convolution beside a reducing block
@@ -55,10 +57,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or out_dim != dim:
-            self.shortcut = nn.Sequential(
-                ConvNorm(depthwise(dim, SHORTCUT_KERNEL, stride)),
-                pointwise(dim, out_dim),
-            )
+            self.shortcut = Shortcut(dim, out_dim, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._feed(*add_norm(self.drop_path, self.norm2, *self._attend(x)))
@@ -78,6 +77,18 @@ class Block(nn.Module):
 
     def _feed(self, x: Tensor, normalised: Tensor) -> Tensor:
         return self.drop_path(self.shortcut(x), self.ffn(normalised))
+
+
+class Shortcut(nn.Sequential):
+    """Beside a block that reduces: depthwise, BatchNorm, 1x1."""
+
+    def __init__(self, dim: int, out_dim: int, stride: int) -> None:
+        super().__init__(ConvNorm(depthwise(dim, SHORTCUT_KERNEL, stride)), pointwise(dim, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        unit, after = self
+        assert isinstance(after, nn.Conv2d)
+        return convolve_fold(unit, after, x)
 
 
 class FASA(nn.Module):
@@ -101,7 +112,7 @@ class FASA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
-        k, v = self.kv(self.pool(x)).chunk(2, dim=1)
+        k, v = self.pool.project(x, self.kv).chunk(2, dim=1)
         return self.proj(convolve_gate(self.local, q, self.attend(q, k, v)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,6 +143,16 @@ class Pool(nn.Sequential):
             steps += [ConvNorm(depthwise(dim, POOL_KERNEL, stride=2)), pointwise(dim, dim)]
         super().__init__(*steps[:-1])
 
+    def project(self, x: Tensor, after: nn.Conv2d) -> Tensor:
+        """after(self(x)), each BatchNorm together with the 1x1 convolution behind it."""
+        steps = [*self, after]
+        if watched(self) or len(steps) == 1:
+            return after(self(x))
+        for unit, behind in zip(steps[::2], steps[1::2], strict=True):
+            assert isinstance(behind, nn.Conv2d)
+            x = convolve_fold(unit, behind, x)
+        return x
+
 
 class ConvFFN(nn.Module):
     """1x1 to the hidden width, GELU, depthwise (with an inner residual unless it reduces), BatchNorm, 1x1."""
@@ -143,4 +164,4 @@ class ConvFFN(nn.Module):
         self.fc2 = pointwise(hidden, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dw(F.gelu(self.fc1(x))))
+        return convolve_fold(self.dw, self.fc2, F.gelu(self.fc1(x)))

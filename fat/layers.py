@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat import kernels
+from fat.batchnorm import BatchNorm, folded, with_statistics
 
 
 def pointwise(dim: int, out_dim: int) -> nn.Conv2d:
@@ -51,7 +52,12 @@ class ConvNorm(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
-        self.bn = nn.BatchNorm2d(conv.out_channels)
+        self.bn = BatchNorm(conv.out_channels)
+
+    @property
+    def folds(self) -> bool:
+        """Whether a 1x1 convolution behind it can do its BatchNorm now (another kind may stand in its place)."""
+        return isinstance(self.bn, BatchNorm) and self.bn.folds
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
@@ -129,7 +135,7 @@ class DropPath(nn.Module):
 
 def convolve_norm(conv: nn.Module, norm: MapNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """y = conv(x), and norm(y)."""
-    if isinstance(conv, ResidualDepthwise) and conv.served(x) and not _watched(conv, norm):
+    if isinstance(conv, ResidualDepthwise) and conv.served(x) and not watched(conv, norm):
         return kernels.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
     y = conv(x)
     return y, norm(y)
@@ -137,7 +143,7 @@ def convolve_norm(conv: nn.Module, norm: MapNorm, x: Tensor) -> tuple[Tensor, Te
 
 def add_norm(drop_path: DropPath, norm: MapNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """y = drop_path(x, branch), and norm(y)."""
-    if kernels.serves(x, branch) and not _watched(drop_path, norm):
+    if kernels.serves(x, branch) and not watched(drop_path, norm):
         return kernels.add_norm(x, branch, drop_path.draw(x), norm.weight, norm.bias, norm.eps)
     y = drop_path(x, branch)
     return y, norm(y)
@@ -146,13 +152,34 @@ def add_norm(drop_path: DropPath, norm: MapNorm, x: Tensor, branch: Tensor) -> t
 def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
     """SiLU(conv(q)) * SiLU(other)."""
     if kernels.serves(q, other):
-        if isinstance(conv, Depthwise) and conv.served(q) and not _watched(conv):
+        if isinstance(conv, Depthwise) and conv.served(q) and not watched(conv):
             return kernels.depthwise_gate(q, conv.weight, conv.bias, other)
         return kernels.gate(conv(q), other)
     return F.silu(conv(q)) * F.silu(other)
 
 
-def _watched(*modules: nn.Module) -> bool:
+def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor) -> Tensor:
+    """after(unit(x)) of a depthwise convolution with its BatchNorm and a 1x1 convolution; while training, BatchNorm is
+    done by the weights of the latter (`fat.batchnorm`)."""
+    served = kernels.serves(x)
+    # Eager and without our kernels as many bytes would pass, by more launches.
+    pays = served or torch.compiler.is_compiling()
+    if not pays or not isinstance(unit, ConvNorm) or not unit.folds or watched(unit, unit.conv, unit.bn, after):
+        return after(unit(x))
+    conv, norm = unit.conv, unit.bn
+    if isinstance(conv, Depthwise) and conv.served(x):
+        y, mean, var = kernels.depthwise_moments(
+            x, conv.weight, conv.bias, stride=conv.stride[0], residual=conv.residual
+        )
+    else:
+        y, mean, var = with_statistics(conv(x))
+    mean, var = norm.shared(mean, var)
+    norm.follow(mean, var, y.numel() // y.shape[1])
+    fold = kernels.fold if served else folded
+    return F.conv2d(y, *fold(after, norm, mean, var, y.dtype))
+
+
+def watched(*modules: nn.Module) -> bool:
     """Whether someone must be told when these are called: a user's hooks, or those by which ZeRO 3 gathers weights."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

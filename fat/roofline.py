@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
 from fat.config import VARIANTS
 from fat.cost import count
@@ -48,7 +49,7 @@ class Roofline:
     flops: int
     """Floating-point operations: 2 per multiply-accumulate; backward is twice forward."""
     eager_bytes: int
-    """What the kernels of an eager run read and write, each by itself."""
+    """What the kernels of an eager run, without ours, read and write, each by itself."""
     fused_bytes: int
     """What perfectly fused blocks read and write (`Cost.fused_bytes`)."""
     kernels: int
@@ -73,10 +74,10 @@ def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16
     Args:
         dtype: bfloat16 = autocast over fp32 parameters, as training runs on GPUs; float32 = without.
     """
-    cost, trace = count(model, size), traced(model, size, dtype)
+    cost, trace, larger = count(model, size), traced(model, size, dtype, BATCH), traced(model, size, dtype, 2 * BATCH)
     return Roofline(
         flops=cost.training_flops,
-        eager_bytes=trace.bytes // BATCH,
+        eager_bytes=(larger.bytes - trace.bytes) // BATCH,  # what there is of weights is the same in both
         fused_bytes=cost.fused_bytes(dtype.itemsize),
         kernels=trace.kernels,
     )
@@ -147,17 +148,21 @@ class _OnGpuNorm(MapNorm):
         return norm_rows(x.float(), self.weight, self.bias, self.eps)
 
 
-def traced(model: FAT, size: int, dtype: torch.dtype) -> Trace:
-    """The operations of a training step on `BATCH` images, as a GPU would run them, on memory that is not there."""
+def traced(model: FAT, size: int, dtype: torch.dtype, batch: int) -> Trace:
+    """The operations of a training step on `batch` images, as a GPU would run them, on memory that is not there."""
     trace = Trace()
     with FakeTensorMode(), torch.device("cpu"):
         twin = FAT(model.config).train()
-        swaps: dict[type[nn.Module], type[nn.Module]] = {FASA: _OnGpuFASA, MapNorm: _OnGpuNorm}
+        swaps: dict[type[nn.Module], type[nn.Module]] = {
+            FASA: _OnGpuFASA,
+            MapNorm: _OnGpuNorm,
+            BatchNorm: nn.BatchNorm2d,
+        }
         for module in twin.modules():
             module.__class__ = swaps.get(type(module), type(module))
-        images = torch.empty(BATCH, model.config.in_chans, size, size, dtype=dtype)
+        images = torch.empty(batch, model.config.in_chans, size, size, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
-        labels = torch.zeros(BATCH, dtype=torch.long)
+        labels = torch.zeros(batch, dtype=torch.long)
         with trace:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = twin(images)

@@ -76,6 +76,60 @@ def check_depthwise(case: Case, draw: Draw) -> None:
     assert torch.equal(own[1], again[1])
 
 
+def check_depthwise_moments(case: Case, draw: Draw) -> None:
+    """The convolution, the moments of what it has stored, and the gradients by all three; twice, for the same bits."""
+    x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
+    weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
+    bias = 5 * draw.tensor(case.channels) if case.bias else None  # means of several deviations
+    out, mean, var = ops.depthwise_moments(x, weight, bias, case.stride, case.residual)
+    exact = _convolve(x.double(), weight.double(), _double(bias), case.stride, case.residual)
+    expect("out", out, exact)
+    stored = out.double()
+    size = stored.square().mean()
+    expect("mean", mean, stored.mean(dim=(0, 2, 3)))
+    expect("var", var, stored.var(dim=(0, 2, 3), correction=0), SUMMING * (1 + size.item()))
+
+    count = out.numel() // case.channels
+    gradient, by_mean, by_var = draw.like(out), draw.tensor(case.channels), draw.tensor(case.channels)
+    leaf = stored.clone().requires_grad_()
+    moments = leaf.mean(dim=(0, 2, 3)), leaf.var(dim=(0, 2, 3), correction=0)
+    scaled = count * by_mean, count * by_var  # as large as the gradient itself
+    cotangents = [gradient.double(), *(cotangent.double() for cotangent in scaled)]
+    (completed,) = torch.autograd.grad([leaf * 1, *moments], leaf, cotangents)
+    leaves = [leaf.double().requires_grad_() for leaf in (x, weight, draw.tensor(case.channels))]
+    exact = _convolve(*leaves, case.stride, case.residual)
+    _, by_weight, by_bias = torch.autograd.grad(exact, leaves, completed)
+    found = [
+        ops.depthwise_moments_gradient(gradient, x, out, mean, *scaled, case.kernel, case.stride) for _ in range(2)
+    ]
+    for name, own, again, wanted in zip(
+        ("gradient", "by weight", "by bias"), *found, (completed, by_weight, by_bias), strict=True
+    ):
+        expect(name, own, wanted, 4 * SUMMING * (1 + size.item()))
+        assert torch.equal(own, again)
+
+
+def check_fold(outputs: int, channels: int, dtype: torch.dtype, draw: Draw) -> None:
+    """A 1x1 convolution with a norm's work in it, against the two one after the other; and the gradients."""
+    weight, bias = draw.tensor(outputs, channels, 1, 1), draw.tensor(outputs)
+    gain, shift, mean = (draw.tensor(channels) for _ in range(3))
+    var = draw.tensor(channels).square() + 0.1
+    folded, folded_bias = ops.fold(weight, bias, gain, shift, mean, var, EPS, dtype)
+    leaves = [t.double().requires_grad_() for t in (weight, gain, shift, mean, var)]
+    exact = leaves[0] * (leaves[1] * (leaves[4] + EPS).rsqrt()).view(1, -1, 1, 1)
+    expect("weights", folded, exact)
+    # The values are those of the weights as they were rounded, the slopes those of exact ones.
+    rounded = exact + (folded.double() - exact).detach()
+    exact_bias = bias.double() + (leaves[0].flatten(1) * leaves[2] - rounded.flatten(1) * leaves[3]).sum(1)
+    expect("bias", folded_bias, exact_bias)
+
+    by_folded, by_bias = draw.tensor(outputs, channels, 1, 1).to(dtype), draw.tensor(outputs).to(dtype)
+    wanted = torch.autograd.grad([exact, exact_bias], leaves, [by_folded.double(), by_bias.double()])
+    found = ops.fold_gradient(by_folded, by_bias, weight, gain, shift, mean, var, folded, EPS)
+    for name, own, value in zip(("weight", "gain", "shift", "mean", "var"), found, wanted, strict=True):
+        expect(f"by {name}", own, value)
+
+
 def check_depthwise_gate(case: Case, draw: Draw) -> None:
     q, other = (draw.map(case.batch, case.channels, case.height, case.width, case.dtype) for _ in range(2))
     weight = draw.tensor(case.channels, 1, case.kernel, case.kernel) / case.kernel

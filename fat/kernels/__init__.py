@@ -18,7 +18,7 @@ import importlib.util
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fat.kernels import ops
 from fat.kernels.maps import DTYPES, SIZES, STRIDES
@@ -31,7 +31,9 @@ __all__ = [
     "available",
     "depthwise",
     "depthwise_gate",
+    "depthwise_moments",
     "depthwise_norm",
+    "fold",
     "gate",
     "norm",
     "serves",
@@ -79,6 +81,21 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1
 def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """SiLU(depthwise(q)) * SiLU(other). The backward pass works depthwise(q) out again."""
     return ops.depthwise_gate(_cast(q), weight, bias, _cast(other))
+
+
+def depthwise_moments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(`depthwise`, its mean and its variance without correction, fp32 [C]), differentiable all three."""
+    return ops.depthwise_moments(_cast(x), weight, bias, stride, residual)
+
+
+def fold(
+    after: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights [O, C, 1, 1] and bias [O] with which `after`, a 1x1 convolution, does the norm's work too, in dtype."""
+    assert after.bias is not None
+    return ops.fold(after.weight, after.bias, norm.weight, norm.bias, mean, var, norm.eps, dtype)
 
 
 def gate(local: Tensor, other: Tensor) -> Tensor:

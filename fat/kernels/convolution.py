@@ -30,6 +30,7 @@ def _convolve(
     out,
     gate_out,
     moments,
+    counts,
     height,
     width,
     channels,
@@ -50,7 +51,8 @@ def _convolve(
     """x [B, height, width, channels], taps fp32 [KERNEL^2, channels] -> out [B, out_height, out_width, channels].
 
     FLIP turns the kernel round (the gradient by the input at stride 1). moments, where given, gets (count, mean, sum of
-    squared deviations) of each program's outputs.
+    squared deviations) of each program's outputs; with counts, those of each channel: moments (mean, squares) fp32
+    [tiles, 2, channels], counts fp32 [tiles].
     """
     pad: tl.constexpr = KERNEL // 2
     program = tl.program_id(0)
@@ -119,22 +121,27 @@ def _convolve(
             rounded = rounded + (kept,)
     if moments is not None:
         rows = tl.minimum(out_height - top, ROWS)
-        count = rows * tl.sum(tl.sum(known_here.to(tl.int32), axis=1), axis=0)
-        mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
+        if counts is None:
+            count = rows * tl.sum(tl.sum(known_here.to(tl.int32), axis=1), axis=0)
+            mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
+        else:
+            count = rows * tl.sum((col < out_width).to(tl.int32), axis=0)
+            mean = (tl.sum(total, axis=0) / count)[None, :]
         squares = tl.zeros((COLS, CHANNELS), tl.float32)
         for r in tl.static_range(ROWS):
             deviation = tl.where(known_here & (top + r < out_height), rounded[r] - mean, 0.0)
             squares += deviation * deviation
-        slot = moments + program_slot(sample, program, row_tiles * col_tiles * channel_tiles) * 3
-        tl.store(slot, count.to(tl.float32))
-        tl.store(slot + 1, mean)
-        tl.store(slot + 2, tl.sum(tl.sum(squares, axis=1), axis=0))
-
-
-@triton.jit
-def program_slot(sample, program, each):
-    """Programs of a sample are consecutive."""
-    return sample * each + program % each
+        if counts is None:
+            slot = moments + program.to(tl.int64) * 3
+            tl.store(slot, count.to(tl.float32))
+            tl.store(slot + 1, mean)
+            tl.store(slot + 2, tl.sum(tl.sum(squares, axis=1), axis=0))
+        else:
+            tile = (program // channel_tiles).to(tl.int64)
+            slot = moments + tile * 2 * channels + c
+            tl.store(slot, tl.sum(mean, axis=0), mask=known)
+            tl.store(slot + channels, tl.sum(squares, axis=0), mask=known)
+            tl.store(counts + tile, count.to(tl.float32))
 
 
 @triton.jit
@@ -224,16 +231,16 @@ def convolve(
     gate: Tensor | None = None,
     gradient: Tensor | None = None,
     gate_out: Tensor | None = None,
-    moments: bool = False,
-) -> Tensor | None:
-    """Fills `out` (and `gate_out`); returns the moments fp32 [B, programs per sample, 3] where they are asked for."""
+    moments: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> None:
+    """Fills `out` (and `gate_out`), and `moments`: fp32 [B, programs, 3], or with `counts` [tiles] [tiles, 2, C], their
+    numbers by `programs`."""
     batch, channels, height, width = x.shape
     out_height, out_width = out.shape[2:]
     tile = tiles.depthwise(weight.shape[-1], out_height, out_width, channels)
     grid = _grid(tile, out_height, out_width, channels)
-    programs = grid[0] * grid[1] * grid[2]
-    parts = x.new_empty(batch, programs, 3, dtype=torch.float32) if moments else None
-    _convolve[(batch * programs,)](
+    _convolve[(batch * grid[0] * grid[1] * grid[2],)](
         x,
         _taps(weight),
         bias,
@@ -241,7 +248,8 @@ def convolve(
         gradient,
         out,
         gate_out,
-        parts,
+        moments,
+        counts,
         height,
         width,
         channels,
@@ -258,7 +266,14 @@ def convolve(
         CHANNELS=tile.channels,
         num_warps=tile.warps,
     )
-    return parts
+
+
+def programs(weight: Tensor, out: Tensor) -> tuple[int, int]:
+    """Over one sample of `out`: tiles, and programs of each, which have some of the channels."""
+    height, width = out.shape[2:]
+    tile = tiles.depthwise(weight.shape[-1], height, width, out.shape[1])
+    rows, cols, deep = _grid(tile, height, width, out.shape[1])
+    return rows * cols, deep
 
 
 def input_gradient(gradient: Tensor, weight: Tensor, out: Tensor, *, stride: int, residual: bool) -> None:

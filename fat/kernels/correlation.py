@@ -6,6 +6,8 @@ parts are added by a second reduction. No atomics: the same input gives the same
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +22,11 @@ def _correlate(
     x,
     out,
     bias_out,
+    y,
+    mean,
+    by_mean,
+    by_var,
+    completed,
     batch,
     height,
     width,
@@ -38,7 +45,11 @@ def _correlate(
     CHANNELS: tl.constexpr,
 ):
     """gradient [B, grad_height, grad_width, channels], x [B, height, width, channels] -> out fp32 [parts, channels,
-    KERNEL^2] and bias_out fp32 [parts, channels]: each part's sums. A program takes COLUMNS kernel columns."""
+    KERNEL^2] and bias_out fp32 [parts, channels]: each part's sums. A program takes COLUMNS kernel columns.
+
+    With y, the convolution's result, the gradients by its mean and variance [channels] are added to the gradient, and
+    the sum is written to completed.
+    """
     pad: tl.constexpr = KERNEL // 2
     groups: tl.constexpr = (KERNEL + COLUMNS - 1) // COLUMNS
     program = tl.program_id(0)
@@ -54,6 +65,11 @@ def _correlate(
         sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
     bias_sum = tl.zeros((COLS, CHANNELS), tl.float32)
 
+    if y is not None:
+        count = batch * grad_height * grad_width
+        slope = tl.load(by_var + c, mask=known, other=0.0) * (2.0 / count)
+        shift = tl.load(by_mean + c, mask=known, other=0.0) / count - slope * tl.load(mean + c, mask=known, other=0.0)
+
     start = part * tiles_each
     end = tl.minimum(start + tiles_each, batch * row_tiles * col_tiles)
     for tile in range(start, end):
@@ -67,6 +83,11 @@ def _correlate(
             inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
             place = (top + r) * grad_width * channels + col[:, None] * channels + c[None, :]
             upper = tl.load(gradients + place, mask=inside, other=0.0).to(tl.float32)
+            if y is not None:
+                base = sample * grad_height * grad_width * channels
+                value = tl.load(y + base + place, mask=inside, other=0.0).to(tl.float32)
+                upper = tl.where(inside, upper + (value * slope[None, :] + shift[None, :]), 0.0)
+                tl.store(completed + base + place, upper.to(completed.dtype.element_ty), mask=inside & (group == 0))
             bias_sum += upper
             uppers = uppers + (upper,)
         for j in tl.static_range(COLUMNS):
@@ -92,7 +113,21 @@ def _correlate(
     tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=known & (group == 0))
 
 
-def weight_gradient(gradient: Tensor, x: Tensor, *, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Statistics:
+    """Of the convolution's result y, whose mean and variance have gradients too: fp32 [C]."""
+
+    y: Tensor
+    mean: Tensor
+    by_mean: Tensor
+    by_var: Tensor
+    completed: Tensor
+    """Is filled with the whole gradient by y."""
+
+
+def weight_gradient(
+    gradient: Tensor, x: Tensor, *, kernel: int, stride: int, statistics: Statistics | None = None
+) -> tuple[Tensor, Tensor]:
     """fp32 [C, 1, k, k] and [C]."""
     batch, channels, height, width = x.shape
     grad_height, grad_width = gradient.shape[2:]
@@ -110,6 +145,7 @@ def weight_gradient(gradient: Tensor, x: Tensor, *, kernel: int, stride: int) ->
         x,
         out,
         bias_out,
+        *((None,) * 5 if statistics is None else vars(statistics).values()),
         batch,
         height,
         width,

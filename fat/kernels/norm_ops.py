@@ -96,13 +96,14 @@ def depthwise_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`depthwise` with residual, and `norm` of it: (map, normalised map, mean, reciprocal standard deviation)."""
     from fat.kernels import groupnorm as kernels
-    from fat.kernels.convolution import convolve
+    from fat.kernels.convolution import convolve, programs
 
     expect(x)
     expect_weight(weight, x, 1, True)
     total, out = torch.empty_like(x), torch.empty_like(x)
-    moments = convolve(x, weight, bias, total, residual=True, moments=True)
-    assert moments is not None
+    tiles, deep = programs(weight, total)
+    moments = x.new_empty(x.shape[0], tiles * deep, 3, dtype=torch.float32)
+    convolve(x, weight, bias, total, residual=True, moments=moments)
     return total, out, *kernels.normalise(total, moments, norm_weight, norm_bias, out, eps)
 
 

@@ -40,8 +40,19 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.group_norm(x, 1, weight, bias, 1e-5)
 
 
+def moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return y, y.mean(dim=(0, 2, 3)), y.var(dim=(0, 2, 3), correction=0)
+
+
+def folded(weight: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+    bias, gain, shift, mean, var = rest
+    result = weight * (gain * (var + 1e-5).rsqrt()).view(-1, 1, 1)
+    return result, bias + (weight.flatten(1) * shift - result.flatten(1) * mean).sum(1)
+
+
 X, Y = maps(FP32, FP32)
 WEIGHT, BIAS, GAIN, SHIFT = weights()
+MATRIX = Draw.seeded(10, "cpu").tensor(6, SHAPE[1], 1, 1)
 # name: (ours, the same in torch, arguments that need gradients)
 FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Tensor]]] = {
     "depthwise": (kernels.depthwise, convolved, [X, WEIGHT, BIAS]),
@@ -72,6 +83,16 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
         lambda x, y, *a: kernels.add_norm(x, y, None, *a, 1e-5),
         lambda x, y, *a: (x + y, normalised(x + y, *a)),
         [X, Y, GAIN, SHIFT],
+    ),
+    "depthwise and moments": (
+        lambda *a: kernels.depthwise_moments(*a, residual=True),
+        lambda x, *a: moments(x + convolved(x, *a)),
+        [X, WEIGHT, BIAS],
+    ),
+    "fold": (
+        lambda *a: ops.fold(*a, 1e-5, FP32),
+        folded,
+        [MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square() + 0.1],
     ),
     "depthwise and norm": (
         lambda *a: kernels.depthwise_norm(*a, 1e-5),
@@ -117,6 +138,10 @@ OPERATORS = {
     "depthwise_weight_gradient": (X, Y, KERNEL, 1),
     "depthwise_gate": (X, WEIGHT, None, Y),
     "depthwise_gate_gradient": (X, X, WEIGHT, BIAS, Y),
+    "depthwise_moments": (X, WEIGHT, BIAS, 2, False),
+    "depthwise_moments_gradient": (X, Y, X, BIAS, GAIN, SHIFT, KERNEL, 1),
+    "fold": (MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square(), 1e-5, BF16),
+    "fold_gradient": (MATRIX[:, :, 0, 0], BIAS[:6], MATRIX, GAIN, SHIFT, BIAS, SHIFT.square(), MATRIX, 1e-5),
     "gate": (X, Y),
     "gate_gradient": (X, X, Y),
     "norm": (X, GAIN, SHIFT, 1e-5),
@@ -127,7 +152,17 @@ OPERATORS = {
     "norm_gradient": (X, Y, MEAN, RSTD, GAIN, X),
     "add_norm_gradient": (X, Y, MEAN, RSTD, GAIN, X, SCALE, BF16),
 }
-DIFFERENTIABLE = {"depthwise", "depthwise_gate", "gate", "norm", "add", "add_norm", "depthwise_norm"}
+DIFFERENTIABLE = {
+    "depthwise",
+    "depthwise_gate",
+    "depthwise_moments",
+    "depthwise_norm",
+    "fold",
+    "gate",
+    "norm",
+    "add",
+    "add_norm",
+}
 
 
 def test_every_operator_is_listed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -37,13 +38,16 @@ class Called(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def run(model: torch.nn.Module, images: Tensor, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients, with the same drop path every time."""
-    model.zero_grad()
+def run(
+    model: torch.nn.Module, images: Tensor, cotangent: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Logits, gradients and BatchNorm's statistics after a step, with the same drop path every time."""
+    model = copy.deepcopy(model)
     torch.manual_seed(1)
     logits = model(images)
     (logits.float() * cotangent).sum().backward()
-    return logits.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return logits.detach(), gradients, dict(model.named_buffers())
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +64,13 @@ def images() -> Tensor:
 def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     cotangent = torch.randn(2, 3, generator=torch.Generator().manual_seed(3))
     with Called() as called:
-        logits, gradients = run(model, images, cotangent)
+        logits, gradients, statistics = run(model, images, cotangent)
     monkeypatch.setenv("FAT_KERNELS", "off")
     with Called() as silent:
-        plain_logits, plain_gradients = run(model, images, cotangent)
+        plain_logits, plain_gradients, plain_statistics = run(model, images, cotangent)
     assert not silent.count
     blocks, pools = 4, 2 + 1 + 1 + 0
+    norms = pools + 2 * blocks - 1  # of the batch: in feed-forwards, and the shortcuts of the three that reduce
     assert called.count == {
         "norm": 2,  # stem and head
         "depthwise_norm": blocks,
@@ -76,11 +81,15 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         "norm_gradient": 2 + blocks + 1,
         "add": blocks,
         "scaled": blocks - 1,
-        "depthwise": pools + 2 * blocks - 1,  # feed-forward, and the shortcuts of the three that reduce
-        "depthwise_input_gradient": pools + 2 * blocks - 1 + 2 * blocks,
-        "depthwise_weight_gradient": pools + 2 * blocks - 1 + 2 * blocks,
+        "depthwise_moments": norms,
+        "depthwise_moments_gradient": norms,
+        "fold": norms,
+        "fold_gradient": norms,
+        "depthwise_input_gradient": norms + 2 * blocks,
+        "depthwise_weight_gradient": 2 * blocks,  # position and gate
     }
     torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics, plain_statistics, rtol=1e-4, atol=1e-6)
     scale = torch.stack([gradient.norm() for gradient in plain_gradients.values()]).max()
     for name, gradient in plain_gradients.items():
         # A bias before a BatchNorm has no gradient but rounding, hence the part that does not depend on its size.
@@ -135,4 +144,5 @@ def test_the_whole_net_is_one_graph_forward_and_backward(model: fat.FAT, images:
     forward, backward = graphs
     assert forward["add_norm"] == forward["depthwise_gate"] == 4
     assert backward["depthwise_gate_gradient"] == 4
-    assert backward["depthwise_weight_gradient"] == 4 + 4 + 4 + 4 + 3
+    assert backward["depthwise_weight_gradient"] == 4 + 4
+    assert backward["depthwise_moments_gradient"] == 4 + 4 + 3

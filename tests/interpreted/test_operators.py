@@ -13,7 +13,9 @@ from tests.kernel_checks import (
     check_add,
     check_depthwise,
     check_depthwise_gate,
+    check_depthwise_moments,
     check_depthwise_norm,
+    check_fold,
     check_gate,
     check_norm,
 )
@@ -65,6 +67,25 @@ def test_depthwise_gate(case: Case) -> None:
 @pytest.mark.parametrize("case", [Case(3, 1, 2, 80, 14, 14, FP32), Case(9, 1, 1, 20, 7, 9, BF16)], ids=str)
 def test_depthwise_and_norm(case: Case) -> None:
     check_depthwise_norm(case, Draw.seeded(3, "cpu"))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 2, 3, 20, 13, 9, FP32),
+        Case(5, 1, 2, 72, 8, 9, BF16, residual=True),
+        Case(5, 2, 1, 40, 7, 7, FP16, bias=False),
+        Case(7, 1, 1, 16, 8, 5, FP32, residual=True),
+    ],
+    ids=str,
+)
+def test_depthwise_and_moments(case: Case) -> None:
+    check_depthwise_moments(case, Draw.seeded(7, "cpu"))
+
+
+@pytest.mark.parametrize(("outputs", "channels", "dtype"), [(5, 20, FP32), (40, 72, BF16), (33, 16, FP16)])
+def test_fold(outputs, channels, dtype) -> None:
+    check_fold(outputs, channels, dtype, Draw.seeded(8, "cpu"))
 
 
 MAPS = [

@@ -83,7 +83,8 @@ def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         assert kernel is not None
-        target.kernels[self.fn.__name__] = kernel
+        name = self.fn.__name__
+        target.kernels[name if name not in target.kernels else f"{name}-{len(target.kernels)}"] = kernel
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(driver, "_active", target)
@@ -104,6 +105,8 @@ def _depthwise(kernel: int, channels: int, side: int, stride: int = 1) -> Callab
     def launch() -> None:
         ops.depthwise(x, weight, bias, stride, stride == 1)
         ops.depthwise_weight_gradient(gradient, x, kernel, stride)
+        ops.depthwise_moments(x, weight, bias, stride, stride == 1)
+        ops.depthwise_moments_gradient(gradient, x, gradient, bias, bias, bias, kernel, stride)
         if stride == 2:
             ops.depthwise_input_gradient(gradient, weight, side, side, stride, False)
 
@@ -124,6 +127,12 @@ def _block(kernel: int, channels: int, side: int) -> Callable[[], object]:
     return launch
 
 
+def _fold() -> None:
+    weight, bias, norm = torch.zeros(512, 2048, 1, 1), torch.zeros(512), torch.zeros(2048)
+    ops.fold(weight, bias, norm, norm, norm, norm, 1e-5, BF16)
+    ops.fold_gradient(weight.to(BF16), bias.to(BF16), weight, norm, norm, norm, norm, weight.to(BF16), 1e-5)
+
+
 def _finish() -> None:
     recipe = augment_recipe("fat", size=224)
     sides = np.full(2, 400)
@@ -142,6 +151,7 @@ LAUNCHES = {
     "stage 4": _depthwise(9, 256, 7),
     "reducing": _depthwise(5, 256, 56, stride=2),
     "block": _block(5, 128, 28),
+    "fold": _fold,
     "augmentation": _finish,
 }
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
