@@ -9,15 +9,35 @@ from torch.nn import functional as F
 from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
 
+MATRIX_PRODUCTS = True  # `project`'s; a switch for benchmarks
 
-def pointwise(dim: int, out_dim: int) -> nn.Conv2d:
+
+def pointwise(dim: int, out_dim: int) -> Pointwise:
     """1x1 convolution, with bias."""
-    return nn.Conv2d(dim, out_dim, 1)
+    return Pointwise(dim, out_dim, 1)
 
 
 def depthwise(dim: int, kernel: int, stride: int = 1) -> Depthwise:
     """Depthwise convolution, with bias; stride 2 gives ceil(n / 2)."""
     return Depthwise(dim, kernel, stride)
+
+
+class Pointwise(nn.Conv2d):
+    """A 1x1 convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return project(input, self.weight, self.bias)
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1x1 convolution with weights [O, C, 1, 1]: in half precision, where our kernels serve, as a matrix product of the
+    map's positions, which adds the bias on its way out; after a convolution torch adds it in a pass of its own."""
+    half = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
+    if not (MATRIX_PRODUCTS and half and kernels.serves(x)):
+        return F.conv2d(x, weight, bias)
+    batch, _, height, width = x.shape
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    return F.linear(rows, weight.flatten(1), bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class Depthwise(nn.Conv2d):
@@ -176,7 +196,7 @@ def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor) -> Tensor:
     mean, var = norm.shared(mean, var)
     norm.follow(mean, var, y.numel() // y.shape[1])
     fold = kernels.fold if served else folded
-    return F.conv2d(y, *fold(after, norm, mean, var, y.dtype))
+    return project(y, *fold(after, norm, mean, var, y.dtype))
 
 
 def watched(*modules: nn.Module) -> bool:

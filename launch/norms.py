@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
+from fat.batchnorm import BatchNorm, statistics
 from launch.recipe import RecipeError
 from launch.world import World
 
@@ -56,7 +57,7 @@ def batch_norms(model: nn.Module) -> list[nn.Module]:
 Tensors = tuple[Tensor, ...]
 
 
-class GlobalBatchNorm(nn.BatchNorm2d):
+class GlobalBatchNorm(BatchNorm):
     """BatchNorm whose training statistics are those of all ranks of a group, each with the same number of values.
 
     torch's SyncBatchNorm allows for ranks with different numbers, and to leave out those without any it makes the host
@@ -80,27 +81,40 @@ class GlobalBatchNorm(nn.BatchNorm2d):
             twin = cls(norm.num_features, group, eps=norm.eps, momentum=norm.momentum)
         return _adopt(twin, norm)
 
-    def local(self) -> nn.BatchNorm2d:
+    def local(self) -> BatchNorm:
         """An ordinary BatchNorm on the same parameters and buffers."""
         assert self.momentum is not None
         with torch.device("meta"):
-            twin = nn.BatchNorm2d(self.num_features, eps=self.eps, momentum=self.momentum)
+            twin = BatchNorm(self.num_features, eps=self.eps, momentum=self.momentum)
         return _adopt(twin, self)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
         output, mean, var = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
-        with torch.no_grad():
-            count = self.ranks * input.numel() // input.shape[1]
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        self.follow(mean, var, input.numel() // input.shape[1])
         return output
+
+    def shared(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = _Share.apply(mean, var, self.group, self.ranks)
+        return result
+
+
+class _Share(torch.autograd.Function):
+    """(mean, biased variance, group, ranks), [C] float32 -> the same of all ranks' values together."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
+        total_mean, total_var = _over_ranks(mean, var, group, ranks)
+        ctx.save_for_backward(mean, total_mean)
+        ctx.group, ctx.ranks = group, ranks
+        return total_mean, total_var
+
+    @staticmethod
+    def backward(ctx: Any, by_mean: Tensor, by_var: Tensor) -> tuple[Tensor | None, ...]:
+        mean, total_mean = ctx.saved_tensors
+        by_mean, by_var = (_sum_over_ranks(torch.cat([by_mean, by_var]), ctx.group) / ctx.ranks).chunk(2)
+        return by_mean + 2 * (mean - total_mean) * by_var, by_var, None, None
 
 
 class _Normalise(torch.autograd.Function):
@@ -111,12 +125,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup, ranks: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         input = input.contiguous(memory_format=_layout(input))
-        var, mean = _local_statistics(input, eps)
-        mean, var = mean.double(), var.double()
-        moments = _sum_over_ranks(torch.cat([mean, var + mean * mean]), group) / ranks
-        mean, second = moments.chunk(2)
-        var = (second - mean * mean).clamp_(min=0)
-        mean, var = mean.float(), var.float()
+        mean, var = _over_ranks(*statistics(input), group, ranks)
         output = F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)
         ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt())
         ctx.group, ctx.ranks = group, ranks
@@ -135,6 +144,12 @@ class _Normalise(torch.autograd.Function):
         return apply(grad, kept, total, count), grad_weight, grad_bias, None, None, None
 
 
+def _over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensors:
+    mean, var = mean.double(), var.double()
+    mean, second = (_sum_over_ranks(torch.cat([mean, var + mean * mean]), group) / ranks).chunk(2)
+    return mean.float(), (second - mean * mean).clamp_(min=0).float()
+
+
 def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
 
@@ -142,14 +157,6 @@ def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
 def _has_kernels(input: Tensor) -> bool:
     """Whether torch has kernels of its own for the parts; the compiler fuses plain operations better."""
     return input.is_cuda and not torch.compiler.is_compiling()
-
-
-def _local_statistics(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Biased variance and mean of this rank's values, float32 [C]."""
-    if _has_kernels(input):
-        mean, inverse = torch.batch_norm_stats(input, eps)
-        return inverse.double().pow(-2) - eps, mean
-    return torch.var_mean(input.float(), dim=(0, 2, 3), correction=0)
 
 
 def _reduce(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:

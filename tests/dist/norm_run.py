@@ -7,18 +7,21 @@ gradients, running statistics.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
 
+from fat.batchnorm import BatchNorm, folded, with_statistics
 from launch.norms import GlobalBatchNorm, local_norms, synchronise_norms
 from launch.world import World, connect, disconnect
 
 RANKS = 4
 ROWS, CHANNELS, SIDE = 3, 7, 5  # rows of each rank
-# Ranks in a group, and whether the layer runs as one compiled graph.
-CASES = ((4, False), (2, False), (4, True))
+# Ranks in a group, whether the layers run as one compiled graph, whether the second does the norm's work.
+CASES = ((4, False, False), (2, False, False), (4, True, False), (2, False, True), (4, True, True))
 
 
 def whole(world: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,26 +37,37 @@ def layer() -> nn.Sequential:
     norm = nn.BatchNorm2d(CHANNELS)
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias)
-    return nn.Sequential(norm)
+    return nn.Sequential(norm, nn.Conv2d(CHANNELS, CHANNELS, 1))
 
 
-def run(group: int, compiled: bool, world: World) -> list[dict[str, torch.Tensor]]:
+def fold(model: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
+    norm, after = model
+    images, mean, var = with_statistics(images)
+    mean, var = norm.shared(mean, var)
+    norm.follow(mean, var, images.numel() // CHANNELS)
+    return F.conv2d(images, *folded(after, norm, mean, var, images.dtype))
+
+
+def run(group: int, compiled: bool, folds: bool, world: World) -> list[dict[str, torch.Tensor]]:
     """What every rank has found."""
     model = synchronise_norms(layer(), f"group:{group}", world)
     assert isinstance(model[0], GlobalBatchNorm)
-    call = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    call = partial(fold, model) if folds else model
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
     mine = slice(world.rank * ROWS, (world.rank + 1) * ROWS)
     images, cotangent = (t[mine].contiguous(memory_format=torch.channels_last) for t in whole(world.size))
     images.requires_grad_()
     output = call(images)
     output.backward(cotangent)
     norm = local_norms(model)[0]
-    assert type(norm) is nn.BatchNorm2d
+    assert type(norm) is BatchNorm
     found = {
         "output": output.detach(),
         "images": images.grad,
         "weight": norm.weight.grad,
         "bias": norm.bias.grad,
+        "behind": model[1].weight.grad,
         "mean": norm.running_mean,
         "var": norm.running_var,
         "batches": norm.num_batches_tracked,
@@ -65,7 +79,7 @@ def run(group: int, compiled: bool, world: World) -> list[dict[str, torch.Tensor
 
 def main() -> None:
     world = connect()
-    found = [run(group, compiled, world) for group, compiled in CASES]
+    found = [run(*case, world) for case in CASES]
     if world.is_main:
         torch.save(found, sys.argv[1])
     disconnect()

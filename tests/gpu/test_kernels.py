@@ -27,7 +27,9 @@ from tests.kernel_checks import (
     check_add,
     check_depthwise,
     check_depthwise_gate,
+    check_depthwise_moments,
     check_depthwise_norm,
+    check_fold,
     check_gate,
     check_norm,
     poisoned_memory,
@@ -79,6 +81,28 @@ def test_depthwise(case: Case) -> None:
     on_fresh_inputs(lambda draw: check_depthwise(case, draw))
 
 
+NORMED = [
+    Case(5, 1, 3, 128, 56, 56, BF16, residual=True),  # feed-forwards of B0's stages
+    Case(5, 1, 16, 320, 28, 28, BF16, residual=True),
+    Case(5, 1, 2, 1024, 7, 7, BF16, residual=True),
+    Case(5, 2, 2, 64, 56, 56, BF16),
+    Case(5, 2, 3, 20, 13, 9, FP32),
+    Case(9, 1, 2, 40, 8, 9, FP16),
+]
+
+
+@pytest.mark.parametrize("case", NORMED, ids=str)
+def test_depthwise_and_moments(case: Case) -> None:
+    on_fresh_inputs(lambda draw: check_depthwise_moments(case, draw))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "channels", "dtype"), [(32, 128, BF16), (512, 2048, BF16), (33, 20, FP32), (40, 72, FP16)]
+)
+def test_fold(outputs: int, channels: int, dtype: torch.dtype) -> None:
+    on_fresh_inputs(lambda draw: check_fold(outputs, channels, dtype, draw))
+
+
 GATED = [Case(3, 1, 2, 32, 56, 56, BF16), Case(5, 1, 2, 80, 28, 28, BF16), Case(9, 1, 2, 20, 7, 9, FP32)]
 
 
@@ -104,7 +128,7 @@ def test_maps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     on_fresh_inputs(lambda draw: check_add(shape, dtype, True, draw))
 
 
-@pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "add_norm"])
+@pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold"])
 def test_opcheck(name: str) -> None:
     draw = Draw.seeded(0, "cuda")
     x, y = (draw.map(2, 32, 9, 7, FP32).requires_grad_() for _ in range(2))
@@ -112,7 +136,18 @@ def test_opcheck(name: str) -> None:
     arguments = {
         "depthwise_norm": (x, weight, bias, bias, bias, 1e-5),
         "depthwise_gate": (x, weight, bias, y),
+        "depthwise_moments": (x, weight, bias, 2, False),
         "add_norm": (x, y, draw.scale(2), bias, bias, 1e-5),
+        "fold": (
+            draw.tensor(8, 32, 1, 1).requires_grad_(),
+            draw.tensor(8),
+            bias,
+            bias,
+            bias,
+            bias.detach() ** 2,
+            1e-5,
+            BF16,
+        ),
     }
     torch.library.opcheck(getattr(torch.ops.fat, name), arguments[name])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
+from fat import layers
 from fat.config import FATConfig
 
 TINY = FATConfig(
@@ -26,14 +27,15 @@ SIZE = 33  # maps of 9, 5, 3 and 2: at 1, BatchNorm over two values would magnif
 
 
 class Called(TorchDispatchMode):
-    """Counts our operators."""
+    """Counts operators, ours unless told otherwise."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str = "fat") -> None:
         super().__init__()
+        self.namespace = namespace
         self.count: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "fat":
+        if func.namespace == self.namespace:
             self.count[func._opname] += 1
         return func(*args, **(kwargs or {}))
 
@@ -95,6 +97,28 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         # A bias before a BatchNorm has no gradient but rounding, hence the part that does not depend on its size.
         off = (gradients[name] - gradient).norm()
         assert off <= 1e-4 * gradient.norm() + 1e-5 * scale, f"{name}: {off} beside {gradient.norm()}"
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_pointwise_is_a_matrix_product_in_half_precision(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(4)
+    layer = layers.pointwise(20, 12)
+    x, cotangent = torch.randn(2, 20, 5, 3), torch.randn(2, 12, 5, 3).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    if not autocast:
+        layer, x = layer.bfloat16(), x.bfloat16()
+    results = []
+    for switch in (True, False):
+        monkeypatch.setattr(layers, "MATRIX_PRODUCTS", switch)
+        own, leaf = copy.deepcopy(layer), x.clone().requires_grad_()
+        with Called("aten") as called, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = own(leaf)
+        assert (called.count["addmm"] == 1) == switch
+        assert (called.count["convolution"] == 1) != switch
+        assert out.is_contiguous(memory_format=torch.channels_last)
+        out.backward(cotangent)
+        results.append([out, leaf.grad, own.weight.grad, own.bias.grad])
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
 def test_hooks_see_their_modules_called(model: fat.FAT, images: Tensor) -> None:

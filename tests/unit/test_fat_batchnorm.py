@@ -1,0 +1,140 @@
+"""BatchNorm done by its neighbours against BatchNorm done by itself, in plain torch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fat
+from fat.batchnorm import BatchNorm, folded, statistics, with_statistics
+from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, depthwise, pointwise
+from tests.unit.test_fat_parity import TINY
+
+
+def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def norm_and_pointwise(channels: int, outputs: int, dtype: torch.dtype = torch.float64) -> tuple[BatchNorm, nn.Conv2d]:
+    torch.manual_seed(3)
+    norm, after = BatchNorm(channels), pointwise(channels, outputs)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm.to(dtype), after.to(dtype)
+
+
+def fold(norm: BatchNorm, after: nn.Conv2d, x: Tensor) -> Tensor:
+    x, mean, var = with_statistics(x)
+    return nn.functional.conv2d(x, *folded(after, norm, mean, var, x.dtype))
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_statistics_are_those_of_the_values(layout: torch.memory_format, dtype: torch.dtype) -> None:
+    x = (drawn(1, 3, 5, 9, 7) * 0.5 + torch.arange(5).view(-1, 1, 1) * 10).to(dtype).to(memory_format=layout)
+    mean, var = statistics(x)
+    assert mean.dtype == var.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(mean.double(), x.double().mean(dim=(0, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_folding_is_the_norm_and_the_convolution() -> None:
+    norm, after = norm_and_pointwise(5, 4)
+    x = (drawn(2, 3, 5, 4, 3) + 7).requires_grad_()
+    cotangent = drawn(4, 3, 4, 4, 3)
+    leaves = [x, *norm.parameters(), *after.parameters()]
+    expected = torch.autograd.grad((after(norm(x)) * cotangent).sum(), leaves)
+    found = torch.autograd.grad((fold(norm, after, x) * cotangent).sum(), leaves)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_by_finite_differences() -> None:
+    norm, after = norm_and_pointwise(3, 2)
+    x = drawn(5, 2, 3, 3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fold(norm, after, x), x)
+
+
+def test_a_large_mean_does_not_shift_the_result_in_half_precision() -> None:
+    """Weights rounded to bfloat16 times a mean of 50 deviations would be an error of a fifth of a deviation."""
+    norm, after = norm_and_pointwise(64, 16, torch.float32)
+    x = drawn(6, 8, 64, 14, 14, dtype=torch.float32) + 50
+    exact = after(norm(x))
+    y, mean, var = with_statistics(x)
+    weight, bias = folded(after, norm, mean, var, torch.bfloat16)
+    found = nn.functional.conv2d(y.double(), weight.double(), bias.double())
+    shift = (found - exact).mean(dim=(0, 2, 3)).abs().max()
+    assert shift < 2**-8 * bias.abs().max()  # bias itself is rounded
+    assert weight.dtype == bias.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_compiled_training_folds_and_computes_the_same(residual: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    unit = ConvNorm(ResidualDepthwise(6, 3) if residual else depthwise(6, 3, stride=2)).double().train()
+    after = pointwise(6, 4).double()
+    x = drawn(7, 2, 6, 5, 4)
+    seen: list[str] = []
+
+    def record(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    results = []
+    for call in (convolve_fold, torch.compile(convolve_fold, backend=record, fullgraph=True)):
+        own, own_after = copy.deepcopy(unit), copy.deepcopy(after)
+        output = call(own, own_after, x)
+        output.square().sum().backward()
+        gradients = [parameter.grad for parameter in (*own.parameters(), *own_after.parameters())]
+        results.append([output, *gradients, *own.buffers()])
+    torch.testing.assert_close(*results)
+    assert not any("batch_norm" in name for name in seen)
+
+
+def test_what_stands_in_for_batch_norm_is_left_to_itself() -> None:
+    """Frozen, replaced or watched norms are called as modules."""
+    torch._dynamo.reset()
+    unit, after, x = ConvNorm(depthwise(4, 3)), pointwise(4, 4), drawn(8, 2, 4, 5, 5, dtype=torch.float32)
+    assert unit.folds
+    assert not unit.eval().folds
+    unit.train()
+    unit.bn.momentum = None  # the running mean of all batches
+    assert not unit.folds
+    unit.bn = nn.SyncBatchNorm(4)
+    assert not unit.folds
+    unit.bn = nn.Identity()
+    torch.testing.assert_close(convolve_fold(unit, after, x), after(unit.conv(x)))
+
+
+def test_a_single_value_is_refused() -> None:
+    norm, _ = norm_and_pointwise(4, 4)
+    with pytest.raises(ValueError, match="one value per channel"):
+        norm.follow(torch.zeros(4), torch.zeros(4), 1)
+
+
+def test_statistics_follow_as_torchs_do() -> None:
+    ours, _ = norm_and_pointwise(5, 1)
+    theirs = nn.BatchNorm2d(5).double()
+    for step in range(3):
+        x = drawn(step, 4, 5, 3, 3) + step
+        theirs(x)
+        ours.follow(*statistics(x), 4 * 9)
+    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_a_compiled_net_trains_as_an_eager_one() -> None:
+    """The one folds its norms, the other does not."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = fat.FAT(TINY).double().train()
+    images, cotangent = drawn(9, 2, 3, 64, 64), drawn(10, 2, TINY.num_classes)
+    results = []
+    for compiled in (False, True):
+        own = copy.deepcopy(model)
+        call = torch.compile(own, backend="aot_eager", fullgraph=True) if compiled else own
+        (call(images) * cotangent).sum().backward()
+        results.append({name: p.grad for name, p in own.named_parameters()} | dict(own.named_buffers()))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)
