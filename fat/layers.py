@@ -32,8 +32,8 @@ class Pointwise(nn.Conv2d):
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution with weights [O, C, 1, 1]: in half precision, where our kernels serve, as a matrix product of the
     map's positions, which adds the bias on its way out; after a convolution torch adds it in a pass of its own."""
-    half = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
-    if not (MATRIX_PRODUCTS and half and kernels.serves(x)):
+    served = MATRIX_PRODUCTS and kernels.serves(x)
+    if not served or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
         return F.conv2d(x, weight, bias)
     batch, _, height, width = x.shape
     rows = x.permute(0, 2, 3, 1).flatten(0, 2)

@@ -24,7 +24,7 @@ ONLY_IN = {
     "nvidia": {"pipeline/dali.py"},
     "ffcv": {"pipeline/ffcv.py", "shards/beton.py"},
     "triton": {
-        *(f"fat/kernels/{room}.py" for room in ("convolution", "correlation", "gating", "groupnorm")),
+        *(f"fat/kernels/{room}.py" for room in ("batchnorm", "convolution", "correlation", "gating", "groupnorm")),
         "pipeline/augment/finishing.py",
     },
     "accelerate": {"launch/engine.py", "launch/trackers.py"},
