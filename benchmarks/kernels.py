@@ -156,7 +156,7 @@ def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, d
         shape,
         size + small,
         ways(
-            lambda: ops.depthwise_input_gradient(gradient, weight, height, width, stride, residual),
+            lambda: ops.depthwise_input_gradient(gradient, weight, None, height, width, stride, residual),
             lambda g, x, w: backward(g, x, w, (True, False, False)),
             gradient,
             x,

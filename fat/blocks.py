@@ -164,4 +164,4 @@ class ConvFFN(nn.Module):
         self.fc2 = pointwise(hidden, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve_fold(self.dw, self.fc2, F.gelu(self.fc1(x)))
+        return convolve_fold(self.dw, self.fc2, self.fc1(x), gelu=True)

@@ -178,21 +178,21 @@ def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
     return F.silu(conv(q)) * F.silu(other)
 
 
-def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor) -> Tensor:
-    """after(unit(x)) of a depthwise convolution with its BatchNorm and a 1x1 convolution; while training, BatchNorm is
-    done by the weights of the latter (`fat.batchnorm`)."""
+def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor, *, gelu: bool = False) -> Tensor:
+    """after(unit(x)), or after(unit(GELU(x))): a depthwise convolution with its BatchNorm, and a 1x1 convolution, whose
+    weights do BatchNorm's work while training (`fat.batchnorm`)."""
     served = kernels.serves(x)
     # Eager and without our kernels as many bytes would pass, by more launches.
     pays = served or torch.compiler.is_compiling()
     if not pays or not isinstance(unit, ConvNorm) or not unit.folds or watched(unit, unit.conv, unit.bn, after):
-        return after(unit(x))
+        return after(unit(F.gelu(x) if gelu else x))
     conv, norm = unit.conv, unit.bn
     if isinstance(conv, Depthwise) and conv.served(x):
         y, mean, var = kernels.depthwise_moments(
-            x, conv.weight, conv.bias, stride=conv.stride[0], residual=conv.residual
+            x, conv.weight, conv.bias, stride=conv.stride[0], residual=conv.residual, gelu=gelu
         )
     else:
-        y, mean, var = with_statistics(conv(x))
+        y, mean, var = with_statistics(conv(F.gelu(x) if gelu else x))
     mean, var = norm.shared(mean, var)
     norm.follow(mean, var, y.numel() // y.shape[1])
     fold = kernels.fold if served else folded

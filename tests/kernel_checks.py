@@ -66,8 +66,13 @@ def check_depthwise(case: Case, draw: Draw) -> None:
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, draw.tensor(case.channels))]
     exact = _convolve(*leaves, case.stride, case.residual)
     by_x, by_weight, by_bias = torch.autograd.grad(exact, leaves, gradient.double())
-    own = ops.depthwise_input_gradient(gradient, weight, case.height, case.width, case.stride, case.residual)
+    size = case.height, case.width
+    own = ops.depthwise_input_gradient(gradient, weight, None, *size, case.stride, case.residual)
     expect("by x", own, by_x)
+    before = draw.like(x)
+    (slope,) = torch.autograd.grad(F.gelu(leaf := before.double().requires_grad_()).sum(), leaf)
+    own = ops.depthwise_input_gradient(gradient, weight, before, *size, case.stride, case.residual)
+    expect("by what x is the GELU of", own, by_x * slope)
     own = ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride)
     expect("by weight", own[0], by_weight)
     expect("by bias", own[1], by_bias)
@@ -81,7 +86,7 @@ def check_depthwise_moments(case: Case, draw: Draw) -> None:
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
     weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
     bias = 5 * draw.tensor(case.channels) if case.bias else None  # means of several deviations
-    out, mean, var = ops.depthwise_moments(x, weight, bias, case.stride, case.residual)
+    out, mean, var = ops.depthwise_moments(x, None, weight, bias, case.stride, case.residual)
     exact = _convolve(x.double(), weight.double(), _double(bias), case.stride, case.residual)
     expect("out", out, exact)
     stored = out.double()

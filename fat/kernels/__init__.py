@@ -19,6 +19,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fat.kernels import ops
 from fat.kernels.maps import DTYPES, SIZES, STRIDES
@@ -84,10 +85,13 @@ def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor
 
 
 def depthwise_moments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False, gelu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`depthwise`, its mean and its variance without correction, fp32 [C]), differentiable all three."""
-    return ops.depthwise_moments(_cast(x), weight, bias, stride, residual)
+    """(`depthwise` of x, or of GELU(x), its mean and its variance without correction, fp32 [C]), differentiable all."""
+    x = _cast(x)
+    if gelu:  # whose gradient is taken on the way out of the convolution's
+        return ops.depthwise_moments(F.gelu(x.detach()), x, weight, bias, stride, residual)
+    return ops.depthwise_moments(x, None, weight, bias, stride, residual)
 
 
 def fold(

@@ -16,15 +16,18 @@ from fat.kernels.maps import channels_last, empty_map, expect, expect_weight, on
 @custom_op("fat::depthwise_moments", mutates_args=())
 @on_its_device
 def depthwise_moments(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
+    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`depthwise`, and mean and variance (without correction) of what it stores: fp32 [C]. Deterministic."""
+    """`depthwise`, and mean and variance (without correction) of what it stores: fp32 [C]. Deterministic.
+
+    Where x is the GELU of `before`, the gradient goes there, and none to x.
+    """
     from fat.kernels.batchnorm import join
     from fat.kernels.convolution import convolve, programs
 
-    expect(x)
+    expect(x, *(() if before is None else (before,)))
     expect_weight(weight, x, stride, residual)
-    out = _shape(x, weight, bias, stride, residual)[0]
+    out = _shape(x, before, weight, bias, stride, residual)[0]
     tiles = x.shape[0] * programs(weight, out)[0]
     moments = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
     counts = x.new_empty(tiles, dtype=torch.float32)
@@ -35,7 +38,7 @@ def depthwise_moments(
 
 @depthwise_moments.register_fake
 def _shape(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
+    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     out = empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
@@ -66,20 +69,22 @@ def _(
 
 
 def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, ctx.stride, ctx.residual = inputs
+    x, before, weight, bias, ctx.stride, ctx.residual = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, output[0], output[1])
+    ctx.save_for_backward(x, before, weight, output[0], output[1])
 
 
 def _moments_backward(ctx: Any, by_y: Tensor, by_mean: Tensor, by_var: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, y, mean = ctx.saved_tensors
+    x, before, weight, y, mean = ctx.saved_tensors
     completed, by_weight, by_bias = depthwise_moments_gradient(
         channels_last(by_y), x, y, mean, by_mean.contiguous(), by_var.contiguous(), weight.shape[-1], ctx.stride
     )
-    by_x = None
-    if ctx.needs_input_grad[0]:
-        by_x = depthwise_input_gradient(completed, weight, x.shape[2], x.shape[3], ctx.stride, ctx.residual)
-    return by_x, by_weight.to(weight.dtype), None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype), None, None
+    by_input = None
+    if ctx.needs_input_grad[0 if before is None else 1]:
+        by_input = depthwise_input_gradient(completed, weight, before, *x.shape[2:], ctx.stride, ctx.residual)
+    by_x, by_before = (by_input, None) if before is None else (None, by_input)
+    by_bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
+    return by_x, by_before, by_weight.to(weight.dtype), by_bias, None, None
 
 
 depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_moments)

@@ -15,9 +15,10 @@ from torch import Tensor
 from fat.kernels import tiles
 from fat.kernels.tiles import Tile
 
-PLAIN, GATE, GATE_GRADIENT = 0, 1, 2
+PLAIN, GATE, GATE_GRADIENT, GELU_GRADIENT = 0, 1, 2, 3
 _GATE = tl.constexpr(GATE)
 _GATE_GRADIENT = tl.constexpr(GATE_GRADIENT)
+_GELU_GRADIENT = tl.constexpr(GELU_GRADIENT)
 
 
 @triton.jit
@@ -113,6 +114,9 @@ def _convolve(
                 slope = tl.sigmoid(other) * (1 + other - others)
                 tl.store(gate_out + base + place, (upper * own * slope).to(gate_out.dtype.element_ty), mask=inside)
                 value = upper * others * (tl.sigmoid(value) * (1 + value - own))
+        if EPILOGUE == _GELU_GRADIENT:
+            base = sample * out_height * out_width * channels
+            value *= gelu_slope(tl.load(gate + base + place, mask=inside, other=0.0).to(tl.float32))
         stored = value.to(out.dtype.element_ty)
         tl.store(out + place, stored, mask=inside)
         if moments is not None:
@@ -145,9 +149,16 @@ def _convolve(
 
 
 @triton.jit
+def gelu_slope(x):
+    """The derivative of x times the normal distribution's function, fp32."""
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+@triton.jit
 def _spread(
     gradient,
     taps,
+    before,
     out,
     height,
     width,
@@ -166,7 +177,7 @@ def _spread(
     column, under which every second kernel row and column falls, as a stride-1 convolution of the gradient.
 
     Output row 2 a + p takes kernel row t = t0 + 2 m from gradient row a + d - m, with t0 = (p + pad) mod 2 and
-    d = (p + pad - t0) / 2.
+    d = (p + pad - t0) / 2. Where the input is the GELU of `before`, the gradient by that.
     """
     pad: tl.constexpr = KERNEL // 2
     half: tl.constexpr = (KERNEL + 1) // 2
@@ -209,13 +220,16 @@ def _spread(
                 if r + half - 1 - i >= 0 and r + half - 1 - i < half:
                     sums = sums[:r] + (sums[r] + values * weights[r + half - 1 - i][None, :],) + sums[r + 1 :]
 
-    out += sample * height * width * channels
+    base = sample * height * width * channels
     col = 2 * a + col_parity
     for r in tl.static_range(ROWS):
         row = 2 * (top + r) + row_parity
         inside = (col < width)[:, None] & known[None, :] & (row < height)
         place = row * width * channels + col[:, None] * channels + c[None, :]
-        tl.store(out + place, sums[r].to(out.dtype.element_ty), mask=inside)
+        if before is not None:
+            slope = gelu_slope(tl.load(before + base + place, mask=inside, other=0.0).to(tl.float32))
+            sums = sums[:r] + (sums[r] * slope,) + sums[r + 1 :]
+        tl.store(out + base + place, sums[r].to(out.dtype.element_ty), mask=inside)
 
 
 def convolve(
@@ -276,10 +290,13 @@ def programs(weight: Tensor, out: Tensor) -> tuple[int, int]:
     return rows * cols, deep
 
 
-def input_gradient(gradient: Tensor, weight: Tensor, out: Tensor, *, stride: int, residual: bool) -> None:
-    """Fills `out`, shaped as the convolution's input."""
+def input_gradient(
+    gradient: Tensor, weight: Tensor, before: Tensor | None, out: Tensor, *, stride: int, residual: bool
+) -> None:
+    """Fills `out`, shaped as the convolution's input; where that is the GELU of `before`, with the gradient by that."""
     if stride == 1:
-        convolve(gradient, weight, None, out, flip=True, residual=residual)
+        epilogue = PLAIN if before is None else GELU_GRADIENT
+        convolve(gradient, weight, None, out, flip=True, residual=residual, epilogue=epilogue, gate=before)
         return
     batch, channels, height, width = out.shape
     grad_height, grad_width = gradient.shape[2:]
@@ -288,6 +305,7 @@ def input_gradient(gradient: Tensor, weight: Tensor, out: Tensor, *, stride: int
     _spread[(4 * batch * grid[0] * grid[1] * grid[2],)](
         gradient,
         _taps(weight),
+        before,
         out,
         height,
         width,

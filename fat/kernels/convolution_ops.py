@@ -32,21 +32,21 @@ def _depthwise_shape(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 @custom_op("fat::depthwise_input_gradient", mutates_args=())
 @on_its_device
 def depthwise_input_gradient(
-    gradient: Tensor, weight: Tensor, height: int, width: int, stride: int, residual: bool
+    gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
 ) -> Tensor:
-    """The gradient by x of `depthwise`: [B, C, height, width]."""
+    """The gradient by x of `depthwise`: [B, C, height, width]. Where x is the GELU of `before`, by that."""
     from fat.kernels.convolution import input_gradient
 
-    expect(gradient)
+    expect(gradient, *(() if before is None else (before,)))
     expect_weight(weight, gradient, stride, residual)
-    out = _input_gradient_shape(gradient, weight, height, width, stride, residual)
-    input_gradient(gradient, weight, out, stride=stride, residual=residual)
+    out = _input_gradient_shape(gradient, weight, before, height, width, stride, residual)
+    input_gradient(gradient, weight, before, out, stride=stride, residual=residual)
     return out
 
 
 @depthwise_input_gradient.register_fake
 def _input_gradient_shape(
-    gradient: Tensor, weight: Tensor, height: int, width: int, stride: int, residual: bool
+    gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
 ) -> Tensor:
     return empty_map(gradient, gradient.shape[0], gradient.shape[1], height, width)
 
@@ -100,7 +100,7 @@ def convolution_gradients(
     gradient = channels_last(gradient)
     by_x = by_weight = by_bias = None
     if needed[0]:
-        by_x = depthwise_input_gradient(gradient, weight, x.shape[2], x.shape[3], stride, residual)
+        by_x = depthwise_input_gradient(gradient, weight, None, *x.shape[2:], stride, residual)
     if needed[1] or needed[2]:
         by_weight, by_bias = depthwise_weight_gradient(gradient, x, weight.shape[-1], stride)
         by_weight = by_weight.to(weight.dtype)

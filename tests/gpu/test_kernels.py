@@ -136,7 +136,7 @@ def test_opcheck(name: str) -> None:
     arguments = {
         "depthwise_norm": (x, weight, bias, bias, bias, 1e-5),
         "depthwise_gate": (x, weight, bias, y),
-        "depthwise_moments": (x, weight, bias, 2, False),
+        "depthwise_moments": (x, None, weight, bias, 2, False),
         "add_norm": (x, y, draw.scale(2), bias, bias, 1e-5),
         "fold": (
             draw.tensor(8, 32, 1, 1).requires_grad_(),

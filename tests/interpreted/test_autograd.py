@@ -89,6 +89,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
         lambda x, *a: moments(x + convolved(x, *a)),
         [X, WEIGHT, BIAS],
     ),
+    "depthwise of GELU, and moments": (
+        lambda *a: kernels.depthwise_moments(*a, stride=2, gelu=True),
+        lambda x, *a: moments(convolved(F.gelu(x), *a, 2)),
+        [X, WEIGHT, BIAS],
+    ),
     "fold": (
         lambda *a: ops.fold(*a, 1e-5, FP32),
         folded,
@@ -134,11 +139,11 @@ def test_compiles_to_one_graph(name: str) -> None:
 MEAN, RSTD = torch.zeros(SHAPE[0]), torch.ones(SHAPE[0])
 OPERATORS = {
     "depthwise": (X, WEIGHT, BIAS, 1, True),
-    "depthwise_input_gradient": (X, WEIGHT, 2 * SHAPE[2], 2 * SHAPE[3] - 1, 2, False),
+    "depthwise_input_gradient": (X, WEIGHT, None, 2 * SHAPE[2], 2 * SHAPE[3] - 1, 2, False),
     "depthwise_weight_gradient": (X, Y, KERNEL, 1),
     "depthwise_gate": (X, WEIGHT, None, Y),
     "depthwise_gate_gradient": (X, X, WEIGHT, BIAS, Y),
-    "depthwise_moments": (X, WEIGHT, BIAS, 2, False),
+    "depthwise_moments": (X, None, WEIGHT, BIAS, 2, False),
     "depthwise_moments_gradient": (X, Y, X, BIAS, GAIN, SHIFT, KERNEL, 1),
     "fold": (MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square(), 1e-5, BF16),
     "fold_gradient": (MATRIX[:, :, 0, 0], BIAS[:6], MATRIX, GAIN, SHIFT, BIAS, SHIFT.square(), MATRIX, 1e-5),

@@ -105,10 +105,11 @@ def _depthwise(kernel: int, channels: int, side: int, stride: int = 1) -> Callab
     def launch() -> None:
         ops.depthwise(x, weight, bias, stride, stride == 1)
         ops.depthwise_weight_gradient(gradient, x, kernel, stride)
-        ops.depthwise_moments(x, weight, bias, stride, stride == 1)
+        ops.depthwise_moments(x, None, weight, bias, stride, stride == 1)
         ops.depthwise_moments_gradient(gradient, x, gradient, bias, bias, bias, kernel, stride)
+        ops.depthwise_input_gradient(gradient, weight, x, side, side, stride, stride == 1)
         if stride == 2:
-            ops.depthwise_input_gradient(gradient, weight, side, side, stride, False)
+            ops.depthwise_input_gradient(gradient, weight, None, side, side, stride, False)
 
     return launch
 
