@@ -124,14 +124,16 @@ def _block(kernel: int, channels: int, side: int) -> Callable[[], object]:
     return launch
 
 
-def _finish() -> None:
-    recipe = augment_recipe("fat", size=224)
-    sides = np.full(2, 400)
-    params = draw(recipe, seed=1, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
-    mixing = mix_params(recipe, seed=1, step=0, lanes=np.zeros(2, np.int64))
-    images = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
+def _augment() -> None:
+    from pipeline.augment import randaugment
     from pipeline.augment.finishing import finish
 
+    recipe, batch = augment_recipe("fat", size=224), 16
+    sides = np.full(batch, 400)
+    params = draw(recipe, seed=1, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+    mixing = mix_params(recipe, seed=1, step=0, lanes=np.zeros(batch, np.int64))
+    images = torch.zeros(batch, 224, 224, 3, dtype=torch.uint8)
+    randaugment.operate(images, params, recipe.fill, flip=True)
     finish(images, params, mixing, torch.zeros(1 << 16), recipe.mean, recipe.std, BF16)
 
 
@@ -142,7 +144,7 @@ LAUNCHES = {
     "stage 4": _depthwise(9, 256, 7),
     "reducing": _depthwise(5, 256, 56, stride=2),
     "block": _block(5, 128, 28),
-    "augmentation": _finish,
+    "augmentation": _augment,
 }
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
@@ -166,6 +168,18 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: Compiled) -> 
     for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
         assert "ld.global.v4.b32" in code, name
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_randaugment_is_compiled_as_torch_computes(compiled: Compiled) -> None:
+    """No multiplication is fused with the addition behind it, no library is called; copies take 16 bytes a thread."""
+    LAUNCHES["augmentation"]()
+    for name in ("_measure", "_apply"):
+        kernel = compiled.kernels[name]
+        assert not kernel.metadata.enable_fp_fusion, name
+        assert "mul.rn.f32" in kernel.asm["ptx"], name  # rounded by itself: what the assembler may not fuse either
+        assert not re.findall(r"\bfma\.|\bcall\b", kernel.asm["ptx"]), name
+    assert "ld.global.v4.b32" in compiled.kernels["_apply"].asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7, 9])
