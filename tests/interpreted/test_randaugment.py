@@ -17,14 +17,15 @@ from pipeline.augment.recipe import augment_recipe
 from tests.randaugment_checks import FILL, expect_torchs_bytes, parameters, pictures
 
 MAGNITUDES = np.array([0.0, 3.3, 9.0, 10.0])
-RNG = np.random.default_rng(0)
 each_op = pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
 
 
 @each_op
 def test_every_magnitude_and_sign(op: Op) -> None:
     magnitudes, signs = np.repeat(MAGNITUDES, 2)[:, None], np.tile([-1.0, 1.0], 4)[:, None]
-    expect_torchs_bytes(pictures(RNG, 8, 9, 13), parameters(np.full((8, 1), op), magnitudes, signs))
+    expect_torchs_bytes(
+        pictures(np.random.default_rng(0), 8, 9, 13), parameters(np.full((8, 1), op), magnitudes, signs)
+    )
 
 
 @pytest.mark.parametrize("op", [Op.TRANSLATE_X, Op.TRANSLATE_Y], ids=lambda op: op.title)
@@ -34,7 +35,7 @@ def test_sums_that_should_be_whole_numbers_and_places_on_the_edge(op: Op) -> Non
     shifts, size = np.array([-0.5, 0.5, 3.6, 0.8]), 48
     params = parameters(np.full((4, 1), op), np.zeros((4, 1)), np.ones((4, 1)))
     params = replace(params, arguments=shifts[:, None] / size)
-    expect_torchs_bytes(RNG.integers(256, size=(4, size, size, 3), dtype=np.uint8), params)
+    expect_torchs_bytes(np.random.default_rng(0).integers(256, size=(4, size, size, 3), dtype=np.uint8), params)
 
 
 DEGENERATE = {
@@ -61,7 +62,7 @@ def test_layers_flips_and_untouched_samples(batch: int, flip: bool) -> None:
     sides = np.full(batch, 64)
     params = draw(recipe, seed=batch, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
     assert params.applied.any()
-    expect_torchs_bytes(pictures(RNG, batch, 24, 24), params, flip=flip)
+    expect_torchs_bytes(pictures(np.random.default_rng(0), batch, 24, 24), params, flip=flip)
 
 
 KINDS = (Op.EQUALIZE, Op.AUTO_CONTRAST, Op.CONTRAST, Op.POSTERIZE, Op.COLOR, Op.SHARPNESS, Op.SHEAR_Y, Op.ROTATE)
@@ -71,7 +72,7 @@ KINDS = (Op.EQUALIZE, Op.AUTO_CONTRAST, Op.CONTRAST, Op.POSTERIZE, Op.COLOR, Op.
 def test_every_pair_of_kinds_of_operation(first: Op) -> None:
     ops = np.array([(first, second) for second in KINDS])
     signs = np.where(np.arange(len(ops)) % 3, 1.0, -1.0)[:, None]
-    expect_torchs_bytes(pictures(RNG, len(ops), 7, 5), parameters(ops, np.array([8.7]), signs))
+    expect_torchs_bytes(pictures(np.random.default_rng(0), len(ops), 7, 5), parameters(ops, np.array([8.7]), signs))
 
 
 @pytest.mark.parametrize(
@@ -84,14 +85,16 @@ def test_samples_of_several_tiles(op: Op, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(randaugment, "TILE", 256)
     monkeypatch.setattr(randaugment, "BLOCK", 512)
     ops = np.full((1, 1), op)
-    expect_torchs_bytes(pictures(RNG, 1, 37, 31), parameters(ops, np.array([8.0]), np.array([1.0])))
+    expect_torchs_bytes(
+        pictures(np.random.default_rng(0), 1, 37, 31), parameters(ops, np.array([8.0]), np.array([1.0]))
+    )
 
 
 def test_the_whole_chain_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, batch, cpu = augment_recipe("fat", size=13), 8, torch.device("cpu")
     sides = np.full(batch, 64)
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
-    images = torch.from_numpy(pictures(RNG, batch, 13, 13))
+    images = torch.from_numpy(pictures(np.random.default_rng(0), batch, 13, 13))
     calls, operate = [], randaugment.operate
 
     def counted(images: Tensor, *args: object, **options: object) -> Tensor:
