@@ -197,7 +197,7 @@ class OnGpu:
             "launches": launches,
             "device ms": round(working * 1e3, 4),
             "ms": round(statistics.median(times) * 1e3, 4),
-            "device's share of a step": round(working / step, 4),
+            "share of a step": round(working / step, 4),
         }
 
     def moved(self) -> int:
@@ -266,10 +266,9 @@ def show(report: dict[str, Any]) -> None:
         found = report["on a GPU"]
         print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
         for row in found["rows"]:
-            share = row["device's share of a step"]
             print(
                 f"{row['part']:12}{row['way']:8}{row['launches']:4} launches, {row['ms']:8.3f} ms with the host, "
-                f"{row['device ms']:8.3f} ms of the device: {share:.1%} of a step"
+                f"{row['device ms']:8.3f} ms of the device: {row['share of a step']:.1%} of a step"
             )
 
 

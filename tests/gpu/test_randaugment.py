@@ -77,7 +77,7 @@ def test_torch_on_the_device_makes_the_same_bytes(monkeypatch: pytest.MonkeyPatc
 
 def test_five_launches_and_two_uploads_without_waiting() -> None:
     """Measure and apply, twice, and finish; the parameters of RandAugment, and those of the rest."""
-    params, augment = drawn(1), BatchAugment(RECIPE, GPU, torch.bfloat16)
+    params, augment = drawn(3), BatchAugment(RECIPE, GPU, torch.bfloat16)
     mixing = mix_params(RECIPE, seed=1, step=0, lanes=np.arange(BATCH) // 2)
     images = torch.from_numpy(pictures(np.random.default_rng(1), BATCH, 224, 224)).to(GPU)
     augment(images, params, mixing)  # compiles

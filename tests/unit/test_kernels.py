@@ -46,6 +46,7 @@ class Compiled:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.kernels: dict[str, Any] = {}
+        self.launched: list[str] = []
 
     # What Triton asks its driver for.
     def get_current_target(self) -> Any:
@@ -84,6 +85,7 @@ def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         assert kernel is not None
         target.kernels[self.fn.__name__] = kernel
+        target.launched.append(self.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(driver, "_active", target)
@@ -128,12 +130,12 @@ def _augment() -> None:
     from pipeline.augment import randaugment
     from pipeline.augment.finishing import finish
 
-    recipe, batch = augment_recipe("fat", size=224), 16
+    recipe, batch = augment_recipe("fat", size=224), 64
     sides = np.full(batch, 400)
-    params = draw(recipe, seed=1, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
-    mixing = mix_params(recipe, seed=1, step=0, lanes=np.zeros(batch, np.int64))
+    params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+    mixing = mix_params(recipe, seed=3, step=0, lanes=np.zeros(batch, np.int64))
     images = torch.zeros(batch, 224, 224, 3, dtype=torch.uint8)
-    randaugment.operate(images, params, recipe.fill, flip=True)
+    randaugment.operate(images, params, recipe.fill, flip=False)
     finish(images, params, mixing, torch.zeros(1 << 16), recipe.mean, recipe.std, BF16)
 
 
@@ -168,6 +170,13 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: Compiled) -> 
     for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
         assert "ld.global.v4.b32" in code, name
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_a_batch_is_augmented_in_five_launches(compiled: Compiled) -> None:
+    """Two rounds, and the rest."""
+    LAUNCHES["augmentation"]()
+    assert compiled.launched == ["_measure", "_apply", "_measure", "_apply", "_finish"]
 
 
 @pytest.mark.parametrize("capability", [90])
