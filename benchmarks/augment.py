@@ -5,6 +5,10 @@ PIL's side does what a DataLoader worker does per image after decoding: RandAugm
 erase by torch. Our side takes a batch on --device, where the images already are. Mixing and the draws are timed on
 their own, and so is the bare memory of the result, which a CPU must fault in.
 
+On a GPU also our kernels (pipeline/augment/randaugment.py, finishing.py) against torch's, on a batch as large as a
+training step's: launches, the time from the first to the last byte, the time that the device works, the bytes that
+RandAugment moves over the bandwidth of a copy, and all that as shares of a B0 training step (goal: 3 % at most).
+
     python benchmarks/augment.py --out benchmarks/results/augment.json
 """
 
@@ -15,19 +19,25 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import PIL
 import skimage.data
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from pipeline.augment import params as draws
-from pipeline.augment import reference
+from pipeline.augment import reference, rounds
 from pipeline.augment.mix import mix
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams
@@ -44,6 +54,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--step-batch", type=int, default=256, help="of what is compared with a training step")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -56,6 +67,9 @@ def main() -> None:
         "recipes": {name: bench.recipe(name) for name in ("fat", "light")},
         "our own": bench.ours_alone(),
     }
+    if args.device.startswith("cuda"):
+        on_gpu = OnGpu(Bench(args.step_batch, args.size, args.pairs, torch.device(args.device)))
+        report["on a GPU"] = on_gpu.report()
     show(report)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +88,7 @@ class Bench:
     def operation(self, op: Op) -> dict[str, float]:
         """One operation on every image, 8-bit pixels to 8-bit pixels."""
         recipe = augment_recipe("fat", size=self.size, erase=0.0)
-        params = self._params(recipe)
+        params = self.params(recipe)
         magnitude, sign = np.full(self.batch, 9.0), np.where(np.arange(self.batch) % 2, 1.0, -1.0)
         ops = np.full(self.batch, op)
         argument = draws.arguments(ops, magnitude, sign, increasing=True)
@@ -98,7 +112,7 @@ class Bench:
     def recipe(self, name: str) -> dict[str, float]:
         """Everything between the decoded crop and the tensor, mixing aside."""
         recipe = augment_recipe(name, size=self.size)
-        params = self._params(recipe)
+        params = self.params(recipe)
         augment = BatchAugment(recipe, self.device)
 
         def pil() -> None:
@@ -109,27 +123,27 @@ class Bench:
     def ours_alone(self) -> dict[str, float]:
         """The parts that have no counterpart per image."""
         recipe = augment_recipe("fat", size=self.size)
-        samples = BatchAugment(recipe, self.device)(self.images, self._params(recipe))
+        samples = BatchAugment(recipe, self.device)(self.images, self.params(recipe))
         mixing = draws.mix_params(recipe, seed=0, step=0, lanes=np.arange(self.batch) // 2)
         lanes = np.arange(self.batch) // 16
         parts: dict[str, Callable[[], Any]] = {
             "mix": lambda: mix(samples, mixing),
-            "draws of samples": lambda: self._params(recipe),
+            "draws of samples": lambda: self.params(recipe),
             "draws of mixing": lambda: draws.mix_params(recipe, seed=0, step=0, lanes=lanes),
             "memory of a float32 batch": lambda: torch.empty_like(samples).zero_(),
         }
-        return {name: statistics.median(self._time(part) for _ in range(self.pairs)) for name, part in parts.items()}
+        return {name: statistics.median(self.time(part) for _ in range(self.pairs)) for name, part in parts.items()}
 
     def _compare(self, ours: Callable[[], Any], pil: Callable[[], Any]) -> dict[str, float]:
         ours(), pil()  # warm
-        times = [(self._time(ours), self._time(pil)) for _ in range(self.pairs)]
+        times = [(self.time(ours), self.time(pil)) for _ in range(self.pairs)]
         return {
             "ours": statistics.median(mine for mine, _ in times),
             "pil": statistics.median(theirs for _, theirs in times),
             "ours over pil": statistics.median(mine / theirs for mine, theirs in times),
         }
 
-    def _time(self, work: Callable[[], Any]) -> float:
+    def time(self, work: Callable[[], Any]) -> float:
         """Microseconds per image."""
         start = time.perf_counter()
         work()
@@ -137,9 +151,82 @@ class Bench:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / self.batch * 1e6
 
-    def _params(self, recipe: AugmentRecipe) -> SampleParams:
+    def params(self, recipe: AugmentRecipe) -> SampleParams:
         ids, sides = np.arange(self.batch), np.full(self.batch, self.size)
         return draws.draw(recipe, seed=0, epoch=0, ids=ids, heights=sides, widths=sides)
+
+
+class OnGpu:
+    """Our kernels against torch's on the same photos and draws, and both against a step of training."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.recipe = bench, augment_recipe("fat", size=bench.size)
+        self.params = bench.params(self.recipe)
+        self.mixing = draws.mix_params(self.recipe, seed=0, step=0, lanes=np.arange(bench.batch) // 2)
+
+    def report(self) -> dict[str, Any]:
+        augment = BatchAugment(self.recipe, self.bench.device, torch.bfloat16)
+        step, copy = self.step_seconds(), self.copied_per_second()
+        parts = {
+            "RandAugment": lambda: augment.operate(self.bench.images, self.params),
+            "all": lambda: augment(self.bench.images, self.params, self.mixing),
+        }
+        rows = [
+            {"part": part, "way": way, **self.figures(work, switch, step)}
+            for part, work in parts.items()
+            for way, switch in (("torch", "off"), ("kernels", "auto"))
+        ]
+        moved = self.moved()
+        kernels = next(row for row in rows if row["part"] == "RandAugment" and row["way"] == "kernels")
+        return {
+            "batch": self.bench.batch,
+            "step ms": round(step * 1e3, 2),
+            "copy GB/s": round(copy / 1e9, 1),
+            "RandAugment's bytes": moved,
+            "share of the copy's bandwidth": round(moved / (kernels["device ms"] / 1e3) / copy, 3),
+            "rows": rows,
+        }
+
+    def figures(self, work: Callable[[], Any], switch: str, step: float) -> dict[str, float]:
+        """Of one batch, without and with the host's part."""
+        with mock.patch.dict(os.environ, FAT_KERNELS=switch):
+            work()  # compiles
+            launches, working = on_the_device(work)
+            times = [self.bench.time(work) * self.bench.batch / 1e6 for _ in range(self.bench.pairs)]
+        return {
+            "launches": launches,
+            "device ms": round(working * 1e3, 4),
+            "ms": round(statistics.median(times) * 1e3, 4),
+            "share of a step": round(working / step, 4),
+        }
+
+    def moved(self) -> int:
+        """Bytes that must be read and written: a sample in each of its rounds, and once more where it is measured."""
+        todo = rounds.plan(self.params, self.bench.size, self.bench.size, flip=False)
+        return sum((2 * len(each.jobs) + len(each.measured)) * self.bench.images[0].numel() for each in todo)
+
+    def step_seconds(self) -> float:
+        """Of B0 under bf16 autocast, replayed as a CUDA graph: the fastest step that needs no compiler."""
+        from benchmarks.step import step
+
+        options = argparse.Namespace(batch=self.bench.batch, size=self.bench.size, dtype="bfloat16")
+        once = step("fat_b0", "graph", True, options)
+        once()
+        return statistics.median(self.bench.time(once) * self.bench.batch / 1e6 for _ in range(self.bench.pairs))
+
+    def copied_per_second(self) -> float:
+        from benchmarks.kernels import Clock, copy_bandwidth
+
+        return copy_bandwidth(Clock(self.bench.pairs))
+
+
+def on_the_device(work: Callable[[], Any]) -> tuple[int, float]:
+    """Kernels and copies, and the seconds that they take in all."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+    done = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return len(done), sum(event.time_range.elapsed_us() for event in done) / 1e6
 
 
 def pil_sample(photo: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> torch.Tensor:
@@ -175,6 +262,14 @@ def show(report: dict[str, Any]) -> None:
         print(f"{name:26}{row['ours']:8.0f}{row['pil']:8.0f}{row['ours over pil']:8.2f}")
     for name, value in report["our own"].items():
         print(f"{name:26}{value:8.0f}")
+    if "on a GPU" in report:
+        found = report["on a GPU"]
+        print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
+        for row in found["rows"]:
+            print(
+                f"{row['part']:12}{row['way']:8}{row['launches']:4} launches, {row['ms']:8.3f} ms with the host, "
+                f"{row['device ms']:8.3f} ms of the device: {row['share of a step']:.1%} of a step"
+            )
 
 
 if __name__ == "__main__":

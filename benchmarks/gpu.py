@@ -246,6 +246,12 @@ def summary(result: dict[str, Any]) -> str:
             f"both/model {found['both_of_model']:.3f}, model {found['model']['rate']:,.0f} images/s = "
             f"{found['model_of_roofline']:.2f} of its roofline, MFU {found['mfu']:.1%}: {found['verdict']}"
         )
+    if "on a GPU" in found:
+        return "; ".join(
+            f"{row['part']} by {row['way']}: {row['launches']} launches, {row['device ms']:.3f} ms, "
+            f"{row['share of a step']:.1%} of a step"
+            for row in found["on a GPU"]["rows"]
+        )
     if "medians" in found:
         rates = sorted(((name, row["rate"]) for name, row in found["medians"].items()), key=lambda row: -row[1])
         return "; ".join(f"{name} {rate:,.0f}/s" for name, rate in rates)

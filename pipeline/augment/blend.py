@@ -13,6 +13,9 @@ from torch import Tensor
 from pipeline.augment.blocks import by_block
 from pipeline.augment.tables import luma
 
+# PIL's SMOOTH: the mean of 3 x 3 pixels, the middle one five times.
+MIDDLE, WEIGHTS = 5, 13
+
 
 def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
     """The factors, float32 [n]."""
@@ -37,11 +40,11 @@ def _colour(images: Tensor, factors: Tensor) -> Tensor:
 def _sharpness(images: Tensor, factors: Tensor) -> Tensor:
     smooth = images.to(torch.float32)
     if min(images.shape[1:3]) > 2:
-        # PIL's SMOOTH: the mean of 3 x 3 pixels, the middle one five times. Sums fit 16 bits; thirteenths never tie.
+        # Sums fit 16 bits; thirteenths never tie.
         wide = images.to(torch.int16)
         tall = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
-        total = tall[:, :, :-2] + tall[:, :, 1:-1] + tall[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
-        smooth[:, 1:-1, 1:-1] = total.to(torch.float32).add_(6.5).mul_(1 / 13).floor_()
+        total = tall[:, :, :-2] + tall[:, :, 1:-1] + tall[:, :, 2:] + (MIDDLE - 1) * wide[:, 1:-1, 1:-1]
+        smooth[:, 1:-1, 1:-1] = total.to(torch.float32).add_(WEIGHTS / 2).mul_(1 / WEIGHTS).floor_()
     return _blend(smooth, images, factors)
 
 

@@ -1,7 +1,8 @@
 """Pixels of a decoded batch, on its device: RandAugment, normalisation, erasing, mixing.
 
 Which sample gets what is decided on the host, from the parameters, so that no kernel's result is ever waited for.
-Samples that share a family of operations go through it together; families are those that run the same kernels.
+On a GPU our own kernels do it all (randaugment.py, finishing.py). Here is what they are held to, in torch: samples that
+share a family of operations go through it together.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ FAMILIES = (
 
 
 class BatchAugment:
-    """RandAugment, normalisation, erasing and mixing of one batch after another; all but the first in one kernel on
-    CUDA devices where Triton is installed, unless FAT_KERNELS=off.
+    """RandAugment, normalisation, erasing and mixing of one batch after another; by our own kernels on CUDA devices
+    where Triton is installed, unless FAT_KERNELS=off.
 
     Args:
         recipe: what to do.
@@ -88,7 +89,7 @@ class BatchAugment:
             ValueError: another shape or dtype, or an odd batch to mix.
         """
         recipe, images = self._recipe, self.operate(images, params)
-        if _one_kernel(images.device):
+        if _by_kernels(images.device):
             from pipeline.augment.finishing import finish
 
             return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
@@ -104,6 +105,10 @@ class BatchAugment:
             raise ValueError(
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
+        if _by_kernels(images.device):
+            from pipeline.augment import randaugment
+
+            return randaugment.operate(images, params, self._recipe.fill, flip=self._flip)
         stages = self._stages(params)
         if not stages:
             return images
@@ -154,8 +159,8 @@ class Stage:
         return [*(array for _, arrays in self.groups for array in arrays), self.back]
 
 
-def _one_kernel(device: torch.device) -> bool:
-    """Whether Triton's kernel serves there; with TRITON_INTERPRET=1 it does on a CPU, for tests."""
+def _by_kernels(device: torch.device) -> bool:
+    """Whether Triton's kernels serve there; with TRITON_INTERPRET=1 it does on a CPU, for tests."""
     if os.environ.get("FAT_KERNELS") == "off":
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

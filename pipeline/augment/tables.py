@@ -28,7 +28,10 @@ OPS = (
     Op.CONTRAST,
     Op.BRIGHTNESS,
 )
+MEASURED = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # their tables depend on the image
 LEVELS = 256
+# PIL's mode L: ITU-R 601-2's weights of red, green and blue in 16-bit fixed point, rounded.
+LUMA, LUMA_HALF, LUMA_BITS = (19595, 38470, 7471), 0x8000, 16
 
 
 def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
@@ -114,8 +117,7 @@ def contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
 def luma(images: Tensor) -> Tensor:
     """PIL's mode L: int32 [n, H, W] in 0..255, of uint8 [n, H, W, 3]."""
     red, green, blue = images.to(torch.int32).unbind(3)
-    # ITU-R 601-2 in 16-bit fixed point, rounded.
-    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + LUMA_HALF) >> LUMA_BITS
 
 
 def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:

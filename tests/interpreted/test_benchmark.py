@@ -1,4 +1,4 @@
-"""That `benchmarks/kernels.py` runs to its end and writes what it says; its times mean nothing here."""
+"""That the benchmarks of kernels run to their end and write what they say; their times mean nothing here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import augment
 from benchmarks import kernels as benchmark
 from fat.kernels import tiles
 
@@ -49,3 +50,20 @@ def test_ways_of_the_library_agree_with_ours() -> None:
         else:
             torch.testing.assert_close(results["ours"][0], results["contiguous"][1], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(results["ours"][1], results["contiguous"][2], rtol=1e-4, atol=1e-4)
+
+
+def test_augmentation_by_torch_and_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only a GPU can tell is given: the step's time, launches, and the device's part of the time."""
+    monkeypatch.setattr(augment.OnGpu, "step_seconds", lambda self: 0.02)
+    monkeypatch.setattr(augment, "on_the_device", lambda work: (5, 1e-3))
+    report = augment.OnGpu(augment.Bench(6, 16, 1, torch.device("cpu"))).report()
+    rows = {(row["part"], row["way"]): row for row in report["rows"]}
+    assert set(rows) == {(part, way) for part in ("RandAugment", "all") for way in ("torch", "kernels")}
+    for row in rows.values():
+        assert (row["launches"], row["device ms"], row["share of a step"]) == (5, 1.0, 0.05)
+        assert row["ms"] > 0
+    assert report["RandAugment's bytes"] % (16 * 16 * 3) == 0
+    assert 2 * 6 * 16 * 16 * 3 <= report["RandAugment's bytes"] <= 6 * 6 * 16 * 16 * 3
+    augment.show(
+        {"machine": {}, "settings": {}, "unit": "", "operations": {}, "recipes": {}, "our own": {}, "on a GPU": report}
+    )

@@ -26,6 +26,7 @@ ONLY_IN = {
     "triton": {
         *(f"fat/kernels/{room}.py" for room in ("batchnorm", "convolution", "correlation", "gating", "groupnorm")),
         "pipeline/augment/finishing.py",
+        "pipeline/augment/randaugment.py",
     },
     "accelerate": {"launch/engine.py", "launch/trackers.py"},
     "deepspeed": {"launch/engine.py", "launch/masters.py"},

@@ -46,6 +46,7 @@ class Compiled:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.kernels: dict[str, Any] = {}
+        self.launched: list[str] = []
 
     # What Triton asks its driver for.
     def get_current_target(self) -> Any:
@@ -85,6 +86,7 @@ def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
         assert kernel is not None
         name = self.fn.__name__
         target.kernels[name if name not in target.kernels else f"{name}-{len(target.kernels)}"] = kernel
+        target.launched.append(name)
 
     monkeypatch.setattr(JITFunction, "run", run)
     monkeypatch.setattr(driver, "_active", target)
@@ -134,14 +136,16 @@ def _fold() -> None:
     ops.fold_gradient(weight.to(BF16), bias.to(BF16), weight, norm, norm, norm, norm, weight.to(BF16), 1e-5)
 
 
-def _finish() -> None:
-    recipe = augment_recipe("fat", size=224)
-    sides = np.full(2, 400)
-    params = draw(recipe, seed=1, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
-    mixing = mix_params(recipe, seed=1, step=0, lanes=np.zeros(2, np.int64))
-    images = torch.zeros(2, 224, 224, 3, dtype=torch.uint8)
+def _augment() -> None:
+    from pipeline.augment import randaugment
     from pipeline.augment.finishing import finish
 
+    recipe, batch = augment_recipe("fat", size=224), 64
+    sides = np.full(batch, 400)
+    params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+    mixing = mix_params(recipe, seed=3, step=0, lanes=np.zeros(batch, np.int64))
+    images = torch.zeros(batch, 224, 224, 3, dtype=torch.uint8)
+    randaugment.operate(images, params, recipe.fill, flip=False)
     finish(images, params, mixing, torch.zeros(1 << 16), recipe.mean, recipe.std, BF16)
 
 
@@ -153,7 +157,7 @@ LAUNCHES = {
     "reducing": _depthwise(5, 256, 56, stride=2),
     "block": _block(5, 128, 28),
     "fold": _fold,
-    "augmentation": _finish,
+    "augmentation": _augment,
 }
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
 
@@ -177,6 +181,25 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: Compiled) -> 
     for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
         assert "ld.global.v4.b32" in code, name
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_a_batch_is_augmented_in_five_launches(compiled: Compiled) -> None:
+    """Two rounds, and the rest."""
+    LAUNCHES["augmentation"]()
+    assert compiled.launched == ["_measure", "_apply", "_measure", "_apply", "_finish"]
+
+
+@pytest.mark.parametrize("capability", [90])
+def test_randaugment_is_compiled_as_torch_computes(compiled: Compiled) -> None:
+    """No multiplication is fused with the addition behind it, no library is called; copies take 16 bytes a thread."""
+    LAUNCHES["augmentation"]()
+    for name in ("_measure", "_apply"):
+        kernel = compiled.kernels[name]
+        assert not kernel.metadata.enable_fp_fusion, name
+        assert "mul.rn.f32" in kernel.asm["ptx"], name  # rounded by itself: what the assembler may not fuse either
+        assert not re.findall(r"\bfma\.|\bcall\b", kernel.asm["ptx"]), name
+    assert "ld.global.v4.b32" in compiled.kernels["_apply"].asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7, 9])

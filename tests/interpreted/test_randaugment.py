@@ -1,0 +1,117 @@
+"""RandAugment's kernels against the torch families: the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.augment import randaugment
+from pipeline.augment.ops import Op
+from pipeline.augment.params import draw
+from pipeline.augment.pixels import BatchAugment
+from pipeline.augment.recipe import augment_recipe
+from tests.randaugment_checks import FILL, expect_torchs_bytes, parameters, pictures
+
+MAGNITUDES = np.array([0.0, 3.3, 9.0, 10.0])
+each_op = pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
+
+
+@each_op
+def test_every_magnitude_and_sign(op: Op) -> None:
+    magnitudes, signs = np.repeat(MAGNITUDES, 2)[:, None], np.tile([-1.0, 1.0], 4)[:, None]
+    expect_torchs_bytes(
+        pictures(np.random.default_rng(0), 8, 9, 13), parameters(np.full((8, 1), op), magnitudes, signs)
+    )
+
+
+@pytest.mark.parametrize("op", [Op.TRANSLATE_X, Op.TRANSLATE_Y], ids=lambda op: op.title)
+def test_sums_that_should_be_whole_numbers_and_places_on_the_edge(op: Op) -> None:
+    """At fifths of a pixel every 125th sum is a whole number, and rounding decides whether it falls short of it; at
+    halves the first or the last pixels lie on the edge."""
+    shifts, size = np.array([-0.5, 0.5, 3.6, 0.8]), 48
+    params = parameters(np.full((4, 1), op), np.zeros((4, 1)), np.ones((4, 1)))
+    params = replace(params, arguments=shifts[:, None] / size)
+    expect_torchs_bytes(np.random.default_rng(0).integers(256, size=(4, size, size, 3), dtype=np.uint8), params)
+
+
+DEGENERATE = {
+    "flat": np.full((4, 4, 3), 77),
+    "two values": np.tile([[[3], [250]], [[250], [250]]], (2, 2, 3)),
+    "one pixel": np.array([[[9, 200, 31]]]),
+    "no inner pixel": np.arange(12).reshape(2, 2, 3) * 20,
+    "one inner pixel": np.arange(27).reshape(3, 3, 3) * 9,
+}
+
+
+@each_op
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_degenerate_images(op: Op, name: str) -> None:
+    once = parameters(np.full((1, 1), op), np.array([9.0]), np.array([-1.0]))
+    expect_torchs_bytes(DEGENERATE[name][None].astype(np.uint8), once)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("flip", [False, True])
+def test_layers_flips_and_untouched_samples(batch: int, flip: bool) -> None:
+    """One to three operations of a sample, or none."""
+    recipe = augment_recipe("fat", size=24, rand_augment="rand-m9-mstd2-inc1-p0.6-n3")
+    sides = np.full(batch, 64)
+    params = draw(recipe, seed=batch, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+    assert params.applied.any()
+    expect_torchs_bytes(pictures(np.random.default_rng(0), batch, 24, 24), params, flip=flip)
+
+
+KINDS = (Op.EQUALIZE, Op.AUTO_CONTRAST, Op.CONTRAST, Op.POSTERIZE, Op.COLOR, Op.SHARPNESS, Op.SHEAR_Y, Op.ROTATE)
+
+
+@pytest.mark.parametrize("first", KINDS, ids=lambda op: op.title)
+def test_every_pair_of_kinds_of_operation(first: Op) -> None:
+    ops = np.array([(first, second) for second in KINDS])
+    signs = np.where(np.arange(len(ops)) % 3, 1.0, -1.0)[:, None]
+    expect_torchs_bytes(pictures(np.random.default_rng(0), len(ops), 7, 5), parameters(ops, np.array([8.7]), signs))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [Op.EQUALIZE, Op.CONTRAST, Op.INVERT, Op.COLOR, Op.SHARPNESS, Op.SHEAR_X, Op.TRANSLATE_Y, Op.ROTATE],
+    ids=lambda op: op.title,
+)
+def test_samples_of_several_tiles(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where pixels are changed and where they are counted; the last ones not full."""
+    monkeypatch.setattr(randaugment, "TILE", 256)
+    monkeypatch.setattr(randaugment, "BLOCK", 512)
+    ops = np.full((1, 1), op)
+    expect_torchs_bytes(
+        pictures(np.random.default_rng(0), 1, 37, 31), parameters(ops, np.array([8.0]), np.array([1.0]))
+    )
+
+
+def test_the_whole_chain_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, batch, cpu = augment_recipe("fat", size=13), 8, torch.device("cpu")
+    sides = np.full(batch, 64)
+    params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+    images = torch.from_numpy(pictures(np.random.default_rng(0), batch, 13, 13))
+    calls, operate = [], randaugment.operate
+
+    def counted(images: Tensor, *args: object, **options: object) -> Tensor:
+        calls.append(len(images))
+        return operate(images, *args, **options)
+
+    monkeypatch.setattr(randaugment, "operate", counted)
+    ours = BatchAugment(recipe, cpu, flip=True)(images, params)
+    assert calls == [batch]
+    monkeypatch.setenv("FAT_KERNELS", "off")
+    exact = BatchAugment(recipe, cpu, flip=True)(images, params)
+    assert calls == [batch]
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_launched_where_nothing_is_to_be_done() -> None:
+    recipe, sides = augment_recipe("light", size=8), np.full(2, 64)
+    params = draw(recipe, seed=3, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
+    assert randaugment.operate(images, params, FILL, flip=False) is images

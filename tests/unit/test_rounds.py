@@ -1,0 +1,74 @@
+"""RandAugment's rounds (pipeline/augment/rounds.py): every sample meets its own operations in their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.augment.ops import Op
+from pipeline.augment.params import SampleParams, draw
+from pipeline.augment.recipe import augment_recipe
+from pipeline.augment.rounds import COPY, FLIP, NO_TABLE, plan
+from pipeline.augment.tables import MEASURED, OPS
+
+
+def drawn(batch: int, seed: int, layers: int, probability: float = 0.5) -> SampleParams:
+    recipe = augment_recipe("fat", size=24, rand_augment=f"rand-m9-mstd0.5-inc1-n{layers}-p{probability}")
+    sides = np.full(batch, 64)
+    return draw(recipe, seed=seed, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**20), st.integers(0, 4), st.booleans())
+def test_operations_come_in_order_and_end_in_the_first_half(batch: int, seed: int, layers: int, flip: bool) -> None:
+    params = drawn(batch, seed, layers)
+    work: list[tuple[int, list[int]] | None] = [None] * (2 * batch)  # the sample there, and what it has met
+    source: list[tuple[int, list[int]] | None] = [(i, []) for i in range(batch)]
+    rounds = plan(params, 24, 24, flip=flip)
+    for number, each in enumerate(rounds):
+        before = list(source)
+        for code, place, target, _ in each.jobs.tolist():
+            found = before[place]
+            assert found is not None
+            assert number == 0 or place not in each.jobs[:, 2], "one program would read what another writes"
+            work[target] = (found[0], [*found[1], code])
+        assert len(set(each.jobs[:, 2].tolist())) == len(each.jobs)
+        source = work
+    wanted = [[FLIP] * int(flip and params.flips[i]) + params.ops[i][params.applied[i]].tolist() for i in range(batch)]
+    assert len(rounds) == max(map(len, wanted))
+    if rounds:
+        assert work[:batch] == [(i, codes or [COPY]) for i, codes in enumerate(wanted)]
+
+
+def test_a_sample_is_moved_only_when_something_happens_to_it() -> None:
+    """Its first round apart, which copies what nothing happens to."""
+    params = drawn(256, 1, 2)
+    first, second = plan(params, 24, 24, flip=False)
+    assert len(first.jobs) == 256
+    assert np.count_nonzero(first.jobs[:, 0] == COPY) == np.count_nonzero(~params.applied.any(axis=1))
+    assert len(second.jobs) == np.count_nonzero(params.applied.all(axis=1))
+    assert COPY not in second.jobs[:, 0]
+
+
+def test_tables_are_numbered_and_measured_ones_named() -> None:
+    for each in plan(drawn(300, 2, 2), 24, 24, flip=True):
+        codes, table = each.jobs[:, 0], each.jobs[:, 3]
+        by_table = np.isin(codes, OPS)
+        assert np.array_equal(np.sort(table[by_table]), np.arange(len(each.tables)))
+        assert (table[~by_table] == NO_TABLE).all()
+        assert np.array_equal(np.flatnonzero(np.isin(codes, MEASURED)), each.measured)
+        inverted = table[codes == Op.INVERT]
+        assert (each.tables[inverted] == np.arange(255, -1, -1)).all()
+        assert each.tables.shape[1:] == (3, 256)
+
+
+def test_rotations_come_first() -> None:
+    codes = plan(drawn(300, 2, 2), 24, 24, flip=False)[0].jobs[:, 0] == Op.ROTATE
+    assert codes.any()
+    assert not np.diff(codes.astype(int)).max() > 0
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_nothing_to_do_is_no_round(layers: int) -> None:
+    assert plan(drawn(4, 0, layers, probability=0.0), 24, 24, flip=False) == []
