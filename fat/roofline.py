@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fat import kernels
 from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
 from fat.config import VARIANTS
@@ -38,6 +40,8 @@ SECOND_READ = {
     aten.native_group_norm_backward.default,
     aten.convolution_backward.default,  # one kernel for the input's gradient, one for the weight's
 }
+# Our own that read all of a map, or of the gradient and the map, once more (docs/kernels.md).
+SECOND_READ_OURS = {"norm": 1, "add_norm": 1, "depthwise_norm": 1, "norm_gradient": 2, "add_norm_gradient": 2}
 # Where arithmetic is; everything between could be done while their operands pass by.
 PRODUCTS = ("convolution", "mm", "scaled_dot_product")
 
@@ -50,6 +54,8 @@ class Roofline:
     """Floating-point operations: 2 per multiply-accumulate; backward is twice forward."""
     eager_bytes: int
     """What the kernels of an eager run, without ours, read and write, each by itself."""
+    bytes: int
+    """The same with our kernels (`fat.kernels`), the other operations still by themselves."""
     fused_bytes: int
     """What perfectly fused blocks read and write (`Cost.fused_bytes`)."""
     kernels: int
@@ -67,17 +73,23 @@ def ceiling(flops: float, passed: float, *, bandwidth: float, arithmetic: float)
 
 
 def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16) -> Roofline:
-    """Count a training step, per image of `size` x `size` pixels; nothing is computed, but it takes seconds.
+    """Count a training step, per image of `size` x `size` pixels; nothing is computed, but it takes some ten seconds.
 
     The optimiser is left out: with AdamW in fp32 28 bytes a parameter and step, 1 % at a batch of 256.
 
     Args:
         dtype: bfloat16 = autocast over fp32 parameters, as training runs on GPUs; float32 = without.
     """
-    cost, trace, larger = count(model, size), traced(model, size, dtype, BATCH), traced(model, size, dtype, 2 * BATCH)
+    cost, trace = count(model, size), traced(model, size, dtype, BATCH)
+
+    def of_an_image(ours: bool) -> int:  # what there is of weights is the same at any batch
+        less, more = (traced(model, size, dtype, batch, ours=ours).bytes for batch in (BATCH, 2 * BATCH))
+        return (more - less) // BATCH
+
     return Roofline(
         flops=cost.training_flops,
-        eager_bytes=(larger.bytes - trace.bytes) // BATCH,  # what there is of weights is the same in both
+        eager_bytes=of_an_image(ours=False),
+        bytes=of_an_image(ours=True),
         fused_bytes=cost.fused_bytes(dtype.itemsize),
         kernels=trace.kernels,
     )
@@ -95,12 +107,26 @@ class Trace(TorchDispatchMode):
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
         if _moves(func, inputs, outputs):
             passed = sum(map(_size, inputs)) + sum(map(_size, outputs))
-            passed += _size(inputs[0]) if func in SECOND_READ else 0
-            self.bytes += passed
-            self.kernels += 1
+            again = int(func in SECOND_READ) or (
+                SECOND_READ_OURS.get(func._opname, 0) if func.namespace == "fat" else 0
+            )
+            passed += sum(map(_size, inputs[:again]))
+            bias = _bias_bytes(func, args, outputs)
+            self.bytes += passed + bias
+            self.kernels += 1 + (bias > 0)
             if any(name in func.name() for name in PRODUCTS):
                 self.product_bytes += passed
         return result
+
+
+def _bias_bytes(func: Any, args: Any, outputs: list[Tensor]) -> int:
+    """What a convolution's bias costs beside it: cuDNN's do without, so torch adds it to the result afterwards, and
+    sums the gradient for it."""
+    if func is aten.convolution.default and args[2] is not None:
+        return 2 * _size(outputs[0])
+    if func is aten.convolution_backward.default and args[-1][2]:
+        return _size(args[0])
+    return 0
 
 
 def _moves(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
@@ -148,22 +174,21 @@ class _OnGpuNorm(MapNorm):
         return norm_rows(x.float(), self.weight, self.bias, self.eps)
 
 
-def traced(model: FAT, size: int, dtype: torch.dtype, batch: int) -> Trace:
-    """The operations of a training step on `batch` images, as a GPU would run them, on memory that is not there."""
+def traced(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: bool = False) -> Trace:
+    """The operations of a training step on `batch` images, as a GPU would run them, on memory that is not there; with
+    our kernels, or without."""
     trace = Trace()
     with FakeTensorMode(), torch.device("cpu"):
         twin = FAT(model.config).train()
-        swaps: dict[type[nn.Module], type[nn.Module]] = {
-            FASA: _OnGpuFASA,
-            MapNorm: _OnGpuNorm,
-            BatchNorm: nn.BatchNorm2d,
-        }
+        swaps: dict[type[nn.Module], type[nn.Module]] = {FASA: _OnGpuFASA}
+        if not ours:
+            swaps |= {MapNorm: _OnGpuNorm, BatchNorm: nn.BatchNorm2d}
         for module in twin.modules():
             module.__class__ = swaps.get(type(module), type(module))
         images = torch.empty(batch, model.config.in_chans, size, size, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.long)
-        with trace:
+        with trace, kernels.assumed() if ours else nullcontext():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = twin(images)
             F.cross_entropy(logits.float(), labels).backward()
@@ -173,7 +198,7 @@ def traced(model: FAT, size: int, dtype: torch.dtype, batch: int) -> Trace:
 def table(batch: int, size: int, bandwidth: float, arithmetic: float) -> str:
     """Markdown: a training step of each variant under bf16 autocast; bandwidth in TB/s, arithmetic in TFLOP/s."""
     limits = {"bandwidth": bandwidth * 1e12, "arithmetic": arithmetic * 1e12}
-    columns = ("TFLOP", "kernels", "GB eager", "GB fused", "img/s eager", "img/s fused", "FLOP/byte fused")
+    columns = ("TFLOP", "kernels eager", "GB eager", "GB ours", "GB fused", "img/s eager", "img/s ours", "img/s fused")
     lines = [("variant", *columns), ("-",) * (len(columns) + 1)]
     for name, config in VARIANTS.items():
         with torch.device("meta"):
@@ -184,10 +209,11 @@ def table(batch: int, size: int, bandwidth: float, arithmetic: float) -> str:
                 f"{found.flops * batch / 1e12:.2f}",
                 f"{found.kernels:,}",
                 f"{found.eager_bytes * batch / 1e9:.0f}",
+                f"{found.bytes * batch / 1e9:.0f}",
                 f"{found.fused_bytes * batch / 1e9:.0f}",
                 f"{ceiling(found.flops, found.eager_bytes, **limits):,.0f}",
+                f"{ceiling(found.flops, found.bytes, **limits):,.0f}",
                 f"{ceiling(found.flops, found.fused_bytes, **limits):,.0f}",
-                f"{found.flops / found.fused_bytes:.0f}",
             )
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -29,6 +29,13 @@ def test_bytes_agree_with_the_estimates(name: str) -> None:
     assert counted(name).fused_bytes * 256 / 1e9 == pytest.approx(fused, rel=0.25)
 
 
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_our_kernels_move_less_than_half_of_eager_and_less_than_twice_the_floor(name: str) -> None:
+    found = counted(name)
+    assert found.fused_bytes < found.bytes < 0.5 * found.eager_bytes
+    assert found.bytes < 2 * found.fused_bytes
+
+
 def test_fused_bytes_are_what_the_products_of_an_eager_run_pass() -> None:
     """Counted from layers' shapes in the one, from operations' tensors in the other."""
     model = fat.create_model("fat_b0")
