@@ -36,21 +36,27 @@ class BatchNorm(nn.BatchNorm2d):
 
         Args:
             mean, var: [C], var without correction.
-            count: values per channel they were taken from, on one rank.
-
-        Raises:
-            ValueError: a single value, which has no variance.
+            count: as for `correction`.
         """
-        count *= self.ranks
-        if count < 2:
-            raise ValueError("BatchNorm in training on one value per channel: use larger images or more of them")
+        correction = self.correction(count)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), self.momentum)
+        self.running_var.lerp_((var * correction).to(self.running_var.dtype), self.momentum)
+
+    def correction(self, count: int) -> float:
+        """What makes an unbiased variance of one that was taken from `count` values per channel on each rank.
+
+        Raises:
+            ValueError: of a single value, which has no variance.
+        """
+        count *= self.ranks
+        if count < 2:
+            raise ValueError("BatchNorm in training on one value per channel: use larger images or more of them")
+        return count / (count - 1)
 
 
 def folded(

@@ -194,9 +194,12 @@ def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor, *, gelu: bool = 
     else:
         y, mean, var = with_statistics(conv(F.gelu(x) if gelu else x))
     mean, var = norm.shared(mean, var)
-    norm.follow(mean, var, y.numel() // y.shape[1])
-    fold = kernels.fold if served else folded
-    return project(y, *fold(after, norm, mean, var, y.dtype))
+    count = y.numel() // y.shape[1]
+    if served:
+        kernels.follow(norm, mean, var, count)
+        return project(y, *kernels.fold(after, norm, mean, var, y.dtype))
+    norm.follow(mean, var, count)
+    return project(y, *folded(after, norm, mean, var, y.dtype))
 
 
 def watched(*modules: nn.Module) -> bool:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fat.batchnorm import BatchNorm
 from fat.kernels import ops
 from fat.kernels.maps import DTYPES, SIZES, STRIDES
 
@@ -39,6 +40,7 @@ __all__ = [
     "depthwise_moments",
     "depthwise_norm",
     "fold",
+    "follow",
     "gate",
     "norm",
     "serves",
@@ -119,6 +121,20 @@ def fold(
     """Weights [O, C, 1, 1] and bias [O] with which `after`, a 1x1 convolution, does the norm's work too, in dtype."""
     assert after.bias is not None
     return ops.fold(after.weight, after.bias, norm.weight, norm.bias, mean, var, norm.eps, dtype)
+
+
+def follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """`BatchNorm.follow`, in one launch."""
+    batches, momentum = norm.num_batches_tracked, norm.momentum
+    if batches is None or torch.compiler.is_compiling():  # recomputing; the compiler joins what there is to do
+        norm.follow(mean, var, count)
+        return
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert momentum is not None
+    ops.follow(
+        norm.running_mean, norm.running_var, batches, mean.detach(), var.detach(), momentum, norm.correction(count)
+    )
 
 
 def gate(local: Tensor, other: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from fat.kernels import tiles
 def _join(
     moments,
     counts,
-    out,
+    mean_out,
+    squares_out,
     counts_out,
     parts,
     channels,
@@ -27,7 +28,7 @@ def _join(
     CHANNELS: tl.constexpr,
 ):
     """moments fp32 [parts, 2, channels] (mean, sum of squared deviations) over counts [parts] values -> the same of
-    groups of `each` parts. The LAST, which has but one group, writes the variance for the sum."""
+    groups of `each` parts, 2 channels apart. The LAST, which has but one group, writes the variance for the sum."""
     group = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
@@ -53,9 +54,20 @@ def _join(
     result = tl.sum(squares, axis=0)
     if LAST:
         result /= count_all
-    tl.store(out + group * 2 * channels + c, mean, mask=known)
-    tl.store(out + group * 2 * channels + channels + c, result, mask=known)
+    tl.store(mean_out + group * 2 * channels + c, mean, mask=known)
+    tl.store(squares_out + group * 2 * channels + c, result, mask=known)
     tl.store(counts_out + group, count_all)
+
+
+@triton.jit
+def _follow(running_mean, running_var, batches, mean, var, channels, momentum, correction, CHANNELS: tl.constexpr):
+    c = tl.arange(0, CHANNELS)
+    known = c < channels
+    old, new = tl.load(running_mean + c, mask=known), tl.load(mean + c, mask=known)
+    tl.store(running_mean + c, old + momentum * (new - old), mask=known)
+    old, new = tl.load(running_var + c, mask=known), tl.load(var + c, mask=known) * correction
+    tl.store(running_var + c, old + momentum * (new - old), mask=known)
+    tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
@@ -145,10 +157,12 @@ def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         each = min(parts, tiles.JOINED_EACH)
         groups = triton.cdiv(parts, each)
         out, counts_out = moments.new_empty(groups, 2, channels), counts.new_empty(groups)
+        mean, squares = out[0].unbind() if groups > 1 else (moments.new_empty(channels), moments.new_empty(channels))
         _join[(groups, triton.cdiv(channels, tiles.JOINED_CHANNELS))](
             moments,
             counts,
-            out,
+            mean,
+            squares,
             counts_out,
             parts,
             channels,
@@ -159,8 +173,34 @@ def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             num_warps=tiles.JOINED_WARPS,
         )
         if groups == 1:
-            return out[0, 0], out[0, 1]
+            return mean, squares
         moments, counts = out, counts_out
+
+
+def follow(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    correction: float,
+) -> None:
+    """Moves the running statistics and counts a batch, in place."""
+    channels = mean.numel()
+    wide = tiles.power_of_2(channels)
+    _follow[(1,)](
+        running_mean,
+        running_var,
+        batches,
+        mean,
+        var,
+        channels,
+        momentum,
+        correction,
+        CHANNELS=wide,
+        num_warps=tiles.warps(wide // 4),
+    )
 
 
 def fold(

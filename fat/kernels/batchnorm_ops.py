@@ -32,8 +32,7 @@ def depthwise_moments(
     moments = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
     counts = x.new_empty(tiles, dtype=torch.float32)
     convolve(x, weight, bias, out, stride=stride, residual=residual, moments=moments, counts=counts)
-    mean, var = join(moments, counts)
-    return out, mean.clone(), var.clone()
+    return out, *join(moments, counts)
 
 
 @depthwise_moments.register_fake
@@ -88,6 +87,36 @@ def _moments_backward(ctx: Any, by_y: Tensor, by_mean: Tensor, by_var: Tensor) -
 
 
 depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
+
+
+@custom_op("fat::follow", mutates_args=("running_mean", "running_var", "batches"))
+@on_its_device
+def follow(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    correction: float,
+) -> None:
+    """Moves running statistics [C] fp32 towards mean and var * correction, and counts the batch: one launch of four."""
+    from fat.kernels import batchnorm as kernels
+
+    kernels.follow(running_mean, running_var, batches, mean, var, momentum, correction)
+
+
+@follow.register_fake
+def _(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    correction: float,
+) -> None:
+    return None
 
 
 @custom_op("fat::fold", mutates_args=())

@@ -172,6 +172,7 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.bias_dtype = bias.dtype
+    ctx.set_materialize_grads(False)  # mean's and rstd's would be launches for nothing
     ctx.save_for_backward(x, mean, rstd, weight)
 
 
@@ -204,12 +205,15 @@ def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     _, branch, scale, weight, bias, _ = inputs
     total, _, mean, rstd = output
     ctx.branch_dtype, ctx.bias_dtype = branch.dtype, bias.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, mean, rstd, weight, scale)
 
 
-def _add_norm_backward(ctx: Any, residual: Tensor, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _add_norm_backward(
+    ctx: Any, residual: Tensor | None, gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     total, mean, rstd, weight, scale = ctx.saved_tensors
-    gradient, residual = channels_last(gradient), channels_last(residual)
+    gradient, residual = _dense(gradient, total), _dense(residual, total)
     if scale is None and ctx.branch_dtype == total.dtype:
         by_x, affine = norm_gradient(gradient, total, mean, rstd, weight, residual)
         by_branch = by_x
@@ -227,12 +231,16 @@ def _keep_depthwise_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
     x, weight, bias, norm_weight, norm_bias, _ = inputs
     total, _, mean, rstd = output
     ctx.bias_dtype, ctx.norm_bias_dtype = None if bias is None else bias.dtype, norm_bias.dtype
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, total, mean, rstd, norm_weight)
 
 
-def _depthwise_norm_backward(ctx: Any, residual: Tensor, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _depthwise_norm_backward(
+    ctx: Any, residual: Tensor | None, gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
     x, weight, total, mean, rstd, norm_weight = ctx.saved_tensors
-    by_total, affine = norm_gradient(channels_last(gradient), total, mean, rstd, norm_weight, channels_last(residual))
+    gradient, residual = _dense(gradient, total), _dense(residual, total)
+    by_total, affine = norm_gradient(gradient, total, mean, rstd, norm_weight, residual)
     by_x, by_weight, by_bias = convolution_gradients(
         by_total, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], 1, True
     )
@@ -241,6 +249,11 @@ def _depthwise_norm_backward(ctx: Any, residual: Tensor, gradient: Tensor, *_: T
 
 
 depthwise_norm.register_autograd(_depthwise_norm_backward, setup_context=_keep_depthwise_norm)
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """None: of two results one was not used."""
+    return torch.zeros_like(like) if gradient is None else channels_last(gradient)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ and returned in the weight's dtype. An operator that is called with another layo
 `fat.kernels` asks first. Triton is imported by the first call. There is no second derivative.
 """
 
-from fat.kernels.batchnorm_ops import depthwise_moments, depthwise_moments_gradient, fold, fold_gradient
+from fat.kernels.batchnorm_ops import depthwise_moments, depthwise_moments_gradient, fold, fold_gradient, follow
 from fat.kernels.convolution_ops import (
     depthwise,
     depthwise_gate,
@@ -31,6 +31,7 @@ __all__ = [
     "depthwise_weight_gradient",
     "fold",
     "fold_gradient",
+    "follow",
     "gate",
     "gate_gradient",
     "norm",

@@ -86,6 +86,7 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         "depthwise_moments": norms,
         "depthwise_moments_gradient": norms,
         "fold": norms,
+        "follow": norms,
         "fold_gradient": norms,
         "depthwise_input_gradient": norms + 2 * blocks,
         "depthwise_weight_gradient": 2 * blocks,  # position and gate
