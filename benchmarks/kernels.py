@@ -298,7 +298,8 @@ class Clock:
 
 def copy_bandwidth(clock: Clock) -> float:
     """Bytes per second, read and written."""
-    source = torch.zeros(COPY if DEVICE == "cuda" else 1 << 20, dtype=torch.uint8, device=DEVICE)
+    # Not zeros, which a device may move faster than other bytes.
+    source = torch.randint(256, (COPY if DEVICE == "cuda" else 1 << 20,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / clock.measure({"copy": lambda: target.copy_(source)})["copy"]
 
