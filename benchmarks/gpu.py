@@ -173,9 +173,12 @@ def run(part: Part, path: Path, work: Path, deadline: float) -> dict[str, Any]:
         shutil.rmtree(work / part.makes, ignore_errors=True)
     command = [word.format(out=out, work=work) for word in part.command]
     start = time.monotonic()
-    status = finish([sys.executable, *command], min(part.limit, left), output)
+    seconds = min(part.limit, left)
+    status = finish([sys.executable, *command], seconds, output)
     state = "passed" if status == 0 else "failed" if status is not None or part.limit <= left else "time was up"
     lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if status is None:
+        lines.append(f"ended after {seconds:.0f} s")
     result = {
         "state": state,
         "status": status,

@@ -94,6 +94,7 @@ def test_children_in_sessions_of_their_own_end_too(tmp_path: Path, monkeypatch: 
 def test_a_part_that_hangs_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, parts = run(monkeypatch, tmp_path, [Part("hangs", ("-c", "import time; time.sleep(60)"), limit=0.5)])
     assert (status, parts["hangs"]["state"]) == (1, "failed")
+    assert parts["hangs"]["tail"] == "ended after 0 s"
 
 
 def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
