@@ -79,7 +79,7 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/step.py --models fat_b0 fat_b1 --modes training --out $(OUT)/step.json
 
 # Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, rich, safetensors,
-# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, pytest; FFCV and timm are used if there.
+# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, psutil, pytest; FFCV, timm are used if there.
 gpu:             ## all GPU tests and benchmarks, 8 minutes at most, call again to go on: make gpu PYTHON=python3 OUT=dir
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)
 

@@ -2,34 +2,42 @@
 
     python benchmarks/gpu.py --out DIR [--minutes 8] [--only NAME ...]
 
-Needs neither an installed project nor a virtual environment: this Python with its packages is used as it is. A part
-whose whole result for these very sources lies in DIR is not run again; one that did not end is. DIR/gpu.json holds all
-results with machine, versions and commit, DIR/gpu.md is a table of them, DIR/parts/ each part's own JSON and output.
-Exit status: 0 all parts have passed, 1 some failed, 2 no GPU, 3 time was up before all had their turn.
+Needs neither an installed project nor a virtual environment: this Python with its packages is used as it is.
+DIR/gpu.json holds all results with machine, versions and commit, and is all that a later call needs to go on, on
+whatever machine: a part that has come to its end with these very sources is not run again. DIR/gpu.md is a table of it,
+DIR/parts/ has each part's whole output. Exit status: 0 all parts have passed, 1 some failed, 2 no GPU, 3 time was up
+before all had their turn.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "triton", "nvidia-dali-cuda120", "accelerate", "deepspeed", "ffcv", "timm", "numpy")
-SHOWN_LINES = 12
+SHOWN_LINES, FAILED_LINES = 12, 200  # of a part's output, in gpu.json
 WHOLE_CALL = 460.0  # seconds: what a call of 8 minutes has
-LEAST_SECONDS = 20.0  # with less time left, a part is left to the next call
+LEAST_SECONDS = 20.0  # with less time left, a part is left to the next call, if it does not say otherwise
+GRACE = 10.0  # seconds for killed processes to be gone
 BAD_INPUT, TIME_IS_UP = 2, 3
+EAGER = ("contiguous", "channels-last", "graph")
 FAT = ("fat_b0", "fat_b1", "fat_b2", "fat_b3")
 TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 
@@ -43,62 +51,73 @@ class Part:
     """Arguments of Python; {out} is the JSON file that it writes, {work} a folder that parts share."""
     limit: float = 240.0
     """Seconds."""
+    least: float = LEAST_SECONDS
+    """With fewer seconds left, it is left to the next call: what is ended halfway has to begin anew."""
+    makes: str = ""
+    """What it leaves in {work} for others; it is run again where that is gone."""
     needs: tuple[str, ...] = ()
     """Modules without which it is left out."""
 
 
 def parts() -> list[Part]:
-    """In order: tests, then what is cheap and tells most."""
+    """In order: what tells most comes first."""
     pytest = ("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
     files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    tests = {
+        path.stem[5:]: Part(f"test {path.stem[5:]}", (*pytest, str(path.relative_to(ROOT))), limit=WHOLE_CALL, least=60)
+        for path in files
+    }
     # Each of its tests starts training several times: together they would outlast a call.
-    whole = [str(path.relative_to(ROOT)) for path in files if path.stem != "test_training"]
+    del tests["training"]
     launches = re.findall(
         r"^def (test_\w+)", (ROOT / "tests/gpu/test_training.py").read_text(encoding="utf-8"), re.MULTILINE
     )
-    step = ("benchmarks/step.py", "--rounds", "5", "--out", "{out}", "--models")
     bench = ("-m", "pipeline.cli", "bench", "{work}/photos-shards", "--json", "{out}", "--chart")
-    eager = ("--ways", "contiguous", "channels-last", "graph")
+    benches = {v: Part(f"bench {v[4:]}", (*bench, f"{{work}}/{v}.png", "--variant", v[4:]), least=60) for v in FAT}
+    step = ("benchmarks/step.py", "--rounds", "5", "--out", "{out}", "--models")
+    compiled = {
+        name: Part(
+            f"compiled {name}",
+            (*step, name, "--ways", "channels-last", "compiled", "compiled graph"),
+            limit=WHOLE_CALL,
+            least=120,
+            needs=() if name in FAT else ("timm",),
+        )
+        for name in (*FAT, *TIMM)
+    }
+    smallest, *between, largest = FAT
     return [
-        *(Part(f"test {Path(test).stem[5:]}", (*pytest, test), limit=WHOLE_CALL) for test in whole),
-        Part("test augmentation", (*pytest, "tests/unit/test_augment_pixels.py")),
-        *(
-            Part(f"train {name[5:]}", (*pytest, f"tests/gpu/test_training.py::{name}"), limit=WHOLE_CALL)
-            for name in launches
-        ),
-        Part("kernels", ("benchmarks/kernels.py", "--out", "{out}")),
-        Part("photos", ("-m", "pipeline.cli", "sample", "photos", "{work}/photos", "--count", "2000")),
+        tests.pop("kernels"),
+        Part("kernels", ("benchmarks/kernels.py", "--out", "{out}"), limit=WHOLE_CALL, least=60),
+        *(Part(f"step {name}", (*step, name, "--ways", *EAGER), least=40) for name in FAT),
+        compiled[smallest],
+        Part("photos", ("-m", "pipeline.cli", "sample", "photos", "{work}/photos", "--count", "2000"), makes="photos"),
         Part(
             "shards",
             ("-m", "pipeline.cli", "shard", "{work}/photos", "--out", "{work}/photos-shards", "--shard-size", "32"),
+            makes="photos-shards",
         ),
-        Part("decode", ("benchmarks/decode.py", "--rounds", "3", "--data", "{work}", "--out", "{out}")),
-        *(Part(f"bench {v[4:]}", (*bench, f"{{work}}/{v}.png", "--variant", v[4:])) for v in FAT),
-        *(Part(f"step {name}", (*step, name, *eager)) for name in FAT),
-        *(Part(f"step {name}", (*step, name, *eager), needs=("timm",)) for name in TIMM),
+        Part("decode", ("benchmarks/decode.py", "--rounds", "3", "--data", "{work}", "--out", "{out}"), least=90),
+        benches[smallest],
+        benches[largest],
+        *tests.values(),
+        Part("test augmentation", (*pytest, "tests/unit/test_augment_pixels.py"), least=40),
+        compiled[largest],
+        *(part for name in between for part in (benches[name], compiled[name])),
         *(
-            Part(
-                f"compiled {name}",
-                (*step, name, "--ways", "channels-last", "compiled", "compiled graph"),
-                limit=WHOLE_CALL,
-            )
-            for name in FAT
+            Part(f"train {name[5:]}", (*pytest, f"tests/gpu/test_training.py::{name}"), limit=WHOLE_CALL, least=100)
+            for name in launches
         ),
-        *(
-            Part(
-                f"compiled {name}",
-                (*step, name, "--ways", "channels-last", "compiled", "compiled graph"),
-                needs=("timm",),
-            )
-            for name in TIMM
-        ),
+        *(Part(f"step {name}", (*step, name, "--ways", *EAGER), needs=("timm",)) for name in TIMM),
+        *(compiled[name] for name in TIMM),
         Part("augmentation", ("benchmarks/augment.py", "--device", "cuda", "--out", "{out}")),
-        Part("loaders", ("benchmarks/loader.py", "--rounds", "3", "--out", "{out}")),
+        Part("loaders", ("benchmarks/loader.py", "--rounds", "3", "--data", "{work}", "--out", "{out}"), least=60),
         *(
             Part(
                 f"inference {name}",
                 ("benchmarks/model.py", "--rounds", "5", "--variants", name, "--out", "{out}"),
                 limit=WHOLE_CALL,
+                least=120,
             )
             for name in FAT
         ),
@@ -120,71 +139,72 @@ def main() -> int:
     folder = options.out.absolute() / "parts"
     work = folder / f"work-{sources}"  # what other sources have made there may be half done, or no longer right
     work.mkdir(parents=True, exist_ok=True)
+    results = earlier(options.out, sources)
     chosen = [p for p in parts() if not options.only or p.name.startswith(tuple(options.only))]
-    results: dict[str, dict[str, Any]] = {}
     for part in chosen:
-        path = folder / f"{part.name.replace(' ', '-')}.json"
-        results[part.name] = earlier(path, sources) or run(part, path, sources, work, deadline)
+        if results.get(part.name, {}).get("state") not in {"passed", "left out"} or not (work / part.makes).exists():
+            results[part.name] = run(part, folder / part.name.replace(" ", "-"), work, deadline)
         print(f"{part.name:40} {summary(results[part.name])}", flush=True)
         write(options.out, sources, results)
-    states = {result["state"] for result in results.values()}
+    states = {results[part.name]["state"] for part in chosen}
     return 1 if "failed" in states else TIME_IS_UP if states & {"time was up", "not run"} else 0
 
 
-def earlier(path: Path, sources: str) -> dict[str, Any] | None:
-    """The result of an earlier call for these sources, if it came to an end."""
+def earlier(out: Path, sources: str) -> dict[str, dict[str, Any]]:
+    """The results of earlier calls for these sources."""
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return result if result.get("sources") == sources and result["state"] in {"passed", "left out"} else None
+        return {}
+    return found["parts"] if found.get("sources") == sources else {}
 
 
-def run(part: Part, path: Path, sources: str, work: Path, deadline: float) -> dict[str, Any]:
-    """Run a part and keep its result."""
+def run(part: Part, path: Path, work: Path, deadline: float) -> dict[str, Any]:
+    """Run a part. Its whole output goes to `path`.txt, its figures through `path`.json."""
     missing = [name for name in part.needs if subprocess.call([sys.executable, "-c", probe(name)]) != 0]
     left = deadline - time.monotonic()
-    result: dict[str, Any] = {"name": part.name, "sources": sources, "seconds": 0.0}
     if missing:
-        result |= {"state": "left out", "tail": f"{', '.join(missing)} cannot be imported here"}
-    elif left < LEAST_SECONDS:
-        result |= {"state": "not run", "tail": "time was up; call again"}
-    else:
-        out = path.with_suffix(".out.json")
-        out.unlink(missing_ok=True)
-        command = [word.format(out=out, work=work) for word in part.command]
-        start = time.monotonic()
-        status, text = finish([sys.executable, *command], min(part.limit, left))
-        short = min(part.limit, left) < part.limit
-        state = "passed" if status == 0 else "failed" if status is not None or not short else "time was up"
-        result |= {"state": state, "status": status, "seconds": round(time.monotonic() - start, 1)}
-        result |= {"command": part.command, "tail": "\n".join(text.strip().splitlines()[-SHOWN_LINES:])}
-        if out.exists():
-            result["figures"] = json.loads(out.read_text(encoding="utf-8"))
-        path.with_suffix(".txt").write_text(text, encoding="utf-8")
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        return {"state": "left out", "seconds": 0.0, "tail": f"{', '.join(missing)} cannot be imported here"}
+    if left < part.least:
+        return {"state": "not run", "seconds": 0.0, "tail": "time was up; call again"}
+    out, output = path.with_suffix(".json"), path.with_suffix(".txt")
+    out.unlink(missing_ok=True)
+    if part.makes:
+        shutil.rmtree(work / part.makes, ignore_errors=True)
+    command = [word.format(out=out, work=work) for word in part.command]
+    start = time.monotonic()
+    seconds = min(part.limit, left)
+    status = finish([sys.executable, *command], seconds, output)
+    state = "passed" if status == 0 else "failed" if status is not None or part.limit <= left else "time was up"
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if status is None:
+        lines.append(f"ended after {seconds:.0f} s")
+    result = {
+        "state": state,
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "command": part.command,
+        "tail": "\n".join(lines[-SHOWN_LINES if state == "passed" else -FAILED_LINES :]),
+    }
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a part that did not come to its end has some, too
+        result["figures"] = json.loads(out.read_text(encoding="utf-8"))
     return result
 
 
-def finish(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """(exit status, or None if it did not end in time; what it printed). Ends its children too."""
+def finish(command: list[str], seconds: float, output: Path) -> int | None:
+    """Exit status, or None if it did not end in time. Ends its children too, in whatever session they are."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        text, _ = process.communicate(timeout=seconds)
-        return process.returncode, text
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        text, _ = process.communicate()
-        return None, text
+    with output.open("wb") as sink:
+        process = psutil.Popen(command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            return int(process.wait(timeout=seconds))
+        except psutil.TimeoutExpired:
+            family = [process, *process.children(recursive=True)]
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(family, timeout=GRACE)
+            return None
 
 
 def probe(name: str) -> str:
@@ -235,12 +255,15 @@ def machine() -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """A result in a line: what it found, or how it ended."""
-    found, text = result.get("figures"), f"{result['state']}, {result['seconds']:.0f} s"
-    if result["state"] != "passed":
-        last = result["tail"].splitlines()
-        return f"{text}: {last[-1] if last else ''}"
-    if found is None:
-        return f"{text}: {result['tail'].splitlines()[-1] if result['tail'] else ''}"
+    found = said(result["figures"]) if result.get("figures") else ""
+    text, last = f"{result['state']}, {result['seconds']:.0f} s", result["tail"].splitlines()[-1:]
+    if result["state"] == "passed":
+        return found or ": ".join([text, *last])
+    return ": ".join([text, *last, *filter(None, [found])])
+
+
+def said(found: dict[str, Any]) -> str:
+    """The figures of one of the benchmarks, in a line."""
     if "verdict" in found:
         return (
             f"both/model {found['both_of_model']:.3f}, model {found['model']['rate']:,.0f} images/s = "
@@ -255,13 +278,25 @@ def summary(result: dict[str, Any]) -> str:
     if "medians" in found:
         rates = sorted(((name, row["rate"]) for name, row in found["medians"].items()), key=lambda row: -row[1])
         return "; ".join(f"{name} {rate:,.0f}/s" for name, rate in rates)
-    rows = found.get("results", [])
-    shown = [
-        f"{row['mode']} {row['way']} {row.get('failed') or format(row['images/s'], ',.0f')}"
-        for row in rows
-        if "mode" in row
-    ]
-    return "; ".join(shown) or text
+    if "copy GB/s" in found:
+        rows = found["results"]
+        shares = "; ".join(
+            f"{way} {median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
+            for way in ("ours", "channels-last", "contiguous")
+            if (some := [row[way]["share"] for row in rows if way in row])
+        )
+        return f"copy {found['copy GB/s']:,.0f} GB/s; {len(rows)} kernels, shares of it: {shares}"
+    if "recipes" in found:
+        return "; ".join(f"{name} {row['ours']:.1f} us an image" for name, row in found["recipes"].items())
+    lines = []
+    for row in found.get("results", []):
+        rates = [
+            f"{key.removesuffix('images/s')}{value:,.0f}" for key, value in row.items() if key.endswith("images/s")
+        ]
+        lines.append(
+            " ".join([*([row["mode"]] if "mode" in row else []), row["way"], row.get("failed") or ", ".join(rates)])
+        )
+    return "; ".join(lines)
 
 
 def write(out: Path, sources: str, results: dict[str, dict[str, Any]]) -> None:

@@ -43,6 +43,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLUSH = 256 << 20  # bytes that are overwritten before each call: more than any second-level cache
 COPY = 1 << 30  # bytes of the copy
 SLOW = 0.05  # seconds of a call from which three rounds are enough
+HEAD_START = 4_000_000  # cycles, two milliseconds: longer than the host takes to launch the most kernels of one call
 EPS = 1e-5
 
 
@@ -288,7 +289,7 @@ class Clock:
             call()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)  # cycles: the host runs ahead, so that launching is not part of the time
+        torch.cuda._sleep(HEAD_START)  # the host runs ahead, so that launching is not part of the time
         start.record()
         call()
         end.record()
@@ -298,7 +299,8 @@ class Clock:
 
 def copy_bandwidth(clock: Clock) -> float:
     """Bytes per second, read and written."""
-    source = torch.zeros(COPY if DEVICE == "cuda" else 1 << 20, dtype=torch.uint8, device=DEVICE)
+    # Not zeros, which a device may move faster than other bytes.
+    source = torch.randint(256, (COPY if DEVICE == "cuda" else 1 << 20,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.numel() / clock.measure({"copy": lambda: target.copy_(source)})["copy"]
 

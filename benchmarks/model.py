@@ -77,7 +77,9 @@ def main() -> None:
             torch._dynamo.reset()  # compiled models of one process share a bounded cache
             ways = [way for way in options.ways if mode == "inference" or not way.startswith("fused")]
             steps = {way: step(variant, way, mode == "training", options) for way in ways}
-            times = interleave(steps, options.rounds)
+            times, failed = interleave(steps, options.rounds)
+            for way, why in failed.items():
+                print(f"{variant:8} {way:15} {mode} left out: {why}")
             for way in times:
                 rows[way].update(figures(mode, times, way, options.batch))
         for row in rows.values():
@@ -121,23 +123,31 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
     return once
 
 
-def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round, after two untimed calls of each; what finds no memory beside the others is
-    left out."""
+def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each step in each round, after two untimed calls of each; and why some were left out, which mostly is
+    that they find no memory beside the others, whatever error a library has for that."""
     times: dict[str, list[float]] = {}
+    failed: dict[str, str] = {}
     for round_number in range(-2, rounds):
         for way in list(steps):
             start = time.perf_counter()
             try:
                 steps[way]()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                failed[way] = reason(error)
                 del steps[way]
                 times.pop(way, None)
                 torch.cuda.empty_cache()
                 continue
             if round_number >= 0:
                 times.setdefault(way, []).append(time.perf_counter() - start)
-    return times
+    return times, failed
+
+
+def reason(error: Exception) -> str:
+    """In a line."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:200] if said else ''}"
 
 
 def figures(mode: str, times: dict[str, list[float]], way: str, batch: int) -> dict[str, float]:

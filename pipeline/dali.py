@@ -23,6 +23,9 @@ from shards.errors import UserError
 
 T = TypeVar("T")
 
+# Batches that a stream may be behind their reader's thread before that waits: what is ready, and as many in the works.
+MOST_KEPT = 4
+
 
 @dataclass
 class DaliDecoder:
@@ -63,6 +66,7 @@ class DaliDecoder:
         source = feed()
         pipeline = self._build(source)
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
+        readers = None if stream is None else StillRead(stream)
         with Resizer(size=self.size, threads=self.threads, normalisation=self.normalisation) as resize:
             try:
                 while True:
@@ -75,12 +79,16 @@ class DaliDecoder:
                     except RuntimeError as error:
                         raise self._explain(error, in_flight) from error
                     job, extra = in_flight.popleft()
-                    if self._on_gpu:
-                        yield torch.from_dlpack(images.as_tensor()), job, extra
+                    if readers is not None:
+                        pixels = torch.from_dlpack(images.as_tensor())
+                        yield pixels, job, extra
+                        readers.keep(pixels)
                     else:  # DALI writes to its images again after the next run, decoding goes on meanwhile
                         yield resize([np.asarray(image) for image in images], job), job, extra
             finally:
                 source.close()
+                if readers is not None:
+                    readers.close()
                 del pipeline
 
     @property
@@ -154,3 +162,29 @@ class DaliDecoder:
         """DALI names no sample: say which batch it was."""
         detail = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
         return DecodeError.of(in_flight[0][0].encoded.ids if in_flight else (), detail)
+
+
+class StillRead:
+    """Batches that were handed out and may not have been read yet.
+
+    DALI takes memory back in the order of its own streams: once nobody holds a batch, the next one may be written over
+    it, though a stream that is busy with something else has yet to read it. So they are held until it has.
+
+    Args:
+        stream: that reads them.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+        self._kept: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    def keep(self, images: torch.Tensor) -> None:
+        """Hold them until all that the stream has been given so far is done; waits where too many are held."""
+        self._kept.append((images, self._stream.record_event()))
+        while self._kept and (len(self._kept) > MOST_KEPT or self._kept[0][1].query()):
+            self._kept.popleft()[1].synchronize()
+
+    def close(self) -> None:
+        """Wait for the stream: for what reads the batch that was handed out last, too."""
+        self._stream.record_event().synchronize()
+        self._kept.clear()

@@ -52,8 +52,6 @@ MIN_CAPABILITY = (8, 0)  # bfloat16
 
 def serves(*maps: Tensor) -> bool:
     """Whether the kernels take these maps as they are, all of them. Weights may be in any float dtype."""
-    if torch.compiler.is_exporting():
-        return False
     return all(
         x.ndim == 4
         and x.numel() > 0
@@ -83,6 +81,10 @@ def available(device: str) -> bool:
     Raises ValueError when the variable FAT_KERNELS is neither "auto" nor "off". A compiled model keeps the answer that
     it was compiled with.
     """
+    # Here, not in `serves`: the compiler of torch 2.11 takes is_exporting() to be true whatever it is asked in,
+    # but calls this function as it is.
+    if torch.compiler.is_exporting():
+        return False
     if _assumed.get():
         return True
     wish = os.environ.get(SWITCH, "auto")

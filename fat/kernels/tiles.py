@@ -40,8 +40,12 @@ def depthwise(kernel: int, height: int, width: int, channels: int) -> Tile:
     """For a kernel that writes maps of that size: each thread keeps some channels of a column of `rows` positions, so
     a row that has been read serves all kernel rows."""
     wide = widest(channels)
-    cols = min(power_of_2(width), MAX_WARPS * WARP * LANES[kernel] // wide)
-    return Tile(best(height), cols, wide, warps(cols * wide // LANES[kernel]))
+    lanes = LANES[kernel]
+    cols = min(power_of_2(width), MAX_WARPS * WARP * lanes // wide)
+    # Where there are more threads than channels, Triton loads a weight in every thread that needs it; else in one, and
+    # hands it to the others through shared memory, with a barrier for each.
+    lanes = min(lanes, max(1, cols // 2))
+    return Tile(best(height), cols, wide, warps(cols * wide // lanes))
 
 
 @cache

@@ -24,11 +24,16 @@ def free_port() -> int:
 STRIPPED = ("ACCELERATE_", "DS_", "RANK", "WORLD_", "LOCAL_", "MASTER_", "FAT_DATA", "SLURM_")
 
 
+def python_path() -> str:
+    """This project first, then where Python finds libraries here."""
+    return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+
+
 def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
     """Ours, without anything a launcher or a user's configuration could add, and without GPUs (tests/gpu asks for them)."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(STRIPPED)}
     hidden = {} if "tests/gpu" in os.environ.get("PYTEST_CURRENT_TEST", "") else {"CUDA_VISIBLE_DEVICES": ""}
-    return kept | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": str(ROOT)} | hidden | extra
+    return kept | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": python_path()} | hidden | extra
 
 
 def accelerate(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.affinity import choose, numa_nodes, parse_list
-from tests.dist.launching import ROOT
+from tests.dist.launching import python_path
 
 TWO_SOCKETS = {0: frozenset(range(8)), 1: frozenset(range(8, 16))}
 ALL = frozenset(range(16))
@@ -67,7 +67,7 @@ print(world.cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], decod
 
 
 def test_torch_openmp_and_the_decoder_follow_the_mask_and_not_the_machine(digits: Path) -> None:
-    env = {**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "7", "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", MASKED, str(digits)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1", "1", "1"]

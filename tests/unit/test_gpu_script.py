@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from benchmarks import gpu
@@ -37,6 +38,28 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "good-runs").read_text() == (tmp_path / "mended-runs").read_text() == "x"
 
 
+def test_it_goes_on_from_its_json_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine: what one part has made there for another is made anew."""
+    made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir()"
+    maker = Part("maker", ("-c", made, str(tmp_path), "maker-runs", "{work}/made"), makes="made")
+    good = Part("good", ("-c", COUNT, str(tmp_path), "good-runs"))
+    for out in ("one", "other"):
+        (tmp_path / out).mkdir()
+        if out == "other":
+            (tmp_path / "one" / "gpu.json").rename(tmp_path / "other" / "gpu.json")
+        status, parts = run(monkeypatch, tmp_path / out, [maker, good])
+        assert (status, list(parts)) == (0, ["maker", "good"])
+    assert (tmp_path / "maker-runs").read_text() == "xx"
+    assert (tmp_path / "good-runs").read_text() == "x"
+
+
+def test_a_few_parts_leave_the_others_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [Part("one", ("-c", "")), Part("other", ("-c", ""))]
+    for name in ("one", "other"):
+        _, parts = run(monkeypatch, tmp_path, two, "--only", name)
+    assert [(name, part["state"]) for name, part in parts.items()] == [("one", "passed"), ("other", "passed")]
+
+
 def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = Part("good", ("-c", COUNT, str(tmp_path), "runs"))
     for sources in ("one", "one", "other"):
@@ -46,18 +69,32 @@ def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 0.5)
-    endless = Part("endless", ("-c", "import time; time.sleep(60)"))
-    late = Part("late", ("-c", ""))
+    endless = Part("endless", ("-c", "import time; time.sleep(60)"), least=0.5)
+    late = Part("late", ("-c", ""), least=0.5)
     status, parts = run(monkeypatch, tmp_path, [endless, late], "--minutes", "0.04")
     assert status == gpu.TIME_IS_UP
     assert [part["state"] for part in parts.values()] == ["time was up", "not run"]
     assert parts["endless"]["seconds"] < 10
 
 
+def test_what_would_not_come_to_its_end_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, short = Part("long", ("-c", ""), least=100), Part("short", ("-c", ""), least=0)
+    status, parts = run(monkeypatch, tmp_path, [long, short], "--minutes", "1")
+    assert status == gpu.TIME_IS_UP
+    assert [part["state"] for part in parts.values()] == ["not run", "passed"]
+
+
+def test_children_in_sessions_of_their_own_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = "import subprocess, sys; subprocess.run(['sleep', '61.25'], start_new_session=True)"
+    _, parts = run(monkeypatch, tmp_path, [Part("launches", ("-c", child), limit=1.0)])
+    assert parts["launches"]["state"] == "failed"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61.25"]]
+
+
 def test_a_part_that_hangs_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     status, parts = run(monkeypatch, tmp_path, [Part("hangs", ("-c", "import time; time.sleep(60)"), limit=0.5)])
     assert (status, parts["hangs"]["state"]) == (1, "failed")
+    assert parts["hangs"]["tail"] == "ended after 0 s"
 
 
 def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,6 +102,16 @@ def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
     write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(rows)!r})"
     run(monkeypatch, tmp_path, [Part("step", ("-c", write.replace("{", "{{").replace("}", "}}"), "{out}"))])
     assert "| step | training graph 1,234 |" in (tmp_path / "gpu.md").read_text()
+
+
+def test_every_benchmark_is_said_in_a_line() -> None:
+    shares = [{"kernel": "a", "ours": {"us": 1.0, "share": share}} for share in (0.5, 0.75, 1.0)]
+    kernels = {"copy GB/s": 4000.0, "results": shares}
+    assert gpu.said(kernels) == "copy 4,000 GB/s; 3 kernels, shares of it: ours 0.75 (0.50 to 1.00)"
+    inference = {"results": [{"variant": "b0", "way": "fused", "inference images/s": 9000.4}]}
+    assert gpu.said(inference) == "fused inference 9,000"
+    failed = {"results": [{"mode": "training", "way": "graph", "failed": "OutOfMemoryError: no room"}]}
+    assert gpu.said(failed) == "training graph OutOfMemoryError: no room"
 
 
 def test_without_a_gpu_it_says_so(

@@ -6,15 +6,17 @@ Its twin on a GPU, with CUDA's own check of synchronisation, is in tests/gpu/tes
 from __future__ import annotations
 
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.dali import MOST_KEPT, StillRead
 from tests.training_loop import training
 
 STEPS = 50
@@ -80,3 +82,37 @@ def test_a_read_would_be_noticed() -> None:
         torch.ones(()).item()
         torch.ones(3).nonzero()
     assert reads.found == {"_local_scalar_dense": 1, "nonzero": 1}
+
+
+class Event:
+    """A CUDA event that happens when it is told to, or waited for."""
+
+    def __init__(self) -> None:
+        self.happened, self.waited = False, False
+
+    def query(self) -> bool:
+        return self.happened
+
+    def synchronize(self) -> None:
+        self.waited, self.happened = not self.happened, True
+
+
+def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
+    events: list[Event] = []
+    stream = SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1])
+    readers = StillRead(stream)
+    images = [torch.zeros(1) for _ in range(MOST_KEPT + 2)]
+    held = [weakref.ref(one) for one in images]
+    for number in range(MOST_KEPT):
+        readers.keep(images[number])
+    images[:MOST_KEPT] = [None] * MOST_KEPT
+    assert all(one() is not None for one in held)
+    events[0].happened = True
+    readers.keep(images.pop())
+    assert [one() is None for one in held[:2]] == [True, False]
+    readers.keep(images.pop())  # too many: the oldest is waited for
+    assert held[1]() is None
+    assert [event.waited for event in events] == [False, True, *[False] * MOST_KEPT]
+    readers.close()
+    assert all(one() is None for one in held)
+    assert events[-1].waited

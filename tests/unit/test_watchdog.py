@@ -13,7 +13,7 @@ import pytest
 
 from launch.peers import Peer, Standing, explain
 from launch.watchdog import unreachable
-from tests.dist.launching import ROOT
+from tests.dist.launching import python_path
 
 PROGRAM = """
 import ctypes, sys, time
@@ -40,7 +40,7 @@ print("left in peace")
 
 
 def run_program(run: Path, how: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     command = [sys.executable, "-c", PROGRAM, str(run), how]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 

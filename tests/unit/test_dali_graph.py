@@ -1,0 +1,75 @@
+"""What DALI is told to do on a GPU, done on a CPU: the same operators and arguments, but for the device."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from nvidia.dali import Pipeline, fn
+from PIL import Image
+
+from pipeline import dali
+from pipeline.dali import DaliDecoder
+from pipeline.decode import DecodeJob
+from pipeline.loader import eval_geometry
+
+SIZE = 64
+PHOTOS = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea")]
+ONLY_ON_GPUS = ("hw_decoder_load", "preallocate_width_hint", "preallocate_height_hint")
+
+
+def encoded(photo: Image.Image) -> np.ndarray:
+    sink = io.BytesIO()
+    photo.save(sink, "JPEG", quality=95)
+    return np.frombuffer(sink.getvalue(), np.uint8)
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = fn.decoders.image_slice
+
+    def image_slice(*inputs: Any, **options: Any) -> Any:
+        assert options.pop("device") == "mixed"
+        for name in ONLY_ON_GPUS:
+            options.pop(name)
+        return decode(*inputs, device="cpu", **options)
+
+    monkeypatch.setattr(fn.decoders, "image_slice", image_slice)
+    monkeypatch.setattr(dali, "Pipeline", lambda device_id, **options: Pipeline(device_id=None, **options))
+
+
+def decoded(evaluation: bool, **job: Any) -> np.ndarray:
+    images = [encoded(photo) for photo in PHOTOS]
+    sizes = np.array([photo.size[::-1] for photo in PHOTOS], np.int32)
+    window = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+    decoder = DaliDecoder(size=SIZE, batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
+    # A batch may be smaller than the largest.
+    whole = DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window, **job)  # type: ignore[arg-type]
+    (found,) = decoder._build(iter([decoder._inputs(whole)] * 4)).run()
+    return np.asarray(found.as_tensor())
+
+
+def test_training(on_a_cpu: None) -> None:
+    found = decoded(False, flip=np.array([True, False, True]))
+    expected = [photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for photo in PHOTOS]
+    for flipped in (0, 2):
+        expected[flipped] = expected[flipped].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert (found.dtype, found.shape) == (np.uint8, (3, SIZE, SIZE, 3))
+    assert np.abs(found.astype(int) - np.stack(expected)).mean() < 2
+
+
+def test_evaluation(on_a_cpu: None) -> None:
+    widths, heights = np.array([photo.size for photo in PHOTOS], np.int32).T
+    resize, anchor = eval_geometry(heights, widths, SIZE)
+    found = decoded(True, resize=resize, anchor=anchor)
+    expected = []
+    for photo, (high, wide), (y, x) in zip(PHOTOS, resize.tolist(), anchor.tolist(), strict=True):
+        small = photo.resize((wide, high), Image.Resampling.BICUBIC)
+        expected.append(np.asarray(small.crop((x, y, x + SIZE, y + SIZE))))
+    assert (found.dtype, found.shape) == (np.uint8, (3, SIZE, SIZE, 3))
+    assert np.abs(found.astype(int) - np.stack(expected)).mean() < 2
