@@ -37,7 +37,7 @@ WHOLE_CALL = 460.0  # seconds: what a call of 8 minutes has
 LEAST_SECONDS = 20.0  # with less time left, a part is left to the next call, if it does not say otherwise
 GRACE = 10.0  # seconds for killed processes to be gone
 BAD_INPUT, TIME_IS_UP = 2, 3
-EAGER = ("contiguous", "channels-last", "graph")
+EAGER = ("contiguous", "library", "channels-last", "graph", "graph conv1x1")
 FAT = ("fat_b0", "fat_b1", "fat_b2", "fat_b3")
 TIMM = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 

@@ -6,8 +6,10 @@
 Ways, each interleaved with the others round by round (medians of rounds, ratios within a round):
 
   contiguous      NCHW memory, eager
-  channels-last   channels-last weights and activations, eager
-  graph           channels-last, the whole step replayed as one CUDA graph
+  library         channels-last weights and activations, eager, without FAT's own kernels
+  channels-last   the same with them, where they serve
+  graph           the same, the whole step replayed as one CUDA graph
+  graph conv1x1   the same, 1x1 convolutions left to cuDNN
   compiled        channels-last under torch.compile
   compiled graph  both
 
@@ -22,13 +24,15 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,8 +42,11 @@ from torch.nn import functional as F
 
 import fat
 from benchmarks.model import DEVICE, interleave, machine, make_plain, reason
+from fat import layers
+from fat.kernels import SWITCH
 
-WAYS = ("contiguous", "channels-last", "graph", "compiled", "compiled graph")
+WAYS = ("contiguous", "library", "channels-last", "graph", "graph conv1x1", "compiled", "compiled graph")
+OURS = ("library", "graph conv1x1")  # ways that differ for FAT only
 MODES = ("training", "inference")
 OTHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 CLIP = 5.0
@@ -79,10 +86,11 @@ def main() -> None:
 def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row per way of running this model."""
     mode = "training" if training else "inference"
-    rows: dict[str, dict[str, Any]] = {way: {"model": name, "mode": mode, "way": way} for way in options.ways}
-    times = run(rows, options.ways, training, options)
-    for way in set(options.ways) - set(times):
-        if len(options.ways) > 1 and any(word in rows[way]["failed"].lower() for word in ("memory", "alloc")):
+    ways = [way for way in options.ways if way not in OURS or name in fat.list_models()]
+    rows: dict[str, dict[str, Any]] = {way: {"model": name, "mode": mode, "way": way} for way in ways}
+    times = run(rows, ways, training, options)
+    for way in set(ways) - set(times):
+        if len(ways) > 1 and any(word in rows[way]["failed"].lower() for word in ("memory", "alloc")):
             rows[way]["beside the others"] = rows[way].pop("failed")
             times |= run(rows, [way], training, options)
     for way, row in rows.items():
@@ -145,14 +153,24 @@ def step(name: str, way: str, training: bool, options: argparse.Namespace) -> Ca
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    work = captured(once) if way.endswith("graph") else once
+    with switched(way):
+        work = captured(once) if "graph" in way else once
 
     def finished() -> None:
-        work()
+        with switched(way):
+            work()
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
     return finished
+
+
+@contextmanager
+def switched(way: str) -> Iterator[None]:
+    """FAT's kernels and matrix products as the way has them."""
+    kernels = mock.patch.dict(os.environ, {SWITCH: "off"} if way == "library" else {})
+    with kernels, mock.patch.object(layers, "MATRIX_PRODUCTS", way != "graph conv1x1"):
+        yield
 
 
 def captured(once: Callable[[], None]) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import augment
+from benchmarks import augment, kernel_jobs
 from benchmarks import kernels as benchmark
 from fat.kernels import tiles
 
@@ -26,6 +26,7 @@ def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert set(rows[kernel]) >= {"ours", "channels-last", "contiguous"}
     for kernel in ("gate", "gate gradient", "norm", "add and norm", "norm gradient + residual"):
         assert set(rows[kernel]) >= {"ours", "channels-last"}
+    assert any("BatchNorm" in kernel for kernel in rows)
     assert rows["gate"]["bytes"] == 3 * 2 * 32 * 2 * 2
 
 
@@ -40,7 +41,7 @@ def test_sweep_tries_tiles_and_puts_the_table_back() -> None:
 
 def test_ways_of_the_library_agree_with_ours() -> None:
     """What is compared does the same thing."""
-    for job in benchmark.depthwise_jobs((1, 16, 5, 5), 3, 1, torch.float32):
+    for job in kernel_jobs.depthwise_jobs((1, 16, 5, 5), 3, 1, torch.float32):
         results = {way: call() for way, call in job.ways.items()}
         if "gradient" not in job.name:
             torch.testing.assert_close(results["ours"], results["channels-last"], rtol=1e-4, atol=1e-4)

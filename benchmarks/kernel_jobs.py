@@ -1,0 +1,225 @@
+"""What `benchmarks/kernels.py` compares: every kernel at FAT's own shapes, beside the library's way."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fat.blocks import POOL_KERNEL
+from fat.config import VARIANTS
+from fat.kernels import SWITCH, ops
+from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, pointwise
+
+Ways = dict[str, Callable[[], object]]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel at one shape: what is compared, and the least bytes that it must move."""
+
+    name: str
+    shape: tuple[int, int, int, int]
+    bytes: int
+    ways: Ways
+
+
+def jobs(options: argparse.Namespace) -> Iterator[Job]:
+    """Each shape once, though variants share it."""
+    seen: set[tuple[str, tuple[int, ...]]] = set()
+    for variant, stage in itertools.product(options.variants, options.stages):
+        config = VARIANTS[variant]
+        side, width, kernel = options.size >> (stage + 1), config.widths[stage - 1], config.kernels[stage - 1]
+        hidden = width * config.ffn_ratio
+        shape, wide = (options.batch, width, side, side), (options.batch, hidden, side, side)
+        dtype = getattr(torch, options.dtype)
+        found = {
+            ("position", shape): depthwise_jobs(shape, kernel, 1, dtype),
+            ("feed-forward", wide): depthwise_jobs(wide, config.ffn_kernel, 1, dtype),
+            ("batch norm", wide): norm_of_the_batch_jobs(wide, config.ffn_kernel, width, dtype),
+            ("gate", shape): gate_jobs(shape, kernel, dtype),
+            ("norm", shape): norm_jobs(shape, dtype),
+        }
+        if config.windows[stage - 1] > 1:
+            found["pool", shape] = depthwise_jobs(shape, POOL_KERNEL, 2, dtype)
+        for key, some in found.items():
+            if key not in seen:
+                seen.add(key)
+                yield from some
+
+
+def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, dtype: torch.dtype) -> Iterator[Job]:
+    """Stride 1 is x + depthwise(x), for the library too."""
+    _, channels, height, width = shape
+    residual = stride == 1
+    x, weight, bias = maps(shape, dtype), torch.randn(channels, 1, kernel, kernel, device=DEVICE), rand(channels)
+    out = ops.depthwise(x, weight, bias, stride, residual)
+    gradient = maps(tuple(out.shape), dtype)
+    half, half_bias = weight.to(dtype), bias.to(dtype)
+    size, small = x.numel() * x.element_size(), out.numel() * out.element_size()
+    name = f"depthwise {kernel}x{kernel}" + (" s2" if stride == 2 else " + x")
+
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        y = F.conv2d(x, weight, half_bias, stride, kernel // 2, groups=channels)
+        return x + y if residual else y
+
+    def backward(gradient: Tensor, x: Tensor, weight: Tensor, which: tuple[bool, bool, bool]) -> object:
+        geometry = ([stride] * 2, [kernel // 2] * 2, [1, 1], False, [0, 0], channels)
+        found = torch.ops.aten.convolution_backward(gradient, x, weight, [channels], *geometry, which)
+        return found[0] + gradient if residual and which[0] else found
+
+    def ways(ours: Callable[[], object], library: Callable[..., object], *tensors: Tensor) -> Ways:
+        plain = [tensor.contiguous() for tensor in tensors]
+        last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors]
+        return {"ours": ours, "channels-last": lambda: library(*last), "contiguous": lambda: library(*plain)}
+
+    yield Job(
+        name, shape, size + small, ways(lambda: ops.depthwise(x, weight, bias, stride, residual), forward, x, half)
+    )
+    yield Job(
+        f"{name} input gradient",
+        shape,
+        size + small,
+        ways(
+            lambda: ops.depthwise_input_gradient(gradient, weight, None, height, width, stride, residual),
+            lambda g, x, w: backward(g, x, w, (True, False, False)),
+            gradient,
+            x,
+            half,
+        ),
+    )
+    yield Job(
+        f"{name} weight gradient",
+        shape,
+        size + small,
+        ways(
+            lambda: ops.depthwise_weight_gradient(gradient, x, kernel, stride),
+            lambda g, x, w: backward(g, x, w, (False, True, True)),
+            gradient,
+            x,
+            half,
+        ),
+    )
+
+
+def norm_of_the_batch_jobs(
+    shape: tuple[int, int, int, int], kernel: int, outputs: int, dtype: torch.dtype
+) -> Iterator[Job]:
+    """A feed-forward from GELU's input to the result of its second 1x1 convolution, forward and backward: BatchNorm has
+    no time of its own where its neighbours do its work."""
+    channels = shape[1]
+    torch.manual_seed(0)
+    unit = ConvNorm(ResidualDepthwise(channels, kernel)).to(DEVICE).train()
+    after = pointwise(channels, outputs).to(DEVICE)
+    x, size = maps(shape, dtype), shape[0] * channels * shape[2] * shape[3] * dtype.itemsize
+    gradient = maps((shape[0], outputs, *shape[2:]), dtype)
+    small = gradient.numel() * gradient.element_size()
+
+    def step(switch: str, x: Tensor, gradient: Tensor) -> None:
+        leaf = x.detach().requires_grad_()
+        with (
+            mock.patch.dict(os.environ, {SWITCH: switch}),
+            torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32),
+        ):
+            out = convolve_fold(unit, after, leaf, gelu=True)
+        out.backward(gradient)
+
+    yield Job(
+        f"GELU, depthwise {kernel}x{kernel} + x, BatchNorm, 1x1: both ways",
+        shape,
+        # Forward: read, GELU written and read, convolved written and read. Backward: the 1x1's gradient written and
+        # read; convolved, GELU's result and input read; result written.
+        11 * size + 3 * small,
+        {
+            "ours": lambda: step("auto", x, gradient),
+            "channels-last": lambda: step("off", x, gradient),
+            "contiguous": lambda: step("off", x.contiguous(), gradient.contiguous()),
+        },
+    )
+
+
+def gate_jobs(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> Iterator[Job]:
+    channels = shape[1]
+    q, other, gradient = (maps(shape, dtype) for _ in range(3))
+    weight, bias = torch.randn(channels, 1, kernel, kernel, device=DEVICE), rand(channels)
+    half, half_bias = weight.to(dtype), bias.to(dtype)
+    size = q.numel() * q.element_size()
+
+    def local() -> Tensor:
+        return F.silu(F.conv2d(q, half, half_bias, 1, kernel // 2, groups=channels)) * F.silu(other)
+
+    yield Job(
+        "gate", shape, 3 * size, {"ours": lambda: ops.gate(q, other), "channels-last": lambda: silu_gate(q, other)}
+    )
+    own = {
+        "ours": lambda: ops.gate_gradient(gradient, q, other),
+        "channels-last": backward_of(silu_gate, q, other, gradient),
+    }
+    yield Job("gate gradient", shape, 5 * size, own)
+    own = {"ours": lambda: ops.depthwise_gate(q, weight, bias, other), "channels-last": local}
+    yield Job(f"depthwise {kernel}x{kernel} and gate", shape, 3 * size, own)
+    own = {"ours": lambda: ops.depthwise_gate_gradient(gradient, q, weight, bias, other)}
+    yield Job(f"depthwise {kernel}x{kernel} and gate, gradient", shape, 5 * size, own)
+
+
+def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
+    batch, channels = shape[:2]
+    x, branch, gradient, residual = (maps(shape, dtype) for _ in range(4))
+    weight, bias, scale = rand(channels), rand(channels), torch.full((batch,), 1.1, device=DEVICE)
+    size = x.numel() * x.element_size()
+    _, mean, rstd = ops.norm(x, weight, bias, EPS)
+    plain = x.contiguous()
+    half, half_bias = weight.to(dtype), bias.to(dtype)
+
+    def rows(x: Tensor) -> Tensor:
+        """FAT's way without kernels."""
+        flat = x.permute(0, 2, 3, 1).flatten(1)
+        normal = F.layer_norm(flat, flat.shape[1:], eps=EPS).view(x.permute(0, 2, 3, 1).shape)
+        return torch.addcmul(half_bias, normal, half).permute(0, 3, 1, 2)
+
+    def added() -> Tensor:
+        total = torch.addcmul(x, branch, scale.to(dtype).view(-1, 1, 1, 1))
+        return rows(total)
+
+    own: Ways = {
+        "ours": lambda: ops.norm(x, weight, bias, EPS),
+        "channels-last": lambda: rows(x),
+        "contiguous": lambda: F.group_norm(plain, 1, half, half_bias, EPS),
+    }
+    yield Job("norm", shape, 2 * size, own)
+    own = {"ours": lambda: ops.add_norm(x, branch, scale, weight, bias, EPS), "channels-last": added}
+    yield Job("add and norm", shape, 4 * size, own)
+    own = {
+        "ours": lambda: ops.norm_gradient(gradient, x, mean, rstd, weight, residual),
+        "channels-last": backward_of(rows, x, gradient),
+    }
+    yield Job("norm gradient + residual", shape, 4 * size, own)
+
+
+def silu_gate(local: Tensor, other: Tensor) -> Tensor:
+    return F.silu(local) * F.silu(other)
+
+
+def backward_of(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], object]:
+    """The backward pass alone; the last tensor is the cotangent."""
+    *inputs, cotangent = tensors
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = function(*leaves)
+    return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
+
+
+def maps(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+def rand(channels: int) -> Tensor:
+    return torch.randn(channels, device=DEVICE)
