@@ -106,22 +106,9 @@ class _Statistics(torch.autograd.Function):
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance without correction over all but the channels: [C], float32 at least. Not differentiable."""
-    if has_kernels(x):
-        if x.is_cuda:
-            eps = 1e-12
-            mean, inverse = torch.batch_norm_stats(x, eps)
-            return mean, (inverse.double().pow(-2) - eps).to(mean.dtype)
-        return torch.batch_norm_update_stats(x, *_running(x), 0.0)
+    if x.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses plain operations better
+        eps = 1e-12
+        mean, inverse = torch.batch_norm_stats(x, eps)
+        return mean, (inverse.double().pow(-2) - eps).to(mean.dtype)
     var, mean = torch.var_mean(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(0, 2, 3), correction=0)
     return mean, var
-
-
-def has_kernels(x: Tensor) -> bool:
-    """Whether torch has kernels of its own for BatchNorm's parts; the compiler fuses plain operations better."""
-    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
-
-
-def _running(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Running statistics to be thrown away: their dtype is that of the results."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_zeros(x.shape[1], dtype=dtype), x.new_ones(x.shape[1], dtype=dtype)
