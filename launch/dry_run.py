@@ -11,11 +11,25 @@ from rich.table import Table
 import fat
 from launch.engine import choose
 from launch.feed import Feed
+from launch.model import build_model
 from launch.recipe import Recipe
 from launch.schedule import rate_of
+from launch.world import World
 
 SAMPLED_RATES = 8
 MIB = 2**20
+
+
+def show_run(recipe: Recipe, world: World) -> None:
+    """Print what the run would be, once.
+
+    Raises:
+        UserError: recipe, data and world do not fit together.
+    """
+    feed = Feed.of(recipe, world)
+    model = build_model(recipe, feed.classes)
+    if world.is_main:
+        print(describe_run(recipe, feed, model))
 
 
 def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:

@@ -200,6 +200,9 @@ class RunRecipe:
     """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
     resume: Literal["auto", "never"] = "auto"
     """auto = go on from the newest checkpoint of the run folder, if there is one."""
+    lock_wait: float = 120.0
+    """Seconds to wait for an earlier trainer that still holds the run folder: it may be saving, and the lock of a dead
+    host takes a minute or more to go."""
     sync_bn: str = "auto"
     """BatchNorm over ranks: auto (synchronised on several GPUs), on, off, or group:N (within N neighbouring ranks)."""
     compile: Literal["off", "auto", "default", "reduce-overhead", "max-autotune"] = "off"
@@ -243,7 +246,7 @@ class RunRecipe:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise RecipeError(f"--{name.replace('_', '-')} {value}: more than 0")
-        for name in ("leave_seconds", "stall_timeout"):
+        for name in ("leave_seconds", "stall_timeout", "lock_wait"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name):g}: not negative")
 

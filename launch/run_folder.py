@@ -15,6 +15,7 @@ import fat
 from launch.checkpoint import BackgroundWriter, Checkpoint, CheckpointError, CheckpointFolder, Progress
 from launch.engine import Engine
 from launch.feed import Feed
+from launch.folder_lock import unwritable
 from launch.guards import RunFailed
 from launch.masters import AVERAGE
 from launch.metrics import METRICS_NAME
@@ -163,12 +164,9 @@ class RunFolder:
             "git": git_state(),
         }
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             (self.path / RECIPE_NAME).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --out"
-            ) from error
+            raise unwritable(self.path, error) from error
 
 
 def saved_recipe(run: Path) -> dict[str, Any]:
