@@ -10,6 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.choices import resolve
 from launch.command_line import parse
 from launch.dry_run import show_run
 from launch.engine import Engine
@@ -21,7 +22,7 @@ from launch.model import build_model
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
 from launch.preflight import preflight
 from launch.recipe import Recipe
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, goes_on
 from launch.schedule import rate_of
 from launch.status import read_status, write_status
 from launch.watchdog import Watchdog
@@ -42,9 +43,10 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     feed = Feed.of(recipe, world)
     model = build_model(recipe, feed.classes)
     lock.take(world, make=True)
+    recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     shape = feed.shape
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    folder = RunFolder(recipe, feed, engine)
+    folder = RunFolder(recipe, feed, engine, choices)
     progress, story = folder.resume()
     with (
         folder,
@@ -54,7 +56,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
-        tracker.begin(*story, *feed.advice(), picks=engine.picks | loader.picks)
+        tracker.begin(*story, *choices.notes, *feed.advice(), picks=engine.picks | loader.picks | choices.picks)
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
         rate = rate_of(recipe, feed.plan.steps_per_epoch)
 

@@ -27,8 +27,8 @@ ONLY_IN = {
         *(f"fat/kernels/{room}.py" for room in ("convolution", "correlation", "gating", "groupnorm")),
         "pipeline/augment/finishing.py",
     },
-    "accelerate": {"launch/engine.py", "launch/trackers.py"},
-    "deepspeed": {"launch/engine.py", "launch/masters.py"},
+    "accelerate": {"launch/wrapping.py", "launch/trackers.py"},
+    "deepspeed": {"launch/masters.py"},
 }
 TORCH_FREE = ("shards",)
 FAT_TOP_LEVEL = {"torch"}
