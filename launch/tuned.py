@@ -65,9 +65,8 @@ NAMES: dict[Part, dict[str, Callable[[Any], bool]]] = {
 
 def sensible(part: Part, values: Any) -> bool:
     """Whether these are values of this part's options."""
-    return isinstance(values, dict) and all(
-        name in NAMES[part] and bool(NAMES[part][name](value)) for name, value in values.items()
-    )
+    names = NAMES.get(part, {})
+    return isinstance(values, dict) and all(name in names and names[name](value) for name, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ def read(path: Path) -> list[Entry]:
             raise ValueError(f"version {content['version']}, this tool reads {VERSION}")
         entries = [Entry(**entry) for entry in content["entries"]]
         for entry in entries:
-            if not sensible(entry.part, entry.values) or not isinstance(entry.key, dict):
-                raise ValueError(f"no values of '{entry.part}': {entry.values}")
+            if entry.part not in PARTS or not sensible(entry.part, entry.values) or not isinstance(entry.key, dict):
+                raise ValueError(f"no entry about model or input: {asdict(entry)}")
         return entries
     except FileNotFoundError:
         return []
