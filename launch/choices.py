@@ -34,6 +34,7 @@ from launch.world import share
 from shards.errors import UserError
 
 RECIPE_NAME = "recipe.json"
+DEFAULT = "by default"
 SECONDS = 60.0  # that measuring a part may take at the start of a run, if nothing is compiled
 
 # Where in a recipe the options stand.
@@ -72,13 +73,15 @@ class Choices:
 
     @property
     def picks(self) -> dict[str, str]:
-        """For people and the log: what comes from where."""
+        """For people and the log: what comes from where, but for the defaults."""
         groups: dict[str, list[str]] = {}
         for name, source in self.sources.items():
             value = self.values[name]
-            groups.setdefault(source, []).append(_option(name) if value is None else f"{_option(name)} {value}")
+            if source != DEFAULT:
+                groups.setdefault(source, []).append(_option(name) if value is None else f"{_option(name)} {value}")
         said = {source: ", ".join(names) for source, names in groups.items()}
-        return said | {f"measured {_option(name)}": figures for name, figures in self.figures.items()}
+        said |= {f"measured {_option(name)}": figures for name, figures in self.figures.items()}
+        return said or {"measured": "nothing here ('pipeline tune' does)"}
 
     def record(self, feed: Feed) -> dict[str, Any]:
         """For recipe.json, where `resolve` finds it when the run goes on."""
@@ -180,7 +183,7 @@ class _Resolving:
             self._look_up(part)
             self._measure(part)
             for name in self._open(part):
-                self.choices.take(name, None, "by default")
+                self.choices.take(name, None, DEFAULT)
         return self.choices
 
     def _open(self, part: Part) -> list[str]:

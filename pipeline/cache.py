@@ -40,8 +40,9 @@ class DiskFull(CacheFull):
 
     exit_code = 1
 
-    def __init__(self, folder: Path, reason: str) -> None:
-        super().__init__(f"--cache {folder}: {reason}; free some space there, or give another folder")
+    @classmethod
+    def of(cls, folder: Path, reason: str) -> DiskFull:
+        return cls(f"--cache {folder}: {reason}; free some space there, or give another folder")
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Cache:
             if _remove_unless_in_use(entry.path):
                 over, lacking = over - entry.size, lacking - entry.size
         if lacking > 0:
-            raise DiskFull(self.folder, f"no space left on the device for the {size:,} bytes of {path.name}")
+            raise DiskFull.of(self.folder, f"no space left on the device for the {size:,} bytes of {path.name}")
         if over > 0:
             raise CacheFull(
                 f"--cache {self.folder}: no room for {path.name}: all of the {self.limit:,} bytes that it may hold "
@@ -244,5 +245,5 @@ def _remove_unless_in_use(path: Path) -> bool:
 
 def _failed(folder: Path, error: OSError) -> UserError:
     if error.errno in _FULL:
-        return DiskFull(folder, str(error.strerror))
+        return DiskFull.of(folder, str(error.strerror))
     return StorageFailed(f"--cache {folder}: {error.strerror}; mend that, or give another folder")

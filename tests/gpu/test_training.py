@@ -84,6 +84,7 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     assert (on_cpu.images - on_gpu.images.cpu()).abs().mean() < 2 * 0.017
 
 
+@pytest.mark.timeout(900)
 def test_what_is_fastest_is_measured_kept_and_taken(tmp_path: Path, digits: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "tuned.json"
     sizes = ("--size", "64", "--batch-size", "64", "--augment", "light", "--zero", "0", "--tuned", file)
