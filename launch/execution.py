@@ -17,6 +17,7 @@ Format = Literal["channels-last", "contiguous"]
 Switch = Literal["auto", "off"]
 Mode = Literal["off", "default", "reduce-overhead", "max-autotune"]
 
+AUGMENT_SWITCH = "FAT_AUGMENT_KERNELS"
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -72,7 +73,8 @@ class Execution:
 
     def lay_out(self, model: nn.Module) -> nn.Module:
         """The model with its weights in this memory format, in place, and the kernels' switch set for this process."""
-        if self.kernels != (switch() or "auto"):
+        if self.kernels != (wish := switch() or "auto"):
+            os.environ.setdefault(AUGMENT_SWITCH, wish)  # augmentation's kernel has nothing to do with the model's
             os.environ[fat.kernels.SWITCH] = self.kernels
         return model.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fat.kernels
-from launch.execution import Execution
+from launch.execution import AUGMENT_SWITCH, Execution
 from launch.limits import settle
 from launch.optimizers import Form, Kind, parameter_groups, update
 from launch.trials import Choice, Trial, best_of, take_turns
@@ -168,7 +168,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     """Whatever happens in here to the model and the kernels' switch, afterwards they are as before."""
     layouts = [(p, p.data) for p in model.parameters()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training, wish = model.training, os.environ.get(fat.kernels.SWITCH)
+    training, switches = model.training, {name: os.environ.get(name) for name in (fat.kernels.SWITCH, AUGMENT_SWITCH)}
     try:
         yield
     finally:
@@ -178,9 +178,10 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for buffer, value in values:
                 buffer.copy_(value)
         model.train(training)
-        os.environ.pop(fat.kernels.SWITCH, None)
-        if wish is not None:
-            os.environ[fat.kernels.SWITCH] = wish
+        for name, wish in switches.items():
+            os.environ.pop(name, None)
+            if wish is not None:
+                os.environ[name] = wish
         if torch.cuda.is_available():  # trials' graphs would keep their memory, which may be most of the device's
             torch._dynamo.reset()
             torch.cuda.empty_cache()

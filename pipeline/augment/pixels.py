@@ -28,9 +28,6 @@ from pipeline.augment.transfer import upload
 
 __all__ = ["BatchAugment", "mix", "mix_targets", "normalise"]
 
-# As the process was started: a run that finds the model's own kernels slower switches off those later, not this one.
-SWITCHED_OFF = os.environ.get("FAT_KERNELS") == "off"
-
 Arrays = list[NDArray[Any]]
 Run = Callable[[Tensor, Sequence[Tensor], tuple[int, int, int]], Tensor]
 Group = tuple[Run, Arrays]
@@ -159,7 +156,8 @@ class Stage:
 
 def _one_kernel(device: torch.device) -> bool:
     """Whether Triton's kernel serves there; with TRITON_INTERPRET=1 it does on a CPU, for tests."""
-    if SWITCHED_OFF:
+    # A run that finds the model's kernels slower sets FAT_KERNELS, and keeps in the other what it said before.
+    if os.environ.get("FAT_AUGMENT_KERNELS", os.environ.get("FAT_KERNELS")) == "off":
         return False
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == ("cpu" if interpreted else "cuda") and _has_triton()

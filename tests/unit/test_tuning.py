@@ -106,7 +106,7 @@ def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad.failure.startswith("failed (")
     assert not model.training
     assert model._compiled_call_impl is None
-    assert "FAT_KERNELS" not in os.environ
+    assert not [name for name in os.environ if name.startswith("FAT_") and name.endswith("KERNELS")]
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name][0])
@@ -146,6 +146,22 @@ def test_a_slow_way_is_not_taken_and_time_is_kept() -> None:
     assert found["memory_format"].value == "contiguous"
     assert told == [f"memory-format: contiguous ({found['memory_format'].reason})"]
     assert tuning.tune(made, START, options, seconds=-1) == {}
+
+
+@pytest.mark.parametrize("wish", ["auto", "off"])
+def test_switching_the_model_s_kernels_off_leaves_augmentation_s_alone(
+    monkeypatch: pytest.MonkeyPatch, wish: str
+) -> None:
+    from pipeline.augment import pixels
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("FAT_KERNELS", wish)
+    monkeypatch.setenv("FAT_AUGMENT_KERNELS", wish)  # so that it goes with the test
+    del os.environ["FAT_AUGMENT_KERNELS"]
+    assert pixels._one_kernel(CPU) is (wish == "auto")
+    dataclasses.replace(START, kernels="off").lay_out(torch.nn.Identity())
+    assert os.environ["FAT_KERNELS"] == "off"
+    assert pixels._one_kernel(CPU) is (wish == "auto")
 
 
 @pytest.mark.parametrize("shares", [0, 2])
