@@ -38,7 +38,7 @@ from benchmarks.taking_turns import Maker, machine, medians, take_turns
 from pipeline.augment.params import crop_windows
 from pipeline.augment.recipe import augment_recipe
 from pipeline.cli import main as pipeline
-from pipeline.decode import decode_threads
+from pipeline.options import decode_threads
 
 SIZE = 224
 RECIPE = augment_recipe("light", size=SIZE)

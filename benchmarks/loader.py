@@ -37,9 +37,8 @@ from benchmarks.taking_turns import Maker, machine, medians, ratio, take_turns
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
 from pipeline.cli import main as pipeline
-from pipeline.decode import decode_threads
 from pipeline.loader import LoaderOptions, TrainLoader
-from pipeline.options import LoaderName
+from pipeline.options import LoaderName, decode_threads
 from pipeline.plan import BatchShape, TrainPlan
 from shards.dataset import ShardSet
 

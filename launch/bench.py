@@ -7,8 +7,8 @@ import dataclasses
 import itertools
 import json
 import os
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -20,11 +20,12 @@ import torch
 import fat
 from fat.roofline import ceiling
 from launch.bench_verdict import Figures, Phase, verdict
+from launch.choices import resolve
 from launch.engine import Engine
 from launch.feed import Feed
 from launch.limits import limits_of, settle
 from launch.model import build_model
-from launch.provenance import git_state, versions
+from launch.provenance import cpu_name, device_name, git_state, versions
 from launch.recipe import Recipe
 from launch.schedule import rate_of
 from launch.world import connect, disconnect
@@ -53,15 +54,13 @@ def bench(recipe: Recipe, *, steps: int) -> Figures:
     world = connect()
     try:
         feed = Feed.of(recipe, world)
-        shape = feed.shape
-        engine = Engine(
-            build_model(recipe, feed.classes),
-            recipe,
-            world,
-            micro_batch=shape.micro_rows,
-            accumulation=shape.accumulation,
-        )
-        return _figures(recipe, feed, engine, steps)
+        model, shape = build_model(recipe, feed.classes), feed.shape
+        recipe, feed, choices = resolve(recipe, feed, model, goes_on=False)
+        for note in choices.notes:
+            print(note, file=sys.stderr)
+        engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+        figures = _figures(recipe, feed, engine, steps)
+        return dataclasses.replace(figures, settings=figures.settings | choices.picks)
     finally:
         disconnect()
 
@@ -132,7 +131,7 @@ def _median(phases: list[Phase]) -> Phase:
 
 
 def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
-    device, options, shape = engine.world.device, recipe.data.loader, feed.shape
+    device, shape = engine.world.device, feed.shape
     rate, number = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
 
     def step(batch: Batch) -> None:
@@ -144,8 +143,8 @@ def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    batch, ahead = shape.micro_rows, options.read_ahead + options.decode_ahead + options.ready
-    synthetic = _with_loader(feed, loader="synthetic")
+    batch, ahead = shape.micro_rows, feed.loader_options.settings.ahead
+    synthetic = feed.with_loader(loader="synthetic")
     alone, model, both = compare(
         opener(feed), opener(synthetic), step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
     )
@@ -191,15 +190,9 @@ def predict(loader: Phase, model: Phase, *, cores: int | None) -> float:
     return 1 / (max(seconds, (loader.cpu + model.cpu) / cores) if cores else seconds)
 
 
-def _with_loader(feed: Feed, **options: Any) -> Feed:
-    data = feed.recipe.data
-    data = dataclasses.replace(data, loader=dataclasses.replace(data.loader, **options))
-    return dataclasses.replace(feed, recipe=dataclasses.replace(feed.recipe, data=data))
-
-
 def _reading(feed: Feed, steps: int, ahead: int) -> float:
     """Images per second that are read and checked, when nobody decodes them."""
-    options, plan, rows = feed.recipe.data.loader, feed.plan, feed.shape.rows(0)
+    options, plan, rows = feed.loader_options, feed.plan, feed.shape.rows(0)
     if options.loader == "synthetic":
         return 0.0
     beton = chosen_loader(options, feed.dataset.split("train")) == "ffcv"
@@ -207,7 +200,7 @@ def _reading(feed: Feed, steps: int, ahead: int) -> float:
     with SampleReader(
         storage_of(feed.dataset, "train", beton=beton), threads=options.read_threads, check=options.check_hashes
     ) as reader:
-        batches = reader.read_ahead(work, options.read_ahead)
+        batches = reader.read_ahead(work, options.settings.read_ahead)
         for _ in range(ahead):
             next(batches)
         start = time.perf_counter()
@@ -242,12 +235,9 @@ def _memory(device: torch.device) -> dict[str, int]:
 
 
 def _machine(device: torch.device, cores: int) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "cpu": cpu,
+        "device": device_name(device),
+        "cpu": cpu_name(),
         "cores": cores,
         "torch_threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),

@@ -14,7 +14,7 @@ SLACK = 1.15
 TRY = {
     "reading": "try faster storage or a local copy, or more --read-threads and a larger --read-ahead",
     "decode": "try more --decode-threads (or cores), --loader ffcv, or smaller images: pipeline shard --short-side 256",
-    "decode on the GPU": "try another --hw-decoder-load, or smaller images: pipeline shard --short-side 256",
+    "decode on the GPU": "try 'pipeline tune' (--hw-decoder-load), or smaller images: pipeline shard --short-side 256",
     "augmentation": "try more cores per rank, or --augment light to see what it costs",
     "contention": "alone the loader is fast enough: give the rank more cores, or fewer --decode-threads",
 }

@@ -9,16 +9,33 @@ from rich.console import Console
 from rich.table import Table
 
 import fat
-from launch.engine import choose
+from launch.choices import Choices, resolve
+from launch.execution import choose
 from launch.feed import Feed
+from launch.model import build_model
 from launch.recipe import Recipe
+from launch.run_folder import goes_on
 from launch.schedule import rate_of
+from launch.world import World
 
 SAMPLED_RATES = 8
 MIB = 2**20
 
 
-def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
+def show_run(recipe: Recipe, world: World) -> None:
+    """Print what the run would be, once.
+
+    Raises:
+        UserError: recipe, data and world do not fit together.
+    """
+    feed = Feed.of(recipe, world)
+    model = build_model(recipe, feed.classes)
+    recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
+    if world.is_main:
+        print(*choices.notes, describe_run(recipe, feed, model, choices), sep="\n")
+
+
+def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> str:
     """Steps, learning rates, memory, checkpoint size and, if the run folder knows a speed, the time; as text.
 
     Reads the data set's manifest and the run folder, writes nothing.
@@ -35,6 +52,7 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
     table = Table("what", "value", show_header=False, title=title, title_justify="left")
     table.add_row("data", f"{plan.samples:,} images, {feed.classes:,} classes, {feed.dataset.path}")
     table.add_row("engine", f"{f'ZeRO-{zero}' if zero else 'plain'}, {precision}, {world.size} x {world.device.type}")
+    table.add_row("choices", "\n".join(f"{source}: {values}" for source, values in choices.picks.items()))
     table.add_row(
         "batch",
         f"{plan.global_batch} = {world.size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} images; "

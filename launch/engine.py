@@ -1,32 +1,32 @@
 """Model + optimiser -> a step, on one process or many, plain (DDP) or with DeepSpeed's ZeRO.
 
-The only file that knows accelerate; with `launch/masters.py` the only one that knows DeepSpeed.
+`launch/execution.py` says how the model is run, `launch/wrapping.py` knows accelerate, `launch/masters.py` DeepSpeed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import fat.kernels
+from launch.execution import Execution, choose
 from launch.loss import count_correct, soft_cross_entropy
 from launch.masters import Masters
 from launch.norms import GlobalBatchNorm, batch_norms, synchronise_norms
-from launch.optimizers import OPTIMIZERS, parameter_groups
+from launch.optimizers import OPTIMIZERS, parameter_groups, update
 from launch.recipe import Recipe, RecipeError
-from launch.tuning import Choice, choose_mode
 from launch.world import World
+from launch.wrapping import wrap
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
+
+__all__ = ["Engine", "StepResult", "choose"]
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,6 @@ class StepResult:
     """float32 scalar: mean over this rank's rows."""
     grad_norm: Tensor
     """float32 scalar: global norm before clipping, the same on every rank; not finite = the update was skipped."""
-
-
-def choose(recipe: Recipe, device: torch.device) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
-    """ZeRO stage and precision of the recipe on this device."""
-    cuda = device.type == "cuda"
-    zero = (1 if cuda else 0) if recipe.run.zero == "auto" else recipe.run.zero
-    precision = ("bf16" if cuda else "fp32") if recipe.run.precision == "auto" else recipe.run.precision
-    return zero, precision
 
 
 class Engine:
@@ -60,26 +52,25 @@ class Engine:
     def __init__(self, model: nn.Module, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int) -> None:
         self.world = world
         self.zero, self.precision = choose(recipe, world.device)
+        self.execution = Execution.of(recipe, world.device, accumulation=accumulation)
         self._recipe = recipe
-        self._accumulation = accumulation
-        model = model.to(world.device)
-        if self.zero == 0:
-            # DeepSpeed cannot broadcast channels-last weights; there, only activations are channels-last.
-            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._compiled = self._mode(model, micro_batch)
+        model = self.execution.lay_out(model.to(world.device))
         model = synchronise_norms(model, recipe.run.sync_bn, world)
-        if self._compiled.mode != "off":
-            if self.zero == 3:
-                raise RecipeError(
-                    f"--compile {self._compiled.mode}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or "
-                    "--compile off"
-                )
-            # In place, before wrapping: names, wrappers and checkpoints do not change.
-            model.compile(fullgraph=True, mode=None if self._compiled.mode == "default" else self._compiled.mode)
+        self.execution.compile_whole(model)
         optim = recipe.optim
         kind = OPTIMIZERS[optim.optimizer]
-        optimizer = kind.build(parameter_groups(model, optim.weight_decay), optim.betas, optim.eps)
-        self._wrapped, self._optimizer = self._prepare(model, optimizer, micro_batch)
+        groups = parameter_groups(model, optim.weight_decay)
+        optimizer = kind.build(groups, optim.betas, optim.eps, self.execution.optimizer_form)
+        self._wrapped, self._optimizer = wrap(
+            model,
+            optimizer,
+            world,
+            zero=self.zero,
+            bf16=self.precision == "bf16",
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            clip_grad=optim.clip_grad,
+        )
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
         self._staging: dict[str, Tensor] = {}
@@ -88,23 +79,28 @@ class Engine:
     @property
     def description(self) -> str:
         """For people: engine and precision."""
-        compiled = "" if self._compiled.mode == "off" else f", compiled ({self._compiled.mode})"
-        return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}{compiled}"
+        compiled = "" if self.execution.compile == "off" else f", compiled ({self.execution.compile})"
+        return f"{self._kind}{compiled}"
 
     @property
     def picks(self) -> dict[str, str]:
-        """What the engine works with, and why where it chose, for people and the log."""
+        """What the engine works with, for people and the log."""
         norms = batch_norms(self.model)
         ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
         over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
-        reason = f" ({self._compiled.reason})" if self._compiled.reason else ""
+        how = self.execution
         return {
-            "engine": f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}",
-            "compile": self._compiled.mode + reason,
-            "channels-last": "activations" if self.zero else "weights and activations",
-            "optimiser": f"fused {self._recipe.optim.optimizer}",
+            "engine": self._kind,
+            "compile": how.compile,
+            "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
+            "kernels": "FAT's own" if fat.kernels.available(self.world.device.type) else "torch's",
+            "optimiser": f"{how.optimizer_form} {self._recipe.optim.optimizer}",
             "BatchNorm": "frozen" if self._frozen else over,
         }
+
+    @property
+    def _kind(self) -> str:
+        return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}"
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -229,9 +225,7 @@ class Engine:
             total += loss.detach()
         clip = self._recipe.optim.clip_grad or float("inf")
         norm = nn.utils.clip_grad_norm_(self._masters.parameters, clip).detach().float()
-        # A fused optimiser leaves everything as it is where this says so, without anybody reading it on the host.
-        self._optimizer.grad_scale, self._optimizer.found_inf = None, norm.isfinite().logical_not().float()
-        self._optimizer.step()
+        update(self._optimizer, norm)
         self._optimizer.zero_grad(set_to_none=True)
         return StepResult(total, norm)
 
@@ -256,85 +250,3 @@ class Engine:
             total += loss.detach() / len(batches)
         norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)
-
-    def _deepspeed_config(self, micro_batch: int) -> dict[str, Any]:
-        """launch/zero/zeroN.json, and what only the run knows."""
-        path = Path(__file__).with_name("zero") / f"zero{self.zero}.json"
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        config["train_micro_batch_size_per_gpu"] = micro_batch
-        config["gradient_accumulation_steps"] = self._accumulation
-        config["gradient_clipping"] = self._recipe.optim.clip_grad
-        config["torch_autocast"]["enabled"] = self.precision == "bf16"
-        config["zero_optimization"]["overlap_comm"] &= self.world.device.type == "cuda"
-        return config
-
-    # -- wrapping ------------------------------------------------------------------------------------------------
-
-    def _mode(self, model: nn.Module, micro_batch: int) -> Choice:
-        """The recipe's torch.compile mode, or the fastest."""
-        wish = self._recipe.run.compile
-        if wish in {"reduce-overhead", "max-autotune"} and self._accumulation > 1 and self.world.device.type == "cuda":
-            raise RecipeError(
-                f"--compile {wish}: CUDA graphs would overwrite gradients that {self._accumulation} micro-batches add "
-                "up; use --compile default, or a --micro-batch that is the whole batch of a rank"
-            )
-        if wish != "auto":
-            return Choice(wish, "")
-        side, device, dtype = self._recipe.data.size, self.world.device, self.input_dtype
-        return choose_mode(
-            model,
-            self.world,
-            images=lambda: torch.randn(micro_batch, 3, side, side, device=device, dtype=dtype),
-            bf16=self.precision == "bf16",
-            whole=self.zero != 3,
-            graphs=self._accumulation == 1,
-        )
-
-    def _prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer, micro_batch: int) -> tuple[Any, Any]:
-        cuda = self.world.device.type == "cuda"
-        if not cuda:
-            # accelerate decides by these: "use CPU" would silently bypass DeepSpeed, and is what plain gloo ranks need.
-            os.environ["DS_ACCELERATOR"] = "cpu"
-            if self.zero:
-                os.environ.pop("ACCELERATE_USE_CPU", None)
-            else:
-                os.environ["ACCELERATE_USE_CPU"] = "true"
-        if self.zero and not dist.is_initialized():
-            # DeepSpeed wants a process group even for one process; this one needs no port.
-            for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
-                os.environ.setdefault(name, str(value))
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-
-        # DeepSpeed before 0.19.8 looks for nvcc when it is imported, though nothing of ours needs it.
-        os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
-
-        # Buffers are averaged when they matter (`average_statistics`), not broadcast at every step.
-        handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-        if dist.is_initialized():
-            handlers.append(InitProcessGroupKwargs(backend=dist.get_backend()))
-        plugin = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config(micro_batch)) if self.zero else None
-        accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
-        self._check_agreement(accelerator)
-        with warnings.catch_warnings():
-            # `broadcast_buffers` has a new name in the newest torch only.
-            warnings.simplefilter("ignore", FutureWarning)
-            wrapped, _ = accelerator.prepare(model, optimizer)
-        return (wrapped, wrapped.optimizer) if self.zero else (wrapped, optimizer)
-
-    def _check_agreement(self, accelerator: Any) -> None:
-        """The traps of launching end here: ranks that each believe to be alone would train apart without a word."""
-        kind, seen = accelerator.distributed_type.value, accelerator.num_processes
-        joined = dist.get_world_size() if dist.is_initialized() else 1
-        if joined != self.world.size or seen != self.world.size or (kind == "NO" and self.world.size > 1):
-            raise RecipeError(
-                f"WORLD_SIZE is {self.world.size}, torch.distributed sees {joined}, accelerate {seen} processes of "
-                f"type {kind}: the ranks would not train together; launch with 'accelerate launch --multi_gpu "
-                "--num_processes N launch/train.py ...' (on CPUs too)"
-            )
-        if bool(self.zero) != (kind == "DEEPSPEED"):
-            raise RecipeError(
-                f"--zero {self.zero} asked for, but accelerate chose {kind}; do not set ACCELERATE_USE_DEEPSPEED or a "
-                "DeepSpeed configuration in the launcher: the recipe decides"
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -112,12 +113,24 @@ class Feed:
             start=self.plan.at(step),
             device=self.world.device,
             dtype=dtype,
-            options=self._loader_options(),
+            options=self.loader_options,
         )
 
-    def _loader_options(self) -> LoaderOptions:
+    @property
+    def loader_options(self) -> LoaderOptions:
+        """The recipe's, with this rank's share of the cores."""
         options = self.recipe.data.loader
         return options if options.decode_threads else replace(options, decode_threads=self.world.cores)
+
+    def with_recipe(self, recipe: Recipe) -> Feed:
+        """The same for a recipe that differs in how the loader works."""
+        return replace(self, recipe=recipe)
+
+    def with_loader(self, **changes: Any) -> Feed:
+        """The same by a loader that works otherwise; `changes` of `LoaderOptions`."""
+        data = self.recipe.data
+        data = replace(data, loader=replace(data.loader, **changes))
+        return self.with_recipe(replace(self.recipe, data=data))
 
     def eval_loader(self, *, dtype: torch.dtype) -> AbstractContextManager[EvalLoader | None]:
         """This rank's share of the validation split, to be closed; None where the set has none."""
@@ -134,5 +147,5 @@ class Feed:
             std=self.augment.std,
             device=self.world.device,
             dtype=dtype,
-            options=self._loader_options(),
+            options=self.loader_options,
         )

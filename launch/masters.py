@@ -212,9 +212,10 @@ class Masters:
 
     def _create_moments(self, steps: int) -> None:
         """Give the optimiser the state that it makes at its first step, moments zero, `steps` steps on."""
+        fused = self._inner.defaults["fused"]  # else the host reads the number of steps at every step
         for owner in self._owners():
             self._inner.state[owner] = {
-                "step": torch.tensor(float(steps), device=owner.device),
+                "step": torch.tensor(float(steps), device=owner.device if fused else "cpu"),
                 **{moment: torch.zeros_like(owner, memory_format=torch.preserve_format) for moment in self._moments},
             }
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 Name = Literal["adamw"]
+Form = Literal["fused", "foreach"]
 Groups = list[dict[str, Any]]
 
 
@@ -17,15 +18,30 @@ Groups = list[dict[str, Any]]
 class Kind:
     """One optimiser."""
 
-    build: Callable[[Groups, tuple[float, float], float], torch.optim.Optimizer]
-    """(parameter groups, betas, eps) -> optimiser; the learning rate is set at every step."""
+    build: Callable[[Groups, tuple[float, float], float, Form], torch.optim.Optimizer]
+    """(parameter groups, betas, eps, form) -> optimiser; the learning rate is set at every step."""
     moments: tuple[str, ...]
     """Names of its per-parameter state of the parameter's own shape; a scalar tensor `step` stands beside them."""
 
 
-def _adamw(groups: Groups, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
-    # Fused: one pass over memory, and it skips an update on the device where `found_inf` says so.
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+def _adamw(groups: Groups, betas: tuple[float, float], eps: float, form: Form) -> torch.optim.Optimizer:
+    fused = form == "fused"
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused, foreach=not fused)
+
+
+def update(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Step, unless the gradients' norm is not finite.
+
+    A fused optimiser does that on the device, without anybody reading it on the host. Others make the host wait.
+
+    Args:
+        norm: float32 scalar.
+    """
+    if optimizer.defaults["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif norm.isfinite():
+        optimizer.step()
 
 
 OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, ("exp_avg", "exp_avg_sq"))}

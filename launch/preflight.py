@@ -17,6 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 import xxhash
 
+from launch.folder_lock import unwritable
 from launch.network import host_name
 from launch.provenance import versions
 from launch.recipe import Recipe
@@ -63,7 +64,7 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     Raises:
         PreflightFailed: names the nodes and what is wrong with them.
     """
-    if world.local_size == world.size or recipe.run.dry_run:
+    if world.local_size == world.size:
         return []
     run = recipe.run.out
     token = share((lambda: leave_token(run)) if world.is_main else None, world)
@@ -149,8 +150,7 @@ def leave_token(run: Path) -> str:
         run.mkdir(parents=True, exist_ok=True)
         token_file(run).write_text(token, encoding="utf-8")
     except OSError as error:
-        reason = f"the run folder cannot be written ({error.strerror}); choose another with --out"
-        raise UserError(f"{run}: {reason}") from error
+        raise unwritable(run, error) from error
     return token
 
 

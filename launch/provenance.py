@@ -7,12 +7,26 @@ import platform
 import subprocess
 from pathlib import Path
 
+import torch
+
 LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the libraries that matter; None where one is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+
+
+def cpu_name() -> str:
+    """The processor, as it calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the processor's, as it calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def git_state() -> str | None:

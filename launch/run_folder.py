@@ -13,8 +13,10 @@ from safetensors import SafetensorError
 
 import fat
 from launch.checkpoint import BackgroundWriter, Checkpoint, CheckpointError, CheckpointFolder, Progress
+from launch.choices import RECIPE_NAME, Choices
 from launch.engine import Engine
 from launch.feed import Feed
+from launch.folder_lock import unwritable
 from launch.guards import RunFailed
 from launch.masters import AVERAGE
 from launch.metrics import METRICS_NAME
@@ -24,9 +26,10 @@ from launch.recipe import Recipe
 from launch.report import draw_curves
 from launch.status import Status, read_status, write_status
 from launch.world import share
+from shards.durable import durable_write
 from shards.errors import UserError
 
-RECIPE_NAME = "recipe.json"
+CHECKPOINTS = "checkpoints"
 
 
 class RunFolder:
@@ -35,10 +38,10 @@ class RunFolder:
     As a context manager it keeps RUN/status true: running, preempted, finished or failed, with step and reason.
     """
 
-    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, choices: Choices) -> None:
         self.path = recipe.run.out
-        self._recipe, self._feed, self._engine = recipe, feed, engine
-        self._checkpoints = CheckpointFolder(self.path / "checkpoints", keep=recipe.run.keep)
+        self._recipe, self._feed, self._engine, self._choices = recipe, feed, engine, choices
+        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep)
         self._writer = BackgroundWriter(self._checkpoints)
         self._fingerprint = fingerprint(recipe, feed)
         self._saved = Progress()
@@ -78,8 +81,7 @@ class RunFolder:
 
     def _choose(self) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to go on from, and lines for people; on rank 0."""
-        # "never" is about the run as it was when the job was submitted, not about the job's own earlier starts.
-        if self._recipe.run.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+        if starts_afresh(self._recipe):
             aside = self._checkpoints.set_aside()
             metrics = self.path / METRICS_NAME
             if aside is not None and metrics.exists():
@@ -159,16 +161,25 @@ class RunFolder:
         description = {
             "recipe": self._recipe.to_dict(),
             "engine": {"zero": engine.zero, "precision": engine.precision, "world": engine.world.size},
+            "choices": self._choices.record(self._feed),
             "versions": versions(),
             "git": git_state(),
         }
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / RECIPE_NAME).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+            durable_write(self.path / RECIPE_NAME, (json.dumps(description, indent=1) + "\n").encode())
         except OSError as error:
-            raise UserError(
-                f"{self.path}: the run folder cannot be written ({error.strerror}); choose another with --out"
-            ) from error
+            raise unwritable(self.path, error) from error
+
+
+def starts_afresh(recipe: Recipe) -> bool:
+    """Whether checkpoints in the run folder are another run's: 'never' is about the run as it was when the job was
+    submitted, not about the job's own earlier starts."""
+    return recipe.run.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+
+
+def goes_on(recipe: Recipe) -> bool:
+    """Whether the run folder holds a part of this run."""
+    return not starts_afresh(recipe) and any((recipe.run.out / CHECKPOINTS).glob("step-*"))
 
 
 def saved_recipe(run: Path) -> dict[str, Any]:

@@ -10,25 +10,30 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.choices import resolve
 from launch.command_line import parse
-from launch.dry_run import describe_run
+from launch.dry_run import show_run
 from launch.engine import Engine
 from launch.feed import Feed
+from launch.folder_lock import FolderLock
 from launch.guards import Guards
 from launch.metrics import Tracker
 from launch.model import build_model
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
 from launch.preflight import preflight
 from launch.recipe import Recipe
-from launch.run_folder import RunFolder
+from launch.run_folder import RunFolder, goes_on
 from launch.schedule import rate_of
 from launch.status import read_status, write_status
 from launch.watchdog import Watchdog
 from launch.world import World, connect, run_command
 
 
-def train(recipe: Recipe, world: World) -> None:
+def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     """One run, from the recipe to its last checkpoint, curves and weights.
+
+    Args:
+        lock: taken here at the latest, when the run folder is made.
 
     Raises:
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
@@ -37,13 +42,11 @@ def train(recipe: Recipe, world: World) -> None:
     started = time.time()
     feed = Feed.of(recipe, world)
     model = build_model(recipe, feed.classes)
-    if recipe.run.dry_run:
-        if world.is_main:
-            print(describe_run(recipe, feed, model))
-        return
+    lock.take(world, make=True)
+    recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     shape = feed.shape
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    folder = RunFolder(recipe, feed, engine)
+    folder = RunFolder(recipe, feed, engine, choices)
     progress, story = folder.resume()
     with (
         folder,
@@ -53,7 +56,7 @@ def train(recipe: Recipe, world: World) -> None:
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
-        tracker.begin(*story, *feed.advice(), picks=engine.picks | loader.picks)
+        tracker.begin(*story, *choices.notes, *feed.advice(), picks=engine.picks | loader.picks | choices.picks)
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
         rate = rate_of(recipe, feed.plan.steps_per_epoch)
 
@@ -107,26 +110,33 @@ def train(recipe: Recipe, world: World) -> None:
 def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
     recipe = parse()
+    lock = FolderLock(recipe.run.out, wait=recipe.run.lock_wait)
 
     def run() -> int:
         world = connect(near_gpu=recipe.run.near_gpu)
-        if world.is_main and not recipe.run.dry_run:
+        if recipe.run.dry_run:
+            show_run(recipe, world)
+            return 0
+        lock.take(world, make=False)  # a folder that bad input would leave empty is not made yet
+        if world.is_main:
             write_status(recipe.run.out, "running")  # an earlier end of this run must not be taken for this one's
         warnings = preflight(recipe, world)
         if warnings and world.is_main:
             print(*warnings, sep="\n", file=sys.stderr, flush=True)
         try:
-            train(recipe, world)
+            train(recipe, world, lock)
         except Preempted as reason:
             print(f"saved and leaving: {reason}", file=sys.stderr, flush=True)
             return EXIT_STATUS
         return 0
 
     def failed(reason: str, *, refused: bool) -> None:
-        if not recipe.run.dry_run and read_status(recipe.run.out) == "running":  # the run folder says more, if it can
+        if lock.taken and read_status(recipe.run.out) == "running":  # the run folder says more, if it can
             write_status(recipe.run.out, "refused" if refused else "failed", reason=reason)
+        lock.release()
 
-    return run_command(run, failed)
+    with lock:
+        return run_command(run, failed)
 
 
 if __name__ == "__main__":

@@ -1,105 +1,187 @@
-"""What a run leaves to be chosen by measurement: the torch.compile mode, timed on this device with this model."""
+"""How a model runs fastest here: memory format, FAT's own kernels, optimiser, torch.compile mode, one after the other.
+
+Not the full product: each is timed with the best of those before it, and a value must beat the default clearly.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import fat.kernels
+from launch.execution import AUGMENT_SWITCH, Execution
 from launch.limits import settle
-from launch.world import World, share
+from launch.optimizers import Form, Kind, parameter_groups, update
+from launch.trials import Choice, Trial, best_of, take_turns
 
-MODES = ("off", "default", "reduce-overhead")
 STEPS = 10
-WARM_UP = 3  # a mode with CUDA graphs records at its second call
+SLICE = 1.0  # seconds that a turn may take beside its warm-up, if fewer steps are enough for that
+ROUNDS = 3
+WARM_UP = {"cuda": 3, "cpu": 1}  # a mode with CUDA graphs records at its second call
+# Compiling a model takes minutes, which no clock of ours can cut short.
+COMPILING_SECONDS = 600.0
+CLIP = 5.0
 
 
 @dataclass(frozen=True)
-class Trial:
-    """How one mode did."""
+class Bench:
+    """What is timed."""
 
-    mode: str
-    rate: float
-    """Images per second, forward and backward; 0 if it failed."""
-    failure: str = ""
-    """Why it failed, in a line."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The fastest mode, and how it came to be chosen."""
-
-    mode: str
-    reason: str
+    model: nn.Module
+    """As it will train, on its device, neither compiled nor wrapped; comes back as it was."""
+    images: Callable[[], Tensor]
+    """Makes a micro-batch: float [B, 3, H, W], channels-last, as loaders give it."""
+    bf16: bool
+    """Run under autocast."""
+    optimizer: Kind
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    shares: int = 0
+    """Ranks that share the optimiser's work (ZeRO), each holding flat parts; 0 = plain."""
 
 
-def choose_mode(
-    model: nn.Module, world: World, *, images: Callable[[], torch.Tensor], bf16: bool, whole: bool, graphs: bool
-) -> Choice:
-    """Which torch.compile mode trains this model fastest here. Rank 0 measures, and all ranks get its answer.
+def tune(
+    bench: Bench,
+    start: Execution,
+    open_options: Mapping[str, Sequence[str]],
+    *,
+    seconds: float,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Choice]:
+    """Choose the values of some options of `Execution`, in the order given, within about `seconds`; those that there is
+    no time for, or that fail in every way, are left out.
 
     Args:
-        model: as it will train, on its device, not compiled yet; comes back as it was.
-        images: makes a micro-batch, float [B, 3, H, W].
-        bf16: run under autocast.
-        whole: the model can be compiled at all (ZeRO 3's cannot).
-        graphs: CUDA graphs may be tried: nothing keeps a graph's gradients beyond its next run.
+        start: the values of all others, and the first to be tried of these.
+        open_options: name -> values, of which there are several; the first is the default.
+        say: is told what was found, line by line.
     """
-    if not whole:
-        return Choice("off", "ZeRO 3 cannot be compiled whole")
-    if world.device.type != "cuda":
-        return Choice("off", "on CPUs compiled training is no faster (docs/performance.md)")
-    modes = [mode for mode in MODES if graphs or mode != "reduce-overhead"]
-    return share((lambda: best_of(measure(model, images(), modes, bf16=bf16))) if world.is_main else None, world)
+    deadline, chosen, now = time.monotonic() + seconds, dict[str, Choice](), start
+    stages = [(name, values) for name, values in open_options.items() if len(values) > 1]
+    while stages:
+        name, values = stages.pop(0)
+        end = deadline + COMPILING_SECONDS if "compile" in (name, *chosen) else deadline
+        if name == "optimizer_form":
+            trials, unit = time_optimizer(bench, values, end), "updates/s"
+        else:
+            ways = [replace(now, **{name: value}) for value in values]  # type: ignore[arg-type]
+            trials, unit = measure(bench, ways, name, end), "images/s"
+        choice = best_of(trials, unit)
+        say(f"{name.replace('_', '-')}: {choice.value} ({choice.reason})")
+        if not any(trial.rates for trial in trials):
+            continue
+        now, chosen[name] = replace(now, **{name: choice.value}), choice
+        if name == "compile" and choice.value != "off" and "kernels" in chosen:
+            stages.append(("kernels", open_options["kernels"]))  # the compiler may do better without them
+    return chosen
 
 
-def best_of(trials: Sequence[Trial]) -> Choice:
-    """The fastest, with all figures as its reason; "off" where every other failed."""
-    best = max(trials, key=lambda trial: trial.rate)
-    shown = ", ".join(f"{t.mode} {t.failure or f'{t.rate:,.0f} images/s'}" for t in trials)
-    return Choice(best.mode, f"measured: {shown}")
+def measure(bench: Bench, ways: Sequence[Execution], name: str, until: float = math.inf) -> list[Trial]:
+    """Time forward and backward in each way. Weights, statistics, generators, switches and memory are put back.
+
+    Args:
+        name: of the option in which the ways differ.
+        until: no turn begins after this time (`time.monotonic`).
+    """
+    rounds = 1 if any(way.compile != "off" for way in ways) else ROUNDS
+    with _unchanged(bench.model), torch.random.fork_rng(devices=_generators(bench.model)):
+        trials = take_turns(ways, lambda way: _images_per_second(bench, way), rounds=rounds, until=until)
+        return [replace(trial, value=getattr(trial.value, name)) for trial in trials]
 
 
-def measure(model: nn.Module, images: torch.Tensor, modes: Sequence[str], *, bf16: bool) -> list[Trial]:
-    """Time forward and backward in each mode. Weights, statistics, generators and the mode itself are put back."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    training = model.training
-    trials = []
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-        for mode in modes:
-            try:
-                if mode != "off":
-                    model.compile(fullgraph=True, mode=None if mode == "default" else mode)
-                trials.append(Trial(mode, _rate(model.train(), images, bf16)))
-            except Exception as error:  # whatever a compiler stumbles over, the run can do without it
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-                trials.append(Trial(mode, 0.0, f"failed ({type(error).__name__}: {reason[:120]})"))
-            finally:
-                model._compiled_call_impl = None
-                model.zero_grad(set_to_none=True)
-    if images.is_cuda:  # the trials' graphs would keep their memory, which may be most of the device's
-        torch._dynamo.reset()
-        torch.cuda.empty_cache()
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(kept[name])
-    model.train(training)
-    return trials
+def time_optimizer(bench: Bench, forms: Sequence[str], until: float = math.inf) -> list[Trial]:
+    """Time clipping and update in each form, on stand-ins for what the optimiser would work on."""
+    return take_turns(forms, lambda form: _updates_per_second(bench, form), rounds=ROUNDS, until=until)
 
 
-def _rate(model: nn.Module, images: torch.Tensor, bf16: bool) -> float:
-    device = images.device
-    for step in range(WARM_UP + STEPS):
-        if step == WARM_UP:
-            settle(device)
-            start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+def _images_per_second(bench: Bench, way: Execution) -> float:
+    model, images = way.lay_out(bench.model).train(), bench.images()
+    autocast = torch.autocast(images.device.type, torch.bfloat16) if bench.bf16 else nullcontext()
+
+    def step() -> None:
+        with autocast:
             loss = model(images).float().square().mean()
         loss.backward()
         model.zero_grad(set_to_none=True)
+
+    try:
+        way.compile_whole(model)
+        return len(images) * _rate(step, images.device)
+    finally:
+        model._compiled_call_impl = None
+        model.zero_grad(set_to_none=True)
+        if images.is_cuda:
+            torch.cuda.empty_cache()
+
+
+def _updates_per_second(bench: Bench, form: str) -> float:
+    groups = parameter_groups(bench.model, weight_decay=0.05)
+    for group in groups:
+        owners = group["params"]
+        if bench.shares:  # flat, and this rank's part of them only
+            size = -(-sum(p.numel() for p in owners) // bench.shares)
+            owners = [torch.empty(size, device=owners[0].device)] if owners else []
+        group["params"] = [nn.Parameter(torch.zeros_like(owner)) for owner in owners]
+    stand_ins = [p for group in groups for p in group["params"]]
+    for p in stand_ins:
+        p.grad = torch.full_like(p, 1e-3)
+    optimizer = bench.optimizer.build(groups, bench.betas, bench.eps, cast(Form, form))
+
+    def step() -> None:
+        update(optimizer, nn.utils.clip_grad_norm_(stand_ins, CLIP))
+
+    return _rate(step, stand_ins[0].device)
+
+
+def _rate(step: Callable[[], None], device: torch.device) -> float:
+    """Steps per second."""
+    _seconds(step, WARM_UP[device.type], device)
+    took = _seconds(step, 1, device)
+    steps = min(STEPS, int(SLICE / took))
+    return steps / _seconds(step, steps, device) if steps > 1 else 1 / took
+
+
+def _seconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
     settle(device)
-    return STEPS * len(images) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    settle(device)
+    return time.perf_counter() - start
+
+
+def _generators(model: nn.Module) -> list[torch.device]:
+    device = next(model.parameters()).device
+    return [device] if device.type == "cuda" else []
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever happens in here to the model and the kernels' switch, afterwards they are as before."""
+    layouts = [(p, p.data) for p in model.parameters()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training, switches = model.training, {name: os.environ.get(name) for name in (fat.kernels.SWITCH, AUGMENT_SWITCH)}
+    try:
+        yield
+    finally:
+        for parameter, data in layouts:
+            parameter.data = data
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+        model.train(training)
+        for name, wish in switches.items():
+            os.environ.pop(name, None)
+            if wish is not None:
+                os.environ[name] = wish
+        if torch.cuda.is_available():  # trials' graphs would keep their memory, which may be most of the device's
+            torch._dynamo.reset()
+            torch.cuda.empty_cache()

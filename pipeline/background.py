@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from pipeline.bad_samples import BadSamples
 from pipeline.batch import Batch
-from pipeline.decode import DecodeJob, Normalisation, decode_threads
+from pipeline.decode import DecodeJob, Normalisation
 from pipeline.decoders import chosen_loader, make_decoder
 from pipeline.options import LoaderOptions
 from pipeline.plan import Ids, Need, Position
 from pipeline.prefetch import Prefetcher
 from pipeline.quick_check import quick_check
-from pipeline.reader import READ_THREADS, Encoded, SampleReader
+from pipeline.reader import Encoded, SampleReader
 from pipeline.storage import storage_of
 from shards.dataset import ShardSet
 
@@ -53,6 +53,7 @@ class BackgroundLoader(ABC):
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants a number
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
+        self._settings = options.settings
         self._loader = chosen_loader(options, dataset.split(split))
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._prefetcher: Prefetcher[Batch] | None = None
@@ -69,15 +70,14 @@ class BackgroundLoader(ABC):
     @property
     def picks(self) -> dict[str, str]:
         """What the loader works with, for people and the log."""
-        options, loader, cuda = self._options, self._loader, self._device.type == "cuda"
+        settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
         if loader == "synthetic":
             return {"loader": "synthetic"}
-        decode, read = options.decode_threads or decode_threads(), options.read_threads or READ_THREADS
-        where = f"the GPU, hardware decoder's share {options.dali.hw_decoder_load:g}" if cuda else "CPUs"
+        where = f"the GPU, hardware decoder's share {settings.hw_decoder_load:g}" if cuda else "CPUs"
         return {
             "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
-            "threads": f"{decode} decode, {read} read",
-            "batches ahead": f"{options.read_ahead} read, {options.decode_ahead} in decoding, {options.ready} ready",
+            "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",
+            "batches ahead": f"{settings.read_ahead} read, {settings.decode_ahead} in decoding, {settings.ready} ready",
         }
 
     def __next__(self) -> Batch:
@@ -120,7 +120,7 @@ class BackgroundLoader(ABC):
 
     def _start(self) -> Prefetcher[Batch]:
         threads, begun = torch.get_num_threads(), threading.Event()
-        prefetcher = Prefetcher(self._stream(begun), depth=self._options.ready, name=f"{self._split}-loader")
+        prefetcher = Prefetcher(self._stream(begun), depth=self._settings.ready, name=f"{self._split}-loader")
         # The loader's thread has set its own number of threads, but with it the one that threads to come begin with.
         begun.wait()
         torch.set_num_threads(threads)
@@ -164,7 +164,7 @@ class BackgroundLoader(ABC):
 
             def jobs() -> Iterator[tuple[DecodeJob, tuple[Portion, T]]]:
                 ordered = ((portion.ids, portion) for portion in work)
-                for encoded, portion in reader.read_ahead(ordered, self._options.read_ahead):
+                for encoded, portion in reader.read_ahead(ordered, self._settings.read_ahead):
                     reader.reached(self._step(portion.position))
                     mended = self._bad.mend(encoded, reader, epoch=portion.position.epoch)
                     made, extra = job(mended, portion)
@@ -174,7 +174,7 @@ class BackgroundLoader(ABC):
 
     def _reader(self) -> SampleReader:
         storage = storage_of(self._dataset, self._split, beton=self._loader == "ffcv")
-        return SampleReader(storage, threads=self._options.read_threads, check=self._options.check_hashes)
+        return SampleReader(storage, threads=self._settings.read_threads, check=self._options.check_hashes)
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -15,21 +15,34 @@ import errno
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
-from shards.errors import UserError
+from shards.errors import StorageFailed, UserError
 
 PART = ".part"
 LOCK = ".lock"
 # Of what is free on the file system (or taken by the cache already), when no bound is given.
 DEFAULT_SHARE = 0.8
+# EFBIG is what a limit on the size of files says.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheFull(UserError):
     """All of the cache's room is in use, or too small altogether."""
+
+
+class DiskFull(CacheFull):
+    """The disk that the cache is on is full, whatever the cache may hold."""
+
+    exit_code = 1
+
+    @classmethod
+    def of(cls, folder: Path, reason: str) -> DiskFull:
+        return cls(f"--cache {folder}: {reason}; free some space there, or give another folder")
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,8 @@ class _Entry:
     path: Path
     size: int
     """Counted: the final size of a part."""
+    stored: int
+    """Bytes that are there."""
     used: int
     """When it was last used, in nanoseconds."""
 
@@ -50,6 +65,7 @@ class Cache:
 
     Raises:
         UserError: the folder cannot be made or written to.
+        DiskFull: there is not even room for its lock.
     """
 
     def __init__(self, folder: Path, limit: int | None = None) -> None:
@@ -60,6 +76,8 @@ class Cache:
             with self._lock:
                 used = sum(entry.size for entry in self._entries())
         except OSError as error:
+            if error.errno in _FULL:
+                raise _failed(folder, error) from error
             raise UserError(f"--cache {folder}: cannot be used ({error.strerror}); give another folder") from error
         self.limit = int((shutil.disk_usage(folder).free + used) * DEFAULT_SHARE) if limit is None else limit
 
@@ -90,6 +108,7 @@ class Cache:
 
         Raises:
             CacheFull: there is no room, and nothing that is not in use.
+            StorageFailed: the disk failed otherwise.
         """
         part = path.with_name(f"{path.name}.{size}{PART}")
         try:
@@ -101,7 +120,7 @@ class Cache:
             if _locked(handle, part):
                 return Part(handle, part, path, size)
         except OSError as error:
-            raise _unusable(self.folder, error) from error
+            raise _failed(self.folder, error) from error
         os.close(handle)
         return None
 
@@ -114,11 +133,15 @@ class Cache:
             )
         entries = sorted(self._entries(), key=lambda entry: entry.used)
         over = sum(entry.size for entry in entries) + size - self.limit
+        # Others write to the disk too; what parts still lack of their size is spoken for.
+        lacking = size + sum(entry.size - entry.stored for entry in entries) - shutil.disk_usage(self.folder).free
         for entry in entries:
-            if over <= 0:
+            if max(over, lacking) <= 0:
                 return
             if _remove_unless_in_use(entry.path):
-                over -= entry.size
+                over, lacking = over - entry.size, lacking - entry.size
+        if lacking > 0:
+            raise DiskFull.of(self.folder, f"no space left on the device for the {size:,} bytes of {path.name}")
         if over > 0:
             raise CacheFull(
                 f"--cache {self.folder}: no room for {path.name}: all of the {self.limit:,} bytes that it may hold "
@@ -131,7 +154,7 @@ class Cache:
             with contextlib.suppress(FileNotFoundError):  # parts are renamed without the folder's lock
                 found = path.stat()
                 size = int(path.name.split(".")[-2]) if path.name.endswith(PART) else found.st_size
-                entries.append(_Entry(path, size, found.st_mtime_ns))
+                entries.append(_Entry(path, size, found.st_size, found.st_mtime_ns))
         return entries
 
 
@@ -147,13 +170,17 @@ class Part:
         return os.pread(self._handle, stop - start, start)
 
     def append(self, content: bytes) -> None:
+        """Add to the end.
+
+        Raises:
+            DiskFull: the disk is full; what was there is removed, as it may be in others' way.
+            StorageFailed: the disk failed otherwise.
+        """
         view = memoryview(content)
-        try:
+        with self._explained():
             while view:
                 written = os.pwrite(self._handle, view, self.done)
                 self.done, view = self.done + written, view[written:]
-        except OSError as error:
-            raise _unusable(self._path.parent.parent, error) from error
 
     def restart(self) -> None:
         """Throw away what is there."""
@@ -161,12 +188,13 @@ class Part:
         self.done = 0
 
     def finish(self) -> int:
-        """Publish the whole file under its name; returns a lease of it."""
-        os.ftruncate(self._handle, self.done)
-        os.fsync(self._handle)
-        fcntl.flock(self._handle, fcntl.LOCK_SH)
-        self._path.rename(self._target)
-        return os.dup(self._handle)
+        """Publish the whole file under its name; returns a lease of it. Raises what `append` does."""
+        with self._explained():
+            os.ftruncate(self._handle, self.done)
+            os.fsync(self._handle)
+            fcntl.flock(self._handle, fcntl.LOCK_SH)
+            self._path.rename(self._target)
+            return os.dup(self._handle)
 
     def discard(self) -> None:
         """Remove what is there."""
@@ -178,6 +206,15 @@ class Part:
     def __exit__(self, *_: object) -> None:
         """Let go of it; if it is not finished, another process may go on."""
         os.close(self._handle)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _FULL:
+                self.discard()
+            raise _failed(self._path.parent.parent, error) from error
 
 
 def _locked(handle: int, path: Path) -> bool:
@@ -206,9 +243,7 @@ def _remove_unless_in_use(path: Path) -> bool:
         os.close(handle)
 
 
-def _unusable(folder: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(
-            f"--cache {folder}: no space left on the device; give a smaller --cache-size or another folder"
-        )
-    return UserError(f"--cache {folder}: cannot be used ({error.strerror}); give another folder")
+def _failed(folder: Path, error: OSError) -> UserError:
+    if error.errno in _FULL:
+        return DiskFull.of(folder, str(error.strerror))
+    return StorageFailed(f"--cache {folder}: {error.strerror}; mend that, or give another folder")

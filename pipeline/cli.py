@@ -31,8 +31,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure loader alone, model alone and both together: who waits for whom, and what limits."""
+class _Training:
+    """What would be trained."""
 
     dataset: tyro.conf.Positional[str]
     """Shard set: a folder or a URL."""
@@ -40,40 +40,29 @@ class Bench:
     """FAT variant to train."""
     batch_size: int | None = None
     """Images per step. None = 256 on a GPU, 16 on CPUs."""
-    steps: int | None = None
-    """Steps per round of each measurement; there are three rounds. None = 30 on a GPU, 6 on CPUs."""
     size: int = 224
     """Side of the images in pixels."""
     augment: Literal["fat", "light", "none"] = "fat"
     """Augmentation recipe."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto = bf16 autocast on GPUs, fp32 on CPUs."""
-    compile: Literal["off", "auto", "default", "reduce-overhead", "max-autotune"] = "off"
-    """torch.compile mode; auto = try them and take the fastest (GPUs only)."""
-    zero: Literal["auto", 0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage; 0 = plain."""
     cache: Path | None = None
     """Where a remote set is staged. None = $FAT_CACHE, else in the temporary folder."""
-    json: Path | None = None
-    """File for all figures."""
-    chart: Path = Path("bench.png")
-    """Bar chart to write."""
+    tuned: str = "auto"
+    """File of what was measured on this machine. auto = $FAT_TUNED, else ~/.cache/fat-pipeline/tuned.json
+    ($XDG_CACHE_HOME, if set); off = none."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
 
-    def run(self) -> int:
+    def _recipe(self, **run: Any) -> Any:
+        """The recipe (launch.recipe.Recipe); `run`: fields of its part of that name."""
         import dataclasses
 
         import torch
 
-        from launch.bench import bench, write_json
-        from launch.bench_chart import write_chart
-        from launch.bench_verdict import table
         from launch.recipe import VARIANTS
 
-        for name in ("batch_size", "steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
-        cuda = torch.cuda.is_available()
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size}: at least 1")
         base = VARIANTS[self.variant]()
         data = dataclasses.replace(
             base.data,
@@ -81,16 +70,79 @@ class Bench:
             cache=self.cache,
             size=self.size,
             augment=self.augment,
-            global_batch=self.batch_size or (256 if cuda else 16),
+            global_batch=self.batch_size or (256 if torch.cuda.is_available() else 16),
             loader=self.loader,
         )
-        how = dataclasses.replace(base.run, precision=self.precision, compile=self.compile, zero=self.zero)
-        steps = self.steps or (30 if cuda else 6)
-        figures = bench(dataclasses.replace(base, data=data, run=how), steps=steps)
+        how = dataclasses.replace(base.run, precision=self.precision, tuned=self.tuned, **run)
+        return dataclasses.replace(base, data=data, run=how)
+
+
+@dataclass(frozen=True)
+class Bench(_Training):
+    """Measure loader alone, model alone and both together: who waits for whom, and what limits."""
+
+    steps: int | None = None
+    """Steps per round of each measurement; there are three rounds. None = 30 on a GPU, 6 on CPUs."""
+    compile: Literal["off", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
+    """torch.compile mode. None = what was measured on this machine, else off; auto = measure, where it was not."""
+    zero: Literal["auto", 0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage; 0 = plain."""
+    json: Path | None = None
+    """File for all figures."""
+    chart: Path = Path("bench.png")
+    """Bar chart to write."""
+
+    def run(self) -> int:
+        import torch
+
+        from launch.bench import bench, write_json
+        from launch.bench_chart import write_chart
+        from launch.bench_verdict import table
+
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"--steps {self.steps}: at least 1")
+        steps = self.steps or (30 if torch.cuda.is_available() else 6)
+        figures = bench(self._recipe(compile=self.compile, zero=self.zero), steps=steps)
         print(table(figures))
         if self.json is not None:
             write_json(figures, self.json)
         write_chart(figures, self.chart)
+        return 0
+
+
+@dataclass(frozen=True)
+class Tune(_Training):
+    """Measure how model and loader run fastest on this machine, and keep it: training then does so by itself.
+
+    Give what training will have: variant, size, --batch-size (images of one process and forward pass), --ranks. What is
+    given of the loader's options is not tried otherwise.
+    """
+
+    ranks: int = 1
+    """Processes that training will have on this machine: each has its share of the cores."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step that training will have."""
+    zero: Literal["auto", 0, 1, 2, 3] = "auto"
+    """DeepSpeed ZeRO stage that training will have. auto = 1 on GPUs, 0 on CPUs."""
+    what: Literal["both", "model", "input"] = "both"
+    """What to measure."""
+    seconds: float = 60.0
+    """About what model and input may take, each; compiling the model (on GPUs) takes minutes more."""
+
+    def run(self) -> int:
+        import dataclasses
+
+        from launch.tune import tune
+        from launch.tuned import PARTS
+
+        for name in ("ranks", "accumulation", "seconds"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} {getattr(self, name):g}: more than 0")
+        recipe = self._recipe(zero=self.zero)
+        rows = recipe.data.global_batch
+        data = dataclasses.replace(recipe.data, micro_batch=rows, global_batch=self.accumulation * rows)
+        parts = tuple(part for part in PARTS if self.what in ("both", part))
+        tune(dataclasses.replace(recipe, data=data), parts, ranks=self.ranks, seconds=self.seconds, say=print)
         return 0
 
 
@@ -101,6 +153,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "info": Info,
     "look": Look,
     "bench": Bench,
+    "tune": Tune,
     "sample": Sample,
 }
 DESCRIPTION = "Make, check and look at shard sets for training vision backbones."

@@ -17,7 +17,7 @@ import torch
 from nvidia.dali import Pipeline, fn, types
 
 from pipeline.decode import DecodeError, DecodeJob, Normalisation
-from pipeline.options import DaliOptions
+from pipeline.options import Settings
 from pipeline.resize import Resizer
 from shards.errors import UserError
 
@@ -39,6 +39,7 @@ class DaliDecoder:
         ahead: batches in the works at once.
         evaluation: jobs carry `resize` and `anchor`.
         normalisation: to be done too, giving float32; None = uint8.
+        settings: of them, the GPU decoder's.
     """
 
     size: int
@@ -48,7 +49,7 @@ class DaliDecoder:
     ahead: int = 2
     evaluation: bool = False
     normalisation: Normalisation | None = None
-    options: DaliOptions = field(default_factory=DaliOptions)
+    settings: Settings = field(default_factory=Settings)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
         """Decode jobs in order.
@@ -122,9 +123,9 @@ class DaliDecoder:
             if self._on_gpu:
                 decoder_options = {
                     "device": "mixed",
-                    "hw_decoder_load": self.options.hw_decoder_load,
-                    "preallocate_width_hint": self.options.preallocate_width,
-                    "preallocate_height_hint": self.options.preallocate_height,
+                    "hw_decoder_load": self.settings.hw_decoder_load,
+                    "preallocate_width_hint": self.settings.preallocate_width,
+                    "preallocate_height_hint": self.settings.preallocate_height,
                 }
             # The recipe ignores EXIF orientation, and so do the index's heights and widths.
             images = fn.decoders.image_slice(

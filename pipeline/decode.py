@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -76,9 +75,3 @@ class Decoder(Protocol):
             DecodeError: a batch could not be decoded. The stream ends there, nothing is skipped.
         """
         ...
-
-
-def decode_threads(local_world: int | None = None) -> int:
-    """This rank's share of the cores that the process may use."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_world is None else local_world
-    return max(1, len(os.sched_getaffinity(0)) // local_world)

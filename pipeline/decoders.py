@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from pipeline.decode import Decoder, Normalisation, decode_threads
+from pipeline.decode import Decoder, Normalisation
 from pipeline.options import LoaderOptions
 from shards.manifest import SplitEntry
 
@@ -39,7 +39,8 @@ def make_decoder(
     Raises:
         UserError: the library is not installed.
     """
-    threads, ahead = options.decode_threads or decode_threads(), options.decode_ahead
+    settings = options.settings
+    threads, ahead = settings.decode_threads, settings.decode_ahead
     if loader == "ffcv":
         from pipeline.ffcv import FfcvDecoder
 
@@ -54,5 +55,5 @@ def make_decoder(
         ahead=ahead,
         evaluation=evaluation,
         normalisation=normalisation,
-        options=options.dali,
+        settings=settings,
     )

@@ -1,9 +1,13 @@
-"""How loaders work: options that change their speed and their patience, never what they deliver."""
+"""How loaders work: options that change their speed and their patience, never what they deliver.
+
+Those left open (None) come to what was measured on the machine ('pipeline tune'), else to the defaults of `Settings`.
+"""
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from shards.errors import UserError
@@ -11,15 +15,48 @@ from shards.errors import UserError
 LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
 
 
+def decode_threads(local_world: int | None = None) -> int:
+    """This rank's share of the cores that the process may use."""
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_world is None else local_world
+    return max(1, len(os.sched_getaffinity(0)) // local_world)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the options come to."""
+
+    read_threads: int = 32
+    """Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing."""
+    read_ahead: int = 4
+    decode_threads: int = field(default_factory=decode_threads)
+    decode_ahead: int = 2
+    ready: int = 2
+    hw_decoder_load: float = 0.9
+    preallocate_width: int = 0
+    preallocate_height: int = 0
+
+    @property
+    def ahead(self) -> int:
+        """Batches that a loader holds when it has run as far ahead as it can."""
+        return self.read_ahead + self.decode_ahead + self.ready
+
+
 @dataclass(frozen=True, kw_only=True)
 class DaliOptions:
     """How DALI works; none of it changes what comes out."""
 
-    hw_decoder_load: float = 0.9
-    """Share of the images given to the GPU's JPEG engine, where it has one; the rest goes to its CUDA decoder."""
-    preallocate_width: int = 0
-    """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first."""
-    preallocate_height: int = 0
+    hw_decoder_load: float | None = None
+    """Share of the images given to the GPU's JPEG engine, where it has one; the rest goes to its CUDA decoder. None =
+    what was measured, else 0.9."""
+    preallocate_width: int | None = None
+    """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first. None
+    = what was measured, else 0."""
+    preallocate_height: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
+            raise UserError(f"--hw-decoder-load {self.hw_decoder_load:g}: a share between 0 and 1")
+        _refuse_below(0, preallocate_width=self.preallocate_width, preallocate_height=self.preallocate_height)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,13 +71,13 @@ class LoaderOptions:
     """What happens at a sample whose bytes are damaged or gone. raise = the run stops; skip:N = another sample takes
     its place (in an evaluation it is left out), for up to N such samples on a rank."""
     read_threads: int | None = None
-    """Threads that read shards; more hide the latency of slow file systems. None = 32."""
-    read_ahead: int = 4
-    """Batches whose bytes are read before the decoder asks for them."""
+    """Threads that read shards; more hide the latency of slow file systems. None = what was measured, else 32."""
+    read_ahead: int | None = None
+    """Batches whose bytes are read before the decoder asks for them. None = what was measured, else 4."""
     decode_threads: int | None = None
-    """Threads of this rank that decode. None = its share of the machine's cores."""
-    decode_ahead: int = 2
-    """Batches that are decoded at once."""
+    """Threads of this rank that decode. None = what was measured, else its share of the machine's cores."""
+    decode_ahead: int | None = None
+    """Batches that are decoded at once. None = what was measured, else 2."""
     ready: int = 2
     """Finished batches that wait on the device."""
     check_hashes: bool = True
@@ -49,6 +86,20 @@ class LoaderOptions:
 
     def __post_init__(self) -> None:
         self.skip_budget  # noqa: B018 - refuses what it cannot read
+        _refuse_below(0, read_ahead=self.read_ahead)
+        _refuse_below(
+            1,
+            read_threads=self.read_threads,
+            decode_threads=self.decode_threads,
+            decode_ahead=self.decode_ahead,
+            ready=self.ready,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """All of them as numbers."""
+        given = vars(self) | vars(self.dali)
+        return Settings(**{f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None})
 
     @property
     def skip_budget(self) -> int:
@@ -63,3 +114,9 @@ class LoaderOptions:
         if match is None:
             raise UserError(f"--bad-samples {self.bad_samples}: raise, or skip:N as in skip:100, expected")
         return int(match[1])
+
+
+def _refuse_below(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from pipeline.options import Settings
 from pipeline.plan import Ids, Need
 from pipeline.recycle import Recycler
 from pipeline.storage import Places, Storage
@@ -23,8 +24,6 @@ T = TypeVar("T")
 Sample = tuple[int, int, int, int | None]
 """Row in the batch, file, offset, and the hash of its bytes (None = not to be checked)."""
 
-# Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing.
-READ_THREADS = 32
 # Batches that are begun at once. What is in the page cache is read there and then, by as many threads as gain by it.
 BATCH_THREADS = 2
 # Samples per task: enough to amortise the hand-over, few enough that a small batch keeps many threads busy.
@@ -85,7 +84,7 @@ class SampleReader:
     def __init__(self, storage: Storage, *, threads: int | None = None, check: bool = True) -> None:
         self._storage, self._check = storage, check
         self._buffers = Recycler()
-        self._pool = ThreadPoolExecutor(threads or READ_THREADS, thread_name_prefix="shard-reader")
+        self._pool = ThreadPoolExecutor(threads or Settings.read_threads, thread_name_prefix="shard-reader")
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
     def read(self, ids: Ids) -> Encoded:

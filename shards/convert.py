@@ -7,6 +7,7 @@ A killed conversion resumes with the same command: what was decided and what is 
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 from contextlib import suppress
@@ -135,7 +136,7 @@ def _plan(source: Path, work: Work, options: Options) -> Plan:
         raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
     recognise(source)
     work.path.mkdir(parents=True, exist_ok=True)
-    with hold(work.path / "scan.lock", f"the listing of {source}", wait=True):
+    with hold(work.path / "scan.lock", f"the listing of {source}", wait=math.inf):
         plan = work.load_plan()
         if plan is None:
             try:

@@ -1,4 +1,5 @@
-"""One process at a time on one part of a conversion, on one host or on several that share a file system.
+"""One process at a time on one part of a conversion, or in one run folder, on one host or on several that share a file
+system.
 
 The kernel's lock (flock) goes when its holder dies, however it dies. Where a file system does not carry it between
 hosts, the holder's host and pid in the file, and a beat that keeps the file's time fresh, stand in for it.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import sys
@@ -29,12 +31,12 @@ class Held(ConversionFailed):
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, wait: bool = False) -> Iterator[None]:
+def hold(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` while the block runs.
 
     Args:
         what: what is locked, for the message.
-        wait: wait for whoever holds it, instead of raising.
+        wait: seconds to wait for whoever holds it, before raising; math.inf = for ever.
 
     Raises:
         Held: a living process holds it; its host and pid are named.
@@ -64,18 +66,19 @@ def is_held(path: Path) -> bool:
         return True
 
 
-def _take(handle: int, path: Path, what: str, wait: bool) -> None:
-    said = False
+def _take(handle: int, path: Path, what: str, wait: float) -> None:
+    said, end = False, time.monotonic() + wait
     while True:
         try:
             return _try_to_take(handle, path, what)
         except Held as error:
-            if not wait:
+            if time.monotonic() >= end:
                 raise
             if not said:
-                print(f"note: {error}", file=sys.stderr)
+                limit = "" if math.isinf(wait) else f" for up to {wait:g} s"
+                print(f"note: {error}; waiting for it{limit}", file=sys.stderr, flush=True)
             said = True
-        time.sleep(WAIT)
+        time.sleep(min(WAIT, max(0.0, end - time.monotonic())))
 
 
 def _try_to_take(handle: int, path: Path, what: str) -> None:
@@ -89,8 +92,7 @@ def _try_to_take(handle: int, path: Path, what: str) -> None:
     owner = _owner(handle)
     here = socket.gethostname()
     if owner is not None:
-        same_host = owner["host"] == here
-        gone = carried if same_host else _age(handle, path) > STALE
+        gone = (carried and owner["host"] == here) or _age(handle, path) > STALE
         if not gone:
             raise _held(owner, path, what)
         was = f"process {owner['pid']} on {owner['host']}"

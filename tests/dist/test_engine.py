@@ -89,6 +89,20 @@ def test_a_state_goes_on_at_another_stage_and_world_size(
         assert distance(reference, result, kind) < TOLERANCE, kind
 
 
+FOREACH = ("--optimizer-form", "foreach", "--memory-format", "contiguous")
+
+
+def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(
+    tmp_path: Path, reference: dict[str, Any], half: Path
+) -> None:
+    options = ("--ema", "0.9", *FOREACH, "--steps", STEPS)
+    whole = run(tmp_path, "whole", *options)
+    resumed = run(tmp_path, "resumed", *options, "--state", half, "--at", STEPS // 2)
+    for result in (whole, resumed):
+        for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
+            assert distance(reference, result, kind) < TOLERANCE, kind
+
+
 @pytest.mark.parametrize(("zero", "micro"), [(1, 4), *slow((0, 2), (0, 4), (3, 2))])
 def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
     tmp_path: Path, reference: dict[str, Any], zero: int, micro: int
@@ -97,10 +111,15 @@ def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
     assert distance(reference, run(tmp_path, "r", *options, zero=zero), "model") < TOLERANCE
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [(0, 1), (1, 2), *slow((0, 2), (2, 2), (3, 2))])
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path: Path, zero: int, ranks: int) -> None:
-    before = run(tmp_path, "before", "--steps", "2", zero=zero, ranks=ranks)
-    after = run(tmp_path, "after", "--steps", "3", "--poison", "2", zero=zero, ranks=ranks)
+@pytest.mark.parametrize(
+    ("zero", "ranks", "how"),
+    [(0, 1, ()), (0, 1, FOREACH), (1, 2, ()), *slow((0, 2, ()), (2, 2, ()), (3, 2, ()), (1, 2, FOREACH))],
+)
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+    tmp_path: Path, zero: int, ranks: int, how: tuple[str, ...]
+) -> None:
+    before = run(tmp_path, "before", "--steps", "2", *how, zero=zero, ranks=ranks)
+    after = run(tmp_path, "after", "--steps", "3", "--poison", "2", *how, zero=zero, ranks=ranks)
     assert not torch.tensor(after["norms"][2]).isfinite()
     for name, value in before["state"].items():
         if "running" not in name:

@@ -82,3 +82,22 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     assert on_gpu.images.is_contiguous(memory_format=torch.channels_last)
     # nvJPEG upsamples chroma by its own rule; a level is 1/255/0.226 = .017 of a normalised value.
     assert (on_cpu.images - on_gpu.images.cpu()).abs().mean() < 2 * 0.017
+
+
+@pytest.mark.timeout(900)
+def test_what_is_fastest_is_measured_kept_and_taken(tmp_path: Path, digits: Path) -> None:
+    run, file = tmp_path / "run", tmp_path / "tuned.json"
+    sizes = ("--size", "64", "--batch-size", "64", "--augment", "light", "--zero", "0", "--tuned", file)
+    done = python(tmp_path, "-m", "pipeline.cli", "tune", digits, *sizes, "--seconds", "20", timeout=580)
+    assert done.returncode == 0, done.stderr
+    entries = {entry["part"]: entry for entry in json.loads(file.read_text())["entries"]}
+    assert entries["model"]["values"].keys() >= {"memory_format", "optimizer_form", "compile"}
+    assert "reduce-overhead" in entries["model"]["figures"]["compile"]
+    assert entries["input"]["values"].keys() >= {"decode_threads", "read_threads"}
+    options = ("--size", "64", "--global-batch", "64", "--augment", "light", "--zero", "0", "--tuned", file)
+    done = python(tmp_path, "launch/train.py", *options, "--data", digits, "--out", run, "--stop-after", "2")
+    assert done.returncode == 0, done.stderr
+    (picks,) = lines(run, "picks")
+    for entry in entries.values():
+        for name, value in entry["values"].items():
+            assert f"{name.replace('_', '-')} {value}" in picks[f"measured ({file})"]

@@ -28,8 +28,8 @@ ONLY_IN = {
         "pipeline/augment/finishing.py",
         "pipeline/augment/randaugment.py",
     },
-    "accelerate": {"launch/engine.py", "launch/trackers.py"},
-    "deepspeed": {"launch/engine.py", "launch/masters.py"},
+    "accelerate": {"launch/wrapping.py", "launch/trackers.py"},
+    "deepspeed": {"launch/masters.py"},
 }
 TORCH_FREE = ("shards",)
 FAT_TOP_LEVEL = {"torch"}

@@ -10,9 +10,6 @@ import torch
 
 import fat
 from launch.limits import limits_of, measured_bandwidth, stated_arithmetic
-from launch.tuning import Trial, best_of, choose_mode, measure
-from launch.world import World
-from tests.unit.test_fat_parity import TINY
 from tests.unit.test_launch_commands import SMALL, run, train
 
 CPU = torch.device("cpu")
@@ -57,30 +54,3 @@ def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) 
     rate = line["images_per_second"]
     assert line["mfu"] == pytest.approx(6 * cost.macs * rate / limits.arithmetic, rel=0.02, abs=1e-4)
     assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / limits.bandwidth, rel=0.02, abs=1e-4)
-
-
-def test_the_fastest_mode_is_taken_and_failures_are_told() -> None:
-    choice = best_of([Trial("off", 900.0), Trial("default", 1200.0), Trial("reduce-overhead", 0.0, "failed (no room)")])
-    assert choice.mode == "default"
-    assert choice.reason == "measured: off 900 images/s, default 1,200 images/s, reduce-overhead failed (no room)"
-
-
-def test_measuring_leaves_no_trace() -> None:
-    model = fat.FAT(TINY).eval()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    images, state = torch.randn(2, 3, 32, 32), torch.get_rng_state()
-    good, bad = measure(model, images, ["off", "no-such-mode"], bf16=False)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert good.rate > 0
-    assert bad.rate == 0
-    assert bad.failure.startswith("failed (")
-    assert not model.training
-    assert model._compiled_call_impl is None
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_nothing_is_compiled_on_cpus_by_itself() -> None:
-    world = World(0, 1, 0, 1, CPU)
-    choice = choose_mode(fat.FAT(TINY), world, images=lambda: torch.empty(0), bf16=False, whole=True, graphs=True)
-    assert choice.mode == "off"

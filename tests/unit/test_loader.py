@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,12 @@ from PIL import Image
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
+from pipeline.options import DaliOptions, Settings
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.reader import Encoded, SampleReader
 from pipeline.storage import storage_of
 from shards.dataset import ShardSet
+from shards.errors import UserError
 
 CPU = torch.device("cpu")
 GLOBAL = 24
@@ -294,3 +297,22 @@ def test_synthetic_batches_have_the_plan_s_shape_and_read_nothing(
     ) as loader:
         ids = np.concatenate([batch.ids[batch.mask.numpy()] for batch in loader])
     assert ids.tolist() == list(range(360))
+
+
+def test_options_left_open_come_to_the_defaults_and_zero_is_a_value() -> None:
+    assert LoaderOptions().settings == Settings()
+    given = LoaderOptions(read_ahead=0, decode_threads=7, dali=DaliOptions(hw_decoder_load=0.0))
+    assert given.settings == Settings(read_ahead=0, decode_threads=7, hw_decoder_load=0.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoaderOptions(decode_threads=0), "--decode-threads 0: at least 1"),
+        (lambda: LoaderOptions(read_ahead=-1), "--read-ahead -1: at least 0"),
+        (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: a share between 0 and 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

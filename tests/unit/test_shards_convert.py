@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +166,14 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path, capsys: pyt
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert "999999" in capsys.readouterr().err
     assert lock.read_text() == ""
+
+
+def test_a_lock_is_waited_for_as_long_as_was_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lock, began = tmp_path / "part.lock", time.monotonic()
+    with hold(lock, "it"), pytest.raises(Held, match=f"process {os.getpid()} on"), hold(lock, "it", wait=0.3):
+        pass
+    assert 0.3 <= time.monotonic() - began < 5
+    assert "waiting for it for up to 0.3 s" in capsys.readouterr().err
 
 
 def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:

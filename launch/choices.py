@@ -1,0 +1,262 @@
+"""What a recipe leaves open about speed, and what it comes to: model and loader run as is fastest here, and say why.
+
+For each option, the first of these that has a value counts:
+
+    the command line or recipe file (for the kernels, FAT_KERNELS too)
+    what the run began with, as its recipe.json says, if it goes on on the same device: last bits may depend on it
+    what was measured on such a machine (`launch.tuned`)
+    a measurement now, if `--tune` (or, for the torch.compile mode, `--compile auto`) asks for it
+    the default
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from launch import input_tuning, tuned, tuning
+from launch.execution import Execution, alternatives, choose, switch
+from launch.feed import Feed
+from launch.optimizers import OPTIMIZERS
+from launch.provenance import device_name
+from launch.recipe import Recipe
+from launch.trials import Choice, Value
+from launch.tuned import NAMES, PARTS, Part
+from launch.world import share
+from shards.errors import UserError
+
+RECIPE_NAME = "recipe.json"
+DEFAULT = "by default"
+SECONDS = 60.0  # that measuring a part may take at the start of a run, if nothing is compiled
+
+# Where in a recipe the options stand.
+PLACES: dict[str, tuple[str, ...]] = {
+    "memory_format": ("run", "memory_format"),
+    "kernels": ("run", "kernels"),
+    "compile": ("run", "compile"),
+    "optimizer_form": ("optim", "optimizer_form"),
+    "read_threads": ("data", "loader", "read_threads"),
+    "read_ahead": ("data", "loader", "read_ahead"),
+    "decode_threads": ("data", "loader", "decode_threads"),
+    "decode_ahead": ("data", "loader", "decode_ahead"),
+    "hw_decoder_load": ("data", "loader", "dali", "hw_decoder_load"),
+    "preallocate_width": ("data", "loader", "dali", "preallocate_width"),
+    "preallocate_height": ("data", "loader", "dali", "preallocate_height"),
+}
+
+
+@dataclass
+class Choices:
+    """What the open options come to."""
+
+    values: dict[str, Value | None] = field(default_factory=dict)
+    """By name; None = the default."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Where each value comes from."""
+    figures: dict[str, str] = field(default_factory=dict)
+    """What was measured now."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for people."""
+    began: dict[str, Value | None] = field(default_factory=dict)
+    """What the run began with."""
+
+    def take(self, name: str, value: Value | None, source: str) -> None:
+        self.values[name], self.sources[name] = value, source
+
+    @property
+    def picks(self) -> dict[str, str]:
+        """For people and the log: what comes from where, but for the defaults."""
+        groups: dict[str, list[str]] = {}
+        for name, source in self.sources.items():
+            value = self.values[name]
+            if source != DEFAULT:
+                groups.setdefault(source, []).append(_option(name) if value is None else f"{_option(name)} {value}")
+        said = {source: ", ".join(names) for source, names in groups.items()}
+        said |= {f"measured {_option(name)}": figures for name, figures in self.figures.items()}
+        return said or {"measured": "nothing here ('pipeline tune' does)"}
+
+    def record(self, feed: Feed) -> dict[str, Any]:
+        """For recipe.json, where `resolve` finds it when the run goes on."""
+        device = device_name(feed.world.device)
+        return {"device": device, "cores": feed.world.cores, "values": self.began | self.values}
+
+
+def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> tuple[Recipe, Feed, Choices]:
+    """Recipe and feed with their open options filled in, and what was chosen. Collective: rank 0 looks and measures.
+
+    Args:
+        model: as it was built; moved to the device where something is measured.
+        goes_on: the run has begun before, in its run folder.
+    """
+    world = feed.world
+    choices = share(_Resolving(recipe, feed, model, goes_on).choose if world.is_main else None, world)
+    settled = with_values(recipe, {"compile": "off"} if recipe.run.compile == "auto" else {})
+    settled = with_values(settled, choices.values)
+    return settled, feed.with_recipe(settled), choices
+
+
+def with_values(recipe: Recipe, values: Mapping[str, Value | None]) -> Recipe:
+    """A recipe with these options; None leaves one as it is."""
+    for name, value in values.items():
+        recipe = recipe if value is None else _put(recipe, PLACES[name], value)
+    return recipe
+
+
+def given(recipe: Recipe) -> dict[str, Value]:
+    """The options that are not open, with their values."""
+    found = {name: functools.reduce(getattr, place, cast(Any, recipe)) for name, place in PLACES.items()}
+    found["kernels"] = found["kernels"] or switch()
+    if found["compile"] == "auto":
+        found["compile"] = None
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def measure(
+    part: Part,
+    recipe: Recipe,
+    feed: Feed,
+    model: nn.Module,
+    *,
+    fixed: Mapping[str, Value | None],
+    seconds: float,
+    say: Callable[[str], None],
+) -> dict[str, Choice]:
+    """Time what is open of a part, on this rank alone; see `launch.tuning` and `launch.input_tuning`.
+
+    Args:
+        fixed: options which stay as they are; None = at the default.
+
+    Raises:
+        UserError: the recipe cannot be, or the set is damaged.
+    """
+    zero, precision = choose(recipe, feed.world.device)
+    settled = with_values(with_values(recipe, {"compile": "off"}), fixed)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if part == "input":
+        return input_tuning.tune(feed.with_recipe(settled), fixed, dtype=dtype, seconds=seconds, say=say)
+    device, accumulation, optim = feed.world.device, feed.shape.accumulation, recipe.optim
+    shape = (feed.shape.micro_rows, 3, recipe.data.size, recipe.data.size)
+
+    def images() -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    bench = tuning.Bench(
+        model.to(device),
+        images,
+        bf16=precision == "bf16",
+        optimizer=OPTIMIZERS[optim.optimizer],
+        betas=optim.betas,
+        eps=optim.eps,
+        shares=feed.world.size if zero else 0,
+    )
+    possible = alternatives(device, zero=zero, accumulation=accumulation)
+    still_open = {name: values for name, values in possible.items() if name not in fixed}
+    start = Execution.of(settled, device, accumulation=accumulation)
+    return tuning.tune(bench, start, still_open, seconds=seconds, say=say)
+
+
+@dataclass
+class _Resolving:
+    """Rank 0's part of `resolve`."""
+
+    recipe: Recipe
+    feed: Feed
+    model: nn.Module
+    goes_on: bool
+    choices: Choices = field(default_factory=Choices)
+
+    def choose(self) -> Choices:
+        self._given, self._file = given(self.recipe), tuned.file_of(self.recipe.run.tuned)
+        if self.goes_on:
+            self._go_on()
+        for part in PARTS:
+            if part == "input" and self.recipe.data.loader.loader == "synthetic":
+                continue
+            self._look_up(part)
+            self._measure(part)
+            for name in self._open(part):
+                self.choices.take(name, None, DEFAULT)
+        return self.choices
+
+    def _open(self, part: Part) -> list[str]:
+        return [name for name in NAMES[part] if name not in self._given and name not in self.choices.sources]
+
+    def _take(self, values: Mapping[str, Value | None], source: str) -> None:
+        """Take what is still open, and possible here: a run may go on with another ZeRO stage or more micro-batches."""
+        zero, _ = choose(self.recipe, self.feed.world.device)
+        allowed = alternatives(self.feed.world.device, zero=zero, accumulation=self.feed.shape.accumulation)
+        for part in PARTS:
+            for name in self._open(part):
+                if name in values and (values[name] is None or values[name] in allowed.get(name, (values[name],))):
+                    self.choices.take(name, values[name], source)
+
+    def _go_on(self) -> None:
+        """What the run began with, as far as it was here."""
+        path, here = self.recipe.run.out / RECIPE_NAME, self.feed.world
+        try:
+            record = json.loads(path.read_text(encoding="utf-8")).get("choices")
+            if record is None:  # of a version that left nothing open
+                return
+            values = {part: {n: record["values"][n] for n in NAMES[part] if n in record["values"]} for part in PARTS}
+            for part in PARTS:
+                if not tuned.sensible(part, {name: v for name, v in values[part].items() if v is not None}):
+                    raise ValueError(f"no values of these options: {values[part]}")
+            device, cores = record["device"], record["cores"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self.choices.notes.append(f"warning: {path}: does not say what the run began with ({error}); chosen anew")
+            return
+        if device != device_name(here.device):
+            self.choices.notes.append(f"note: the run began on {device}: what is fastest is chosen anew")
+            return
+        self.choices.began = values["model"] | (values["input"] if cores == here.cores else {})
+        self._take(self.choices.began, "as the run began")
+
+    def _look_up(self, part: Part) -> None:
+        """What was measured on such a machine."""
+        if self._file is None or not self._open(part):
+            return
+        values, line = tuned.find(self._file, part, tuned.key_of(part, self.recipe, self.feed))
+        self.choices.notes += [line] if line else []
+        self._take(values, f"measured ({self._file})")
+
+    def _measure(self, part: Part) -> None:
+        """What is asked to be measured now."""
+        run = self.recipe.run
+        wanted = [name for name in self._open(part) if run.tune or (name == "compile" and run.compile == "auto")]
+        if not wanted:
+            return
+        if run.dry_run:
+            self.choices.notes.append(f"{', '.join(map(_option, wanted))}: to be measured at the start")
+            return
+        fixed = {name: self.choices.values.get(name) for name in NAMES[part] if name not in wanted} | self._given
+        found = measure(part, self.recipe, self.feed, self.model, fixed=fixed, seconds=SECONDS, say=_say)
+        for name, choice in found.items():
+            self.choices.take(name, choice.value, "measured now")
+            self.choices.figures[name] = choice.reason
+        if self._file is not None and found:
+            try:
+                tuned.keep(self._file, tuned.entry_of(part, tuned.key_of(part, self.recipe, self.feed), found))
+            except UserError as error:
+                self.choices.notes.append(f"warning: {error}")
+
+
+def _say(line: str) -> None:
+    print(f"measured {line}", file=sys.stderr, flush=True)
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _put(section: Any, place: tuple[str, ...], value: Value) -> Any:
+    name, *rest = place
+    inner = _put(getattr(section, name), tuple(rest), value) if rest else value
+    return dataclasses.replace(section, **{name: inner})

@@ -1,0 +1,115 @@
+"""How a model is run: what changes its speed, and last bits of its results, but nothing else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+import fat.kernels
+from launch.optimizers import Form
+from launch.recipe import Recipe, RecipeError
+
+Format = Literal["channels-last", "contiguous"]
+Switch = Literal["auto", "off"]
+Mode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+
+AUGMENT_SWITCH = "FAT_AUGMENT_KERNELS"
+FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def choose(recipe: Recipe, device: torch.device) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
+    """ZeRO stage and precision of the recipe on this device."""
+    cuda = device.type == "cuda"
+    zero = (1 if cuda else 0) if recipe.run.zero == "auto" else recipe.run.zero
+    precision = ("bf16" if cuda else "fp32") if recipe.run.precision == "auto" else recipe.run.precision
+    return zero, precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One way to run a model."""
+
+    memory_format: Format
+    """Of the weights."""
+    kernels: Switch
+    """FAT's own kernels."""
+    compile: Mode
+    optimizer_form: Form
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int) -> Execution:
+        """What the recipe says, with defaults where it says nothing; `compile auto` must have been settled.
+
+        Raises:
+            RecipeError: the recipe asks for what cannot be.
+        """
+        run, (zero, _) = recipe.run, choose(recipe, device)
+        if zero and run.memory_format == "channels-last":
+            raise RecipeError(
+                f"--memory-format channels-last: DeepSpeed cannot hold such weights (ZeRO stage {zero}); use --zero 0, "
+                "or leave it out: images are channels-last either way"
+            )
+        if zero == 3 and run.compile not in (None, "off"):
+            raise RecipeError(
+                f"--compile {run.compile}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or --compile off"
+            )
+        if run.compile in GRAPHS and accumulation > 1 and device.type == "cuda":
+            raise RecipeError(
+                f"--compile {run.compile}: CUDA graphs would overwrite gradients that {accumulation} micro-batches add "
+                "up; use --compile default, or a --micro-batch that is the whole batch of a rank"
+            )
+        assert run.compile != "auto"
+        return cls(
+            memory_format=run.memory_format or ("contiguous" if zero else "channels-last"),
+            kernels=run.kernels or switch() or "auto",
+            compile=run.compile or "off",
+            optimizer_form=recipe.optim.optimizer_form or "fused",
+        )
+
+    def lay_out(self, model: nn.Module) -> nn.Module:
+        """The model with its weights in this memory format, in place, and the kernels' switch set for this process."""
+        if self.kernels != (wish := switch() or "auto"):
+            os.environ.setdefault(AUGMENT_SWITCH, wish)  # augmentation's kernel has nothing to do with the model's
+            os.environ[fat.kernels.SWITCH] = self.kernels
+        return model.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
+
+    def compile_whole(self, model: nn.Module) -> None:
+        """In place, before wrapping: names, wrappers and checkpoints do not change."""
+        if self.compile != "off":
+            model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
+
+
+def switch() -> Switch | None:
+    """What FAT_KERNELS says; None where it is not set.
+
+    Raises:
+        RecipeError: neither auto nor off.
+    """
+    wish = os.environ.get(fat.kernels.SWITCH)
+    if wish not in (None, "auto", "off"):
+        raise RecipeError(f"{fat.kernels.SWITCH}={wish}: auto or off expected")
+    return cast(Switch | None, wish)
+
+
+def alternatives(device: torch.device, *, zero: int, accumulation: int) -> dict[str, tuple[str, ...]]:
+    """What is worth trying, by the name of the option; the default first.
+
+    Args:
+        accumulation: micro-batches per step.
+    """
+    modes: tuple[Mode, ...] = ("off", "default", "reduce-overhead")
+    if device.type != "cuda" or zero == 3:
+        modes = ("off",)  # on CPUs compiled training is no faster, and ZeRO 3's cannot be compiled whole
+    elif accumulation > 1:
+        modes = ("off", "default")
+    return {
+        "memory_format": ("contiguous",) if zero else ("channels-last", "contiguous"),
+        "kernels": ("auto", "off") if fat.kernels.available(device.type) else ("auto",),
+        "optimizer_form": ("fused", "foreach"),
+        "compile": modes,
+    }

@@ -1,0 +1,48 @@
+"""`pipeline tune`: measure how model and loader run fastest on this machine, and keep it for every run to come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from launch import tuned
+from launch.choices import given, measure, with_values
+from launch.feed import Feed
+from launch.model import build_model
+from launch.recipe import Recipe
+from launch.trials import Value
+from launch.tuned import Part
+from launch.world import connect, disconnect
+
+
+def tune(
+    recipe: Recipe, parts: tuple[Part, ...], *, ranks: int, seconds: float, say: Callable[[str], None]
+) -> dict[str, Value]:
+    """Measure in this process alone; returns the chosen values, by the names of the options.
+
+    Args:
+        recipe: what will be trained, with the rows of one rank as its global batch.
+        ranks: processes that training will have on this machine: this one takes its share of the cores.
+        seconds: about what each part may take, if nothing is compiled.
+        say: is told what was found, line by line.
+
+    Raises:
+        UserError: recipe and data do not fit together, or the file cannot be written.
+    """
+    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
+    world = connect()
+    try:
+        feed = Feed.of(recipe, world)
+        fixed, chosen, file = given(recipe), dict[str, Value](), tuned.file_of(recipe.run.tuned)
+        for part in parts:
+            model = build_model(recipe, feed.classes)
+            found = measure(part, recipe, feed, model, fixed=fixed, seconds=seconds, say=say)
+            chosen |= {name: choice.value for name, choice in found.items()}
+            if file is not None and found:
+                tuned.keep(file, tuned.entry_of(part, tuned.key_of(part, recipe, feed), found))
+        with_values(recipe, chosen)  # the options' own checks
+        if file is not None and chosen:
+            say(f"kept in {file}; launch/train.py takes it from there, 'pipeline bench' shows what it is worth")
+        return chosen
+    finally:
+        disconnect()

@@ -1,0 +1,216 @@
+"""The file in which measured choices are kept, for every later run on such a machine.
+
+    {"version": 1, "entries": [
+        {"part": "model", "key": {"device": ..., "torch": ..., ...}, "values": {"compile": "default", ...},
+         "figures": {"compile": "off 900 images/s, default 1,200 images/s"}, "measured": "2026-01-31"}, ...]}
+
+part: "model" (how it runs) or "input" (how its loader works). key: all that the choice depends on (`model_key`,
+`input_key`). values: by the names of the options. figures: what was measured, for people. An entry is used where its
+whole key is the run's. Nothing about this file ever stops a run: what cannot be used is said in a line, and defaults
+are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import xxhash
+from filelock import FileLock
+
+from launch.execution import FORMATS, Mode, choose
+from launch.feed import Feed
+from launch.optimizers import Form
+from launch.provenance import device_name, versions
+from launch.recipe import Recipe
+from launch.trials import Choice, Value
+from pipeline.decoders import chosen_loader
+from pipeline.remote import is_remote
+from shards.durable import durable_write
+from shards.errors import UserError
+
+VERSION = 1
+Part = Literal["model", "input"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+def _count(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+# What each part chooses, and what values make sense.
+NAMES: dict[Part, dict[str, Callable[[Any], bool]]] = {
+    "model": {
+        "memory_format": lambda value: value in FORMATS,
+        "kernels": lambda value: value in ("auto", "off"),
+        "compile": lambda value: value in get_args(Mode),
+        "optimizer_form": lambda value: value in get_args(Form),
+    },
+    "input": {
+        "read_threads": lambda value: _count(value, 1),
+        "read_ahead": lambda value: _count(value, 0),
+        "decode_threads": lambda value: _count(value, 1),
+        "decode_ahead": lambda value: _count(value, 1),
+        "hw_decoder_load": lambda value: isinstance(value, int | float) and 0 <= value <= 1,
+        "preallocate_width": lambda value: _count(value, 0),
+        "preallocate_height": lambda value: _count(value, 0),
+    },
+}
+
+
+def sensible(part: Part, values: Any) -> bool:
+    """Whether these are values of this part's options."""
+    names = NAMES.get(part, {})
+    return isinstance(values, dict) and all(name in names and names[name](value) for name, value in values.items())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What was measured once."""
+
+    part: Part
+    key: dict[str, Any]
+    values: dict[str, Value]
+    figures: dict[str, str]
+    measured: str
+    """The day."""
+
+
+class Damaged(UserError):
+    """A file that cannot be read as what it should be."""
+
+
+def file_of(tuned: str) -> Path | None:
+    """The file that `--tuned` names; None = off."""
+    if tuned == "auto":
+        tuned = os.environ.get("FAT_TUNED", "auto")
+    if tuned == "off":
+        return None
+    if tuned != "auto":
+        return Path(tuned)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fat-pipeline" / "tuned.json"
+
+
+def read(path: Path) -> list[Entry]:
+    """The entries of a file; none where there is no file.
+
+    Raises:
+        Damaged: there is one, but not of this kind and version.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["version"] != VERSION:
+            raise ValueError(f"version {content['version']}, this tool reads {VERSION}")
+        entries = [Entry(**entry) for entry in content["entries"]]
+        for entry in entries:
+            if entry.part not in PARTS or not sensible(entry.part, entry.values) or not isinstance(entry.key, dict):
+                raise ValueError(f"no entry about model or input: {asdict(entry)}")
+        return entries
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(
+            f"{path}: cannot be used ({type(error).__name__}: {error}); 'pipeline tune' writes it anew"
+        ) from error
+
+
+def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Value], str]:
+    """(values measured under this very key, a line for people about why there are none).
+
+    The line is empty where the file has nothing about this part, as before anything was measured.
+    """
+    try:
+        entries = [entry for entry in read(path) if entry.part == part]
+    except Damaged as error:
+        return {}, f"warning: {error}; defaults are used"
+    if not entries:
+        return {}, ""
+
+    def differing(entry: Entry) -> list[str]:
+        return [name for name in {**key, **entry.key} if key.get(name) != entry.key.get(name)]
+
+    nearest = min(entries, key=lambda entry: len(differing(entry)))
+    if not (names := differing(nearest)):
+        return nearest.values, ""
+    facts = ", ".join(f"{name} {nearest.key.get(name)}, here {key.get(name)}" for name in names)
+    return {}, f"note: {path}: the nearest measurement of the {part} is of {facts}; defaults are used"
+
+
+def keep(path: Path, entry: Entry) -> None:
+    """Put an entry into the file, on top of one with the same key; a damaged file is replaced.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(f"{path.name}.lock")):
+            try:
+                entries = {_identity(old): old for old in read(path)}
+            except Damaged:
+                entries = {}
+            if (old := entries.pop(_identity(entry), None)) is not None:
+                entry = replace(entry, values=old.values | entry.values, figures=old.figures | entry.figures)
+            content = {"version": VERSION, "entries": [asdict(old) for old in (*entries.values(), entry)]}
+            durable_write(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"--tuned {path}: cannot be written ({error.strerror}); name another file, or --tuned off"
+        ) from error
+
+
+def _identity(entry: Entry) -> str:
+    return json.dumps([entry.part, entry.key], sort_keys=True)
+
+
+def entry_of(part: Part, key: dict[str, Any], found: Mapping[str, Choice]) -> Entry:
+    """An entry measured today."""
+    values = {name: choice.value for name, choice in found.items()}
+    figures = {name: choice.reason for name, choice in found.items()}
+    return Entry(part, key, values, figures, time.strftime("%Y-%m-%d"))
+
+
+def key_of(part: Part, recipe: Recipe, feed: Feed) -> dict[str, Any]:
+    """All that the choices of a part depend on."""
+    return model_key(recipe, feed) if part == "model" else input_key(recipe, feed)
+
+
+def model_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
+    """All that the fastest way to run the model depends on."""
+    device, (zero, precision) = feed.world.device, choose(recipe, feed.world.device)
+    libraries = versions()
+    return {
+        "device": device_name(device),
+        **({"cores": feed.world.cores} if device.type == "cpu" else {}),
+        **{name: libraries[name] for name in ("torch", *(("deepspeed",) if zero else ()))},
+        "variant": recipe.model.variant,
+        "size": recipe.data.size,
+        "micro_batch": feed.shape.micro_rows,
+        "accumulated": feed.shape.accumulation > 1,
+        "precision": precision,
+        "zero": zero,
+        "optimizer": recipe.optim.optimizer,
+    }
+
+
+def input_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
+    """All that the fastest way to load depends on."""
+    device, split = feed.world.device, feed.dataset.split("train")
+    libraries = versions()
+    return {
+        "device": device_name(device),
+        "cores": feed.world.cores,
+        **{name: libraries[name] for name in ("torch", "nvidia-dali-cuda120", "numpy")},
+        "loader": chosen_loader(recipe.data.loader, split),
+        "size": recipe.data.size,
+        "micro_batch": feed.shape.micro_rows,
+        "augmentation": xxhash.xxh3_64_hexdigest(repr(feed.augment).encode()),
+        "precision": choose(recipe, device)[1],
+        "set": split.index_hash,
+        "remote": is_remote(recipe.data.location()),
+    }

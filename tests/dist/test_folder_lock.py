@@ -1,0 +1,81 @@
+"""Two trainers in one run folder: the second waits for the first to save and leave, or is refused by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from tests.dist.launching import LAUNCHER, ROOT, TRAIN, environment, lines, python
+from tests.dist.test_interruptions import (
+    OPTIONS,
+    STARTED,
+    nothing_goes_on,
+    ranks_of,
+    start,
+    status,
+    wait_for_step,
+)
+
+__all__ = ["nothing_goes_on"]  # a fixture
+
+
+def test_a_trainer_whose_launcher_was_ended_keeps_its_folder_until_it_is_killed(tmp_path: Path, digits: Path) -> None:
+    """accelerate's launcher of one process passes no signal on."""
+    run = tmp_path / "run"
+    options = (*OPTIONS, "--data", str(digits), "--out", str(run))
+    launcher = subprocess.Popen(
+        [*LAUNCHER, TRAIN, *options], cwd=ROOT, env=environment(tmp_path), stderr=subprocess.PIPE, text=True
+    )
+    STARTED.append(launcher)
+    wait_for_step(run, 1, launcher)
+    launcher.terminate()
+    launcher.wait(timeout=20)
+    (orphan,) = ranks_of(run)
+    try:
+        before = status(run)
+        second = python(tmp_path, TRAIN, *options, "--lock-wait", "1")
+        assert second.returncode == 2
+        *_, error = second.stderr.strip().splitlines()
+        host = os.uname().nodename
+        assert error.startswith(
+            f"error: run folder {run} is being worked on by process {orphan} on {host}; wait for it"
+        )
+        assert error.endswith(f"(lock: {run}/.lock), or give this run another --out")
+        assert "waiting for it for up to 1 s" in second.stderr
+        assert before == status(run) == {"status": "running", "step": 0, "reason": ""}
+        assert ranks_of(run) == [orphan]
+    finally:
+        os.kill(orphan, signal.SIGKILL)
+    began = time.monotonic()
+    third = python(tmp_path, TRAIN, *options, "--stop-after", "1")
+    assert third.returncode == 0, third.stderr
+    assert f"left by process {orphan} on {host}, which is gone; taken over" in third.stderr
+    assert "waiting for it" not in third.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_a_trainer_started_while_the_last_one_saves_waits_and_goes_on_from_there(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    first = start(tmp_path, "--data", digits, "--out", run)
+    wait_for_step(run, 2, first)
+    first.send_signal(signal.SIGTERM)
+    second = start(tmp_path, "--data", digits, "--out", run, "--stop-after", "9")
+    assert first.wait(timeout=60) == 75
+    assert second.wait(timeout=120) == 0, second.stderr and second.stderr.read()
+    left = lines(run, "train")
+    begun = [line["step"] for line in lines(run, "start")]
+    assert begun[0] == 0
+    assert begun[1] >= 2
+    assert [line["step"] for line in left] == list(range(1, 10))  # none twice, none left out
+
+
+def test_a_second_trainer_that_is_asked_for_nonsense_says_nothing_for_the_first(tmp_path: Path, digits: Path) -> None:
+    run = tmp_path / "run"
+    first = start(tmp_path, "--data", digits, "--out", run)
+    wait_for_step(run, 1, first)
+    second = python(tmp_path, TRAIN, *OPTIONS, "--data", tmp_path / "none", "--out", run, "--lock-wait", "0")
+    assert second.returncode == 2
+    assert status(run)["status"] == "running"

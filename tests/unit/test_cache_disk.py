@@ -1,0 +1,95 @@
+"""A cache whose disk others have filled: slower, never wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline.cache import Cache, DiskFull
+from pipeline.remote_set import RemoteSet, open_set
+from shards.dataset import ShardSet
+from tests.serving import Site
+from tests.unit.test_staging import batches_of, impatient, same, site, train
+
+__all__ = ["impatient", "site"]  # fixtures
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for one shard and a half."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only, and not in every container")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(disk: Path) -> None:
+    """As others do, to the last byte."""
+    with contextlib.suppress(OSError), (disk / "of-others").open("ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_full_cache_disk_costs_speed_alone(
+    site: Site, photos: Path, small_disk: Path, caplog: pytest.LogCaptureFixture, when: str
+) -> None:
+    """Others fill it before a shard is begun, or while it is written: its samples are read from the server."""
+    dataset = open_set(site.url, cache=small_disk / "cache", cache_gib=1)
+    dataset.index("train")
+    shards = {shard.name: shard.bytes for shard in ShardSet(photos).split("train").shards}
+    if when == "before":
+        fill(small_disk)
+    else:
+        site.before = lambda name, start, stop: fill(small_disk) if stop - start == shards.get(name) else None
+    with caplog.at_level(logging.WARNING):
+        assert same(batches_of(train(dataset)), batches_of(train(ShardSet(photos))))
+    assert "what finds no room is read from the server sample by sample" in caplog.text
+    assert not list((small_disk / "cache").glob("*/*.tar*"))
+
+
+def test_what_was_written_when_the_disk_was_full_is_in_nobody_s_way(small_disk: Path) -> None:
+    cache = Cache(small_disk / "cache", 1 << 30)
+    part = cache.begin(small_disk / "cache" / "set" / "a", 2 << 20)
+    assert part is not None
+    with part:
+        part.append(bytes(1 << 20))
+        fill(small_disk)
+        with pytest.raises(DiskFull, match=r"--cache .*/cache: No space left on device; free some space there"):
+            part.append(bytes(1 << 20))
+        assert not list((small_disk / "cache" / "set").iterdir())
+
+
+def test_files_of_the_cache_make_room_for_others_on_a_full_disk(small_disk: Path) -> None:
+    cache = Cache(small_disk / "cache", 1 << 30)
+    for name in ("a", "b"):
+        part = cache.begin(small_disk / "cache" / "set" / name, 1 << 20)
+        assert part is not None
+        with part:
+            part.append(bytes(1 << 20))
+            os.close(part.finish())
+    part = cache.begin(small_disk / "cache" / "set" / "c", 3 << 19)
+    assert part is not None
+    with part:
+        assert [path.name for path in sorted((small_disk / "cache" / "set").iterdir())][:1] == ["b"]
+        with pytest.raises(DiskFull, match=r"no space left on the device for the 2,097,152 bytes of d"):
+            cache.begin(small_disk / "cache" / "set" / "d", 1 << 21)
+
+
+def test_a_disk_that_is_full_at_once_is_no_bad_input(site: Site, small_disk: Path) -> None:
+    cache = Cache(small_disk / "cache", 1 << 30)
+    fill(small_disk)
+    with pytest.raises(DiskFull, match=r"--cache .*/cache: no space left on the device .* give another folder") as full:
+        RemoteSet(site.url, cache)
+    assert full.value.exit_code == 1

@@ -1,0 +1,358 @@
+"""What is left open comes to what was measured; what is given, and what a run began with, wins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch import tuned
+from launch.choices import given, resolve, with_values
+from launch.command_line import parse
+from launch.execution import Execution
+from launch.feed import Feed
+from launch.model import build_model
+from launch.recipe import Recipe, RecipeError
+from launch.train import main as train
+from launch.trials import Choice
+from launch.tuned import Damaged, Entry, entry_of, file_of, find, keep, key_of, read
+from launch.world import World
+from pipeline.cli import main as pipeline
+from tests.unit.test_launch_commands import SMALL, run
+
+CPU = torch.device("cpu")
+MODEL = {"memory_format": "contiguous", "optimizer_form": "foreach"}
+INPUT = {"decode_threads": 1, "read_threads": 3, "read_ahead": 1, "decode_ahead": 3}
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `--tuned auto` looks."""
+    monkeypatch.delenv("FAT_TUNED")
+    monkeypatch.delenv("FAT_KERNELS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fat-pipeline" / "tuned.json"
+
+
+def setting(data: Path, *options: object) -> tuple[Recipe, Feed]:
+    recipe = parse([*SMALL, "--data", str(data), *map(str, options)])
+    return recipe, Feed.of(recipe, World(0, 1, 0, 1, CPU))
+
+
+def measured(data: Path, *options: object, file: Path) -> None:
+    """As if 'pipeline tune' had found MODEL and INPUT."""
+    recipe, feed = setting(data, *options)
+    for part, values in (("model", MODEL), ("input", INPUT)):
+        found = {name: Choice(value, "figures") for name, value in values.items()}
+        keep(file, entry_of(part, key_of(part, recipe, feed), found))
+
+
+def chosen(data: Path, *options: object, goes_on: bool = False) -> tuple[Recipe, Any]:
+    recipe, feed = setting(data, *options)
+    recipe, feed, choices = resolve(recipe, feed, build_model(recipe, feed.classes), goes_on=goes_on)
+    assert feed.recipe is recipe
+    return recipe, choices
+
+
+def picks_of(out: Path) -> dict[str, str]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "picks"][-1]
+
+
+def test_without_any_measurement_nothing_is_chosen(digits: Path, file: Path) -> None:
+    recipe, choices = chosen(digits)
+    assert given(recipe) == {}
+    assert set(choices.sources.values()) == {"by default"}
+    assert choices.notes == []
+    assert Execution.of(recipe, CPU, accumulation=1) == Execution(
+        memory_format="channels-last", kernels="auto", compile="off", optimizer_form="fused"
+    )
+
+
+def test_training_takes_what_was_measured_and_says_where_it_is_from(
+    tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured(digits, file=file)
+    out = tmp_path / "run"
+    assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1", "--decode-ahead", "1") == 0
+    picks = picks_of(out)
+    assert picks["channels-last"] == "activations"
+    assert picks["optimiser"] == "foreach adamw"
+    assert picks["threads"] == "1 decode, 3 read"
+    assert picks["batches ahead"] == "1 read, 1 in decoding, 2 ready"  # what is given wins
+    source = picks[f"measured ({file})"]
+    assert source == (
+        "memory-format contiguous, optimizer-form foreach, read-threads 3, read-ahead 1, decode-threads 1"
+    )
+    assert source in capsys.readouterr().err
+    saved = json.loads((out / "recipe.json").read_text())
+    assert saved["recipe"]["run"]["memory_format"] == "contiguous"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "name"),
+    [
+        ("--memory-format", "channels-last", "memory_format"),
+        ("--optimizer-form", "fused", "optimizer_form"),
+        ("--kernels", "auto", "kernels"),
+        ("--compile", "default", "compile"),
+        ("--read-threads", 32, "read_threads"),
+        ("--hw-decoder-load", 0.9, "hw_decoder_load"),
+    ],
+)
+def test_what_is_given_wins_even_where_it_is_the_default(
+    digits: Path, file: Path, option: str, value: object, name: str
+) -> None:
+    measured(digits, file=file)
+    recipe, choices = chosen(digits, option, value)
+    assert given(recipe)[name] == value
+    assert name not in choices.values
+
+
+def test_the_environment_s_kernels_switch_is_given_too(
+    digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAT_KERNELS", "off")
+    recipe, choices = chosen(digits)
+    assert given(recipe) == {"kernels": "off"} | {k: v for k, v in choices.values.items() if v is not None}
+    monkeypatch.setenv("FAT_KERNELS", "no")
+    with pytest.raises(RecipeError, match="FAT_KERNELS=no: auto or off expected"):
+        chosen(digits)
+
+
+def test_a_measurement_of_something_else_is_not_used_and_the_difference_is_told(digits: Path, file: Path) -> None:
+    measured(digits, file=file)
+    _, choices = chosen(digits, "--micro-batch", "16")
+    assert set(choices.sources.values()) == {"by default"}
+    model, loader = choices.notes
+    assert model == (
+        f"note: {file}: the nearest measurement of the model is of micro_batch 32, here 16, accumulated False, here "
+        "True; defaults are used"
+    )
+    assert "of the input is of micro_batch 32, here 16; defaults" in loader
+    assert given(chosen(digits, "--tuned", "off")[0]) == {}
+
+
+def entry(part: str = "model", key: object = None, **values: object) -> str:
+    """A file with one entry."""
+    content = {"part": part, "key": {} if key is None else key, "values": values, "figures": {}, "measured": ""}
+    return json.dumps({"version": 1, "entries": [content]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 2, "entries": []}',
+        '{"version": 1, "entries": [{}]}',
+        entry(compile="sideways"),
+        entry(compile=["off"]),
+        entry(read_threads=8),
+        entry("input", read_threads=0),
+        entry("tea"),
+        entry(key=[]),
+    ],
+)
+def test_a_damaged_file_is_a_line_and_no_error(digits: Path, file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    with pytest.raises(Damaged):
+        read(file)
+    _, choices = chosen(digits)
+    assert set(choices.sources.values()) == {"by default"}
+    assert len(set(choices.notes)) == 1
+    assert choices.notes[0].startswith(f"warning: {file}: cannot be used (")
+    assert choices.notes[0].endswith("'pipeline tune' writes it anew; defaults are used")
+    measured(digits, file=file)
+    assert chosen(digits)[1].values["memory_format"] == "contiguous"
+
+
+def test_a_measurement_goes_on_top_of_an_earlier_one(file: Path) -> None:
+    def found(device: int, **values: object) -> Entry:
+        return entry_of("model", {"device": device}, {name: Choice(v, str(v)) for name, v in values.items()})
+
+    for made in (found(1, compile="off", kernels="off"), found(2, compile="off"), found(1, compile="default")):
+        keep(file, made)
+    assert len(read(file)) == 2
+    assert find(file, "model", {"device": 1}) == ({"compile": "default", "kernels": "off"}, "")
+    assert find(file, "model", {"device": 2}) == ({"compile": "off"}, "")
+    assert find(file, "input", {"device": 1}) == ({}, "")
+
+
+def test_where_the_file_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("FAT_TUNED")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert file_of("auto") == tmp_path / ".cache" / "fat-pipeline" / "tuned.json"
+    monkeypatch.setenv("FAT_TUNED", str(tmp_path / "t.json"))
+    assert file_of("auto") == tmp_path / "t.json"
+    assert file_of("x.json") == Path("x.json")
+    assert file_of("off") is None
+
+
+# -- going on ----------------------------------------------------------------------------------------------------
+
+
+def begin(out: Path, digits: Path, *options: object, steps: int) -> dict[str, str]:
+    options = ("--data", digits, "--out", out, "--stop-after", steps, *options)
+    assert run(train, *SMALL, *options) == 0
+    return picks_of(out)
+
+
+def test_a_run_goes_on_as_it_began_whatever_is_measured_meanwhile(tmp_path: Path, digits: Path, file: Path) -> None:
+    out = tmp_path / "run"
+    assert begin(out, digits, steps=1)["optimiser"] == "fused adamw"
+    measured(digits, file=file)
+    picks = begin(out, digits, steps=2)
+    assert picks["optimiser"] == "fused adamw"
+    assert picks["channels-last"] == "weights and activations"
+    assert "optimizer-form" in picks["as the run began"]
+    # What is given wins here too, for this start; the next one is as the run began again.
+    assert begin(out, digits, "--optimizer-form", "foreach", steps=3)["optimiser"] == "foreach adamw"
+    assert begin(out, digits, steps=4)["optimiser"] == "fused adamw"
+    # Another run in the same folder begins anew.
+    assert begin(out, digits, "--resume", "never", steps=1)["optimiser"] == "foreach adamw"
+    file.unlink()
+    assert begin(out, digits, steps=2)["optimiser"] == "foreach adamw"
+
+
+def recorded(out: Path, **changes: object) -> None:
+    """Change what recipe.json says of the run's beginning."""
+    path = out / "recipe.json"
+    content = json.loads(path.read_text())
+    content["choices"] |= changes
+    path.write_text(json.dumps(content))
+
+
+def test_on_another_device_all_is_chosen_anew_and_with_other_cores_the_loader(
+    tmp_path: Path, digits: Path, file: Path
+) -> None:
+    out = tmp_path / "run"
+    measured(digits, file=file)
+    begin(out, digits, steps=1)
+    file.unlink()
+    recorded(out, cores=99)
+    _, choices = chosen(digits, "--out", out, goes_on=True)
+    assert (choices.sources["memory_format"], choices.sources["read_threads"]) == ("as the run began", "by default")
+    recorded(out, device="a far faster one")
+    _, choices = chosen(digits, "--out", out, goes_on=True)
+    assert set(choices.sources.values()) == {"by default"}
+    assert choices.notes == ["note: the run began on a far faster one: what is fastest is chosen anew"]
+
+
+def test_what_is_not_possible_any_more_comes_to_the_default(tmp_path: Path, digits: Path, file: Path) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, "--memory-format", "channels-last", steps=1)
+    recorded(out, values={"memory_format": "channels-last", "compile": "reduce-overhead", "optimizer_form": "foreach"})
+    recipe, choices = chosen(digits, "--out", out, "--zero", "1", goes_on=True)
+    assert choices.sources["memory_format"] == choices.sources["compile"] == "by default"
+    assert choices.values["optimizer_form"] == "foreach"
+    assert Execution.of(recipe, CPU, accumulation=1).memory_format == "contiguous"
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"choices": 3}', "{", '{"choices": {"device": 1, "cores": 2, "values": {"compile": "tea"}}}']
+)
+def test_a_recipe_that_does_not_say_how_the_run_began_is_a_warning(
+    tmp_path: Path, digits: Path, file: Path, damage: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.json").write_text(damage)
+    _, choices = chosen(digits, "--out", tmp_path / "run", goes_on=True)
+    assert choices.notes[0].startswith(f"warning: {tmp_path}/run/recipe.json: does not say what the run began with (")
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------
+
+
+def test_tune_measures_keeps_and_the_next_run_begins_with_it(
+    tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "8")
+    assert pipeline(["tune", str(digits), *options]) == 0
+    told = capsys.readouterr().out
+    assert "memory-format: " in told
+    assert f"kept in {file}" in told
+    entries = {entry.part: entry for entry in read(file)}
+    assert entries.keys() == {"model", "input"}
+    assert "images/s" in entries["model"].figures["memory_format"]
+    picks = begin(tmp_path / "run", digits, steps=1)
+    for entry in entries.values():
+        for name, value in entry.values.items():
+            assert f"{name.replace('_', '-')} {value}" in picks[f"measured ({file})"]
+
+
+def test_a_run_that_is_told_to_measure_does_so_once(tmp_path: Path, digits: Path, file: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("launch.choices.SECONDS", 6.0)
+        picks = begin(tmp_path / "run", digits, "--tune", "--read-ahead", "2", steps=1)
+        assert "memory-format" in picks["measured now"]
+        assert "images/s" in picks["measured memory-format"]
+        assert {entry.part for entry in read(file)} == {"model", "input"}
+        assert "read_ahead" not in next(e for e in read(file) if e.part == "input").values
+        patch.setattr("launch.choices.measure", None)
+        picks = begin(tmp_path / "run", digits, "--tune", "--read-ahead", "2", steps=2)
+    assert "memory-format" in picks["as the run began"]
+
+
+def test_a_dry_run_shows_the_choices_and_measures_nothing(
+    tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.choices.measure", None)
+    measured(digits, file=file)
+    assert run(train, *SMALL, "--data", digits, "--out", tmp_path / "run", "--dry-run", "--tune") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "memory-format contiguous, optimizer-form foreach" in shown
+    assert "to be measured at the start" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_compile_auto_is_off_on_cpus(digits: Path, file: Path) -> None:
+    recipe, choices = chosen(digits, "--compile", "auto")
+    assert recipe.run.compile == "off"
+    assert choices.sources["compile"] == "by default"
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_tune_and_a_warning_of_a_run(
+    tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in-the-way").write_text("")
+    lost = tmp_path / "in-the-way" / "tuned.json"
+    options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "3", "--what", "model")
+    assert pipeline(["tune", str(digits), *options, "--tuned", str(lost)]) == 2
+    assert f"--tuned {lost}: cannot be written" in capsys.readouterr().err
+    monkeypatch.setattr("launch.choices.SECONDS", 2.0)
+    begin(tmp_path / "run", digits, "--tune", "--tuned", lost, steps=1)
+    assert f"warning: --tuned {lost}: cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--memory-format", "channels-last", "--zero", "1"), "DeepSpeed cannot hold such weights"),
+        (("--compile", "default", "--zero", "3"), "ZeRO 3 cannot be compiled whole"),
+    ],
+)
+def test_what_cannot_be_is_refused_where_it_is_given(digits: Path, options: tuple[str, ...], message: str) -> None:
+    recipe, _ = setting(digits, *options)
+    with pytest.raises(RecipeError, match=message):
+        Execution.of(recipe, CPU, accumulation=1)
+    with pytest.raises(RecipeError, match="--compile reduce-overhead: CUDA graphs would overwrite"):
+        Execution.of(parse(["--compile", "reduce-overhead", "--zero", "0"]), torch.device("cuda"), accumulation=2)
+
+
+def test_every_name_has_its_place_and_its_check(digits: Path) -> None:
+    recipe, _ = setting(digits)
+    for part, names in tuned.NAMES.items():
+        for name in names:
+            value = next(v for v in ("contiguous", "off", "default", "foreach", 1) if names[name](v))
+            assert given(with_values(recipe, {name: value}))[name] == value
+            assert tuned.sensible(part, {name: value})
+            assert not tuned.sensible(part, {name: "sideways"})
+    assert dataclasses.is_dataclass(recipe)
