@@ -158,10 +158,10 @@ def test_switching_the_model_s_kernels_off_leaves_augmentation_s_alone(
     monkeypatch.setenv("FAT_KERNELS", wish)
     monkeypatch.setenv("FAT_AUGMENT_KERNELS", wish)  # so that it goes with the test
     del os.environ["FAT_AUGMENT_KERNELS"]
-    assert pixels._one_kernel(CPU) is (wish == "auto")
+    assert pixels._by_kernels(CPU) is (wish == "auto")
     dataclasses.replace(START, kernels="off").lay_out(torch.nn.Identity())
     assert os.environ["FAT_KERNELS"] == "off"
-    assert pixels._one_kernel(CPU) is (wish == "auto")
+    assert pixels._by_kernels(CPU) is (wish == "auto")
 
 
 @pytest.mark.parametrize("shares", [0, 2])
