@@ -74,11 +74,6 @@ class ConvNorm(nn.Module):
         self.conv = conv
         self.bn = BatchNorm(conv.out_channels)
 
-    @property
-    def folds(self) -> bool:
-        """Whether a 1x1 convolution behind it can do its BatchNorm now (another kind may stand in its place)."""
-        return isinstance(self.bn, BatchNorm) and self.bn.folds
-
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
 
@@ -178,14 +173,17 @@ def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
     return F.silu(conv(q)) * F.silu(other)
 
 
-def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor, *, gelu: bool = False) -> Tensor:
+def convolve_fold(unit: nn.Module, after: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
     """after(unit(x)), or after(unit(GELU(x))): a depthwise convolution with its BatchNorm, and a 1x1 convolution, whose
     weights do BatchNorm's work while training (`fat.batchnorm`)."""
     served = kernels.serves(x)
     # Eager and without our kernels as many bytes would pass, by more launches.
     pays = served or torch.compiler.is_compiling()
-    if not pays or not isinstance(unit, ConvNorm) or not unit.folds or watched(unit, unit.conv, unit.bn, after):
-        return after(unit(F.gelu(x) if gelu else x))
+    if not (pays and folds(unit, after)):
+        result: Tensor = after(unit(F.gelu(x) if gelu else x))
+        return result
+    assert isinstance(unit, ConvNorm)
+    assert isinstance(after, Pointwise)
     conv, norm = unit.conv, unit.bn
     if isinstance(conv, Depthwise) and conv.served(x):
         y, mean, var = kernels.depthwise_moments(
@@ -200,6 +198,18 @@ def convolve_fold(unit: nn.Module, after: nn.Conv2d, x: Tensor, *, gelu: bool = 
         return project(y, *kernels.fold(after, norm, mean, var, y.dtype))
     norm.follow(mean, var, count)
     return project(y, *folded(after, norm, mean, var, y.dtype))
+
+
+def folds(unit: nn.Module, after: nn.Module) -> bool:
+    """Whether `after` can do the work of the norm in `unit` now; other modules may stand in the place of either."""
+    return (
+        isinstance(unit, ConvNorm)
+        and isinstance(unit.bn, BatchNorm)
+        and unit.bn.folds
+        and isinstance(after, Pointwise)
+        and after.bias is not None
+        and not watched(unit, unit.conv, unit.bn, after)
+    )
 
 
 def watched(*modules: nn.Module) -> bool:

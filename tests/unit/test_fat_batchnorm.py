@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fat
 from fat.batchnorm import BatchNorm, folded, statistics, with_statistics
-from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, depthwise, pointwise
+from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, depthwise, folds, pointwise
 from tests.unit.test_fat_parity import TINY
 
 
@@ -98,13 +98,17 @@ def test_what_stands_in_for_batch_norm_is_left_to_itself() -> None:
     """Frozen, replaced or watched norms are called as modules."""
     torch._dynamo.reset()
     unit, after, x = ConvNorm(depthwise(4, 3)), pointwise(4, 4), drawn(8, 2, 4, 5, 5, dtype=torch.float32)
-    assert unit.folds
-    assert not unit.eval().folds
+    assert folds(unit, after)
+    assert not folds(unit.eval(), after)
     unit.train()
+    assert not folds(unit, nn.Sequential(after))  # an adapter about it
+    hook = after.register_forward_hook(lambda *_: None)
+    assert not folds(unit, after)
+    hook.remove()
     unit.bn.momentum = None  # the running mean of all batches
-    assert not unit.folds
+    assert not folds(unit, after)
     unit.bn = nn.SyncBatchNorm(4)
-    assert not unit.folds
+    assert not folds(unit, after)
     unit.bn = nn.Identity()
     torch.testing.assert_close(convolve_fold(unit, after, x), after(unit.conv(x)))
 
