@@ -67,6 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
 
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in training
     setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "dtype")}
     setting |= {"machine": machine(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in setting.items()))

@@ -5,6 +5,9 @@ the statistics are known it is one affine map per channel, and that can be had b
 (a few thousand numbers) instead of the map (hundreds of megabytes). What is left is one read for the statistics, which
 our kernels have at hand when they write the map, and one correction of the gradient. `fat.fuse` does the same for
 inference, to the other neighbour and for good.
+
+The map is stored less the running mean, which goes into the depthwise convolution's bias: a norm does not see what is
+added to a whole channel, but half precision does, where products with a mean of many deviations drown in its rounding.
 """
 
 from __future__ import annotations
@@ -31,11 +34,12 @@ class BatchNorm(nn.BatchNorm2d):
         return mean, var
 
     @torch.no_grad()
-    def follow(self, mean: Tensor, var: Tensor, count: int) -> None:
+    def follow(self, drift: Tensor, var: Tensor, count: int) -> None:
         """Move the running statistics towards a batch's.
 
         Args:
-            mean, var: [C], var without correction.
+            drift: [C], the batch's mean less the running mean.
+            var: [C], without correction.
             count: as for `correction`.
         """
         correction = self.correction(count)
@@ -44,7 +48,7 @@ class BatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_mean.add_(drift.to(self.running_mean.dtype), alpha=self.momentum)
         self.running_var.lerp_((var * correction).to(self.running_var.dtype), self.momentum)
 
     def correction(self, count: int) -> float:
@@ -64,8 +68,7 @@ def folded(
 ) -> tuple[Tensor, Tensor]:
     """The weights [O, C, 1, 1] and bias [O] with which `after`, a 1x1 convolution, does the norm's work too, in dtype.
 
-    The mean is taken out with the weights as they are rounded, so that their rounding cannot shift the result, however
-    large the mean.
+    The mean is taken out with the weights as they are rounded: their rounding does not shift the result.
     """
     weight, bias = after.weight, after.bias
     assert bias is not None
@@ -99,9 +102,7 @@ class _Statistics(torch.autograd.Function):
         slope = by_var * (2 / count)
         shift = by_mean / count - slope * mean
         slope, shift = slope.view(-1, 1, 1), shift.view(-1, 1, 1)
-        if torch.compiler.is_compiling():  # makes one pass of it, with fp32 inside
-            return (by_x + (x * slope + shift)).to(x.dtype)
-        return torch.addcmul(by_x, x, slope.to(x.dtype)).add_(shift.to(x.dtype))
+        return (by_x + (x * slope + shift)).to(x.dtype)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:

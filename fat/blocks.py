@@ -116,15 +116,16 @@ class FASA(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; k, v: [B, C, h, w]; returns [B, C, H, W]."""
-        size = q.shape[-2:]
-        q, k, v = self._split(q), self._split(k), self._split(v)
+        out = self.weigh(*(self._split(x) for x in (q, k, v)))
+        return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, q.shape[-2:])
+
+    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same of heads: q: [B, heads, H W, d]; k, v: [B, heads, h w, d]; returns q's shape."""
         if q.is_cuda:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        else:
-            # On a CPU the two are level in fp32, but in bf16 the backward of scaled_dot_product_attention is many times
-            # slower at 49 keys. The scale goes to the keys, of which there are few.
-            out = ((q @ (k * self.scale).transpose(-2, -1)).softmax(dim=-1)) @ v
-        return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, size)
+            return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        # On a CPU the two are level in fp32, but in bf16 the backward of scaled_dot_product_attention is many times
+        # slower at 49 keys. The scale goes to the keys, of which there are few.
+        return ((q @ (k * self.scale).transpose(-2, -1)).softmax(dim=-1)) @ v
 
     def _split(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, heads, H W, C / heads]: a view where x is channels-last."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard, TypeVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
 
+Kind = TypeVar("Kind", bound=nn.Module)
 MATRIX_PRODUCTS = True  # `project`'s; a switch for benchmarks
 
 
@@ -36,8 +39,10 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if not served or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
         return F.conv2d(x, weight, bias)
     batch, _, height, width = x.shape
-    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-    return F.linear(rows, weight.flatten(1), bias).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    rows, matrix = x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).t()
+    # Not F.linear, which DeepSpeed's ZeRO 3 replaces by one that keeps gathered weights.
+    product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+    return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class Depthwise(nn.Conv2d):
@@ -53,11 +58,14 @@ class Depthwise(nn.Conv2d):
         return self.kernel_size[0] in kernels.SIZES and self.stride[0] in kernels.STRIDES and kernels.serves(x)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.served(input):
-            stride = self.stride[0]
-            return kernels.depthwise(input, self.weight, self.bias, stride=stride, residual=self.residual)
-        output = super().forward(input)
-        return input + output if self.residual else output
+        return self.convolve(input, self.bias)
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """With another bias than its own."""
+        if self.served(x):
+            return kernels.depthwise(x, self.weight, bias, stride=self.stride[0], residual=self.residual)
+        output = self._conv_forward(x, self.weight, bias)
+        return x + output if self.residual else output
 
 
 class ResidualDepthwise(Depthwise):
@@ -150,7 +158,7 @@ class DropPath(nn.Module):
 
 def convolve_norm(conv: nn.Module, norm: MapNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """y = conv(x), and norm(y)."""
-    if isinstance(conv, ResidualDepthwise) and conv.served(x) and not watched(conv, norm):
+    if plain(conv, ResidualDepthwise) and plain(norm, MapNorm) and conv.served(x) and not watched(conv, norm):
         return kernels.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
     y = conv(x)
     return y, norm(y)
@@ -158,7 +166,8 @@ def convolve_norm(conv: nn.Module, norm: MapNorm, x: Tensor) -> tuple[Tensor, Te
 
 def add_norm(drop_path: DropPath, norm: MapNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
     """y = drop_path(x, branch), and norm(y)."""
-    if kernels.serves(x, branch) and not watched(drop_path, norm):
+    plainly = plain(drop_path, DropPath) and plain(norm, MapNorm)
+    if plainly and kernels.serves(x, branch) and not watched(drop_path, norm):
         return kernels.add_norm(x, branch, drop_path.draw(x), norm.weight, norm.bias, norm.eps)
     y = drop_path(x, branch)
     return y, norm(y)
@@ -167,7 +176,7 @@ def add_norm(drop_path: DropPath, norm: MapNorm, x: Tensor, branch: Tensor) -> t
 def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
     """SiLU(conv(q)) * SiLU(other)."""
     if kernels.serves(q, other):
-        if isinstance(conv, Depthwise) and conv.served(q) and not watched(conv):
+        if plain(conv, Depthwise) and conv.served(q) and not watched(conv):
             return kernels.depthwise_gate(q, conv.weight, conv.bias, other)
         return kernels.gate(conv(q), other)
     return F.silu(conv(q)) * F.silu(other)
@@ -185,12 +194,16 @@ def convolve_fold(unit: nn.Module, after: nn.Module, x: Tensor, *, gelu: bool = 
     assert isinstance(unit, ConvNorm)
     assert isinstance(after, Pointwise)
     conv, norm = unit.conv, unit.bn
-    if isinstance(conv, Depthwise) and conv.served(x):
+    assert isinstance(conv, Depthwise)
+    assert isinstance(norm, BatchNorm)
+    assert norm.running_mean is not None
+    bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+    if conv.served(x):
         y, mean, var = kernels.depthwise_moments(
-            x, conv.weight, conv.bias, stride=conv.stride[0], residual=conv.residual, gelu=gelu
+            x, conv.weight, bias, stride=conv.stride[0], residual=conv.residual, gelu=gelu
         )
     else:
-        y, mean, var = with_statistics(conv(F.gelu(x) if gelu else x))
+        y, mean, var = with_statistics(conv.convolve(F.gelu(x) if gelu else x, bias))
     mean, var = norm.shared(mean, var)
     count = y.numel() // y.shape[1]
     if served:
@@ -203,13 +216,19 @@ def convolve_fold(unit: nn.Module, after: nn.Module, x: Tensor, *, gelu: bool = 
 def folds(unit: nn.Module, after: nn.Module) -> bool:
     """Whether `after` can do the work of the norm in `unit` now; other modules may stand in the place of either."""
     return (
-        isinstance(unit, ConvNorm)
+        plain(unit, ConvNorm)
+        and plain(unit.conv, Depthwise)
         and isinstance(unit.bn, BatchNorm)
         and unit.bn.folds
-        and isinstance(after, Pointwise)
+        and plain(after, Pointwise)
         and after.bias is not None
         and not watched(unit, unit.conv, unit.bn, after)
     )
+
+
+def plain(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether it does what that kind of module does; another may stand in its place."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def watched(*modules: nn.Module) -> bool:

@@ -51,6 +51,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int) -> None:
         self.world = world
+        # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.zero, self.precision = choose(recipe, world.device)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation)
         self._recipe = recipe

@@ -92,7 +92,8 @@ class GlobalBatchNorm(BatchNorm):
         if not self.training:
             return super().forward(input)
         output, mean, var = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
-        self.follow(mean, var, input.numel() // input.shape[1])
+        assert self.running_mean is not None
+        self.follow(mean - self.running_mean, var, input.numel() // input.shape[1])
         return output
 
     def shared(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,9 +146,9 @@ class _Normalise(torch.autograd.Function):
 
 
 def _over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensors:
-    mean, var = mean.double(), var.double()
+    dtype, mean, var = mean.dtype, mean.double(), var.double()
     mean, second = (_sum_over_ranks(torch.cat([mean, var + mean * mean]), group) / ranks).chunk(2)
-    return mean.float(), (second - mean * mean).clamp_(min=0).float()
+    return mean.to(dtype), (second - mean * mean).clamp_(min=0).to(dtype)
 
 
 def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:

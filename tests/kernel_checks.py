@@ -132,7 +132,7 @@ def check_fold(outputs: int, channels: int, dtype: torch.dtype, draw: Draw) -> N
     wanted = torch.autograd.grad([exact, exact_bias], leaves, [by_folded.double(), by_bias.double()])
     found = ops.fold_gradient(by_folded, by_bias, weight, gain, shift, mean, var, folded, EPS)
     for name, own, value in zip(("weight", "gain", "shift", "mean", "var"), found, wanted, strict=True):
-        expect(f"by {name}", own, value)
+        expect(f"by {name}", own, value, 2 * SUMMING)  # rsqrt is an approximation, and cubed in one of them
 
 
 def check_depthwise_gate(case: Case, draw: Draw) -> None:

@@ -125,18 +125,16 @@ def fold(
     return ops.fold(after.weight, after.bias, norm.weight, norm.bias, mean, var, norm.eps, dtype)
 
 
-def follow(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
-    """`BatchNorm.follow`, in one launch."""
+def follow(norm: BatchNorm, drift: Tensor, var: Tensor, count: int) -> None:
+    """`BatchNorm.follow`, in one launch; in none where a forward pass is repeated for the backward one."""
     batches, momentum = norm.num_batches_tracked, norm.momentum
-    if batches is None or torch.compiler.is_compiling():  # recomputing; the compiler joins what there is to do
-        norm.follow(mean, var, count)
-        return
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert momentum is not None
-    ops.follow(
-        norm.running_mean, norm.running_var, batches, mean.detach(), var.detach(), momentum, norm.correction(count)
-    )
+    if torch.compiler.is_compiling():  # joins what there is to do
+        norm.follow(drift, var, count)
+    elif momentum and batches is not None:
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        correction = norm.correction(count)
+        ops.follow(norm.running_mean, norm.running_var, batches, drift.detach(), var.detach(), momentum, correction)
 
 
 def gate(local: Tensor, other: Tensor) -> Tensor:

@@ -60,11 +60,11 @@ def _join(
 
 
 @triton.jit
-def _follow(running_mean, running_var, batches, mean, var, channels, momentum, correction, CHANNELS: tl.constexpr):
+def _follow(running_mean, running_var, batches, drift, var, channels, momentum, correction, CHANNELS: tl.constexpr):
     c = tl.arange(0, CHANNELS)
     known = c < channels
-    old, new = tl.load(running_mean + c, mask=known), tl.load(mean + c, mask=known)
-    tl.store(running_mean + c, old + momentum * (new - old), mask=known)
+    old = tl.load(running_mean + c, mask=known)
+    tl.store(running_mean + c, old + momentum * tl.load(drift + c, mask=known), mask=known)
     old, new = tl.load(running_var + c, mask=known), tl.load(var + c, mask=known) * correction
     tl.store(running_var + c, old + momentum * (new - old), mask=known)
     tl.store(batches, tl.load(batches) + 1)
@@ -156,8 +156,12 @@ def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         parts, _, channels = moments.shape
         each = min(parts, tiles.JOINED_EACH)
         groups = triton.cdiv(parts, each)
-        out, counts_out = moments.new_empty(groups, 2, channels), counts.new_empty(groups)
-        mean, squares = out[0].unbind() if groups > 1 else (moments.new_empty(channels), moments.new_empty(channels))
+        counts_out = counts.new_empty(groups)
+        if groups > 1:
+            out = moments.new_empty(groups, 2, channels)
+            mean, squares = out[0].unbind()
+        else:
+            mean, squares = (moments.new_empty(channels) for _ in range(2))
         _join[(groups, triton.cdiv(channels, tiles.JOINED_CHANNELS))](
             moments,
             counts,
@@ -181,19 +185,19 @@ def follow(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor,
-    mean: Tensor,
+    drift: Tensor,
     var: Tensor,
     momentum: float,
     correction: float,
 ) -> None:
     """Moves the running statistics and counts a batch, in place."""
-    channels = mean.numel()
+    channels = drift.numel()
     wide = tiles.power_of_2(channels)
     _follow[(1,)](
         running_mean,
         running_var,
         batches,
-        mean,
+        drift,
         var,
         channels,
         momentum,

@@ -27,7 +27,7 @@ def depthwise_moments(
 
     expect(x, *(() if before is None else (before,)))
     expect_weight(weight, x, stride, residual)
-    out = _shape(x, before, weight, bias, stride, residual)[0]
+    out = _out(x, stride)
     tiles = x.shape[0] * programs(weight, out)[0]
     moments = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
     counts = x.new_empty(tiles, dtype=torch.float32)
@@ -36,12 +36,15 @@ def depthwise_moments(
 
 
 @depthwise_moments.register_fake
-def _shape(
+def _(
     x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    return out, mean, var
+    return _out(x, stride), mean, var
+
+
+def _out(x: Tensor, stride: int) -> Tensor:
+    return empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
 
 
 @custom_op("fat::depthwise_moments_gradient", mutates_args=())
@@ -95,15 +98,15 @@ def follow(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor,
-    mean: Tensor,
+    drift: Tensor,
     var: Tensor,
     momentum: float,
     correction: float,
 ) -> None:
-    """Moves running statistics [C] fp32 towards mean and var * correction, and counts the batch: one launch of four."""
+    """Moves running statistics [C] by momentum * drift and towards var * correction, and counts the batch."""
     from fat.kernels import batchnorm as kernels
 
-    kernels.follow(running_mean, running_var, batches, mean, var, momentum, correction)
+    kernels.follow(running_mean, running_var, batches, drift, var, momentum, correction)
 
 
 @follow.register_fake
@@ -111,7 +114,7 @@ def _(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor,
-    mean: Tensor,
+    drift: Tensor,
     var: Tensor,
     momentum: float,
     correction: float,

@@ -124,6 +124,11 @@ class Statistics:
     completed: Tensor
     """Is filled with the whole gradient by y."""
 
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """As `_correlate` takes them."""
+        return self.y, self.mean, self.by_mean, self.by_var, self.completed
+
 
 def weight_gradient(
     gradient: Tensor, x: Tensor, *, kernel: int, stride: int, statistics: Statistics | None = None
@@ -145,7 +150,7 @@ def weight_gradient(
         x,
         out,
         bias_out,
-        *((None,) * 5 if statistics is None else vars(statistics).values()),
+        *((None,) * 5 if statistics is None else statistics.arguments),
         batch,
         height,
         width,

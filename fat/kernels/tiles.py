@@ -16,12 +16,8 @@ PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slo
 FLAT, FLAT_WARPS = 4096, 8  # elements of one program of a kernel that reads maps flat: 16 a thread
 COLUMN_SUMS = 4  # tiles of FLAT elements that a program of a reduction over positions walks over
 MAX_PARTS = 256  # partial results that are joined at once
-JOINED_EACH, JOINED_ROWS, JOINED_CHANNELS, JOINED_WARPS = (
-    128,
-    32,
-    32,
-    4,
-)  # two rounds join 16384 tiles: 64 programs and 1
+JOINED_EACH = 128  # parts of a channel's moments that a program joins: two rounds for up to 16384 tiles
+JOINED_ROWS, JOINED_CHANNELS, JOINED_WARPS = 32, 32, 4  # at once
 FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # of 1x1 weights: 128 to 2048 channels are 8 to 128 programs
 
 

@@ -44,7 +44,7 @@ def fold(model: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
     norm, after = model
     images, mean, var = with_statistics(images)
     mean, var = norm.shared(mean, var)
-    norm.follow(mean, var, images.numel() // CHANNELS)
+    norm.follow(mean - norm.running_mean, var, images.numel() // CHANNELS)
     return F.conv2d(images, *folded(after, norm, mean, var, images.dtype))
 
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import fat
 from fat import kernels
 from fat.kernels import ops
+from fat.layers import project
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
@@ -210,7 +211,7 @@ def test_a_step_is_captured_as_a_cuda_graph() -> None:
 
 def test_a_compiled_block_trains_as_an_eager_one() -> None:
     torch.manual_seed(0)
-    block = fat.create_model("fat_b0").cuda().stages[1].blocks[0]
+    block = fat.create_model("fat_b0", drop_path=0.0).cuda().stages[1].blocks[0]
     x = torch.randn(4, 80, 28, 28, device="cuda").contiguous(memory_format=torch.channels_last)
     results = []
     for run in (block, torch.compile(block, fullgraph=True)):
@@ -236,6 +237,19 @@ def test_augmentation_is_finished_as_in_torch(mixes: bool, monkeypatch: pytest.M
             monkeypatch.setenv("FAT_KERNELS", switch)
             found[switch] = BatchAugment(recipe, torch.device("cuda"))(images, params, mixing)
         torch.testing.assert_close(found["auto"], found["off"], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
+
+
+def test_weight_gradients_of_pointwise_convolutions_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over as many positions as a batch of 256 has in stage 1; the engine forbids sums of parts in bf16."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
+    x, gradient = (torch.randn(256, c, 56, 56, device="cuda").to(BF16) for c in (128, 32))
+    x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x + 1, gradient))
+    weight = torch.randn(32, 128, 1, 1, device="cuda", dtype=BF16, requires_grad=True)
+    (found,) = torch.autograd.grad(project(x, weight, torch.zeros(32, device="cuda", dtype=BF16)), weight, gradient)
+    rows, columns = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (gradient, x))
+    exact = sum(a.double().t() @ b.double() for a, b in zip(rows.split(1 << 16), columns.split(1 << 16), strict=True))
+    off = (found.flatten(1).double() - exact).abs()
+    assert (off <= 2**-8 * exact.abs() + 1e-3 * exact.abs().max()).all()
 
 
 def test_what_is_not_served_on_a_device() -> None:

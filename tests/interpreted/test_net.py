@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 
 import pytest
@@ -98,6 +99,31 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         # A bias before a BatchNorm has no gradient but rounding, hence the part that does not depend on its size.
         off = (gradients[name] - gradient).norm()
         assert off <= 1e-4 * gradient.norm() + 1e-5 * scale, f"{name}: {off} beside {gradient.norm()}"
+
+
+def test_checkpointing_with_kernels_changes_memory_only() -> None:
+    torch.manual_seed(5)
+    model = fat.create_model(dataclasses.replace(TINY, drop_path=0.0)).train()
+    x = torch.randn(2, 16, 5, 4).contiguous(memory_format=torch.channels_last)
+    results = []
+    for checkpointing in (False, True):
+        stage = copy.deepcopy(model.stages[0])
+        stage.checkpointing = checkpointing
+        leaf = x.clone().requires_grad_()
+        with Called() as called:
+            stage(leaf).square().sum().backward()
+        assert called.count["follow"] == called.count["fold"] // (1 + checkpointing)
+        results.append([leaf.grad, *(p.grad for p in stage.parameters()), *stage.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+
+
+def test_another_norm_in_its_place_is_called(model: fat.FAT) -> None:
+    block = copy.deepcopy(model.stages[0].blocks[0]).eval()
+    block.norm1, block.norm2 = torch.nn.GroupNorm(4, 16), torch.nn.GroupNorm(4, 16)
+    x = torch.randn(1, 16, 5, 4).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Called() as called:
+        block(x)
+    assert called.count["depthwise_norm"] == called.count["add_norm"] == called.count["norm"] == 0
 
 
 @pytest.mark.parametrize("autocast", [False, True])

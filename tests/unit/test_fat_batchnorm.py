@@ -13,6 +13,8 @@ from fat.batchnorm import BatchNorm, folded, statistics, with_statistics
 from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, depthwise, folds, pointwise
 from tests.unit.test_fat_parity import TINY
 
+BF16 = torch.bfloat16
+
 
 def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -57,17 +59,33 @@ def test_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: fold(norm, after, x), x)
 
 
-def test_a_large_mean_does_not_shift_the_result_in_half_precision() -> None:
-    """Weights rounded to bfloat16 times a mean of 50 deviations would be an error of a fifth of a deviation."""
-    norm, after = norm_and_pointwise(64, 16, torch.float32)
-    x = drawn(6, 8, 64, 14, 14, dtype=torch.float32) + 50
-    exact = after(norm(x))
-    y, mean, var = with_statistics(x)
-    weight, bias = folded(after, norm, mean, var, torch.bfloat16)
-    found = nn.functional.conv2d(y.double(), weight.double(), bias.double())
-    shift = (found - exact).mean(dim=(0, 2, 3)).abs().max()
-    assert shift < 2**-8 * bias.abs().max()  # bias itself is rounded
-    assert weight.dtype == bias.dtype == torch.bfloat16
+@pytest.mark.parametrize("deviations", [0.0, 10.0, 50.0])
+def test_half_precision_does_not_drown_in_a_large_mean(deviations: float) -> None:
+    """Channels with that mean, a running mean a fifth of a deviation off, and a gradient with a mean of its own."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    unit, after = ConvNorm(depthwise(64, 3)).train(), pointwise(64, 16)
+    with torch.no_grad():
+        unit.conv.weight.mul_(3)  # a result of one deviation, about
+        unit.conv.bias.add_(deviations)
+        unit.bn.running_mean.copy_(unit.conv.bias + 0.2)
+    x = drawn(6, 8, 64, 14, 14, dtype=torch.float32)
+    cotangent = drawn(7, 8, 16, 14, 14) + 0.3
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        own, own_after = copy.deepcopy(unit), copy.deepcopy(after)
+        call = torch.compile(convolve_fold, backend="aot_eager", fullgraph=True) if dtype == BF16 else convolve_fold
+        if dtype == torch.float64:
+            own, own_after = own.double(), own_after.double()
+        with torch.autocast("cpu", BF16, enabled=dtype == BF16):
+            out = call(own, own_after, x if dtype == BF16 else x.double())
+        out.backward(cotangent.to(out.dtype))
+        return [out.detach(), own.bn.weight.grad, own.conv.weight.grad, own_after.weight.grad, own.bn.running_mean]
+
+    names = ("out", "gain", "depthwise", "pointwise", "running mean")
+    for name, found, exact in zip(names, run(BF16), run(torch.float64), strict=True):
+        off = (found.double() - exact).norm() / exact.norm()
+        assert off < 0.02, f"{name}: {off}"
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -125,7 +143,8 @@ def test_statistics_follow_as_torchs_do() -> None:
     for step in range(3):
         x = drawn(step, 4, 5, 3, 3) + step
         theirs(x)
-        ours.follow(*statistics(x), 4 * 9)
+        mean, var = statistics(x)
+        ours.follow(mean - ours.running_mean, var, 4 * 9)
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 
