@@ -109,7 +109,11 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
 
 def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
-    recipe = parse()
+    return run_command(lambda: begin(parse()))
+
+
+def begin(recipe: Recipe) -> int:
+    """The run of a recipe; returns the exit status."""
     lock = FolderLock(recipe.run.out, wait=recipe.run.lock_wait)
 
     def run() -> int:
