@@ -49,6 +49,16 @@ def test_a_dry_run_tells_all_and_touches_nothing(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_what_cannot_be_is_refused_before_there_is_a_folder(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: tuple[str, ...]
+) -> None:
+    impossible = ("--zero", "1", "--memory-format", "channels-last")
+    assert run(train, *SMALL, *impossible, *how, "--data", digits, "--out", tmp_path / "run") == 2
+    assert "error: --memory-format channels-last: DeepSpeed cannot hold such weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_evaluation_counts_every_image_once_and_by_class(
     tmp_path: Path, digits: Path, weights: Path, fused: bool, capsys: pytest.CaptureFixture[str]
