@@ -116,7 +116,7 @@ def main() -> int:
 
 def begin(recipe: Recipe) -> int:
     """The run of a recipe; returns the exit status."""
-    lock = FolderLock(recipe.run.out, wait=recipe.run.lock_wait)
+    lock = FolderLock(recipe.run.out, wait=recipe.run.lock_seconds)
 
     def run() -> int:
         world = connect(near_gpu=recipe.run.near_gpu)

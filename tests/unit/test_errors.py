@@ -138,7 +138,15 @@ def test_options_of_the_pipeline_that_make_no_sense(
     ("options", "message"),
     [
         ("--read-threads 0", "--read-threads 0: at least 1"),
-        ("--lock-wait -1", "--lock-wait -1: not negative"),
+        ("--lock-wait -1", "--lock-wait -1: a number of seconds, not negative"),
+        ("--lock-wait nan", "--lock-wait nan: a number of seconds, not negative"),
+        ("--lock-wait inf", "--lock-wait inf: a number of seconds, not negative"),
+        ("--stall-timeout nan", "--stall-timeout nan: a number of seconds, not negative"),
+        (
+            "--lock-wait 1741",
+            "--lock-wait 1741: at most 1740, as the other ranks of a start wait no longer than half an hour for the "
+            "first",
+        ),
         ("--recipe none.toml", "none.toml: no such recipe file"),
     ],
 )
