@@ -3,10 +3,10 @@
     python benchmarks/gpu.py --out DIR [--minutes 8] [--only NAME ...]
 
 Needs neither an installed project nor a virtual environment: this Python with its packages is used as it is.
-DIR/gpu.json holds all results with machine, versions and commit, and is all that a later call needs to go on, on
-whatever machine: a part that has come to its end with these very sources is not run again. DIR/gpu.md is a table of it,
-DIR/parts/ has each part's whole output. Exit status: 0 all parts have passed, 1 some failed, 2 no GPU, 3 time was up
-before all had their turn.
+DIR/gpu.json holds all results by GPU, each with its machine and versions, and is all that a later call needs to go on,
+on whatever machine: a part that has come to its end with these very sources on such a GPU is not run again. DIR/gpu.md
+is a table of it, DIR/parts/ has each part's whole output. Exit status: 0 all parts have passed, 1 some failed, 2 no
+GPU, 3 time was up before all had their turn.
 """
 
 from __future__ import annotations
@@ -136,22 +136,27 @@ def main() -> int:
         return BAD_INPUT
     deadline = time.monotonic() + 60 * options.minutes
     sources = digest_of_sources()
+    here = machine()
+    device = device_of(here)
     folder = options.out.absolute() / "parts"
     work = folder / f"work-{sources}"  # what other sources have made there may be half done, or no longer right
     work.mkdir(parents=True, exist_ok=True)
-    results = earlier(options.out, sources)
+    outputs = folder / re.sub(r"\W+", "-", device)
+    outputs.mkdir(exist_ok=True)
+    everything = earlier(options.out, sources)
+    results = everything.setdefault(device, {})
     chosen = [p for p in parts() if not options.only or p.name.startswith(tuple(options.only))]
     for part in chosen:
         if results.get(part.name, {}).get("state") not in {"passed", "left out"} or not (work / part.makes).exists():
-            results[part.name] = run(part, folder / part.name.replace(" ", "-"), work, deadline)
+            results[part.name] = run(part, outputs / part.name.replace(" ", "-"), work, deadline) | {"machine": here}
         print(f"{part.name:40} {summary(results[part.name])}", flush=True)
-        write(options.out, sources, results)
+        write(options.out, sources, everything)
     states = {results[part.name]["state"] for part in chosen}
     return 1 if "failed" in states else TIME_IS_UP if states & {"time was up", "not run"} else 0
 
 
-def earlier(out: Path, sources: str) -> dict[str, dict[str, Any]]:
-    """The results of earlier calls for these sources."""
+def earlier(out: Path, sources: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The results of earlier calls for these sources, by device and part."""
     try:
         found = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -253,6 +258,11 @@ def machine() -> dict[str, Any]:
     return {"gpus": gpus, "cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), **versions}
 
 
+def device_of(about: dict[str, Any]) -> str:
+    """What a machine's results count for."""
+    return ", ".join(about["gpus"]) or "cpu"
+
+
 def summary(result: dict[str, Any]) -> str:
     """A result in a line: what it found, or how it ended."""
     found = said(result["figures"]) if result.get("figures") else ""
@@ -299,14 +309,23 @@ def said(found: dict[str, Any]) -> str:
     return "; ".join(lines)
 
 
-def write(out: Path, sources: str, results: dict[str, dict[str, Any]]) -> None:
+def write(out: Path, sources: str, everything: dict[str, dict[str, dict[str, Any]]]) -> None:
     """gpu.json and gpu.md, anew."""
-    about = {"commit": commit(), "sources": sources, "machine": machine()}
-    (out / "gpu.json").write_text(json.dumps({**about, "parts": results}, indent=1) + "\n", encoding="utf-8")
-    where = ", ".join(f"{key} {value}" for key, value in about["machine"].items())
-    lines = ["# GPU", "", f"commit {about['commit']}, sources {sources}; {where}", "", "| part | result |", "|-|-|"]
-    lines += [f"| {name} | {summary(result).replace('|', '/')} |" for name, result in results.items()]
-    (out / "gpu.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    about = {"commit": commit(), "sources": sources}
+    replace(out / "gpu.json", json.dumps({**about, "parts": everything}, indent=1) + "\n")
+    lines = ["# GPU", "", f"commit {about['commit']}, sources {sources}"]
+    for device, results in everything.items():
+        machines = [", ".join(f"{key} {value}" for key, value in row["machine"].items()) for row in results.values()]
+        lines += ["", f"## {device}", "", *dict.fromkeys(machines), "", "| part | result |", "|-|-|"]
+        lines += [f"| {name} | {summary(result).replace('|', '/')} |" for name, result in results.items()]
+    replace(out / "gpu.md", "\n".join(lines) + "\n")
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file so that it is the old or the new one whenever this is ended."""
+    new = path.with_name(f".{path.name}.tmp")
+    new.write_text(text, encoding="utf-8")
+    new.replace(path)
 
 
 if __name__ == "__main__":

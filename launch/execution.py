@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -82,6 +82,17 @@ class Execution:
         """In place, before wrapping: names, wrappers and checkpoints do not change."""
         if self.compile != "off":
             model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
+
+
+def refuse_impossible(recipe: Recipe, device: torch.device, *, accumulation: int) -> None:
+    """Before anything is written: what is open comes to what is possible, what is given may not be.
+
+    Raises:
+        RecipeError: the recipe asks for what cannot be.
+    """
+    run = recipe.run
+    settled = replace(recipe, run=replace(run, compile=None)) if run.compile == "auto" else recipe
+    Execution.of(settled, device, accumulation=accumulation)
 
 
 def switch() -> Switch | None:

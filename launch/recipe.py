@@ -7,20 +7,27 @@ are the released code's unless a docstring says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from launch.data_recipe import DataRecipe, RecipeError
+from launch.network import START_TIMEOUT
 from launch.optimizers import Form, Name
 
 __all__ = ["VARIANTS", "DataRecipe", "ModelRecipe", "OptimRecipe", "Recipe", "RecipeError", "RunRecipe", "Variant"]
 
 # The released code's rates are given for a batch of 512 and scale linearly.
 LR_REFERENCE_BATCH = 512
+# The ranks that wait for the one that waits for the run folder's lock end with a timeout that names no lock.
+LONGEST_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
+# The watchdog's last resort ends a stuck trainer a minute after the stall timeout.
+BEYOND_STALL = 120.0
 
 Variant = Literal["b0", "b1", "b2", "b3"]
 
@@ -103,9 +110,10 @@ class RunRecipe:
     """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
     resume: Literal["auto", "never"] = "auto"
     """auto = go on from the newest checkpoint of the run folder, if there is one."""
-    lock_wait: float = 120.0
-    """Seconds to wait for an earlier trainer that still holds the run folder: it may be saving, and the lock of a dead
-    host takes a minute or more to go."""
+    lock_wait: float | None = None
+    """Seconds to wait for an earlier trainer that still holds the run folder: it may be saving or stuck, and the lock
+    of a dead host takes a minute or more to go. None = two minutes more than --stall-timeout, which ends a stuck one
+    (at most 29 minutes)."""
     sync_bn: str = "auto"
     """BatchNorm over ranks: auto (synchronised on several GPUs), on, off, or group:N (within N neighbouring ranks)."""
     memory_format: Literal["channels-last", "contiguous"] | None = None
@@ -163,8 +171,21 @@ class RunRecipe:
             if value is not None and value <= 0:
                 raise RecipeError(f"--{name.replace('_', '-')} {value}: more than 0")
         for name in ("leave_seconds", "stall_timeout", "lock_wait"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name):g}: not negative")
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:  # nor NaN
+                raise RecipeError(f"--{name.replace('_', '-')} {value:g}: a number of seconds, not negative")
+        if self.lock_wait is not None and self.lock_wait > LONGEST_LOCK_WAIT:
+            raise RecipeError(
+                f"--lock-wait {self.lock_wait:g}: at most {LONGEST_LOCK_WAIT:g}, as the other ranks of a start wait no "
+                "longer than half an hour for the first"
+            )
+
+    @property
+    def lock_seconds(self) -> float:
+        """`lock_wait`, settled."""
+        if self.lock_wait is not None:
+            return self.lock_wait
+        return min(self.stall_timeout + BEYOND_STALL, LONGEST_LOCK_WAIT)
 
 
 @dataclass(frozen=True, kw_only=True)

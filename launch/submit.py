@@ -17,6 +17,7 @@ from pathlib import Path
 import tyro
 
 from launch.command_line import parse
+from launch.folder_lock import unwritable
 from launch.recipe import Recipe
 from pipeline.plan import BatchShape, PlanError
 from shards.errors import UserError
@@ -134,15 +135,14 @@ def write(script: str, run: Path) -> Path:
     """Put the script into the run folder; returns its path.
 
     Raises:
-        SubmitError: the folder cannot be written.
+        UserError: the folder cannot be written.
     """
     path = run / "slurm" / "train.sbatch"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(script, encoding="utf-8")
     except OSError as error:
-        reason = f"the run folder cannot be written ({error.strerror}); choose another with --out"
-        raise SubmitError(f"{run}: {reason}") from error
+        raise unwritable(run, error) from error
     return path
 
 

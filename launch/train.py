@@ -14,6 +14,7 @@ from launch.choices import resolve
 from launch.command_line import parse
 from launch.dry_run import show_run
 from launch.engine import Engine
+from launch.execution import refuse_impossible
 from launch.feed import Feed
 from launch.folder_lock import FolderLock
 from launch.guards import Guards
@@ -41,6 +42,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     """
     started = time.time()
     feed = Feed.of(recipe, world)
+    refuse_impossible(recipe, world.device, accumulation=feed.shape.accumulation)
     model = build_model(recipe, feed.classes)
     lock.take(world, make=True)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
@@ -109,8 +111,12 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
 
 def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
-    recipe = parse()
-    lock = FolderLock(recipe.run.out, wait=recipe.run.lock_wait)
+    return run_command(lambda: begin(parse()))
+
+
+def begin(recipe: Recipe) -> int:
+    """The run of a recipe; returns the exit status."""
+    lock = FolderLock(recipe.run.out, wait=recipe.run.lock_seconds)
 
     def run() -> int:
         world = connect(near_gpu=recipe.run.near_gpu)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ class Cache:
         return None
 
     def _make_room(self, size: int, path: Path) -> None:
-        """Remove files, the one not used for longest first, until `size` bytes fit."""
+        """Remove files, the one not used for longest first, until `size` bytes fit; none if they cannot be made to."""
         if size > self.limit:
             raise CacheFull(
                 f"--cache {self.folder}: {path.name} has {size:,} bytes, more than the {self.limit:,} that the "
@@ -134,12 +135,17 @@ class Cache:
         entries = sorted(self._entries(), key=lambda entry: entry.used)
         over = sum(entry.size for entry in entries) + size - self.limit
         # Others write to the disk too; what parts still lack of their size is spoken for.
-        lacking = size + sum(entry.size - entry.stored for entry in entries) - shutil.disk_usage(self.folder).free
+        lacking = size + sum(entry.size - entry.stored for entry in entries) - self._free()
+        removed = []
         for entry in entries:
             if max(over, lacking) <= 0:
-                return
-            if _remove_unless_in_use(entry.path):
+                break
+            if not _in_use(entry.path):
+                removed.append(entry)
                 over, lacking = over - entry.size, lacking - entry.size
+        for entry in removed if max(over, lacking) <= 0 else ():
+            if not _remove_unless_in_use(entry.path):  # since a moment ago
+                over, lacking = over + entry.size, lacking + entry.size
         if lacking > 0:
             raise DiskFull.of(self.folder, f"no space left on the device for the {size:,} bytes of {path.name}")
         if over > 0:
@@ -147,6 +153,11 @@ class Cache:
                 f"--cache {self.folder}: no room for {path.name}: all of the {self.limit:,} bytes that it may hold "
                 "are in use; give a larger --cache-size"
             )
+
+    def _free(self) -> float:
+        """Bytes free on the file system; infinite where it does not say, as some in user space: writing will tell."""
+        usage = shutil.disk_usage(self.folder)
+        return usage.free if usage.total else math.inf
 
     def _entries(self) -> list[_Entry]:
         entries = []
@@ -224,6 +235,20 @@ def _locked(handle: int, path: Path) -> bool:
         return os.fstat(handle).st_ino == path.stat().st_ino
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def _in_use(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
 
 
 def _remove_unless_in_use(path: Path) -> bool:

@@ -162,10 +162,10 @@ INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 the job failed, 2 bad input."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
+        )
         return int(command.run())
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -52,9 +52,12 @@ def hold(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
         finally:
             stop.set()
             beat.join()
-            os.ftruncate(handle, 0)
+            # A network file system may have lost the file; what is left in it goes stale, and the work is done.
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, 0)
     finally:
-        os.close(handle)
+        with contextlib.suppress(OSError):
+            os.close(handle)
 
 
 def is_held(path: Path) -> bool:
@@ -104,9 +107,10 @@ def _try_to_take(handle: int, path: Path, what: str) -> None:
 def _owner(handle: int) -> dict[str, object] | None:
     content = os.pread(handle, 4096, 0)
     try:
-        return json.loads(content) if content else None
+        owner = json.loads(content) if content else None
     except ValueError:  # the holder died while it wrote this
         return None
+    return owner if isinstance(owner, dict) and {"host", "pid"} <= owner.keys() else None
 
 
 def _held(owner: dict[str, object] | None, path: Path, what: str) -> Held:

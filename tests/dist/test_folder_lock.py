@@ -61,10 +61,19 @@ def test_a_trainer_started_while_the_last_one_saves_waits_and_goes_on_from_there
     run = tmp_path / "run"
     first = start(tmp_path, "--data", digits, "--out", run)
     wait_for_step(run, 2, first)
+    first.send_signal(signal.SIGSTOP)  # its save takes as long as the second needs to get there
     first.send_signal(signal.SIGTERM)
     second = start(tmp_path, "--data", digits, "--out", run, "--stop-after", "9")
+    assert second.stderr is not None
+    said = []
+    for line in second.stderr:  # to its end, if it does not wait
+        said.append(line)
+        if "waiting for it" in line:
+            break
+    assert f"note: run folder {run} is being worked on by process {first.pid} on " in "".join(said[-1:]), said
+    first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=60) == 75
-    assert second.wait(timeout=120) == 0, second.stderr and second.stderr.read()
+    assert second.wait(timeout=120) == 0, second.stderr.read()
     left = lines(run, "train")
     begun = [line["step"] for line in lines(run, "start")]
     assert begun[0] == 0

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from pipeline.cache import Cache, DiskFull
+from pipeline.cache import Cache, CacheFull, DiskFull
 from pipeline.remote_set import RemoteSet, open_set
 from shards.dataset import ShardSet
 from tests.serving import Site
@@ -85,6 +86,55 @@ def test_files_of_the_cache_make_room_for_others_on_a_full_disk(small_disk: Path
         assert [path.name for path in sorted((small_disk / "cache" / "set").iterdir())][:1] == ["b"]
         with pytest.raises(DiskFull, match=r"no space left on the device for the 2,097,152 bytes of d"):
             cache.begin(small_disk / "cache" / "set" / "d", 1 << 21)
+
+
+def put(cache: Cache, name: str, size: int) -> int:
+    """Fetch a file; returns a lease of it."""
+    part = cache.begin(cache.folder / "set" / name, size)
+    assert part is not None
+    with part:
+        part.append(bytes(size))
+        return part.finish()
+
+
+def says(patch: pytest.MonkeyPatch, *, total: int, free: int) -> None:
+    """The file system is as large as this."""
+    usage = shutil.disk_usage("/")
+    patch.setattr(shutil, "disk_usage", lambda _: usage._replace(total=total, used=total - free, free=free))
+
+
+@pytest.mark.parametrize(("used", "free"), [((), 0), (("b",), 100)])
+def test_files_stay_where_removing_them_would_not_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, used: tuple[str, ...], free: int
+) -> None:
+    """Others have filled the disk: all that may be removed is less than what is needed."""
+    cache = Cache(tmp_path, 10_000)
+    leases = []
+    for name in ("a", "b"):
+        leases.append(put(cache, name, 100))
+        if name not in used:
+            os.close(leases.pop())
+    says(monkeypatch, total=10_000, free=free)
+    with pytest.raises(DiskFull, match="no space left on the device for the 250 bytes of c"):
+        cache.begin(tmp_path / "set" / "c", 250)
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["a", "b"]
+    says(monkeypatch, total=10_000, free=free + 50)
+    os.close(put(cache, "c", 200))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [*used, "c"]
+    for lease in leases:
+        os.close(lease)
+
+
+def test_a_file_system_that_does_not_say_how_large_it_is_holds_what_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(monkeypatch, total=0, free=0)
+    cache = Cache(tmp_path, 250)
+    for name in ("a", "b", "c"):
+        os.close(put(cache, name, 100))
+    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["b", "c"]
+    with pytest.raises(CacheFull, match="give a larger --cache-size"):
+        Cache(tmp_path).begin(tmp_path / "set" / "d", 300)
 
 
 def test_a_disk_that_is_full_at_once_is_no_bad_input(site: Site, small_disk: Path) -> None:

@@ -118,3 +118,41 @@ def train_with(*args: str) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*base, *args])
         return train()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("tune SET --read-threads 0", "--read-threads 0: at least 1"),
+        ("bench SET --hw-decoder-load 2", "--hw-decoder-load 2: a share between 0 and 1"),
+    ],
+)
+def test_options_of_the_pipeline_that_make_no_sense(
+    command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert pipeline(command.split()) == 2
+    assert error_line(capsys) == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--read-threads 0", "--read-threads 0: at least 1"),
+        ("--lock-wait -1", "--lock-wait -1: a number of seconds, not negative"),
+        ("--lock-wait nan", "--lock-wait nan: a number of seconds, not negative"),
+        ("--lock-wait inf", "--lock-wait inf: a number of seconds, not negative"),
+        ("--stall-timeout nan", "--stall-timeout nan: a number of seconds, not negative"),
+        (
+            "--lock-wait 1741",
+            "--lock-wait 1741: at most 1740, as the other ranks of a start wait no longer than half an hour for the "
+            "first",
+        ),
+        ("--recipe none.toml", "none.toml: no such recipe file"),
+    ],
+)
+def test_options_of_training_that_make_no_sense(
+    options: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", *options.split()])
+    assert train() == 2
+    assert error_line(capsys) == f"error: {message}"

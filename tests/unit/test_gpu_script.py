@@ -21,7 +21,8 @@ def run(patch: pytest.MonkeyPatch, out: Path, parts: list[Part], *options: str) 
     patch.setattr(gpu, "parts", lambda: parts)
     patch.setattr(sys, "argv", ["gpu.py", "--cpu", "--out", str(out), *options])
     status = gpu.main()
-    return status, json.loads((out / "gpu.json").read_text())["parts"]
+    parts_of = json.loads((out / "gpu.json").read_text())["parts"]
+    return status, parts_of[gpu.device_of(gpu.machine())]
 
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +67,38 @@ def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(gpu, "digest_of_sources", lambda sources=sources: sources)
         run(monkeypatch, tmp_path, [good])
     assert (tmp_path / "runs").read_text() == "xx"
+
+
+def test_what_passed_elsewhere_has_not_passed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another GPU, or none: each has its own results, with the machine that they are of."""
+    good = Part("good", ("-c", COUNT, str(tmp_path), "runs"))
+    for gpus, cores in (([], 1), (["H100"], 2), (["H200"], 3), (["H100"], 4), ([], 5)):
+        about = {"gpus": gpus, "cores": cores}
+        monkeypatch.setattr(gpu, "machine", lambda about=about: about)
+        run(monkeypatch, tmp_path, [good])
+    assert (tmp_path / "runs").read_text() == "xxx"
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {device: results["good"]["machine"]["cores"] for device, results in found.items()} == {
+        "cpu": 1, "H100": 2, "H200": 3,
+    }  # fmt: skip
+    table = (tmp_path / "gpu.md").read_text()
+    assert [line for line in table.splitlines() if line.startswith("## ")] == ["## cpu", "## H100", "## H200"]
+    assert "gpus ['H100'], cores 2" in table
+    assert "cores 4" not in table
+
+
+def test_what_was_found_survives_an_end_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, tmp_path, [Part("one", ("-c", ""))])
+    before, real = (tmp_path / "gpu.json").read_text(), Path.write_text
+
+    def ended(path: Path, text: str, **options: Any) -> int:
+        real(path, text[:10], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", ended)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, tmp_path, [Part("other", ("-c", ""))])
+    assert (tmp_path / "gpu.json").read_text() == before
 
 
 def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +50,34 @@ def test_a_dry_run_tells_all_and_touches_nothing(
     for fact in ("44 = 1 epochs x 44", "1,437 images, 10 classes", "4,240,058", "29 images per epoch", "49 MiB"):
         assert fact in shown
     assert not out.exists()
+
+
+@pytest.mark.parametrize("how", [(), ("--dry-run",)])
+def test_what_cannot_be_is_refused_before_there_is_a_folder(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: tuple[str, ...]
+) -> None:
+    impossible = ("--zero", "1", "--memory-format", "channels-last")
+    assert run(train, *SMALL, *impossible, *how, "--data", digits, "--out", tmp_path / "run") == 2
+    assert "error: --memory-format channels-last: DeepSpeed cannot hold such weights" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
+def test_storage_that_fails_is_no_bad_input(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    out, real = tmp_path / "run", os.open
+
+    def fails(path: Any, *args: Any, **kwargs: Any) -> int:
+        if os.fspath(path) == os.fspath(out / ".lock"):
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", fails)
+    assert run(train, *SMALL, "--data", digits, "--out", out) == (2 if number == errno.EACCES else 1)
+    error = capsys.readouterr().err
+    assert f"error: {out}: the run folder cannot be written ({os.strerror(number)}); " in error
+    assert "--out" in error
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -9,6 +9,7 @@ import pytest
 
 from launch.command_line import parse
 from launch.recipe import VARIANTS, RecipeError
+from launch.watchdog import LAST_RESORT_SECONDS
 from shards.errors import UserError
 
 
@@ -91,3 +92,13 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
     monkeypatch.setenv("FAT_DATA", "/elsewhere")
     assert parse([]).data.location() == Path("/elsewhere")
     assert parse(["--data", "here"]).data.location() == Path("here")
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [([], 420), (["--stall-timeout", "60"], 180), (["--stall-timeout", "7200"], 1740), (["--lock-wait", "0"], 0)],
+)
+def test_a_start_outwaits_the_watchdog_of_a_stuck_trainer(options: list[str], seconds: float) -> None:
+    run = parse(options).run
+    assert run.lock_seconds == seconds
+    assert options or run.lock_seconds > run.stall_timeout + LAST_RESORT_SECONDS

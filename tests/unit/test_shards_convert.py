@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -182,6 +183,30 @@ def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:
     with pytest.raises(Held, match="process 7 on elsewhere"), hold(lock, "it"):
         pass
     os.utime(lock, (0, 0))
+    with hold(lock, "it"):
+        pass
+
+
+@pytest.mark.parametrize("content", ["[1]", "7", "null", '{"host": "elsewhere"}', '{"host'])
+def test_a_lock_file_that_names_nobody_is_taken(tmp_path: Path, content: str) -> None:
+    lock = tmp_path / "part.lock"
+    lock.write_text(content)
+    with hold(lock, "it"):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        lock.write_text(content)
+        with pytest.raises(Held, match="by another process"), hold(lock, "it"):
+            pass
+
+
+def test_a_lock_whose_file_the_file_system_has_lost_is_released_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    lock = tmp_path / "part.lock"
+    with monkeypatch.context() as lost, hold(lock, "it"):
+        lost.setattr(os, "ftruncate", stale)
     with hold(lock, "it"):
         pass
 

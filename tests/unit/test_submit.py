@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -96,6 +98,17 @@ def test_an_unwritable_run_folder_is_refused(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "file").write_text("in the way")
     assert main(["--", "--out", str(tmp_path / "file" / "run")]) == 2
     assert "the run folder cannot be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_bad_input(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert main(["--", "--out", str(tmp_path / "run")]) == 1
+    assert "the run folder cannot be written (No space left on device); mend that" in capsys.readouterr().err
 
 
 def test_without_sbatch_the_script_is_there_to_be_submitted_elsewhere(
