@@ -7,7 +7,7 @@
 part: "model" (how it runs) or "input" (how its loader works). key: all that the choice depends on (`model_key`,
 `input_key`). values: by the names of the options. figures: what was measured, for people. An entry is used where its
 whole key is the run's. Nothing about this file ever stops a run: what cannot be used is said in a line, and defaults
-are used.
+are used. Nor does one checkout spoil what another has measured: entries that it cannot read stay in the file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from launch.execution import FORMATS, Mode, choose
 from launch.feed import Feed
@@ -35,6 +35,7 @@ from shards.durable import durable_write
 from shards.errors import UserError
 
 VERSION = 1
+LOCK_SECONDS = 10.0  # to wait for another writer; the other ranks of a run wait as well meanwhile
 Part = Literal["model", "input"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -85,6 +86,10 @@ class Damaged(UserError):
     """A file that cannot be read as what it should be."""
 
 
+class NoJson(Damaged):
+    """A file that holds nothing worth keeping."""
+
+
 def file_of(tuned: str) -> Path | None:
     """The file that `--tuned` names; None = off."""
     if tuned == "auto":
@@ -97,26 +102,52 @@ def file_of(tuned: str) -> Path | None:
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a file; none where there is no file.
+    """The entries of a file that can be read; none where there is no file.
 
     Raises:
         Damaged: there is one, but not of this kind and version.
     """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[list[Entry], list[tuple[Any, str]]]:
+    """(entries of a file, those that cannot be read, as they are, and why).
+
+    Raises:
+        Damaged: there is a file, but not of this kind and version.
+    """
+    remedy = "remove it, or name another with --tuned"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, this tool reads {VERSION}")
-        entries = [Entry(**entry) for entry in content["entries"]]
-        for entry in entries:
-            if entry.part not in PARTS or not sensible(entry.part, entry.values) or not isinstance(entry.key, dict):
-                raise ValueError(f"no entry about model or input: {asdict(entry)}")
-        return entries
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(
-            f"{path}: cannot be used ({type(error).__name__}: {error}); 'pipeline tune' writes it anew"
-        ) from error
+        return [], []
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except ValueError as error:
+        raise NoJson(f"{path}: no JSON ({error}); 'pipeline tune' writes it anew") from error
+    if not isinstance(content, dict) or "version" not in content or not isinstance(content.get("entries"), list):
+        raise Damaged(f"{path}: no file of measured choices; {remedy}")
+    if content["version"] != VERSION:
+        raise Damaged(f"{path}: of version {content['version']}, this checkout reads {VERSION}; {remedy}")
+    entries, strange = list[Entry](), list[tuple[Any, str]]()
+    for raw in content["entries"]:
+        try:
+            entries.append(_entry(raw))
+        except (ValueError, TypeError) as error:
+            strange.append((raw, str(error)))
+    return entries, strange
+
+
+def _entry(raw: Any) -> Entry:
+    """Raises ValueError or TypeError where it is none that this checkout knows."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r} is no entry")
+    entry = Entry(**raw)
+    if entry.part not in PARTS or not sensible(entry.part, entry.values):
+        raise ValueError(f"no values of model or input: {entry.part} {entry.values}")
+    if not isinstance(entry.key, dict) or not isinstance(entry.figures, dict):
+        raise ValueError(f"key or figures are no names with values: {entry.key}, {entry.figures}")
+    return entry
 
 
 def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Value], str]:
@@ -125,11 +156,13 @@ def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Valu
     The line is empty where the file has nothing about this part, as before anything was measured.
     """
     try:
-        entries = [entry for entry in read(path) if entry.part == part]
+        read, strange = _load(path)
     except Damaged as error:
         return {}, f"warning: {error}; defaults are used"
+    entries = [entry for entry in read if entry.part == part]
+    skipped = f"warning: {path}: {len(strange)} entries cannot be read ({strange[0][1]}); skipped" if strange else ""
     if not entries:
-        return {}, ""
+        return {}, skipped
 
     def differing(entry: Entry) -> list[str]:
         return [name for name in {**key, **entry.key} if key.get(name) != entry.key.get(name)]
@@ -142,26 +175,34 @@ def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Valu
 
 
 def keep(path: Path, entry: Entry) -> None:
-    """Put an entry into the file, on top of one with the same key; a damaged file is replaced.
+    """Put an entry into the file, on top of one with the same key; a file that is no JSON is replaced.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or holds what this checkout cannot read.
     """
+    remedy = "name another file, or --tuned off"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS):
             try:
-                entries = {_identity(old): old for old in read(path)}
-            except Damaged:
-                entries = {}
+                read, strange = _load(path)
+            except NoJson:
+                read, strange = [], []
+            entries = {_identity(old): old for old in read}
             if (old := entries.pop(_identity(entry), None)) is not None:
                 entry = replace(entry, values=old.values | entry.values, figures=old.figures | entry.figures)
-            content = {"version": VERSION, "entries": [asdict(old) for old in (*entries.values(), entry)]}
+            ours = [asdict(kept) for kept in (*entries.values(), entry)]
+            content = {"version": VERSION, "entries": [*(raw for raw, _ in strange), *ours]}
             durable_write(path, (json.dumps(content, indent=1) + "\n").encode())
-    except OSError as error:
+    except Timeout as error:
         raise UserError(
-            f"--tuned {path}: cannot be written ({error.strerror}); name another file, or --tuned off"
+            f"--tuned {path}: not written, {path.name}.lock beside it has been held for {LOCK_SECONDS:g} s; try again "
+            f"when its holder has gone, or {remedy}"
         ) from error
+    except NotImplementedError as error:
+        raise UserError(f"--tuned {path}: not written, its file system has no locks ({error}); {remedy}") from error
+    except OSError as error:
+        raise UserError(f"--tuned {path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 def _identity(entry: Entry) -> str:

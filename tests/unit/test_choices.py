@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from launch import tuned
 from launch.choices import given, resolve, with_values
@@ -22,6 +24,7 @@ from launch.trials import Choice
 from launch.tuned import Damaged, Entry, entry_of, file_of, find, keep, key_of, read
 from launch.world import World
 from pipeline.cli import main as pipeline
+from shards.errors import UserError
 from tests.unit.test_launch_commands import SMALL, run
 
 CPU = torch.device("cpu")
@@ -144,22 +147,17 @@ def entry(part: str = "model", key: object = None, **values: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        "",
-        "[]",
-        "{}",
-        '{"version": 2, "entries": []}',
-        '{"version": 1, "entries": [{}]}',
-        entry(compile="sideways"),
-        entry(compile=["off"]),
-        entry(read_threads=8),
-        entry("input", read_threads=0),
-        entry("tea"),
-        entry(key=[]),
+        ("", "no JSON ("),
+        ("[]", "no file of measured choices; remove it"),
+        ("{}", "no file of measured choices; remove it"),
+        ('{"version": 2, "entries": []}', "of version 2, this checkout reads 1; remove it"),
     ],
 )
-def test_a_damaged_file_is_a_line_and_no_error(digits: Path, file: Path, content: str) -> None:
+def test_a_damaged_file_is_a_line_and_replaced_only_if_it_holds_nothing(
+    digits: Path, file: Path, content: str, message: str
+) -> None:
     file.parent.mkdir(parents=True)
     file.write_text(content)
     with pytest.raises(Damaged):
@@ -167,10 +165,76 @@ def test_a_damaged_file_is_a_line_and_no_error(digits: Path, file: Path, content
     _, choices = chosen(digits)
     assert set(choices.sources.values()) == {"by default"}
     assert len(set(choices.notes)) == 1
-    assert choices.notes[0].startswith(f"warning: {file}: cannot be used (")
-    assert choices.notes[0].endswith("'pipeline tune' writes it anew; defaults are used")
+    assert choices.notes[0].startswith(f"warning: {file}: {message}")
+    assert choices.notes[0].endswith("; defaults are used")
+    if not content:
+        measured(digits, file=file)
+        assert chosen(digits)[1].values["memory_format"] == "contiguous"
+    else:
+        with pytest.raises(Damaged, match="remove it, or name another with --tuned"):
+            measured(digits, file=file)
+        assert file.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"version": 1, "entries": [{}]}',
+        '{"version": 1, "entries": [null]}',
+        entry(compile="sideways"),
+        entry(compile=["off"]),
+        entry(read_threads=8),
+        entry("input", read_threads=0),
+        entry("tea"),
+        entry(key=[]),
+        entry().replace('"figures": {}', '"figures": null'),
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_skipped_and_stays(digits: Path, file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert read(file) == []
+    _, choices = chosen(digits)
+    assert set(choices.sources.values()) == {"by default"}
+    assert choices.notes[0].startswith(f"warning: {file}: 1 entries cannot be read (")
     measured(digits, file=file)
     assert chosen(digits)[1].values["memory_format"] == "contiguous"
+    kept = json.loads(file.read_text())["entries"]
+    assert kept[0] == json.loads(content)["entries"][0]
+    assert len(kept) == 3
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_written_over(
+    digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(digits, file=file)
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> str:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(UserError, match="cannot be read \\(Input/output error\\)"):
+            keep(file, entry_of("model", {}, {}))
+    assert file.read_bytes() == before
+
+
+def test_a_lock_that_is_held_or_not_to_be_had_is_an_error_soon(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "LOCK_SECONDS", 0.1)
+    file.parent.mkdir(parents=True)
+    with (
+        FileLock(file.with_name("tuned.json.lock"), is_singleton=False),
+        pytest.raises(UserError, match=r"tuned\.json\.lock beside it has been held for 0\.1 s; try again"),
+    ):
+        keep(file, entry_of("model", {}, {}))
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    with pytest.raises(UserError, match="its file system has no locks"):
+        keep(file, entry_of("model", {}, {}))
 
 
 def test_a_measurement_goes_on_top_of_an_earlier_one(file: Path) -> None:
