@@ -12,6 +12,8 @@ are used. Nor does one checkout spoil what another has measured: entries that it
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import os
 import time
@@ -23,6 +25,7 @@ from typing import Any, Literal, get_args
 import xxhash
 from filelock import FileLock, Timeout
 
+import fat
 from launch.execution import FORMATS, Mode, choose
 from launch.feed import Feed
 from launch.optimizers import Form
@@ -216,31 +219,58 @@ def entry_of(part: Part, key: dict[str, Any], found: Mapping[str, Choice]) -> En
     return Entry(part, key, values, figures, time.strftime("%Y-%m-%d"))
 
 
-def key_of(part: Part, recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """All that the choices of a part depend on."""
-    return model_key(recipe, feed) if part == "model" else input_key(recipe, feed)
+def key_of(part: Part, recipe: Recipe, feed: Feed, *, given: Mapping[str, Value | None], ranks: int) -> dict[str, Any]:
+    """All that the choices of a part depend on.
+
+    Args:
+        given: options that are not open (other parts' too): what is measured beside one value of them says nothing of
+            runs with another.
+        ranks: of the training.
+    """
+    key = model_key(recipe, feed, ranks=ranks) if part == "model" else input_key(recipe, feed)
+    return key | {"given": {name: given[name] for name in NAMES[part] if given.get(name) is not None}}
 
 
-def model_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """All that the fastest way to run the model depends on."""
+def model_key(recipe: Recipe, feed: Feed, *, ranks: int) -> dict[str, Any]:
+    """All that the fastest way to run the model depends on, but for what is given."""
     device, (zero, precision) = feed.world.device, choose(recipe, feed.world.device)
-    libraries = versions()
+    libraries = versions() | {"triton": _installed("triton")}
     return {
         "device": device_name(device),
         **({"cores": feed.world.cores} if device.type == "cpu" else {}),
-        **{name: libraries[name] for name in ("torch", *(("deepspeed",) if zero else ()))},
+        **{name: libraries[name] for name in ("torch", "triton", *(("deepspeed",) if zero else ()))},
+        "fat": _sources(),
         "variant": recipe.model.variant,
+        "freeze_bn": recipe.model.freeze_bn,
         "size": recipe.data.size,
         "micro_batch": feed.shape.micro_rows,
         "accumulated": feed.shape.accumulation > 1,
         "precision": precision,
         "zero": zero,
         "optimizer": recipe.optim.optimizer,
+        "ranks": "several" if ranks > 1 else 1,
+        **({"sync_bn": recipe.run.sync_bn} if ranks > 1 else {}),
     }
 
 
+def _installed(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of model and kernels, whose changes are made for speed."""
+    root, digest = Path(fat.__file__).parent, xxhash.xxh3_64()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def input_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """All that the fastest way to load depends on."""
+    """All that the fastest way to load depends on, but for what is given."""
     device, split = feed.world.device, feed.dataset.split("train")
     libraries = versions()
     return {

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 
 from launch import tuned
-from launch.choices import given, resolve, with_values
+from launch.choices import _Resolving, given, measure, resolve, with_values
 from launch.command_line import parse
 from launch.execution import Execution
 from launch.feed import Feed
@@ -46,12 +46,12 @@ def setting(data: Path, *options: object) -> tuple[Recipe, Feed]:
     return recipe, Feed.of(recipe, World(0, 1, 0, 1, CPU))
 
 
-def measured(data: Path, *options: object, file: Path) -> None:
-    """As if 'pipeline tune' had found MODEL and INPUT."""
+def measured(data: Path, *options: object, file: Path, ranks: int = 1) -> None:
+    """As if 'pipeline tune', given these options, had found MODEL and INPUT."""
     recipe, feed = setting(data, *options)
     for part, values in (("model", MODEL), ("input", INPUT)):
         found = {name: Choice(value, "figures") for name, value in values.items()}
-        keep(file, entry_of(part, key_of(part, recipe, feed), found))
+        keep(file, entry_of(part, key_of(part, recipe, feed, given=given(recipe), ranks=ranks), found))
 
 
 def chosen(data: Path, *options: object, goes_on: bool = False) -> tuple[Recipe, Any]:
@@ -79,7 +79,7 @@ def test_without_any_measurement_nothing_is_chosen(digits: Path, file: Path) -> 
 def test_training_takes_what_was_measured_and_says_where_it_is_from(
     tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured(digits, file=file)
+    measured(digits, "--decode-ahead", "1", file=file)
     out = tmp_path / "run"
     assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1", "--decode-ahead", "1") == 0
     picks = picks_of(out)
@@ -110,17 +110,27 @@ def test_training_takes_what_was_measured_and_says_where_it_is_from(
 def test_what_is_given_wins_even_where_it_is_the_default(
     digits: Path, file: Path, option: str, value: object, name: str
 ) -> None:
-    measured(digits, file=file)
+    measured(digits, option, value, file=file)
+    content = json.loads(file.read_text())
+    for found in content["entries"]:  # as a file may say that somebody has edited
+        found["values"] |= {name: value} if name in tuned.NAMES[found["part"]] else {}
+    file.write_text(json.dumps(content))
     recipe, choices = chosen(digits, option, value)
     assert given(recipe)[name] == value
     assert name not in choices.values
+    assert f"measured ({file})" in choices.sources.values()
 
 
 def test_the_environment_s_kernels_switch_is_given_too(
     digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAT_KERNELS", "off")
+    with monkeypatch.context() as patch:
+        patch.setitem(MODEL, "kernels", "auto")
+        measured(digits, file=file)
     recipe, choices = chosen(digits)
+    assert choices.values["memory_format"] == "contiguous"
+    assert "kernels" not in choices.values
     assert given(recipe) == {"kernels": "off"} | {k: v for k, v in choices.values.items() if v is not None}
     monkeypatch.setenv("FAT_KERNELS", "no")
     with pytest.raises(RecipeError, match="FAT_KERNELS=no: auto or off expected"):
@@ -138,6 +148,74 @@ def test_a_measurement_of_something_else_is_not_used_and_the_difference_is_told(
     )
     assert "of the input is of micro_batch 32, here 16; defaults" in loader
     assert given(chosen(digits, "--tuned", "off")[0]) == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--decode-threads", 1), "input"),
+        (("--memory-format", "contiguous"), "model"),
+        (("--kernels", "off"), "model"),
+    ],
+)
+def test_what_was_measured_beside_given_options_counts_for_runs_with_these(
+    digits: Path, file: Path, options: tuple[object, ...], part: str
+) -> None:
+    measured(digits, *options, file=file)
+    _, without = chosen(digits)
+    assert "measured" not in " ".join(without.sources[name] for name in tuned.NAMES[part] if name in without.sources)
+    assert f"the nearest measurement of the {part} is of given {{" in " ".join(without.notes)
+    _, alike = chosen(digits, *options)
+    assert f"measured ({file})" in [alike.sources.get(name) for name in tuned.NAMES[part]]
+
+
+def test_what_the_model_s_speed_depends_on_is_in_its_key(digits: Path, file: Path) -> None:
+    recipe, feed = setting(digits, "--freeze-bn", "--sync-bn", "group:2")
+    alone = key_of("model", recipe, feed, given={}, ranks=1)
+    several = key_of("model", recipe, feed, given={}, ranks=8)
+    assert (alone["ranks"], several["ranks"], several["sync_bn"]) == (1, "several", "group:2")
+    assert several == key_of("model", recipe, feed, given={}, ranks=2)
+    assert alone["freeze_bn"] is True
+    assert {"triton", "fat", "torch"} <= alone.keys()
+    measured(digits, file=file, ranks=2)
+    _, choices = chosen(digits)
+    assert choices.sources["memory_format"] == "by default"
+    assert "ranks several, here 1" in choices.notes[0]
+
+
+def test_cuda_graphs_are_not_taken_for_several_ranks(digits: Path, file: Path) -> None:
+    recipe, feed = setting(digits)
+    for ranks, device, taken in ((1, "cuda", True), (2, "cuda", False)):
+        there = dataclasses.replace(feed, world=World(0, ranks, 0, ranks, torch.device(device)))
+        resolving = _Resolving(recipe, there, torch.nn.Identity(), goes_on=False)
+        assert ("reduce-overhead" in resolving._alternatives()["compile"]) is taken
+
+
+def test_the_optimiser_s_shares_are_those_of_the_ranks_that_training_will_have(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, feed = setting(digits, "--zero", "1")
+    seen: list[int] = []
+    monkeypatch.setattr("launch.tuning.tune", lambda bench, *_, **__: seen.append(bench.shares) or {})
+    measure("model", recipe, feed, torch.nn.Identity(), fixed={}, ranks=8, seconds=1, say=print)
+    assert seen == [8]
+
+
+def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(digits: Path, file: Path) -> None:
+    recipe, feed = setting(digits)
+    feed = dataclasses.replace(feed, world=World(0, 1, 0, 1, CPU, cores=2))
+    found = {"decode_threads": Choice(64, "as a larger machine would say")}
+    keep(file, entry_of("input", key_of("input", recipe, feed, given={}, ranks=1), found))
+    settled, _, _ = resolve(recipe, feed, torch.nn.Identity(), goes_on=False)
+    assert settled.data.loader.decode_threads == 4
+    recipe = with_values(recipe, {"decode_threads": 64})
+    assert resolve(recipe, feed, torch.nn.Identity(), goes_on=False)[0].data.loader.decode_threads == 64
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_seconds_that_are_none_are_refused(digits: Path, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline(["tune", str(digits), "--seconds", seconds]) == 2
+    assert f"--seconds {seconds}: " in capsys.readouterr().err
 
 
 def entry(part: str = "model", key: object = None, **values: object) -> str:
@@ -314,7 +392,7 @@ def test_what_is_not_possible_any_more_comes_to_the_default(tmp_path: Path, digi
     out = tmp_path / "run"
     begin(out, digits, "--memory-format", "channels-last", steps=1)
     recorded(out, values={"memory_format": "channels-last", "compile": "reduce-overhead", "optimizer_form": "foreach"})
-    recipe, choices = chosen(digits, "--out", out, "--zero", "1", goes_on=True)
+    recipe, choices = chosen(digits, "--out", out, "--zero", "3", goes_on=True)
     assert choices.sources["memory_format"] == choices.sources["compile"] == "by default"
     assert choices.values["optimizer_form"] == "foreach"
     assert Execution.of(recipe, CPU, accumulation=1).memory_format == "contiguous"

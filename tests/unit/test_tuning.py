@@ -215,19 +215,18 @@ def test_the_optimiser_is_timed_on_what_it_would_work_on(shares: int, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("device", "zero", "accumulation", "formats", "modes"),
+    ("device", "training", "formats", "modes"),
     [
-        ("cpu", 0, 1, 2, ("off",)),
-        ("cpu", 1, 1, 1, ("off",)),
-        ("cuda", 0, 1, 2, ("off", "default", "reduce-overhead")),
-        ("cuda", 1, 2, 1, ("off", "default")),
-        ("cuda", 3, 1, 1, ("off",)),
+        ("cpu", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off",)),
+        ("cpu", {"zero": 1, "accumulation": 1, "ranks": 1}, 1, ("off",)),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off", "default", "reduce-overhead")),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 2}, 2, ("off", "default")),
+        ("cuda", {"zero": 1, "accumulation": 2, "ranks": 1}, 1, ("off", "default")),
+        ("cuda", {"zero": 3, "accumulation": 1, "ranks": 1}, 1, ("off",)),
     ],
 )
-def test_only_what_can_be_is_tried(
-    device: str, zero: int, accumulation: int, formats: int, modes: tuple[str, ...]
-) -> None:
-    found = alternatives(torch.device(device), zero=zero, accumulation=accumulation)
+def test_only_what_can_be_is_tried(device: str, training: dict[str, int], formats: int, modes: tuple[str, ...]) -> None:
+    found = alternatives(torch.device(device), **training)
     assert len(found["memory_format"]) == formats
     assert found["compile"] == modes
     assert found["optimizer_form"] == ("fused", "foreach")
