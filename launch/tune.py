@@ -48,7 +48,9 @@ def tune(
                 tuned.keep(file, tuned.entry_of(part, key, found))
         with_values(recipe, chosen)  # the options' own checks
         if file is not None and chosen:
-            say(f"kept in {file}; launch/train.py takes it from there, 'pipeline bench' shows what it is worth")
+            # 'pipeline bench' is one process, without accumulation.
+            worth = ", 'pipeline bench' shows what it is worth" if ranks == feed.shape.accumulation == 1 else ""
+            say(f"kept in {file}; launch/train.py takes it from there{worth}")
         return chosen
     finally:
         disconnect()
