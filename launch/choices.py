@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from launch import input_tuning, tuned, tuning
-from launch.execution import Execution, alternatives, choose, switch
+from launch.execution import GRAPHS, Execution, alternatives, choose, switch
 from launch.feed import Feed
 from launch.optimizers import OPTIMIZERS
 from launch.provenance import device_name
@@ -69,6 +69,8 @@ class Choices:
     """Lines for people."""
     began: dict[str, Value | None] = field(default_factory=dict)
     """What the run began with."""
+    given: dict[str, Value] = field(default_factory=dict)
+    """What was not open at this start."""
 
     def take(self, name: str, value: Value | None, source: str) -> None:
         self.values[name], self.sources[name] = value, source
@@ -86,9 +88,12 @@ class Choices:
         return said or {"measured": "nothing here ('pipeline tune' does)"}
 
     def record(self, feed: Feed) -> dict[str, Any]:
-        """For recipe.json, where `resolve` finds it when the run goes on."""
-        device = device_name(feed.world.device)
-        return {"device": device, "cores": feed.world.cores, "values": self.began | self.values}
+        """For recipe.json, where `resolve` finds it when the run goes on.
+
+        What a run is given later counts for that start only.
+        """
+        world, values = feed.world, self.given | self.began | self.values
+        return {"device": device_name(world.device), "cores": world.cores, "ranks": world.size, "values": values}
 
 
 def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> tuple[Recipe, Feed, Choices]:
@@ -181,6 +186,7 @@ class _Resolving:
 
     def choose(self) -> Choices:
         self._given, self._file = given(self.recipe), tuned.file_of(self.recipe.run.tuned)
+        self.choices.given = dict(self._given)
         if self.goes_on:
             self._go_on()
         for part in PARTS:
@@ -190,6 +196,7 @@ class _Resolving:
             self._measure(part)
             for name in self._open(part):
                 self.choices.take(name, None, DEFAULT)
+        self._tell_what_is_not_measured()
         return self.choices
 
     def _open(self, part: Part) -> list[str]:
@@ -228,13 +235,14 @@ class _Resolving:
         path, here = self.recipe.run.out / RECIPE_NAME, self.feed.world
         try:
             record = json.loads(path.read_text(encoding="utf-8")).get("choices")
-            if record is None:  # of a version that left nothing open
+            if record is None:  # of a version that had defaults only, which are not to change in mid-run
+                self._take(dict.fromkeys(PLACES), BEGAN, self._can_be)
                 return
             values = {part: {n: record["values"][n] for n in NAMES[part] if n in record["values"]} for part in PARTS}
             for part in PARTS:
                 if not tuned.sensible(part, {name: v for name, v in values[part].items() if v is not None}):
                     raise ValueError(f"no values of these options: {values[part]}")
-            device, cores = record["device"], record["cores"]
+            device, cores, ranks = record["device"], record["cores"], record.get("ranks", 1)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.choices.notes.append(f"warning: {path}: does not say what the run began with ({error}); chosen anew")
             return
@@ -242,6 +250,13 @@ class _Resolving:
             self.choices.notes.append(f"note: the run began on {device}: what is fastest is chosen anew")
             return
         self.choices.began = values["model"] | (values["input"] if cores == here.cores else {})
+        if ranks == 1 < here.size and values["model"].get("compile") in GRAPHS:
+            # Chosen where there were no collectives beside the graphs: only who asks for them has them here.
+            del self.choices.began["compile"]
+            self.choices.notes.append(
+                f"note: the run began on one rank with --compile {values['model']['compile']}, which {here.size} ranks "
+                "have only if it is given"
+            )
         self._take(self.choices.began, BEGAN, self._can_be)
 
     def _look_up(self, part: Part) -> None:
@@ -260,7 +275,8 @@ class _Resolving:
         if not wanted:
             return
         if run.dry_run:
-            self.choices.notes.append(f"{', '.join(map(_option, wanted))}: to be measured at the start")
+            if tried := [name for name in self._tried(part) if name in wanted]:
+                self.choices.notes.append(f"{', '.join(map(_option, tried))}: to be measured at the start")
             return
         fixed = {name: self.choices.values.get(name) for name in NAMES[part] if name not in wanted} | self._given
         ranks = self.feed.world.size
@@ -273,6 +289,24 @@ class _Resolving:
                 tuned.keep(self._file, tuned.entry_of(part, self._key(part), found))
             except UserError as error:
                 self.choices.notes.append(f"warning: {error}")
+
+    def _tried(self, part: Part) -> list[str]:
+        """The options of which there is more than one value to try here."""
+        if part == "input":
+            fixed = {*self._given, *(name for name, source in self.choices.sources.items() if source != DEFAULT)}
+            return input_tuning.possible(self.feed, fixed)
+        return [name for name, values in self._alternatives().items() if len(values) > 1]
+
+    def _tell_what_is_not_measured(self) -> None:
+        """Whoever asks a run that goes on to measure is told why it does not."""
+        run, began = self.recipe.run, [name for name, source in self.choices.sources.items() if source == BEGAN]
+        asked = [*(["--tune"] if run.tune else []), *(["--compile auto"] if run.compile == "auto" else [])]
+        names = began if run.tune else [name for name in began if name == "compile"]
+        if asked and names:
+            facts = f"not measured, the run goes on as it began: {', '.join(map(_option, names))}"
+            self.choices.notes.append(
+                f"note: {' '.join(asked)}: {facts}; give values, or begin another run (--out, or --resume never)"
+            )
 
 
 def _say(line: str) -> None:

@@ -23,6 +23,7 @@ from launch.train import main as train
 from launch.trials import Choice
 from launch.tuned import Damaged, Entry, entry_of, file_of, find, keep, key_of, read
 from launch.world import World
+from pipeline.cli import Bench, Tune
 from pipeline.cli import main as pipeline
 from shards.errors import UserError
 from tests.unit.test_launch_commands import SMALL, run
@@ -212,6 +213,10 @@ def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(digits: Path, fi
     assert resolve(recipe, feed, torch.nn.Identity(), goes_on=False)[0].data.loader.decode_threads == 64
 
 
+def test_bench_and_tune_and_training_have_the_same_default_of_zero() -> None:
+    assert Bench(dataset="").zero == Tune(dataset="").zero == Recipe().run.zero == "auto"
+
+
 @pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
 def test_seconds_that_are_none_are_refused(digits: Path, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(["tune", str(digits), "--seconds", seconds]) == 2
@@ -364,6 +369,67 @@ def test_a_run_goes_on_as_it_began_whatever_is_measured_meanwhile(tmp_path: Path
     assert begin(out, digits, steps=2)["optimiser"] == "foreach adamw"
 
 
+def test_a_run_goes_on_with_what_it_was_given_when_it_began(
+    tmp_path: Path, digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setenv("FAT_KERNELS", "off")
+        options = ("--optimizer-form", "foreach", "--decode-ahead", "3", "--lr", "0.001")
+        assert begin(out, digits, *options, steps=1)["optimiser"] == "foreach adamw"
+        patch.delenv("FAT_KERNELS")
+        recipe, choices = chosen(digits, "--out", out, goes_on=True)
+    assert recipe.optim.optimizer_form == choices.values["optimizer_form"] == "foreach"
+    assert (recipe.data.loader.decode_ahead, recipe.run.kernels) == (3, "off")
+    assert choices.sources["kernels"] == choices.sources["optimizer_form"] == "as the run began"
+    # Another value counts for that start alone.
+    assert begin(out, digits, "--optimizer-form", "fused", steps=2)["optimiser"] == "fused adamw"
+    assert begin(out, digits, steps=3)["optimiser"] == "foreach adamw"
+
+
+def test_a_run_of_a_version_without_choices_keeps_the_defaults(tmp_path: Path, digits: Path, file: Path) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, steps=1)
+    content = json.loads((out / "recipe.json").read_text())
+    del content["choices"]
+    (out / "recipe.json").write_text(json.dumps(content))
+    measured(digits, file=file)
+    _, choices = chosen(digits, "--out", out, goes_on=True)
+    assert set(choices.sources.values()) == {"as the run began"}
+    assert set(choices.values.values()) == {None}
+    assert begin(out, digits, steps=2)["optimiser"] == "fused adamw"
+    assert begin(out, digits, steps=3)["optimiser"] == "fused adamw"
+
+
+def test_cuda_graphs_of_one_rank_do_not_go_on_on_several(tmp_path: Path, digits: Path, file: Path) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, steps=1)
+    for ranks, taken in ((1, False), (2, True)):
+        recorded(out, ranks=ranks, values={"compile": "reduce-overhead"})
+        recipe, feed = setting(digits, "--out", out)
+        feed = dataclasses.replace(feed, world=World(0, 2, 0, 2, CPU))
+        choices = _Resolving(recipe, feed, torch.nn.Identity(), goes_on=True).choose()
+        assert (choices.values["compile"] == "reduce-overhead") is taken
+        assert any("have only if it is given" in note for note in choices.notes) is not taken
+
+
+def test_a_run_that_goes_on_says_that_it_does_not_measure(
+    tmp_path: Path, digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, steps=1)
+    monkeypatch.setattr("launch.choices.measure", None)
+    _, choices = chosen(digits, "--out", out, "--compile", "auto", "--tune", goes_on=True)
+    assert choices.notes[-1].startswith(
+        "note: --tune --compile auto: not measured, the run goes on as it began: memory-"
+    )
+    _, choices = chosen(digits, "--out", out, "--compile", "auto", goes_on=True)
+    assert choices.notes[-1].startswith(
+        "note: --compile auto: not measured, the run goes on as it began: compile; give"
+    )
+    assert chosen(digits, "--out", out, goes_on=True)[1].notes == []
+
+
 def recorded(out: Path, **changes: object) -> None:
     """Change what recipe.json says of the run's beginning."""
     path = out / "recipe.json"
@@ -451,7 +517,15 @@ def test_a_dry_run_shows_the_choices_and_measures_nothing(
     assert run(train, *SMALL, "--data", digits, "--out", tmp_path / "run", "--dry-run", "--tune") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "memory-format contiguous, optimizer-form foreach" in shown
-    assert "to be measured at the start" in shown
+    # What is left (kernels, compile, a hardware decoder's load) has one value only on this device.
+    assert "to be measured at the start" not in shown
+    options = ("--data", digits, "--out", tmp_path / "run", "--dry-run", "--tuned", "off")
+    assert run(train, *SMALL, *options, "--tune", "--read-ahead", "2") == 0
+    shown = capsys.readouterr().out
+    assert "memory-format, optimizer-form: to be measured at the start" in shown
+    assert "decode-threads, read-threads, decode-ahead: to be measured at the start" in shown
+    assert run(train, *SMALL, *options, "--compile", "auto") == 0
+    assert "to be measured" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
