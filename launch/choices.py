@@ -71,6 +71,8 @@ class Choices:
     """What the run began with."""
     given: dict[str, Value] = field(default_factory=dict)
     """What was not open at this start."""
+    cores: int = 0
+    """Of the rank that chose, rank 0."""
 
     def take(self, name: str, value: Value | None, source: str) -> None:
         self.values[name], self.sources[name] = value, source
@@ -107,7 +109,8 @@ def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> t
     choices = share(_Resolving(recipe, feed, model, goes_on).choose if world.is_main else None, world)
     settled = with_values(recipe, {"compile": "off"} if recipe.run.compile == "auto" else {})
     settled = with_values(settled, choices.values)
-    if (threads := choices.values.get("decode_threads")) is not None:  # rank 0's; this rank's machine may be smaller
+    threads = choices.values.get("decode_threads")
+    if threads is not None and world.cores < choices.cores:  # those of rank 0 would flood this rank's smaller machine
         settled = with_values(settled, {"decode_threads": min(int(threads), MOST_PER_CORE * world.cores)})
     return settled, feed.with_recipe(settled), choices
 
@@ -186,7 +189,7 @@ class _Resolving:
 
     def choose(self) -> Choices:
         self._given, self._file = given(self.recipe), tuned.file_of(self.recipe.run.tuned)
-        self.choices.given = dict(self._given)
+        self.choices.given, self.choices.cores = dict(self._given), self.feed.world.cores
         if self.goes_on:
             self._go_on()
         for part in PARTS:

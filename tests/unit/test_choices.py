@@ -202,15 +202,20 @@ def test_the_optimiser_s_shares_are_those_of_the_ranks_that_training_will_have(
     assert seen == [8]
 
 
-def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(digits: Path, file: Path) -> None:
+@pytest.mark.parametrize(("cores", "threads"), [(2, 64), (32, 4)])
+def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(
+    digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    """`cores`: rank 0's; this rank has two."""
     recipe, feed = setting(digits)
     feed = dataclasses.replace(feed, world=World(0, 1, 0, 1, CPU, cores=2))
-    found = {"decode_threads": Choice(64, "as a larger machine would say")}
+    found = {"decode_threads": Choice(64, "figures")}
     keep(file, entry_of("input", key_of("input", recipe, feed, given={}, ranks=1), found))
+    monkeypatch.setattr("launch.choices.share", lambda make, _: dataclasses.replace(make(), cores=cores))
     settled, _, _ = resolve(recipe, feed, torch.nn.Identity(), goes_on=False)
-    assert settled.data.loader.decode_threads == 4
-    recipe = with_values(recipe, {"decode_threads": 64})
-    assert resolve(recipe, feed, torch.nn.Identity(), goes_on=False)[0].data.loader.decode_threads == 64
+    assert settled.data.loader.decode_threads == threads
+    given_64 = with_values(recipe, {"decode_threads": 64})
+    assert resolve(given_64, feed, torch.nn.Identity(), goes_on=False)[0].data.loader.decode_threads == 64
 
 
 def test_bench_and_tune_and_training_have_the_same_default_of_zero() -> None:
