@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from launch import input_tuning, tuned, tuning
-from launch.execution import Execution, alternatives, choose, switch
+from launch.execution import GRAPHS, Execution, alternatives, choose, switch
 from launch.feed import Feed
 from launch.optimizers import OPTIMIZERS
 from launch.provenance import device_name
-from launch.recipe import Recipe
+from launch.recipe import Recipe, RecipeError
 from launch.trials import Choice, Value
 from launch.tuned import NAMES, PARTS, Part
 from launch.world import share
@@ -35,7 +35,9 @@ from shards.errors import UserError
 
 RECIPE_NAME = "recipe.json"
 DEFAULT = "by default"
+BEGAN = "as the run began"
 SECONDS = 60.0  # that measuring a part may take at the start of a run, if nothing is compiled
+MOST_PER_CORE = 2  # decode threads that are ever tried
 
 # Where in a recipe the options stand.
 PLACES: dict[str, tuple[str, ...]] = {
@@ -67,6 +69,10 @@ class Choices:
     """Lines for people."""
     began: dict[str, Value | None] = field(default_factory=dict)
     """What the run began with."""
+    given: dict[str, Value] = field(default_factory=dict)
+    """What was not open at this start."""
+    cores: int = 0
+    """Of the rank that chose, rank 0."""
 
     def take(self, name: str, value: Value | None, source: str) -> None:
         self.values[name], self.sources[name] = value, source
@@ -84,9 +90,12 @@ class Choices:
         return said or {"measured": "nothing here ('pipeline tune' does)"}
 
     def record(self, feed: Feed) -> dict[str, Any]:
-        """For recipe.json, where `resolve` finds it when the run goes on."""
-        device = device_name(feed.world.device)
-        return {"device": device, "cores": feed.world.cores, "values": self.began | self.values}
+        """For recipe.json, where `resolve` finds it when the run goes on.
+
+        What a run is given later counts for that start only.
+        """
+        world, values = feed.world, self.given | self.began | self.values
+        return {"device": device_name(world.device), "cores": world.cores, "ranks": world.size, "values": values}
 
 
 def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> tuple[Recipe, Feed, Choices]:
@@ -100,6 +109,9 @@ def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> t
     choices = share(_Resolving(recipe, feed, model, goes_on).choose if world.is_main else None, world)
     settled = with_values(recipe, {"compile": "off"} if recipe.run.compile == "auto" else {})
     settled = with_values(settled, choices.values)
+    threads = choices.values.get("decode_threads")
+    if threads is not None and world.cores < choices.cores:  # those of rank 0 would flood this rank's smaller machine
+        settled = with_values(settled, {"decode_threads": min(int(threads), MOST_PER_CORE * world.cores)})
     return settled, feed.with_recipe(settled), choices
 
 
@@ -126,6 +138,7 @@ def measure(
     model: nn.Module,
     *,
     fixed: Mapping[str, Value | None],
+    ranks: int,
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Choice]:
@@ -133,6 +146,7 @@ def measure(
 
     Args:
         fixed: options which stay as they are; None = at the default.
+        ranks: of the training.
 
     Raises:
         UserError: the recipe cannot be, or the set is damaged.
@@ -155,9 +169,9 @@ def measure(
         optimizer=OPTIMIZERS[optim.optimizer],
         betas=optim.betas,
         eps=optim.eps,
-        shares=feed.world.size if zero else 0,
+        shares=ranks if zero else 0,
     )
-    possible = alternatives(device, zero=zero, accumulation=accumulation)
+    possible = alternatives(device, zero=zero, accumulation=accumulation, ranks=ranks)
     still_open = {name: values for name, values in possible.items() if name not in fixed}
     start = Execution.of(settled, device, accumulation=accumulation)
     return tuning.tune(bench, start, still_open, seconds=seconds, say=say)
@@ -175,6 +189,7 @@ class _Resolving:
 
     def choose(self) -> Choices:
         self._given, self._file = given(self.recipe), tuned.file_of(self.recipe.run.tuned)
+        self.choices.given, self.choices.cores = dict(self._given), self.feed.world.cores
         if self.goes_on:
             self._go_on()
         for part in PARTS:
@@ -184,32 +199,53 @@ class _Resolving:
             self._measure(part)
             for name in self._open(part):
                 self.choices.take(name, None, DEFAULT)
+        self._tell_what_is_not_measured()
         return self.choices
 
     def _open(self, part: Part) -> list[str]:
         return [name for name in NAMES[part] if name not in self._given and name not in self.choices.sources]
 
-    def _take(self, values: Mapping[str, Value | None], source: str) -> None:
-        """Take what is still open, and possible here: a run may go on with another ZeRO stage or more micro-batches."""
-        zero, _ = choose(self.recipe, self.feed.world.device)
-        allowed = alternatives(self.feed.world.device, zero=zero, accumulation=self.feed.shape.accumulation)
+    def _take(self, values: Mapping[str, Value | None], source: str, allowed: Callable[[str, Value], bool]) -> None:
+        """Take what is still open, and possible here."""
         for part in PARTS:
             for name in self._open(part):
-                if name in values and (values[name] is None or values[name] in allowed.get(name, (values[name],))):
-                    self.choices.take(name, values[name], source)
+                if name in values and ((value := values[name]) is None or allowed(name, value)):
+                    self.choices.take(name, value, source)
+
+    def _can_be(self, name: str, value: Value) -> bool:
+        """A run may go on with another ZeRO stage or more micro-batches than it began with."""
+        device, accumulation = self.feed.world.device, self.feed.shape.accumulation
+        asked = {"compile": "off", **self._given, name: value}
+        try:
+            Execution.of(with_values(self.recipe, asked), device, accumulation=accumulation)
+        except RecipeError:
+            return False
+        return True
+
+    def _alternatives(self) -> dict[str, tuple[str, ...]]:
+        world, (zero, _) = self.feed.world, choose(self.recipe, self.feed.world.device)
+        accumulation = self.feed.shape.accumulation
+        return alternatives(world.device, zero=zero, accumulation=accumulation, ranks=world.size)
+
+    def _key(self, part: Part) -> dict[str, Any]:
+        """What is as the run began is as good as given: other runs do not have it."""
+        began = {name for name, source in self.choices.sources.items() if source == BEGAN}
+        fixed = self._given | {name: self.choices.values[name] for name in began}
+        return tuned.key_of(part, self.recipe, self.feed, given=fixed, ranks=self.feed.world.size)
 
     def _go_on(self) -> None:
         """What the run began with, as far as it was here."""
         path, here = self.recipe.run.out / RECIPE_NAME, self.feed.world
         try:
             record = json.loads(path.read_text(encoding="utf-8")).get("choices")
-            if record is None:  # of a version that left nothing open
+            if record is None:  # of a version that had defaults only, which are not to change in mid-run
+                self._take(dict.fromkeys(PLACES), BEGAN, self._can_be)
                 return
             values = {part: {n: record["values"][n] for n in NAMES[part] if n in record["values"]} for part in PARTS}
             for part in PARTS:
                 if not tuned.sensible(part, {name: v for name, v in values[part].items() if v is not None}):
                     raise ValueError(f"no values of these options: {values[part]}")
-            device, cores = record["device"], record["cores"]
+            device, cores, ranks = record["device"], record["cores"], record.get("ranks", 1)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.choices.notes.append(f"warning: {path}: does not say what the run began with ({error}); chosen anew")
             return
@@ -217,15 +253,23 @@ class _Resolving:
             self.choices.notes.append(f"note: the run began on {device}: what is fastest is chosen anew")
             return
         self.choices.began = values["model"] | (values["input"] if cores == here.cores else {})
-        self._take(self.choices.began, "as the run began")
+        if ranks == 1 < here.size and values["model"].get("compile") in GRAPHS:
+            # Chosen where there were no collectives beside the graphs: only who asks for them has them here.
+            del self.choices.began["compile"]
+            self.choices.notes.append(
+                f"note: the run began on one rank with --compile {values['model']['compile']}, which {here.size} ranks "
+                "have only if it is given"
+            )
+        self._take(self.choices.began, BEGAN, self._can_be)
 
     def _look_up(self, part: Part) -> None:
         """What was measured on such a machine."""
         if self._file is None or not self._open(part):
             return
-        values, line = tuned.find(self._file, part, tuned.key_of(part, self.recipe, self.feed))
+        values, line = tuned.find(self._file, part, self._key(part))
         self.choices.notes += [line] if line else []
-        self._take(values, f"measured ({self._file})")
+        tried = self._alternatives()
+        self._take(values, f"measured ({self._file})", lambda name, value: value in tried.get(name, (value,)))
 
     def _measure(self, part: Part) -> None:
         """What is asked to be measured now."""
@@ -234,22 +278,42 @@ class _Resolving:
         if not wanted:
             return
         if run.dry_run:
-            self.choices.notes.append(f"{', '.join(map(_option, wanted))}: to be measured at the start")
+            if tried := [name for name in self._tried(part) if name in wanted]:
+                self.choices.notes.append(f"{', '.join(map(_option, tried))}: to be measured at the start")
             return
         fixed = {name: self.choices.values.get(name) for name in NAMES[part] if name not in wanted} | self._given
-        found = measure(part, self.recipe, self.feed, self.model, fixed=fixed, seconds=SECONDS, say=_say)
+        ranks = self.feed.world.size
+        found = measure(part, self.recipe, self.feed, self.model, fixed=fixed, ranks=ranks, seconds=SECONDS, say=_say)
         for name, choice in found.items():
             self.choices.take(name, choice.value, "measured now")
             self.choices.figures[name] = choice.reason
         if self._file is not None and found:
             try:
-                tuned.keep(self._file, tuned.entry_of(part, tuned.key_of(part, self.recipe, self.feed), found))
+                tuned.keep(self._file, tuned.entry_of(part, self._key(part), found))
             except UserError as error:
                 self.choices.notes.append(f"warning: {error}")
 
+    def _tried(self, part: Part) -> list[str]:
+        """The options of which there is more than one value to try here."""
+        if part == "input":
+            fixed = {*self._given, *(name for name, source in self.choices.sources.items() if source != DEFAULT)}
+            return input_tuning.possible(self.feed, fixed)
+        return [name for name, values in self._alternatives().items() if len(values) > 1]
+
+    def _tell_what_is_not_measured(self) -> None:
+        """Whoever asks a run that goes on to measure is told why it does not."""
+        run, began = self.recipe.run, [name for name, source in self.choices.sources.items() if source == BEGAN]
+        asked = [*(["--tune"] if run.tune else []), *(["--compile auto"] if run.compile == "auto" else [])]
+        names = began if run.tune else [name for name in began if name == "compile"]
+        if asked and names:
+            facts = f"not measured, the run goes on as it began: {', '.join(map(_option, names))}"
+            self.choices.notes.append(
+                f"note: {' '.join(asked)}: {facts}; give values, or begin another run (--out, or --resume never)"
+            )
+
 
 def _say(line: str) -> None:
-    print(f"measured {line}", file=sys.stderr, flush=True)
+    print(f"tuning: {line}", file=sys.stderr, flush=True)
 
 
 def _option(name: str) -> str:

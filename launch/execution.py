@@ -107,7 +107,7 @@ def switch() -> Switch | None:
     return cast(Switch | None, wish)
 
 
-def alternatives(device: torch.device, *, zero: int, accumulation: int) -> dict[str, tuple[str, ...]]:
+def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: int) -> dict[str, tuple[str, ...]]:
     """What is worth trying, by the name of the option; the default first.
 
     Args:
@@ -116,7 +116,9 @@ def alternatives(device: torch.device, *, zero: int, accumulation: int) -> dict[
     modes: tuple[Mode, ...] = ("off", "default", "reduce-overhead")
     if device.type != "cuda" or zero == 3:
         modes = ("off",)  # on CPUs compiled training is no faster, and ZeRO 3's cannot be compiled whole
-    elif accumulation > 1:
+    elif accumulation > 1 or ranks > 1:
+        # CUDA graphs: of micro-batches that are added up they would overwrite gradients, and beside the collectives of
+        # several ranks one rank's measurement does not show that they can be.
         modes = ("off", "default")
     return {
         "memory_format": ("contiguous",) if zero else ("channels-last", "contiguous"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from launch.feed import Feed
 from launch.limits import settle
-from launch.trials import Choice, Value, best_of, take_turns
+from launch.trials import Choice, Value, best_of, decided, take_turns
 from pipeline.decoders import chosen_loader
 from shards.errors import ShardSetError
 
@@ -45,7 +45,7 @@ def tune(
         feed: with the loader's options as they are given, the others open.
         given: by name, what may not be changed.
         seconds: about what it may take.
-        say: is told what was found, line by line.
+        say: is told each turn before it begins, and what was found, line by line.
     """
     stages = [stage for stage in _stages(feed) if not any(name in given for name in stage[0])]
     each = seconds / (1 + ROUNDS * sum(len(stage) for stage in stages))
@@ -58,13 +58,26 @@ def tune(
     if stages:
         measured({})  # opens files, compiles what is compiled at first use
     for stage in stages:
+        names = ", ".join(stage[0]).replace("_", "-")
+
+        def announce(changes: dict[str, Value], turn: str, names: str = names) -> None:
+            say(f"trying {names} {_shown(changes)}, {turn}")
+
         # What is wrong with the set, no option mends.
-        trials = take_turns(stage, measured, rounds=ROUNDS, until=until, passed_on=ShardSetError)
+        trials = take_turns(stage, measured, rounds=ROUNDS, until=until, passed_on=ShardSetError, announce=announce)
         best = best_of(trials, margin=MARGIN, shown=_shown)
-        say(f"{', '.join(best.value).replace('_', '-')}: {_shown(best.value)} ({best.reason})")
-        if any(trial.rates for trial in trials):
-            chosen |= {name: Choice(value, best.reason) for name, value in best.value.items()}
+        if not decided(trials):  # kept, it would never be measured again
+            say(f"{names}: left open ({best.reason})")
+            continue
+        say(f"{names}: {_shown(best.value)} ({best.reason})")
+        chosen |= {name: Choice(value, best.reason) for name, value in best.value.items()}
     return chosen
+
+
+def possible(feed: Feed, given: Collection[str]) -> list[str]:
+    """The options that `tune` would try, but for those that are given."""
+    stages = [stage[0] for stage in _stages(feed)]
+    return [name for stage in stages if not any(name in given for name in stage) for name in stage]
 
 
 def rate(feed: Feed, number: int, *, dtype: torch.dtype, seconds: float) -> float:

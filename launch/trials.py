@@ -33,6 +33,16 @@ class Choice:
     reason: str
 
 
+def decided(trials: Sequence[Trial], *, whole: bool = False) -> bool:
+    """Whether there is a choice: the default and another value have had their turn, and one of them did not fail.
+
+    Args:
+        whole: all values must have had it.
+    """
+    had = [trial.failure != LATE for trial in trials]
+    return any(trial.rates for trial in trials) and (all(had) if whole else had[0] and any(had[1:]))
+
+
 def take_turns(
     values: Sequence[Any],
     rate: Callable[[Any], float],
@@ -40,6 +50,7 @@ def take_turns(
     rounds: int,
     until: float,
     passed_on: type[Exception] | tuple[type[Exception], ...] = (),
+    announce: Callable[[Any, str], None] = lambda value, turn: None,
 ) -> list[Trial]:
     """Measure values in rounds in which each has its turn, so that what disturbs the machine disturbs all alike.
 
@@ -47,13 +58,15 @@ def take_turns(
         rate: measures a value once.
         until: no turn begins after this time (`time.monotonic`).
         passed_on: exceptions that are no failure of a value.
+        announce: is told each value and turn ("round 1 of 3") before it begins: a turn may take minutes.
     """
     rates: list[list[float]] = [[] for _ in values]
     failures = [""] * len(values)
-    for _ in range(rounds):
+    for turn in range(rounds):
         for number, value in enumerate(values):
             if failures[number] or time.monotonic() > until:
                 continue
+            announce(value, f"round {turn + 1} of {rounds}")
             try:
                 rates[number].append(rate(value))
             except passed_on:

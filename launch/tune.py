@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from launch.recipe import Recipe
 from launch.trials import Value
 from launch.tuned import Part
 from launch.world import connect, disconnect
+from shards.errors import UserError
 
 
 def tune(
@@ -22,13 +24,16 @@ def tune(
 
     Args:
         recipe: what will be trained, with the rows of one rank as its global batch.
-        ranks: processes that training will have on this machine: this one takes its share of the cores.
+        ranks: processes that training will have on this machine: this one takes its share of the cores and, under ZeRO,
+            of the optimiser's work.
         seconds: about what each part may take, if nothing is compiled.
         say: is told what was found, line by line.
 
     Raises:
         UserError: recipe and data do not fit together, or the file cannot be written.
     """
+    if not 0 < seconds < math.inf:  # "nan" is a number on the command line
+        raise UserError(f"--seconds {seconds:g}: a number of seconds, more than 0")
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
     world = connect()
     try:
@@ -36,13 +41,16 @@ def tune(
         fixed, chosen, file = given(recipe), dict[str, Value](), tuned.file_of(recipe.run.tuned)
         for part in parts:
             model = build_model(recipe, feed.classes)
-            found = measure(part, recipe, feed, model, fixed=fixed, seconds=seconds, say=say)
+            found = measure(part, recipe, feed, model, fixed=fixed, ranks=ranks, seconds=seconds, say=say)
             chosen |= {name: choice.value for name, choice in found.items()}
             if file is not None and found:
-                tuned.keep(file, tuned.entry_of(part, tuned.key_of(part, recipe, feed), found))
+                key = tuned.key_of(part, recipe, feed, given=fixed, ranks=ranks)
+                tuned.keep(file, tuned.entry_of(part, key, found))
         with_values(recipe, chosen)  # the options' own checks
         if file is not None and chosen:
-            say(f"kept in {file}; launch/train.py takes it from there, 'pipeline bench' shows what it is worth")
+            # 'pipeline bench' is one process, without accumulation.
+            worth = ", 'pipeline bench' shows what it is worth" if ranks == feed.shape.accumulation == 1 else ""
+            say(f"kept in {file}; launch/train.py takes it from there{worth}")
         return chosen
     finally:
         disconnect()

@@ -7,11 +7,13 @@
 part: "model" (how it runs) or "input" (how its loader works). key: all that the choice depends on (`model_key`,
 `input_key`). values: by the names of the options. figures: what was measured, for people. An entry is used where its
 whole key is the run's. Nothing about this file ever stops a run: what cannot be used is said in a line, and defaults
-are used.
+are used. Nor does one checkout spoil what another has measured: entries that it cannot read stay in the file.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import json
 import os
 import time
@@ -21,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import xxhash
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
+import fat
 from launch.execution import FORMATS, Mode, choose
 from launch.feed import Feed
 from launch.optimizers import Form
@@ -35,6 +38,7 @@ from shards.durable import durable_write
 from shards.errors import UserError
 
 VERSION = 1
+LOCK_SECONDS = 10.0  # to wait for another writer; the other ranks of a run wait as well meanwhile
 Part = Literal["model", "input"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -85,6 +89,10 @@ class Damaged(UserError):
     """A file that cannot be read as what it should be."""
 
 
+class NoJson(Damaged):
+    """A file that holds nothing worth keeping."""
+
+
 def file_of(tuned: str) -> Path | None:
     """The file that `--tuned` names; None = off."""
     if tuned == "auto":
@@ -97,26 +105,52 @@ def file_of(tuned: str) -> Path | None:
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a file; none where there is no file.
+    """The entries of a file that can be read; none where there is no file.
 
     Raises:
         Damaged: there is one, but not of this kind and version.
     """
+    return _load(path)[0]
+
+
+def _load(path: Path) -> tuple[list[Entry], list[tuple[Any, str]]]:
+    """(entries of a file, those that cannot be read, as they are, and why).
+
+    Raises:
+        Damaged: there is a file, but not of this kind and version.
+    """
+    remedy = "remove it, or name another with --tuned"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] != VERSION:
-            raise ValueError(f"version {content['version']}, this tool reads {VERSION}")
-        entries = [Entry(**entry) for entry in content["entries"]]
-        for entry in entries:
-            if entry.part not in PARTS or not sensible(entry.part, entry.values) or not isinstance(entry.key, dict):
-                raise ValueError(f"no entry about model or input: {asdict(entry)}")
-        return entries
     except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(
-            f"{path}: cannot be used ({type(error).__name__}: {error}); 'pipeline tune' writes it anew"
-        ) from error
+        return [], []
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+    except ValueError as error:
+        raise NoJson(f"{path}: no JSON ({error}); 'pipeline tune' writes it anew") from error
+    if not isinstance(content, dict) or "version" not in content or not isinstance(content.get("entries"), list):
+        raise Damaged(f"{path}: no file of measured choices; {remedy}")
+    if content["version"] != VERSION:
+        raise Damaged(f"{path}: of version {content['version']}, this checkout reads {VERSION}; {remedy}")
+    entries, strange = list[Entry](), list[tuple[Any, str]]()
+    for raw in content["entries"]:
+        try:
+            entries.append(_entry(raw))
+        except (ValueError, TypeError) as error:
+            strange.append((raw, str(error)))
+    return entries, strange
+
+
+def _entry(raw: Any) -> Entry:
+    """Raises ValueError or TypeError where it is none that this checkout knows."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r} is no entry")
+    entry = Entry(**raw)
+    if entry.part not in PARTS or not sensible(entry.part, entry.values):
+        raise ValueError(f"no values of model or input: {entry.part} {entry.values}")
+    if not isinstance(entry.key, dict) or not isinstance(entry.figures, dict):
+        raise ValueError(f"key or figures are no names with values: {entry.key}, {entry.figures}")
+    return entry
 
 
 def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Value], str]:
@@ -125,11 +159,13 @@ def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Valu
     The line is empty where the file has nothing about this part, as before anything was measured.
     """
     try:
-        entries = [entry for entry in read(path) if entry.part == part]
+        read, strange = _load(path)
     except Damaged as error:
         return {}, f"warning: {error}; defaults are used"
+    entries = [entry for entry in read if entry.part == part]
+    skipped = f"warning: {path}: {len(strange)} entries cannot be read ({strange[0][1]}); skipped" if strange else ""
     if not entries:
-        return {}, ""
+        return {}, skipped
 
     def differing(entry: Entry) -> list[str]:
         return [name for name in {**key, **entry.key} if key.get(name) != entry.key.get(name)]
@@ -142,26 +178,34 @@ def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Valu
 
 
 def keep(path: Path, entry: Entry) -> None:
-    """Put an entry into the file, on top of one with the same key; a damaged file is replaced.
+    """Put an entry into the file, on top of one with the same key; a file that is no JSON is replaced.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: the file cannot be written, or holds what this checkout cannot read.
     """
+    remedy = "name another file, or --tuned off"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f"{path.name}.lock")):
+        with FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS):
             try:
-                entries = {_identity(old): old for old in read(path)}
-            except Damaged:
-                entries = {}
+                read, strange = _load(path)
+            except NoJson:
+                read, strange = [], []
+            entries = {_identity(old): old for old in read}
             if (old := entries.pop(_identity(entry), None)) is not None:
                 entry = replace(entry, values=old.values | entry.values, figures=old.figures | entry.figures)
-            content = {"version": VERSION, "entries": [asdict(old) for old in (*entries.values(), entry)]}
+            ours = [asdict(kept) for kept in (*entries.values(), entry)]
+            content = {"version": VERSION, "entries": [*(raw for raw, _ in strange), *ours]}
             durable_write(path, (json.dumps(content, indent=1) + "\n").encode())
-    except OSError as error:
+    except Timeout as error:
         raise UserError(
-            f"--tuned {path}: cannot be written ({error.strerror}); name another file, or --tuned off"
+            f"--tuned {path}: not written, {path.name}.lock beside it has been held for {LOCK_SECONDS:g} s; try again "
+            f"when its holder has gone, or {remedy}"
         ) from error
+    except NotImplementedError as error:
+        raise UserError(f"--tuned {path}: not written, its file system has no locks ({error}); {remedy}") from error
+    except OSError as error:
+        raise UserError(f"--tuned {path}: cannot be written ({error.strerror or error}); {remedy}") from error
 
 
 def _identity(entry: Entry) -> str:
@@ -175,31 +219,58 @@ def entry_of(part: Part, key: dict[str, Any], found: Mapping[str, Choice]) -> En
     return Entry(part, key, values, figures, time.strftime("%Y-%m-%d"))
 
 
-def key_of(part: Part, recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """All that the choices of a part depend on."""
-    return model_key(recipe, feed) if part == "model" else input_key(recipe, feed)
+def key_of(part: Part, recipe: Recipe, feed: Feed, *, given: Mapping[str, Value | None], ranks: int) -> dict[str, Any]:
+    """All that the choices of a part depend on.
+
+    Args:
+        given: options that are not open (other parts' too): what is measured beside one value of them says nothing of
+            runs with another.
+        ranks: of the training.
+    """
+    key = model_key(recipe, feed, ranks=ranks) if part == "model" else input_key(recipe, feed)
+    return key | {"given": {name: given[name] for name in NAMES[part] if given.get(name) is not None}}
 
 
-def model_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """All that the fastest way to run the model depends on."""
+def model_key(recipe: Recipe, feed: Feed, *, ranks: int) -> dict[str, Any]:
+    """All that the fastest way to run the model depends on, but for what is given."""
     device, (zero, precision) = feed.world.device, choose(recipe, feed.world.device)
-    libraries = versions()
+    libraries = versions() | {"triton": _installed("triton")}
     return {
         "device": device_name(device),
         **({"cores": feed.world.cores} if device.type == "cpu" else {}),
-        **{name: libraries[name] for name in ("torch", *(("deepspeed",) if zero else ()))},
+        **{name: libraries[name] for name in ("torch", "triton", *(("deepspeed",) if zero else ()))},
+        "fat": _sources(),
         "variant": recipe.model.variant,
+        "freeze_bn": recipe.model.freeze_bn,
         "size": recipe.data.size,
         "micro_batch": feed.shape.micro_rows,
         "accumulated": feed.shape.accumulation > 1,
         "precision": precision,
         "zero": zero,
         "optimizer": recipe.optim.optimizer,
+        "ranks": "several" if ranks > 1 else 1,
+        **({"sync_bn": recipe.run.sync_bn} if ranks > 1 else {}),
     }
 
 
+def _installed(library: str) -> str | None:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@functools.cache
+def _sources() -> str:
+    """A digest of model and kernels, whose changes are made for speed."""
+    root, digest = Path(fat.__file__).parent, xxhash.xxh3_64()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def input_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
-    """All that the fastest way to load depends on."""
+    """All that the fastest way to load depends on, but for what is given."""
     device, split = feed.world.device, feed.dataset.split("train")
     libraries = versions()
     return {

@@ -20,7 +20,7 @@ import fat.kernels
 from launch.execution import AUGMENT_SWITCH, Execution
 from launch.limits import settle
 from launch.optimizers import Form, Kind, parameter_groups, update
-from launch.trials import Choice, Trial, best_of, take_turns
+from launch.trials import Choice, Trial, best_of, decided, take_turns
 
 STEPS = 10
 SLICE = 1.0  # seconds that a turn may take beside its warm-up, if fewer steps are enough for that
@@ -57,12 +57,12 @@ def tune(
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Choice]:
     """Choose the values of some options of `Execution`, in the order given, within about `seconds`; those that there is
-    no time for, or that fail in every way, are left out.
+    no time for (torch.compile: of one mode), or that fail in every way, are left out.
 
     Args:
         start: the values of all others, and the first to be tried of these.
         open_options: name -> values, of which there are several; the first is the default.
-        say: is told what was found, line by line.
+        say: is told each turn before it begins, and what was found, line by line.
     """
     deadline, chosen, now = time.monotonic() + seconds, dict[str, Choice](), start
     stages = [(name, values) for name, values in open_options.items() if len(values) > 1]
@@ -70,21 +70,28 @@ def tune(
         name, values = stages.pop(0)
         end = deadline + COMPILING_SECONDS if "compile" in (name, *chosen) else deadline
         if name == "optimizer_form":
-            trials, unit = time_optimizer(bench, values, end), "updates/s"
+            trials, unit = time_optimizer(bench, values, end, say), "updates/s"
         else:
             ways = [replace(now, **{name: value}) for value in values]  # type: ignore[arg-type]
-            trials, unit = measure(bench, ways, name, end), "images/s"
+            trials, unit = measure(bench, ways, name, end, say), "images/s"
         choice = best_of(trials, unit)
-        say(f"{name.replace('_', '-')}: {choice.value} ({choice.reason})")
-        if not any(trial.rates for trial in trials):
+        if not decided(trials, whole=name == "compile"):  # kept, it would never be measured again
+            say(f"{name.replace('_', '-')}: left open ({choice.reason})")
             continue
+        say(f"{name.replace('_', '-')}: {choice.value} ({choice.reason})")
         now, chosen[name] = replace(now, **{name: choice.value}), choice
         if name == "compile" and choice.value != "off" and "kernels" in chosen:
             stages.append(("kernels", open_options["kernels"]))  # the compiler may do better without them
     return chosen
 
 
-def measure(bench: Bench, ways: Sequence[Execution], name: str, until: float = math.inf) -> list[Trial]:
+def measure(
+    bench: Bench,
+    ways: Sequence[Execution],
+    name: str,
+    until: float = math.inf,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Trial]:
     """Time forward and backward in each way. Weights, statistics, generators, switches and memory are put back.
 
     Args:
@@ -93,13 +100,27 @@ def measure(bench: Bench, ways: Sequence[Execution], name: str, until: float = m
     """
     rounds = 1 if any(way.compile != "off" for way in ways) else ROUNDS
     with _unchanged(bench.model), torch.random.fork_rng(devices=_generators(bench.model)):
-        trials = take_turns(ways, lambda way: _images_per_second(bench, way), rounds=rounds, until=until)
+        trials = take_turns(
+            ways,
+            lambda way: _images_per_second(bench, way),
+            rounds=rounds,
+            until=until,
+            announce=lambda way, turn: say(f"trying {name.replace('_', '-')} {getattr(way, name)}, {turn}"),
+        )
         return [replace(trial, value=getattr(trial.value, name)) for trial in trials]
 
 
-def time_optimizer(bench: Bench, forms: Sequence[str], until: float = math.inf) -> list[Trial]:
+def time_optimizer(
+    bench: Bench, forms: Sequence[str], until: float = math.inf, say: Callable[[str], None] = lambda line: None
+) -> list[Trial]:
     """Time clipping and update in each form, on stand-ins for what the optimiser would work on."""
-    return take_turns(forms, lambda form: _updates_per_second(bench, form), rounds=ROUNDS, until=until)
+    return take_turns(
+        forms,
+        lambda form: _updates_per_second(bench, form),
+        rounds=ROUNDS,
+        until=until,
+        announce=lambda form, turn: say(f"trying optimizer-form {form}, {turn}"),
+    )
 
 
 def _images_per_second(bench: Bench, way: Execution) -> float:

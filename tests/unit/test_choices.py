@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from launch import tuned
-from launch.choices import given, resolve, with_values
+from launch.choices import _Resolving, given, measure, resolve, with_values
 from launch.command_line import parse
 from launch.execution import Execution
 from launch.feed import Feed
@@ -21,7 +23,9 @@ from launch.train import main as train
 from launch.trials import Choice
 from launch.tuned import Damaged, Entry, entry_of, file_of, find, keep, key_of, read
 from launch.world import World
+from pipeline.cli import Bench, Tune
 from pipeline.cli import main as pipeline
+from shards.errors import UserError
 from tests.unit.test_launch_commands import SMALL, run
 
 CPU = torch.device("cpu")
@@ -43,12 +47,12 @@ def setting(data: Path, *options: object) -> tuple[Recipe, Feed]:
     return recipe, Feed.of(recipe, World(0, 1, 0, 1, CPU))
 
 
-def measured(data: Path, *options: object, file: Path) -> None:
-    """As if 'pipeline tune' had found MODEL and INPUT."""
+def measured(data: Path, *options: object, file: Path, ranks: int = 1) -> None:
+    """As if 'pipeline tune', given these options, had found MODEL and INPUT."""
     recipe, feed = setting(data, *options)
     for part, values in (("model", MODEL), ("input", INPUT)):
         found = {name: Choice(value, "figures") for name, value in values.items()}
-        keep(file, entry_of(part, key_of(part, recipe, feed), found))
+        keep(file, entry_of(part, key_of(part, recipe, feed, given=given(recipe), ranks=ranks), found))
 
 
 def chosen(data: Path, *options: object, goes_on: bool = False) -> tuple[Recipe, Any]:
@@ -76,7 +80,7 @@ def test_without_any_measurement_nothing_is_chosen(digits: Path, file: Path) -> 
 def test_training_takes_what_was_measured_and_says_where_it_is_from(
     tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured(digits, file=file)
+    measured(digits, "--decode-ahead", "1", file=file)
     out = tmp_path / "run"
     assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1", "--decode-ahead", "1") == 0
     picks = picks_of(out)
@@ -107,17 +111,27 @@ def test_training_takes_what_was_measured_and_says_where_it_is_from(
 def test_what_is_given_wins_even_where_it_is_the_default(
     digits: Path, file: Path, option: str, value: object, name: str
 ) -> None:
-    measured(digits, file=file)
+    measured(digits, option, value, file=file)
+    content = json.loads(file.read_text())
+    for found in content["entries"]:  # as a file may say that somebody has edited
+        found["values"] |= {name: value} if name in tuned.NAMES[found["part"]] else {}
+    file.write_text(json.dumps(content))
     recipe, choices = chosen(digits, option, value)
     assert given(recipe)[name] == value
     assert name not in choices.values
+    assert f"measured ({file})" in choices.sources.values()
 
 
 def test_the_environment_s_kernels_switch_is_given_too(
     digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAT_KERNELS", "off")
+    with monkeypatch.context() as patch:
+        patch.setitem(MODEL, "kernels", "auto")
+        measured(digits, file=file)
     recipe, choices = chosen(digits)
+    assert choices.values["memory_format"] == "contiguous"
+    assert "kernels" not in choices.values
     assert given(recipe) == {"kernels": "off"} | {k: v for k, v in choices.values.items() if v is not None}
     monkeypatch.setenv("FAT_KERNELS", "no")
     with pytest.raises(RecipeError, match="FAT_KERNELS=no: auto or off expected"):
@@ -137,6 +151,83 @@ def test_a_measurement_of_something_else_is_not_used_and_the_difference_is_told(
     assert given(chosen(digits, "--tuned", "off")[0]) == {}
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--decode-threads", 1), "input"),
+        (("--memory-format", "contiguous"), "model"),
+        (("--kernels", "off"), "model"),
+    ],
+)
+def test_what_was_measured_beside_given_options_counts_for_runs_with_these(
+    digits: Path, file: Path, options: tuple[object, ...], part: str
+) -> None:
+    measured(digits, *options, file=file)
+    _, without = chosen(digits)
+    assert "measured" not in " ".join(without.sources[name] for name in tuned.NAMES[part] if name in without.sources)
+    assert f"the nearest measurement of the {part} is of given {{" in " ".join(without.notes)
+    _, alike = chosen(digits, *options)
+    assert f"measured ({file})" in [alike.sources.get(name) for name in tuned.NAMES[part]]
+
+
+def test_what_the_model_s_speed_depends_on_is_in_its_key(digits: Path, file: Path) -> None:
+    recipe, feed = setting(digits, "--freeze-bn", "--sync-bn", "group:2")
+    alone = key_of("model", recipe, feed, given={}, ranks=1)
+    several = key_of("model", recipe, feed, given={}, ranks=8)
+    assert (alone["ranks"], several["ranks"], several["sync_bn"]) == (1, "several", "group:2")
+    assert several == key_of("model", recipe, feed, given={}, ranks=2)
+    assert alone["freeze_bn"] is True
+    assert {"triton", "fat", "torch"} <= alone.keys()
+    measured(digits, file=file, ranks=2)
+    _, choices = chosen(digits)
+    assert choices.sources["memory_format"] == "by default"
+    assert "ranks several, here 1" in choices.notes[0]
+
+
+def test_cuda_graphs_are_not_taken_for_several_ranks(digits: Path, file: Path) -> None:
+    recipe, feed = setting(digits)
+    for ranks, device, taken in ((1, "cuda", True), (2, "cuda", False)):
+        there = dataclasses.replace(feed, world=World(0, ranks, 0, ranks, torch.device(device)))
+        resolving = _Resolving(recipe, there, torch.nn.Identity(), goes_on=False)
+        assert ("reduce-overhead" in resolving._alternatives()["compile"]) is taken
+
+
+def test_the_optimiser_s_shares_are_those_of_the_ranks_that_training_will_have(
+    digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, feed = setting(digits, "--zero", "1")
+    seen: list[int] = []
+    monkeypatch.setattr("launch.tuning.tune", lambda bench, *_, **__: seen.append(bench.shares) or {})
+    measure("model", recipe, feed, torch.nn.Identity(), fixed={}, ranks=8, seconds=1, say=print)
+    assert seen == [8]
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(2, 64), (32, 4)])
+def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(
+    digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int
+) -> None:
+    """`cores`: rank 0's; this rank has two."""
+    recipe, feed = setting(digits)
+    feed = dataclasses.replace(feed, world=World(0, 1, 0, 1, CPU, cores=2))
+    found = {"decode_threads": Choice(64, "figures")}
+    keep(file, entry_of("input", key_of("input", recipe, feed, given={}, ranks=1), found))
+    monkeypatch.setattr("launch.choices.share", lambda make, _: dataclasses.replace(make(), cores=cores))
+    settled, _, _ = resolve(recipe, feed, torch.nn.Identity(), goes_on=False)
+    assert settled.data.loader.decode_threads == threads
+    given_64 = with_values(recipe, {"decode_threads": 64})
+    assert resolve(given_64, feed, torch.nn.Identity(), goes_on=False)[0].data.loader.decode_threads == 64
+
+
+def test_bench_and_tune_and_training_have_the_same_default_of_zero() -> None:
+    assert Bench(dataset="").zero == Tune(dataset="").zero == Recipe().run.zero == "auto"
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0", "-1"])
+def test_seconds_that_are_none_are_refused(digits: Path, seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline(["tune", str(digits), "--seconds", seconds]) == 2
+    assert f"--seconds {seconds}: " in capsys.readouterr().err
+
+
 def entry(part: str = "model", key: object = None, **values: object) -> str:
     """A file with one entry."""
     content = {"part": part, "key": {} if key is None else key, "values": values, "figures": {}, "measured": ""}
@@ -144,22 +235,17 @@ def entry(part: str = "model", key: object = None, **values: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "message"),
     [
-        "",
-        "[]",
-        "{}",
-        '{"version": 2, "entries": []}',
-        '{"version": 1, "entries": [{}]}',
-        entry(compile="sideways"),
-        entry(compile=["off"]),
-        entry(read_threads=8),
-        entry("input", read_threads=0),
-        entry("tea"),
-        entry(key=[]),
+        ("", "no JSON ("),
+        ("[]", "no file of measured choices; remove it"),
+        ("{}", "no file of measured choices; remove it"),
+        ('{"version": 2, "entries": []}', "of version 2, this checkout reads 1; remove it"),
     ],
 )
-def test_a_damaged_file_is_a_line_and_no_error(digits: Path, file: Path, content: str) -> None:
+def test_a_damaged_file_is_a_line_and_replaced_only_if_it_holds_nothing(
+    digits: Path, file: Path, content: str, message: str
+) -> None:
     file.parent.mkdir(parents=True)
     file.write_text(content)
     with pytest.raises(Damaged):
@@ -167,10 +253,76 @@ def test_a_damaged_file_is_a_line_and_no_error(digits: Path, file: Path, content
     _, choices = chosen(digits)
     assert set(choices.sources.values()) == {"by default"}
     assert len(set(choices.notes)) == 1
-    assert choices.notes[0].startswith(f"warning: {file}: cannot be used (")
-    assert choices.notes[0].endswith("'pipeline tune' writes it anew; defaults are used")
+    assert choices.notes[0].startswith(f"warning: {file}: {message}")
+    assert choices.notes[0].endswith("; defaults are used")
+    if not content:
+        measured(digits, file=file)
+        assert chosen(digits)[1].values["memory_format"] == "contiguous"
+    else:
+        with pytest.raises(Damaged, match="remove it, or name another with --tuned"):
+            measured(digits, file=file)
+        assert file.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"version": 1, "entries": [{}]}',
+        '{"version": 1, "entries": [null]}',
+        entry(compile="sideways"),
+        entry(compile=["off"]),
+        entry(read_threads=8),
+        entry("input", read_threads=0),
+        entry("tea"),
+        entry(key=[]),
+        entry().replace('"figures": {}', '"figures": null'),
+    ],
+)
+def test_an_entry_that_cannot_be_read_is_skipped_and_stays(digits: Path, file: Path, content: str) -> None:
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert read(file) == []
+    _, choices = chosen(digits)
+    assert set(choices.sources.values()) == {"by default"}
+    assert choices.notes[0].startswith(f"warning: {file}: 1 entries cannot be read (")
     measured(digits, file=file)
     assert chosen(digits)[1].values["memory_format"] == "contiguous"
+    kept = json.loads(file.read_text())["entries"]
+    assert kept[0] == json.loads(content)["entries"][0]
+    assert len(kept) == 3
+
+
+def test_a_file_that_cannot_be_read_just_now_is_not_written_over(
+    digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(digits, file=file)
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+
+        def fail(*_: object, **__: object) -> str:
+            raise OSError(errno.EIO, "Input/output error")
+
+        patch.setattr(Path, "read_text", fail)
+        with pytest.raises(UserError, match="cannot be read \\(Input/output error\\)"):
+            keep(file, entry_of("model", {}, {}))
+    assert file.read_bytes() == before
+
+
+def test_a_lock_that_is_held_or_not_to_be_had_is_an_error_soon(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "LOCK_SECONDS", 0.1)
+    file.parent.mkdir(parents=True)
+    with (
+        FileLock(file.with_name("tuned.json.lock"), is_singleton=False),
+        pytest.raises(UserError, match=r"tuned\.json\.lock beside it has been held for 0\.1 s; try again"),
+    ):
+        keep(file, entry_of("model", {}, {}))
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(FileLock, "_acquire", refuse)
+    with pytest.raises(UserError, match="its file system has no locks"):
+        keep(file, entry_of("model", {}, {}))
 
 
 def test_a_measurement_goes_on_top_of_an_earlier_one(file: Path) -> None:
@@ -222,6 +374,67 @@ def test_a_run_goes_on_as_it_began_whatever_is_measured_meanwhile(tmp_path: Path
     assert begin(out, digits, steps=2)["optimiser"] == "foreach adamw"
 
 
+def test_a_run_goes_on_with_what_it_was_given_when_it_began(
+    tmp_path: Path, digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setenv("FAT_KERNELS", "off")
+        options = ("--optimizer-form", "foreach", "--decode-ahead", "3", "--lr", "0.001")
+        assert begin(out, digits, *options, steps=1)["optimiser"] == "foreach adamw"
+        patch.delenv("FAT_KERNELS")
+        recipe, choices = chosen(digits, "--out", out, goes_on=True)
+    assert recipe.optim.optimizer_form == choices.values["optimizer_form"] == "foreach"
+    assert (recipe.data.loader.decode_ahead, recipe.run.kernels) == (3, "off")
+    assert choices.sources["kernels"] == choices.sources["optimizer_form"] == "as the run began"
+    # Another value counts for that start alone.
+    assert begin(out, digits, "--optimizer-form", "fused", steps=2)["optimiser"] == "fused adamw"
+    assert begin(out, digits, steps=3)["optimiser"] == "foreach adamw"
+
+
+def test_a_run_of_a_version_without_choices_keeps_the_defaults(tmp_path: Path, digits: Path, file: Path) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, steps=1)
+    content = json.loads((out / "recipe.json").read_text())
+    del content["choices"]
+    (out / "recipe.json").write_text(json.dumps(content))
+    measured(digits, file=file)
+    _, choices = chosen(digits, "--out", out, goes_on=True)
+    assert set(choices.sources.values()) == {"as the run began"}
+    assert set(choices.values.values()) == {None}
+    assert begin(out, digits, steps=2)["optimiser"] == "fused adamw"
+    assert begin(out, digits, steps=3)["optimiser"] == "fused adamw"
+
+
+def test_cuda_graphs_of_one_rank_do_not_go_on_on_several(tmp_path: Path, digits: Path, file: Path) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, steps=1)
+    for ranks, taken in ((1, False), (2, True)):
+        recorded(out, ranks=ranks, values={"compile": "reduce-overhead"})
+        recipe, feed = setting(digits, "--out", out)
+        feed = dataclasses.replace(feed, world=World(0, 2, 0, 2, CPU))
+        choices = _Resolving(recipe, feed, torch.nn.Identity(), goes_on=True).choose()
+        assert (choices.values["compile"] == "reduce-overhead") is taken
+        assert any("have only if it is given" in note for note in choices.notes) is not taken
+
+
+def test_a_run_that_goes_on_says_that_it_does_not_measure(
+    tmp_path: Path, digits: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    begin(out, digits, steps=1)
+    monkeypatch.setattr("launch.choices.measure", None)
+    _, choices = chosen(digits, "--out", out, "--compile", "auto", "--tune", goes_on=True)
+    assert choices.notes[-1].startswith(
+        "note: --tune --compile auto: not measured, the run goes on as it began: memory-"
+    )
+    _, choices = chosen(digits, "--out", out, "--compile", "auto", goes_on=True)
+    assert choices.notes[-1].startswith(
+        "note: --compile auto: not measured, the run goes on as it began: compile; give"
+    )
+    assert chosen(digits, "--out", out, goes_on=True)[1].notes == []
+
+
 def recorded(out: Path, **changes: object) -> None:
     """Change what recipe.json says of the run's beginning."""
     path = out / "recipe.json"
@@ -250,7 +463,7 @@ def test_what_is_not_possible_any_more_comes_to_the_default(tmp_path: Path, digi
     out = tmp_path / "run"
     begin(out, digits, "--memory-format", "channels-last", steps=1)
     recorded(out, values={"memory_format": "channels-last", "compile": "reduce-overhead", "optimizer_form": "foreach"})
-    recipe, choices = chosen(digits, "--out", out, "--zero", "1", goes_on=True)
+    recipe, choices = chosen(digits, "--out", out, "--zero", "3", goes_on=True)
     assert choices.sources["memory_format"] == choices.sources["compile"] == "by default"
     assert choices.values["optimizer_form"] == "foreach"
     assert Execution.of(recipe, CPU, accumulation=1).memory_format == "contiguous"
@@ -309,7 +522,15 @@ def test_a_dry_run_shows_the_choices_and_measures_nothing(
     assert run(train, *SMALL, "--data", digits, "--out", tmp_path / "run", "--dry-run", "--tune") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "memory-format contiguous, optimizer-form foreach" in shown
-    assert "to be measured at the start" in shown
+    # What is left (kernels, compile, a hardware decoder's load) has one value only on this device.
+    assert "to be measured at the start" not in shown
+    options = ("--data", digits, "--out", tmp_path / "run", "--dry-run", "--tuned", "off")
+    assert run(train, *SMALL, *options, "--tune", "--read-ahead", "2") == 0
+    shown = capsys.readouterr().out
+    assert "memory-format, optimizer-form: to be measured at the start" in shown
+    assert "decode-threads, read-threads, decode-ahead: to be measured at the start" in shown
+    assert run(train, *SMALL, *options, "--compile", "auto") == 0
+    assert "to be measured" not in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

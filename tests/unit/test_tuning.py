@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -144,8 +146,38 @@ def test_a_slow_way_is_not_taken_and_time_is_kept() -> None:
     found = tuning.tune(made, START, options, seconds=60, say=told.append)
     assert found.keys() == {"memory_format"}, "one value is no choice"
     assert found["memory_format"].value == "contiguous"
-    assert told == [f"memory-format: contiguous ({found['memory_format'].reason})"]
+    assert told[:2] == [f"trying memory-format {way}, round 1 of 3" for way in ("channels-last", "contiguous")]
+    assert told[6:] == [f"memory-format: contiguous ({found['memory_format'].reason})"]
     assert tuning.tune(made, START, options, seconds=-1) == {}
+
+
+def late(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the time be over when so many turns have begun."""
+    from launch import trials
+
+    turns = itertools.count()
+    clock = types.SimpleNamespace(monotonic=lambda: 0.0 if next(turns) < after else math.inf)
+    monkeypatch.setattr(trials, "time", clock)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "turns", "kept"),
+    [
+        ("memory_format", ("channels-last", "contiguous"), 1, False),  # the default alone is no choice
+        ("memory_format", ("channels-last", "contiguous"), 2, True),
+        ("optimizer_form", ("fused", "foreach"), 1, False),
+        ("compile", ("off", "no-such-mode", "nor-this"), 2, False),  # the mode without a turn might be the best
+        ("compile", ("off", "no-such-mode", "nor-this"), 3, True),
+    ],
+)
+def test_what_there_is_no_time_for_stays_open(
+    name: str, values: tuple[str, ...], turns: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late(turns, monkeypatch)
+    told: list[str] = []
+    found = tuning.tune(bench(), START, {name: values}, seconds=60, say=told.append)
+    assert (name in found) is kept
+    assert told[-1].startswith(f"{name.replace('_', '-')}: {values[0] if kept else 'left open'} (")
 
 
 @pytest.mark.parametrize("wish", ["auto", "off"])
@@ -183,19 +215,18 @@ def test_the_optimiser_is_timed_on_what_it_would_work_on(shares: int, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("device", "zero", "accumulation", "formats", "modes"),
+    ("device", "training", "formats", "modes"),
     [
-        ("cpu", 0, 1, 2, ("off",)),
-        ("cpu", 1, 1, 1, ("off",)),
-        ("cuda", 0, 1, 2, ("off", "default", "reduce-overhead")),
-        ("cuda", 1, 2, 1, ("off", "default")),
-        ("cuda", 3, 1, 1, ("off",)),
+        ("cpu", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off",)),
+        ("cpu", {"zero": 1, "accumulation": 1, "ranks": 1}, 1, ("off",)),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off", "default", "reduce-overhead")),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 2}, 2, ("off", "default")),
+        ("cuda", {"zero": 1, "accumulation": 2, "ranks": 1}, 1, ("off", "default")),
+        ("cuda", {"zero": 3, "accumulation": 1, "ranks": 1}, 1, ("off",)),
     ],
 )
-def test_only_what_can_be_is_tried(
-    device: str, zero: int, accumulation: int, formats: int, modes: tuple[str, ...]
-) -> None:
-    found = alternatives(torch.device(device), zero=zero, accumulation=accumulation)
+def test_only_what_can_be_is_tried(device: str, training: dict[str, int], formats: int, modes: tuple[str, ...]) -> None:
+    found = alternatives(torch.device(device), **training)
     assert len(found["memory_format"]) == formats
     assert found["compile"] == modes
     assert found["optimizer_form"] == ("fused", "foreach")
@@ -234,7 +265,13 @@ def test_the_loader_s_options_are_tried_on_the_real_set_and_the_slow_ones_left(
     assert time.monotonic() - begun < 60
     assert found.keys() == {"decode_threads", "decode_ahead"}, "what is given is not tried"
     assert found["decode_threads"].value == 4
-    assert told[0].startswith("decode-threads: 4 (2 ")
+    assert told[0] == "trying decode-threads 2, round 1 of 2"
+    assert next(line for line in told if not line.startswith("trying")).startswith("decode-threads: 4 (2 ")
+
+
+def test_a_loader_s_option_that_there_is_no_time_for_stays_open(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late(1, monkeypatch)
+    assert input_tuning.tune(feed_of(digits), {}, dtype=torch.float32, seconds=0.5) == {}
 
 
 def test_a_damaged_set_ends_the_measuring(digits: Path, tmp_path: Path) -> None:
