@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,18 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # What a user has measured on this machine is no part of a test.
 os.environ["FAT_TUNED"] = "off"
+
+
+@pytest.fixture(autouse=True)
+def _switches_as_they_were() -> Iterator[None]:
+    """A run sets the kernels' switches for the rest of its process, which in a test is that of all others too."""
+    before = {name: os.environ.get(name) for name in ("FAT_KERNELS", "FAT_AUGMENT_KERNELS")}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def run_pipeline(*args: str | Path) -> None:
