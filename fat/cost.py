@@ -72,16 +72,11 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         attention_macs += 2 * output.numel() * keys
         elements += 2 * output.numel() + 2 * output.shape[0] * output.shape[1] * keys  # q, result; k, v
 
-    dtype = next(twin.parameters()).dtype
-    images = torch.empty(BATCH, twin.config.in_chans, height, width, dtype=dtype, device="meta")
-    hooks = [
-        module.register_forward_hook(add_attention if isinstance(module, FASA) else add_layer)
-        for module in twin.modules()
-        if isinstance(module, nn.Conv2d | nn.Linear | FASA)
-    ]
-    twin(images)
-    for hook in hooks:
-        hook.remove()  # a layer that is watched is not joined with its neighbour, and then keeps more
+    for module in twin.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(add_layer)
+        elif isinstance(module, FASA):
+            module.register_forward_hook(add_attention)
 
     own = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their identities apart
@@ -92,6 +87,8 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
             kept[storage._cdata] = storage
         return tensor
 
+    dtype = next(twin.parameters()).dtype
+    images = torch.empty(BATCH, twin.config.in_chans, height, width, dtype=dtype, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = twin(images)
     del output

@@ -27,21 +27,26 @@ BATCH = 2  # BatchNorm cannot train on fewer values than that
 H200 = (4.3, 989.0)  # TB/s as copies reach it, dense bf16 TFLOP/s as the maker states it
 
 aten: Any = torch.ops.aten
-# Kernels that must see all of a tensor before they can write: how often they read the first of their arguments.
+# How many of the first arguments are read again: by kernels that must see all of a tensor before they can write, and
+# by those that are two.
 SECOND_READ = {
-    aten.native_batch_norm.default,  # statistics, then the result
-    aten._native_batch_norm_legit.default,
-    aten._batch_norm_with_update.default,
-    aten.native_batch_norm_backward.default,  # two sums, then the gradient
-    aten.batch_norm_backward.default,
-    aten.native_layer_norm.default,
-    aten.native_layer_norm_backward.default,
-    aten.native_group_norm.default,
-    aten.native_group_norm_backward.default,
-    aten.convolution_backward.default,  # one kernel for the input's gradient, one for the weight's
+    aten.native_batch_norm.default: 1,  # statistics, then the result
+    aten._native_batch_norm_legit.default: 1,
+    aten._batch_norm_with_update.default: 1,
+    aten.native_batch_norm_backward.default: 1,  # two sums, then the gradient
+    aten.batch_norm_backward.default: 1,
+    aten.native_layer_norm.default: 1,
+    aten.native_layer_norm_backward.default: 1,
+    aten.native_group_norm.default: 1,
+    aten.native_group_norm_backward.default: 1,
+    aten.convolution_backward.default: 1,  # one kernel for the input's gradient, one for the weight's
+    # Our own (docs/kernels.md).
+    torch.ops.fat.norm.default: 1,
+    torch.ops.fat.add_norm.default: 1,
+    torch.ops.fat.depthwise_norm.default: 1,
+    torch.ops.fat.norm_gradient.default: 2,  # the gradient and the map
+    torch.ops.fat.add_norm_gradient.default: 2,
 }
-# Our own that read all of a map, or of the gradient and the map, once more (docs/kernels.md).
-SECOND_READ_OURS = {"norm": 1, "add_norm": 1, "depthwise_norm": 1, "norm_gradient": 2, "add_norm_gradient": 2}
 # Where arithmetic is; everything between could be done while their operands pass by.
 PRODUCTS = ("convolution", "mm", "scaled_dot_product")
 
@@ -80,18 +85,16 @@ def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16
     Args:
         dtype: bfloat16 = autocast over fp32 parameters, as training runs on GPUs; float32 = without.
     """
-    cost, trace = count(model, size), traced(model, size, dtype, BATCH)
-
-    def of_an_image(ours: bool) -> int:  # what there is of weights is the same at any batch
-        less, more = (traced(model, size, dtype, batch, ours=ours).bytes for batch in (BATCH, 2 * BATCH))
-        return (more - less) // BATCH
-
+    cost = count(model, size)
+    less, more, less_ours, more_ours = (
+        traced(model, size, dtype, batch, ours=ours) for ours in (False, True) for batch in (BATCH, 2 * BATCH)
+    )
     return Roofline(
         flops=cost.training_flops,
-        eager_bytes=of_an_image(ours=False),
-        bytes=of_an_image(ours=True),
+        eager_bytes=(more.bytes - less.bytes) // BATCH,  # what there is of weights is the same at any batch
+        bytes=(more_ours.bytes - less_ours.bytes) // BATCH,
         fused_bytes=cost.fused_bytes(dtype.itemsize),
-        kernels=trace.kernels,
+        kernels=less.kernels,
     )
 
 
@@ -104,15 +107,12 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.name() == "fat::depthwise_moments":
+        if func is torch.ops.fat.depthwise_moments.default:
             args = (args[0], None, *args[2:])  # what x is the GELU of is for the backward pass
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
         if _moves(func, inputs, outputs):
             passed = sum(map(_size, inputs)) + sum(map(_size, outputs))
-            again = int(func in SECOND_READ) or (
-                SECOND_READ_OURS.get(func._opname, 0) if func.namespace == "fat" else 0
-            )
-            passed += sum(map(_size, inputs[:again]))
+            passed += sum(map(_size, inputs[: SECOND_READ.get(func, 0)]))
             bias = _bias_bytes(func, args, outputs)
             self.bytes += passed + bias
             self.kernels += 1 + (bias > 0)
