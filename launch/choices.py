@@ -152,7 +152,7 @@ def measure(
         UserError: the recipe cannot be, or the set is damaged.
     """
     zero, precision = choose(recipe, feed.world.device)
-    settled = with_values(with_values(recipe, {"compile": "off"}), fixed)
+    settled = with_values(recipe, fixed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if part == "input":
         return input_tuning.tune(feed.with_recipe(settled), fixed, dtype=dtype, seconds=seconds, say=say)
@@ -215,9 +215,8 @@ class _Resolving:
     def _can_be(self, name: str, value: Value) -> bool:
         """A run may go on with another ZeRO stage or more micro-batches than it began with."""
         device, accumulation = self.feed.world.device, self.feed.shape.accumulation
-        asked = {"compile": "off", **self._given, name: value}
         try:
-            Execution.of(with_values(self.recipe, asked), device, accumulation=accumulation)
+            Execution.of(with_values(self.recipe, {name: value}), device, accumulation=accumulation)
         except RecipeError:
             return False
         return True

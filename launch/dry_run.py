@@ -10,7 +10,7 @@ from rich.table import Table
 
 import fat
 from launch.choices import Choices, resolve
-from launch.execution import choose, refuse_impossible
+from launch.execution import Execution, choose
 from launch.feed import Feed
 from launch.model import build_model
 from launch.recipe import Recipe
@@ -29,7 +29,7 @@ def show_run(recipe: Recipe, world: World) -> None:
         UserError: recipe, data and world do not fit together.
     """
     feed = Feed.of(recipe, world)
-    refuse_impossible(recipe, world.device, accumulation=feed.shape.accumulation)
+    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation)  # refuses what cannot be
     model = build_model(recipe, feed.classes)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     if world.is_main:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -43,31 +43,31 @@ class Execution:
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int) -> Execution:
-        """What the recipe says, with defaults where it says nothing; `compile auto` must have been settled.
+        """What the recipe says, with defaults where it leaves something open.
 
         Raises:
             RecipeError: the recipe asks for what cannot be.
         """
         run, (zero, _) = recipe.run, choose(recipe, device)
+        mode: Mode = "off" if run.compile is None or run.compile == "auto" else run.compile
         if zero and run.memory_format == "channels-last":
             raise RecipeError(
                 f"--memory-format channels-last: DeepSpeed cannot hold such weights (ZeRO stage {zero}); use --zero 0, "
                 "or leave it out: images are channels-last either way"
             )
-        if zero == 3 and run.compile not in (None, "off"):
+        if zero == 3 and mode != "off":
             raise RecipeError(
-                f"--compile {run.compile}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or --compile off"
+                f"--compile {mode}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or --compile off"
             )
-        if run.compile in GRAPHS and accumulation > 1 and device.type == "cuda":
+        if mode in GRAPHS and accumulation > 1 and device.type == "cuda":
             raise RecipeError(
-                f"--compile {run.compile}: CUDA graphs would overwrite gradients that {accumulation} micro-batches add "
+                f"--compile {mode}: CUDA graphs would overwrite gradients that {accumulation} micro-batches add "
                 "up; use --compile default, or a --micro-batch that is the whole batch of a rank"
             )
-        assert run.compile != "auto"
         return cls(
             memory_format=run.memory_format or ("contiguous" if zero else "channels-last"),
             kernels=run.kernels or switch() or "auto",
-            compile=run.compile or "off",
+            compile=mode,
             optimizer_form=recipe.optim.optimizer_form or "fused",
         )
 
@@ -82,17 +82,6 @@ class Execution:
         """In place, before wrapping: names, wrappers and checkpoints do not change."""
         if self.compile != "off":
             model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
-
-
-def refuse_impossible(recipe: Recipe, device: torch.device, *, accumulation: int) -> None:
-    """Before anything is written: what is open comes to what is possible, what is given may not be.
-
-    Raises:
-        RecipeError: the recipe asks for what cannot be.
-    """
-    run = recipe.run
-    settled = replace(recipe, run=replace(run, compile=None)) if run.compile == "auto" else recipe
-    Execution.of(settled, device, accumulation=accumulation)
 
 
 def switch() -> Switch | None:

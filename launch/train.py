@@ -14,7 +14,7 @@ from launch.choices import resolve
 from launch.command_line import parse
 from launch.dry_run import show_run
 from launch.engine import Engine
-from launch.execution import refuse_impossible
+from launch.execution import Execution
 from launch.feed import Feed
 from launch.folder_lock import FolderLock
 from launch.guards import Guards
@@ -42,7 +42,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     """
     started = time.time()
     feed = Feed.of(recipe, world)
-    refuse_impossible(recipe, world.device, accumulation=feed.shape.accumulation)
+    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation)  # refuses what cannot be, first of all
     model = build_model(recipe, feed.classes)
     lock.take(world, make=True)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
