@@ -11,20 +11,19 @@ For each option, the first of these that has a value counts:
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from launch import input_tuning, tuned, tuning
-from launch.execution import GRAPHS, Execution, alternatives, choose, switch
+from launch.execution import GRAPHS, Execution, alternatives, choose
 from launch.feed import Feed
+from launch.open_options import PLACES, given, option_name, with_values
 from launch.optimizers import OPTIMIZERS
 from launch.provenance import device_name
 from launch.recipe import Recipe, RecipeError
@@ -38,21 +37,6 @@ DEFAULT = "by default"
 BEGAN = "as the run began"
 SECONDS = 60.0  # that measuring a part may take at the start of a run, if nothing is compiled
 MOST_PER_CORE = 2  # decode threads that are ever tried
-
-# Where in a recipe the options stand.
-PLACES: dict[str, tuple[str, ...]] = {
-    "memory_format": ("run", "memory_format"),
-    "kernels": ("run", "kernels"),
-    "compile": ("run", "compile"),
-    "optimizer_form": ("optim", "optimizer_form"),
-    "read_threads": ("data", "loader", "read_threads"),
-    "read_ahead": ("data", "loader", "read_ahead"),
-    "decode_threads": ("data", "loader", "decode_threads"),
-    "decode_ahead": ("data", "loader", "decode_ahead"),
-    "hw_decoder_load": ("data", "loader", "dali", "hw_decoder_load"),
-    "preallocate_width": ("data", "loader", "dali", "preallocate_width"),
-    "preallocate_height": ("data", "loader", "dali", "preallocate_height"),
-}
 
 
 @dataclass
@@ -84,9 +68,11 @@ class Choices:
         for name, source in self.sources.items():
             value = self.values[name]
             if source != DEFAULT:
-                groups.setdefault(source, []).append(_option(name) if value is None else f"{_option(name)} {value}")
+                groups.setdefault(source, []).append(
+                    option_name(name) if value is None else f"{option_name(name)} {value}"
+                )
         said = {source: ", ".join(names) for source, names in groups.items()}
-        said |= {f"measured {_option(name)}": figures for name, figures in self.figures.items()}
+        said |= {f"measured {option_name(name)}": figures for name, figures in self.figures.items()}
         return said or {"measured": "nothing here ('pipeline tune' does)"}
 
     def record(self, feed: Feed) -> dict[str, Any]:
@@ -113,22 +99,6 @@ def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> t
     if threads is not None and world.cores < choices.cores:  # those of rank 0 would flood this rank's smaller machine
         settled = with_values(settled, {"decode_threads": min(int(threads), MOST_PER_CORE * world.cores)})
     return settled, feed.with_recipe(settled), choices
-
-
-def with_values(recipe: Recipe, values: Mapping[str, Value | None]) -> Recipe:
-    """A recipe with these options; None leaves one as it is."""
-    for name, value in values.items():
-        recipe = recipe if value is None else _put(recipe, PLACES[name], value)
-    return recipe
-
-
-def given(recipe: Recipe) -> dict[str, Value]:
-    """The options that are not open, with their values."""
-    found = {name: functools.reduce(getattr, place, cast(Any, recipe)) for name, place in PLACES.items()}
-    found["kernels"] = found["kernels"] or switch()
-    if found["compile"] == "auto":
-        found["compile"] = None
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def measure(
@@ -278,7 +248,7 @@ class _Resolving:
             return
         if run.dry_run:
             if tried := [name for name in self._tried(part) if name in wanted]:
-                self.choices.notes.append(f"{', '.join(map(_option, tried))}: to be measured at the start")
+                self.choices.notes.append(f"{', '.join(map(option_name, tried))}: to be measured at the start")
             return
         fixed = {name: self.choices.values.get(name) for name in NAMES[part] if name not in wanted} | self._given
         ranks = self.feed.world.size
@@ -305,7 +275,7 @@ class _Resolving:
         asked = [*(["--tune"] if run.tune else []), *(["--compile auto"] if run.compile == "auto" else [])]
         names = began if run.tune else [name for name in began if name == "compile"]
         if asked and names:
-            facts = f"not measured, the run goes on as it began: {', '.join(map(_option, names))}"
+            facts = f"not measured, the run goes on as it began: {', '.join(map(option_name, names))}"
             self.choices.notes.append(
                 f"note: {' '.join(asked)}: {facts}; give values, or begin another run (--out, or --resume never)"
             )
@@ -313,13 +283,3 @@ class _Resolving:
 
 def _say(line: str) -> None:
     print(f"tuning: {line}", file=sys.stderr, flush=True)
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _put(section: Any, place: tuple[str, ...], value: Value) -> Any:
-    name, *rest = place
-    inner = _put(getattr(section, name), tuple(rest), value) if rest else value
-    return dataclasses.replace(section, **{name: inner})

@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from launch.feed import Feed
 from launch.limits import settle
+from launch.open_options import option_name, with_values
 from launch.trials import Choice, Value, best_of, decided, take_turns
 from pipeline.decoders import chosen_loader
 from shards.errors import ShardSetError
@@ -53,12 +53,12 @@ def tune(
 
     def measured(changes: dict[str, Value]) -> float:
         values = {name: choice.value for name, choice in chosen.items()} | changes
-        return rate(with_values(feed, values), next(turns), dtype=dtype, seconds=each)
+        return rate(feed.with_recipe(with_values(feed.recipe, values)), next(turns), dtype=dtype, seconds=each)
 
     if stages:
         measured({})  # opens files, compiles what is compiled at first use
     for stage in stages:
-        names = ", ".join(stage[0]).replace("_", "-")
+        names = ", ".join(map(option_name, stage[0]))
 
         def announce(changes: dict[str, Value], turn: str, names: str = names) -> None:
             say(f"trying {names} {_shown(changes)}, {turn}")
@@ -104,16 +104,6 @@ def rate(feed: Feed, number: int, *, dtype: torch.dtype, seconds: float) -> floa
             taken += 1
         settle(device)
         return taken * rows / (time.perf_counter() - from_here)
-
-
-def with_values(feed: Feed, values: Mapping[str, Value]) -> Feed:
-    """`feed` whose loader works with these."""
-    names = {"hw_decoder_load", "preallocate_width", "preallocate_height"}
-    dali = {name: value for name, value in values.items() if name in names}
-    others: dict[str, Any] = {name: value for name, value in values.items() if name not in names}
-    if dali:
-        others["dali"] = replace(feed.recipe.data.loader.dali, **dali)  # type: ignore[arg-type]
-    return feed.with_loader(**others)
 
 
 def _stages(feed: Feed) -> list[list[dict[str, Value]]]:

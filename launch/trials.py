@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shards.errors import first_line
+
 Value = str | int | float
 
 MARGIN = 1.02
@@ -72,8 +74,7 @@ def take_turns(
             except passed_on:
                 raise
             except Exception as error:  # no memory, what a compiler or a decoder stumbles over: there are other values
-                reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-                failures[number] = f"failed ({type(error).__name__}: {reason[:120]})"
+                failures[number] = f"failed ({type(error).__name__}: {first_line(error)[:120]})"
     tried = [len(own) for own, failure in zip(rates, failures, strict=True) if own and not failure]
     whole = min(tried, default=0)
     return [

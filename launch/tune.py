@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable
 
 from launch import tuned
-from launch.choices import given, measure, with_values
+from launch.choices import measure
 from launch.feed import Feed
 from launch.model import build_model
+from launch.open_options import given, with_values
 from launch.recipe import Recipe
 from launch.trials import Value
 from launch.tuned import Part

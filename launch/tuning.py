@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import fat.kernels
 from launch.execution import AUGMENT_SWITCH, Execution
 from launch.limits import settle
+from launch.open_options import option_name
 from launch.optimizers import Form, Kind, parameter_groups, update
 from launch.trials import Choice, Trial, best_of, decided, take_turns
 
@@ -76,9 +77,9 @@ def tune(
             trials, unit = measure(bench, ways, name, end, say), "images/s"
         choice = best_of(trials, unit)
         if not decided(trials, whole=name == "compile"):  # kept, it would never be measured again
-            say(f"{name.replace('_', '-')}: left open ({choice.reason})")
+            say(f"{option_name(name)}: left open ({choice.reason})")
             continue
-        say(f"{name.replace('_', '-')}: {choice.value} ({choice.reason})")
+        say(f"{option_name(name)}: {choice.value} ({choice.reason})")
         now, chosen[name] = replace(now, **{name: choice.value}), choice
         if name == "compile" and choice.value != "off" and "kernels" in chosen:
             stages.append(("kernels", open_options["kernels"]))  # the compiler may do better without them
@@ -105,7 +106,7 @@ def measure(
             lambda way: _images_per_second(bench, way),
             rounds=rounds,
             until=until,
-            announce=lambda way, turn: say(f"trying {name.replace('_', '-')} {getattr(way, name)}, {turn}"),
+            announce=lambda way, turn: say(f"trying {option_name(name)} {getattr(way, name)}, {turn}"),
         )
         return [replace(trial, value=getattr(trial.value, name)) for trial in trials]
 

@@ -19,7 +19,7 @@ from nvidia.dali import Pipeline, fn, types
 from pipeline.decode import DecodeError, DecodeJob, Normalisation
 from pipeline.options import Settings
 from pipeline.resize import Resizer
-from shards.errors import UserError
+from shards.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -161,7 +161,7 @@ class DaliDecoder:
     @staticmethod
     def _explain(error: RuntimeError, in_flight: deque[tuple[DecodeJob, T]]) -> DecodeError:
         """DALI names no sample: say which batch it was."""
-        detail = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+        detail = first_line(error) or "no reason given"
         return DecodeError.of(in_flight[0][0].encoded.ids if in_flight else (), detail)
 
 

@@ -47,3 +47,8 @@ def explained(path: Path) -> Iterator[None]:
         raise ConversionFailed(
             f"{path if full else what}: {error.strerror or error}; {remedy}, then run the same command: it resumes"
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something; empty where none does."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from launch import choices
+from launch import choices, open_options
 from launch.command_line import parse
 from launch.feed import Feed
 from launch.model import build_model
@@ -26,7 +26,7 @@ def main() -> None:
     os.environ["FAT_TUNED"] = str(out / f"tuned-{world.rank}.json")
     feed = Feed.of(recipe, world)
     resolved, _, found = choices.resolve(recipe, feed, build_model(recipe, feed.classes), goes_on=False)
-    (out / f"rank-{world.rank}.json").write_text(json.dumps([choices.given(resolved), found.sources, found.figures]))
+    (out / f"rank-{world.rank}.json").write_text(json.dumps([open_options.given(resolved), found.sources, found.figures]))
     disconnect()
 
 

@@ -13,11 +13,12 @@ import torch
 from filelock import FileLock
 
 from launch import tuned
-from launch.choices import _Resolving, given, measure, resolve, with_values
+from launch.choices import _Resolving, measure, resolve
 from launch.command_line import parse
 from launch.execution import Execution
 from launch.feed import Feed
 from launch.model import build_model
+from launch.open_options import given, with_values
 from launch.recipe import Recipe, RecipeError
 from launch.train import main as train
 from launch.trials import Choice
