@@ -110,15 +110,7 @@ def follow(
 
 
 @follow.register_fake
-def _(
-    running_mean: Tensor,
-    running_var: Tensor,
-    batches: Tensor,
-    drift: Tensor,
-    var: Tensor,
-    momentum: float,
-    correction: float,
-) -> None:
+def _(*_: object) -> None:
     return None
 
 
@@ -141,22 +133,17 @@ def fold(
     from fat.kernels import batchnorm as kernels
 
     _expect_pointwise(weight, bias, gain, shift, mean, var)
-    folded, folded_bias = _fold_shape(weight, bias, gain, shift, mean, var, eps, dtype)
+    folded, folded_bias = _folded_shape(weight, bias, dtype=dtype)
     kernels.fold(weight, bias, gain, shift, mean, var, eps, folded, folded_bias)
     return folded, folded_bias
 
 
 @fold.register_fake
-def _fold_shape(
-    weight: Tensor,
-    bias: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _(weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _folded_shape(weight, bias, dtype=rest[-1])
+
+
+def _folded_shape(weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(weight, dtype=dtype), torch.empty_like(bias, dtype=dtype)
 
 
@@ -181,19 +168,8 @@ def fold_gradient(
 
 
 @fold_gradient.register_fake
-def _(
-    by_folded: Tensor,
-    by_folded_bias: Tensor,
-    weight: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    folded: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    by_weight, by_gain, by_shift, by_mean, by_var = (torch.empty_like(t) for t in (weight, gain, shift, mean, var))
-    return by_weight, by_gain, by_shift, by_mean, by_var
+def _(_: Tensor, __: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in rest[:5])
 
 
 def _keep_fold(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
