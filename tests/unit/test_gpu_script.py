@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_report
 from benchmarks.gpu import Part
+from shards import durable
 
 # Writes a letter more to a file at each run.
 COUNT = "import pathlib, sys; file = pathlib.Path(sys.argv[1], sys.argv[2]); file.open('a').write('x')"
@@ -89,13 +91,13 @@ def test_what_passed_elsewhere_has_not_passed_here(tmp_path: Path, monkeypatch: 
 
 def test_what_was_found_survives_an_end_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, tmp_path, [Part("one", ("-c", ""))])
-    before, real = (tmp_path / "gpu.json").read_text(), Path.write_text
+    before, real = (tmp_path / "gpu.json").read_text(), durable.write_all
 
-    def ended(path: Path, text: str, **options: Any) -> int:
-        real(path, text[:10], **options)
+    def ended(file: FileIO, content: bytes) -> None:
+        real(file, content[:10])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", ended)
+    monkeypatch.setattr(durable, "write_all", ended)
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, tmp_path, [Part("other", ("-c", ""))])
     assert (tmp_path / "gpu.json").read_text() == before
@@ -140,11 +142,11 @@ def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_every_benchmark_is_said_in_a_line() -> None:
     shares = [{"kernel": "a", "ours": {"us": 1.0, "share": share}} for share in (0.5, 0.75, 1.0)]
     kernels = {"copy GB/s": 4000.0, "results": shares}
-    assert gpu.said(kernels) == "copy 4,000 GB/s; 3 kernels, shares of it: ours 0.75 (0.50 to 1.00)"
+    assert gpu_report.said(kernels) == "copy 4,000 GB/s; 3 kernels, shares of it: ours 0.75 (0.50 to 1.00)"
     inference = {"results": [{"variant": "b0", "way": "fused", "inference images/s": 9000.4}]}
-    assert gpu.said(inference) == "fused inference 9,000"
+    assert gpu_report.said(inference) == "fused inference 9,000"
     failed = {"results": [{"mode": "training", "way": "graph", "failed": "OutOfMemoryError: no room"}]}
-    assert gpu.said(failed) == "training graph OutOfMemoryError: no room"
+    assert gpu_report.said(failed) == "training graph OutOfMemoryError: no room"
 
 
 def test_without_a_gpu_it_says_so(
