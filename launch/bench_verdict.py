@@ -97,7 +97,7 @@ def verdict(figures: Figures) -> str:
     if figures.memory:
         return (
             f"host-bound: batches are ready, but beside the loader the host starts kernels too slowly "
-            f"(both/model {ratio:.2f}); try fewer --decode-threads, or --compile reduce-overhead"
+            f"(both/model {ratio:.2f}); try fewer --decode-threads, and --compile cudagraphs if it is off"
         )
     return (
         f"model-bound: batches are always ready; loader and model share {figures.machine['cores']} cores "

@@ -93,7 +93,8 @@ def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> t
     """
     world = feed.world
     choices = share(_Resolving(recipe, feed, model, goes_on).choose if world.is_main else None, world)
-    settled = with_values(recipe, {"compile": "off"} if recipe.run.compile == "auto" else {})
+    start = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation)
+    settled = with_values(recipe, {"compile": start.compile} if recipe.run.compile == "auto" else {})
     settled = with_values(settled, choices.values)
     threads = choices.values.get("decode_threads")
     if threads is not None and world.cores < choices.cores:  # those of rank 0 would flood this rank's smaller machine

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fat.kernels
 from launch.execution import Execution, choose
+from launch.graphs import RECORDERS, GraphedModel
 from launch.loss import count_correct, soft_cross_entropy
 from launch.masters import Masters
 from launch.norms import GlobalBatchNorm, batch_norms, synchronise_norms
@@ -25,6 +26,7 @@ from launch.world import World
 from launch.wrapping import wrap
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
+from shards.errors import first_line
 
 __all__ = ["Engine", "StepResult", "choose"]
 
@@ -47,6 +49,8 @@ class Engine:
         recipe: optimiser, precision, ZeRO stage, BatchNorm, compilation.
         world: from `connect`.
         micro_batch, accumulation: rows per forward pass and passes per step of this rank.
+
+    With CUDA graphs, forward and backward are captured here, and every batch must have the recipe's image size.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int) -> None:
@@ -59,6 +63,9 @@ class Engine:
         model = self.execution.lay_out(model.to(world.device))
         model = synchronise_norms(model, recipe.run.sync_bn, world)
         self.execution.compile_whole(model)
+        # Before wrapping: wrappers call `model.forward` as they find it.
+        graphed = self.execution.compile == "cudagraphs"
+        self._graphs = GraphedModel(model, RECORDERS[world.device.type](world.device)) if graphed else None
         optim = recipe.optim
         kind = OPTIMIZERS[optim.optimizer]
         groups = parameter_groups(model, optim.weight_decay)
@@ -75,14 +82,19 @@ class Engine:
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
+        self._wrapped.eval()  # so that the first `_set_training_mode` sees to the frozen layers
         self._staging: dict[str, Tensor] = {}
         self._masters = Masters(self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema)
+        self.notes: list[str] = []
+        """Lines for the log about how the engine was set up."""
+        if self._graphs is not None:
+            self._capture(self._graphs, micro_batch)
 
     @property
     def description(self) -> str:
         """For people: engine and precision."""
-        compiled = "" if self.execution.compile == "off" else f", compiled ({self.execution.compile})"
-        return f"{self._kind}{compiled}"
+        compiled = f", compiled ({self.execution.compile})" if self.execution.uses_compiler else ""
+        return f"{self._kind}{', CUDA graphs' if self._graphs else compiled}"
 
     @property
     def picks(self) -> dict[str, str]:
@@ -93,12 +105,20 @@ class Engine:
         how = self.execution
         return {
             "engine": self._kind,
-            "compile": how.compile,
+            "compile": self._compile_mode,
             "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
             "kernels": "FAT's own" if fat.kernels.available(self.world.device.type) else "torch's",
             "optimiser": f"{how.optimizer_form} {self._recipe.optim.optimizer}",
             "BatchNorm": "frozen" if self._frozen else over,
         }
+
+    @property
+    def _compile_mode(self) -> str:
+        """The mode of --compile, and what has become of it."""
+        if self._graphs is not None:
+            return f"cudagraphs: forward and backward of {self._graphs.parts} parts"
+        why = self.execution.eager_because
+        return f"{self.execution.compile} ({why})" if why else self.execution.compile
 
     @property
     def _kind(self) -> str:
@@ -117,12 +137,11 @@ class Engine:
             step: global step number, which (with seed and rank) seeds drop path.
             lr: learning rate of this step.
         """
+        # CUDA graphs take seed and offset of the generator at each replay, so they draw afresh as well.
         torch.manual_seed(seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        self._wrapped.train()
-        for norm in self._frozen:
-            norm.eval()
+        self._set_training_mode()
         result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
         self._masters.update_average()
         return result
@@ -138,6 +157,8 @@ class Engine:
         """
         self.average_statistics()
         self._wrapped.eval()
+        # Eager where training is compiled: a second compilation, for evaluation, would hold the run up for minutes.
+        forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._masters.averaged() if average else contextlib.nullcontext():
             for batch in batches:
@@ -145,7 +166,7 @@ class Engine:
                     return None
                 with self._autocast():
                     # The bare module: wrappers would add collectives.
-                    logits = self.model(batch.images)
+                    logits = forward(batch.images)
                 totals += count_correct(logits, batch).sum(dim=0)
         if self.world.size > 1:
             dist.all_reduce(totals)
@@ -213,6 +234,43 @@ class Engine:
             words = parameter.detach().flatten().contiguous().view(torch.int32)
             total = total * 31 + (words.to(torch.int64) * (number + 1)).sum()
         return int(total) & (2**63 - 1)
+
+    # -- CUDA graphs -------------------------------------------------------------------------------------------------
+
+    def _capture(self, graphs: GraphedModel, rows: int) -> None:
+        """Capture the training passes on all ranks, or on none if a rank cannot. Collective."""
+        self._set_training_mode()
+        device, size = self.world.device, self._recipe.data.size
+        generator = torch.Generator(device).manual_seed(0)
+        images = torch.randn((rows, 3, size, size), generator=generator, device=device).to(self.input_dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        autocast = torch.bfloat16 if self.precision == "bf16" else None
+        # Not caught: what fails eagerly fails in training too, and other ranks wait in BatchNorm's collectives.
+        graphs.warm_up(images, autocast)
+        failure = ""
+        try:
+            graphs.capture(images, autocast)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        failures = [failure]
+        if self.world.size > 1:
+            failures *= self.world.size
+            dist.all_gather_object(failures, failure)
+        if not any(failures):
+            return
+        rank, reason = next((rank, reason) for rank, reason in enumerate(failures) if reason)
+        reason = f"rank {rank}: {reason}" if self.world.size > 1 else reason
+        graphs.discard()
+        self._graphs = None
+        self.execution = replace(self.execution, compile="off", eager_because=f"capture failed: {reason}")
+        self.notes.append(f"warning: CUDA graph capture failed ({reason}); training continues eagerly, without graphs")
+
+    def _set_training_mode(self) -> None:
+        if self._wrapped.training:  # setting the mode of all layers costs the host a millisecond or two
+            return
+        self._wrapped.train()
+        for norm in self._frozen:
+            norm.eval()
 
     # -- plain ---------------------------------------------------------------------------------------------------
 

@@ -7,19 +7,22 @@ from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import fat.kernels
+from launch.graphs import RECORDERS
+from launch.norms import over_ranks
 from launch.optimizers import Form
 from launch.recipe import Recipe, RecipeError
 
 Format = Literal["channels-last", "contiguous"]
 Switch = Literal["auto", "off"]
-Mode = Literal["off", "default", "reduce-overhead", "max-autotune"]
+Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"]
 
 AUGMENT_SWITCH = "FAT_AUGMENT_KERNELS"
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
-GRAPHS = ("reduce-overhead", "max-autotune")
+GRAPHS = ("reduce-overhead", "max-autotune")  # of the compiler: neither with accumulation nor unasked on several ranks
 
 
 def choose(recipe: Recipe, device: torch.device) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
@@ -40,6 +43,8 @@ class Execution:
     """FAT's own kernels."""
     compile: Mode
     optimizer_form: Form
+    eager_because: str = ""
+    """Why the default, CUDA graphs, does not apply on this GPU."""
 
     @classmethod
     def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int) -> Execution:
@@ -49,26 +54,31 @@ class Execution:
             RecipeError: the recipe asks for what cannot be.
         """
         run, (zero, _) = recipe.run, choose(recipe, device)
-        mode: Mode = "off" if run.compile is None or run.compile == "auto" else run.compile
+        obstacle = graph_obstacle(recipe, device)
+        default: Mode = "off" if obstacle else "cudagraphs"
+        mode: Mode = default if run.compile is None or run.compile == "auto" else run.compile
+        if mode == "cudagraphs" and obstacle:
+            raise RecipeError(f"--compile cudagraphs: {obstacle}; use --compile off")
         if zero and run.memory_format == "channels-last":
             raise RecipeError(
                 f"--memory-format channels-last: DeepSpeed cannot hold such weights (ZeRO stage {zero}); use --zero 0, "
                 "or leave it out: images are channels-last either way"
             )
-        if zero == 3 and mode != "off":
+        if zero == 3 and mode not in ("off", "cudagraphs"):
             raise RecipeError(
                 f"--compile {mode}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or --compile off"
             )
         if mode in GRAPHS and accumulation > 1 and device.type == "cuda":
             raise RecipeError(
-                f"--compile {mode}: CUDA graphs would overwrite gradients that {accumulation} micro-batches add "
-                "up; use --compile default, or a --micro-batch that is the whole batch of a rank"
+                f"--compile {mode}: its CUDA graphs would overwrite gradients that {accumulation} micro-batches add "
+                "up; use --compile cudagraphs or default, or a --micro-batch that is the whole batch of a rank"
             )
         return cls(
             memory_format=run.memory_format or ("contiguous" if zero else "channels-last"),
             kernels=run.kernels or switch() or "auto",
             compile=mode,
             optimizer_form=recipe.optim.optimizer_form or "fused",
+            eager_because=obstacle if run.compile != "off" and device.type in RECORDERS else "",
         )
 
     def lay_out(self, model: nn.Module) -> nn.Module:
@@ -80,8 +90,27 @@ class Execution:
 
     def compile_whole(self, model: nn.Module) -> None:
         """In place, before wrapping: names, wrappers and checkpoints do not change."""
-        if self.compile != "off":
+        if self.uses_compiler:
             model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
+
+    @property
+    def uses_compiler(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.compile not in ("off", "cudagraphs")
+
+
+def graph_obstacle(recipe: Recipe, device: torch.device) -> str:
+    """Why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
+    zero, _ = choose(recipe, device)
+    if device.type not in RECORDERS:
+        return f"needs a CUDA device, and this is {device.type}"
+    if zero == 3:
+        return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    synchronised = over_ranks(recipe.run.sync_bn, ranks, device) and not recipe.model.freeze_bn
+    if synchronised and dist.get_backend() != "nccl":
+        return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"
+    return ""
 
 
 def switch() -> Switch | None:
@@ -102,13 +131,13 @@ def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: i
     Args:
         accumulation: micro-batches per step.
     """
-    modes: tuple[Mode, ...] = ("off", "default", "reduce-overhead")
+    modes: tuple[Mode, ...] = ("cudagraphs", "off", "default", "reduce-overhead")
     if device.type != "cuda" or zero == 3:
         modes = ("off",)  # on CPUs compiled training is no faster, and ZeRO 3's cannot be compiled whole
     elif accumulation > 1 or ranks > 1:
-        # CUDA graphs: of micro-batches that are added up they would overwrite gradients, and beside the collectives of
-        # several ranks one rank's measurement does not show that they can be.
-        modes = ("off", "default")
+        # The compiler's CUDA graphs: of micro-batches that are added up they would overwrite gradients, and beside the
+        # collectives of several ranks one rank's measurement does not show that they can be.
+        modes = ("cudagraphs", "off", "default")
     return {
         "memory_format": ("contiguous",) if zero else ("channels-last", "contiguous"),
         "kernels": ("auto", "off") if fat.kernels.available(device.type) else ("auto",),

@@ -105,7 +105,8 @@ class Tracker:
             "images_per_second": round(rate, 1),
             **(self._yardstick.shares(rate) if self._yardstick else {}),
             "data_wait": round(self._waited / seconds, 4),
-            "memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
+            # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
+            "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,
             "replaced": int(replaced_by_all),
         }

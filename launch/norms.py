@@ -27,21 +27,25 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
     Raises:
         RecipeError: asked for what cannot be.
     """
-    several = world.size > 1
-    if wanted == "off" or (wanted == "auto" and not (several and world.device.type == "cuda")):
+    if not over_ranks(wanted, world.size, world.device):
         return model
-    if not several:
+    if world.size == 1:
         raise RecipeError(f"--sync-bn {wanted}: needs several ranks, here is one; use auto")
-    group = dist.group.WORLD
-    if wanted.startswith("group:"):
-        size = int(wanted.removeprefix("group:"))
-        if world.size % size:
-            raise RecipeError(f"--sync-bn {wanted}: {size} does not divide the world size {world.size}")
-        # Every rank takes part in making every group.
-        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
-        group = groups[world.rank // size]
+    size = int(wanted.removeprefix("group:")) if wanted.startswith("group:") else world.size
+    if world.size % size:
+        raise RecipeError(f"--sync-bn {wanted}: {size} does not divide the world size {world.size}")
+    # Groups of their own, not the default one that reduces gradients: on one communicator these small all-reduces would
+    # queue behind buckets of gradients in the backward pass, and captured collectives (`launch.graphs`) would mix with
+    # eager ones, which depends on NCCL_GRAPH_MIXING_SUPPORT. Every rank takes part in making every group.
+    groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
+    group = groups[world.rank // size]
     assert group is not None
     return _replace(model, lambda norm: GlobalBatchNorm.of(norm, group))
+
+
+def over_ranks(wanted: str, ranks: int, device: torch.device) -> bool:
+    """Whether statistics are to be those of several ranks (`RunRecipe.sync_bn`, resolved)."""
+    return wanted != "off" and (wanted != "auto" or (ranks > 1 and device.type == "cuda"))
 
 
 def local_norms(model: nn.Module) -> nn.Module:

@@ -58,7 +58,9 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
-        tracker.begin(*story, *choices.notes, *feed.advice(), picks=engine.picks | loader.picks | choices.picks)
+        tracker.begin(
+            *story, *choices.notes, *engine.notes, *feed.advice(), picks=engine.picks | loader.picks | choices.picks
+        )
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
         rate = rate_of(recipe, feed.plan.steps_per_epoch)
 

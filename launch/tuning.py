@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fat.kernels
 from launch.execution import AUGMENT_SWITCH, Execution
+from launch.graphs import RECORDERS, GraphedModel
 from launch.limits import settle
 from launch.open_options import option_name
 from launch.optimizers import Form, Kind, parameter_groups, update
@@ -134,10 +135,19 @@ def _images_per_second(bench: Bench, way: Execution) -> float:
         loss.backward()
         model.zero_grad(set_to_none=True)
 
+    graphs = None
     try:
         way.compile_whole(model)
+        if way.compile == "cudagraphs":
+            graphs, dtype = GraphedModel(model, RECORDERS[images.device.type](images.device)), None
+            if bench.bf16:
+                dtype = torch.bfloat16
+            graphs.warm_up(images, dtype)
+            graphs.capture(images, dtype)
         return len(images) * _rate(step, images.device)
     finally:
+        if graphs is not None:
+            graphs.discard()
         model._compiled_call_impl = None
         model.zero_grad(set_to_none=True)
         if images.is_cuda:

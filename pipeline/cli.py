@@ -83,8 +83,9 @@ class Bench(_Training):
 
     steps: int | None = None
     """Steps per round of each measurement; there are three rounds. None = 30 on a GPU, 6 on CPUs."""
-    compile: Literal["off", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
-    """torch.compile mode. None = what was measured on this machine, else off; auto = measure, where it was not."""
+    compile: Literal["off", "cudagraphs", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
+    """cudagraphs, or a torch.compile mode. None = what was measured on this machine, else cudagraphs on GPUs and off on
+    CPUs; auto = measure, where it was not."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; 0 = plain. auto = 1 on GPUs, 0 on CPUs, as training and 'pipeline tune' have it."""
     json: Path | None = None

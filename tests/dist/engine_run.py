@@ -1,9 +1,10 @@
 """One rank of a small training on fixed random batches, BatchNorm frozen but for `--statistics`: what the engine does, without data loading.
 
     engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--poison STEP] [--statistics]
-                  [options of launch/train.py]
+                  [--replay [--fails-on RANK]] [options of launch/train.py]
 
-Rank 0 writes the canonical state, and the losses and gradient norms of all steps, to OUT.pt.
+Rank 0 writes the canonical state, the losses and gradient norms of all steps, and notes, to OUT.pt. With --replay
+training passes are captured and replayed by a stand-in for CUDA graphs, of which one rank's capture may fail.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import torch
 import fat
 from launch.command_line import parse
 from launch.engine import Engine
+from launch.graphs import RECORDERS
 from launch.world import connect, disconnect
 from pipeline.loader import Batch
 from pipeline.plan import BatchShape, Position
+from tests.support.recorders import FailsAt, ReplayOnCpu
 
 GLOBAL, CLASSES, SIZE = 8, 10, 32
 
@@ -51,9 +54,14 @@ def main() -> None:
     arguments.add_argument("--micro", type=int)
     arguments.add_argument("--poison", type=int, default=-1)
     arguments.add_argument("--statistics", action="store_true", help="let BatchNorm train")
+    arguments.add_argument("--replay", action="store_true", help="capture and replay training passes")
+    arguments.add_argument("--fails-on", type=int, default=-1, help="rank whose capture fails")
     own, rest = arguments.parse_known_args()
-    recipe = parse(rest if own.statistics else [*rest, "--freeze-bn"])
+    recipe = parse([*rest, "--size", str(SIZE)] if own.statistics else [*rest, "--size", str(SIZE), "--freeze-bn"])
     world = connect()
+    if own.replay:
+        failing = world.rank == own.fails_on
+        RECORDERS["cpu"] = lambda device: FailsAt(device, 9) if failing else ReplayOnCpu(device)
     torch.manual_seed(0)
     config = fat.FATConfig(num_classes=CLASSES, widths=(16, 32, 48, 64), depths=(1, 2, 2, 1), heads=(2, 4, 6, 8))
     shape = BatchShape(global_batch=GLOBAL, world=world.size, rank=world.rank, micro_batch=own.micro)
@@ -70,7 +78,8 @@ def main() -> None:
     accuracy = engine.evaluate([batch_of(100, shape.rows(0), False)], average=bool(recipe.optim.ema))
     state = engine.state_dict()
     if world.is_main:
-        torch.save({"state": state, "losses": losses, "norms": norms, "loss": accuracy["loss"]}, own.out)
+        found = {"state": state, "losses": losses, "norms": norms, "loss": accuracy["loss"], "notes": engine.notes}
+        torch.save({**found, "compile": engine.picks["compile"]}, own.out)
     disconnect()
 
 

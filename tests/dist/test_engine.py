@@ -140,6 +140,38 @@ def test_with_statistics_over_ranks_their_number_changes_nothing(tmp_path: Path,
     assert apart["norms"] != pytest.approx(one["norms"], rel=1e-2)
 
 
+REPLAYED = ("--statistics", "--drop-path", "0.3", "--ema", "0.9", "--steps", "4")
+
+
+@pytest.mark.parametrize(
+    ("zero", "ranks", "micro"), [(0, 2, 2), (1, 2, 2), *slow((0, 2, 4), (1, 2, 4), (1, 1, 2), (2, 2, 2), (2, 1, 2))]
+)
+def test_replayed_training_is_eager_training_over_ranks(tmp_path: Path, zero: int, ranks: int, micro: int) -> None:
+    """With gradient accumulation, where DDP and DeepSpeed keep gradients that lie in a graph's memory."""
+    how = (*REPLAYED, "--micro", micro)
+    eager = run(tmp_path, "eager", *how, zero=zero, ranks=ranks)
+    replayed = run(tmp_path, "replayed", *how, "--replay", zero=zero, ranks=ranks)
+    assert (eager["compile"], replayed["compile"]) == ("off", "cudagraphs: forward and backward of 6 parts")
+    assert_same(replayed, eager)
+
+
+def test_ranks_train_eagerly_together_if_one_cannot_capture(tmp_path: Path) -> None:
+    eager = run(tmp_path, "eager", *REPLAYED, ranks=2)
+    failed = run(tmp_path, "failed", *REPLAYED, "--replay", "--fails-on", 1, ranks=2)
+    (note,) = failed["notes"]  # of rank 0
+    assert "capture failed (rank 1: RuntimeError: operation not permitted" in note
+    assert failed["compile"].startswith("off (capture failed: rank 1")
+    assert_same(failed, eager)
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Bit by bit."""
+    for key in ("losses", "norms", "loss"):
+        assert found[key] == expected[key], key
+    for name, value in expected["state"].items():
+        assert torch.equal(found["state"][name], value), name
+
+
 @pytest.mark.parametrize("zero", [1, *slow(0, 2, 3)])
 def test_bf16_stays_near_fp32(tmp_path: Path, reference: dict[str, Any], zero: int) -> None:
     result = run(tmp_path, "bf16", "--steps", str(STEPS), "--ema", "0.9", "--precision", "bf16", zero=zero)

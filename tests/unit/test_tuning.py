@@ -221,9 +221,9 @@ def test_the_optimiser_is_timed_on_what_it_would_work_on(shares: int, monkeypatc
     [
         ("cpu", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off",)),
         ("cpu", {"zero": 1, "accumulation": 1, "ranks": 1}, 1, ("off",)),
-        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off", "default", "reduce-overhead")),
-        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 2}, 2, ("off", "default")),
-        ("cuda", {"zero": 1, "accumulation": 2, "ranks": 1}, 1, ("off", "default")),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("cudagraphs", "off", "default", "reduce-overhead")),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 2}, 2, ("cudagraphs", "off", "default")),
+        ("cuda", {"zero": 1, "accumulation": 2, "ranks": 1}, 1, ("cudagraphs", "off", "default")),
         ("cuda", {"zero": 3, "accumulation": 1, "ranks": 1}, 1, ("off",)),
     ],
 )

@@ -1,0 +1,288 @@
+"""Captured training equals eager training bit by bit.
+
+CUDA is stood in for by a recorder that runs the recorded work again at every replay, in place: inputs, outputs and
+gradients live in static memory, as those of a CUDA graph do. tests/gpu/test_training_step.py does the same on a device.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fat
+from launch import graphs
+from launch.command_line import parse
+from launch.engine import Engine
+from launch.execution import Execution, graph_obstacle
+from launch.graphs import GraphedModel
+from launch.recipe import RecipeError
+from launch.world import World
+from tests.support.batches import CLASSES, SIZE, random_batch
+from tests.support.recorders import FailsAt, ReplayOnCpu
+
+CPU = torch.device("cpu")
+ROWS = 4
+CONFIG = fat.FATConfig(
+    num_classes=CLASSES, widths=(16, 32, 48, 64), depths=(1, 2, 1, 1), heads=(2, 4, 6, 8), drop_path=0.3
+)
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[ReplayOnCpu]:
+    """All recorders that engines make; CPUs have some here."""
+    made: list[ReplayOnCpu] = []
+
+    def make(device: torch.device) -> ReplayOnCpu:
+        made.append(ReplayOnCpu(device))
+        return made[-1]
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", make)
+    return made
+
+
+def engine_of(*options: str, accumulation: int = 1) -> Engine:
+    recipe = parse(["--size", str(SIZE), *options])
+    torch.manual_seed(0)
+    model = fat.create_model(CONFIG)
+    return Engine(model, recipe, World(0, 1, 0, 1, CPU), micro_batch=ROWS, accumulation=accumulation)
+
+
+def train(engine: Engine, *, steps: int = 4, accumulation: int = 1) -> dict[str, Any]:
+    """Losses, norms, gradients-dependent state and an evaluation in between, of steps on fixed batches."""
+    results, evaluations = [], []
+    for step in range(steps):
+        batches = [random_batch(step * accumulation + micro, range(ROWS)) for micro in range(accumulation)]
+        results.append(engine.step(batches, step=step, lr=1e-3))
+        if step == 1:
+            evaluations.append(engine.evaluate([random_batch(100, range(ROWS + 2))]))
+    return {
+        "losses": torch.stack([result.loss for result in results]),
+        "norms": torch.stack([result.grad_norm for result in results]),
+        "evaluations": evaluations,
+        "state": {name: value.clone() for name, value in engine.state_dict().items()},
+        "random": torch.random.get_rng_state(),
+    }
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for key in ("losses", "norms", "random"):
+        assert torch.equal(found[key], expected[key]), key
+    assert found["evaluations"] == expected["evaluations"]
+    assert found["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"].items():
+        assert torch.equal(found["state"][name], value), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--ema", "0.9", "--clip-grad", "0.1"),
+        ("--freeze-bn", "--memory-format", "contiguous"),
+        ("--precision", "bf16"),
+    ],
+)
+def test_replayed_training_is_eager_training(
+    recorders: list[ReplayOnCpu], accumulation: int, options: tuple[str, ...]
+) -> None:
+    run = partial(train, accumulation=accumulation)
+    eager = run(engine_of("--compile", "off", *options, accumulation=accumulation))
+    assert not recorders
+    engine = engine_of(*options, accumulation=accumulation)  # captured by default
+    assert_equal(run(engine), eager)
+    (recorder,) = recorders
+    assert (recorder.recorded, recorder.replayed) == (12, 12 * 4 * accumulation)
+    assert engine.picks["compile"] == "cudagraphs: forward and backward of 6 parts"
+    assert engine.description.endswith(", CUDA graphs")
+
+
+def test_a_loaded_state_continues_from_the_captured_graphs(recorders: list[ReplayOnCpu]) -> None:
+    state = train(engine_of("--compile", "off"), steps=2)["state"]
+    found = []
+    for options in (("--compile", "off"), ()):
+        engine = engine_of(*options)
+        engine.load_state_dict(state, steps=2)
+        found.append(train(engine))
+    assert_equal(found[1], found[0])
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update_and_the_next_step_is_unharmed(
+    recorders: list[ReplayOnCpu],
+) -> None:
+    found = []
+    for options in (("--compile", "off"), ()):
+        engine = engine_of("--freeze-bn", *options)
+        bad = random_batch(7, range(ROWS))
+        bad.images[0, 0, 0, 0] = float("nan")
+        assert not engine.step([bad], step=0, lr=1e-3).grad_norm.isfinite()
+        found.append(train(engine))
+    assert_equal(found[1], found[0])
+
+
+@pytest.mark.parametrize("number", [1, 6, 7, 12])
+def test_a_failed_capture_leaves_eager_training_as_it_was(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    made: list[FailsAt] = []
+
+    def make(device: torch.device) -> FailsAt:
+        made.append(FailsAt(device, number))
+        return made[-1]
+
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", make)
+    eager = train(engine_of("--compile", "off", "--ema", "0.9"))
+    engine = engine_of("--compile", "cudagraphs", "--ema", "0.9")
+    assert engine.notes == [
+        "warning: CUDA graph capture failed (RuntimeError: operation not permitted when stream is capturing); "
+        "training continues eagerly, without graphs"
+    ]
+    assert engine.picks["compile"].startswith("off (capture failed: RuntimeError: operation not permitted")
+    assert made[0].released
+    assert_equal(train(engine), eager)
+    assert made[0].replayed == 0
+    assert all(parameter.grad is None for parameter in engine.model.parameters())
+
+
+def test_capturing_changes_neither_buffers_nor_gradients_nor_random_state(recorders: list[ReplayOnCpu]) -> None:
+    torch.manual_seed(3)
+    model = fat.create_model(CONFIG).train()
+    images = random_batch(0, range(ROWS)).images
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    before = torch.random.get_rng_state()
+    replayed = GraphedModel(model, ReplayOnCpu(CPU))
+    replayed.warm_up(images, None)
+    replayed.capture(images, None)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name, value in model.named_buffers():
+        assert torch.equal(value, buffers[name]), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert "forward" in vars(model)
+    replayed.discard()
+    assert "forward" not in vars(model)
+
+
+def test_frozen_statistics_are_captured_frozen(recorders: list[ReplayOnCpu]) -> None:
+    engine = engine_of("--freeze-bn")
+    before = {name: value.clone() for name, value in engine.model.named_buffers()}
+    train(engine)
+    for name, value in engine.model.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
+def test_each_step_draws_its_own_drop_path(recorders: list[ReplayOnCpu]) -> None:
+    engine = engine_of("--freeze-bn")
+    batch = random_batch(0, range(ROWS))
+    losses = [engine.step([batch], step=step, lr=0.0).loss.item() for step in (0, 1, 0)]
+    assert losses[0] != losses[1]
+    assert losses[0] == losses[2]
+
+
+def test_every_gradient_has_memory_of_its_own_in_its_parameter_s_layout(recorders: list[ReplayOnCpu]) -> None:
+    """Clipping scales them in place, and AccumulateGrad copies those of another layout one by one."""
+    model = fat.create_model(CONFIG).train().to(memory_format=torch.channels_last)
+    replayed = GraphedModel(model, ReplayOnCpu(CPU))
+    images = random_batch(0, range(ROWS)).images
+    replayed.capture(images, None)
+    model(images).sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    static = [tensor.data_ptr() for part in replayed._captured for tensor in part._by_parameters if tensor is not None]
+    assert sorted(gradient.data_ptr() for gradient in gradients) == sorted(static)  # none was copied
+    assert len(set(static)) == len(static)
+    for parameter in model.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+
+
+def small_model() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    return model.train(), torch.randn(2, 3, 8, 8)
+
+
+def captured(model: nn.Module, images: Tensor) -> nn.Module:
+    GraphedModel(model, ReplayOnCpu(CPU)).capture(images, None)
+    return model
+
+
+def test_any_model_is_captured_whole() -> None:
+    eager, images = small_model()
+    replayed = captured(small_model()[0], images)
+    for model in (eager, replayed):
+        model(images + 1).square().sum().backward()
+    for ours, theirs in zip(replayed.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_what_a_replay_would_get_wrong_is_an_error() -> None:
+    model, images = small_model()
+    captured(model, images)
+    with pytest.raises(ValueError, match=r"batch of shape \(3, 3, 8, 8\): the CUDA graphs were captured for"):
+        model(torch.randn(3, 3, 8, 8))
+    first = model(images).sum()
+    model(images)
+    with pytest.raises(RuntimeError, match="second forward pass has overwritten"):
+        first.backward()
+    model[0].weight.data = model[0].weight.data.clone()
+    with pytest.raises(RuntimeError, match="moved in memory"):
+        model(images)
+
+
+def test_a_model_with_hooks_is_not_captured() -> None:
+    model, images = small_model()
+    model[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(RuntimeError, match="0 has hooks"):
+        captured(model, images)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--zero", "3"), "ZeRO 3 gathers weights in hooks"),
+        (("--sync-bn", "on"), "collectives over ranks go by gloo"),
+    ],
+)
+def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked_for(
+    recorders: list[ReplayOnCpu], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], reason: str
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
+    execution = Execution.of(parse([*options]), CPU, accumulation=1)
+    assert execution.compile == "off"
+    assert reason in execution.eager_because
+    with pytest.raises(RecipeError, match=f"--compile cudagraphs: .*{reason}.*; use --compile off"):
+        Execution.of(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1)
+
+
+def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
+    recorders: list[ReplayOnCpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
+    assert graph_obstacle(parse(["--sync-bn", "on", "--freeze-bn"]), CPU) == ""
+
+
+def test_cpus_train_eagerly_without_a_word() -> None:
+    execution = Execution.of(parse([]), CPU, accumulation=1)
+    assert (execution.compile, execution.eager_because) == ("off", "")
+    with pytest.raises(RecipeError, match="--compile cudagraphs: needs a CUDA device, and this is cpu"):
+        Execution.of(parse(["--compile", "cudagraphs"]), CPU, accumulation=1)
+
+
+def test_gpus_capture_by_default_with_accumulation_and_every_zero_stage_but_3() -> None:
+    for zero in ("0", "1", "2"):
+        for accumulation in (1, 4):
+            found = Execution.of(parse(["--zero", zero]), torch.device("cuda"), accumulation=accumulation)
+            assert found.compile == "cudagraphs"
+
+
+def test_evaluation_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile would compile a second time, for evaluation mode, in the middle of a run."""
+    engine = engine_of("--compile", "off")
+    eager = engine.evaluate([random_batch(1, range(ROWS))])
+    monkeypatch.setattr(Execution, "uses_compiler", True)
+    engine.model._compiled_call_impl = lambda *_: pytest.fail("the compiled call was used")
+    assert engine.evaluate([random_batch(1, range(ROWS))]) == eager
