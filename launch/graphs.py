@@ -74,9 +74,8 @@ class CudaRecorder:
                     failure = error  # raised below: the end of the capture would hide it behind an error of its own
         except Exception as error:
             failure = failure or error
+            torch.cuda.set_stream(before)  # torch.cuda.graph has left its own stream current
             self._abandon(graph)
-        finally:
-            torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own stream current if the capture was invalid
         if failure is not None:
             raise failure
         return results, graph.replay
@@ -86,13 +85,18 @@ class CudaRecorder:
         torch.cuda.empty_cache()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Undo what the end of an invalid capture leaves undone in the allocator, which else keeps the pool open for
-        allocations and defers the reuse of memory that other streams have used until the capture ends."""
+        """Do what `CUDAGraph.capture_end` leaves undone when the capture was invalid.
+
+        The allocator would go on to believe in a capture and put off the reuse of memory that other streams have used,
+        and the default generator would refuse to draw: "Offset increment outside graph capture".
+        """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # the capture did end, and what failed came later
+        with suppress(RuntimeError):  # raised where torch has ended the allocation itself
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
-        _ABANDONED.append(graph)
+            _ABANDONED.append(graph)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
 
 
 # The allocator of pinned memory asks these graphs whether a stream is being captured, and is never told to stop.

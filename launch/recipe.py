@@ -123,11 +123,11 @@ class RunRecipe:
     """FAT's own kernels, where there are any (docs/kernels.md). None = $FAT_KERNELS, else what was measured, else
     auto."""
     compile: Literal["off", "cudagraphs", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
-    """off = eager; cudagraphs = forward and backward captured as CUDA graphs, without torch.compile; the others are modes
-    of torch.compile, of which reduce-overhead and max-autotune use CUDA graphs of their own. None = what was measured,
-    else cudagraphs on GPUs where they can be captured (docs/performance.md), and off on CPUs. auto = where nothing was
-    measured, time cudagraphs, off, default and reduce-overhead on this GPU at the start, some minutes, and take the
-    fastest (on CPUs: off)."""
+    """off = eager; cudagraphs = forward and backward captured as CUDA graphs, without torch.compile; the others are
+    modes of torch.compile, of which reduce-overhead and max-autotune use CUDA graphs of their own. None = what was
+    measured, else cudagraphs on GPUs where they can be captured (docs/performance.md), and off on CPUs. auto = where
+    nothing was measured, time cudagraphs, off, default and reduce-overhead on this GPU at the start, some minutes, and
+    take the fastest (on CPUs: off)."""
     tuned: str = "auto"
     """Where the fastest values of options that are left open are kept: a file that 'pipeline tune' has written. auto =
     $FAT_TUNED, else ~/.cache/fat-pipeline/tuned.json ($XDG_CACHE_HOME, if set); off = nowhere, defaults are used."""

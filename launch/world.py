@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -99,6 +100,7 @@ def share(make: Callable[[], T] | None, world: World) -> T:
 def disconnect() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
+        gc.collect()  # NCCL waits for the end of CUDA graphs that hold its collectives
         dist.destroy_process_group()
 
 
