@@ -266,7 +266,7 @@ class Engine:
         self.notes.append(f"warning: CUDA graph capture failed ({reason}); training continues eagerly, without graphs")
 
     def _set_training_mode(self) -> None:
-        if self._wrapped.training:  # setting the mode of all layers costs the host a millisecond or two
+        if self.model.training:  # setting the mode of all layers costs the host a millisecond or two
             return
         self._wrapped.train()
         for norm in self._frozen:

@@ -61,7 +61,8 @@ def main() -> None:
     world = connect()
     if own.replay:
         failing = world.rank == own.fails_on
-        RECORDERS["cpu"] = lambda device: FailsAt(device, 9) if failing else ReplayOnCpu(device)
+        recorder = FailsAt(world.device, 9) if failing else ReplayOnCpu(world.device)
+        RECORDERS["cpu"] = lambda device: recorder
     torch.manual_seed(0)
     config = fat.FATConfig(num_classes=CLASSES, widths=(16, 32, 48, 64), depths=(1, 2, 2, 1), heads=(2, 4, 6, 8))
     shape = BatchShape(global_batch=GLOBAL, world=world.size, rank=world.rank, micro_batch=own.micro)
@@ -79,7 +80,8 @@ def main() -> None:
     state = engine.state_dict()
     if world.is_main:
         found = {"state": state, "losses": losses, "norms": norms, "loss": accuracy["loss"], "notes": engine.notes}
-        torch.save({**found, "compile": engine.picks["compile"]}, own.out)
+        found |= {"compile": engine.picks["compile"], "replayed": recorder.replayed if own.replay else 0}
+        torch.save(found, own.out)
     disconnect()
 
 

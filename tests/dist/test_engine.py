@@ -152,6 +152,8 @@ def test_replayed_training_is_eager_training_over_ranks(tmp_path: Path, zero: in
     eager = run(tmp_path, "eager", *how, zero=zero, ranks=ranks)
     replayed = run(tmp_path, "replayed", *how, "--replay", zero=zero, ranks=ranks)
     assert (eager["compile"], replayed["compile"]) == ("off", "cudagraphs: forward and backward of 6 parts")
+    assert replayed["replayed"] == 4 * (8 // ranks // micro) * 12  # steps, micro-batches, graphs
+    assert eager["state"]["model/stem.convs.0.bn.num_batches_tracked"] == 4 * (8 // ranks // micro)
     assert_same(replayed, eager)
 
 

@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fat
 from fat import layers
 from fat.config import FATConfig
+from launch.graphs import GraphedModel
+from tests.support.recorders import ReplayOnCpu
 
 TINY = FATConfig(
     widths=(16, 16, 32, 32),
@@ -146,6 +148,23 @@ def test_pointwise_is_a_matrix_product_in_half_precision(autocast: bool, monkeyp
         out.backward(cotangent)
         results.append([out, leaf.grad, own.weight.grad, own.bias.grad])
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+def test_a_captured_stage_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> None:
+    """Custom operators on other tensors than the parameters, their backward by `autograd.grad`, under autocast."""
+    eager, captured = copy.deepcopy(model.stages[0]), copy.deepcopy(model.stages[0])
+    x = torch.randn(1, 16, 9, 9).contiguous(memory_format=torch.channels_last)
+    GraphedModel(captured, ReplayOnCpu(x.device)).capture(x, torch.bfloat16)
+    for stage in (eager, captured):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16), Called() as called:
+            y = stage(x + 1)
+        y.float().square().sum().backward()
+        assert called.count["depthwise_gate"] == called.count["add_norm"] == called.count["follow"] // 4 == 1
+    for ours, theirs in zip(captured.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(captured.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_hooks_see_their_modules_called(model: fat.FAT, images: Tensor) -> None:

@@ -565,7 +565,7 @@ def test_what_cannot_be_is_refused_where_it_is_given(digits: Path, options: tupl
     recipe, _ = setting(digits, *options)
     with pytest.raises(RecipeError, match=message):
         Execution.of(recipe, CPU, accumulation=1)
-    with pytest.raises(RecipeError, match="--compile reduce-overhead: CUDA graphs would overwrite"):
+    with pytest.raises(RecipeError, match="--compile reduce-overhead: its CUDA graphs would overwrite"):
         Execution.of(parse(["--compile", "reduce-overhead", "--zero", "0"]), torch.device("cuda"), accumulation=2)
 
 

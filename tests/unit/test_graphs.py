@@ -215,6 +215,26 @@ def test_any_model_is_captured_whole() -> None:
         assert torch.equal(ours.grad, theirs.grad)
 
 
+class SharedGradient(nn.Module):
+    """Autograd hands the same tensor to both parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.a + self.b)
+
+
+def test_parameters_of_one_gradient_do_not_share_its_memory() -> None:
+    """Clipping would scale it twice."""
+    model = captured(SharedGradient().train(), torch.randn(2, 3))
+    model(torch.randn(2, 3)).sum().backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert model.a.grad.data_ptr() != model.b.grad.data_ptr()
+    assert sum(parameter.grad.square().sum() for parameter in model.parameters()).sqrt() == pytest.approx(0.5, rel=1e-4)
+
+
 def test_what_a_replay_would_get_wrong_is_an_error() -> None:
     model, images = small_model()
     captured(model, images)

@@ -18,11 +18,13 @@ from launch import input_tuning, tuning
 from launch.command_line import parse
 from launch.execution import Execution, alternatives
 from launch.feed import Feed
+from launch.graphs import RECORDERS
 from launch.optimizers import OPTIMIZERS, parameter_groups
 from launch.trials import LATE, Trial, best_of, take_turns
 from launch.tuning import Bench, measure, time_optimizer
 from launch.world import World
 from shards.errors import ShardSetError
+from tests.support.recorders import ReplayOnCpu
 from tests.unit.test_fat_parity import TINY
 
 CPU = torch.device("cpu")
@@ -91,6 +93,7 @@ def test_no_turn_begins_when_the_time_is_over_and_half_rounds_do_not_count() -> 
 
 def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FAT_KERNELS", raising=False)
+    monkeypatch.setitem(RECORDERS, "cpu", ReplayOnCpu)
     made = bench()
     model = made.model.eval()
     before = {name: (tensor.clone(), tensor.stride()) for name, tensor in model.state_dict().items()}
@@ -99,6 +102,7 @@ def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
         START,
         dataclasses.replace(START, memory_format="contiguous"),
         dataclasses.replace(START, kernels="off"),
+        dataclasses.replace(START, compile="cudagraphs"),
         dataclasses.replace(START, compile="no-such-mode"),  # type: ignore[arg-type]
     ]
     *good, bad = measure(made, ways, "compile")
@@ -108,6 +112,7 @@ def test_measuring_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bad.failure.startswith("failed (")
     assert not model.training
     assert model._compiled_call_impl is None
+    assert "forward" not in vars(model)
     assert not [name for name in os.environ if name.startswith("FAT_") and name.endswith("KERNELS")]
     assert all(parameter.grad is None for parameter in model.parameters())
     for name, tensor in model.state_dict().items():
