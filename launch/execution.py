@@ -55,8 +55,8 @@ class Execution:
         """
         run, (zero, _) = recipe.run, choose(recipe, device)
         obstacle = graph_obstacle(recipe, device)
-        default: Mode = "off" if obstacle else "cudagraphs"
-        mode: Mode = default if run.compile is None or run.compile == "auto" else run.compile
+        left_open = run.compile is None or run.compile == "auto"
+        mode = ("off" if obstacle else "cudagraphs") if left_open else cast(Mode, run.compile)
         if mode == "cudagraphs" and obstacle:
             raise RecipeError(f"--compile cudagraphs: {obstacle}; use --compile off")
         if zero and run.memory_format == "channels-last":
@@ -78,7 +78,7 @@ class Execution:
             kernels=run.kernels or switch() or "auto",
             compile=mode,
             optimizer_form=recipe.optim.optimizer_form or "fused",
-            eager_because=obstacle if run.compile != "off" and device.type in RECORDERS else "",
+            eager_because=obstacle if left_open and device.type in RECORDERS else "",
         )
 
     def lay_out(self, model: nn.Module) -> nn.Module:

@@ -272,6 +272,7 @@ def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked
     execution = Execution.of(parse([*options]), CPU, accumulation=1)
     assert execution.compile == "off"
     assert reason in execution.eager_because
+    assert not Execution.of(parse([*options, "--compile", "off"]), CPU, accumulation=1).eager_because
     with pytest.raises(RecipeError, match=f"--compile cudagraphs: .*{reason}.*; use --compile off"):
         Execution.of(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1)
 
