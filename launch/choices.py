@@ -122,7 +122,7 @@ def measure(
     Raises:
         UserError: the recipe cannot be, or the set is damaged.
     """
-    zero, precision = choose(recipe, feed.world.device)
+    zero, precision = choose(recipe, feed.world.device, ranks=ranks)
     settled = with_values(recipe, fixed)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if part == "input":
@@ -144,7 +144,7 @@ def measure(
     )
     possible = alternatives(device, zero=zero, accumulation=accumulation, ranks=ranks)
     still_open = {name: values for name, values in possible.items() if name not in fixed}
-    start = Execution.of(settled, device, accumulation=accumulation)
+    start = Execution.of(settled, device, accumulation=accumulation, ranks=ranks)
     return tuning.tune(bench, start, still_open, seconds=seconds, say=say)
 
 
@@ -185,16 +185,18 @@ class _Resolving:
 
     def _can_be(self, name: str, value: Value) -> bool:
         """A run may go on with another ZeRO stage or more micro-batches than it began with."""
-        device, accumulation = self.feed.world.device, self.feed.shape.accumulation
+        world, accumulation = self.feed.world, self.feed.shape.accumulation
         try:
-            Execution.of(with_values(self.recipe, {name: value}), device, accumulation=accumulation)
+            Execution.of(
+                with_values(self.recipe, {name: value}), world.device, accumulation=accumulation, ranks=world.size
+            )
         except RecipeError:
             return False
         return True
 
     def _alternatives(self) -> dict[str, tuple[str, ...]]:
-        world, (zero, _) = self.feed.world, choose(self.recipe, self.feed.world.device)
-        accumulation = self.feed.shape.accumulation
+        world, accumulation = self.feed.world, self.feed.shape.accumulation
+        zero, _ = choose(self.recipe, world.device, ranks=world.size)
         return alternatives(world.device, zero=zero, accumulation=accumulation, ranks=world.size)
 
     def _key(self, part: Part) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def show_run(recipe: Recipe, world: World) -> None:
         UserError: recipe, data and world do not fit together.
     """
     feed = Feed.of(recipe, world)
-    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation)  # refuses what cannot be
+    # Reject invalid combinations of options.
+    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     if world.is_main:
@@ -42,7 +43,7 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
     Reads the data set's manifest and the run folder, writes nothing.
     """
     plan, shape, world = feed.plan, feed.shape, feed.world
-    zero, precision = choose(recipe, world.device)
+    zero, precision = choose(recipe, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
     cost = fat.count(model, recipe.data.size)
     state = 4 * cost.parameters

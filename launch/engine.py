@@ -57,8 +57,8 @@ class Engine:
         self.world = world
         # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.zero, self.precision = choose(recipe, world.device)
-        self.execution = Execution.of(recipe, world.device, accumulation=accumulation)
+        self.zero, self.precision = choose(recipe, world.device, ranks=world.size)
+        self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
         model = self.execution.lay_out(model.to(world.device))
         model = synchronise_norms(model, recipe.run.sync_bn, world)

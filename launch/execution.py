@@ -25,10 +25,13 @@ FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_
 GRAPHS = ("reduce-overhead", "max-autotune")  # of the compiler: neither with accumulation nor unasked on several ranks
 
 
-def choose(recipe: Recipe, device: torch.device) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
-    """ZeRO stage and precision of the recipe on this device."""
+def choose(recipe: Recipe, device: torch.device, *, ranks: int) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
+    """Return the ZeRO stage and the precision of a recipe on `ranks` processes with such a device.
+
+    ZeRO `auto` is 1 on several GPUs and 0 elsewhere: one process has nothing to shard.
+    """
     cuda = device.type == "cuda"
-    zero = (1 if cuda else 0) if recipe.run.zero == "auto" else recipe.run.zero
+    zero = (1 if cuda and ranks > 1 else 0) if recipe.run.zero == "auto" else recipe.run.zero
     precision = ("bf16" if cuda else "fp32") if recipe.run.precision == "auto" else recipe.run.precision
     return zero, precision
 
@@ -47,14 +50,18 @@ class Execution:
     """Why the default, CUDA graphs, does not apply on this GPU."""
 
     @classmethod
-    def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int) -> Execution:
-        """What the recipe says, with defaults where it leaves something open.
+    def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int, ranks: int) -> Execution:
+        """Resolve the recipe's options, with defaults where it leaves them open.
+
+        Args:
+            accumulation: micro-batches per step.
+            ranks: world size of the training.
 
         Raises:
-            RecipeError: the recipe asks for what cannot be.
+            RecipeError: the options cannot be combined.
         """
-        run, (zero, _) = recipe.run, choose(recipe, device)
-        obstacle = graph_obstacle(recipe, device)
+        run, (zero, _) = recipe.run, choose(recipe, device, ranks=ranks)
+        obstacle = graph_obstacle(recipe, device, ranks=ranks)
         left_open = run.compile is None or run.compile == "auto"
         mode = ("off" if obstacle else "cudagraphs") if left_open else cast(Mode, run.compile)
         if mode == "cudagraphs" and obstacle:
@@ -99,16 +106,16 @@ class Execution:
         return self.compile not in ("off", "cudagraphs")
 
 
-def graph_obstacle(recipe: Recipe, device: torch.device) -> str:
-    """Why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
-    zero, _ = choose(recipe, device)
+def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
+    """Return why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
+    zero, _ = choose(recipe, device, ranks=ranks)
     if device.type not in RECORDERS:
         return f"needs a CUDA device, and this is {device.type}"
     if zero == 3:
         return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
     synchronised = over_ranks(recipe.run.sync_bn, ranks, device) and not recipe.model.freeze_bn
-    if synchronised and dist.get_backend() != "nccl":
+    # `pipeline tune --ranks N` asks for several ranks in one process, without a process group.
+    if synchronised and dist.is_initialized() and dist.get_backend() != "nccl":
         return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"
     return ""
 

@@ -105,7 +105,7 @@ class RunRecipe:
     seed: int = 0
     """Seed of everything random."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; 0 = plain data parallel. auto = 1 on GPUs, 0 on CPUs."""
+    """DeepSpeed ZeRO stage; 0 = plain data parallel. auto = 1 on several GPUs, 0 on one GPU and on CPUs."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
     resume: Literal["auto", "never"] = "auto"

@@ -42,7 +42,8 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     """
     started = time.time()
     feed = Feed.of(recipe, world)
-    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation)  # refuses what cannot be, first of all
+    # Reject invalid combinations of options before creating files.
+    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     lock.take(world, make=True)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))

@@ -233,7 +233,7 @@ def key_of(part: Part, recipe: Recipe, feed: Feed, *, given: Mapping[str, Value 
 
 def model_key(recipe: Recipe, feed: Feed, *, ranks: int) -> dict[str, Any]:
     """All that the fastest way to run the model depends on, but for what is given."""
-    device, (zero, precision) = feed.world.device, choose(recipe, feed.world.device)
+    device, (zero, precision) = feed.world.device, choose(recipe, feed.world.device, ranks=ranks)
     libraries = versions() | {"triton": _installed("triton")}
     return {
         "device": device_name(device),
@@ -281,7 +281,7 @@ def input_key(recipe: Recipe, feed: Feed) -> dict[str, Any]:
         "size": recipe.data.size,
         "micro_batch": feed.shape.micro_rows,
         "augmentation": xxhash.xxh3_64_hexdigest(repr(feed.augment).encode()),
-        "precision": choose(recipe, device)[1],
+        "precision": choose(recipe, device, ranks=feed.world.size)[1],
         "set": split.index_hash,
         "remote": is_remote(recipe.data.location()),
     }

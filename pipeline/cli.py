@@ -87,7 +87,7 @@ class Bench(_Training):
     """cudagraphs, or a torch.compile mode. None = what was measured on this machine, else cudagraphs on GPUs and off on
     CPUs; auto = measure, where it was not."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; 0 = plain. auto = 1 on GPUs, 0 on CPUs, as training and 'pipeline tune' have it."""
+    """DeepSpeed ZeRO stage; 0 = plain. auto = 0, as in training with one process."""
     json: Path | None = None
     """File for all figures."""
     chart: Path = Path("bench.png")
@@ -124,7 +124,7 @@ class Tune(_Training):
     accumulation: int = 1
     """Micro-batches per optimiser step that training will have."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage that training will have. auto = 1 on GPUs, 0 on CPUs."""
+    """DeepSpeed ZeRO stage that training will have. auto = 1 with --ranks of several GPUs, else 0."""
     what: Literal["both", "model", "input"] = "both"
     """What to measure."""
     seconds: float = 60.0

@@ -5,8 +5,10 @@ Float32, fixed random batches, BatchNorm frozen (its statistics are per rank on 
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,17 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state half way, from one plain process."""
+def half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+    """(ZeRO stage, processes) -> file of the state half way."""
     folder = tmp_path_factory.mktemp("half")
-    run(folder, "half", "--steps", str(STEPS // 2), "--ema", "0.9")
-    return folder / "half.pt"
+
+    @functools.cache
+    def made(zero: int, ranks: int) -> Path:
+        name = f"zero-{zero}-on-{ranks}"
+        run(folder, name, "--steps", str(STEPS // 2), "--ema", "0.9", zero=zero, ranks=ranks)
+        return folder / f"{name}.pt"
+
+    return made
 
 
 @pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (3, 2), *slow((1, 1), (2, 2), (2, 1), (3, 1))])
@@ -79,12 +87,28 @@ def test_every_stage_and_world_size_ends_at_the_same_weights(
     assert result["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # of the moving average
 
 
-@pytest.mark.parametrize(("zero", "ranks"), [(1, 2), *slow((0, 2), (2, 1), (3, 2))])
+# (ZeRO stage, processes) before and after. One GPU is stage 0 by default, several are stage 1.
+CHANGES = [((0, 1), (1, 2)), ((1, 2), (0, 1))]
+MORE_CHANGES = [
+    ((0, 1), (0, 2)),
+    ((0, 1), (2, 1)),
+    ((0, 1), (3, 2)),
+    ((1, 1), (0, 1)),
+    ((1, 1), (1, 2)),
+    ((2, 2), (0, 1)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), [*CHANGES, *slow(*MORE_CHANGES)])
 def test_a_state_goes_on_at_another_stage_and_world_size(
-    tmp_path: Path, reference: dict[str, Any], half: Path, zero: int, ranks: int
+    tmp_path: Path,
+    reference: dict[str, Any],
+    half: Callable[[int, int], Path],
+    before: tuple[int, int],
+    after: tuple[int, int],
 ) -> None:
-    options = ("--steps", STEPS, "--state", half, "--at", STEPS // 2, "--ema", "0.9")
-    result = run(tmp_path, "r", *options, zero=zero, ranks=ranks)
+    options = ("--steps", STEPS, "--state", half(*before), "--at", STEPS // 2, "--ema", "0.9")
+    result = run(tmp_path, "r", *options, zero=after[0], ranks=after[1])
     for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
         assert distance(reference, result, kind) < TOLERANCE, kind
 
@@ -93,11 +117,11 @@ FOREACH = ("--optimizer-form", "foreach", "--memory-format", "contiguous")
 
 
 def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(
-    tmp_path: Path, reference: dict[str, Any], half: Path
+    tmp_path: Path, reference: dict[str, Any], half: Callable[[int, int], Path]
 ) -> None:
     options = ("--ema", "0.9", *FOREACH, "--steps", STEPS)
     whole = run(tmp_path, "whole", *options)
-    resumed = run(tmp_path, "resumed", *options, "--state", half, "--at", STEPS // 2)
+    resumed = run(tmp_path, "resumed", *options, "--state", half(0, 1), "--at", STEPS // 2)
     for result in (whole, resumed):
         for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
             assert distance(reference, result, kind) < TOLERANCE, kind

@@ -13,9 +13,10 @@ import torch
 from filelock import FileLock
 
 from launch import tuned
-from launch.choices import _Resolving, measure, resolve
+from launch.choices import Choices, _Resolving, measure, resolve
 from launch.command_line import parse
-from launch.execution import Execution
+from launch.dry_run import describe_run
+from launch.execution import Execution, choose
 from launch.feed import Feed
 from launch.model import build_model
 from launch.open_options import given, with_values
@@ -73,7 +74,7 @@ def test_without_any_measurement_nothing_is_chosen(digits: Path, file: Path) -> 
     assert given(recipe) == {}
     assert set(choices.sources.values()) == {"by default"}
     assert choices.notes == []
-    assert Execution.of(recipe, CPU, accumulation=1) == Execution(
+    assert Execution.of(recipe, CPU, accumulation=1, ranks=1) == Execution(
         memory_format="channels-last", kernels="auto", compile="off", optimizer_form="fused"
     )
 
@@ -217,6 +218,30 @@ def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(
     assert settled.data.loader.decode_threads == threads
     given_64 = with_values(recipe, {"decode_threads": 64})
     assert resolve(given_64, feed, torch.nn.Identity(), goes_on=False)[0].data.loader.decode_threads == 64
+
+
+@pytest.mark.usefixtures("file")
+@pytest.mark.parametrize(("device", "ranks", "zero"), [("cpu", 1, 0), ("cpu", 2, 0), ("cuda", 1, 0), ("cuda", 8, 1)])
+def test_zero_auto_is_1_on_several_gpus_only(digits: Path, device: str, ranks: int, zero: int) -> None:
+    recipe, feed = setting(digits)
+    world = World(0, ranks, 0, ranks, torch.device(device))
+    feed = dataclasses.replace(feed, world=world)
+    assert choose(recipe, world.device, ranks=ranks)[0] == zero
+    execution = Execution.of(recipe, world.device, accumulation=1, ranks=ranks)
+    assert execution.memory_format == ("contiguous" if zero else "channels-last")
+    shown = describe_run(recipe, feed, build_model(recipe, feed.classes), Choices())
+    precision = "bf16" if device == "cuda" else "fp32"
+    assert f"{'ZeRO-1' if zero else 'plain'}, {precision}, {ranks} x {device}" in shown
+
+
+@pytest.mark.parametrize(("ranks", "taken"), [(1, True), (2, False)])
+def test_weights_that_zero_cannot_hold_do_not_go_on_on_several_gpus(digits: Path, ranks: int, taken: bool) -> None:
+    """The run began on one GPU, without ZeRO; two have ZeRO-1 by default."""
+    recipe, feed = setting(digits)
+    there = dataclasses.replace(feed, world=World(0, ranks, 0, ranks, torch.device("cuda")))
+    resolving = _Resolving(recipe, there, torch.nn.Identity(), goes_on=True)
+    assert resolving._can_be("memory_format", "channels-last") is taken
+    assert resolving._can_be("optimizer_form", "foreach")
 
 
 def test_bench_and_tune_and_training_have_the_same_default_of_zero() -> None:
@@ -467,7 +492,7 @@ def test_what_is_not_possible_any_more_comes_to_the_default(tmp_path: Path, digi
     recipe, choices = chosen(digits, "--out", out, "--zero", "3", goes_on=True)
     assert choices.sources["memory_format"] == choices.sources["compile"] == "by default"
     assert choices.values["optimizer_form"] == "foreach"
-    assert Execution.of(recipe, CPU, accumulation=1).memory_format == "contiguous"
+    assert Execution.of(recipe, CPU, accumulation=1, ranks=1).memory_format == "contiguous"
 
 
 @pytest.mark.parametrize(
@@ -564,9 +589,10 @@ def test_a_file_that_cannot_be_written_is_an_error_of_tune_and_a_warning_of_a_ru
 def test_what_cannot_be_is_refused_where_it_is_given(digits: Path, options: tuple[str, ...], message: str) -> None:
     recipe, _ = setting(digits, *options)
     with pytest.raises(RecipeError, match=message):
-        Execution.of(recipe, CPU, accumulation=1)
+        Execution.of(recipe, CPU, accumulation=1, ranks=1)
+    graphs = parse(["--compile", "reduce-overhead", "--zero", "0"])
     with pytest.raises(RecipeError, match="--compile reduce-overhead: its CUDA graphs would overwrite"):
-        Execution.of(parse(["--compile", "reduce-overhead", "--zero", "0"]), torch.device("cuda"), accumulation=2)
+        Execution.of(graphs, torch.device("cuda"), accumulation=2, ranks=1)
 
 
 def test_every_name_has_its_place_and_its_check(digits: Path) -> None:

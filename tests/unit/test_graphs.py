@@ -267,36 +267,34 @@ def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked
     recorders: list[ReplayOnCpu], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], reason: str
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-    execution = Execution.of(parse([*options]), CPU, accumulation=1)
+    execution = Execution.of(parse([*options]), CPU, accumulation=1, ranks=2)
     assert execution.compile == "off"
     assert reason in execution.eager_because
-    assert not Execution.of(parse([*options, "--compile", "off"]), CPU, accumulation=1).eager_because
+    assert not Execution.of(parse([*options, "--compile", "off"]), CPU, accumulation=1, ranks=2).eager_because
     with pytest.raises(RecipeError, match=f"--compile cudagraphs: .*{reason}.*; use --compile off"):
-        Execution.of(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1)
+        Execution.of(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1, ranks=2)
 
 
 def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
     recorders: list[ReplayOnCpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-    assert graph_obstacle(parse(["--sync-bn", "on", "--freeze-bn"]), CPU) == ""
+    assert graph_obstacle(parse(["--sync-bn", "on", "--freeze-bn"]), CPU, ranks=2) == ""
 
 
 def test_cpus_train_eagerly_without_a_word() -> None:
-    execution = Execution.of(parse([]), CPU, accumulation=1)
+    execution = Execution.of(parse([]), CPU, accumulation=1, ranks=1)
     assert (execution.compile, execution.eager_because) == ("off", "")
     with pytest.raises(RecipeError, match="--compile cudagraphs: needs a CUDA device, and this is cpu"):
-        Execution.of(parse(["--compile", "cudagraphs"]), CPU, accumulation=1)
+        Execution.of(parse(["--compile", "cudagraphs"]), CPU, accumulation=1, ranks=1)
 
 
 def test_gpus_capture_by_default_with_accumulation_and_every_zero_stage_but_3() -> None:
     for zero in ("0", "1", "2"):
         for accumulation in (1, 4):
-            found = Execution.of(parse(["--zero", zero]), torch.device("cuda"), accumulation=accumulation)
+            found = Execution.of(parse(["--zero", zero]), torch.device("cuda"), accumulation=accumulation, ranks=1)
             assert found.compile == "cudagraphs"
 
 
