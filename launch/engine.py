@@ -33,7 +33,10 @@ __all__ = ["Engine", "StepResult", "choose"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device; reading it would wait for the step (DeepSpeed's norm has been read already)."""
+    """What a step leaves on the device; reading it waits for the step.
+
+    DeepSpeed itself has read the norm at ZeRO 3, and at ZeRO 1 and 2 with an optimiser that is not fused.
+    """
 
     loss: Tensor
     """float32 scalar: mean over this rank's rows."""
@@ -301,12 +304,16 @@ class Engine:
     # -- DeepSpeed -----------------------------------------------------------------------------------------------
 
     def _deepspeed_step(self, batches: Sequence[Batch]) -> StepResult:
-        total = torch.zeros((), device=self.world.device)
+        total, norm = torch.zeros((), device=self.world.device), None
         for number, batch in enumerate(batches):
-            self._wrapped.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            last = number == len(batches) - 1
+            self._wrapped.set_gradient_accumulation_boundary(last)
             loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
             self._wrapped.backward(loss)  # divides by the number of micro-batches itself
-            self._wrapped.step()  # skips the update where the norm is not finite
+            if last and self._masters.clips_gradients:
+                norm = self._masters.clip_gradients(self._recipe.optim.clip_grad)
+            self._wrapped.step()
             total += loss.detach() / len(batches)
-        norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite
+            norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)

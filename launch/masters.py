@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from launch.optimizers import skip_if_not_finite
 from launch.world import World
 
 AVERAGE = "ema"
@@ -43,6 +45,35 @@ class Masters:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self._names.values())
+
+    @property
+    def clips_gradients(self) -> bool:
+        """Whether `clip_gradients` must be called before the optimiser steps: DeepSpeed was told not to do it."""
+        return not getattr(self._outer, "compute_grad_norm", True)
+
+    @torch.no_grad()
+    def clip_gradients(self, max_norm: float) -> Tensor:
+        """Clip ZeRO's reduced gradients by their global norm, on the device alone. Collective, ZeRO 1 and 2 only.
+
+        To be called between the last backward pass of a step and DeepSpeed's `step`, with a fused optimiser, which then
+        skips its update where the norm is not finite.
+
+        Args:
+            max_norm: 0 = no clipping.
+
+        Returns:
+            float32 scalar: the norm before clipping, the same on every rank.
+        """
+        gradients = [gradient for group in self._outer.averaged_gradients.values() for gradient in group]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._world.size > 1:
+            squares = norm.double().square()  # float32 overflows at norms above 1.8e19
+            dist.all_reduce(squares)
+            norm = squares.sqrt().float()
+        if max_norm:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        skip_if_not_finite(self._inner, norm)
+        return norm
 
     @torch.no_grad()
     def update_average(self) -> None:

@@ -38,10 +38,19 @@ def update(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
         norm: float32 scalar.
     """
     if optimizer.defaults["fused"]:
-        optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        skip_if_not_finite(optimizer, norm)
         optimizer.step()
     elif norm.isfinite():
         optimizer.step()
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
+    """Make the next step of a fused optimiser change nothing if the norm is not finite, which the device decides.
+
+    Args:
+        norm: float32 scalar.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
 
 
 OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, ("exp_avg", "exp_avg_sq"))}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,9 @@ def wrap(
     clip_grad: float,
 ) -> tuple[Any, Any]:
     """(wrapped model, optimiser that steps): DDP and torch's own without ZeRO, else DeepSpeed's of both. Collective.
+
+    With ZeRO 1 and 2 and a fused optimiser, the gradient norm, clipping and the skipping of updates are left to the
+    caller (`Masters.clip_gradients`), since DeepSpeed's own make the host wait for the device.
 
     Args:
         model: on its device.
@@ -73,6 +77,10 @@ def wrap(
         config["gradient_clipping"] = clip_grad
         config["torch_autocast"]["enabled"] = bf16
         config["zero_optimization"]["overlap_comm"] &= cuda
+        if zero < 3:
+            _adapt_to_model(config, model)
+            if optimizer.defaults["fused"]:
+                _leave_norm_to_caller(config, world)
         plugin = DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     _check_agreement(accelerator, world, zero)
@@ -80,7 +88,34 @@ def wrap(
         # `broadcast_buffers` has a new name in the newest torch only.
         warnings.simplefilter("ignore", FutureWarning)
         wrapped, _ = accelerator.prepare(model, optimizer)
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        # Every 100th step (by default) DDP waits for the events of the step before, for statistics that nobody reads.
+        wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
+
+
+def _adapt_to_model(config: dict[str, Any], model: nn.Module) -> None:
+    """Make DeepSpeed's reduction buffer no larger than the gradients: it is allocated whole in every backward pass."""
+    settings = config["zero_optimization"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    settings["reduce_bucket_size"] = min(settings["reduce_bucket_size"], trained)
+
+
+def _leave_norm_to_caller(config: dict[str, Any], world: World) -> None:
+    """Make DeepSpeed neither compute the gradient norm nor clip by it, if this version can be told so."""
+    from deepspeed import __version__
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:
+        config["zero_optimization"]["compute_grad_norm"] = False
+        config["gradient_clipping"] = 0.0
+    elif world.is_main:
+        print(
+            f"note: DeepSpeed {__version__} reads the gradient norm on the host at every step; "
+            "0.19.8 does not have to ('pip install -U deepspeed')",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _check_agreement(accelerator: Any, world: World, zero: int) -> None:

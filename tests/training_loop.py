@@ -10,20 +10,34 @@ from pathlib import Path
 import torch
 
 import fat
+from launch.checkpoint import Progress
 from launch.command_line import parse
 from launch.engine import Engine
 from launch.feed import Feed
 from launch.guards import Guards
+from launch.metrics import Tracker
+from launch.preempt import Preemption
 from launch.schedule import rate_of
+from launch.watchdog import Watchdog
 from launch.world import World
 
 
 @contextmanager
-def training(data: Path, out: Path, *options: str, batch: int, device: str) -> Iterator[Callable[[], None]]:
-    """A function that does one step as training does, from the next batch to the guards' note."""
-    sizes = ("--size", "32", "--global-batch", str(batch), "--zero", "0")
-    recipe = parse(["--data", str(data), "--out", str(out), *sizes, *options])
-    world = World(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
+def training(
+    data: Path, out: Path, *options: str, batch: int, device: str = "", world: World | None = None
+) -> Iterator[Callable[[], None]]:
+    """Yield a function that does one step as training does, with everything that is called at every step.
+
+    Args:
+        options: of launch/train.py; the ZeRO stage is 0 without `--zero`.
+        batch: images of a step, of all ranks.
+        device, world: where to train; without a world, one process on this device.
+    """
+    zero = () if "--zero" in options else ("--zero", "0")
+    recipe = parse(
+        ["--data", str(data), "--out", str(out), "--size", "32", "--global-batch", str(batch), *zero, *options]
+    )
+    world = world or World(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     feed = Feed.of(recipe, world)
     shape = feed.shape
     config = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8), num_classes=feed.classes)
@@ -32,12 +46,23 @@ def training(data: Path, out: Path, *options: str, batch: int, device: str) -> I
     )
     guards = Guards(engine, max_bad_steps=10, compare_every=0)
     rate, numbers = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
+    out.mkdir(parents=True, exist_ok=True)
 
-    with feed.train_loader(step=0, dtype=engine.input_dtype) as loader:
+    with (
+        Tracker(recipe, feed, engine, Progress()) as tracker,
+        Preemption(out, world, deadline=None) as preemption,
+        Watchdog(out, world, timeout=0) as watchdog,
+        feed.train_loader(step=0, dtype=engine.input_dtype) as loader,
+    ):
 
         def step() -> None:
             number = next(numbers)
-            batches = [next(loader) for _ in range(shape.accumulation)]
-            guards.note(number, engine.step(batches, step=number, lr=rate(number)), batches)
+            preemption.agreed()
+            with tracker.waiting_for_data():
+                batches = [next(loader) for _ in range(shape.accumulation)]
+            result = engine.step(batches, step=number, lr=rate(number))
+            guards.note(number, result, batches)
+            tracker.step(number, rate(number), result)
+            watchdog.beat(number + 1)
 
         yield step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.dist.launching import python
 from tests.training_loop import training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -26,6 +28,16 @@ def checked() -> Iterator[None]:
 def test_the_check_notices(checked: None) -> None:
     with pytest.raises(RuntimeError, match="synchronizing"):
         torch.ones((), device="cuda").item()
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_no_step_with_zero_waits_for_the_device(tmp_path: Path, photos: Path, zero: int) -> None:
+    """In a process of its own, which DeepSpeed needs for its process group."""
+    out = tmp_path / "waits.json"
+    script = ("tests/dist/host_waits_run.py", out, tmp_path / "run", "--data", photos, "--zero", str(zero))
+    done = python(tmp_path, *script, "--ema", "0.9")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text()) == {}
 
 
 @pytest.mark.parametrize("options", [(), ("--ema", "0.9"), ("--augment", "light"), ("--micro-batch", "16")])

@@ -8,21 +8,20 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.dali import MOST_KEPT, StillRead
+from tests.support.host_waits import HostWaits
 from tests.training_loop import training
 
 STEPS = 50
 SMALL, LARGE = 4, 12
-# What reads a result on the host, which on a GPU means to wait for it.
-READS = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique"}
 
 
 def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[str]]:
@@ -52,36 +51,61 @@ def test_the_training_thread_does_no_python_work_per_sample(tmp_path: Path, digi
     assert large == pytest.approx(small, abs=2), calls.most_common(10)
 
 
-class Reads(TorchDispatchMode):
-    """Counts operations whose result the host reads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name in READS:
-            self.found[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("options", [(), ("--accumulate",), ("--ema", "0.9")])
-def test_no_step_reads_a_result(tmp_path: Path, digits: Path, options: tuple[str, ...]) -> None:
+def test_no_step_makes_the_host_wait(tmp_path: Path, digits: Path, options: tuple[str, ...]) -> None:
     extra = ("--micro-batch", str(SMALL // 2)) if "--accumulate" in options else options
     with training(digits, tmp_path / "run", *extra, batch=SMALL, device="cpu") as step:
         step()
-        with Reads() as reads:
+        with HostWaits() as waits:
             for _ in range(3):
                 step()
-    assert not reads.found
+    assert not waits.found
 
 
-def test_a_read_would_be_noticed() -> None:
-    with Reads() as reads:
-        torch.ones(()).item()
-        torch.ones(3).nonzero()
-    assert reads.found == {"_local_scalar_dense": 1, "nonzero": 1}
+ONE, CPU = torch.ones(()), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "wait"),
+    [
+        ("_local_scalar_dense", ONE.item),
+        ("_local_scalar_dense", lambda: float(ONE)),
+        ("_local_scalar_dense", lambda: [0, 1][ONE.long()]),
+        ("_local_scalar_dense", lambda: ONE and None),
+        ("tolist", ONE.tolist),
+        ("cpu", ONE.cpu),
+        ("numpy", ONE.numpy),
+        ("nonzero", lambda: torch.ones(3).nonzero()),
+        ("index", lambda: torch.ones(3)[torch.ones(3).bool()]),
+        ("masked_fill_", lambda: torch.ones(3).masked_fill_(torch.ones(3).bool(), ONE)),
+        ("tensor", lambda: torch.tensor(1.0, device=CPU)),
+        ("as_tensor", lambda: torch.as_tensor(1.0, device=CPU)),
+        ("new_tensor", lambda: ONE.new_tensor([1.0])),
+    ],
+)
+def test_whatever_waits_is_counted_with_its_place(name: str, wait: Callable[[], object]) -> None:
+    with HostWaits() as waits:
+        wait()
+    assert waits.found.total() == 1
+    (place,) = waits.found
+    assert place.startswith(f"{name} < tests/unit/test_overlap.py:")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda: torch.zeros(3, device=CPU).add_(ONE).sum(),
+        lambda: torch.tensor(1.0),  # on the host
+        lambda: torch.as_tensor(ONE, device=CPU),
+        lambda: torch.ones(3)[torch.tensor([0, 2])],
+        lambda: torch.ones(3).masked_fill_(torch.ones(3).bool(), 2.0),
+        lambda: torch.where(torch.ones(3).bool(), ONE, 0.0),
+    ],
+)
+def test_work_that_the_device_can_do_alone_is_not_counted(work: Callable[[], object]) -> None:
+    with HostWaits() as waits:
+        work()
+    assert not waits.found
 
 
 class Event:

@@ -1,0 +1,48 @@
+"""One rank of a small training that counts at which places its steps make the host wait (tests/support/host_waits.py).
+
+    host_waits_run.py OUT.json RUN --data SET [options of launch/train.py]
+
+On a GPU, CUDA's own check of synchronisation raises at a wait as well. Rank 0 writes {place: count} to OUT.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from launch.world import connect, disconnect
+from tests.support.host_waits import HostWaits
+from tests.training_loop import training
+
+GLOBAL = 8
+WARM_UP = 4  # DeepSpeed's timers begin at the third step
+STEPS = 2
+
+
+def main() -> None:
+    out, run, _, data, *options = sys.argv[1:]
+    world = connect()
+    gpu = world.device.type == "cuda"
+    with training(Path(data), Path(run), *options, batch=GLOBAL, world=world) as step:
+        for _ in range(WARM_UP):
+            step()
+        if gpu:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        with HostWaits() as waits:
+            for _ in range(STEPS):
+                step()
+        if gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    if world.is_main:
+        # The ranks agree on whether to leave by a tensor in host memory.
+        found = {place: count for place, count in waits.found.items() if "launch/preempt.py" not in place}
+        Path(out).write_text(json.dumps(found))
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

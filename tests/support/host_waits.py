@@ -1,0 +1,126 @@
+"""Count the places at which a GPU would make the host wait, in code that runs on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Operators whose result, or whose size of result, the host reads from the device. `masked_fill` with a tensor as value
+# is among them: its CUDA kernel reads that value.
+READS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "nonzero",
+    "equal",
+    "masked_select",
+    "unique",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "repeat_interleave.Tensor",
+    "masked_fill.Tensor",
+    "masked_fill_.Tensor",
+}
+# Python functions that no operator stands behind on the CPU.
+COPIES_TO_HOST = {"cpu", "numpy", "tolist", "__array__"}
+# With a device and without a tensor to start from, these copy from pageable memory, which waits for the stream.
+COPIES_FROM_HOST = {"tensor", "as_tensor"}
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
+    """Counts waits while it is entered. One thread only: backward passes on the CPU run in the calling thread.
+
+    Counted are operators that the host reads (`READS`), copies between host and device, and explicit synchronisation
+    of torch.cuda and of DeepSpeed's accelerator. What cannot be seen on the CPU: waits inside C++ that depend on CUDA
+    streams, such as those of the caching allocator or of DistributedDataParallel's runtime statistics.
+    """
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        """"what < file:line of the caller < ..." -> how often."""
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> HostWaits:
+        self._stack.enter_context(_Functions(self._note))
+        self._stack.enter_context(_Operators(self._note))
+        for owner, name in _synchronisations():
+            self._stack.enter_context(self._counted(owner, name))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @contextlib.contextmanager
+    def _counted(self, owner: Any, name: str) -> Iterator[None]:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self._note(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}")
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
+
+    def _note(self, what: str) -> None:
+        frames = [
+            f"{frame.filename.rpartition('site-packages/')[2].removeprefix(f'{ROOT}/')}:{frame.lineno}"
+            for frame in reversed(traceback.extract_stack())
+            if "/torch/" not in frame.filename and frame.filename != __file__ and "contextlib" not in frame.filename
+        ]
+        self.found[" < ".join([what, *frames[:4]])] += 1
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, note: Any) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if name in READS or f"{name}.{func._overloadname}" in READS or by_mask:
+            self._note(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, note: Any) -> None:
+        super().__init__()
+        self._note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, options = getattr(func, "__name__", ""), kwargs or {}
+        start = args[0] if args else options.get("data")
+        to_device = name == "new_tensor" or (name in COPIES_FROM_HOST and options.get("device") is not None)
+        if name in COPIES_TO_HOST or (to_device and not (name == "as_tensor" and isinstance(start, torch.Tensor))):
+            self._note(name)
+        return func(*args, **options)
+
+
+def _synchronisations() -> list[tuple[Any, str]]:
+    """Functions that wait for the device, on objects whose attribute can be replaced."""
+    found: list[tuple[Any, str]] = [
+        (torch.cuda, "synchronize"),
+        (torch.cuda.Stream, "synchronize"),
+        (torch.cuda.Event, "synchronize"),
+    ]
+    with contextlib.suppress(ImportError):
+        from deepspeed.accelerator import get_accelerator
+
+        found.append((get_accelerator(), "synchronize"))
+    return found
