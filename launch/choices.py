@@ -93,7 +93,7 @@ def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> t
     """
     world = feed.world
     choices = share(_Resolving(recipe, feed, model, goes_on).choose if world.is_main else None, world)
-    start = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation)
+    start = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     settled = with_values(recipe, {"compile": start.compile} if recipe.run.compile == "auto" else {})
     settled = with_values(settled, choices.values)
     threads = choices.values.get("decode_threads")
