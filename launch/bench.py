@@ -19,6 +19,7 @@ import torch
 
 import fat
 from fat.roofline import ceiling
+from launch.bench_decoders import DecoderFigures, compare_decoders
 from launch.bench_verdict import Figures, Phase, verdict
 from launch.choices import resolve
 from launch.engine import Engine
@@ -41,12 +42,13 @@ WARM_UP = 3  # of the model: allocations, compilation; the engine itself capture
 OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
 
 
-def bench(recipe: Recipe, *, steps: int) -> Figures:
+def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
     """Measure a recipe on this machine, in this process alone.
 
     Args:
         recipe: what would be trained; nothing is written.
         steps: optimiser steps per round of each measurement.
+        decoder_check: also compare the GPU's two JPEG decoders.
 
     Raises:
         UserError: recipe and data do not fit together.
@@ -60,7 +62,8 @@ def bench(recipe: Recipe, *, steps: int) -> Figures:
         for note in (*choices.notes, *engine.notes):
             print(note, file=sys.stderr)
         figures = _figures(recipe, feed, engine, steps)
-        return dataclasses.replace(figures, settings=figures.settings | choices.picks)
+        decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
+        return dataclasses.replace(figures, settings=figures.settings | choices.picks, decoders=decoders)
     finally:
         disconnect()
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from launch.bench_decoders import DecoderFigures
 
 # Less waiting than this is noise: both together then count as fast as the model alone.
 SATURATED = 0.98
@@ -14,7 +16,7 @@ SLACK = 1.15
 TRY = {
     "reading": "try faster storage or a local copy, or more --read-threads and a larger --read-ahead",
     "decode": "try more --decode-threads (or cores), --loader ffcv, or smaller images: pipeline shard --short-side 256",
-    "decode on the GPU": "try 'pipeline tune' (--hw-decoder-load), or smaller images: pipeline shard --short-side 256",
+    "decode on the GPU": "try smaller images: pipeline shard --short-side 256",
     "augmentation": "try more cores per rank, or --augment light to see what it costs",
     "contention": "alone the loader is fast enough: give the rank more cores, or fewer --decode-threads",
 }
@@ -64,6 +66,8 @@ class Figures:
     """bytes/s that a copy on the device moves."""
     memory: dict[str, int]
     """Bytes of GPU memory; empty on a CPU."""
+    decoders: DecoderFigures = field(default_factory=lambda: DecoderFigures(skipped="not asked for"))
+    """The GPU's two JPEG decoders against each other."""
     verdict: str = ""
 
     @property
@@ -140,4 +144,4 @@ def table(figures: Figures) -> str:
     if f.memory:
         peak_gib, used_gib, total_gib = (f.memory[name] / 2**30 for name in ("torch_peak", "in_use", "total"))
         lines.append(f"GPU memory: {peak_gib:.1f} GiB by torch at most, {used_gib:.1f} of {total_gib:.1f} GiB in use")
-    return "\n".join([*lines, f.verdict])
+    return "\n".join([*lines, *f.decoders.lines(), f.verdict])

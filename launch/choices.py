@@ -23,6 +23,7 @@ from torch import nn
 from launch import input_tuning, tuned, tuning
 from launch.execution import GRAPHS, Execution, alternatives, choose
 from launch.feed import Feed
+from launch.jpeg_decoder import choose_load, decodes_on_gpu, engines_of
 from launch.open_options import PLACES, given, option_name, with_values
 from launch.optimizers import OPTIMIZERS
 from launch.provenance import device_name
@@ -57,6 +58,8 @@ class Choices:
     """What was not open at this start."""
     cores: int = 0
     """Of the rank that chose, rank 0."""
+    decoder_began: float | None = None
+    """The share of the JPEG engine (hw_decoder_load) that the run began with, on whatever device."""
 
     def take(self, name: str, value: Value | None, source: str) -> None:
         self.values[name], self.sources[name] = value, source
@@ -99,7 +102,25 @@ def resolve(recipe: Recipe, feed: Feed, model: nn.Module, *, goes_on: bool) -> t
     threads = choices.values.get("decode_threads")
     if threads is not None and world.cores < choices.cores:  # those of rank 0 would flood this rank's smaller machine
         settled = with_values(settled, {"decode_threads": min(int(threads), MOST_PER_CORE * world.cores)})
+    if decodes_on_gpu(feed):
+        settled = _with_decoder(settled, feed, choices)
     return settled, feed.with_recipe(settled), choices
+
+
+def _with_decoder(recipe: Recipe, feed: Feed, choices: Choices) -> Recipe:
+    """The recipe with the JPEG decoder that all ranks use. Collective."""
+    given_load = choices.given.get("hw_decoder_load")
+    chosen = choose_load(
+        engines_of(feed.world),
+        given=None if given_load is None else float(given_load),
+        began=choices.decoder_began,
+    )
+    choices.notes += chosen.notes
+    if given_load is None:
+        choices.take("hw_decoder_load", chosen.load, chosen.reason)
+    elif choices.decoder_began is not None:
+        choices.began["hw_decoder_load"] = choices.decoder_began
+    return with_values(recipe, {"hw_decoder_load": chosen.load})
 
 
 def measure(
@@ -218,6 +239,8 @@ class _Resolving:
                 if not tuned.sensible(part, {name: v for name, v in values[part].items() if v is not None}):
                     raise ValueError(f"no values of these options: {values[part]}")
             device, cores, ranks = record["device"], record["cores"], record.get("ranks", 1)
+            load = record["values"].get("hw_decoder_load")
+            self.choices.decoder_began = None if load is None else float(load)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.choices.notes.append(f"warning: {path}: does not say what the run began with ({error}); chosen anew")
             return

@@ -1,4 +1,4 @@
-"""How the loader is fastest here: threads, batches ahead, hardware decoder, measured with the real one on the real set.
+"""How the loader is fastest here: threads, batches ahead, decoder hints, measured with the real one on the real set.
 
 One option after the other, its values in turns, each with the best of the options before it.
 """
@@ -117,7 +117,6 @@ def _stages(feed: Feed) -> list[list[dict[str, Value]]]:
     ]
     loader = chosen_loader(feed.recipe.data.loader, feed.dataset.split("train"))
     if loader == "dali" and feed.world.device.type == "cuda":
-        stages.append([{"hw_decoder_load": share} for share in (settings.hw_decoder_load, 0.65, 1.0)])
         index = feed.dataset.index("train")
         large = {side: math.ceil(np.quantile(index[side], LARGE)) for side in ("width", "height")}
         hints: dict[str, Value] = {f"preallocate_{side}": pixels for side, pixels in large.items()}

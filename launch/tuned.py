@@ -60,7 +60,6 @@ NAMES: dict[Part, dict[str, Callable[[Any], bool]]] = {
         "read_ahead": lambda value: _count(value, 0),
         "decode_threads": lambda value: _count(value, 1),
         "decode_ahead": lambda value: _count(value, 1),
-        "hw_decoder_load": lambda value: isinstance(value, int | float) and 0 <= value <= 1,
         "preallocate_width": lambda value: _count(value, 0),
         "preallocate_height": lambda value: _count(value, 0),
     },

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from pipeline.bad_samples import BadSamples
 from pipeline.batch import Batch
 from pipeline.decode import DecodeJob, Normalisation
+from pipeline.decode_hardware import decoders_in_words, with_decoder
 from pipeline.decoders import chosen_loader, make_decoder
 from pipeline.options import LoaderOptions
 from pipeline.plan import Ids, Need, Position
@@ -52,9 +53,10 @@ class BackgroundLoader(ABC):
     ) -> None:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants a number
+        self._loader = chosen_loader(options, dataset.split(split))
+        options = with_decoder(options, device) if self._loader == "dali" else options
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
         self._settings = options.settings
-        self._loader = chosen_loader(options, dataset.split(split))
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._prefetcher: Prefetcher[Batch] | None = None
         self._reading: SampleReader | None = None
@@ -73,7 +75,7 @@ class BackgroundLoader(ABC):
         settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
         if loader == "synthetic":
             return {"loader": "synthetic"}
-        where = f"the GPU, hardware decoder's share {settings.hw_decoder_load:g}" if cuda else "CPUs"
+        where = f"the GPU, {decoders_in_words(settings.hw_decoder_load)}" if cuda else "CPUs"
         return {
             "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
             "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",

@@ -88,6 +88,8 @@ class Bench(_Training):
     CPUs; auto = measure, where it was not."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; 0 = plain. auto = 0, as in training with one process."""
+    decoder_check: bool = True
+    """On a GPU, also compare its JPEG engine with the CUDA decoder: pixels and speed; some seconds."""
     json: Path | None = None
     """File for all figures."""
     chart: Path = Path("bench.png")
@@ -103,7 +105,8 @@ class Bench(_Training):
         if self.steps is not None and self.steps < 1:
             raise UserError(f"--steps {self.steps}: at least 1")
         steps = self.steps or (30 if torch.cuda.is_available() else 6)
-        figures = bench(self._recipe(compile=self.compile, zero=self.zero), steps=steps)
+        recipe = self._recipe(compile=self.compile, zero=self.zero)
+        figures = bench(recipe, steps=steps, decoder_check=self.decoder_check)
         print(table(figures))
         if self.json is not None:
             write_json(figures, self.json)

@@ -1,6 +1,8 @@
-"""How loaders work: options that change their speed and their patience, never what they deliver.
+"""Loader options: they change how fast and how patient a loader is, never which samples and augmentations it delivers.
 
-Those left open (None) come to what was measured on the machine ('pipeline tune'), else to the defaults of `Settings`.
+Pixels depend on which decoder decodes: `loader` and `hw_decoder_load`. Options left open (None) come to what was
+measured on the machine ('pipeline tune'), else to the defaults of `Settings`; `hw_decoder_load` is chosen by the device
+(`pipeline.decode_hardware`).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Settings:
     decode_threads: int = field(default_factory=decode_threads)
     decode_ahead: int = 2
     ready: int = 2
-    hw_decoder_load: float = 0.9
+    hw_decoder_load: float = 0.0
     preallocate_width: int = 0
     preallocate_height: int = 0
 
@@ -43,11 +45,12 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class DaliOptions:
-    """How DALI works; none of it changes what comes out."""
+    """How DALI decodes on a GPU."""
 
     hw_decoder_load: float | None = None
-    """Share of the images given to the GPU's JPEG engine, where it has one; the rest goes to its CUDA decoder. None =
-    what was measured, else 0.9."""
+    """Share of each batch given to the GPU's JPEG engine; the CUDA decoder decodes the rest, and rounds differently.
+    None = 1 where every rank can use such an engine, else 0: pixels then do not depend on a sample's place in its
+    batch, as they do at any value between."""
     preallocate_width: int | None = None
     """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first. None
     = what was measured, else 0."""
@@ -61,8 +64,8 @@ class DaliOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How a loader works. Which samples, crops and augmentations it delivers does not depend on it; pixels do a little
-    on who decodes (`loader`)."""
+    """How a loader works. Which samples, crops and augmentations it delivers does not depend on it; the rounding of
+    pixels depends on the decoder (`loader`, `hw_decoder_load`)."""
 
     loader: LoaderName = "auto"
     """Who decodes. auto = dali where the set has tars, ffcv where it has a .beton alone. synthetic = random images that

@@ -85,7 +85,7 @@ def figures(**changes: Any) -> Figures:
     """A GPU that waits for its decoder; with changes."""
     usual: dict[str, Any] = {
         "machine": {"device": "GPU", "cores": 16, "load": 1.0},
-        "settings": {"variant": "b0", "batch": 256, "loader": "dali on the GPU, hardware decoder's share 0.9"},
+        "settings": {"variant": "b0", "batch": 256, "loader": "dali on the GPU, JPEG engine"},
         "reading": 50_000.0,
         "decoding": 5_100.0,
         "loader": Phase(rate=5_000.0, cpu=1e-3, waiting=1.0),

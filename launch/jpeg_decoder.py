@@ -1,0 +1,78 @@
+"""Choose once per run which decoder decodes JPEGs on the GPUs: the same on every rank, and kept when a run is resumed.
+
+Two decoders round differently (`pipeline.decode_hardware`), so what a run is fed depends on this choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from launch.feed import Feed
+from launch.world import World
+from pipeline.decode_hardware import JpegEngine, decoders_in_words, find_jpeg_engine, sharing_warning
+from pipeline.decoders import chosen_loader
+
+ROUNDING = "pixels may differ in rounding"
+
+
+@dataclass(frozen=True)
+class DecoderChoice:
+    """The share of each batch that JPEG engines decode, and lines for people."""
+
+    load: float
+    reason: str
+    notes: list[str]
+
+
+def decodes_on_gpu(feed: Feed) -> bool:
+    """Whether DALI decodes this feed's JPEGs on a GPU."""
+    loader = chosen_loader(feed.recipe.data.loader, feed.dataset.split("train"))
+    return feed.world.device.type == "cuda" and loader == "dali"
+
+
+def engines_of(world: World) -> list[JpegEngine]:
+    """What every rank found out about its GPU's JPEG engine, in the order of ranks. Collective."""
+    mine = find_jpeg_engine(world.device)
+    if world.size == 1:
+        return [mine]
+    everyone: list[JpegEngine] = [mine] * world.size
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: float | None) -> DecoderChoice:
+    """Choose `hw_decoder_load` for all ranks.
+
+    Args:
+        engines: of each rank. All of them decode by CUDA where one has no engine: ranks must round alike.
+        given: by the user.
+        began: what the run began with, if this start resumes it.
+    """
+    without = next(((rank, engine.found) for rank, engine in enumerate(engines) if not engine.usable), None)
+    able = without is None
+    lacking = f"rank {without[0]} cannot use a JPEG engine ({without[1]})" if without else ""
+    notes = []
+    if given is not None:
+        load, reason = given, "given"
+        if load > 0 and not able:
+            notes.append(f"warning: --hw-decoder-load {load:g}: {lacking}; the CUDA decoder decodes its images")
+    elif began is None:
+        load, reason = (1.0 if able else 0.0), (engines[0].found if able else lacking)
+        if not able and any(engine.usable for engine in engines):
+            notes.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
+    elif began > 0 and not able:
+        load, reason = 0.0, lacking
+    else:
+        load, reason = began, "as the run began"
+    if began is not None and load != began:
+        why = f" ({lacking})" if lacking and given is None else ""
+        notes.append(
+            f"warning: JPEGs were decoded by the {decoders_in_words(began)} when the run began, and now are by the "
+            f"{decoders_in_words(load)}{why}: {ROUNDING}"
+        )
+    if shared := sharing_warning(load):
+        notes.append(shared)
+    return DecoderChoice(load, reason, notes)

@@ -1,0 +1,234 @@
+"""Which decoder decodes JPEGs on a GPU: found out, chosen once per run, and compared."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from launch import choices
+from launch.bench_decoders import DecoderFigures, batch_of, compare_decoders, measure_decoders
+from launch.command_line import parse
+from launch.feed import Feed
+from launch.jpeg_decoder import choose_load
+from launch.recipe import Recipe
+from launch.world import World
+from pipeline import decode_hardware
+from pipeline.decode_hardware import ARCH_MISMATCH, JpegEngine, ask, find_jpeg_engine, sharing_warning, with_decoder
+from pipeline.options import DaliOptions, LoaderOptions
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ENGINE = JpegEngine(usable=True, found="7 JPEG engines of 4 cores")
+NONE = JpegEngine(usable=False, found="this GPU has no JPEG engine that nvJPEG can use")
+
+
+class NvJpeg:
+    """As much of the library as `ask` calls."""
+
+    def __init__(self, *, create: int = 0, info: int = 0, engines: int = 7) -> None:
+        self._create, self._info, self._engines = create, info, engines
+        self.open = 0
+
+    def nvjpegCreateEx(self, backend: int, *_: object) -> int:
+        assert backend == 3  # NVJPEG_BACKEND_HARDWARE
+        self.open += not self._create
+        return self._create
+
+    def nvjpegGetHardwareDecoderInfo(self, _: object, engines: Any, cores: Any) -> int:
+        engines._obj.value, cores._obj.value = self._engines, 4
+        return self._info
+
+    def nvjpegDestroy(self, _: object) -> int:
+        self.open -= 1
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("library", "video", "usable", "found"),
+    [
+        (NvJpeg(), True, True, "7 JPEG engines of 4 cores"),
+        (NvJpeg(create=ARCH_MISMATCH), True, False, "no JPEG engine that nvJPEG can use"),
+        (NvJpeg(create=6), True, False, "(status 6)"),
+        (NvJpeg(engines=0), True, False, "no JPEG engine that nvJPEG can use"),
+        (NvJpeg(info=9), True, False, "no JPEG engine that nvJPEG can use"),
+        (NvJpeg(), False, False, "NVIDIA_DRIVER_CAPABILITIES must include `video`"),
+        (None, True, False, "nvJPEG cannot be loaded (libnvjpeg.so.12: no such file)"),
+    ],
+)
+def test_what_nvjpeg_answers_is_what_counts(library: NvJpeg | None, video: bool, usable: bool, found: str) -> None:
+    def load(name: str) -> object:
+        if name == "libnvcuvid.so.1" and video:
+            return object()
+        if name == "second" and library is not None:
+            return library
+        raise OSError("libnvjpeg.so.12: no such file")
+
+    engine = ask(load, ["first", "second"])
+    assert engine.usable is usable
+    assert found in engine.found
+    assert engine.load == float(usable)
+    assert library is None or library.open == 0
+
+
+def test_the_real_nvjpeg_can_be_asked_on_a_machine_without_a_gpu() -> None:
+    assert find_jpeg_engine(CPU) == JpegEngine(usable=False, found="no GPU")
+    assert "/nvjpeg/lib/libnvjpeg.so." in decode_hardware.nvjpeg_paths()[0]
+
+
+@pytest.mark.parametrize(("engine", "load"), [(ENGINE, 1.0), (NONE, 0.0)])
+def test_an_open_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, engine: JpegEngine, load: float) -> None:
+    monkeypatch.setattr(decode_hardware, "find_jpeg_engine", lambda _: engine)
+    assert with_decoder(LoaderOptions(), GPU).settings.hw_decoder_load == load
+    assert with_decoder(LoaderOptions(), CPU) == LoaderOptions()
+    given = LoaderOptions(dali=DaliOptions(hw_decoder_load=0.5))
+    assert with_decoder(given, GPU) == given
+    assert sharing_warning(load) is None
+    assert "depend on a sample's place in its batch" in str(sharing_warning(0.5))
+
+
+CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[str]]] = [
+    # engines of the ranks, given, began with, chosen, what is said
+    ([ENGINE], None, None, 1.0, []),
+    ([NONE, NONE], None, None, 0.0, []),
+    ([ENGINE, NONE], None, None, 0.0, ["rank 1 cannot use a JPEG engine (this GPU has no"]),
+    ([ENGINE], 0.9, None, 0.9, ["pixels then depend on a sample's place in its batch"]),
+    ([ENGINE, NONE], 1.0, None, 1.0, ["--hw-decoder-load 1: rank 1 cannot use"]),
+    ([NONE], 0.0, None, 0.0, []),
+    ([ENGINE], None, 1.0, 1.0, []),
+    ([ENGINE], None, 0.0, 0.0, []),  # resumed on a better GPU: the pixels stay
+    ([NONE], None, 1.0, 0.0, ["by the JPEG engine when the run began, and now are by the CUDA decoder (rank 0 cannot"]),
+    ([ENGINE], 0.0, 1.0, 0.0, ["now are by the CUDA decoder: pixels may differ in rounding"]),
+    ([ENGINE], None, 0.9, 0.9, ["pixels then depend on a sample's place in its batch"]),
+]
+
+
+@pytest.mark.parametrize(("engines", "given", "began", "load", "said"), CHOICES)
+def test_all_ranks_decode_alike_and_what_differs_is_said_in_a_line(
+    engines: list[JpegEngine], given: float | None, began: float | None, load: float, said: list[str]
+) -> None:
+    chosen = choose_load(engines, given=given, began=began)
+    assert chosen.load == load
+    assert len(chosen.notes) == len(said)
+    for note, expected in zip(chosen.notes, said, strict=True):
+        assert expected in note
+        assert "\n" not in note
+
+
+def feed_of(data: Path, *options: str) -> tuple[Recipe, Feed]:
+    small = ("--size", "32", "--global-batch", "16", "--epochs", "1", "--warmup-epochs", "0", "--augment", "light")
+    recipe = parse(["--data", str(data), *small, *options])
+    return recipe, Feed.of(recipe, World(0, 1, 0, 1, CPU, cores=2))
+
+
+@pytest.mark.parametrize(
+    "case", [(None, None, 1.0, 1.0), (0.0, None, 0.0, 0.0), (None, 0.9, 0.9, 0.9), (0.0, 0.9, 0.9, 0.0)]
+)
+def test_a_run_records_its_decoder_and_a_resumed_one_keeps_it(
+    digits: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    case: tuple[float | None, float | None, float, float],
+) -> None:
+    """As on a GPU, which the device is made to look like; case: began with, given, used, recorded."""
+    began, given, load, recorded = case
+    monkeypatch.setattr(choices, "decodes_on_gpu", lambda _: True)
+    monkeypatch.setattr(choices, "engines_of", lambda _: [ENGINE])
+    options = [] if given is None else ["--hw-decoder-load", str(given)]
+    recipe, feed = feed_of(digits, "--out", str(tmp_path), *options)
+    if began is not None:
+        record = {"device": "another GPU", "cores": 99, "ranks": 1, "values": {"hw_decoder_load": began}}
+        (tmp_path / "recipe.json").write_text(json.dumps({"choices": record}))
+    settled, _, found = choices.resolve(recipe, feed, torch.nn.Identity(), goes_on=began is not None)
+    assert settled.data.loader.dali.hw_decoder_load == load
+    assert found.record(feed)["values"]["hw_decoder_load"] == recorded
+    if given is None:
+        assert f"hw-decoder-load {load}" in found.picks[ENGINE.found if began is None else "as the run began"]
+
+
+class Rounding:
+    """A decoder whose engine rounds the blue of its part of the batch up; its clock runs with the images decoded."""
+
+    def __init__(self, clock: list[float], load: float) -> None:
+        self._clock, self._load = clock, load
+
+    def decode(self, jobs: Iterable[tuple[Any, None]]) -> Iterator[tuple[torch.Tensor, Any, None]]:
+        images_per_second = {0.0: 100.0, 0.5: 220.0, 1.0: 200.0}[self._load]
+        for job, extra in jobs:
+            images = torch.full((8, 4, 4, 3), 100, dtype=torch.uint8)
+            images[: round(8 * self._load), :, :, 2] += 2
+            self._clock[0] += len(images) / images_per_second
+            yield images, job, extra
+
+
+@pytest.mark.parametrize("utilization", [None, 0, 70])
+def test_the_decoders_are_compared(utilization: int | None) -> None:
+    clock = [0.0]
+    found = measure_decoders(
+        lambda load: Rounding(clock, load),
+        SimpleNamespace(),  # type: ignore[arg-type]
+        engine=ENGINE.found,
+        utilization=lambda: utilization,
+        loads=(0.0, 1.0, 0.5),
+        seconds=10,
+        now=lambda: clock[0],
+    )
+    assert (found.images, found.mean, found.max) == (8, pytest.approx(2 / 3), 2)
+    assert found.differing == pytest.approx(1 / 3)
+    assert found.rates == pytest.approx({"0": 100, "1": 200, "0.5": 220})
+    assert found.gain == pytest.approx(1.1)
+    pixels, speeds, *rest = found.lines()
+    assert "mean 0.667, max 2 levels, 33.3% of the values differ" in pixels
+    assert "0: 100, 1: 200, 0.5: 220; sharing gains +10%" in speeds
+    assert ("70 % busy" in speeds) is (utilization == 70)
+    assert bool(rest) is (utilization == 0)
+
+
+def test_equal_pixels_at_equal_speed_mean_that_the_engine_is_not_used() -> None:
+    equal = DecoderFigures(engine="1", images=8, rates={"0": 100.0, "1": 101.0, "0.9": 99.0})
+    assert "no difference" in equal.lines()[0]
+    assert "seems to decode nothing" in equal.lines()[-1]
+    faster = DecoderFigures(engine="1", images=8, rates={"0": 100.0, "1": 150.0, "0.9": 99.0})
+    assert faster.unused == ""
+
+
+def test_without_two_decoders_the_reason_is_told(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, feed = feed_of(digits)
+    assert compare_decoders(feed).lines() == ["JPEG decoders not compared: only a GPU has two, and only DALI uses them"]
+    monkeypatch.setattr("launch.bench_decoders.decodes_on_gpu", lambda _: True)
+    missing = JpegEngine(usable=False, found="the driver's libnvcuvid.so.1 cannot be loaded")
+    assert compare_decoders(feed, engine=missing).skipped == missing.found
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr("launch.bench_decoders.make_decoder", fail)
+    assert compare_decoders(feed, engine=ENGINE).skipped == "failed (no kernel image)"
+
+
+def test_the_batch_that_is_compared_is_the_first_of_training(digits: Path) -> None:
+    """With the decoder of CPUs in both decoders' places."""
+    _, feed = feed_of(digits)
+    job = batch_of(feed)
+    assert job.encoded.ids.tolist() == feed.plan.ids(feed.plan.at(0)).tolist()
+    from pipeline.dali import DaliDecoder
+
+    found = measure_decoders(
+        lambda _: DaliDecoder(size=32, batch=16, device=CPU, threads=1), job, engine="none", seconds=0.05
+    )
+    assert (found.images, found.max) == (16, 0)
+    assert set(found.rates) == {"0", "1", "0.9"}
+    with feed.train_loader(step=0, dtype=torch.float32) as loader:
+        batch = next(loader)
+    stream = DaliDecoder(size=32, batch=16, device=CPU, threads=1).decode((job, None) for _ in itertools.count())
+    images, _, _ = next(stream)
+    stream.close()  # type: ignore[attr-defined]
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (feed.augment.mean, feed.augment.std))
+    shown = ((batch.images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+    assert np.abs(shown - images.numpy()).max() < 1e-3
