@@ -3,11 +3,12 @@
 DALI's `decoders.image*` with `device="mixed"` decode through nvImageCodec. It gives `hw_decoder_load` of each batch to
 the GPU's JPEG engine and the rest to nvJPEG's CUDA decoder. The two round differently (DALI #2232 fixes the load to 0
 in tests "due to HW decoder producing slightly different image than the CUDA based decoder"), so a load between 0 and 1
-makes pixels depend on the other images of the batch, hence on the world size.
+makes pixels depend on the other images of the batch (the engine gets those of the least subsampled chroma, then the
+largest), hence on the world size.
 
 At the loads 0 and 1 the choice is made for each image by itself (nvImageCodec 0.8, src/image_generic_codec.h): the
-engine's part of a batch is round(load * n), rounded up to a multiple of the engine's cores and capped at n, so no image
-is left over at 1. What the engine does not decode (progressive, CMYK, 4:1:1, too large) goes to the CUDA decoder at
+engine's part is round(load * n) of the first batch's n images, rounded up to a multiple of the engine's cores and
+capped at the batch, so no image is left over at 1 as long as batches have one size, as ours have. What the engine does not decode (progressive, CMYK, 4:1:1, too large) goes to the CUDA decoder at
 every load, whatever else is in the batch. A crop window does not keep an image from the engine where nvJPEG has
 `nvjpegDecodeBatchedEx`, "batch of images with ROI" (all of CUDA 12). One exception remains: if the engine fails on an
 image that it had accepted, the CUDA decoder decodes all of that batch.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +34,7 @@ BACKEND_HARDWARE = 3
 ARCH_MISMATCH = 7
 
 VIDEO_LIBRARY = "libnvcuvid.so.1"
+SYSTEM_NVJPEG = ("libnvjpeg.so.12", "libnvjpeg.so.13", "libnvjpeg.so")
 Load = Callable[[str], Any]
 """Opens a shared library by name; raises OSError."""
 
@@ -99,11 +102,10 @@ def ask(load: Load, paths: list[str]) -> JpegEngine:
 
 def nvjpeg_paths() -> list[str]:
     """Where nvImageCodec looks for nvJPEG: in the packages beside it, then where the system's linker does."""
-    from nvidia import dali
-
-    packages = Path(dali.__file__).parents[1]
-    beside = sorted(map(str, packages.glob("*/lib/libnvjpeg.so.*")), key=lambda path: "/nvjpeg/" not in path)
-    return [*beside, "libnvjpeg.so.12", "libnvjpeg.so.13", "libnvjpeg.so"]
+    packages = importlib.util.find_spec("nvidia")
+    folders = packages.submodule_search_locations if packages else None
+    beside = [str(path) for folder in folders or () for path in Path(folder).glob("*/lib/libnvjpeg.so.*")]
+    return [*sorted(beside, key=lambda path: "/nvjpeg/" not in path), *SYSTEM_NVJPEG]
 
 
 def with_decoder(options: LoaderOptions, device: torch.device) -> LoaderOptions:
