@@ -8,10 +8,11 @@ largest), hence on the world size.
 
 At the loads 0 and 1 the choice is made for each image by itself (nvImageCodec 0.8, src/image_generic_codec.h): the
 engine's part is round(load * n) of the first batch's n images, rounded up to a multiple of the engine's cores and
-capped at the batch, so no image is left over at 1 as long as batches have one size, as ours have. What the engine does not decode (progressive, CMYK, 4:1:1, too large) goes to the CUDA decoder at
-every load, whatever else is in the batch. A crop window does not keep an image from the engine where nvJPEG has
-`nvjpegDecodeBatchedEx`, "batch of images with ROI" (all of CUDA 12). One exception remains: if the engine fails on an
-image that it had accepted, the CUDA decoder decodes all of that batch.
+capped at the batch, so no image is left over at 1 as long as batches have one size, as ours have. What the engine does
+not decode (progressive, CMYK, 4:1:1, too large) goes to the CUDA decoder at every load, whatever else is in the batch.
+A crop window does not keep an image from the engine where nvJPEG has `nvjpegDecodeBatchedEx`, "batch of images with
+ROI" (all of CUDA 12). One exception remains: if the engine fails on an image that it had accepted, the CUDA decoder
+decodes all of that batch.
 """
 
 from __future__ import annotations

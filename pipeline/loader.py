@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader, Portion
@@ -27,6 +27,8 @@ __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader",
 
 # The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
 CROP_PCT = 0.875
+# Steps whose mixing is drawn at once: a sixteenth of the numpy calls of drawing it step by step.
+MIX_STEPS = 16
 
 
 class TrainLoader(BackgroundLoader):
@@ -58,6 +60,7 @@ class TrainLoader(BackgroundLoader):
         super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=plan.seed)
         self._plan, self._shape, self._augment, self._epochs = plan, shape, augment, epochs
         self._next = Position(0, 0) if start is None else start
+        self._mix_block, self._mixes = -1, dict[int, list[MixParams]]()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -142,9 +145,14 @@ class TrainLoader(BackgroundLoader):
     def _mixing(self, portion: Portion) -> MixParams | None:
         if not self._augment.mixes:
             return None
-        lanes = self._plan.lane_of(self._shape.rows(portion.micro))
-        step = self._plan.steps_before(portion.position)
-        return mix_params(self._augment, seed=self._plan.seed, step=step, lanes=lanes)
+        block, within = divmod(self._plan.steps_before(portion.position), MIX_STEPS)
+        if block != self._mix_block:
+            self._mix_block, self._mixes = block, {}
+        if portion.micro not in self._mixes:
+            lanes = self._plan.lane_of(self._shape.rows(portion.micro))
+            steps = range(block * MIX_STEPS, (block + 1) * MIX_STEPS)
+            self._mixes[portion.micro] = mix_params_of(self._augment, seed=self._plan.seed, steps=steps, lanes=lanes)
+        return self._mixes[portion.micro][within]
 
 
 class EvalLoader(BackgroundLoader):

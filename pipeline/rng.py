@@ -42,8 +42,13 @@ class Stream(IntEnum):
 def mix64(x: U64) -> U64:
     """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit."""
     with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * MIX1
-        x = (x ^ (x >> np.uint64(27))) * MIX2
+        return _mixed(x)
+
+
+def _mixed(x: U64) -> U64:
+    """`mix64` for callers that have silenced numpy's overflow warnings: to do so costs as much as the arithmetic."""
+    x = (x ^ (x >> np.uint64(30))) * MIX1
+    x = (x ^ (x >> np.uint64(27))) * MIX2
     return x ^ (x >> np.uint64(31))
 
 
@@ -58,14 +63,14 @@ def bits(stream: Stream, *key: ArrayLike) -> U64:
         uint64, of the key's broadcast shape.
     """
     with np.errstate(over="ignore"):
-        return extend(mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
+        return extend(_mixed(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
 
 
 def extend(state: U64, *key: ArrayLike) -> U64:
     """What `bits` gives for a longer key: `extend(bits(s, a), b)` is `bits(s, a, b)`."""
     with np.errstate(over="ignore"):
         for word in key:
-            state = mix64((state ^ _as_u64(word)) + GOLDEN)
+            state = _mixed((state ^ _as_u64(word)) + GOLDEN)
     return state
 
 
@@ -90,8 +95,9 @@ def normal(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
 def beta(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
     """Beta(alpha, alpha) float64, of the key's broadcast shape: G1 / (G1 + G2) of two gamma draws, each with a further
     word of the key. Taken through logarithms, so that a small alpha does not underflow."""
-    first, second = (_log_gamma_draw(alpha, stream, *key, word) for word in (0, 1))
-    return 1.0 / (1.0 + exp(second - first))
+    words = (_as_u64(word)[..., None] for word in key)
+    draws = _log_gamma_draw(alpha, stream, *words, np.arange(2))
+    return 1.0 / (1.0 + exp(draws[..., 1] - draws[..., 0]))
 
 
 def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
@@ -101,16 +107,23 @@ def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np
     of a uniform to come down to alpha. A try is accepted with probability over .95: of 16, one is, but once in 10^20.
     """
     d = alpha + 1.0 - 1.0 / 3.0
-    tries = (*(_as_u64(word)[..., None] for word in key), np.arange(16))
-    x = normal(stream, *tries, 0)
-    root = 1.0 + x / np.sqrt(9.0 * d)
-    v = root * root * root
-    log_v = 3.0 * log(np.maximum(root, 1e-300))
-    log_u = log(1.0 - uniform(stream, *tries, 1))
-    accepted = (root > 0) & (log_u < 0.5 * x * x + d - d * v + d * log_v)
-    first = accepted.argmax(axis=-1)[..., None]
+
+    def attempt(*numbered: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """The logarithm of v, and whether it is accepted, for keys that end in the number of the try."""
+        x = normal(stream, *numbered, 0)
+        root = 1.0 + x / np.sqrt(9.0 * d)
+        v = root * root * root
+        log_v = 3.0 * log(np.maximum(root, 1e-300))
+        log_u = log(1.0 - uniform(stream, *numbered, 1))
+        return log_v, (root > 0) & (log_u < 0.5 * x * x + d - d * v + d * log_v)
+
+    words = np.broadcast_arrays(*map(_as_u64, key))
+    log_v, accepted = attempt(*words, 0)
+    if not accepted.all():  # nearly all first tries are accepted: the other fifteen are made where one was not
+        log_vs, others = attempt(*(word[~accepted][:, None] for word in words), np.arange(16))
+        log_v[~accepted] = np.take_along_axis(log_vs, others.argmax(axis=-1)[:, None], axis=-1)[:, 0]
     log_power = log(1.0 - uniform(stream, *key, 16)) / alpha
-    return log(d) + np.take_along_axis(log_v, first, axis=-1)[..., 0] + log_power
+    return log(d) + log_v + log_power
 
 
 def seed64(stream: Stream, *key: int) -> int:

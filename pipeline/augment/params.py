@@ -115,12 +115,12 @@ def crop_windows(
     if recipe.crop == "centre":
         side = np.maximum(np.rint(np.minimum(height, width) * CENTRE_SHARE).astype(np.int64), 1)
         return _centred(height, width, side, side)
-    u = _tries(Stream.CROP, seed, epoch, ids)
-    area = _between(recipe.scale, u[0]) * (height * width)[:, None]
-    aspect = rng.exp(_between(_log(recipe.ratio), u[1]))
+    draw_area, draw_aspect = _tries(Stream.CROP, seed, epoch, ids)
+    area = _between(recipe.scale, draw_area) * (height * width)[:, None]
+    aspect = rng.exp(_between(_log(recipe.ratio), draw_aspect))
     w, h = _rounded_root(area * aspect), _rounded_root(area / aspect)
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
-    windows = _placed(u, (h, w), (height, width), fits)
+    windows = _placed((Stream.CROP, seed, epoch, ids), (h, w), (height, width), fits)
     low, high = recipe.ratio
     wide, tall = width > high * height, width < low * height
     fallback = _centred(
@@ -147,19 +147,29 @@ def mix_params(recipe: AugmentRecipe, *, seed: int, step: int, lanes: Ints) -> M
         step: the run's step, counted over all epochs.
         lanes: int64 [n], the lane of each row.
     """
+    return mix_params_of(recipe, seed=seed, steps=range(step, step + 1), lanes=lanes)[0]
+
+
+def mix_params_of(recipe: AugmentRecipe, *, seed: int, steps: range, lanes: Ints) -> list[MixParams]:
+    """`mix_params` for each of several consecutive steps, drawn at once: numpy's calls cost more than their arithmetic
+    for one step's few lanes."""
     lane, row = np.unique(lanes, return_inverse=True)
+    count = len(lane)
+    step = np.repeat(np.arange(steps.start, steps.stop), count)
+    lane = np.tile(lane, len(steps))
     cut = recipe.cutmix > 0
     share = recipe.mix_switch if cut and recipe.mixup > 0 else float(cut)
     use_cutmix: Bools = np.less(rng.uniform(Stream.MIX, seed, step, lane, 0), share)
     lam = np.ones(len(lane))
     for alpha, chosen in ((recipe.mixup, ~use_cutmix), (recipe.cutmix, use_cutmix)):
         if alpha > 0:
-            lam = np.where(chosen, rng.beta(alpha, Stream.MIX, seed, step, lane, 3), lam)
+            lam[chosen] = rng.beta(alpha, Stream.MIX, seed, step[chosen], lane[chosen], 3)
     centre = np.stack([rng.integers(recipe.size, Stream.MIX, seed, step, lane, word) for word in (1, 2)], axis=1)
     box, kept = cutmix_box(lam, centre, recipe.size)
     box = np.where(use_cutmix[:, None], box, 0).astype(np.int32)
     lam = np.where(use_cutmix, kept, lam)
-    return MixParams(lam=lam.astype(np.float32)[row], box=box[row], use_cutmix=use_cutmix[row])
+    every = MixParams(lam=lam.astype(np.float32), box=box, use_cutmix=use_cutmix)
+    return [every.take(row + number * count) for number in range(len(steps))]
 
 
 def cutmix_box(lam: Floats, centre: Ints, size: int) -> tuple[Boxes, Floats]:
@@ -198,30 +208,39 @@ def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tu
 
 def _erase_boxes(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> Boxes:
     """One box each, smaller than the sample; all 0 where the draw says no or ten tries fail."""
-    u = _tries(Stream.ERASE, seed, epoch, ids)
-    area = _between(ERASE_AREA, u[0]) * (recipe.size * recipe.size)
-    aspect = rng.exp(_between(_log(ERASE_ASPECT), u[1]))
+    all_boxes = np.zeros((len(ids), 4), np.int32)
+    wanted: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
+    ids = ids[wanted]
+    draw_area, draw_aspect = _tries(Stream.ERASE, seed, epoch, ids)
+    area = _between(ERASE_AREA, draw_area) * (recipe.size * recipe.size)
+    aspect = rng.exp(_between(_log(ERASE_ASPECT), draw_aspect))
     h, w = _rounded_root(area * aspect), _rounded_root(area / aspect)
     fits = (w > 0) & (h > 0) & (w < recipe.size) & (h < recipe.size)
-    boxes = _placed(u, (h, w), (recipe.size, recipe.size), fits)
-    wanted: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
-    return np.where(wanted[:, None] & fits.any(axis=1, keepdims=True), boxes, 0).astype(np.int32)
+    boxes = _placed((Stream.ERASE, seed, epoch, ids), (h, w), (recipe.size, recipe.size), fits)
+    all_boxes[wanted] = np.where(fits.any(axis=1, keepdims=True), boxes, 0)
+    return all_boxes
 
 
 def _tries(stream: Stream, seed: int, epoch: int, ids: Ints) -> Floats:
-    """Uniform [4, n, TRIES]: area, aspect, y and x of each try."""
-    words = np.arange(4)[:, None, None]
-    return rng.uniform(stream, seed, epoch, ids[:, None], np.arange(TRIES), words)
+    """Uniform [2, n, TRIES]: area and aspect of each try."""
+    return rng.uniform(stream, seed, epoch, ids[:, None], np.arange(TRIES), np.arange(2)[:, None, None])
 
 
-def _placed(u: Floats, sides: tuple[Ints, Ints], room: tuple[Ints | int, Ints | int], fits: Bools) -> Boxes:
-    """The first try that fits, put at a uniformly drawn place in the room; int32 [n, 4]."""
+def _placed(
+    key: tuple[Stream, int, int, Ints], sides: tuple[Ints, Ints], room: tuple[Ints | int, Ints | int], fits: Bools
+) -> Boxes:
+    """The first try that fits, put at a uniformly drawn place in the room; int32 [n, 4].
+
+    Args:
+        key: of the tries, which go on with their number and a word: 2 for y, 3 for x.
+    """
     rows, first = np.arange(len(fits)), fits.argmax(axis=1)
     h, w = (side[rows, first] for side in sides)
     height, width = room
+    u = rng.uniform(*key, first, np.arange(2, 4)[:, None])
     # An unfit first try gives nonsense here, which the caller replaces; the clip keeps it in range.
-    y = (u[2, rows, first] * np.maximum(height - h + 1, 1)).astype(np.int64)
-    x = (u[3, rows, first] * np.maximum(width - w + 1, 1)).astype(np.int64)
+    y = (u[0] * np.maximum(height - h + 1, 1)).astype(np.int64)
+    x = (u[1] * np.maximum(width - w + 1, 1)).astype(np.int64)
     return np.stack([y, x, h, w], axis=1).astype(np.int32)
 
 

@@ -6,6 +6,7 @@ neither read nor written in a round that does nothing to it. All is known from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,16 @@ from pipeline.augment.params import SampleParams
 COPY, FLIP = -1, -2  # what can happen to a sample beside the values of `Op`
 NO_TABLE = -1
 BLENDS = (Op.COLOR, Op.SHARPNESS, Op.CONTRAST)
+
+
+def _is_one_of(ops: Sequence[Op]) -> NDArray[np.bool_]:
+    """bool, indexed by a code: whether it is one of `ops`. COPY and FLIP index the last two places, which are False."""
+    found = np.zeros(len(Op) + 2, np.bool_)
+    found[list(ops)] = True
+    return found
+
+
+_BY_TABLE, _MEASURED, _BLENDS = _is_one_of(tables.OPS), _is_one_of(tables.MEASURED), _is_one_of(BLENDS)
 
 
 @dataclass(frozen=True)
@@ -76,14 +87,14 @@ def plan(params: SampleParams, height: int, width: int, *, flip: bool) -> list[R
 def _round(jobs: NDArray[np.int64], arguments: NDArray[np.float64], height: int, width: int) -> Round:
     """For jobs (operation, source, target) and what their operations are called with."""
     codes = jobs[:, 0]
-    by_table = np.isin(codes, tables.OPS)
+    by_table = _BY_TABLE[codes]
     table = np.where(by_table, np.cumsum(by_table) - 1, NO_TABLE)
     numbers = geometry.matrices(codes, arguments, height, width)
-    numbers[:, 0] = np.where(np.isin(codes, BLENDS), arguments, numbers[:, 0])
+    numbers[:, 0] = np.where(_BLENDS[codes], arguments, numbers[:, 0])
     made = tables.host_tables(codes[by_table], arguments[by_table])
     return Round(
         jobs=np.column_stack([jobs, table]).astype(np.int32),
         numbers=numbers,
-        measured=np.flatnonzero(np.isin(codes, tables.MEASURED)).astype(np.int32),
+        measured=np.flatnonzero(_MEASURED[codes]).astype(np.int32),
         tables=np.repeat(made[:, None], 3, axis=1),
     )

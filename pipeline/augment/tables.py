@@ -6,7 +6,7 @@ the image and are made on the device. One gather applies them all. All agree wit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -50,16 +50,27 @@ def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -
 def host_tables(ops: NDArray[np.int64], arguments: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Invert, Posterize, Solarize, SolarizeAdd and Brightness as tables, uint8 [n, 256]; the identity for others."""
     old = np.arange(LEVELS)
-    argument = arguments[:, None]
-    dropped_bits = 8 - np.clip(argument.astype(np.int64), 0, 8)
-    new = {
-        Op.INVERT: 255 - old,
-        Op.POSTERIZE: (old >> dropped_bits) << dropped_bits,
-        Op.SOLARIZE: np.where(old < argument, old, 255 - old),
-        Op.SOLARIZE_ADD: np.where(old < 128, np.minimum(old + argument, 255), old),
-        Op.BRIGHTNESS: np.clip(old.astype(np.float32) * argument.astype(np.float32), 0, 255),
-    }
-    return np.select([ops[:, None] == op for op in new], list(new.values()), default=old).astype(np.uint8)
+    tables = np.tile(old.astype(np.uint8), (len(ops), 1))
+    for op, new in _HOST_TABLES.items():
+        rows = np.flatnonzero(ops == op)
+        if len(rows):
+            tables[rows] = new(old, arguments[rows, None]).astype(np.uint8)
+    return tables
+
+
+def _posterize(old: NDArray[np.int64], kept_bits: NDArray[np.float64]) -> NDArray[np.int64]:
+    dropped = 8 - np.clip(kept_bits.astype(np.int64), 0, 8)
+    return (old >> dropped) << dropped
+
+
+# From the old values [256] and the arguments [n, 1] to the new values, [n, 256] or [256].
+_HOST_TABLES: dict[Op, Callable[[NDArray[np.int64], NDArray[np.float64]], NDArray[Any]]] = {
+    Op.INVERT: lambda old, _: 255 - old,
+    Op.POSTERIZE: _posterize,
+    Op.SOLARIZE: lambda old, threshold: np.where(old < threshold, old, 255 - old),
+    Op.SOLARIZE_ADD: lambda old, summand: np.where(old < 128, np.minimum(old + summand, 255), old),
+    Op.BRIGHTNESS: lambda old, factor: np.clip(old.astype(np.float32) * factor.astype(np.float32), 0, 255),
+}
 
 
 def run(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
