@@ -1,26 +1,374 @@
 """How much of its rate the loader keeps beside a main thread that holds the interpreter lock.
 
-A rank's loader works in a thread of the training process, so everything that it does in Python waits for the lock while
-the main thread launches the model. This runs the real `TrainLoader`, over `pipeline sample photos`, beside main threads
-that hold the lock for a stated share of the time, and beside the same CPU load without the lock (another process),
-which takes away the same core but never the lock. The quotient of the two rates is what the lock alone costs.
+A rank's loader works in threads of the training process, so its Python code waits for the lock while the main thread
+launches the model. The real `TrainLoader` over `pipeline sample photos` (paper's augmentation) delivers batches beside
+main threads that hold the lock for a known share of the time, and beside the same load without the lock. The quotient
+of the two rates is what the lock alone costs; the two share the cores alike. What the main thread keeps of its own rate
+is found in the same way.
 
-Work of the loader, per batch:
+What the loader does per batch:
 
-  host    everything that the host of a GPU run does in Python: plan, reading, hashes, draws, DALI's external_source,
-          RandAugment's rounds, uploads and launches. Pixels are left out: DALI reads the JPEG headers only, and a
-          launch is LAUNCH seconds of bytecode. Many batches per second even on a small machine, as on a GPU.
-  pixels  the whole loader on CPUs, decoding and augmentation included: few batches per second.
+  host    the Python work of a GPU run: plan, reading, hashes, draws, external_source, RandAugment's rounds, uploads,
+          launches. No pixels: DALI reads the JPEGs' headers only, and a launch is LAUNCH seconds of bytecode. So it
+          makes as many batches per second as a GPU run needs.
+  pixels  the whole loader on CPUs, decoding and augmentation included: a few batches per second.
 
-Main threads:
+Main threads (the loads without the lock do the same in a C loop that releases it):
 
-  idle    waits for batches only
-  replay  holds the lock 15 % of the time: a training step replayed from CUDA graphs
-  python  holds the lock 90 % of the time in bytecode, and releases it for the rest: the worst case of an eager step
-  aten    calls small torch operators one after the other: each takes and releases the lock, as an eager step does
+  replay  holds the lock for 15 % of every millisecond, as a training step replayed from CUDA graphs needs it
+  eager   calls small torch operators one after the other: each takes and releases the lock, as an eager step does
+  python  holds the lock for 90 % of every millisecond in bytecode: worse than any training step
 
-The own CPU time of the loader's threads per batch, and how often they had to take the lock back, are counted as well:
-unlike rates they hardly depend on what else the machine does.
+Also counted, and hardly dependent on what else the machine does: CPU milliseconds per batch of the parts of the work.
 
-    python benchmarks/interpreter_lock.py [--rounds 5] [--seconds 3] [--batch 256] [--data DIR] [--out FILE.json]
+    python benchmarks/interpreter_lock.py [--rounds 5] [--seconds 3] [--batch 256] [--works host pixels] [--data DIR]
+                                          [--out FILE.json]
 """
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+from nvidia.dali import Pipeline, fn
+from torch import Tensor
+
+from benchmarks.taking_turns import machine
+from pipeline.augment import rounds
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
+from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.augment.transfer import upload
+from pipeline.cli import main as pipeline
+from pipeline.dali import DaliDecoder
+from pipeline.decode import DecodeJob
+from pipeline.loader import MIX_STEPS, TrainLoader
+from pipeline.plan import BatchShape, TrainPlan
+from pipeline.reader import SampleReader
+from pipeline.storage import storage_of
+from shards.dataset import ShardSet
+
+SIZE = 224
+CPU = torch.device("cpu")
+MANY_EPOCHS = 1_000_000
+WARM_UP = 8  # batches: the loader's queues are full then
+LAUNCH = 30e-6  # seconds of a Triton launch from Python
+PERIOD = 1e-3  # seconds in which a main thread takes the lock once
+NEEDED = 15_000  # images/s of one GPU
+Work = Literal["host", "pixels"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure what the interpreter lock costs the loader."""
+
+    rounds: int = 5
+    """Interleaved rounds."""
+    seconds: float = 3.0
+    """Per measurement."""
+    batch: int = 256
+    """Images per batch of the host's work; a quarter of it with pixels."""
+    works: tuple[Work, ...] = ("host", "pixels")
+    """What the loader does."""
+    intervals: tuple[float, ...] = (5e-3, 5e-4)
+    """Switch intervals (sys.setswitchinterval) in seconds; Python's own is 5e-3."""
+    count: int = 3000
+    """Photos to make, when `--data` is not given."""
+    data: Path | None = None
+    """Folder to keep photos/ and photos-shards/ in, or with those of an earlier run."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+class HostDecoder(DaliDecoder):
+    """DALI fed as on a GPU. It hands the windows through; the images are always the same."""
+
+    def decode(self, jobs: Iterable[tuple[DecodeJob, Any]]) -> Iterator[tuple[Tensor, DecodeJob, Any]]:
+        in_flight: deque[tuple[DecodeJob, Any, tuple[Any, ...]]] = deque()
+
+        def feed() -> Iterator[tuple[Any, ...]]:
+            for job, extra in jobs:
+                inputs = self._inputs(job)
+                in_flight.append((job, extra, inputs))
+                yield inputs
+
+        source = feed()
+        pipe = host_pipeline(source, self.batch, self.threads, self.ahead)
+        images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
+        with contextlib.closing(source):  # type: ignore[type-var]
+            while True:
+                pipe.run()
+                job, extra, _ = in_flight.popleft()
+                yield images, job, extra
+
+    @property
+    def _on_gpu(self) -> bool:
+        return True
+
+
+def host_pipeline(source: Iterator[tuple[Any, ...]], batch: int, threads: int, ahead: int) -> Pipeline:
+    """DALI's part of the host's work: its threads read the headers of the images; the rest is handed through."""
+    pipe = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=ahead, seed=0)
+    with pipe:
+        encoded, *rest = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
+        pipe.set_outputs(fn.peek_image_shape(encoded), *rest)
+    return pipe
+
+
+class HostAugment:
+    """`BatchAugment` on a GPU, up to its launches."""
+
+    def __init__(self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self._size, self._images = recipe.size, torch.zeros(1, 3, 1, 1, dtype=dtype)
+
+    def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None) -> Tensor:
+        host_augment(params, mixing, self._size)
+        return self._images
+
+
+def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> None:
+    todo = rounds.plan(params, size, size, flip=False)
+    upload([array for each in todo for array in each.arrays()], CPU)
+    for _ in todo:
+        hold(2 * LAUNCH)  # measure, apply
+    mixed = [] if mixing is None else [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
+    upload([params.erase_boxes, params.erase_keys, *mixed], CPU)
+    hold(LAUNCH)
+
+
+def host_decoder(loader: str, options: Any, *, size: int, batch: int, **_: Any) -> HostDecoder:
+    settings = options.settings
+    return HostDecoder(size=size, batch=batch, device=CPU, threads=settings.decode_threads, ahead=settings.decode_ahead)
+
+
+class Loader(TrainLoader):
+    """The loader; it tells how many batches are ready."""
+
+    @property
+    def ready(self) -> int:
+        return 0 if self._prefetcher is None else self._prefetcher.ready
+
+
+@contextlib.contextmanager
+def loader_of(dataset: ShardSet, work: Work, batch: int) -> Iterator[Loader]:
+    augment = augment_recipe("fat", size=SIZE)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=0, pairs=True)
+    shape = BatchShape(global_batch=batch, pairs=True)
+    with contextlib.ExitStack() as stack:
+        if work == "host":
+            stack.enter_context(mock.patch("pipeline.background.make_decoder", host_decoder))
+            stack.enter_context(mock.patch("pipeline.loader.BatchAugment", HostAugment))
+        yield stack.enter_context(Loader(dataset, plan, shape, augment, epochs=MANY_EPOCHS, device=CPU))
+
+
+def hold(seconds: float) -> None:
+    """Run bytecode, holding the lock."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+_one = torch.zeros(4)
+
+
+def eager() -> None:
+    for _ in range(256):
+        _one.add_(1)
+
+
+_nothing = ctypes.create_string_buffer(1 << 20)
+_copy = ctypes.CDLL(None).memset  # ctypes releases the lock around calls of a CDLL
+_per_second = 0.0
+
+
+def burn(seconds: float) -> None:
+    """Keep a core busy in C without the lock."""
+    global _per_second  # noqa: PLW0603 - calibrated once
+    if not _per_second:
+        start = time.thread_time()
+        for _ in range(200):
+            _copy(_nothing, 0, len(_nothing))
+        _per_second = 200 * len(_nothing) / (time.thread_time() - start)
+    size = len(_nothing)
+    todo = int(seconds * _per_second)
+    while todo > 0:
+        _copy(_nothing, 0, min(size, todo))
+        todo -= size
+
+
+def part(share: float, busy: Callable[[float], None]) -> Callable[[], None]:
+    """A period of which `busy` takes a share."""
+
+    def once() -> None:
+        busy(share * PERIOD)
+        time.sleep((1 - share) * PERIOD)
+
+    return once
+
+
+# Of each main thread: what it does with the lock, and the same without it.
+MAIN: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
+    "replay": (part(0.15, hold), part(0.15, burn)),
+    "eager": (eager, part(1.0, burn)),
+    "python": (part(0.9, hold), part(0.9, burn)),
+}
+
+
+def rates(loader: Loader | None, main: Callable[[], None] | None, seconds: float) -> tuple[float, float]:
+    """(batches, turns of the main thread) per second; without `main`, batches are only taken."""
+    batches = turns = 0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        if main is None:
+            assert loader is not None
+            next(loader)
+            batches += 1
+            continue
+        main()
+        turns += 1
+        while loader is not None and loader.ready:
+            next(loader)
+            batches += 1
+    elapsed = time.perf_counter() - start
+    return batches / elapsed, turns / elapsed
+
+
+def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
+    """Rates in interleaved rounds, and what loader and main thread keep of theirs beside the lock: medians of both."""
+    batch, seconds = options.batch if work == "host" else options.batch // 4, options.seconds
+    every: dict[str, dict[str, list[float]]] = {"batches_per_second": {}, "loader_keeps": {}, "main_keeps": {}}
+
+    def note(what: str, name: str, value: float) -> None:
+        every[what].setdefault(name, []).append(value)
+
+    for number in range(options.rounds):
+        own = {name: [rates(None, main, seconds / 2)[1] for main in pair] for name, pair in MAIN.items()}
+        with loader_of(dataset, work, batch) as loader:
+            for _ in range(WARM_UP):
+                next(loader)
+            note("batches_per_second", "alone", rates(loader, None, seconds)[0])
+            for name, (locked, free) in MAIN.items():
+                beside, turns = rates(loader, free, seconds)
+                note("batches_per_second", f"{name}, without the lock", beside)
+                free_keeps = turns / own[name][1]
+                for interval in options.intervals:
+                    before = sys.getswitchinterval()
+                    sys.setswitchinterval(interval)
+                    try:
+                        found, turns = rates(loader, locked, seconds)
+                    finally:
+                        sys.setswitchinterval(before)
+                    key = f"{name}, switch interval {interval * 1e3:g} ms"
+                    note("batches_per_second", key, found)
+                    note("loader_keeps", key, found / beside)
+                    note("main_keeps", key, turns / own[name][0] / free_keeps)
+        print(f"{work}: round {number + 1} of {options.rounds}", flush=True)
+    medians = {
+        what: {name: statistics.median(values) for name, values in named.items()} for what, named in every.items()
+    }
+    return {"batch": batch, **medians, "rounds": every}
+
+
+def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
+    """CPU milliseconds per batch of the host's work, by part: an upper bound of the time that the lock is held.
+
+    Of the thread that does it: DALI's own threads, which never hold the lock, are not in it.
+    """
+    recipe = augment_recipe("fat", size=SIZE)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=0, pairs=True)
+    lanes = plan.lane_of(range(batch))
+    with SampleReader(storage_of(dataset, "train")) as reader:
+        encoded = reader.read(plan.ids(plan.at(0))).checked()
+        sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
+        params = draw(recipe, seed=0, epoch=0, ids=encoded.ids, **sizes)
+        mixing = mix_params_of(recipe, seed=0, steps=range(1), lanes=lanes)[0]
+        job = DecodeJob(encoded=encoded, window=params.windows, flip=params.flips)
+        decoder = HostDecoder(size=SIZE, batch=batch, device=CPU, threads=1)
+
+        def jobs() -> Iterator[tuple[Any, ...]]:
+            while True:
+                yield decoder._inputs(job)
+
+        pipe = host_pipeline(jobs(), batch, 1, 2)
+        works: dict[str, tuple[Callable[[int], object], int]] = {
+            "plan": (lambda step: plan.ids(plan.at(step)), 1),
+            "reading and hashes (half of it copies, without the lock)": (lambda _: reader._start(encoded.ids), 1),
+            "draws of samples": (
+                lambda step: draw(recipe, seed=0, epoch=step, ids=encoded.ids, **sizes),
+                1,
+            ),
+            "draws of mixing": (
+                lambda step: mix_params_of(
+                    recipe, seed=0, steps=range(step * MIX_STEPS, (step + 1) * MIX_STEPS), lanes=lanes
+                ),
+                MIX_STEPS,
+            ),
+            "external_source and DALI's run": (lambda _: pipe.run(), 1),
+            "rounds, uploads, launches": (lambda _: host_augment(params, mixing, SIZE), 1),
+        }
+        return {name: _median_cpu(work) * 1e3 / batches for name, (work, batches) in works.items()}
+
+
+def _median_cpu(work: Callable[[int], object], *, times: int = 31) -> float:
+    """Seconds of this thread."""
+    work(0)
+    found = []
+    for number in range(times):
+        start = time.thread_time()
+        work(number)
+        found.append(time.thread_time() - start)
+    return statistics.median(found)
+
+
+def main() -> None:
+    options = tyro.cli(Options, description=__doc__)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.data or Path(temporary)
+        if not (folder / "photos-shards").exists():
+            assert pipeline(["sample", "photos", str(folder / "photos"), "--count", str(options.count)]) == 0
+            assert pipeline(["shard", str(folder / "photos"), "--out", str(folder / "photos-shards")]) == 0
+        dataset = ShardSet(folder / "photos-shards")
+        result: dict[str, Any] = {
+            "machine": machine(CPU),
+            "settings": {"rounds": options.rounds, "seconds": options.seconds, "launch_seconds": LAUNCH},
+            "cpu_ms_per_batch": {"batch": options.batch, **parts(dataset, options.batch)},
+            **{work: measure(dataset, work, options) for work in options.works},
+        }
+    own = result["cpu_ms_per_batch"]
+    total = sum(own.values()) - own["batch"]
+    for name, value in own.items():
+        print(f"{name:70s} {value:8.2f}{'' if name == 'batch' else ' ms'}")
+    needed = NEEDED / options.batch
+    share = total * needed / 1e3
+    print(f"in all {total:.2f} ms: {share:.0%} of one core at {NEEDED:,} images/s ({needed:.0f} batches/s)")
+    for work in options.works:
+        found = result[work]
+        print(f"{work}, batches of {found['batch']}: alone {found['batches_per_second']['alone']:.1f} a second")
+        for name, value in found["loader_keeps"].items():
+            speed = found["batches_per_second"][name]
+            print(f"  {name:36s} {speed:8.1f} a second; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")
+    load, cores = result["machine"]["load"], result["machine"]["cores"]
+    print(f"load average {load:.1f} on {cores} cores; rates say something on a quiet machine only")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

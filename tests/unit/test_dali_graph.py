@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +63,34 @@ def test_training(on_a_cpu: None) -> None:
         expected[flipped] = expected[flipped].transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert (found.dtype, found.shape) == (np.uint8, (3, SIZE, SIZE, 3))
     assert np.abs(found.astype(int) - np.stack(expected)).mean() < 2
+
+
+def test_arrays_that_dali_reads_without_a_copy_are_kept_until_it_has_read_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DALI prefetches: it reads what it was given before the batch is asked for, and nobody else holds it then."""
+    given: list[list[weakref.ref[np.ndarray]]] = []
+    real = DaliDecoder._inputs
+
+    def watched(decoder: DaliDecoder, job: DecodeJob) -> tuple[Any, ...]:
+        inputs = real(decoder, job)
+        images, *others = inputs
+        given.append([weakref.ref(array) for array in (*images, *others)])
+        return inputs
+
+    monkeypatch.setattr(DaliDecoder, "_inputs", watched)
+
+    def jobs() -> Iterator[tuple[DecodeJob, int]]:
+        for number in range(6):
+            images = [encoded(photo) for photo in PHOTOS]
+            window = np.array([[0, 0, *photo.size[::-1]] for photo in PHOTOS], np.int32)
+            yield DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window), number  # type: ignore[arg-type]
+
+    decoder = DaliDecoder(size=SIZE, batch=3, device=torch.device("cpu"), threads=1, ahead=2)
+    for _, _, number in decoder.decode(jobs()):
+        assert all(array() is not None for batch in given[number:] for array in batch), number
+        assert not any(array() is not None for batch in given[: max(number - 2, 0)] for array in batch)
+    assert len(given) == 6
 
 
 def test_evaluation(on_a_cpu: None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,11 +114,13 @@ class Event:
 
     def __init__(self) -> None:
         self.happened, self.waited = False, False
+        self.guarded: list[weakref.ref[Any]] = []
 
     def query(self) -> bool:
         return self.happened
 
     def synchronize(self) -> None:
+        assert all(one() is not None for one in self.guarded), "given back before it was waited for"
         self.waited, self.happened = not self.happened, True
 
 
@@ -140,3 +143,17 @@ def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
     readers.close()
     assert all(one() is None for one in held)
     assert events[-1].waited
+
+
+def test_what_images_are_decoded_from_is_held_as_long_and_until_after_the_wait() -> None:
+    events: list[Event] = []
+    readers = StillRead(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
+    for _ in range(MOST_KEPT + 1):
+        images, inputs = torch.zeros(1), np.zeros(1)
+        if not events:
+            first = [weakref.ref(images), weakref.ref(inputs)]
+        readers.keep(images, (inputs,))
+        events[0].guarded = first
+        del images, inputs
+    assert events[0].waited
+    assert [one() for one in first] == [None, None]
