@@ -119,7 +119,8 @@ def compare_decoders(feed: Feed, *, engine: JpegEngine | None = None) -> Decoder
 def batch_of(feed: Feed) -> DecodeJob:
     """The first batch of training, encoded, with its crop windows and flips."""
     plan, ids = feed.plan, feed.plan.ids(feed.plan.at(0), feed.shape.rows(0))
-    with SampleReader(storage_of(feed.dataset, "train"), check=False) as reader:
+    pinned = feed.world.device.type == "cuda"
+    with SampleReader(storage_of(feed.dataset, "train"), check=False, pinned=pinned) as reader:
         encoded = reader.read(ids).checked()
     rows = encoded.rows
     drawn = draw(feed.augment, seed=plan.seed, epoch=0, ids=ids, heights=rows["height"], widths=rows["width"])

@@ -176,7 +176,10 @@ class BackgroundLoader(ABC):
 
     def _reader(self) -> SampleReader:
         storage = storage_of(self._dataset, self._split, beton=self._loader == "ffcv")
-        return SampleReader(storage, threads=self._settings.read_threads, check=self._options.check_hashes)
+        # The GPU's decoder is handed these bytes without a copy, and its JPEG engine wants them pinned (DALI #5003).
+        pinned = self._loader == "dali" and self._device.type == "cuda"
+        options, threads = self._options, self._settings.read_threads
+        return SampleReader(storage, threads=threads, check=options.check_hashes, pinned=pinned)
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -79,11 +79,14 @@ class SampleReader:
         storage: where the samples are; closed with the reader.
         threads: reading threads.
         check: verify each sample's hash (xxh3-64, several GB/s per core).
+        pinned: read into page-locked memory, for decoders on a GPU.
     """
 
-    def __init__(self, storage: Storage, *, threads: int | None = None, check: bool = True) -> None:
+    def __init__(
+        self, storage: Storage, *, threads: int | None = None, check: bool = True, pinned: bool = False
+    ) -> None:
         self._storage, self._check = storage, check
-        self._buffers = Recycler()
+        self._buffers = Recycler(pinned=pinned)
         self._pool = ThreadPoolExecutor(threads or Settings.read_threads, thread_name_prefix="shard-reader")
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 

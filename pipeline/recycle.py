@@ -3,6 +3,7 @@ more than what loaders do with it (a batch of 64 float images: 15 ms of page fau
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 
@@ -10,15 +11,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from shards.errors import first_line
+
+log = logging.getLogger(__name__)
+
 _KEPT = 8  # free buffers; more than a loader has on its hands at once
 _SIZES_PER_OCTAVE_BITS = 3  # sizes are rounded up to 4 in each octave, so that batches of about the same size share
 
 
 class Recycler:
     """Tensors whose memory comes back when nobody refers to it any more: no tensor, view, array or autograd graph.
-    Thread-safe."""
+    Thread-safe.
 
-    def __init__(self) -> None:
+    Args:
+        pinned: page-locked memory, which a GPU reads without a further copy on the host.
+    """
+
+    def __init__(self, *, pinned: bool = False) -> None:
+        self._pinned = pinned
         self._free: list[NDArray[np.uint8]] = []
         self._lock = threading.Lock()
 
@@ -32,11 +42,21 @@ class Recycler:
             fits = [i for i, memory in enumerate(self._free) if memory.nbytes >= room]
             memory = self._free.pop(fits[-1]) if fits else None
         if memory is None:
-            memory = np.empty(room, np.uint8)
+            memory = self._fresh(room)
         # The tensor's storage holds on to this very array object, and so tells when it is gone.
         lease = memory[:size]
         weakref.finalize(lease, self._take_back, memory).atexit = False
         return torch.from_numpy(lease).view(dtype).view(shape)
+
+    def _fresh(self, size: int) -> NDArray[np.uint8]:
+        if self._pinned:
+            try:
+                pinned: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+                return pinned
+            except RuntimeError as error:  # it is not worth ending a run
+                self._pinned = False
+                log.warning("no page-locked memory for encoded images (%s); decoding takes longer", first_line(error))
+        return np.empty(size, np.uint8)
 
     def _take_back(self, memory: NDArray[np.uint8]) -> None:
         with self._lock:

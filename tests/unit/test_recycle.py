@@ -56,3 +56,30 @@ def test_it_keeps_few_buffers() -> None:
     tensors = [buffers.empty((10,), torch.uint8) for _ in range(50)]
     del tensors
     assert len(buffers._free) < 10
+
+
+def test_pinned_memory_is_asked_for_once_a_buffer_and_done_without_where_there_is_none(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[int] = []
+    real = torch.empty
+
+    def empty(size: int, *, pin_memory: bool, **options: Any) -> torch.Tensor:
+        asked.append(size)
+        if len(asked) > 1:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+        return real(size, **options)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    buffers = Recycler(pinned=True)
+    first = buffers.empty((100,), torch.uint8).fill_(1)
+    place = first.data_ptr()
+    assert len(asked) == 1
+    del first
+    kept = buffers.empty((100,), torch.uint8)
+    assert (kept.data_ptr(), len(asked)) == (place, 1)
+    others = [buffers.empty((100,), torch.uint8).fill_(2) for _ in range(3)]
+    assert len(asked) == 2, "after a failure it is not tried again"
+    assert len(caplog.messages) == 1
+    assert "(CUDA error: out of memory)" in caplog.text
+    assert len({one.data_ptr() for one in (kept, *others)}) == 4
