@@ -6,7 +6,9 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,10 +112,15 @@ def compare_decoders(feed: Feed, *, engine: JpegEngine | None = None) -> Decoder
         )
 
     try:
-        with engine_utilization(feed.world.device) as utilization:
+        with engine_utilization(feed.world.device) as utilization, _own_stream(feed.world.device):
             return measure_decoders(decoder, batch_of(feed), engine=engine.found, utilization=utilization)
     except (RuntimeError, UserError) as error:  # the other figures are worth having all the same
         return DecoderFigures(skipped=f"failed ({first_line(error)})", engine=engine.found)
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """A stream for decoding, as loaders have one."""
+    return torch.cuda.stream(torch.cuda.Stream(device)) if torch.cuda.is_available() else nullcontext()
 
 
 def batch_of(feed: Feed) -> DecodeJob:
