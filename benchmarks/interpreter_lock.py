@@ -230,10 +230,10 @@ MAIN: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
 
 
 def rates(loader: Loader | None, main: Callable[[], None] | None, seconds: float) -> tuple[float, float]:
-    """(batches, turns of the main thread) per second; without `main`, batches are only taken."""
+    """(batches, turns of the main thread) per second, of at least one; without `main`, batches are only taken."""
     batches = turns = 0
     start = time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    while time.perf_counter() - start < seconds or not (turns if loader is None else batches):
         if main is None:
             assert loader is not None
             next(loader)

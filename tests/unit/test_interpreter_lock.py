@@ -1,0 +1,78 @@
+"""benchmarks/interpreter_lock.py runs the loader that training has, and leaves the interpreter as it was."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import interpreter_lock
+from benchmarks.interpreter_lock import MAIN, Options, burn, hold, loader_of, measure, parts, rates
+from pipeline.plan import TrainPlan
+from shards.dataset import ShardSet
+
+BATCH = 16
+
+
+def test_the_host_s_work_is_that_of_the_plan_s_batches(photos: Path) -> None:
+    dataset = ShardSet(photos)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=BATCH, seed=0, pairs=True)
+    with loader_of(dataset, "host", BATCH) as loader:
+        for step in range(3):
+            assert next(loader).ids.tolist() == plan.ids(plan.at(step)).tolist()
+
+
+@pytest.mark.parametrize("work", ["host", "pixels"])
+def test_every_main_thread_has_its_turn_and_the_interpreter_stays_as_it_was(
+    photos: Path, work: interpreter_lock.Work
+) -> None:
+    threads, interval = threading.active_count(), sys.getswitchinterval()
+    options = Options(rounds=1, seconds=0.1, batch=4 * BATCH, intervals=(1e-3,))
+    found = measure(ShardSet(photos), work, options)
+    assert found["batch"] == (4 * BATCH if work == "host" else BATCH)
+    names = {f"{name}, switch interval 1 ms" for name in MAIN}
+    assert found["loader_keeps"].keys() == found["main_keeps"].keys() == names
+    assert found["batches_per_second"]["alone"] > 0
+    assert sys.getswitchinterval() == interval
+    assert threading.active_count() == threads
+
+
+def test_each_part_of_the_work_takes_time(photos: Path) -> None:
+    assert all(milliseconds > 0 for milliseconds in parts(ShardSet(photos), BATCH).values())
+
+
+@pytest.mark.parametrize(("busy", "holds"), [(hold, True), (burn, False)])
+def test_one_load_holds_the_lock_and_the_other_does_not(busy: object, holds: bool) -> None:
+    """Counted while the load runs, the interpreter switching as seldom as in an hour."""
+    counted: list[int] = []
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            counted.append(len(counted))
+            time.sleep(0)
+
+    burn(0.01)  # calibrated
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=count)
+    sys.setswitchinterval(3600)
+    try:
+        thread.start()
+        before = len(counted)
+        busy(0.5)  # type: ignore[operator]
+        during = len(counted) - before
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert (during == 0) is holds
+
+
+def test_without_a_main_thread_batches_are_only_taken(photos: Path) -> None:
+    with loader_of(ShardSet(photos), "host", BATCH) as loader:
+        batches, turns = rates(loader, None, 0.2)
+    assert batches > 0
+    assert turns == 0
