@@ -61,13 +61,15 @@ def test_a_slow_decoder_is_found_out(
     assert found["both_of_model"] < 0.8
     assert found["both"]["waiting"] > 0.2
     assert found["reading"] > 5 * found["decoding"]
+    assert found["decoders"]["skipped"] == "only a GPU has two, and only DALI uses them"
 
 
 def test_a_slow_model_is_found_out(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from launch.engine import Engine
 
     slow(monkeypatch, Engine, "step")
-    found = run(tmp_path, digits, "--augment", "light")  # many times as fast as that
+    found = run(tmp_path, digits, "--augment", "light", "--no-decoder-check")  # many times as fast as that
+    assert found["decoders"]["skipped"] == "--no-decoder-check"
     assert found["verdict"].startswith("model-bound: ")
     assert found["both"]["waiting"] < 0.02
     assert BATCH / DELAY / 4 < found["model"]["rate"] < BATCH / DELAY
