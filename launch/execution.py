@@ -17,7 +17,7 @@ from launch.optimizers import Form
 from launch.recipe import Recipe, RecipeError
 
 Format = Literal["channels-last", "contiguous"]
-Switch = Literal["auto", "off"]
+Switch = fat.kernels.Mode
 Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"]
 
 AUGMENT_SWITCH = "FAT_AUGMENT_KERNELS"
@@ -43,7 +43,7 @@ class Execution:
     memory_format: Format
     """Of the weights."""
     kernels: Switch
-    """FAT's own kernels."""
+    """FAT's own kernels; "unchecked" = without comparing them with torch first."""
     compile: Mode
     optimizer_form: Form
     eager_because: str = ""
@@ -124,12 +124,12 @@ def switch() -> Switch | None:
     """What FAT_KERNELS says; None where it is not set.
 
     Raises:
-        RecipeError: neither auto nor off.
+        RecipeError: a value that does not exist.
     """
-    wish = os.environ.get(fat.kernels.SWITCH)
-    if wish not in (None, "auto", "off"):
-        raise RecipeError(f"{fat.kernels.SWITCH}={wish}: auto or off expected")
-    return cast(Switch | None, wish)
+    try:
+        return fat.kernels.mode()
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
 
 
 def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: int) -> dict[str, tuple[str, ...]]:

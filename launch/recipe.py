@@ -119,8 +119,9 @@ class RunRecipe:
     memory_format: Literal["channels-last", "contiguous"] | None = None
     """Of the weights. None = what was measured, else channels-last without ZeRO, which can only have contiguous ones.
     Images and what becomes of them are channels-last either way."""
-    kernels: Literal["auto", "off"] | None = None
-    """FAT's own kernels, where there are any (docs/kernels.md). None = $FAT_KERNELS, else what was measured, else
+    kernels: Literal["auto", "off", "unchecked"] | None = None
+    """FAT's own kernels, where there are any (docs/kernels.md). auto = compared with torch first, on a device and
+    versions seen for the first time; unchecked = without that. None = $FAT_KERNELS, else what was measured, else
     auto."""
     compile: Literal["off", "cudagraphs", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
     """off = eager; cudagraphs = forward and backward captured as CUDA graphs, without torch.compile; the others are

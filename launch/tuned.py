@@ -26,6 +26,7 @@ import xxhash
 from filelock import FileLock, Timeout
 
 import fat
+from fat.kernels import MODES
 from launch.execution import FORMATS, Mode, choose
 from launch.feed import Feed
 from launch.optimizers import Form
@@ -51,7 +52,7 @@ def _count(value: Any, least: int) -> bool:
 NAMES: dict[Part, dict[str, Callable[[Any], bool]]] = {
     "model": {
         "memory_format": lambda value: value in FORMATS,
-        "kernels": lambda value: value in ("auto", "off"),
+        "kernels": lambda value: value in MODES,
         "compile": lambda value: value in get_args(Mode),
         "optimizer_form": lambda value: value in get_args(Form),
     },

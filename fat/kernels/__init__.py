@@ -5,7 +5,8 @@
 
 They serve maps [B, C, H, W] in channels-last memory on CUDA devices of compute capability 8.0 and up, where Triton is
 installed; float32, bfloat16 and float16. All else, and all of it under `FAT_KERNELS=off`, is left to torch; so are
-`torch.export` and ONNX. With TRITON_INTERPRET=1 they serve CPU maps, slowly: that is how they are tested.
+`torch.export` and ONNX. An operator whose family of kernels is switched off (`fat.kernels.families`) runs in torch.
+With TRITON_INTERPRET=1 they serve CPU maps, slowly: that is how they are tested.
 
 Under autocast maps are read and stored in its dtype, weights stay as they are (fp32) and sums are in fp32.
 docs/kernels.md says what is fused and why.
@@ -19,6 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +28,14 @@ from torch.nn import functional as F
 
 from fat.batchnorm import BatchNorm
 from fat.kernels import ops
+from fat.kernels.families import FAMILIES, disable, disabled, switched_off
 from fat.kernels.maps import DTYPES, SIZES, STRIDES
 
 __all__ = [
+    "FAMILIES",
     "SIZES",
     "STRIDES",
+    "Mode",
     "add",
     "add_norm",
     "assumed",
@@ -39,14 +44,21 @@ __all__ = [
     "depthwise_gate",
     "depthwise_moments",
     "depthwise_norm",
+    "disable",
+    "disabled",
     "fold",
     "follow",
     "gate",
+    "mode",
     "norm",
     "serves",
+    "supported",
+    "switched_off",
 ]
 
 SWITCH = "FAT_KERNELS"
+Mode = Literal["auto", "off", "unchecked"]
+MODES = ("auto", "off", "unchecked")
 MIN_CAPABILITY = (8, 0)  # bfloat16
 
 
@@ -78,8 +90,8 @@ def assumed() -> Iterator[None]:
 def available(device: str) -> bool:
     """Whether there are kernels for that type of device, "cuda" or "cpu", here and now.
 
-    Raises ValueError when the variable FAT_KERNELS is neither "auto" nor "off". A compiled model keeps the answer that
-    it was compiled with.
+    Raises ValueError when the variable FAT_KERNELS has no value that `mode` knows. A compiled model keeps the answer
+    that it was compiled with.
     """
     # Here, not in `serves`: the compiler of torch 2.11 takes is_exporting() to be true whatever it is asked in,
     # but calls this function as it is.
@@ -87,14 +99,31 @@ def available(device: str) -> bool:
         return False
     if _assumed.get():
         return True
-    wish = os.environ.get(SWITCH, "auto")
-    if wish not in ("auto", "off"):
-        raise ValueError(f"{SWITCH}={wish}: expected auto or off")
-    return wish == "auto" and _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
+    return mode() != "off" and supported(device)
 
 
 # What torch.compiler.assume_constant_result does; the decorator imports the compiler: a second, and Triton.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def supported(device: str) -> bool:
+    """Whether there are kernels for that type of device, whatever FAT_KERNELS says."""
+    return _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def mode() -> Mode | None:
+    """The value of the variable FAT_KERNELS; None where it is not set, which counts as "auto".
+
+    auto: the kernels serve; `launch` compares them with torch before it trains, measures or evaluates a model. off:
+    torch alone. unchecked: the kernels serve without that comparison.
+
+    Raises:
+        ValueError: another value.
+    """
+    value = os.environ.get(SWITCH)
+    if value is not None and value not in MODES:
+        raise ValueError(f"{SWITCH}={value}: expected {', '.join(MODES[:-1])} or {MODES[-1]}")
+    return cast(Mode | None, value)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False) -> Tensor:

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.convolution_ops import depthwise_input_gradient
-from fat.kernels.maps import channels_last, empty_map, expect, expect_weight, on_its_device
+from fat.kernels.families import BATCH_NORM, CONVOLUTION, WEIGHT_GRADIENT, launches
+from fat.kernels.maps import channels_last, empty_map, expect, expect_weight
 
 
 @custom_op("fat::depthwise_moments", mutates_args=())
-@on_its_device
+@launches(CONVOLUTION, BATCH_NORM)
 def depthwise_moments(
     x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +49,7 @@ def _out(x: Tensor, stride: int) -> Tensor:
 
 
 @custom_op("fat::depthwise_moments_gradient", mutates_args=())
-@on_its_device
+@launches(WEIGHT_GRADIENT, BATCH_NORM)
 def depthwise_moments_gradient(
     gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, by_mean: Tensor, by_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +94,7 @@ depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_momen
 
 
 @custom_op("fat::follow", mutates_args=("running_mean", "running_var", "batches"))
-@on_its_device
+@launches(BATCH_NORM)
 def follow(
     running_mean: Tensor,
     running_var: Tensor,
@@ -115,7 +116,7 @@ def _(*_: object) -> None:
 
 
 @custom_op("fat::fold", mutates_args=())
-@on_its_device
+@launches(BATCH_NORM)
 def fold(
     weight: Tensor,
     bias: Tensor,
@@ -148,7 +149,7 @@ def _folded_shape(weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> tuple[
 
 
 @custom_op("fat::fold_gradient", mutates_args=())
-@on_its_device
+@launches(BATCH_NORM)
 def fold_gradient(
     by_folded: Tensor,
     by_folded_bias: Tensor,

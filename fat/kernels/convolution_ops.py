@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fat.kernels.maps import channels_last, empty_map, expect, expect_weight, on_its_device
+from fat.kernels.families import CONVOLUTION, GATE, INPUT_GRADIENT, WEIGHT_GRADIENT, launches
+from fat.kernels.maps import channels_last, empty_map, expect, expect_weight
 
 
 @custom_op("fat::depthwise", mutates_args=())
-@on_its_device
+@launches(CONVOLUTION)
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:
     """Depthwise k x k, padding k // 2; plus x where residual (stride 1). [B, C, ceil(H / stride), ceil(W / stride)]."""
     from fat.kernels.convolution import convolve
@@ -30,7 +31,7 @@ def _depthwise_shape(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 
 
 @custom_op("fat::depthwise_input_gradient", mutates_args=())
-@on_its_device
+@launches(INPUT_GRADIENT)
 def depthwise_input_gradient(
     gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
 ) -> Tensor:
@@ -52,7 +53,7 @@ def _input_gradient_shape(
 
 
 @custom_op("fat::depthwise_weight_gradient", mutates_args=())
-@on_its_device
+@launches(WEIGHT_GRADIENT)
 def depthwise_weight_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
     """The gradients by weight, fp32 [C, 1, kernel, kernel], and by bias, fp32 [C]. Deterministic."""
     from fat.kernels.correlation import weight_gradient
@@ -112,7 +113,7 @@ def convolution_gradients(
 
 
 @custom_op("fat::depthwise_gate", mutates_args=())
-@on_its_device
+@launches(CONVOLUTION, GATE)
 def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """Stride 1; q and other of one shape and dtype."""
     from fat.kernels.convolution import GATE, convolve
@@ -130,7 +131,7 @@ def _(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
 
 
 @custom_op("fat::depthwise_gate_gradient", mutates_args=())
-@on_its_device
+@launches(CONVOLUTION, GATE)
 def depthwise_gate_gradient(
     gradient: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor
 ) -> tuple[Tensor, Tensor]:

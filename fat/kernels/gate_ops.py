@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from fat.kernels.maps import channels_last, expect, on_its_device
+from fat.kernels.families import GATE, launches
+from fat.kernels.maps import channels_last, expect
 
 
 @custom_op("fat::gate", mutates_args=())
-@on_its_device
+@launches(GATE)
 def gate(local: Tensor, other: Tensor) -> Tensor:
     """SiLU(local) * SiLU(other), of one shape and dtype."""
     from fat.kernels import gating as kernels
@@ -29,7 +30,7 @@ def _(local: Tensor, other: Tensor) -> Tensor:
 
 
 @custom_op("fat::gate_gradient", mutates_args=())
-@on_its_device
+@launches(GATE)
 def gate_gradient(gradient: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     from fat.kernels import gating as kernels
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.convolution_ops import convolution_gradients
-from fat.kernels.maps import channels_last, expect, expect_weight, on_its_device
+from fat.kernels.families import CONVOLUTION, NORM, launches
+from fat.kernels.maps import channels_last, expect, expect_weight
 
 
 @custom_op("fat::norm", mutates_args=())
-@on_its_device
+@launches(NORM)
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(normalised x, mean fp32 [B], reciprocal standard deviation fp32 [B])."""
     from fat.kernels import groupnorm as kernels
@@ -32,7 +33,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 @custom_op("fat::add", mutates_args=())
-@on_its_device
+@launches(NORM)
 def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
     """x + scale * branch in x's dtype; scale: fp32 [B] or none."""
     from fat.kernels import groupnorm as kernels
@@ -50,7 +51,7 @@ def _(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 
 
 @custom_op("fat::scaled", mutates_args=())
-@on_its_device
+@launches(NORM)
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """scale * x in x's dtype; scale: fp32 [B]."""
     from fat.kernels import groupnorm as kernels
@@ -67,7 +68,7 @@ def _(x: Tensor, scale: Tensor) -> Tensor:
 
 
 @custom_op("fat::add_norm", mutates_args=())
-@on_its_device
+@launches(NORM)
 def add_norm(
     x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +91,7 @@ def _(
 
 
 @custom_op("fat::depthwise_norm", mutates_args=())
-@on_its_device
+@launches(CONVOLUTION, NORM)
 def depthwise_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,7 +116,7 @@ def _(
 
 
 @custom_op("fat::norm_gradient", mutates_args=())
-@on_its_device
+@launches(NORM)
 def norm_gradient(
     gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +136,7 @@ def _(
 
 
 @custom_op("fat::add_norm_gradient", mutates_args=())
-@on_its_device
+@launches(NORM)
 def add_norm_gradient(
     gradient: Tensor,
     x: Tensor,

@@ -7,8 +7,6 @@ share a family of operations go through it together.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import blend, geometry, tables
+from pipeline.augment import blend, geometry, kernels, tables
 from pipeline.augment.erase import Eraser
 from pipeline.augment.mix import mix, mix_targets
 from pipeline.augment.ops import Op
@@ -58,8 +56,8 @@ FAMILIES = (
 
 
 class BatchAugment:
-    """RandAugment, normalisation, erasing and mixing of one batch after another; by our own kernels on CUDA devices
-    where Triton is installed, unless FAT_KERNELS=off.
+    """RandAugment, normalisation, erasing and mixing of one batch after another, by our own kernels where they serve
+    (`pipeline.augment.kernels`).
 
     Args:
         recipe: what to do.
@@ -89,7 +87,7 @@ class BatchAugment:
             ValueError: another shape or dtype, or an odd batch to mix.
         """
         recipe, images = self._recipe, self.operate(images, params)
-        if _by_kernels(images.device):
+        if kernels.serve(kernels.FINISHING, images.device):
             from pipeline.augment.finishing import finish
 
             return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
@@ -105,7 +103,7 @@ class BatchAugment:
             raise ValueError(
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
-        if _by_kernels(images.device):
+        if kernels.serve(kernels.RANDAUGMENT, images.device):
             from pipeline.augment import randaugment
 
             return randaugment.operate(images, params, self._recipe.fill, flip=self._flip)
@@ -157,20 +155,6 @@ class Stage:
     def arrays(self) -> Arrays:
         """All that goes to the device, in the order in which it is used."""
         return [*(array for _, arrays in self.groups for array in arrays), self.back]
-
-
-def _by_kernels(device: torch.device) -> bool:
-    """Whether Triton's kernels serve there; with TRITON_INTERPRET=1 they do on a CPU, for tests."""
-    # A run that finds the model's kernels slower sets FAT_KERNELS, and keeps in the other what it said before.
-    if os.environ.get("FAT_AUGMENT_KERNELS", os.environ.get("FAT_KERNELS")) == "off":
-        return False
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    return device.type == ("cpu" if interpreted else "cuda") and _has_triton()
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> Tensor:

@@ -228,8 +228,10 @@ def test_refused_weights() -> None:
 def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAT_KERNELS", "off")
     assert not kernels.serves(X)
+    monkeypatch.setenv("FAT_KERNELS", "unchecked")
+    assert kernels.serves(X)
     monkeypatch.setenv("FAT_KERNELS", "no")
-    with pytest.raises(ValueError, match="FAT_KERNELS=no: expected auto or off"):
+    with pytest.raises(ValueError, match="FAT_KERNELS=no: expected auto, off or unchecked"):
         kernels.serves(X)
 
 

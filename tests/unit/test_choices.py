@@ -136,7 +136,7 @@ def test_the_environment_s_kernels_switch_is_given_too(
     assert "kernels" not in choices.values
     assert given(recipe) == {"kernels": "off"} | {k: v for k, v in choices.values.items() if v is not None}
     monkeypatch.setenv("FAT_KERNELS", "no")
-    with pytest.raises(RecipeError, match="FAT_KERNELS=no: auto or off expected"):
+    with pytest.raises(RecipeError, match="FAT_KERNELS=no: expected auto, off or unchecked"):
         chosen(digits)
 
 

@@ -191,16 +191,16 @@ def test_what_there_is_no_time_for_stays_open(
 def test_switching_the_model_s_kernels_off_leaves_augmentation_s_alone(
     monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
-    from pipeline.augment import pixels
+    from pipeline.augment import kernels
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("FAT_KERNELS", wish)
     monkeypatch.setenv("FAT_AUGMENT_KERNELS", wish)  # so that it goes with the test
     del os.environ["FAT_AUGMENT_KERNELS"]
-    assert pixels._by_kernels(CPU) is (wish == "auto")
+    assert kernels.available(CPU) is (wish == "auto")
     dataclasses.replace(START, kernels="off").lay_out(torch.nn.Identity())
     assert os.environ["FAT_KERNELS"] == "off"
-    assert pixels._by_kernels(CPU) is (wish == "auto")
+    assert kernels.available(CPU) is (wish == "auto")
 
 
 @pytest.mark.parametrize("shares", [0, 2])
