@@ -24,6 +24,7 @@ from launch.bench_verdict import Figures, Phase, verdict
 from launch.choices import resolve
 from launch.engine import Engine
 from launch.feed import Feed
+from launch.kernel_check import check_recipe
 from launch.limits import limits_of, settle
 from launch.model import build_model
 from launch.provenance import cpu_name, device_name, git_state, versions
@@ -57,13 +58,15 @@ def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
     try:
         feed = Feed.of(recipe, world)
         model, shape = build_model(recipe, feed.classes), feed.shape
+        verdict = check_recipe(recipe, feed, model)
         recipe, feed, choices = resolve(recipe, feed, model, goes_on=False)
         engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
         for note in (*choices.notes, *engine.notes):
             print(note, file=sys.stderr)
         figures = _figures(recipe, feed, engine, steps)
         decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
-        return dataclasses.replace(figures, settings=figures.settings | choices.picks, decoders=decoders)
+        settings = figures.settings | verdict.picks | choices.picks
+        return dataclasses.replace(figures, settings=settings, decoders=decoders)
     finally:
         disconnect()
 

@@ -25,6 +25,7 @@ from rich.table import Table
 
 import fat
 from launch.checkpoint import CheckpointFolder
+from launch.kernel_check import check_kernels
 from launch.loss import count_correct
 from launch.masters import AVERAGE
 from launch.recipe import DataRecipe
@@ -85,19 +86,22 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     model = model.eval().to(world.device)
     if command.fuse:
         model = fat.fuse(model)
+    size = command.size or data.get("size", 224)
+    bf16 = command.precision == "bf16" or (command.precision == "auto" and world.device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    check_kernels(model, world, size=size, dtype=dtype, gradients=False)
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else max(1, min(samples, command.limit))
-    bf16 = command.precision == "bf16" or (command.precision == "auto" and world.device.type == "cuda")
     normal = AugmentRecipe()
     loader = EvalLoader(
         dataset,
         EvalPlan(samples, batch=command.batch, world=world.size, rank=world.rank),
-        size=command.size or data.get("size", 224),
+        size=size,
         crop_pct=command.crop_pct or data.get("crop_pct", CROP_PCT),
         mean=normal.mean,
         std=normal.std,
         device=world.device,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        dtype=dtype,
         split=command.split,
         options=LoaderOptions(),
     )

@@ -10,7 +10,7 @@ from pipeline.rng import Stream, seed64
 from shards.errors import UserError
 
 
-def build_model(recipe: Recipe, classes: int) -> torch.nn.Module:
+def build_model(recipe: Recipe, classes: int) -> fat.FAT:
     """The variant, initialised from the run's seed or from `--weights`.
 
     Raises:

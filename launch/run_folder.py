@@ -18,6 +18,7 @@ from launch.engine import Engine
 from launch.feed import Feed
 from launch.folder_lock import unwritable
 from launch.guards import RunFailed
+from launch.kernel_check import Verdict
 from launch.masters import AVERAGE
 from launch.metrics import METRICS_NAME
 from launch.preempt import Preempted
@@ -38,9 +39,10 @@ class RunFolder:
     As a context manager it keeps RUN/status true: running, preempted, finished or failed, with step and reason.
     """
 
-    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, choices: Choices) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, choices: Choices, kernels: Verdict) -> None:
         self.path = recipe.run.out
         self._recipe, self._feed, self._engine, self._choices = recipe, feed, engine, choices
+        self._kernels = kernels
         self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep)
         self._writer = BackgroundWriter(self._checkpoints)
         self._fingerprint = fingerprint(recipe, feed)
@@ -162,6 +164,7 @@ class RunFolder:
             "recipe": self._recipe.to_dict(),
             "engine": {"zero": engine.zero, "precision": engine.precision, "world": engine.world.size},
             "choices": self._choices.record(self._feed),
+            "kernels": self._kernels.to_dict(),
             "versions": versions(),
             "git": git_state(),
         }

@@ -18,6 +18,7 @@ from launch.execution import Execution
 from launch.feed import Feed
 from launch.folder_lock import FolderLock
 from launch.guards import Guards
+from launch.kernel_check import check_recipe
 from launch.metrics import Tracker
 from launch.model import build_model
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
@@ -30,7 +31,7 @@ from launch.watchdog import Watchdog
 from launch.world import World, connect, run_command
 
 
-def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
+def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0915
     """One run, from the recipe to its last checkpoint, curves and weights.
 
     Args:
@@ -46,10 +47,11 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     lock.take(world, make=True)
+    verdict = check_recipe(recipe, feed, model)  # before anything is compiled or captured
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     shape = feed.shape
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    folder = RunFolder(recipe, feed, engine, choices)
+    folder = RunFolder(recipe, feed, engine, choices, verdict)
     progress, story = folder.resume()
     with (
         folder,
@@ -60,7 +62,8 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
         tracker.begin(
-            *story, *choices.notes, *engine.notes, *feed.advice(), picks=engine.picks | loader.picks | choices.picks
+            *(*story, *choices.notes, *engine.notes, *feed.advice()),
+            picks=engine.picks | verdict.picks | loader.picks | choices.picks,
         )
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
         rate = rate_of(recipe, feed.plan.steps_per_epoch)

@@ -1,7 +1,9 @@
 """What every kernel is held to, on whatever device: the float64 reference, within one unit in the last place of the
 dtype it writes and a few of fp32's, from inputs drawn from a seed, into memory poisoned with NaN.
 
-Used by tests/interpreted (Triton's interpreter) and tests/gpu.
+Used by tests/interpreted (Triton's interpreter) and tests/gpu, and for the operators in plain torch
+(`fat.kernels.reference`) by tests/unit/test_kernel_reference.py. What is expected is computed here, by autograd in
+float64, and not by `fat.kernels.reference`: so an error in that shows too.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fat.kernels import ops
+from fat.kernels import ops, selfcheck
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SUMMING = 2.0**-20  # of the largest result: what an fp32 sum in another order may differ by
@@ -43,14 +45,10 @@ class Case:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Uninitialised memory is NaN: what a kernel forgets to write, or reads too early, shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+    """As in the self-check, and make sure of it."""
+    with selfcheck.poisoned_memory():
         assert torch.empty(8).isnan().all()
         yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def check_depthwise(case: Case, draw: Draw) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch.nn import functional as F
 
 import fat
 from fat import kernels
-from fat.kernels import ops
+from fat.kernels import ops, selfcheck
 from fat.layers import project
+from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
@@ -250,6 +252,28 @@ def test_weight_gradients_of_pointwise_convolutions_are_summed_in_fp32(monkeypat
     exact = sum(a.double().t() @ b.double() for a, b in zip(rows.split(1 << 16), columns.split(1 << 16), strict=True))
     off = (found.flatten(1).double() - exact).abs()
     assert (off <= 2**-8 * exact.abs() + 1e-3 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_every_family_passes_the_check_before_use(dtype: torch.dtype) -> None:
+    """What a first training run on this device compares."""
+    device = torch.device("cuda")
+    assert selfcheck.run(selfcheck.cases(fat.create_model("fat_b0"), 224, dtype), device) == []
+    assert selfcheck.run(augment_selfcheck.cases(augment_recipe("fat"), dtype), device) == []
+
+
+def test_a_wrong_kernel_is_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fat.kernels import groupnorm
+
+    normalise = groupnorm.normalise
+
+    def off_by_a_percent(*arguments: Any) -> tuple[Tensor, Tensor]:
+        mean, rstd = normalise(*arguments)
+        return mean, 1.01 * rstd
+
+    monkeypatch.setattr(groupnorm, "normalise", off_by_a_percent)
+    failures = selfcheck.run(selfcheck.cases(fat.create_model("fat_b0"), 64, BF16), torch.device("cuda"))
+    assert [failure.family for failure in failures] == ["norm"]
 
 
 def test_what_is_not_served_on_a_device() -> None:

@@ -1,0 +1,136 @@
+"""Compare augmentation's kernels with torch before a loader uses them: RandAugment's bytes, and finished batches.
+
+RandAugment must give torch's bytes; a finished batch must be within one unit in the last place of its dtype and 2^-18
+of its largest value. Torch's side runs on the CPU, where its operations are held to PIL's (docs/augmentation.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.augment import kernels
+from pipeline.augment.ops import OPS, arguments
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
+from pipeline.augment.pixels import BatchAugment
+from pipeline.augment.recipe import AugmentRecipe
+
+SEED = 1
+ROUNDING = 2.0**-18  # of the largest value: float32 arithmetic, multiplications fused with additions or not
+ODD_SIZE = 37
+MAGNITUDE = 8.7
+ERASED = 0.7  # of the samples, where the recipe erases
+FINISHED = 8  # samples of a finished batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch that is augmented both ways."""
+
+    family: str
+    recipe: AugmentRecipe
+    result: torch.dtype
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        return (self.family,)
+
+    @property
+    def operator(self) -> str:
+        return self.family
+
+    @property
+    def shape(self) -> str:
+        return f"images of {self.recipe.size}x{self.recipe.size}"
+
+    @property
+    def dtype(self) -> str:
+        return "uint8" if self.family == kernels.RANDAUGMENT else str(self.result).removeprefix("torch.")
+
+    def compare(self, device: torch.device) -> tuple[str, str] | None:
+        """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""
+        wrong = self._bytes(device) if self.family == kernels.RANDAUGMENT else self._finished(device)
+        return None if wrong is None else (self.family, wrong)
+
+    def _bytes(self, device: torch.device) -> str | None:
+        """Every operation in either direction, and another one behind it; flips."""
+        ops = np.stack([np.repeat(OPS, 2), np.roll(np.repeat(OPS, 2), 9)], axis=1).astype(np.int64)
+        batch = len(ops)
+        images, params = _images(batch, self.recipe.size), _drawn(self.recipe, batch)
+        signs = np.tile([[-1.0, 1.0], [1.0, 1.0]], (batch // 2, 1))
+        magnitudes = np.full(ops.shape, MAGNITUDE)
+        params = replace(
+            params,
+            ops=ops,
+            applied=np.tile([True, False], (batch, 1)) | (np.arange(batch) % 3 == 0)[:, None],
+            magnitudes=magnitudes,
+            arguments=arguments(ops, magnitudes, signs, increasing=True),
+        )
+        found = BatchAugment(self.recipe, device, flip=True).operate(images.to(device), params).cpu()
+        with kernels.disabled(kernels.RANDAUGMENT):
+            exact = BatchAugment(self.recipe, torch.device("cpu"), flip=True).operate(images, params)
+        wrong = (found != exact).flatten(1).sum(1)
+        if not bool(wrong.any()):
+            return None
+        worst = int(wrong.argmax())
+        done = ", ".join(OPS[op].title for op in params.ops[worst][params.applied[worst]])
+        return f"{int(wrong.sum())} bytes of {found.numel()} differ from torch's, most after {done}; none may"
+
+    def _finished(self, device: torch.device) -> str | None:
+        images, params = _images(FINISHED, self.recipe.size), _drawn(self.recipe, FINISHED)
+        mixing = _mixing(self.recipe)
+        with kernels.disabled(kernels.RANDAUGMENT, *kernels.switched_off()):
+            found = BatchAugment(self.recipe, device, self.result)(images.to(device), params, mixing).cpu()
+        with kernels.disabled(kernels.RANDAUGMENT, kernels.FINISHING):
+            exact = BatchAugment(self.recipe, torch.device("cpu"))(images, params, mixing)
+        allowed = torch.finfo(self.result).eps * exact.abs() + ROUNDING * exact.abs().max()
+        error = (found.float() - exact).abs()
+        fine = error <= allowed  # NaN is not
+        if bool(fine.all()):
+            return None
+        if missing := int((~found.isfinite()).sum()):
+            return f"{missing} of {found.numel()} values are NaN or infinite"
+        worst = int((error - allowed).argmax())
+        return (
+            f"off by {float(error.flatten()[worst]):.3g} where the bound is {float(allowed.flatten()[worst]):.3g} "
+            f"({int((~fine).sum())} of {found.numel()} values out of bounds)"
+        )
+
+
+def cases(recipe: AugmentRecipe, dtype: torch.dtype) -> list[Case]:
+    """What a loader of this recipe makes kernels do, at its image size and at an odd one.
+
+    Args:
+        dtype: of the finished batches.
+    """
+    found = []
+    for size in (recipe.size, ODD_SIZE):
+        sized = replace(recipe, size=size)
+        if recipe.policy is not None:
+            found.append(Case(kernels.RANDAUGMENT, sized, dtype))
+        plain = replace(sized, rand_augment=None, erase=ERASED if recipe.erase else 0.0)
+        found.append(Case(kernels.FINISHING, plain, dtype))
+    return found
+
+
+def _images(batch: int, size: int) -> Tensor:
+    """uint8 [batch, size, size, 3]: noise, and noise of few levels, by turns."""
+    rng = np.random.default_rng(SEED)
+    noise = rng.integers(256, size=(batch, size, size, 3))
+    low = rng.integers(200, size=(batch, 1, 1, 3))
+    few = np.where((np.arange(batch) % 2 == 0)[:, None, None, None], noise, low + noise % 40)
+    return torch.from_numpy(few.astype(np.uint8))
+
+
+def _drawn(recipe: AugmentRecipe, batch: int) -> SampleParams:
+    sides = np.full(batch, 2 * recipe.size)
+    return draw(recipe, seed=SEED, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+
+
+def _mixing(recipe: AugmentRecipe) -> MixParams | None:
+    if not recipe.mixes:
+        return None
+    return mix_params(recipe, seed=SEED, step=0, lanes=np.arange(FINISHED) // 2)

@@ -1,0 +1,44 @@
+"""One of two ranks, each of a node of its own, on which different kernel families fail: `kernel_check_run.py OUT`.
+
+Every rank writes OUT/RANK.json: its verdict, and the families that are switched off on it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import fat
+from fat import kernels
+from fat.config import FATConfig
+from fat.kernels import families, selfcheck
+from fat.kernels.selfcheck import Failure
+from launch.kernel_check import check_kernels
+from launch.world import connect, disconnect
+
+FAILS = {0: families.NORM, 1: families.GATE}
+NET = FATConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), windows=(2, 1, 1, 1), num_classes=3)
+
+
+def main() -> None:
+    world = connect()
+    failed = [Failure(FAILS[world.rank], "operator", "map 2x8x9x9", "float32", f"wrong on rank {world.rank}")]
+    model = fat.create_model(NET)
+    with mock.patch.object(kernels, "supported", return_value=True), mock.patch.object(selfcheck, "run") as run:
+        run.return_value = failed
+        # Of nodes with one rank each, every rank compares; of one node with two, the first one alone.
+        apart = check_kernels(model, replace(world, local_rank=0), size=64, dtype=torch.float32)
+        off = sorted(kernels.switched_off())
+        together = check_kernels(model, world, size=64, dtype=torch.float32, gradients=False)
+    found = {"apart": apart.to_dict(), "off": off, "together": together.to_dict(), "comparisons": run.call_count}
+    (Path(sys.argv[1]) / f"{world.rank}.json").write_text(json.dumps(found))
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

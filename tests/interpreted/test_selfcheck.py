@@ -1,0 +1,343 @@
+"""The check of kernels against torch: right ones pass, and each family that is made wrong is refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fat
+from fat import kernels
+from fat.config import FATConfig
+from fat.kernels import batchnorm, convolution, correlation, families, gating, groupnorm, selfcheck
+from fat.kernels.selfcheck import Case, Spec
+from launch.kernel_check import check_kernels
+from launch.world import World
+from pipeline.augment import finishing, randaugment
+from pipeline.augment import kernels as augment_kernels
+from pipeline.augment import selfcheck as augment_selfcheck
+from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
+NET = FATConfig(
+    widths=(8, 8, 8, 8),
+    depths=(1, 1, 1, 2),
+    heads=(1, 1, 1, 1),
+    kernels=(3, 5, 7, 11),  # there is no kernel of 11x11: the gate stands alone there
+    windows=(2, 1, 1, 1),
+    ffn_ratio=2,
+    drop_path=0.4,
+    num_classes=3,
+)
+SIZE = 33  # maps of 9, 5, 3 and 2
+LARGEST = 4000  # numbers that go into a call, with the interpreter
+RECIPE: AugmentRecipe = augment_recipe("fat", size=8)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every comparison is made anew, and no family stays switched off."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with kernels.disabled(), augment_kernels.disabled():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model() -> fat.FAT:
+    torch.manual_seed(0)
+    return fat.create_model(NET).train()
+
+
+@pytest.fixture(scope="module")
+def every_case(model: fat.FAT) -> list[Case]:
+    return selfcheck.cases(model, SIZE, torch.bfloat16)
+
+
+def numbers(case: Case) -> int:
+    return sum(torch.Size(a.shape).numel() for a in case.arguments if isinstance(a, Spec))
+
+
+@pytest.fixture(scope="module")
+def few_cases(every_case: list[Case]) -> list[Case]:
+    """Of every operator the call with the fewest numbers, for the interpreter is slow."""
+    smallest: dict[str, Case] = {}
+    for case in sorted(every_case, key=numbers):
+        smallest.setdefault(case.operator, case)
+    return [case for case in every_case if smallest[case.operator] == case]
+
+
+def test_right_kernels_pass(every_case: list[Case]) -> None:
+    checks = [case for case in every_case if numbers(case) < LARGEST]
+    assert selfcheck.run(checks, CPU) == []
+    assert {case.operator for case in checks} == set(families.OPERATORS)
+    assert {case.families[-1] for case in checks} == set(kernels.FAMILIES)
+    assert {case.dtype for case in checks if case.map_rows()} == {"bfloat16"}
+
+
+def test_right_kernels_pass_without_autocast(few_cases: list[Case]) -> None:
+    """The same calls with fp32 maps."""
+
+    def wider(a: Any) -> Any:
+        if isinstance(a, Spec):
+            return replace(a, dtype=torch.float32 if a.dtype == torch.bfloat16 else a.dtype)
+        return torch.float32 if a == torch.bfloat16 else a
+
+    checks = [Case(case.operator, tuple(map(wider, case.arguments))) for case in few_cases]
+    assert selfcheck.run(checks, CPU) == []
+
+
+def changed(function: Callable[..., Any], change: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
+    """The launch function, and then `change` to what it was called with."""
+
+    @wraps(function)
+    def run(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
+        change(args, options)
+        return result
+
+    return run
+
+
+def spoil(value: Tensor) -> None:
+    """Move one number by 3 % of the largest one: 4 units in bfloat16's last place, where 1 is allowed."""
+    value[(0,) * value.ndim] += (0.03 * value.float().abs().max()).to(value.dtype)
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A launch function that is made wrong, and the family that must be refused for it."""
+
+    family: str
+    module: Any
+    function: str
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.function}: {self.reason}"
+
+
+def _transposed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Taps in the wrong order."""
+    return lambda x, weight, *rest, **options: function(x, weight.transpose(2, 3), *rest, **options)
+
+
+def _without_last_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    def change(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        args[3][:, :, -1] = 0
+
+    return changed(function, change)
+
+
+def _unwritten(place: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def change(args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            args[place][(-1,) * args[place].ndim] = float("nan")
+
+        return changed(function, change)
+
+    return make
+
+
+def _off_by_a_little(place: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        return changed(function, lambda args, options: spoil(args[place]))
+
+    return make
+
+
+def _scaled_result(number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """One of the results is 0.1 % too large."""
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            results = list(function(*args, **options))
+            results[number] = results[number] * 1.001
+            return tuple(results)
+
+        return run
+
+    return make
+
+
+def _raises(function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("\nout of resource: shared memory\nand more")
+
+    return run
+
+
+WRONG = [
+    Wrong(families.CONVOLUTION, convolution, "convolve", _transposed, "off by"),
+    Wrong(families.CONVOLUTION, convolution, "convolve", _without_last_row, "off by"),
+    Wrong(families.CONVOLUTION, convolution, "convolve", _off_by_a_little(3), "off by"),
+    Wrong(families.CONVOLUTION, convolution, "convolve", _raises, "RuntimeError: out of resource: shared memory"),
+    Wrong(families.INPUT_GRADIENT, convolution, "input_gradient", _off_by_a_little(3), "off by"),
+    Wrong(families.INPUT_GRADIENT, convolution, "input_gradient", _unwritten(3), "NaN"),
+    Wrong(families.WEIGHT_GRADIENT, correlation, "weight_gradient", _scaled_result(0), "off by"),
+    Wrong(families.WEIGHT_GRADIENT, correlation, "weight_gradient", _scaled_result(1), "off by"),
+    Wrong(families.GATE, gating, "gate", _off_by_a_little(2), "off by"),
+    Wrong(families.GATE, gating, "gate_gradient", _unwritten(4), "NaN"),
+    Wrong(families.NORM, groupnorm, "normalise", _scaled_result(0), "off by"),
+    Wrong(families.NORM, groupnorm, "normalise", _off_by_a_little(4), "off by"),
+    Wrong(families.NORM, groupnorm, "gradients", _off_by_a_little(7), "off by"),
+    Wrong(families.NORM, groupnorm, "add", _off_by_a_little(3), "off by"),
+    Wrong(families.BATCH_NORM, batchnorm, "join", _scaled_result(1), "off by"),
+    Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), "off by"),
+    Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), "off by"),
+    Wrong(families.BATCH_NORM, batchnorm, "follow", _off_by_a_little(1), "off by"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_a_wrong_family_is_refused_by_name(
+    wrong: Wrong, few_cases: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wrong.module, wrong.function, wrong.make(getattr(wrong.module, wrong.function)))
+    (failure,) = selfcheck.run(few_cases, CPU)
+    assert failure.family == wrong.family
+    assert wrong.reason in failure.reason
+    assert wrong.family in families.OPERATORS[failure.operator]
+    assert failure.shape.startswith(("map 2x", "weights "))
+    assert failure.dtype in ("bfloat16", "float32")
+
+
+def test_every_family_is_made_wrong() -> None:
+    assert {wrong.family for wrong in WRONG} == set(kernels.FAMILIES)
+
+
+def step(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """Result and gradients, with the same drop path every time."""
+    model = copy.deepcopy(model)
+    torch.manual_seed(1)
+    result = model(inputs)
+    result.square().sum().backward()
+    return [result.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def break_launches(off: Collection[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch families off, and let whoever launches their kernels fail."""
+    kernels.disable(*off)
+    for wrong in WRONG:
+        if wrong.family in off:
+            monkeypatch.setattr(wrong.module, wrong.function, _raises(getattr(wrong.module, wrong.function)))
+
+
+@pytest.mark.parametrize("family", kernels.FAMILIES)
+def test_a_stage_trains_with_a_family_switched_off(
+    family: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the kernels of that family do, results are torch's."""
+    # Launches of the convolution are also those of the input's gradient at stride 1.
+    off = {families.CONVOLUTION, families.INPUT_GRADIENT} if family == families.CONVOLUTION else {family}
+    break_launches(off, monkeypatch)
+    drawn = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(2))
+    expect_torchs_step(model.stages[0], drawn.contiguous(memory_format=torch.channels_last), monkeypatch)
+
+
+def test_a_net_trains_with_all_families_switched_off(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_launches(kernels.FAMILIES, monkeypatch)
+    images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+    expect_torchs_step(model, images, monkeypatch)
+
+
+def expect_torchs_step(model: nn.Module, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = step(model, inputs)
+    monkeypatch.setenv("FAT_KERNELS", "off")
+    exact = step(model, inputs)
+    scale = max(float(t.abs().max()) for t in exact)
+    for own, wanted in zip(found, exact, strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_the_verdict_of_a_wrong_family_switches_it_off_and_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the launch function to the warning, twice: compared, and found in the cache."""
+    torch.manual_seed(0)
+    model = fat.create_model(NET)
+
+    def checked() -> Any:
+        return check_kernels(model, ALONE, size=SIZE, dtype=torch.float32, gradients=False)
+
+    monkeypatch.setattr(convolution, "convolve", _transposed(convolution.convolve))
+    verdict = checked()
+    assert [failure.family for failure in verdict.failed] == [families.CONVOLUTION]
+    assert verdict.source == "compared now"
+    said = capsys.readouterr().err
+    warning = (
+        "warning: the depthwise convolution kernels do not agree with torch and are switched off: depthwise on map"
+    )
+    assert said.count("warning: ") == 1
+    assert warning in said
+    assert "where the bound is" in said
+    assert kernels.switched_off() == {families.CONVOLUTION}
+    with kernels.disabled():
+        again = checked()
+        assert again.source == "compared before"
+        assert again.failed == verdict.failed
+        assert kernels.switched_off() == {families.CONVOLUTION}
+    assert "(found by an earlier comparison)" in capsys.readouterr().err
+
+
+# Augmentation
+
+
+def test_right_augmentation_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(augment_selfcheck, "ODD_SIZE", 9)
+    for dtype in (torch.float32, torch.bfloat16):
+        checks = augment_selfcheck.cases(RECIPE, dtype)
+        assert [check.family for check in checks] == 2 * list(augment_kernels.FAMILIES)
+        assert selfcheck.run(checks, CPU) == []
+
+
+def _one_level_more(operate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(images: Tensor, *args: Any, **options: Any) -> Tensor:
+        found = operate(images, *args, **options).clone()
+        found[-1, 3, 2, 1] ^= 1
+        return found
+
+    return run
+
+
+def _brighter(finish: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: finish(*args) * 1.001
+
+
+def _lost(finish: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any) -> Tensor:
+        found = finish(*args)
+        found[0, 0, 0, 0] = float("nan")
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "function", "make", "reason"),
+    [
+        (augment_kernels.RANDAUGMENT, randaugment, "operate", _one_level_more, "1 bytes of"),
+        (augment_kernels.RANDAUGMENT, randaugment, "operate", _raises, "RuntimeError: out of resource"),
+        (augment_kernels.FINISHING, finishing, "finish", _brighter, "off by"),
+        (augment_kernels.FINISHING, finishing, "finish", _lost, "NaN"),
+    ],
+)
+def test_wrong_augmentation_is_refused_by_name_and_left_to_torch(  # noqa: PLR0917
+    family: str, module: Any, function: str, make: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(augment_selfcheck, "ODD_SIZE", 9)
+    monkeypatch.setattr(module, function, make(getattr(module, function)))
+    checks = augment_selfcheck.cases(RECIPE, torch.float32)
+    (failure,) = selfcheck.run(checks, CPU)
+    assert failure.family == family
+    assert reason in failure.reason
+    augment_kernels.disable(family)  # now torch compares itself with itself
+    assert selfcheck.run([check for check in checks if check.family == family], CPU) == []

@@ -1,0 +1,455 @@
+"""Verdicts on kernels: what is compared, how a failure is told, when a verdict is kept, and who hears of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fat
+from fat import kernels
+from fat.config import FATConfig
+from fat.kernels import families, selfcheck, tiles
+from fat.kernels.selfcheck import Failure, KernelFault, mismatch
+from launch import kernel_check
+from launch.kernel_check import KernelsUnusable, Verdict, check_kernels
+from launch.recipe import RecipeError
+from launch.train import main as train
+from launch.world import World
+from pipeline.augment import kernels as augment_kernels
+from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from tests.unit.test_launch_commands import SMALL
+from tests.unit.test_launch_commands import run as run_command
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
+NET = FATConfig(
+    widths=(8, 8, 8, 8), depths=(3, 1, 2, 1), heads=(1,) * 4, windows=(2, 1, 1, 1), drop_path=0.2, num_classes=3
+)
+NORM = Failure(families.NORM, "add_norm", "map 2x8x9x9", "bfloat16", "mean: off by 0.5 where the bound is 0.01")
+
+
+@pytest.fixture(scope="module")
+def model() -> fat.FAT:
+    return fat.create_model(NET)
+
+
+@pytest.fixture(autouse=True)
+def _as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FAT_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with kernels.disabled(), augment_kernels.disabled():
+        yield
+
+
+# The comparison itself
+
+
+@dataclass(frozen=True)
+class Stub:
+    """A check with a given end."""
+
+    family: str
+    end: Any = None
+    families: tuple[str, ...] = ()
+    operator: str = "operator"
+    shape: str = "map 1x2x3x4"
+    dtype: str = "float32"
+
+    def compare(self, device: torch.device) -> tuple[str, str] | None:
+        if isinstance(self.end, Exception):
+            raise self.end
+        return self.end
+
+
+def stub(*names: str, end: Any = None) -> Stub:
+    return Stub(names[-1], end, names)
+
+
+class NotCompiled(Exception):
+    """As Triton's: the text begins with the source."""
+
+    error_message = "\n  cannot convert x\nmore"
+
+    def __str__(self) -> str:
+        return "at 12:3:\ndef kernel():\n" + self.error_message
+
+
+@pytest.mark.parametrize(
+    ("end", "reason"),
+    [
+        ((families.GATE, "result: off by 1"), "result: off by 1"),
+        (RuntimeError("\nout of resource: shared memory\n detail"), "RuntimeError: out of resource: shared memory"),
+        (NotCompiled(), "NotCompiled: cannot convert x"),
+        (KeyError(), "KeyError: no message"),
+    ],
+)
+def test_a_failure_names_family_operator_shape_dtype_and_reason(end: Any, reason: str) -> None:
+    others = [stub(families.CONVOLUTION), stub(families.BATCH_NORM)]
+    (failure,) = selfcheck.run([others[0], stub(families.GATE, end=end), others[1]], CPU)
+    assert failure == Failure(families.GATE, "operator", "map 1x2x3x4", "float32", reason)
+    assert str(failure) == f"operator on map 1x2x3x4 float32: {reason}"
+
+
+def test_families_that_build_on_a_failed_one_are_not_blamed() -> None:
+    """The convolution is wrong; the norm behind it, which reads its result, is not."""
+    wrong = (families.CONVOLUTION, "map: off by 1")
+    boom = RuntimeError("launched although its convolution is off")
+    checks = [
+        stub(families.CONVOLUTION, families.NORM, end=wrong),
+        stub(families.CONVOLUTION, families.NORM, end=boom),
+        stub(families.CONVOLUTION, end=boom),
+        stub(families.NORM),
+    ]
+    assert [failure.family for failure in selfcheck.run(checks, CPU)] == [families.CONVOLUTION]
+
+
+def test_kernels_run_during_the_check_even_if_they_are_off() -> None:
+    kernels.disable(families.GATE)
+    seen: list[frozenset[str]] = []
+
+    class Look(Stub):
+        def compare(self, device: torch.device) -> None:
+            seen.append(kernels.switched_off())
+
+    selfcheck.run([Look(families.GATE, families=(families.GATE,))], CPU)
+    assert seen == [frozenset()]
+    assert kernels.switched_off() == {families.GATE}
+
+
+def test_want_of_memory_is_nobodys_fault() -> None:
+    with pytest.raises(torch.OutOfMemoryError):
+        selfcheck.run([stub(families.GATE, end=torch.OutOfMemoryError("out of memory"))], CPU)
+
+
+def test_a_lost_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal address: every later call on the device fails too."""
+
+    def lost(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(selfcheck, "_wait", lost)
+    with pytest.raises(KernelFault) as caught:
+        selfcheck.run([stub(families.GATE)], CPU)
+    line = str(caught.value)
+    assert line == (
+        "the gate kernels have made cpu unusable for this process (operator on map 1x2x3x4 float32: RuntimeError: CUDA "
+        "error: an illegal memory access was encountered); start again with FAT_KERNELS=off"
+    )
+    serve(monkeypatch, failed=KernelFault(line))
+    with pytest.raises(KernelsUnusable, match="FAT_KERNELS=off") as told:
+        check(model)
+    assert told.value.exit_code == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bound_is_a_unit_in_the_last_place_and_a_share_of_the_largest_result(dtype: torch.dtype) -> None:
+    exact = torch.tensor([1.0, 0.0, -8.0], dtype=torch.float64)
+    unit, share = torch.finfo(dtype).eps, 8 * selfcheck.SUMMING
+    assert mismatch(exact.to(dtype), exact) is None
+    assert mismatch(exact.to(dtype), exact - 0.99 * torch.tensor([unit + share, share, 8 * unit + share])) is None
+    for place, bound in enumerate((unit + share, share, 8 * unit + share)):
+        off = exact.clone()
+        off[place] += 1.01 * bound
+        told = mismatch(exact.to(dtype), off)
+        assert told is not None
+        assert "(1 of 3 values out of bounds)" in told
+    for nothing in (float("nan"), float("inf")):
+        assert mismatch(torch.tensor([nothing, 0.0]), torch.zeros(2)) == "1 of 2 values are NaN or infinite"
+
+
+# The calls that are compared
+
+
+def test_cases_leave_model_and_random_numbers_alone(model: fat.FAT) -> None:
+    before, text, training = torch.get_rng_state(), str(model), model.training
+    selfcheck.cases(model, 64, torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (str(model), model.training) == (text, training)
+    assert all(p.device == CPU and p.grad is None for p in model.parameters())
+
+
+def test_cases_are_the_models_calls_in_the_order_of_families(model: fat.FAT) -> None:
+    found = selfcheck.cases(model, 224, torch.bfloat16)
+    assert len(found) == len(set(found))
+    order = [kernels.FAMILIES.index(case.families[-1]) for case in found]
+    assert order == sorted(order)
+    shapes = {case.shape for case in found if case.operator == "depthwise_norm"}
+    # Each stage's own map and kernel, odd ones cut into the same tiles, and channels that fill no tile.
+    assert {f"map 2x8x{n}x{n}, kernel {k}x{k}" for n, k in ((56, 3), (28, 5), (14, 7), (7, 9))} < shapes
+    assert "map 2x8x27x33, kernel 3x3" in shapes
+    assert any(shape.startswith(f"map 2x{selfcheck.ODD_CHANNELS}x") for shape in shapes)
+    assert {case.dtype for case in found if case.map_rows()} == {"bfloat16"}
+    assert {case.dtype for case in selfcheck.cases(model, 64, torch.float32)} == {"float32"}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_evaluation_has_no_gradients(model: fat.FAT, fused: bool) -> None:
+    found = selfcheck.cases(fat.fuse(model) if fused else model, 64, torch.float32, gradients=False)
+    assert {case.operator for case in found} <= {
+        "depthwise",
+        "depthwise_gate",
+        "depthwise_norm",
+        "norm",
+        "add",
+        "add_norm",
+    }
+    assert {"depthwise", "depthwise_gate"} <= {case.operator for case in found}
+
+
+def test_frozen_norms_are_not_folded(model: fat.FAT) -> None:
+    found = {case.operator for case in selfcheck.cases(model, 64, torch.float32, frozen_norms=True)}
+    assert "depthwise_weight_gradient" in found
+    assert not {name for name in found if families.OPERATORS[name][-1] == families.BATCH_NORM}
+
+
+@pytest.mark.parametrize("size", [32, 64, 160, 224, 384])
+def test_odd_maps_are_cut_into_the_tiles_of_the_real_ones(size: int) -> None:
+    rows = selfcheck.odd_rows(size)
+    assert rows % 2
+    assert 4 * rows >= 32
+    assert size < 64 or tiles.best(rows) == tiles.best(size // 4)
+
+
+# Verdicts
+
+
+class Calls:
+    """What `serve` counts."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[Any, ...]] = []
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> Calls:
+    """Let kernels serve on the CPU; comparing them ends as given."""
+    calls = Calls()
+
+    def run(checks: list[Any], device: torch.device) -> list[Failure]:
+        calls.made.append(tuple(check.family for check in checks))
+        if isinstance(failed, Exception):
+            raise failed
+        return list(failed)
+
+    def cases(*args: Any, **options: Any) -> list[Stub]:
+        return [stub(families.CONVOLUTION), stub(families.NORM)]
+
+    def augmented(*args: Any) -> list[Stub]:
+        return [stub(augment_kernels.FINISHING)]
+
+    monkeypatch.setattr(kernels, "supported", lambda device: True)
+    monkeypatch.setattr(augment_kernels, "available", lambda device: True)
+    monkeypatch.setattr(kernel_check.selfcheck, "run", run)
+    monkeypatch.setattr(kernel_check.selfcheck, "cases", cases)
+    monkeypatch.setattr(kernel_check.augment_selfcheck, "cases", augmented)
+    return calls
+
+
+def check(model: fat.FAT, **options: Any) -> Verdict:
+    settings: dict[str, Any] = {"size": 64, "dtype": torch.bfloat16, **options}
+    return check_kernels(model, settings.pop("world", ALONE), **settings)
+
+
+def test_without_kernels_nothing_is_compared_or_kept(model: fat.FAT, tmp_path: Path) -> None:
+    verdict = check(model, augment=augment_recipe("fat"))
+    assert verdict == Verdict(notes=("no kernels are used here",))
+    assert verdict.lines() == []
+    assert verdict.summary == "not compared; no kernels are used here"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_verdict_is_kept(model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = serve(monkeypatch)
+    first = check(model)
+    assert (first.checked, first.failed, first.source) == ((families.CONVOLUTION, families.NORM), (), "compared now")
+    assert capsys.readouterr().err.startswith("comparing kernels with torch, once for ")
+    again = check(model)
+    assert again == replace(first, source="compared before", seconds=round(first.seconds, 2))
+    assert capsys.readouterr().err == ""
+    assert len(calls.made) == 1
+    assert again.summary == "2 families compared before; all agree with torch"
+    (file,) = kernel_check.cache_folder().iterdir()
+    assert set(json.loads(file.read_text())["key"]) == {
+        *("device", "capability", "driver", "torch", "triton", "sources", "model", "use", "augmentation")
+    }
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["device", "driver", "torch", "triton", "sources", "model", "size", "dtype", "gradients", "frozen", "augment"],
+)
+def test_a_verdict_is_of_one_device_driver_version_and_model(
+    what: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = serve(monkeypatch)
+    check(model, augment=AugmentRecipe())
+    options: dict[str, Any] = {"augment": AugmentRecipe()}
+    other = model
+    match what:
+        case "device":
+            monkeypatch.setattr(kernel_check, "device_name", lambda device: "another")
+        case "driver":
+            monkeypatch.setattr(kernel_check, "driver_version", lambda: "999.1")
+        case "torch":
+            monkeypatch.setattr(torch, "__version__", "9.9")
+        case "triton":
+            monkeypatch.setattr(kernel_check, "_triton_version", lambda: "9.9")
+        case "sources":
+            monkeypatch.setattr(kernel_check, "_sources", lambda: [b"changed"])
+        case "model":
+            other = fat.create_model(replace(NET, kernels=(3, 5, 7, 7)))
+        case "size":
+            options["size"] = 96
+        case "dtype":
+            options["dtype"] = torch.float32
+        case "gradients":
+            options["gradients"] = False
+        case "frozen":
+            options["frozen_norms"] = True
+        case "augment":
+            options["augment"] = augment_recipe("fat")
+    assert check(other, **options).source == "compared now"
+    assert check(other, **options).source == "compared before"
+    assert len(calls.made) == 2
+
+
+@pytest.mark.parametrize("change", ["no JSON", "another key", "a part is missing", "no families", "a list"])
+def test_a_damaged_verdict_is_replaced(change: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = serve(monkeypatch, failed=[NORM])
+    check(model)
+    (file,) = kernel_check.cache_folder().iterdir()
+    whole = file.read_text()
+    content = json.loads(whole)
+    match change:
+        case "no JSON":
+            file.write_text(whole[:-20])
+        case "another key":
+            file.write_text(json.dumps(content | {"key": {}}))
+        case "a part is missing":
+            del content["checked"]
+            file.write_text(json.dumps(content))
+        case "no families":
+            file.write_text(json.dumps(content | {"checked": [1]}))
+        case "a list":
+            file.write_text("[]")
+    assert check(model).source == "compared now"
+    assert len(calls.made) == 2
+    assert check(model).source == "compared before"
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(
+    model: fat.FAT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve(monkeypatch)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    verdict = check(model)
+    assert verdict.source == "compared now"
+    (line,) = verdict.lines()
+    assert "kernel-checks cannot be written (Not a directory), so the next run compares kernels again" in line
+
+
+def test_a_failed_family_is_switched_off_with_one_warning_now_and_later(
+    model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = Failure(augment_kernels.FINISHING, "batch finishing", "images of 64x64", "bfloat16", "1 of 9 are NaN")
+    serve(monkeypatch, failed=[NORM, failed])
+    for again in ("", " (found by an earlier comparison)"):
+        with kernels.disabled(), augment_kernels.disabled():
+            verdict = check(model, augment=augment_recipe("fat"))
+            assert kernels.switched_off() == {families.NORM}
+            assert augment_kernels.switched_off() == {augment_kernels.FINISHING}
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+        assert said == verdict.lines()
+        assert said == [
+            f"warning: the norm kernels do not agree with torch{again} and are switched off: add_norm on map 2x8x9x9 "
+            "bfloat16: mean: off by 0.5 where the bound is 0.01",
+            f"warning: the batch finishing kernels do not agree with torch{again} and are switched off: batch "
+            "finishing on images of 64x64 bfloat16: 1 of 9 are NaN",
+        ]
+    assert verdict.summary == "3 families compared before; switched off: norm, batch finishing"
+    assert verdict.to_dict()["failed"][0] == {
+        **{"family": "norm", "operator": "add_norm", "shape": "map 2x8x9x9", "dtype": "bfloat16"},
+        "reason": "mean: off by 0.5 where the bound is 0.01",
+    }
+
+
+@pytest.mark.parametrize(
+    ("variable", "mode", "compared"),
+    [
+        (None, None, ("model", "loader")),
+        ("auto", None, ("model", "loader")),
+        ("unchecked", None, ()),
+        ("off", None, ()),
+        (None, "unchecked", ("loader",)),
+        (None, "off", ("loader",)),
+        ("unchecked", "auto", ("model",)),
+        ("off", "auto", ("model",)),
+    ],
+)
+def test_what_is_not_used_or_asked_for_is_not_compared(
+    variable: str | None, mode: Any, compared: tuple[str, ...], model: fat.FAT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = serve(monkeypatch)
+    if variable:
+        monkeypatch.setenv("FAT_KERNELS", variable)
+    monkeypatch.setattr(augment_kernels, "available", lambda device: variable != "off")
+    verdict = check(model, mode=mode, augment=augment_recipe("fat"))
+    expected = [*((families.CONVOLUTION, families.NORM) if "model" in compared else ())]
+    expected += [augment_kernels.FINISHING] if "loader" in compared else []
+    assert verdict.checked == tuple(expected)
+    assert calls.made == ([tuple(expected)] if compared else [])
+    if variable == "unchecked" and not compared:
+        assert verdict.summary == "not compared; kernels are used unchecked, as asked for"
+
+
+def test_an_unknown_mode_is_one_line(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAT_KERNELS", "maybe")
+    with pytest.raises(RecipeError, match=r"^FAT_KERNELS=maybe: expected auto, off or unchecked$"):
+        check(model)
+
+
+def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch)
+
+    def cases(*args: Any, **options: Any) -> list[Stub]:
+        raise TypeError("cannot trace\nthis")
+
+    monkeypatch.setattr(kernel_check.selfcheck, "cases", cases)
+    verdict = check(model)
+    assert verdict.source == "not compared"
+    assert verdict.lines() == [
+        "warning: kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
+    ]
+    assert not kernel_check.cache_folder().exists()
+
+
+def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In recipe.json, and in the log."""
+    monkeypatch.setattr(
+        kernel_check, "_together", lambda mine, world: Verdict(("norm",), (NORM,), "compared now", 1.25)
+    )
+    out = tmp_path / "run"
+    assert run_command(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
+    kept = json.loads((out / "recipe.json").read_text())["kernels"]
+    assert kept == {
+        **{"checked": ["norm"], "failed": [NORM.to_dict()], "source": "compared now", "seconds": 1.25, "notes": []}
+    }
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (picks,) = (line for line in lines if line["kind"] == "picks")
+    assert picks["kernel check"] == "1 families compared now in 1.2 s; switched off: norm"
+
+
+def test_an_operator_of_a_family_that_is_off_needs_no_kernels() -> None:
+    """Without a GPU or the interpreter a launch would fail."""
+    x = torch.zeros(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    with kernels.disabled(families.GATE):
+        result: Tensor = kernels.gate(x, x)
+    assert torch.equal(result, x)
