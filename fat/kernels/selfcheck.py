@@ -20,7 +20,7 @@ import copy
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -159,7 +159,15 @@ class Case:
             where = 1 if a.is_map else 0
             if len(a.shape) <= where or a.shape[where] != old:
                 return a
-            return Spec(a.name, (*a.shape[:where], channels, *a.shape[where + 1 :]), a.dtype, a.is_map)
+            return replace(a, shape=(*a.shape[:where], channels, *a.shape[where + 1 :]))
+
+        return Case(self.operator, tuple(map(changed, self.arguments)))
+
+    def with_batch(self, batch: int) -> Case:
+        """The same for maps of another batch."""
+
+        def changed(a: Any) -> Any:
+            return replace(a, shape=(batch, *a.shape[1:])) if isinstance(a, Spec) and a.is_map else a
 
         return Case(self.operator, tuple(map(changed, self.arguments)))
 
@@ -210,7 +218,7 @@ def cases(
         real, odd_calls = found[0], found[-1]
         # Odd maps for which tiles are made as for the model's own: the same compiled kernels.
         alike = [o for r, o in zip(real, odd_calls, strict=True) if o.map_rows() and _tiles(r) == _tiles(o)]
-        wanted = dict.fromkeys([*real, *found[1], *alike, *_odd_channels(alike or odd_calls)])
+        wanted = dict.fromkeys([*real, *found[1], *alike, *_odd_channels(alike or odd_calls), *_many_tiles(real)])
     order = {name: FAMILIES.index(families[-1]) for name, families in OPERATORS.items()}
     return sorted(wanted, key=lambda case: order[case.operator])
 
@@ -378,6 +386,12 @@ def _odd_channels(calls: Sequence[Case]) -> list[Case]:
     return [case.with_channels(ODD_CHANNELS) for case in smallest.values()]
 
 
+def _many_tiles(calls: Sequence[Case]) -> list[Case]:
+    """The smallest convolution with moments, for a batch whose tiles' moments are joined in two rounds."""
+    smallest = min((case for case in calls if case.operator == "depthwise_moments"), key=_numbers, default=None)
+    return [] if smallest is None else [smallest.with_batch(tiles.JOINED_EACH + 1)]
+
+
 def _call(function: Any, arguments: Sequence[Any], schema_of: Any = None, **options: Any) -> tuple[Tensor, ...]:
     """The results; of an operator that returns none, the arguments that it has changed."""
     result = function(*arguments, **options)
@@ -419,6 +433,10 @@ def _first_line(error: Exception) -> str:
 
 def _numbered(number: int, count: int) -> str:
     return "result" if count == 1 else f"result {number + 1} of {count}"
+
+
+def _numbers(case: Case) -> int:
+    return sum(_numel(a) for a in case.arguments if isinstance(a, Spec))
 
 
 def _numel(spec: Spec) -> int:

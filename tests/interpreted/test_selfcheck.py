@@ -82,6 +82,22 @@ def test_right_kernels_pass(every_case: list[Case]) -> None:
     assert {case.dtype for case in checks if case.map_rows()} == {"bfloat16"}
 
 
+def test_moments_of_many_tiles_are_joined_in_two_rounds(
+    every_case: list[Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (case,) = (case for case in every_case if case.map_rows() and case.arguments[0].shape[0] > selfcheck.BATCH)
+    rounds: list[int] = []
+    launch = batchnorm._join.run
+
+    def counted(*args: Any, grid: tuple[int, ...], **options: Any) -> Any:
+        rounds.append(grid[0])
+        return launch(*args, grid=grid, **options)
+
+    monkeypatch.setattr(batchnorm._join, "run", counted)
+    assert selfcheck.run([case], CPU) == []
+    assert rounds == [2, 1]
+
+
 def test_right_kernels_pass_without_autocast(few_cases: list[Case]) -> None:
     """The same calls with fp32 maps."""
 
