@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -38,11 +39,14 @@ import torch
 import fat
 from benchmarks.kernel_jobs import DEVICE, Ways, jobs
 from fat.kernels import tiles
+from launch.limits import random_bytes
 
 FLUSH = 256 << 20  # bytes that are overwritten before each call: more than any second-level cache
 COPY = 1 << 30  # bytes of the copy
 SLOW = 0.05  # seconds of a call from which three rounds are enough
-HEAD_START = 4_000_000  # cycles, two milliseconds: longer than the host takes to launch the most kernels of one call
+CYCLES_PER_SECOND = 2_000_000_000  # of a multiprocessor's clock, at most
+MARGIN = 2.0  # a host is sometimes slower than when it was timed
+LEAST_CYCLES = 4_000_000  # two milliseconds
 
 
 def main() -> None:
@@ -56,6 +60,8 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="try other launch shapes for the depthwise kernels")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
+    if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("torch finds no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, untimed")
 
     clock = Clock(options.rounds)
     bandwidth = copy_bandwidth(clock)
@@ -70,7 +76,7 @@ def main() -> None:
     print(f"{'':46} {'MB':>8} " + " ".join(f"{way + ' us':>17} {'share':>6}" for way in ways))
     results: list[dict[str, Any]] = []
     for job in jobs(options):
-        seconds = clock.measure(job.ways)
+        seconds = clock.measure(job.ways, max(LEAST_CYCLES, job.head_start))
         row: dict[str, Any] = {"kernel": job.name, "shape": job.shape, "bytes": job.bytes}
         for way, taken in seconds.items():
             row[way] = {"us": round(taken * 1e6, 1), "share": round(job.bytes / taken / bandwidth, 3)}
@@ -107,30 +113,49 @@ def sweep(clock: Clock, call: Callable[[], object], weights: bool) -> list[dict[
 
 
 class Clock:
-    """Seconds of calls that take turns."""
+    """Device seconds of calls that take turns.
+
+    Before each call the device is kept busy until the host has launched all of it, so that launching is not timed.
+    """
 
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
         self.flush = torch.empty(FLUSH if DEVICE == "cuda" else 1, dtype=torch.uint8, device=DEVICE)
 
-    def measure(self, ways: Ways) -> dict[str, float]:
-        first = {way: self._once(call) for way, call in ways.items()}  # compiles, and chooses algorithms
-        del first
+    def measure(self, ways: Ways, least: int = LEAST_CYCLES) -> dict[str, float]:
+        """Median seconds of each way.
+
+        Args:
+            least: device cycles that the host is given at least to launch a call.
+        """
+        cycles = {way: head_start(self._launch_seconds(call), least) for way, call in ways.items()}
         times: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(self.rounds):
             for way, call in ways.items():
                 if number < 3 or median(times[way]) < SLOW:
-                    times[way].append(self._once(call))
+                    times[way].append(self._once(call, cycles[way]))
         return {way: median(taken) for way, taken in times.items()}
 
-    def _once(self, call: Callable[[], object]) -> float:
+    def _launch_seconds(self, call: Callable[[], object]) -> float:
+        """Host seconds of a call that has been compiled and has chosen its algorithms."""
+        call()
+        if DEVICE != "cuda":
+            return 0.0
+        torch.cuda.synchronize()  # an idle device: launching must not wait for a full queue
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return seconds
+
+    def _once(self, call: Callable[[], object], cycles: int) -> float:
         self.flush.zero_()
         if DEVICE != "cuda":
             start = time.perf_counter()
             call()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(HEAD_START)  # the host runs ahead, so that launching is not part of the time
+        torch.cuda._sleep(cycles)
         start.record()
         call()
         end.record()
@@ -138,10 +163,14 @@ class Clock:
         return start.elapsed_time(end) / 1e3
 
 
+def head_start(launch_seconds: float, least: int) -> int:
+    """Cycles for which the device sleeps while the host launches a call."""
+    return max(least, int(MARGIN * CYCLES_PER_SECOND * launch_seconds))
+
+
 def copy_bandwidth(clock: Clock) -> float:
     """Bytes per second, read and written."""
-    # Not zeros, which a device may move faster than other bytes.
-    source = torch.randint(256, (COPY if DEVICE == "cuda" else 1 << 20,), dtype=torch.uint8, device=DEVICE)
+    source = random_bytes(COPY if DEVICE == "cuda" else 1 << 20, torch.device(DEVICE))
     target = torch.empty_like(source)
     return 2 * source.numel() / clock.measure({"copy": lambda: target.copy_(source)})["copy"]
 

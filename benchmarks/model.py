@@ -21,6 +21,7 @@ busy machine mean little: the load at the start is recorded.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -137,11 +138,21 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[
                 failed[way] = reason(error)
                 del steps[way]
                 times.pop(way, None)
-                torch.cuda.empty_cache()
-                continue
-            if round_number >= 0:
+            if way in failed:  # here, where the exception no longer holds what it had allocated
+                free()
+            elif round_number >= 0:
                 times.setdefault(way, []).append(time.perf_counter() - start)
     return times, failed
+
+
+def free() -> None:
+    """Give back the memory of what is no longer used; models, optimisers and graphs refer to themselves."""
+    gc.collect()
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:  # a CUDA error of an earlier call is reported by the next, and belongs to that
+            print(f"while freeing memory: {reason(error)}", flush=True)
 
 
 def reason(error: Exception) -> str:

@@ -1,9 +1,11 @@
 """Whole training steps, and inference, in images/s: each way of running a model in one run, and other models beside it.
 
     python benchmarks/step.py [--models fat_b0 ... swin_tiny_patch4_window7_224 ...] [--ways ...] [--modes ...]
-                              [--batch N] [--size 224] [--rounds 7] [--dtype bfloat16|float32] [--out FILE.json]
+                              [--batch N] [--size 224] [--rounds 7] [--dtype bfloat16|float32] [--alone]
+                              [--out FILE.json]
 
-Ways, each interleaved with the others round by round (medians of rounds, ratios within a round):
+Ways, each interleaved with the others round by round (medians of rounds, ratios within a round); with --alone one after
+the other, each freed before the next is built, where memory does not hold several:
 
   contiguous      NCHW memory, eager
   library         channels-last weights and activations, eager, without FAT's own kernels
@@ -15,13 +17,13 @@ Ways, each interleaved with the others round by round (medians of rounds, ratios
 
 A training step is forward, cross-entropy, backward, gradient clipping and fused AdamW; bfloat16 is by autocast. Models
 that are not ours come from timm, where it is installed, and are left out with a word where it is not. Graphs need CUDA.
-A way that fails is reported with its reason; one that found no memory beside the others is run again by itself.
+A way that fails is reported with its reason; one that may have failed because of the others (no memory, a CUDA error, a
+capture that was disturbed) is run again by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import os
@@ -41,7 +43,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fat
-from benchmarks.model import DEVICE, interleave, machine, make_plain, reason
+from benchmarks.model import DEVICE, free, interleave, machine, make_plain, reason
 from fat import layers
 from fat.kernels import SWITCH
 
@@ -51,6 +53,8 @@ MODES = ("training", "inference")
 OTHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 CLIP = 5.0
 GRAPH_WARM_UP = 3  # runs on a side stream before a capture, as torch asks for
+# In errors that a way may have because of another: no memory, an error that was reported late, a broken capture.
+SHARED_FAILURES = ("memory", "alloc", "captur", "cuda error")
 
 
 def main() -> None:
@@ -64,6 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     dtypes = ("bfloat16", "float32") if DEVICE == "cuda" else ("float32", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, default=dtypes[0])
+    parser.add_argument("--alone", action="store_true", help="one way after the other, not taking turns")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
 
@@ -89,9 +94,11 @@ def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict
     mode = "training" if training else "inference"
     ways = [way for way in options.ways if way not in OURS or name in fat.list_models()]
     rows: dict[str, dict[str, Any]] = {way: {"model": name, "mode": mode, "way": way} for way in ways}
-    times = run(rows, ways, training, options)
+    times: dict[str, list[float]] = {}
+    for turn in [[way] for way in ways] if options.alone else [ways]:
+        times |= run(rows, turn, training, options)
     for way in set(ways) - set(times):
-        if len(ways) > 1 and any(word in rows[way]["failed"].lower() for word in ("memory", "alloc")):
+        if not options.alone and len(ways) > 1 and any(word in rows[way]["failed"].lower() for word in SHARED_FAILURES):
             rows[way]["beside the others"] = rows[way].pop("failed")
             times |= run(rows, [way], training, options)
     for way, row in rows.items():
@@ -117,13 +124,13 @@ def run(
         except Exception as error:
             steps.pop(way, None)
             rows[way]["failed"] = reason(error)
+        if way not in steps:  # here, where the exception no longer holds what it had built
+            free()
     times, failed = interleave(steps, options.rounds)
     for way, why in failed.items():
         rows[way]["failed"] = why
     steps.clear()
-    gc.collect()  # models, optimisers and graphs refer to themselves
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    free()
     return times
 
 

@@ -77,9 +77,18 @@ def measured_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
 @cache
 def measured_bandwidth(device: torch.device) -> float:
     """bytes/s that a copy reads and writes."""
-    source = torch.zeros(COPIED[device.type], dtype=torch.uint8, device=device)
+    source = random_bytes(COPIED[device.type], device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+
+
+def random_bytes(count: int, device: torch.device) -> torch.Tensor:
+    """Data to copy: uint8 [count], `count` a multiple of 8.
+
+    Not zeros: constant data switch fewer bits, so a GPU draws less power on them and copies them at a higher clock than
+    the maps that the copy is to be compared with.
+    """
+    return torch.randint(2**63 - 1, (count // 8,), device=device).view(torch.uint8)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -1,152 +1,415 @@
-"""`make gpu` in itself: it goes on where it stopped, keeps to its time, and survives what fails or is missing."""
+"""`make gpu`: it keeps to its time, loses nothing when it is killed, and continues when it is called again."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
+import signal
+import subprocess
 import sys
-from io import FileIO
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from benchmarks import gpu, gpu_report
-from benchmarks.gpu import Part
+from benchmarks import gpu
+from benchmarks.gpu_run import parts as table
+from benchmarks.gpu_run import report
+from benchmarks.gpu_run.parts import Part
+from benchmarks.gpu_run.results import FILE, Results
 from shards import durable
 
-# Writes a letter more to a file at each run.
+# Appends a letter to a file at each run.
 COUNT = "import pathlib, sys; file = pathlib.Path(sys.argv[1], sys.argv[2]); file.open('a').write('x')"
+PROFILE = "contact"
 
 
-def run(patch: pytest.MonkeyPatch, out: Path, parts: list[Part], *options: str) -> tuple[int, dict[str, Any]]:
-    patch.setattr(gpu, "parts", lambda: parts)
-    patch.setattr(sys, "argv", ["gpu.py", "--cpu", "--out", str(out), *options])
-    status = gpu.main()
-    parts_of = json.loads((out / "gpu.json").read_text())["parts"]
-    return status, parts_of[gpu.device_of(gpu.machine())]
+def part(name: str, *command: str, **settings: Any) -> Part:
+    """A part that runs Python with these arguments."""
+    return Part(
+        **{"name": name, "profile": PROFILE, "commands": (("python", *command),), "expected": 20, "least": 0} | settings
+    )
 
 
-def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = Part("good", ("-c", COUNT, str(tmp_path), "good-runs"))
-    bad = Part("bad", ("-c", "print('why it failed'); raise SystemExit(5)"))
-    absent = Part("absent", ("-c", ""), needs=("no_such_module",))
-    status, parts = run(monkeypatch, tmp_path, [good, bad, absent])
+def counted(name: str, folder: Path, **settings: Any) -> Part:
+    return part(name, "-c", COUNT, str(folder), f"{name}-runs", **settings)
+
+
+def run(patch: pytest.MonkeyPatch, folder: Path, parts: Sequence[Part], *options: str) -> tuple[int, dict[str, Any]]:
+    """Exit status, and the results by part, of a call with its own output and work folders."""
+    patch.setattr(gpu, "parts", lambda: list(parts))
+    patch.setattr(gpu, "START", time.monotonic())
+    patch.setenv("TRITON_CACHE_DIR", str(folder / "triton-cache"))
+    where = ("--out", str(folder / "out"), "--work", str(folder / "work"))
+    patch.setattr(sys, "argv", ["gpu.py", "--cpu", *where, *options])
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        status = gpu.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    results = json.loads((folder / "out" / "gpu.json").read_text())["devices"]
+    return status, results[gpu.device_of(gpu.machine())]
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+def expected(profile: str) -> float:
+    """Seconds of a profile, the longest chain of parts side by side counted."""
+    groups = gpu.groups([part for part in table.parts() if part.profile == profile])
+    return sum(table.longest_chain(group) for group in groups)
+
+
+def test_both_profiles_fit_the_time_of_a_borrowed_machine() -> None:
+    assert expected("contact") <= 230
+    assert expected("contact") + expected("measure") <= table.BUDGET == 560
+
+
+def test_the_longest_chain_follows_the_order_of_parts_side_by_side() -> None:
+    first, other = part("a", expected=3), part("b", expected=5)
+    assert table.longest_chain([first, other]) == 5
+    assert table.longest_chain([first, other, part("c", expected=4, after=("a",))]) == 7
+
+
+def test_every_part_is_consistent() -> None:
+    parts = table.parts()
+    names = [part.name for part in parts]
+    assert len(names) == len(set(names))
+    made = {part.makes for part in parts}
+    for number, part in enumerate(parts):
+        assert part.least <= part.expected <= part.limit == 2 * part.expected
+        assert set(part.uses) <= made
+        assert set(part.after) <= set(names[:number])
+        assert not part.after or part.together
+        assert part.profile in table.PROFILES
+
+
+def test_every_part_names_files_and_tests_that_exist() -> None:
+    for part in table.parts():
+        for word in (word for command in part.commands for word in command):
+            file, _, test = word.partition("::")
+            if file.endswith(".py"):
+                assert (gpu.ROOT / file).is_file(), part
+                assert not test or f"def {test}(" in (gpu.ROOT / file).read_text(encoding="utf-8"), part
+
+
+def test_what_a_first_run_leaves_out_is_in_no_profile() -> None:
+    words = [word for part in table.parts() for command in part.commands for word in command]
+    for absent in ("inference", "ffcv", "tune", "benchmarks/model.py", "benchmarks/loader.py", "max-autotune"):
+        assert absent not in words
+    assert not [part.name for part in table.parts() if part.name.startswith("compiled-b") and "b0" not in part.name]
+
+
+def test_timed_parts_run_alone() -> None:
+    for group in gpu.groups(table.parts()):
+        timed = [p for p in group for c in p.commands if {"bench", "benchmarks/step.py", "benchmarks/decode.py"} & {*c}]
+        assert len(group) == 1 or not timed
+
+
+# -- continuing --------------------------------------------------------------------------------------------------------
+
+
+def test_what_passed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = counted("good", tmp_path)
+    bad = part("bad", "-c", "print('why it failed'); raise SystemExit(5)")
+    absent = part("absent", "-c", "", modules=("no_such_module",))
+    status, results = run(monkeypatch, tmp_path, [good, bad, absent])
     assert status == 1
-    assert [part["state"] for part in parts.values()] == ["passed", "failed", "left out"]
-    assert parts["bad"]["tail"] == "why it failed"
-    mended = Part("bad", ("-c", COUNT, str(tmp_path), "mended-runs"))
-    status, parts = run(monkeypatch, tmp_path, [good, mended, absent])
+    assert [result["state"] for result in results.values()] == ["passed", "failed", "left out"]
+    assert results["bad"]["tail"] == "why it failed"
+    assert "no_such_module" in results["absent"]["tail"]
+    status, results = run(monkeypatch, tmp_path, [good, counted("bad", tmp_path), absent])
     assert status == 0
-    assert (tmp_path / "good-runs").read_text() == (tmp_path / "mended-runs").read_text() == "x"
+    assert (tmp_path / "good-runs").read_text() == (tmp_path / "bad-runs").read_text() == "x"
 
 
-def test_it_goes_on_from_its_json_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On another machine: what one part has made there for another is made anew."""
-    made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir()"
-    maker = Part("maker", ("-c", made, str(tmp_path), "maker-runs", "{work}/made"), makes="made")
-    good = Part("good", ("-c", COUNT, str(tmp_path), "good-runs"))
-    for out in ("one", "other"):
-        (tmp_path / out).mkdir()
-        if out == "other":
-            (tmp_path / "one" / "gpu.json").rename(tmp_path / "other" / "gpu.json")
-        status, parts = run(monkeypatch, tmp_path / out, [maker, good])
-        assert (status, list(parts)) == (0, ["maker", "good"])
+def test_a_fresh_machine_continues_from_the_json_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one part makes there for others is made again; earlier figures are there for later parts."""
+    made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir(parents=True)"
+    maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes="data/made")
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('[7]')"
+    good = replace(counted("good", tmp_path), commands=(("python", "-c", write, "{out}"),))
+    read = "import json, pathlib, sys; assert json.loads(pathlib.Path(sys.argv[1], 'good.json').read_text()) == [7]"
+    for machine in ("one", "other"):
+        (tmp_path / machine / "out").mkdir(parents=True)
+        if machine == "other":
+            (tmp_path / "one/out/gpu.json").rename(tmp_path / "other/out/gpu.json")
+        parts = [maker, good] if machine == "one" else [maker, good, part("reader", "-c", read, "{parts}")]
+        status, results = run(monkeypatch, tmp_path / machine, parts)
+        assert (status, list(results)) == (0, [part.name for part in parts])
     assert (tmp_path / "maker-runs").read_text() == "xx"
-    assert (tmp_path / "good-runs").read_text() == "x"
 
 
-def test_a_few_parts_leave_the_others_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two = [Part("one", ("-c", "")), Part("other", ("-c", ""))]
-    for name in ("one", "other"):
-        _, parts = run(monkeypatch, tmp_path, two, "--only", name)
-    assert [(name, part["state"]) for name, part in parts.items()] == [("one", "passed"), ("other", "passed")]
+def test_a_part_brings_the_one_that_makes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()"
+    maker = part("maker", "-c", make, "{data}/made", makes="data/made")
+    user = counted("user", tmp_path, uses=("data/made",), profile="measure")
+    status, results = run(monkeypatch, tmp_path, [maker, user], "measure")
+    assert (status, list(results)) == (0, ["maker", "user"])
+    status, results = run(monkeypatch, tmp_path, [replace(maker, commands=(("python", "-c", ""),)), user], "measure")
+    assert (tmp_path / "user-runs").read_text() == "x"
 
 
-def test_other_sources_are_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    good = Part("good", ("-c", COUNT, str(tmp_path), "runs"))
-    for sources in ("one", "one", "other"):
+def test_a_part_whose_data_could_not_be_made_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = part("maker", "-c", "raise SystemExit(1)", makes="data/made")
+    status, results = run(monkeypatch, tmp_path, [maker, counted("user", tmp_path, uses=("data/made",))])
+    assert (status, results["user"]["state"]) == (1, "not run")
+    assert "data/made" in results["user"]["tail"]
+
+
+def test_a_maker_that_was_killed_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what it makes is there, and gpu.json of an earlier machine says that it has passed."""
+    made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir()"
+    maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes="data/made")
+    run(monkeypatch, tmp_path, [maker])
+    file = tmp_path / "work" / FILE
+    results = Results(tmp_path / "work", tmp_path / "out", "cpu", gpu.digest_of_sources())
+    results.record("maker", {"state": "begun", "seconds": 0.0, "tail": "", "machine": {}})
+    assert json.loads(file.read_text())["devices"]["cpu"]["maker"]["state"] == "begun"
+    run(monkeypatch, tmp_path, [maker])
+    assert (tmp_path / "maker-runs").read_text() == "xx"
+
+
+def test_one_part_leaves_the_results_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = [part("one", "-c", ""), part("other", "-c", "")]
+    for name in ("^one", "her$"):
+        _, results = run(monkeypatch, tmp_path, two, "--only", name)
+    assert [(name, result["state"]) for name, result in results.items()] == [("one", "passed"), ("other", "passed")]
+
+
+def test_other_sources_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the table keeps the earlier result and says of what it is."""
+    for sources in ("first", "first", "second"):
         monkeypatch.setattr(gpu, "digest_of_sources", lambda sources=sources: sources)
-        run(monkeypatch, tmp_path, [good])
-    assert (tmp_path / "runs").read_text() == "xx"
+        run(monkeypatch, tmp_path, [counted("good", tmp_path), part("rare", "-c", "")][: 1 + (sources == "first")])
+    assert (tmp_path / "good-runs").read_text() == "xx"
+    rows = {line.split(" ")[1]: line for line in (tmp_path / "out/gpu.md").read_text().splitlines() if "passed" in line}
+    assert "of other sources, first" in rows["rare"]
+    assert "of other sources" not in rows["good"]
 
 
-def test_what_passed_elsewhere_has_not_passed_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another GPU, or none: each has its own results, with the machine that they are of."""
-    good = Part("good", ("-c", COUNT, str(tmp_path), "runs"))
+def test_each_device_has_its_own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for gpus, cores in (([], 1), (["H100"], 2), (["H200"], 3), (["H100"], 4), ([], 5)):
         about = {"gpus": gpus, "cores": cores}
         monkeypatch.setattr(gpu, "machine", lambda about=about: about)
-        run(monkeypatch, tmp_path, [good])
-    assert (tmp_path / "runs").read_text() == "xxx"
-    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+        run(monkeypatch, tmp_path, [counted("good", tmp_path)])
+    assert (tmp_path / "good-runs").read_text() == "xxx"
+    found = json.loads((tmp_path / "out/gpu.json").read_text())["devices"]
     assert {device: results["good"]["machine"]["cores"] for device, results in found.items()} == {
         "cpu": 1, "H100": 2, "H200": 3,
     }  # fmt: skip
-    table = (tmp_path / "gpu.md").read_text()
-    assert [line for line in table.splitlines() if line.startswith("## ")] == ["## cpu", "## H100", "## H200"]
-    assert "gpus ['H100'], cores 2" in table
-    assert "cores 4" not in table
+    lines = (tmp_path / "out/gpu.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("## ")] == ["## cpu", "## H100", "## H200"]
+    assert any("cores 2" in line for line in lines)
 
 
-def test_what_was_found_survives_an_end_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, tmp_path, [Part("one", ("-c", ""))])
-    before, real = (tmp_path / "gpu.json").read_text(), durable.write_all
-
-    def ended(file: FileIO, content: bytes) -> None:
-        real(file, content[:10])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(durable, "write_all", ended)
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, tmp_path, [Part("other", ("-c", ""))])
-    assert (tmp_path / "gpu.json").read_text() == before
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
 def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    endless = Part("endless", ("-c", "import time; time.sleep(60)"), least=0.5)
-    late = Part("late", ("-c", ""), least=0.5)
-    status, parts = run(monkeypatch, tmp_path, [endless, late], "--minutes", "0.04")
+    endless = part("endless", "-c", "import time; print('begun', flush=True); time.sleep(60)", least=0.1)
+    late = part("late", "-c", "", least=0.1)
+    status, results = run(monkeypatch, tmp_path, [endless, late], "--seconds", "6")
     assert status == gpu.TIME_IS_UP
-    assert [part["state"] for part in parts.values()] == ["time was up", "not run"]
-    assert parts["endless"]["seconds"] < 10
+    assert [result["state"] for result in results.values()] == ["time ran out", "not run"]
+    assert "call again" in results["late"]["tail"]
 
 
-def test_what_would_not_come_to_its_end_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    long, short = Part("long", ("-c", ""), least=100), Part("short", ("-c", ""), least=0)
-    status, parts = run(monkeypatch, tmp_path, [long, short], "--minutes", "1")
+def test_a_part_is_not_begun_with_too_little_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long, short = part("long", "-c", "", least=100), part("short", "-c", "")
+    status, results = run(monkeypatch, tmp_path, [long, short], "--seconds", "60")
     assert status == gpu.TIME_IS_UP
-    assert [part["state"] for part in parts.values()] == ["not run", "passed"]
+    assert [result["state"] for result in results.values()] == ["not run", "passed"]
 
 
-def test_children_in_sessions_of_their_own_end_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    child = "import subprocess, sys; subprocess.run(['sleep', '61.25'], start_new_session=True)"
-    _, parts = run(monkeypatch, tmp_path, [Part("launches", ("-c", child), limit=1.0)])
-    assert parts["launches"]["state"] == "failed"
+def test_a_part_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those in sessions of their own."""
+    child = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
+    monkeypatch.setattr(gpu, "SLOWER", 1.0)
+    status, results = run(monkeypatch, tmp_path, [part("hangs", "-c", child, expected=1.0)])
+    assert (status, results["hangs"]["state"]) == (1, "failed")
+    assert results["hangs"]["tail"].startswith("ended after")
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61.25"]]
 
 
-def test_a_part_that_hangs_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    status, parts = run(monkeypatch, tmp_path, [Part("hangs", ("-c", "import time; time.sleep(60)"), limit=0.5)])
-    assert (status, parts["hangs"]["state"]) == (1, "failed")
-    assert parts["hangs"]["tail"] == "ended after 0 s"
+def test_parts_side_by_side_wait_for_those_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`slow` ends only when `beside` has begun; `later` finds that `slow` has ended."""
+    wait = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    parts = [
+        part("slow", "-c", wait + "pathlib.Path(sys.argv[2]).touch()", str(begun), str(ended), together=True),
+        part("beside", "-c", f"import pathlib; pathlib.Path({str(begun)!r}).touch()", together=True),
+        part(
+            "later", "-c", f"import pathlib; assert pathlib.Path({str(ended)!r}).exists()",
+            together=True, after=("slow",),
+        ),
+    ]  # fmt: skip
+    status, results = run(monkeypatch, tmp_path, parts)
+    assert (status, {result["state"] for result in results.values()}) == (0, {"passed"})
+
+
+def test_two_calls_do_not_share_a_work_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, out = (str(tmp_path / name) for name in ("work", "out"))
+    inner = part("inner", "benchmarks/gpu.py", "--cpu", "--work", work, "--out", out, expected=100)
+    _, results = run(monkeypatch, tmp_path, [inner])
+    assert results["inner"]["status"] == gpu.BAD_INPUT
+    assert "another call is using" in results["inner"]["tail"]
+
+
+# -- kills -------------------------------------------------------------------------------------------------------------
+
+# Runs the script with many parts, each of which writes 400 lines, and copies all the time.
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from benchmarks import gpu
+from benchmarks.gpu_run import results
+from benchmarks.gpu_run.parts import Part
+results.COPY_EVERY = 0.01
+say = "import sys\\nfor i in range(400): print(hash(str(i)))\\nopen(sys.argv[1], 'w').write('[7]')"
+gpu.parts = lambda: [
+    Part(name=f"part{{i}}", profile="contact", commands=(("python", "-S", "-c", say, "{{out}}"),), expected=9, least=0)
+    for i in range(200)
+]
+gpu.machine = lambda: {{"gpus": [], "cores": 1}}
+sys.argv = ["gpu.py", "contact", "--cpu", "--out", {out!r}, "--work", {work!r}]
+sys.exit(gpu.main())
+"""
+
+
+def passed_in(out: Path) -> set[str]:
+    """Names of the parts that have passed; gpu.json is whole whenever it is there."""
+    if not (out / "gpu.json").exists():
+        return set()
+    found = json.loads((out / "gpu.json").read_text())["devices"].get("cpu", {})
+    return {name for name, result in found.items() if result["state"] == "passed"}
+
+
+def test_a_kill_at_any_moment_leaves_whole_files_and_loses_no_part(tmp_path: Path) -> None:
+    out, work, rng = tmp_path / "out", tmp_path / "work", random.Random(0)
+    script = SCRIPT.format(root=str(gpu.ROOT), out=str(out), work=str(work))
+    before: set[str] = set()
+    for _ in range(6):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
+        while len(passed_in(out)) < len(before) + 2:  # into the middle of its work, however slow this machine is
+            time.sleep(0.05)
+            assert process.poll() is None
+        time.sleep(rng.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        assert passed_in(out) > before
+        before = passed_in(out)
+        with tarfile.open(out / "results.tar.gz") as archive:
+            held = {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]
+        for name, result in json.loads(held["gpu.json"])["devices"]["cpu"].items():
+            if result["state"] == "passed":
+                assert held[f"parts/cpu/{name}.json"] == b"[7]"
+                assert held[f"parts/cpu/{name}.txt"].count(b"\n") == 400
+    assert passed_in(work) >= before
+
+
+def test_a_leftover_of_a_killed_copy_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    leftover = tmp_path / "out" / f".results.tar.gz.0123abcd{durable.TEMPORARY}"
+    leftover.write_bytes(b"half")
+    run(monkeypatch, tmp_path, [part("one", "-c", "")])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md", "results.tar.gz"]
+
+
+def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    script = SCRIPT.format(root=str(gpu.ROOT), out=str(out), work=str(work)).replace("range(400)", "iter(int, 1)")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
+    while not (work / "parts/cpu/part0.txt").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    assert json.loads((out / "gpu.json").read_text())["devices"]["cpu"]["part0"]["state"] == "begun"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(work) in " ".join(p.info["cmdline"] or [])]
+
+
+def test_checkpoints_are_not_in_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = (
+        "import pathlib, sys; run = pathlib.Path(sys.argv[1])\n"
+        "for name, size in ('log', 9), ('model.safetensors', 9 << 20): (run / name).write_bytes(bytes(size))"
+    )
+    run(monkeypatch, tmp_path, [part("trains", "-c", write, "{run}")])
+    with tarfile.open(tmp_path / "out/results.tar.gz") as archive:
+        assert archive.getnames() == ["parts/cpu/trains.run/log", "parts/cpu/trains.txt", "gpu.json", "gpu.md"]
+
+
+# -- what it says ------------------------------------------------------------------------------------------------------
+
+
+def test_parts_have_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/the/callers")
+    monkeypatch.setenv("HF_HOME", "/its/own")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    show = "import json, os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps(dict(os.environ)))"
+    _, results = run(monkeypatch, tmp_path, [part("env", "-c", show, "{out}", environment={"OMP_NUM_THREADS": "3"})])
+    found, work = results["env"]["figures"], tmp_path / "work"
+    assert found["PYTHONPATH"].split(os.pathsep) == [str(gpu.ROOT), str(work / "site"), "/the/callers"]
+    assert found["TRITON_CACHE_DIR"] == str(tmp_path / "triton-cache")
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
+    assert (found["HF_HOME"], found["OMP_NUM_THREADS"], found["FAT_TUNED"]) == ("/its/own", "3", "off")
+    assert found["DS_IGNORE_CUDA_DETECTION"] == "1"
+
+
+def test_the_kit_is_unpacked_first_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = tmp_path / ".kit"
+    kit.mkdir()
+    (kit / "unpack.sh").write_text('mkdir "$1"; cat "$2" "$3" > "$1/kit_module.py"\n')
+    for number, line in enumerate(("X =", " 1\n")):
+        (kit / f"kit.tar.xz.0{number}").write_text(line)
+    (tmp_path / "packed/triton-cache").mkdir(parents=True)
+    (tmp_path / "packed/triton-cache/kernel").touch()
+    with tarfile.open(kit / "triton-cache.tar.xz", "w:xz") as archive:
+        archive.add(tmp_path / "packed/triton-cache", "triton-cache")
+    monkeypatch.setattr(table, "KIT", kit)
+    unpacking = [part for part in table.parts() if part.name in ("kernel-cache", "kit")]
+    user = part("user", "-c", "import kit_module; assert kit_module.X == 1", profile="measure")
+    status, results = run(monkeypatch, tmp_path, [*unpacking, user], "measure")
+    assert (status, list(results)) == (0, ["kernel-cache", "kit", "user"])
+    assert (tmp_path / "triton-cache/kernel").exists()
+
+
+def test_without_a_kit_nothing_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "KIT", gpu.ROOT / "no-such-kit")
+    unpacking = [part for part in table.parts() if part.name in ("kernel-cache", "kit")]
+    status, results = run(monkeypatch, tmp_path, unpacking)
+    assert (status, [result["state"] for result in results.values()]) == (0, ["left out", "left out"])
+    assert results["kit"]["tail"] == "there is no no-such-kit/unpack.sh"
 
 
 def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"results": [{"mode": "training", "way": "graph", "images/s": 1234.5}]}
     write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(rows)!r})"
-    run(monkeypatch, tmp_path, [Part("step", ("-c", write.replace("{", "{{").replace("}", "}}"), "{out}"))])
-    assert "| step | training graph 1,234 |" in (tmp_path / "gpu.md").read_text()
+    run(monkeypatch, tmp_path, [part("step", "-c", write.replace("{", "{{").replace("}", "}}"), "{out}")])
+    assert re.search(r"\| step \| \d+ \| passed, \d+ s: training graph 1,234 \|", (tmp_path / "out/gpu.md").read_text())
 
 
-def test_every_benchmark_is_said_in_a_line() -> None:
+def test_every_benchmark_is_summarised_in_a_line() -> None:
     shares = [{"kernel": "a", "ours": {"us": 1.0, "share": share}} for share in (0.5, 0.75, 1.0)]
     kernels = {"copy GB/s": 4000.0, "results": shares}
-    assert gpu_report.said(kernels) == "copy 4,000 GB/s; 3 kernels, shares of it: ours 0.75 (0.50 to 1.00)"
-    inference = {"results": [{"variant": "b0", "way": "fused", "inference images/s": 9000.4}]}
-    assert gpu_report.said(inference) == "fused inference 9,000"
-    failed = {"results": [{"mode": "training", "way": "graph", "failed": "OutOfMemoryError: no room"}]}
-    assert gpu_report.said(failed) == "training graph OutOfMemoryError: no room"
+    line = report.figures_in_a_line
+    assert line(kernels) == "copy 4,000 GB/s; 3 kernels, shares of it: ours 0.75 (0.50 to 1.00)"
+    assert line({"results": [{"mode": "training", "way": "graph", "failed": "OutOfMemoryError: no room"}]}) == (
+        "training graph OutOfMemoryError: no room"
+    )
+    peer = {"model": "resnet50", "way": "compiled", "compiled": "compiled whole", "images/s": 900.0, "to fat_b0": 0.5}
+    assert line({"results": [peer]}) == "resnet50 compiled compiled whole 900, 0.50 to fat_b0"
+    assert line({"results": [{"check": "resize", "found": "64 images"}]}) == "resize: 64 images"
+    assert line({}) == ""
 
 
 def test_without_a_gpu_it_says_so(
@@ -156,10 +419,3 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path)])
     assert gpu.main() == gpu.BAD_INPUT
     assert "no CUDA device" in capsys.readouterr().err
-
-
-def test_every_part_names_files_that_exist() -> None:
-    for part in gpu.parts():
-        for word in part.command:
-            if word.endswith(".py"):
-                assert (gpu.ROOT / word).is_file(), part

@@ -1,0 +1,312 @@
+"""The parts of `benchmarks/gpu.py`: tests, benchmarks and training runs, in the order in which they are run.
+
+`contact` touches everything once: correctness parts side by side, then timed parts one at a time. `measure` has timed
+parts only, in order of value. Both together are expected to take at most `BUDGET` seconds. `peers` compiles other
+people's models, a minute each, when there is time beyond that.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+KIT = ROOT / ".kit"  # packages and kernels to unpack on a machine without a package registry
+PROFILES = ("contact", "measure", "peers")
+BUDGET = 560.0  # seconds that `contact` and `measure` are expected to take together
+LIMIT = 2.0  # a part is ended after so many times its expected seconds
+
+Command = tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing to run.
+
+    Words of the commands may contain {out} (JSON file for figures), {run} (a fresh folder for anything else), {data},
+    {site}, {caches} and {parts} (folders). The command `python` is the interpreter that runs this script.
+    """
+
+    name: str
+    profile: str
+    commands: tuple[Command, ...]
+    """Run one after the other; the first that fails ends the part."""
+    expected: float
+    """Seconds on an H100 with 16 cores."""
+    least: float
+    """Seconds that must be left for it to begin."""
+    together: bool = False
+    """Run beside its neighbours in the table that have this too, because nothing in it is timed."""
+    after: tuple[str, ...] = ()
+    """Parts beside it that must have ended first."""
+    makes: str = ""
+    """Path in the work folder that it makes for others; it runs again when the path is gone."""
+    uses: tuple[str, ...] = ()
+    """Paths in the work folder that others make."""
+    files: tuple[Path, ...] = ()
+    """It is left out where one of these does not exist."""
+    modules: tuple[str, ...] = ()
+    """It is left out where one of these cannot be imported."""
+    environment: dict[str, str] = field(default_factory=dict)
+    shown: int = 0
+    """Lines of its output to print when it has passed."""
+    on_cpu: Command = ()
+    """Options added to the last command by --cpu, so that a rehearsal without a GPU stays small."""
+
+    @property
+    def limit(self) -> float:
+        """Seconds after which it is ended."""
+        return LIMIT * self.expected
+
+
+def parts() -> list[Part]:
+    """All parts, in order."""
+    return [*contact(), *measure(), *peers()]
+
+
+def contact() -> Iterator[Part]:
+    """Everything once. Longest chain of the parallel parts: kit, photos-data, dali-check, digits-zero1."""
+
+    def part(name: str, *commands: Command, **settings: object) -> Part:
+        return Part(name=name, profile="contact", commands=commands, **settings)  # type: ignore[arg-type]
+
+    yield part("facts", python("benchmarks/gpu_run/facts.py", "--out", "{out}"), expected=5, least=1, shown=24)
+    packed_kernels = KIT / "triton-cache.tar.xz"
+    yield part(
+        "kernel-cache",
+        python("-m", "tarfile", "-e", str(packed_kernels), "{caches}"),
+        expected=3,
+        least=1,
+        makes="{cache}",
+        files=(packed_kernels,),
+    )
+    yield part(
+        "kernels-right",
+        gpu_tests(5, "tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py"),
+        expected=75,
+        least=20,
+        together=True,
+        environment=FEW_THREADS,
+    )
+    yield part(
+        "kit",
+        ("bash", str(KIT / "unpack.sh"), "{site}", *map(str, sorted(KIT.glob("kit.tar.xz*")))),
+        expected=10,
+        least=5,
+        together=True,
+        makes="site",
+        files=(KIT / "unpack.sh",),
+    )
+    yield part(
+        "digits-data",
+        pipeline("sample", "digits", "{data}/digits"),
+        pipeline("shard", "{data}/digits", "--out", "{data}/digits-shards"),
+        expected=12,
+        least=5,
+        together=True,
+        after=("kit",),
+        makes="data/digits-shards",
+    )
+    yield part(
+        "photos-data",
+        pipeline("sample", "photos", "{data}/photos", "--count", "2000"),
+        pipeline("shard", "{data}/photos", "--out", "{data}/photos-shards", "--shard-size", "32"),
+        expected=12,
+        least=5,
+        together=True,
+        after=("kit",),
+        makes="data/photos-shards",
+    )
+    yield part(
+        "dali-check",
+        python("benchmarks/dali_check.py", "{data}/photos", "--out", "{out}"),
+        expected=25,
+        least=10,
+        together=True,
+        after=("photos-data",),
+        uses=("data/photos-shards",),
+        shown=14,
+        on_cpu=("--device", "cpu", "--batch", "16"),
+    )
+    pixels = "tests/gpu/test_training.py::test_pixels_decoded_on_the_gpu_are_those_of_the_cpu"
+    yield part(
+        "loader-right",
+        gpu_tests(4, "tests/gpu/test_overlap.py", pixels, "tests/gpu/test_norms.py"),
+        expected=35,
+        least=20,
+        together=True,
+        after=("digits-data", "dali-check"),
+        environment=FEW_THREADS,
+    )
+    yield part(
+        "digits-zero1",
+        train(
+            "--recipe", "launch/recipes/digits.toml", "--data", "{data}/digits-shards", "--out", "{run}", "--zero", "1"
+        ),
+        expected=70,
+        least=20,
+        together=True,
+        after=("digits-data", "dali-check"),
+        uses=("data/digits-shards",),
+        on_cpu=("--stop-after", "2", "--global-batch", "8"),
+    )
+    yield part("step-b0", step("fat_b0"), expected=25, least=25, on_cpu=SMALL)
+    yield part(
+        "kernels-b0",
+        python("benchmarks/kernels.py", "--variants", "fat_b0", "--rounds", "5", "--out", "{out}"),
+        expected=25,
+        least=25,
+        shown=60,
+    )
+    yield part("bench-b0", bench("b0", steps=15), expected=30, least=25, uses=("data/photos-shards",), on_cpu=FEW)
+    yield part(
+        "decode",
+        decode("--operators", "slice", "whole", "--loads", "0", "0.9", "1"),
+        expected=20,
+        least=20,
+        uses=("data/photos-shards",),
+        on_cpu=FEW_PHOTOS,
+    )
+
+
+def measure() -> Iterator[Part]:
+    """Timed parts, in order of value."""
+
+    def part(name: str, *commands: Command, **settings: object) -> Part:
+        return Part(name=name, profile="measure", commands=commands, **settings)  # type: ignore[arg-type]
+
+    yield part("bench-b3", bench("b3", steps=10), expected=45, least=40, uses=("data/photos-shards",), on_cpu=FEW)
+    # B3 has no memory for three ways side by side.
+    yield part("step-b3", step("fat_b3", "--alone"), expected=30, least=30, on_cpu=SMALL)
+    yield part("step-b1", step("fat_b1"), expected=25, least=25, on_cpu=SMALL)
+    yield part("step-b2", step("fat_b2"), expected=25, least=25, on_cpu=SMALL)
+    yield part(
+        "photos",
+        train(
+            *("--variant", "b0", "--data", "{data}/photos-shards", "--out", "{run}", "--global-batch", "256"),
+            *("--stop-after", "60", "--log-every", "10"),
+        ),
+        expected=40,
+        least=30,
+        uses=("data/photos-shards",),
+        on_cpu=("--stop-after", "1", "--global-batch", "4", "--size", "64"),
+    )
+    fat_models = ("fat_b0", "fat_b1", "fat_b2", "fat_b3")
+    yield part(
+        "peers-graph",
+        python("benchmarks/peers.py", "--models", *fat_models, *PEERS, "--ways", "graph", "--out", "{out}"),
+        expected=45,
+        least=30,
+        modules=("timm",),
+        on_cpu=EAGER,
+    )
+    yield part(
+        "kernels-b3",
+        python(
+            *("benchmarks/kernels.py", "--variants", "fat_b3", "--stages", "1", "2", "3", "--rounds", "5"),
+            *("--out", "{out}"),
+        ),
+        expected=30,
+        least=25,
+        shown=60,
+    )
+    yield part(
+        "compiled-b0",
+        python(
+            *("benchmarks/step.py", "--models", "fat_b0", "--modes", "training", "--ways", "channels-last", "compiled"),
+            *("--rounds", "5", "--out", "{out}"),
+        ),
+        expected=60,
+        least=60,
+        on_cpu=SMALL,
+    )
+    yield part(
+        "augment",
+        python("benchmarks/augment.py", "--device", "cuda", "--pairs", "2", "--out", "{out}"),
+        expected=15,
+        least=15,
+        on_cpu=("--device", "cpu", "--batch", "2", "--size", "64", "--pairs", "1"),
+    )
+    yield part(
+        "decode-more",
+        decode("--operators", "slice", "--loads", "0.5", "0.65", "0.8", "0.95"),
+        expected=20,
+        least=20,
+        uses=("data/photos-shards",),
+        on_cpu=FEW_PHOTOS,
+    )
+
+
+def peers() -> Iterator[Part]:
+    """Other people's models under torch.compile, the most interesting first; the FAT figures are of peers-graph."""
+    for name in PEERS:
+        yield Part(
+            name=f"peer-{name}",
+            profile="peers",
+            commands=(
+                python(
+                    *("benchmarks/peers.py", "--models", name, "--ways", "compiled"),
+                    *("--fat-figures", "{parts}/peers-graph.json", "--out", "{out}"),
+                ),
+            ),
+            expected=70,
+            least=60,
+            modules=("timm",),
+            on_cpu=EAGER,
+        )
+
+
+PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
+FEW_THREADS = {"OMP_NUM_THREADS": "3"}  # several test processes share the cores
+SMALL = ("--batch", "2", "--size", "64", "--rounds", "1")
+EAGER = ("--ways", "eager", "--batch", "1", "--rounds", "1", "--steps", "1")
+FEW = ("--batch-size", "4", "--size", "64", "--steps", "1")
+FEW_PHOTOS = ("--batch", "16", "--batches", "1")
+
+
+def python(*words: str) -> Command:
+    return ("python", *words)
+
+
+def pipeline(*words: str) -> Command:
+    return python("-m", "pipeline.cli", *words)
+
+
+def train(*words: str) -> Command:
+    return python("-m", "accelerate.commands.launch", "launch/train.py", *words)
+
+
+def step(model: str, *more: str) -> Command:
+    ways = ("--ways", "library", "channels-last", "graph")
+    return python(
+        *("benchmarks/step.py", "--models", model, "--modes", "training", *ways, "--rounds", "3"),
+        *(*more, "--out", "{out}"),
+    )
+
+
+def bench(variant: str, *, steps: int) -> Command:
+    files = ("--json", "{out}", "--chart", "{run}/chart.png")
+    return pipeline("bench", "{data}/photos-shards", "--variant", variant, "--zero", "0", "--steps", str(steps), *files)
+
+
+def decode(*words: str) -> Command:
+    return python(
+        "benchmarks/decode.py", *words, "--rounds", "1", "--batches", "12", "--data", "{data}", "--out", "{out}"
+    )
+
+
+def gpu_tests(workers: int, *tests: str) -> Command:
+    """pytest on the GPU's tests; side by side and with a limit each where those plugins are installed."""
+    side_by_side = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
+    limit = ("--timeout", "100") if importlib.util.find_spec("pytest_timeout") else ()
+    return python("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *limit, *side_by_side, *tests)
+
+
+def longest_chain(together: list[Part]) -> float:
+    """Seconds that parts side by side are expected to take: the longest path through `after`."""
+    ends: dict[str, float] = {}
+    for part in together:
+        ends[part.name] = max((ends[name] for name in part.after if name in ends), default=0.0) + part.expected
+    return max(ends.values())

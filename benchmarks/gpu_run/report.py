@@ -1,0 +1,84 @@
+"""Summarise a part of `benchmarks/gpu.py` in one line: its figures, or how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+FACTS = ("GPUs", "libnvcuvid.so.1", "gcc", "Python.h")  # those on which most depends
+
+
+def summary(result: dict[str, Any]) -> str:
+    """State and seconds; then the figures of a part that passed, else its last line of output as well."""
+    found = figures_in_a_line(result["figures"]) if result.get("figures") else ""
+    last = result["tail"].splitlines()[-1:]
+    ended = f"{result['state']}, {result['seconds']:.0f} s"
+    parts = [ended, found] if result["state"] == "passed" and found else [ended, *last, found]
+    return ": ".join(filter(None, parts))
+
+
+def figures_in_a_line(found: dict[str, Any]) -> str:
+    """The figures of one of the benchmarks."""
+    return next((describe(found) for key, describe in KINDS.items() if key in found), "")
+
+
+def of_bench(found: dict[str, Any]) -> str:
+    return (
+        f"both/model {found['both_of_model']:.3f}, model {found['model']['rate']:,.0f} images/s = "
+        f"{found['model_of_roofline']:.2f} of its roofline, MFU {found['mfu']:.1%}: {found['verdict']}"
+    )
+
+
+def of_augmentation(found: dict[str, Any]) -> str:
+    if "on a GPU" not in found:
+        return "; ".join(f"{name} {row['ours']:.1f} us an image" for name, row in found["recipes"].items())
+    return "; ".join(
+        f"{row['part']} by {row['way']}: {row['launches']} launches, {row['device ms']:.3f} ms, "
+        f"{row['share of a step']:.1%} of a step"
+        for row in found["on a GPU"]["rows"]
+    )
+
+
+def of_decoding(found: dict[str, Any]) -> str:
+    rates = sorted(((name, row["rate"]) for name, row in found["medians"].items()), key=lambda row: -row[1])
+    return "; ".join(f"{name} {rate:,.0f}/s" for name, rate in rates)
+
+
+def of_kernels(found: dict[str, Any]) -> str:
+    rows = found["results"]
+    shares = "; ".join(
+        f"{way} {median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
+        for way in ("ours", "channels-last", "contiguous")
+        if (some := [row[way]["share"] for row in rows if way in row])
+    )
+    return f"copy {found['copy GB/s']:,.0f} GB/s; {len(rows)} kernels, shares of it: {shares}"
+
+
+def of_facts(found: dict[str, Any]) -> str:
+    return "; ".join(f"{name} {found['facts'][name]}" for name in FACTS)
+
+
+def of_rows(found: dict[str, Any]) -> str:
+    return "; ".join(row_in_a_line(row) for row in found["results"])
+
+
+def row_in_a_line(row: dict[str, Any]) -> str:
+    """A row of step.py, model.py, peers.py or dali_check.py."""
+    if "check" in row:
+        return f"{row['check']}: {row['found']}"
+    names = [row[key] for key in ("model", "mode", "way", "compiled") if row.get(key)]
+    rates = [f"{key.removesuffix('images/s')}{value:,.0f}" for key, value in row.items() if key.endswith("images/s")]
+    ratios = [f"{value:.2f} {key}" for key, value in row.items() if key.startswith("to fat")]
+    return " ".join([*names, row.get("failed") or ", ".join([*rates, *ratios])])
+
+
+# By a key that only these figures have; the first that is found counts.
+KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "verdict": of_bench,
+    "recipes": of_augmentation,
+    "facts": of_facts,
+    "medians": of_decoding,
+    "copy GB/s": of_kernels,
+    "results": of_rows,
+}

@@ -1,0 +1,193 @@
+"""Training steps of other people's models beside FAT's, by the same engine on the same device, in images/s.
+
+    python benchmarks/peers.py [--models fat_b0 ... efficientnet_b0 ...] [--ways graph compiled eager] [--batch 256]
+                               [--size 224] [--rounds 5] [--steps 4] [--fat-figures FILE.json] [--out FILE.json]
+
+A step is `launch.engine.Engine`'s: forward under bf16 autocast, cross-entropy, backward, clipping, fused AdamW, with
+channels-last weights and images and without ZeRO. Every model has 1000 classes and its own default regularisation
+(FAT's drop path; timm's models have none). Ways:
+
+  graph     eager, the step captured as a CUDA graph (compile mode `cudagraphs`): seconds per model, needs CUDA
+  compiled  the model under torch.compile: a minute or more per model. One that cannot be compiled whole is run with
+            graph breaks, one that cannot be compiled at all eager, and its row says so
+  eager     neither
+
+Models take no turns: each is built, warmed up, timed (the median of the rounds) and freed before the next. Ratios are
+to the fastest row of each FAT model, in this run or in --fat-figures, an earlier --out of the same machine. Models that
+are not FAT come from timm; the batch on a CPU is 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import nn
+
+import fat
+from benchmarks.model import DEVICE, free, machine, reason
+from benchmarks.step import build
+from launch.engine import Engine
+from launch.limits import settle
+from launch.recipe import Recipe, RunRecipe
+from launch.world import World, connect
+from pipeline.batch import Batch
+from pipeline.plan import Position
+
+PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
+WAYS = ("graph", "compiled", "eager")
+CLASSES = 1000
+LR = 1e-6
+# Steps: choice of algorithms, allocations, and the capture, which takes some steps itself.
+WARM_UP = 5 if DEVICE == "cuda" else 1
+WHOLE, BREAKS, EAGER = "compiled whole", "compiled with graph breaks", "eager, not compiled"
+
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[*fat.list_models(), *PEERS])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["graph" if DEVICE == "cuda" else "eager"])
+    parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 8)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="per round")
+    parser.add_argument("--fat-figures", type=Path, help="FAT's rows are in this file, if it exists")
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+
+    world = connect()
+    setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "steps")}
+    setting |= {"machine": machine(), "torch": torch.__version__}
+    print(", ".join(f"{key} {value}" for key, value in setting.items()))
+    fat_rows = fat_figures(options.fat_figures)
+    rows: list[Row] = []
+    for name in options.models:
+        for way in options.ways:
+            rows.append(measure(name, way, world, options))
+            add_ratios(rows, fat_rows)
+            print(line(rows[-1]), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps({**setting, "results": rows}, indent=1) + "\n")
+    return int(all("failed" in row for row in rows))
+
+
+def fat_figures(file: Path | None) -> list[Row]:
+    """FAT's rows of an earlier run; none where there is no such file."""
+    if file is None or not file.exists():
+        return []
+    return [row for row in json.loads(file.read_text(encoding="utf-8"))["results"] if row["model"].startswith("fat_")]
+
+
+def measure(name: str, way: str, world: World, options: argparse.Namespace) -> Row:
+    """A row: the model by the first of the ways to compile it that works."""
+    row: Row = {"model": name, "way": way}
+    for how in (WHOLE, BREAKS, EAGER) if way == "compiled" else ("",):
+        torch._dynamo.reset()
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        failure = ""
+        try:
+            row |= timed(name, way, how, world, options) | ({"compiled": how} if how else {})
+        except Exception as error:
+            failure = reason(error)
+        free()  # here, where nothing holds the model any more
+        if not failure:
+            return row
+        if how in (WHOLE, BREAKS):
+            row[f"not {how}"] = failure
+    return row | {"failed": failure}
+
+
+def timed(name: str, way: str, how: str, world: World, options: argparse.Namespace) -> Row:
+    """Figures of one model."""
+    torch.manual_seed(0)
+    model = build(name)
+    if how in (WHOLE, BREAKS):
+        model.compile(fullgraph=how == WHOLE)
+    engine = engine_of(model, way, world, options.batch)
+    batch = random_batch(options.batch, options.size, engine.input_dtype, world.device)
+    start, number = time.perf_counter(), 0
+
+    def step() -> None:
+        nonlocal number
+        engine.step([batch], step=number, lr=LR)
+        number += 1
+
+    for _ in range(WARM_UP):
+        step()
+    settle(world.device)
+    warm = time.perf_counter() - start
+    seconds = [seconds_of(step, options.steps, world.device) for _ in range(options.rounds)]
+    memory = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0
+    return {
+        "images/s": round(options.batch * options.steps / median(seconds), 1),
+        "engine": engine.description,
+        "warm-up s": round(warm, 1),
+        "GB": round(memory / 1e9, 1),
+    }
+
+
+def engine_of(model: nn.Module, way: str, world: World, batch: int) -> Engine:
+    """The engine as training has it on one GPU."""
+    # A literal by a variable: the recipe's type lists the modes of the command line.
+    mode: Any = "cudagraphs" if way == "graph" else "off"
+    recipe = Recipe(run=RunRecipe(zero=0, compile=mode, tuned="off"))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, global_batch=batch))
+    return Engine(model, recipe, world, micro_batch=batch, accumulation=1)
+
+
+def random_batch(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Batch:
+    """Random images and labels on the device."""
+    images = torch.randn(rows, 3, size, size, device=device, dtype=dtype)
+    return Batch(
+        images=images.contiguous(memory_format=torch.channels_last),
+        labels=torch.randint(CLASSES, (rows,), device=device),
+        ids=np.arange(rows),
+        planned=np.arange(rows),
+        mask=torch.ones(rows, dtype=torch.bool, device=device),
+        position=Position(0, 0),
+    )
+
+
+def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> float:
+    """Of some steps, from an idle device to an idle device."""
+    settle(device)
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    settle(device)
+    return time.perf_counter() - start
+
+
+def add_ratios(rows: list[Row], fat_rows: list[Row]) -> None:
+    """Add to each row its images/s over those of every FAT model's fastest row."""
+    best: dict[str, float] = {}
+    for row in [*fat_rows, *rows]:
+        if row["model"].startswith("fat_") and "images/s" in row:
+            best[row["model"]] = max(row["images/s"], best.get(row["model"], 0.0))
+    for row in rows:
+        if "images/s" in row:
+            row |= {f"to {name}": round(row["images/s"] / rate, 3) for name, rate in best.items()}
+
+
+def line(row: Row) -> str:
+    found = row.get("failed") or f"{row['images/s']:>10,.1f} images/s"
+    ratios = ", ".join(f"{value:.2f} {key}" for key, value in row.items() if key.startswith("to fat"))
+    return f"{row['model']:18} {row['way']:10} {found}  {row.get('compiled', '')}  {ratios}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
