@@ -72,7 +72,7 @@ def photos(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """Encoded images, and their heights and widths."""
     paths = sorted(folder.glob("train/*/*.JPEG"))
     sizes = [Image.open(path).size for path in paths]
-    return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths], np.array(sizes)[:, ::-1]
+    return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths], np.array(sizes).reshape(-1, 2)[:, ::-1]
 
 
 def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarray, options: Options) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,54 @@ def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert set(rows[kernel]) >= {"ours", "channels-last"}
     assert any("BatchNorm" in kernel for kernel in rows)
     assert rows["gate"]["bytes"] == 3 * 2 * 32 * 2 * 2
+
+
+class Device:
+    """Stands in for torch.cuda: records how long the device was kept busy before each timed call."""
+
+    def __init__(self) -> None:
+        self.cycles: list[int] = []
+
+    def Event(self, *, enable_timing: bool) -> Device:
+        return self
+
+    def _sleep(self, cycles: int) -> None:
+        self.cycles.append(cycles)
+
+    def elapsed_time(self, end: Device) -> float:
+        return 1.0
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize(("host_seconds", "least"), [(0.0, benchmark.LEAST_CYCLES), (0.02, benchmark.LEAST_CYCLES)])
+def test_the_device_is_busy_while_the_host_launches(
+    host_seconds: float, least: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, device = benchmark.Clock(3), Device()
+    monkeypatch.setattr(benchmark, "DEVICE", "cuda")
+    monkeypatch.setattr(torch, "cuda", device)
+    assert clock.measure({"way": lambda: time.sleep(host_seconds)}, least) == {"way": 1e-3}
+    assert len(device.cycles) == 3
+    assert min(device.cycles) >= max(least, host_seconds * benchmark.CYCLES_PER_SECOND)
+
+
+def test_the_largest_job_gives_the_host_ten_milliseconds() -> None:
+    (job,) = kernel_jobs.norm_of_the_batch_jobs((1, 32, 4, 4), 3, 16, torch.float32)
+    assert benchmark.head_start(0.0, job.head_start) == 20_000_000
+    assert benchmark.head_start(1.0, job.head_start) == benchmark.MARGIN * benchmark.CYCLES_PER_SECOND
+
+
+def test_without_a_gpu_or_the_interpreter_nothing_is_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_sweep_tries_tiles_and_puts_the_table_back() -> None:

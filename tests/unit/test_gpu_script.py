@@ -82,7 +82,7 @@ def test_every_part_is_consistent() -> None:
     parts = table.parts()
     names = [part.name for part in parts]
     assert len(names) == len(set(names))
-    made = {part.makes for part in parts}
+    made = {path for part in parts for path in part.makes}
     for number, part in enumerate(parts):
         assert part.least <= part.expected <= part.limit == 2 * part.expected
         assert set(part.uses) <= made
@@ -133,7 +133,7 @@ def test_what_passed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_fresh_machine_continues_from_the_json_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one part makes there for others is made again; earlier figures are there for later parts."""
     made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir(parents=True)"
-    maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes="data/made")
+    maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes=("data/made",))
     write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('[7]')"
     good = replace(counted("good", tmp_path), commands=(("python", "-c", write, "{out}"),))
     read = "import json, pathlib, sys; assert json.loads(pathlib.Path(sys.argv[1], 'good.json').read_text()) == [7]"
@@ -149,7 +149,7 @@ def test_a_fresh_machine_continues_from_the_json_file(tmp_path: Path, monkeypatc
 
 def test_a_part_brings_the_one_that_makes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()"
-    maker = part("maker", "-c", make, "{data}/made", makes="data/made")
+    maker = part("maker", "-c", make, "{data}/made", makes=("data/made",))
     user = counted("user", tmp_path, uses=("data/made",), profile="measure")
     status, results = run(monkeypatch, tmp_path, [maker, user], "measure")
     assert (status, list(results)) == (0, ["maker", "user"])
@@ -158,7 +158,7 @@ def test_a_part_brings_the_one_that_makes_its_data(tmp_path: Path, monkeypatch: 
 
 
 def test_a_part_whose_data_could_not_be_made_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    maker = part("maker", "-c", "raise SystemExit(1)", makes="data/made")
+    maker = part("maker", "-c", "raise SystemExit(1)", makes=("data/made",))
     status, results = run(monkeypatch, tmp_path, [maker, counted("user", tmp_path, uses=("data/made",))])
     assert (status, results["user"]["state"]) == (1, "not run")
     assert "data/made" in results["user"]["tail"]
@@ -167,7 +167,7 @@ def test_a_part_whose_data_could_not_be_made_is_not_run(tmp_path: Path, monkeypa
 def test_a_maker_that_was_killed_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half of what it makes is there, and gpu.json of an earlier machine says that it has passed."""
     made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir()"
-    maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes="data/made")
+    maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes=("data/made",))
     run(monkeypatch, tmp_path, [maker])
     file = tmp_path / "work" / FILE
     results = Results(tmp_path / "work", tmp_path / "out", "cpu", gpu.digest_of_sources())

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fat
-from launch.limits import limits_of, measured_bandwidth, stated_arithmetic
+from launch import limits
+from launch.limits import limits_of, measured_bandwidth, random_bytes, stated_arithmetic
 from tests.unit.test_launch_commands import SMALL, run, train
 
 CPU = torch.device("cpu")
@@ -39,6 +40,20 @@ def test_a_cpu_is_measured_once() -> None:
     assert 1e9 < limits.arithmetic < 1e14
     assert 1e8 < limits.bandwidth < 1e13
     assert measured_bandwidth(CPU) is measured_bandwidth(CPU)
+
+
+def test_the_bandwidth_is_that_of_random_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(random_bytes(1 << 16, CPU)) == 1 << 16
+    assert (random_bytes(1 << 16, CPU).long().bincount(minlength=256) > 100).all()
+    sizes: list[int] = []
+
+    def recorded(count: int, device: torch.device) -> torch.Tensor:
+        sizes.append(count)
+        return random_bytes(count, device)
+
+    monkeypatch.setattr(limits, "random_bytes", recorded)
+    assert measured_bandwidth.__wrapped__(CPU) > 1e8
+    assert sizes == [limits.COPIED["cpu"]]
 
 
 def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) -> None:
