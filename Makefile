@@ -5,6 +5,9 @@ VENV        ?= .venv
 TORCH_INDEX ?=
 DEMO        ?= demo
 OUT         ?= benchmarks/results
+# Of `make gpu`: profiles in order, and the seconds of one call.
+PROFILES    ?= contact measure
+GPU_SECONDS ?= 600
 
 BIN         := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install -qq -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -80,9 +83,10 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/step.py --models fat_b0 fat_b1 --modes training --out $(OUT)/step.json
 
 # Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, rich, safetensors,
-# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, psutil, pytest; FFCV, timm are used if there.
-gpu:             ## all GPU tests and benchmarks, 8 minutes at most, call again to go on: make gpu PYTHON=python3 OUT=dir
-	$(PYTHON) benchmarks/gpu.py --out $(OUT)
+# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, psutil, pytest; timm is used if there. What
+# a folder .kit holds is unpacked first (docs/performance.md).
+gpu:             ## GPU tests and timings, 10 minutes; call again to continue: make gpu PYTHON=python3 OUT=dir GPU_SECONDS=600
+	$(PYTHON) benchmarks/gpu.py $(PROFILES) --seconds $(GPU_SECONDS) --out $(OUT)
 
 clean:           ## remove the environment, the demo and all caches
 	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -209,6 +210,8 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
     options = parser.parse_args()
+    # One source serves all stages, though some need only a part of what it hands over.
+    warnings.filterwarnings("ignore", message="The external source node")
     images, _ = photos(options.photos)
     if not images:
         parser.error(f"{options.photos} has no train/*/*.JPEG; make it with: pipeline sample photos {options.photos}")
