@@ -20,7 +20,6 @@ are not FAT come from timm; the batch on a CPU is 8.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -40,7 +39,7 @@ from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import build
 from launch.engine import Engine
 from launch.limits import settle
-from launch.recipe import Recipe, RunRecipe
+from launch.recipe import DataRecipe, Recipe, RunRecipe
 from launch.world import World, connect
 from pipeline.batch import Batch
 from pipeline.plan import Position
@@ -117,9 +116,9 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
     model = build(name)
     if how in (WHOLE, BREAKS):
         model.compile(fullgraph=how == WHOLE)
-    engine = engine_of(model, way, world, options.batch)
-    batch = random_batch(options.batch, options.size, engine.input_dtype, world.device)
     start, number = time.perf_counter(), 0
+    engine = engine_of(model, way, world, options)
+    batch = random_batch(options.batch, options.size, engine.input_dtype, world.device)
 
     def step() -> None:
         nonlocal number
@@ -135,18 +134,18 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
     return {
         "images/s": round(options.batch * options.steps / median(seconds), 1),
         "engine": engine.description,
+        "compiled": engine.picks["compile"],  # says why, where the engine could not capture the model
         "warm-up s": round(warm, 1),
         "GB": round(memory / 1e9, 1),
     }
 
 
-def engine_of(model: nn.Module, way: str, world: World, batch: int) -> Engine:
+def engine_of(model: nn.Module, way: str, world: World, options: argparse.Namespace) -> Engine:
     """The engine as training has it on one GPU."""
-    # A literal by a variable: the recipe's type lists the modes of the command line.
     mode: Any = "cudagraphs" if way == "graph" else "off"
-    recipe = Recipe(run=RunRecipe(zero=0, compile=mode, tuned="off"))
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, global_batch=batch))
-    return Engine(model, recipe, world, micro_batch=batch, accumulation=1)
+    run = RunRecipe(zero=0, compile=mode, tuned="off")
+    recipe = Recipe(run=run, data=DataRecipe(global_batch=options.batch, size=options.size))
+    return Engine(model, recipe, world, micro_batch=options.batch, accumulation=1)
 
 
 def random_batch(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Batch:
