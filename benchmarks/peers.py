@@ -39,6 +39,7 @@ from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import build
 from launch.engine import Engine
 from launch.limits import settle
+from launch.provenance import versions
 from launch.recipe import DataRecipe, Recipe, RunRecipe
 from launch.world import World, connect
 from pipeline.batch import Batch
@@ -69,7 +70,7 @@ def main() -> int:
 
     world = connect()
     setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "steps")}
-    setting |= {"machine": machine(), "torch": torch.__version__}
+    setting |= {"machine": machine(), **versions()}
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     fat_rows = fat_figures(options.fat_figures)
     rows: list[Row] = []

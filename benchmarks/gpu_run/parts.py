@@ -56,6 +56,11 @@ class Part:
     """Options added to the last command by --cpu, so that a rehearsal without a GPU stays small."""
 
     @property
+    def available(self) -> bool:
+        """Whether the files that it needs exist."""
+        return all(file.exists() for file in self.files)
+
+    @property
     def limit(self) -> float:
         """Seconds after which it is ended."""
         return LIMIT * self.expected

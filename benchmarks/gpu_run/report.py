@@ -55,6 +55,16 @@ def of_kernels(found: dict[str, Any]) -> str:
     return f"copy {found['copy GB/s']:,.0f} GB/s; {len(rows)} kernels, shares of it: {shares}"
 
 
+def of_training(found: dict[str, Any]) -> str:
+    lines = found["training"]
+    train, evaluation = lines.get("train"), lines.get("eval")
+    parts = [f"top-1 {evaluation['top1']:.2%}"] if evaluation else []
+    if train:
+        parts.append(f"{train['images_per_second']:,.0f} images/s, waiting for data {train['data_wait']:.1%}")
+        parts.append(f"loss {train['loss']:.3f} at step {train['step']}")
+    return ", ".join(parts)
+
+
 def of_facts(found: dict[str, Any]) -> str:
     return "; ".join(f"{name} {found['facts'][name]}" for name in FACTS)
 
@@ -77,6 +87,7 @@ def row_in_a_line(row: dict[str, Any]) -> str:
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "verdict": of_bench,
     "recipes": of_augmentation,
+    "training": of_training,
     "facts": of_facts,
     "medians": of_decoding,
     "copy GB/s": of_kernels,

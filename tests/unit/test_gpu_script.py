@@ -21,7 +21,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.gpu_run import parts as table
-from benchmarks.gpu_run import report
+from benchmarks.gpu_run import report, runner
 from benchmarks.gpu_run.parts import Part
 from benchmarks.gpu_run.results import FILE, Results
 from shards import durable
@@ -49,11 +49,12 @@ def run(patch: pytest.MonkeyPatch, folder: Path, parts: Sequence[Part], *options
     patch.setenv("TRITON_CACHE_DIR", str(folder / "triton-cache"))
     where = ("--out", str(folder / "out"), "--work", str(folder / "work"))
     patch.setattr(sys, "argv", ["gpu.py", "--cpu", *where, *options])
-    before = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         status = gpu.main()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     results = json.loads((folder / "out" / "gpu.json").read_text())["devices"]
     return status, results[gpu.device_of(gpu.machine())]
 
@@ -63,7 +64,7 @@ def run(patch: pytest.MonkeyPatch, folder: Path, parts: Sequence[Part], *options
 
 def expected(profile: str) -> float:
     """Seconds of a profile, the longest chain of parts side by side counted."""
-    groups = gpu.groups([part for part in table.parts() if part.profile == profile])
+    groups = runner.groups([part for part in table.parts() if part.profile == profile])
     return sum(table.longest_chain(group) for group in groups)
 
 
@@ -108,7 +109,7 @@ def test_what_a_first_run_leaves_out_is_in_no_profile() -> None:
 
 
 def test_timed_parts_run_alone() -> None:
-    for group in gpu.groups(table.parts()):
+    for group in runner.groups(table.parts()):
         timed = [p for p in group for c in p.commands if {"bench", "benchmarks/step.py", "benchmarks/decode.py"} & {*c}]
         assert len(group) == 1 or not timed
 
@@ -232,7 +233,7 @@ def test_a_part_is_not_begun_with_too_little_time_left(tmp_path: Path, monkeypat
 def test_a_part_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also those in sessions of their own."""
     child = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
-    monkeypatch.setattr(gpu, "SLOWER", 1.0)
+    monkeypatch.setattr(runner, "SLOWER", 1.0)
     status, results = run(monkeypatch, tmp_path, [part("hangs", "-c", child, expected=1.0)])
     assert (status, results["hangs"]["state"]) == (1, "failed")
     assert results["hangs"]["tail"].startswith("ended after")
@@ -334,7 +335,7 @@ def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> 
         assert process.poll() is None
     process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
-    assert json.loads((out / "gpu.json").read_text())["devices"]["cpu"]["part0"]["state"] == "begun"
+    assert json.loads((out / "gpu.json").read_text())["devices"]["cpu"]["part0"]["state"] == "time ran out"
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(work) in " ".join(p.info["cmdline"] or [])]
 
 
@@ -391,6 +392,17 @@ def test_without_a_kit_nothing_is_unpacked(tmp_path: Path, monkeypatch: pytest.M
     assert results["kit"]["tail"] == "there is no no-such-kit/unpack.sh"
 
 
+def test_a_training_run_is_summarised_by_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"kind": "eval", "top1": 0.1}, {"kind": "eval", "top1": 0.9}]
+    write = (
+        "import json, pathlib, sys; file = pathlib.Path(sys.argv[1], 'metrics.jsonl')\n"
+        "file.write_text(''.join(line + chr(10) for line in sys.argv[2:]))"
+    )
+    escaped = [json.dumps(line).replace("{", "{{").replace("}", "}}") for line in lines]
+    run(monkeypatch, tmp_path, [part("trains", "-c", write, "{run}", *escaped)])
+    assert "top-1 90.00%" in (tmp_path / "out/gpu.md").read_text()
+
+
 def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"results": [{"mode": "training", "way": "graph", "images/s": 1234.5}]}
     write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(rows)!r})"
@@ -409,7 +421,29 @@ def test_every_benchmark_is_summarised_in_a_line() -> None:
     peer = {"model": "resnet50", "way": "compiled", "compiled": "compiled whole", "images/s": 900.0, "to fat_b0": 0.5}
     assert line({"results": [peer]}) == "resnet50 compiled compiled whole 900, 0.50 to fat_b0"
     assert line({"results": [{"check": "resize", "found": "64 images"}]}) == "resize: 64 images"
-    assert line({}) == ""
+    train = {"images_per_second": 12345.6, "data_wait": 0.004, "loss": 0.5, "step": 60}
+    assert line({"training": {"train": train, "eval": {"top1": 0.991}, "end": {}}}) == (
+        "top-1 99.10%, 12,346 images/s, waiting for data 0.4%, loss 0.500 at step 60"
+    )
+    assert line({"training": {"start": {}}}) == line({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["contract"], "unknown profile contract: expected contact, measure, peers"),
+        (["--only", "("], "not a regular expression"),
+        (["measure", "--only", "step-b9"], "none of bench-b3, step-b3"),
+    ],
+)
+def test_bad_options_are_named(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == gpu.BAD_INPUT
+    assert message in capsys.readouterr().err
 
 
 def test_without_a_gpu_it_says_so(

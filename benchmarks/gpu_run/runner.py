@@ -1,0 +1,205 @@
+"""Run the parts of `benchmarks/gpu.py`, one at a time or side by side, within the time that there is."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import psutil
+
+from benchmarks.gpu_run.parts import ROOT, Command, Part
+from benchmarks.gpu_run.report import summary
+from benchmarks.gpu_run.results import Result, Results
+from launch.provenance import git_state
+
+KEPT_LINES, FAILED_LINES = 12, 200  # of a part's output, in gpu.json
+SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
+SLOWER = 20.0  # with --cpu: times the limits, which are for a machine with many idle cores
+PHOTOS, FEW_PHOTOS = 2000, 64  # to make; the second with --cpu
+GRACE = 10.0  # seconds for killed processes to be gone
+
+
+class Runner:
+    """Runs parts one at a time or side by side, within the time that is left.
+
+    Args:
+        machine: says what the results are of.
+        start: of this call, by `time.monotonic`.
+        seconds: that this call has.
+        on_cpu: rehearse.
+    """
+
+    def __init__(
+        self, results: Results, machine: Callable[[], Result], *, start: float, seconds: float, on_cpu: bool
+    ) -> None:
+        self.results, self.machine, self.on_cpu = results, machine, on_cpu
+        self.start, self.end = start, start + seconds
+        self.stopped_by = 0
+        """Number of the signal that asked to end."""
+        work = results.work
+        self.site, self.data = work / "site", work / "data"
+        self.data.mkdir(exist_ok=True)
+        # Compiled kernels hold absolute paths, so the folder does not depend on the work folder.
+        self.cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "triton-cache")
+        kept = {"TRITON_CACHE_DIR": self.cache, "TORCHINDUCTOR_CACHE_DIR": work / "inductor", "HF_HOME": work / "hf"}
+        self.environment = {name: str(path) for name, path in kept.items()} | os.environ
+        self.environment |= {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH", "")])),
+            "PYTHONUNBUFFERED": "1",  # what a killed part had said is not lost
+            "PYTHONDONTWRITEBYTECODE": "",  # later parts import the kit faster
+            "FAT_TUNED": "off",
+            "DS_IGNORE_CUDA_DETECTION": "1",  # DeepSpeed looks for nvcc otherwise
+        } | ({"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"} if on_cpu else {})
+
+    def run(self, chosen: list[Part]) -> set[str]:
+        """Run parts; returns the states in which they ended."""
+        states: set[str] = set()
+        for group in groups(chosen):
+            with ThreadPoolExecutor(len(group)) as pool:  # as many threads as parts: they wait for one another
+                futures: dict[str, Future[str]] = {}
+                for part in group:
+                    before = [futures[name] for name in part.after if name in futures]
+                    futures[part.name] = pool.submit(self.turn, part, before)
+            states |= {future.result() for future in futures.values()}
+        return states
+
+    def stop(self, number: int, frame: object) -> None:
+        """End the running parts and begin no others, as a signal's handler: an exception could leave one running."""
+        self.stopped_by = number
+
+    def turn(self, part: Part, before: list[Future[str]]) -> str:
+        """Run a part when those before it have ended, unless it has passed already; returns its state."""
+        wait(before)
+        if self.stopped_by:
+            return "not run"
+        if self.done(part):
+            print(f"-- {part.name}: passed before", flush=True)
+            return "passed"
+        state, reason = self.obstacle(part)
+        if state:
+            result: Result = {"state": state, "seconds": 0.0, "tail": reason, "machine": self.machine()}
+            if state == "left out" or part.name not in self.results.here:  # an earlier result says more than "not run"
+                self.results.record(part.name, result)
+        else:
+            begun = {"state": "begun", "seconds": 0.0, "tail": "the call was killed", "machine": self.machine()}
+            self.results.record(part.name, begun)
+            result = self.attempt(part)
+            self.results.record(part.name, result)
+        lines = [f"-- {part.name}: {summary(result)} (at {time.monotonic() - self.start:.0f} s)"]
+        tail = SHOWN_FAILED if result["state"] in {"failed", "time ran out"} else part.shown
+        lines += [line[:SHOWN_WIDTH] for line in result["tail"].splitlines()[-tail:] if tail]
+        print("\n".join(lines), flush=True)
+        return str(result["state"])
+
+    def done(self, part: Part) -> bool:
+        """Whether it has passed, and what it makes for others is there."""
+        return self.results.passed(part.name) and all(self.made(path).exists() for path in part.makes)
+
+    def made(self, path: str) -> Path:
+        return self.results.work / path.format(cache=self.cache)
+
+    def obstacle(self, part: Part) -> tuple[str, str]:
+        """State and reason of a part that cannot be begun; two empty strings if it can."""
+        if not part.available:
+            missing = [str(file.relative_to(ROOT)) for file in part.files if not file.exists()]
+            return "left out", f"there is no {', '.join(missing)}"
+        probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
+        for name in part.modules:
+            if subprocess.call([sys.executable, "-c", probe, name], env=self.environment) != 0:
+                return "left out", f"{name} cannot be imported here"
+        left = self.end - time.monotonic()
+        if left < part.least:
+            return "not run", f"{left:.0f} s left, {part.least:.0f} needed; call again"
+        for path in part.uses:
+            if not self.made(path).exists():
+                return "not run", f"{path} was not made; see the part that makes it"
+        return "", ""
+
+    def attempt(self, part: Part) -> Result:
+        """Run a part's commands: output goes to NAME.txt, figures to NAME.json, other files to NAME.run/."""
+        stem = self.results.parts / part.name
+        out, output, run = (stem.with_name(f"{part.name}.{kind}") for kind in ("json", "txt", "run"))
+        for file in (out, output):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        for path in map(self.made, part.makes):
+            if self.results.work in path.parents:  # the cache may be the caller's
+                shutil.rmtree(path, ignore_errors=True)
+        places = {"out": out, "run": run, "parts": stem.parent, "site": self.site, "caches": self.cache.parent}
+        values = places | {"data": self.data, "photos": FEW_PHOTOS if self.on_cpu else PHOTOS}
+        limit = part.limit * (SLOWER if self.on_cpu else 1)
+        start = time.monotonic()
+        until = min(start + limit, self.end)
+        status: int | None = 0
+        for command in commands(part, on_cpu=self.on_cpu):
+            words = [sys.executable if word == "python" else word.format(**values) for word in command]
+            status = self.finish(words, until, output, self.environment | part.environment)
+            if status != 0:
+                break
+        lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        state = "passed" if status == 0 else "failed"
+        if status is None:
+            lines.append(f"ended after {time.monotonic() - start:.0f} s")
+            state = "failed" if start + limit <= self.end and not self.stopped_by else "time ran out"
+        result = {
+            "state": state,
+            "status": status,
+            "seconds": round(time.monotonic() - start, 1),
+            "expected": part.expected,
+            "commands": part.commands,
+            "commit": git_state(),
+            "machine": self.machine(),
+            "tail": "\n".join(lines[-max(KEPT_LINES, part.shown) if state == "passed" else -FAILED_LINES :]),
+        }
+        with contextlib.suppress(FileNotFoundError, ValueError):  # one that was ended may have written some
+            result["figures"] = json.loads(out.read_text(encoding="utf-8"))
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a training run
+            lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            result["figures"] = {"training": {line["kind"]: line for line in lines}}
+        return result
+
+    def finish(self, words: list[str], until: float, output: Path, environment: dict[str, str]) -> int | None:
+        """Exit status of a command, or None if it was ended here; its children end too, in any session."""
+        with output.open("ab") as sink:
+            process = psutil.Popen(words, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+            try:
+                while time.monotonic() < until and not self.stopped_by:
+                    with contextlib.suppress(psutil.TimeoutExpired):
+                        return int(process.wait(timeout=min(0.5, max(0.0, until - time.monotonic()))))
+                return None
+            finally:
+                family = [process]
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    family += process.children(recursive=True)
+                for member in family:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        member.kill()
+                psutil.wait_procs(family, timeout=GRACE)
+
+
+def groups(chosen: list[Part]) -> Iterator[list[Part]]:
+    """Parts in order; neighbours that may run side by side in one list."""
+    group: list[Part] = []
+    for part in chosen:
+        if group and not (part.together and group[-1].together):
+            yield group
+            group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def commands(part: Part, *, on_cpu: bool) -> list[Command]:
+    """A part's commands, with its options for a rehearsal."""
+    *first, last = part.commands
+    return [*first, (*last, *part.on_cpu) if on_cpu else last]
