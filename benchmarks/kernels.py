@@ -151,9 +151,9 @@ class Clock:
     def _once(self, call: Callable[[], object], cycles: int) -> float:
         self.flush.zero_()
         if DEVICE != "cuda":
-            start = time.perf_counter()
+            begun = time.perf_counter()
             call()
-            return time.perf_counter() - start
+            return time.perf_counter() - begun
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(cycles)
         start.record()

@@ -50,8 +50,8 @@ class Results:
                 known |= {p: r for p, r in results.items() if p not in known or known[p]["at"] <= r["at"]}
         self.here = self._devices.setdefault(device, {})
         for name, result in self.here.items():  # later parts read the figures of earlier ones
-            if "figures" in result and not (file := self.parts / f"{name}.json").exists():
-                file.write_text(json.dumps(result["figures"], indent=1))
+            if "figures" in result and not (figures := self.parts / f"{name}.json").exists():
+                figures.write_text(json.dumps(result["figures"], indent=1))
 
     def passed(self, name: str) -> bool:
         """Whether a part has passed on this device with these sources."""

@@ -164,8 +164,8 @@ class Runner:
         with contextlib.suppress(FileNotFoundError, ValueError):  # one that was ended may have written some
             result["figures"] = json.loads(out.read_text(encoding="utf-8"))
         with contextlib.suppress(FileNotFoundError, ValueError):  # a training run
-            lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-            result["figures"] = {"training": {line["kind"]: line for line in lines}}
+            metrics = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            result["figures"] = {"training": {line["kind"]: line for line in metrics}}
         return result
 
     def finish(self, words: list[str], until: float, output: Path, environment: dict[str, str]) -> int | None:
