@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import os
 import random
@@ -11,19 +13,22 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import tyro
 
 from benchmarks import gpu
 from benchmarks.gpu_run import parts as table
 from benchmarks.gpu_run import report, runner
 from benchmarks.gpu_run.parts import Part
 from benchmarks.gpu_run.results import FILE, Results
+from launch import command_line
+from pipeline import cli
 from shards import durable
 
 # Appends a letter to a file at each run.
@@ -99,6 +104,46 @@ def test_every_part_names_files_and_tests_that_exist() -> None:
             if file.endswith(".py"):
                 assert (gpu.ROOT / file).is_file(), part
                 assert not test or f"def {test}(" in (gpu.ROOT / file).read_text(encoding="utf-8"), part
+
+
+class Accepted(Exception):
+    """Raised where a script would begin to work."""
+
+
+def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
+    """Raise Accepted if the program that this command starts takes its options; SystemExit if not."""
+
+    def after(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def parsed(*args: Any, **options: Any) -> Any:
+            parse(*args, **options)
+            raise Accepted
+
+        return parsed
+
+    match list(words):
+        case ["python", "-m", "pipeline.cli", *options]:
+            for verb in cli.VERBS.values():
+                patch.setattr(verb, "run", after(lambda self: None))
+            cli.main(options)
+        case ["python", "-m", "accelerate.commands.launch", "launch/train.py", *options]:
+            after(command_line.parse)(options)
+        case ["python", script, *options] if script.startswith("benchmarks/"):
+            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            patch.setattr(sys, "argv", [script, *options])
+            patch.setattr(argparse.ArgumentParser, "parse_args", after(argparse.ArgumentParser.parse_args))
+            patch.setattr(tyro, "cli", after(tyro.cli))
+            module.main()
+        case _:  # pytest, tarfile and the kit's script are not ours
+            raise Accepted
+
+
+@pytest.mark.parametrize("on_cpu", [False, True], ids=["gpu", "rehearsal"])
+@pytest.mark.parametrize("part", table.parts(), ids=lambda part: part.name)
+def test_every_command_line_is_accepted(part: Part, on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = dict.fromkeys(("out", "run", "data", "site", "caches", "parts"), "/tmp/none") | {"photos": "64"}
+    for command in runner.commands(part, on_cpu=on_cpu):
+        with monkeypatch.context() as patch, pytest.raises(Accepted):
+            accept([word.format(**places) for word in command], patch)
 
 
 def test_what_a_first_run_leaves_out_is_in_no_profile() -> None:
