@@ -51,7 +51,7 @@ CLASSES = 1000
 LR = 1e-6
 # Steps: choice of algorithms, allocations, and the capture, which takes some steps itself.
 WARM_UP = 5 if DEVICE == "cuda" else 1
-WHOLE, BREAKS, EAGER = "compiled whole", "compiled with graph breaks", "eager, not compiled"
+WHOLE, BREAKS, EAGER = "whole", "with graph breaks", "not at all, so eager"
 
 Row = dict[str, Any]
 

@@ -89,7 +89,7 @@ def contact() -> Iterator[Part]:
     )
     yield part(
         "kernels-right",
-        gpu_tests(5, "tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py"),
+        gpu_tests(5, *KERNEL_TESTS),
         expected=75,
         least=20,
         together=True,
@@ -135,10 +135,13 @@ def contact() -> Iterator[Part]:
         shown=14,
         on_cpu=("--device", "cpu", "--batch", "16"),
     )
+    # Each of the others in test_training.py starts training several times: minutes.
     pixels = "tests/gpu/test_training.py::test_pixels_decoded_on_the_gpu_are_those_of_the_cpu"
+    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/gpu").glob("test_*.py"))
+    others = [file for file in files if file not in KERNEL_TESTS and not pixels.startswith(file)]
     yield part(
         "loader-right",
-        gpu_tests(4, "tests/gpu/test_overlap.py", pixels, "tests/gpu/test_norms.py"),
+        gpu_tests(4, *others, pixels),
         expected=35,
         least=20,
         together=True,
@@ -264,6 +267,7 @@ def peers() -> Iterator[Part]:
         )
 
 
+KERNEL_TESTS = ("tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py")
 PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
 CRASHES_ON_CPU = "fastvit_t8"  # in torch 2.11's channels-last convolutions, at 224 pixels
 FEW_THREADS = {"OMP_NUM_THREADS": "3"}  # several test processes share the cores

@@ -49,7 +49,7 @@ def of_kernels(found: dict[str, Any]) -> str:
     rows = found["results"]
     shares = "; ".join(
         f"{way} {median(some):.2f} ({min(some):.2f} to {max(some):.2f})"
-        for way in ("ours", "channels-last", "contiguous")
+        for way in dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, dict))
         if (some := [row[way]["share"] for row in rows if way in row])
     )
     return f"copy {found['copy GB/s']:,.0f} GB/s; {len(rows)} kernels, shares of it: {shares}"

@@ -22,6 +22,7 @@ from benchmarks.gpu_run.results import Result, Results
 from launch.provenance import git_state
 
 KEPT_LINES, FAILED_LINES = 12, 200  # of a part's output, in gpu.json
+READ_BACK = 1 << 20  # bytes of the output, to find these in
 SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
 SLOWER = 20.0  # with --cpu: times the limits, which are for a machine with many idle cores
 PHOTOS, FEW_PHOTOS = 2000, 64  # to make; the second with --cpu
@@ -146,7 +147,7 @@ class Runner:
             status = self.finish(words, until, output, self.environment | part.environment)
             if status != 0:
                 break
-        lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        lines = end_of(output)
         state = "passed" if status == 0 else "failed"
         if status is None:
             lines.append(f"ended after {time.monotonic() - start:.0f} s")
@@ -185,6 +186,13 @@ class Runner:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         member.kill()
                 psutil.wait_procs(family, timeout=GRACE)
+
+
+def end_of(file: Path) -> list[str]:
+    """Its last lines: a part that hangs may have printed without end."""
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - READ_BACK))
+        return stream.read(READ_BACK).decode(errors="replace").strip().splitlines()
 
 
 def groups(chosen: list[Part]) -> Iterator[list[Part]]:

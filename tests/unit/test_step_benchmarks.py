@@ -114,7 +114,7 @@ def test_a_way_that_fails_between_rounds_leaves_the_others(monkeypatch: pytest.M
             raise RuntimeError("CUDA error: unspecified launch failure")
 
     times, failed = model_benchmark.interleave({name: lambda name=name: call(name) for name in calls}, 3)
-    assert len(times["good"]) == 3
+    assert (len(times["good"]), calls["bad"]) == (3, 4)  # not called again
     assert (list(times), failed["bad"]) == (["good"], "RuntimeError: CUDA error: unspecified launch failure")
 
 
