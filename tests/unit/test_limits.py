@@ -67,5 +67,6 @@ def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) 
     line = [line for line in lines if line["kind"] == "train"][-1]
     cost, limits = fat.count(fat.create_model("fat_b0", num_classes=10), 32), limits_of(CPU, "fp32")
     rate = line["images_per_second"]
-    assert line["mfu"] == pytest.approx(6 * cost.macs * rate / limits.arithmetic, rel=0.02, abs=1e-4)
-    assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / limits.bandwidth, rel=0.02, abs=1e-4)
+    bounds = {"rel": 0.02 + 0.05 / rate, "abs": 1e-4}  # the rate is logged to one decimal
+    assert line["mfu"] == pytest.approx(6 * cost.macs * rate / limits.arithmetic, **bounds)
+    assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / limits.bandwidth, **bounds)
