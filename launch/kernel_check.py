@@ -98,7 +98,7 @@ class Verdict:
 
 def check_recipe(recipe: Recipe, feed: Feed, model: fat.FAT) -> Verdict:
     """`check_kernels` for a training run."""
-    _, precision = choose(recipe, feed.world.device)
+    _, precision = choose(recipe, feed.world.device, ranks=feed.world.size)
     return check_kernels(
         model,
         feed.world,
