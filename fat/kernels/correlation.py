@@ -1,7 +1,11 @@
 """Triton: gradients of a depthwise convolution by weight and bias, a split reduction in two passes.
 
-A program walks over tiles of its part of the batch and keeps one fp32 sum per tap, channel and column of the tile;
-parts are added by a second reduction. No atomics: the same input gives the same bits.
+A program walks over tiles of its part of the batch and keeps one fp32 sum per tap in every thread; the parts are added
+by a second reduction. No atomics: the same input gives the same bits. There are two forms (`fat.kernels.tiles` chooses):
+
+- strips: a thread owns one column of a tile and several channels, and reads each row of x again for each kernel column;
+- patches: a thread owns 7 or so adjacent columns and one or two channels, and walks down the rows of the map. A value of
+  x that has been read and converted serves every tap and column that it falls under.
 """
 
 from __future__ import annotations
@@ -15,9 +19,34 @@ from torch import Tensor
 
 from fat.kernels import tiles
 
+# Sizes and loop counts that do not change the code: not specialised, so that maps of several sizes share a kernel.
+_SIZES = [
+    *("batch", "height", "width", "grad_height", "grad_width"),
+    *("row_tiles", "col_tiles", "channel_tiles", "tiles_each"),
+]
+
 
 @triton.jit
-def _correlate(
+def _gradient_at(gradient, y, completed, place, inside, slope, shift, stored):
+    """The gradient by the convolution's result, fp32; with y, what its statistics add included, and stored there."""
+    value = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
+    if y is not None:
+        result = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
+        value = tl.where(inside, value + (result * slope[None, :] + shift[None, :]), 0.0)
+        tl.store(completed + place, value.to(completed.dtype.element_ty), mask=inside & stored)
+    return value
+
+
+@triton.jit
+def _from_statistics(mean, by_mean, by_var, c, known, count):
+    """(slope, shift) fp32 [channels]: what mean and variance add to the gradient by y is slope * y + shift."""
+    slope = tl.load(by_var + c, mask=known, other=0.0) * (2.0 / count)
+    shift = tl.load(by_mean + c, mask=known, other=0.0) / count - slope * tl.load(mean + c, mask=known, other=0.0)
+    return slope, shift
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _strips(
     gradient,
     x,
     out,
@@ -30,13 +59,13 @@ def _correlate(
     batch,
     height,
     width,
-    channels,
     grad_height,
     grad_width,
     row_tiles,
     col_tiles,
     channel_tiles,
     tiles_each,
+    channels,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -64,11 +93,9 @@ def _correlate(
     for _ in tl.static_range(COLUMNS * KERNEL):
         sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
     bias_sum = tl.zeros((COLS, CHANNELS), tl.float32)
-
+    slope, shift = 0.0, 0.0
     if y is not None:
-        count = batch * grad_height * grad_width
-        slope = tl.load(by_var + c, mask=known, other=0.0) * (2.0 / count)
-        shift = tl.load(by_mean + c, mask=known, other=0.0) / count - slope * tl.load(mean + c, mask=known, other=0.0)
+        slope, shift = _from_statistics(mean, by_mean, by_var, c, known, batch * grad_height * grad_width)
 
     start = part * tiles_each
     end = tl.minimum(start + tiles_each, batch * row_tiles * col_tiles)
@@ -76,18 +103,13 @@ def _correlate(
         col = (tile % col_tiles) * COLS + tl.arange(0, COLS)
         top = (tile // col_tiles % row_tiles) * ROWS
         sample = (tile // col_tiles // row_tiles).to(tl.int64)
-        gradients = gradient + sample * grad_height * grad_width * channels
+        base = sample * grad_height * grad_width * channels
         source = x + sample * height * width * channels
         uppers = ()
         for r in tl.static_range(ROWS):
             inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
-            place = (top + r) * grad_width * channels + col[:, None] * channels + c[None, :]
-            upper = tl.load(gradients + place, mask=inside, other=0.0).to(tl.float32)
-            if y is not None:
-                base = sample * grad_height * grad_width * channels
-                value = tl.load(y + base + place, mask=inside, other=0.0).to(tl.float32)
-                upper = tl.where(inside, upper + (value * slope[None, :] + shift[None, :]), 0.0)
-                tl.store(completed + base + place, upper.to(completed.dtype.element_ty), mask=inside & (group == 0))
+            place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
+            upper = _gradient_at(gradient, y, completed, place, inside, slope, shift, group == 0)
             bias_sum += upper
             uppers = uppers + (upper,)
         for j in tl.static_range(COLUMNS):
@@ -113,6 +135,151 @@ def _correlate(
     tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=known & (group == 0))
 
 
+@triton.jit
+def _products(total, values, upper, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr):
+    """total plus the products of one tap: column q of a row of the gradient and value q * STRIDE + FIRST of a row of x,
+    as far as it is one of the READ values."""
+    for q in tl.static_range(ACROSS):
+        if q * STRIDE + FIRST >= 0 and q * STRIDE + FIRST < READ:
+            total += values[q * STRIDE + FIRST] * upper[q]
+    return total
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _patches(
+    gradient,
+    x,
+    out,
+    bias_out,
+    y,
+    mean,
+    by_mean,
+    by_var,
+    completed,
+    batch,
+    height,
+    width,
+    grad_height,
+    grad_width,
+    row_tiles,
+    col_tiles,
+    channel_tiles,
+    tiles_each,
+    channels: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    TAP_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """As `_strips`; a program takes TAP_ROWS kernel rows (all of them at stride 2).
+
+    A tile is ROWS rows of COLS patches, which are counted over all samples; a patch is ACROSS columns. A thread keeps
+    the DEPTH rows of the gradient under which the current row of x falls, and reads one more with each row.
+
+    WHOLE: a patch is as wide as the map. EVEN: patches fill the map, and the map of x is STRIDE times as large.
+    """
+    pad: tl.constexpr = KERNEL // 2
+    groups: tl.constexpr = (KERNEL + TAP_ROWS - 1) // TAP_ROWS
+    # Kernel row i of a group meets row r * STRIDE + t of x and row r + (t + pad - i) / STRIDE of the gradient (less the
+    # group's first kernel row): from `behind` rows before r on.
+    behind: tl.constexpr = TAP_ROWS - 1 - pad if STRIDE == 1 else pad // STRIDE
+    DEPTH: tl.constexpr = TAP_ROWS if STRIDE == 1 else pad // STRIDE + (pad + STRIDE - 1) // STRIDE + 1
+    owner: tl.constexpr = pad // TAP_ROWS  # the group that passes every row of the gradient: adds the bias's sum
+    skipped: tl.constexpr = pad if WHOLE else 0  # columns of x that lie outside the map
+    READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns of x, of one row
+    program = tl.program_id(0)
+    group = program % groups
+    rest = program // groups
+    c = (rest % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    part = rest // channel_tiles
+    known = c < channels
+    ahead = DEPTH - 1 - behind - group * TAP_ROWS  # the newest row of the gradient, less the row that is at work
+
+    sums = ()
+    for _ in tl.static_range(TAP_ROWS * KERNEL):
+        sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
+    bias_sum = tl.zeros((COLS, CHANNELS), tl.float32)
+    slope, shift = 0.0, 0.0
+    if y is not None:
+        slope, shift = _from_statistics(mean, by_mean, by_var, c, known, batch * grad_height * grad_width)
+
+    start = part * tiles_each
+    end = tl.minimum(start + tiles_each, row_tiles * tl.cdiv(batch * col_tiles, COLS))
+    for tile in range(start, end):
+        top = (tile % row_tiles) * ROWS
+        patch = (tile // row_tiles) * COLS + tl.arange(0, COLS)
+        sample = patch // col_tiles
+        left = (patch - sample * col_tiles) * ACROSS
+        real = (sample < batch)[:, None] & known[None, :]
+        sample = sample.to(tl.int64)
+        base = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
+        first = left * STRIDE + (skipped - pad)
+        source = x + (sample * height * width + first)[:, None] * channels + c[None, :]
+        begin = tl.maximum(top, -ahead)  # the rows before it, and from stop on, meet no row of the gradient
+        stop = tl.minimum(tl.minimum(top + ROWS, grad_height), grad_height - ahead + DEPTH - 1)
+
+        window = ()  # rows of the gradient, the oldest first
+        for n in tl.static_range(DEPTH - 1):
+            row = begin + ahead - (DEPTH - 1) + n
+            own = (row >= top) & (row < top + ROWS)
+            for q in tl.static_range(ACROSS):
+                inside = real & ((row >= 0) & (row < grad_height))
+                if not EVEN:
+                    inside = inside & (left + q < grad_width)[:, None]
+                place = base + (row * grad_width + q) * channels
+                upper = _gradient_at(gradient, y, completed, place, inside, slope, shift, own & (group == owner))
+                bias_sum += tl.where(own, upper, 0.0)
+                window = window + (upper,)
+        for row in range(begin, stop):
+            newest = row + ahead
+            own = (newest >= top) & (newest < top + ROWS)
+            within = real & ((newest >= 0) & (newest < grad_height))
+            row_sum = tl.zeros((COLS, CHANNELS), tl.float32)
+            for q in tl.static_range(ACROSS):
+                inside = within
+                if not EVEN:
+                    inside = within & (left + q < grad_width)[:, None]
+                place = base + newest * grad_width * channels + q * channels
+                upper = _gradient_at(gradient, y, completed, place, inside, slope, shift, own & (group == owner))
+                row_sum += upper
+                window = window + (upper,)
+            bias_sum += tl.where(own, row_sum, 0.0)
+            for t in tl.static_range(STRIDE):
+                line = source + (row * STRIDE + t) * width * channels
+                values = ()
+                for n in tl.static_range(READ):
+                    inside = real
+                    if not EVEN or n + skipped < pad or n + skipped - pad >= STRIDE * ACROSS:
+                        inside = real & ((first + n >= 0) & (first + n < width))[:, None]
+                    if not EVEN:
+                        inside = inside & (row * STRIDE + t < height)
+                    values = values + (tl.load(line + n * channels, mask=inside, other=0.0).to(tl.float32),)
+                new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
+                for i in tl.static_range(TAP_ROWS):
+                    if (t + pad - i) % STRIDE == 0:
+                        upper = window[((t + pad - i) // STRIDE + behind) * ACROSS :]
+                        for j in tl.static_range(KERNEL):
+                            total = sums[i * KERNEL + j]
+                            new = new + (_products(total, values, upper[:ACROSS], j - skipped, STRIDE, ACROSS, READ),)
+                    else:
+                        new = new + sums[i * KERNEL : (i + 1) * KERNEL]
+                sums = new
+            window = window[ACROSS:]
+
+    out += part * channels * KERNEL * KERNEL
+    for i in tl.static_range(TAP_ROWS):
+        for j in tl.static_range(KERNEL):
+            tap = (group * TAP_ROWS + i) * KERNEL + j
+            total = tl.sum(sums[i * KERNEL + j], axis=0)
+            tl.store(out + c * KERNEL * KERNEL + tap, total, mask=known & (tap < KERNEL * KERNEL))
+    tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=known & (group == owner))
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Of the convolution's result y, whose mean and variance have gradients too: fp32 [C]."""
@@ -126,26 +293,22 @@ class Statistics:
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """As `_correlate` takes them."""
+        """As the kernels take them."""
         return self.y, self.mean, self.by_mean, self.by_var, self.completed
 
 
 def weight_gradient(
     gradient: Tensor, x: Tensor, *, kernel: int, stride: int, statistics: Statistics | None = None
 ) -> tuple[Tensor, Tensor]:
-    """fp32 [C, 1, k, k] and [C]."""
+    """Compute the gradients by weight, fp32 [C, 1, k, k], and bias, fp32 [C]. The form is `tiles.weight_gradient`'s."""
     batch, channels, height, width = x.shape
     grad_height, grad_width = gradient.shape[2:]
-    tile, columns = tiles.weight_gradient(kernel, grad_height, grad_width, channels)
-    row_tiles, col_tiles = triton.cdiv(grad_height, tile.rows), triton.cdiv(grad_width, tile.cols)
-    channel_tiles = triton.cdiv(channels, tile.channels)
-    programs_each = triton.cdiv(kernel, columns) * channel_tiles
-    count = batch * row_tiles * col_tiles
-    tiles_each = triton.cdiv(count, tiles.splits(count, programs_each))
-    parts = triton.cdiv(count, tiles_each)
-    out = x.new_empty(parts, channels, kernel * kernel, dtype=torch.float32)
-    bias_out = x.new_empty(parts, channels, dtype=torch.float32)
-    _correlate[(parts * programs_each,)](
+    form = tiles.weight_gradient(kernel, stride, grad_height, grad_width, channels)
+    grid = form.grid(kernel, batch, grad_height, grad_width, channels)
+    out = x.new_empty(grid.parts, channels, kernel * kernel, dtype=torch.float32)
+    bias_out = x.new_empty(grid.parts, channels, dtype=torch.float32)
+    launch, constants = (_strips, {}) if isinstance(form, tiles.Strips) else (_patches, _fit(form, x, gradient, stride))
+    launch[(grid.programs,)](
         gradient,
         x,
         out,
@@ -154,19 +317,24 @@ def weight_gradient(
         batch,
         height,
         width,
-        channels,
         grad_height,
         grad_width,
-        row_tiles,
-        col_tiles,
-        channel_tiles,
-        tiles_each,
+        grid.row_tiles,
+        grid.col_tiles,
+        grid.channel_tiles,
+        grid.tiles_each,
+        channels,
         KERNEL=kernel,
         STRIDE=stride,
-        COLUMNS=columns,
-        ROWS=tile.rows,
-        COLS=tile.cols,
-        CHANNELS=tile.channels,
-        num_warps=tile.warps,
+        **form.constants,
+        **constants,
+        num_warps=form.warps,
     )
     return out.sum(0).view(channels, 1, kernel, kernel), bias_out.sum(0)
+
+
+def _fit(form: tiles.Patches, x: Tensor, gradient: Tensor, stride: int) -> dict[str, bool]:
+    """How patches fit the maps."""
+    height, width = gradient.shape[2:]
+    even = width % form.across == 0 and x.shape[2:] == (height * stride, width * stride)
+    return {"WHOLE": even and form.across == width, "EVEN": even}

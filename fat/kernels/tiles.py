@@ -12,7 +12,14 @@ LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is on
 WARP = 32
 MAX_WARPS = 4
 ROWS = (7, 8, 6, 5, 4)  # rows per thread, best first: 7 divides every map of a 224 image
-PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slots of an H100's 132 multiprocessors
+MULTIPROCESSORS = 132  # of an H100 and an H200
+PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slots of an H100's multiprocessors
+ACROSS = (7, 8, 6, 5, 4)  # columns of a patch, best first, as ROWS
+PATCH_ROWS = 14  # that a thread walks down before it begins anew: fewer read more of the gradient twice
+TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows of one program: 81 sums in a thread leave 8 warps a multiprocessor
+RESIDENT = {3: 8, 5: 4, 7: 3, 9: 5}  # programs of a multiprocessor at once, by the registers that these take
+STRIPS: frozenset[tuple[int, int, int]] = frozenset()
+"""(kernel, stride, width of the gradient's map) whose weight gradients a device has computed faster in strips."""
 FLAT, FLAT_WARPS = 4096, 8  # elements of one program of a kernel that reads maps flat: 16 a thread
 COLUMN_SUMS = 4  # tiles of FLAT elements that a program of a reduction over positions walks over
 MAX_PARTS = 256  # partial results that are joined at once
@@ -44,19 +51,91 @@ def depthwise(kernel: int, height: int, width: int, channels: int) -> Tile:
     return Tile(best(height), cols, wide, warps(cols * wide // lanes))
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Programs of a weight gradient: `parts`, each of up to `tiles_each` of the row_tiles x col_tiles tiles, times the
+    programs that share a part."""
+
+    programs: int
+    parts: int
+    tiles_each: int
+    row_tiles: int
+    col_tiles: int
+    channel_tiles: int
+
+
+@dataclass(frozen=True)
+class Strips(Tile):
+    """A form of the weight gradient: a thread has a column of `rows` positions, and sums for `columns` kernel columns."""
+
+    columns: int
+
+    def grid(self, kernel: int, batch: int, height: int, width: int, channels: int) -> Grid:
+        row_tiles, col_tiles = -(-height // self.rows), -(-width // self.cols)
+        channel_tiles = -(-channels // self.channels)
+        count, together = batch * row_tiles * col_tiles, channel_tiles * -(-kernel // self.columns)
+        return _grid(count, together, max(1, min(count // 2, PROGRAMS // together)), row_tiles, col_tiles, channel_tiles)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of the kernel."""
+        return {"COLUMNS": self.columns, "ROWS": self.rows, "COLS": self.cols, "CHANNELS": self.channels}
+
+
+@dataclass(frozen=True)
+class Patches(Tile):
+    """The other form: a thread has `across` columns and walks down `rows` rows, with sums for `tap_rows` kernel rows. A
+    tile has `cols` such patches."""
+
+    across: int
+    tap_rows: int
+    resident: int
+    """Programs of one multiprocessor at a time: as many as there are in all, since they take equally long."""
+
+    def grid(self, kernel: int, batch: int, height: int, width: int, channels: int) -> Grid:
+        row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # patches side by side in one map
+        channel_tiles = -(-channels // self.channels)
+        count, together = row_tiles * -(-batch * col_tiles // self.cols), channel_tiles * -(-kernel // self.tap_rows)
+        parts = max(1, min(count, MULTIPROCESSORS * self.resident // together))
+        return _grid(count, together, parts, row_tiles, col_tiles, channel_tiles)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of the kernel."""
+        sizes = {"ROWS": self.rows, "ACROSS": self.across, "COLS": self.cols, "CHANNELS": self.channels}
+        return {"TAP_ROWS": self.tap_rows, **sizes}
+
+
+def _grid(count: int, together: int, parts: int, *tiles: int) -> Grid:
+    each = -(-count // parts)
+    parts = -(-count // each)
+    return Grid(parts * together, parts, each, *tiles)
+
+
+def weight_gradient(kernel: int, stride: int, height: int, width: int, channels: int) -> Strips | Patches:
+    """The form and launch shape of the weight gradient from a gradient map of that size."""
+    form = strips if (kernel, stride, width) in STRIPS else patches
+    return form(kernel, stride, height, width, channels)
+
+
 @cache
-def weight_gradient(kernel: int, height: int, width: int, channels: int) -> tuple[Tile, int]:
-    """For the weight gradient from a gradient map of that size, and how many kernel columns a program takes: a thread
-    keeps one sum for each tap of these and each of its channels, which bounds both."""
+def strips(kernel: int, stride: int, height: int, width: int, channels: int) -> Strips:
+    """A thread keeps one sum for each tap of its kernel columns and each of its channels, which bounds both."""
+    del stride
     wide = widest(channels)
     lanes, columns, rows = {3: (8, 3, 7), 5: (4, 5, 4), 7: (4, 4, 4), 9: (4, 3, 4)}[kernel]
     cols = min(power_of_2(width), MAX_WARPS * WARP * lanes // wide)
-    return Tile(min(best(height), rows), cols, wide, warps(cols * wide // lanes)), columns
+    return Strips(min(best(height), rows), cols, wide, warps(cols * wide // lanes), columns)
 
 
-def splits(tiles: int, programs_each: int) -> int:
-    """Into how many parts `tiles` are split when each part is worked on by `programs_each` programs."""
-    return max(1, min(tiles // 2, PROGRAMS // programs_each))
+@cache
+def patches(kernel: int, stride: int, height: int, width: int, channels: int) -> Patches:
+    """A thread has one channel: its sums, DEPTH rows of the gradient and a row of x are 60 to 110 numbers."""
+    wide = widest(channels, (32, 16))
+    across = best(width, ACROSS)
+    tap_rows = TAP_ROWS[kernel] if stride == 1 else kernel
+    rows = min(height, PATCH_ROWS)
+    return Patches(rows, MAX_WARPS * WARP // wide, wide, MAX_WARPS, across, tap_rows, RESIDENT[kernel])
 
 
 def column_sums(positions: int, channels: int) -> tuple[int, int]:
@@ -69,19 +148,19 @@ def joined(parts: int) -> int:
     return min(MAX_PARTS, power_of_2(parts))
 
 
-def widest(channels: int) -> int:
-    """The channels of a tile: of 64 and 32, which are whole cache sectors side by side, the one that leaves fewer lanes
-    idle."""
+def widest(channels: int, choices: tuple[int, ...] = (64, 32)) -> int:
+    """The channels of a tile: of the choices, which are whole cache sectors side by side, the one that leaves fewest
+    lanes idle."""
     if channels <= 16:
         return 16
-    return min((64, 32), key=lambda wide: (-(-channels // wide) * wide, -wide))
+    return min(choices, key=lambda wide: (-(-channels // wide) * wide, -wide))
 
 
-def best(height: int) -> int:
-    """The rows of a tile that leave the fewest rows idle."""
-    if height < ROWS[0]:
-        return height
-    return min(ROWS, key=lambda rows: -(-height // rows) * rows)
+def best(length: int, choices: tuple[int, ...] = ROWS) -> int:
+    """The rows (or columns) of a tile that leave the fewest idle."""
+    if length < choices[0]:
+        return length
+    return min(choices, key=lambda rows: -(-length // rows) * rows)
 
 
 def warps(threads: int) -> int:
