@@ -15,13 +15,14 @@ from torch.nn import functional as F
 
 from fat.blocks import POOL_KERNEL
 from fat.config import VARIANTS
-from fat.kernels import SWITCH, ops
+from fat.kernels import SWITCH, ops, tiles
 from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, pointwise
 
 Ways = dict[str, Callable[[], object]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 MANY_LAUNCHES = 20_000_000  # cycles, ten milliseconds: a forward and backward pass through autograd, some 60 launches
+OTHER_FORM = "other form"
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,37 @@ def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, d
         f"{name} weight gradient",
         shape,
         size + small,
-        ways(
-            lambda: ops.depthwise_weight_gradient(gradient, x, kernel, stride),
-            lambda g, x, w: backward(g, x, w, (False, True, True)),
-            gradient,
-            x,
-            half,
-        ),
+        {
+            **ways(
+                lambda: ops.depthwise_weight_gradient(gradient, x, kernel, stride),
+                lambda g, x, w: backward(g, x, w, (False, True, True)),
+                gradient,
+                x,
+                half,
+            ),
+            OTHER_FORM: in_the_other_form(lambda: ops.depthwise_weight_gradient(gradient, x, kernel, stride)),
+        },
     )
+
+    def completed() -> object:
+        return ops.depthwise_moments_gradient(gradient, x, out, bias, bias, bias, kernel, stride)
+
+    own = {"ours": completed, OTHER_FORM: in_the_other_form(completed)}
+    yield Job(f"{name} weight gradient + statistics", shape, size + 3 * small, own)
+
+
+def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with the form of the weight gradient that `fat.kernels.tiles` does not choose."""
+
+    def other(kernel: int, stride: int, height: int, width: int, channels: int) -> tiles.Strips | tiles.Patches:
+        form = tiles.patches if (kernel, stride, width) in tiles.STRIPS else tiles.strips
+        return form(kernel, stride, height, width, channels)
+
+    def run() -> object:
+        with mock.patch.object(tiles, "weight_gradient", other):
+            return call()
+
+    return run
 
 
 def norm_of_the_batch_jobs(

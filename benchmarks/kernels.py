@@ -12,6 +12,8 @@ bytes would take.
   ours           fat.kernels
   channels-last  torch (cuDNN for convolutions), channels-last maps and weights, as FAT runs without kernels
   contiguous     the same with NCHW maps, as the released implementation runs
+  other form     of weight gradients: the form that fat/kernels/tiles.py does not choose. Where it is faster, add the
+                 (kernel, stride, width of the gradient's map) to its STRIPS, or take it out
 
 --sweep also tries other launch shapes for the depthwise kernels and prints the fastest beside the one that
 fat/kernels/tiles.py chooses. Needs a CUDA device; with TRITON_INTERPRET=1 it runs on the CPU, whose times mean nothing.
@@ -25,8 +27,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import fat
-from benchmarks.kernel_jobs import DEVICE, Ways, jobs
+from benchmarks.kernel_jobs import DEVICE, OTHER_FORM, Ways, jobs
 from fat.kernels import tiles
 from launch.limits import random_bytes
 
@@ -72,7 +74,7 @@ def main() -> None:
         **{name: getattr(options, name) for name in ("batch", "size", "dtype", "rounds")},
     }
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
-    ways = ("ours", "channels-last", "contiguous")
+    ways = ("ours", "channels-last", "contiguous", OTHER_FORM)
     print(f"{'':46} {'MB':>8} " + " ".join(f"{way + ' us':>17} {'share':>6}" for way in ways))
     results: list[dict[str, Any]] = []
     for job in jobs(options):
@@ -98,18 +100,27 @@ def main() -> None:
 def sweep(clock: Clock, call: Callable[[], object], weights: bool) -> list[dict[str, Any]]:
     """Launch shapes by time, the fastest first."""
     found: list[dict[str, Any]] = []
-    for rows, cols, channels, warps in itertools.product((2, 4, 7, 8), (8, 16, 32), (32, 64), (2, 4, 8)):
-        if cols * channels // (32 * warps) not in (2, 4, 8, 16):
-            continue
-        tile = tiles.Tile(rows, cols, channels, warps)
+    for change in patches() if weights else others():
 
-        def chosen(kernel: int, *_: int, tile: tiles.Tile = tile) -> Any:
-            return (tile, {3: 3, 5: 5, 7: 4, 9: 3}[kernel]) if weights else tile
+        def chosen(*shape: int, change: dict[str, int] = change) -> tiles.Tile:
+            return replace(tiles.patches(*shape), **change) if weights else tiles.Tile(**change)
 
         with mock.patch.object(tiles, "weight_gradient" if weights else "depthwise", chosen):
             seconds = clock.measure({"ours": call})["ours"]
-        found.append({**asdict(tile), "us": round(seconds * 1e6, 1)})
+        found.append({**change, "us": round(seconds * 1e6, 1)})
     return sorted(found, key=lambda entry: entry["us"])
+
+
+def patches() -> Iterator[dict[str, int]]:
+    """Of weight gradients: one, two or four channels and patches of 4, 7 or 8 columns a thread."""
+    for rows, across, each, warps in itertools.product((7, 14, 28), (4, 7, 8), (1, 2, 4), (2, 4)):
+        yield {"rows": rows, "across": across, "cols": warps * each, "channels": 32, "warps": warps}
+
+
+def others() -> Iterator[dict[str, int]]:
+    for rows, cols, channels, warps in itertools.product((2, 4, 7, 8), (8, 16, 32), (32, 64), (2, 4, 8)):
+        if cols * channels // (32 * warps) in (2, 4, 8, 16):
+            yield {"rows": rows, "cols": cols, "channels": channels, "warps": warps}
 
 
 class Clock:

@@ -71,10 +71,23 @@ def check_depthwise(case: Case, draw: Draw) -> None:
     (slope,) = torch.autograd.grad(F.gelu(leaf := before.double().requires_grad_()).sum(), leaf)
     own = ops.depthwise_input_gradient(gradient, weight, before, *size, case.stride, case.residual)
     expect("by what x is the GELU of", own, by_x * slope)
-    own = ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride)
+    _check_weight_gradient(case, gradient, x, by_weight, by_bias)
+
+
+def check_weight_gradient(case: Case, draw: Draw) -> None:
+    """Gradients by weight and bias, twice, for the same bits."""
+    x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
+    leaves = [draw.tensor(case.channels, 1, case.kernel, case.kernel), draw.tensor(case.channels)]
+    leaves = [leaf.double().requires_grad_() for leaf in leaves]
+    exact = _convolve(x.double(), *leaves, case.stride, False)
+    gradient = draw.map(*exact.shape, case.dtype)
+    _check_weight_gradient(case, gradient, x, *torch.autograd.grad(exact, leaves, gradient.double()))
+
+
+def _check_weight_gradient(case: Case, gradient: Tensor, x: Tensor, by_weight: Tensor, by_bias: Tensor) -> None:
+    own, again = (ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride) for _ in range(2))
     expect("by weight", own[0], by_weight)
     expect("by bias", own[1], by_bias)
-    again = ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride)
     assert torch.equal(own[0], again[0])
     assert torch.equal(own[1], again[1])
 

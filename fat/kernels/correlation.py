@@ -1,11 +1,11 @@
 """Triton: gradients of a depthwise convolution by weight and bias, a split reduction in two passes.
 
 A program walks over tiles of its part of the batch and keeps one fp32 sum per tap in every thread; the parts are added
-by a second reduction. No atomics: the same input gives the same bits. There are two forms (`fat.kernels.tiles` chooses):
+by a second reduction. No atomics: the same input gives the same bits. `fat.kernels.tiles` chooses one of two forms:
 
-- strips: a thread owns one column of a tile and several channels, and reads each row of x again for each kernel column;
-- patches: a thread owns 7 or so adjacent columns and one or two channels, and walks down the rows of the map. A value of
-  x that has been read and converted serves every tap and column that it falls under.
+- strips: a thread owns one column of a tile and 4 or 8 channels, and reads each row of x again for each kernel column;
+- patches: a thread owns adjacent columns, 7 where they divide the map, of one channel, and walks down the rows. A value
+  of x that has been read and converted serves every tap and column that it falls under.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def _strips(
 
 
 @triton.jit
-def _products(total, values, upper, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr):
+def _products(
+    total, values, upper, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr
+):
     """total plus the products of one tap: column q of a row of the gradient and value q * STRIDE + FIRST of a row of x,
     as far as it is one of the READ values."""
     for q in tl.static_range(ACROSS):
@@ -262,10 +264,10 @@ def _patches(
                 new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
                 for i in tl.static_range(TAP_ROWS):
                     if (t + pad - i) % STRIDE == 0:
-                        upper = window[((t + pad - i) // STRIDE + behind) * ACROSS :]
+                        rows = window[((t + pad - i) // STRIDE + behind) * ACROSS :]
                         for j in tl.static_range(KERNEL):
                             total = sums[i * KERNEL + j]
-                            new = new + (_products(total, values, upper[:ACROSS], j - skipped, STRIDE, ACROSS, READ),)
+                            new = new + (_products(total, values, rows[:ACROSS], j - skipped, STRIDE, ACROSS, READ),)
                     else:
                         new = new + sums[i * KERNEL : (i + 1) * KERNEL]
                 sums = new

@@ -66,7 +66,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Strips(Tile):
-    """A form of the weight gradient: a thread has a column of `rows` positions, and sums for `columns` kernel columns."""
+    """A form of the weight gradient: a thread has a column of `rows` positions, and sums for some kernel columns."""
 
     columns: int
 
@@ -74,7 +74,9 @@ class Strips(Tile):
         row_tiles, col_tiles = -(-height // self.rows), -(-width // self.cols)
         channel_tiles = -(-channels // self.channels)
         count, together = batch * row_tiles * col_tiles, channel_tiles * -(-kernel // self.columns)
-        return _grid(count, together, max(1, min(count // 2, PROGRAMS // together)), row_tiles, col_tiles, channel_tiles)
+        return _grid(
+            count, together, max(1, min(count // 2, PROGRAMS // together)), row_tiles, col_tiles, channel_tiles
+        )
 
     @property
     def constants(self) -> dict[str, int]:

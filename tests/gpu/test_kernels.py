@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import fat
 from fat import kernels
-from fat.kernels import ops, selfcheck
+from fat.kernels import ops, selfcheck, tiles
 from fat.layers import project
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.params import draw, mix_params
@@ -35,6 +35,7 @@ from tests.kernel_checks import (
     check_fold,
     check_gate,
     check_norm,
+    check_weight_gradient,
     poisoned_memory,
 )
 
@@ -82,6 +83,13 @@ DEPTHWISE = [
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case: Case) -> None:
     on_fresh_inputs(lambda draw: check_depthwise(case, draw))
+
+
+@pytest.mark.parametrize("case", DEPTHWISE, ids=str)
+@pytest.mark.parametrize("form", ["strips", "patches"])
+def test_weight_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
+    on_fresh_inputs(lambda draw: check_weight_gradient(case, draw))
 
 
 NORMED = [

@@ -25,6 +25,8 @@ def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     rows = {row["kernel"]: row for row in found["results"]}
     for kernel in ("depthwise 3x3 + x", "depthwise 5x5 + x weight gradient", "depthwise 5x5 s2 input gradient"):
         assert set(rows[kernel]) >= {"ours", "channels-last", "contiguous"}
+    for kernel in ("depthwise 3x3 + x weight gradient", "depthwise 5x5 s2 weight gradient + statistics"):
+        assert set(rows[kernel]) >= {"ours", "other form"}
     for kernel in ("gate", "gate gradient", "norm", "add and norm", "norm gradient + residual"):
         assert set(rows[kernel]) >= {"ours", "channels-last"}
     assert any("BatchNorm" in kernel for kernel in rows)
@@ -77,6 +79,14 @@ def test_without_a_gpu_or_the_interpreter_nothing_is_timed(
     with pytest.raises(SystemExit):
         benchmark.main()
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_other_form_is_the_one_that_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (5, 1, 28, 28, 64)
+    other = kernel_jobs.in_the_other_form(lambda: tiles.weight_gradient(*shape))
+    assert (tiles.weight_gradient(*shape), other()) == (tiles.patches(*shape), tiles.strips(*shape))
+    monkeypatch.setattr(tiles, "STRIPS", frozenset({(5, 1, 28)}))
+    assert (tiles.weight_gradient(*shape), other()) == (tiles.strips(*shape), tiles.patches(*shape))
 
 
 def test_sweep_tries_tiles_and_puts_the_table_back() -> None:

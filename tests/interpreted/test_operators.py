@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fat.kernels import tiles
 from tests.kernel_checks import (
     BF16,
     FP16,
@@ -18,6 +19,7 @@ from tests.kernel_checks import (
     check_fold,
     check_gate,
     check_norm,
+    check_weight_gradient,
 )
 
 # Pairs of (kernel, stride), (kernel, dtype), (map, stride) and of each with bias and residual all occur. Tiles are 7 or
@@ -81,6 +83,36 @@ def test_depthwise_and_norm(case: Case) -> None:
 )
 def test_depthwise_and_moments(case: Case) -> None:
     check_depthwise_moments(case, Draw.seeded(7, "cpu"))
+
+
+# Maps of one and of more tiles of 14 rows, of one and of more patches, filled by them or not.
+FORMS = [
+    Case(3, 1, 2, 20, 16, 9, FP32),
+    Case(3, 1, 9, 8, 7, 7, BF16),
+    Case(5, 1, 3, 17, 15, 4, BF16),
+    Case(5, 2, 3, 8, 15, 14, FP32),
+    Case(7, 1, 1, 12, 9, 8, FP16),
+    Case(9, 1, 2, 8, 7, 7, FP32),
+]
+
+
+@pytest.mark.parametrize("case", FORMS, ids=str)
+@pytest.mark.parametrize("form", ["strips", "patches"])
+def test_weight_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In few parts, so that a part has several tiles and the last part fewer."""
+    monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
+    monkeypatch.setattr(tiles, "PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
+    check_weight_gradient(case, Draw.seeded(9, "cpu"))
+
+
+@pytest.mark.parametrize("case", [Case(5, 2, 1, 8, 31, 9, FP32), Case(9, 1, 1, 8, 15, 3, BF16)], ids=str)
+@pytest.mark.parametrize("form", ["strips", "patches"])
+def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
+    monkeypatch.setattr(tiles, "PROGRAMS", 8)
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
+    check_depthwise_moments(case, Draw.seeded(10, "cpu"))
 
 
 @pytest.mark.parametrize(("outputs", "channels", "dtype"), [(5, 20, FP32), (40, 72, BF16), (33, 16, FP16)])

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.registers import Shape, measure
 from fat.kernels import ops, tiles
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.recipe import augment_recipe
@@ -173,6 +174,31 @@ def test_compiles_for_gpus_without_spilling(what: str, compiled: Compiled, tmp_p
         registers, spilled = compiled.registers(name, tmp_path)
         assert registers <= REGISTERS, name
         assert spilled == 0, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "registers", "loads"),
+    [
+        # A row of x and of the gradient, 2 bytes a value and thread, each read once: 7 columns, and k - 1 around them.
+        (Shape(3, 1, 56, 64, False), 80, (7 + 9) / 7),
+        (Shape(5, 1, 28, 80, True), 128, (7 + 7 + 11) / 7),
+        (Shape(5, 1, 7, 256, False), 128, 2),
+        (Shape(7, 1, 14, 160, False), 168, (7 + 13) / 7),  # 12 warps a multiprocessor
+        (Shape(9, 1, 7, 256, False), 104, 2 * (5 + 7 + 5) / 7),  # three groups of kernel rows, 5 or 7 rows of x each
+        (Shape(5, 2, 28, 80, True), 128, (7 + 7 + 2 * 17) / 7),
+    ],
+    ids=str,
+)
+def test_patches_need_few_registers_and_read_each_value_once(shape: Shape, registers: int, loads: float) -> None:
+    found = measure(shape, "patches", 80 if shape.kernel == 3 else 90)
+    assert found["registers"] <= registers
+    assert found["spilled"] == 0
+    assert found["lanes"] == "100%"
+    assert found["bytes"] == round(2 * loads, 1)
+
+
+def test_strips_compile_without_spilling() -> None:
+    assert measure(Shape(5, 2, 14, 64, True), "strips")["spilled"] == 0
 
 
 @pytest.mark.parametrize("capability", [90])
