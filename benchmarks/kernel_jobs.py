@@ -86,9 +86,10 @@ def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, d
         last = [tensor.contiguous(memory_format=torch.channels_last) for tensor in tensors]
         return {"ours": ours, "channels-last": lambda: library(*last), "contiguous": lambda: library(*plain)}
 
-    yield Job(
-        name, shape, size + small, ways(lambda: ops.depthwise(x, weight, bias, stride, residual), forward, x, half)
-    )
+    own = ways(lambda: ops.depthwise(x, weight, bias, stride, residual), forward, x, half)
+    if stride == 2:
+        own[OTHER_FORM] = in_the_other_form(lambda: ops.depthwise(x, weight, bias, stride, residual))
+    yield Job(name, shape, size + small, own)
     yield Job(
         f"{name} input gradient",
         shape,
@@ -125,14 +126,17 @@ def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, d
 
 
 def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:
-    """The call with the form of the weight gradient that `fat.kernels.tiles` does not choose."""
+    """Wrap a call to use the form of the weight gradient that `fat.kernels.tiles` does not choose, and forward at
+    stride 2 as many channels a thread as at stride 1."""
+    depthwise = tiles.depthwise
 
     def other(kernel: int, stride: int, height: int, width: int, channels: int) -> tiles.Strips | tiles.Patches:
         form = tiles.patches if (kernel, stride, width) in tiles.STRIPS else tiles.strips
         return form(kernel, stride, height, width, channels)
 
     def run() -> object:
-        with mock.patch.object(tiles, "weight_gradient", other):
+        without_stride = {"depthwise": lambda *shape: depthwise(*shape[:4])}
+        with mock.patch.multiple(tiles, weight_gradient=other, **without_stride):
             return call()
 
     return run

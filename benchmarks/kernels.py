@@ -13,7 +13,8 @@ bytes would take.
   channels-last  torch (cuDNN for convolutions), channels-last maps and weights, as FAT runs without kernels
   contiguous     the same with NCHW maps, as the released implementation runs
   other form     of weight gradients: the form that fat/kernels/tiles.py does not choose. Where it is faster, add the
-                 (kernel, stride, width of the gradient's map) to its STRIPS, or take it out
+                 (kernel, stride, width of the gradient's map) to its STRIPS, or take it out. Forward at stride 2: with
+                 8 channels a thread instead of tiles.STRIDE_2_LANES
 
 --sweep also tries other launch shapes for the depthwise kernels and prints the fastest beside the one that
 fat/kernels/tiles.py chooses. Needs a CUDA device; with TRITON_INTERPRET=1 it runs on the CPU, whose times mean nothing.

@@ -29,7 +29,7 @@ def depthwise_moments(
     expect(x, *(() if before is None else (before,)))
     expect_weight(weight, x, stride, residual)
     out = _out(x, stride)
-    tiles = x.shape[0] * programs(weight, out)[0]
+    tiles = x.shape[0] * programs(weight, out, stride)[0]
     moments = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
     counts = x.new_empty(tiles, dtype=torch.float32)
     convolve(x, weight, bias, out, stride=stride, residual=residual, moments=moments, counts=counts)

@@ -252,7 +252,7 @@ def convolve(
     numbers by `programs`."""
     batch, channels, height, width = x.shape
     out_height, out_width = out.shape[2:]
-    tile = tiles.depthwise(weight.shape[-1], out_height, out_width, channels)
+    tile = tiles.depthwise(weight.shape[-1], out_height, out_width, channels, stride)
     grid = _grid(tile, out_height, out_width, channels)
     _convolve[(batch * grid[0] * grid[1] * grid[2],)](
         x,
@@ -282,10 +282,10 @@ def convolve(
     )
 
 
-def programs(weight: Tensor, out: Tensor) -> tuple[int, int]:
-    """Over one sample of `out`: tiles, and programs of each, which have some of the channels."""
+def programs(weight: Tensor, out: Tensor, stride: int = 1) -> tuple[int, int]:
+    """Count, over one sample of `out`, tiles, and programs of each, which have some of the channels."""
     height, width = out.shape[2:]
-    tile = tiles.depthwise(weight.shape[-1], height, width, out.shape[1])
+    tile = tiles.depthwise(weight.shape[-1], height, width, out.shape[1], stride)
     rows, cols, deep = _grid(tile, height, width, out.shape[1])
     return rows * cols, deep
 

@@ -9,6 +9,7 @@ from functools import cache
 
 LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is one 16-byte access in half precision;
 # with 8, the weights of a column of 7 or 9 taps and the sums leave no registers for occupancy
+STRIDE_2_LANES = 4  # the same of a forward pass at stride 2
 WARP = 32
 MAX_WARPS = 4
 ROWS = (7, 8, 6, 5, 4)  # rows per thread, best first: 7 divides every map of a 224 image
@@ -17,7 +18,7 @@ PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slo
 ACROSS = (7, 8, 6, 5, 4)  # columns of a patch, best first, as ROWS
 PATCH_ROWS = 14  # that a thread walks down before it begins anew: fewer read more of the gradient twice
 TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows of one program: 81 sums in a thread leave 8 warps a multiprocessor
-RESIDENT = {3: 8, 5: 4, 7: 3, 9: 5}  # programs of a multiprocessor at once, by the registers that these take
+RESIDENT = {3: 8, 5: 4, 7: 3, 9: 4}  # programs of a multiprocessor at once, by the registers that these take
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
 """(kernel, stride, width of the gradient's map) whose weight gradients a device has computed faster in strips."""
 FLAT, FLAT_WARPS = 4096, 8  # elements of one program of a kernel that reads maps flat: 16 a thread
@@ -39,11 +40,12 @@ class Tile:
 
 
 @cache
-def depthwise(kernel: int, height: int, width: int, channels: int) -> Tile:
+def depthwise(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile:
     """For a kernel that writes maps of that size: each thread keeps some channels of a column of `rows` positions, so
     a row that has been read serves all kernel rows."""
     wide = widest(channels)
-    lanes = LANES[kernel]
+    # At stride 2 a column of outputs reads twice the rows: with 8 channels each, they leave room for 8 warps only.
+    lanes = LANES[kernel] if stride == 1 else STRIDE_2_LANES
     cols = min(power_of_2(width), MAX_WARPS * WARP * lanes // wide)
     # Where there are more threads than channels, Triton loads a weight in every thread that needs it; else in one, and
     # hands it to the others through shared memory, with a barrier for each.
