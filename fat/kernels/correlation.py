@@ -264,10 +264,11 @@ def _patches(
                 new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
                 for i in tl.static_range(TAP_ROWS):
                     if (t + pad - i) % STRIDE == 0:
-                        rows = window[((t + pad - i) // STRIDE + behind) * ACROSS :]
+                        below = window[((t + pad - i) // STRIDE + behind) * ACROSS :][:ACROSS]
                         for j in tl.static_range(KERNEL):
-                            total = sums[i * KERNEL + j]
-                            new = new + (_products(total, values, rows[:ACROSS], j - skipped, STRIDE, ACROSS, READ),)
+                            new = new + (
+                                _products(sums[i * KERNEL + j], values, below, j - skipped, STRIDE, ACROSS, READ),
+                            )
                     else:
                         new = new + sums[i * KERNEL : (i + 1) * KERNEL]
                 sums = new
