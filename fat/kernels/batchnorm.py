@@ -13,7 +13,7 @@ from torch import Tensor
 from fat.kernels import tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts", "each"))
 def _join(
     moments,
     counts,
@@ -61,13 +61,14 @@ def _join(
 
 @triton.jit
 def _follow(running_mean, running_var, batches, drift, var, channels, momentum, correction, CHANNELS: tl.constexpr):
-    c = tl.arange(0, CHANNELS)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
     old = tl.load(running_mean + c, mask=known)
     tl.store(running_mean + c, old + momentum * tl.load(drift + c, mask=known), mask=known)
     old, new = tl.load(running_var + c, mask=known), tl.load(var + c, mask=known) * correction
     tl.store(running_var + c, old + momentum * (new - old), mask=known)
-    tl.store(batches, tl.load(batches) + 1)
+    if tl.program_id(0) == 0:
+        tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def _fold(
     tl.store(folded_bias + row, total.to(folded_bias.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("outputs",))
 def _fold_gradient(
     by_folded,
     by_folded_bias,
@@ -172,7 +173,7 @@ def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             channels,
             each,
             LAST=groups == 1,
-            ROWS=min(tiles.JOINED_ROWS, tiles.power_of_2(each)),
+            ROWS=tiles.JOINED_ROWS,
             CHANNELS=tiles.JOINED_CHANNELS,
             num_warps=tiles.JOINED_WARPS,
         )
@@ -192,8 +193,7 @@ def follow(
 ) -> None:
     """Moves the running statistics and counts a batch, in place."""
     channels = drift.numel()
-    wide = tiles.power_of_2(channels)
-    _follow[(1,)](
+    _follow[(triton.cdiv(channels, tiles.FOLLOWED),)](
         running_mean,
         running_var,
         batches,
@@ -202,8 +202,8 @@ def follow(
         channels,
         momentum,
         correction,
-        CHANNELS=wide,
-        num_warps=tiles.warps(wide // 4),
+        CHANNELS=tiles.FOLLOWED,
+        num_warps=tiles.FOLLOWED_WARPS,
     )
 
 

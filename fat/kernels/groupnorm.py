@@ -44,7 +44,7 @@ def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
         tl.store(slot + 2, tl.sum(deviation * deviation, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts",))
 def _normalise(
     x,
     moments,
@@ -89,7 +89,7 @@ def _normalise(
     tl.store(out + sample * numel + at, ((value - mean) * rstd * gain + shift).to(out.dtype.element_ty), mask=known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("positions", "each"))
 def _sums(
     gradient,
     x,
@@ -131,7 +131,7 @@ def _sums(
     tl.store(sample_sums + slot * 2 + 1, tl.sum(gain * by_bias, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("parts",))
 def _input_gradient(
     gradient,
     x,

@@ -23,9 +23,10 @@ STRIPS: frozenset[tuple[int, int, int]] = frozenset()
 """(kernel, stride, width of the gradient's map) whose weight gradients a device has computed faster in strips."""
 FLAT, FLAT_WARPS = 4096, 8  # elements of one program of a kernel that reads maps flat: 16 a thread
 COLUMN_SUMS = 4  # tiles of FLAT elements that a program of a reduction over positions walks over
-MAX_PARTS = 256  # partial results that are joined at once
+MIN_PARTS, MAX_PARTS = WARP, 256  # partial results that are joined at once; a warp takes 32 in the time of one
 JOINED_EACH = 128  # parts of a channel's moments that a program joins: two rounds for up to 16384 tiles
 JOINED_ROWS, JOINED_CHANNELS, JOINED_WARPS = 32, 32, 4  # at once
+FOLLOWED, FOLLOWED_WARPS = 128, 1  # running statistics that a program moves
 FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # of 1x1 weights: 128 to 2048 channels are 8 to 128 programs
 
 
@@ -149,7 +150,8 @@ def column_sums(positions: int, channels: int) -> tuple[int, int]:
 
 
 def joined(parts: int) -> int:
-    return min(MAX_PARTS, power_of_2(parts))
+    """How many of the partial results of a sample are joined at once."""
+    return max(MIN_PARTS, min(MAX_PARTS, power_of_2(parts)))
 
 
 def widest(channels: int, choices: tuple[int, ...] = (64, 32)) -> int:

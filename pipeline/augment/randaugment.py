@@ -70,7 +70,7 @@ def _measure(source, jobs, numbers, measured, tables, pixels, BLOCK: tl.constexp
     tl.store(tables + (table * CHANNELS + channel) * LEVELS + old, new.to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("fill_red", "fill_green", "fill_blue"))
 def _apply(
     source,
     work,
