@@ -6,9 +6,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from benchmarks.registers import Shape, measure
 from fat.kernels import ops, tiles
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.recipe import augment_recipe
+from tests.offline import OfflineDriver, launches_only_compile
 
 pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
 
@@ -41,57 +41,10 @@ def test_in_the_interpreter() -> None:
     assert "skipped" not in done.stdout
 
 
-class Compiled:
-    """Every launch is compiled as the launch would be on a device of that capability, and left at that."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-        self.kernels: dict[str, Any] = {}
-        self.launched: list[str] = []
-
-    # What Triton asks its driver for.
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def registers(self, name: str, folder: Path) -> tuple[int, int]:
-        """(registers of a thread, bytes of registers spilled)."""
-        import triton
-
-        binary = folder / f"{name}.cubin"
-        binary.write_bytes(self.kernels[name].asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-        assert found, usage
-        return int(found[1]), int(found[2])
-
-
 @pytest.fixture
-def compiled(capability: int, monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
-
-    target = Compiled(capability)
-    launch = JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        assert kernel is not None
-        name = self.fn.__name__
-        target.kernels[name if name not in target.kernels else f"{name}-{len(target.kernels)}"] = kernel
-        target.launched.append(name)
-
-    monkeypatch.setattr(JITFunction, "run", run)
-    monkeypatch.setattr(driver, "_active", target)
-    return target
+def compiled(capability: int) -> Iterator[OfflineDriver]:
+    with launches_only_compile(capability) as driver:
+        yield driver
 
 
 def _maps(count: int, channels: int, side: int) -> list[torch.Tensor]:
@@ -167,7 +120,7 @@ ON_OLDER = ("stage 2",)  # one size shows that the older cards have every instru
 
 
 @pytest.mark.parametrize(("what", "capability"), [(what, 80 if what in ON_OLDER else 90) for what in LAUNCHES])
-def test_compiles_for_gpus_without_spilling(what: str, compiled: Compiled, tmp_path: Path) -> None:
+def test_compiles_for_gpus_without_spilling(what: str, compiled: OfflineDriver, tmp_path: Path) -> None:
     LAUNCHES[what]()
     assert compiled.kernels
     for name in compiled.kernels:
@@ -210,7 +163,7 @@ def test_forward_at_stride_2_needs_few_registers(compiled: Compiled, tmp_path: P
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: Compiled) -> None:
+def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: OfflineDriver) -> None:
     LAUNCHES["block"]()
     for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
@@ -218,14 +171,14 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: Compiled) -> 
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_a_batch_is_augmented_in_five_launches(compiled: Compiled) -> None:
+def test_a_batch_is_augmented_in_five_launches(compiled: OfflineDriver) -> None:
     """Two rounds, and the rest."""
     LAUNCHES["augmentation"]()
     assert compiled.launched == ["_measure", "_apply", "_measure", "_apply", "_finish"]
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_randaugment_is_compiled_as_torch_computes(compiled: Compiled) -> None:
+def test_randaugment_is_compiled_as_torch_computes(compiled: OfflineDriver) -> None:
     """No multiplication is fused with the addition behind it, no library is called; copies take 16 bytes a thread."""
     LAUNCHES["augmentation"]()
     for name in ("_measure", "_apply"):

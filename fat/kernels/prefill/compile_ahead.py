@@ -1,0 +1,265 @@
+"""Compile the Triton kernels of some work before its first launch, in parallel processes, into Triton's cache."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+from triton._C.libtriton import get_cache_invalidating_env_vars
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import driver as nvidia
+from triton.compiler import CompiledKernel, make_backend
+from triton.runtime.build import platform_key
+from triton.runtime.cache import get_cache_key, get_cache_manager
+
+from fat.kernels.prefill.compiler import Extension, Job, one_line
+from fat.kernels.prefill.launches import Launch, cuda_target, record
+
+LOCK = "compile-ahead.lock"
+POLL = 0.1  # seconds between two looks at a lock that another process holds
+NAMED = 3  # failures that a report spells out
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compile_ahead` found and did."""
+
+    total: int = 0
+    """Distinct kernels of the work."""
+    compiled: int = 0
+    cached: int = 0
+    """Kernels that were in the cache already; what is left of the total has failed."""
+    seconds: float = 0.0
+    problem: str | None = None
+    """One line about everything that went wrong. Those kernels will be compiled by their first launch."""
+
+    def __str__(self) -> str:
+        failed = self.total - self.compiled - self.cached
+        return (
+            f"{self.total} kernels: {self.compiled} compiled, {self.cached} in the cache"
+            + (f", {failed} failed" if failed else "")
+            + f", {self.seconds:.1f} s"
+        )
+
+
+def compile_ahead(
+    work: Iterable[Callable[[], object]],
+    *,
+    capability: tuple[int, int] | None = None,
+    processes: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+    wait: float = 600.0,
+) -> Report:
+    """Compile every kernel that `work` would launch and that Triton's cache lacks. Never raises an `Exception`.
+
+    Call it once per node (other local ranks wait for that), before anything is launched; callers that do not know of
+    each other take turns by a lock in the cache folder, and the second finds what the first has compiled.
+
+    Args:
+        work: functions that launch kernels: those of `fat.kernels.prefill.work`, or others that `record` takes.
+        capability: compute capability to compile for, such as (9, 0); the default is that of the current device, and
+            without a device nothing is compiled.
+        processes: compilers at a time; the default is one per core that this process may use.
+        progress: is called with the numbers of kernels that are done and that are to be compiled, first with 0 done.
+        wait: seconds to wait for another process that is compiling; after that kernels compile when they are launched.
+    """
+    start = time.monotonic()
+    if knobs.runtime.interpret or (capability is None and not torch.cuda.is_available()):
+        return Report()
+    problems: list[str] = []
+    report = Report()
+    try:
+        target = cuda_target(capability or torch.cuda.get_device_capability())
+        launches = _recorded(work, target, problems)
+        report = Report(total=len(launches))
+        jobs = _to_compile(launches, target)
+        if jobs:
+            with _locked(cache_folder(), wait) as waited:
+                if waited:
+                    jobs = _to_compile(launches, target)
+                results = _compile(jobs, target, processes or len(os.sched_getaffinity(0)), progress)
+            failures = [f"{job.launch.name} ({r.error})" for job, r in zip(jobs, results, strict=True) if r.error]
+            problems += failures
+            report = replace(report, compiled=sum(result.compiled for result in results))
+            report = replace(report, cached=len(launches) - report.compiled - len(failures))
+        else:
+            report = replace(report, cached=len(launches))
+    except TimeoutError as error:
+        problems.append(str(error))
+    except OSError as error:
+        problems.append(f"Triton's cache {cache_folder()} cannot be used ({one_line(error)}): set TRITON_CACHE_DIR")
+    except Exception as error:
+        problems.append(one_line(error))
+    return replace(report, seconds=time.monotonic() - start, problem=_summary(problems))
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps compiled kernels: TRITON_CACHE_DIR, or ~/.triton/cache."""
+    return Path(knobs.cache.dir)
+
+
+def _summary(problems: Sequence[str]) -> str | None:
+    if not problems:
+        return None
+    more = f", and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+    return f"kernels not compiled ahead, but by their first launch: {', '.join(problems[:NAMED])}{more}"
+
+
+def _recorded(work: Iterable[Callable[[], object]], target: GPUTarget, problems: list[str]) -> list[Launch]:
+    """The distinct launches of all that can be recorded."""
+    found: dict[str, Launch] = {}
+    for run in work:
+        try:
+            found |= {repr(launch): launch for launch in record(run, target)}
+        except Exception as error:
+            problems.append(f"those of {getattr(run, '__qualname__', run)} ({one_line(error)})")
+    return list(found.values())
+
+
+def _to_compile(launches: Sequence[Launch], target: GPUTarget) -> list[Job]:
+    """A job for each kernel that is not in the cache or has no launcher there. The last launches come first: those of
+    the backward pass take longest to compile."""
+    jobs: list[Job] = []
+    covered: set[Extension] = set()
+    for launch in reversed(launches):
+        missing: tuple[Extension, ...] = ()
+        try:
+            needed = dict.fromkeys(_extensions(launch))
+            missing = tuple(e for e in needed if e not in covered and not _has_extension(e))
+            covered |= needed.keys()
+            cached = not missing and _has_kernel(launch, target)
+        except OSError:
+            raise
+        except Exception:  # what is wrong with the kernel its job will say; what is in the cache its job will find
+            cached = False
+        if not cached:
+            jobs.append(Job(launch, missing))
+    return jobs
+
+
+def _has_kernel(launch: Launch, target: GPUTarget) -> bool:
+    """Whether the cache holds the machine code, by the look-up that `triton.compile` begins with."""
+    source, backend = launch.source, make_backend(target)
+    options = backend.parse_options({**launch.options, **source.parse_options()})
+    key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    manager, metadata = get_cache_manager(digest), f"{source.name[:150]}.json"
+    try:
+        group = manager.get_group(metadata) or {}
+        if metadata not in group:
+            return False
+        if not CompiledKernel(source, group, digest).kernel:
+            raise ValueError("no machine code")
+        return True
+    except (KeyError, TypeError, ValueError):  # an interrupted write: Triton would fail on it at every launch
+        if folder := getattr(manager, "cache_dir", None):
+            shutil.rmtree(folder, ignore_errors=True)
+        return False
+
+
+def _extensions(launch: Launch) -> Iterator[Extension]:
+    """What launches that kernel: Triton's binding to the driver and, up to Triton 3.6, an extension by signature."""
+    folder = Path(nvidia.dirname)
+    yield Extension("cuda_utils", (folder / "driver.c").read_text())
+    if hasattr(nvidia, "make_launcher") and not any("tensordesc" in str(t) for t in launch.signature.values()):
+        yield Extension("__triton_launcher", nvidia.make_launcher(launch.constants, launch.signature, None))
+
+
+def _has_extension(extension: Extension) -> bool:
+    """By the look-up that `triton.runtime.build.compile_module_from_src` begins with."""
+    key = hashlib.sha256((extension.source + platform_key()).encode()).hexdigest()
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    path = get_cache_manager(key).get_file(f"{extension.name}{suffix}")
+    return path is not None and os.path.getsize(path) > 0
+
+
+@contextmanager
+def _locked(folder: Path, seconds: float) -> Iterator[bool]:
+    """Hold the folder's lock; yields whether another process held it before. A process that dies leaves it free.
+
+    Raises TimeoutError when it is not free within `seconds`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline, waited = time.monotonic() + seconds, False
+    with (folder / LOCK).open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = True
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"another process has held {file.name} for {seconds:.0f} s") from None
+                time.sleep(POLL)
+            except OSError:  # a file system without locks: at worst two processes compile the same
+                break
+        yield waited
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Of a job."""
+
+    compiled: bool
+    """False when it has failed, or found everything in the cache."""
+    error: str | None
+
+
+def _compile(
+    jobs: Sequence[Job], target: GPUTarget, processes: int, progress: Callable[[int, int], object] | None
+) -> list[_Result]:
+    """The result of each job, in their order."""
+    if not jobs:
+        return []
+    results = [_Result(False, "the compiling process ended early")] * len(jobs)
+    done = 0
+    report: Callable[[int, int], Any] = progress or (lambda done, total: None)
+    report(done, len(jobs))
+    payload = pickle.dumps((divmod(target.arch, 10), min(processes, len(jobs)), list(jobs)))
+    # A fresh interpreter, since this one may hold a CUDA context, which does not survive a fork.
+    command = [sys.executable, "-P", "-m", "fat.kernels.prefill.compiler"]
+    environment = {
+        **os.environ,
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),  # it forks
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    with (
+        tempfile.TemporaryFile() as messages,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=messages, env=environment
+        ) as compiler,
+    ):
+        assert compiler.stdin is not None
+        assert compiler.stdout is not None
+        try:
+            with suppress(BrokenPipeError), compiler.stdin as stream:
+                stream.write(payload)
+            for line in compiler.stdout:
+                result = json.loads(line)
+                results[result["index"]] = _Result(result["compiled"], result["error"])
+                done += 1
+                report(done, len(jobs))
+        except BaseException:
+            compiler.kill()
+            raise
+        if compiler.wait() != 0 and not done:
+            messages.seek(0)
+            lines = messages.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else "the compiler did not start")
+    return results

@@ -1,0 +1,92 @@
+"""What training and evaluation do to a model, on tensors without memory: to record which kernels they would launch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fat.batchnorm import BatchNorm
+from fat.blocks import FASA
+from fat.roofline import _OnGpuFASA
+
+
+def training_step(
+    model: nn.Module,
+    images: tuple[int, int, int, int],
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    freeze_bn: bool = False,
+) -> Callable[[], object]:
+    """Forward and backward pass of one micro-batch.
+
+    Args:
+        model: on any device, not compiled by `torch.compile` or wrapped; it is left as it is.
+        images: shape [B, C, H, W].
+        dtype: bfloat16 or float16 = images in it, under autocast to it; float32 = without autocast.
+        freeze_bn: BatchNorm layers stay in evaluation mode.
+    """
+
+    def step() -> None:
+        twin = _fake_twin(model).train()
+        for module in twin.modules():
+            if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        with torch.enable_grad():
+            _forward(twin, images, dtype).float().sum().backward()
+
+    return step
+
+
+def evaluation(
+    model: nn.Module, images: tuple[int, int, int, int], *, dtype: torch.dtype = torch.bfloat16
+) -> Callable[[], object]:
+    """Forward pass of one batch in evaluation mode. Arguments as for `training_step`."""
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            _forward(_fake_twin(model).eval(), images, dtype)
+
+    return evaluate
+
+
+def _forward(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    images = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        output: Tensor = model(images)
+    return output
+
+
+def _fake_twin(model: nn.Module) -> nn.Module:
+    """A model with the same layers and, under `FakeTensorMode`, parameters and buffers without memory, on the CPU."""
+    modules: dict[nn.Module, nn.Module] = {}
+    tensors: dict[Tensor, Tensor] = {}
+
+    def fake(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if tensor not in tensors:
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            tensors[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return tensors[tensor]
+
+    def twin(module: nn.Module) -> nn.Module:
+        if module in modules:
+            return modules[module]
+        new = modules[module] = copy.copy(module)
+        new.__dict__["_compiled_call_impl"] = None
+        new.__dict__["_parameters"] = {name: fake(tensor) for name, tensor in module._parameters.items()}
+        new.__dict__["_buffers"] = {name: fake(tensor) for name, tensor in module._buffers.items()}
+        new.__dict__["_modules"] = {
+            name: None if child is None else twin(child) for name, child in module._modules.items()
+        }
+        if isinstance(module, FASA) and type(module).weigh is FASA.weigh:
+            new.__class__ = _OnGpuFASA
+        elif isinstance(module, BatchNorm):
+            new.__class__ = BatchNorm  # statistics of this rank alone: a collective would wait for the other ranks
+        return new
+
+    return twin(model)

@@ -1,0 +1,65 @@
+"""Launches of Triton kernels without a GPU: each is compiled by the real launch code for a device of some compute
+capability, and left at that."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+
+class OfflineDriver:
+    """What Triton asks its driver for, and what was launched."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+        self.kernels: dict[str, Any] = {}
+        self.launched: list[str] = []
+        self.utils: Any = None
+        """What loads machine code; there is none."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def registers(self, name: str, folder: Path) -> tuple[int, int]:
+        """(registers of a thread, bytes of registers spilled)."""
+        import triton
+
+        binary = folder / f"{name}.cubin"
+        binary.write_bytes(self.kernels[name].asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+        found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+        assert found, usage
+        return int(found[1]), int(found[2])
+
+
+@contextmanager
+def launches_only_compile(capability: int) -> Iterator[OfflineDriver]:
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    offline = OfflineDriver(capability)
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        assert kernel is not None
+        name = self.fn.__name__
+        offline.kernels[name if name not in offline.kernels else f"{name}-{len(offline.kernels)}"] = kernel
+        offline.launched.append(name)
+
+    with mock.patch.object(JITFunction, "run", run), mock.patch.object(driver, "_active", offline):
+        yield offline

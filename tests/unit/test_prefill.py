@@ -1,0 +1,311 @@
+"""Compilation of Triton kernels before their first launch, by the compiler itself and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles, which the interpreter does not", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton.runtime.jit import JITFunction
+
+import fat
+from fat import kernels
+from fat.blocks import Block
+from fat.kernels.prefill import command, compile_ahead, launches
+from fat.kernels.prefill.work import evaluation, training_step
+from tests.offline import launches_only_compile
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITY = (9, 0)
+TARGET = launches.cuda_target(CAPABILITY)
+IMAGES = (2, 16, 8, 8)
+Progress = list[tuple[int, int]]
+
+
+@triton.jit
+def _copy(source, target, numel, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < numel), mask=at < numel)
+
+
+@triton.jit
+def _wrong(source):
+    tl.static_assert(False, "wrong on purpose")
+
+
+@triton.constexpr_function
+def _die():
+    __import__("os").kill(__import__("os").getpid(), 9)  # Triton forbids functions that it knows by name
+
+
+@triton.jit
+def _deadly(source):
+    _die()
+
+
+def copies(*blocks: int) -> Callable[[], object]:
+    """As many kernels as blocks."""
+
+    def run() -> None:
+        for block in blocks:
+            _copy[(1,)](torch.empty(64), torch.empty(64), 64, BLOCK=block)
+
+    return run
+
+
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block(16, 1, 3, 1)
+
+
+def ahead(work: list[Callable[[], object]], **options: Any) -> compile_ahead.Report:
+    return compile_ahead.compile_ahead(work, capability=CAPABILITY, processes=2, **options)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def launch_for_real() -> None:
+    """Print the kernels of a step that Triton's own code launches, and what had to be compiled or built for them."""
+    from triton import knobs
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import build
+
+    hits: list[tuple[str, bool]] = []
+    built: list[str] = []
+    knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit))
+    images = torch.zeros(IMAGES, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    with (
+        launches._OperatorsOfDevice(),
+        kernels.assumed(),
+        launches_only_compile(90) as offline,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        block().train()(images).float().sum().backward()
+        with torch.no_grad():
+            block().eval()(images)
+    with (
+        mock.patch.object(build, "_build", lambda name, *_: built.append(name)),
+        mock.patch.object(build, "_load_module_from_path"),
+        mock.patch.object(nvidia, "library_dirs", return_value=[]),
+        mock.patch("triton.runtime.driver.driver._active", offline),
+    ):
+        offline.utils = nvidia.CudaUtils()
+        for kernel in offline.kernels.values():
+            nvidia.CudaLauncher(kernel.src, kernel.metadata)
+    print(json.dumps({"hits": hits, "built": built, "launched": offline.launched}))
+
+
+def test_a_step_finds_all_its_kernels_in_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = [training_step(block(), IMAGES), evaluation(block(), IMAGES)]
+    seen: Progress = []
+    report = ahead(work, progress=lambda done, total: seen.append((done, total)))
+    assert report.problem is None
+    assert report.compiled == report.total > 10
+    assert seen == [(done, report.total) for done in range(report.total + 1)]
+
+    code = "from tests.unit.test_prefill import launch_for_real; launch_for_real()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"_convolve", "_correlate", "_fold_gradient", "_follow"} <= set(found["launched"])
+    assert [name for name, hit in found["hits"] if not hit] == []
+    assert len(found["hits"]) == report.total
+    assert found["built"] == []
+
+    monkeypatch.setattr(compile_ahead, "_compile", lambda *args: pytest.fail("compiles again"))
+    again = ahead(work)
+    assert (again.compiled, again.cached, again.problem) == (0, report.total, None)
+
+
+def test_all_launches_of_a_step_of_fat_b0_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: Counter[str] = Counter()
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: launched.update([kernel.fn.__name__]))
+    model = fat.create_model("fat_b0")
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.bfloat16)
+    with launches._OperatorsOfDevice(), kernels.assumed(), torch.autocast("cpu", torch.bfloat16):
+        model.train()(images).float().sum().backward()
+    assert launched.total() > 400
+    recorded = launches.record(training_step(model, (2, 3, 64, 64)), TARGET)
+    assert {launch.name for launch in recorded} == launched.keys()
+
+
+@pytest.mark.parametrize("model", ["fat_b0", "fat_b3"])
+def test_sizes_that_bound_loops_are_not_specialised(model: str) -> None:
+    """Specialised, FAT-B0 needs 95 kernels and FAT-B3 99."""
+    with torch.device("meta"):
+        step = training_step(fat.create_model(model), (256, 3, 224, 224))
+    names = Counter(launch.name for launch in launches.record(step, TARGET))
+    assert names["_join"] == 2
+    assert names["_normalise"] <= 2
+    assert names["_input_gradient"] <= 3
+    assert names.total() <= 80
+
+
+def test_a_model_is_left_as_it_was() -> None:
+    model = fat.create_model("fat_b0", num_classes=10).eval()
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    kinds = [type(module) for module in model.modules()]
+    state = torch.get_rng_state()
+    launches.record(training_step(model, (2, 3, 64, 64), freeze_bn=True), TARGET)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module.training for module in model.modules())
+    assert [type(module) for module in model.modules()] == kinds
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        assert id(tensor) == before[name][0], name
+        assert torch.equal(tensor, before[name][1]), name
+        assert tensor.grad is None, name
+
+
+def test_frozen_norms_are_recorded_as_such() -> None:
+    def names(**options: bool) -> set[str]:
+        return {launch.name for launch in launches.record(training_step(block(), IMAGES, **options), TARGET)}
+
+    assert names() - names(freeze_bn=True) >= {"_join", "_fold", "_follow"}
+
+
+def test_memory_that_is_not_aligned_makes_another_kernel() -> None:
+    def run() -> None:
+        for start in (0, 1, 4):  # elements of 4 bytes
+            _copy[(1,)](torch.empty(64)[start:], torch.empty(64), 60, BLOCK=64)
+
+    aligned, shifted = launches.record(run, TARGET)
+    assert aligned.attributes[0,] == [["tt.divisibility", 16]]
+    assert not shifted.attributes[0,]
+
+
+def test_launches_of_other_threads_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: launched.append(kernel.fn.__name__))
+
+    def run() -> None:
+        copies(32)()
+        other = threading.Thread(target=copies(64))
+        other.start()
+        other.join()
+
+    assert len(launches.record(run, TARGET)) == 1
+    assert launched == ["_copy"]
+
+
+def test_what_cannot_be_compiled_is_named_and_the_rest_is_compiled(cache: Path) -> None:
+    def unreadable() -> None:
+        assert torch.zeros(1).item() == 0
+
+    work = [
+        lambda: _deadly[(1,)](torch.empty(1)),
+        copies(32, 64),
+        lambda: _wrong[(1,)](torch.empty(1)),
+        unreadable,
+    ]
+    report = ahead(work)
+    assert (report.total, report.compiled) == (4, 2)
+    assert report.problem is not None
+    assert "\n" not in report.problem
+    assert "_wrong (CompileTimeAssertionFailure: wrong on purpose)" in report.problem
+    assert "_deadly (the compiling process was killed by signal 9)" in report.problem
+    assert "unreadable (DataDependentOutputException" in report.problem
+    assert ahead([copies(32, 64)]).cached == 2
+
+
+def test_a_compiler_that_does_not_start_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    report = ahead([copies(32)])
+    assert (report.total, report.compiled, report.cached) == (1, 0, 0)
+    assert report.problem is not None
+
+
+def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    report = ahead([copies(32)])
+    assert (report.total, report.compiled, report.cached) == (1, 0, 0)
+    assert report.problem is not None
+    assert "set TRITON_CACHE_DIR" in report.problem
+    assert "\n" not in report.problem
+
+
+def test_an_entry_whose_write_was_interrupted_is_compiled_again(cache: Path) -> None:
+    assert ahead([copies(32, 64, 128, 256)]).compiled == 4
+    folders = sorted(path.parent for path in cache.rglob("_copy.cubin"))
+    for folder, name in zip(folders, ("_copy.json", "__grp___copy.json", "_copy.cubin"), strict=False):
+        (folder / name).write_bytes(b"")
+    again = ahead([copies(32, 64, 128, 256)])
+    assert (again.compiled, again.cached, again.problem) == (3, 1, None)
+    assert ahead([copies(32, 64, 128, 256)]).cached == 4
+
+
+def test_two_callers_at_once_compile_each_kernel_once(cache: Path) -> None:
+    reports: list[compile_ahead.Report] = []
+    threads = [threading.Thread(target=lambda: reports.append(ahead([copies(32, 64)]))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [report.problem for report in reports] == [None, None]
+    assert sum(report.compiled for report in reports) == 2
+    assert sum(report.cached for report in reports) == 2
+
+
+@pytest.fixture
+def holder(cache: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Another process that holds the cache's lock."""
+    cache.mkdir()
+    code = "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); print(); input()"
+    command = [sys.executable, "-c", code, str(cache / compile_ahead.LOCK)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_process_that_holds_the_lock_is_waited_for_until_it_dies(holder: subprocess.Popen[bytes]) -> None:
+    late = ahead([copies(32)], wait=0.0)
+    assert late.compiled == 0
+    assert late.problem is not None
+    assert "another process has held" in late.problem
+    holder.kill()
+    assert ahead([copies(32)]).compiled == 1
+
+
+def test_nothing_is_compiled_without_a_device_to_compile_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert compile_ahead.compile_ahead([copies(32)]) == compile_ahead.Report()
+    assert not cache.exists()
+
+
+def test_the_command_fills_and_prunes_the_cache(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "WORK", {"step": lambda model, shape, dtype: copies(shape[0], shape[2])})
+    options = ["--batch", "32", "--size", "64", "--capability", "8.0", "--processes", "1", "--prune"]
+    monkeypatch.setattr(sys, "argv", ["prefill", *options])
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    assert "compiling kernels 2/2" in said
+    assert "2 kernels: 2 compiled, 0 in the cache" in said
+    kept = Counter(path.suffix for path in cache.rglob("*") if path.is_file())
+    assert kept.keys() == {".cubin", ".json", ".so"}
+    assert kept[".cubin"] == 2
+    assert command.main() == 0
+    assert "2 kernels: 0 compiled, 2 in the cache" in capsys.readouterr().out
