@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.augment import blend, geometry, kernels, tables
-from pipeline.augment.erase import Eraser
+from pipeline.augment.erase import QUANTILES, Eraser
 from pipeline.augment.mix import mix, mix_targets
 from pipeline.augment.ops import Op
-from pipeline.augment.params import MixParams, SampleParams
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
 from pipeline.augment.recipe import AugmentRecipe, Colour, scale_and_offset
 from pipeline.augment.transfer import upload
 
-__all__ = ["BatchAugment", "mix", "mix_targets", "normalise"]
+__all__ = ["BatchAugment", "launch_all", "mix", "mix_targets", "normalise"]
 
 Arrays = list[NDArray[Any]]
 Run = Callable[[Tensor, Sequence[Tensor], tuple[int, int, int]], Tensor]
@@ -155,6 +155,27 @@ class Stage:
     def arrays(self) -> Arrays:
         """All that goes to the device, in the order in which it is used."""
         return [*(array for _, arrays in self.groups for array in arrays), self.back]
+
+
+def launch_all(recipe: AugmentRecipe, dtype: torch.dtype, *, batch: int = 64) -> None:
+    """Launch every kernel that augments by this recipe, on black CPU images: for `fat.kernels.prefill`, which records
+    launches and runs none. What is compiled depends on the recipe and on the dtype of the result, not on the batch.
+
+    Args:
+        batch: images; enough of them for every kind of operation to be drawn.
+    """
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    from pipeline.augment import randaugment
+    from pipeline.augment.finishing import finish
+
+    sides, lanes = np.full(batch, recipe.size), np.arange(batch) // 2
+    params = draw(recipe, seed=0, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
+    mixing = mix_params(recipe, seed=0, step=0, lanes=lanes) if recipe.mixes else None
+    with unset_fake_temporarily():  # parameters are NumPy arrays
+        images = torch.zeros(batch, recipe.size, recipe.size, 3, dtype=torch.uint8)
+        randaugment.operate(images, params, recipe.fill, flip=False)
+        finish(images, params, mixing, torch.zeros(QUANTILES), recipe.mean, recipe.std, dtype)
 
 
 def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> Tensor:

@@ -107,9 +107,10 @@ def test_depthwise_and_moments(case: Case) -> None:
     on_fresh_inputs(lambda draw: check_depthwise_moments(case, draw))
 
 
-@pytest.mark.parametrize(
-    ("outputs", "channels", "dtype"), [(32, 128, BF16), (512, 2048, BF16), (33, 20, FP32), (40, 72, FP16)]
-)
+FOLDED = [(32, 128, BF16), (512, 2048, BF16), (33, 20, FP32), (40, 72, FP16)]
+
+
+@pytest.mark.parametrize(("outputs", "channels", "dtype"), FOLDED)
 def test_fold(outputs: int, channels: int, dtype: torch.dtype) -> None:
     on_fresh_inputs(lambda draw: check_fold(outputs, channels, dtype, draw))
 

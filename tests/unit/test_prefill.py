@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -25,6 +26,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 import fat
+from benchmarks import prefill as gpu_run
 from fat import kernels
 from fat.blocks import Block
 from fat.kernels.prefill import command, compile_ahead, launches
@@ -309,3 +311,19 @@ def test_the_command_fills_and_prunes_the_cache(
     assert kept[".cubin"] == 2
     assert command.main() == 0
     assert "2 kernels: 0 compiled, 2 in the cache" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", list(gpu_run.WORK))
+def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
+    work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224)))
+    found = launches.record(work[-1 if kind != "tests" else 0], TARGET)
+    names = {launch.name for launch in found}
+    expected = {
+        "step": {"_convolve", "_correlate", "_spread", "_fold", "_sums"},
+        "eval": {"_convolve", "_normalise"},
+        "augment": {"_measure", "_apply", "_finish"},
+        "digits": {"_finish"},
+        "benchmarks": {"_convolve", "_correlate", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "tests": {"_convolve", "_correlate", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+    }
+    assert names >= expected[kind]

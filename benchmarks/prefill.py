@@ -1,0 +1,138 @@
+"""Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
+
+    TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune]
+                                                      [--work step eval augment digits benchmarks tests]
+
+  step, eval   a training step of each model, and its evaluation
+  augment      augmentation by the recipe `fat`
+  digits       the demo's run: FAT-B0 on 64 pixels, recipe `light`, and its evaluation
+  benchmarks   what benchmarks/kernels.py compares
+  tests        what tests/gpu/test_kernels.py checks
+
+`python -m fat.kernels.prefill` does the first two, and says which machines the cache serves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import fat
+from fat.kernels.prefill.command import add_options, fill
+from fat.kernels.prefill.work import evaluation, training_step
+
+Work = Callable[[], object]
+DIGITS, DIGITS_BATCH, DIGITS_SIZE = 10, 64, 64
+DIGITS_LAST = 40  # images in the last batch of an evaluation: 360 in batches of 64
+TEST_BATCH, TEST_SIZE = 8, 224
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    parser.add_argument("--models", nargs="+", choices=fat.list_models(), default=fat.list_models())
+    parser.add_argument("--work", nargs="+", choices=tuple(WORK), default=list(WORK))
+    options = parser.parse_args()
+    return fill([run for kind in options.work for run in WORK[kind](options)], options)
+
+
+def steps(options: argparse.Namespace) -> Iterator[Work]:
+    for name in options.models:
+        yield training_step(model(name), (options.batch, 3, options.size, options.size))
+
+
+def evaluations(options: argparse.Namespace) -> Iterator[Work]:
+    for name in options.models:
+        yield evaluation(model(name), (options.batch, 3, options.size, options.size))
+
+
+def augmentation(options: argparse.Namespace) -> Iterator[Work]:
+    yield augmented("fat", options.size)
+
+
+def digits(options: argparse.Namespace) -> Iterator[Work]:
+    small = model("fat_b0", drop_path=0.0, num_classes=DIGITS)
+    yield training_step(small, (DIGITS_BATCH, 3, DIGITS_SIZE, DIGITS_SIZE))
+    for rows in (DIGITS_BATCH, DIGITS_LAST):
+        yield evaluation(small, (rows, 3, DIGITS_SIZE, DIGITS_SIZE))
+    yield augmented("light", DIGITS_SIZE)
+
+
+def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
+    from benchmarks import kernel_jobs
+
+    wanted = argparse.Namespace(
+        variants=["fat_b0", "fat_b3"], stages=[1, 2, 3, 4], batch=options.batch, size=options.size, dtype="bfloat16"
+    )
+
+    def run() -> None:
+        stay = mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module)  # `to` swaps no fakes
+        with stay, mock.patch.object(kernel_jobs, "DEVICE", "cpu"):
+            for job in kernel_jobs.jobs(wanted):
+                job.ways["ours"]()
+
+    yield run
+
+
+def tests(options: argparse.Namespace) -> Iterator[Work]:
+    from tests import kernel_checks as checks
+    from tests.gpu import test_kernels as cases
+
+    def run() -> None:
+        draw = checks.Draw.seeded(0, "cpu")
+        with (
+            mock.patch.object(checks, "expect", return_value=None),
+            mock.patch.object(torch, "equal", return_value=True),
+            mock.patch.object(torch.Tensor, "item", return_value=1.0),
+        ):
+            for case in cases.DEPTHWISE:
+                checks.check_depthwise(case, draw)
+            for case in cases.NORMED:
+                checks.check_depthwise_moments(case, draw)
+            for outputs, channels, dtype in cases.FOLDED:
+                checks.check_fold(outputs, channels, dtype, draw)
+            for case in cases.GATED:
+                checks.check_depthwise_gate(case, draw)
+                checks.check_depthwise_norm(case, draw)
+            for shape, dtype in cases.MAPS:
+                checks.check_gate(shape, dtype, draw)
+                checks.check_norm(shape, dtype, 0.0, draw)
+                checks.check_add(shape, dtype, True, draw)
+
+    yield run
+    for name in ("fat_b0", "fat_b3"):
+        for dtype in (torch.bfloat16, torch.float32):
+            whole = model(name, drop_path=0.0)
+            yield training_step(whole, (TEST_BATCH, 3, TEST_SIZE, TEST_SIZE), dtype=dtype)
+
+
+def model(name: str, **config: float) -> fat.FAT:
+    with torch.device("meta"):
+        return fat.create_model(name, **config)
+
+
+def augmented(recipe: str, size: int) -> Work:
+    from pipeline.augment.pixels import launch_all
+    from pipeline.augment.recipe import augment_recipe
+
+    return lambda: launch_all(augment_recipe(recipe, size=size), torch.bfloat16)
+
+
+WORK: dict[str, Callable[[argparse.Namespace], Iterator[Work]]] = {
+    "step": steps,
+    "eval": evaluations,
+    "augment": augmentation,
+    "digits": digits,
+    "benchmarks": benchmarks,
+    "tests": tests,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
