@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ import torch
 from fat.blocks import POOL_KERNEL
 from fat.config import VARIANTS
 from fat.kernels import ops, tiles
+from fat.kernels.prefill.launches import cuda_target, record
 
 WARP, REGISTERS, SHARED, WARPS, PROGRAMS = 32, 1 << 16, 227 << 10, 64, 32  # of a Hopper multiprocessor
 FORMS = {"strips": tiles.strips, "patches": tiles.patches}
@@ -114,9 +114,7 @@ def shapes(variants: list[str], size: int) -> list[Shape]:
 
 def measure(shape: Shape, form: str, capability: int = 90) -> dict[str, Any]:
     """The table's columns for one shape in one form."""
-    with compiling(capability) as kernels, mock.patch.object(tiles, "weight_gradient", FORMS[form]):
-        shape.launch()
-    (kernel,) = kernels
+    kernel = compiled(shape, form, capability)
     launch = FORMS[form](shape.kernel, shape.stride, shape.out, shape.out, shape.channels)
     usage, instructions = disassemble(kernel.asm["cubin"])
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
@@ -157,25 +155,14 @@ def walked(shape: Shape, launch: tiles.Patches) -> Iterator[int]:
         yield min(shape.out, shape.out - (pad - last)) - max(0, first - pad) if shape.stride == 1 else shape.out
 
 
-@contextmanager
-def compiling(capability: int) -> Iterator[list[Any]]:
-    """Launches compile as they would on a device of that capability, and do not run: the kernels, in order."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-    from triton.runtime.jit import JITFunction
+def compiled(shape: Shape, form: str, capability: int) -> Any:
+    """The kernel of this form, compiled as its launch on a device of that capability would."""
+    import triton
 
-    kernels: list[Any] = []
-    launch = JITFunction.run
-
-    def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
-        kernels.append(launch(self, *args, grid=grid, warmup=True, **options))
-
-    target = mock.Mock()
-    target.get_current_target.return_value = GPUTarget("cuda", capability, WARP)
-    target.get_current_device.return_value = capability
-    target.get_current_stream.return_value = 0
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(driver, "_active", target):
-        yield kernels
+    target = cuda_target(divmod(capability, 10))
+    with mock.patch.object(tiles, "weight_gradient", FORMS[form]):
+        (launch,) = record(shape.launch, target)
+    return triton.compile(launch.source, target=target, options=launch.options)
 
 
 def disassemble(binary: bytes) -> tuple[str, list[tuple[str, str]]]:

@@ -155,7 +155,7 @@ def test_strips_compile_without_spilling() -> None:
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_forward_at_stride_2_needs_few_registers(compiled: Compiled, tmp_path: Path) -> None:
+def test_forward_at_stride_2_needs_few_registers(compiled: OfflineDriver, tmp_path: Path) -> None:
     LAUNCHES["reducing"]()
     registers, spilled = compiled.registers("_convolve", tmp_path)
     assert registers <= 104

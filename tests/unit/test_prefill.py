@@ -129,7 +129,7 @@ def test_a_step_finds_all_its_kernels_in_the_cache(cache: Path, monkeypatch: pyt
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert {"_convolve", "_correlate", "_fold_gradient", "_follow"} <= set(found["launched"])
+    assert {"_convolve", "_patches", "_fold_gradient", "_follow"} <= set(found["launched"])
     assert [name for name, hit in found["hits"] if not hit] == []
     assert len(found["hits"]) == report.total
     assert found["built"] == []
@@ -319,11 +319,11 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
     found = launches.record(work[-1 if kind != "tests" else 0], TARGET)
     names = {launch.name for launch in found}
     expected = {
-        "step": {"_convolve", "_correlate", "_spread", "_fold", "_sums"},
+        "step": {"_convolve", "_patches", "_spread", "_fold", "_sums"},
         "eval": {"_convolve", "_normalise"},
         "augment": {"_measure", "_apply", "_finish"},
         "digits": {"_finish"},
-        "benchmarks": {"_convolve", "_correlate", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
-        "tests": {"_convolve", "_correlate", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "benchmarks": {"_convolve", "_patches", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "tests": {"_convolve", "_patches", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
     }
     assert names >= expected[kind]
