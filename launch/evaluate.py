@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fat
+from fat.kernels.prefill.work import evaluation
 from launch.checkpoint import CheckpointFolder
 from launch.kernel_check import check_kernels
 from launch.loss import count_correct
@@ -89,7 +90,8 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     size = command.size or data.get("size", 224)
     bf16 = command.precision == "bf16" or (command.precision == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
-    check_kernels(model, world, size=size, dtype=dtype, gradients=False)
+    passes = [evaluation(model, (command.batch, 3, size, size), dtype=dtype)]
+    check_kernels(model, world, size=size, dtype=dtype, gradients=False, passes=passes)
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else max(1, min(samples, command.limit))
     normal = AugmentRecipe()

@@ -132,15 +132,19 @@ class Feed:
         data = replace(data, loader=replace(data.loader, **changes))
         return self.with_recipe(replace(self.recipe, data=data))
 
+    @property
+    def eval_rows(self) -> int:
+        """Images of this rank's batches in an evaluation; the last one may have fewer."""
+        return self.recipe.data.eval_batch or min(MAX_EVAL_BATCH, self.shape.rank_rows)
+
     def eval_loader(self, *, dtype: torch.dtype) -> AbstractContextManager[EvalLoader | None]:
         """This rank's share of the validation split, to be closed; None where the set has none."""
         if "val" not in self.dataset.manifest.splits:
             return nullcontext()
-        batch = self.recipe.data.eval_batch or min(MAX_EVAL_BATCH, self.shape.rank_rows)
         samples = self.dataset.split("val").samples
         return EvalLoader(
             self.dataset,
-            EvalPlan(samples, batch=batch, world=self.world.size, rank=self.world.rank),
+            EvalPlan(samples, batch=self.eval_rows, world=self.world.size, rank=self.world.rank),
             size=self.recipe.data.size,
             crop_pct=self.recipe.data.crop_pct,
             mean=self.augment.mean,

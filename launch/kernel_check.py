@@ -1,4 +1,5 @@
-"""Before a model runs with FAT's own kernels: compare each family with torch, switch off what fails, say so.
+"""Before a model runs with FAT's own kernels: compile them in parallel, compare each family with torch, and switch off
+the families that fail.
 
 The verdict depends on the device, the driver, torch, Triton, the kernels' sources and the model's shapes. It is kept
 for these in a JSON file of its own under $XDG_CACHE_HOME/fat-pipeline/kernel-checks/ (~/.cache, if that is not set), so
@@ -13,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,8 @@ import fat
 import pipeline.augment
 from fat import kernels
 from fat.kernels import selfcheck
+from fat.kernels.prefill.command import Progress
+from fat.kernels.prefill.work import evaluation, training_step
 from fat.kernels.selfcheck import Check, Failure, KernelFault
 from launch.execution import AUGMENT_SWITCH, choose, switch
 from launch.feed import Feed
@@ -33,10 +36,12 @@ from launch.recipe import Recipe
 from launch.world import World
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
+from pipeline.augment.pixels import launch_all
 from pipeline.augment.recipe import AugmentRecipe
 from shards.durable import durable_write
 from shards.errors import UserError, first_line
 
+Work = Callable[[], object]
 Source = Literal["compared now", "compared before", "not compared"]
 
 
@@ -56,11 +61,13 @@ class Verdict:
     """Those of them that are switched off, and why."""
     source: Source = "not compared"
     seconds: float = 0.0
-    """That the comparison took, compilation included."""
+    """That the comparison took, without compilation."""
     notes: tuple[str, ...] = ()
     """Why nothing was compared."""
     warnings: tuple[str, ...] = ()
     """What went wrong beside the kernels: no comparison could be made, or its verdict could not be kept."""
+    compilation: str = ""
+    """How many kernels were compiled before their first launch, on rank 0's node."""
 
     @property
     def summary(self) -> str:
@@ -74,7 +81,7 @@ class Verdict:
     @property
     def picks(self) -> dict[str, str]:
         """For people and the log."""
-        return {"kernel check": self.summary}
+        return {"kernel check": self.summary} | ({"kernels": self.compilation} if self.compilation else {})
 
     def lines(self) -> list[str]:
         """A warning for each family that is switched off, and what else people should know."""
@@ -93,20 +100,27 @@ class Verdict:
             "source": self.source,
             "seconds": round(self.seconds, 2),
             "notes": [*self.notes, *self.warnings],
+            "compilation": self.compilation,
         }
 
 
 def check_recipe(recipe: Recipe, feed: Feed, model: fat.FAT) -> Verdict:
     """`check_kernels` for a training run."""
     _, precision = choose(recipe, feed.world.device, ranks=feed.world.size)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    frozen, sides = recipe.model.freeze_bn, (3, recipe.data.size, recipe.data.size)
     return check_kernels(
         model,
         feed.world,
         size=recipe.data.size,
-        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-        frozen_norms=recipe.model.freeze_bn,
+        dtype=dtype,
+        frozen_norms=frozen,
         augment=None if feed.loader_options.loader == "synthetic" else feed.augment,
         mode=recipe.run.kernels,
+        passes=[
+            training_step(model, (feed.shape.micro_rows, *sides), dtype=dtype, freeze_bn=frozen),
+            evaluation(model, (feed.eval_rows, *sides), dtype=dtype),
+        ],
     )
 
 
@@ -120,12 +134,14 @@ def check_kernels(
     frozen_norms: bool = False,
     augment: AugmentRecipe | None = None,
     mode: kernels.Mode | None = None,
+    passes: Sequence[Work] = (),
 ) -> Verdict:
-    """Compare the kernels that a model and its loader will use with torch, and switch off the families that fail.
+    """Compile the kernels that a model and its loader will use, compare them with torch, and switch off the families
+    that fail.
 
-    Collective: the first rank of every node compares, and a family that fails on one node is switched off on all
-    ranks, so that results do not depend on the rank. Rank 0 prints the warnings to stderr. Nothing is compared where
-    kernels do not serve, or with mode "unchecked".
+    Collective: the first rank of every node compiles and compares while its other ranks wait, and a family that fails
+    on one node is switched off on all ranks, so that results do not depend on the rank. Rank 0 prints progress and
+    warnings to stderr. Nothing is compared where kernels do not serve, or with mode "unchecked".
 
     Args:
         model: is left as it is.
@@ -135,6 +151,7 @@ def check_kernels(
         frozen_norms: BatchNorm stands still in training.
         augment: what the loader does on the device, if anything.
         mode: the model's kernels; None = FAT_KERNELS, else auto. Augmentation goes by FAT_KERNELS alone.
+        passes: what the model will run, for `fat.kernels.prefill`.
 
     Raises:
         KernelsUnusable: a kernel has made the device unusable.
@@ -154,12 +171,15 @@ def check_kernels(
             frozen_norms=frozen_norms,
             device=world.device,
         )
+        work = [*(passes if of_model != "off" else ())]
+        if augment is not None and of_loader != "off":
+            work.append(lambda: launch_all(augment, dtype))
         if what.model is not None or what.augment is not None:
-            mine = what.verdict(tell=world.is_main)
+            mine = what.verdict(work, tell=world.is_main)
         else:
             unchecked = "unchecked" in (of_model, of_loader if augment else "")
             why = "kernels are used unchecked, as asked for" if unchecked else "no kernels are used here"
-            mine = Verdict(notes=(why,))
+            mine = replace(compiled(work, tell=world.is_main) if work else Verdict(), notes=(why,))
     verdict = _together(mine, world)
     families = {failure.family for failure in verdict.failed}
     kernels.disable(*(families & set(kernels.FAMILIES)))
@@ -181,21 +201,26 @@ class _Comparison:
     frozen_norms: bool
     device: torch.device
 
-    def verdict(self, *, tell: bool) -> Verdict:
-        """The kept verdict, else a new one, which is then kept."""
+    def verdict(self, work: Sequence[Work], *, tell: bool) -> Verdict:
+        """Compile the kernels of `work` and of the comparison; return the kept verdict, else a new one, which is then
+        kept."""
         key = self._key()
         path = cache_folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
         kept = read_verdict(path, key)
         if kept is not None:
-            return kept
+            before = compiled(work, tell=tell)
+            return replace(kept, warnings=before.warnings, compilation=before.compilation)
         if tell:
             _say(f"comparing kernels with torch, once for {key['device']} with these versions")
-        start = time.perf_counter()
         try:
             checks = self._checks()
         except Exception as error:  # a check that cannot be made is no reason not to train
             why = f"{type(error).__name__}: {first_line(error)}"
-            return Verdict(warnings=(f"kernels: the comparison could not be made ({why}); they are used unchecked",))
+            line = f"kernels: the comparison could not be made ({why}); they are used unchecked"
+            before = compiled(work, tell=tell)
+            return replace(before, warnings=(*before.warnings, line))
+        before = compiled([*work, *(check.launch for check in checks)], tell=tell)
+        start = time.perf_counter()
         try:
             with augment_kernels.disabled():
                 failed = selfcheck.run(checks, self.device)
@@ -204,13 +229,19 @@ class _Comparison:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         checked = tuple(dict.fromkeys(check.families[-1] for check in checks))
-        found = Verdict(checked, tuple(failed), "compared now", time.perf_counter() - start)
+        found = replace(
+            before,
+            checked=checked,
+            failed=tuple(failed),
+            source="compared now",
+            seconds=time.perf_counter() - start,
+        )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             durable_write(path, (json.dumps({"key": key, **found.to_dict()}, indent=1) + "\n").encode())
         except OSError as error:
             line = f"{path.parent} cannot be written ({error.strerror}), so the next run compares kernels again"
-            found = replace(found, warnings=(line,))
+            found = replace(found, warnings=(*found.warnings, line))
         return found
 
     def _checks(self) -> list[Check]:
@@ -237,6 +268,15 @@ class _Comparison:
             "use": [self.size, str(self.dtype), self.gradients, self.frozen_norms],
             "augmentation": None if self.augment is None else repr(self.augment),
         }
+
+
+def compiled(work: Sequence[Work], *, tell: bool) -> Verdict:
+    """Compile what `work` launches into Triton's cache; a verdict that says only how that went."""
+    from fat.kernels.prefill.compile_ahead import compile_ahead
+
+    report = compile_ahead(work, progress=Progress(sys.stderr) if tell else None)
+    warnings = () if report.problem is None else (report.problem,)
+    return Verdict(warnings=warnings, compilation=str(report) if report.total else "")
 
 
 def cache_folder() -> Path:
@@ -279,6 +319,7 @@ def _together(mine: Verdict | None, world: World) -> Verdict:
         seconds=max(verdict.seconds for verdict in verdicts),
         notes=tuple(dict.fromkeys(note for verdict in verdicts for note in verdict.notes)),
         warnings=tuple(dict.fromkeys(line for verdict in verdicts for line in verdict.warnings)),
+        compilation=verdicts[0].compilation,
     )
 
 

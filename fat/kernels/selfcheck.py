@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -96,6 +96,9 @@ class Check(Protocol):
     def compare(self, device: torch.device) -> tuple[str, str] | None:
         """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""
 
+    def launch(self) -> object:
+        """Launch its kernels on CPU tensors of any values, for a recorder of launches (`fat.kernels.prefill`)."""
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -106,6 +109,11 @@ class Spec:
     dtype: torch.dtype
     is_map: bool
     """[B, C, H, W] in channels-last memory."""
+
+    def empty(self) -> Tensor:
+        """A CPU tensor of any values."""
+        layout = torch.channels_last if self.is_map else torch.contiguous_format
+        return torch.empty(self.shape, dtype=self.dtype, memory_format=layout)
 
 
 @dataclass(frozen=True)
@@ -171,9 +179,9 @@ class Case:
 
         return Case(self.operator, tuple(map(changed, self.arguments)))
 
-    def call(self, make: Callable[[Spec], Tensor]) -> tuple[Tensor, ...]:
-        """Call the operator with tensors that `make` makes, as a compiler of kernels may do on fake tensors."""
-        return _call(self._function, [make(a) if isinstance(a, Spec) else a for a in self.arguments])
+    def launch(self) -> tuple[Tensor, ...]:
+        """Call the operator on CPU tensors of any values, for a recorder of launches (`fat.kernels.prefill`)."""
+        return _call(self._function, [a.empty() if isinstance(a, Spec) else a for a in self.arguments])
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
         """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.augment import kernels
 from pipeline.augment.ops import OPS, arguments
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
-from pipeline.augment.pixels import BatchAugment
+from pipeline.augment.pixels import BatchAugment, launch_all
 from pipeline.augment.recipe import AugmentRecipe
 
 SEED = 1
@@ -54,6 +54,10 @@ class Case:
         """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""
         wrong = self._bytes(device) if self.family == kernels.RANDAUGMENT else self._finished(device)
         return None if wrong is None else (self.family, wrong)
+
+    def launch(self) -> None:
+        """Launch every kernel of this recipe on CPU images, for a recorder of launches."""
+        launch_all(self.recipe, self.result)
 
     def _bytes(self, device: torch.device) -> str | None:
         """Every operation in either direction, and another one behind it; flips."""

@@ -16,6 +16,7 @@ import fat
 from fat import kernels
 from fat.config import FATConfig
 from fat.kernels import families, selfcheck, tiles
+from fat.kernels.prefill.compile_ahead import Report
 from fat.kernels.selfcheck import Failure, KernelFault, mismatch
 from launch import kernel_check
 from launch.kernel_check import KernelsUnusable, Verdict, check_kernels
@@ -23,6 +24,7 @@ from launch.recipe import RecipeError
 from launch.train import main as train
 from launch.world import World
 from pipeline.augment import kernels as augment_kernels
+from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from tests.unit.test_launch_commands import SMALL
 from tests.unit.test_launch_commands import run as run_command
@@ -67,6 +69,9 @@ class Stub:
         if isinstance(self.end, Exception):
             raise self.end
         return self.end
+
+    def launch(self) -> str:
+        return self.family
 
 
 def stub(*names: str, end: Any = None) -> Stub:
@@ -431,6 +436,65 @@ def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monke
     assert not kernel_check.cache_folder().exists()
 
 
+# Compilation before the first launch
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """What the launches of each compilation return; nothing is compiled."""
+    made: list[list[Any]] = []
+
+    def compile_ahead(work: list[Any], *, progress: Any) -> Report:
+        made.append([launch() for launch in work])
+        return Report(total=3, compiled=2, cached=1, seconds=1.0, problem="one thing failed")
+
+    monkeypatch.setattr("fat.kernels.prefill.compile_ahead.compile_ahead", compile_ahead)
+    return made
+
+
+def test_kernels_of_the_run_and_of_the_comparison_are_compiled_together(
+    model: fat.FAT, monkeypatch: pytest.MonkeyPatch, compilations: list[list[Any]]
+) -> None:
+    """Before the comparison; on later starts, which compare nothing, those of the run alone."""
+    calls = serve(monkeypatch)
+    first, second = (check(model, passes=[lambda: "step"]) for _ in range(2))
+    assert compilations == [["step", families.CONVOLUTION, families.NORM], ["step"]]
+    assert len(calls.made) == 1
+    for verdict in (first, second):
+        assert verdict.picks["kernels"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
+        assert verdict.lines() == ["warning: one thing failed"]
+
+
+@pytest.mark.parametrize(("variable", "expected"), [("unchecked", [["step"]]), ("off", [])])
+def test_unchecked_kernels_are_compiled_and_unused_ones_are_not(
+    model: fat.FAT,
+    monkeypatch: pytest.MonkeyPatch,
+    compilations: list[list[Any]],
+    variable: str,
+    expected: list[list[str]],
+) -> None:
+    serve(monkeypatch)
+    monkeypatch.setattr(kernels, "supported", lambda device: variable != "off")
+    monkeypatch.setattr(augment_kernels, "available", lambda device: False)
+    monkeypatch.setenv("FAT_KERNELS", variable)
+    check(model, passes=[lambda: "step"])
+    assert compilations == expected
+
+
+def test_every_launch_of_a_comparison_can_be_recorded(model: fat.FAT) -> None:
+    """Without a GPU, as the compilation ahead records them: each case launches kernels, and none reads a value."""
+    pytest.importorskip("triton")
+    from fat.kernels.prefill.launches import cuda_target, record
+
+    checks = [
+        *selfcheck.cases(model, 64, torch.bfloat16),
+        *augment_selfcheck.cases(augment_recipe("fat", size=64), torch.bfloat16),
+    ]
+    assert {family for check in checks for family in check.families} >= set(families.FAMILIES)
+    for case in checks:
+        assert record(case.launch, cuda_target((9, 0))), case
+
+
 def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In recipe.json, and in the log."""
     monkeypatch.setattr(
@@ -440,7 +504,8 @@ def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pyte
     assert run_command(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
     kept = json.loads((out / "recipe.json").read_text())["kernels"]
     assert kept == {
-        **{"checked": ["norm"], "failed": [NORM.to_dict()], "source": "compared now", "seconds": 1.25, "notes": []}
+        **{"checked": ["norm"], "failed": [NORM.to_dict()], "source": "compared now", "seconds": 1.25, "notes": []},
+        "compilation": "",
     }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     (picks,) = (line for line in lines if line["kind"] == "picks")

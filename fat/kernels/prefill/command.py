@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -62,7 +63,7 @@ def fill(work: Sequence[Callable[[], object]], options: argparse.Namespace) -> i
     from fat.kernels.prefill.compile_ahead import cache_folder, compile_ahead
 
     report = compile_ahead(
-        work, capability=options.capability, processes=options.processes, progress=_Progress(), wait=float("inf")
+        work, capability=options.capability, processes=options.processes, progress=Progress(), wait=float("inf")
     )
     print(report)
     if report.problem is not None:
@@ -83,16 +84,16 @@ def prune(folder: Path) -> None:
             path.unlink()
 
 
-class _Progress:
+class Progress:
     """Prints how many kernels are compiled, at most once in `EVERY` seconds."""
 
-    def __init__(self) -> None:
-        self.last = -EVERY
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream, self.last = stream, -EVERY
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
         if now - self.last >= EVERY or done == total:
-            print(f"compiling kernels {done}/{total}", flush=True)
+            print(f"compiling kernels {done}/{total}", file=self.stream, flush=True)
             self.last = now
 
 
