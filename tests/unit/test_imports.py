@@ -30,7 +30,7 @@ ONLY_IN = {
         "pipeline/augment/randaugment.py",
     },
     "accelerate": {"launch/wrapping.py", "launch/trackers.py"},
-    "deepspeed": {"launch/masters.py"},
+    "deepspeed": {"launch/masters.py", "launch/wrapping.py"},
 }
 TORCH_FREE = ("shards",)
 FAT_TOP_LEVEL = {"torch"}
