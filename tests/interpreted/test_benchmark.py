@@ -102,7 +102,11 @@ def test_ways_of_the_library_agree_with_ours() -> None:
     """What is compared does the same thing."""
     for job in kernel_jobs.depthwise_jobs((1, 16, 5, 5), 3, 1, torch.float32):
         results = {way: call() for way, call in job.ways.items()}
-        if "gradient" not in job.name:
+        if kernel_jobs.OTHER_FORM in results:
+            torch.testing.assert_close(results["ours"], results[kernel_jobs.OTHER_FORM], rtol=1e-4, atol=1e-4)
+        if "statistics" in job.name:
+            assert set(results) == {"ours", kernel_jobs.OTHER_FORM}
+        elif "gradient" not in job.name:
             torch.testing.assert_close(results["ours"], results["channels-last"], rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(results["ours"], results["contiguous"], rtol=1e-4, atol=1e-4)
         elif "input" in job.name:
