@@ -1,13 +1,14 @@
 """Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
 
     TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune]
-                                                      [--work step eval augment digits benchmarks tests]
+                                                      [--work step eval augment check digits benchmarks tests]
 
   step, eval   a training step of each model, and its evaluation
   augment      augmentation by the recipe `fat`
-  digits       the demo's run: FAT-B0 on 64 pixels, recipe `light`, and its evaluation
+  check        the comparison of kernels with torch before a first run of each model with that augmentation
+  digits       the demo's run: FAT-B0 on 64 pixels, recipe `light`, its evaluation and its comparison with torch
   benchmarks   what benchmarks/kernels.py compares
-  tests        what tests/gpu/test_kernels.py checks
+  tests        what tests/gpu/test_kernels.py checks, and the steps of tests/gpu/test_training_step.py
 
 `python -m fat.kernels.prefill` does the first two, and says which machines the cache serves.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -25,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import fat
+from fat.kernels import selfcheck, tiles
 from fat.kernels.prefill.command import add_options, fill
 from fat.kernels.prefill.work import evaluation, training_step
 
@@ -57,11 +59,19 @@ def augmentation(options: argparse.Namespace) -> Iterator[Work]:
     yield augmented("fat", options.size)
 
 
+def comparisons(options: argparse.Namespace) -> Iterator[Work]:
+    for name in options.models:
+        yield compared(selfcheck.cases(model(name), options.size, torch.bfloat16))
+    yield compared(augmentation_cases("fat", options.size, torch.bfloat16))
+
+
 def digits(options: argparse.Namespace) -> Iterator[Work]:
     small = model("fat_b0", drop_path=0.0, num_classes=DIGITS)
     yield training_step(small, (DIGITS_BATCH, 3, DIGITS_SIZE, DIGITS_SIZE))
     for rows in (DIGITS_BATCH, DIGITS_LAST):
         yield evaluation(small, (rows, 3, DIGITS_SIZE, DIGITS_SIZE))
+    yield compared(selfcheck.cases(small, DIGITS_SIZE, torch.bfloat16))
+    yield compared(augmentation_cases("light", DIGITS_SIZE, torch.bfloat16))
     yield augmented("light", DIGITS_SIZE)
 
 
@@ -85,6 +95,7 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
 def tests(options: argparse.Namespace) -> Iterator[Work]:
     from tests import kernel_checks as checks
     from tests.gpu import test_kernels as cases
+    from tests.gpu import test_training_step as steps
 
     def run() -> None:
         draw = checks.Draw.seeded(0, "cpu")
@@ -95,6 +106,9 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
         ):
             for case in cases.DEPTHWISE:
                 checks.check_depthwise(case, draw)
+                for form in (tiles.strips, tiles.patches):
+                    with mock.patch.object(tiles, "weight_gradient", form):
+                        checks.check_weight_gradient(case, draw)
             for case in cases.NORMED:
                 checks.check_depthwise_moments(case, draw)
             for outputs, channels, dtype in cases.FOLDED:
@@ -112,11 +126,34 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
         for dtype in (torch.bfloat16, torch.float32):
             whole = model(name, drop_path=0.0)
             yield training_step(whole, (TEST_BATCH, 3, TEST_SIZE, TEST_SIZE), dtype=dtype)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield compared(selfcheck.cases(model("fat_b0"), TEST_SIZE, dtype))
+        yield compared(augmentation_cases("fat", TEST_SIZE, dtype))
+        yield training_step(model(steps.CONFIG), (steps.ROWS, 3, steps.SIDE, steps.SIDE), dtype=dtype)
+        yield evaluation(model(steps.CONFIG), (steps.ROWS + 2, 3, steps.SIDE, steps.SIDE), dtype=dtype)
+    yield compared(selfcheck.cases(model("fat_b0"), 64, torch.bfloat16))
 
 
-def model(name: str, **config: float) -> fat.FAT:
+def model(name: str | fat.FATConfig, **config: float) -> fat.FAT:
     with torch.device("meta"):
         return fat.create_model(name, **config)
+
+
+def compared(checks: Sequence[selfcheck.Check]) -> Work:
+    """What a comparison with torch launches."""
+
+    def run() -> None:
+        for check in checks:
+            check.launch()
+
+    return run
+
+
+def augmentation_cases(recipe: str, size: int, dtype: torch.dtype) -> Sequence[selfcheck.Check]:
+    from pipeline.augment import selfcheck as augment_selfcheck
+    from pipeline.augment.recipe import augment_recipe
+
+    return augment_selfcheck.cases(augment_recipe(recipe, size=size), dtype)
 
 
 def augmented(recipe: str, size: int) -> Work:
@@ -130,6 +167,7 @@ WORK: dict[str, Callable[[argparse.Namespace], Iterator[Work]]] = {
     "step": steps,
     "eval": evaluations,
     "augment": augmentation,
+    "check": comparisons,
     "digits": digits,
     "benchmarks": benchmarks,
     "tests": tests,

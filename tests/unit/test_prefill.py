@@ -316,14 +316,15 @@ def test_the_command_fills_and_prunes_the_cache(
 @pytest.mark.parametrize("kind", list(gpu_run.WORK))
 def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
     work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224)))
-    found = launches.record(work[-1 if kind != "tests" else 0], TARGET)
+    found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
     expected = {
         "step": {"_convolve", "_patches", "_spread", "_fold", "_sums"},
         "eval": {"_convolve", "_normalise"},
         "augment": {"_measure", "_apply", "_finish"},
+        "check": {"_convolve", "_patches", "_spread", "_fold_gradient", "_sums", "_follow"},
         "digits": {"_finish"},
-        "benchmarks": {"_convolve", "_patches", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
-        "tests": {"_convolve", "_patches", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "benchmarks": {"_convolve", "_patches", "_strips", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "tests": {"_convolve", "_patches", "_strips", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
     }
     assert names >= expected[kind]
