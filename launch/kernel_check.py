@@ -180,6 +180,10 @@ def check_kernels(
             unchecked = "unchecked" in (of_model, of_loader if augment else "")
             why = "kernels are used unchecked, as asked for" if unchecked else "no kernels are used here"
             mine = replace(compiled(work, tell=world.is_main) if work else Verdict(), notes=(why,))
+    elif kernels.supported(world.device.type):
+        from fat.kernels.prefill.compile_ahead import keep_cache
+
+        keep_cache()
     verdict = _together(mine, world)
     families = {failure.family for failure in verdict.failed}
     kernels.disable(*(families & set(kernels.FAMILIES)))

@@ -296,6 +296,32 @@ def test_nothing_is_compiled_without_a_device_to_compile_for(cache: Path, monkey
     assert not cache.exists()
 
 
+def test_kernels_are_found_after_torch_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which sets the cache's folder and the assembler of its process, where they are not set."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    for name in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
+        monkeypatch.setenv(name, "")  # so that both are restored, whoever sets them
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TRITON_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    get_ptxas_version.cache_clear()
+    assert ahead([copies(32)]).compiled == 1
+
+    get_ptxas_version.cache_clear()
+    compile_ahead.keep_cache()
+    assembler = tmp_path / "ptxas"
+    assembler.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.9, V99.9.0\n")
+    assembler.chmod(0o755)
+    os.environ.setdefault("TRITON_PTXAS_PATH", str(assembler))
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(0))
+    try:
+        assert ahead([copies(32)]).cached == 1
+    finally:
+        get_ptxas_version.cache_clear()
+
+
 def test_the_command_fills_and_prunes_the_cache(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

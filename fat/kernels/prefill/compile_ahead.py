@@ -85,6 +85,8 @@ def compile_ahead(
     problems: list[str] = []
     report = Report()
     try:
+        if capability is None:
+            keep_cache()
         target = cuda_target(capability or torch.cuda.get_device_capability())
         launches = _recorded(work, target, problems)
         report = Report(total=len(launches))
@@ -107,6 +109,18 @@ def compile_ahead(
     except Exception as error:
         problems.append(one_line(error))
     return replace(report, seconds=time.monotonic() - start, problem=_summary(problems))
+
+
+def keep_cache() -> None:
+    """Make later launches of this process look kernels up where `compile_ahead` has put them.
+
+    Unless they are set, torch.compile points TRITON_CACHE_DIR to a folder of its own and TRITON_PTXAS_PATH to torch's
+    assembler, whose version is part of the look-up. Call it in every rank before torch.compile compiles anything;
+    `compile_ahead` does so in the process that calls it.
+    """
+    if not knobs.runtime.interpret and torch.cuda.is_available():
+        os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder()))
+        os.environ.setdefault("TRITON_PTXAS_PATH", knobs.nvidia.ptxas.path)
 
 
 def cache_folder() -> Path:
