@@ -46,7 +46,7 @@ class JpegEngine:
 
     usable: bool
     found: str
-    """For people: how many engines there are, or why none can be used, with the remedy."""
+    """Text for the log: how many engines there are, or why none can be used, with the remedy."""
 
     @property
     def load(self) -> float:
@@ -70,8 +70,8 @@ def find_jpeg_engine(device: torch.device) -> JpegEngine:
 def ask(load: Load, paths: list[str]) -> JpegEngine:
     """Ask the first nvJPEG of `paths` that can be opened, the way nvImageCodec does before it registers its decoder.
 
-    nvJPEG 12.4's documentation has engines in Ampere (A100 and A30 only), Hopper, Ada and Blackwell; which of them it
-    can use is its own knowledge, and not repeated here. It drives them through the driver's libnvcuvid.
+    nvJPEG 12.4's documentation lists engines in Ampere (A100 and A30 only), Hopper, Ada and Blackwell. nvJPEG itself is
+    asked, so that no such list is kept here. It needs the driver's libnvcuvid.
     """
     try:
         library = _first(load, paths)
@@ -110,21 +110,21 @@ def nvjpeg_paths() -> list[str]:
 
 
 def with_decoder(options: LoaderOptions, device: torch.device) -> LoaderOptions:
-    """`options` with an open `hw_decoder_load` chosen by what the device has."""
+    """Return `options` with an unset `hw_decoder_load` chosen by what the device has."""
     if device.type != "cuda" or options.dali.hw_decoder_load is not None:
         return options
     return replace(options, dali=replace(options.dali, hw_decoder_load=find_jpeg_engine(device).load))
 
 
 def decoders_in_words(load: float) -> str:
-    """Which decoder decodes JPEGs at a load."""
+    """Describe which decoder decodes JPEGs at a load."""
     if load in (0.0, 1.0):
         return "JPEG engine" if load else "CUDA decoder"
     return f"JPEG engine for {load:g} of the images, CUDA decoder for the rest"
 
 
 def sharing_warning(load: float) -> str | None:
-    """The line to print where a batch is divided between two decoders; None where it is not."""
+    """Return the warning for a load that divides batches between two decoders; None for other loads."""
     if load in (0.0, 1.0):
         return None
     return (
@@ -165,7 +165,7 @@ def engine_utilization(device: torch.device) -> Iterator[Callable[[], int | None
 
 
 def _first(load: Load, paths: list[str]) -> Any:
-    """The first library that can be opened; the last error where none can."""
+    """Open the first library that can be opened. Raises the last error when none can."""
     failure = OSError("no nvJPEG found")
     for path in paths:
         try:

@@ -94,7 +94,7 @@ class Check(Protocol):
     def dtype(self) -> str: ...
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""
+        """Return the family that is wrong and how, or None. Raises whatever the kernels raise."""
 
     def launch(self) -> object:
         """Launch its kernels on CPU tensors of any values, for a recorder of launches (`fat.kernels.prefill`)."""
@@ -111,7 +111,7 @@ class Spec:
     """[B, C, H, W] in channels-last memory."""
 
     def empty(self) -> Tensor:
-        """A CPU tensor of any values."""
+        """Make an uninitialised CPU tensor."""
         layout = torch.channels_last if self.is_map else torch.contiguous_format
         return torch.empty(self.shape, dtype=self.dtype, memory_format=layout)
 
@@ -158,7 +158,7 @@ class Case:
         return [a.shape[2] for a in self.arguments if isinstance(a, Spec) and a.is_map]
 
     def with_channels(self, channels: int) -> Case:
-        """The same for maps of another number of channels."""
+        """Return the same call on maps of another number of channels."""
         old = next(a.shape[1] for a in self.arguments if isinstance(a, Spec) and a.is_map)
 
         def changed(a: Any) -> Any:
@@ -172,7 +172,7 @@ class Case:
         return Case(self.operator, tuple(map(changed, self.arguments)))
 
     def with_batch(self, batch: int) -> Case:
-        """The same for maps of another batch."""
+        """Return the same call on maps of another batch size."""
 
         def changed(a: Any) -> Any:
             return replace(a, shape=(batch, *a.shape[1:])) if isinstance(a, Spec) and a.is_map else a
@@ -184,7 +184,7 @@ class Case:
         return _call(self._function, [a.empty() if isinstance(a, Spec) else a for a in self.arguments])
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""
+        """Return the family that is wrong and how, or None. Raises whatever the kernels raise."""
         draw = Draw(device, self)
         arguments = [draw.tensor(a) if isinstance(a, Spec) else a for a in self.arguments]
         with poisoned_memory():
@@ -202,14 +202,14 @@ class Case:
 def cases(
     model: Trunk, size: int, dtype: torch.dtype, *, gradients: bool = True, frozen_norms: bool = False
 ) -> list[Case]:
-    """The operator calls that the check makes for a model, each once, by families.
+    """List the operator calls to compare for a model, without duplicates, ordered by family.
 
     Args:
         model: is left as it is; its copy is traced on tensors without memory.
         size: side of the square images in pixels.
         dtype: bfloat16 = autocast over float32 parameters; float32 = without.
         gradients: also those of training; else of evaluation alone.
-        frozen_norms: BatchNorm stands still in training (`--freeze-bn`).
+        frozen_norms: BatchNorm stays in evaluation mode in training (`--freeze-bn`).
     """
     traced: list[tuple[str, int | tuple[int, int]]] = [("eval", size)]
     if gradients:
@@ -232,14 +232,14 @@ def cases(
 
 
 def odd_rows(size: int) -> int:
-    """Rows of the first stage's map at an odd image size: the tiles that it is cut into are those of the real map."""
+    """Choose an odd number of rows for the first stage's map that is tiled like the map of the real image size."""
     real, least = -(-size // STEM_STRIDE), MIN_SIZE // STEM_STRIDE + 1
     tried = range(min(LARGEST_ODD, 2 * real + 1), least - 1, -2)
     return next((rows for rows in tried if tiles.best(rows) == tiles.best(real)), least)
 
 
 def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
-    """The families that fail, each with its first failure. Reads the device after every check.
+    """Compare, and return the first failure of each family that fails. Synchronises the device after every check.
 
     A family that has failed is not checked further, nor are operators that launch its kernels too.
 
@@ -265,7 +265,7 @@ def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
 
 
 def mismatch(own: Tensor, exact: Tensor) -> str | None:
-    """How `own` is out of bounds; None = it is within them. NaN and infinity never are.
+    """Describe how `own` is out of bounds; None if it is within them. NaN and infinity never are.
 
     Args:
         exact: what is expected, float64 for floating results.
@@ -288,7 +288,7 @@ def mismatch(own: Tensor, exact: Tensor) -> str | None:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Let uninitialised memory be NaN: what a kernel forgets to write, or reads too early, shows."""
+    """Fill uninitialised memory with NaN, so that missing writes and early reads show."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -298,7 +298,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 class Draw:
-    """Normal tensors about a mean that is not 0, from a seed, on a device."""
+    """Draws normal tensors with a mean other than 0 on a device, seeded by the case."""
 
     def __init__(self, device: torch.device, case: Case) -> None:
         self._device = device
@@ -327,7 +327,7 @@ class Draw:
 
 
 class _Calls(TorchDispatchMode):
-    """Keeps the calls of operators `fat::*`."""
+    """Records the calls of operators `fat::*`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -348,8 +348,8 @@ def _spec(name: str, value: Any) -> Any:
 
 
 def _shortened(model: Trunk) -> Trunk:
-    """A copy that has, of each stage, the blocks that call something of their own: the first stage's
-    first block alone drops nothing, and the last block of a stage may reduce."""
+    """Copy the model with only those blocks of each stage whose calls differ: the first block of the first stage has no
+    drop path, and the last block of a stage may reduce."""
     twin = copy.deepcopy(model)
     for index, stage in enumerate(twin.stages):
         assert isinstance(stage, Stage)
@@ -361,7 +361,7 @@ def _shortened(model: Trunk) -> Trunk:
 
 
 def _trace(twin: Trunk, what: str, sides: int | tuple[int, int], dtype: torch.dtype) -> list[Case]:
-    """The calls of one pass, in order; what: "train", "eval", or "frozen" (training with BatchNorm in eval mode)."""
+    """Return one pass's calls in order; what: "train", "eval" or "frozen" (training with BatchNorm in eval mode)."""
     twin.train(what != "eval")
     if what == "frozen":
         for module in twin.modules():
@@ -384,7 +384,7 @@ def _tiles(case: Case) -> list[int]:
 
 
 def _odd_channels(calls: Sequence[Case]) -> list[Case]:
-    """One call of each operator on maps whose channels fill no tile; of a convolution, with the smallest kernel."""
+    """Return a call of each operator on maps whose channels fill no tile; of convolutions, with the smallest kernel."""
     smallest: dict[str, Case] = {}
     for case in calls:
         if case.map_rows():
@@ -395,13 +395,13 @@ def _odd_channels(calls: Sequence[Case]) -> list[Case]:
 
 
 def _many_tiles(calls: Sequence[Case]) -> list[Case]:
-    """The smallest convolution with moments, for a batch whose tiles' moments are joined in two rounds."""
+    """Return the smallest convolution with moments, at a batch size whose moments take two rounds to join."""
     smallest = min((case for case in calls if case.operator == "depthwise_moments"), key=_numbers, default=None)
     return [] if smallest is None else [smallest.with_batch(tiles.JOINED_EACH + 1)]
 
 
 def _call(function: Any, arguments: Sequence[Any], schema_of: Any = None, **options: Any) -> tuple[Tensor, ...]:
-    """The results; of an operator that returns none, the arguments that it has changed."""
+    """Return the results; of an operator that returns None, the arguments that it has changed."""
     result = function(*arguments, **options)
     if result is None:
         schema = (schema_of or function)._schema
@@ -434,7 +434,7 @@ def _expect_usable(device: torch.device, failure: Failure) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Of Triton's compilation errors, whose text begins with the source, what is wrong."""
+    """Return the error's first line; of Triton's compilation errors, which begin with the source, the message's."""
     text = getattr(error, "error_message", None) or str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")
 

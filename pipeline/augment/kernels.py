@@ -1,6 +1,6 @@
 """The families of augmentation's kernels: where they serve, and which of them are switched off.
 
-A family that is switched off is done by torch, which computes the same. The state is one variable of the process: the
+A family that is switched off runs in torch, which computes the same. The state is one variable of the process, so the
 loader's threads see it too.
 """
 
@@ -31,7 +31,7 @@ def available(device: torch.device) -> bool:
 
 
 def serve(family: str, device: torch.device) -> bool:
-    """Whether the kernels of a family are to be used there."""
+    """Whether the kernels of a family are used on a device."""
     return family not in _off and available(device)
 
 
@@ -41,7 +41,7 @@ def switched_off() -> frozenset[str]:
 
 
 def disable(*families: str) -> None:
-    """Leave these families to torch from now on.
+    """Run these families in torch from now on.
 
     Raises:
         ValueError: there is no such family.

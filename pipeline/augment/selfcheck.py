@@ -51,7 +51,7 @@ class Case:
         return "uint8" if self.family == kernels.RANDAUGMENT else str(self.result).removeprefix("torch.")
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """The family that is wrong and in what, None = right. Raises whatever the kernels raise."""
+        """Return the family that is wrong and how, or None. Raises whatever the kernels raise."""
         wrong = self._bytes(device) if self.family == kernels.RANDAUGMENT else self._finished(device)
         return None if wrong is None else (self.family, wrong)
 
@@ -105,7 +105,7 @@ class Case:
 
 
 def cases(recipe: AugmentRecipe, dtype: torch.dtype) -> list[Case]:
-    """What a loader of this recipe makes kernels do, at its image size and at an odd one.
+    """List the batches to compare for a recipe, at its image size and at an odd one.
 
     Args:
         dtype: of the finished batches.
