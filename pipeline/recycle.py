@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ class Recycler:
     def __init__(self, *, pinned: bool = False) -> None:
         self._pinned = pinned
         self._free: list[NDArray[np.uint8]] = []
+        self._returned: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -38,6 +40,7 @@ class Recycler:
         grain = 1 << max(0, size.bit_length() - _SIZES_PER_OCTAVE_BITS)
         room = -(-size // grain) * grain
         with self._lock:
+            self._collect()
             # The one that came back last may still be in the CPU's cache.
             fits = [i for i, memory in enumerate(self._free) if memory.nbytes >= room]
             memory = self._free.pop(fits[-1]) if fits else None
@@ -59,7 +62,16 @@ class Recycler:
         return np.empty(size, np.uint8)
 
     def _take_back(self, memory: NDArray[np.uint8]) -> None:
-        with self._lock:
-            self._free.append(memory)
-            if len(self._free) > _KEPT:
-                self._free.pop(0)
+        # The garbage collector may call this in a thread that holds the lock, so it must not wait for it.
+        self._returned.put(memory)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        """Move returned buffers to the free ones, and drop the oldest beyond `_KEPT`. Call with the lock held."""
+        while not self._returned.empty():
+            self._free.append(self._returned.get_nowait())
+        del self._free[:-_KEPT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -56,6 +57,22 @@ def test_it_keeps_few_buffers() -> None:
     tensors = [buffers.empty((10,), torch.uint8) for _ in range(50)]
     del tensors
     assert len(buffers._free) < 10
+
+
+def test_memory_that_the_garbage_collector_frees_inside_a_call_is_used_by_the_next() -> None:
+    buffers = Recycler()
+    tensors = [buffers.empty((10,), torch.uint8)]
+    place = tensors[0].data_ptr()
+
+    def collect() -> None:
+        with buffers._lock:
+            tensors.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(timeout=30)
+    assert not thread.is_alive(), "waits for a lock that its own thread holds"
+    assert buffers.empty((10,), torch.uint8).data_ptr() == place
 
 
 def test_pinned_memory_is_asked_for_once_a_buffer_and_done_without_where_there_is_none(
