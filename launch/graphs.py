@@ -55,6 +55,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], object]) -> None:
+        gc.collect()  # graphs and tracebacks of failed captures hold memory, and may not be finalised in a capture
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -67,7 +68,7 @@ class CudaRecorder:
         results: Results = []
         try:
             # thread_local: NCCL's watchdog and the loader may call CUDA from their threads meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 try:
                     results = work()
                 except Exception as error:
@@ -97,6 +98,18 @@ class CudaRecorder:
             _ABANDONED.append(graph)
         generator = torch.cuda.default_generators[index]
         generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause Python's garbage collector: finalisers that call CUDA, such as a graph's, would invalidate a capture."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # The allocator of pinned memory asks these graphs whether a stream is being captured, and is never told to stop.
@@ -137,7 +150,9 @@ class GraphedModel:
             x = images
             for part, own in zip(self._parts, leaves, strict=True):
                 x = part.run(own, x, autocast)
-            torch.autograd.grad(x.sum(), [leaf for own in leaves for leaf in own.values()], allow_unused=True)
+            # A dense gradient, as in the capture: that of a sum has strides of 0, for which other kernels may run.
+            by_output = torch.ones_like(x)
+            torch.autograd.grad(x, [leaf for own in leaves for leaf in own.values()], by_output, allow_unused=True)
 
         with _unchanged(self._model, images.device):
             self._recorder.warm_up(both)

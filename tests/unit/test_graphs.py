@@ -6,7 +6,10 @@ gradients live in static memory, as those of a CUDA graph do. tests/gpu/test_tra
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +21,7 @@ from launch import graphs
 from launch.command_line import parse
 from launch.engine import Engine
 from launch.execution import Execution, graph_obstacle
-from launch.graphs import GraphedModel
+from launch.graphs import CudaRecorder, GraphedModel
 from launch.recipe import RecipeError
 from launch.world import World
 from tests.support.batches import CLASSES, SIZE, random_batch
@@ -254,6 +257,47 @@ def test_a_model_with_hooks_is_not_captured() -> None:
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="0 has hooks"):
         captured(model, images)
+
+
+def test_nothing_is_garbage_collected_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finalisers of graphs and compiled kernels call CUDA, which invalidates the capture."""
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    recorder, enabled = CudaRecorder(torch.device("cuda", 0)), list[bool]()
+
+    def work(*, fails: bool) -> list[Tensor | None]:
+        enabled.append(gc.isenabled())
+        if fails:
+            raise RuntimeError("not captured")
+        return []
+
+    recorder.record(partial(work, fails=False))
+    with pytest.raises(RuntimeError, match="not captured"):
+        recorder.record(partial(work, fails=True))
+    assert enabled == [False, False]
+    assert gc.isenabled()
+
+
+def test_warm_up_differentiates_by_a_dense_gradient_as_the_capture_does() -> None:
+    """Other strides may choose other kernels, which a capture would then launch for the first time."""
+    strides: list[tuple[int, ...]] = []
+
+    class Seen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * self.weight
+            y.register_hook(lambda gradient: strides.append(gradient.stride()))
+            return y
+
+    graphs, images = GraphedModel(Seen().train(), ReplayOnCpu(CPU)), torch.randn(2, 3)
+    graphs.warm_up(images, None)
+    graphs.capture(images, None)
+    assert strides == [(3, 1), (3, 1)]
 
 
 @pytest.mark.parametrize(
