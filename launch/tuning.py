@@ -82,7 +82,7 @@ def tune(
             continue
         say(f"{option_name(name)}: {choice.value} ({choice.reason})")
         now, chosen[name] = replace(now, **{name: choice.value}), choice
-        if name == "compile" and choice.value != "off" and "kernels" in chosen:
+        if name == "compile" and now.uses_compiler and "kernels" in chosen:
             stages.append(("kernels", open_options["kernels"]))  # the compiler may do better without them
     return chosen
 
@@ -100,7 +100,7 @@ def measure(
         name: of the option in which the ways differ.
         until: no turn begins after this time (`time.monotonic`).
     """
-    rounds = 1 if any(way.compile != "off" for way in ways) else ROUNDS
+    rounds = 1 if any(way.uses_compiler for way in ways) else ROUNDS  # each turn compiles anew
     with _unchanged(bench.model), torch.random.fork_rng(devices=_generators(bench.model)):
         trials = take_turns(
             ways,
@@ -139,9 +139,8 @@ def _images_per_second(bench: Bench, way: Execution) -> float:
     try:
         way.compile_whole(model)
         if way.compile == "cudagraphs":
-            graphs, dtype = GraphedModel(model, RECORDERS[images.device.type](images.device)), None
-            if bench.bf16:
-                dtype = torch.bfloat16
+            graphs = GraphedModel(model, RECORDERS[images.device.type](images.device))
+            dtype = torch.bfloat16 if bench.bf16 else None
             graphs.warm_up(images, dtype)
             graphs.capture(images, dtype)
         return len(images) * _rate(step, images.device)

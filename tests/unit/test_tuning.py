@@ -156,6 +156,28 @@ def test_a_slow_way_is_not_taken_and_time_is_kept() -> None:
     assert tuning.tune(made, START, options, seconds=-1) == {}
 
 
+def test_modes_without_a_compiler_have_all_their_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are the default on GPUs, and capturing them takes no longer than a few steps."""
+    monkeypatch.setattr(tuning, "_images_per_second", lambda _, way: 2.0 if way.compile == "cudagraphs" else 1.0)
+    modes = ("off", "cudagraphs")
+    trials = measure(bench(), [dataclasses.replace(START, compile=mode) for mode in modes], "compile")
+    assert [len(trial.rates) for trial in trials] == [3, 3]
+    compiled = measure(bench(), [dataclasses.replace(START, compile=mode) for mode in (*modes, "default")], "compile")
+    assert [len(trial.rates) for trial in compiled] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("fastest", "again"), [("cudagraphs", False), ("default", True)])
+def test_kernels_are_tried_again_only_for_a_compiled_model(
+    monkeypatch: pytest.MonkeyPatch, fastest: str, again: bool
+) -> None:
+    monkeypatch.setattr(tuning, "_images_per_second", lambda _, way: 2.0 if way.compile == fastest else 1.0)
+    told: list[str] = []
+    options = {"kernels": ("auto", "off"), "compile": ("off", "cudagraphs", "default")}
+    found = tuning.tune(bench(), START, options, seconds=60, say=told.append)
+    assert found["compile"].value == fastest
+    assert sum(line.startswith("kernels: ") for line in told) == 1 + again
+
+
 def late(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the time be over when so many turns have begun."""
     from launch import trials
