@@ -80,8 +80,8 @@ class Verdict:
 
     @property
     def picks(self) -> dict[str, str]:
-        """For people and the log."""
-        return {"kernel check": self.summary} | ({"kernels": self.compilation} if self.compilation else {})
+        """For people and the log, beside those of the engine."""
+        return {"kernel check": self.summary} | ({"kernel compilation": self.compilation} if self.compilation else {})
 
     def lines(self) -> list[str]:
         """A warning for each family that is switched off, and what else people should know."""

@@ -461,7 +461,7 @@ def test_kernels_of_the_run_and_of_the_comparison_are_compiled_together(
     assert compilations == [["step", families.CONVOLUTION, families.NORM], ["step"]]
     assert len(calls.made) == 1
     for verdict in (first, second):
-        assert verdict.picks["kernels"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
+        assert verdict.picks["kernel compilation"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
         assert verdict.lines() == ["warning: one thing failed"]
 
 
