@@ -21,7 +21,7 @@ from pipeline.decode_hardware import JpegEngine, engine_utilization, find_jpeg_e
 from pipeline.decoders import make_decoder
 from pipeline.reader import SampleReader
 from pipeline.storage import storage_of
-from shards.errors import UserError, first_line
+from shards.errors import first_line
 
 LOADS = (0.0, 1.0, 0.9)
 SECONDS = 1.0  # per load, after a warm-up: long enough for one sampling period of the engine's counter
@@ -114,8 +114,8 @@ def compare_decoders(feed: Feed, *, engine: JpegEngine | None = None) -> Decoder
     try:
         with engine_utilization(feed.world.device) as utilization, _own_stream(feed.world.device):
             return measure_decoders(decoder, batch_of(feed), engine=engine.found, utilization=utilization)
-    except (RuntimeError, UserError) as error:  # the other figures are worth having all the same
-        return DecoderFigures(skipped=f"failed ({first_line(error)})", engine=engine.found)
+    except Exception as error:  # the other figures, which are measured already, are worth having all the same
+        return DecoderFigures(skipped=f"failed ({type(error).__name__}: {first_line(error)})", engine=engine.found)
 
 
 def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
