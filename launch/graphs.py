@@ -6,7 +6,7 @@ the host limits the speed, whatever the GPU is. A CUDA graph launches all kernel
 Each part of the model (stem, four stages, head) has a graph for its forward and one for its backward pass, so that DDP
 and DeepSpeed reduce the gradients of later parts while the backward graphs of earlier parts run. All graphs share one
 memory pool, which is right as long as they are replayed in the order in which they were captured: that is the order of
-training, and `_CapturedPart.backward` raises at any other.
+training, and `_CapturedPart.backward` raises at any other. Gradients of parameters lie outside the pool.
 """
 
 from __future__ import annotations
@@ -267,18 +267,19 @@ class _CapturedPart:
         """Capture the backward pass from the static gradient of the output; returns that of the input, if any."""
         inputs = [self.input] if self.input.requires_grad else []
         leaves = list(self._leaves.values())
+        # Not in the graphs' pool: gradients that are accumulated must outlive the next forward pass, whose intermediate
+        # results the pool may put where backward graphs have allocated theirs. Each has memory of its own, laid out as
+        # its parameter: AccumulateGrad takes it over without a copy, and clipping scales nothing twice.
+        static = [torch.empty_like(leaf, requires_grad=False) for leaf in leaves]
 
         def backward() -> Results:
             output, self._kept = self._kept, None
             assert output is not None
             found = torch.autograd.grad(output, [*inputs, *leaves], by_output, allow_unused=True)
             own = found[len(inputs) :]
-            # In memory of their own, laid out as their parameters: AccumulateGrad takes such gradients over as they
-            # are, and no two of them share memory that clipping would scale twice.
-            results = [None if g is None else torch.empty_like(leaf) for g, leaf in zip(own, leaves, strict=True)]
-            used = [(r, g) for r, g in zip(results, own, strict=True) if r is not None and g is not None]
-            torch._foreach_copy_([r for r, _ in used], [g for _, g in used])
-            return [*found[: len(inputs)], *results]
+            used = [(s, g) for s, g in zip(static, own, strict=True) if g is not None]
+            torch._foreach_copy_([s for s, _ in used], [g for _, g in used])
+            return [*found[: len(inputs)], *(None if g is None else s for s, g in zip(static, own, strict=True))]
 
         self._by_output = by_output
         self._gradients, self._replay_backward = recorder.record(backward)
