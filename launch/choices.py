@@ -1,9 +1,9 @@
-"""What a recipe leaves open about speed, and what it comes to: model and loader run as is fastest here, and say why.
+"""Resolve unset performance options of model and loader, and record the source of each value.
 
 For each option, the first of these that has a value counts:
 
     the command line or recipe file (for the kernels, FAT_KERNELS too)
-    what the run began with, as its recipe.json says, if it goes on on the same device: last bits may depend on it
+    what the run began with, as its recipe.json says, if it is resumed on the same device: last bits may depend on it
     what was measured on such a machine (`launch.tuned`)
     a measurement now, if `--tune` (or, for the torch.compile mode, `--compile auto`) asks for it
     the default
