@@ -182,7 +182,7 @@ def switched(way: str) -> Iterator[None]:
 
 
 def captured(once: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph."""
+    """The same work as one CUDA graph. Model, optimizer and images live as long as the result: the graph reads them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -192,7 +192,11 @@ def captured(once: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=graph_pool()):
         once()
-    return graph.replay
+
+    def replay(_keeps_what_the_graph_reads: Callable[[], None] = once) -> None:
+        graph.replay()
+
+    return replay
 
 
 @cache

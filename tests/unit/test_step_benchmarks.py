@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.util
 import json
 import sys
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -65,6 +69,32 @@ def steps_that(fail: Callable[[str, int], str | None], built: list[str]) -> Call
             alive.discard(id(self))
 
     return lambda name, way, training, options: Step(way)
+
+
+def test_a_captured_step_keeps_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next way's tensors take the memory of its weights and labels."""
+    built: list[weakref.ref[nn.Module]] = []
+
+    def build(_: str) -> nn.Module:
+        model = Tiny()
+        built.append(weakref.ref(model))
+        return model
+
+    stream = SimpleNamespace(wait_stream=lambda _: None)
+    monkeypatch.setattr(step, "build", build)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(step, "graph_pool", lambda: (0, 1))
+    run = step.step("tiny", "graph", True, argparse.Namespace(batch=4, size=8, dtype="float32"))
+    gc.collect()
+    run()
+    assert built[0]() is not None
+    del run
+    gc.collect()
+    assert built[0]() is None
 
 
 @pytest.mark.parametrize(
