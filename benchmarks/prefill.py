@@ -94,6 +94,7 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
 
 def tests(options: argparse.Namespace) -> Iterator[Work]:
     from tests import kernel_checks as checks
+    from tests import training_loop
     from tests.gpu import test_kernels as cases
     from tests.gpu import test_training_step as steps
 
@@ -132,6 +133,8 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
         yield training_step(model(steps.CONFIG), (steps.ROWS, 3, steps.SIDE, steps.SIDE), dtype=dtype)
         yield evaluation(model(steps.CONFIG), (steps.ROWS + 2, 3, steps.SIDE, steps.SIDE), dtype=dtype)
     yield compared(selfcheck.cases(model("fat_b0"), 64, torch.bfloat16))
+    for rows in (32, 16):  # with and without accumulation
+        yield training_step(model(training_loop.CONFIG), (rows, 3, training_loop.SIZE, training_loop.SIZE))
 
 
 def model(name: str | fat.FATConfig, **config: float) -> fat.FAT:

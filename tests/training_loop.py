@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,9 @@ from launch.schedule import rate_of
 from launch.watchdog import Watchdog
 from launch.world import World
 
+SIZE = 32
+CONFIG = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8))
+
 
 @contextmanager
 def training(
@@ -35,15 +39,13 @@ def training(
     """
     zero = () if "--zero" in options else ("--zero", "0")
     recipe = parse(
-        ["--data", str(data), "--out", str(out), "--size", "32", "--global-batch", str(batch), *zero, *options]
+        ["--data", str(data), "--out", str(out), "--size", str(SIZE), "--global-batch", str(batch), *zero, *options]
     )
     world = world or World(0, 1, 0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device))
     feed = Feed.of(recipe, world)
     shape = feed.shape
-    config = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8), num_classes=feed.classes)
-    engine = Engine(
-        fat.create_model(config), recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation
-    )
+    model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
+    engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
     guards = Guards(engine, max_bad_steps=10, compare_every=0)
     rate, numbers = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
     out.mkdir(parents=True, exist_ok=True)

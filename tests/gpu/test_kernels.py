@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import fat
 from fat import kernels
 from fat.kernels import ops, selfcheck, tiles
+from fat.kernels.prefill.compile_ahead import compile_ahead
 from fat.layers import project
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.params import draw, mix_params
@@ -266,9 +267,12 @@ def test_weight_gradients_of_pointwise_convolutions_are_summed_in_fp32(monkeypat
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
 def test_every_family_passes_the_check_before_use(dtype: torch.dtype) -> None:
     """What a first training run on this device compares."""
-    device = torch.device("cuda")
-    assert selfcheck.run(selfcheck.cases(fat.create_model("fat_b0"), 224, dtype), device) == []
-    assert selfcheck.run(augment_selfcheck.cases(augment_recipe("fat"), dtype), device) == []
+    checks: list[selfcheck.Check] = [
+        *selfcheck.cases(fat.create_model("fat_b0"), 224, dtype),
+        *augment_selfcheck.cases(augment_recipe("fat"), dtype),
+    ]
+    assert compile_ahead([check.launch for check in checks]).problem is None
+    assert selfcheck.run(checks, torch.device("cuda")) == []
 
 
 def test_a_wrong_kernel_is_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
