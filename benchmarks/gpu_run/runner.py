@@ -10,15 +10,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import psutil
-
 from benchmarks.gpu_run.parts import ROOT, Command, Part
 from benchmarks.gpu_run.report import summary
 from benchmarks.gpu_run.results import Result, Results
+from benchmarks.gpu_run.watchdog import MARK, end_all, watched
 from launch.provenance import git_state
 
 KEPT_LINES, FAILED_LINES = 12, 200  # of a part's output, in gpu.json
@@ -26,7 +26,6 @@ READ_BACK = 1 << 20  # bytes of the output, to find these in
 SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
 SLOWER = 20.0  # with --cpu: times the limits, which are for a machine with many idle cores
 PHOTOS, FEW_PHOTOS = 2000, 64  # to make; the second with --cpu
-GRACE = 10.0  # seconds for killed processes to be gone
 
 
 class Runner:
@@ -44,6 +43,7 @@ class Runner:
     ) -> None:
         self.results, self.machine, self.on_cpu = results, machine, on_cpu
         self.start, self.end = start, start + seconds
+        self.mark = f"{uuid.uuid4()}/"  # in the environment of all that this call starts
         self.stopped_by = 0
         """Number of the signal that asked to end."""
         work = results.work
@@ -51,7 +51,12 @@ class Runner:
         self.data.mkdir(exist_ok=True)
         # Compiled kernels hold absolute paths, so the folder does not depend on the work folder.
         self.cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "triton-cache")
-        kept = {"TRITON_CACHE_DIR": self.cache, "TORCHINDUCTOR_CACHE_DIR": work / "inductor", "HF_HOME": work / "hf"}
+        kept = {
+            "TRITON_CACHE_DIR": self.cache,
+            "TORCHINDUCTOR_CACHE_DIR": work / "inductor",
+            "HF_HOME": work / "hf",
+            "XDG_CACHE_HOME": work / "cache",  # a run's kernel check serves the later ones, even without a home folder
+        }
         self.environment = {name: str(path) for name, path in kept.items()} | os.environ
         self.environment |= {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH", "")])),
@@ -64,13 +69,14 @@ class Runner:
     def run(self, chosen: list[Part]) -> set[str]:
         """Run parts; returns the states in which they ended."""
         states: set[str] = set()
-        for group in groups(chosen):
-            with ThreadPoolExecutor(len(group)) as pool:  # as many threads as parts: they wait for one another
-                futures: dict[str, Future[str]] = {}
-                for part in group:
-                    before = [futures[name] for name in part.after if name in futures]
-                    futures[part.name] = pool.submit(self.turn, part, before)
-            states |= {future.result() for future in futures.values()}
+        with watched(self.mark):
+            for group in groups(chosen):
+                with ThreadPoolExecutor(len(group)) as pool:  # as many threads as parts: they wait for one another
+                    futures: dict[str, Future[str]] = {}
+                    for part in group:
+                        before = [futures[name] for name in part.after if name in futures]
+                        futures[part.name] = pool.submit(self.turn, part, before)
+                states |= {future.result() for future in futures.values()}
         return states
 
     def stop(self, number: int, frame: object) -> None:
@@ -144,7 +150,7 @@ class Runner:
         status: int | None = 0
         for command in commands(part, on_cpu=self.on_cpu):
             words = [sys.executable if word == "python" else word.format(**values) for word in command]
-            status = self.finish(words, until, output, self.environment | part.environment)
+            status = self.finish(words, until, output, part)
             if status != 0:
                 break
         lines = end_of(output)
@@ -169,23 +175,21 @@ class Runner:
             result["figures"] = {"training": {line["kind"]: line for line in metrics}}
         return result
 
-    def finish(self, words: list[str], until: float, output: Path, environment: dict[str, str]) -> int | None:
-        """Exit status of a command, or None if it was ended here; its children end too, in any session."""
+    def finish(self, words: list[str], until: float, output: Path, part: Part) -> int | None:
+        """Exit status of a command, or None if it was ended here; all that it has started ends too, in any session."""
+        mark = f"{self.mark}{part.name}/"
+        environment = self.environment | part.environment | {MARK: mark}
         with output.open("ab") as sink:
-            process = psutil.Popen(words, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
-            try:
-                while time.monotonic() < until and not self.stopped_by:
-                    with contextlib.suppress(psutil.TimeoutExpired):
-                        return int(process.wait(timeout=min(0.5, max(0.0, until - time.monotonic()))))
-                return None
-            finally:
-                family = [process]
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    family += process.children(recursive=True)
-                for member in family:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        member.kill()
-                psutil.wait_procs(family, timeout=GRACE)
+            process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT)
+        try:
+            while time.monotonic() < until and not self.stopped_by:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=min(0.5, max(0.0, until - time.monotonic())))
+            return None
+        finally:
+            end_all(mark)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=0)
 
 
 def end_of(file: Path) -> list[str]:

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -332,9 +333,26 @@ gpu.parts = lambda: [
     for i in range(200)
 ]
 gpu.machine = lambda: {{"gpus": [], "cores": 1}}
-sys.argv = ["gpu.py", "contact", "--cpu", "--out", {out!r}, "--work", {work!r}]
+sys.argv = ["gpu.py", "contact", "--cpu", "--seconds", "200", "--out", {out!r}, "--work", {work!r}]
 sys.exit(gpu.main())
 """
+
+
+# A part that starts a child in a session of its own, as launchers do. The child does not end by itself.
+STARTS_A_CHILD = "import subprocess, sys; subprocess.run(['sleep', {name!r}], start_new_session=True)"
+
+
+@contextmanager
+def started(folder: Path, script: str = SCRIPT) -> Iterator[subprocess.Popen[bytes]]:
+    """The script in a session of its own, which is killed at the end of the block."""
+    code = script.format(root=str(gpu.ROOT), out=str(folder / "out"), work=str(folder / "work"))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def passed_in(out: Path) -> set[str]:
@@ -347,16 +365,15 @@ def passed_in(out: Path) -> set[str]:
 
 def test_a_kill_at_any_moment_leaves_whole_files_and_loses_no_part(tmp_path: Path) -> None:
     out, work, rng = tmp_path / "out", tmp_path / "work", random.Random(0)
-    script = SCRIPT.format(root=str(gpu.ROOT), out=str(out), work=str(work))
     before: set[str] = set()
-    for _ in range(6):
-        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
-        while len(passed_in(out)) < len(before) + 2:  # into the middle of its work, however slow this machine is
-            time.sleep(0.05)
-            assert process.poll() is None
-        time.sleep(rng.uniform(0, 0.3))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    for kill in (os.killpg, os.kill) * 3:  # the whole group or the script alone
+        with started(tmp_path) as process:
+            while len(passed_in(out)) < len(before) + 2:  # into the middle of its work, however slow this machine is
+                time.sleep(0.05)
+                assert process.poll() is None
+            time.sleep(rng.uniform(0, 0.3))
+            kill(process.pid, signal.SIGKILL)
+            process.wait()
         assert passed_in(out) > before
         before = passed_in(out)
         with tarfile.open(out / "results.tar.gz") as archive:
@@ -366,6 +383,29 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_loses_no_part(tmp_path: Pat
                 assert held[f"parts/cpu/{name}.json"] == b"[7]"
                 assert held[f"parts/cpu/{name}.txt"].count(b"\n") == 400
     assert passed_in(work) >= before
+
+
+@pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["script alone", "process group"])
+def test_no_process_outlives_a_killed_script(kill: Callable[[int, int], None], tmp_path: Path) -> None:
+    """Neither a part nor what it has started in another session: both would hold the GPU during the next call."""
+    seconds = f"3600.{random.SystemRandom().randrange(10**9)}"
+    child = STARTS_A_CHILD.format(name=seconds)
+
+    def running() -> list[int]:
+        return [p.pid for p in psutil.process_iter(["cmdline"]) if seconds in " ".join(p.info["cmdline"] or [])]
+
+    with started(tmp_path, SCRIPT.replace("say = ", f"say = {child!r}\nunused = ")) as process:
+        try:
+            while len(running()) < 2:  # the part and its child
+                time.sleep(0.05)
+                assert process.poll() is None
+            kill(process.pid, signal.SIGKILL)
+            process.wait()
+            while running():  # a test that hangs here has found one
+                time.sleep(0.05)
+        finally:
+            for pid in running():
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_a_leftover_of_a_killed_copy_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,15 +418,12 @@ def test_a_leftover_of_a_killed_copy_is_removed(tmp_path: Path, monkeypatch: pyt
 
 def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
-    script = SCRIPT.format(root=str(gpu.ROOT), out=str(out), work=str(work)).replace(
-        "print(hash(str(i)))", "__import__('time').sleep(1)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, start_new_session=True)
-    while not (work / "parts/cpu/part0.txt").exists():
-        time.sleep(0.05)
-        assert process.poll() is None
-    process.terminate()
-    assert process.wait() == 128 + signal.SIGTERM
+    with started(tmp_path, SCRIPT.replace("print(hash(str(i)))", "__import__('time').sleep(1)")) as process:
+        while not (work / "parts/cpu/part0.txt").exists():
+            time.sleep(0.05)
+            assert process.poll() is None
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
     assert json.loads((out / "gpu.json").read_text())["devices"]["cpu"]["part0"]["state"] == "time ran out"
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(work) in " ".join(p.info["cmdline"] or [])]
 
@@ -407,13 +444,15 @@ def test_checkpoints_are_not_in_the_archive(tmp_path: Path, monkeypatch: pytest.
 def test_parts_have_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/the/callers")
     monkeypatch.setenv("HF_HOME", "/its/own")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
     show = "import json, os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps(dict(os.environ)))"
     _, results = run(monkeypatch, tmp_path, [part("env", "-c", show, "{out}", environment={"OMP_NUM_THREADS": "3"})])
     found, work = results["env"]["figures"], tmp_path / "work"
     assert found["PYTHONPATH"].split(os.pathsep) == [str(gpu.ROOT), str(work / "site"), "/the/callers"]
     assert found["TRITON_CACHE_DIR"] == str(tmp_path / "triton-cache")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
+    assert found["XDG_CACHE_HOME"] == str(work / "cache")
     assert (found["HF_HOME"], found["OMP_NUM_THREADS"], found["FAT_TUNED"]) == ("/its/own", "3", "off")
     assert found["DS_IGNORE_CUDA_DETECTION"] == "1"
 
