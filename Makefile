@@ -82,10 +82,10 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/interpreter_lock.py --out $(OUT)/interpreter_lock.json
 	$(BIN)/python benchmarks/step.py --models fat_b0 fat_b1 --modes training --out $(OUT)/step.json
 
-# Needs neither pip nor a .venv: PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, rich, safetensors,
-# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, psutil, pytest; timm is used if there. What
-# a folder .kit holds is unpacked first (docs/performance.md).
-gpu:             ## GPU tests and timings, 10 minutes; call again to continue: make gpu PYTHON=python3 OUT=dir GPU_SECONDS=600
+# Needs neither pip nor .venv. PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, rich, safetensors,
+# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, psutil and pytest; timm is optional.
+# Packages in a folder .kit are unpacked first (docs/performance.md).
+gpu:             ## GPU tests and timings (10 minutes; a second call continues): make gpu PYTHON=python3 OUT=dir
 	$(PYTHON) benchmarks/gpu.py $(PROFILES) --seconds $(GPU_SECONDS) --out $(OUT)
 
 clean:           ## remove the environment, the demo and all caches

@@ -1,21 +1,30 @@
-"""Run everything that needs a GPU within a time budget; called again, continue.
+"""Run everything that needs a GPU within a time budget. A second call continues where the first one ended.
 
     python3 benchmarks/gpu.py [PROFILE ...] [--seconds 600] [--out DIR] [--only REGEX] [--work DIR] [--cpu]
 
-Profiles (`benchmarks/gpu_run/parts.py` is the table of their parts):
+Profiles (`benchmarks/gpu_run/parts.py` lists their parts):
 
-  contact  everything once, about 220 s: correctness tests side by side, then the first timings
-  measure  timed parts one at a time, in order of value, about 335 s
+  contact  everything once, about 230 s: correctness tests side by side, then the first timings
+  measure  timed parts one at a time, in order of value, about 330 s
   peers    other people's models under torch.compile, 70 s each
 
-Neither an installed project nor a virtual environment is needed: this Python with its packages is used. Where there is
-a folder .kit with unpack.sh and kit.tar.xz (packages) or triton-cache.tar.xz (compiled kernels, packed from the same
-absolute path, $TRITON_CACHE_DIR or TMP/triton-cache), they are unpacked first.
+A first run on a machine that is available for 15 minutes, by commands of at most 10 minutes, takes two commands:
 
-Every part has a limit of twice its expected time, and is not begun with fewer seconds left than it needs. Results are
+    python3 benchmarks/gpu.py contact --seconds 280 --out DIR     # let the command run for 300 s
+    python3 benchmarks/gpu.py measure --seconds 350 --out DIR     # at once, on the same machine; 370 s
+
+If parts of `contact` fail, release the machine first and repair them. On the next machine `measure` also unpacks the
+kit and makes its data, some 30 s: give it the time that is left, less 50 s.
+
+Neither an installed project nor a virtual environment is needed: this Python with its packages is used. If a folder
+.kit exists, what it holds is unpacked first (docs/performance.md tells how to prepare it).
+
+A part is ended after twice its expected time, and does not begin when fewer seconds are left than it needs. Results are
 kept in the work folder and copied to DIR every 15 s and at the end: gpu.json (all results, by device), gpu.md (a
-table), results.tar.gz (every part's whole output too). A killed call loses only the part that was running. Parts that
-have passed on such a device with the same sources do not run again, on another machine either if DIR/gpu.json is there.
+table), results.tar.gz (also the whole output of every part). When the script is killed, its parts end too, and only
+the results of those that were running are lost. Parts that have passed on the same kind of GPU with the same sources do
+not run again; on another machine this needs DIR/gpu.json.
+
 Exit status: 0 all parts passed, 1 some failed, 2 no GPU or bad options, 3 time ran out before every part had its turn.
 """
 
