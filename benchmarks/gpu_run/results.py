@@ -43,6 +43,7 @@ class Results:
                 for leftover in folder.glob(f".{file}.*{TEMPORARY}"):  # of a call that was killed
                     leftover.unlink()
         self._lock = threading.Lock()
+        self._news = threading.Event()
         self._devices: dict[str, dict[str, Result]] = {}
         for folder in (out, work):
             for name, results in read(folder / FILE).items():
@@ -59,10 +60,11 @@ class Results:
         return result.get("state") == "passed" and result["sources"] == self.sources
 
     def record(self, name: str, result: Result) -> None:
-        """Keep a part's new result."""
+        """Keep a part's new result; `copied` copies it soon."""
         with self._lock:
             self.here[name] = result | {"sources": self.sources, "at": time.time()}
             durable_write(self.work / FILE, self._json())
+        self._news.set()
 
     def copy(self) -> None:
         """Write the three files of the output folder."""
@@ -74,11 +76,15 @@ class Results:
 
     @contextlib.contextmanager
     def copied(self) -> Iterator[None]:
-        """Copy at the start, every 15 s during the block, and at its end, however it ends."""
+        """Copy at the start, after every new result, every 15 s, and at the end of the block, however it ends."""
         ended = threading.Event()
 
         def copy_regularly() -> None:
-            while not ended.wait(COPY_EVERY):
+            while True:
+                self._news.wait(COPY_EVERY)
+                self._news.clear()
+                if ended.is_set():
+                    return
                 try:
                     self.copy()
                 except OSError as error:  # such as a full disk, which may have room again later
@@ -91,6 +97,7 @@ class Results:
             yield
         finally:
             ended.set()
+            self._news.set()
             thread.join()
             self.copy()
 

@@ -416,6 +416,19 @@ def test_a_leftover_of_a_killed_copy_is_removed(tmp_path: Path, monkeypatch: pyt
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["gpu.json", "gpu.md", "results.tar.gz"]
 
 
+def test_results_are_copied_as_soon_as_a_part_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second part waits for the first one's result in the output folder."""
+    monkeypatch.setattr("benchmarks.gpu_run.results.COPY_EVERY", 3600.0)
+    wait = (
+        "import json, pathlib, sys, time\nfile = pathlib.Path(sys.argv[1], 'gpu.json')\n"
+        "found = lambda: json.loads(file.read_text())['devices']['cpu'].get('first', dict()).get('state')\n"
+        "while found() != 'passed': time.sleep(0.05)"
+    )
+    parts = [part("first", "-c", ""), part("second", "-c", wait, str(tmp_path / "out"))]
+    _, results = run(monkeypatch, tmp_path, parts)
+    assert [result["state"] for result in results.values()] == ["passed", "passed"]
+
+
 def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     with started(tmp_path, SCRIPT.replace("print(hash(str(i)))", "__import__('time').sleep(1)")) as process:
