@@ -19,11 +19,11 @@ kit and makes its data, some 30 s: give it the time that is left, less 50 s.
 Neither an installed project nor a virtual environment is needed: this Python with its packages is used. If a folder
 .kit exists, what it holds is unpacked first (docs/performance.md tells how to prepare it).
 
-A part is ended after twice its expected time, and does not begin when fewer seconds are left than it needs. Results are
-kept in the work folder and copied to DIR after every part and every 15 s: gpu.json (all results, by device), gpu.md (a
-table), results.tar.gz (also the whole output of every part). When the script is killed, its parts end too, and only
-the results of those that were running are lost. Parts that have passed on the same kind of GPU with the same sources do
-not run again; on another machine this needs DIR/gpu.json.
+A part is ended after twice its expected time (at least 30 s), and does not begin when fewer seconds are left than it
+needs. Results are kept in the work folder and copied to DIR after every part and every 15 s: gpu.json (all results, by
+device), gpu.md (a table), results.tar.gz (also the whole output of every part). When the script is killed, its parts
+end too, and only the results of those that were running are lost. Parts that have passed on the same kind of GPU with
+the same sources do not run again; on another machine this needs DIR/gpu.json.
 
 Exit status: 0 all parts passed, 1 some failed, 2 no GPU or bad options, 3 time ran out before every part had its turn.
 """

@@ -26,6 +26,7 @@ READ_BACK = 1 << 20  # bytes of the output, to find these in
 SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
 SLOWER = 20.0  # with --cpu: times the limits, which are for a machine with many idle cores
 PHOTOS, FEW_PHOTOS = 2000, 64  # to make; the second with --cpu
+POLL = 0.5  # seconds between two looks at whether a part has ended or shall end
 
 
 class Runner:
@@ -76,6 +77,9 @@ class Runner:
                     for part in group:
                         before = [futures[name] for name in part.after if name in futures]
                         futures[part.name] = pool.submit(self.turn, part, before)
+                    # Python handles a signal when the main thread runs, and not every signal ends its waiting.
+                    while wait(futures.values(), timeout=POLL).not_done:
+                        pass
                 states |= {future.result() for future in futures.values()}
         return states
 
@@ -184,7 +188,7 @@ class Runner:
         try:
             while time.monotonic() < until and not self.stopped_by:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=min(0.5, max(0.0, until - time.monotonic())))
+                    return process.wait(timeout=min(POLL, max(0.0, until - time.monotonic())))
             return None
         finally:
             end_all(mark)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -91,7 +92,7 @@ def test_every_part_is_consistent() -> None:
     assert len(names) == len(set(names))
     made = {path for part in parts for path in part.makes}
     for number, part in enumerate(parts):
-        assert part.least <= part.expected <= part.limit == 2 * part.expected
+        assert part.least <= part.expected <= part.limit == max(2 * part.expected, 30)
         assert set(part.uses) <= made
         assert set(part.after) <= set(names[:number])
         assert not part.after or part.together
@@ -285,6 +286,7 @@ def test_a_part_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatc
     """Also those in sessions of their own."""
     child = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
     monkeypatch.setattr(runner, "SLOWER", 1.0)
+    monkeypatch.setattr(table, "LEAST_LIMIT", 0.0)
     status, results = run(monkeypatch, tmp_path, [part("hangs", "-c", child, expected=1.0)])
     assert (status, results["hangs"]["state"]) == (1, "failed")
     assert results["hangs"]["tail"].startswith("ended after")
@@ -439,6 +441,25 @@ def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> 
         assert process.wait() == 128 + signal.SIGTERM
     assert json.loads((out / "gpu.json").read_text())["devices"]["cpu"]["part0"]["state"] == "time ran out"
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(work) in " ".join(p.info["cmdline"] or [])]
+
+
+def test_a_signal_that_another_thread_gets_ends_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python handles signals in its main thread, which such a signal does not wake. A test that hangs here has found
+    the main thread asleep."""
+
+    def end_when_begun() -> None:
+        while not (tmp_path / "work/parts/cpu/endless.txt").exists():
+            time.sleep(0.05)
+        time.sleep(0.2)  # the main thread waits by then
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+    thread = threading.Thread(target=end_when_begun)
+    thread.start()
+    _, results = run(
+        monkeypatch, tmp_path, [part("endless", "-c", "import time; time.sleep(3600)")], "--seconds", "600"
+    )
+    thread.join()
+    assert results["endless"]["state"] == "time ran out"
 
 
 def test_checkpoints_are_not_in_the_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
