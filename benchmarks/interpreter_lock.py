@@ -57,7 +57,8 @@ from pipeline.augment.transfer import upload
 from pipeline.cli import main as pipeline
 from pipeline.dali import DaliDecoder
 from pipeline.decode import DecodeJob
-from pipeline.loader import MIX_STEPS, TrainLoader
+from pipeline.jobs import MIX_STEPS
+from pipeline.loader import TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
 from pipeline.reader import SampleReader
 from pipeline.storage import storage_of

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,28 +14,21 @@ from numpy.typing import NDArray
 
 from pipeline.bad_samples import BadSamples
 from pipeline.batch import Batch
-from pipeline.decode import DecodeJob, Normalisation
+from pipeline.decode import Normalisation
 from pipeline.decode_hardware import decoders_in_words, with_decoder
 from pipeline.decoders import chosen_loader, make_decoder
+from pipeline.feed_process import FeedProcess, FeedUnavailable
+from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.options import LoaderOptions
-from pipeline.plan import Ids, Need, Position
 from pipeline.prefetch import Prefetcher
 from pipeline.quick_check import quick_check
 from pipeline.reader import Encoded, SampleReader
-from pipeline.storage import storage_of
+from pipeline.recycle import Recycler
 from shards.dataset import ShardSet
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Portion:
-    """What a rank delivers at once."""
-
-    ids: Ids
-    """int64 [n], as the plan says."""
-    position: Position
-    micro: int = 0
+NO_PROCESS = "%s; batches are read and prepared in threads of the training process instead"
 
 
 class BackgroundLoader(ABC):
@@ -59,9 +52,10 @@ class BackgroundLoader(ABC):
         self._settings = options.settings
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
         self._prefetcher: Prefetcher[Batch] | None = None
-        self._reading: SampleReader | None = None
+        self._source: FeedProcess | SampleReader | None = None
+        self._closing = False
         if self._loader != "synthetic":
-            with self._reader() as reader:
+            with open_reader(dataset, split, options, beton=self._loader == "ffcv") as reader:
                 quick_check(dataset, split, reader, one_fault_is_fine=options.skip_budget > 0)
 
     @property
@@ -79,6 +73,7 @@ class BackgroundLoader(ABC):
         return {
             "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
             "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",
+            "feed": "a process of its own" if self._in_process else "threads of the training process",
             "batches ahead": f"{settings.read_ahead} read, {settings.decode_ahead} in decoding, {settings.ready} ready",
         }
 
@@ -97,10 +92,11 @@ class BackgroundLoader(ABC):
     def close(self) -> None:
         """Stop the threads and give back memory and file descriptors. Idempotent."""
         if self._prefetcher is not None:
-            if self._reading is not None:
-                self._reading.interrupt()  # else the thread might wait for a server that does not answer
+            self._closing = True
+            if self._source is not None:
+                self._source.interrupt()  # else the thread might wait for a server that does not answer
             self._prefetcher.close()
-            self._prefetcher = self._reading = None
+            self._prefetcher = self._source = None
 
     def __enter__(self) -> Any:
         return self
@@ -112,15 +108,8 @@ class BackgroundLoader(ABC):
     def _batches(self) -> Iterator[Batch]:
         """The batches from where the loader stands; runs in the loader's thread."""
 
-    @abstractmethod
-    def _needs(self) -> Iterator[Need]:
-        """The shards that these batches come from."""
-
-    @abstractmethod
-    def _step(self, position: Position) -> int:
-        """The step of a position, counted as `_needs` does."""
-
     def _start(self) -> Prefetcher[Batch]:
+        self._closing = False
         threads, begun = torch.get_num_threads(), threading.Event()
         prefetcher = Prefetcher(self._stream(begun), depth=self._settings.ready, name=f"{self._split}-loader")
         # The loader's thread has set its own number of threads, but with it the one that threads to come begin with.
@@ -142,44 +131,77 @@ class BackgroundLoader(ABC):
 
     def _decoded(
         self,
-        work: Iterable[Portion],
-        job: Callable[[Encoded, Portion], tuple[DecodeJob, T]],
+        jobs: Jobs,
         *,
         size: int,
         rows: int,
         evaluation: bool = False,
         normalisation: Normalisation | None = None,
-    ) -> Iterator[tuple[torch.Tensor, DecodeJob, tuple[Portion, T]]]:
-        """Read and decode: images [n, size, size, 3] on the device (see `Decoder`), the job, and what it came of."""
-        decoder = make_decoder(
-            self._loader,
-            self._options,
-            size=size,
-            batch=rows,
-            device=self._device,
-            evaluation=evaluation,
-            normalisation=normalisation,
+    ) -> Iterator[tuple[torch.Tensor, PreparedBatch]]:
+        """Read and decode: images [n, size, size, 3] on the device (see `Decoder`), and what they were decoded from."""
+        stream = JobStream(
+            dataset=self._dataset,
+            split=self._split,
+            jobs=jobs,
+            options=self._options,
+            beton=self._loader == "ffcv",
         )
-        with self._reader() as reader:
-            self._reading = reader
-            reader.expect(self._needs())
+        process = self._start_process(stream)  # starts while the decoder is made
+        prepared = self._prepared(stream, process)
+        try:
+            decoder = make_decoder(
+                self._loader,
+                self._options,
+                size=size,
+                batch=rows,
+                device=self._device,
+                evaluation=evaluation,
+                normalisation=normalisation,
+            )
+            for images, _, batch in decoder.decode((each.job, each) for each in prepared):
+                yield images, batch
+        finally:
+            prepared.close()
+            if process is not None:
+                process.close()
 
-            def jobs() -> Iterator[tuple[DecodeJob, tuple[Portion, T]]]:
-                ordered = ((portion.ids, portion) for portion in work)
-                for encoded, portion in reader.read_ahead(ordered, self._settings.read_ahead):
-                    reader.reached(self._step(portion.position))
-                    mended = self._bad.mend(encoded, reader, epoch=portion.position.epoch)
-                    made, extra = job(mended, portion)
-                    yield made, (portion, extra)
+    def _start_process(self, stream: JobStream) -> FeedProcess | None:
+        if not self._in_process:
+            return None
+        try:
+            return FeedProcess(stream, self._bad, page_lock=self._page_lock)
+        except FeedUnavailable as error:
+            log.warning(NO_PROCESS, error)
+            return None
 
-            yield from decoder.decode(jobs())
+    def _prepared(self, stream: JobStream, process: FeedProcess | None) -> Generator[PreparedBatch, None, None]:
+        if process is not None:
+            self._work_on(process)
+            try:
+                process.wait_until_ready()
+            except FeedUnavailable as error:
+                log.warning(NO_PROCESS, error)
+            else:
+                yield from process.batches()
+                return
+        with stream.reader(Recycler(pinned=self._page_lock)) as reader:
+            self._work_on(reader)
+            yield from stream.run(reader, self._bad)
 
-    def _reader(self) -> SampleReader:
-        storage = storage_of(self._dataset, self._split, beton=self._loader == "ffcv")
+    def _work_on(self, source: FeedProcess | SampleReader) -> None:
+        self._source = source
+        if self._closing:  # by another thread, which may have looked before
+            source.interrupt()
+
+    @property
+    def _in_process(self) -> bool:
+        wanted = self._options.feed_process
+        return wanted == "on" or (wanted == "auto" and self._device.type == "cuda")
+
+    @property
+    def _page_lock(self) -> bool:
         # The GPU's decoder is handed these bytes without a copy, and its JPEG engine wants them pinned (DALI #5003).
-        pinned = self._loader == "dali" and self._device.type == "cuda"
-        options, threads = self._options, self._settings.read_threads
-        return SampleReader(storage, threads=threads, check=options.check_hashes, pinned=pinned)
+        return self._loader == "dali" and self._device.type == "cuda"
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

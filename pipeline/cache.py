@@ -82,6 +82,10 @@ class Cache:
             raise UserError(f"--cache {folder}: cannot be used ({error.strerror}); give another folder") from error
         self.limit = int((shutil.disk_usage(folder).free + used) * DEFAULT_SHARE) if limit is None else limit
 
+    def __reduce__(self) -> tuple[type[Cache], tuple[Path, int]]:
+        """Another process has a lock of its own on the same folder."""
+        return Cache, (self.folder, self.limit)
+
     def lease(self, path: Path, size: int) -> int | None:
         """A descriptor of a finished file, which stays there while it is open; None if there is no such file.
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from pipeline.reader import Encoded
 from shards.errors import UserError
+
+if TYPE_CHECKING:  # `pipeline.jobs` runs without torch
+    import torch
 
 T = TypeVar("T")
 

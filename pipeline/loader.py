@@ -9,26 +9,19 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
-from pipeline.background import BackgroundLoader, Portion
+from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch
-from pipeline.decode import DecodeJob, Normalisation
+from pipeline.decode import Normalisation
+from pipeline.jobs import CROP_PCT, EvalJobs, TrainJobs, eval_geometry
 from pipeline.options import DaliOptions, LoaderOptions
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Need, Position, TrainPlan
-from pipeline.reader import Encoded
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
 from shards.dataset import ShardSet
 
 __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader", "eval_geometry"]
-
-# The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
-CROP_PCT = 0.875
-# Steps whose mixing is drawn at once: a sixteenth of the numpy calls of drawing it step by step.
-MIX_STEPS = 16
 
 
 class TrainLoader(BackgroundLoader):
@@ -60,7 +53,6 @@ class TrainLoader(BackgroundLoader):
         super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=plan.seed)
         self._plan, self._shape, self._augment, self._epochs = plan, shape, augment, epochs
         self._next = Position(0, 0) if start is None else start
-        self._mix_block, self._mixes = -1, dict[int, list[MixParams]]()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -84,45 +76,35 @@ class TrainLoader(BackgroundLoader):
         self.close()
         self._next = Position(state["epoch"], state["step"])
 
-    def _work(self) -> Iterator[Portion]:
-        first = self._plan.steps_before(self._next)
-        for step in range(first, self._epochs * self._plan.steps_per_epoch):
-            position = self._plan.at(step)
-            for micro in range(self._shape.accumulation):
-                yield Portion(self._plan.ids(position, self._shape.rows(micro)), position, micro)
-
-    def _needs(self) -> Iterator[Need]:
-        shape = self._shape
-        rows = range(shape.rank * shape.rank_rows, (shape.rank + 1) * shape.rank_rows)
-        return self._plan.needs(self._next, rows, epochs=self._epochs)
-
-    def _step(self, position: Position) -> int:
-        return self._plan.steps_before(position)
+    def _jobs(self) -> TrainJobs:
+        return TrainJobs(
+            plan=self._plan, shape=self._shape, augment=self._augment, epochs=self._epochs, start=self._next
+        )
 
     def _batches(self) -> Iterator[Batch]:
         size, rows = self._augment.size, self._shape.micro_rows
         if self._loader == "synthetic":
             classes, mixed = len(self._dataset.manifest.classes), self._augment.mixes
             yield from synthetic_batches(
-                self._work(), size=size, classes=classes, device=self._device, dtype=self._dtype, mixed=mixed
+                self._jobs().portions(), size=size, classes=classes, device=self._device, dtype=self._dtype, mixed=mixed
             )
             return
         augment = BatchAugment(self._augment, self._device, self._dtype)
         # On a CPU a decoder that has the pixels in its cache normalises them at no cost, if nothing comes in between.
         by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
         normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
-        decoded = self._decoded(self._work(), self._job, size=size, rows=rows, normalisation=normalisation)
-        for pixels, job, (portion, params) in decoded:
-            mixing = self._mixing(portion)
+        for pixels, batch in self._decoded(self._jobs(), size=size, rows=rows, normalisation=normalisation):
+            portion, encoded, mixing = batch.portion, batch.job.encoded, batch.mixing
             if by_decoder:
                 images = self._channels_first(pixels)
                 images = images if mixing is None else mix(images, mixing)
             else:
-                images = augment(pixels, params, mixing)
+                assert batch.params is not None
+                images = augment(pixels, batch.params, mixing)
             yield Batch(
                 images=images,
-                labels=self._labels(job.encoded),
-                ids=job.encoded.ids,
+                labels=self._labels(encoded),
+                ids=encoded.ids,
                 planned=portion.ids,
                 mask=torch.ones(len(portion.ids), dtype=torch.bool, device=self._device),
                 lam=None if mixing is None else self._to_device(mixing.lam),
@@ -130,29 +112,6 @@ class TrainLoader(BackgroundLoader):
                 micro=portion.micro,
                 ready=self._event(),
             )
-
-    def _job(self, encoded: Encoded, portion: Portion) -> tuple[DecodeJob, SampleParams]:
-        params = draw(
-            self._augment,
-            seed=self._plan.seed,
-            epoch=portion.position.epoch,
-            ids=encoded.ids,
-            heights=encoded.rows["height"],
-            widths=encoded.rows["width"],
-        )
-        return DecodeJob(encoded=encoded, window=params.windows, flip=params.flips), params
-
-    def _mixing(self, portion: Portion) -> MixParams | None:
-        if not self._augment.mixes:
-            return None
-        block, within = divmod(self._plan.steps_before(portion.position), MIX_STEPS)
-        if block != self._mix_block:
-            self._mix_block, self._mixes = block, {}
-        if portion.micro not in self._mixes:
-            lanes = self._plan.lane_of(self._shape.rows(portion.micro))
-            steps = range(block * MIX_STEPS, (block + 1) * MIX_STEPS)
-            self._mixes[portion.micro] = mix_params_of(self._augment, seed=self._plan.seed, steps=steps, lanes=lanes)
-        return self._mixes[portion.micro][within]
 
 
 class EvalLoader(BackgroundLoader):
@@ -215,62 +174,34 @@ class EvalLoader(BackgroundLoader):
         self._plan = EvalPlan(plan.samples, batch=plan.batch, world=plan.world, rank=plan.rank, start=samples)
         self._delivered = 0
 
-    def _work(self) -> Iterator[Portion]:
-        for step in range(self._plan.steps):
-            yield Portion(self._plan.ids(step), Position(0, step))
-
-    def _needs(self) -> Iterator[Need]:
-        return self._plan.needs(self._dataset.shard_samples(self._split))
-
-    def _step(self, position: Position) -> int:
-        return position.step
+    def _jobs(self) -> EvalJobs:
+        shard_samples = self._dataset.shard_samples(self._split)
+        return EvalJobs(plan=self._plan, shard_samples=shard_samples, size=self._size, crop_pct=self._crop_pct)
 
     def _batches(self) -> Iterator[Batch]:
         size, rows = self._size, self._plan.batch
         if self._loader == "synthetic":
             classes = len(self._dataset.manifest.classes)
             yield from synthetic_batches(
-                self._work(), size=size, classes=classes, device=self._device, dtype=self._dtype
+                self._jobs().planned(), size=size, classes=classes, device=self._device, dtype=self._dtype
             )
             return
-        work = (Portion(_filled(portion.ids), portion.position) for portion in self._work())
         by_decoder = self._device.type == "cpu"
         normalisation = Normalisation(self._mean, self._std) if by_decoder else None
-        decoded = self._decoded(work, self._job, size=size, rows=rows, evaluation=True, normalisation=normalisation)
-        for pixels, job, (portion, _) in decoded:
-            planned = self._plan.ids(portion.position.step)
+        jobs = self._jobs()
+        for pixels, batch in self._decoded(jobs, size=size, rows=rows, evaluation=True, normalisation=normalisation):
+            position, encoded = batch.portion.position, batch.job.encoded
+            planned = self._plan.ids(position.step)
             # No other sample can stand in for a bad one here: its row is left out.
-            ids = np.where(planned == job.encoded.ids, planned, NO_SAMPLE)
+            ids = np.where(planned == encoded.ids, planned, NO_SAMPLE)
             yield Batch(
                 images=self._channels_first(pixels)
                 if by_decoder
                 else normalise(pixels, self._mean, self._std, self._dtype),
-                labels=self._labels(job.encoded),
+                labels=self._labels(encoded),
                 ids=ids,
                 planned=planned,
                 mask=self._to_device(ids != NO_SAMPLE),
-                position=portion.position,
+                position=position,
                 ready=self._event(),
             )
-
-    def _job(self, encoded: Encoded, portion: Portion) -> tuple[DecodeJob, None]:
-        heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
-        window = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
-        resize, anchor = eval_geometry(heights, widths, self._size, self._crop_pct)
-        return DecodeJob(encoded=encoded, window=window, resize=resize, anchor=anchor), None
-
-
-def _filled(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows without a sample decode another one of the batch, so that it has its full shape; the mask hides them."""
-    return np.where(ids == NO_SAMPLE, max(int(ids.max()), 0), ids)
-
-
-def eval_geometry(
-    heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Sizes after resizing and corners of the centre crop, each int32 [n, 2], rounded the way torchvision does."""
-    short = int(size / crop_pct)
-    sides = np.stack([heights, widths], axis=1).astype(np.int64)
-    resize = short * sides // sides.min(axis=1, keepdims=True)
-    anchor = np.rint((resize - size) / 2).astype(np.int32)
-    return resize.astype(np.int32), anchor

@@ -15,6 +15,7 @@ from typing import Literal
 from shards.errors import UserError
 
 LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
+FeedProcess = Literal["auto", "on", "off"]
 
 
 def decode_threads(local_world: int | None = None) -> int:
@@ -85,6 +86,9 @@ class LoaderOptions:
     """Finished batches that wait on the device."""
     check_hashes: bool = True
     """Compare each sample's bytes with the hash in the index."""
+    feed_process: FeedProcess = "auto"
+    """Read shards and draw augmentations in a separate process per rank, so that this does not compete with the
+    training loop for Python's interpreter lock. auto = on for GPUs, off on CPUs."""
     dali: DaliOptions = field(default_factory=DaliOptions)
 
     def __post_init__(self) -> None:

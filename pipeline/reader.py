@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
@@ -79,14 +78,14 @@ class SampleReader:
         storage: where the samples are; closed with the reader.
         threads: reading threads.
         check: verify each sample's hash (xxh3-64, several GB/s per core).
-        pinned: read into page-locked memory, for decoders on a GPU.
+        buffers: memory to read into; None = ordinary memory.
     """
 
     def __init__(
-        self, storage: Storage, *, threads: int | None = None, check: bool = True, pinned: bool = False
+        self, storage: Storage, *, threads: int | None = None, check: bool = True, buffers: Recycler | None = None
     ) -> None:
         self._storage, self._check = storage, check
-        self._buffers = Recycler(pinned=pinned)
+        self._buffers = Recycler() if buffers is None else buffers
         self._pool = ThreadPoolExecutor(threads or Settings.read_threads, thread_name_prefix="shard-reader")
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
@@ -152,7 +151,7 @@ class SampleReader:
         """
         places = self._storage.locate(ids)
         ends = np.cumsum(places.sizes)
-        buffer = self._buffers.empty((int(ends[-1]) if len(ends) else 0,), torch.uint8).numpy()
+        buffer = self._buffers.bytes(int(ends[-1]) if len(ends) else 0)
         images = [buffer[end - size : end] for end, size in zip(ends.tolist(), places.sizes.tolist(), strict=True)]
         batch = Encoded(ids=ids, images=images, rows=places.rows, raw=places.raw)
         read_now = self._storage.files.read_now

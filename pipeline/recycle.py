@@ -7,12 +7,15 @@ import logging
 import threading
 import weakref
 from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from shards.errors import first_line
+
+if TYPE_CHECKING:  # `pipeline.jobs` runs without torch
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +39,14 @@ class Recycler:
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """An uninitialised, contiguous CPU tensor."""
-        size = int(np.prod(shape)) * dtype.itemsize
+        import torch
+
+        return torch.from_numpy(self.bytes(int(np.prod(shape)) * dtype.itemsize)).view(dtype).view(shape)
+
+    def bytes(self, size: int) -> NDArray[np.uint8]:
+        """An uninitialised array, uint8 [size]."""
         grain = 1 << max(0, size.bit_length() - _SIZES_PER_OCTAVE_BITS)
-        room = -(-size // grain) * grain
+        room = max(1, -(-size // grain) * grain)
         with self._lock:
             self._collect()
             # The one that came back last may still be in the CPU's cache.
@@ -46,13 +54,16 @@ class Recycler:
             memory = self._free.pop(fits[-1]) if fits else None
         if memory is None:
             memory = self._fresh(room)
-        # The tensor's storage holds on to this very array object, and so tells when it is gone.
-        lease = memory[:size]
+        # Views of it, tensors too, refer to this very array, whose end says that nobody refers to the memory any more:
+        # NumPy would let views of a slice of `memory` refer to `memory` instead.
+        lease = np.frombuffer(memory.data, np.uint8, count=size)
         weakref.finalize(lease, self._take_back, memory).atexit = False
-        return torch.from_numpy(lease).view(dtype).view(shape)
+        return lease
 
     def _fresh(self, size: int) -> NDArray[np.uint8]:
         if self._pinned:
+            import torch
+
             try:
                 pinned: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
                 return pinned

@@ -8,6 +8,7 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -66,6 +67,14 @@ class RemoteSet(ShardSet):
         self._folder, self._own_leases = folder, leases
         self._stage_now(whole(MANIFEST_NAME, len(manifest), digest))
         super().__init__(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: the connection, and the leases, which it keeps."""
+        return super().__getstate__() | {"_remote": None, "_own_leases": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _remote=Remote(state["url"]))
+        weakref.finalize(self, _give_back, self._own_leases)
 
     def index(self, name: str) -> Index:
         """The split's index, `INDEX_DTYPE` [samples], staged and memory-mapped."""

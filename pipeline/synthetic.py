@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from pipeline.background import Portion
 from pipeline.batch import Batch
+from pipeline.jobs import Portion
 from pipeline.plan import NO_SAMPLE
 
 

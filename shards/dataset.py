@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,10 @@ class ShardSet:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self._indexes: dict[str, Index] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the indexes, which another process maps for itself."""
+        return vars(self) | {"_indexes": {}}
 
     def split(self, name: str) -> SplitEntry:
         """The split's manifest entry.

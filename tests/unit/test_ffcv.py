@@ -89,13 +89,13 @@ def test_dali_and_ffcv_are_asked_for_the_same_at_every_position(
         record_jobs(monkeypatch, jobs)
         delivered[name] = batches_of(train(sets["both"], name, recipe))  # type: ignore[arg-type]
     assert len(asked["dali"]) == len(asked["ffcv"]) == len(delivered["dali"]) > 4
-    for (one, (portion, params)), (other, (other_portion, others)) in zip(*asked.values(), strict=True):
-        assert portion.position == other_portion.position
+    for (one, batch), (other, other_batch) in zip(*asked.values(), strict=True):
+        assert batch.portion.position == other_batch.portion.position
         assert one.encoded.ids.tolist() == other.encoded.ids.tolist()
         assert np.array_equal(one.window, other.window)
         assert np.array_equal(one.flip, other.flip)
         for name in ("ops", "applied", "arguments", "erase_boxes", "erase_keys"):
-            assert np.array_equal(getattr(params, name), getattr(others, name))
+            assert np.array_equal(getattr(batch.params, name), getattr(other_batch.params, name))
     for one, other in zip(*delivered.values(), strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert torch.equal(one.labels, other.labels)

@@ -23,6 +23,7 @@ from pipeline.reader import SampleReader
 from pipeline.storage import storage_of, tar_key
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError, UserError
+from tests.support.damage import flip_a_bit, shard_of
 
 CPU = torch.device("cpu")
 GLOBAL = 12
@@ -32,22 +33,6 @@ RECIPE = augment_recipe("light", size=32)
 @pytest.fixture
 def copied(photos: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(photos, tmp_path / "set"))
-
-
-def shard_of(path: Path, sample: int, split: str = "train") -> tuple[Path, int, int]:
-    """Shard, offset and size of a sample."""
-    row = ShardSet(path).index(split)[sample]
-    return ShardSet(path).shard_path(split, int(row["shard"])), int(row["offset"]), int(row["size"])
-
-
-def flip_a_bit(path: Path, sample: int = 11, split: str = "train") -> str:
-    shard, offset, size = shard_of(path, sample, split)
-    data = bytearray(shard.read_bytes())
-    data[offset + size // 2] ^= 4
-    shard.write_bytes(data)
-    with tarfile.open(shard) as tar:
-        name = next(member.name for member in tar if member.offset_data == offset)
-    return f"{shard.name}.*offset {offset} .*sample {sample}, key {name.removesuffix('.jpg')}\\)"
 
 
 def truncate(path: Path) -> str:

@@ -1,0 +1,212 @@
+"""What is read and drawn for each batch: from the plan to a `DecodeJob` with its augmentation parameters.
+
+Nothing here imports torch: all of it can run in a process of its own (`pipeline.feed_process`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
+from pipeline.augment.recipe import AugmentRecipe
+from pipeline.bad_samples import BadSamples
+from pipeline.decode import DecodeJob
+from pipeline.options import LoaderOptions
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Ids, Need, Position, TrainPlan
+from pipeline.reader import Encoded, SampleReader
+from pipeline.recycle import Recycler
+from pipeline.storage import storage_of
+from shards.dataset import ShardSet
+
+# The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
+CROP_PCT = 0.875
+# Steps whose mixing is drawn at once: a sixteenth of the numpy calls of drawing it step by step.
+MIX_STEPS = 16
+
+
+@dataclass(frozen=True)
+class Portion:
+    """What a rank delivers at once."""
+
+    ids: Ids
+    """int64 [n], as the plan says."""
+    position: Position
+    micro: int = 0
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """A batch that is ready to be decoded and augmented."""
+
+    job: DecodeJob
+    portion: Portion
+    params: SampleParams | None = None
+    """Augmentation of each sample; None in an evaluation."""
+    mixing: MixParams | None = None
+    """None = nothing is mixed."""
+
+
+class Jobs(ABC):
+    """The batches of one loader, in order. Can be pickled."""
+
+    @abstractmethod
+    def portions(self) -> Iterator[Portion]:
+        """The batches, every row with a sample."""
+
+    @abstractmethod
+    def needs(self) -> Iterator[Need]:
+        """The shards that these batches are read from."""
+
+    @abstractmethod
+    def step(self, position: Position) -> int:
+        """The step of a position, counted as `needs` counts."""
+
+    @abstractmethod
+    def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
+        """Draw everything that is random about a batch that has been read."""
+
+
+@dataclass(kw_only=True)
+class TrainJobs(Jobs):
+    """A rank's micro-batches from `start` to the end of the last epoch."""
+
+    plan: TrainPlan
+    shape: BatchShape
+    augment: AugmentRecipe
+    epochs: int
+    start: Position
+    _mix_block: int = field(default=-1, init=False, repr=False)
+    _mixes: dict[int, list[MixParams]] = field(default_factory=dict, init=False, repr=False)
+
+    def portions(self) -> Iterator[Portion]:
+        first = self.plan.steps_before(self.start)
+        for step in range(first, self.epochs * self.plan.steps_per_epoch):
+            position = self.plan.at(step)
+            for micro in range(self.shape.accumulation):
+                yield Portion(self.plan.ids(position, self.shape.rows(micro)), position, micro)
+
+    def needs(self) -> Iterator[Need]:
+        shape = self.shape
+        rows = range(shape.rank * shape.rank_rows, (shape.rank + 1) * shape.rank_rows)
+        return self.plan.needs(self.start, rows, epochs=self.epochs)
+
+    def step(self, position: Position) -> int:
+        return self.plan.steps_before(position)
+
+    def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
+        params = draw(
+            self.augment,
+            seed=self.plan.seed,
+            epoch=portion.position.epoch,
+            ids=encoded.ids,
+            heights=encoded.rows["height"],
+            widths=encoded.rows["width"],
+        )
+        job = DecodeJob(encoded=encoded, window=params.windows, flip=params.flips)
+        return PreparedBatch(job, portion, params, self._mixing(portion))
+
+    def _mixing(self, portion: Portion) -> MixParams | None:
+        if not self.augment.mixes:
+            return None
+        block, within = divmod(self.plan.steps_before(portion.position), MIX_STEPS)
+        if block != self._mix_block:
+            self._mix_block, self._mixes = block, {}
+        if portion.micro not in self._mixes:
+            lanes = self.plan.lane_of(self.shape.rows(portion.micro))
+            steps = range(block * MIX_STEPS, (block + 1) * MIX_STEPS)
+            self._mixes[portion.micro] = mix_params_of(self.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
+        return self._mixes[portion.micro][within]
+
+
+@dataclass(kw_only=True)
+class EvalJobs(Jobs):
+    """A rank's batches of one evaluation: the short side is resized to size / crop_pct, and the centre cut out."""
+
+    plan: EvalPlan
+    shard_samples: NDArray[np.int64]
+    """int64 [shards] of the split."""
+    size: int
+    crop_pct: float
+
+    def planned(self) -> Iterator[Portion]:
+        """The batches as planned: `NO_SAMPLE` in rows that only fill up a batch."""
+        for step in range(self.plan.steps):
+            yield Portion(self.plan.ids(step), Position(0, step))
+
+    def portions(self) -> Iterator[Portion]:
+        return (Portion(_filled(portion.ids), portion.position) for portion in self.planned())
+
+    def needs(self) -> Iterator[Need]:
+        return self.plan.needs(self.shard_samples)
+
+    def step(self, position: Position) -> int:
+        return position.step
+
+    def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
+        heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
+        window = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
+        resize, anchor = eval_geometry(heights, widths, self.size, self.crop_pct)
+        return PreparedBatch(DecodeJob(encoded=encoded, window=window, resize=resize, anchor=anchor), portion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobStream:
+    """All that is needed to make the prepared batches of a loader, here or in another process."""
+
+    dataset: ShardSet
+    split: str
+    jobs: Jobs
+    options: LoaderOptions
+    beton: bool = False
+    """Read the .beton, if there is one, even where there are tars."""
+
+    def reader(self, buffers: Recycler) -> SampleReader:
+        """A reader of the split.
+
+        Args:
+            buffers: memory for the encoded images.
+        """
+        return open_reader(self.dataset, self.split, self.options, buffers=buffers, beton=self.beton)
+
+    def run(self, reader: SampleReader, bad: BadSamples) -> Iterator[PreparedBatch]:
+        """Read and draw, `options.read_ahead` batches before they are asked for.
+
+        Raises:
+            ShardSetError: a sample is damaged, and `bad` accepts no more of them.
+        """
+        reader.expect(self.jobs.needs())
+        ordered = ((portion.ids, portion) for portion in self.jobs.portions())
+        for encoded, portion in reader.read_ahead(ordered, self.options.settings.read_ahead):
+            reader.reached(self.jobs.step(portion.position))
+            mended = bad.mend(encoded, reader, epoch=portion.position.epoch)
+            yield self.jobs.prepare(mended, portion)
+
+
+def open_reader(
+    dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: Recycler | None = None, beton: bool = False
+) -> SampleReader:
+    """A reader of a split, as the options say."""
+    storage = storage_of(dataset, split, beton=beton)
+    threads = options.settings.read_threads
+    return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers)
+
+
+def eval_geometry(
+    heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Sizes after resizing and corners of the centre crop, each int32 [n, 2], rounded the way torchvision does."""
+    short = int(size / crop_pct)
+    sides = np.stack([heights, widths], axis=1).astype(np.int64)
+    resize = short * sides // sides.min(axis=1, keepdims=True)
+    anchor = np.rint((resize - size) / 2).astype(np.int32)
+    return resize.astype(np.int32), anchor
+
+
+def _filled(ids: Ids) -> Ids:
+    """Rows without a sample decode another one of the batch, so that it has its full shape; the mask hides them."""
+    return np.where(ids == NO_SAMPLE, max(int(ids.max()), 0), ids)

@@ -1,0 +1,473 @@
+"""The feed process (pipeline/feed_process.py): same batches, same errors, nothing left behind, never a hang."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.augment.recipe import augment_recipe
+from pipeline.bad_samples import BadSamples
+from pipeline.feed_process import FeedProcess, FeedProcessDied
+from pipeline.files import Interrupted
+from pipeline.jobs import JobStream, TrainJobs
+from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
+from pipeline.options import FeedProcess as FeedChoice
+from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.remote import RemoteError
+from pipeline.remote_set import open_set
+from shards.dataset import ShardSet
+from shards.errors import ShardSetError, UserError
+from tests.serving import serve
+from tests.support.damage import flip_a_bit
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+GLOBAL = 24
+LIGHT, FAT = augment_recipe("light", size=32), augment_recipe("fat", size=32)
+
+
+@pytest.fixture
+def copied(photos: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(photos, tmp_path / "set"))
+
+
+def train(dataset: ShardSet, *, recipe: Any = LIGHT, micro: int = GLOBAL, batch: int = GLOBAL, **options: Any) -> Any:
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=5, window=16, pairs=recipe.mixes)
+    shape = BatchShape(global_batch=batch, micro_batch=min(micro, batch), pairs=recipe.mixes)
+    chosen = LoaderOptions(**{"feed_process": "on", **options})
+    return TrainLoader(dataset, plan, shape, recipe, epochs=2, device=CPU, options=chosen)
+
+
+def evaluation(dataset: ShardSet, **options: Any) -> EvalLoader:
+    chosen = LoaderOptions(**{"feed_process": "on", **options})
+    plan = EvalPlan(dataset.split("val").samples, batch=5, world=2, rank=1)
+    return EvalLoader(dataset, plan, size=32, mean=FAT.mean, std=FAT.std, device=CPU, options=chosen)
+
+
+def contents(batch: Batch) -> list[Any]:
+    tensors = (batch.images, batch.labels, batch.mask, batch.lam)
+    arrays = [None if tensor is None else tensor.numpy().tobytes() for tensor in tensors]
+    return [*arrays, batch.ids.tolist(), batch.planned.tolist(), batch.position, batch.micro]
+
+
+def all_of(loader: TrainLoader | EvalLoader) -> list[list[Any]]:
+    with loader:
+        return [contents(batch) for batch in loader]
+
+
+def job_stream(dataset: ShardSet, **options: Any) -> JobStream:
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16)
+    shape = BatchShape(global_batch=GLOBAL)
+    jobs = TrainJobs(plan=plan, shape=shape, augment=LIGHT, epochs=50, start=Position(0, 0))
+    return JobStream(dataset=dataset, split="train", jobs=jobs, options=LoaderOptions(**options))
+
+
+@pytest.fixture
+def process(photos: Path) -> Iterator[FeedProcess]:
+    stream = job_stream(ShardSet(photos))
+    process = FeedProcess(stream, BadSamples(budget=0, samples=80, seed=5))
+    try:
+        process.wait_until_ready()
+        yield process
+    finally:
+        process.close()
+
+
+def children() -> set[int]:
+    return {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+
+
+def wait_for(holds: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"read_ahead": 0, "ready": 1}, {"read_threads": 1, "check_hashes": False}])
+@pytest.mark.parametrize(("recipe", "micro"), [(LIGHT, GLOBAL), (FAT, GLOBAL), (FAT, 8)])
+def test_same_training_batches_with_and_without_the_process(
+    photos: Path, recipe: Any, micro: int, options: dict[str, Any]
+) -> None:
+    with_it, without = (
+        all_of(train(ShardSet(photos), recipe=recipe, micro=micro, feed_process=choice, **options))
+        for choice in ("on", "off")
+    )
+    assert len(with_it) > 4
+    assert with_it == without
+
+
+def test_same_evaluations_with_and_without_the_process_pass_after_pass(photos: Path) -> None:
+    expected = all_of(evaluation(ShardSet(photos), feed_process="off"))
+    with evaluation(ShardSet(photos)) as loader:
+        assert [contents(batch) for batch in loader] == expected
+        next(iter(loader))
+        assert [contents(batch) for batch in loader] == expected, "a pass that was broken off is begun anew"
+
+
+def test_a_loader_resumes_from_its_state_with_the_next_batch(photos: Path) -> None:
+    with train(ShardSet(photos), recipe=FAT) as loader:
+        first = [contents(next(loader)) for _ in range(2)]
+        state = loader.state_dict()
+        expected = [contents(batch) for batch in loader]
+    assert len(first) == state["step"] == 2
+    with train(ShardSet(photos), recipe=FAT) as loader:
+        next(loader)
+        loader.load_state_dict(state)
+        assert [contents(batch) for batch in loader] == expected
+
+
+def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path: Path) -> None:
+    expected = all_of(train(ShardSet(photos), feed_process="off"))
+    with serve(photos) as site:
+        with train(open_set(site.url, cache=tmp_path)) as loader:
+            found = [contents(next(loader))]
+            tars = len(ShardSet(photos).split("train").shards)
+            wait_for(lambda: len(list(tmp_path.glob("*/*.tar"))) >= tars, "staged shards")
+            found += [contents(batch) for batch in loader]
+        assert found == expected
+        assert all_of(train(open_set(site.url, cache=tmp_path))) == expected
+
+
+def test_bad_samples_are_replaced_counted_and_reported_as_without_the_process(
+    copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for sample in (3, 11, 40):
+        flip_a_bit(copied, sample)
+    seen = {}
+    for choice in ("on", "off"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            loader = train(ShardSet(copied), bad_samples="skip:3", feed_process=choice)
+            batches = all_of(loader)
+        seen[choice] = batches, loader.bad_samples, sorted(caplog.messages)
+    assert seen["on"] == seen["off"]
+    assert seen["on"][1] == 3
+    assert len(seen["on"][2]) >= 3
+
+
+def test_what_is_known_of_bad_samples_outlives_the_process(copied: Path) -> None:
+    """The budget is a loader's, not a process's: it is not renewed by a restart."""
+    for sample in (3, 11):
+        flip_a_bit(copied, sample)
+    with train(ShardSet(copied), bad_samples="skip:1") as loader:
+        loader._bad.met.add(3)
+        with pytest.raises(ShardSetError, match="2 bad samples are more than --bad-samples skip:1 allows"):
+            list(loader)
+        assert loader.bad_samples == 2
+
+
+def test_more_new_buffers_than_one_message_can_carry(digits: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(digits, tmp_path / "set"))
+    dataset, batch = ShardSet(path), 96
+    first = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=5, window=16).ids(Position(0, 0))
+    for sample in first[:80].tolist():
+        flip_a_bit(path, sample)
+    batches = []
+    for choice in ("on", "off"):
+        with train(dataset, batch=batch, bad_samples="skip:100", feed_process=choice) as loader:
+            batches.append([contents(next(loader)) for _ in range(3)])
+    assert batches[0] == batches[1]
+
+
+def outcome(loader: TrainLoader) -> tuple[int, type, str, int]:
+    """Batches delivered before the error, and the error."""
+    delivered: list[Batch] = []
+    with pytest.raises(UserError) as caught:
+        delivered.extend(loader)  # which keeps what came before
+    with pytest.raises(type(caught.value)):  # and again: nothing is skipped
+        next(loader)
+    return len(delivered), type(caught.value), str(caught.value), caught.value.exit_code
+
+
+@pytest.mark.parametrize("bad_samples", ["raise", "skip:1"])
+def test_a_damaged_sample_is_the_same_error_at_the_same_place(copied: Path, bad_samples: str) -> None:
+    for sample in (11, 33):  # neither first nor last of their shards: found when they are read
+        flip_a_bit(copied, sample)
+    found = {}
+    for choice in ("on", "off"):
+        with train(ShardSet(copied), bad_samples=bad_samples, feed_process=choice) as loader:
+            found[choice] = outcome(loader)
+    assert found["on"] == found["off"]
+    assert found["on"][1] is ShardSetError
+    assert "\n" not in found["on"][2]
+
+
+def test_a_lost_shard_and_a_server_that_fails_are_the_same_errors(copied: Path, tmp_path: Path) -> None:
+    found = {}
+    for choice in ("on", "off"):
+        loader = train(ShardSet(copied), feed_process=choice)
+        lost = ShardSet(copied).shard_path("train", 1)
+        hidden = lost.rename(tmp_path / "hidden.tar")
+        with loader:
+            found[choice] = outcome(loader)
+        hidden.rename(lost)
+    assert found["on"] == found["off"]
+    assert "missing" in found["on"][2]
+    with serve(copied) as site:
+        loader = train(open_set(site.url, cache=tmp_path / "cache"))
+        lost.unlink()
+        with loader:
+            _, kind, message, _ = outcome(loader)
+    assert kind is RemoteError
+    assert "not there" in message
+
+
+def test_an_error_of_another_kind_crosses_with_its_traceback(
+    photos: Path,
+) -> None:
+    broken = job_stream(ShardSet(photos))
+    broken.jobs.epochs = "many"  # type: ignore[attr-defined]
+    other = FeedProcess(broken, BadSamples(budget=0, samples=80, seed=5))
+    try:
+        other.wait_until_ready()
+        with pytest.raises(TypeError) as caught:
+            next(other.batches())
+    finally:
+        other.close()
+    assert "pipeline/jobs.py" in caught.value.__notes__[0]
+
+
+def test_a_killed_process_is_one_error_at_once(photos: Path) -> None:
+    before = children()
+    with train(ShardSet(photos)) as loader:
+        next(loader)
+        (pid,) = children() - before
+        os.kill(pid, signal.SIGKILL)
+        began = time.monotonic()
+        with pytest.raises(FeedProcessDied, match=f"process {pid}.*was killed by SIGKILL.*--read-ahead") as caught:
+            list(loader)
+        assert time.monotonic() - began < 10  # a hang would be for ever
+        assert caught.value.exit_code == 1
+        with pytest.raises(FeedProcessDied):
+            next(loader)
+    assert children() == before
+
+
+def test_signals_to_the_group_do_not_end_it(process: FeedProcess) -> None:
+    batches = process.batches()
+    next(batches)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        os.kill(process.pid, number)
+    for _ in range(10):
+        next(batches)
+
+
+def test_signals_that_come_while_it_starts_do_not_end_it(photos: Path) -> None:
+    process = FeedProcess(job_stream(ShardSet(photos)), BadSamples(budget=0, samples=80, seed=5))
+    try:
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait_until_ready()
+        next(process.batches())
+    finally:
+        process.close()
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+CONSUMER = """
+import os, sys, time, torch
+from pathlib import Path
+from pipeline.augment.recipe import augment_recipe
+from pipeline.loader import LoaderOptions, TrainLoader
+from pipeline.plan import BatchShape, TrainPlan
+from shards.dataset import ShardSet
+dataset = ShardSet(Path(sys.argv[1]))
+plan = TrainPlan(dataset.shard_samples("train"), global_batch=24, seed=0)
+options = LoaderOptions(feed_process="on")
+recipe = augment_recipe("light", size=32)
+loader = TrainLoader(
+    dataset, plan, BatchShape(global_batch=24), recipe, epochs=99, device=torch.device("cpu"), options=options
+)
+next(loader)
+print(*[pid for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()], flush=True)
+if sys.argv[2] == "wait":
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "return"])
+def test_it_ends_with_the_training_process(photos: Path, end: str) -> None:
+    command = [sys.executable, "-c", CONSUMER, str(photos), "return" if end == "return" else "wait"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as consumer:
+        assert consumer.stdout is not None
+        (pid,) = map(int, consumer.stdout.readline().split())
+        if end != "return":
+            consumer.send_signal(getattr(signal, end))
+        consumer.wait(timeout=30)
+    wait_for(lambda: not alive(pid), "the end of the feed process")
+
+
+def alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_nothing_is_left_behind(digits: Path) -> None:
+    def round_trip() -> None:
+        with train(ShardSet(digits)) as loader:
+            next(loader)
+        loader.close()
+
+    round_trip()
+    threads, files, shared = threading.active_count(), len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
+    before = children()
+    for _ in range(4):
+        round_trip()
+    assert threading.active_count() == threads
+    assert len(os.listdir("/proc/self/fd")) <= files
+    assert set(os.listdir("/dev/shm")) <= shared
+    assert children() == before
+    assert "memfd" not in Path("/proc/self/maps").read_text()
+
+
+def test_interrupting_it_ends_a_wait(process: FeedProcess) -> None:
+    os.kill(process.pid, signal.SIGSTOP)
+    threading.Timer(0.2, process.interrupt).start()
+    with pytest.raises(Interrupted):
+        list(process.batches())
+
+
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda image: image,
+        lambda image: image[3:],
+        lambda image: image[3:][2:],
+        lambda image: torch.from_numpy(image)[1:],
+        lambda image: np.split(image, [4])[1],
+    ],
+)
+def test_memory_is_reused_when_nothing_refers_to_it_and_not_before(
+    process: FeedProcess, derive: Callable[[Any], Any]
+) -> None:
+    batches = process.batches()
+    kept = derive(next(batches).job.encoded.images[0])
+    before = np.asarray(kept).tobytes()
+    for _ in range(30):
+        next(batches)
+    assert np.asarray(kept).tobytes() == before
+    assert len(process._buffers) < 16, "others' memory was used again meanwhile"
+    assert len(set(process._returned)) == len(process._returned)
+
+
+def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) -> None:
+    batches = process.batches()
+    next(batches)
+    statistics = Path(f"/proc/{process.pid}/stat")
+
+    def seconds() -> int:
+        fields = statistics.read_text().rpartition(")")[2].split()
+        return int(fields[11]) + int(fields[12])
+
+    def rests() -> bool:
+        before = seconds()
+        time.sleep(0.3)
+        return seconds() == before
+
+    wait_for(rests, "a process that waits for its consumer")
+
+
+def test_it_imports_no_torch() -> None:
+    command = "import pipeline.feed_process, sys; assert not {'torch', 'nvidia', 'numba'} & sys.modules.keys()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("python", ["/no/such/python", "/bin/false"])
+def test_where_it_cannot_start_threads_prepare_the_batches_with_one_warning(
+    photos: Path, python: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = all_of(train(ShardSet(photos), feed_process="off"))
+    monkeypatch.setattr(sys, "executable", python)
+    with caplog.at_level(logging.WARNING):
+        assert all_of(train(ShardSet(photos))) == expected
+    (message,) = caplog.messages
+    assert message.startswith("--feed-process: ")
+    assert message.endswith("in threads of the training process instead")
+
+
+class Cudart:
+    """The two calls of CUDA's runtime; registers up to `most` ranges."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.registered, self.asked = most, dict[int, int](), 0
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self.asked += 1
+        if len(self.registered) == self.most:
+            return 2
+        self.registered[address] = size
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.registered[address]
+        return 0
+
+
+@pytest.mark.parametrize("most", [99, 1])
+def test_buffers_are_page_locked_while_somebody_has_them(
+    photos: Path, most: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cudart = Cudart(most)
+
+    def check_error(code: int) -> None:
+        if code:
+            raise RuntimeError("CUDA error: out of memory\nmore")
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
+    process = FeedProcess(job_stream(ShardSet(photos)), BadSamples(budget=0, samples=80, seed=5), page_lock=True)
+    try:
+        process.wait_until_ready()
+        batches = process.batches()
+        kept = next(batches).job.encoded.images[0]
+        for _ in range(10):
+            next(batches)
+        assert len(cudart.registered) == min(most, len(process._buffers))
+        address = kept.ctypes.data
+    finally:
+        process.close()
+    if most > 1:
+        ((start, size),) = cudart.registered.items()
+        assert start <= address < start + size, "of the batch that is still referred to"
+    del kept
+    assert not cudart.registered
+    failures = [message for message in caplog.messages if "no page-locked memory" in message]
+    assert len(failures) == (most == 1)
+    if most == 1:
+        assert cudart.asked == 2, "after a failure it is not tried again"
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "expected"),
+    [
+        ("auto", "cpu", "threads of the training process"),
+        ("auto", "cuda", "a process of its own"),
+        ("on", "cpu", "a process of its own"),
+        ("off", "cuda", "threads of the training process"),
+    ],
+)
+def test_a_gpu_s_loader_uses_the_process_and_says_so(
+    photos: Path, choice: FeedChoice, device: str, expected: str
+) -> None:
+    loader = train(ShardSet(photos), feed_process=choice)
+    loader._device = torch.device(device)
+    assert loader.picks["feed"] == expected
