@@ -1,13 +1,15 @@
 """How much of its rate the loader keeps beside a main thread that holds the interpreter lock.
 
-A rank's loader works in threads of the training process, so its Python code waits for the lock while the main thread
-launches the model. The real `TrainLoader` over `pipeline sample photos` (paper's augmentation) delivers batches beside
+A loader's thread waits for the interpreter lock while the main thread launches the model. Compared are loaders whose
+batches are read and prepared in threads of the training process and in a process of their own (`--feed-process`). The
+real `TrainLoader` over `pipeline sample photos` (paper's augmentation) delivers batches beside
 main threads that hold the lock for a known share of the time, and beside the same load without the lock. The quotient
 of the two rates is what the lock alone costs; the two share the cores alike. What the main thread keeps of its own rate
 is found in the same way.
 
 What the loader does per batch:
 
+  feed    plan, reading, hashes, draws, and the hand-over to the loader's thread, which discards the images
   host    the Python work of a GPU run: plan, reading, hashes, draws, external_source, RandAugment's rounds, uploads,
           launches. No pixels: DALI reads the JPEGs' headers only, and a launch is LAUNCH seconds of bytecode. So it
           makes as many batches per second as a GPU run needs.
@@ -21,8 +23,8 @@ Main threads (the loads without the lock do the same in a C loop that releases i
 
 Also counted, and hardly dependent on what else the machine does: CPU milliseconds per batch of the parts of the work.
 
-    python benchmarks/interpreter_lock.py [--rounds 5] [--seconds 3] [--batch 256] [--works host pixels] [--data DIR]
-                                          [--out FILE.json]
+    python benchmarks/interpreter_lock.py [--rounds 5] [--seconds 3] [--batch 256] [--works feed host pixels]
+                                          [--feeds threads process] [--data DIR] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -54,11 +56,13 @@ from pipeline.augment import rounds
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.transfer import upload
+from pipeline.bad_samples import BadSamples
 from pipeline.cli import main as pipeline
 from pipeline.dali import DaliDecoder
 from pipeline.decode import DecodeJob
-from pipeline.jobs import MIX_STEPS
-from pipeline.loader import TrainLoader
+from pipeline.feed_process import FeedProcess
+from pipeline.jobs import MIX_STEPS, JobStream, TrainJobs
+from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
 from pipeline.reader import SampleReader
 from pipeline.storage import storage_of
@@ -71,7 +75,10 @@ WARM_UP = 8  # batches: the loader's queues are full then
 LAUNCH = 30e-6  # seconds of a Triton launch from Python
 PERIOD = 1e-3  # seconds in which a main thread takes the lock once
 NEEDED = 15_000  # images/s of one GPU
-Work = Literal["host", "pixels"]
+Work = Literal["feed", "host", "pixels"]
+Feed = Literal["threads", "process"]
+TAKING = "taking a batch from the feed process"
+LEFT = (TAKING, "external_source and DALI's run", "rounds, uploads, launches")  # to training, beside a feed process
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,10 @@ class Options:
     """Per measurement."""
     batch: int = 256
     """Images per batch of the host's work; a quarter of it with pixels."""
-    works: tuple[Work, ...] = ("host", "pixels")
+    works: tuple[Work, ...] = ("feed", "host", "pixels")
     """What the loader does."""
+    feeds: tuple[Feed, ...] = ("threads", "process")
+    """Where batches are read and prepared."""
     intervals: tuple[float, ...] = (5e-3, 5e-4)
     """Switch intervals (sys.setswitchinterval) in seconds; Python's own is 5e-3."""
     count: int = 3000
@@ -152,6 +161,26 @@ def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> N
     hold(LAUNCH)
 
 
+class NoDecoder(HostDecoder):
+    """Discards the encoded images."""
+
+    def decode(self, jobs: Iterable[tuple[DecodeJob, Any]]) -> Iterator[tuple[Tensor, DecodeJob, Any]]:
+        images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
+        for job, extra in jobs:
+            yield images, job, extra
+
+
+class NoAugment(HostAugment):
+    """Does nothing."""
+
+    def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None) -> Tensor:
+        return self._images
+
+
+def no_decoder(loader: str, options: Any, *, size: int, batch: int, **_: Any) -> NoDecoder:
+    return NoDecoder(size=size, batch=batch, device=CPU, threads=1)
+
+
 def host_decoder(loader: str, options: Any, *, size: int, batch: int, **_: Any) -> HostDecoder:
     settings = options.settings
     return HostDecoder(size=size, batch=batch, device=CPU, threads=settings.decode_threads, ahead=settings.decode_ahead)
@@ -166,15 +195,18 @@ class Loader(TrainLoader):
 
 
 @contextlib.contextmanager
-def loader_of(dataset: ShardSet, work: Work, batch: int) -> Iterator[Loader]:
+def loader_of(dataset: ShardSet, work: Work, batch: int, feed: Feed = "threads") -> Iterator[Loader]:
     augment = augment_recipe("fat", size=SIZE)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=0, pairs=True)
     shape = BatchShape(global_batch=batch, pairs=True)
+    options = LoaderOptions(feed_process="on" if feed == "process" else "off")
     with contextlib.ExitStack() as stack:
-        if work == "host":
-            stack.enter_context(mock.patch("pipeline.background.make_decoder", host_decoder))
-            stack.enter_context(mock.patch("pipeline.loader.BatchAugment", HostAugment))
-        yield stack.enter_context(Loader(dataset, plan, shape, augment, epochs=MANY_EPOCHS, device=CPU))
+        if work != "pixels":
+            decoder, augmentation = (no_decoder, NoAugment) if work == "feed" else (host_decoder, HostAugment)
+            stack.enter_context(mock.patch("pipeline.background.make_decoder", decoder))
+            stack.enter_context(mock.patch("pipeline.loader.BatchAugment", augmentation))
+        loader = Loader(dataset, plan, shape, augment, epochs=MANY_EPOCHS, device=CPU, options=options)
+        yield stack.enter_context(loader)
 
 
 def hold(seconds: float) -> None:
@@ -250,34 +282,39 @@ def rates(loader: Loader | None, main: Callable[[], None] | None, seconds: float
 
 
 def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
-    """Rates in interleaved rounds, and what loader and main thread keep of theirs beside the lock: medians of both."""
-    batch, seconds = options.batch if work == "host" else options.batch // 4, options.seconds
-    every: dict[str, dict[str, list[float]]] = {"batches_per_second": {}, "loader_keeps": {}, "main_keeps": {}}
+    """Rates in interleaved rounds, and what loader and main thread keep of theirs beside the lock: medians of both.
 
-    def note(what: str, name: str, value: float) -> None:
-        every[what].setdefault(name, []).append(value)
+    Names are those of the feed and of the main thread.
+    """
+    batch, seconds = options.batch // 4 if work == "pixels" else options.batch, options.seconds
+    every: dict[str, dict[str, list[float]]] = {"batches_per_second": {}, "loader_keeps": {}, "main_keeps": {}}
 
     for number in range(options.rounds):
         own = {name: [rates(None, main, seconds / 2)[1] for main in pair] for name, pair in MAIN.items()}
-        with loader_of(dataset, work, batch) as loader:
-            for _ in range(WARM_UP):
-                next(loader)
-            note("batches_per_second", "alone", rates(loader, None, seconds)[0])
-            for name, (locked, free) in MAIN.items():
-                beside, turns = rates(loader, free, seconds)
-                note("batches_per_second", f"{name}, without the lock", beside)
-                free_keeps = turns / own[name][1]
-                for interval in options.intervals:
-                    before = sys.getswitchinterval()
-                    sys.setswitchinterval(interval)
-                    try:
-                        found, turns = rates(loader, locked, seconds)
-                    finally:
-                        sys.setswitchinterval(before)
-                    key = f"{name}, switch interval {interval * 1e3:g} ms"
-                    note("batches_per_second", key, found)
-                    note("loader_keeps", key, found / beside)
-                    note("main_keeps", key, turns / own[name][0] / free_keeps)
+        for feed in options.feeds:
+
+            def note(what: str, name: str, value: float, feed: Feed = feed) -> None:
+                every[what].setdefault(f"{feed}, {name}", []).append(value)
+
+            with loader_of(dataset, work, batch, feed) as loader:
+                for _ in range(WARM_UP):
+                    next(loader)
+                note("batches_per_second", "alone", rates(loader, None, seconds)[0])
+                for name, (locked, free) in MAIN.items():
+                    beside, turns = rates(loader, free, seconds)
+                    note("batches_per_second", f"{name}, without the lock", beside)
+                    free_keeps = turns / own[name][1]
+                    for interval in options.intervals:
+                        before = sys.getswitchinterval()
+                        sys.setswitchinterval(interval)
+                        try:
+                            found, turns = rates(loader, locked, seconds)
+                        finally:
+                            sys.setswitchinterval(before)
+                        key = f"{name}, switch interval {interval * 1e3:g} ms"
+                        note("batches_per_second", key, found)
+                        note("loader_keeps", key, found / beside)
+                        note("main_keeps", key, turns / own[name][0] / free_keeps)
         print(f"{work}: round {number + 1} of {options.rounds}", flush=True)
     medians = {
         what: {name: statistics.median(values) for name, values in named.items()} for what, named in every.items()
@@ -288,12 +325,19 @@ def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
 def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
     """CPU milliseconds per batch of the host's work, by part: an upper bound of the time that the lock is held.
 
-    Of the thread that does it: DALI's own threads, which never hold the lock, are not in it.
+    Of the thread that does it: DALI's own threads, which never hold the lock, are not in it. With a feed process, those
+    in `LEFT` are what the training process does; without it, all but `TAKING`.
     """
     recipe = augment_recipe("fat", size=SIZE)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=0, pairs=True)
     lanes = plan.lane_of(range(batch))
-    with SampleReader(storage_of(dataset, "train")) as reader:
+    shape = BatchShape(global_batch=batch, pairs=True)
+    tasks = TrainJobs(plan=plan, shape=shape, augment=recipe, epochs=MANY_EPOCHS, start=plan.at(0))
+    stream = JobStream(dataset=dataset, split="train", jobs=tasks, options=LoaderOptions())
+    process = FeedProcess(stream, BadSamples(budget=0, samples=plan.samples, seed=0))
+    with contextlib.closing(process), SampleReader(storage_of(dataset, "train")) as reader:
+        process.wait_until_ready()
+        handed = process.batches()
         encoded = reader.read(plan.ids(plan.at(0))).checked()
         sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
         params = draw(recipe, seed=0, epoch=0, ids=encoded.ids, **sizes)
@@ -319,6 +363,7 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
                 ),
                 MIX_STEPS,
             ),
+            TAKING: (lambda _: next(handed), 1),
             "external_source and DALI's run": (lambda _: pipe.run(), 1),
             "rounds, uploads, launches": (lambda _: host_augment(params, mixing, SIZE), 1),
         }
@@ -352,18 +397,20 @@ def main() -> None:
             **{work: measure(dataset, work, options) for work in options.works},
         }
     own = result["cpu_ms_per_batch"]
-    total = sum(own.values()) - own["batch"]
     for name, value in own.items():
         print(f"{name:70s} {value:8.2f}{'' if name == 'batch' else ' ms'}")
     needed = NEEDED / options.batch
-    share = total * needed / 1e3
-    print(f"in all {total:.2f} ms: {share:.0%} of one core at {NEEDED:,} images/s ({needed:.0f} batches/s)")
+    for feed, names in (("threads", own.keys() - {"batch", TAKING}), ("process", LEFT)):
+        total = sum(own[name] for name in names)
+        share = total * needed / 1e3
+        print(f"{feed}: {total:.2f} ms in the training process, {share:.0%} of one core at {NEEDED:,} images/s")
     for work in options.works:
         found = result[work]
-        print(f"{work}, batches of {found['batch']}: alone {found['batches_per_second']['alone']:.1f} a second")
+        alone = ", ".join(f"{feed} {found['batches_per_second'][f'{feed}, alone']:.1f}" for feed in options.feeds)
+        print(f"{work}, batches of {found['batch']} a second, alone: {alone}")
         for name, value in found["loader_keeps"].items():
             speed = found["batches_per_second"][name]
-            print(f"  {name:36s} {speed:8.1f} a second; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")
+            print(f"  {name:44s} {speed:8.1f} a second; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")
     load, cores = result["machine"]["load"], result["machine"]["cores"]
     print(f"load average {load:.1f} on {cores} cores; rates say something on a quiet machine only")
     if options.out:

@@ -137,7 +137,7 @@ class FeedProcess:
             )
         except OSError as error:
             own.close()
-            raise FeedUnavailable(f"--feed-process: it cannot be started ({error.strerror})") from error
+            raise FeedUnavailable(f"--feed-process: the process cannot be started ({error.strerror})") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             other.close()
@@ -165,7 +165,7 @@ class FeedProcess:
         if not isinstance(answer, _Ready):
             self.close()
             reason = f" ({first_line(answer)})" if isinstance(answer, BaseException) else ""
-            raise FeedUnavailable(f"--feed-process: it ended before its first batch{reason}")
+            raise FeedUnavailable(f"--feed-process: the process did not start{reason}")
 
     def batches(self) -> Iterator[PreparedBatch]:
         """The batches, in order. Their images are read-and-write views of memory shared with the process.
@@ -178,7 +178,9 @@ class FeedProcess:
         while True:
             message = self._receive()
             if isinstance(message, logging.LogRecord):
-                logging.getLogger(message.name).handle(message)
+                logger = logging.getLogger(message.name)
+                if logger.isEnabledFor(message.levelno):
+                    logger.handle(message)
             elif isinstance(message, _Handed):
                 yield self._mapped(message)
             elif isinstance(message, _End):
@@ -198,23 +200,26 @@ class FeedProcess:
         It is killed: files that it stages are left as by a killed run, for the next one to go on with.
         """
         self._process.kill()
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # storage may hold it, as long as it does not answer
+            self._process.wait(_EXIT_SECONDS)
         self._channel.close()
         self._buffers.clear()
 
     def _receive(self) -> object:
         try:
             message, handles = self._channel.receive()
-            if isinstance(message, _NewBuffers):
-                for (number, size), handle in zip(message.buffers, handles, strict=True):
-                    self._buffers[number] = self._map(handle, size)
-            elif isinstance(message, _Handed):
+            if isinstance(message, _Handed):
                 returned = [self._returned.popleft() for _ in range(len(self._returned))]
                 self._channel.send(returned)
         except (OSError, EOFError):
             if self._interrupted:
                 raise Interrupted from None
             raise self._died() from None
+        if isinstance(message, _NewBuffers):
+            if len(handles) < len(message.buffers):
+                raise UserError("--feed-process: too many open files; raise the limit ('ulimit -n'), or use off")
+            for (number, size), handle in zip(message.buffers, handles, strict=True):
+                self._buffers[number] = self._map(handle, size)
         return message
 
     def _mapped(self, handed: _Handed) -> PreparedBatch:
@@ -294,8 +299,11 @@ class _MappedBuffer:
         import torch
 
         array = self.array()
-        address = array.ctypes.data
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0)))
+        address = _address(array)
+        # Compared as a number: the binding's enum is unequal to every int.
+        code = int(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0))
+        if code:
+            raise RuntimeError(f"cudaHostRegister: CUDA error {code}")
         self._locked_at = address
 
     def __del__(self) -> None:
@@ -433,14 +441,17 @@ class _Feeder:
         self._channel.send(handed)
 
     def _listen(self) -> None:
-        while True:
-            try:
+        try:
+            while True:
                 returned, _ = self._channel.receive()
-            except (OSError, EOFError):
-                os._exit(0)
-            for number in returned:
-                del self._lent[number]
-            self._room.release()
+                for number in returned:
+                    del self._lent[number]
+                self._room.release()
+        except (OSError, EOFError):
+            os._exit(0)
+        except BaseException:  # else the other side would wait for ever
+            traceback.print_exc()
+            os._exit(1)
 
 
 class SharedBuffers(Recycler):

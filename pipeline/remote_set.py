@@ -65,12 +65,14 @@ class RemoteSet(ShardSet):
         leases: list[int] = []
         weakref.finalize(self, _give_back, leases)
         self._folder, self._own_leases = folder, leases
+        self._staged: set[str] = set()  # splits whose indexes the process has staged that this set was pickled in
         self._stage_now(whole(MANIFEST_NAME, len(manifest), digest))
         super().__init__(folder)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what belongs to this process: the connection, and the leases, which it keeps."""
-        return super().__getstate__() | {"_remote": None, "_own_leases": []}
+        """Without what belongs to this process: the connection, and the leases, which keep files for its copies too."""
+        staged = self._staged | self._indexes.keys()
+        return super().__getstate__() | {"_remote": None, "_own_leases": [], "_staged": staged}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _remote=Remote(state["url"]))
@@ -78,7 +80,7 @@ class RemoteSet(ShardSet):
 
     def index(self, name: str) -> Index:
         """The split's index, `INDEX_DTYPE` [samples], staged and memory-mapped."""
-        if name not in self._indexes:
+        if name not in self._indexes and name not in self._staged:
             entry = self.split(name)
             head = io.BytesIO(self._remote.read(entry.index, 0, _INDEX_HEADER))
             try:

@@ -62,6 +62,19 @@ def test_micro_batches_are_slices_of_the_same_global_batches(digits: Path, tmp_p
         assert accumulating.join().steps == {step: training[step] for step in range(5, 9)}
 
 
+def test_same_global_batches_from_feed_processes(digits: Path, tmp_path: Path, training: Sequence) -> None:
+    with Ranks(tmp_path, "--data", digits, *OPTIONS, "--feed-process", "on") as ranks:
+        pids = ranks.start(2, 0, STEPS, pace=0.1)
+        time.sleep(2)
+        found = ranks.kill(pids)  # and their feed processes with them
+        first = len(found.steps)
+        assert found.steps == {step: training[step] for step in range(first)}
+        ranks.start(3, first, STEPS)
+        found = ranks.join()
+        assert found.done
+        assert found.steps == {step: training[step] for step in range(first, STEPS)}
+
+
 def train_through_kills(ranks: Ranks, training: Sequence, draw: random.Random, kills: int) -> None:
     """Kill the ranks at random moments, restart at another world size where the last whole step was, and compare."""
     position, killed = 0, 0

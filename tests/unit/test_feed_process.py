@@ -20,11 +20,12 @@ import torch
 
 from pipeline.augment.recipe import augment_recipe
 from pipeline.bad_samples import BadSamples
-from pipeline.feed_process import FeedProcess, FeedProcessDied
+from pipeline.feed_process import HANDED_AHEAD, FeedProcess, FeedProcessDied
 from pipeline.files import Interrupted
 from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
+from pipeline.options import Settings
 from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.remote import RemoteError
 from pipeline.remote_set import open_set
@@ -139,6 +140,7 @@ def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path
             wait_for(lambda: len(list(tmp_path.glob("*/*.tar"))) >= tars, "staged shards")
             found += [contents(batch) for batch in loader]
         assert found == expected
+        assert site.whole_reads()["train.index.npy"] <= 2, "to check the set and to stage it, not by the process"
         assert all_of(train(open_set(site.url, cache=tmp_path))) == expected
 
 
@@ -178,7 +180,7 @@ def test_more_new_buffers_than_one_message_can_carry(digits: Path, tmp_path: Pat
         flip_a_bit(path, sample)
     batches = []
     for choice in ("on", "off"):
-        with train(dataset, batch=batch, bad_samples="skip:100", feed_process=choice) as loader:
+        with train(dataset, micro=batch, batch=batch, bad_samples="skip:100", feed_process=choice) as loader:
             batches.append([contents(next(loader)) for _ in range(3)])
     assert batches[0] == batches[1]
 
@@ -298,7 +300,7 @@ if sys.argv[2] == "wait":
 """
 
 
-@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "return"])
+@pytest.mark.parametrize("end", ["SIGKILL", "SIGINT", "return", "SIGKILL while it is stopped"])
 def test_it_ends_with_the_training_process(photos: Path, end: str) -> None:
     command = [sys.executable, "-c", CONSUMER, str(photos), "return" if end == "return" else "wait"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -307,8 +309,10 @@ def test_it_ends_with_the_training_process(photos: Path, end: str) -> None:
     ) as consumer:
         assert consumer.stdout is not None
         (pid,) = map(int, consumer.stdout.readline().split())
+        if "stopped" in end:
+            os.kill(pid, signal.SIGSTOP)
         if end != "return":
-            consumer.send_signal(getattr(signal, end))
+            consumer.send_signal(getattr(signal, end.split(maxsplit=1)[0]))
         consumer.wait(timeout=30)
     wait_for(lambda: not alive(pid), "the end of the feed process")
 
@@ -320,6 +324,10 @@ def alive(pid: int) -> bool:
         return False
 
 
+def buffers_in(process: int | str) -> int:
+    return Path(f"/proc/{process}/maps").read_text().count("memfd:encoded-images")
+
+
 def test_nothing_is_left_behind(digits: Path) -> None:
     def round_trip() -> None:
         with train(ShardSet(digits)) as loader:
@@ -328,14 +336,14 @@ def test_nothing_is_left_behind(digits: Path) -> None:
 
     round_trip()
     threads, files, shared = threading.active_count(), len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
-    before = children()
+    before, mapped = children(), buffers_in("self")
     for _ in range(4):
         round_trip()
     assert threading.active_count() == threads
     assert len(os.listdir("/proc/self/fd")) <= files
     assert set(os.listdir("/dev/shm")) <= shared
     assert children() == before
-    assert "memfd" not in Path("/proc/self/maps").read_text()
+    assert buffers_in("self") <= mapped
 
 
 def test_interrupting_it_ends_a_wait(process: FeedProcess) -> None:
@@ -383,6 +391,8 @@ def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) 
         return seconds() == before
 
     wait_for(rests, "a process that waits for its consumer")
+    # Those read ahead, the one being read or prepared, those handed over, and the one that was taken.
+    assert buffers_in(process.pid) <= Settings().read_ahead + 2 + HANDED_AHEAD + 2
 
 
 def test_it_imports_no_torch() -> None:
@@ -427,13 +437,7 @@ def test_buffers_are_page_locked_while_somebody_has_them(
     photos: Path, most: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cudart = Cudart(most)
-
-    def check_error(code: int) -> None:
-        if code:
-            raise RuntimeError("CUDA error: out of memory\nmore")
-
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-    monkeypatch.setattr(torch.cuda, "check_error", check_error)
     process = FeedProcess(job_stream(ShardSet(photos)), BadSamples(budget=0, samples=80, seed=5), page_lock=True)
     try:
         process.wait_until_ready()

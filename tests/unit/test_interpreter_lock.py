@@ -17,25 +17,29 @@ from shards.dataset import ShardSet
 BATCH = 16
 
 
-def test_the_host_s_work_is_that_of_the_plan_s_batches(photos: Path) -> None:
+@pytest.mark.parametrize("feed", ["threads", "process"])
+@pytest.mark.parametrize("work", ["feed", "host"])
+def test_the_work_is_that_of_the_plan_s_batches(
+    photos: Path, work: interpreter_lock.Work, feed: interpreter_lock.Feed
+) -> None:
     dataset = ShardSet(photos)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=BATCH, seed=0, pairs=True)
-    with loader_of(dataset, "host", BATCH) as loader:
+    with loader_of(dataset, work, BATCH, feed) as loader:
         for step in range(3):
             assert next(loader).ids.tolist() == plan.ids(plan.at(step)).tolist()
 
 
-@pytest.mark.parametrize("work", ["host", "pixels"])
+@pytest.mark.parametrize("work", ["feed", "host", "pixels"])
 def test_every_main_thread_has_its_turn_and_the_interpreter_stays_as_it_was(
     photos: Path, work: interpreter_lock.Work
 ) -> None:
     threads, interval = threading.active_count(), sys.getswitchinterval()
     options = Options(rounds=1, seconds=0.1, batch=4 * BATCH, intervals=(1e-3,))
     found = measure(ShardSet(photos), work, options)
-    assert found["batch"] == (4 * BATCH if work == "host" else BATCH)
-    names = {f"{name}, switch interval 1 ms" for name in MAIN}
+    assert found["batch"] == (BATCH if work == "pixels" else 4 * BATCH)
+    names = {f"{feed}, {name}, switch interval 1 ms" for feed in options.feeds for name in MAIN}
     assert found["loader_keeps"].keys() == found["main_keeps"].keys() == names
-    assert found["batches_per_second"]["alone"] > 0
+    assert all(found["batches_per_second"][f"{feed}, alone"] > 0 for feed in ("threads", "process"))
     assert sys.getswitchinterval() == interval
     assert threading.active_count() == threads
 
