@@ -71,7 +71,7 @@ from shards.dataset import ShardSet
 SIZE = 224
 CPU = torch.device("cpu")
 MANY_EPOCHS = 1_000_000
-WARM_UP = 8  # batches: the loader's queues are full then
+WARM_UP = 24  # batches: queues are full then, and every buffer has been used once
 LAUNCH = 30e-6  # seconds of a Triton launch from Python
 PERIOD = 1e-3  # seconds in which a main thread takes the lock once
 NEEDED = 15_000  # images/s of one GPU
