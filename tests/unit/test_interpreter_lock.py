@@ -41,7 +41,7 @@ def test_every_main_thread_has_its_turn_and_the_interpreter_stays_as_it_was(
     assert found["loader_keeps"].keys() == found["main_keeps"].keys() == names
     assert all(found["batches_per_second"][f"{feed}, alone"] > 0 for feed in ("threads", "process"))
     assert sys.getswitchinterval() == interval
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # other tests' servers may have ended meanwhile
 
 
 def test_each_part_of_the_work_takes_time(photos: Path) -> None:
