@@ -513,7 +513,7 @@ def test_a_recipe_that_does_not_say_how_the_run_began_is_a_warning(
 def test_tune_measures_keeps_and_the_next_run_begins_with_it(
     tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "8")
+    options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "12")
     assert pipeline(["tune", str(digits), *options]) == 0
     told = capsys.readouterr().out
     assert "memory-format: " in told
@@ -529,7 +529,7 @@ def test_tune_measures_keeps_and_the_next_run_begins_with_it(
 
 def test_a_run_that_is_told_to_measure_does_so_once(tmp_path: Path, digits: Path, file: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launch.choices.SECONDS", 6.0)
+        patch.setattr("launch.choices.SECONDS", 9.0)
         picks = begin(tmp_path / "run", digits, "--tune", "--read-ahead", "2", steps=1)
         assert "memory-format" in picks["measured now"]
         assert "images/s" in picks["measured memory-format"]
@@ -571,10 +571,10 @@ def test_a_file_that_cannot_be_written_is_an_error_of_tune_and_a_warning_of_a_ru
 ) -> None:
     (tmp_path / "in-the-way").write_text("")
     lost = tmp_path / "in-the-way" / "tuned.json"
-    options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "3", "--what", "model")
+    options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "6", "--what", "model")
     assert pipeline(["tune", str(digits), *options, "--tuned", str(lost)]) == 2
     assert f"--tuned {lost}: cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr("launch.choices.SECONDS", 2.0)
+    monkeypatch.setattr("launch.choices.SECONDS", 4.0)
     begin(tmp_path / "run", digits, "--tune", "--tuned", lost, steps=1)
     assert f"warning: --tuned {lost}: cannot be written" in capsys.readouterr().err
 
