@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
@@ -333,6 +334,7 @@ def test_nothing_is_left_behind(digits: Path) -> None:
         with train(ShardSet(digits)) as loader:
             next(loader)
         loader.close()
+        gc.collect()  # mapped buffers have file descriptors, and reference cycles may hold them for a while
 
     round_trip()
     threads, files, shared = threading.active_count(), len(os.listdir("/proc/self/fd")), set(os.listdir("/dev/shm"))
