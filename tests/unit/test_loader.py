@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from pipeline.reader import Encoded, SampleReader
 from pipeline.storage import storage_of
 from shards.dataset import ShardSet
 from shards.errors import UserError
+from tests.support.leftovers import nothing_is_left_behind
 
 CPU = torch.device("cpu")
 GLOBAL = 24
@@ -216,20 +216,15 @@ def test_evaluation_geometry_keeps_the_ratio_of_256_to_224() -> None:
 
 
 def test_nothing_is_left_behind(digits: Path) -> None:
-    def open_files() -> int:
-        return len(os.listdir("/proc/self/fd"))
-
     def round_trip() -> None:
         _, loader = train_loader(digits, augment_recipe("light", size=32))
         with loader:
             next(loader)
 
     round_trip()
-    threads, files = threading.active_count(), open_files()
-    for _ in range(5):
-        round_trip()
-    assert threading.active_count() == threads
-    assert open_files() <= files
+    with nothing_is_left_behind():
+        for _ in range(5):
+            round_trip()
 
 
 def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(digits: Path) -> None:
