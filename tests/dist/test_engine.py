@@ -6,16 +6,15 @@ Float32, fixed random batches, BatchNorm frozen (its statistics are per rank on 
 from __future__ import annotations
 
 import functools
-import subprocess
-import sys
+import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
 
-from tests.dist.launching import ROOT, environment, free_port
+from tests.dist.forked import Launcher
 
 STEPS = 20
 # AdamW divides by the root of tiny second moments: biases whose true gradient is zero (of convolutions before a norm)
@@ -23,22 +22,23 @@ STEPS = 20
 TOLERANCE = 1e-5
 
 
-def run(tmp_path: Path, name: str, *args: str | Path, ranks: int = 1, zero: int = 0) -> dict[str, Any]:
-    """Train on `ranks` processes; what rank 0 wrote."""
-    out = tmp_path / f"{name}.pt"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    command = [*launcher, "tests/dist/engine_run.py", str(out), "--zero", str(zero), *map(str, args)]
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(out, weights_only=True)
+class Run(Protocol):
+    """Trains on `ranks` processes; returns what rank 0 wrote, to `out` if that is given."""
+
+    def __call__(self, *args: object, ranks: int = 1, zero: int = 0, out: Path | None = None) -> dict[str, Any]: ...
+
+
+@pytest.fixture(scope="module")
+def run(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("runs")
+    numbers = itertools.count()
+
+    def trained(*args: object, ranks: int = 1, zero: int = 0, out: Path | None = None) -> dict[str, Any]:
+        out = out or folder / f"{next(numbers)}.pt"
+        launch("tests.dist.engine_run", out, "--zero", zero, *args, ranks=ranks)
+        return torch.load(out, weights_only=True)
+
+    return trained
 
 
 def slow(*cases: Any) -> list[Any]:
@@ -55,32 +55,32 @@ def distance(a: dict[str, Any], b: dict[str, Any], kind: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def reference(run: Run) -> dict[str, Any]:
     """One process, plain, uninterrupted."""
-    result = run(tmp_path_factory.mktemp("reference"), "reference", "--steps", str(STEPS), "--ema", "0.9")
+    result = run("--steps", STEPS, "--ema", "0.9")
     assert result["losses"][-1] < result["losses"][0]
     return result
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
+def half(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
     """(ZeRO stage, processes) -> file of the state half way."""
     folder = tmp_path_factory.mktemp("half")
 
     @functools.cache
     def made(zero: int, ranks: int) -> Path:
-        name = f"zero-{zero}-on-{ranks}"
-        run(folder, name, "--steps", str(STEPS // 2), "--ema", "0.9", zero=zero, ranks=ranks)
-        return folder / f"{name}.pt"
+        out = folder / f"zero-{zero}-on-{ranks}.pt"
+        run("--steps", STEPS // 2, "--ema", "0.9", zero=zero, ranks=ranks, out=out)
+        return out
 
     return made
 
 
 @pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (3, 2), *slow((1, 1), (2, 2), (2, 1), (3, 1))])
 def test_every_stage_and_world_size_ends_at_the_same_weights(
-    tmp_path: Path, reference: dict[str, Any], zero: int, ranks: int
+    run: Run, reference: dict[str, Any], zero: int, ranks: int
 ) -> None:
-    result = run(tmp_path, "r", "--steps", str(STEPS), "--ema", "0.9", zero=zero, ranks=ranks)
+    result = run("--steps", STEPS, "--ema", "0.9", zero=zero, ranks=ranks)
     assert result["norms"] == pytest.approx(reference["norms"], rel=1e-4)
     for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
         assert distance(reference, result, kind) < TOLERANCE, kind
@@ -101,14 +101,14 @@ MORE_CHANGES = [
 
 @pytest.mark.parametrize(("before", "after"), [*CHANGES, *slow(*MORE_CHANGES)])
 def test_a_state_goes_on_at_another_stage_and_world_size(
-    tmp_path: Path,
+    run: Run,
     reference: dict[str, Any],
     half: Callable[[int, int], Path],
     before: tuple[int, int],
     after: tuple[int, int],
 ) -> None:
     options = ("--steps", STEPS, "--state", half(*before), "--at", STEPS // 2, "--ema", "0.9")
-    result = run(tmp_path, "r", *options, zero=after[0], ranks=after[1])
+    result = run(*options, zero=after[0], ranks=after[1])
     for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
         assert distance(reference, result, kind) < TOLERANCE, kind
 
@@ -117,11 +117,11 @@ FOREACH = ("--optimizer-form", "foreach", "--memory-format", "contiguous")
 
 
 def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(
-    tmp_path: Path, reference: dict[str, Any], half: Callable[[int, int], Path]
+    run: Run, reference: dict[str, Any], half: Callable[[int, int], Path]
 ) -> None:
     options = ("--ema", "0.9", *FOREACH, "--steps", STEPS)
-    whole = run(tmp_path, "whole", *options)
-    resumed = run(tmp_path, "resumed", *options, "--state", half(0, 1), "--at", STEPS // 2)
+    whole = run(*options)
+    resumed = run(*options, "--state", half(0, 1), "--at", STEPS // 2)
     for result in (whole, resumed):
         for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
             assert distance(reference, result, kind) < TOLERANCE, kind
@@ -129,10 +129,10 @@ def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(
 
 @pytest.mark.parametrize(("zero", "micro"), [(1, 4), *slow((0, 2), (0, 4), (3, 2))])
 def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
-    tmp_path: Path, reference: dict[str, Any], zero: int, micro: int
+    run: Run, reference: dict[str, Any], zero: int, micro: int
 ) -> None:
     options = ("--steps", STEPS, "--ema", "0.9", "--micro", micro)
-    assert distance(reference, run(tmp_path, "r", *options, zero=zero), "model") < TOLERANCE
+    assert distance(reference, run(*options, zero=zero), "model") < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -140,10 +140,10 @@ def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
     [(0, 1, ()), (0, 1, FOREACH), (1, 2, ()), *slow((0, 2, ()), (2, 2, ()), (3, 2, ()), (1, 2, FOREACH))],
 )
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
-    tmp_path: Path, zero: int, ranks: int, how: tuple[str, ...]
+    run: Run, zero: int, ranks: int, how: tuple[str, ...]
 ) -> None:
-    before = run(tmp_path, "before", "--steps", "2", *how, zero=zero, ranks=ranks)
-    after = run(tmp_path, "after", "--steps", "3", "--poison", "2", *how, zero=zero, ranks=ranks)
+    before = run("--steps", "2", *how, zero=zero, ranks=ranks)
+    after = run("--steps", "3", "--poison", "2", *how, zero=zero, ranks=ranks)
     assert not torch.tensor(after["norms"][2]).isfinite()
     for name, value in before["state"].items():
         if "running" not in name:
@@ -152,13 +152,13 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1])
-def test_with_statistics_over_ranks_their_number_changes_nothing(tmp_path: Path, zero: int) -> None:
+def test_with_statistics_over_ranks_their_number_changes_nothing(run: Run, zero: int) -> None:
     """Training by BatchNorm's own statistics, which without that differ from rank to rank. Gradients are compared:
     of biases before a norm they are noise, which AdamW makes steps of."""
     options = ("--steps", "10", "--statistics", "--drop-path", "0")
-    one = run(tmp_path, "one", *options)
-    two = run(tmp_path, "two", *options, "--sync-bn", "on", zero=zero, ranks=2)
-    apart = run(tmp_path, "apart", *options, "--sync-bn", "off", zero=zero, ranks=2)
+    one = run(*options)
+    two = run(*options, "--sync-bn", "on", zero=zero, ranks=2)
+    apart = run(*options, "--sync-bn", "off", zero=zero, ranks=2)
     assert two["norms"] == pytest.approx(one["norms"], rel=1e-5)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert apart["norms"] != pytest.approx(one["norms"], rel=1e-2)
@@ -170,20 +170,20 @@ REPLAYED = ("--statistics", "--drop-path", "0.3", "--ema", "0.9", "--steps", "4"
 @pytest.mark.parametrize(
     ("zero", "ranks", "micro"), [(0, 2, 2), (1, 2, 2), *slow((0, 2, 4), (1, 2, 4), (1, 1, 2), (2, 2, 2), (2, 1, 2))]
 )
-def test_replayed_training_is_eager_training_over_ranks(tmp_path: Path, zero: int, ranks: int, micro: int) -> None:
+def test_replayed_training_is_eager_training_over_ranks(run: Run, zero: int, ranks: int, micro: int) -> None:
     """With gradient accumulation, where DDP and DeepSpeed keep gradients that lie in a graph's memory."""
     how = (*REPLAYED, "--micro", micro)
-    eager = run(tmp_path, "eager", *how, zero=zero, ranks=ranks)
-    replayed = run(tmp_path, "replayed", *how, "--replay", zero=zero, ranks=ranks)
+    eager = run(*how, zero=zero, ranks=ranks)
+    replayed = run(*how, "--replay", zero=zero, ranks=ranks)
     assert (eager["compile"], replayed["compile"]) == ("off", "cudagraphs: forward and backward of 6 parts")
     assert replayed["replayed"] == 4 * (8 // ranks // micro) * 12  # steps, micro-batches, graphs
     assert eager["state"]["model/stem.convs.0.bn.num_batches_tracked"] == 4 * (8 // ranks // micro)
     assert_same(replayed, eager)
 
 
-def test_ranks_train_eagerly_together_if_one_cannot_capture(tmp_path: Path) -> None:
-    eager = run(tmp_path, "eager", *REPLAYED, ranks=2)
-    failed = run(tmp_path, "failed", *REPLAYED, "--replay", "--fails-on", 1, ranks=2)
+def test_ranks_train_eagerly_together_if_one_cannot_capture(run: Run) -> None:
+    eager = run(*REPLAYED, ranks=2)
+    failed = run(*REPLAYED, "--replay", "--fails-on", 1, ranks=2)
     (note,) = failed["notes"]  # of rank 0
     assert "capture failed (rank 1: RuntimeError: operation not permitted" in note
     assert failed["compile"].startswith("off (capture failed: rank 1")
@@ -199,7 +199,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("zero", [1, *slow(0, 2, 3)])
-def test_bf16_stays_near_fp32(tmp_path: Path, reference: dict[str, Any], zero: int) -> None:
-    result = run(tmp_path, "bf16", "--steps", str(STEPS), "--ema", "0.9", "--precision", "bf16", zero=zero)
+def test_bf16_stays_near_fp32(run: Run, reference: dict[str, Any], zero: int) -> None:
+    result = run("--steps", STEPS, "--ema", "0.9", "--precision", "bf16", zero=zero)
     assert distance(reference, result, "model") < 0.05
     assert result["losses"] == pytest.approx(reference["losses"], rel=0.1)

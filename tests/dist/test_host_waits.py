@@ -6,34 +6,27 @@ Its twin for one process is in tests/unit/test_overlap.py, and for GPUs in tests
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import ROOT, environment, free_port
+from tests.dist.forked import Launcher
 
 AS_ON_GPUS = ("--precision", "bf16", "--sync-bn", "on", "--ema", "0.9")
 ACCUMULATE = ("--micro-batch", "2")
 
 
-def waits(tmp_path: Path, data: Path, *options: str, ranks: int) -> dict[str, int]:
-    """Places at which two steps wait, and how often."""
-    out = tmp_path / "waits.json"
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    script = ["tests/dist/host_waits_run.py", out, tmp_path / "run", "--data", data, *options]
-    done = subprocess.run(
-        [sys.executable, *launcher, *map(str, script)],
-        cwd=ROOT,
-        env=environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
+@pytest.fixture
+def waits(launch: Launcher, tmp_path: Path, digits: Path) -> Callable[..., dict[str, int]]:
+    """Options of launch/train.py -> places at which two steps on two ranks wait, and how often."""
+
+    def found(*options: object) -> dict[str, int]:
+        out = tmp_path / "waits.json"
+        launch("tests.dist.host_waits_run", out, tmp_path / "run", "--data", digits, *options, ranks=2)
+        return json.loads(out.read_text())
+
+    return found
 
 
 @pytest.mark.parametrize(
@@ -47,13 +40,15 @@ def waits(tmp_path: Path, data: Path, *options: str, ranks: int) -> dict[str, in
         pytest.param(2, ACCUMULATE, marks=pytest.mark.slow),
     ],
 )
-def test_no_step_makes_the_host_wait(tmp_path: Path, digits: Path, zero: int, options: tuple[str, ...]) -> None:
-    assert waits(tmp_path, digits, "--zero", str(zero), *options, ranks=2) == {}
+def test_no_step_makes_the_host_wait(
+    waits: Callable[..., dict[str, int]], zero: int, options: tuple[str, ...]
+) -> None:
+    assert waits("--zero", zero, *options) == {}
 
 
 @pytest.mark.slow
-def test_where_deepspeed_takes_the_norm_its_waits_are_seen(tmp_path: Path, digits: Path) -> None:
+def test_where_deepspeed_takes_the_norm_its_waits_are_seen(waits: Callable[..., dict[str, int]]) -> None:
     """As DeepSpeed does for an optimiser that cannot skip its update on the device: the norm, and clipping by it."""
-    found = waits(tmp_path, digits, "--zero", "1", "--optimizer-form", "foreach", ranks=2)
+    found = waits("--zero", 1, "--optimizer-form", "foreach")
     assert found
     assert all("deepspeed/runtime/" in place for place in found)

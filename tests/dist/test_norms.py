@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.launching import free_port, python
+from tests.dist.forked import Launcher
 from tests.dist.norm_run import CASES, RANKS, ROWS, layer, whole
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
@@ -17,13 +17,13 @@ COARSE = {"rtol": 1e-4, "atol": 5e-4}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, bool, bool], list[dict[str, torch.Tensor]]]:
+def found(
+    launch: Launcher, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, bool, bool], list[dict[str, torch.Tensor]]]:
     """What each rank has found, by case."""
-    folder = tmp_path_factory.mktemp("norms")
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(RANKS), "--master_port", str(free_port()))
-    done = python(folder, *launcher, "tests/dist/norm_run.py", folder / "norms.pt")
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, torch.load(folder / "norms.pt", weights_only=True), strict=True))
+    out = tmp_path_factory.mktemp("norms") / "norms.pt"
+    launch("tests.dist.norm_run", out, ranks=RANKS)
+    return dict(zip(CASES, torch.load(out, weights_only=True), strict=True))
 
 
 def expected(ranks: range) -> dict[str, Any]:

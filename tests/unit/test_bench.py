@@ -17,6 +17,8 @@ from launch.bench_chart import draw
 from launch.bench_verdict import Figures, Phase, bottleneck, verdict
 from pipeline.cli import main as pipeline
 
+pytestmark = pytest.mark.timed
+
 BATCH = 2
 DELAY = 0.6  # seconds a batch, far above what these small images take, also on a busy machine
 

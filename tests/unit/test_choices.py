@@ -30,6 +30,8 @@ from pipeline.cli import main as pipeline
 from shards.errors import UserError
 from tests.unit.test_launch_commands import SMALL, run
 
+pytestmark = pytest.mark.timed
+
 CPU = torch.device("cpu")
 MODEL = {"memory_format": "contiguous", "optimizer_form": "foreach"}
 INPUT = {"decode_threads": 1, "read_threads": 3, "read_ahead": 1, "decode_ahead": 3}

@@ -14,6 +14,8 @@ from benchmarks.interpreter_lock import MAIN, Options, burn, hold, loader_of, me
 from pipeline.plan import TrainPlan
 from shards.dataset import ShardSet
 
+pytestmark = pytest.mark.timed
+
 BATCH = 16
 
 

@@ -27,6 +27,8 @@ from shards.errors import ShardSetError
 from tests.support.recorders import ReplayOnCpu
 from tests.unit.test_fat_parity import TINY
 
+pytestmark = pytest.mark.timed
+
 CPU = torch.device("cpu")
 START = Execution(memory_format="channels-last", kernels="auto", compile="off", optimizer_form="fused")
 

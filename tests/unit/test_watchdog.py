@@ -15,6 +15,8 @@ from launch.peers import Peer, Standing, explain
 from launch.watchdog import unreachable
 from tests.dist.launching import python_path
 
+pytestmark = pytest.mark.timed
+
 PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path

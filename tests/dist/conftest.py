@@ -1,0 +1,21 @@
+"""What tests of several processes share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.dist.forked import Launcher
+
+PROGRAMS = ("engine_run", "host_waits_run", "kernel_check_run", "norm_run")
+# Imported by these when they need them.
+LIBRARIES = ("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd")
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Launches one of PROGRAMS on several ranks."""
+    folder = tmp_path_factory.mktemp("launches")
+    with Launcher(folder, *LIBRARIES, *(f"tests.dist.{name}" for name in PROGRAMS)) as launcher:
+        yield launcher

@@ -1,0 +1,131 @@
+"""Ranks forked from a process that has imported their modules, as torchrun would start them.
+
+    python -m tests.dist.forked MODULE...
+
+Importing torch, accelerate and DeepSpeed takes each process four seconds of a core, which is most of a short test. Reads
+launches from its input, one JSON object a line: {"module": M, "arguments": [...], "ranks": N, "port": P,
+"environment": {...}, "errors": FILE}. Forks N processes that call M.main(), ends all of them when one fails, and
+answers with the list of their statuses (negative: a signal).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.dist.launching import ROOT, environment, free_port
+
+SECONDS = 200.0
+
+
+class Launcher:
+    """Launches ranks, again and again. A context manager.
+
+    Args:
+        folder: for what ranks write on their standard error.
+        modules: imported before ranks are forked.
+    """
+
+    def __init__(self, folder: Path, *modules: str) -> None:
+        self._errors, self._modules = folder / "errors.txt", modules
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.dist.forked", *modules],
+            cwd=ROOT,
+            env=environment(folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> Launcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def __call__(self, module: str, *arguments: object, ranks: int = 1, **environment: str) -> str:
+        """Call `module.main()` on every rank and wait for all, which must succeed; returns what they wrote to stderr."""
+        assert module in self._modules, f"{module} is not imported"
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        launch = {"module": module, "arguments": list(map(str, arguments)), "ranks": ranks, "port": free_port()}
+        launch |= {"environment": environment, "errors": str(self._errors)}
+        self._errors.write_text("")
+        self._process.stdin.write(json.dumps(launch) + "\n")
+        self._process.stdin.flush()
+        answered, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        errors = self._errors.read_text(errors="replace")
+        assert answered, f"{module} has not ended after {SECONDS:.0f} s\n{errors}"
+        line = self._process.stdout.readline()
+        assert line, "the ranks' parent has died"
+        assert json.loads(line) == [0] * ranks, errors
+        return errors
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print
+    modules = {name: importlib.import_module(name) for name in sys.argv[1:]}
+    assert threading.active_count() == 1, "a thread would not be there after forking"
+    for line in sys.stdin:
+        launch = json.loads(line)
+        ranks = {}
+        for rank in range(launch["ranks"]):
+            pid = os.fork()
+            if pid == 0:
+                run(modules[launch["module"]], rank, launch)
+            ranks[pid] = rank
+        print(json.dumps(wait(ranks)), file=answers, flush=True)
+
+
+def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
+    """Be a rank, and never return."""
+    status = 1
+    try:
+        with open(launch["errors"], "a") as errors:
+            os.dup2(errors.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+        own, world = str(rank), str(launch["ranks"])
+        os.environ |= {"RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch["port"]), **launch["environment"]}
+        sys.argv = [module.__file__, *launch["arguments"]]
+        module.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(ranks: Mapping[int, int]) -> list[int]:
+    """Their statuses, in order of ranks."""
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(ranks):
+        pid, status = os.wait()
+        statuses[pid] = os.waitstatus_to_exitcode(status)
+        if statuses[pid]:
+            for other in ranks.keys() - statuses.keys():
+                os.kill(other, signal.SIGKILL)
+    return [statuses[pid] for pid in ranks]
+
+
+if __name__ == "__main__":
+    main()
