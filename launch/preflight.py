@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -78,8 +79,7 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     if bad:
         reason = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
         if world.is_main:
-            # Where half of them or more differ, it is not they who should be left out of the next start.
-            write_status(run, "failed", reason=reason, nodes=list(bad) if 2 * len(bad) < len(nodes) else [])
+            write_status(run, "failed", reason=reason, nodes=to_leave_out(bad, len(nodes)))
         raise PreflightFailed(f"nodes that differ from the others: {reason}")
     return shortages(nodes, gpus=world.device.type == "cuda")
 
@@ -109,6 +109,11 @@ def differences(nodes: list[Facts]) -> dict[str, list[str]]:
             if value != right:
                 bad.setdefault(facts.host, []).append(f"{field.name.replace('_', ' ')} {value}, not {right}")
     return bad
+
+
+def to_leave_out(bad: Collection[str], count: int) -> list[str]:
+    """Hosts that the next start should do without: those of `count` that differ, if they are the minority."""
+    return list(bad) if 2 * len(bad) < count else []
 
 
 def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from launch.command_line import parse
-from launch.preflight import GIB, Facts, differences, leave_token, look, seen_data, sees, shortages, source_hash
+from launch.preflight import (
+    GIB,
+    Facts,
+    differences,
+    leave_token,
+    look,
+    seen_data,
+    sees,
+    shortages,
+    source_hash,
+    to_leave_out,
+)
 from launch.world import World
 
 GOOD = Facts("abc", "shared", "def", "torch 2", "n0", 100 * GIB, 100 * GIB, 8)
@@ -33,6 +44,12 @@ def test_the_first_node_may_be_the_odd_one() -> None:
     found = differences([GOOD, *others])
     assert found["n0"] == ["data abc, not def"]
     assert all(found[node.host] == ["run folder another, not shared"] for node in others)
+
+
+def test_only_a_minority_is_left_out_of_the_next_start() -> None:
+    assert to_leave_out(["n1"], 3) == ["n1"]
+    assert to_leave_out(["n1"], 2) == []
+    assert to_leave_out(["n1", "n2"], 3) == []
 
 
 def test_shortages_are_warned_of_with_the_nodes() -> None:
