@@ -8,9 +8,9 @@ import pytest
 
 from tests.dist.forked import Launcher
 
-PROGRAMS = ("engine_run", "host_waits_run", "kernel_check_run", "norm_run")
+PROGRAMS = ("engine_run", "host_waits_run", "kernel_check_run", "norm_run", "record_batches")
 # Imported by these when they need them.
-LIBRARIES = ("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd")
+LIBRARIES = ("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "pipeline.dali")
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@
 
 Importing torch, accelerate and DeepSpeed takes each process four seconds of a core, which is most of a short test. Reads
 launches from its input, one JSON object a line: {"module": M, "arguments": [...], "ranks": N, "port": P,
-"environment": {...}, "errors": FILE}. Forks N processes that call M.main(), ends all of them when one fails, and
-answers with the list of their statuses (negative: a signal).
+"environment": {...}, "errors": FILE}. Forks N processes that call M.main() and answers with the list of their process
+ids; when one fails it ends all of them; at the end it answers with the list of their statuses (negative: a signal).
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class Launcher:
 
     def __init__(self, folder: Path, *modules: str) -> None:
         self._errors, self._modules = folder / "errors.txt", modules
+        self._running: list[int] = []
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.dist.forked", *modules],
             cwd=ROOT,
             env=environment(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
+            bufsize=0,  # an answer in a buffer would be hidden from select
             start_new_session=True,
         )
 
@@ -59,21 +60,47 @@ class Launcher:
 
     def __call__(self, module: str, *arguments: object, ranks: int = 1, **environment: str) -> str:
         """Call `module.main()` on every rank and wait for all, which must succeed; returns what they wrote to stderr."""
+        self.start(module, *arguments, ranks=ranks, **environment)
+        statuses = self.join()
+        errors = self._errors.read_text(errors="replace")
+        assert statuses == [0] * ranks, errors
+        return errors
+
+    def start(self, module: str, *arguments: object, ranks: int = 1, **environment: str) -> None:
+        """Call `module.main()` on every rank. Ranks that are still running are killed."""
         assert module in self._modules, f"{module} is not imported"
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        self.kill()
         launch = {"module": module, "arguments": list(map(str, arguments)), "ranks": ranks, "port": free_port()}
         launch |= {"environment": environment, "errors": str(self._errors)}
         self._errors.write_text("")
-        self._process.stdin.write(json.dumps(launch) + "\n")
-        self._process.stdin.flush()
-        answered, _, _ = select.select([self._process.stdout], [], [], SECONDS)
-        errors = self._errors.read_text(errors="replace")
-        assert answered, f"{module} has not ended after {SECONDS:.0f} s\n{errors}"
+        self._process.stdin.write(json.dumps(launch).encode() + b"\n")
+        self._running = self._answer()
+
+    def join(self) -> list[int]:
+        """Wait for the end of the ranks; their statuses. AssertionError if it takes too long."""
+        assert self._process.stdout is not None
+        ended, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        if not ended:
+            self.kill()
+            raise AssertionError(f"no end after {SECONDS:.0f} s\n{self._errors.read_text(errors='replace')}")
+        self._running = []
+        return self._answer()
+
+    def kill(self) -> None:
+        """Kill the ranks that are running, if any."""
+        for pid in self._running:
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                os.kill(pid, signal.SIGKILL)
+        if self._running:
+            self._answer()
+        self._running = []
+
+    def _answer(self) -> list[int]:
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, "the ranks' parent has died"
-        assert json.loads(line) == [0] * ranks, errors
-        return errors
+        return list(json.loads(line))
 
 
 def main() -> None:
@@ -83,13 +110,14 @@ def main() -> None:
     assert threading.active_count() == 1, "a thread would not be there after forking"
     for line in sys.stdin:
         launch = json.loads(line)
-        ranks = {}
+        pids = []
         for rank in range(launch["ranks"]):
             pid = os.fork()
             if pid == 0:
                 run(modules[launch["module"]], rank, launch)
-            ranks[pid] = rank
-        print(json.dumps(wait(ranks)), file=answers, flush=True)
+            pids.append(pid)
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(wait(pids)), file=answers, flush=True)
 
 
 def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
@@ -115,16 +143,16 @@ def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
         os._exit(status)
 
 
-def wait(ranks: Mapping[int, int]) -> list[int]:
+def wait(pids: list[int]) -> list[int]:
     """Their statuses, in order of ranks."""
     statuses: dict[int, int] = {}
-    while len(statuses) < len(ranks):
+    while len(statuses) < len(pids):
         pid, status = os.wait()
         statuses[pid] = os.waitstatus_to_exitcode(status)
         if statuses[pid]:
-            for other in ranks.keys() - statuses.keys():
+            for other in set(pids) - statuses.keys():
                 os.kill(other, signal.SIGKILL)
-    return [statuses[pid] for pid in ranks]
+    return [statuses[pid] for pid in pids]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,13 @@
-"""Forked ranks that record what they are fed (record_batches.py), and what came of them."""
+"""Ranks that record what they are fed (record_batches.py), and what came of them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.dist.launching import ROOT, environment
+from tests.dist.forked import Launcher
 
 Sequence = dict[int, tuple[list[int], list[str]]]
 """Step -> ids and pixel hashes of the whole global batch."""
@@ -33,53 +28,35 @@ class Record:
 
 
 class Ranks:
-    """Starts ranks of one recipe, again and again. A context manager.
+    """Starts ranks of one recipe, again and again.
 
     Args:
         folder: for what they write.
         options: of launch/train.py.
+        environment: variables of the ranks.
     """
 
-    def __init__(self, folder: Path, *options: str | Path) -> None:
-        self._folder, self._launches = folder, 0
-        self._process = subprocess.Popen(
-            [sys.executable, "tests/dist/record_batches.py", *map(str, options)],
-            cwd=ROOT,
-            env=environment(folder),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, launcher: Launcher, folder: Path, *options: str | Path, **environment: str) -> None:
+        self._launcher, self._folder, self._options, self._environment = launcher, folder, options, environment
+        self._launches = 0
 
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def start(self, world: int, start: int, stop: int = 0, *, kind: str = "train", pace: float = 0.0) -> list[int]:
-        """Start ranks; returns their process ids."""
+    def start(self, world: int, start: int, stop: int = 0, *, kind: str = "train", pace: float = 0.0) -> None:
+        """Start ranks, as record_batches.py says."""
         self._launches += 1
         self._out.mkdir(parents=True)
         self._world = world
-        command = {"kind": kind, "world": world, "start": start, "stop": stop, "pace": pace, "out": str(self._out)}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return list(json.loads(self._answer()))
+        arguments = (self._out, kind, start, stop, pace, *self._options)
+        self._launcher.start("tests.dist.record_batches", *arguments, ranks=world, **self._environment)
 
     def join(self) -> Record:
         """Wait for the end of the ranks of the last start."""
-        assert self._answer() == "ended"
+        self._launcher.join()
         return self.record()
 
-    def kill(self, pids: list[int]) -> Record:
+    def kill(self) -> Record:
         """Kill them all, and take what they have left."""
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
-                os.kill(pid, signal.SIGKILL)
-        return self.join()
+        self._launcher.kill()
+        return self.record()
 
     def record(self) -> Record:
         """What is written so far."""
@@ -101,12 +78,6 @@ class Ranks:
     @property
     def _out(self) -> Path:
         return self._folder / f"launch-{self._launches}"
-
-    def _answer(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the ranks' parent has died"
-        return line.strip()
 
 
 def _joined(lines: tuple[dict[str, Any], ...], key: str) -> list[Any]:

@@ -1,11 +1,9 @@
-"""Ranks that train nothing: each writes what it is fed, a JSON line per step, until it is done or killed.
+"""A rank that trains nothing: it writes what it is fed, a JSON line per step, until it is done or killed.
 
-    record_batches.py [options of launch/train.py]
+    record_batches.py OUT train|eval START STOP PACE [options of launch/train.py]
 
-Reads commands from its input, one JSON object a line, and forks a process per rank (so that torch and DALI are imported
-once): {"kind": "train" or "eval", "world": W, "start": S, "stop": S, "pace": SECONDS, "out": FOLDER}. Answers with the
-list of their process ids. A training starts at step `start` and ends before `stop`; an evaluation starts with sample
-`start`. Rank R writes OUT/rank-R.jsonl; its last line is "done".
+A training starts at step START and ends before STOP; an evaluation starts with sample START. After each step the rank
+sleeps PACE seconds. Rank R writes OUT/rank-R.jsonl; its last line is "done".
 """
 
 from __future__ import annotations
@@ -21,54 +19,29 @@ import numpy as np
 import torch
 import xxhash
 
-import pipeline.dali  # noqa: F401 - before forking
 from launch.command_line import parse
 from launch.feed import Feed
-from launch.recipe import Recipe
 from launch.world import World
 from pipeline.batch import Batch
 
 
 def main() -> None:
-    recipe = parse(sys.argv[1:])
-    for line in sys.stdin:
-        command = json.loads(line)
-        pids = []
-        for rank in range(command["world"]):
-            pid = os.fork()
-            if pid == 0:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(command["world"])}
-                os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
-                run(recipe, rank, command)
-            pids.append(pid)
-        print(json.dumps(pids), flush=True)
-        for pid in pids:
-            os.waitpid(pid, 0)
-        print("ended", flush=True)
+    out, kind, start, stop, pace, *options = sys.argv[1:]
+    torch.set_num_threads(1)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    feed = Feed.of(parse(options), World(rank, size, rank, size, torch.device("cpu")))
+    record(feed, Path(out), kind, int(start), int(stop), float(pace))
 
 
-def run(recipe: Recipe, rank: int, command: dict[str, Any]) -> None:
-    status = 1
-    try:
-        torch.set_num_threads(1)
-        world = World(rank, command["world"], rank, command["world"], torch.device("cpu"))
-        record(Feed.of(recipe, world), command)
-        status = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def record(feed: Feed, command: dict[str, Any]) -> None:
-    start, stop = command["start"], command["stop"]
-    with (Path(command["out"]) / f"rank-{feed.world.rank}.jsonl").open("w") as log:
+def record(feed: Feed, out: Path, kind: str, start: int, stop: int, pace: float) -> None:
+    with (out / f"rank-{feed.world.rank}.jsonl").open("w") as log:
 
         def write(content: object) -> None:
             log.write(json.dumps(content) + "\n")
             log.flush()
-            time.sleep(command["pace"])
+            time.sleep(pace)
 
-        if command["kind"] == "train":
+        if kind == "train":
             with feed.train_loader(step=start, dtype=torch.float32) as loader:
                 for step in range(start, stop):
                     batches = [next(loader) for _ in range(feed.shape.accumulation)]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.forked import Launcher
 from tests.dist.launching import ROOT, environment
 from tests.dist.ranks import Ranks, Record, Sequence
 
@@ -27,9 +28,8 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def ranks(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    with Ranks(tmp_path_factory.mktemp("ranks"), "--data", digits, *OPTIONS) as ranks:
-        yield ranks
+def ranks(launch: Launcher, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(launch, tmp_path_factory.mktemp("ranks"), "--data", digits, *OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +56,27 @@ def test_same_global_batches_at_every_world_size(ranks: Ranks, training: Sequenc
     assert found.steps == training
 
 
-def test_micro_batches_are_slices_of_the_same_global_batches(digits: Path, tmp_path: Path, training: Sequence) -> None:
-    with Ranks(tmp_path, "--data", digits, *OPTIONS, "--micro-batch", "8") as accumulating:
-        accumulating.start(3, 5, 9)
-        assert accumulating.join().steps == {step: training[step] for step in range(5, 9)}
+def test_micro_batches_are_slices_of_the_same_global_batches(
+    launch: Launcher, digits: Path, tmp_path: Path, training: Sequence
+) -> None:
+    accumulating = Ranks(launch, tmp_path, "--data", digits, *OPTIONS, "--micro-batch", "8")
+    accumulating.start(3, 5, 9)
+    assert accumulating.join().steps == {step: training[step] for step in range(5, 9)}
 
 
-def test_same_global_batches_from_feed_processes(digits: Path, tmp_path: Path, training: Sequence) -> None:
-    with Ranks(tmp_path, "--data", digits, *OPTIONS, "--feed-process", "on") as ranks:
-        pids = ranks.start(2, 0, STEPS, pace=0.1)
-        time.sleep(2)
-        found = ranks.kill(pids)  # and their feed processes with them
-        first = len(found.steps)
-        assert found.steps == {step: training[step] for step in range(first)}
-        ranks.start(3, first, STEPS)
-        found = ranks.join()
-        assert found.done
-        assert found.steps == {step: training[step] for step in range(first, STEPS)}
+def test_same_global_batches_from_feed_processes(
+    launch: Launcher, digits: Path, tmp_path: Path, training: Sequence
+) -> None:
+    ranks = Ranks(launch, tmp_path, "--data", digits, *OPTIONS, "--feed-process", "on")
+    ranks.start(2, 0, STEPS, pace=0.1)
+    time.sleep(2)
+    found = ranks.kill()  # and their feed processes with them
+    first = len(found.steps)
+    assert found.steps == {step: training[step] for step in range(first)}
+    ranks.start(3, first, STEPS)
+    found = ranks.join()
+    assert found.done
+    assert found.steps == {step: training[step] for step in range(first, STEPS)}
 
 
 def train_through_kills(ranks: Ranks, training: Sequence, draw: random.Random, kills: int) -> None:
@@ -80,11 +84,11 @@ def train_through_kills(ranks: Ranks, training: Sequence, draw: random.Random, k
     position, killed = 0, 0
     while position < STEPS:
         world = draw.choice(WORLDS)
-        pids = ranks.start(world, position, STEPS, pace=0.02)
+        ranks.start(world, position, STEPS, pace=0.02)
         if killed < kills:
             # Start-up takes a part of a second: some are killed before their first batch, others after many.
             time.sleep(draw.uniform(0, 0.8 + 0.1 * world))
-            found = ranks.kill(pids)
+            found = ranks.kill()
             killed += 1
         else:
             found = ranks.join()
@@ -105,10 +109,10 @@ def evaluate_through_kills(ranks: Ranks, evaluation: dict[int, str], draw: rando
     state, seen, killed = {"samples": 0}, {}, 0
     while state["samples"] < SAMPLES:
         world = draw.choice(WORLDS)
-        pids = ranks.start(world, state["samples"], kind="eval", pace=0.05)
+        ranks.start(world, state["samples"], kind="eval", pace=0.05)
         if killed < kills:
             time.sleep(draw.uniform(0, 0.5 + 0.1 * world))
-            found = ranks.kill(pids)
+            found = ranks.kill()
             killed += 1
         else:
             found = ranks.join()

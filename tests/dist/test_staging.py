@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.dist.forked import Launcher
 from tests.dist.launching import ROOT, environment, free_port
 from tests.dist.ranks import Ranks, Sequence
 from tests.serving import Site, serve
@@ -28,11 +29,11 @@ if os.environ.get("CI") != "true":
 
 
 @pytest.fixture(scope="module")
-def local(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence:
+def local(launch: Launcher, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence:
     """What the local set gives."""
-    with Ranks(tmp_path_factory.mktemp("local"), "--data", digits, *OPTIONS) as ranks:
-        ranks.start(1, 0, STEPS)
-        return ranks.join().steps
+    ranks = Ranks(launch, tmp_path_factory.mktemp("local"), "--data", digits, *OPTIONS)
+    ranks.start(1, 0, STEPS)
+    return ranks.join().steps
 
 
 @pytest.fixture
@@ -45,17 +46,19 @@ def shards(path: Path) -> dict[str, int]:
     return {shard.name: shard.stat().st_size for shard in path.glob("train-*.tar")}
 
 
-def test_two_ranks_stage_each_shard_once(site: Site, digits: Path, tmp_path: Path, local: Sequence) -> None:
-    with Ranks(tmp_path, "--data", site.url, "--cache", tmp_path / "cache", *OPTIONS) as ranks:
-        ranks.start(2, 0, STEPS, pace=0.2)
-        assert ranks.join().steps == local
-        whole = {name: times for name, times in site.whole_reads().items() if name in shards(digits)}
-        assert whole == dict.fromkeys(shards(digits), 1)
-        assert {path.name for path in (tmp_path / "cache").glob("*/train-*")} == set(shards(digits))
-        site.log.clear()
-        ranks.start(3, 0, STEPS, pace=0.1)
-        assert ranks.join().steps == local
-        assert not site.whole_reads().keys() & set(shards(digits)), "all is in the cache"
+def test_two_ranks_stage_each_shard_once(
+    launch: Launcher, site: Site, digits: Path, tmp_path: Path, local: Sequence
+) -> None:
+    ranks = Ranks(launch, tmp_path, "--data", site.url, "--cache", tmp_path / "cache", *OPTIONS)
+    ranks.start(2, 0, STEPS, pace=0.2)
+    assert ranks.join().steps == local
+    whole = {name: times for name, times in site.whole_reads().items() if name in shards(digits)}
+    assert whole == dict.fromkeys(shards(digits), 1)
+    assert {path.name for path in (tmp_path / "cache").glob("*/train-*")} == set(shards(digits))
+    site.log.clear()
+    ranks.start(3, 0, STEPS, pace=0.1)
+    assert ranks.join().steps == local
+    assert not site.whole_reads().keys() & set(shards(digits)), "all is in the cache"
 
 
 # In small pieces, so that there is something to be killed in the middle of.
@@ -168,16 +171,23 @@ def wait_for(url: str) -> None:
             time.sleep(0.1)
 
 
-def test_s3(s3: dict[str, str], digits: Path, tmp_path: Path, local: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_s3(
+    launch: Launcher,
+    s3: dict[str, str],
+    digits: Path,
+    tmp_path: Path,
+    local: Sequence,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     for name, value in s3.items():
         monkeypatch.setenv(name, value)
     cache = tmp_path / "cache"
-    with Ranks(tmp_path, "--data", "s3://bucket/digits", "--cache", cache, *OPTIONS) as ranks:
-        ranks.start(2, 0, STEPS, pace=0.1)
-        assert ranks.join().steps == local
-        for name in shards(digits):
-            (staged,) = cache.glob(f"*/{name}")
-            assert staged.read_bytes() == (digits / name).read_bytes()
+    ranks = Ranks(launch, tmp_path, "--data", "s3://bucket/digits", "--cache", cache, *OPTIONS, **s3)
+    ranks.start(2, 0, STEPS, pace=0.1)
+    assert ranks.join().steps == local
+    for name in shards(digits):
+        (staged,) = cache.glob(f"*/{name}")
+        assert staged.read_bytes() == (digits / name).read_bytes()
     command = [sys.executable, "launch/train.py", "--data", "s3://bucket/nothing-here", "--cache", str(cache)]
     result = subprocess.run(
         command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False
