@@ -33,8 +33,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import os
 import re
 import signal
@@ -138,9 +136,9 @@ def machine() -> dict[str, Any]:
     """GPUs, cores and versions; of the kit's packages too, once they are unpacked."""
     import torch
 
-    from launch.provenance import versions
+    from launch.provenance import installed_version, versions
 
-    found = {name: importlib.metadata.version(name) for name in ("triton", "timm") if importlib.util.find_spec(name)}
+    found = {name: version for name in ("triton", "timm") if (version := installed_version(name))}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"gpus": gpus, "cores": len(os.sched_getaffinity(0)), **versions(), **found}
 

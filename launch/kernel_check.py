@@ -9,7 +9,6 @@ the comparison runs once. Remove the folder to compare again. docs/kernels.md te
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -31,7 +30,7 @@ from fat.kernels.prefill.work import evaluation, training_step
 from fat.kernels.selfcheck import Check, Failure, KernelFault
 from launch.execution import AUGMENT_SWITCH, choose, switch
 from launch.feed import Feed
-from launch.provenance import device_name, driver_version
+from launch.provenance import device_name, driver_version, installed_version
 from launch.recipe import Recipe
 from launch.world import World
 from pipeline.augment import kernels as augment_kernels
@@ -266,7 +265,7 @@ class _Comparison:
             "capability": list(torch.cuda.get_device_capability(self.device)) if cuda else None,
             "driver": driver_version(),
             "torch": torch.__version__,
-            "triton": _triton_version(),
+            "triton": installed_version("triton"),
             "sources": _digest(_sources()),
             "model": None if self.model is None else _digest([str(self.model).encode()]),
             "use": [self.size, str(self.dtype), self.gradients, self.frozen_norms],
@@ -346,13 +345,6 @@ def _digest(parts: Sequence[bytes]) -> str:
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()[:32]
-
-
-def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _say(*lines: str) -> None:

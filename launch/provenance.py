@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the libraries that matter; None where one is not installed."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in LIBRARIES}}
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in LIBRARIES}}
 
 
 def cpu_name() -> str:
@@ -49,7 +49,8 @@ def git_state() -> str | None:
         return None
 
 
-def _version(library: str) -> str | None:
+def installed_version(library: str) -> str | None:
+    """A library's version by its metadata; None where it is not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

@@ -13,7 +13,6 @@ are used. Nor does one checkout spoil what another has measured: entries that it
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import os
 import time
@@ -30,7 +29,7 @@ from fat.kernels import MODES
 from launch.execution import FORMATS, Mode, choose
 from launch.feed import Feed
 from launch.optimizers import Form
-from launch.provenance import device_name, versions
+from launch.provenance import device_name, installed_version, versions
 from launch.recipe import Recipe
 from launch.trials import Choice, Value
 from pipeline.decoders import chosen_loader
@@ -234,7 +233,7 @@ def key_of(part: Part, recipe: Recipe, feed: Feed, *, given: Mapping[str, Value 
 def model_key(recipe: Recipe, feed: Feed, *, ranks: int) -> dict[str, Any]:
     """All that the fastest way to run the model depends on, but for what is given."""
     device, (zero, precision) = feed.world.device, choose(recipe, feed.world.device, ranks=ranks)
-    libraries = versions() | {"triton": _installed("triton")}
+    libraries = versions() | {"triton": installed_version("triton")}
     return {
         "device": device_name(device),
         **({"cores": feed.world.cores} if device.type == "cpu" else {}),
@@ -251,13 +250,6 @@ def model_key(recipe: Recipe, feed: Feed, *, ranks: int) -> dict[str, Any]:
         "ranks": "several" if ranks > 1 else 1,
         **({"sync_bn": recipe.run.sync_bn} if ranks > 1 else {}),
     }
-
-
-def _installed(library: str) -> str | None:
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 @functools.cache

@@ -308,7 +308,7 @@ def test_a_verdict_is_of_one_device_driver_version_and_model(
         case "torch":
             monkeypatch.setattr(torch, "__version__", "9.9")
         case "triton":
-            monkeypatch.setattr(kernel_check, "_triton_version", lambda: "9.9")
+            monkeypatch.setattr(kernel_check, "installed_version", lambda library: "9.9")
         case "sources":
             monkeypatch.setattr(kernel_check, "_sources", lambda: [b"changed"])
         case "model":
