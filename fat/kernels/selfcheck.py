@@ -16,7 +16,6 @@ operator computes from its stored result (a map's statistics, a folded bias) is 
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from fat import kernels
 from fat.batchnorm import BatchNorm
 from fat.kernels import reference, tiles
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, FAMILIES, NORM, OPERATORS, WEIGHT_GRADIENT, disabled
+from fat.kernels.prefill.work import fake_twin
 from fat.model import MIN_SIZE, Stage, Trunk
 
 BATCH = 2
@@ -190,7 +190,7 @@ class Case:
         with poisoned_memory():
             found = _call(self._function, _copies(arguments))
         wide = [_widened(a) if self._function._schema.is_mutable else a for a in arguments]
-        exact = _call(getattr(reference, self.operator), _copies(wide), self._function, own=found[0])
+        exact = _call(getattr(reference, self.operator), wide, self._function, own=found[0])
         names = RESULTS.get(self.operator, ())
         for number, (own, wanted) in enumerate(zip(found, exact, strict=True)):
             name, family = names[number] if names else (_numbered(number, len(found)), self.families[-1])
@@ -217,9 +217,8 @@ def cases(
         odd = (STEM_STRIDE * rows, STEM_STRIDE * (rows + 6))
         training = "frozen" if frozen_norms else "train"
         traced = [(training, size), ("eval", size), (training, odd)]
-    twin = _shortened(model)
     with FakeTensorMode(), torch.device("cpu"):
-        twin._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))  # without memory
+        twin = _shortened(fake_twin(model))
         found = [_trace(twin, what, sides, dtype) for what, sides in traced]
     wanted = dict.fromkeys(case for calls in found for case in calls)
     if gradients:
@@ -348,16 +347,15 @@ def _spec(name: str, value: Any) -> Any:
 
 
 def _shortened(model: Trunk) -> Trunk:
-    """Copy the model with only those blocks of each stage whose calls differ: the first block of the first stage has no
-    drop path, and the last block of a stage may reduce."""
-    twin = copy.deepcopy(model)
-    for index, stage in enumerate(twin.stages):
+    """The model with only those blocks of each stage whose calls differ: the first block of the first stage has no drop
+    path, and the last block of a stage may reduce."""
+    for index, stage in enumerate(model.stages):
         assert isinstance(stage, Stage)
         blocks = list(stage.blocks)
         first = 2 if index == 0 else 1
         if len(blocks) > first + 1:
             stage.blocks = nn.ModuleList([*blocks[:first], blocks[-1]])
-    return twin
+    return model
 
 
 def _trace(twin: Trunk, what: str, sides: int | tuple[int, int], dtype: torch.dtype) -> list[Case]:

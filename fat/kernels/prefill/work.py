@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
 from fat.roofline import _OnGpuFASA
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def training_step(
@@ -30,7 +33,7 @@ def training_step(
     """
 
     def step() -> None:
-        twin = _fake_twin(model).train()
+        twin = fake_twin(model).train()
         for module in twin.modules():
             if freeze_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
@@ -47,7 +50,7 @@ def evaluation(
 
     def evaluate() -> None:
         with torch.no_grad():
-            _forward(_fake_twin(model).eval(), images, dtype)
+            _forward(fake_twin(model).eval(), images, dtype)
 
     return evaluate
 
@@ -59,7 +62,7 @@ def _forward(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dt
     return output
 
 
-def _fake_twin(model: nn.Module) -> nn.Module:
+def fake_twin(model: Module) -> Module:
     """A model with the same layers and, under `FakeTensorMode`, parameters and buffers without memory, on the CPU."""
     modules: dict[nn.Module, nn.Module] = {}
     tensors: dict[Tensor, Tensor] = {}
@@ -89,4 +92,4 @@ def _fake_twin(model: nn.Module) -> nn.Module:
             new.__class__ = BatchNorm  # statistics of this rank alone: a collective would wait for the other ranks
         return new
 
-    return twin(model)
+    return cast(Module, twin(model))
