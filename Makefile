@@ -52,13 +52,13 @@ demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.
 
 test: lint test-unit test-dist test-slurm  ## lint, unit tests, several-process tests, a SLURM cluster on this machine
 
-# OpenMP's threads spin while they wait, which costs two processes on two cores most of their time.
+# OpenMP's threads spin while they wait, which costs several processes on two cores most of their time.
 test-unit: $(FOR_TESTS)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit -m "not gpu and not slow and not timed" -n $(TEST_WORKERS) --dist worksteal
 	$(BIN)/python -m pytest tests/unit -m "timed and not gpu and not slow"
 
 test-dist: $(FOR_TESTS)
-	$(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
 
 test-slurm: $(FOR_TESTS) slurm-installed
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"
