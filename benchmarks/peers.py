@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 import fat
+from benchmarks.gpu_run.parts import PEERS
 from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import build
 from launch.engine import Engine
@@ -45,7 +46,6 @@ from launch.world import World, connect
 from pipeline.batch import Batch
 from pipeline.plan import Position
 
-PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
 WAYS = ("graph", "compiled", "eager")
 CLASSES = 1000
 LR = 1e-6

@@ -33,9 +33,8 @@ from launch.schedule import rate_of
 from launch.world import connect, disconnect
 from pipeline.batch import Batch
 from pipeline.decoders import chosen_loader
+from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
-from pipeline.reader import SampleReader
-from pipeline.storage import storage_of
 
 ROUNDS = 3
 CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
@@ -203,9 +202,7 @@ def _reading(feed: Feed, steps: int, ahead: int) -> float:
         return 0.0
     beton = chosen_loader(options, feed.dataset.split("train")) == "ffcv"
     work = ((plan.ids(plan.at(step), rows), None) for step in itertools.count())
-    with SampleReader(
-        storage_of(feed.dataset, "train", beton=beton), threads=options.read_threads, check=options.check_hashes
-    ) as reader:
+    with open_reader(feed.dataset, "train", options, beton=beton) as reader:
         batches = reader.read_ahead(work, options.settings.read_ahead)
         for _ in range(ahead):
             next(batches)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from launch.feed import Feed
+from launch.jpeg_decoder import decodes_on_gpu
 from launch.limits import settle
 from launch.open_options import option_name, with_values
 from launch.trials import Choice, Value, best_of, decided, take_turns
@@ -116,7 +117,7 @@ def _stages(feed: Feed) -> list[list[dict[str, Value]]]:
         [{"read_ahead": n} for n in (settings.read_ahead, 8)],
     ]
     loader = chosen_loader(feed.recipe.data.loader, feed.dataset.split("train"))
-    if loader == "dali" and feed.world.device.type == "cuda":
+    if decodes_on_gpu(feed):
         index = feed.dataset.index("train")
         large = {side: math.ceil(np.quantile(index[side], LARGE)) for side in ("width", "height")}
         hints: dict[str, Value] = {f"preallocate_{side}": pixels for side, pixels in large.items()}
