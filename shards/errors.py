@@ -25,6 +25,24 @@ class StorageFailed(ShardSetError):
     exit_code = 1
 
 
+def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again") -> ShardSetError:
+    """Judge what the system said about a file of a set: the one place that decides between bad input and bad storage.
+
+    Args:
+        path: the file, for people.
+        remedy: what to do about a file that is not there.
+
+    Returns:
+        A `ShardSetError` (exit status 2) where the file is missing or of another kind, so that another start would meet
+        the same; a `StorageFailed` (exit status 1) where storage failed (I/O error, stale handle, no permission, too
+        many open files), which may have passed by the next start.
+    """
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return ShardSetError(f"{path}: {error.strerror or 'missing'}; {remedy}")
+    fact = error.strerror or str(error) or type(error).__name__
+    return StorageFailed(f"{path}: cannot be read ({fact}); check the storage and the permissions, then start again")
+
+
 class ConversionFailed(UserError):
     """The input was understood, but the job could not be finished as asked (too many rejects, disk full)."""
 
