@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all, whenever the power goes."""
+"""Write files durably: after a power cut, a file is complete or does not exist."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,11 +20,13 @@ TEMPORARY = ".tmp"
 def durable_file(path: Path) -> Iterator[FileIO]:
     """Open a file that appears under its name only when the block ends well: temporary name, fsync, rename.
 
-    The temporary name is drawn anew each time, so two processes that make the same file never write into each other's.
+    The temporary name is random and must not exist, so two processes never write to the same temporary file, and no
+    symbolic link is followed.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    temporary = temporary_name(path)
+    file = temporary.open("xb", buffering=0)
     try:
-        with temporary.open("wb", buffering=0) as file:
+        with file:
             yield file
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -31,6 +34,16 @@ def durable_file(path: Path) -> Iterator[FileIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Return a random hidden name beside `path`, which `is_temporary` recognises."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
+
+
+def is_temporary(name: str, of: str) -> bool:
+    """Return whether `name` is a temporary name of a file whose own name matches the regular expression `of`."""
+    return re.fullmatch(rf"\.(?:{of})\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", name) is not None
 
 
 def durable_write(path: Path, content: bytes) -> None:

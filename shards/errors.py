@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from shards.redact import one_line, printable
+
+MAX_MESSAGE = 2000
+"""Maximum characters of a message; names in damaged files may have thousands."""
 
 
 class UserError(Exception):
     """Bad input. The message names the file, the fact and the remedy; command lines print it alone and exit with 2."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        message = one_line(super().__str__())
+        if len(message) <= MAX_MESSAGE:
+            return message
+        half = MAX_MESSAGE // 2
+        return f"{message[:half]} ... {message[-half:]}"  # the remedy stands at the end
 
 
 class ShardSetError(UserError):
@@ -38,7 +51,8 @@ def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again
         many open files), which may have passed by the next start.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return ShardSetError(f"{path}: {error.strerror or 'missing'}; {remedy}")
+        fact = "missing" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
+        return ShardSetError(f"{path}: {fact}; {remedy}")
     fact = error.strerror or str(error) or type(error).__name__
     return StorageFailed(f"{path}: cannot be read ({fact}); check the storage and the permissions, then start again")
 
@@ -50,8 +64,11 @@ class ConversionFailed(UserError):
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """What the system refuses becomes one line on the file it refused, else on `path`.
+def explained(path: Path, remedy: str = "then run the same command: it resumes") -> Iterator[None]:
+    """Convert an `OSError` into a one-line error that names its file, else `path`.
+
+    Args:
+        remedy: what to do when the cause is gone.
 
     Raises:
         ConversionFailed: an OSError was raised in the block.
@@ -61,10 +78,23 @@ def explained(path: Path) -> Iterator[None]:
     except OSError as error:
         what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space" if full else "mend that"
-        raise ConversionFailed(
-            f"{path if full else what}: {error.strerror or error}; {remedy}, then run the same command: it resumes"
-        ) from error
+        first = "free some space" if full else "correct that"
+        raise ConversionFailed(f"{path if full else what}: {error.strerror or error}; {first}, {remedy}") from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Convert an `OSError` in the block, which reads `path`, with `storage_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def report(error: UserError, *, prefix: str = "") -> int:
+    """Print an error as one line on standard error; return its exit status."""
+    print(f"{prefix}error: {printable(error)}", file=sys.stderr, flush=True)
+    return error.exit_code
 
 
 def first_line(error: BaseException) -> str:

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from shards.redact import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
@@ -35,7 +37,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.completed:,}/{task.total:,} {task.fields[rate]}"),
                 TimeRemainingColumn(),
@@ -68,4 +70,8 @@ class Progress:
         seconds = self._said - self._started
         left = seconds / self._items * (self._total - self._items) if self._items else 0.0
         eta = f", {left:,.0f} s left" if self._items < self._total else f", {seconds:,.1f} s"
-        print(f"{self._what}: {self._items:,} of {self._total:,} {self._rates()}{eta}", file=sys.stderr, flush=True)
+        print(
+            f"{printable(self._what)}: {self._items:,} of {self._total:,} {self._rates()}{eta}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -46,14 +46,15 @@ def parse_json(content: bytes, schema: TypeAdapter[T], *, limit: int) -> T:
         ValueError: one line with the field, what was found and what was expected.
     """
     if len(content) > limit:
-        raise ValueError(f"{len(content):,} bytes, more than the {limit:,} that such a file may have")
+        raise ValueError(f"{len(content):,} bytes, more than the {limit:,} allowed")
     try:
         return schema.validate_json(content, strict=True, extra="forbid")
     except ValidationError as error:
-        raise ValueError(_first_fact(error)) from None
+        raise ValueError(first_fact(error)) from None
 
 
-def _first_fact(error: ValidationError) -> str:
+def first_fact(error: ValidationError) -> str:
+    """Describe the first fault: field, expected, found, and how many more there are."""
     first: Any = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")

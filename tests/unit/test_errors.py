@@ -123,8 +123,8 @@ def train_with(*args: str) -> int:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("tune SET --read-threads 0", "--read-threads 0: at least 1"),
-        ("bench SET --hw-decoder-load 2", "--hw-decoder-load 2: a share between 0 and 1"),
+        ("tune SET --read-threads 0", "--read-threads 0: a whole number from 1 to 1,024 expected"),
+        ("bench SET --hw-decoder-load 2", "--hw-decoder-load 2: a number from 0 to 1 expected"),
     ],
 )
 def test_options_of_the_pipeline_that_make_no_sense(
@@ -137,11 +137,11 @@ def test_options_of_the_pipeline_that_make_no_sense(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--read-threads 0", "--read-threads 0: at least 1"),
-        ("--lock-wait -1", "--lock-wait -1: a number of seconds, not negative"),
-        ("--lock-wait nan", "--lock-wait nan: a number of seconds, not negative"),
-        ("--lock-wait inf", "--lock-wait inf: a number of seconds, not negative"),
-        ("--stall-timeout nan", "--stall-timeout nan: a number of seconds, not negative"),
+        ("--read-threads 0", "--read-threads 0: a whole number from 1 to 1,024 expected"),
+        ("--lock-wait -1", "--lock-wait -1: a number from 0 to 100,000,000 expected"),
+        ("--lock-wait nan", "--lock-wait nan: a number from 0 to 100,000,000 expected"),
+        ("--lock-wait inf", "--lock-wait inf: a number from 0 to 100,000,000 expected"),
+        ("--stall-timeout nan", "--stall-timeout nan: a number from 0 to 100,000,000 expected"),
         (
             "--lock-wait 1741",
             "--lock-wait 1741: at most 1740, as the other ranks of a start wait no longer than half an hour for the "

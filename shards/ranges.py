@@ -1,0 +1,123 @@
+"""Check the numbers of options against the ranges that stand beside their fields.
+
+    @dataclass(frozen=True)
+    class Options:
+        epochs: Annotated[int, Interval(ge=1, le=1_000_000)] = 300
+
+        def __post_init__(self) -> None:
+            check_ranges(self)
+
+A number out of range is rejected when the options are constructed, whether they come from a command line, a TOML file,
+JSON or code, so before anything is written or allocated. Pydantic checks the same declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from annotated_types import Interval
+
+from shards.errors import UserError
+from shards.redact import printable
+
+SHOWN = 60  # characters of a value in a message
+
+Share = Annotated[float, Interval(ge=0, le=1)]
+"""A share or a probability."""
+Seed = Annotated[int, Interval(ge=0, lt=1 << 63)]
+Steps = Annotated[int, Interval(ge=1, le=10**12)]
+"""Optimiser steps; no training has more."""
+Seconds = Annotated[float, Interval(ge=0, le=10**8)]
+"""Up to three years, which all timers of the system can count."""
+Side = Annotated[int, Interval(ge=1, le=8192)]
+"""Of a square image, in pixels."""
+MAX_BATCH = 1_000_000
+Batch = Annotated[int, Interval(ge=1, le=MAX_BATCH)]
+"""Images."""
+
+
+def check_ranges(options: Any) -> None:
+    """Compare every number in the fields of a dataclass with the range of its field.
+
+    Raises:
+        UserError: names the option, what was given and what is allowed.
+    """
+    kind: type = type(options)
+    for name, hint in _numeric_fields(kind):
+        value = getattr(options, name)
+        allowed = _first_refused(value, hint)
+        if allowed is not None:
+            given = " ".join(map(_number, value if isinstance(value, tuple) else (value,)))
+            given = printable(given if len(given) <= SHOWN else given[:SHOWN] + "...")
+            raise UserError(f"--{name.replace('_', '-')} {given}: {allowed} expected")
+
+
+def allows(options: type, name: str, value: Any) -> bool:
+    """Whether a value, such as one from a file, is a number of a field's type and within its range."""
+    hint = dict(_numeric_fields(options))[name]
+    kinds = tuple(kind for kind, _ in ranges_of(hint))
+    whole = not isinstance(value, bool) and isinstance(value, (int, float) if float in kinds else int)
+    return whole and _first_refused(value, hint) is None
+
+
+def ranges_of(hint: Any) -> Iterator[tuple[type, Interval | None]]:
+    """Every number in a type, as (int or float, its range); None where it has no range."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        base, *metadata = typing.get_args(hint)
+        interval = next((entry for entry in metadata if isinstance(entry, Interval)), None)
+        for kind, inner in ranges_of(base):
+            yield kind, inner or interval
+    elif hint in (int, float):
+        yield hint, None
+    elif origin in (types.UnionType, typing.Union, tuple):
+        for part in typing.get_args(hint):
+            yield from ranges_of(part)
+
+
+@functools.cache
+def _numeric_fields(options: type) -> list[tuple[str, Any]]:
+    hints = typing.get_type_hints(options, include_extras=True)
+    names = [field.name for field in dataclasses.fields(options)]
+    return [(name, hints[name]) for name in names if any(True for _ in ranges_of(hints[name]))]
+
+
+def _first_refused(value: Any, hint: Any) -> str | None:
+    """Describe the range of the first number that is out of its range; None if all are in range."""
+    ranges = list(ranges_of(hint))
+    values = value if isinstance(value, tuple) else (value,)
+    each_its_own = len(ranges) == len(values)
+    for number, (kind, interval) in zip(values, ranges if each_its_own else ranges * len(values), strict=False):
+        if isinstance(number, int | float) and interval is not None and not _within(number, interval):
+            each = "each " if len(values) > 1 else ""
+            return f"{each}{_in_words(kind, interval)}"
+    return None
+
+
+def _within(number: float, interval: Any) -> bool:
+    """False for NaN, which no comparison holds for."""
+    return (
+        (interval.ge is None or number >= interval.ge)
+        and (interval.gt is None or number > interval.gt)
+        and (interval.le is None or number <= interval.le)
+        and (interval.lt is None or number < interval.lt)
+    )
+
+
+def _in_words(kind: type, interval: Interval) -> str:
+    low = f"from {_shown(interval.ge)}" if interval.ge is not None else f"above {_shown(interval.gt)}"
+    high = f"to {_shown(interval.le)}" if interval.le is not None else f"and below {_shown(interval.lt)}"
+    return f"{'a whole number' if kind is int else 'a number'} {low} {high}"
+
+
+def _number(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shown(bound: Any) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:,g}"

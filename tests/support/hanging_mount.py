@@ -1,0 +1,32 @@
+"""A file system that hangs, as one does whose server is gone: a FUSE mount that answers nothing after the mount."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from pathlib import Path
+
+# From linux/fuse.h: fuse_in_header and fuse_out_header, and the answer to INIT of protocol 7.31.
+IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ")
+INIT_ANSWER = struct.pack("<IIIIHHIIHHI7I", 7, 31, 0, 0, 12, 9, 1 << 16, 1, 0, 0, 0, *[0] * 7)
+REQUEST_BYTES = 1 << 17
+
+
+def can_mount() -> bool:
+    """Whether this machine lets us mount FUSE file systems."""
+    return os.getuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
+
+
+def mount_hanging(folder: Path) -> None:
+    """Mount over `folder`: every call that looks into it hangs until this process ends.
+
+    For a process in a mount namespace of its own (`unshare --mount`), with which the mount goes.
+    """
+    server = os.open("/dev/fuse", os.O_RDWR)
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0"
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"hanging", os.fsencode(folder), b"fuse", 0, options.encode()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), os.fspath(folder))
+    _, _, unique, *_ = IN_HEADER.unpack_from(os.read(server, REQUEST_BYTES))
+    os.write(server, OUT_HEADER.pack(OUT_HEADER.size + len(INIT_ANSWER), 0, unique) + INIT_ANSWER)

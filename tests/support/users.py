@@ -1,0 +1,57 @@
+"""Code that runs as another user of the machine."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NOBODY = 65534
+
+
+def needs_root() -> None:
+    """Skip where the tests cannot become another user."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can run code as another user")
+
+
+@contextmanager
+def public_folder(mode: int = 0o1777) -> Iterator[Path]:
+    """A folder that every user can reach, as pytest's are not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(mode)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def as_user(uid: int, do: Callable[[], Any], *, groups: Sequence[int] = (), umask: int = 0o022) -> Any:
+    """What `do` returns in a forked process of that user; an exception that it raises is returned."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            os.umask(umask)
+            os.setgroups(list(groups))
+            os.setgid(uid)
+            os.setuid(uid)
+            try:
+                result = do()
+            except Exception as error:
+                result = error
+            os.write(writer, pickle.dumps(result))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as file:
+        content = file.read()
+    os.waitpid(child, 0)
+    return pickle.loads(content)
