@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 STAGES = 4
+LIMITS = {
+    "widths": (1, 16_384),
+    "depths": (1, 64),
+    "heads": (1, 1_024),
+    "kernels": (1, 63),
+    "windows": (1, 64),
+    "ffn_ratio": (1, 64),
+    "ffn_kernel": (1, 63),
+    "num_classes": (0, 10_000_000),
+    "in_chans": (1, 4_096),
+}
+"""Smallest and largest value of each dimension: far beyond the variants, and small enough that the shapes of the whole
+network can be computed in seconds (`fat.load_model` does so before it takes memory)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +49,15 @@ class FATConfig:
     """Channels of the input image."""
 
     def __post_init__(self) -> None:
-        for name in ("widths", "depths", "heads", "kernels", "windows"):
-            values = tuple(getattr(self, name))  # JSON gives lists
-            object.__setattr__(self, name, values)
-            if len(values) != STAGES or min(values) < 1:
-                raise ValueError(f"{name}: {STAGES} positive integers expected, one per stage, not {values}")
+        for name, (least, most) in LIMITS.items():
+            value = getattr(self, name)
+            if name in _PER_STAGE:
+                if not isinstance(value, tuple | list) or len(value) != STAGES:
+                    raise ValueError(f"{name}: {STAGES} positive integers expected, one per stage, not {_shown(value)}")
+                checked: Any = tuple(_integer(name, entry, least, most) for entry in value)  # JSON gives lists
+            else:
+                checked = _integer(name, value, least, most)
+            object.__setattr__(self, name, checked)
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
                 raise ValueError(f"heads: {heads} heads do not divide a width of {width}")
@@ -51,15 +69,44 @@ class FATConfig:
         for window in self.windows:
             if window & (window - 1):
                 raise ValueError(f"windows: powers of two expected, not {window}")
-        if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path: a probability in [0, 1) expected, not {self.drop_path}")
-        for name, least in (("num_classes", 0), ("in_chans", 1), ("ffn_ratio", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: at least {least} expected, not {getattr(self, name)}")
+        drop_path = self.drop_path
+        if not isinstance(drop_path, Real) or isinstance(drop_path, bool) or not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path: a probability in [0, 1) expected, not {_shown(drop_path)}")
+
+    @classmethod
+    def from_dict(cls, values: object) -> FATConfig:
+        """Build a config from what `to_dict` gave, read from outside: every field is checked.
+
+        Raises ValueError naming the field.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"a mapping of fields expected, not {_shown(values)}")
+        known = {field.name: field for field in fields(cls)}
+        unknown = [name for name in values if name not in known]
+        missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
+        if unknown or missing:
+            fault, names = ("unknown", unknown) if unknown else ("missing", missing)
+            raise ValueError(f"{fault} field {_shown(names[0])}")
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; `FATConfig(**d)` is the way back."""
+        """The fields as JSON can hold them; `FATConfig.from_dict` is the way back."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+
+_PER_STAGE = frozenset({"widths", "depths", "heads", "kernels", "windows"})
+
+
+def _integer(name: str, value: object, least: int, most: int) -> int:
+    # Not `int` alone: NumPy's integers are as good. A bool is an integer to Python.
+    if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
+        raise ValueError(f"{name}: integers from {least} to {most:,} expected, not {_shown(value)}")
+    return int(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 # Parameters and multiply-accumulates at 224x224 (attention products included) beside each; `python -m fat.table`.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
+
+from shards.limits import MAX_METADATA, MAX_SCANS, MAX_SEGMENTS
 
 START = b"\xff\xd8\xff"
 EXIF_SEGMENT = 0xE1  # APP1
@@ -11,12 +14,18 @@ BASELINE, PROGRESSIVE = 0, 2  # numbers of the start-of-frame markers
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7 have no length
+_SEQUENTIAL = frozenset({0, 1, 9})  # numbers of the processes that are neither progressive nor hierarchical
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # in entropy-coded data: none of its stuffing and restarts
 
 
 class NotAJpeg(ValueError):
     """The bytes are no JPEG, or end before its frame header."""
+
+
+class HeaderTooLong(NotAJpeg):
+    """More segments or bytes stand before the first scan than `shards.limits` allows."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,11 @@ class JpegHeader:
     """Number of the start-of-frame marker: 0 baseline, 2 progressive, others are rare."""
     orientation: int
     """EXIF orientation 1..8; 1 when absent or out of range."""
+    scans_at: int
+    """Offset of the first scan."""
+    multiscan: bool
+    """Whether decoders look for more than one scan: progressive, or components in scans of their own. They then hold
+    all coefficients of the image in memory, and pass over it once per scan."""
 
     @property
     def plain(self) -> bool:
@@ -43,6 +57,7 @@ def parse_header(data: bytes) -> JpegHeader:
 
     Raises:
         NotAJpeg: there is no frame header before the first scan.
+        HeaderTooLong: the first scan is further off than it ever is.
     """
     if data[:3] != START:
         raise NotAJpeg("no JPEG start")
@@ -50,7 +65,9 @@ def parse_header(data: bytes) -> JpegHeader:
     frame: tuple[int, ...] | None = None
     at = 2
     try:
-        while True:
+        for _ in range(MAX_SEGMENTS):
+            if at > MAX_METADATA:
+                raise HeaderTooLong(f"more than {MAX_METADATA >> 20} MiB before its first scan")
             if data[at] != 0xFF:
                 raise NotAJpeg("a marker is missing")
             marker = data[at + 1]
@@ -61,6 +78,7 @@ def parse_header(data: bytes) -> JpegHeader:
                 at += 2
                 continue
             if marker in (_START_OF_SCAN, _END_OF_IMAGE):
+                scan_components = data[at + 4] if marker == _START_OF_SCAN else 0
                 break
             (length,) = struct.unpack_from(">H", data, at + 2)
             if marker in _FRAMES and frame is None:
@@ -68,12 +86,46 @@ def parse_header(data: bytes) -> JpegHeader:
             elif marker == EXIF_SEGMENT and data[at + 4 : at + 10] == b"Exif\0\0" and orientation == 1:
                 orientation = _orientation(data[at + 10 : at + 2 + length])
             at += 2 + length
+        else:
+            raise HeaderTooLong(f"more than {MAX_SEGMENTS:,} segments before its first scan")
     except (IndexError, struct.error):
         raise NotAJpeg("ends within its header") from None
     if frame is None:
         raise NotAJpeg("no frame header")
     process, precision, height, width, components = frame
-    return JpegHeader(height, width, components, precision, process, orientation)
+    multiscan = process not in _SEQUENTIAL or scan_components < components
+    return JpegHeader(height, width, components, precision, process, orientation, at, multiscan)
+
+
+def count_scans(data: bytes, header: JpegHeader, most: int) -> int:
+    """Count the scans of the image, whatever follows it in the file.
+
+    Returns:
+        The number of scans, or an upper bound of it that is at most `MAX_SCANS`; any number above `most` if there are
+        more than that.
+    """
+    if not header.multiscan:
+        return 1
+    # Every scan begins with these two bytes. Metadata and what follows the image may hold them too, so that this is an
+    # upper bound; walking from segment to segment, which is slower, is only needed where the bound does not do.
+    bound = data.count(b"\xff\xda", header.scans_at)
+    return bound if bound <= min(MAX_SCANS, most) else _walk_scans(data, header.scans_at, most)
+
+
+def _walk_scans(data: bytes, at: int, most: int) -> int:
+    scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = data[at + 1]
+        if marker == _END_OF_IMAGE:
+            return scans
+        scans += marker == _START_OF_SCAN
+        if scans > most or at + 4 > len(data):
+            return scans
+        following = _NEXT_MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
+        if following is None:
+            return scans
+        at = following.start()
+    return most + 1  # segments without end
 
 
 def with_segment(data: bytes, marker: int, content: bytes) -> bytes:

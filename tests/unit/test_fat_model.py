@@ -137,7 +137,7 @@ def test_a_model_in_one_dtype_computes_in_it(dtype: torch.dtype) -> None:
         ({"kernels": (3, 4, 7, 9)}, "odd sides expected, not 4"),
         ({"windows": (8, 3, 2, 1)}, "powers of two expected, not 3"),
         ({"drop_path": 1.0}, r"a probability in \[0, 1\) expected"),
-        ({"num_classes": -1}, "num_classes: at least 0"),
+        ({"num_classes": -1}, "num_classes: integers from 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

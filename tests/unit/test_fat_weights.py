@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fat
+from fat.config import LIMITS
 from fat.layout import to_released
+from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
+from tests.support.measured import run_measured
 from tests.unit.test_fat_parity import TINY
 
 
@@ -198,3 +203,162 @@ def test_no_model_without_a_config(model: fat.FAT, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "w.pth")
     with pytest.raises(ValueError, match="no config in it"):
         fat.load_model(tmp_path / "w.pth")
+
+
+def test_hostile_files_are_refused_in_a_line_within_a_bound_of_memory(tmp_path: Path) -> None:
+    """Every kind of bomb and false claim, in a process with 120 s of CPU time and 120 MiB beyond its imports."""
+    code = f"""
+        import json, pathlib, resource
+        import fat
+        from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
+        folder = pathlib.Path({str(tmp_path)!r})
+        model = fat.FAT(fat.FATConfig(widths=(8, 8, 16, 16), depths=(1, 1, 1, 1), heads=(1, 2, 2, 4)))
+        resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
+        found, peak = {{}}, 0
+        for suffix, bombs in ((".pth", CHECKPOINTS), (".safetensors", SAFETENSORS)):
+            for name, write in bombs.items():
+                path = folder / (str(len(found)) + suffix)
+                write(path)
+                measure()
+                try:
+                    fat.load_weights(model, path)
+                    found[name + suffix] = "loaded"
+                except ValueError as error:
+                    found[name + suffix] = str(error)
+                    assert str(path) in str(error), error
+                peak = max(peak, grown())
+        print(json.dumps([peak, found]))
+    """
+    peak, found = json.loads(run_measured(code))
+    assert len(found) == len(CHECKPOINTS) + len(SAFETENSORS)
+    for name, message in found.items():
+        assert message != "loaded", name
+        assert "\n" not in message
+        assert len(message) < 1000, name
+        assert re.search("not a checkpoint|not a readable|not this model|no weights in it", message), (name, message)
+    assert peak < 120 * 2**20
+
+
+def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
+    """The file twice while it is read, and the model; 300 tensors of one storage; a config far larger than its file."""
+    huge = {**TINY.to_dict(), "widths": [16384] * 4, "heads": [16] * 4, "ffn_ratio": 64}
+    code = f"""
+        import json, os, torch, fat
+        from fat.pickled import read_state_dict
+        from pathlib import Path
+        from tests.support.hostile_weights import Claim, program, write_checkpoint
+        found = {{}}
+        folder = Path({str(tmp_path)!r})
+        model = fat.create_model("fat_b1")
+        torch.save(model.state_dict(), folder / "b1.pth")
+        fat.save_weights(model, folder / "b1.safetensors")
+        del model
+        size = os.path.getsize(folder / "b1.pth")
+        for name in ("b1.pth", "b1.safetensors"):
+            measure()
+            fat.create_model("fat_b1", weights=folder / name)
+            found[name] = grown() / size
+        claim = Claim((10_000_000,), (1,))
+        write_checkpoint(
+            folder / "w.pth", program({{str(i): claim for i in range(300)}}), [("0", bytes(40_000_000))]
+        )
+        measure()
+        assert len(read_state_dict(folder / "w.pth")) == 300
+        found["one storage"] = grown() / 40_000_000
+        measure()
+        try:
+            fat.load_model({str(with_config(tmp_path / "huge.safetensors", huge))!r})
+        except ValueError as error:
+            found["message"] = str(error)
+        found["config"] = grown() / 20_000_000
+        print(json.dumps(found))
+    """
+    found = json.loads(run_measured(code))
+    expected = f"{tmp_path / 'huge.safetensors'}: not this model's weights; of another shape: stem.convs.0.conv"
+    assert found.pop("message").startswith(expected)
+    assert max(found.values()) < 4, found
+
+
+def with_config(path: Path, config: object) -> Path:
+    """A whole file whose header holds this in place of its config."""
+    text = config if isinstance(config, str) else json.dumps(config)
+    save_file(fat.FAT(TINY).state_dict(), path, {"fat_config": text})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{{{", "describes no model"),
+        ('{"a":' * 100_000, "describes no model"),
+        ([], "a mapping of fields expected"),
+        (None, "a mapping of fields expected"),
+        ({**TINY.to_dict(), "evil": 1}, "unknown field 'evil'"),
+        ({k: v for k, v in TINY.to_dict().items() if k != "depths"}, "missing field 'depths'"),
+        ({**TINY.to_dict(), "drop_path": "x"}, "drop_path: a probability"),
+        ({**TINY.to_dict(), "drop_path": None}, "drop_path: a probability"),
+        ({**TINY.to_dict(), "drop_path": float("nan")}, "drop_path: a probability"),
+        ({**TINY.to_dict(), "drop_path": True}, "drop_path: a probability"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(tmp_path: Path, config: object, message: str) -> None:
+    path = with_config(tmp_path / "w.safetensors", config)
+    with pytest.raises(
+        ValueError, match=f"{re.escape(str(path))}: fat_config in its header describes no model.*"
+    ) as error:
+        fat.load_model(path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("field", LIMITS)
+@pytest.mark.parametrize("value", ["x", None, -1, 1.5, True, 10**9, 10**30, {}, [1, 2, 3]], ids=repr)
+def test_a_dimension_that_is_no_integer_in_range_is_refused_by_name(field: str, value: object) -> None:
+    fields = TINY.to_dict()
+    fields[field] = [value] * 4 if isinstance(fields[field], list) else value
+    with pytest.raises(ValueError, match=f"^{field}: "):
+        fat.FATConfig.from_dict(fields)
+
+
+def saved(model: fat.FAT, path: Path, change: Any) -> Path:
+    """The model's tensors, changed, with its config."""
+    state = {name: change(t).contiguous() if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    save_file(state, path, {"fat_config": json.dumps(TINY.to_dict())})
+    return path
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_refused_by_name(model: fat.FAT, tmp_path: Path, value: float) -> None:
+    with torch.no_grad():
+        model.head.weight[3, 2] = value
+    fat.save_weights(model, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors: head\.weight has values that are not finite"):
+        fat.load_model(tmp_path / "w.safetensors")
+
+
+def test_float64_that_float32_holds_is_converted_and_other_is_warned_of(model: fat.FAT, tmp_path: Path) -> None:
+    path = saved(model, tmp_path / "w.safetensors", torch.Tensor.double)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert same(fat.load_model(path), model)
+    path = saved(model, tmp_path / "w.safetensors", lambda t: t.double() + 1e-12)
+    with pytest.warns(UserWarning, match=r"float64 weights are rounded to float32; rounded: head\.bias.* and \d+ more"):
+        fat.load_model(path)
+    path = saved(model, tmp_path / "w.safetensors", lambda t: t.double() * 1e300)
+    with pytest.raises(ValueError, match="not finite"):
+        fat.load_model(path)
+
+
+def test_half_precision_is_converted(model: fat.FAT, tmp_path: Path) -> None:
+    model.bfloat16().float()
+    assert same(fat.load_model(saved(model, tmp_path / "w.safetensors", torch.Tensor.bfloat16)), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_weights_of_a_type_without_fractions_or_scale_are_refused(
+    model: fat.FAT, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = saved(model, tmp_path / "w.safetensors", lambda t: t.to(dtype))
+    with pytest.raises(
+        ValueError, match=rf"of another type: stem\.convs\.0\.conv\.weight is {dtype}, expected torch\.float32"
+    ):
+        fat.load_model(path)

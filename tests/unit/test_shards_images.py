@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import struct
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +15,16 @@ import pytest
 import xxhash
 from PIL import Image
 
+from shards.adopt import adopt
 from shards.convert import Options, convert
 from shards.dataset import ShardSet
-from shards.images import MAX_PIXELS, ImageRules, Rejected, accept
-from shards.jpeg import parse_header
+from shards.images import ImageRules, Rejected, accept
+from shards.jpeg import count_scans, parse_header
+from shards.limits import MAX_PIXELS
 from shards.listing import sample_key
+from shards.verify import verify
+from tests.support.bombs import IMAGES, progressive_jpeg
+from tests.support.measured import run_measured
 
 RULES = ImageRules()
 
@@ -153,6 +160,119 @@ def test_a_bomb_is_rejected_before_it_is_decoded() -> None:
     side = int(MAX_PIXELS**0.5) + 1
     with pytest.raises(Rejected, match=f"unreasonably large: {side}x{side}"):
         accept(encoded(Image.new("1", (side, side)), "PNG"), RULES)
+
+
+def test_bombs_are_rejected_by_name_before_they_cost_memory_or_time() -> None:
+    """Every kind, in a process that may take 30 s of CPU time and 100 MiB beyond what its imports take."""
+    code = """
+        import json, resource
+        from shards.images import ImageRules, Rejected, accept
+        from tests.support.bombs import IMAGES
+        bombs = {name: bomb.make() for name, bomb in IMAGES.items()}
+        resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+        measure()
+        reasons = {}
+        for name, data in bombs.items():
+            for check in ("decode", "header"):
+                try:
+                    reasons[name] = f"accepted: {accept(data, ImageRules(check=check)).repair}"
+                except Rejected as error:
+                    reasons[name] = str(error)
+        print(json.dumps([grown(), reasons]))
+    """
+    peak, reasons = json.loads(run_measured(code))
+    assert peak < 100 * 2**20
+    for name, bomb in IMAGES.items():
+        assert re.search(bomb.reason, reasons[name]), (name, reasons[name])
+
+
+def test_decoding_takes_no_more_memory_than_is_stated() -> None:
+    """Nine bytes a pixel, where copies of the whole image once took thirty."""
+    code = """
+        from shards.images import ImageRules, accept
+        from tests.support.bombs import png
+        for color_type, depth in ((0, 16), (6, 16), (2, 8)):
+            data = png(2500, 2500, color_type, depth)
+            for rules in (ImageRules(), ImageRules(max_side=2400)):
+                measure()
+                accept(data, rules)
+                print(grown())
+    """
+    assert max(map(int, run_measured(code).split())) < 6_250_000 * 9 + 24 * 2**20, "of bands"
+
+
+def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pipeline index` leaves the bomb out by name; `pipeline verify` finds it in a set whose maker did not look."""
+    tar = tmp_path / "train-0.tar"
+    with tarfile.open(tar, "w") as file:
+        for name, data in {
+            "a.jpg": JPEG,
+            "a.cls": b"0",
+            "b.jpg": IMAGES["jpeg of 1000 scans"].make(),
+            "b.cls": b"0",
+        }.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            file.addfile(member, io.BytesIO(data))
+    for check in ("decode", "header"):
+        assert adopt([tar], ImageRules(check=check), max_rejects=1.0).splits["train"].samples == 1
+        reject = json.loads((tmp_path / "rejects.jsonl").read_text())
+        assert reject["image"] == "train-0.tar/b.jpg"
+        assert "more than 20 scans of 9990x9990" in reject["reason"]
+        assert verify(tmp_path) == []
+        for made in ("dataset.json", "train.index.npy", "rejects.jsonl"):
+            (tmp_path / made).unlink()
+    with monkeypatch.context() as patched:
+        for name in ("MAX_SCANS", "MAX_SCAN_PIXELS"):
+            patched.setattr(f"shards.images.{name}", 10**15)
+        assert adopt([tar], ImageRules(check="header")).splits["train"].samples == 2
+    (fault,) = verify(tmp_path)
+    assert re.search(r"train-0\.tar: offset \d+: no image .* more than 20 scans of 9990x9990", fault)
+
+
+def test_a_small_jpeg_of_many_scans_is_encoded_again() -> None:
+    image = accept(progressive_jpeg(64, 48, 1000), RULES)
+    assert image.repair == "JPEG of more than 64 scans"
+    assert not parse_header(image.data).multiscan
+    assert (image.width, image.height) == (64, 48)
+    assert accept(progressive_jpeg(64, 48, 1000), ImageRules(check="header")).repair
+
+
+def test_what_follows_the_image_does_not_count_as_its_scans() -> None:
+    """Thumbnails, glued images and other bytes after the end may hold the marker of a scan."""
+    data = encoded(photo(), progressive=True) + b"\xff\xda" * 1000
+    assert accept(data, RULES).data == data
+    header = parse_header(data)
+    assert count_scans(data, header, 100) == 10, "of libjpeg's script for colour"
+
+
+def test_large_images_are_converted_in_bands_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("with_alpha.png", "palette_with_transparency.png", "sixteen_bits.png", "two_levels.png", "cmyk.jpg")
+    whole = [accept(REPAIRED[name], RULES).data for name in names]
+    rules = [ImageRules(max_side=side) for side in (1, 17, 99, 159)]
+    images = [*(REPAIRED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
+    shrunk = [accept(data, rule).data for data in images for rule in rules]
+    monkeypatch.setattr("shards.images.BAND_PIXELS", 1000)
+    assert [accept(REPAIRED[name], RULES).data for name in names] == whole
+    assert [accept(data, rule).data for data in images for rule in rules] == shrunk
+
+
+def test_the_orientation_of_a_tiff_is_applied_once() -> None:
+    """Pillow turns a TIFF while it loads it."""
+    image = accept(encoded(photo(), "TIFF", tiffinfo={274: 6}), RULES)
+    assert (image.width, image.height, image.orientation) == (120, 160, 1)
+
+
+@pytest.mark.parametrize("error", [ValueError("Insufficient memory (case 4)"), MemoryError()])
+def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("simplejpeg.decode_jpeg", fail)
+    with pytest.raises(MemoryError):
+        accept(JPEG, RULES)
 
 
 def test_orientation_survives_repair_and_shrinking() -> None:

@@ -1,0 +1,151 @@
+"""Small image files that would cost a decoder minutes or gigabytes; `IMAGES` names one of each kind."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image
+
+
+def progressive_jpeg(width: int, height: int, scans: int, between: bytes = b"") -> bytes:
+    """A grey progressive JPEG: a scan of DC coefficients, and `scans` of nothing but end-of-band runs.
+
+    between: bytes after the first scan, for example segments.
+    """
+    blocks = -(-width // 8) * -(-height // 8)
+    start = b"\xff\xd8\xff\xdb\x00\x43\x00" + bytes([1] * 64)
+    start += b"\xff\xc2" + struct.pack(">HBHHB", 11, 8, height, width, 1) + b"\x01\x11\x00"
+    start += b"\xff\xc4" + struct.pack(">HB", 20, 0x00) + bytes([1] + [0] * 15) + b"\x00"  # one DC symbol: 0
+    start += b"\xff\xc4" + struct.pack(">HB", 20, 0x10) + bytes([1] + [0] * 15) + b"\xe0"  # one AC symbol: a long run
+    first = b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00" + bytes(-(-blocks // 8))
+    bits = ""
+    left = blocks
+    while left > 0:  # a run covers 2^14 blocks and as many more as its 14 bits say
+        more = max(0, min(left, 2**15 - 1) - 2**14)
+        bits += f"0{more:014b}"
+        left -= 2**14 + more
+    bits += "1" * (-len(bits) % 8)
+    coded = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    return start + first + between + (b"\xff\xda\x00\x08\x01\x01\x00\x01\x3f\x00" + coded) * scans + b"\xff\xd9"
+
+
+def comment(content: bytes) -> bytes:
+    """A JPEG comment segment."""
+    return b"\xff\xfe" + struct.pack(">H", 2 + len(content)) + content
+
+
+def png(
+    width: int, height: int, color_type: int = 2, depth: int = 8, *, chunks: int = 0, rows: int | None = None
+) -> bytes:
+    """A black PNG, compressed a thousand times; with `chunks` empty chunks before its pixels, cut after `rows` rows."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
+    row = bytes(1 + width * channels * depth // 8)
+    packer = zlib.compressobj(9)
+    packed = b"".join(packer.compress(row) for _ in range(height if rows is None else rows)) + packer.flush()
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    head = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        (chunk(b"IHDR", head), chunk(b"teSt", b"") * chunks, chunk(b"IDAT", packed), chunk(b"IEND", b""))
+    )
+
+
+def png_with_text(size: int) -> bytes:
+    """A PNG whose compressed text is `size` bytes when unpacked."""
+    content = b"key\0\0" + zlib.compress(bytes(size), 9)
+    text = struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
+    plain = png(8, 8)
+    return plain[:33] + text + plain[33:]
+
+
+def tiff(tags: dict[int, tuple[int, int, int]], after: bytes = b"") -> bytes:
+    """A little-endian TIFF of one directory: tag -> (type, count, value or offset); `after` follows the directory."""
+    entries = b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in sorted(tags.items()))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + after
+
+
+SHORT, LONG = 3, 4
+_GREY = {256: (LONG, 1, 64), 257: (LONG, 1, 64), 258: (SHORT, 1, 8), 262: (SHORT, 1, 1), 277: (SHORT, 1, 1)}
+
+
+def tiff_of_strips(strips: int) -> bytes:
+    """A grey TIFF of 64x64 that lists `strips` strips."""
+    tags = _GREY | {259: (SHORT, 1, 1), 278: (LONG, 1, 1)}
+    end = 8 + 2 + 12 * (len(tags) + 2) + 4
+    tags |= {273: (LONG, strips, end), 279: (LONG, strips, end)}
+    return tiff(tags, bytes(4 * strips))
+
+
+def tiff_of_a_large_tile(side: int) -> bytes:
+    """An LZW-compressed grey TIFF of 64x64 in one tile of `side` x `side`."""
+    tags = _GREY | {259: (SHORT, 1, 5), 322: (LONG, 1, side), 323: (LONG, 1, side), 325: (LONG, 1, 64)}
+    tags[324] = (LONG, 1, 8 + 2 + 12 * (len(tags) + 1) + 4)
+    return tiff(tags, bytes(64))
+
+
+def run_length_bmp(size: int) -> bytes:
+    """A BMP of `size` bytes of single-pixel runs, which Pillow decodes in Python."""
+    head = struct.pack("<IiiHHIIiiII", 40, 10_000, 10_000, 1, 8, 1, size, 0, 0, 256, 0)
+    at = 14 + 40 + 4 * 256
+    return b"BM" + struct.pack("<IHHI", at + size, 0, 0, at) + head + bytes(4 * 256) + b"\1\0" * (size // 2)
+
+
+def webp(width: int, height: int) -> bytes:
+    """A WebP whose header claims this canvas."""
+    out = io.BytesIO()
+    Image.new("RGBA", (16, 16), (1, 2, 3, 4)).save(out, "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0")
+    data = bytearray(out.getvalue())
+    assert data[12:16] == b"VP8X"
+    data[24:30] = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return bytes(data)
+
+
+@dataclass(frozen=True)
+class Bomb:
+    """An image that has to be rejected."""
+
+    make: Callable[[], bytes]
+    reason: str
+    """A pattern of the reason."""
+
+
+_STRAY = b"\0\0\0"  # between two segments: the header cannot be walked
+
+IMAGES = {
+    "jpeg of 1000 scans": Bomb(lambda: progressive_jpeg(9990, 9990, 1000), "more than 20 scans of 9990x9990"),
+    "scans behind a comment that holds an end of image": Bomb(
+        lambda: progressive_jpeg(9990, 9990, 100, comment(b"\xff\xd9")), "more than 20 scans"
+    ),
+    "scans behind a damaged header": Bomb(
+        lambda: progressive_jpeg(9990, 9990, 100).replace(b"\xff\xc2", _STRAY + b"\xff\xc2", 1), "up to 101 scans"
+    ),
+    "four million comments": Bomb(
+        lambda: progressive_jpeg(16, 16, 1).replace(b"\xff\xdb", comment(b"") * 4_000_000 + b"\xff\xdb", 1), "segments"
+    ),
+    "fill bytes": Bomb(
+        lambda: progressive_jpeg(16, 16, 1).replace(b"\xff\xdb", b"\xff" * 18_000_000 + b"\xdb", 1), "segments"
+    ),
+    "segments between scans": Bomb(
+        lambda: progressive_jpeg(9990, 9990, 1, comment(b"") * 100_000 + comment(b"\xff\xda" * 100)), "scans"
+    ),
+    "metadata of 20 MB": Bomb(
+        lambda: progressive_jpeg(16, 16, 1).replace(b"\xff\xdb", comment(bytes(65_000)) * 300 + b"\xff\xdb", 1), "MiB"
+    ),
+    "stray bytes of 20 MB": Bomb(
+        lambda: progressive_jpeg(16, 16, 1).replace(b"\xff\xdb", bytes(20_000_000) + b"\xff\xdb", 1), "MiB"
+    ),
+    "png of a gigapixel": Bomb(lambda: png(40_000, 25_000, 0, rows=1), "unreasonably large"),
+    "png of a million chunks": Bomb(lambda: png(8, 8, chunks=1_000_000), "chunks"),
+    "compressed text": Bomb(lambda: png_with_text(100_000_000), "does not decode"),
+    "tiff of four million strips": Bomb(lambda: tiff_of_strips(4_000_000), "4000000 strips"),
+    "tiff of a large tile": Bomb(lambda: tiff_of_a_large_tile(40_000), "takes about"),
+    "run-length bmp": Bomb(lambda: run_length_bmp(20_000_000), "run-length"),
+    "webp of 16383x16383": Bomb(lambda: webp(16383, 16383), "unreasonably large: 16383x16383"),
+    "webp of 60 megapixels": Bomb(lambda: webp(10_000, 6_000), "takes about"),
+}
