@@ -6,7 +6,6 @@ import dataclasses
 import posixpath
 import tarfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +14,11 @@ from pipeline.files import MAX_OPEN, LocalFiles, ShardFiles
 from pipeline.plan import Ids
 from pipeline.remote_set import RemoteSet
 from pipeline.staging import StagedFile, whole
-from shards.beton import FIELD, HEADER, METADATA, VERSION
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError
 from shards.index import Index
 from shards.manifest import BetonEntry
 from shards.tar import BLOCK
-
-RAW = 1  # FFCV's mode of an image that is stored as pixels
 
 
 @dataclass(frozen=True)
@@ -36,8 +32,6 @@ class Places:
     sizes: NDArray[np.int64]
     raw: NDArray[np.bool_]
     """Stored as pixels, uint8 [height, width, 3], not as a JPEG."""
-    hashed: NDArray[np.bool_]
-    """Whether the index's hash is of these bytes."""
 
 
 @dataclass(frozen=True)
@@ -45,34 +39,30 @@ class Storage:
     """The stored samples of a split."""
 
     index: Index
+    """Offsets, sizes and hashes of the stored bytes, be they JPEGs or pixels."""
     files: ShardFiles
     one_file: bool = False
     """All shards are runs of bytes of one file."""
-    images: NDArray[np.void] | None = None
-    """A .beton's own metadata, METADATA [samples], where the index is not enough: of tars beside it, or of pixels."""
+    pixels: bool = False
+    """A .beton that may store pixels. Its JPEGs are smaller than their pixels, so the size tells which is which."""
     starts: NDArray[np.int64] | None = None
     """int64 [shards]: where each file's bytes begin, if files are parts of one."""
-    hashes_of_pixels: bool = True
-    """The index's hashes are of what is stored, be it pixels; else of the JPEGs that they were made from."""
 
     def locate(self, ids: Ids) -> Places:
         """Find samples; O(len(ids))."""
         rows = self.index[ids]
         shards = rows["shard"].astype(np.int64)
         offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
-        raw = np.zeros(len(ids), np.bool_)
-        if self.images is not None:
-            images = self.images[ids]["image"]
-            raw = images["mode"] == RAW
-            offsets = images["data_ptr"].astype(np.int64)
-            sizes = np.where(raw, images["height"].astype(np.int64) * images["width"] * 3, sizes)
+        if self.pixels:
+            raw = sizes == rows["height"].astype(np.int64) * rows["width"] * 3
+        else:
+            raw = np.zeros(len(ids), np.bool_)
         return Places(
             rows=rows,
             files=np.zeros_like(shards) if self.one_file else shards,
             offsets=offsets if self.starts is None else offsets - self.starts[shards],
             sizes=sizes,
             raw=raw,
-            hashed=np.ones_like(raw) if self.hashes_of_pixels else ~raw,
         )
 
     def key(self, file: int, offset: int) -> str | None:
@@ -89,11 +79,12 @@ def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: 
         max_open: file descriptors to hold.
 
     Raises:
-        ShardSetError: no such split, a damaged index or .beton, or pixels where JPEGs are wanted.
+        ShardSetError: no such split, a damaged index, or pixels where JPEGs are wanted.
     """
-    entry, index = dataset.split(split), dataset.index(split)
+    entry = dataset.split(split)
     remote = dataset if isinstance(dataset, RemoteSet) else None
     if entry.tars and not (beton and entry.beton):
+        index = dataset.index(split)
         if remote:
             return Storage(index, remote.files([whole(shard.name, shard.bytes, shard.hash) for shard in entry.shards]))
         return Storage(index, LocalFiles([dataset.path / shard.name for shard in entry.shards], max_open=max_open))
@@ -103,10 +94,9 @@ def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: 
         raise ShardSetError(
             f"{path}: stores pixels (mode {entry.beton.mode}), which the FFCV loader alone reads: use --loader ffcv"
         )
-    images = None
-    if entry.tars or entry.beton.mode != "jpg":
-        images = _metadata(path, remote, len(index))
-    storage = Storage(index, LocalFiles([path]), one_file=True, images=images, hashes_of_pixels=not entry.tars)
+    # The file's own metadata is not read: the index says the same, and its hash is in the manifest.
+    index = dataset.index(split, beton=True)
+    storage = Storage(index, LocalFiles([path]), one_file=True, pixels=entry.beton.mode != "jpg")
     return _in_segments(storage, entry.beton, remote) if remote else storage
 
 
@@ -159,24 +149,3 @@ def _block(files: ShardFiles, file: int, offset: int) -> bytes:
     block = np.empty(BLOCK, np.uint8)
     files.read(file, block, offset)
     return block.tobytes()
-
-
-def _metadata(path: Path, remote: RemoteSet | None, samples: int) -> NDArray[np.void]:
-    """The metadata of every sample of a .beton, METADATA [samples]: mapped, or fetched."""
-    at = HEADER.itemsize + 2 * FIELD.itemsize
-    try:
-        head = remote.read(path.name, 0, HEADER.itemsize) if remote else path.open("rb").read(HEADER.itemsize)
-        header = np.frombuffer(head, HEADER)[0]
-        if (header["version"], header["fields"]) != (VERSION, 2):
-            raise ShardSetError(f"{path}: no .beton of this version; make it again with 'pipeline shard'")
-        if header["samples"] != samples:
-            raise ShardSetError(
-                f"{path}: {samples} samples expected by the manifest, {header['samples']} found; copy it again"
-            )
-        if remote:
-            return np.frombuffer(remote.read(path.name, at, at + samples * METADATA.itemsize), METADATA)
-        return np.memmap(path, METADATA, mode="r", offset=at, shape=(samples,))
-    except FileNotFoundError:
-        raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
-    except (OSError, ValueError, IndexError) as error:
-        raise ShardSetError(f"{path}: cannot be read ({error}); copy it again") from error

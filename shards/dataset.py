@@ -7,21 +7,38 @@ from typing import Any
 
 import numpy as np
 
-from shards.errors import ShardSetError
-from shards.index import Index, open_index
-from shards.manifest import Manifest, SplitEntry
+from shards.errors import ShardSetError, storage_error
+from shards.index import Index, check_rows, open_index
+from shards.manifest import MANIFEST_NAME, Manifest, SplitEntry
+from shards.pinned import ManifestDigest
 
 
 class ShardSet:
-    """Manifest, indexes and shard paths of one set. Opening reads the manifest alone; indexes are mapped on demand."""
+    """Manifest, indexes and shard paths of one set. Opening reads the manifest alone; indexes are read on demand.
 
-    def __init__(self, path: Path | str) -> None:
+    Args:
+        path: folder.
+        manifest: content of the set's dataset.json; None = it is read from the folder.
+        digest: that the manifest must have.
+
+    Raises:
+        ShardSetError: no set, a damaged manifest, or not the one that was pinned.
+    """
+
+    def __init__(
+        self, path: Path | str, *, manifest: bytes | None = None, digest: ManifestDigest | None = None
+    ) -> None:
         self.path = Path(path)
-        self.manifest = Manifest.load(self.path)
+        content = Manifest.read(self.path) if manifest is None else manifest
+        if digest is not None:
+            digest.check(content, self.path / MANIFEST_NAME)
+        self.digests = ManifestDigest.of(content), ManifestDigest.of(content, "sha256")
+        """Of the manifest as it is stored, xxh3 and SHA-256: what may be pinned."""
+        self.manifest = Manifest.parse(content, self.path / MANIFEST_NAME)
         self._indexes: dict[str, Index] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the indexes, which another process maps for itself."""
+        """Return everything but the indexes, which another process reads for itself."""
         return vars(self) | {"_indexes": {}}
 
     def split(self, name: str) -> SplitEntry:
@@ -36,12 +53,40 @@ class ShardSet:
             known = ", ".join(sorted(self.manifest.splits)) or "none"
             raise ShardSetError(f"{self.path}: no split '{name}' (it has: {known})") from None
 
-    def index(self, name: str) -> Index:
-        """The split's index, `INDEX_DTYPE` [samples], memory-mapped."""
-        if name not in self._indexes:
-            split = self.split(name)
-            self._indexes[name] = open_index(self.path / split.index, split.samples)
-        return self._indexes[name]
+    def index(self, name: str, *, beton: bool = False) -> Index:
+        """Read the split's index once, check it against the manifest, and keep it.
+
+        Args:
+            beton: the index of what the split's .beton stores, instead of its tars.
+
+        Returns:
+            Read-only `INDEX_DTYPE` [samples].
+
+        Raises:
+            ShardSetError: it is damaged, or not the one that the manifest describes.
+            StorageFailed: it cannot be read.
+        """
+        split = self.split(name)
+        stored = split.beton if beton else None
+        file, digest = (stored.index, stored.index_hash) if stored else (split.index, split.index_hash)
+        if file not in self._indexes:
+            index = open_index(self._fetch_index(file, split.samples, digest), samples=split.samples, digest=digest)
+            size_of = [stored.bytes if stored else shard.bytes for shard in split.shards]
+            check_rows(
+                self.path / file,
+                index,
+                samples=self.shard_samples(name),
+                sizes=np.array(size_of, np.int64),
+                classes=len(self.manifest.classes),
+                in_one_file=stored is not None,
+                pixels=stored is not None and stored.mode == "raw",
+            )
+            self._indexes[file] = index
+        return self._indexes[file]
+
+    def _fetch_index(self, file: str, samples: int, digest: str) -> Path:
+        """Return the path of an index file."""
+        return self.path / file
 
     def shard_path(self, name: str, shard: int) -> Path:
         return self.path / self.split(name).shards[shard].name
@@ -60,8 +105,8 @@ class ShardSet:
             path = self.path / file
             try:
                 found = path.stat().st_size
-            except FileNotFoundError:
-                raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify {self.path}'") from None
+            except OSError as error:
+                raise storage_error(path, error, f"copy it again, or run 'pipeline verify {self.path}'") from error
             if found != expected:
                 fact = "truncated" if found < expected else "not the file the manifest describes"
                 raise ShardSetError(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from shards.dataset import ShardSet
+from shards.redact import printable
 
 BAR = 30  # characters of the longest bar
 SIDES = (0, 64, 128, 256, 375, 500, 750, 1000, 2000, 65536)  # pixels: bounds of the histogram
@@ -14,19 +16,24 @@ SHOWN_CLASSES = 10
 
 
 def describe(shard_set: ShardSet) -> RenderableType:
-    """Splits, classes, sizes, repairs and rejects, as tables."""
-    return Group(_splits(shard_set), _classes(shard_set), _sides(shard_set), _treatment(shard_set))
+    """Splits, classes, sizes, repairs and rejects as tables, and the digests by which the set can be pinned."""
+    return Group(_splits(shard_set), _classes(shard_set), _sides(shard_set), _treatment(shard_set), _digests(shard_set))
+
+
+def _digests(shard_set: ShardSet) -> Text:
+    lines = [f"  {digest}" for digest in shard_set.digests]
+    return Text("\n".join(["digest of dataset.json, for --set-digest or behind SET as #xxh3=...", *lines]))
 
 
 def _splits(shard_set: ShardSet) -> Table:
-    table = Table(title=str(shard_set.path), title_justify="left")
+    table = Table(title=_text(shard_set.path), title_justify="left")
     for column in ("split", "images", "shards", "bytes", "mean image", "repaired", "rejected"):
         table.add_column(column, justify="left" if column == "split" else "right")
     counts = shard_set.manifest.made.get("images", {})
     for name, split in shard_set.manifest.splits.items():
         index = shard_set.index(name)
         table.add_row(
-            name,
+            _text(name),
             f"{split.samples:,}",
             f"{len(split.shards):,}",
             f"{sum(split.files.values()) / 1e6:,.1f} MB",
@@ -44,10 +51,16 @@ def _classes(shard_set: ShardSet) -> Table:
         name: np.bincount(shard_set.index(name)["label"], minlength=len(classes)).astype(int) for name in splits
     }
     table = Table(title=f"{len(classes):,} classes", title_justify="left")
-    for column in ("label", "folder", "name", *splits):
+    columns: list[str | Text] = ["label", "folder", "name", *map(_text, splits)]
+    for column in columns:
         table.add_column(column, justify="left" if column in ("folder", "name") else "right")
     for label, entry in list(enumerate(classes))[:SHOWN_CLASSES]:
-        table.add_row(str(label), entry.folder, entry.name or "", *(f"{per_split[name][label]:,}" for name in splits))
+        table.add_row(
+            str(label),
+            _text(entry.folder),
+            _text(entry.name or ""),
+            *(f"{per_split[name][label]:,}" for name in splits),
+        )
     if len(classes) > SHOWN_CLASSES:
         table.add_row("...", "", "", *(f"{n.min():,} to {n.max():,} each" for n in per_split.values()))
     return table
@@ -74,13 +87,18 @@ def _treatment(shard_set: ShardSet) -> Table:
     table = Table(title="how it was made", title_justify="left", show_header=False)
     table.add_column()
     table.add_column()
-    table.add_row("tool", str(made.get("tool", "")))
-    table.add_row("source", str(made.get("source", "")))
+    table.add_row("tool", _text(made.get("tool", "")))
+    table.add_row("source", _text(made.get("source", "")))
     for name, value in made.get("options", {}).items():
-        table.add_row(name, str(value))
+        table.add_row(_text(name), _text(value))
     for split, counts in made.get("images", {}).items():
-        for what in ("repaired", "rejected"):
-            for reason, count in counts.get(what, {}).items():
-                table.add_row(f"{what} in {split}", f"{count:,}: {reason}")
+        for what, reasons in (("repaired", counts.get("repaired", {})), ("rejected", counts.get("rejected", {}))):
+            for reason, count in reasons.items():
+                table.add_row(_text(f"{what} in {split}"), _text(f"{count:,}: {reason}"))
     table.add_row("other files passed over", f"{made.get('ignored_files', 0):,}")
     return table
+
+
+def _text(value: object) -> Text:
+    """Return text without interpreting brackets as markup, with control characters escaped."""
+    return Text(printable(value), overflow="fold")

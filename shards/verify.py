@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import xxhash
 
 from shards.dataset import ShardSet
-from shards.errors import ShardSetError
+from shards.errors import ShardSetError, storage_error
+from shards.images import exceeded_limit
 from shards.index import Index
 from shards.jpeg import NotAJpeg, parse_header
 from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
+from shards.regular import open_file
 from shards.rejects import REJECTS_NAME
 from shards.tar import BLOCK, END, dali_index, header, index_line, padding
 from shards.verify_beton import SegmentCheck, check_frame, check_segment
@@ -32,9 +34,12 @@ CHUNK = 2**22
 class ShardCheck:
     """One shard to be checked in a worker process."""
 
-    set: Path
-    split: str
-    shard: int
+    path: Path
+    entry: ShardEntry
+    rows: Index
+    """`INDEX_DTYPE` [samples of the shard]."""
+    adopted: bool
+    """Made by others: nothing is known of its layout but where the images are."""
 
 
 def verify(path: Path, workers: int | None = None) -> list[str]:
@@ -44,22 +49,23 @@ def verify(path: Path, workers: int | None = None) -> list[str]:
         A line per fault, each naming its file; empty when every byte is as it should be.
 
     Raises:
-        ShardSetError: there is no set, or its manifest cannot be read.
+        ShardSetError: there is no set, or its manifest is damaged.
+        StorageFailed: the manifest cannot be read.
     """
     shard_set = ShardSet(path)
     manifest = shard_set.manifest
     faults = _check_manifest(path, manifest)
     checks: list[ShardCheck | SegmentCheck] = []
     for split, entry in manifest.splits.items():
-        found = _check_index(shard_set, split)
-        faults += found
-        if not found:
+        try:
             if entry.tars:
-                checks += [ShardCheck(path, split, i) for i in range(len(entry.shards))]
+                checks += _shard_checks(shard_set, split)
             if entry.beton:
                 found, segments = check_frame(shard_set, split)
                 faults += found
                 checks += segments
+        except ShardSetError as error:
+            faults.append(str(error))
     samples = sum(
         entry.samples * (int(entry.tars) + int(entry.beton is not None)) for entry in manifest.splits.values()
     )
@@ -75,52 +81,44 @@ def _check(check: ShardCheck | SegmentCheck, report: Report) -> list[str]:
 
 def _check_manifest(path: Path, manifest: Manifest) -> list[str]:
     faults = []
-    if (path / MANIFEST_NAME).read_text(encoding="utf-8") != manifest.dumps():
-        faults.append(f"{path / MANIFEST_NAME}: altered since it was written: its own hash does not fit")
-    expected = manifest.made.get("rejects_hash")
+    if (path / MANIFEST_NAME).read_bytes() != manifest.dumps().encode():
+        faults.append(f"{path / MANIFEST_NAME}: altered since it was written: the same content in another form")
+    rejects, expected = path / REJECTS_NAME, manifest.made.get("rejects_hash")
     try:
-        found = xxhash.xxh3_64_hexdigest((path / REJECTS_NAME).read_bytes())
+        with open_file(rejects) as file:
+            found = _hash(file)
     except FileNotFoundError:
         found = None
+    except OSError as error:
+        return [*faults, str(storage_error(rejects, error))]
+    except ShardSetError as error:
+        return [*faults, str(error)]
     if found != expected:
-        faults.append(f"{path / REJECTS_NAME}: {'missing' if found is None else 'not the list the manifest describes'}")
+        faults.append(f"{rejects}: {'missing' if found is None else 'not the list the manifest describes'}")
     return faults
 
 
-def _check_index(shard_set: ShardSet, split: str) -> list[str]:
-    """The split's index as a whole: its hash, and the rows against the manifest."""
-    entry = shard_set.split(split)
-    path = shard_set.path / entry.index
-    try:
-        digest = xxhash.xxh3_64()
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK):
-                digest.update(chunk)
-        if digest.hexdigest() != entry.index_hash:
-            return [f"{path}: hash {entry.index_hash} expected, {digest.hexdigest()} found: damaged index"]
-        index = shard_set.index(split)
-    except FileNotFoundError:
-        return [f"{path}: the index is missing"]
-    except ShardSetError as error:
-        return [str(error)]
-    samples = shard_set.shard_samples(split)
-    if samples.sum() != entry.samples or not np.array_equal(
-        index["shard"], np.repeat(np.arange(len(samples)), samples)
-    ):
-        return [f"{path}: its rows are not those of the manifest's shards"]
-    if index["label"].max() >= len(shard_set.manifest.classes):
-        row = int(index["label"].argmax())
-        return [f"{path}: row {row} has label {index['label'][row]}, of {len(shard_set.manifest.classes)} classes"]
-    return []
+def _hash(file: FileIO) -> str:
+    digest = xxhash.xxh3_64()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _shard_checks(shard_set: ShardSet, split: str) -> list[ShardCheck]:
+    """The tars of a split, with what its index says of each."""
+    index, entries = shard_set.index(split), shard_set.split(split).shards
+    adopted = not shard_set.manifest.shuffled
+    ends = np.cumsum(shard_set.shard_samples(split)).tolist()
+    return [
+        ShardCheck(shard_set.path / entry.name, entry, index[end - entry.samples : end], adopted)
+        for entry, end in zip(entries, ends, strict=True)
+    ]
 
 
 def check_shard(check: ShardCheck, report: Report) -> list[str]:
     """Check one tar byte for byte and, where it is whole, its DALI index."""
-    shard_set = ShardSet(check.set)
-    entry = shard_set.split(check.split).shards[check.shard]
-    path = shard_set.path / entry.name
-    first = int(shard_set.shard_samples(check.split)[: check.shard].sum())
-    rows = shard_set.index(check.split)[first : first + entry.samples]
+    path, entry = check.path, check.entry
     try:
         found = path.stat().st_size
         if found != entry.bytes:
@@ -128,18 +126,20 @@ def check_shard(check: ShardCheck, report: Report) -> list[str]:
             if found < entry.bytes:
                 faults[0] += ": truncated"
             return faults
-        with path.open("rb") as file:
-            if not shard_set.manifest.shuffled:
-                return _check_adopted(path, file, rows, entry, report)
-            faults, lines = _walk(path, file, rows, entry, report)
+        with open_file(path) as file:
+            if check.adopted:
+                return _check_adopted(path, file, check.rows, entry, report)
+            faults, lines = _walk(path, file, check.rows, entry, report)
     except FileNotFoundError:
         return [f"{path}: missing"]
     except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}"]
+        return [str(storage_error(path, error))]
+    except ShardSetError as error:
+        return [str(error)]
     return faults or _check_dali_index(path.with_suffix(".idx"), lines)
 
 
-def _walk(path: Path, file: BinaryIO, rows: Index, entry: ShardEntry, report: Report) -> tuple[list[str], list[str]]:
+def _walk(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> tuple[list[str], list[str]]:
     """Read a tar once, from its first byte to its last; faults, and the lines that its DALI index must have."""
     digest = xxhash.xxh3_64()
     faults: list[str] = []
@@ -171,6 +171,8 @@ def _walk(path: Path, file: BinaryIO, rows: Index, entry: ShardEntry, report: Re
             faults.append(f"{where}: the key occurs twice")
         elif not _fits(image, row):
             faults.append(f"{where}: the image is not of the size that the index says")
+        elif (excess := exceeded_limit(image)) is not None:
+            faults.append(f"{where}: no image that 'pipeline shard' would keep: {excess}")
         keys.add(key)
         lines.append(index_line(key, at + BLOCK, size, len(label)))
         report(1, size)
@@ -181,11 +183,9 @@ def _walk(path: Path, file: BinaryIO, rows: Index, entry: ShardEntry, report: Re
     return faults, lines
 
 
-def _check_adopted(path: Path, file: BinaryIO, rows: Index, entry: ShardEntry, report: Report) -> list[str]:
+def _check_adopted(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> list[str]:
     """Check a tar of others, of whose layout nothing is known but where the images are."""
-    digest = xxhash.xxh3_64()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
+    digest = _hash(file)
     faults = []
     for row in rows:
         at, size = int(row["offset"]), int(row["size"])
@@ -195,9 +195,11 @@ def _check_adopted(path: Path, file: BinaryIO, rows: Index, entry: ShardEntry, r
             faults.append(f"{path}: offset {at}, '{key}': the image's bytes are not those that were indexed")
         elif not _fits(image, row):
             faults.append(f"{path}: offset {at}: the image is not of the size that the index says")
+        elif (excess := exceeded_limit(image)) is not None:
+            faults.append(f"{path}: offset {at}: no image that 'pipeline index' would list: {excess}")
         report(1, size)
-    if not faults and digest.hexdigest() != entry.hash:
-        faults.append(f"{path}: hash {entry.hash} expected, {digest.hexdigest()} found: damaged outside of its images")
+    if not faults and digest != entry.hash:
+        faults.append(f"{path}: hash {entry.hash} expected, {digest} found: damaged outside of its images")
     return faults
 
 
@@ -214,8 +216,14 @@ def _fits(image: bytes, row: np.void) -> bool:
 
 
 def _check_dali_index(path: Path, lines: list[str]) -> list[str]:
+    expected = dali_index(lines)
     try:
-        content = path.read_bytes()
+        with open_file(path) as file:
+            content = file.read(len(expected) + 1)
     except FileNotFoundError:
         return [f"{path}: missing"]
-    return [] if content == dali_index(lines) else [f"{path}: not the index of its tar"]
+    except OSError as error:
+        return [str(storage_error(path, error))]
+    except ShardSetError as error:
+        return [str(error)]
+    return [] if content == expected else [f"{path}: not the index of its tar"]

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from shards.beton import BetonOptions, Layout, lay_out
 from shards.dataset import ShardSet
+from shards.errors import ShardSetError, storage_error
 from shards.index import Index
 from shards.manifest import BetonEntry
 from shards.pool import Report
+from shards.regular import open_file
 
 CHUNK = 2**22
 
@@ -32,35 +34,45 @@ class SegmentCheck:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     hashes: NDArray[np.uint64]
-    known: NDArray[np.bool_]
-    """bool [samples]: whether `hashes` is of the bytes that the .beton stores, not of the JPEG they were made from."""
 
 
 def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[SegmentCheck]]:
-    """Check the size, the head and the table of the split's .beton; what is between them is left to be checked."""
+    """Check the split's .beton: its index, its size, its head and its table.
+
+    Returns:
+        A line per fault, and the checks of what is between head and table, which are left to do.
+
+    Raises:
+        ShardSetError: its index is damaged.
+    """
     entry = shard_set.split(split)
-    beton, index = entry.beton, shard_set.index(split)
+    beton, index = entry.beton, shard_set.index(split, beton=True)
     assert beton is not None
     path = shard_set.path / beton.name
+    if entry.tars:
+        _compare_indexes(shard_set.path / beton.index, index, shard_set.index(split))
     layout = lay_out(index, BetonOptions(mode=beton.mode, smart_ratio=beton.smart_ratio))
     try:
         found = path.stat().st_size
-        if found != beton.bytes or found != layout.total or len(beton.segments) != len(entry.shards):
+        if found != beton.bytes or found != layout.total:
             fact = ": truncated" if found < beton.bytes else ""
             return [f"{path}: {beton.bytes} bytes expected, {found} found{fact}"], []
         faults = _check_ends(path, layout, index)
     except FileNotFoundError:
         return [f"{path}: missing"], []
     except OSError as error:
-        return [f"{path}: cannot be read: {error.strerror}"], []
-    return faults, _segments(path, beton, layout, index, entry.tars)
+        return [str(storage_error(path, error))], []
+    if not (np.array_equal(index["offset"], layout.offsets) and np.array_equal(index["size"], layout.sizes)):
+        where = shard_set.path / beton.index
+        faults.append(f"{where}: not where the images of {beton.name} are; shard the source again")
+    return faults, _segments(path, beton, layout, index)
 
 
 def check_segment(check: SegmentCheck, report: Report) -> list[str]:
     """Check a shard's part, byte for byte."""
     digest = xxhash.xxh3_64()
     try:
-        with check.path.open("rb") as file:
+        with open_file(check.path) as file:
             file.seek(check.start)
             for at in range(check.start, check.stop, CHUNK):
                 digest.update(file.read(min(CHUNK, check.stop - at)))
@@ -68,19 +80,19 @@ def check_segment(check: SegmentCheck, report: Report) -> list[str]:
             report(len(check.offsets), 0)
             if digest.hexdigest() == check.hash:
                 return []
-            for i in np.flatnonzero(check.known):
+            for i in range(len(check.offsets)):
                 file.seek(int(check.offsets[i]))
                 if xxhash.xxh3_64_intdigest(file.read(int(check.sizes[i]))) != check.hashes[i]:
                     where = f"offset {check.offsets[i]}, sample {check.first + i}"
                     return [f"{check.path}: {where}: its bytes are not those that were written"]
     except OSError as error:
-        return [f"{check.path}: cannot be read: {error.strerror}"]
+        return [str(storage_error(check.path, error))]
     return [f"{check.path}: offset {check.start}: damaged in the {check.stop - check.start} bytes from there on"]
 
 
 def _check_ends(path: Path, layout: Layout, index: Index) -> list[str]:
     faults = []
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if file.read(int(layout.starts[0])) != layout.head(index):
             faults.append(f"{path}: offset 0: its header or its metadata is damaged")
         file.seek(int(layout.starts[-1]))
@@ -89,7 +101,18 @@ def _check_ends(path: Path, layout: Layout, index: Index) -> list[str]:
     return faults
 
 
-def _segments(path: Path, beton: BetonEntry, layout: Layout, index: Index, in_tars: bool) -> list[SegmentCheck]:
+def _compare_indexes(path: Path, beton: Index, tars: Index) -> None:
+    for field in ("label", "height", "width", "orientation", "repaired"):
+        bad = beton[field] != tars[field]
+        if bad.any():
+            row = int(bad.argmax())
+            raise ShardSetError(
+                f"{path}: row {row} has {field} {beton[field][row]}, the index of the tars {tars[field][row]}; "
+                "shard the source again"
+            )
+
+
+def _segments(path: Path, beton: BetonEntry, layout: Layout, index: Index) -> list[SegmentCheck]:
     firsts = np.searchsorted(index["shard"], np.arange(len(beton.segments) + 1))
     checks = []
     for i, digest in enumerate(beton.segments):
@@ -104,7 +127,6 @@ def _segments(path: Path, beton: BetonEntry, layout: Layout, index: Index, in_ta
                 offsets=layout.offsets[mine],
                 sizes=layout.sizes[mine],
                 hashes=np.array(index["hash"][mine]),
-                known=~layout.raw[mine] if in_tars else np.ones(mine.stop - mine.start, bool),
             )
         )
     return checks

@@ -26,6 +26,7 @@ from pipeline.plan import BatchShape, EvalPlan, TrainPlan
 from pipeline.reader import SampleReader
 from pipeline.remote_set import open_set
 from pipeline.storage import storage_of
+from shards.beton import FIELD, HEADER, METADATA
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError, UserError
 from tests.conftest import run_pipeline
@@ -163,30 +164,58 @@ def test_dali_reads_the_jpegs_of_a_beton_and_says_so_where_there_are_none(sets: 
         train(sets["raw"], "dali", recipe)
 
 
-@pytest.mark.parametrize("name", ["jpg", "raw"])
+def stored_as_pixels(path: Path) -> np.ndarray:
+    """Ids of the training samples that the .beton stores as pixels, int64 [n]."""
+    rows = ShardSet(path).index("train", beton=True)
+    return np.flatnonzero(rows["size"] == rows["height"].astype(np.int64) * rows["width"] * 3)
+
+
+@pytest.mark.parametrize("name", ["jpg", "raw", "both"])
 @pytest.mark.parametrize("check", [True, False])
 def test_a_damaged_sample_is_an_error_at_once(sets: dict[str, Path], tmp_path: Path, name: str, check: bool) -> None:
+    """Pixels too, also those beside tars: the .beton's index has the hashes of what it stores."""
     path = Path(shutil.copytree(sets[name], tmp_path / "set"))
-    row = ShardSet(path).index("train")[11]
+    sample = 11 if name == "jpg" else int(stored_as_pixels(path)[0])
+    row = ShardSet(path).index("train", beton=True)[sample]
     with (path / "train.beton").open("r+b") as file:
         file.seek(int(row["offset"]) + int(row["size"]) // 2)
         file.write(b"\xff\xd9" * 200)
-    loader = train(path, "ffcv", augment_recipe("light", size=32), check_hashes=check)
+
+    def batches() -> list[Batch]:
+        return batches_of(train(path, "ffcv", augment_recipe("light", size=32), check_hashes=check))
+
     if check:
-        with pytest.raises(ShardSetError, match=rf"train.beton: the .* offset {row['offset']} .*sample 11"):
-            batches_of(loader)
+        with pytest.raises(ShardSetError, match=rf"train.beton: the .* offset {row['offset']} .*sample {sample}\)"):
+            batches()
     elif name == "jpg":
         with pytest.raises(DecodeError, match=r"sample 11 could not be decoded"):
-            batches_of(loader)
+            batches()
     else:
-        assert batches_of(loader), "nobody can tell pixels from other pixels"
+        assert batches(), "nobody can tell pixels from other pixels"
 
 
 def test_a_beton_of_other_samples_is_refused(sets: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(sets["both"], tmp_path / "set"))
+    assert 0 < len(stored_as_pixels(path)) < ShardSet(path).split("train").samples, "JPEGs and pixels"
     (path / "train.beton").write_bytes(bytes((path / "train.beton").stat().st_size))
-    with pytest.raises(ShardSetError, match=r"no \.beton of this version"):
+    with pytest.raises(ShardSetError, match=r"train\.beton: neither its first nor its last sample"):
         train(path, "ffcv", augment_recipe("light", size=32))
+
+
+@pytest.mark.parametrize("name", ["raw", "both"])
+def test_what_the_file_says_of_its_samples_is_not_needed(sets: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Places, sizes and modes come from the index, whose hash is in the manifest; those in the file may be damaged."""
+    path = Path(shutil.copytree(sets[name], tmp_path / "set"))
+    metadata = HEADER.itemsize + 2 * FIELD.itemsize
+    with (path / "train.beton").open("r+b") as file:
+        file.seek(metadata)
+        file.write(b"\xa5" * ShardSet(path).split("train").samples * METADATA.itemsize)
+    recipe = augment_recipe("light", size=32)
+    found, expected = (batches_of(train(each, "ffcv", recipe)) for each in (path, sets[name]))
+    assert all(
+        torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+        for a, b in zip(found, expected, strict=True)
+    )
 
 
 def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
@@ -203,7 +232,7 @@ def test_a_beton_on_a_server_is_staged_shard_by_shard(sets: dict[str, Path], tmp
     with serve(sets[name]) as site, train(site.url, "ffcv", recipe, cache=tmp_path) as loader:
         found = [next(loader)]
         end = time.monotonic() + 20
-        while len(list(tmp_path.glob("*/train.beton.??????"))) < shards:
+        while len(list(tmp_path.rglob("train.beton.??????"))) < shards:
             assert time.monotonic() < end, "waited in vain"
             time.sleep(0.02)
         found += list(loader)

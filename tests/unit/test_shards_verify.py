@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -16,10 +13,10 @@ from shards.commands import SampleDigits, Verify
 from shards.convert import Options, convert
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError, UserError
-from shards.index import open_index
-from shards.manifest import Manifest
+from shards.index import Index
 from shards.sources.scan import ScanOptions
 from shards.verify import verify
+from tests.support.damage import edit_index
 
 
 @pytest.fixture(scope="module")
@@ -134,48 +131,50 @@ def test_two_indexes_exchanged(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("label", 10, "row 0 has label 10, of 10 classes"),
+        ("label", 10, "row 0 has label 10, expected less than 10, the number of classes"),
         ("label", 3, "the label member is damaged"),
         ("offset", 1024, "the index places its image at 1024"),
         ("height", 63, "not of the size that the index says"),
         ("orientation", 2, "not of the size that the index says"),
         ("hash", 1, "not those that were written"),
-        ("shard", 1, "not those of the manifest's shards"),
+        ("shard", 1, "row 0 has shard 1, expected the shard that the manifest counts it to"),
     ],
 )
 def test_an_index_that_is_whole_but_wrong(copy: Path, field: str, value: int, complaint: str) -> None:
     """A row altered, and the index's hash in the manifest made to fit: the tars still contradict it."""
-    path = copy / "train.index.npy"
-    index = np.array(open_index(path, ShardSet(copy).split("train").samples))
-    assert index[field][0] != value
-    index[field][0] = value
-    np.save(path, index)
-    rehash(copy, path)
+
+    def edit(index: Index) -> None:
+        assert index[field][0] != value
+        index[field][0] = value
+
+    edit_index(copy, edit)
     found = verify(copy, workers=1)
     assert complaint in found[0]
-
-
-def rehash(copy: Path, index: Path) -> None:
-    manifest = json.loads((copy / "dataset.json").read_text())
-    manifest["splits"]["train"]["index_hash"] = xxhash.xxh3_64_hexdigest(index.read_bytes())
-    (copy / "dataset.json").write_text(json.dumps(manifest))
-    Manifest.load(copy).save(copy)
 
 
 def test_an_edited_manifest_is_told(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace("3_three", "3_trees"))
+    with pytest.raises(
+        ShardSetError, match=r"dataset\.json: altered since it was written: hash \w+ expected, \w+ found"
+    ):
+        verify(copy, workers=1)
+
+
+def test_a_manifest_in_another_form_is_told(copy: Path) -> None:
+    path = copy / "dataset.json"
+    path.write_text(path.read_text().replace("\n", "\n  "))
     (fault,) = verify(copy, workers=1)
-    assert "dataset.json: altered" in fault
+    assert fault == f"{path}: altered since it was written: the same content in another form"
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ('{"format": "fat-pipeline shard set", "version": 99}', "manifest version 99, this tool reads version 1"),
+        ('{"format": "fat-pipeline shard set", "version": 99}', "manifest version 99, this tool reads version 2"),
         ('{"some": "other json"}', "not a 'fat-pipeline shard set' manifest"),
         ("{", "unreadable manifest"),
-        ('{"format": "fat-pipeline shard set", "version": 1}', "damaged manifest"),
+        ('{"format": "fat-pipeline shard set", "version": 2}', "damaged manifest"),
     ],
 )
 def test_manifests_that_cannot_be_used(copy: Path, content: str, complaint: str) -> None:
