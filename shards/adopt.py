@@ -13,15 +13,23 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.errors import UserError, explained
+from shards.errors import ConversionFailed, UserError, explained, reading
 from shards.images import Accepted, ImageRules, Rejected, accept
-from shards.index import INDEX_DTYPE, Index, write_index
+from shards.index import INDEX_DTYPE, Index
+from shards.join import publish_manifest
+from shards.limits import MAX_ENCODED
+from shards.listing import Container
+from shards.lock import hold
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
-from shards.rejects import MAX_REJECTS, Reject, count_reasons, settle_rejects
-from shards.sources.classes import read_classes
+from shards.redact import one_line
+from shards.regular import open_regular
+from shards.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.sources.classes import numbered_classes, read_classes
+from shards.sources.members import Member
 from shards.sources.webdataset import read_tar, split_of
+from shards.work import Work
 from shards.writer import index_row
 
 CHUNK = 2**22
@@ -63,27 +71,59 @@ def adopt(
     if len(folders) != 1:
         raise UserError(f"the tars lie in {len(folders)} folders, but a set is one folder; index each of them")
     (folder,) = folders
-    if (folder / MANIFEST_NAME).exists():
-        raise UserError(f"{folder}: is a shard set already; remove its {MANIFEST_NAME} to index it anew")
     names = read_classes(classes) if classes else None
     jobs = [AdoptJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
+    work = Work(folder)
+    with explained(folder):
+        _check_folder(folder, work, jobs)
+        work.make()
+        try:
+            with hold(work.path / "index.lock", f"the index of {folder}"):
+                return _adopt(work, jobs, rules=rules, names=names, max_rejects=max_rejects, workers=workers)
+        finally:
+            # Only the work folder identifies files that a failed start published (the list of rejects).
+            if (folder / MANIFEST_NAME).exists() or not work.has_published():
+                work.close()
+
+
+def _check_folder(folder: Path, work: Work, jobs: list[AdoptJob]) -> None:
+    """Reject a folder that is already a set, or in which a new file would replace an existing one."""
+    if (folder / MANIFEST_NAME).exists():
+        raise UserError(f"{folder}: is already a shard set; remove its {MANIFEST_NAME} to index it again")
     missing = [job.tar for job in jobs if not job.tar.is_file()]
     if missing:
-        raise UserError(f"{missing[0]}: no such file")
+        found = "a folder; name the tars in it" if missing[0].is_dir() else "no such file"
+        raise UserError(f"{missing[0]}: {found}")
+    if work.load_plan() is not None:
+        raise UserError(f"{folder}: an unfinished conversion; run its 'pipeline shard' command again")
+    work.refuse_foreign([REJECTS_NAME, *(work.index(split_of(job.tar, folder)).name for job in jobs)])
+
+
+def _adopt(
+    work: Work,
+    jobs: list[AdoptJob],
+    *,
+    rules: ImageRules,
+    names: list[ClassEntry] | None,
+    max_rejects: float,
+    workers: int | None,
+) -> Manifest:
     with Progress("indexing", sum(job.tar.stat().st_size for job in jobs), "bytes") as progress:
         found = run_jobs(index_tar, jobs, workers, progress)
     rejects = [reject for one in found for reject in one.rejected]
-    rejects_hash = settle_rejects(folder, rejects, sum(len(one.rows) for one in found), max_rejects)
+    rejects_hash = settle_rejects(work, rejects, sum(len(one.rows) for one in found), max_rejects)
     splits: dict[str, list[Adopted]] = {}
     for one in found:
         if len(one.rows):
             splits.setdefault(one.split, []).append(one)
+    if not splits:
+        raise ConversionFailed(f"{work.out}: no image can be used; see {work.out / REJECTS_NAME}")
     top = max(int(one.rows["label"].max()) for ones in splits.values() for one in ones)
     if names is not None and top >= len(names):
-        raise UserError(f"{classes}: names {len(names)} classes, but label {top} occurs")
+        raise UserError(f"--classes names {len(names)} classes, but label {top} occurs; add the others")
     manifest = Manifest(
-        classes=tuple(names or (ClassEntry(folder=str(label)) for label in range(top + 1))),
-        splits={split: _join(folder, split, splits[split]) for split in sorted(splits)},
+        classes=tuple(names or numbered_classes(top)),
+        splits={split: _join(work, split, splits[split]) for split in sorted(splits)},
         made={
             "tool": tool(),
             "source": "webdataset, where it lies",
@@ -94,7 +134,7 @@ def adopt(
             "rejects_hash": rejects_hash,
         },
     )
-    manifest.save(folder)
+    publish_manifest(work, manifest)
     return manifest
 
 
@@ -104,37 +144,52 @@ def class_run(shards: list[Index]) -> float:
     return round(len(labels) / (1 + np.count_nonzero(labels[1:] != labels[:-1])), 2)
 
 
-def _join(folder: Path, split: str, found: list[Adopted]) -> SplitEntry:
+def _join(work: Work, split: str, found: list[Adopted]) -> SplitEntry:
     samples = sum(len(one.rows) for one in found)
-    path = folder / f"{split}.index.npy"
-    digest = write_index(path, samples, (one.rows for one in found))
-    shards = tuple(one.entry for one in found)
-    return SplitEntry(samples=samples, shards=shards, index=path.name, index_hash=digest)
+    index = work.index(split).name
+    digest = work.publish_index(index, samples, (one.rows for one in found))
+    return SplitEntry(samples=samples, shards=tuple(one.entry for one in found), index=index, index_hash=digest)
 
 
 def index_tar(job: AdoptJob, report: Report) -> Adopted:
-    """Read a tar once for its hash and once for its images."""
+    """Read a tar once for its hash and once for its images.
+
+    Raises:
+        UserError: the tar is damaged, or a sample is incomplete.
+        ConversionFailed: the tar was modified meanwhile.
+        StorageFailed: it cannot be read.
+    """
+    container = Container.of(job.tar)
     samples, _ = read_tar(job.tar)
     rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
     split = split_of(job.tar, job.tar.parent)
     rejected: list[Reject] = []
     digest = xxhash.xxh3_64()
     kept = 0
-    with explained(job.tar), job.tar.open("rb") as file:
+    with reading(job.tar), os.fdopen(open_regular(job.tar), "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
             report(len(chunk), len(chunk))
         size = file.tell()
         for sample in samples:
-            data = os.pread(file.fileno(), sample.image.size, sample.image.offset)
+            report.start(f"{job.tar}: {sample.image.name}".encode("utf-8", "surrogateescape"))
             try:
-                rows[kept] = index_row(_as_it_is(data, job.rules), sample.label, sample.image.offset, 0)
+                image = _as_it_is(_read_image(file.fileno(), sample.image), job.rules)
+                rows[kept] = index_row(image, sample.label, sample.image.offset, 0)
                 kept += 1
             except Rejected as error:
-                where = f"{job.tar.name}/{sample.image.name}"
-                rejected.append(Reject(split=split, image=where, reason=str(error)))
+                where = f"{one_line(job.tar.name)}/{one_line(sample.image.name)}"
+                rejected.append(Reject(split=split, image=where, reason=one_line(str(error))))
+        if not container.is_still(os.fstat(file.fileno())) or size != container.size:
+            raise ConversionFailed(f"{job.tar}: was written to while it was indexed; run the same command again")
     entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
     return Adopted(split, entry, rows[:kept], rejected)
+
+
+def _read_image(handle: int, member: Member) -> bytes:
+    if member.size > MAX_ENCODED:
+        raise Rejected(f"unreasonably large: {member.size} bytes")
+    return os.pread(handle, member.size, member.offset)
 
 
 def _as_it_is(data: bytes, rules: ImageRules) -> Accepted:

@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.beton import BetonOptions, Layout, lay_out
-from shards.durable import sync_folder, write_all
+from shards.durable import write_all
 from shards.errors import explained
 from shards.index import Index
 from shards.manifest import BetonEntry
@@ -40,7 +40,7 @@ class SegmentJob:
 def assemble(
     work: Work, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
 ) -> dict[str, BetonEntry]:
-    """Write SPLIT.beton for each split, or go on with them where a killed run left them.
+    """Write SPLIT.beton and its index for each split, or resume where a killed run left them.
 
     Where the set keeps no tars, each is removed when its images are safe in the .beton: the disk never holds all twice.
 
@@ -48,7 +48,7 @@ def assemble(
         shards: split -> its shards that have images.
     """
     frames = {split: _frame(work, split, numbers, options) for split, numbers in shards.items()}
-    begun = {split: frame for split, frame in frames.items() if not work.beton(split).exists()}
+    begun = {split: frame for split, frame in frames.items() if not _is_published(work, split, shards[split])}
     todo = []
     for split, frame in begun.items():
         with work.unfinished_beton(split).open("ab") as file:
@@ -65,9 +65,26 @@ def assemble(
             mode=options.mode,
             smart_ratio=options.smart_ratio,
             segments=tuple(work.load_segment(split, shard)[0] for shard in shards[split]),
+            index=work.beton_index(split).name,
+            index_hash=_publish_index(work, split, shards[split], len(frame.index)),
         )
         for split, frame in frames.items()
     }
+
+
+def _publish_index(work: Work, split: str, shards: list[int], samples: int) -> str:
+    rows = (work.load_segment(split, shard)[1] for shard in shards)
+    return work.publish_index(work.beton_index(split).name, samples, rows)
+
+
+def _is_published(work: Work, split: str, shards: list[int]) -> bool:
+    """Whether the .beton has its name; where the record of a part was damaged since, it goes back to be filled."""
+    if not work.beton(split).exists():
+        return False
+    if all(work.is_in_beton(split, shard) for shard in shards):
+        return True
+    work.beton(split).rename(work.unfinished_beton(split))
+    return False
 
 
 @dataclass(frozen=True)
@@ -102,8 +119,7 @@ def _publish(work: Work, split: str, frame: _Frame) -> None:
         file.seek(int(frame.layout.starts[-1]))
         write_all(file, frame.layout.table())
         os.fsync(file.fileno())
-    unfinished.rename(work.beton(split))
-    sync_folder(work.out)
+    work.publish_file(unfinished, work.beton(split).name, None)
 
 
 def fill_segment(job: SegmentJob, report: Report) -> None:

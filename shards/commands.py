@@ -6,24 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from annotated_types import Interval
 from tyro.conf import Positional, arg
 
 from shards.errors import UserError
+from shards.limits import MAX_SIDE
+from shards.ranges import Seed, Share, check_ranges
+from shards.redact import one_line
 
 if TYPE_CHECKING:
     from shards.convert import Options
+    from shards.dataset import ShardSet
 
 Layout = Literal["folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
 MANIFEST_NAME = "dataset.json"
 
 MIB = 2**20
+MAX_SHARD_SIZE = 2**20
+"""MiB, so 1 TiB: readers stage whole shards."""
+MAX_SMART_RATIO = 1e6
+MAX_PHOTOS = 2_000_000
+"""More than ImageNet-1K has; 220 GB."""
+Side = Annotated[int, Interval(ge=1, le=MAX_SIDE)]
+Workers = Annotated[int, Interval(ge=1, le=4096)]
 
 
 @dataclass(frozen=True)
 class Shard:
     """Turn images into a shard set, from whatever layout they are in.
 
-    Interrupted, even by kill -9, it goes on where it was when the same command is given again.
+    Interrupted, even by kill -9, it resumes when the same command is given again.
     """
 
     source: Positional[Path]
@@ -41,10 +53,10 @@ class Shard:
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
 
-    shard_size: int = 256
+    shard_size: Annotated[int, Interval(ge=1, le=MAX_SHARD_SIZE)] = 256
     """MiB per shard, about."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Key of the shuffle."""
 
     check: Literal["decode", "header"] = "decode"
@@ -56,22 +68,22 @@ class Shard:
     write_mode: Literal["jpg", "raw", "smart"] = "jpg"
     """What a .beton stores: JPEGs, pixels, or (smart) pixels where they take little more room."""
 
-    smart_ratio: float = 4.0
+    smart_ratio: Annotated[float, Interval(ge=1, le=MAX_SMART_RATIO)] = 4.0
     """With smart: pixels where they take at most this many times the JPEG's bytes."""
 
-    max_side: int | None = None
+    max_side: Side | None = None
     """Shrink and re-encode images whose longer side is above this many pixels."""
 
-    short_side: int | None = None
+    short_side: Side | None = None
     """Shrink and re-encode images whose shorter side is above this many pixels."""
 
-    quality: int = 90
+    quality: Annotated[int, Interval(ge=1, le=100)] = 90
     """JPEG quality of images that are shrunk."""
 
-    max_rejects: float = 0.001
+    max_rejects: Share = 0.001
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
-    workers: int | None = None
+    workers: Workers | None = None
     """Processes (default: one per core)."""
 
     part: str | None = None
@@ -85,23 +97,25 @@ class Shard:
         from shards.parts import Part
 
         out = self.out or default_out(self.source)
+        options = self._options()
         if self.finish:
             outcome = finish(out, self.max_rejects, self.workers)
         else:
-            part = Part.parse(self.part) if self.part else None
-            outcome = convert(self.source, out, self._options(), part)
+            part = Part.parse(self.part) if self.part is not None else None
+            outcome = convert(self.source, out, options, part)
             if outcome is None and part and not (out / MANIFEST_NAME).exists():
-                print(
+                _say(
                     f"{out}: part {part} is done; when all are, run: pipeline shard {self.source} --out {out} --finish"
                 )
                 return 0
         if outcome is None:
-            print(f"{out}: already complete")
+            _say(f"{out}: already complete, so nothing was read; another source needs another --out")
             return 0
         parts = [f"{split.samples:,} {name}" for name, split in outcome.manifest.splits.items()]
-        print(
+        _say(
             f"{out}: {' + '.join(parts)} images of {len(outcome.manifest.classes):,} classes, "
             f"{outcome.repaired:,} repaired, {outcome.rejected:,} rejected"
+            + (f"; other files passed over: {outcome.ignored:,}" if outcome.ignored else "")
         )
         return 0
 
@@ -109,20 +123,13 @@ class Shard:
         from shards.beton import BetonOptions
         from shards.convert import Options
         from shards.images import ImageRules
+        from shards.sources.classes import check_fraction
         from shards.sources.scan import ScanOptions
 
-        for name in ("shard_size", "max_side", "short_side", "workers"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: at least 1")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed {self.seed}: between 0 and 2^64")
-        if not 0 <= self.max_rejects <= 1:
-            raise UserError(f"--max-rejects {self.max_rejects:g}: a share between 0 and 1")
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality {self.quality}: between 1 and 100")
-        if self.smart_ratio < 1:
-            raise UserError(f"--smart-ratio {self.smart_ratio:g}: at least 1")
+        check_ranges(self)
+        check_fraction(self.val_fraction)
+        if self.finish and self.part is not None:
+            raise UserError(f"--part {self.part} --finish: --finish joins all parts; leave out one of the two")
         return Options(
             scan=ScanOptions(
                 layout=self.layout,
@@ -148,16 +155,22 @@ class Verify:
     set: Positional[Path]
     """Folder of the set."""
 
-    workers: int | None = None
+    workers: Workers | None = None
     """Processes (default: one per core)."""
+
+    set_digest: str | None = None
+    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
+    behind SET."""
 
     def run(self) -> int:
         from shards.verify import verify
 
-        faults = verify(self.set, self.workers)
+        check_ranges(self)
+        path = _open(self.set, self.set_digest).path
+        faults = verify(path, self.workers)
         for fault in faults:
-            print(f"fault: {fault}")
-        print(f"{self.set}: {f'{len(faults)} faults' if faults else 'every byte is as it should be'}")
+            _say(f"fault: {fault}")
+        _say(f"{path}: {f'{len(faults)} faults' if faults else 'every byte is as it should be'}")
         return 1 if faults else 0
 
 
@@ -168,13 +181,16 @@ class Info:
     set: Positional[Path]
     """Folder of the set."""
 
+    set_digest: str | None = None
+    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
+    behind SET."""
+
     def run(self) -> int:
         from rich.console import Console
 
-        from shards.dataset import ShardSet
         from shards.info import describe
 
-        Console().print(describe(ShardSet(self.set)))
+        Console().print(describe(_open(self.set, self.set_digest)))
         return 0
 
 
@@ -194,10 +210,10 @@ class Index:
     check: Literal["decode", "header"] = "decode"
     """Decode every image once, or trust the headers."""
 
-    max_rejects: float = 0.001
+    max_rejects: Share = 0.001
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
-    workers: int | None = None
+    workers: Workers | None = None
     """Processes (default: one per core)."""
 
     def run(self) -> int:
@@ -206,11 +222,12 @@ class Index:
 
         if not self.tars:
             raise UserError("no tars given")
+        check_ranges(self)
         manifest = adopt(list(self.tars), ImageRules(check=self.check), self.classes, self.max_rejects, self.workers)
         folder = self.tars[0].absolute().parent
         for split, entry in manifest.splits.items():
             run = manifest.made["class_run"][split]
-            print(f"{folder}: {entry.samples:,} {split} images in {len(entry.shards):,} tars, class runs of {run:g}")
+            _say(f"{folder}: {entry.samples:,} {split} images in {len(entry.shards):,} tars, class runs of {run:g}")
         return 0
 
 
@@ -234,18 +251,31 @@ class SamplePhotos:
     out: Positional[Path]
     """Folder to write."""
 
-    count: int = 2000
+    count: Annotated[int, Interval(ge=1, le=MAX_PHOTOS)] = 2000
     """Images in all; a tenth of them for validation."""
 
-    seed: int = 0
+    seed: Seed = 0
     """The same count and seed give the same files."""
 
     def run(self) -> int:
         from shards.samples import write_photos
 
+        check_ranges(self)
         return _say_written(self.out, write_photos(self.out, self.count, self.seed))
 
 
+def _open(location: Path, digest: str | None) -> ShardSet:
+    from shards.dataset import ShardSet
+    from shards.pinned import split_pin
+
+    path, pin = split_pin(location, digest)
+    return ShardSet(path, digest=pin)
+
+
 def _say_written(out: Path, written: dict[str, int]) -> int:
-    print(f"{out}: " + ", ".join(f"{n:,} {split} images" for split, n in sorted(written.items())))
+    _say(f"{out}: " + ", ".join(f"{n:,} {split} images" for split, n in sorted(written.items())))
     return 0
+
+
+def _say(line: str) -> None:
+    print(one_line(line))

@@ -7,8 +7,8 @@ A killed conversion resumes with the same command: what was decided and what is 
 
 from __future__ import annotations
 
-import math
-import shutil
+import os
+import stat
 import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -20,20 +20,28 @@ import xxhash
 from shards.beton import BetonOptions
 from shards.errors import ConversionFailed, UserError, explained
 from shards.images import ImageRules
-from shards.join import Outcome, join
+from shards.join import Outcome, join, published_names
+from shards.listing import display_name
 from shards.lock import hold
 from shards.manifest import MANIFEST_NAME, Manifest, tool
 from shards.order import arrange
 from shards.parts import WHOLE, Part, hold_part
 from shards.pool import run_jobs
 from shards.progress import Progress
+from shards.redact import one_line
+from shards.regular import read_list
 from shards.rejects import MAX_REJECTS
+from shards.sources.classes import MAX_LIST
+from shards.sources.folder import split_folders
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import ScanOptions
 from shards.work import Plan, Work
 from shards.writer import ShardJob, write_shard
 
 MIB = 2**20
+LISTING_WAIT = 4 * 3600.0
+"""Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
+_LOOKED_AT = 10_000  # folders of the source; a source may have one for every image
 Format = Literal["tar", "ffcv", "both"]
 
 
@@ -59,7 +67,7 @@ class Options:
             "seed": self.scan.seed,
             "shard_bytes": self.shard_bytes,
             "val_fraction": self.scan.val_fraction,
-            "classes": classes and xxhash.xxh3_64_hexdigest(classes.read_bytes()),
+            "classes": classes and xxhash.xxh3_64_hexdigest(read_list(classes, MAX_LIST, "a list of classes").encode()),
             "format": self.format,
             "beton": None if self.format == "tar" else asdict(self.beton),
             **asdict(self.rules),
@@ -81,15 +89,19 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
     """
     work = Work(out, options.format != "ffcv")
     with explained(out):
+        _check_place(out)
         if (out / MANIFEST_NAME).exists():
             _check_same(out, Manifest.load(out).made.get("options"), options)
             work.close()
             return None
         plan = work.load_plan() or _plan(source, work, options)
         _check_same(out, plan.options, options)
+        _check_source(out, plan, source, options)
         _check_tool(out, plan)
-        for note in plan.notes:
-            print(f"note: {note}", file=sys.stderr)
+        work.check_listing(plan)
+        work.refuse_foreign(published_names(work, plan))
+        for note in (*plan.notes, *_notes_on_changes(work, plan)):
+            print(f"note: {one_line(note)}", file=sys.stderr)
         with hold_part(work, part or WHOLE):
             _write_shards(work, plan, options, part or WHOLE)
             return None if part else join(work, plan, options.max_rejects, options.workers)
@@ -107,6 +119,7 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = No
     work = Work(out)
     with explained(out):
         if (out / MANIFEST_NAME).exists():
+            Manifest.load(out)
             work.close()
             return None
         plan = work.load_plan()
@@ -114,6 +127,8 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = No
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
         _check_tool(out, plan)
         work = Work(out, plan.keeps_tars)
+        work.check_listing(plan)
+        work.refuse_foreign(published_names(work, plan))
         missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
         if missing:
             raise ConversionFailed(
@@ -132,40 +147,98 @@ def default_out(source: Path) -> Path:
 
 def _plan(source: Path, work: Work, options: Options) -> Plan:
     """Scan, arrange and remember; of several processes that begin together one does it, the others wait for it."""
-    if work.out.exists() and any(path != work.path for path in work.out.iterdir()):
+    if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
         raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
-    recognise(source)
-    work.path.mkdir(parents=True, exist_ok=True)
-    with hold(work.path / "scan.lock", f"the listing of {source}", wait=math.inf):
+    layout = recognise(source)
+    if (options.scan.layout or layout) == "folder":
+        _check_outside(work.out, source)
+    work.make()
+    with hold(work.path / "scan.lock", f"the listing of {source}", wait=LISTING_WAIT):
         plan = work.load_plan()
         if plan is None:
             try:
                 plan = _scan(source, work, options)
-            except UserError:  # nothing was begun
-                shutil.rmtree(work.path)
-                with suppress(OSError):
-                    work.out.rmdir()
+            except UserError as error:
+                if error.exit_code == UserError.exit_code:  # another start would meet the same
+                    work.close()
+                    with suppress(OSError):
+                        work.out.rmdir()
                 raise
             work.save_plan(plan)
         return plan
 
 
+def _check_outside(out: Path, source: Path) -> None:
+    """Refuse a place for the set that would be read as a class folder of the source, or as part of one."""
+    for root in split_folders(source).values():
+        inside = os.path.relpath(out.resolve(), root.resolve())
+        if not inside.startswith("."):
+            raise UserError(
+                f"--out {out}: lies among the class folders of {root}, where it would be read as a class; choose a "
+                "folder outside the source"
+            )
+
+
 def _scan(source: Path, work: Work, options: Options) -> Plan:
     found = scan(source.absolute(), options.scan, work.path / "spool")
     shards = {}
+    files: dict[str, str] = {}
     for split, listing in found.splits.items():
         arranged, bounds = arrange(listing, split, options.scan.seed, options.shard_bytes)
-        work.save_listing(split, arranged, bounds)
+        files |= work.save_listing(split, arranged, bounds)
         shards[split] = len(bounds) - 1
     return Plan(
         tool=tool(),
         options=options.changing_bytes,
+        source=_source_name(source),
         layout=found.layout,
         classes=found.classes,
         shards=shards,
         ignored=found.ignored,
-        notes=found.notes,
+        notes=tuple(map(one_line, found.notes)),
+        files=files,
     )
+
+
+def _source_name(source: Path) -> str:
+    return display_name(os.fsencode(source.resolve()))
+
+
+def _check_place(out: Path) -> None:
+    """Reject an output path that is not a folder, or whose parent is not a folder."""
+    for path in (out, *out.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if not stat.S_ISDIR(path.stat().st_mode):
+                raise UserError(f"{path}: a file, where a folder is needed; choose another --out")
+            return
+
+
+def _check_source(out: Path, plan: Plan, source: Path, options: Options) -> None:
+    if plan.source != _source_name(source):
+        raise UserError(f"{out}: was begun from {plan.source}, not from {source}; give that, or another --out")
+    if options.scan.layout not in (None, plan.layout):
+        raise UserError(
+            f"{out}: was begun from a source read as '{plan.layout}', not '{options.scan.layout}'; leave out --from, "
+            "or give another --out"
+        )
+
+
+def _notes_on_changes(work: Work, plan: Plan) -> list[str]:
+    """Return notes on files that a resumed conversion does not see because they were added after the listing."""
+    changed = []
+    for split in plan.shards:
+        listing, _ = work.load_listing(split)
+        for container in listing.containers[:_LOOKED_AT]:
+            with suppress(OSError):  # said by the shard that needs it
+                status = container.path.stat()
+                if stat.S_ISDIR(status.st_mode) and int(status.st_mtime) != container.mtime:
+                    changed.append(container.path)
+    if not changed:
+        return []
+    return [
+        f"{changed[0]}: files came or went since it was listed ({len(changed):,} such folders); "
+        "the set is made of those that were listed"
+    ]
 
 
 def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -> None:
@@ -185,6 +258,8 @@ def _check_tool(out: Path, plan: Plan) -> None:
 def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:
     mine = plan.jobs[part.number - 1 :: part.of]
     todo = [ShardJob(work, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
+    for job in todo:
+        work.refuse_foreign_shards(job.split, [job.shard])
     images = 0
     for job in todo:
         _, bounds = work.load_listing(job.split)

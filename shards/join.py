@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from shards.assemble import assemble
 from shards.errors import ConversionFailed
-from shards.index import write_index
-from shards.manifest import BetonEntry, Manifest, ShardEntry, SplitEntry, tool
+from shards.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, tool
 from shards.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
 from shards.work import Plan, ShardDone, Work
 
@@ -23,6 +23,16 @@ class Outcome:
     manifest: Manifest
     rejected: int
     repaired: int
+    ignored: int
+    """Files of the source that were no images, or images without a label."""
+
+
+def published_names(work: Work, plan: Plan) -> list[str]:
+    """Names of the files that `join` writes, the manifest apart."""
+    paths = [work.index(split) for split in plan.shards]
+    for split in plan.shards if plan.beton else ():
+        paths += [work.beton(split), work.beton_index(split)]
+    return [REJECTS_NAME, *(path.name for path in paths)]
 
 
 def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Outcome:
@@ -38,7 +48,7 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
         for (split, _), shard in done.items()
         for image, reason in shard.rejected
     ]
-    rejects_hash = settle_rejects(work.out, rejects, sum(shard.samples for shard in done.values()), max_rejects)
+    rejects_hash = settle_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
     kept = {split: _drop_empty(work, split, done) for split in plan.shards}
     betons = assemble(work, kept, plan.beton, workers) if plan.beton else {}
     manifest = Manifest(
@@ -57,9 +67,17 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
             "rejects_hash": rejects_hash,
         },
     )
-    manifest.save(work.out)
+    publish_manifest(work, manifest)
+    rewritten = sum(shard.rewritten for shard in done.values())
+    if rewritten:
+        print(
+            f"note: {rewritten:,} files were written to after they were listed, with the same size; the set has what "
+            "they held when they were read",
+            file=sys.stderr,
+        )
     work.close()
-    return Outcome(manifest, len(rejects), sum(sum(shard.repaired.values()) for shard in done.values()))
+    repaired = sum(sum(shard.repaired.values()) for shard in done.values())
+    return Outcome(manifest, len(rejects), repaired, plan.ignored)
 
 
 def _drop_empty(work: Work, split: str, done: Done) -> list[int]:
@@ -75,24 +93,34 @@ def _drop_empty(work: Work, split: str, done: Done) -> list[int]:
 
 
 def _join_split(work: Work, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
-    """Write the split's index: of the tars, or of the .beton where that is all there is."""
+    """Write the index of the split's tars; that of a .beton is written with it."""
     records = [done[split, shard] for shard in shards]
+    samples = sum(record.samples for record in records)
     if beton is None or work.keeps_tars:
         rows = (work.load_rows(split, shard) for shard in shards)
+        index = work.index(split).name
+        digest = work.publish_index(index, samples, rows)
         entries = [
             ShardEntry(name=work.tar(split, shard).name, samples=record.samples, bytes=record.bytes, hash=record.hash)
             for shard, record in zip(shards, records, strict=True)
         ]
     else:
-        rows = (work.load_segment(split, shard)[1] for shard in shards)
+        index, digest = beton.index, beton.index_hash
         entries = [
-            ShardEntry(name=beton.name, samples=record.samples, bytes=beton.bytes, hash=digest)
-            for record, digest in zip(records, beton.segments, strict=True)
+            ShardEntry(name=beton.name, samples=record.samples, bytes=beton.bytes, hash=segment)
+            for record, segment in zip(records, beton.segments, strict=True)
         ]
-    index = work.out / f"{split}.index.npy"
-    samples = sum(record.samples for record in records)
-    digest = write_index(index, samples, rows)
-    return SplitEntry(samples=samples, shards=tuple(entries), index=index.name, index_hash=digest, beton=beton)
+    return SplitEntry(samples=samples, shards=tuple(entries), index=index, index_hash=digest, beton=beton)
+
+
+def publish_manifest(work: Work, manifest: Manifest) -> None:
+    """Write the manifest, which makes the folder a set.
+
+    Raises:
+        UserError: another process has written one meanwhile.
+    """
+    work.refuse_foreign([MANIFEST_NAME])
+    manifest.save(work.out)
 
 
 def _repaired(done: Done, split: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.durable import durable_write, save_array
+from shards.redact import one_line
 
 LOOSE = 2**64 - 1
 """In place of an offset: the container is a folder, and the entry a file in it, not a range of bytes in an archive."""
@@ -28,17 +29,40 @@ ROW = np.dtype(
         ("container", "<u4"),
         ("offset", "<u8"),
         ("size", "<u8"),
+        ("mtime", "<i8"),  # of the file, in whole seconds since 1970; 0 for a range of an archive
         ("label", "<u4"),
         ("ambiguous", "u1"),  # another entry of the split would have the same key
     ]
 )
 Rows = NDArray[np.void]
 _ROWS_AT_ONCE = 1024
+_SUFFIXES = (".rows.npy", ".names.npy", ".places.json")
 
 # A key is what stands before '.jpg' in the tar. Readers split names at the first dot and indexes at white space, and
 # plain ustar headers hold 100 characters of ASCII.
 MAX_KEY = 95
 _KEY_BYTES = bytes(c if chr(c).isascii() and (chr(c).isalnum() or chr(c) in "-_/") else ord("_") for c in range(256))
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """A folder or an archive that holds images, as it was when they were listed."""
+
+    path: Path
+    size: int
+    """Bytes of the archive."""
+    mtime: int
+    """Whole seconds since 1970: file systems and hosts differ in what they know beyond that."""
+
+    @classmethod
+    def of(cls, path: Path) -> Container:
+        """Describe `path`; taken before it is listed, so that a change meanwhile shows."""
+        status = path.stat()
+        return cls(path, status.st_size, int(status.st_mtime))
+
+    def is_still(self, status: os.stat_result) -> bool:
+        """Whether the archive has the size and the time of last change that it had."""
+        return (status.st_size, int(status.st_mtime)) == (self.size, self.mtime)
 
 
 @dataclass(frozen=True)
@@ -50,24 +74,25 @@ class Entry:
     """
 
     name: bytes
-    container: Path
+    container: Container
     offset: int | None
     """Of the first byte in the container; None when the container is a folder and the file stands in it."""
     size: int
+    mtime: int
     label: int
     ambiguous: bool
 
     @property
     def key(self) -> str:
-        place = b"" if self.offset is None else b"%s %d" % (os.fsencode(self.container.name), self.offset)
+        place = b"" if self.offset is None else b"%s %d" % (os.fsencode(self.container.path.name), self.offset)
         return sample_key(self.name, self.name + place if self.ambiguous else None)
 
     @property
     def path(self) -> str:
         """Where to find it, for messages."""
         if self.offset is None:
-            return printable(bytes(self.container / _basename(self.name)))
-        return f"{self.container}[{printable(self.name)}]"
+            return display_name(bytes(self.container.path / _basename(self.name)))
+        return f"{self.container.path}[{display_name(self.name)}]"
 
 
 class Listing:
@@ -79,7 +104,7 @@ class Listing:
         containers: folders and archives that the rows refer to.
     """
 
-    def __init__(self, rows: Rows, names: NDArray[np.uint8], containers: list[Path]) -> None:
+    def __init__(self, rows: Rows, names: NDArray[np.uint8], containers: list[Container]) -> None:
         self.rows, self.names, self.containers = rows, names, containers
         self._text = np.asarray(names).data  # quicker to cut than an array, let alone a mapped one
 
@@ -93,29 +118,35 @@ class Listing:
     def entries(self, start: int, stop: int) -> Iterator[Entry]:
         for some in range(start, stop, _ROWS_AT_ONCE):
             rows = self.rows[some : min(some + _ROWS_AT_ONCE, stop)].tolist()
-            for name_start, name_length, container, offset, size, label, ambiguous in rows:
+            for name_start, name_length, container, offset, size, mtime, label, ambiguous in rows:
                 yield Entry(
                     name=self._text[name_start : name_start + name_length].tobytes(),
                     container=self.containers[container],
                     offset=None if offset == LOOSE else offset,
                     size=size,
+                    mtime=mtime,
                     label=label,
                     ambiguous=bool(ambiguous),
                 )
 
-    def save(self, stem: Path) -> None:
-        save_array(stem.with_suffix(".rows.npy"), self.rows)
-        save_array(stem.with_suffix(".names.npy"), self.names)
-        places = [str(path) for path in self.containers]  # surrogates of names that are no UTF-8 survive as \udcXX
-        durable_write(stem.with_suffix(".places.json"), json.dumps(places).encode())
+    def save(self, stem: Path) -> list[Path]:
+        """Write the listing; returns the files."""
+        rows, names, places = (stem.with_suffix(suffix) for suffix in _SUFFIXES)
+        save_array(rows, self.rows)
+        save_array(names, self.names)
+        # Surrogates of names that are no UTF-8 survive as \udcXX.
+        containers = [(str(one.path), one.size, one.mtime) for one in self.containers]
+        durable_write(places, json.dumps(containers).encode())
+        return [rows, names, places]
 
     @classmethod
     def load(cls, stem: Path) -> Listing:
-        places = json.loads(stem.with_suffix(".places.json").read_bytes())
+        """Map a listing whose files are those that were written."""
+        rows, names, places = (stem.with_suffix(suffix) for suffix in _SUFFIXES)
         return cls(
-            rows=np.load(stem.with_suffix(".rows.npy"), mmap_mode="r"),
-            names=np.load(stem.with_suffix(".names.npy"), mmap_mode="r"),
-            containers=[Path(place) for place in places],
+            rows=np.load(rows, mmap_mode="r"),
+            names=np.load(names, mmap_mode="r"),
+            containers=[Container(Path(path), size, mtime) for path, size, mtime in json.loads(places.read_bytes())],
         )
 
 
@@ -125,23 +156,36 @@ class ListingBuilder:
     def __init__(self) -> None:
         self._names = bytearray()
         self._rows: list[Rows] = []
-        self._containers: list[Path] = []
+        self._containers: list[Container] = []
 
-    def add(self, container: Path, found: Sequence[tuple[bytes, int | None, int, int]]) -> None:
-        """Add (name, offset or None, size, label) of each entry of a folder or archive."""
+    def add_files(self, folder: Container, found: Sequence[tuple[bytes, int, int, int]]) -> None:
+        """Add (name, size, time of last change in seconds, label) of each file of a folder."""
+        names, sizes, mtimes, labels = zip(*found, strict=True) if found else ((), (), (), ())
+        rows = self._add(folder, names)
+        rows["offset"] = LOOSE
+        rows["size"] = sizes
+        rows["mtime"] = mtimes
+        rows["label"] = labels
+
+    def add_ranges(self, archive: Container, found: Sequence[tuple[bytes, int, int, int]]) -> None:
+        """Add (name, offset, size, label) of each range of an archive."""
+        names, offsets, sizes, labels = zip(*found, strict=True) if found else ((), (), (), ())
+        rows = self._add(archive, names)
+        rows["offset"] = offsets
+        rows["size"] = sizes
+        rows["label"] = labels
+
+    def _add(self, container: Container, names: Sequence[bytes]) -> Rows:
         if not self._containers or self._containers[-1] != container:
             self._containers.append(container)
-        rows = np.zeros(len(found), dtype=ROW)
-        names, offsets, sizes, labels = zip(*found, strict=True) if found else ((), (), (), ())
+        rows = np.zeros(len(names), dtype=ROW)
         lengths = np.array([len(name) for name in names], dtype=np.int64)
         rows["name_length"] = lengths
         rows["name_start"] = len(self._names) + np.cumsum(lengths) - lengths
         rows["container"] = len(self._containers) - 1
-        rows["offset"] = [LOOSE if offset is None else offset for offset in offsets]
-        rows["size"] = sizes
-        rows["label"] = labels
         self._names += b"".join(names)
         self._rows.append(rows)
+        return rows
 
     def build(self) -> Listing:
         rows = np.concatenate(self._rows) if self._rows else np.zeros(0, dtype=ROW)
@@ -166,9 +210,9 @@ def sample_key(name: bytes, unique: bytes | None = None) -> str:
     return key[: MAX_KEY - len(mark)] + mark
 
 
-def printable(name: bytes) -> str:
-    """A file name as text, whatever its bytes."""
-    return name.decode("utf-8", errors="backslashreplace")
+def display_name(name: bytes) -> str:
+    """Return a file name of any bytes as one line of text."""
+    return one_line(name.decode("utf-8", errors="backslashreplace"))
 
 
 def _basename(name: bytes) -> str:

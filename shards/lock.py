@@ -10,24 +10,48 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import math
 import os
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from shards.errors import ConversionFailed
+from pydantic import Field, TypeAdapter
+
+from shards.errors import ConversionFailed, StorageFailed
+from shards.redact import one_line
+from shards.schema import parse_json
+from shards.waiting import Wait
 
 BEAT = 10.0  # seconds
 STALE = 6 * BEAT
 WAIT = 1.0
+_MAX_OWNER = 4096  # bytes of a lock file
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock file: its content."""
+
+    host: Annotated[str, Field(max_length=255)]
+    pid: Annotated[int, Field(ge=0)]
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {one_line(self.host)}"
+
+
+_OWNER = TypeAdapter(Owner)
 
 
 class Held(ConversionFailed):
-    """Another process holds the lock."""
+    """Another process, described by `owner`, holds the lock."""
+
+    def __init__(self, message: str, owner: str = "another process") -> None:
+        super().__init__(message)
+        self.owner = owner
 
 
 @contextlib.contextmanager
@@ -36,7 +60,7 @@ def hold(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
 
     Args:
         what: what is locked, for the message.
-        wait: seconds to wait for whoever holds it, before raising; math.inf = for ever.
+        wait: seconds to wait for the lock before raising. The holder is printed at once, and then once a minute.
 
     Raises:
         Held: a living process holds it; its host and pid are named.
@@ -70,18 +94,21 @@ def is_held(path: Path) -> bool:
 
 
 def _take(handle: int, path: Path, what: str, wait: float) -> None:
-    said, end = False, time.monotonic() + wait
+    waiting: Wait | None = None
     while True:
         try:
             return _try_to_take(handle, path, what)
         except Held as error:
-            if time.monotonic() >= end:
+            if wait <= 0:
                 raise
-            if not said:
-                limit = "" if math.isinf(wait) else f" for up to {wait:g} s"
-                print(f"note: {error}; waiting for it{limit}", file=sys.stderr, flush=True)
-            said = True
-        time.sleep(min(WAIT, max(0.0, end - time.monotonic())))
+            held = error
+        if waiting is None:
+            print(f"note: {held}; waiting for it for up to {wait:g} s", file=sys.stderr, flush=True)
+            waiting = Wait(f"{path}: held by {held.owner}", limit=wait, remedy="end that process if it does nothing")
+        try:
+            waiting.pause(min(WAIT, wait))
+        except StorageFailed:
+            raise held from None
 
 
 def _try_to_take(handle: int, path: Path, what: str) -> None:
@@ -95,27 +122,26 @@ def _try_to_take(handle: int, path: Path, what: str) -> None:
     owner = _owner(handle)
     here = socket.gethostname()
     if owner is not None:
-        gone = (carried and owner["host"] == here) or _age(handle, path) > STALE
+        gone = (carried and owner.host == here) or _age(handle, path) > STALE
         if not gone:
             raise _held(owner, path, what)
-        was = f"process {owner['pid']} on {owner['host']}"
-        print(f"note: {path}: left by {was}, which is gone; taken over", file=sys.stderr)
+        print(f"note: {one_line(str(path))}: left by {owner}, which is gone; taken over", file=sys.stderr)
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps({"host": here, "pid": os.getpid()}).encode(), 0)
 
 
-def _owner(handle: int) -> dict[str, object] | None:
-    content = os.pread(handle, 4096, 0)
+def _owner(handle: int) -> Owner | None:
     try:
-        owner = json.loads(content) if content else None
-    except ValueError:  # the holder died while it wrote this
+        return parse_json(os.pread(handle, _MAX_OWNER + 1, 0), _OWNER, limit=_MAX_OWNER)
+    except ValueError:  # empty, or the holder died while it wrote this
         return None
-    return owner if isinstance(owner, dict) and {"host", "pid"} <= owner.keys() else None
 
 
-def _held(owner: dict[str, object] | None, path: Path, what: str) -> Held:
-    by = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
-    return Held(f"{what} is being worked on by {by}; wait for it, or end it and run the same command (lock: {path})")
+def _held(owner: Owner | None, path: Path, what: str) -> Held:
+    by = str(owner or "another process")
+    return Held(
+        f"{what} is being worked on by {by}; wait for it, or end it and run the same command (lock: {path})", by
+    )
 
 
 def _age(handle: int, path: Path) -> float:

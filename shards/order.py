@@ -6,6 +6,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shards.limits import MAX_ENCODED
 from shards.listing import Listing
 from shards.tar import member_bytes
 
@@ -34,7 +35,9 @@ def arrange(listing: Listing, split: str, seed: int, shard_bytes: int) -> tuple[
         count=len(listing),
     )
     rows = listing.rows[np.argsort(draws, kind="stable")]
-    ends = np.cumsum(member_bytes(rows["size"].astype(np.int64)) + member_bytes(np.int64(LABEL_BYTES)))
+    # Larger ones are rejected unread; of a sparse file, the size may be anything.
+    sizes = np.minimum(rows["size"], MAX_ENCODED).astype(np.int64)
+    ends = np.cumsum(member_bytes(sizes) + member_bytes(np.int64(LABEL_BYTES)))
     total = int(ends[-1])
     shards = max(1, -(-total // shard_bytes))
     inner = np.searchsorted(ends, np.arange(1, shards) * (total / shards))

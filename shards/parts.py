@@ -26,9 +26,9 @@ class Part:
         Raises:
             UserError: it is no K/N with 1 <= K <= N.
         """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
-            raise UserError(f"--part {text}: expected K/N with K from 1 to N, as in 3/16")
+            raise UserError(f"--part {text[:40]}: expected K/N with K from 1 to N, as in 3/16, and N below a million")
         return cls(int(found[1]), int(found[2]))
 
     def __str__(self) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-import xxhash
-
-from shards.durable import durable_write
 from shards.errors import ConversionFailed
+
+if TYPE_CHECKING:
+    from shards.work import Work
 
 REJECTS_NAME = "rejects.jsonl"
 MAX_REJECTS = 0.001
@@ -26,10 +25,11 @@ class Reject(TypedDict):
     reason: str
 
 
-def settle_rejects(folder: Path, rejects: list[Reject], kept: int, max_share: float) -> str | None:
+def settle_rejects(work: Work, rejects: list[Reject], kept: int, max_share: float) -> str | None:
     """Write the list, and judge whether it is short enough.
 
     Args:
+        work: work folder of the set.
         kept: images that were not rejected.
         max_share: of all images, that may be rejected.
 
@@ -38,20 +38,21 @@ def settle_rejects(folder: Path, rejects: list[Reject], kept: int, max_share: fl
 
     Raises:
         ConversionFailed: more were rejected. The list stays.
+        UserError: a file of its name is there which is not ours.
     """
-    path = folder / REJECTS_NAME
+    path = work.out / REJECTS_NAME
     if not rejects:
-        path.unlink(missing_ok=True)
+        work.withdraw(REJECTS_NAME)
         return None
     ordered = sorted(rejects, key=lambda reject: (reject["split"], reject["image"]))
     content = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in ordered).encode()
-    durable_write(path, content)
+    digest = work.publish(REJECTS_NAME, content)
     if len(rejects) > max_share * (kept + len(rejects)):
         raise ConversionFailed(
-            f"{folder}: {len(rejects):,} of {kept + len(rejects):,} images rejected, more than --max-rejects "
-            f"{max_share:g} allows; see {path}, then mend the source and start anew, or allow more"
+            f"{work.out}: {len(rejects):,} of {kept + len(rejects):,} images rejected, more than --max-rejects "
+            f"{max_share:g} allows; see {path}, then correct the source and give another --out, or allow more"
         )
-    return xxhash.xxh3_64_hexdigest(content)
+    return digest
 
 
 def count_reasons(rejects: list[Reject], split: str) -> dict[str, int]:

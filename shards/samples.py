@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
-from shards.errors import UserError
+from shards.errors import UserError, explained, reading
 
 DIGIT_SIDE = 64
 DIGIT_QUALITY = 95
@@ -42,6 +42,8 @@ BYTES_SPREAD = 0.5  # of the logarithm
 PHOTO_QUALITIES = (80, 88, 93, 96, 98)
 PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, where the photo is large enough
 PHOTO_VAL_SHARE = 0.1
+_AT_ONCE = 10_000  # images that are queued at once
+_REMEDY = "remove what was written, then run the same command"
 
 # file (below the library's own data folder) -> class
 PHOTOS = {
@@ -80,13 +82,14 @@ def write_digits(out: Path) -> Counter[str]:
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
     in_val = _stratified(digits.target, DIGITS_IN_VAL)
     written: Counter[str] = Counter()
-    for number, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
-        split = "val" if in_val[number] else "train"
-        folder = out / split / f"{label}_{DIGIT_NAMES[label]}"
-        folder.mkdir(parents=True, exist_ok=True)
-        large = Image.fromarray(image).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
-        large.save(folder / f"digit_{number:04d}.JPEG", quality=DIGIT_QUALITY)
-        written[split] += 1
+    with explained(out, _REMEDY):
+        for number, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
+            split = "val" if in_val[number] else "train"
+            folder = out / split / f"{label}_{DIGIT_NAMES[label]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            large = Image.fromarray(image).resize((DIGIT_SIDE, DIGIT_SIDE), Image.Resampling.BICUBIC)
+            large.save(folder / f"digit_{number:04d}.JPEG", quality=DIGIT_QUALITY)
+            written[split] += 1
     return written
 
 
@@ -117,8 +120,11 @@ def write_photos(out: Path, count: int, seed: int = 0) -> Counter[str]:
         (folder / f"{name}_{number:07d}.JPEG").write_bytes(encoded)
         return split
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return Counter(pool.map(write, range(count)))
+    written: Counter[str] = Counter()
+    with explained(out, _REMEDY), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for some in range(0, count, _AT_ONCE):
+            written.update(pool.map(write, range(some, min(some + _AT_ONCE, count))))
+    return written
 
 
 def _stratified(labels: NDArray[np.integer], wanted: int) -> NDArray[np.bool_]:
@@ -197,5 +203,6 @@ def _need(library: str, package: str) -> Path:
 
 
 def _need_empty(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already exists and is not empty; choose another folder or remove it")
+    with reading(out):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: already exists and is not empty; choose another folder or remove it")

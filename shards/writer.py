@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from shards.durable import durable_file, durable_write
-from shards.errors import ConversionFailed, explained
-from shards.images import MAX_ENCODED, Accepted, ImageRules, Rejected, accept
+from shards.errors import ConversionFailed, explained, storage_error
+from shards.images import Accepted, ImageRules, Rejected, accept
 from shards.index import INDEX_DTYPE
-from shards.listing import Entry, printable
+from shards.limits import MAX_ENCODED
+from shards.listing import Container, Entry, display_name
 from shards.pool import Report
+from shards.redact import one_line
+from shards.regular import NotRegular, open_with_status, read_up_to
 from shards.tar import SampleTar, dali_index
 from shards.work import ShardDone, Work
 
@@ -50,10 +53,11 @@ def write_shard(job: ShardJob, report: Report) -> None:
         with durable_file(path) as file, ContainerReader() as reader:
             tar = SampleTar(file)
             for entry in listing.entries(start, stop):
+                report.start(os.fsencode(entry.container.path) + entry.name[entry.name.rfind(b"/") :])
                 try:
                     image = accept(reader.read(entry), job.rules)
                 except Rejected as error:
-                    rejected.append((printable(entry.name), str(error)))
+                    rejected.append((display_name(entry.name), one_line(str(error))))
                 else:
                     offset = tar.add(entry.key, image.data, entry.label)
                     rows[samples] = index_row(image, entry.label, offset, job.shard)
@@ -64,63 +68,84 @@ def write_shard(job: ShardJob, report: Report) -> None:
         if work.keeps_tars:
             durable_write(path.with_suffix(".idx"), dali_index(tar.index_lines))
         done = ShardDone(
-            samples=samples, bytes=tar.bytes, hash=digest, repaired=dict(sorted(repaired.items())), rejected=rejected
+            samples=samples,
+            bytes=tar.bytes,
+            hash=digest,
+            repaired=dict(sorted(repaired.items())),
+            rejected=rejected,
+            rewritten=reader.rewritten,
         )
         work.save_done(job.split, job.shard, done, rows[:samples])
 
 
 class ContainerReader:
-    """Reads entries, keeping the last archives open."""
+    """Reads entries, keeping the last archives open.
+
+    Attributes:
+        rewritten: files read so far that were written to after they were listed, with the same size.
+    """
 
     MAX_OPEN = 64
 
     def __init__(self) -> None:
-        self._open: dict[Path, int] = {}
+        self._open: dict[Container, int] = {}
+        self.rewritten = 0
 
     def read(self, entry: Entry) -> bytes:
         """The entry's encoded bytes.
 
         Raises:
-            Rejected: the file may not be read, or is too large to be an image.
+            Rejected: a link to nothing, or too large to be an image.
             ConversionFailed: it is not what was listed.
+            StorageFailed: it cannot be read.
         """
         if entry.size > MAX_ENCODED:
             raise Rejected(f"unreasonably large: {entry.size} bytes")
-        data = self._read_file(entry) if entry.offset is None else self._read_range(entry)
+        try:
+            data = self._read_file(entry) if entry.offset is None else self._read_range(entry)
+        except FileNotFoundError as error:
+            raise _changed(entry, "listed, but gone now") from error
+        except NotRegular as error:
+            raise _changed(entry, f"a file when it was listed, {error.kind} now") from error
+        except OSError as error:
+            raise storage_error(entry.path, error) from error
         if len(data) != entry.size:
-            raise ConversionFailed(
-                f"{entry.path}: {entry.size} bytes when it was listed, {len(data)} now: the source changed meanwhile; "
-                "put it back and run the same command, or remove the unfinished set and start anew"
-            )
+            raise _changed(entry, f"{entry.size} bytes when it was listed, {len(data)} now")
         return data
 
     def _read_file(self, entry: Entry) -> bytes:
-        path = os.fsencode(entry.container) + entry.name[entry.name.rfind(b"/") :]
+        path = os.fsencode(entry.container.path) + entry.name[entry.name.rfind(b"/") :]
         try:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                return _read_up_to(handle, entry.size + 1)
-            finally:
-                os.close(handle)
-        except PermissionError as error:
-            raise Rejected(f"cannot be read: {error.strerror}") from error
+            handle, status = open_with_status(path)
         except FileNotFoundError as error:
             if os.path.islink(path):
                 raise Rejected("a link to nothing") from error
-            raise ConversionFailed(
-                f"{entry.path}: listed, but gone now: the source changed meanwhile; "
-                "put it back and run the same command, or remove the unfinished set and start anew"
-            ) from error
+            raise
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise Rejected("a link to itself") from error
             raise
+        try:
+            if status.st_size != entry.size:
+                raise _changed(entry, f"{entry.size} bytes when it was listed, {status.st_size} now")
+            self.rewritten += int(status.st_mtime) != entry.mtime
+            return read_up_to(handle, entry.size) if entry.size else b""  # files of /proc have no size, and content
+        finally:
+            os.close(handle)
 
     def _read_range(self, entry: Entry) -> bytes:
         assert entry.offset is not None
         handle = self._open.pop(entry.container, None)
         if handle is None:
-            handle = os.open(entry.container, os.O_RDONLY)
+            handle, status = open_with_status(entry.container.path)
+            if not entry.container.is_still(status):
+                os.close(handle)
+                listed = entry.container
+                raise _changed(
+                    entry,
+                    f"the archive had {listed.size} bytes and was last changed at {_when(listed.mtime)} when it was "
+                    f"listed, now {status.st_size} bytes and {_when(int(status.st_mtime))}",
+                )
             if len(self._open) == self.MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[entry.container] = handle
@@ -134,14 +159,15 @@ class ContainerReader:
             os.close(handle)
 
 
-def _read_up_to(handle: int, size: int) -> bytes:
-    data = os.read(handle, size)
-    if len(data) in (0, size) or len(data) == size - 1:
-        return data
-    parts = [data]
-    while data := os.read(handle, size - sum(map(len, parts))):
-        parts.append(data)
-    return b"".join(parts)
+def _changed(entry: Entry, fact: str) -> ConversionFailed:
+    return ConversionFailed(
+        f"{entry.path}: {fact}: the source has changed; "
+        "put it back and run the same command, or remove the unfinished set and start again"
+    )
+
+
+def _when(mtime: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime))
 
 
 def index_row(image: Accepted, label: int, offset: int, shard: int) -> tuple[int, ...]:

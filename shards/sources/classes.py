@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,16 @@ import xxhash
 
 from shards.errors import UserError
 from shards.listing import Listing
-from shards.manifest import ClassEntry
+from shards.manifest import MAX_CLASSES, ClassEntry
+from shards.redact import one_line
+from shards.regular import read_list
 from shards.sources.scan import TRAIN, VAL, Scan
 
 SYNSET = re.compile(r"n\d{8}")
 IMAGENET_CLASSES = 1000
 IMAGENET_IMAGES = {TRAIN: 1_281_167, VAL: 50_000}
+MAX_LIST = 2**26
+"""Bytes of a text file that names classes or labels."""
 MAPPING_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
@@ -24,27 +29,56 @@ def read_classes(path: Path) -> list[ClassEntry]:
     """Read a file of one class a line: folder, white space, human names separated by commas (the first counts).
 
     Raises:
-        UserError: missing, empty, or a folder named twice.
+        UserError: missing, empty, not text, of more than `MAX_CLASSES`, or a folder named twice.
+        StorageFailed: it cannot be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected a text file with one class a line") from error
+    lines = read_list(path, MAX_LIST, "a text file with one class a line").splitlines()
     entries = []
     for line in filter(None, map(str.strip, lines)):
         folder, _, names = line.partition(" ") if "\t" not in line else line.partition("\t")
-        entries.append(ClassEntry(folder=folder, name=names.split(",")[0].strip() or None))
+        entries.append(ClassEntry(folder=one_line(folder), name=one_line(names.split(",")[0].strip()) or None))
     if not entries:
         raise UserError(f"{path}: no classes in it; expected one a line")
-    if len({entry.folder for entry in entries}) < len(entries):
-        raise UserError(f"{path}: a class is named twice")
+    if len(entries) > MAX_CLASSES:
+        raise UserError(f"{path}: {len(entries):,} classes, more than the {MAX_CLASSES:,} that a set may have")
+    twice = first_duplicate(entry.folder for entry in entries)
+    if twice is not None:
+        raise UserError(f"{path}: class '{twice}' is named twice; remove one of the lines")
     return entries
+
+
+def check_label(label: int, shown: str) -> None:
+    """Refuse a class number that no set has, before anything is allocated for as many classes.
+
+    Args:
+        shown: where it stands, for messages.
+
+    Raises:
+        UserError: it is negative, or not below `MAX_CLASSES`.
+    """
+    if not 0 <= label < MAX_CLASSES:
+        raise UserError(f"{shown}: label {label}; expected a class number from 0 to {MAX_CLASSES - 1:,}")
+
+
+def numbered_classes(top: int) -> tuple[ClassEntry, ...]:
+    """Classes that have no names: their numbers from 0 to `top`."""
+    return tuple(ClassEntry(folder=str(label)) for label in range(top + 1))
+
+
+def first_duplicate(names: Iterable[str]) -> str | None:
+    """The first name that came before; None where all differ."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def human_names(folder: Path) -> dict[str, str | None]:
     """Class folder -> name, from the mapping file that a source brings along; empty where it brings none."""
     for name in MAPPING_FILES:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return {entry.folder: entry.name for entry in read_classes(folder / name)}
     return {}
 
@@ -76,8 +110,7 @@ def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
     """
     if fraction == 0:
         return found
-    if not 0 < fraction < 1:
-        raise UserError(f"--val-fraction {fraction:g}: a share between 0 and 1 is expected")
+    check_fraction(fraction)
     if VAL in found.splits:
         raise UserError(f"--val-fraction {fraction:g}: the source has a validation split; leave the option out")
     listing = found.splits[TRAIN]
@@ -99,6 +132,16 @@ def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
         VAL: Listing(listing.rows[chosen], listing.names, listing.containers),
     }
     return replace(found, splits=splits)
+
+
+def check_fraction(fraction: float) -> None:
+    """Refuse a share of validation images that is none.
+
+    Raises:
+        UserError: it is not from 0 to 1, or 1, or not a number.
+    """
+    if not 0 <= fraction < 1:
+        raise UserError(f"--val-fraction {fraction:g}: a share between 0 and 1 is expected")
 
 
 def check_imagenet(found: Scan) -> tuple[str, ...]:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import AnyStr
 
 from shards.errors import UserError
 from shards.images import looks_like_image
-from shards.listing import ListingBuilder, printable
-from shards.manifest import ClassEntry
-from shards.sources.classes import human_names
+from shards.listing import Container, ListingBuilder, display_name
+from shards.manifest import MAX_CLASSES, ClassEntry
+from shards.regular import open_regular
+from shards.sources.classes import first_duplicate, human_names
 from shards.sources.scan import TRAIN, VAL, Scan
 
 VAL_FOLDERS = ("val", "valid", "validation")
 IMAGE_SUFFIXES = frozenset(
     {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
 )
+_MAGIC = 16  # bytes that tell an image's format
 _HIDDEN = b"."  # folders that tools leave behind, with copies and thumbnails in them
 _APPLE_DOUBLE = b"._"  # resource forks that macOS leaves beside files, under the files' own suffixes
 
@@ -38,6 +43,15 @@ def scan_folder(source: Path) -> Scan:
 def scan_classes(roots: dict[str, Path]) -> Scan:
     """List the class folders of each split's root; classes are numbered in the order of their sorted names."""
     names = sorted({name for root in roots.values() for name in _class_folders(root)})
+    shown = [display_name(name) for name in names]
+    twice = first_duplicate(shown)
+    if twice is not None:
+        raise UserError(f"{next(iter(roots.values()))}: two class folders that both read as '{twice}'; rename one")
+    if len(names) > MAX_CLASSES:
+        raise UserError(
+            f"{next(iter(roots.values()))}: {len(names):,} class folders, more than the {MAX_CLASSES:,} classes that "
+            "a set may have"
+        )
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
     ignored = 0
@@ -48,25 +62,32 @@ def scan_classes(roots: dict[str, Path]) -> Scan:
             for container, found, passed_over in _walk(bytes(folder), name):
                 ignored += passed_over
                 images += len(found)
-                builders[split].add(
-                    Path(os.fsdecode(container)), [(path, None, size, labels[name]) for path, size in found]
-                )
+                builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
             if images == 0:
                 raise UserError(f"{folder}: a class folder without images; fill it or remove it")
     return Scan(
         layout="folder",
-        classes=tuple(ClassEntry(folder=printable(name)) for name in names),
+        classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
         ignored=ignored,
     )
 
 
 def split_folders(source: Path) -> dict[str, Path]:
-    """Split name -> folder of class folders."""
+    """Split name -> folder of class folders.
+
+    Raises:
+        UserError: several folders could be the validation split.
+    """
     roots = {TRAIN: source / TRAIN} if (source / TRAIN).is_dir() else {}
-    for folder in VAL_FOLDERS:
-        if (source / folder).is_dir():
-            roots[VAL] = source / folder
+    val = [source / folder for folder in VAL_FOLDERS if (source / folder).is_dir()]
+    if len(val) > 1:
+        raise UserError(
+            f"{source}: {len(val)} validation folders ({', '.join(folder.name for folder in val)}), expected one of "
+            "them; move the others out of the source"
+        )
+    if val:
+        roots[VAL] = val[0]
     return roots or {TRAIN: source}
 
 
@@ -83,11 +104,13 @@ def _class_folders(root: Path) -> list[bytes]:
     return found
 
 
-Found = tuple[bytes, list[tuple[bytes, int]], int]
+Images = list[tuple[bytes, int, int]]
+"""Name, bytes and time of last change of each."""
+Found = tuple[Container, Images, int]
 
 
 def _walk(top: bytes, name: bytes) -> Iterator[Found]:
-    """(folder, [(name of the image, size)], files passed over) of a class folder and all below it, in a fixed order.
+    """Folder, images and number of other files of a class folder and of each one below it, in a fixed order.
 
     Links are followed, except those that lead back to a folder they stand in.
     """
@@ -98,26 +121,23 @@ def _walk(top: bytes, name: bytes) -> Iterator[Found]:
         identity = _identity(folder)
         if identity in ancestors:
             continue
+        container = Container.of(Path(os.fsdecode(folder)))
         found, folders, passed_over = _list(folder, prefix)
-        yield folder, found, passed_over
+        yield container, found, passed_over
         pending += [(folder + b"/" + sub, prefix + b"/" + sub, ancestors | {identity}) for sub in reversed(folders)]
 
 
-def _list(folder: bytes, prefix: bytes) -> tuple[list[tuple[bytes, int]], list[bytes], int]:
-    found: list[tuple[bytes, int]] = []
+def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], int]:
+    found: Images = []
     folders: list[bytes] = []
     passed_over = 0
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            try:
-                status = entry.stat()
-            except OSError:  # a link to nothing: listed where it claims to be an image, and rejected when read
-                status = entry.stat(follow_symlinks=False)
-            is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
+            status = file_status(entry)
             if stat.S_ISDIR(status.st_mode) and not entry.name.startswith(_HIDDEN):
                 folders.append(entry.name)
-            elif is_file and _is_image(entry):
-                found.append((prefix + b"/" + entry.name, status.st_size))
+            elif _is_image(entry, status):
+                found.append((prefix + b"/" + entry.name, status.st_size, int(status.st_mtime)))
             else:
                 passed_over += 1
     return found, folders, passed_over
@@ -128,15 +148,49 @@ def named_as_image(name: bytes) -> bool:
     return not name.startswith(_APPLE_DOUBLE) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _is_image(entry: os.DirEntry[bytes]) -> bool:
-    """By name or, failing that, by content."""
-    if named_as_image(entry.name):
-        return True
+def file_status(entry: os.DirEntry[AnyStr]) -> os.stat_result:
+    """Status of what the entry leads to; of a link to nothing or to itself, that of the link."""
     try:
-        with open(entry.path, "rb") as file:
-            return looks_like_image(file.read(16))
-    except OSError:
+        return entry.stat()
+    except FileNotFoundError:
+        return entry.stat(follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return entry.stat(follow_symlinks=False)
+
+
+def files_named(suffix: str, folders: Sequence[Path]) -> list[Path]:
+    """The files of these folders, as far as there are such folders, whose names end so; sorted.
+
+    Raises:
+        OSError: a folder cannot be read, which `Path.glob` takes for an empty one.
+    """
+    found = []
+    for folder in folders:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+            found += [
+                folder / entry.name
+                for entry in entries
+                if entry.name.endswith(suffix) and not entry.name.startswith(os.fsdecode(_APPLE_DOUBLE))
+            ]
+    return sorted(found)
+
+
+def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:
+    """Whether it is a regular file, and an image by its name or, failing that, by its content.
+
+    A link to nothing is one by its name, and rejected when it is read.
+    """
+    if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and named_as_image(entry.name)):
+        return named_as_image(entry.name)
+    if not stat.S_ISREG(status.st_mode) or status.st_size < _MAGIC:
         return False
+    handle = open_regular(entry.path)
+    try:
+        return looks_like_image(os.read(handle, _MAGIC))
+    finally:
+        os.close(handle)
 
 
 def _identity(folder: bytes) -> tuple[int, int]:

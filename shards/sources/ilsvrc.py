@@ -6,18 +6,28 @@ Nothing is unpacked: entries are byte ranges of the tars.
 from __future__ import annotations
 
 import io
-import tarfile
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from shards.errors import UserError
-from shards.listing import Listing, ListingBuilder
+from shards.errors import UserError, reading
+from shards.listing import Container, Listing, ListingBuilder
 from shards.manifest import ClassEntry
-from shards.sources.members import Member, members
+from shards.redact import one_line
+from shards.regular import read_bounded
+from shards.sources.classes import first_duplicate
+from shards.sources.members import Member, members, read_members
+from shards.sources.meta_mat import read_synsets
 from shards.sources.scan import TRAIN, VAL, Scan
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
+MAX_DEVKIT = 2**26
+"""Bytes of the development kit, and of all that it unpacks to; the real one has 3 MB."""
+# https://www.mathworks.com/help/pdf_doc/matlab/matfile_format.pdf
+_MAT_HEADER, _MAT_COMPRESSED = 128, 15
 _META, _TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
 
 
@@ -41,44 +51,56 @@ def scan_ilsvrc(source: Path) -> Scan:
     """
     folder = source.parent if source.is_file() else source
     train_tar = source if source.is_file() else folder / TRAIN_TAR
-    inner = [member for member in members(train_tar) if member.name.endswith(".tar")]
-    classes = sorted(Path(member.name).stem for member in inner)
+    inner = [member for member in members(train_tar) if member.base.endswith(".tar") and member.base[:2] != "._"]
+    classes = sorted(_synset(member) for member in inner)
     if not classes:
         raise UserError(f"{train_tar}: no class tars in it; it should be a tar of tars, one for each class")
+    twice = first_duplicate(classes)
+    if twice is not None:
+        raise UserError(f"{train_tar}: {twice}.tar is in it twice; copy or download it again")
     labels = {synset: label for label, synset in enumerate(classes)}
     train, ignored = _scan_train(train_tar, inner, labels)
     splits, notes = {TRAIN: train}, []
     devkit = _find_devkit(folder)
-    if (folder / VAL_TAR).is_file():
+    if (folder / VAL_TAR).exists():
         if devkit is None:
             raise UserError(f"{folder / VAL_TAR}: has no labels; put {DEVKITS[0]} beside it, or move it away")
         splits[VAL] = _scan_val(folder / VAL_TAR, devkit, labels)
     else:
         notes.append(f"{folder / VAL_TAR}: not there, so the set gets no validation split")
     names = devkit.names if devkit else {}
-    entries = tuple(ClassEntry(folder=synset, name=names.get(synset)) for synset in classes)
+    entries = tuple(ClassEntry(folder=one_line(synset), name=names.get(synset)) for synset in classes)
     return Scan("ilsvrc", entries, splits, ignored, tuple(notes))
+
+
+def _synset(outer: Member) -> str:
+    return outer.base.removesuffix(".tar")
 
 
 def _scan_train(tar: Path, inner: list[Member], labels: dict[str, int]) -> tuple[Listing, int]:
     builder = ListingBuilder()
+    container = Container.of(tar)
     ignored = 0
     for outer in inner:
-        synset = Path(outer.name).stem
-        images = members(tar, outer.offset, outer.offset + outer.size)
-        if not images:
-            raise UserError(f"{tar}: {outer.name}: a class without images")
+        synset = _synset(outer)
+        images = members(tar, outer.offset, outer.offset + outer.size, outer.name)
         found = [image for image in images if image.is_image]
+        if not found:
+            raise UserError(f"{tar}: {outer.name}: a class without images; copy or download it again")
         ignored += len(images) - len(found)
-        builder.add(
-            tar,
-            [(f"{synset}/{image.base}".encode(), image.offset, image.size, labels[synset]) for image in found],
+        builder.add_ranges(
+            container,
+            [(_name(synset, image), image.offset, image.size, labels[synset]) for image in found],
         )
     return builder.build(), ignored
 
 
 def _scan_val(tar: Path, devkit: Devkit, labels: dict[str, int]) -> Listing:
+    container = Container.of(tar)
     images = sorted((member for member in members(tar) if member.is_image), key=lambda member: member.base)
+    twice = first_duplicate(image.base for image in images)
+    if twice is not None:
+        raise UserError(f"{tar}: {twice} is in it twice, so the labels cannot be matched; copy or download it again")
     if len(images) != len(devkit.truth):
         raise UserError(
             f"{tar}: {len(images):,} images, but the development kit labels {len(devkit.truth):,}; "
@@ -90,35 +112,89 @@ def _scan_val(tar: Path, devkit: Devkit, labels: dict[str, int]) -> Listing:
         synset = devkit.synsets.get(number)
         if synset not in labels:
             raise UserError(f"{tar}: {image.name} is of class {number} ({synset}), which the training tar lacks")
-        found.append((f"{synset}/{image.base}".encode(), image.offset, image.size, labels[synset]))
-    builder.add(tar, found)
+        found.append((_name(synset, image), image.offset, image.size, labels[synset]))
+    builder.add_ranges(container, found)
     return builder.build()
+
+
+def _name(synset: str, image: Member) -> bytes:
+    return f"{synset}/{image.base}".encode("utf-8", "surrogateescape")
 
 
 def _find_devkit(folder: Path) -> Devkit | None:
     for name in DEVKITS:
         path = folder / name
         if path.is_dir():
-            return _parse_devkit(path, (path / _META).read_bytes(), (path / _TRUTH).read_text())
-        if path.is_file():
-            with tarfile.open(path) as tar:
-                files = {member.name.partition("/")[2]: member for member in tar if member.isfile()}
-                meta, truth = (tar.extractfile(files[name]) for name in (_META, _TRUTH))
-                assert meta is not None
-                assert truth is not None
-                return _parse_devkit(path, meta.read(), truth.read().decode())
+            with reading(path):
+                meta, truth = (read_bounded(path / name, MAX_DEVKIT) for name in (_META, _TRUTH))
+            return _parse_devkit(path, meta, truth)
+        if path.exists():
+            return _parse_devkit(path, *_unpack_devkit(path))
     return None
 
 
-def _parse_devkit(path: Path, meta: bytes, truth: str) -> Devkit:
+def _unpack_devkit(path: Path) -> tuple[bytes, bytes]:
+    """meta.mat and the ground truth out of the kit, which is a tar of 3 MB, compressed or not."""
+    with reading(path):
+        raw = read_bounded(path, MAX_DEVKIT)
+    if raw.startswith(b"\x1f\x8b"):
+        raw = inflate(raw, MAX_DEVKIT, 16 + zlib.MAX_WBITS, f"{path}")
+    found = {member.name.partition("/")[2]: member for member in read_members(io.BytesIO(raw), len(raw), f"{path}")}
+    missing = [name for name in (_META, _TRUTH) if name not in found]
+    if missing:
+        raise UserError(f"{path}: no {missing[0]} in it; expected ImageNet's development kit; download it again")
+    meta, truth = (raw[found[name].offset :][: found[name].size] for name in (_META, _TRUTH))
+    return meta, truth
+
+
+def inflate(data: bytes, limit: int, wbits: int, shown: str) -> bytes:
+    """Decompress a zlib (or, by `wbits`, gzip) stream of at most `limit` bytes; what follows its end is ignored.
+
+    Raises:
+        UserError: damaged, truncated, or larger.
+    """
+    stream = zlib.decompressobj(wbits)
     try:
-        from scipy.io import loadmat
+        content = stream.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise UserError(f"{shown}: damaged ({error}); download it again") from None
+    if len(content) > limit:
+        raise UserError(f"{shown}: unpacks to more than {limit:,} bytes, which is not ImageNet's development kit")
+    if not stream.eof:
+        raise UserError(f"{shown}: truncated; download it again")
+    return content
+
+
+def _parse_devkit(path: Path, meta: bytes, truth: bytes) -> Devkit:
+    _check_mat(path, meta)
+    try:
+        rows = read_synsets(meta)
     except ImportError:
         raise UserError(f"{path}: reading its meta.mat needs scipy; install it with: pip install scipy") from None
-    table = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-    leaves = [row for row in table if row["num_children"] == 0]
+    except ValueError as error:
+        raise UserError(f"{path}: {_META}: damaged ({error}); download it again") from None
+    leaves = [(number, synset, one_line(words)) for number, synset, words, children in rows if children == 0]
+    for what in ([str(number) for number, *_ in leaves], [synset for _, synset, _ in leaves]):
+        twice = first_duplicate(what)
+        if twice is not None:
+            raise UserError(f"{path}: {_META}: names class {twice} twice; download it again")
+    lines = truth.split()
+    wrong = next((line for line in lines if not re.fullmatch(rb"[0-9]{1,9}", line)), None)
+    if wrong is not None:
+        raise UserError(f"{path}: {_TRUTH}: {wrong[:20]!r} is no class number; download it again")
     return Devkit(
-        synsets={int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in leaves},
-        names={str(row["WNID"]): str(row["words"]).split(",")[0].strip() for row in leaves},
-        truth=[int(line) for line in truth.split()],
+        synsets={number: synset for number, synset, _ in leaves},
+        names={synset: words.split(",")[0].strip() for _, synset, words in leaves},
+        truth=[int(line) for line in lines],
     )
+
+
+def _check_mat(path: Path, meta: bytes) -> None:
+    """Bound what the compressed elements of a .mat file (MATLAB level 5) unpack to, which scipy does not."""
+    at, left = _MAT_HEADER, MAX_DEVKIT
+    order: Literal["big", "little"] = "big" if meta[126:128] == b"MI" else "little"
+    while at + 8 <= len(meta):
+        kind, size = (int.from_bytes(meta[at + i : at + i + 4], order) for i in (0, 4))
+        if kind == _MAT_COMPRESSED:
+            left -= len(inflate(meta[at + 8 : at + 8 + size], left, zlib.MAX_WBITS, f"{path}: {_META}"))
+        at += 8 + size

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
+import stat
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.listing import Listing, ListingBuilder
+from shards.listing import Container, Listing, ListingBuilder
 from shards.manifest import ClassEntry
-from shards.sources.classes import human_names
-from shards.sources.folder import named_as_image, scan_classes
+from shards.regular import read_list
+from shards.sources.classes import MAX_LIST, human_names
+from shards.sources.folder import file_status, named_as_image, scan_classes
 from shards.sources.scan import TRAIN, VAL, Scan
 
 DATA = Path("ILSVRC/Data/CLS-LOC")
@@ -48,29 +51,48 @@ def scan_kaggle(source: Path) -> Scan:
 
 
 def _read_solution(path: Path) -> dict[str, str]:
-    """Image id -> synset id, the first word of each prediction string."""
+    """Image id -> synset id, the first word of each prediction string.
+
+    Raises:
+        UserError: missing, not such a list, or two classes for one image.
+        StorageFailed: it cannot be read.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: missing; without it the validation images have no labels")
+    what = "the list ImageId,PredictionString; download it again"
+    truth: dict[str, str] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; without it the validation images have no labels") from None
-    except (KeyError, IndexError, AttributeError):
-        raise UserError(f"{path}: not the list it should be (ImageId,PredictionString); download it again") from None
+        for row in csv.DictReader(io.StringIO(read_list(path, MAX_LIST, what), newline="")):
+            image, synset = row["ImageId"], row["PredictionString"].split()[0]
+            if truth.setdefault(image, synset) != synset:
+                raise UserError(
+                    f"{path}: image {image} has two classes, {truth[image]} and {synset}; download it again"
+                )
+    except (KeyError, IndexError, AttributeError, csv.Error) as error:
+        fault = error if isinstance(error, csv.Error) else "a row without one of the two fields"
+        raise UserError(f"{path}: damaged ({fault}); expected {what}") from None
+    return truth
 
 
 def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tuple[Listing, int]:
     """The images of a flat folder, and how many other files there are."""
     builder = ListingBuilder()
-    found: list[tuple[bytes, int | None, int, int]] = []
+    container = Container.of(folder)
+    found: list[tuple[bytes, int, int, int]] = []
     ignored = 0
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
-            if not named_as_image(os.fsencode(entry.name)):
+            status = file_status(entry)
+            is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
+            if not is_file or not named_as_image(os.fsencode(entry.name)):
                 ignored += 1
                 continue
             synset = truth.get(os.path.splitext(entry.name)[0])
+            if synset is None:
+                raise UserError(f"{entry.path}: not in {SOLUTION}, so it has no label; download the list again")
             if synset not in labels:
                 raise UserError(f"{entry.path}: its class in {SOLUTION} is {synset}, which train/ does not have")
-            found.append((f"{synset}/{entry.name}".encode(), None, entry.stat().st_size, labels[synset]))
-    builder.add(folder, found)
+            name = os.fsencode(f"{synset}/{entry.name}")
+            found.append((name, status.st_size, int(status.st_mtime), labels[synset]))
+    builder.add_files(container, found)
     return builder.build(), ignored

@@ -1,16 +1,33 @@
-"""Members of a tar, or of a tar inside a tar, as byte ranges of the file."""
+"""Members of a tar, or of a tar inside a tar, as byte ranges of the file.
+
+Names are data here: nothing is extracted, and no path is ever made of them.
+"""
 
 from __future__ import annotations
 
 import os
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, NoReturn
 
-from shards.errors import UserError
+from shards.errors import UserError, first_line, storage_error
+from shards.regular import open_regular
 from shards.sources.folder import named_as_image
 
+LABEL_SUFFIX = "cls"
+MAX_EXTENSION = 2**17
+"""Bytes of a header that extends another one: a long name, or pax records. tarfile reads them whole."""
+_EXTENSIONS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 _READ_AHEAD = 2**16
+_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,32 +46,102 @@ class Member:
     @property
     def is_image(self) -> bool:
         """By its name: opening each member would mean reading the whole tar."""
-        return named_as_image(self.base.encode("utf-8", "surrogateescape"))
+        return _named_as_image(self.name)
 
 
-def members(path: Path, start: int = 0, stop: int | None = None) -> list[Member]:
+def members(path: Path, start: int = 0, stop: int | None = None, inside: str = "") -> list[Member]:
     """List the regular files of an uncompressed tar that lies in bytes start to stop of `path`.
 
+    Args:
+        inside: name of the inner tar, for messages.
+
     Raises:
-        UserError: it is missing, no tar, damaged, or ends within a member.
+        UserError: it is missing, no tar, damaged, or ends within a member; or an image or a label in it is a link or
+            a sparse file, whose bytes do not stand in one piece in the tar.
+        StorageFailed: it cannot be read.
     """
-    found = []
+    shown = f"{path}: {inside}" if inside else f"{path}"
     try:
-        with path.open("rb", buffering=_READ_AHEAD if start == 0 else 0) as file:
+        with os.fdopen(open_regular(path), "rb", buffering=_READ_AHEAD if start == 0 else 0) as file:
             end = os.fstat(file.fileno()).st_size if stop is None else stop
             file.seek(start)
-            with tarfile.TarFile(fileobj=file, errorlevel=2, errors="surrogateescape") as tar:
-                while (info := tar.next()) is not None:
-                    tar.members = []  # type: ignore[attr-defined]  # else it remembers them all
-                    if info.offset_data + info.size > end:
-                        raise UserError(f"{path}: ends within {info.name}: truncated; copy or download it again")
-                    if info.isreg():
-                        found.append(Member(info.name, info.offset_data, info.size))
-                # tarfile takes a damaged header for the end.
-                if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset).strip(b"\0"):
-                    raise UserError(f"{path}: damaged at byte {tar.offset:,}; copy or download it again")
+            return list(read_members(file, end, shown))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except tarfile.TarError as error:
-        raise UserError(f"{path}: no tar, or a damaged one ({error}); copy or download it again") from error
-    return found
+        raise UserError(f"{shown}: no such file") from None
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def read_members(file: IO[bytes], end: int, shown: str) -> Iterator[Member]:
+    """List the regular files of the tar that begins at the current position of `file` and lies before byte `end`.
+
+    Raises:
+        UserError: as `members`.
+    """
+    try:
+        with tarfile.TarFile(fileobj=file, tarinfo=_Header, errorlevel=2, errors="surrogateescape") as tar:
+            at = -1
+            while (info := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # else it remembers them all
+                if info.size < 0 or tar.offset <= at:
+                    raise UserError(f"{shown}: {info.name}: a size of {info.size:,} bytes: damaged; {_AGAIN}")
+                at = tar.offset
+                if info.offset >= end:  # the next member of the outer tar: this one lacks its end-of-archive blocks
+                    return
+                if info.offset_data + (info.size if info.isreg() else 0) > end:
+                    raise UserError(f"{shown}: ends within {info.name}: truncated; {_AGAIN}")
+                if info.issparse():
+                    _refuse_sparse(info.name)
+                if info.isreg():
+                    yield Member(info.name, info.offset_data, info.size)
+                elif (info.islnk() or info.issym()) and _is_used(info.name):
+                    raise UserError(
+                        f"{shown}: {info.name}: a link to {info.linkname}; make the tar again with the file itself "
+                        "in it (tar --hard-dereference --dereference)"
+                    )
+            # tarfile takes a damaged header for the end.
+            file.seek(tar.offset)
+            if tar.offset < end and file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise UserError(f"{shown}: damaged at byte {tar.offset:,}; {_AGAIN}")
+    except _Refused as error:
+        raise UserError(f"{shown}: {error}") from None
+    # A damaged header may hold any number or text; tarfile converts them as they come.
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+        raise UserError(f"{shown}: no tar, or a damaged one ({first_line(error)}); {_AGAIN}") from error
+
+
+class _Refused(Exception):
+    """Why a header cannot be used."""
+
+
+def _refuse_sparse(name: str) -> NoReturn:
+    raise _Refused(f"{name}: a sparse file; make the tar again without --sparse")
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose sizes are checked before tarfile reads anything of that size, or skips it."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise _Refused(f"{header.name}: a size of {header.size:,} bytes: damaged; {_AGAIN}")
+        if header.type in _EXTENSIONS and header.size > MAX_EXTENSION:
+            raise _Refused(f"a header of {header.size:,} bytes, more than the {MAX_EXTENSION:,} that one may have")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            _refuse_sparse(header.name)
+        return header
+
+    # The map of a sparse file is as long as its maker likes, and tarfile would read it to its end.
+    def _proc_gnusparse_00(self, next: tarfile.TarInfo, *_: object) -> None:
+        _refuse_sparse(next.name)
+
+    _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse_00
+
+
+def _named_as_image(name: str) -> bool:
+    return named_as_image(name[name.rfind("/") + 1 :].encode("utf-8", "surrogateescape"))
+
+
+def _is_used(name: str) -> bool:
+    return _named_as_image(name) or name.lower().endswith(f".{LABEL_SUFFIX}")

@@ -8,23 +8,44 @@ beside the shards to be (as large again as the source, removed at the end), and 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from shards.durable import durable_file, durable_write, write_all
-from shards.errors import UserError
-from shards.listing import ListingBuilder
-from shards.manifest import ClassEntry
+from shards.errors import UserError, first_line, storage_error
+from shards.limits import MAX_ENCODED
+from shards.listing import Container, ListingBuilder, display_name
+from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
+from shards.redact import one_line
+from shards.regular import open_regular, read_bounded
+from shards.schema import Count, parse_json
+from shards.sources.classes import check_label
+from shards.sources.folder import files_named
 from shards.sources.scan import TRAIN, VAL, Scan
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
 BATCH_ROWS = 64
+ISOLATED = True
+"""Whether pyarrow, which ends its process on some damaged files, reads in others than this, unless `workers` is 1."""
+MAX_FOOTER = 2**26
+"""Bytes of a file's metadata."""
+MAX_CHUNK = 2**31
+"""Bytes of one column of one row group, packed and unpacked: a worker holds it in memory."""
+MAX_RATIO = 100
+"""Bytes that a file may unpack to, for each of its own; encoded images hardly shrink."""
+_SMALL = 2**26  # bytes that any file may unpack to
+_MAX_RECORD = 2**31  # bytes of the list of an unpacked file
 _NEEDS = "reading Parquet needs pyarrow; install it with: pip install 'fat-pipeline[parquet]'"
+_AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
@@ -34,21 +55,52 @@ class Unpack:
     file: Path
     spool: Path
 
+    @property
+    def record(self) -> Path:
+        return self.spool.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file says of itself."""
+
+    rows: int
+    names: list[str | None]
+    """Of the classes, by label; empty where it gives none."""
+    notes: tuple[str, ...]
+    """Lines that the person should see."""
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What was unpacked from a file, which is recorded when it is done."""
+
+    source: tuple[str, int, int]
+    """Path, bytes and time of last change of the file. A file that comes or goes shifts the spools of the others."""
+    bytes: Count
+    """Of the spool."""
+    images: list[tuple[str, Count, Count, Count]]
+    """Name, offset, size and label of each."""
+
+
+_UNPACKED = TypeAdapter(Unpacked)
+
 
 def parquet_files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
-    return sorted(path for folder in (source, source / "data") for path in folder.glob("*.parquet"))
+    return files_named(".parquet", (source, source / "data"))
 
 
 def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
     """Unpack all files into `spool` and list them.
 
     Raises:
-        UserError: pyarrow is not installed, or the columns are not there.
+        UserError: pyarrow is not installed, the columns are not there or of other types, or a file is damaged.
+        StorageFailed: a file cannot be read.
     """
     try:
-        import pyarrow.parquet as pq
+        import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise UserError(f"{source}: {_NEEDS}") from None
     splits, notes = _splits(parquet_files(source))
@@ -57,27 +109,32 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
     files = list(splits)
     spool.mkdir(parents=True, exist_ok=True)
     jobs = [Unpack(file, spool / f"{i:05d}.bin") for i, file in enumerate(files)]
-    with Progress("unpacking", sum(pq.read_metadata(file).num_rows for file in files)) as progress:
-        run_jobs(unpack, jobs, workers, progress)
-    names: list[str | None] = _class_names(pq.read_schema(files[0]).metadata or {}, _columns(files[0])[1])
+    isolated = ISOLATED and workers != 1
+    contents = run_jobs(inspect, files, workers, Progress("inspecting", len(files), "files"), isolated=isolated)
+    with Progress("unpacking", sum(one.rows for one in contents)) as progress:
+        run_jobs(unpack, jobs, workers, progress, isolated=isolated)
+    names, more_notes = contents[0].names, contents[0].notes
     builders: dict[str, ListingBuilder] = {}
     top = 0
     for job in jobs:
-        found = json.loads(job.spool.with_suffix(".json").read_bytes())
-        labels = [row[3] for row in found]
-        top = max(top, *labels)
-        builders.setdefault(splits[job.file], ListingBuilder()).add(
-            job.spool,
+        found = _load_record(job)
+        if found is None:
+            raise UserError(f"{job.file}: changed while it was unpacked; run the same command again")
+        top = max(top, max((label for *_, label in found.images), default=0))
+        builders.setdefault(splits[job.file], ListingBuilder()).add_ranges(
+            Container.of(job.spool),
             [
                 (f"{label}/{name}".encode("utf-8", "surrogateescape"), offset, size, label)
-                for name, offset, size, label in found
+                for name, offset, size, label in found.images
             ],
         )
     names += [None] * (top + 1 - len(names))
     classes = tuple(
-        ClassEntry(folder=str(label), name=name.split(",")[0] if name else None) for label, name in enumerate(names)
+        ClassEntry(folder=str(label), name=one_line(name.split(",")[0]) if name else None)
+        for label, name in enumerate(names)
     )
-    return Scan("parquet", classes, {split: builder.build() for split, builder in builders.items()}, notes=notes)
+    splits_listed = {split: builder.build() for split, builder in builders.items()}
+    return Scan("parquet", classes, splits_listed, notes=notes + more_notes)
 
 
 def _splits(files: list[Path]) -> tuple[dict[Path, str], tuple[str, ...]]:
@@ -91,31 +148,129 @@ def _splits(files: list[Path]) -> tuple[dict[Path, str], tuple[str, ...]]:
 
 
 def unpack(job: Unpack, report: Report) -> None:
-    """Write a file's images one after the other, and a list of (name, offset, size, label); skip what is done."""
-    import pyarrow.parquet as pq
+    """Write a file's images one after the other, and a list of (name, offset, size, label); skip what is done.
 
-    listed = job.spool.with_suffix(".json")
-    if listed.exists():
+    Raises:
+        UserError: a row without image bytes or a valid label, a damaged page, or more than `MAX_RATIO` times the file.
+    """
+    if _load_record(job) is not None:
         return
     found = []
     at = 0
-    image_column, label_column = _columns(job.file)
-    with durable_file(job.spool) as file, pq.ParquetFile(job.file) as table:
-        for number, (image, label) in enumerate(_rows(table, image_column, label_column)):
+    report.start(os.fsencode(job.file))
+    with _opened(job.file) as (table, source), durable_file(job.spool) as file:
+        most = max(_SMALL, MAX_RATIO * source[1])
+        for number, (image, label) in enumerate(_rows(table, job.file)):
             data, name = _unwrap(job.file, image, number)
-            if label is None or label < 0:
-                raise UserError(f"{job.file}: row {number} has label {label}: a split without labels; leave it out")
-            write_all(file, data)
-            found.append((name, at, len(data), label))
-            at += len(data)
+            shown = f"{job.file}: row {number}"
+            report.start(shown.encode("utf-8", "surrogateescape"))
+            if label is None or label == -1:
+                raise UserError(f"{shown} has label {label}: a split without labels; leave it out")
+            check_label(label, shown)
+            if at + len(data) > most:
+                raise UserError(
+                    f"{shown}: unpacks to more than {most:,} bytes, {MAX_RATIO} times the file: damaged, or made to "
+                    "fill disks"
+                )
+            found.append((name, at, len(data), int(label)))
+            if len(data) <= MAX_ENCODED:  # larger ones are rejected by their size, unread
+                write_all(file, data)
+                at += len(data)
             report(1, len(data))
-    durable_write(listed, json.dumps(found).encode())
+    record = Unpacked(source, at, found)
+    durable_write(job.record, _UNPACKED.dump_json(record))
 
 
-def _columns(file: Path) -> tuple[str, str]:
+def _load_record(job: Unpack) -> Unpacked | None:
+    """What was unpacked; None where that is not done, or not of this file as it is now."""
+    try:
+        record = parse_json(read_bounded(job.record, _MAX_RECORD), _UNPACKED, limit=_MAX_RECORD)
+        spooled = job.spool.stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    return record if record.source == _identity(job.file, job.file.stat()) and record.bytes == spooled else None
+
+
+def _identity(file: Path, status: os.stat_result) -> tuple[str, int, int]:
+    return display_name(bytes(file.absolute())), status.st_size, status.st_mtime_ns
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[tuple[Any, tuple[str, int, int]]]:
+    """Open a Parquet file whose metadata has been looked at, and say which file it is.
+
+    Raises:
+        UserError: it is damaged, or no such file.
+        StorageFailed: it cannot be read.
+    """
     import pyarrow.parquet as pq
 
-    names = pq.read_schema(file).names
+    with ExitStack() as stack:
+        with _judged(file):
+            source = stack.enter_context(os.fdopen(open_regular(file), "rb"))
+            identity = _identity(file, os.fstat(source.fileno()))
+            source.seek(max(0, identity[1] - 8))
+            end = source.read(8)
+            if len(end) < 8 or end[4:] != b"PAR1":
+                raise UserError(f"{file}: not a Parquet file, or truncated: it does not end with PAR1; {_AGAIN}")
+            footer = int.from_bytes(end[:4], "little")
+            if footer > MAX_FOOTER:
+                raise UserError(
+                    f"{file}: {footer:,} bytes of metadata, more than the {MAX_FOOTER:,} that a file may have"
+                )
+            table = stack.enter_context(pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True))
+        yield table, identity
+
+
+@contextmanager
+def _judged(file: Path) -> Iterator[None]:
+    """Turn whatever pyarrow raises in the block, which reads `file`, into one line.
+
+    Raises:
+        UserError: it is damaged.
+        StorageFailed: it cannot be read.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
+    # pyarrow has its own errors, plain OSErrors without a number, and those of converting text and numbers.
+    except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise storage_error(file, error) from error
+        raise UserError(f"{file}: damaged ({first_line(error)}); {_AGAIN}") from error
+
+
+def inspect(file: Path, report: Report) -> Contents:
+    """Check the types and sizes that a file states, before any row is read."""
+    report.start(os.fsencode(file))
+    with _opened(file) as (table, _), _judged(file):
+        columns = _columns(table, file)
+        metadata = table.metadata
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            for i in range(row_group.num_columns):
+                column = row_group.column(i)
+                size = max(column.total_compressed_size, column.total_uncompressed_size)
+                if column.path_in_schema.partition(".")[0] in columns and not 0 <= size <= MAX_CHUNK:
+                    raise UserError(
+                        f"{file}: row group {group} has {size:,} bytes in column {column.path_in_schema}, more than "
+                        f"the {MAX_CHUNK:,} that are held in memory at once; write the file with smaller row groups"
+                    )
+        names, notes = _class_names(file, table.schema_arrow.metadata, columns[1])
+        return Contents(max(0, int(metadata.num_rows)), names, notes)
+
+
+def _columns(table: Any, file: Path) -> tuple[str, str]:
+    """Names of the columns of images and of labels.
+
+    Raises:
+        UserError: they are not there, or of types that hold no images or no class numbers.
+    """
+    import pyarrow as pa
+
+    schema = table.schema_arrow
+    names = schema.names
     image = next((name for name in IMAGE_COLUMNS if name in names), None)
     label = next((name for name in LABEL_COLUMNS if name in names), None)
     if image is None or label is None:
@@ -123,12 +278,32 @@ def _columns(file: Path) -> tuple[str, str]:
             f"{file}: columns {', '.join(names)}; expected an image ({' or '.join(IMAGE_COLUMNS)}) "
             f"and a label ({' or '.join(LABEL_COLUMNS)})"
         )
+    for name in (image, label):
+        if names.count(name) > 1:
+            raise UserError(f"{file}: column {name} occurs {names.count(name)} times; expected it once")
+    kind = schema.field(label).type
+    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"{file}: column {label} is of type {kind}; expected class numbers, of an integer type")
+    kind = schema.field(image).type
+    data, path = kind, None
+    if pa.types.is_struct(kind):
+        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
+        data, path = fields.get("bytes"), fields.get("path")
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
+    is_text = path is None or any(is_kind(path) for is_kind in texts)
+    if data is None or not (pa.types.is_binary(data) or pa.types.is_large_binary(data)) or not is_text:
+        raise UserError(
+            f"{file}: column {image} is of type {kind}, which holds no image bytes; expected binary, or a struct of "
+            "bytes (binary) and path (string): export the data set with its images embedded"
+        )
     return image, label
 
 
-def _rows(table: Any, image: str, label: str) -> Iterator[tuple[Any, int]]:
-    for batch in table.iter_batches(BATCH_ROWS, columns=[image, label]):
-        yield from zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True)
+def _rows(table: Any, file: Path) -> Iterator[tuple[Any, int | None]]:
+    with _judged(file):
+        image, label = _columns(table, file)
+        for batch in table.iter_batches(BATCH_ROWS, columns=[image, label], use_threads=False):
+            yield from zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True)
 
 
 def _unwrap(file: Path, image: Any, number: int) -> tuple[bytes, str]:
@@ -136,12 +311,22 @@ def _unwrap(file: Path, image: Any, number: int) -> tuple[bytes, str]:
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if not isinstance(data, bytes):
         raise UserError(f"{file}: row {number} holds no image bytes; export the data set with its images embedded")
-    return data, Path(path).name if path else f"{file.stem}-{number:06d}"
+    return data, Path(path).name if path else f"{display_name(os.fsencode(file.stem))}-{number:06d}"
 
 
-def _class_names(metadata: dict[bytes, bytes], column: str) -> list[str | None]:
-    """Names that the hub's own metadata gives the labels; empty where there are none."""
+def _class_names(
+    file: Path, metadata: dict[bytes, bytes] | None, column: str
+) -> tuple[list[str | None], tuple[str, ...]]:
+    """Names that the hub's own metadata gives the labels, empty where there are none; and what is wrong with them."""
+    text = (metadata or {}).get(b"huggingface")
+    if text is None:
+        return [], ()
     try:
-        return json.loads(metadata[b"huggingface"])["info"]["features"][column]["names"]
-    except (KeyError, TypeError, ValueError):
-        return []
+        names = json.loads(text)["info"]["features"][column].get("names")
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return [], (f"{file}: its Hugging Face metadata is damaged, so the classes are named by their numbers",)
+    if names is None:
+        return [], ()
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > MAX_CLASSES:
+        return [], (f"{file}: its class names are not a list of texts, so the classes are named by their numbers",)
+    return names, ()

@@ -39,6 +39,9 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
         "webdataset": lambda: scan_webdataset(source),
     }
     found = scanners[layout]()
+    for split, listing in found.splits.items():
+        if not len(listing):
+            raise UserError(f"{source}: no images in split '{split}'; fill it, or remove it")
     if options.classes is not None:
         found = order_classes(found, options.classes)
     found = split_off_val(found, options.val_fraction, options.seed)
@@ -58,7 +61,7 @@ def recognise(source: Path) -> Layout:
         return "ilsvrc" if source.name == TRAIN_TAR else kind
     if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
-    if not any(source.iterdir()):
+    if next(source.iterdir(), None) is None:
         raise UserError(f"{source}: empty folder; {EXPECTED}")
     return next((layout for layout, looks_so in FOLDERS.items() if looks_so(source)), "folder")
 

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from shards.errors import UserError
-from shards.listing import ListingBuilder
+from shards.errors import UserError, reading
+from shards.listing import Container, ListingBuilder
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest
-from shards.sources.members import Member, members
+from shards.regular import open_regular
+from shards.sources.classes import check_label, numbered_classes
+from shards.sources.folder import files_named
+from shards.sources.members import LABEL_SUFFIX, Member, members
 from shards.sources.scan import TRAIN, VAL, Scan
 
-LABEL_SUFFIX = "cls"
-_MAX_LABEL = 20  # characters
+MAX_LABEL = 20
+"""Bytes of a .cls member."""
 _VAL = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
 
 
@@ -32,7 +35,7 @@ def tar_files(source: Path) -> list[Path]:
     """The tars of a folder and of its train/ and val/, by name."""
     if source.is_file():
         return [source]
-    return sorted(path for folder in (source, source / TRAIN, source / VAL) for path in folder.glob("*.tar"))
+    return files_named(".tar", (source, source / TRAIN, source / VAL))
 
 
 def split_of(path: Path, root: Path) -> str:
@@ -53,11 +56,12 @@ def scan_webdataset(source: Path) -> Scan:
     builders: dict[str, ListingBuilder] = {}
     ignored = top = 0
     for tar in tars:
+        container = Container.of(tar)
         samples, others = read_tar(tar)
         ignored += others
         top = max(top, *(sample.label for sample in samples))
-        builders.setdefault(split_of(tar, source), ListingBuilder()).add(
-            tar,
+        builders.setdefault(split_of(tar, source), ListingBuilder()).add_ranges(
+            container,
             [
                 (f"{sample.label}/{tar.stem}/{sample.image.name}".encode("utf-8", "surrogateescape"), *_place(sample))
                 for sample in samples
@@ -65,44 +69,76 @@ def scan_webdataset(source: Path) -> Scan:
         )
     return Scan(
         "webdataset",
-        known_classes(source) or tuple(ClassEntry(folder=str(label)) for label in range(top + 1)),
+        _classes(source, top),
         {split: builder.build() for split, builder in builders.items()},
         ignored,
     )
 
 
-def known_classes(source: Path) -> tuple[ClassEntry, ...] | None:
-    """The classes of a set of ours."""
-    return Manifest.load(source).classes if (source / MANIFEST_NAME).is_file() else None
+def _classes(source: Path, top: int) -> tuple[ClassEntry, ...]:
+    """The classes of a set of ours; of other tars, the numbers to `top`."""
+    if not (source / MANIFEST_NAME).is_file():
+        return numbered_classes(top)
+    classes = Manifest.load(source).classes
+    if top >= len(classes):
+        raise UserError(
+            f"{source / MANIFEST_NAME}: {len(classes):,} classes, but label {top:,} occurs in the tars: they are not "
+            "of this set; move the file away to shard the tars by their own numbers"
+        )
+    return classes
 
 
 def read_tar(path: Path) -> tuple[list[TarSample], int]:
     """The samples of a tar, in its order, and how many of its files belong to none.
 
     Raises:
-        UserError: it is damaged, has no samples, or a label that is no number.
+        UserError: it is damaged, has no samples, a sample of several images, or a label that is no class number.
+        StorageFailed: it cannot be read.
     """
     samples = []
     files = 0
-    with path.open("rb") as file:
-        for key, group in _groups(members(path)):
+    found = members(path)
+    with reading(path), os.fdopen(open_regular(path), "rb") as file:
+        for key, group in _groups(path, found):
             files += len(group)
-            image = next((member for member in group.values() if member.is_image), None)
+            images = [suffix for suffix, member in group.items() if member.is_image]
             label = group.get(LABEL_SUFFIX)
-            if image is None or label is None:
+            if not images or label is None:
                 continue
-            text = os.pread(file.fileno(), min(label.size, _MAX_LABEL), label.offset)
-            try:
-                samples.append(TarSample(key, image, int(text)))
-            except ValueError:
-                raise UserError(f"{path}: {label.name}: {text!r} is no class number; expected a decimal one") from None
+            if len(images) > 1:
+                raise UserError(
+                    f"{path}: sample {key} has {len(images)} images ({', '.join(images)}), and nothing says which one "
+                    f"to train on; make the tar again with one KEY.jpg and one KEY.{LABEL_SUFFIX} for each sample"
+                )
+            text = os.pread(file.fileno(), min(label.size, MAX_LABEL + 1), label.offset)
+            samples.append(TarSample(key, group[images[0]], parse_label(text, f"{path}: {label.name}")))
     if not samples:
         raise UserError(f"{path}: no samples in it; expected KEY.jpg and KEY.{LABEL_SUFFIX} side by side")
     return samples, files - 2 * len(samples)
 
 
-def _groups(found: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Members that follow each other and share all before the first dot of their base name: key, suffix -> member."""
+def parse_label(text: bytes, shown: str) -> int:
+    """Read a class number: ASCII decimal digits, with white space around them at most.
+
+    Args:
+        shown: where it stands, for messages.
+
+    Raises:
+        UserError: it is something else, or not below `MAX_CLASSES`.
+    """
+    digits = text.strip()
+    if len(text) > MAX_LABEL or not re.fullmatch(rb"[0-9]+", digits):
+        raise UserError(f"{shown}: {text!r} is no class number; expected a decimal one of {MAX_LABEL} bytes at most")
+    check_label(int(digits), shown)
+    return int(digits)
+
+
+def _groups(path: Path, found: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Members that follow each other and share all before the first dot of their base name: key, suffix -> member.
+
+    Raises:
+        UserError: a suffix occurs twice in such a group: two samples of one key, whose parts cannot be told apart.
+    """
     key: str | None = None
     group: dict[str, Member] = {}
     for member in found:
@@ -112,6 +148,11 @@ def _groups(found: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
             if key is not None:
                 yield key, group
             key, group = stem, {}
+        if suffix in group and (member.is_image or suffix == LABEL_SUFFIX):
+            raise UserError(
+                f"{path}: {member.name} follows another one of that name; make the tar again with a key of its own "
+                "for each sample"
+            )
         group[suffix] = member
     if key is not None:
         yield key, group

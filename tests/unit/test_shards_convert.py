@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.commands import SamplePhotos, Shard
+from shards.commands import Index, SamplePhotos, Shard, Verify
 from shards.convert import Options, convert, default_out, finish
 from shards.dataset import ShardSet
 from shards.errors import ConversionFailed, ShardSetError, UserError
 from shards.images import ImageRules
 from shards.lock import Held, hold
 from shards.parts import Part, hold_part
-from shards.sources.scan import ScanOptions
+from shards.sources.scan import Layout, ScanOptions
 from shards.verify import verify
 from shards.work import Work
 
@@ -61,6 +63,12 @@ def class_folders(root: Path, classes: int = 2, images: int = 3) -> Path:
         (root / f"c{c}").mkdir(parents=True)
         for i in range(images):
             (root / f"c{c}" / f"{i}.jpg").write_bytes(jpeg(c * images + i))
+    return root
+
+
+def two_validation_folders(root: Path) -> Path:
+    for split in ("train", "val", "validation"):
+        class_folders(root / split)
     return root
 
 
@@ -132,7 +140,7 @@ def test_resumes_where_it_was(photos: Path, tmp_path: Path, reference: dict[str,
     out = tmp_path / "set"
     for k in (1, 2):
         convert(photos, out, SMALL, Part(k, 3))
-    (out / ".train-000002.tar.0123abcd.tmp").write_bytes(b"half a shard")
+    (out / ".train-000002.tar.0123abcd0123abcd.tmp").write_bytes(b"half a shard")
     (out / lose).unlink()
     convert(photos, out, SMALL)
     assert contents(out) == reference
@@ -211,7 +219,7 @@ def test_a_lock_whose_file_the_file_system_has_lost_is_released_without_a_word(
         pass
 
 
-@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3"])
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/2\n", "١/٢", "1_0/20", "1/" + "9" * 5000])
 def test_parts_that_make_no_sense(text: str) -> None:
     with pytest.raises(UserError, match="K/N"):
         Part.parse(text)
@@ -295,6 +303,8 @@ def test_files_with_the_same_key_stay_apart(tmp_path: Path) -> None:
 @contextmanager
 def without_privileges() -> Iterator[Path]:
     """A folder of its own for somebody who is not root, whose every file root may read."""
+    import mmap  # noqa: F401  # numpy does at first use, which is too late where only root may read Python's modules
+
     root = Path(tempfile.mkdtemp())
     root.chmod(0o777)
     user = os.geteuid()
@@ -307,13 +317,18 @@ def without_privileges() -> Iterator[Path]:
         shutil.rmtree(root)
 
 
-def test_an_unreadable_file_is_rejected_and_an_unreadable_folder_an_error() -> None:
+def test_what_cannot_be_read_is_a_storage_fault() -> None:
+    """Never a reject, of which a share is allowed: permissions can be given back, and then the run resumes."""
     with without_privileges() as root:
         source = class_folders(root / "in", images=4)
-        (source / "c0" / "2.jpg").chmod(0)
-        outcome = convert(source, root / "set", Options(max_rejects=0.2))
-        assert outcome is not None
-        assert "cannot be read: Permission denied" in (root / "set" / "rejects.jsonl").read_text()
+        for name in ("2.jpg", "no-suffix"):
+            (source / "c0" / name).write_bytes(jpeg())
+            (source / "c0" / name).chmod(0)
+            with pytest.raises(UserError, match=rf"c0/{name}.*Permission denied") as caught:
+                convert(source, root / f"set-{name}", Options(max_rejects=1.0))
+            assert caught.value.exit_code == 1
+            (source / "c0" / name).chmod(0o644)
+            assert convert(source, root / f"set-{name}", Options(max_rejects=1.0)) is not None
         (source / "c1").chmod(0)
         with pytest.raises(ConversionFailed, match=r"c1.*Permission denied"):
             convert(source, root / "set2", Options())
@@ -337,7 +352,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
             "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
             "shorter": lambda path: path.write_bytes(path.read_bytes()[:-1]),
         }[change](path)
-    with pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .*changed meanwhile"):
+    with pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .*the source has changed"):
         convert(source, out, options)
     assert not list(out.glob("*.tmp"))
     assert not (out / "dataset.json").exists()
@@ -355,6 +370,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
         (lambda root: (root / "x" / "train").mkdir(parents=True) or root / "x", "train: no class folders"),
         (lambda root: (root / "x" / "c0").mkdir(parents=True) or root / "x", "c0: a class folder without images"),
         (lambda root: (root / "f.txt").write_text("x") and root / "f.txt", "f.txt: a file of no known kind"),
+        (lambda root: two_validation_folders(root / "x"), r"2 validation folders \(val, validation\), expected one"),
     ],
 )
 def test_bad_sources_are_refused_and_leave_nothing_behind(
@@ -366,6 +382,37 @@ def test_bad_sources_are_refused_and_leave_nothing_behind(
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("layout", [None, "folder"])
+@pytest.mark.parametrize("place", ["out", "c0/out", "new/out"])
+def test_a_set_is_not_made_among_the_class_folders_of_its_source(
+    place: str, layout: Layout | None, tmp_path: Path
+) -> None:
+    source = class_folders(tmp_path / "in")
+    before = contents(source)
+    options = Options(scan=ScanOptions(workers=1, layout=layout))
+    with pytest.raises(UserError, match=r"--out .*out: lies among the class folders of .*in, .*outside the source"):
+        convert(source, source / place, options)
+    assert contents(source) == before
+    assert not (source / place).exists()
+
+
+@pytest.mark.parametrize("place", ["shards", "train/.shards"])
+def test_a_set_may_lie_in_its_source_where_it_is_no_class(place: str, tmp_path: Path) -> None:
+    class_folders(tmp_path / "train")
+    outcome = convert(tmp_path, tmp_path / place, SMALL)
+    assert outcome is not None
+    assert len(outcome.manifest.classes) == 2
+
+
+def test_the_summary_counts_files_that_were_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = class_folders(tmp_path / "in")
+    Shard(source, out=tmp_path / "clean", workers=1).run()
+    assert "passed over" not in capsys.readouterr().out
+    (source / "c0" / "notes.txt").write_text("x")
+    Shard(source, out=tmp_path / "set", workers=1).run()
+    assert "0 rejected; other files passed over: 1" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Path) -> None:
@@ -385,11 +432,53 @@ def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Pat
         ({"seed": -1}, "--seed -1"),
         ({"max_rejects": 1.5}, "--max-rejects 1.5"),
         ({"smart_ratio": 0.5}, "--smart-ratio 0.5"),
+        ({"smart_ratio": math.nan}, "--smart-ratio nan"),
+        ({"smart_ratio": math.inf}, "--smart-ratio inf"),
+        ({"max_rejects": math.nan}, "--max-rejects nan"),
+        ({"max_rejects": -0.1}, "--max-rejects -0.1"),
+        ({"val_fraction": math.nan}, "--val-fraction nan"),
+        ({"val_fraction": -1}, "--val-fraction -1"),
+        ({"val_fraction": 1.0}, "--val-fraction 1"),
+        ({"shard_size": 10**15}, "--shard-size 1000000000000000: .* to 1,048,576"),
+        ({"max_side": 10**30}, r"--max-side 1000000000000000000000000000000: .* to 65,500 expected"),
+        ({"short_side": 10**6}, "--short-side 1000000"),
+        ({"quality": 0}, "--quality 0"),
+        ({"seed": 2**64}, "--seed 18446744073709551616"),
+        ({"workers": 10**9}, "--workers 1000000000"),
+        ({"part": ""}, "--part "),
+        ({"part": "1/10000000"}, "--part 1/10000000"),
+        ({"part": "1/2", "finish": True}, "--part 1/2 --finish"),
+        ({"classes": Path("/")}, "/: "),
     ],
 )
-def test_options_out_of_range(photos: Path, option: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(UserError, match=complaint):
-        Shard(photos, **option).run()
+def test_options_out_of_range(photos: Path, tmp_path: Path, option: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as caught:
+        Shard(photos, out=tmp_path / "set", **option).run()
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Index((Path("a.tar"),), max_rejects=math.nan),
+        Index((Path("a.tar"),), workers=-1),
+        Verify(Path("set"), workers=0),
+        Verify(Path("set"), workers=10**9),
+        SamplePhotos(Path("photos"), count=10**10),
+        SamplePhotos(Path("photos"), count=-5),
+        SamplePhotos(Path("photos"), count=40, seed=-1),
+    ],
+)
+def test_options_of_other_commands_out_of_range(
+    command: Index | Verify | SamplePhotos, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^--(max-rejects|workers|count|seed) \S+: a (whole )?number from .* expected$"
+    ):
+        command.run()
+    assert not list(tmp_path.iterdir())
 
 
 def test_default_place_of_a_set(tmp_path: Path) -> None:
@@ -412,8 +501,10 @@ def test_resuming_from_another_folder(
 def test_another_version_of_the_tool_does_not_go_on(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     convert(photos, out, SMALL, Part(1, 2))
-    plan = out / ".making" / "plan.json"
-    plan.write_text(plan.read_text().replace("fat-pipeline 0", "fat-pipeline 99"))
+    work = Work(out)
+    plan = work.load_plan()
+    assert plan is not None
+    work.save_plan(replace(plan, tool="fat-pipeline 99"))
     with pytest.raises(UserError, match=r"was begun by fat-pipeline 99"):
         convert(photos, out, SMALL)
 

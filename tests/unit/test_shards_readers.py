@@ -142,7 +142,7 @@ def test_existing_tars_are_adopted_where_they_lie(made: tuple[ShardSet, list[Sam
     assert not manifest.shuffled
     assert 1 <= manifest.made["class_run"]["train"] < 1.5, "these are shuffled, as it happens"
     assert verify(tmp_path, workers=1) == []
-    with pytest.raises(UserError, match="is a shard set already"):
+    with pytest.raises(UserError, match="is already a shard set"):
         adopt(sorted(tmp_path.glob("*.tar")), ImageRules())
 
 
