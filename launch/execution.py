@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, cast
 
 import torch
@@ -15,6 +17,8 @@ from launch.graphs import RECORDERS
 from launch.norms import over_ranks
 from launch.optimizers import Form
 from launch.recipe import Recipe, RecipeError
+from shards.errors import UserError
+from shards.private_folder import make_private, user_name
 
 Format = Literal["channels-last", "contiguous"]
 Switch = fat.kernels.Mode
@@ -98,12 +102,31 @@ class Execution:
     def compile_whole(self, model: nn.Module) -> None:
         """In place, before wrapping: names, wrappers and checkpoints do not change."""
         if self.uses_compiler:
+            _check_compiler_cache()
             model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
 
     @property
     def uses_compiler(self) -> bool:
         """Whether torch.compile is used."""
         return self.compile not in ("off", "cudagraphs")
+
+
+def _check_compiler_cache() -> None:
+    """Refuse to run code that another user may have put where torch.compile keeps its own.
+
+    By default that is a folder of a known name in the temporary folder, which torch uses as it finds it.
+
+    Raises:
+        UserError: the folder is another user's, or everybody may write to it.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    default = Path(tempfile.gettempdir()) / f"torchinductor_{user_name(os.geteuid()).removeprefix('user ')}"
+    folder = Path(os.environ.setdefault(name, str(default)))
+    remedy = f"set {name} to a folder of your own"
+    try:
+        make_private(folder, remedy=remedy, group=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used ({error.strerror}); {remedy}") from error
 
 
 def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:

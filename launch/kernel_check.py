@@ -39,6 +39,7 @@ from pipeline.augment.pixels import launch_all
 from pipeline.augment.recipe import AugmentRecipe
 from shards.durable import durable_write
 from shards.errors import UserError, first_line
+from shards.private_folder import make_private
 
 Work = Callable[[], object]
 Source = Literal["compared now", "compared before", "not compared"]
@@ -209,7 +210,12 @@ class _Comparison:
         kept."""
         key = self._key()
         path = cache_folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
-        kept = read_verdict(path, key)
+        try:
+            make_private(path.parent, remedy="set XDG_CACHE_HOME to a folder of your own")
+            kept, unusable = read_verdict(path, key), ""
+        except (OSError, UserError) as error:
+            reason = f"cannot be written ({error.strerror})" if isinstance(error, OSError) else f"is not used ({error})"
+            kept, unusable = None, f"{path.parent} {reason}, so the next run compares kernels again"
         if kept is not None:
             before = compiled(work, tell=tell)
             return replace(kept, warnings=before.warnings, compilation=before.compilation)
@@ -239,13 +245,13 @@ class _Comparison:
             source="compared now",
             seconds=time.perf_counter() - start,
         )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            durable_write(path, (json.dumps({"key": key, **found.to_dict()}, indent=1) + "\n").encode())
-        except OSError as error:
-            line = f"{path.parent} cannot be written ({error.strerror}), so the next run compares kernels again"
-            found = replace(found, warnings=(*found.warnings, line))
-        return found
+        if not unusable:
+            try:
+                durable_write(path, (json.dumps({"key": key, **found.to_dict()}, indent=1) + "\n").encode())
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror})"
+                unusable = f"{path.parent} {reason}, so the next run compares kernels again"
+        return replace(found, warnings=(*found.warnings, unusable)) if unusable else found
 
     def _checks(self) -> list[Check]:
         checks: list[Check] = []

@@ -33,18 +33,17 @@ from launch.provenance import device_name, installed_version, versions
 from launch.recipe import Recipe
 from launch.trials import Choice, Value
 from pipeline.decoders import chosen_loader
+from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.remote import is_remote
 from shards.durable import durable_write
 from shards.errors import UserError
+from shards.ranges import allows
+from shards.redact import redacted
 
 VERSION = 1
 LOCK_SECONDS = 10.0  # to wait for another writer; the other ranks of a run wait as well meanwhile
 Part = Literal["model", "input"]
 PARTS: tuple[Part, ...] = get_args(Part)
-
-
-def _count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 # What each part chooses, and what values make sense.
@@ -56,12 +55,11 @@ NAMES: dict[Part, dict[str, Callable[[Any], bool]]] = {
         "optimizer_form": lambda value: value in get_args(Form),
     },
     "input": {
-        "read_threads": lambda value: _count(value, 1),
-        "read_ahead": lambda value: _count(value, 0),
-        "decode_threads": lambda value: _count(value, 1),
-        "decode_ahead": lambda value: _count(value, 1),
-        "preallocate_width": lambda value: _count(value, 0),
-        "preallocate_height": lambda value: _count(value, 0),
+        **{
+            name: functools.partial(allows, LoaderOptions, name)
+            for name in ("read_threads", "read_ahead", "decode_threads", "decode_ahead")
+        },
+        **{name: functools.partial(allows, DaliOptions, name) for name in ("preallocate_width", "preallocate_height")},
     },
 }
 
@@ -184,7 +182,7 @@ def keep(path: Path, entry: Entry) -> None:
     """
     remedy = "name another file, or --tuned off"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS):
             try:
                 read, strange = _load(path)
@@ -193,7 +191,7 @@ def keep(path: Path, entry: Entry) -> None:
             entries = {_identity(old): old for old in read}
             if (old := entries.pop(_identity(entry), None)) is not None:
                 entry = replace(entry, values=old.values | entry.values, figures=old.figures | entry.figures)
-            ours = [asdict(kept) for kept in (*entries.values(), entry)]
+            ours = [redacted(asdict(kept)) for kept in (*entries.values(), entry)]
             content = {"version": VERSION, "entries": [*(raw for raw, _ in strange), *ours]}
             durable_write(path, (json.dumps(content, indent=1) + "\n").encode())
     except Timeout as error:

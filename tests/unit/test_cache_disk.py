@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import Cache, CacheFull, DiskFull
+from pipeline.cache import Cache, CacheFull, DiskFull, Part
 from pipeline.remote_set import RemoteSet, open_set
 from shards.dataset import ShardSet
 from tests.serving import Site
-from tests.unit.test_staging import batches_of, impatient, same, site, train
+from tests.support.cached import cached
+from tests.unit.test_staging import batches_of, impatient, put, same, site, train
 
 __all__ = ["impatient", "site"]  # fixtures
 
@@ -57,44 +58,35 @@ def test_a_full_cache_disk_costs_speed_alone(
     with caplog.at_level(logging.WARNING):
         assert same(batches_of(train(dataset)), batches_of(train(ShardSet(photos))))
     assert "what finds no room is read from the server sample by sample" in caplog.text
-    assert not list((small_disk / "cache").glob("*/*.tar*"))
+    assert not cached(small_disk / "cache", "*.tar*")
 
 
 def test_what_was_written_when_the_disk_was_full_is_in_nobody_s_way(small_disk: Path) -> None:
     cache = Cache(small_disk / "cache", 1 << 30)
-    part = cache.begin(small_disk / "cache" / "set" / "a", 2 << 20)
-    assert part is not None
+    part = cache.begin(cache.folder / "set" / "a", 2 << 20)
+    assert isinstance(part, Part)
     with part:
         part.append(bytes(1 << 20))
         fill(small_disk)
         with pytest.raises(DiskFull, match=r"--cache .*/cache: No space left on device; free some space there"):
             part.append(bytes(1 << 20))
-        assert not list((small_disk / "cache" / "set").iterdir())
+        assert not list((cache.folder / "set").iterdir())
 
 
 def test_files_of_the_cache_make_room_for_others_on_a_full_disk(small_disk: Path) -> None:
     cache = Cache(small_disk / "cache", 1 << 30)
     for name in ("a", "b"):
-        part = cache.begin(small_disk / "cache" / "set" / name, 1 << 20)
-        assert part is not None
+        part = cache.begin(cache.folder / "set" / name, 1 << 20)
+        assert isinstance(part, Part)
         with part:
             part.append(bytes(1 << 20))
             os.close(part.finish())
-    part = cache.begin(small_disk / "cache" / "set" / "c", 3 << 19)
-    assert part is not None
+    part = cache.begin(cache.folder / "set" / "c", 3 << 19)
+    assert isinstance(part, Part)
     with part:
-        assert [path.name for path in sorted((small_disk / "cache" / "set").iterdir())][:1] == ["b"]
+        assert [path.name for path in sorted((cache.folder / "set").iterdir())][:1] == ["b"]
         with pytest.raises(DiskFull, match=r"no space left on the device for the 2,097,152 bytes of d"):
-            cache.begin(small_disk / "cache" / "set" / "d", 1 << 21)
-
-
-def put(cache: Cache, name: str, size: int) -> int:
-    """Fetch a file; returns a lease of it."""
-    part = cache.begin(cache.folder / "set" / name, size)
-    assert part is not None
-    with part:
-        part.append(bytes(size))
-        return part.finish()
+            cache.begin(cache.folder / "set" / "d", 1 << 21)
 
 
 def says(patch: pytest.MonkeyPatch, *, total: int, free: int) -> None:
@@ -116,11 +108,11 @@ def test_files_stay_where_removing_them_would_not_make_room(
             os.close(leases.pop())
     says(monkeypatch, total=10_000, free=free)
     with pytest.raises(DiskFull, match="no space left on the device for the 250 bytes of c"):
-        cache.begin(tmp_path / "set" / "c", 250)
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["a", "b"]
+        cache.begin(cache.folder / "set" / "c", 250)
+    assert sorted(path.name for path in (cache.folder / "set").iterdir()) == ["a", "b"]
     says(monkeypatch, total=10_000, free=free + 50)
     os.close(put(cache, "c", 200))
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == [*used, "c"]
+    assert sorted(path.name for path in (cache.folder / "set").iterdir()) == [*used, "c"]
     for lease in leases:
         os.close(lease)
 
@@ -132,9 +124,9 @@ def test_a_file_system_that_does_not_say_how_large_it_is_holds_what_is_given(
     cache = Cache(tmp_path, 250)
     for name in ("a", "b", "c"):
         os.close(put(cache, name, 100))
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["b", "c"]
+    assert sorted(path.name for path in (cache.folder / "set").iterdir()) == ["b", "c"]
     with pytest.raises(CacheFull, match="give a larger --cache-size"):
-        Cache(tmp_path).begin(tmp_path / "set" / "d", 300)
+        Cache(tmp_path).begin(cache.folder / "set" / "d", 300)
 
 
 def test_a_disk_that_is_full_at_once_is_no_bad_input(site: Site, small_disk: Path) -> None:

@@ -364,6 +364,18 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(
     assert "kernel-checks cannot be written (Not a directory), so the next run compares kernels again" in line
 
 
+def test_a_verdict_that_others_may_have_written_is_not_used(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch)
+    check(model)
+    kernel_check.cache_folder().chmod(0o777)
+    verdict = check(model)
+    assert verdict.source == "compared now"
+    (line,) = verdict.lines()
+    assert "kernel-checks is not used (" in line
+    assert "others may write to it (mode 0777)" in line
+    assert "set XDG_CACHE_HOME to a folder of your own" in line
+
+
 def test_a_failed_family_is_switched_off_with_one_warning_now_and_later(
     model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -436,7 +448,7 @@ def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monke
     assert verdict.lines() == [
         "warning: kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
     ]
-    assert not kernel_check.cache_folder().exists()
+    assert not list(kernel_check.cache_folder().iterdir())
 
 
 # Compilation before the first launch

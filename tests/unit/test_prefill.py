@@ -290,6 +290,16 @@ def test_a_process_that_holds_the_lock_is_waited_for_until_it_dies(holder: subpr
     assert ahead([copies(32)]).compiled == 1
 
 
+def test_a_link_in_place_of_the_lock_is_not_followed(cache: Path, tmp_path: Path) -> None:
+    cache.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (cache / compile_ahead.LOCK).symlink_to(tmp_path / "mine")
+    report = ahead([copies(32)])
+    assert report.problem is not None
+    assert "cannot be used" in report.problem
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 def test_nothing_is_compiled_without_a_device_to_compile_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compile_ahead.compile_ahead([copies(32)]) == compile_ahead.Report()

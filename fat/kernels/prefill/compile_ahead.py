@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -30,6 +31,8 @@ from triton.runtime.cache import get_cache_key, get_cache_manager
 
 from fat.kernels.prefill.compiler import Extension, Job, one_line
 from fat.kernels.prefill.launches import Launch, cuda_target, record
+
+log = logging.getLogger(__name__)
 
 LOCK = "compile-ahead.lock"
 POLL = 0.1  # seconds between two looks at a lock that another process holds
@@ -161,6 +164,7 @@ def _to_compile(launches: Sequence[Launch], target: GPUTarget) -> list[Job]:
         except OSError:
             raise
         except Exception:  # what is wrong with the kernel its job will say; what is in the cache its job will find
+            log.debug("%s: cannot be looked up", launch, exc_info=True)
             cached = False
         if not cached:
             jobs.append(Job(launch, missing))
@@ -211,7 +215,9 @@ def _locked(folder: Path, seconds: float) -> Iterator[bool]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline, waited = time.monotonic() + seconds, False
-    with (folder / LOCK).open("w") as file:
+    # Not through a symbolic link, and without emptying what is there: other users may write to a shared folder.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    with os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+") as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -219,7 +225,7 @@ def _locked(folder: Path, seconds: float) -> Iterator[bool]:
             except BlockingIOError:
                 waited = True
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"another process has held {file.name} for {seconds:.0f} s") from None
+                    raise TimeoutError(f"another process has held {folder / LOCK} for {seconds:.0f} s") from None
                 time.sleep(POLL)
             except OSError:  # a file system without locks: at worst two processes compile the same
                 break

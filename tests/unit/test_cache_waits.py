@@ -1,0 +1,230 @@
+"""A process that the cache waits for is named, and the wait ends; shards are read from the server meanwhile."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import cache_folder, staging
+from pipeline.cache import Cache, CacheLocked
+from pipeline.cache_folder import LOCK
+from pipeline.remote_set import RemoteSet, open_set
+from shards import waiting
+from shards.dataset import ShardSet
+from shards.errors import StorageFailed
+from tests.dist.launching import ROOT, environment
+from tests.serving import Site
+from tests.support.cached import cached, own_folder
+from tests.unit.test_staging import batches_of, impatient, same, shards_of, site, train
+
+__all__ = ["impatient", "site"]  # fixtures
+
+# Begins to fetch a file, or takes the folder's lock, says so, and stops: as SLURM's gang scheduling does to it.
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from pipeline.cache import Cache
+cache = Cache(Path(sys.argv[1]))
+if sys.argv[2] == "lock":
+    held = cache._folder.locked(lambda: None)
+    held.__enter__()
+else:
+    held = cache.begin(Path(sys.argv[2]), int(sys.argv[3]))
+    held.append(bytes(7))
+print("holds", flush=True)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+@contextmanager
+def holder(tmp_path: Path, place: Path, *what: object) -> Iterator[int]:
+    """A suspended process that holds the lock, or a part; its number."""
+    command = [sys.executable, "-c", HOLDER, str(place), *map(str, what)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "holds\n"
+            while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+                time.sleep(0.01)
+            yield process.pid
+        finally:
+            process.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(cache_folder, "LOCK_SECONDS", 1.0)
+    monkeypatch.setattr(waiting, "SILENT_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_suspended_process_that_fetches_the_index_is_named(
+    site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_set(site.url, cache=tmp_path / "cache")
+    index = dataset.split("train").index
+    size = (photos / index).stat().st_size
+    with holder(tmp_path, tmp_path / "cache", dataset.path / index, size) as pid:
+        with pytest.raises(StorageFailed) as error:
+            dataset.index("train")
+        name = rf"{dataset.path / index}: fetched by process {pid} (python"
+        assert str(error.value).startswith(name)
+        assert f"suspended), which has stood at 7 of {size:,} bytes for 1 s; continue or end that process" in str(error)
+        assert error.value.exit_code == 1
+        assert f"{name}" in caplog.text, "said before the end"
+        assert "waiting for" in caplog.text
+    assert len(dataset.index("train")) == dataset.split("train").samples, "when it has gone, its download is resumed"
+    assert (index, 7, size) in site.log
+
+
+@pytest.mark.usefixtures("hasty")
+def test_samples_of_a_shard_that_a_suspended_process_fetches_come_from_the_server(
+    site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_set(site.url, cache=tmp_path / "cache")
+    victim, *others = ShardSet(photos).split("train").shards
+    with holder(tmp_path, tmp_path / "cache", dataset.path / victim.name, victim.bytes) as pid:
+        loader = train(dataset, epochs=2)
+        with loader, caplog.at_level(logging.WARNING):
+            found = [next(loader)]
+            end = time.monotonic() + 20
+            while f"process {pid}" not in caplog.text or len(cached(tmp_path / "cache", "*.tar")) < len(others):
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            time.sleep(0.5)
+            found += list(loader)
+        assert same(found, batches_of(train(ShardSet(photos))))
+        assert caplog.text.count("are read from the server one by one") == 1
+        assert not cached(tmp_path / "cache", victim.name)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_suspended_process_that_holds_the_lock_is_named_and_costs_speed_alone(
+    site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_set(site.url, cache=tmp_path / "cache")
+    dataset.index("train")
+    with holder(tmp_path, tmp_path / "cache", "lock") as pid:
+        with pytest.raises(CacheLocked) as error:
+            Cache(tmp_path / "cache")
+        path = own_folder(tmp_path / "cache") / LOCK
+        assert str(error.value).startswith(f"{path}: held by process {pid} (python")
+        assert "suspended): waited 1 s, the limit; continue or end that process" in str(error.value)
+        assert error.value.exit_code == 1
+        caplog.clear()
+        loader = train(dataset)
+        with loader:
+            found = [next(loader)]
+            end = time.monotonic() + 20
+            while "one by one" not in caplog.text:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+            found += list(loader)
+        assert same(found, batches_of(train(ShardSet(photos))))
+        assert not cached(tmp_path / "cache", "*.tar")
+
+
+def test_closing_a_loader_does_not_wait_for_the_lock(site: Site, tmp_path: Path) -> None:
+    """The lock's own limit is a minute."""
+    dataset = open_set(site.url, cache=tmp_path / "cache")
+    dataset.index("train")
+    with holder(tmp_path, tmp_path / "cache", "lock"):
+        loader = train(dataset)
+        next(loader)
+        done = threading.Event()
+        closing = threading.Thread(target=lambda: (loader.close(), done.set()))
+        closing.start()
+        assert done.wait(20)
+        closing.join()
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from pipeline.cache import Cache
+print("asks", flush=True)
+Cache(Path(sys.argv[1]))
+"""
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_the_lock(tmp_path: Path) -> None:
+    with holder(tmp_path, tmp_path / "cache", "lock"):
+        command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "cache")]
+        with subprocess.Popen(
+            command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "asks\n"
+            time.sleep(0.5)
+            process.send_signal(signal.SIGINT)
+            _, stderr = process.communicate(timeout=20)
+            assert "KeyboardInterrupt" in stderr
+
+
+def test_a_shard_whose_name_is_taken_is_read_from_the_server(
+    site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_set(site.url, cache=tmp_path)
+    victim = dataset.path / shards_of(photos)[0]
+    victim.write_bytes(b"mine")
+    with train(dataset) as loader:
+        found = [next(loader)]
+        end = time.monotonic() + 20
+        while len(cached(tmp_path, "*.tar")) < len(shards_of(photos)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        found += list(loader)
+    assert same(found, batches_of(train(ShardSet(photos))))
+    assert victim.read_bytes() == b"mine"
+    assert caplog.text.count(f"{victim.name}: not the set's file (") == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [(name, how) for name in ("train.index.npy", "dataset.json", "train-000000.tar") for how in ("altered", "emptied")],
+)
+def test_what_was_damaged_in_the_cache_is_fetched_again(
+    site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: tuple[str, str]
+) -> None:
+    name, how = damage
+    dataset = open_set(site.url, cache=tmp_path)
+    assert isinstance(dataset, RemoteSet)
+    dataset.index("train")
+    entry = next(shard for shard in dataset.split("train").shards if shard.name == "train-000000.tar")
+    whole = staging.whole(entry.name, entry.bytes, entry.hash)
+    os.close(staging.stage_now(whole, dataset._remote, dataset.cache, dataset.path))
+    path = dataset.path / name
+    if how == "emptied":
+        os.truncate(path, 0)
+    elif name.endswith(".npy"):
+        index = np.load(path, mmap_mode="r+")
+        index["label"] = 1 - index["label"]
+        index.flush()
+        del index
+    else:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    again = open_set(site.url, cache=tmp_path)
+    assert np.array_equal(again.index("train"), ShardSet(photos).index("train"))
+    with train(again) as loader:
+        found = [next(loader)]
+        end = time.monotonic() + 20
+        while not cached(tmp_path, "train-000000.tar") or path.read_bytes() != (photos / name).read_bytes():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        found += list(loader)
+    assert same(found, batches_of(train(ShardSet(photos))))
+    assert f"{name}: damaged in the cache (" in caplog.text
