@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan import Need
-from shards.errors import ShardSetError, StorageFailed
+from shards.errors import ShardSetError, storage_error
+from shards.retry import read_with_retries
 
 MAX_OPEN = 256
 
@@ -29,9 +30,14 @@ class ShardFiles(Protocol):
         """Fill `target` (uint8 [n]) from file number `file`.
 
         Raises:
-            ShardSetError: the file is missing, unreadable or too short.
+            ShardSetError: the file is missing or too short.
+            StorageFailed: it cannot be read.
             Interrupted: `interrupt` was called.
         """
+        ...
+
+    def random_access(self) -> bool:
+        """Return whether a few bytes anywhere in a file can be read without the rest of it."""
         ...
 
     def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
@@ -74,11 +80,14 @@ class LocalFiles:
         self._interrupted = False
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
-        if self._interrupted:
-            raise Interrupted
-        # Whoever reads holds on to the handle: one that is put out meanwhile is closed when the last of them is done.
-        handle = self._open.get(file) or self._add(file)
-        read_fully(handle.number, target, offset, self._paths[file])
+        read_with_retries(
+            self._paths[file],
+            lambda: self._read_once(file, target, offset),
+            remedy="copy it again, or run 'pipeline verify' on the set",
+        )
+
+    def random_access(self) -> bool:
+        return True
 
     def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
         handle = self._open.get(file)
@@ -105,9 +114,25 @@ class LocalFiles:
         with self._lock:
             self._open.clear()
 
+    def _read_once(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
+        if self._interrupted:
+            raise Interrupted
+        # Readers hold a reference: an evicted handle is closed when its last reader is done.
+        handle = self._open.get(file) or self._add(file)
+        try:
+            _fill(handle.number, target, offset, self._paths[file])
+        except OSError:
+            with self._lock:
+                if self._open.get(file) is handle:
+                    del self._open[file]
+            raise
+
     def _add(self, file: int) -> _Handle:
         # Opened outside of the lock: on a network file system that takes a while, and others need not wait for it.
-        opened = _Handle(open_shard(self._paths[file]))
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        opened = _Handle(os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        # Lustre fails reads that would wait for a lock of another host. A pipe cannot be read at an offset anyway.
+        os.set_blocking(opened.number, True)
         with self._lock:
             handle = self._open.setdefault(file, opened)
             while len(self._open) > self._limit:
@@ -125,20 +150,6 @@ class _Handle:
         os.close(self.number)
 
 
-def open_shard(path: Path) -> int:
-    """A descriptor of the file.
-
-    Raises:
-        ShardSetError: it is missing or cannot be opened.
-    """
-    try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise ShardSetError(f"{path}: missing; copy it again, or run 'pipeline verify' on the set") from None
-    except OSError as error:
-        raise StorageFailed(f"{path}: cannot be opened ({error.strerror})") from error
-
-
 def read_cached(handle: int, target: NDArray[np.uint8], offset: int) -> bool:
     """Fill `target` if the bytes are in the page cache; False where they are not, or where nobody can tell (NFS)."""
     try:
@@ -148,17 +159,23 @@ def read_cached(handle: int, target: NDArray[np.uint8], offset: int) -> bool:
 
 
 def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:
-    """Fill `target` from `offset`; preadv may deliver less than asked for.
+    """Fill `target` from `offset` of an open file.
 
     Raises:
-        ShardSetError: the file ends before, or cannot be read.
+        ShardSetError: the file ends before.
+        StorageFailed: it cannot be read.
     """
+    try:
+        _fill(handle, target, offset, path)
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def _fill(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:
+    """Fill `target` from `offset`; preadv may deliver less than asked for."""
     done = 0
     while done < len(target):
-        try:
-            got = os.preadv(handle, [target.data[done:]], offset + done)
-        except OSError as error:
-            raise StorageFailed(f"{path}: cannot be read at byte {offset + done} ({error.strerror})") from error
+        got = os.preadv(handle, [target.data[done:]], offset + done)
         if got == 0:
             raise ShardSetError(
                 f"{path}: ends at byte {offset + done}, inside a sample of {len(target)} bytes at {offset}: truncated; "

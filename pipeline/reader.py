@@ -16,7 +16,7 @@ from pipeline.options import Settings
 from pipeline.plan import Ids, Need
 from pipeline.recycle import Recycler
 from pipeline.storage import Places, Storage
-from shards.errors import ShardSetError
+from shards.errors import ShardSetError, StorageFailed
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ READINGS = 2
 
 @dataclass(frozen=True)
 class Fault:
-    """A sample that could not be read, or whose bytes are not the ones that were sharded."""
+    """A sample whose file is missing or ends before it, or whose bytes are not the ones that were sharded."""
 
     row: int
     id: int
@@ -90,7 +90,11 @@ class SampleReader:
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
     def read(self, ids: Ids) -> Encoded:
-        """Read one batch and wait for it; what could not be read is in its `faults`."""
+        """Read one batch and wait for it; samples that are missing or damaged are in its `faults`.
+
+        Raises:
+            StorageFailed: storage failed, which may have passed by another start.
+        """
         return _gather(*self._start(ids))
 
     def read_ahead(self, batches: Iterable[tuple[Ids, T]], ahead: int) -> Iterator[tuple[Encoded, T]]:
@@ -115,6 +119,10 @@ class SampleReader:
     def reached(self, step: int) -> None:
         """All batches before `step` have been read."""
         self._storage.files.reached(step)
+
+    def random_access(self) -> bool:
+        """Return whether single samples can be read without the rest of their file."""
+        return self._storage.files.random_access()
 
     def file_of(self, shard: int) -> str:
         """The file of a shard, for messages."""
@@ -172,8 +180,6 @@ class SampleReader:
         hashes = places.rows["hash"].tolist()
         if not self._check:
             hashes = [None] * len(hashes)
-        elif not places.hashed.all():
-            hashes = [value if known else None for value, known in zip(hashes, places.hashed.tolist(), strict=True)]
         files, offsets = places.files.tolist(), places.offsets.tolist()
         return [(row, files[row], offsets[row], hashes[row]) for row in order.tolist()]
 
@@ -190,6 +196,8 @@ class SampleReader:
                         f"{self._storage.files.name(file)}: the {len(target)} bytes at offset {offset} are not the "
                         "ones that were sharded: their hash differs; run 'pipeline verify' on the set"
                     )
+            except StorageFailed as error:  # says nothing about the sample, so nothing may take its place
+                raise StorageFailed(f"{error} (sample {batch.ids[row]})") from error
             except ShardSetError as error:
                 sample, key = int(batch.ids[row]), self._storage.key(file, offset)
                 which = f"sample {sample}" if key is None else f"sample {sample}, key {key}"

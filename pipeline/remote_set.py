@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
-import io
+import math
 import os
+import re
 import tempfile
-import time
 import weakref
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from pipeline.cache import Cache
-from pipeline.remote import Remote, is_remote
-from pipeline.staging import CHUNK, StagedFile, StagedFiles, stage, whole
+from pipeline.remote import Remote, check_url, is_remote, warn_without_tls
+from pipeline.staging import StagedFile, StagedFiles, stage_now, whole
 from shards.dataset import ShardSet
-from shards.errors import ShardSetError
-from shards.index import INDEX_DTYPE, Index
-from shards.manifest import MANIFEST_NAME
+from shards.errors import UserError
+from shards.index import index_bytes
+from shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from shards.pinned import ManifestDigest, split_pin
 
 # Of the cache: the rest is for indexes, and for what ranks at different places want at the same time.
 SHARE_FOR_SHARDS = 0.9
-_INDEX_HEADER = 4096  # bytes that hold it in any case
-_LOOK_AGAIN_SECONDS = 0.1
+_SHOWN_OF_URL = 64
 GIB = 1 << 30
 
 
-def open_set(location: Path | str, *, cache: Path | None = None, cache_gib: float | None = None) -> ShardSet:
+def open_set(
+    location: Path | str,
+    *,
+    cache: Path | None = None,
+    cache_gib: float | None = None,
+    cache_shared: bool = False,
+    digest: str | None = None,
+) -> ShardSet:
     """Open a set in a folder, or behind a URL that fsspec knows (s3://bucket/set, https://host/set).
 
     Args:
-        cache: where the files of a remote set are staged, shared by all processes of a node. None = $FAT_CACHE, else
-            fat-pipeline-cache in the folder for temporary files.
+        location: with #xxh3=HEX or #sha256=HEX behind it, the set's manifest must have that digest.
+        cache: where the files of a remote set are staged, in a subfolder of its own, by all processes of a node.
+            None = $FAT_CACHE, else the folder for temporary files.
         cache_gib: size that the cache may have in GiB; None = four fifths of what is free there.
+        cache_shared: all users in the group of `cache` use one cache.
+        digest: xxh3=HEX or sha256=HEX that the set's manifest must have; another way to say the same.
 
     Raises:
-        UserError: no such set, a server that cannot be reached, or a cache that cannot be used.
+        UserError: no such set, or another than the digest says, a server that cannot be reached, a URL with
+            credentials, or a cache that cannot be used.
     """
-    if not is_remote(location):
-        return ShardSet(location)
-    named = os.environ.get("FAT_CACHE")
-    folder = cache or (Path(named) if named else Path(tempfile.gettempdir()) / f"fat-pipeline-cache-{os.getuid()}")
-    return RemoteSet(str(location), Cache(folder, None if cache_gib is None else int(cache_gib * GIB)))
+    plain, pin = split_pin(location, digest)
+    if not is_remote(plain):
+        return ShardSet(plain, digest=pin)
+    check_url(plain)
+    warn_without_tls(plain)
+    if cache_gib is not None and not 0 < cache_gib < math.inf:
+        raise UserError(f"--cache-size {cache_gib}: expected a finite number of GiB above 0")
+    place = cache or Path(os.environ.get("FAT_CACHE") or tempfile.gettempdir())
+    limit = None if cache_gib is None else int(cache_gib * GIB)
+    return RemoteSet(plain, Cache(place, limit, cache_shared), pin)
 
 
 class RemoteSet(ShardSet):
@@ -54,20 +69,26 @@ class RemoteSet(ShardSet):
     Args:
         url: of the set's folder.
         cache: of this node.
+        digest: that the manifest must have.
     """
 
-    def __init__(self, url: str, cache: Cache) -> None:
+    def __init__(self, url: str, cache: Cache, digest: ManifestDigest | None = None) -> None:
         self.url, self.cache = url.rstrip("/"), cache
         self._remote = Remote(self.url)
-        manifest = self._remote.read_all(MANIFEST_NAME)
-        digest = xxhash.xxh3_64_hexdigest(manifest)
-        folder = cache.folder / f"{self.url.rpartition('/')[2]}-{digest}"
+        self._facts = self._remote.facts
+        content = self._remote.read_all(MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        # Nothing is staged or asked for before what the server sent has been checked.
+        if digest is not None:
+            digest.check(content, f"{self.url}/{MANIFEST_NAME}")
+        Manifest.parse(content, f"{self.url}/{MANIFEST_NAME}")
+        name = xxhash.xxh3_64_hexdigest(content)
+        folder = cache.folder / set_folder(self.url, name)
         leases: list[int] = []
         weakref.finalize(self, _give_back, leases)
         self._folder, self._own_leases = folder, leases
-        self._staged: set[str] = set()  # splits whose indexes the process has staged that this set was pickled in
-        self._stage_now(whole(MANIFEST_NAME, len(manifest), digest))
-        super().__init__(folder)
+        self._staged: set[str] = set()  # indexes that the process has staged that this set was pickled in
+        self._stage_now(whole(MANIFEST_NAME, len(content), name))
+        super().__init__(folder, manifest=content)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to this process: the connection, and the leases, which keep files for its copies too."""
@@ -75,21 +96,13 @@ class RemoteSet(ShardSet):
         return super().__getstate__() | {"_remote": None, "_own_leases": [], "_staged": staged}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _remote=Remote(state["url"]))
+        vars(self).update(state, _remote=Remote(state["url"], state["_facts"]))
         weakref.finalize(self, _give_back, self._own_leases)
 
-    def index(self, name: str) -> Index:
-        """The split's index, `INDEX_DTYPE` [samples], staged and memory-mapped."""
-        if name not in self._indexes and name not in self._staged:
-            entry = self.split(name)
-            head = io.BytesIO(self._remote.read(entry.index, 0, _INDEX_HEADER))
-            try:
-                np.lib.format.read_magic(head)
-                np.lib.format.read_array_header_1_0(head)
-            except ValueError as error:
-                raise ShardSetError(f"{self.url}/{entry.index}: damaged index ({error}); copy it again") from error
-            self._stage_now(whole(entry.index, head.tell() + entry.samples * INDEX_DTYPE.itemsize, entry.index_hash))
-        return super().index(name)
+    def _fetch_index(self, file: str, samples: int, digest: str) -> Path:
+        if file not in self._staged:
+            self._stage_now(whole(file, index_bytes(samples), digest))
+        return self.path / file
 
     def check_sizes(self, name: str) -> None:
         """Nothing: each file is checked, by its hash, when it is staged."""
@@ -98,16 +111,21 @@ class RemoteSet(ShardSet):
         """Files of the set, to be staged as they are needed."""
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         share = int(self.cache.limit * SHARE_FOR_SHARDS) // ranks
-        return StagedFiles(files, remote=Remote(self.url), cache=self.cache, folder=self._folder, share=share)
-
-    def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of a file, past the cache."""
-        return b"".join(self._remote.read(name, at, min(at + CHUNK, stop)) for at in range(start, stop, CHUNK))
+        remote = Remote(self.url, self._facts)
+        return StagedFiles(files, remote=remote, cache=self.cache, folder=self._folder, share=share)
 
     def _stage_now(self, file: StagedFile) -> None:
-        while (lease := stage(file, self._remote, self.cache, self._folder)) is None:
-            time.sleep(_LOOK_AGAIN_SECONDS)  # another process is at it
-        self._own_leases.append(lease)
+        self._own_leases.append(stage_now(file, self._remote, self.cache, self._folder))
+
+
+def set_folder(url: str, digest: str) -> str:
+    """The name of a set's folder in the cache: the end of its URL, as far as it is a plain name, and a digest.
+
+    Args:
+        digest: of the manifest, 16 hex digits.
+    """
+    last = re.split(r"[?#]", url, maxsplit=1)[0].rstrip("/").rpartition("/")[2]
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', last).lstrip('.')[:_SHOWN_OF_URL] or 'set'}-{digest}"
 
 
 def _give_back(leases: list[int]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import socket
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +30,12 @@ class Site:
     """File -> how many of the next answers have a flipped bit."""
     failures: Counter[str] = field(default_factory=Counter)
     """File -> how many of the next answers are status 503."""
+    instead: Callable[[BaseHTTPRequestHandler, str, bytes], bool] = lambda handler, name, content: False
+    """Called with the handler, the file and its content; returns whether it has answered the request itself."""
+    tls: ssl.SSLContext | None = None
+    """Serve https://."""
+    sent: int = 0
+    """Bytes of all bodies that were handed to the network."""
 
     def whole_reads(self) -> Counter[str]:
         """How often each file was read from its start to its end, in one request."""
@@ -47,7 +55,13 @@ def serve(folder: Path, **options: Any) -> Iterator[Site]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
+        def handle(self) -> None:
+            with suppress(ConnectionError):  # clients may hang up
+                super().handle()
+
         def do_GET(self) -> None:
+            # A few bytes at a time, so that what a client does not take is not counted as sent.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
             name = self.path.lstrip("/").partition("/")[2]
             path = site.folder / name
             if not path.is_file():
@@ -56,6 +70,8 @@ def serve(folder: Path, **options: Any) -> Iterator[Site]:
                 site.failures[name] -= 1
                 return self._answer(503, b"", {})
             content = path.read_bytes()
+            if site.instead(self, name, content):
+                return None
             status, start, stop, headers = 200, 0, len(content), {}
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             if asked and site.knows_ranges:
@@ -74,19 +90,25 @@ def serve(folder: Path, **options: Any) -> Iterator[Site]:
             for key, value in {"Content-Length": str(len(body)), "Accept-Ranges": "bytes", **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
-            try:
-                self.wfile.write(body)
-            except (BrokenPipeError, ConnectionResetError):
-                self.close_connection = True
+            send(self, body)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
 
+    def send(handler: Handler, body: bytes) -> None:
+        try:
+            for at in range(0, len(body), 1 << 16):
+                site.sent += handler.wfile.write(body[at : at + (1 << 16)])
+        except OSError:
+            handler.close_connection = True
+
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
+    if site.tls is not None:
+        server.socket = site.tls.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
-    site.url = f"http://127.0.0.1:{server.server_address[1]}/the-set"
+    site.url = f"http{'s' if site.tls else ''}://127.0.0.1:{server.server_address[1]}/the-set"
     try:
         yield site
     finally:

@@ -19,6 +19,7 @@ from tests.dist.forked import Launcher
 from tests.dist.launching import ROOT, environment, free_port
 from tests.dist.ranks import Ranks, Sequence
 from tests.serving import Site, serve
+from tests.support.cached import cached
 
 STEPS = 14
 OPTIONS = ("--size", "32", "--augment", "fat", "--global-batch", "96", "--epochs", "3", "--warmup-epochs", "0")
@@ -54,7 +55,7 @@ def test_two_ranks_stage_each_shard_once(
     assert ranks.join().steps == local
     whole = {name: times for name, times in site.whole_reads().items() if name in shards(digits)}
     assert whole == dict.fromkeys(shards(digits), 1)
-    assert {path.name for path in (tmp_path / "cache").glob("*/train-*")} == set(shards(digits))
+    assert {path.name for path in cached(tmp_path / "cache", "train-*")} == set(shards(digits))
     site.log.clear()
     ranks.start(3, 0, STEPS, pace=0.1)
     assert ranks.join().steps == local
@@ -63,13 +64,13 @@ def test_two_ranks_stage_each_shard_once(
 
 # In small pieces, so that there is something to be killed in the middle of.
 DOWNLOADER = """
-import sys, torch, pipeline.staging
+import sys, torch, pipeline.remote
 from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
 from pipeline.remote_set import open_set
-pipeline.staging.CHUNK = int(sys.argv[3])
+pipeline.remote.PIECE = int(sys.argv[3])
 dataset = open_set(sys.argv[1], cache=Path(sys.argv[2]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=96, seed=0)
 recipe, shape, device = augment_recipe("light", size=32), BatchShape(global_batch=96), torch.device("cpu")
@@ -77,7 +78,7 @@ with TrainLoader(dataset, plan, shape, recipe, epochs=99999, device=device) as l
     for number, batch in enumerate(loader):
         if number == 0:
             print("first", flush=True)
-        if len(list(Path(sys.argv[2]).glob("*/train-*.tar"))) == int(sys.argv[4]):
+        if len(list(dataset.path.glob("train-*.tar"))) == int(sys.argv[4]):
             break
 print("staged", flush=True)
 """
@@ -115,7 +116,7 @@ def test_killed_while_it_downloads_a_run_goes_on_where_it_was(site: Site, digits
     # The pieces that were under way when it was killed are asked for again, one per shard at most; no others are.
     assert pieces().total() - len(pieces()) <= 2 * len(sizes)
     for name in sizes:
-        (staged,) = (tmp_path / "cache").glob(f"*/{name}")
+        (staged,) = cached(tmp_path / "cache", name)
         assert staged.read_bytes() == (digits / name).read_bytes()
 
 
@@ -130,7 +131,7 @@ def test_ctrl_c_ends_a_run_whose_server_hangs(site: Site, tmp_path: Path) -> Non
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 12, "it waited for the server, which takes 15 s"
     assert "KeyboardInterrupt" in stderr
 
 
@@ -186,7 +187,7 @@ def test_s3(
     ranks.start(2, 0, STEPS, pace=0.1)
     assert ranks.join().steps == local
     for name in shards(digits):
-        (staged,) = cache.glob(f"*/{name}")
+        (staged,) = cached(cache, name)
         assert staged.read_bytes() == (digits / name).read_bytes()
     command = [sys.executable, "launch/train.py", "--data", "s3://bucket/nothing-here", "--cache", str(cache)]
     result = subprocess.run(

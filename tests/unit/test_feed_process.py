@@ -134,7 +134,7 @@ def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path
         with train(open_set(site.url, cache=tmp_path)) as loader:
             found = [contents(next(loader))]
             tars = len(ShardSet(photos).split("train").shards)
-            wait_for(lambda: len(list(tmp_path.glob("*/*.tar"))) >= tars, "staged shards")
+            wait_for(lambda: len(list(tmp_path.rglob("*.tar"))) >= tars, "staged shards")
             found += [contents(batch) for batch in loader]
         assert found == expected
         assert site.whole_reads()["train.index.npy"] <= 2, "to check the set and to stage it, not by the process"

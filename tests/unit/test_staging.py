@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from pipeline import remote, staging
 from pipeline.augment.recipe import augment_recipe
-from pipeline.cache import Cache, CacheFull
+from pipeline.cache import Busy, Cache, CacheFull, Part
 from pipeline.files import Interrupted
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
@@ -28,6 +29,7 @@ from pipeline.storage import storage_of
 from shards.dataset import ShardSet
 from shards.errors import ShardSetError, UserError
 from tests.serving import Site, serve
+from tests.support.cached import cached
 
 CPU = torch.device("cpu")
 RECIPE = augment_recipe("light", size=32)
@@ -74,13 +76,13 @@ def same(found: list[Batch], expected: list[Batch]) -> bool:
 def staged(loader: TrainLoader | EvalLoader, cache: Path, files: int, seconds: float = 20) -> None:
     """Wait until that many tars are whole in the cache."""
     end = time.monotonic() + seconds
-    while len(list(cache.glob("*/*.tar"))) < files:
+    while len(cached(cache, "*.tar")) < files:
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
 
 
 def size_of(cache: Path) -> int:
-    return sum(path.stat().st_size for path in cache.glob("*/*"))
+    return sum(path.stat().st_size for path in cached(cache))
 
 
 def shards_of(path: Path, split: str = "train") -> list[str]:
@@ -125,7 +127,7 @@ def test_the_first_batch_waits_for_no_shard(site: Site, photos: Path, tmp_path: 
     expected = batches_of(train(ShardSet(photos), epochs=1))
     with train(open_set(site.url, cache=tmp_path), epochs=1) as loader:
         found = list(loader)
-        assert not list(tmp_path.glob("*/*.tar"))
+        assert not cached(tmp_path, "*.tar")
         go_on.set()
     assert same(found, expected)
 
@@ -163,7 +165,7 @@ def test_what_was_damaged_on_the_way_is_fetched_anew(site: Site, photos: Path, t
         found += list(loader)
     assert same(found, batches_of(train(ShardSet(photos))))
     assert site.whole_reads()[victim] == 3
-    assert next(tmp_path.glob(f"*/{victim}")).read_bytes() == (photos / victim).read_bytes()
+    assert cached(tmp_path, victim)[0].read_bytes() == (photos / victim).read_bytes()
 
 
 def test_a_sample_that_was_damaged_on_the_way_is_read_again(site: Site, photos: Path, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_shard_whose_downloads_never_fit_the_manifest_is_an_error(site: Site, 
     damage_downloads(site, victim, times=10**6)
     with pytest.raises(RemoteError, match=rf"{site.url}/{victim}: fetched 3 times, .*damaged or stale"):
         batches_of(train(open_set(site.url, cache=tmp_path), epochs=50))
-    assert not list(tmp_path.glob(f"*/{victim}*"))
+    assert not cached(tmp_path, f"{victim}*")
 
 
 def test_a_shard_that_is_another_one_is_refused_before_training(site: Site, photos: Path, tmp_path: Path) -> None:
@@ -202,12 +204,12 @@ def test_a_server_that_stumbles_is_asked_again(site: Site, photos: Path, tmp_pat
 def test_a_server_that_is_gone_is_an_error_at_the_consumer(
     site: Site, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "ATTEMPTS", 3)
+    monkeypatch.setattr(remote, "RETRY_SECONDS", 0.3)
     dataset = open_set(site.url, cache=tmp_path)
     loader = train(dataset, epochs=50)
     for name in shards_of(photos):
         site.failures[name] = 10**6
-    with pytest.raises(RemoteError, match=rf"{site.url}/train-\d+.tar: failed 3 times.*503.*what was fetched is kept"):
+    with pytest.raises(RemoteError, match=rf"{site.url}/train-.*: failed \d+ times.*503.*what was fetched is kept"):
         batches_of(loader)
 
 
@@ -245,17 +247,20 @@ def test_file_systems_without_asyncio_serve_too(photos: Path, tmp_path: Path) ->
     assert same(batches_of(train(dataset)), batches_of(train(ShardSet(photos))))
 
 
-def test_a_broken_off_download_is_gone_on_with(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_resumed(site: Site, photos: Path, tmp_path: Path) -> None:
     dataset = open_set(site.url, cache=tmp_path)
-    (folder,) = tmp_path.glob("the-set-*")
+    assert isinstance(dataset, RemoteSet)
     victim = ShardSet(photos).split("train").shards[1]
-    (folder / f"{victim.name}.{victim.bytes}.part").write_bytes((photos / victim.name).read_bytes()[:700_000])
+    part = dataset.cache.begin(dataset.path / victim.name, victim.bytes)
+    assert isinstance(part, Part)
+    with part:
+        part.append((photos / victim.name).read_bytes()[:700_000])
     with train(dataset) as loader:
         next(loader)
         staged(loader, tmp_path, len(shards_of(photos)))
     assert (victim.name, 700_000, victim.bytes) in site.log
     assert site.whole_reads()[victim.name] == 0
-    assert (folder / victim.name).read_bytes() == (photos / victim.name).read_bytes()
+    assert (dataset.path / victim.name).read_bytes() == (photos / victim.name).read_bytes()
 
 
 def test_a_cache_that_is_too_small_for_two_sets_forgets_the_older_one(
@@ -288,47 +293,51 @@ def test_a_cache_without_room_costs_speed_alone(
     assert size_of(tmp_path) <= shard * 1.5
 
 
-def test_a_lease_keeps_a_file_and_what_was_used_longest_ago_goes(tmp_path: Path) -> None:
+def put(cache: Cache, name: str, size: int) -> int:
+    """Fetch a file of zeros; returns a lease of it."""
+    part = cache.begin(cache.folder / "set" / name, size)
+    assert isinstance(part, Part)
+    with part:
+        part.append(bytes(size))
+        return part.finish()
+
+
+def test_a_leased_file_stays_and_the_least_recently_used_one_is_evicted(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
-
-    def put(name: str, size: int) -> int:
-        part = cache.begin(tmp_path / "set" / name, size)
-        assert part is not None
-        with part:
-            part.append(bytes(size))
-            return part.finish()
-
-    leases = {name: put(name, 400) for name in ("a", "b")}
+    folder, zeros = cache.folder / "set", xxhash.xxh3_64_hexdigest(bytes(400))
+    leases = {name: put(cache, name, 400) for name in ("a", "b")}
     with pytest.raises(CacheFull, match=r"no room for c: all of the 1,000 bytes.*--cache-size"):
-        put("c", 400)
+        put(cache, "c", 400)
     os.close(leases.pop("a"))
     os.close(leases.pop("b"))
-    again = cache.lease(tmp_path / "set" / "a", 400)
+    again = cache.lease(folder / "a", 400, zeros)
     assert again is not None, "a was used after b"
     os.close(again)
-    os.close(put("c", 400))
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["a", "c"]
-    assert cache.lease(tmp_path / "set" / "a", 399) is None, "another size is another file"
+    os.close(put(cache, "c", 400))
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "c"]
     with pytest.raises(CacheFull, match="more than the 1,000"):
-        put("d", 2000)
+        put(cache, "d", 2000)
 
 
 def test_one_process_at_a_time_fetches_a_file_and_its_room_is_kept(tmp_path: Path) -> None:
-    cache, path = Cache(tmp_path, 1000), tmp_path / "set" / "a"
+    cache = Cache(tmp_path, 1000)
+    path = cache.folder / "set" / "a"
     part = cache.begin(path, 900)
-    assert part is not None
+    assert isinstance(part, Part)
     with part:
         part.append(bytes(10))
-        assert cache.begin(path, 900) is None
+        busy = cache.begin(path, 900)
+        assert isinstance(busy, Busy)
+        assert (busy.done, busy.holder().split(" (")[0]) == (10, f"process {os.getpid()}")
         with pytest.raises(CacheFull):
-            cache.begin(tmp_path / "set" / "b", 200)
+            cache.begin(path.with_name("b"), 200)
     resumed = cache.begin(path, 900)
-    assert resumed is not None
+    assert isinstance(resumed, Part)
     assert resumed.done == 10
     with resumed:
         pass
-    other = cache.begin(tmp_path / "set" / "b", 200)
-    assert other is not None, "a part that nobody fetches makes room"
+    other = cache.begin(path.with_name("b"), 200)
+    assert isinstance(other, Part), "a part that nobody fetches makes room"
 
 
 def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Path) -> None:
