@@ -222,10 +222,9 @@ class Engine:
         """
         try:
             self._masters.load_state_dict(state, steps=steps)
-        except KeyError as error:
+        except ValueError as error:
             raise RecipeError(
-                f"the checkpoint is of another model: {len(error.args)} names differ, such as "
-                f"{error.args[0].split('/')[1]}; use its recipe, or another run folder (--out)"
+                f"the checkpoint is of another model: {error}; use its recipe, or another run folder (--out)"
             ) from None
 
     def digest(self) -> int:

@@ -7,26 +7,18 @@ does not pass signals on, so the trainer of a launcher that was ended goes on.
 from __future__ import annotations
 
 import contextlib
-import errno
 from pathlib import Path
 
+from launch.run_files import unwritable
 from launch.world import World, share
 from shards.errors import UserError
 from shards.lock import Held, hold
 
 LOCK_NAME = ".lock"
-# Of storage, not of a folder that was badly chosen.
-FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 
 
 class FolderInUse(UserError):
     """Another trainer works in the run folder."""
-
-
-class FolderFailed(UserError):
-    """The storage of the run folder failed; the folder itself may be right."""
-
-    exit_code = 1
 
 
 class FolderLock:
@@ -77,13 +69,3 @@ class FolderLock:
         except OSError as error:
             raise unwritable(self._run, error) from error
         return True
-
-
-def unwritable(run: Path, error: OSError) -> UserError:
-    """The error of a run folder that cannot be written: bad input, or a machine that failed."""
-    if error.errno in FAILURES:
-        return FolderFailed(
-            f"{run}: the run folder cannot be written ({error.strerror}); mend that (free some space, if it is full), "
-            "or choose another with --out"
-        )
-    return UserError(f"{run}: the run folder cannot be written ({error.strerror}); choose another with --out")

@@ -127,12 +127,11 @@ class Masters:
         An average that the state lacks starts from its parameters.
 
         Raises:
-            KeyError: with the names that are missing or unknown.
+            ValueError: names the tensors that are missing, unknown, or of another shape or dtype; nothing was loaded.
         """
+        if faults := self._faults(state):
+            raise ValueError(faults)
         buffers = dict(self._model.named_buffers())
-        wanted = {f"model/{name}" for name in (*self._names, *buffers)}
-        if odd := sorted(wanted ^ {key for key in state if key.startswith("model/")}):
-            raise KeyError(*odd)
         if self._decay:
             kind = AVERAGE if f"{AVERAGE}/{next(iter(self._names))}" in state else "model"
             self._write_masters({name: state[f"{kind}/{name}"] for name in self._names})
@@ -151,6 +150,29 @@ class Masters:
         for name, parameter in self._names.items():
             for moment in self._moments:
                 self._set_moment(parameter, moment, state[f"{moment}/{name}"].to(self._world.device))
+
+    def _faults(self, state: dict[str, Tensor]) -> str:
+        """What is wrong with a state; empty where it fits."""
+        buffers = dict(self._model.named_buffers())
+        shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
+        parameters = {name: (shape, torch.float32) for name, shape in shapes.items()}
+        statistics = {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
+        averaged = parameters | {name: entry for name, entry in statistics.items() if entry[1].is_floating_point}
+        kinds = {"model": parameters | statistics} | dict.fromkeys(self._moments, parameters)
+        if any(key.startswith(f"{AVERAGE}/") for key in state):
+            kinds[AVERAGE] = averaged
+        expected = {f"{kind}/{name}": entry for kind, entries in kinds.items() for name, entry in entries.items()}
+        differing = [
+            f"{key} is {list(state[key].shape)} {state[key].dtype}, expected {list(shape)} {dtype}"
+            for key, (shape, dtype) in expected.items()
+            if key in state and (state[key].shape, state[key].dtype) != (shape, dtype)
+        ]
+        found = {
+            "missing": sorted(expected.keys() - state.keys()),
+            "unknown": sorted(state.keys() - expected.keys()),
+            "of another shape or dtype": differing,
+        }
+        return "; ".join(f"{len(keys)} {fault}, such as {keys[0]}" for fault, keys in found.items() if keys)
 
     # -- owners --------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,11 @@ from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
 from fat.batchnorm import BatchNorm, statistics
-from launch.recipe import RecipeError
+from launch.recipe import Recipe, RecipeError
 from launch.world import World
+
+# Attention pools to a 32nd of the image's side, rounded up.
+MIN_SIZE_OF_ONE_IMAGE = 33
 
 
 def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
@@ -46,6 +49,24 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
 def over_ranks(wanted: str, ranks: int, device: torch.device) -> bool:
     """Whether statistics are to be those of several ranks (`RunRecipe.sync_bn`, resolved)."""
     return wanted != "off" and (wanted != "auto" or (ranks > 1 and device.type == "cuda"))
+
+
+def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
+    """Reject batches whose BatchNorm statistics would be those of one value.
+
+    Args:
+        rows: images per forward pass of a rank.
+
+    Raises:
+        RecipeError: one image in a forward pass, of a size whose pooled maps have one pixel.
+    """
+    smallest = MIN_SIZE_OF_ONE_IMAGE
+    alone = rows == 1 and recipe.data.size < smallest and not recipe.model.freeze_bn
+    if alone and not over_ranks(recipe.run.sync_bn, world.size, world.device):
+        raise RecipeError(
+            f"--size {recipe.data.size}: one image per forward pass leaves BatchNorm one value per channel, which has "
+            f"no variance; use two images or more (--global-batch, --micro-batch), or --size {smallest} or more"
+        )
 
 
 def local_norms(model: nn.Module) -> nn.Module:

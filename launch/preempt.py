@@ -10,6 +10,7 @@ that no GPU and no rank waits for it; whatever was asked of one rank then happen
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -26,6 +27,8 @@ from launch.recipe import RunRecipe
 from launch.world import World
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
 LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
@@ -51,7 +54,7 @@ class Preemption:
 
     Args:
         run: run folder, for the files.
-        deadline: Unix time by which the run should leave; None = none.
+        deadline: time by `time.monotonic` by which the run should leave; None = none.
     """
 
     def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
@@ -61,6 +64,7 @@ class Preemption:
         self._save = False
         self._first_leave = 0.0
         self._old: dict[int, Any] = {}
+        self._ignored: set[str] = set()
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
@@ -102,18 +106,29 @@ class Preemption:
             save |= self._found("SAVE")
             if self._found("PREEMPT"):
                 self._leave = True
-            elif self._deadline is not None and time.time() > self._deadline:
+            elif self._deadline is not None and time.monotonic() > self._deadline:
                 self._leave, self.reason = True, "the deadline"
         if self._leave:
             return Request.LEAVE
         return Request.SAVE if save else Request.NOTHING
 
     def _found(self, name: str) -> bool:
-        """Whether the run folder holds a request file of this name; it is taken away."""
+        """Remove the request file `name` from the run folder; returns whether it was there.
+
+        One that cannot be removed (a folder, no permission) would be found at every step: it is ignored with a warning.
+        """
         path = self._run / name
-        if not path.exists():
+        if not os.path.lexists(path):
             return False
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if name not in self._ignored:
+                self._ignored.add(name)
+                log.warning("%s: ignored, as it cannot be removed (%s)", path, error.strerror)
+            return False
         self.reason = f"the file {name}"
         return True
 
@@ -129,8 +144,16 @@ class Preemption:
 
 
 def deadline(run: RunRecipe, started: float) -> float | None:
-    """Unix time at which to leave: `time_limit` from `started`, else `leave_seconds` before the SLURM job's end."""
+    """When to leave: `time_limit` from `started`, else `leave_seconds` before the SLURM job's end.
+
+    SLURM says the end by the wall clock. It is converted once, at the start: a clock that is set later changes nothing.
+
+    Args:
+        started: by `time.monotonic`, as the result is.
+    """
     if run.time_limit is not None:
         return started + 60 * run.time_limit
-    end = os.environ.get("SLURM_JOB_END_TIME")
-    return float(end) - run.leave_seconds if end and end.isdigit() else None
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not (end.isascii() and end.isdigit()):
+        return None
+    return time.monotonic() + float(end) - time.time() - run.leave_seconds

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch.distributed as dist
 import xxhash
 
-from launch.folder_lock import unwritable
 from launch.network import host_name
 from launch.provenance import versions
 from launch.recipe import Recipe
+from launch.run_files import unwritable
 from launch.status import write_status
 from launch.world import World, share
 from pipeline.remote import is_remote

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 
 import tyro
 
 from launch.metrics import METRICS_NAME, read_metrics
-from shards.errors import UserError
+from shards.errors import UserError, report, storage_error
+from shards.output import check_output, write_output
+from shards.redact import printable, protect_output
+
+FORMATS = (".png", ".pdf", ".svg")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,24 +32,39 @@ class Report:
     """Picture to write. None = RUN/curves.png."""
 
 
-def draw_curves(run: Path, out: Path | None = None) -> Path:
+def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object] = log.warning) -> Path:
     """Write the curves of `run` as PNG.
 
+    Args:
+        warn: is told of damaged lines, which are left out.
+
     Raises:
-        UserError: no metrics there.
+        UserError: no metrics there, or they cannot be read, or the picture cannot be written.
     """
-    if not (run / METRICS_NAME).is_file():
-        raise UserError(f"{run}: no {METRICS_NAME}, so no run has written here; give the folder named by --out")
+    out = out or run / "curves.png"
+    check_output(out, "--out", FORMATS)
+    try:
+        lines = read_metrics(run, warn)
+    except FileNotFoundError:
+        raise UserError(
+            f"{run}: no {METRICS_NAME}, so no run has written here; give the folder named by --out"
+        ) from None
+    except OSError as error:
+        raise storage_error(run / METRICS_NAME, error, "give the folder named by --out") from error
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    lines = read_metrics(run)
     train = [line for line in lines if line["kind"] == "train"]
     evals = [line for line in lines if line["kind"] == "eval"]
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
-    loss.plot([t["step"] for t in train], [t["loss"] for t in train], label="training", linewidth=1)
+    loss.plot(
+        [t["step"] for t in train],
+        [nan if t.get("loss") is None else t["loss"] for t in train],
+        label="training",
+        linewidth=1,
+    )
     loss.plot([e["step"] for e in evals], [e["loss"] for e in evals], "o-", label="validation", markersize=3)
     loss.set(title="loss", xlabel="step", yscale="log")
     loss.legend(frameon=False)
@@ -53,19 +78,20 @@ def draw_curves(run: Path, out: Path | None = None) -> Path:
     for axes in (loss, accuracy, rate):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    out = out or run / "curves.png"
-    figure.savefig(out, dpi=110)
+    image = io.BytesIO()
+    figure.savefig(image, format=out.suffix[1:].lower(), dpi=110)
     plt.close(figure)
+    write_output(out, image.getvalue(), "--out")
     return out
 
 
 def main() -> int:
-    command = tyro.cli(Report)
+    protect_output()
     try:
-        print(draw_curves(command.run, command.out))
+        command = tyro.cli(Report)
+        print(printable(draw_curves(command.run, command.out)))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return report(error)
     return 0
 
 

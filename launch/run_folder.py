@@ -5,32 +5,50 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 import fat
-from launch.checkpoint import BackgroundWriter, Checkpoint, CheckpointError, CheckpointFolder, Progress
-from launch.choices import RECIPE_NAME, Choices
+from launch.checkpoint import (
+    MAX_FAILURES,
+    BackgroundWriter,
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    Fingerprint,
+    Progress,
+)
+from launch.choices import Choices
 from launch.engine import Engine
 from launch.feed import Feed
-from launch.folder_lock import unwritable
 from launch.guards import RunFailed
 from launch.kernel_check import Verdict
 from launch.masters import AVERAGE
-from launch.metrics import METRICS_NAME
+from launch.metrics import METRICS_NAME, check_metrics
 from launch.preempt import Preempted
 from launch.provenance import git_state, versions
 from launch.recipe import Recipe
 from launch.report import draw_curves
-from launch.status import Status, read_status, write_status
+from launch.run_files import check_writable, unwritable
+from launch.saved_run import RECIPE_NAME
+from launch.status import STATUS_NAME, Status, read_content, write_status
 from launch.world import share
-from shards.durable import durable_write
-from shards.errors import UserError
+from shards.durable import durable_write, is_temporary
+from shards.errors import UserError, first_line
+from shards.redact import printable, redacted
+
+T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
+AGAIN = "correct that, then start the run again: it resumes"
+
+# Names of files whose temporary files a killed process may leave.
+_WRITTEN = r"probe|recipe\.json|status|curves\.png|weights(-ema)?\.safetensors"
 
 
 class RunFolder:
@@ -46,7 +64,7 @@ class RunFolder:
         self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep)
         self._writer = BackgroundWriter(self._checkpoints)
         self._fingerprint = fingerprint(recipe, feed)
-        self._saved = Progress()
+        self._resumed = Progress()
 
     def resume(self) -> tuple[Progress, list[str]]:
         """Load the newest whole checkpoint into the engine, if the recipe says so and there is one; describe the run.
@@ -55,22 +73,17 @@ class RunFolder:
 
         Raises:
             CheckpointError: it belongs to another run, or not every rank can read it.
+            StorageFailed: a checkpoint that may be whole cannot be read.
             UserError: the folder cannot be written.
         """
         world, plan = self._engine.world, self._feed.plan
         found, story = share(self._choose if world.is_main else None, world)
         if found is not None:
             changed = check_fingerprint(found, self._fingerprint)
+            check_position(found, plan.steps_per_epoch)
             story += [f"warning: {fact}; the run goes on with the new value" for fact in changed]
-            try:
-                state = found.load()
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{found.path}: rank {world.rank} cannot read it ({error}); "
-                    "the run folder (--out) must be on storage that all nodes share"
-                ) from error
-            self._engine.load_state_dict(state, steps=found.progress.step)
-            self._saved = found.progress
+            self._engine.load_state_dict(found.load(), steps=found.progress.step)
+            self._resumed = found.progress
         if world.is_main:
             self._describe()
         story.append(
@@ -79,26 +92,62 @@ class RunFolder:
             f"per epoch, {plan.lanes} lanes"
         )
         story.append(f"going on from {found.path}" if found else f"starting in {self.path}")
-        return self._saved, story
+        return self._resumed, story
 
     def _choose(self) -> tuple[Checkpoint | None, list[str]]:
         """The checkpoint to go on from, and lines for people; on rank 0."""
+        check_metrics(self.path)
+        self._tidy_up()
+        self._checkpoints.prepare()
         if starts_afresh(self._recipe):
-            aside = self._checkpoints.set_aside()
-            metrics = self.path / METRICS_NAME
-            if aside is not None and metrics.exists():
-                metrics.rename(aside / METRICS_NAME)
+            aside = self._set_aside()
             return None, [f"the earlier run's checkpoints and metrics are now in {aside}"] if aside else []
         found, complaints = self._checkpoints.newest()
-        return found, [f"warning: {complaint}" for complaint in complaints]
+        story = [f"warning: {complaint}" for complaint in complaints]
+        if found is None and complaints:  # otherwise new checkpoints of the same steps would overwrite them
+            story.append(
+                "warning: no checkpoint is whole, so the run starts from the beginning; the damaged ones and the "
+                f"metrics are now in {self._set_aside()}"
+            )
+        return found, story
+
+    def _set_aside(self) -> Path | None:
+        """Move the checkpoints, and with them the metrics, out of the way; where to, if there were any checkpoints."""
+        aside = self._checkpoints.set_aside()
+        metrics = self.path / METRICS_NAME
+        try:
+            if aside is not None and metrics.exists():
+                metrics.rename(aside / METRICS_NAME)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        return aside
+
+    def _tidy_up(self) -> None:
+        """Check that files can be written, and remove temporary files of trainers that were killed."""
+        try:
+            check_writable(self.path)
+            for name in os.listdir(self.path):
+                if is_temporary(name, _WRITTEN):
+                    (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
     def save(self, progress: Progress) -> Progress:
-        """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on."""
+        """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on.
+
+        Raises:
+            RunFailed: the last `MAX_FAILURES` saves have failed.
+        """
         self._writer.wait()  # the engine stages every state in the same memory
+        failures, reason = self._on_main(lambda: (self._writer.failures, self._writer.reason))
+        if failures >= MAX_FAILURES:
+            raise RunFailed(
+                f"{failures} checkpoints in a row could not be written, the last: {reason}; the run ends here, because "
+                "further training would be lost. Free some space or correct the permissions, then start it again"
+            )
         state = self._engine.state_dict()
         if self._engine.world.is_main:
             self._writer.save(state, progress, self._fingerprint)
-        self._saved = progress
         return progress
 
     def leave(self, progress: Progress, reason: str) -> NoReturn:
@@ -108,32 +157,56 @@ class RunFolder:
             Preempted: saved.
             RunFailed: not saved, although tried twice.
         """
+        if self._save_durably(progress):
+            raise Preempted(reason or "another rank's request")
+        raise RunFailed(f"asked to leave ({reason}), but the checkpoint could not be written, twice")
+
+    def _save_durably(self, progress: Progress) -> bool:
+        """Save, and wait for it; once more if that fails. Collective."""
         for _ in range(2):
             self.save(progress)
-            main = self._engine.world.is_main
-            if share(self._writer.wait if main else None, self._engine.world):
-                raise Preempted(reason or "another rank's request")
-        raise RunFailed(f"asked to leave ({reason}), but the checkpoint could not be written, twice")
+            if self._on_main(self._writer.wait):
+                return True
+        return False
+
+    def _on_main(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and return its result on every rank. Collective."""
+        return share(make if self._engine.world.is_main else None, self._engine.world)
 
     def complaints(self) -> list[str]:
         """Checkpoints that could not be written since the last call."""
         return self._writer.complaints()
 
-    def finish(self) -> list[str]:
-        """Wait for the last checkpoint, export the weights, draw the curves. Collective. Returns lines for people."""
-        self._writer.wait()
+    def finish(self, progress: Progress) -> list[str]:
+        """Wait for the last checkpoint, export the weights, draw the curves. Collective. Returns messages.
+
+        Raises:
+            RunFailed: the last checkpoint or the weights could not be written, so the run is not finished.
+        """
+        if not (self._on_main(self._writer.wait) or self._save_durably(progress)):
+            raise RunFailed(f"the last checkpoint, of step {progress.step}, could not be written; {AGAIN}")
         state = self._engine.state_dict()
-        if not self._engine.world.is_main:
-            return []
+        return self._on_main(lambda: self._export(state))
+
+    def _export(self, state: dict[str, Tensor]) -> list[str]:
         story = [f"warning: {complaint}" for complaint in self.complaints()]
         model = fat.create_model(f"fat_{self._recipe.model.variant}", num_classes=self._feed.classes)
         raw = {key.removeprefix("model/"): value for key, value in state.items() if key.startswith("model/")}
         average = {key.removeprefix(f"{AVERAGE}/"): value for key, value in state.items() if key.startswith(AVERAGE)}
         for name, tensors in (("weights", raw), ("weights-ema", raw | average if average else {})):
+            path = self.path / f"{name}.safetensors"
             if tensors:
-                fat.save_weights(model, self.path / f"{name}.safetensors", state=tensors)
-                story.append(f"wrote {self.path / name}.safetensors")
-        story.append(f"wrote {draw_curves(self.path)}")
+                try:
+                    fat.save_weights(model, path, state=tensors)
+                except (OSError, SafetensorError) as error:
+                    fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+                    raise RunFailed(f"{path}: the weights could not be written ({fact}); {AGAIN}") from error
+                story.append(f"wrote {path}")
+        try:
+            picture = draw_curves(self.path, warn=lambda fact: story.append(f"warning: {fact}"))
+            story.append(f"wrote {picture}")
+        except Exception as error:  # a plot must not fail a run whose weights are saved
+            story.append(f"warning: no curves were drawn ({first_line(error) or type(error).__name__})")
         return story
 
     def __enter__(self) -> RunFolder:
@@ -145,18 +218,29 @@ class RunFolder:
     ) -> None:
         self._writer.close()
         for complaint in self.complaints():
-            print(f"warning: {complaint}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(complaint)}", file=sys.stderr, flush=True)
         if kind is None:
-            self._status("finished")
+            if not self._status("finished"):
+                print(f"warning: {self.path / STATUS_NAME} could not be written; the run is finished", file=sys.stderr)
         elif issubclass(kind, Preempted):
             self._status("preempted", str(error))
-        elif read_status(self.path) in {None, "running"}:  # else another rank has said why this one was cut off
+        else:
+            self._status_of_failure(kind, error)
+
+    def _status_of_failure(self, kind: type[BaseException], error: BaseException | None) -> None:
+        found = read_content(self.path)
+        if found is None or found.status == "running":
             refused = isinstance(error, UserError) and error.exit_code == UserError.exit_code
             self._status("refused" if refused else "failed", f"{kind.__name__}: {error}")
+        elif found.step is None:  # another rank has said why this one was cut off, but does not know the checkpoints
+            self._status(found.status, found.reason, found.nodes or ())
 
-    def _status(self, status: Status, reason: str = "") -> None:
-        if self._engine.world.is_main:
-            write_status(self.path, status, step=self._saved.step, reason=reason)
+    def _status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:
+        if not self._engine.world.is_main:
+            return True
+        saved = self._writer.saved_step
+        step = self._resumed.step if saved is None else saved
+        return write_status(self.path, status, step=step, reason=reason, nodes=nodes)
 
     def _describe(self) -> None:
         engine = self._engine
@@ -169,7 +253,7 @@ class RunFolder:
             "git": git_state(),
         }
         try:
-            durable_write(self.path / RECIPE_NAME, (json.dumps(description, indent=1) + "\n").encode())
+            durable_write(self.path / RECIPE_NAME, (json.dumps(redacted(description), indent=1) + "\n").encode())
         except OSError as error:
             raise unwritable(self.path, error) from error
 
@@ -181,27 +265,19 @@ def starts_afresh(recipe: Recipe) -> bool:
 
 
 def goes_on(recipe: Recipe) -> bool:
-    """Whether the run folder holds a part of this run."""
-    return not starts_afresh(recipe) and any((recipe.run.out / CHECKPOINTS).glob("step-*"))
-
-
-def saved_recipe(run: Path) -> dict[str, Any]:
-    """The recipe of a run, as its folder has it: sections model, data, optim, run.
+    """Whether the run folder holds a part of this run.
 
     Raises:
-        UserError: no readable recipe there.
+        StorageFailed: the checkpoints cannot be listed.
     """
-    try:
-        return dict(json.loads((run / RECIPE_NAME).read_text(encoding="utf-8"))["recipe"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{run / RECIPE_NAME}: not a readable recipe ({error}); give a run folder") from error
+    return not starts_afresh(recipe) and not CheckpointFolder(recipe.run.out / CHECKPOINTS).is_empty()
 
 
-def fingerprint(recipe: Recipe, feed: Feed) -> dict[str, Any]:
+def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
     """What every checkpoint holds of its run: `fixed` decides what is fed and what a step means, `free` may change."""
     plan, optim = feed.plan, recipe.optim
-    return {
-        "fixed": {
+    return Fingerprint(
+        fixed={
             "variant": recipe.model.variant,
             "global_batch": plan.global_batch,
             "lanes": plan.lanes,
@@ -212,31 +288,40 @@ def fingerprint(recipe: Recipe, feed: Feed) -> dict[str, Any]:
             "train_index": feed.dataset.split("train").index_hash,
             "augmentation": repr(feed.augment),
         },
-        "free": {
+        free={
             name: getattr(optim, name)
             for name in ("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "label_smoothing", "ema")
         },
-    }
+    )
 
 
-def check_fingerprint(found: Checkpoint, current: dict[str, Any]) -> list[str]:
+def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
     """Refuse to resume a run as another one; returns what else differs.
 
     Raises:
         CheckpointError: names each difference that would change what is fed or what a step means.
     """
 
-    def changes(kind: str) -> list[str]:
-        before = found.fingerprint.get(kind, {})
-        return [
-            f"{key} was {before.get(key)}, is {value}"
-            for key, value in current[kind].items()
-            if before.get(key) != value
-        ]
+    def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        return [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
 
-    if changed := changes("fixed"):
+    if changed := changes(found.fingerprint.fixed, current.fixed):
         raise CheckpointError(
             f"{found.path}: saved by a different run ({'; '.join(changed)}); "
             "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
         )
-    return changes("free")
+    return changes(found.fingerprint.free, current.free)
+
+
+def check_position(found: Checkpoint, steps_per_epoch: int) -> None:
+    """Raise an error if a checkpoint's step and position in the plan contradict each other.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    progress = found.progress
+    if (progress.epoch, progress.epoch_step) != divmod(progress.step, steps_per_epoch):
+        raise CheckpointError(
+            f"{found.path}: step {progress.step} is not step {progress.epoch_step} of epoch {progress.epoch}, at "
+            f"{steps_per_epoch} steps per epoch; remove this checkpoint, then start again"
+        )

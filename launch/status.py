@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
+
+from launch.run_files import open_regular, read_regular
+from shards.durable import temporary_name
+from shards.redact import redact
+from shards.schema import Count, parse_json
 
 STATUS_NAME = "status"
 Status = Literal["running", "preempted", "stalled", "finished", "failed", "refused"]
@@ -14,35 +23,75 @@ Status = Literal["running", "preempted", "stalled", "finished", "failed", "refus
 would meet again. `launch/slurm/train.sbatch` starts a run again after preempted, and within a budget after stalled,
 failed and running (it was killed)."""
 
+_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class StatusContent:
+    status: Status
+    step: Count | None
+    reason: str
+    nodes: list[str] | None = None
+
+
+_SCHEMA = TypeAdapter(StatusContent)
+
 
 def write_status(
     run: Path, status: Status, *, step: int | None = None, reason: str = "", nodes: Sequence[str] = ()
-) -> None:
+) -> bool:
     """Replace RUN/status, if there is a run folder.
 
     Args:
         step: optimiser steps in the newest checkpoint; None = not known yet.
         nodes: hosts that should not be used for the next start.
+
+    Returns:
+        Whether it was written. No error is raised: a full disk may be why the run ends, and that error must be shown.
     """
-    if not run.is_dir():
-        return
-    content: dict[str, Any] = {"status": status, "step": step, "reason": reason}
+    content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason)}
     if nodes:
         content["nodes"] = list(nodes)
-    # Ranks of several hosts may write at once: process numbers alone are not unique.
-    temporary = run / f".{STATUS_NAME}.{os.uname().nodename}.{os.getpid()}"
+    text = (json.dumps(content) + "\n").encode()
+    temporary = temporary_name(run / STATUS_NAME)  # ranks of several hosts may write at once
     try:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+        if not run.is_dir():
+            return False
+        temporary.write_bytes(text)
         os.replace(temporary, run / STATUS_NAME)
     except OSError:
-        # A full disk may be the very reason for the end, which must not be hidden by it.
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        return _overwrite(run / STATUS_NAME, text)
+    return True
+
+
+def _overwrite(path: Path, text: bytes) -> bool:
+    """Overwrite the existing file in place: on a full disk, its block is still allocated."""
+    try:
+        handle = open_regular(path, os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        if os.pwrite(handle, text, 0) < len(text):
+            return False
+        os.ftruncate(handle, len(text))
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def read_status(run: Path) -> Status | None:
-    """What RUN/status says; None where nothing readable is there."""
+    """Return the status in RUN/status; None if there is none that can be read."""
+    content = read_content(run)
+    return None if content is None else content.status
+
+
+def read_content(run: Path) -> StatusContent | None:
+    """Return all of RUN/status; None if it cannot be read."""
     try:
-        status: Status = json.loads((run / STATUS_NAME).read_text(encoding="utf-8"))["status"]
-        return status
-    except (OSError, ValueError, KeyError):
+        return parse_json(read_regular(run / STATUS_NAME, limit=_LIMIT), _SCHEMA, limit=_LIMIT)
+    except (OSError, ValueError):
         return None

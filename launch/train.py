@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 # As a script, Python puts launch/ first on the path; the project's root belongs there.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.standard_streams import ignore_failing_output, open_missing_streams
+
+if __name__ == "__main__":
+    open_missing_streams()  # before libraries open files
 
 from launch.choices import resolve
 from launch.command_line import parse
@@ -19,8 +25,10 @@ from launch.feed import Feed
 from launch.folder_lock import FolderLock
 from launch.guards import Guards
 from launch.kernel_check import check_recipe
+from launch.memory import check_batches_fit
 from launch.metrics import Tracker
 from launch.model import build_model
+from launch.norms import check_values_per_channel
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
 from launch.preflight import preflight
 from launch.recipe import Recipe
@@ -29,6 +37,7 @@ from launch.schedule import rate_of
 from launch.status import read_status, write_status
 from launch.watchdog import Watchdog
 from launch.world import World, connect, run_command
+from shards.redact import printable
 
 
 def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0915
@@ -41,8 +50,10 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
         Preempted: the run was asked to leave, and has been saved.
     """
-    started = time.time()
+    leave_at = deadline(recipe.run, started=time.monotonic())
     feed = Feed.of(recipe, world)
+    check_batches_fit(feed)
+    check_values_per_channel(recipe, feed.shape.micro_rows, world)
     # Reject invalid combinations of options before creating files.
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
@@ -56,7 +67,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
     with (
         folder,
         Tracker(recipe, feed, engine, progress) as tracker,
-        Preemption(folder.path, world, deadline=deadline(recipe.run, started)) as preemption,
+        Preemption(folder.path, world, deadline=leave_at) as preemption,
         Watchdog(folder.path, world, timeout=recipe.run.stall_timeout) as watchdog,
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
@@ -111,13 +122,18 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
                 progress = folder.save(tracker.progress(progress, step + 1, top1))
                 tracker.restart_interval()
 
+        tracker.say(*folder.finish(progress))
         tracker.finish(progress)
-        tracker.say(*folder.finish())
 
 
 def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
-    return run_command(lambda: begin(parse()))
+    ignore_failing_output()
+    try:
+        return run_command(lambda: begin(parse()))
+    except KeyboardInterrupt:  # the training loop handles Ctrl-C itself
+        print("interrupted before training began; nothing is lost", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
 
 
 def begin(recipe: Recipe) -> int:
@@ -134,11 +150,11 @@ def begin(recipe: Recipe) -> int:
             write_status(recipe.run.out, "running")  # an earlier end of this run must not be taken for this one's
         warnings = preflight(recipe, world)
         if warnings and world.is_main:
-            print(*warnings, sep="\n", file=sys.stderr, flush=True)
+            print(*map(printable, warnings), sep="\n", file=sys.stderr, flush=True)
         try:
             train(recipe, world, lock)
         except Preempted as reason:
-            print(f"saved and leaving: {reason}", file=sys.stderr, flush=True)
+            print(f"saved and leaving: {printable(reason)}", file=sys.stderr, flush=True)
             return EXIT_STATUS
         return 0
 

@@ -26,7 +26,7 @@ import torch
 import xxhash
 
 import launch.train
-from launch.checkpoint import BackgroundWriter, CheckpointFolder, Progress
+from launch.checkpoint import BackgroundWriter, CheckpointFolder, Fingerprint, Progress
 from launch.command_line import parse
 from launch.engine import Engine, StepResult
 from launch.model import build_model
@@ -104,7 +104,7 @@ def measure_stall() -> None:
             writer.wait()
             begun = time.perf_counter()  # what RunFolder.save does after waiting
             state = engine.state_dict()
-            writer.save(state, Progress(step=number + 1), {})
+            writer.save(state, Progress(step=number + 1, epoch_step=number + 1), Fingerprint({}, {}))
             times.append(time.perf_counter() - begun)
         writer.close()
     size = sum(tensor.nbytes for tensor in state.values()) / 1e6

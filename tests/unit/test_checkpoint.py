@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
+import random
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from launch.checkpoint import CheckpointError, CheckpointFolder, Progress
+from launch import checkpoint
+from launch.checkpoint import (
+    BackgroundWriter,
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    DamagedCheckpoint,
+    Fingerprint,
+    Progress,
+)
+from launch.run_files import FolderFailed
+from shards.errors import StorageFailed
+from tests.dist.launching import environment
 
-FINGERPRINT = {"global_batch": 64}
+FINGERPRINT = Fingerprint(fixed={"global_batch": 64}, free={"lr": 0.1})
 
 
 def save(folder: CheckpointFolder, step: int, *, is_best: bool = False) -> Path:
     state = {"model/w": torch.full((8, 8), float(step)), "exp_avg/w": torch.zeros(8, 8)}
-    return folder.save(state, Progress(step=step, epoch=step // 10, is_best=is_best, best=0.5), FINGERPRINT)
+    return folder.save(
+        state, Progress(step=step, epoch=step // 10, epoch_step=step % 10, is_best=is_best, best=0.5), FINGERPRINT
+    )
 
 
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
@@ -56,8 +79,46 @@ def tear_meta(path: Path) -> None:
     (path / "meta.json").write_text('{"version": 1, "prog')
 
 
-@pytest.mark.parametrize("damage", [flip_a_byte, truncate, lose_meta, tear_meta])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, damage) -> None:
+def replace_meta(path: Path) -> None:
+    (path / "meta.json").unlink()
+    (path / "meta.json").mkdir()
+
+
+def fifo_as_state(path: Path) -> None:
+    (path / "state.safetensors").unlink()
+    os.mkfifo(path / "state.safetensors")
+
+
+def become_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("x")
+
+
+def nest_meta(path: Path) -> None:
+    (path / "meta.json").write_text("[" * 100_000)
+
+
+def rename(path: Path) -> None:
+    path.rename(path.with_name("step-00000094"))
+
+
+DAMAGES = [
+    flip_a_byte,
+    truncate,
+    lose_meta,
+    tear_meta,
+    replace_meta,
+    fifo_as_state,
+    become_a_file,
+    nest_meta,
+    rename,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     damage(save(folder, 20))
@@ -65,36 +126,348 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert found is not None
     assert found.progress.step == 10
     assert len(complaints) == 1
-    assert "step-00000020" in complaints[0]
+    assert "step-000000" in complaints[0]
+    assert "damaged" in complaints[0]
 
 
-def test_a_half_written_checkpoint_does_not_count(tmp_path: Path) -> None:
+def test_no_flipped_bit_of_the_metadata_changes_what_is_resumed(tmp_path: Path) -> None:
+    """In every byte, two bits of it."""
+    path = save(CheckpointFolder(tmp_path), 20)
+    good, entry = (path / "meta.json").read_bytes(), checkpoint._Entry(20, True, path)
+    whole = checkpoint._read_meta(entry)
+    damaged = 0
+    for at in range(len(good)):
+        for bit in (at % 8, (at + 4) % 8):
+            content = bytearray(good)
+            content[at] ^= 1 << bit
+            (path / "meta.json").write_bytes(content)
+            try:
+                assert checkpoint._read_meta(entry) == whole, (at, bit)  # white space alone differs
+            except DamagedCheckpoint:
+                damaged += 1
+    assert damaged > 0.9 * 2 * len(good)
+
+
+def rewritten(path: Path, **progress: Any) -> None:
+    """Change the metadata and give it the hash that fits."""
+    meta = json.loads((path / "meta.json").read_text())
+    meta.pop("hash")
+    meta["progress"] |= progress
+    (path / "meta.json").write_text(checkpoint._rendered(meta))
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {"step": "20"},
+        {"step": 20.0},
+        {"step": -20},
+        {"step": None},
+        {"step": [20]},
+        {"step": 21},
+        {"step": True},
+        {"epoch": 3},
+        {"epoch": 0, "epoch_step": 19},
+        {"epoch_step": 21},
+        {"best": 1.5},
+        {"best": float("nan")},
+        {"seconds": -1.0},
+        {"seconds": float("inf")},
+        {"is_best": 1},
+        {"is_best": True, "pending_evaluation": True},
+        {"unknown": 1},
+    ],
+)
+def test_metadata_that_contradicts_itself_is_damage_whatever_its_hash(tmp_path: Path, progress: dict[str, Any]) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
-    (tmp_path / ".step-00000020.tmp").mkdir()
+    rewritten(save(folder, 20), **progress)
+    found, complaints = folder.newest()
+    assert found is not None
+    assert (found.progress.step, len(complaints)) == (10, 1)
+
+
+def test_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10)
+    path = save(folder, 20)
+    meta = json.loads((path / "meta.json").read_text()) | {"version": 9, "more": 1}
+    meta.pop("hash")
+    (path / "meta.json").write_text(checkpoint._rendered(meta))
+    with pytest.raises(CheckpointError, match="checkpoint version 9, this tool reads 1"):
+        folder.newest()
+
+
+UNREADABLE = (".", "step-00000020", "step-00000020/meta.json", "step-00000020/state.safetensors")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path) -> None:
+    """File permissions bind root too in a process that has given up its privilege to pass over them."""
+    for name in UNREADABLE:
+        folder = CheckpointFolder(tmp_path / str(UNREADABLE.index(name)))
+        for step in (10, 20):
+            save(folder, step)
+        (folder.folder / name).chmod(0)
+    (tmp_path / "unwritable").mkdir(mode=0o555)
+    code = """
+        from pathlib import Path
+        from launch.checkpoint import CheckpointFolder
+        from shards.errors import UserError
+        calls = [CheckpointFolder(Path(str(number))).newest for number in range(4)]
+        for call in (*calls, CheckpointFolder(Path("unwritable")).prepare):
+            try:
+                print(call())
+            except UserError as error:
+                print(error.exit_code, error)
+    """
+    bound = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    done = subprocess.run(
+        [*bound, sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    for path in tmp_path.rglob("*"):
+        path.chmod(0o755)
+    *unreadable, unwritable = done.stdout.splitlines()
+    remedy = "cannot be read (Permission denied); check the storage and the permissions, then start again"
+    paths = ["0", *(f"{number}/step-00000020/{name}" for number, name in [(1, "meta.json"), (2, "meta.json")])]
+    assert unreadable == [f"1 {path}: {remedy}" for path in (*paths, "3/step-00000020/state.safetensors")], done.stderr
+    assert unwritable.startswith("1 unwritable: the run folder cannot be written (Permission denied); free some space")
+
+
+def test_a_state_that_was_exchanged_after_it_was_checked_is_not_loaded(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    older, newer = save(folder, 10), save(folder, 20)
+    found, _ = folder.newest()
+    assert found is not None
+    (older / "state.safetensors").rename(newer / "state.safetensors")
+    with pytest.raises(StorageFailed, match="has changed since it was checked; start again"):
+        found.load()
+
+
+def test_a_state_that_is_lost_after_it_was_checked_is_named(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    path = save(folder, 10)
+    found, _ = folder.newest()
+    assert found is not None
+    (path / "state.safetensors").unlink()
+    with pytest.raises(Exception, match=r"state\.safetensors: missing; the run folder .* share"):
+        found.load()
+
+
+def test_the_group_may_read_what_the_umask_lets_it_read(tmp_path: Path) -> None:
+    old = os.umask(0o027)
+    try:
+        path = save(CheckpointFolder(tmp_path), 10)
+    finally:
+        os.umask(old)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.iterdir()} == {
+        "meta.json": "0o640",
+        "state.safetensors": "0o640",
+    }
+
+
+def test_a_half_written_checkpoint_does_not_count_and_goes(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10)
+    half = tmp_path / ".step-00000020.0123abcd.tmp"
+    half.mkdir()
+    (half / "state.safetensors").write_bytes(b"half")
     found, _ = folder.newest()
     assert found is not None
     assert found.progress.step == 10
-    save(folder, 20)
-    assert not (tmp_path / ".step-00000020.tmp").exists()
+    folder.prepare()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
 def test_killed_while_it_replaces_a_checkpoint_the_replaced_one_is_found(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     saved = save(folder, 20)
-    saved.rename(tmp_path / f".{saved.name}.replaced")
+    replaced = saved.rename(tmp_path / f".{saved.name}.0123abcd.replaced")
+    found, complaints = folder.newest()
+    assert found is not None
+    assert (found.path, complaints) == (replaced, [])  # nothing was moved: another process may have looked
+    folder.prepare()
     found, complaints = folder.newest()
     assert found is not None
     assert (found.path, complaints) == (saved, [])
     assert [path.name for path in save(folder, 20).parent.iterdir()] == [saved.name]
 
 
-def test_a_folder_that_cannot_be_written_is_an_error_and_loses_nothing(tmp_path: Path) -> None:
+def test_the_same_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
-    save(folder, 10)
-    (tmp_path / ".step-00000020.tmp").write_text("a file where the temporary folder should be")
-    with pytest.raises(CheckpointError, match="step-00000020"):
-        save(folder, 20)
+    save(folder, 20)
+    save(folder, 20, is_best=True)
     found, _ = folder.newest()
     assert found is not None
-    assert found.progress.step == 10
+    assert found.progress.is_best
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000020"]
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_what_stands_where_a_checkpoint_should_is_neither_moved_nor_removed(tmp_path: Path, link: bool) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=1)
+    save(folder, 10)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path / "checkpoints" / "step-00000010", elsewhere)
+    blocked = tmp_path / "checkpoints" / "step-00000020"
+    blocked.symlink_to(elsewhere) if link else blocked.write_text("notes")
+    with pytest.raises(CheckpointError, match=r"checkpoint not written \(another file has"):
+        save(folder, 20)
+    for step in (30, 40):
+        save(folder, step)
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-00000020", "step-00000040"}
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["meta.json", "state.safetensors"]
+
+
+def test_files_of_the_user_stay_and_so_does_the_checkpoint_that_they_are_in(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    folder = CheckpointFolder(checkpoints, keep=1)
+    (save(folder, 10) / "notes.txt").write_text("the good one")
+    (checkpoints / "results").mkdir()
+    for step in (20, 30):
+        save(folder, step)
+    assert (checkpoints / "step-00000010" / "notes.txt").exists()
+    assert (checkpoints / "step-00000010" / "meta.json").exists()
+    aside = folder.set_aside()
+    assert aside == tmp_path / "checkpoints-before-1"
+    assert sorted(path.name for path in aside.iterdir()) == ["step-00000010", "step-00000030"]
+    assert [path.name for path in checkpoints.iterdir()] == ["results"]
+    assert folder.set_aside() is None
+
+
+def test_damaged_checkpoints_take_no_whole_one_s_place(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        path = save(folder, step)
+    flip_a_byte(path)  # state of 30
+    lose_meta(tmp_path / "step-00000020")
+    save(folder, 5)  # so that there is another whole one
+    resumed = CheckpointFolder(tmp_path, keep=2)
+    found, complaints = resumed.newest()
+    assert found is not None
+    assert (found.progress.step, len(complaints)) == (5, 2)
+    save(resumed, 40)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert {"step-00000005", "step-00000040"} <= set(names)
+    save(resumed, 50)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000040", "step-00000050"]
+
+
+def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (99_999_999, 100_000_000):
+        folder.save({"w": torch.zeros(1)}, Progress(step=step, epoch_step=step), FINGERPRINT)
+    found, _ = folder.newest()
+    assert found is not None
+    assert found.progress.step == 100_000_000
+
+
+def test_a_file_in_place_of_the_folder_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("x")
+    with pytest.raises(Exception, match="Not a directory; move it away") as refused:
+        CheckpointFolder(tmp_path / "checkpoints").newest()
+    assert refused.value.exit_code == 2  # type: ignore[attr-defined]
+    with pytest.raises(Exception, match="cannot be written") as refused:
+        CheckpointFolder(tmp_path / "checkpoints").prepare()
+    assert not isinstance(refused.value, FolderFailed)
+
+
+def test_a_save_that_fails_loses_nothing_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 10)
+    save(folder, 20)
+    writer = BackgroundWriter(folder)
+    state = {"w": torch.zeros(1)}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "sync_folder", full)
+        for failures in (1, 2):
+            writer.save(state, Progress(step=20, epoch=2), FINGERPRINT)
+            assert not writer.wait()
+            assert writer.failures == failures
+    assert writer.complaints()[0].endswith("step-00000020: checkpoint not written (No space left on device)")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
+    assert isinstance(folder.newest()[0], Checkpoint)
+    writer.save(state, Progress(step=30, epoch=3), FINGERPRINT)
+    assert writer.wait()
+    assert (writer.failures, writer.saved_step) == (0, 30)
+    writer.close()
+
+
+def test_equal_metadata_is_one_schema(tmp_path: Path) -> None:
+    """What is written is what is read, field by field."""
+    folder = CheckpointFolder(tmp_path)
+    progress = Progress(step=25, epoch=2, epoch_step=5, best=0.25, is_best=True, seconds=1.5)
+    path = folder.save({"w": torch.zeros(1)}, progress, FINGERPRINT)
+    found, _ = folder.newest()
+    assert found is not None
+    assert (found.progress, found.fingerprint) == (progress, FINGERPRINT)
+    assert json.loads((path / "meta.json").read_text())["progress"] == dataclasses.asdict(progress)
+
+
+def flip(path: Path, chance: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def cut(path: Path, chance: random.Random) -> None:
+    os.truncate(path, chance.randrange(path.stat().st_size))
+
+
+def lose(path: Path, chance: random.Random) -> None:
+    path.unlink()
+
+
+def replace_by_folder(path: Path, chance: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def exchange(path: Path, chance: random.Random) -> None:
+    """With the file of the same name of another checkpoint."""
+    other = chance.choice(sorted(p for p in path.parent.parent.iterdir() if p != path.parent)) / path.name
+    if other.is_file():
+        path.rename(path.with_name("aside"))
+        other.rename(path)
+        path.with_name("aside").rename(other)
+
+
+def test_whatever_is_damaged_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+    undamaged = CheckpointFolder(tmp_path / "undamaged", keep=5)
+    original = {step: {p.name: p.read_bytes() for p in save(undamaged, step).iterdir()} for step in (10, 20, 30, 40)}
+    for seed in range(100):
+        folder, chance = tmp_path / str(seed), random.Random(seed)
+        shutil.copytree(undamaged.folder, folder)
+        for _ in range(chance.randrange(1, 5)):
+            path = (
+                folder / f"step-{chance.choice(list(original)):08d}" / chance.choice(["meta.json", "state.safetensors"])
+            )
+            if path.is_file():
+                chance.choice([flip, cut, lose, replace_by_folder, exchange])(path, chance)
+        whole = [
+            step
+            for step, files in original.items()
+            if all(_has(folder / f"step-{step:08d}" / name, content) for name, content in files.items())
+        ]
+        found, complaints = CheckpointFolder(folder).newest()
+        if found is None:
+            assert (whole, len(complaints)) == ([], 4), seed
+            continue
+        step = found.progress.step
+        assert step >= max(whole, default=0), seed  # a flip of white space harms nothing
+        assert len(complaints) == sum(other > step for other in original), seed
+        assert found.load()["model/w"].eq(step).all(), seed
+        assert found.progress == Progress(step=step, epoch=step // 10, best=0.5), seed
+
+
+def _has(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content

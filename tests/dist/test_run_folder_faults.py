@@ -1,0 +1,80 @@
+"""Whole runs whose folder fills up or was damaged: never a traceback, never work lost that was whole."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from launch.metrics import read_metrics
+from tests.dist.launching import ROOT, TRAIN, environment, python
+from tests.dist.test_interruptions import OPTIONS, nothing_goes_on, start, status, wait_for_step
+from tests.support.disks import fill, small_disk
+
+__all__ = ["nothing_goes_on"]  # a fixture
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_disk_that_others_fill_ends_the_run_in_good_order(tmp_path: Path, digits: Path, ranks: int) -> None:
+    with small_disk(tmp_path / "disk", "200m") as disk:
+        run = disk / "run"
+        options = ("--data", digits, "--out", run, "--save-every", "2")
+        process = start(tmp_path, *options, ranks=ranks, launcher=ranks > 1)
+        wait_for_step(run, 5, process)
+        filler = fill(disk)
+        assert process.wait(timeout=240) == 1
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert "3 checkpoints in a row could not be written, the last" in said
+        assert "/launch/world.py" not in said  # the launcher has a traceback of its own
+        left = status(run)
+        assert left["status"] == "failed"
+        newest = max(path.name for path in (run / "checkpoints").iterdir())
+        assert newest == f"step-{left['step']:08d}"
+        filler.unlink()
+        done = python(tmp_path, TRAIN, *OPTIONS, *options, "--stop-after", str(left["step"] + 3))
+        assert done.returncode == 0, done.stderr
+        assert f"going on from {run / 'checkpoints' / newest}" in done.stderr
+        steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
+        # Those that were trained again are there; of later ones, those that found room before the start failed.
+        assert sorted(set(steps) | set(range(1, left["step"] + 4))) == sorted(steps)
+
+
+def test_a_damaged_run_folder_costs_the_damaged_files_alone(tmp_path: Path, digits: Path) -> None:
+    """Everything that is not a whole checkpoint is damaged, and nobody reads what the run says."""
+    run = tmp_path / "run"
+    options = ("--data", digits, "--out", run, "--save-every", "2")
+    done = python(tmp_path, TRAIN, *OPTIONS, *options, "--stop-after", "4")
+    assert done.returncode == 0, done.stderr
+    # A copy: `load_file` may map the file, which is damaged below.
+    weights = {name: tensor.clone() for name, tensor in load_file(run / "weights.safetensors").items()}
+    meta = run / "checkpoints" / "step-00000004" / "meta.json"
+    meta.write_text(meta.read_text().replace('"step": 4', '"step": 6'))
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'17\n{"kind": "train", "step": "x"}\n\xff\n' + bytes(500))
+    (run / "recipe.json").write_bytes((run / "recipe.json").read_bytes()[:100])
+    (run / "status").write_text('{"status": 5')
+    (run / "weights.safetensors").write_bytes(b"torn")
+    (run / "SAVE").mkdir()
+    (run / "curves.png").unlink()
+    (run / "curves.png").mkdir()
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" >&- 2>/dev/full', "bash", sys.executable, TRAIN, *OPTIONS]
+        + [str(option) for option in (*options, "--stop-after", "4")],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert status(run) == {"status": "finished", "step": 4, "reason": ""}
+    again = load_file(run / "weights.safetensors")
+    assert all(torch.equal(again[name], weights[name]) for name in weights)
+    begun = [line["step"] for line in read_metrics(run) if line["kind"] == "start"]
+    assert begun == [0, 2]  # from the older checkpoint, which is whole
+    assert json.loads((run / "recipe.json").read_text())["recipe"]["model"]["variant"] == "b0"

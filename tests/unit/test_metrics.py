@@ -1,0 +1,195 @@
+"""Metrics (launch/metrics.py): a view of the run that loses no line and never ends the run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from launch import metrics
+from launch.metrics import METRICS_NAME, MetricsLog, read_metrics
+from launch.recipe import Recipe, RunRecipe
+from launch.report import draw_curves
+from launch.trackers import Trackers
+from shards.errors import UserError
+from tests.support.disks import fill, small_disk
+
+TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0}
+
+
+def steps_of(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / METRICS_NAME).read_text().splitlines()]
+
+
+def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        log = MetricsLog(Recipe(), disk)
+        log.write("train", step=1, **TRAIN)
+        assert log.messages() == []
+        filler = fill(disk)
+        for step in range(2, 102):  # more than the rest of the file's last page
+            log.write("train", step=step, **TRAIN)
+        (warning,) = log.messages()
+        assert "cannot be written (No space left on device); its lines are kept in memory" in warning
+        assert not (disk / METRICS_NAME).read_bytes().endswith(b"\n")  # torn, as the page is full
+        filler.unlink()
+        log.write("train", step=102, **TRAIN)
+        (note,) = log.messages()
+        assert "can be written again" in note
+        assert log.close() == []
+        assert steps_of(disk) == list(range(1, 103))
+        assert [line["step"] for line in read_metrics(disk)] == list(range(1, 103))
+
+
+def test_a_line_that_was_written_in_part_is_whole_in_the_next_file(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        log = MetricsLog(Recipe(), disk)
+        log.write("train", step=1, **TRAIN)
+        filler = fill(disk)
+        for step in range(2, 102):
+            log.write("train", step=step, **TRAIN)
+        content = (disk / METRICS_NAME).read_bytes()
+        assert not content.endswith(b"\n")
+        filler.unlink()
+        (disk / METRICS_NAME).unlink()
+        log.write("train", step=102, **TRAIN)
+        log.close()
+        assert steps_of(disk) == list(range(content.count(b"\n") + 1, 103))
+
+
+def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> None:
+    log = MetricsLog(Recipe(), tmp_path / "gone")
+    for step in range(3):
+        log.write("train", step=step, **TRAIN)
+    (first,) = log.messages()
+    assert "cannot be written (No such file or directory)" in first
+    (last,) = log.close()
+    assert "3 lines were not written (No such file or directory)" in last
+
+
+def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only so many lines are kept, the newest."""
+    monkeypatch.setattr(metrics, "KEPT_LINES", 4)
+    run = tmp_path / "run"
+    log = MetricsLog(Recipe(), run)
+    for step in range(6):
+        log.write("train", step=step, **TRAIN)
+    assert len(log.messages()) == 1
+    run.mkdir()
+    log.write("train", step=6, **TRAIN)
+    (note,) = log.messages()
+    assert note.endswith("can be written again, 4 lines have been; 3 older ones are lost")
+    assert log.close() == []
+    assert steps_of(run) == [3, 4, 5, 6]
+
+
+def test_a_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
+    log = MetricsLog(Recipe(), tmp_path)
+    log.write("train", step=1, **TRAIN)
+    (tmp_path / METRICS_NAME).unlink()
+    log.write("train", step=2, **TRAIN)
+    assert log.close() == []
+    assert steps_of(tmp_path) == [2]
+
+
+def test_a_line_that_was_torn_by_a_power_cut_spoils_none_after_it(tmp_path: Path) -> None:
+    (tmp_path / METRICS_NAME).write_text('{"kind": "train", "step": 1, "epo')
+    log = MetricsLog(Recipe(), tmp_path)
+    log.write("train", step=2, **TRAIN)
+    assert log.close() == []
+    warnings: list[str] = []
+    assert [line["step"] for line in read_metrics(tmp_path, warnings.append)] == [2]
+    assert warnings == [f"{tmp_path / METRICS_NAME}: left out 1 damaged line"]
+
+
+DAMAGED = [
+    b'{"kind": "train", "st\xff\xfe',
+    bytes(500),
+    b"17",
+    b"[]",
+    b'{"step": 3}',
+    b'{"kind": 5, "step": 3}',
+    b'{"kind": ["train"], "step": 3}',
+    b'{"kind": "train", "step": "x", "loss": "y", "lr": null, "time": 1, "epoch": 0}',
+    b'{"kind": "train", "step": 3, "epoch": 0, "lr": NaN, "images_per_second": 1, "loss": 1}',
+    b'{"kind": "train", "step": 3, "epoch": 0, "lr": 1, "images_per_second": 1, "loss": Infinity}',
+    b'{"kind": "eval", "step": 3, "epoch": 0, "top1": true, "top5": 1, "loss": 1, "samples": 1}',
+    b'{"kind": "end", "step": [3]}',
+    b"[" * 100_000,
+    b"x" * (1 << 21),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path, damage: bytes) -> None:
+    log = MetricsLog(Recipe(), tmp_path)
+    log.write("train", step=1, **TRAIN)
+    log.close()
+    with (tmp_path / METRICS_NAME).open("ab") as file:
+        file.write(damage)
+    before = (tmp_path / METRICS_NAME).read_bytes()
+    log = MetricsLog(Recipe(), tmp_path)
+    log.write("train", step=2, **TRAIN)
+    log.write("train", step=3, **TRAIN | {"loss": None})  # every step was skipped
+    log.write("eval", step=3, epoch=0, top1=0.5, top5=0.9, loss=1.0, samples=3)
+    assert log.close() == []
+    assert (tmp_path / METRICS_NAME).read_bytes().startswith(before)
+    warnings: list[str] = []
+    assert draw_curves(tmp_path, warn=warnings.append).stat().st_size > 1000
+    assert len(warnings) == 1
+    lines = read_metrics(tmp_path, warnings.append)
+    assert [(line["kind"], line["step"]) for line in lines] == [("train", 1), ("train", 2), ("train", 3), ("eval", 3)]
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_refused_at_the_start(tmp_path: Path, make) -> None:
+    make(tmp_path / METRICS_NAME)
+    with pytest.raises(UserError, match=r"metrics\.jsonl: not a regular file; move it away") as refused:
+        MetricsLog(Recipe(), tmp_path)
+    assert refused.value.exit_code == 2
+    with pytest.raises(UserError, match="not a regular file"):
+        draw_curves(tmp_path)
+
+
+def test_a_tracker_that_fails_warns_once_and_the_log_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking
+
+    class Failing:
+        requires_logging_directory = False
+
+        def __init__(self, _: str) -> None: ...
+
+        def store_init_configuration(self, _: dict[str, object]) -> None: ...
+
+        def log(self, *_: object, **__: object) -> None:
+            raise ConnectionError("no route to the tracker\nand more")
+
+        def finish(self) -> None:
+            raise ConnectionError("still none")
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Failing)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    log = MetricsLog(Recipe(run=RunRecipe(tracker=("wandb",))), tmp_path)
+    for step in (1, 2):
+        log.write("train", step=step, **TRAIN)
+    assert log.messages() == ["warning: --tracker wandb failed (no route to the tracker); the run continues without it"]
+    assert log.close() == []
+    assert steps_of(tmp_path) == [1, 2]
+
+
+def test_a_tracker_that_does_not_start_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accelerate.tracking
+
+    def start(*_: object, **__: object) -> None:
+        raise OSError("the server is down")
+
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", start)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    start.requires_logging_directory = False  # type: ignore[attr-defined]
+    trackers = Trackers(Recipe(run=RunRecipe(tracker=("wandb",))), tmp_path)
+    assert trackers.messages() == ["warning: --tracker wandb failed (the server is down); the run continues without it"]
+    trackers.log({"a": 1}, step=1)
+    trackers.finish()
+    assert trackers.messages() == []

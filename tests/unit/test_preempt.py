@@ -1,0 +1,87 @@
+"""Requests to leave or save (launch/preempt.py): files that cannot be removed, and clocks that are set."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.preempt import Preemption, Request, deadline
+from launch.recipe import RunRecipe
+from launch.world import World
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def world() -> World:
+    return World(0, 1, 0, 1, torch.device("cpu"))
+
+
+class Clocks:
+    """The two clocks of a machine whose wall clock people set."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.wall, self.steady = 1.7e9, 1000.0
+        patch.setattr(time, "time", lambda: self.wall)
+        patch.setattr(time, "monotonic", lambda: self.steady)
+
+    def pass_by(self, seconds: float) -> None:
+        self.wall += seconds
+        self.steady += seconds
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
+    with monkeypatch.context() as patch:
+        yield Clocks(patch)
+
+
+@pytest.mark.parametrize("jump", [-2 * HOUR, 0.0, 2 * HOUR])
+@pytest.mark.parametrize("by", ["time_limit", "slurm"])
+def test_a_clock_that_is_set_moves_no_deadline(
+    world: World, clocks: Clocks, monkeypatch: pytest.MonkeyPatch, jump: float, by: str
+) -> None:
+    if by == "slurm":
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(clocks.wall + HOUR + 120)))
+        run = RunRecipe(leave_seconds=120)
+    else:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(clocks.wall)))
+        run = RunRecipe(time_limit=60)
+    preemption = Preemption(Path("nowhere"), world, deadline=deadline(run, started=clocks.steady))
+    clocks.wall += jump
+    clocks.pass_by(HOUR - 5)
+    assert preemption.agreed() is Request.NOTHING
+    clocks.pass_by(10)
+    assert preemption.agreed() is Request.LEAVE
+    assert preemption.reason == "the deadline"
+
+
+@pytest.mark.parametrize("end", ["", "NONE", "-5", "\u00b2", "1e9", "tomorrow"])
+def test_an_end_that_is_no_time_is_no_deadline(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    assert deadline(RunRecipe(), started=0.0) is None
+
+
+def test_a_request_is_taken_once(tmp_path: Path, world: World) -> None:
+    preemption = Preemption(tmp_path, world, deadline=None)
+    (tmp_path / "SAVE").touch()
+    assert [preemption.agreed(), preemption.agreed()] == [Request.SAVE, Request.NOTHING]
+    assert not (tmp_path / "SAVE").exists()
+
+
+@pytest.mark.parametrize("name", ["SAVE", "PREEMPT"])
+def test_a_folder_in_place_of_a_request_is_ignored_with_one_warning(
+    tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    preemption = Preemption(tmp_path, world, deadline=None)
+    with caplog.at_level(logging.WARNING):
+        assert [preemption.agreed() for _ in range(3)] == [Request.NOTHING] * 3
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / name}: ignored, as it cannot be removed (Is a directory)"
+    ]

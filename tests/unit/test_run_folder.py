@@ -1,0 +1,296 @@
+"""The run folder (launch/run_folder.py): what it resumes from, what it refuses, and when a run is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fat
+from launch import checkpoint
+from launch.checkpoint import MAX_FAILURES, CheckpointError, Progress
+from launch.choices import Choices
+from launch.command_line import parse
+from launch.engine import Engine
+from launch.feed import Feed
+from launch.guards import RunFailed
+from launch.kernel_check import Verdict
+from launch.recipe import RecipeError
+from launch.run_folder import RunFolder, goes_on
+from launch.status import read_content, read_status, write_status
+from launch.world import World
+from shards.durable import is_temporary, temporary_name
+from shards.errors import StorageFailed, UserError
+from tests.support.disks import fill, small_disk
+from tests.training_loop import CONFIG
+
+Folders = Callable[..., RunFolder]
+
+
+@pytest.fixture
+def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
+    """Make the run folder of one start after another, with a small network."""
+
+    def make(*options: str, out: Path = tmp_path / "run") -> RunFolder:
+        small = ("--size", "32", "--global-batch", "64", "--warmup-epochs", "0", "--epochs", "3", "--zero", "0")
+        recipe = parse(["--data", str(digits), "--out", str(out), *small, *options])
+        feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
+        model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
+        engine = Engine(model, recipe, feed.world, micro_batch=64, accumulation=1)
+        out.mkdir(parents=True, exist_ok=True)
+        return RunFolder(recipe, feed, engine, Choices(), Verdict())
+
+    return make
+
+
+def save(folder: RunFolder, *steps: int) -> None:
+    for step in steps:
+        folder.save(Progress(step=step, epoch=step // 22, epoch_step=step % 22))
+    assert folder.complaints() == []
+
+
+def start(folders: Folders, *steps: int) -> Path:
+    """A run that saved and was killed; returns its folder of checkpoints."""
+    folder = folders()
+    folder.resume()
+    save(folder, *steps)
+    assert folder._writer.wait()
+    return folder.path / "checkpoints"
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], object], *, with_hash: bool) -> None:
+    """Change the metadata of a checkpoint, and give it the hash that fits."""
+    meta = json.loads((path / "meta.json").read_text())
+    found = meta.pop("hash")
+    change(meta)
+    text = checkpoint._rendered(meta) if with_hash else json.dumps({**meta, "hash": found})
+    (path / "meta.json").write_text(text)
+
+
+def test_a_damaged_fingerprint_passes_over_to_the_older_checkpoint(folders: Folders) -> None:
+    checkpoints = start(folders, 14, 21)
+    edit(checkpoints / "step-00000021", lambda meta: meta["fingerprint"]["fixed"].update(seed=1), with_hash=False)
+    progress, story = folders().resume()
+    assert progress.step == 14
+    assert any("step-00000021: damaged (meta.json does not match its hash); skipped" in line for line in story)
+
+
+def test_a_whole_checkpoint_of_another_run_is_refused(folders: Folders) -> None:
+    start(folders, 14)
+    with pytest.raises(CheckpointError, match=r"saved by a different run \(seed was 0, is 1\)"):
+        folders("--seed", "1").resume()
+
+
+def test_a_position_that_is_not_in_the_plan_is_refused(folders: Folders) -> None:
+    checkpoints = start(folders, 21)
+    position = {"epoch": 1, "epoch_step": 11}
+    edit(checkpoints / "step-00000021", lambda meta: meta["progress"].update(position), with_hash=True)
+    with pytest.raises(CheckpointError, match="step 21 is not step 11 of epoch 1, at 22 steps per epoch"):
+        folders().resume()
+
+
+def test_without_any_whole_checkpoint_the_damaged_ones_are_set_aside(folders: Folders) -> None:
+    checkpoints = start(folders, 14, 21)
+    for path in checkpoints.iterdir():
+        (path / "meta.json").unlink()
+    (checkpoints.parent / "metrics.jsonl").write_text("{}\n")
+    progress, story = folders().resume()
+    assert progress.step == 0
+    assert "no checkpoint is whole, so the run starts from the beginning" in story[2]
+    aside = checkpoints.with_name("checkpoints-before-1")
+    assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000014", "step-00000021"]
+
+
+def test_checkpoints_that_cannot_be_read_are_never_begun_over(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = start(folders, 14, 21)
+
+    def failing(path: Path, *_: object, **__: object) -> bytes:
+        raise OSError(5, os.strerror(5), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read_regular", failing)
+        with pytest.raises(StorageFailed, match=r"cannot be read \(Input/output error\); check the storage") as failed:
+            folders().resume()
+    assert failed.value.exit_code == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", failing)
+        with pytest.raises(StorageFailed, match="checkpoints: cannot be read"):
+            goes_on(folders()._recipe)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000014", "step-00000021"]
+
+
+def renamed(state: dict[str, torch.Tensor], name: str) -> None:
+    state[f"{name}x"] = state.pop(name)
+
+
+def reshaped(state: dict[str, torch.Tensor], name: str) -> None:
+    state[name] = state[name].flatten()[:1].clone()
+
+
+def halved(state: dict[str, torch.Tensor], name: str) -> None:
+    state[name] = state[name].half()
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (renamed, "model", "1 missing, such as model/.*; 1 unknown, such as model/.*x"),
+        (renamed, "exp_avg", "1 missing, such as exp_avg/.*; 1 unknown"),
+        (reshaped, "model", r"1 of another shape or dtype, such as model/.* is \[1\] torch.float32, expected \["),
+        (reshaped, "exp_avg_sq", r"such as exp_avg_sq/.* is \[1\]"),
+        (halved, "model", "is .* torch.float16, expected .* torch.float32"),
+    ],
+)
+def test_wrong_tensors_under_a_right_hash_are_refused_by_name(
+    folders: Folders, change: Callable[..., None], kind: str, message: str
+) -> None:
+    path = start(folders, 14) / "step-00000014"
+    state = load_file(path / "state.safetensors")
+    change(state, next(name for name in sorted(state) if name.startswith(f"{kind}/") and state[name].ndim > 1))
+    save_file(state, path / "state.safetensors")
+    size, digest = checkpoint._hash(path / "state.safetensors")
+    entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
+    edit(path, lambda meta: meta.update(files=entry), with_hash=True)
+    with pytest.raises(RecipeError, match=f"the checkpoint is of another model: .*{message}"):
+        folders().resume()
+
+
+def test_a_state_that_is_no_state_is_refused_whatever_its_hash(folders: Folders) -> None:
+    path = start(folders, 14) / "step-00000014"
+    (path / "state.safetensors").write_bytes(b"\xff" * 100)
+    size, digest = checkpoint._hash(path / "state.safetensors")
+    entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
+    edit(path, lambda meta: meta.update(files=entry), with_hash=True)
+    with pytest.raises(CheckpointError, match=r"not a readable state .*; remove .*step-00000014, then start again"):
+        folders().resume()
+
+
+def test_saves_that_fail_in_a_row_end_the_run(folders: Folders, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        folder = folders(out=disk / "run")
+        folder.resume()
+
+        def train() -> None:
+            with folder:
+                save(folder, 2)
+                assert folder._writer.wait()
+                fill(disk)
+                for step in range(4, 4 + MAX_FAILURES + 1):
+                    folder.save(Progress(step=step, epoch_step=step))
+
+        with pytest.raises(RunFailed, match="3 checkpoints in a row could not be written, the last") as failed:
+            train()
+        assert failed.value.exit_code == 1
+        assert read_status(disk / "run") == "failed"
+        assert json.loads((disk / "run" / "status").read_text())["step"] == 2  # of the newest checkpoint on disk
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+@pytest.mark.parametrize("last", ["checkpoint", "weights"])
+def test_a_run_without_its_last_files_is_not_finished(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    with small_disk(tmp_path / "disk", "8m") as disk:
+        folder = folders(out=disk / "run")
+        folder.resume()
+        progress = Progress(step=22, epoch=1)
+        if last == "weights":  # the checkpoint finds room
+            original = fat.save_weights
+
+            def full(*args: Any, **options: Any) -> None:
+                fill(disk)
+                original(*args, **options)
+
+            monkeypatch.setattr(fat, "save_weights", full)
+
+        def end() -> None:
+            with folder:
+                if last == "checkpoint":
+                    fill(disk)
+                folder.save(progress)
+                folder.complaints()
+                folder.finish(progress)
+
+        with pytest.raises(RunFailed, match=f"{last}.* could not be written.*start the run again: it resumes"):
+            end()
+        assert read_status(disk / "run") == "failed"
+        assert not list((disk / "run").glob("*weights*"))
+        (disk / "of-others").unlink()
+        monkeypatch.undo()
+        again = folders(out=disk / "run")
+        begun, _ = again.resume()
+        with again:
+            again.save(progress)
+            again.finish(progress)
+        assert begun.step == (22 if last == "weights" else 0)
+        assert read_status(disk / "run") == "finished"
+        assert "head.bias" in load_file(disk / "run" / "weights.safetensors")
+
+
+def test_curves_that_cannot_be_drawn_fail_no_run(folders: Folders) -> None:
+    folder = folders()
+    folder.resume()
+    progress = Progress(step=22, epoch=1)
+    with folder:
+        folder.save(progress)
+        story = folder.finish(progress)  # there are no metrics at all
+    assert any(line.startswith("warning: no curves were drawn (") for line in story)
+    assert read_status(folder.path) == "finished"
+    mode = (folder.path / "weights.safetensors").stat().st_mode & 0o777
+    assert mode == (folder.path / "status").stat().st_mode & 0o777  # the umask's
+
+
+def test_temporary_files_of_killed_starts_go_and_those_of_the_user_stay(folders: Folders) -> None:
+    path = start(folders, 14).parent
+    written = ("recipe.json", "curves.png", "status", "weights.safetensors", "weights-ema.safetensors", "probe")
+    ours = [temporary_name(path / name).name for name in written]
+    others = [".weights.safetensors.mine.tmp", "recipe.json.0123abcd0123abcd.tmp", ".notes.0123abcd0123abcd.tmp"]
+    for name in (*ours, *others):
+        (path / name).touch()
+    folders().resume()
+    assert not [name for name in ours if (path / name).exists()]
+    assert all((path / name).exists() for name in others)
+
+
+def test_the_temporary_name_of_weights_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    monkeypatch.setattr(os, "replace", lambda temporary, _: names.append(Path(temporary).name))
+    fat.save_weights(fat.FAT(CONFIG), tmp_path / "weights.safetensors")
+    assert [is_temporary(name, r"weights\.safetensors") for name in names] == [True]
+
+
+@pytest.mark.parametrize(
+    ("name", "fact"),
+    [
+        ("recipe.json", r"the run folder cannot be written \(recipe.json: Is a directory\); move away what is there"),
+        ("metrics.jsonl", r"metrics\.jsonl: not a regular file; move it away"),
+    ],
+)
+def test_a_folder_in_place_of_a_file_is_refused_by_name(folders: Folders, name: str, fact: str) -> None:
+    folder = folders()
+    (folder.path / name).mkdir()
+    with pytest.raises(UserError, match=fact) as refused:
+        folder.resume()
+    assert refused.value.exit_code == 2
+
+
+def test_the_reason_of_another_rank_is_kept_and_the_newest_checkpoint_added(folders: Folders) -> None:
+    folder = folders()
+    folder.resume()
+    with contextlib.suppress(RuntimeError), folder:
+        save(folder, 4)
+        write_status(folder.path, "failed", reason="rank 1 knows", nodes=["b"])  # it does not know the checkpoints
+        raise RuntimeError("connection closed by peer")
+    content = read_content(folder.path)
+    assert content is not None
+    assert (content.status, content.step, content.reason, content.nodes) == ("failed", 4, "rank 1 knows", ["b"])

@@ -1,0 +1,57 @@
+"""RUN/status (launch/status.py): written even on a full disk, read whatever it has become."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from launch.status import STATUS_NAME, read_status, write_status
+from tests.support.disks import fill, small_disk
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    assert write_status(tmp_path, "stalled", step=5, reason="r", nodes=["a"])
+    assert read_status(tmp_path) == "stalled"
+    assert [path.name for path in tmp_path.iterdir()] == [STATUS_NAME]
+
+
+def test_a_full_disk_does_not_hide_why_a_run_ended(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        assert write_status(disk, "running", step=100, reason="a longer text than the next")
+        fill(disk)
+        assert write_status(disk, "failed", step=5)
+        assert read_status(disk) == "failed"
+
+
+def test_a_status_that_cannot_be_written_raises_nothing(tmp_path: Path) -> None:
+    (tmp_path / STATUS_NAME).mkdir()
+    assert not write_status(tmp_path, "failed")
+    assert not write_status(tmp_path / "missing", "failed")
+    assert [path.name for path in tmp_path.iterdir()] == [STATUS_NAME]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"17",
+        b"null",
+        b"\xff",
+        bytes(100),
+        b"[" * 100_000,
+        b'{"status": "fine", "step": 1, "reason": ""}',
+        b'{"status": ["running"], "step": 1, "reason": ""}',
+        b'{"status": "running", "step": "1", "reason": ""}',
+    ],
+)
+def test_a_damaged_status_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / STATUS_NAME).write_bytes(content)
+    assert read_status(tmp_path) is None
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_what_is_no_file_is_none(tmp_path: Path, make) -> None:
+    make(tmp_path / STATUS_NAME)
+    assert read_status(tmp_path) is None
