@@ -1,17 +1,17 @@
-"""How long ranks wait for one another, and the knobs of NCCL and its kin that a run sets where nobody has set them."""
+"""How long ranks wait for one another, and NCCL settings that a run makes unless the environment has them."""
 
 from __future__ import annotations
 
 import os
 import socket
 from datetime import timedelta
-
-import psutil  # comes with accelerate
+from typing import Any
 
 # Until the first step is done, ranks wait for compilation, cold file systems and each other's imports.
 START_TIMEOUT = timedelta(minutes=30)
 # The watchdog, which explains, comes first; a collective's own timeout, which does not, is the second line.
 AFTER_WATCHDOG = timedelta(seconds=30)
+CONNECT_SECONDS = 3.0
 
 # What the environment holds goes before these (docs/cluster.md has a line on each).
 DEFAULTS = {
@@ -22,6 +22,9 @@ DEFAULTS = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "NCCL_DEBUG": "WARN",
 }
+
+Address = tuple[socket.AddressFamily, Any]
+"""As `socket.getaddrinfo` has it."""
 
 
 def set_defaults() -> None:
@@ -39,26 +42,31 @@ def shorten_timeouts(stall_timeout: float) -> None:
         _set_pg_timeout(timedelta(seconds=stall_timeout) + AFTER_WATCHDOG, group)
 
 
-def own_address() -> str:
-    """The address at which other hosts of this run reach this one.
+def rank0_address() -> Address | None:
+    """Resolve MASTER_ADDR and MASTER_PORT, where torch's store is; None where they are not set or not known.
 
-    That of the interface named by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; else the one that leads to MASTER_ADDR.
+    Call it while the network works: a resolver may wait long for one that does not.
     """
-    interfaces = psutil.net_if_addrs()
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        # NCCL's forms are '=eth0,ib0' (exactly), '^lo' (all but), 'eth' (begins with).
-        for name in os.environ.get(variable, "").lstrip("=").split(","):
-            for address in interfaces.get(name, []):
-                if address.family == socket.AF_INET:
-                    return address.address
-    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     try:
-        family, kind, protocol, _, target = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.connect(target)  # of datagrams: nothing is sent
-            return str(probe.getsockname()[0])
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host and port else []
+    except (OSError, UnicodeError):  # UnicodeError: no host can have this name
+        return None
+    return (found[0][0], found[0][4]) if found else None
+
+
+def is_reachable(address: Address) -> bool:
+    """Whether the host at an address answers: accepts a connection, or refuses one. Takes `CONNECT_SECONDS` at most."""
+    family, target = address
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.settimeout(CONNECT_SECONDS)
+            probe.connect(target)
+    except ConnectionRefusedError:
+        return True
     except OSError:
-        return "127.0.0.1"
+        return False
+    return True
 
 
 def host_name() -> str:

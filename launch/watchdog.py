@@ -1,34 +1,57 @@
 """The watchdog: a run in which no step ends for too long is explained, and ended for another start.
 
-Each rank has one. Its thread looks at the last sign of progress; when that is too old, the stacks of all ranks that can
-still be reached are written to RUN/stacks-rankN.txt, RUN/status becomes `stalled` with the ranks that do not answer or
-lag, and the process leaves with `EXIT_STATUS`. Should even that thread get nowhere (a library that holds Python's
-lock), a timer in C writes the stacks and ends the process.
+Each rank has one. Its thread looks at the last sign of progress; when that is too old, every rank that is alive writes
+its stacks to RUN/stacks-rankN.txt, RUN/status becomes `stalled` with the ranks that are silent or lag, and the process
+ends with `EXIT_STATUS`. The thread itself touches no file: threads of their own do, for a bounded time, as the file
+system may be what hangs. Should even the thread get nowhere (a library that holds Python's lock), a timer in C writes
+the stacks and ends the process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from launch.heartbeat import (
+    ANSWER_SECONDS,
+    FOLDER,
+    WATCHED_INTERVALS,
+    Heartbeat,
+    Observation,
+    beat_interval,
+    describe_failure,
+    failing_hosts,
+    introduce,
+    is_observer,
+)
 from launch.network import START_TIMEOUT, host_name, shorten_timeouts
-from launch.peers import Peers, Standing, explain
 from launch.preempt import EXIT_STATUS
+from launch.run_files import unwritable
 from launch.status import read_status, write_status
 from launch.world import World
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
 # Longer than all that the thread does once the limit is passed.
 LAST_RESORT_SECONDS = 60.0
+# Time for `_explain`, which reads and writes files. With the rest of `_end` it takes less than the 30 s after which the
+# collective that hangs gives up.
+EXPLAIN_SECONDS = ANSWER_SECONDS + 5.0
+# Time to write to standard error, which may be a pipe without a reader.
+PRINT_SECONDS = 1.0
 # Leaving breaks the others' connections: first they may write their stacks and say what they see.
 FAREWELL_SECONDS = 3.0
+CLOSE_SECONDS = 5.0
 
 
 class Watchdog:
@@ -47,14 +70,30 @@ class Watchdog:
         self._stepped = self._evaluated = False
         self._ends = threading.Event()
         self._dumping = threading.Lock()
+        self._heartbeat: Heartbeat | None = None
+        self._observation: Observation | None = None
+        self._warned = False
         self.stacks = run / f"stacks-rank{world.rank}.txt"
         """Where this rank's stacks go; there while the run goes on, and afterwards if anything was written."""
 
     def __enter__(self) -> Watchdog:
         if self._timeout:
-            self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
-            self._file = self.stacks.open("a", encoding="utf-8")  # an earlier start's may be there
-            self._peers = Peers(self._world, self._standing, self.dump)
+            try:
+                self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
+                self._file = self.stacks.open("a", encoding="utf-8")  # an earlier start's may be there
+            except OSError as error:
+                raise unwritable(self._run, error) from error
+            if self._world.size > 1:
+                folder = self._run / FOLDER
+                interval = beat_interval(self._timeout, self._world.size)
+                self._heartbeat = Heartbeat(
+                    folder,
+                    introduce(folder, self._world),
+                    self._world.rank,
+                    interval=interval,
+                    progress=self._progress,
+                    dump=self.dump,
+                )
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self
@@ -64,11 +103,15 @@ class Watchdog:
             return
         self._ends.set()
         self._thread.join()
-        self._peers.close()
-        with self._dumping:
-            self._file.close()
-        if self.stacks.exists() and self.stacks.stat().st_size == 0:
-            self.stacks.unlink()
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+        if not self._dumping.acquire(timeout=CLOSE_SECONDS):  # the file system hangs; the end of the process closes it
+            return
+        self._file.close()
+        self._dumping.release()
+        with contextlib.suppress(OSError):  # not worth a run's end
+            if self.stacks.stat().st_size == 0:
+                self.stacks.unlink()
 
     def beat(self, steps: int | None = None) -> None:
         """A sign of progress.
@@ -104,37 +147,117 @@ class Watchdog:
             self._file.flush()
             faulthandler.dump_traceback(self._file, all_threads=True)
 
-    def _standing(self) -> tuple[int, float]:
+    def _progress(self) -> tuple[int, float]:
+        """Steps done, and seconds since the last sign of progress."""
         return self._steps, time.monotonic() - self._beat_at
 
     def _watch(self) -> None:
         interval = min(1.0, self._timeout / 10)
         while not self._ends.wait(interval):
-            faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, file=self._file, exit=True)
-            if time.monotonic() - self._beat_at > self._limit:
-                self._end()
+            self._survive(self._arm_last_resort)
+            self._survive(self._look_at_clock)
         faulthandler.cancel_dump_traceback_later()
 
+    def _survive(self, task: Callable[[], None]) -> None:
+        """Run a part of the thread's loop, which must go on whatever is raised there; log the first error."""
+        try:
+            task()
+        except Exception as error:
+            if not self._warned:
+                self._warned = True
+                log.warning("watchdog: %s: %s; continuing", type(error).__name__, error)
+
+    def _arm_last_resort(self) -> None:
+        faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, file=self._file, exit=True)
+
+    def _look_at_clock(self) -> None:
+        _, idle = self._progress()
+        if idle > self._limit:
+            self._end()
+        if self._heartbeat is None or not is_observer(self._world.rank, self._world.size):
+            return
+        if idle < self._limit - WATCHED_INTERVALS * self._heartbeat.interval:
+            self._observation = None
+        elif self._observation is None:
+            self._observation = self._observe(self._heartbeat)
+
+    def _observe(self, heartbeat: Heartbeat) -> Observation:
+        observation = Observation(heartbeat.folder, heartbeat.start, interval=heartbeat.interval)
+        observation.begin()
+        return observation
+
     def _end(self) -> None:
-        """Explain, and leave without ceremony: the main thread may never come back."""
-        steps, seconds = self._standing()
-        self.dump()
-        reason = f"rank {self._world.rank} on {host_name()}: no progress for {seconds:.0f} s after step {steps}"
-        standings: list[Standing] = []
-        if self._world.local_rank == 0:  # one rank of a host sees what the host sees
-            standings = self._peers.ask(stacks=True)
-            reason += f"; {explain(standings, steps)}"
-            if read_status(self._run) != "stalled" or any(standing.silent for standing in standings):
-                write_status(self._run, "stalled", reason=reason, nodes=unreachable(standings))
-        print(f"stalled: {reason}; stacks are in {self.stacks}", file=sys.stderr, flush=True)
-        time.sleep(FAREWELL_SECONDS)
-        os._exit(EXIT_STATUS)
+        """Report the stall, and end the process without destroying the process group: the main thread may hang."""
+        try:
+            steps, idle = self._progress()
+            self._reason = f"rank {self._world.rank} on {host_name()}: no progress for {idle:.0f} s after step {steps}"
+            stacks = f"stacks are in {self.stacks}"
+            if not finishes(lambda: self._explain(steps), EXPLAIN_SECONDS):
+                self._reason += f"; {self._run} did not answer for {EXPLAIN_SECONDS:.0f} s"
+                stacks = "stacks are above"
+                finishes(dump_to_stderr, PRINT_SECONDS)
+            line = f"stalled: {self._reason}; {stacks}"
+            finishes(lambda: print(line, file=sys.stderr, flush=True), PRINT_SECONDS)
+            time.sleep(FAREWELL_SECONDS)
+            if self._heartbeat is not None:
+                self._heartbeat.close()
+        finally:
+            os._exit(EXIT_STATUS)
+
+    def _explain(self, steps: int) -> None:
+        """Write this rank's stacks, ask for the others', and say in RUN/status which ranks are at fault."""
+        try:
+            self.dump()
+        except OSError as error:
+            log.warning("%s: cannot be written (%s); the stacks follow here", self.stacks, error)
+            dump_to_stderr()
+        nodes: list[str] = []
+        if self._heartbeat is None:
+            self._reason += "; there are no other ranks to wait for: data, file system or device hang"
+        elif not is_observer(self._world.rank, self._world.size):
+            time.sleep(ANSWER_SECONDS)  # until then observers read this rank's heartbeat and need its connections
+        else:
+            cause, nodes = self._judge(self._heartbeat, steps)
+            self._reason += f"; {cause}"
+        if nodes or read_status(self._run) != "stalled":
+            write_status(self._run, "stalled", reason=self._reason, nodes=nodes)
+
+    def _judge(self, heartbeat: Heartbeat, steps: int) -> tuple[str, list[str]]:
+        """Return a description of the ranks at fault, and the hosts that the next start should exclude."""
+        end = time.monotonic() + ANSWER_SECONDS
+        try:
+            heartbeat.ask_for_stacks()
+        except OSError as error:
+            return f"{heartbeat.folder} cannot be written ({error}): nothing is known of the other ranks", []
+        if self._observation is None:  # this process was suspended until now
+            self._observation = self._observe(heartbeat)
+        self._observation.wait(end - time.monotonic(), pause=min(1.0, heartbeat.interval))
+        ranks = self._observation.ranks()
+        if ranks[self._world.rank].silent:
+            cause = heartbeat.failure or "the file system hangs"
+            return f"no heartbeat written to {heartbeat.folder} ({cause}): nothing is known of the other ranks", []
+        return describe_failure(ranks, self._world.rank, steps, self._observation.seconds), failing_hosts(ranks)
 
 
-def unreachable(standings: list[Standing]) -> list[str]:
-    """Hosts none of whose ranks answers; none where that is most of them, as then it is this host that is cut off."""
-    own = host_name()
-    hosts = {standing.peer.host for standing in standings} - {own}
-    answering = {standing.peer.host for standing in standings if not standing.silent}
-    silent = sorted(hosts - answering)
-    return silent if len(silent) <= len(hosts) // 2 else []
+def finishes(task: Callable[[], None], seconds: float) -> bool:
+    """Run `task` in a thread; return whether it ended within `seconds`. One that hangs is left behind."""
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            task()
+        except Exception as error:
+            log.warning("watchdog: %s: %s", type(error).__name__, error)
+        finally:
+            done.set()
+
+    try:
+        threading.Thread(target=run, name="watchdog-task", daemon=True).start()
+    except RuntimeError:  # no more threads; should the task hang, the timer in C ends the process
+        run()
+    return done.wait(seconds)
+
+
+def dump_to_stderr() -> None:
+    """Write the stacks of all threads to standard error."""
+    faulthandler.dump_traceback(sys.stderr, all_threads=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
@@ -14,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from launch import affinity, network
-from shards.errors import UserError
+from shards.errors import UserError, report
+from shards.redact import protect_output, redacted_traceback
 
 T = TypeVar("T")
 
@@ -119,18 +119,18 @@ def run_command(command: Callable[[], int], failed: Failed = lambda reason, *, r
     Args:
         failed: told the reason of a failure, and whether it was bad input, before the end.
     """
+    protect_output()
     status = 1
     try:
         status = command()
         disconnect()
         return status
     except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        print(f"{f'rank {rank}: ' if rank else ''}error: {error}", file=sys.stderr, flush=True)
-        failed(str(error), refused=error.exit_code == 2)
-        status = error.exit_code
+        rank = os.environ.get("RANK", "0")
+        status = report(error, prefix="" if rank == "0" else f"rank {rank}: ")
+        failed(str(error), refused=status == UserError.exit_code)
     except Exception as error:
-        traceback.print_exc()
+        print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
         failed(f"{type(error).__name__}: {error}", refused=False)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()

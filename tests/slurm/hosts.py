@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,10 @@ from pathlib import Path
 def ip(*args: str, check: bool = True) -> str:
     """`ip ARGS`."""
     return subprocess.run(["ip", *args], capture_output=True, text=True, check=check, timeout=20).stdout
+
+
+# A namespace, and its link, may outlive the test that has deleted it for a while.
+_uses = itertools.count()
 
 
 class Host:
@@ -41,21 +47,32 @@ class Host:
     def plug_in(self) -> None:
         ip("link", "set", self._link, "up")
 
+    def power_off(self) -> None:
+        """End everything that runs here, without a word to other hosts."""
+        self.unplug()
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to everything that runs here."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def processes(self) -> list[int]:
         """What runs on this host."""
         return [int(pid) for pid in ip("netns", "pids", self.name, check=False).split()]
 
 
 @contextlib.contextmanager
-def two_hosts() -> Iterator[list[Host]]:
-    """Two hosts, 10.77.N.1 and .2, on a bridge of their own; gone afterwards, with all that ran there."""
-    mark = f"{os.getpid() % 100000}"
+def some_hosts(count: int = 2) -> Iterator[list[Host]]:
+    """Hosts 10.77.N.1, .2, ... on a bridge of their own; gone afterwards, with all that ran there."""
+    mark = f"{os.getpid() % 100000}-{next(_uses)}"
     net = f"10.77.{os.getpid() % 250}"
     bridge, hosts = f"br{mark}", []
     try:
         ip("link", "add", bridge, "type", "bridge")
         ip("link", "set", bridge, "up")
-        for number in (1, 2):
+        for number in range(1, count + 1):
             name, link = f"host{number}-{mark}", f"v{number}-{mark}"
             ip("netns", "add", name)
             host = Host(name, f"{net}.{number}", link)
@@ -68,9 +85,7 @@ def two_hosts() -> Iterator[list[Host]]:
         yield hosts
     finally:
         for host in hosts:
-            for pid in host.processes():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, 9)
+            host.kill()
             for process in host.started:
                 process.wait()
             ip("netns", "del", host.name, check=False)

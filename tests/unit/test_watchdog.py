@@ -1,39 +1,53 @@
-"""The watchdog alone (tests/slurm has it in real runs), and what it says."""
+"""The watchdog of one rank alone (tests/dist and tests/slurm have it with several)."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from launch.peers import Peer, Standing, explain
-from launch.watchdog import unreachable
+from launch.watchdog import Watchdog
+from launch.world import World
+from shards.errors import UserError
 from tests.dist.launching import python_path
+from tests.support.hanging_mount import can_mount
 
 pytestmark = pytest.mark.timed
 
 PROGRAM = """
-import ctypes, sys, time
+import ctypes, faulthandler, sys, time
 from pathlib import Path
 import torch
-from launch import watchdog
-from launch.status import write_status
+from launch import heartbeat, watchdog
 from launch.world import World
+from tests.support.hanging_mount import mount_hanging
 
-watchdog.LAST_RESORT_SECONDS = 6.0
 run, how = Path(sys.argv[1]), sys.argv[2]
-with watchdog.Watchdog(run, World(0, 1, 0, 1, torch.device("cpu")), timeout=1.0) as dog:
+watchdog.LAST_RESORT_SECONDS = 6.0
+watchdog.FAREWELL_SECONDS = 0.5
+ranks = 1
+if how == "hang":
+    watchdog.LAST_RESORT_SECONDS, watchdog.EXPLAIN_SECONDS = 60.0, 4.0
+    ranks, others = 3, tuple(heartbeat.Member(rank, f"h{rank}", rank) for rank in range(3))
+    watchdog.introduce = lambda folder, world: (folder.mkdir(), heartbeat.Start("0" * 16, others))[1]
+with watchdog.Watchdog(run, World(0, ranks, 0, 1, torch.device("cpu")), timeout=1.0) as dog:
     for step in range(1, 4):
         dog.beat(step)
         time.sleep(0.4)
     for _ in dog.watched(range(4)):
         time.sleep(0.4)
-    if how == "sleep":
+    if how == "hang":
+        mount_hanging(run)
+    if how == "raise":
+        def arm(*_, **__):
+            raise RuntimeError("can't start new thread")
+        faulthandler.dump_traceback_later = arm
+    if how != "lock" and how != "end":
         time.sleep(60)
     if how == "lock":
         ctypes.PyDLL(None).sleep(60)  # PyDLL keeps Python's lock
@@ -41,9 +55,9 @@ print("left in peace")
 """
 
 
-def run_program(run: Path, how: str) -> subprocess.CompletedProcess[str]:
+def run_program(run: Path, how: str, *wrapper: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": python_path()}
-    command = [sys.executable, "-c", PROGRAM, str(run), how]
+    command = [*wrapper, sys.executable, "-c", PROGRAM, str(run), how]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -77,47 +91,41 @@ def test_a_library_that_holds_pythons_lock_is_ended_too(tmp_path: Path) -> None:
     assert place_of("ctypes.PyDLL(None)") in stacks
 
 
-PEERS = [Peer(rank, f"n{rank // 2}", f"10.0.0.{rank // 2}", 1000 + rank) for rank in range(8)]
+def test_a_hanging_file_system_does_not_keep_the_process(tmp_path: Path) -> None:
+    """Stacks, status and heartbeats cannot be written any more; the reason and the stacks go to standard error."""
+    if not can_mount():
+        (pytest.fail if os.environ.get("CI") == "true" and os.getuid() == 0 else pytest.skip)("needs FUSE, as root")
+    run = tmp_path / "run"
+    done = run_program(run, "hang", "unshare", "--mount")
+    assert done.returncode == 75, done.stderr
+    assert "no progress for" in done.stderr
+    assert f"{run} did not answer for 4 s; stacks are above" in done.stderr
+    assert place_of("time.sleep(60)") in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("standings", "said", "nodes"),
-    [
-        ([], "there are no other ranks to wait for", []),
-        ([Standing(peer, 5) for peer in PEERS[1:]], "all other ranks answer and are at step 5 too", []),
-        (
-            [Standing(PEERS[2]), Standing(PEERS[3]), *(Standing(peer, 5) for peer in PEERS[4:])],
-            "no answer from: rank 2 on n1 (10.0.0.1); rank 3 on n1 (10.0.0.1)",
-            ["n1"],
-        ),
-        # a process is gone, its host is there
-        ([Standing(PEERS[2]), *(Standing(peer, 5) for peer in PEERS[3:])], "no answer from: rank 2 on n1", []),
-        # everybody is gone: this host is the one that is cut off
-        ([Standing(peer) for peer in PEERS[2:]], "no answer from: rank 2", []),
-        (
-            [Standing(PEERS[2], 4, 33.0), Standing(PEERS[3], 6, 2.0)],
-            "behind: rank 2 on n1 (10.0.0.1), at step 4 for 33 s; ahead: rank 3 on n1 (10.0.0.1), at step 6",
-            [],
-        ),
-    ],
-)
-def test_who_is_to_blame(
-    standings: list[Standing], said: str, nodes: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURMD_NODENAME", "n0")
-    assert said in explain(standings, 5)
-    assert unreachable(standings) == nodes
+def test_the_watchdog_outlives_any_exception(tmp_path: Path) -> None:
+    done = run_program(tmp_path / "run", "raise")
+    assert done.returncode == 75, done.stderr
+    assert "watchdog: RuntimeError: can't start new thread" in done.stderr
+    assert done.stderr.count("can't start new thread") == 1
+    assert "stalled: rank 0 on" in done.stderr
 
 
-def test_our_own_address_is_that_of_the_named_interface(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.network import own_address
+def test_stacks_that_cannot_be_written_are_an_error_of_the_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "run" / "stacks-rank0.txt").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"the run folder cannot be written \(.*Is a directory\)"), alone(tmp_path):
+        pass
 
-    monkeypatch.setenv("MASTER_ADDR", "192.0.2.1")
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert own_address() == "127.0.0.1"
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=lo")
-    assert own_address() == "127.0.0.1"
-    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
-    monkeypatch.setenv("MASTER_ADDR", socket.gethostname())
-    assert own_address()
+
+def test_stacks_go_to_standard_error_when_the_disk_is_full(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "stacks-rank0.txt").symlink_to("/dev/full")
+    done = run_program(run, "sleep")
+    assert done.returncode == 75, done.stderr
+    assert "stacks-rank0.txt: cannot be written ([Errno 28] No space left on device)" in done.stderr
+    assert place_of("time.sleep(60)") in done.stderr
+
+
+def alone(folder: Path) -> Watchdog:
+    return Watchdog(folder / "run", World(0, 1, 0, 1, torch.device("cpu")), timeout=60.0)
