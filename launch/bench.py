@@ -26,6 +26,7 @@ from launch.engine import Engine
 from launch.feed import Feed
 from launch.kernel_check import check_recipe
 from launch.limits import limits_of, settle
+from launch.memory import check_batches_fit
 from launch.model import build_model
 from launch.provenance import cpu_name, device_name, git_state, versions
 from launch.recipe import Recipe
@@ -35,6 +36,8 @@ from pipeline.batch import Batch
 from pipeline.decoders import chosen_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
+from shards.output import write_output
+from shards.redact import printable, redacted
 
 ROUNDS = 3
 CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
@@ -56,12 +59,13 @@ def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
     world = connect()
     try:
         feed = Feed.of(recipe, world)
+        check_batches_fit(feed)
         model, shape = build_model(recipe, feed.classes), feed.shape
         verdict = check_recipe(recipe, feed, model)
         recipe, feed, choices = resolve(recipe, feed, model, goes_on=False)
         engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
         for note in (*choices.notes, *engine.notes):
-            print(note, file=sys.stderr)
+            print(printable(note), file=sys.stderr)
         figures = _figures(recipe, feed, engine, steps)
         decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
         settings = figures.settings | verdict.picks | choices.picks
@@ -251,6 +255,9 @@ def _machine(device: torch.device, cores: int) -> dict[str, Any]:
 
 
 def write_json(figures: Figures, path: Path) -> None:
-    """All figures, and the ratios among them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures.to_dict(), indent=1) + "\n", encoding="utf-8")
+    """Write all figures, and the ratios among them, without credentials.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_output(path, (json.dumps(redacted(figures.to_dict()), indent=1) + "\n").encode(), "--json")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 from launch.bench_verdict import Figures
+from shards.output import write_output
 
 COLOURS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
 CAPTION_WIDTH = 110  # characters
@@ -43,10 +45,18 @@ def draw(figures: Figures) -> Any:
 
 
 def write_chart(figures: Figures, path: Path) -> None:
-    """Write the chart; the file's ending decides its format."""
+    """Write the chart; the file's ending decides its format.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import matplotlib
     import matplotlib.pyplot as plt
 
-    chart = draw(figures)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chart.savefig(path, dpi=110)
+    image = io.BytesIO()
+    # A dollar sign in a device's name is no formula. Texts are parsed when they are drawn.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        chart = draw(figures)
+        chart.savefig(image, format=path.suffix[1:].lower(), dpi=110)
     plt.close(chart)
+    write_output(path, image.getvalue(), "--chart")

@@ -11,7 +11,6 @@ For each option, the first of these that has a value counts:
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -28,12 +27,15 @@ from launch.open_options import PLACES, given, option_name, with_values
 from launch.optimizers import OPTIMIZERS
 from launch.provenance import device_name
 from launch.recipe import Recipe, RecipeError
+from launch.saved_run import RECIPE_NAME, read_raw
 from launch.trials import Choice, Value
 from launch.tuned import NAMES, PARTS, Part
 from launch.world import share
+from pipeline.options import DaliOptions
 from shards.errors import UserError
+from shards.ranges import allows
+from shards.redact import printable
 
-RECIPE_NAME = "recipe.json"
 DEFAULT = "by default"
 BEGAN = "as the run began"
 SECONDS = 60.0  # that measuring a part may take at the start of a run, if nothing is compiled
@@ -230,7 +232,7 @@ class _Resolving:
         """What the run began with, as far as it was here."""
         path, here = self.recipe.run.out / RECIPE_NAME, self.feed.world
         try:
-            record = json.loads(path.read_text(encoding="utf-8")).get("choices")
+            record = read_raw(path).get("choices")
             if record is None:  # of a version that had defaults only, which are not to change in mid-run
                 self._take(dict.fromkeys(PLACES), BEGAN, self._can_be)
                 return
@@ -240,6 +242,8 @@ class _Resolving:
                     raise ValueError(f"no values of these options: {values[part]}")
             device, cores, ranks = record["device"], record["cores"], record.get("ranks", 1)
             load = record["values"].get("hw_decoder_load")
+            if load is not None and not allows(DaliOptions, "hw_decoder_load", load):
+                raise ValueError(f"hw_decoder_load {load}: a share expected")
             self.choices.decoder_began = None if load is None else float(load)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             self.choices.notes.append(f"warning: {path}: does not say what the run began with ({error}); chosen anew")
@@ -308,4 +312,4 @@ class _Resolving:
 
 
 def _say(line: str) -> None:
-    print(f"tuning: {line}", file=sys.stderr, flush=True)
+    print(f"tuning: {printable(line)}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 import tomllib
 import typing
@@ -12,8 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from pydantic import TypeAdapter, ValidationError
 
 from launch.recipe import VARIANTS, Recipe, RecipeError, Variant
+from shards.errors import UserError
+from shards.schema import first_fact
+
+MAX_BYTES = 1 << 20  # of a recipe file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +68,25 @@ def with_file(recipe: Recipe, path: Path) -> Recipe:
         RecipeError: unreadable file, unknown section or field, or a value of the wrong type.
     """
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise RecipeError(f"{path}: more than {MAX_BYTES >> 20} MiB; name a TOML file of options")
+        values = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number without end
         raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
-    return typing.cast(Recipe, _merge(recipe, values, str(path)))
+    try:
+        return typing.cast(Recipe, _merge(recipe, values, str(path)))
+    except UserError as error:
+        if str(error).startswith(str(path)):
+            raise
+        raise RecipeError(f"{path}: {error}") from error  # of a section's own checks, which do not know the file
 
 
 def _merge(base: Any, values: dict[str, Any], where: str) -> Any:
-    types = typing.get_type_hints(type(base))
+    types = typing.get_type_hints(type(base), include_extras=True)
     changes = {}
     for name, value in values.items():
         if name not in types:
@@ -87,16 +102,10 @@ def _merge(base: Any, values: dict[str, Any], where: str) -> Any:
 
 
 def _convert(value: Any, wanted: Any, where: str) -> Any:
-    """A TOML value as the field's type, by the rules that the command line has."""
-    text = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    if isinstance(value, bool):
-        text = ["True" if value else "False"]
+    """A TOML value as the field's type, within the field's range."""
     try:
-        return tyro.cli(
-            Annotated[wanted, tyro.conf.Positional],
-            args=text,
-            console_outputs=False,
-            config=(tyro.conf.FlagConversionOff,),
-        )
-    except SystemExit:
-        raise RecipeError(f"{where}: {value!r} is no {getattr(wanted, '__name__', wanted)}") from None
+        return TypeAdapter(wanted).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {first_fact(error)}") from None
+    except (TypeError, ValueError):  # dates
+        raise RecipeError(f"{where}: {value!r} is not a value of an option") from None

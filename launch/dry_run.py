@@ -7,16 +7,20 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import fat
 from launch.choices import Choices, resolve
 from launch.execution import Execution, choose
 from launch.feed import Feed
+from launch.memory import check_batches_fit
 from launch.model import build_model
 from launch.recipe import Recipe
 from launch.run_folder import goes_on
 from launch.schedule import rate_of
 from launch.world import World
+from shards.errors import UserError
+from shards.redact import printable
 
 SAMPLED_RATES = 8
 MIB = 2**20
@@ -29,12 +33,17 @@ def show_run(recipe: Recipe, world: World) -> None:
         UserError: recipe, data and world do not fit together.
     """
     feed = Feed.of(recipe, world)
+    try:
+        check_batches_fit(feed)
+    except UserError as error:  # the run may be meant for another machine
+        if world.is_main:
+            print(printable(f"warning: not on this machine: {error}"))
     # Reject invalid combinations of options.
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     if world.is_main:
-        print(*choices.notes, describe_run(recipe, feed, model, choices), sep="\n")
+        print(*map(printable, choices.notes), describe_run(recipe, feed, model, choices), sep="\n")
 
 
 def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> str:
@@ -52,9 +61,14 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
     average = state if recipe.optim.ema else 0
     title = f"dry run of fat_{recipe.model.variant}"
     table = Table("what", "value", show_header=False, title=title, title_justify="left")
-    table.add_row("data", f"{plan.samples:,} images, {feed.classes:,} classes, {feed.dataset.path}")
+    table.add_row(
+        "data",
+        Text(f"{plan.samples:,} images, {feed.classes:,} classes, {printable(feed.dataset.path)}", overflow="fold"),
+    )
     table.add_row("engine", f"{f'ZeRO-{zero}' if zero else 'plain'}, {precision}, {world.size} x {world.device.type}")
-    table.add_row("choices", "\n".join(f"{source}: {values}" for source, values in choices.picks.items()))
+    table.add_row(
+        "choices", Text("\n".join(printable(f"{source}: {values}") for source, values in choices.picks.items()))
+    )
     table.add_row(
         "batch",
         f"{plan.global_batch} = {world.size} ranks x {shape.accumulation} micro-batches x {shape.micro_rows} images; "
@@ -80,7 +94,7 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
         f"{speed * 3600 / plan.samples:.2f} epochs per hour, "
         f"{total * plan.global_batch / speed / 3600:,.1f} hours in all at {speed:,.0f} images/s, as last measured"
         if speed
-        else f"unknown: no run in {recipe.run.out} has measured a speed yet",
+        else Text(f"unknown: no run in {printable(recipe.run.out)} has measured a speed yet", overflow="fold"),
     )
     text = io.StringIO()
     Console(width=110, file=text).print(table)
@@ -89,10 +103,11 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
 
 def _known_speed(feed: Feed) -> float | None:
     """The last speed in the run folder's metrics."""
-    from launch.metrics import METRICS_NAME, read_metrics
+    from launch.metrics import read_metrics
 
-    folder = feed.recipe.run.out
-    if not (folder / METRICS_NAME).is_file():
+    try:
+        lines = read_metrics(feed.recipe.run.out)
+    except OSError:
         return None
-    speeds = [line["images_per_second"] for line in read_metrics(folder) if line["kind"] == "train"]
+    speeds = [line["images_per_second"] for line in lines if line["kind"] == "train"]
     return float(speeds[-1]) if speeds else None

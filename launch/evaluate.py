@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 # As a script, Python puts launch/ first on the path; the project's root belongs there.
 if __name__ == "__main__":
@@ -20,22 +20,28 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 import tyro
+from annotated_types import Interval
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import fat
 from fat.kernels.prefill.work import evaluation
 from launch.checkpoint import CheckpointFolder
+from launch.data_recipe import CropPct, DataRecipe, ModelSide
 from launch.kernel_check import check_kernels
 from launch.loss import count_correct
 from launch.masters import AVERAGE
-from launch.recipe import DataRecipe
-from launch.run_folder import saved_recipe
+from launch.saved_run import RECIPE_NAME, read_saved_run
 from launch.world import World, connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
-from pipeline.loader import CROP_PCT, EvalLoader, LoaderOptions
+from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
 from shards.errors import UserError
+from shards.memory import check_memory
+from shards.output import check_output, write_output
+from shards.ranges import check_ranges
+from shards.redact import printable
 
 WORST_SHOWN = 5
 
@@ -48,15 +54,18 @@ class Evaluate:
     """Run folder (its newest checkpoint), weights file (.safetensors, or the released layout)."""
     data: str | None = None
     """Shard set, a folder or a URL. None = $FAT_DATA, else ./imagenet-shards."""
+    set_digest: str | None = None
+    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
+    behind the set's location."""
     split: str = "val"
     """Split to evaluate."""
-    size: int | None = None
+    size: ModelSide | None = None
     """Side of the images in pixels. None = the run's, else 224."""
-    crop_pct: float | None = None
+    crop_pct: CropPct | None = None
     """Share of the short side that is looked at. None = the run's, else 0.875."""
-    batch: int = 128
+    batch: Annotated[int, Interval(ge=1, le=65536)] = 128
     """Images per rank and step."""
-    limit: int | None = None
+    limit: Annotated[int, Interval(ge=1, le=10**12)] | None = None
     """Only the first N images."""
     average: bool = False
     """The run's moving average instead of its weights."""
@@ -67,6 +76,9 @@ class Evaluate:
     json: Path | None = None
     """Also write the figures, per class too, as JSON."""
 
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
 
 def evaluate(command: Evaluate) -> dict[str, Any] | None:
     """Run the evaluation; collective. Rank 0 gets samples, top1, top5, loss (shares) and per-class top-1.
@@ -74,11 +86,15 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     Raises:
         UserError: no such model or data, or they do not fit.
     """
+    if command.json is not None:
+        check_output(command.json, "--json")
     world = connect()
-    dataset = DataRecipe(data=command.data).open()
-    if command.crop_pct is not None and not 0 < command.crop_pct <= 1:
-        raise UserError(f"--crop-pct {command.crop_pct}: between 0 and 1")
+    dataset = DataRecipe(data=command.data, set_digest=command.set_digest).open()
+    samples = dataset.split(command.split).samples
+    samples = samples if command.limit is None else min(samples, command.limit)
     model, data = load_model(command)
+    size = command.size or data.size
+    _check_memory(command, size, world)
     if model.config.num_classes < len(dataset.manifest.classes):
         raise UserError(
             f"{command.model}: a model of {model.config.num_classes} classes, {dataset.path} has "
@@ -87,19 +103,16 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     model = model.eval().to(world.device)
     if command.fuse:
         model = fat.fuse(model)
-    size = command.size or data.get("size", 224)
     bf16 = command.precision == "bf16" or (command.precision == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32
     passes = [evaluation(model, (command.batch, 3, size, size), dtype=dtype)]
     check_kernels(model, world, size=size, dtype=dtype, gradients=False, passes=passes)
-    samples = dataset.split(command.split).samples
-    samples = samples if command.limit is None else max(1, min(samples, command.limit))
     normal = AugmentRecipe()
     loader = EvalLoader(
         dataset,
         EvalPlan(samples, batch=command.batch, world=world.size, rank=world.rank),
         size=size,
-        crop_pct=command.crop_pct or data.get("crop_pct", CROP_PCT),
+        crop_pct=command.crop_pct or data.crop_pct,
         mean=normal.mean,
         std=normal.std,
         device=world.device,
@@ -119,8 +132,19 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     return {"samples": int(seen), "top1": top1 / seen, "top5": top5 / seen, "loss": loss / seen, "classes": classes}
 
 
-def load_model(command: Evaluate) -> tuple[fat.FAT, dict[str, Any]]:
-    """The model, and the `data` section of the recipe that it was trained by (empty where nobody says).
+def _check_memory(command: Evaluate, size: int, world: World) -> None:
+    """Compare what the images of a batch take, as float32, with what there is."""
+    needed = 4.0 * 3 * size**2 * command.batch
+    what, remedy = f"--batch {command.batch}, --size {size}", "use a smaller --batch"
+    if world.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(world.device)
+        check_memory(what, needed, remedy, available=total, of="this GPU")
+    else:
+        check_memory(what, needed * world.local_size, remedy)
+
+
+def load_model(command: Evaluate) -> tuple[fat.FAT, DataRecipe]:
+    """Load the model, and the `data` section of the recipe that it was trained with (defaults if unknown).
 
     Raises:
         UserError: neither a run folder with a whole checkpoint nor a readable weights file.
@@ -132,13 +156,13 @@ def load_model(command: Evaluate) -> tuple[fat.FAT, dict[str, Any]]:
         if path.is_file():
             if command.average:
                 raise UserError(f"{path}: --average needs a run folder; or give its weights-ema.safetensors")
-            return fat.load_model(path), {}
+            return fat.load_model(path), DataRecipe()
         found, complaints = CheckpointFolder(path / "checkpoints").newest()
         for complaint in complaints:
-            print(f"warning: {complaint}", file=sys.stderr)
+            print(f"warning: {printable(complaint)}", file=sys.stderr)
         if found is None:
             raise UserError(f"{path}: no whole checkpoint in it; give a run folder (--out of the training)")
-        recipe = saved_recipe(path)
+        saved = read_saved_run(path)
         state = found.load()
         values = {k.removeprefix("model/"): v for k, v in state.items() if k.startswith("model/")}
         if command.average:
@@ -146,11 +170,35 @@ def load_model(command: Evaluate) -> tuple[fat.FAT, dict[str, Any]]:
             if not average:
                 raise UserError(f"{found.path}: trained without a moving average (--ema); leave --average out")
             values |= average
-        model = fat.create_model(f"fat_{recipe['model']['variant']}", num_classes=len(values["head.bias"]))
-        model.load_state_dict(values)
+        variant = saved.recipe.model.variant
+        if "head.bias" not in values:
+            raise UserError(f"{found.path}: holds no classifier (head.bias); give another run folder")
+        model = fat.create_model(f"fat_{variant}", num_classes=len(values["head.bias"]))
+        _fill(model, values, found.path, f"fat_{variant}, the model of {path / RECIPE_NAME}")
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: {error}") from error
-    return model, recipe["data"]
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
+    return model, saved.recipe.data
+
+
+def _fill(model: fat.FAT, values: dict[str, torch.Tensor], checkpoint: Path, what: str) -> None:
+    """Load a checkpoint's tensors.
+
+    Raises:
+        UserError: the tensors do not fit the model.
+    """
+    expected = model.state_dict()
+    unlike = [
+        n
+        for n in {**expected, **values}
+        if n not in values or n not in expected or values[n].shape != expected[n].shape
+    ]
+    if unlike:
+        raise UserError(
+            f"{checkpoint}: {len(unlike)} tensors do not fit {what}, such as {unlike[0]}; restore recipe.json, or "
+            "evaluate the weights file"
+        )
+    model.load_state_dict(values)
 
 
 @torch.no_grad()
@@ -177,20 +225,20 @@ def show(result: dict[str, Any]) -> None:
     worst = sorted((c["top1"], name) for name, c in result["classes"].items() if c["samples"])[:WORST_SHOWN]
     table = Table("class", "top-1", "images", title="hardest classes", title_justify="left")
     for top1, name in worst:
-        table.add_row(name, f"{top1:.2%}", str(result["classes"][name]["samples"]))
+        table.add_row(Text(printable(name)), f"{top1:.2%}", str(result["classes"][name]["samples"]))
     console.print(table)
 
 
 def main() -> int:
     """The command line; returns the exit status."""
-    command = tyro.cli(Evaluate, description=__doc__)
 
     def run() -> int:
+        command = tyro.cli(Evaluate, description=__doc__)
         result = evaluate(command)
         if result is not None:
             show(result)
             if command.json is not None:
-                command.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                write_output(command.json, (json.dumps(result, indent=1) + "\n").encode(), "--json")
         return 0
 
     return run_command(run)

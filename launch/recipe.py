@@ -7,18 +7,21 @@ are the released code's unless a docstring says otherwise.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from launch.data_recipe import DataRecipe, RecipeError
 from launch.network import START_TIMEOUT
 from launch.optimizers import Form, Name
+from shards.ranges import Seconds, Seed, Steps, check_ranges
+from shards.redact import printable, redacted
 
 __all__ = ["VARIANTS", "DataRecipe", "ModelRecipe", "OptimRecipe", "Recipe", "RecipeError", "RunRecipe", "Variant"]
 
@@ -30,6 +33,8 @@ LONGEST_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
 BEYOND_STALL = 120.0
 
 Variant = Literal["b0", "b1", "b2", "b3"]
+Rate = Annotated[float, Interval(ge=0, le=100)]
+Decay = Annotated[float, Interval(ge=0, lt=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +43,17 @@ class ModelRecipe:
 
     variant: Variant = "b0"
     """FAT variant."""
-    drop_path: float | None = None
+    drop_path: Decay | None = None
     """Stochastic depth of the last block, rising linearly from 0 at the first. None = the variant's own."""
     weights: Path | None = None
     """Start from these weights (safetensors, or the released layout) instead of a random model: fine-tuning."""
-    classes: int | None = None
+    classes: Annotated[int, Interval(ge=1, le=1_000_000)] | None = None
     """Classes of the model. None = the data set's. With --weights of another number, the head starts afresh."""
     freeze_bn: bool = False
     """BatchNorm uses and keeps its running statistics (fine-tuning with small batches)."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,44 +64,35 @@ class OptimRecipe:
     """Optimiser."""
     optimizer_form: Form | None = None
     """fused = one kernel per group of parameters; foreach = several. None = what was measured, else fused."""
-    epochs: int = 300
+    epochs: Annotated[int, Interval(ge=1, le=1_000_000)] = 300
     """Passes over the training split."""
-    lr: float | None = None
+    lr: Rate | None = None
     """Peak learning rate. None = 5e-4 x global batch / 512."""
-    warmup_lr: float | None = None
+    warmup_lr: Rate | None = None
     """Rate of the first step. None = 5e-7 x global batch / 512."""
-    min_lr: float | None = None
+    min_lr: Rate | None = None
     """Rate at the end. None = 5e-6 x global batch / 512."""
-    warmup_epochs: float = 20
+    warmup_epochs: Annotated[float, Interval(ge=0, le=1_000_000)] = 20
     """Epochs of linear warm-up."""
-    weight_decay: float = 0.05
+    weight_decay: Rate = 0.05
     """Decoupled weight decay; 1-D parameters and biases have none."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's decay rates."""
-    eps: float = 1e-8
+    eps: Annotated[float, Interval(gt=0, le=1)] = 1e-8
     """AdamW's epsilon."""
-    clip_grad: float = 5.0
+    clip_grad: Annotated[float, Interval(ge=0, le=10**9)] = 5.0
     """Largest gradient norm; 0 = no clipping."""
-    label_smoothing: float = 0.1
+    label_smoothing: Decay = 0.1
     """Share of the target spread evenly over all classes."""
-    ema: float = 0.0
+    ema: Decay = 0.0
     """Decay per step of a moving average of the weights, evaluated and exported beside them; 0 = none."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise RecipeError(f"--epochs {self.epochs}: at least 1")
-        if not 0 <= self.warmup_epochs < self.epochs:
+        check_ranges(self)
+        if self.warmup_epochs >= self.epochs:
             raise RecipeError(
                 f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}: warm-up must be shorter"
             )
-        for name in ("lr", "warmup_lr", "min_lr", "weight_decay", "eps", "clip_grad"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise RecipeError(f"--{name.replace('_', '-')} {value:g}: not negative")
-        if not 0 <= self.ema < 1:
-            raise RecipeError(f"--ema {self.ema:g}: a decay in [0, 1), such as 0.9999")
-        if not 0 <= self.label_smoothing < 1:
-            raise RecipeError(f"--label-smoothing {self.label_smoothing:g}: a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +101,7 @@ class RunRecipe:
 
     out: Path = Path("runs/fat")
     """Run folder: recipe, metrics, checkpoints, curves."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; 0 = plain data parallel. auto = 1 on several GPUs, 0 on one GPU and on CPUs."""
@@ -110,7 +109,7 @@ class RunRecipe:
     """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
     resume: Literal["auto", "never"] = "auto"
     """auto = go on from the newest checkpoint of the run folder, if there is one."""
-    lock_wait: float | None = None
+    lock_wait: Seconds | None = None
     """Seconds to wait for an earlier trainer that still holds the run folder: it may be saving or stuck, and the lock
     of a dead host takes a minute or more to go. None = two minutes more than --stall-timeout, which ends a stuck one
     (at most 29 minutes)."""
@@ -135,28 +134,28 @@ class RunRecipe:
     tune: bool = False
     """Measure at the start what was neither given nor measured before, for model and loader, two minutes and more where
     compilation is tried, and keep it in the file of --tuned."""
-    stop_after: int | None = None
+    stop_after: Steps | None = None
     """End after this many optimiser steps (the schedule still spans all epochs). None = train to the end."""
-    eval_every: int = 1
+    eval_every: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
     """Evaluate and write a checkpoint every N epochs, and at the end."""
-    save_every: int | None = None
+    save_every: Steps | None = None
     """Write a checkpoint every N optimiser steps too."""
-    keep: int = 3
+    keep: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
     """Checkpoints to keep, besides the best."""
-    log_every: int = 10
-    """Optimiser steps between two lines of metrics."""
-    time_limit: float | None = None
+    log_every: Annotated[int, Interval(ge=1, le=100_000)] = 10
+    """Optimiser steps between two lines of metrics. Losses of all of them are kept on the device until then."""
+    time_limit: Annotated[float, Interval(gt=0, le=1_000_000)] | None = None
     """Minutes after which to save and leave with status 75. None = the SLURM job's end, where there is one."""
-    leave_seconds: float = 120.0
+    leave_seconds: Seconds = 120.0
     """Seconds before the SLURM job's end at which to save and leave: what a save and the processes' end take."""
-    stall_timeout: float = 300.0
+    stall_timeout: Seconds = 300.0
     """Seconds without progress after which the stacks of all ranks are written and the run ends; 0 = never. Longer than
     the longest step or save. Before the first step, at least half an hour is allowed."""
     near_gpu: bool = True
     """Hold each rank to the cores (and so to the memory) near its GPU, where there are several NUMA nodes."""
-    max_bad_steps: int = 10
+    max_bad_steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 10
     """Give up after this many steps in a row whose gradients are not finite (each is skipped)."""
-    compare_every: int = 500
+    compare_every: Annotated[int, Interval(ge=0, le=10**12)] = 500
     """Optimiser steps between two checks that all ranks hold the same weights; 0 = never."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Also log to these (accelerate's trackers)."""
@@ -164,19 +163,9 @@ class RunRecipe:
     """Show what the run would be (steps, rates, memory, checkpoint size) and touch nothing."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"auto|on|off|group:[1-9]\d*", self.sync_bn):
-            raise RecipeError(f"--sync-bn {self.sync_bn}: auto, on, off or group:N expected")
-        for name in ("eval_every", "keep", "log_every", "max_bad_steps"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
-        for name in ("save_every", "stop_after", "time_limit"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise RecipeError(f"--{name.replace('_', '-')} {value}: more than 0")
-        for name in ("leave_seconds", "stall_timeout", "lock_wait"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:  # nor NaN
-                raise RecipeError(f"--{name.replace('_', '-')} {value:g}: a number of seconds, not negative")
+        check_ranges(self)
+        if not re.fullmatch(r"auto|on|off|group:[1-9]\d{0,5}", self.sync_bn):
+            raise RecipeError(f"--sync-bn {printable(self.sync_bn)}: auto, on, off or group:N (up to 999999) expected")
         if self.lock_wait is not None and self.lock_wait > LONGEST_LOCK_WAIT:
             raise RecipeError(
                 f"--lock-wait {self.lock_wait:g}: at most {LONGEST_LOCK_WAIT:g}, as the other ranks of a start wait no "
@@ -211,8 +200,8 @@ class Recipe:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values, as `recipe.json` holds them."""
-        return typing.cast(dict[str, Any], _plain(dataclasses.asdict(self)))
+        """Nested plain values without credentials, as `recipe.json` holds them."""
+        return typing.cast(dict[str, Any], redacted(dataclasses.asdict(self)))
 
 
 def b0() -> Recipe:
@@ -236,11 +225,3 @@ def b3() -> Recipe:
 
 
 VARIANTS: dict[str, Callable[[], Recipe]] = {"b0": b0, "b1": b1, "b2": b2, "b3": b3}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value

@@ -5,6 +5,7 @@ Checks the recipe here, before the queue; renders `launch/slurm/train.sbatch` in
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -13,17 +14,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from annotated_types import Interval
 
 from launch.command_line import parse
-from launch.folder_lock import unwritable
 from launch.recipe import Recipe
-from pipeline.plan import BatchShape, PlanError
-from shards.errors import UserError
+from launch.run_files import unwritable
+from pipeline.plan import BatchShape, PlanError, divisors
+from shards.durable import durable_write
+from shards.errors import UserError, report
+from shards.ranges import check_ranges
+from shards.redact import printable, protect_output, redact
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).resolve().parent / "slurm" / "train.sbatch"
+MAX_NODES = 10_000
+INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
+# As sbatch has them: minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds].
+TIME = re.compile(r"\d{1,9}(:\d{1,2}){0,2}|\d{1,5}-\d{1,2}(:\d{1,2}){0,2}|unlimited|infinite", re.ASCII | re.IGNORECASE)
+# What #SBATCH lines hold without quotes; sbatch ends an option at a space and a line at '#'.
+PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 SETTINGS, END_OF_SETTINGS = "# ---- settings\n", "# ---- end of settings\n"
 
 
@@ -37,9 +49,9 @@ class Submit:
 
     nodes: str = "1"
     """N, or MIN-MAX: each start takes what is free between them, as far as the global batch can be dealt out to it."""
-    gpus_per_node: int = 8
+    gpus_per_node: Annotated[int, Interval(ge=0, le=1024)] = 8
     """GPUs, and processes, per node; 0 = a cluster without GPUs, see --processes-per-node."""
-    processes_per_node: int | None = None
+    processes_per_node: Annotated[int, Interval(ge=1, le=1024)] | None = None
     """Processes per node. None = one per GPU."""
     partition: str | None = None
     """SLURM's partition."""
@@ -47,7 +59,7 @@ class Submit:
     """Time limit of one start, such as 24:00:00. At its end the run saves and goes back into the queue."""
     account: str | None = None
     """SLURM's account."""
-    cpus_per_node: int | None = None
+    cpus_per_node: Annotated[int, Interval(ge=1, le=65535)] | None = None
     """Cores per node. None = whole nodes (--exclusive), with all their cores and memory."""
     name: str | None = None
     """Name of the job. None = the run folder's."""
@@ -60,10 +72,10 @@ class Submit:
     script: Path = ROOT / "launch" / "train.py"
     """What each process runs."""
     setup: str = ""
-    """Shell line run first on each node, such as 'module load cuda'."""
-    restarts: int = 3
+    """Shell line run first on each node, such as 'module load cuda'. It is kept in the script: no passwords."""
+    restarts: Annotated[int, Interval(ge=0, le=1_000_000)] = 3
     """Starts after a crash or stall that brings no new checkpoint, before the job ends."""
-    warn_seconds: int = 180
+    warn_seconds: Annotated[int, Interval(ge=0, le=65535)] = 180
     """Seconds before the time limit at which SLURM warns the job, which then saves and leaves."""
     sbatch: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """More options of sbatch, such as --sbatch=--qos=high --sbatch=--constraint=h100."""
@@ -71,15 +83,20 @@ class Submit:
     """Show the script; write and submit nothing."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)?", self.nodes) or self.bounds[0] > self.bounds[1]:
-            raise SubmitError(f"--nodes {self.nodes}: a number as in 4, or MIN-MAX as in 2-8, expected")
+        check_ranges(self)
+        if not re.fullmatch(r"[1-9]\d{0,4}(-[1-9]\d{0,4})?", self.nodes, re.ASCII) or not (
+            self.bounds[0] <= self.bounds[1] <= MAX_NODES
+        ):
+            raise SubmitError(
+                f"--nodes {self.nodes}: a number as in 4, or MIN-MAX as in 2-8, up to {MAX_NODES:,} expected"
+            )
         if self.processes < 1:
             raise SubmitError(
                 f"--gpus-per-node {self.gpus_per_node}, --processes-per-node {self.processes_per_node}: "
                 "at least one process per node expected"
             )
-        if self.restarts < 0:
-            raise SubmitError(f"--restarts {self.restarts}: not negative")
+        if self.time and not TIME.fullmatch(self.time):
+            raise SubmitError(f"--time {self.time}: a time as sbatch has it, such as 24:00:00 or 2-12, expected")
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -109,10 +126,12 @@ class Fit:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status: 0 submitted (or shown), 2 bad input, or SLURM refused."""
+    protect_output()
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)
     training = args[split + 1 :]  # those of launch/train.py
     try:
+        _refuse_credentials(args)
         job = tyro.cli(Submit, args=args[:split], description=Submit.__doc__)
         recipe = parse(training)
         script = render(job, recipe, training)
@@ -122,13 +141,29 @@ def main(args: Sequence[str] | None = None) -> int:
         path = write(script, recipe.run.out.absolute())
         number = submit(path)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"submitted job {number}: {path}")
-    print(f"log:          {path.parent / f'job-{number}.out'}")
+        return report(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    print(f"submitted job {number}: {printable(path)}")
+    print(f"log:          {printable(path.parent / f'job-{number}.out')}")
     print(f"save, leave and go back into the queue:  scancel --signal=USR2 --batch {number}")
     print(f"save and end:                            scancel {number}")
     return 0
+
+
+def _refuse_credentials(args: Sequence[str]) -> None:
+    """Reject credentials, because other users may read the script, before it is shown or written.
+
+    Raises:
+        SubmitError: an argument holds a URL with a password or a signature.
+    """
+    for arg in args:
+        if redact(arg) != arg:
+            raise SubmitError(
+                f"{arg}: a URL with credentials would be kept in the job's script; leave them out and use the "
+                "environment or the configuration of the storage library (fsspec) on the nodes"
+            )
 
 
 def write(script: str, run: Path) -> Path:
@@ -140,7 +175,7 @@ def write(script: str, run: Path) -> Path:
     path = run / "slurm" / "train.sbatch"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(script, encoding="utf-8")
+        durable_write(path, os.fsencode(script))  # keep paths that are not UTF-8 unchanged
     except OSError as error:
         raise unwritable(run, error) from error
     return path
@@ -154,10 +189,12 @@ def submit(script: Path) -> int:
     """
     if shutil.which("sbatch") is None:
         raise SubmitError(f"sbatch is not on this machine's PATH; on a login node run: sbatch {script}")
-    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SubmitError(f"sbatch refused {script}: {done.stderr.strip()}")
-    return int(done.stdout.strip().split(";")[0])
+    command = ["sbatch", "--parsable", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    number = done.stdout.strip().split(";")[0]
+    if done.returncode or not number.isdecimal():
+        raise SubmitError(f"sbatch refused {script}: {' '.join((done.stderr or done.stdout).split())}")
+    return int(number)
 
 
 def fits(recipe: Recipe, job: Submit) -> list[Fit]:
@@ -167,27 +204,36 @@ def fits(recipe: Recipe, job: Submit) -> list[Fit]:
         SubmitError: a fixed number of nodes does not fit; the message names what would.
     """
     low, high = job.bounds
-    found = [_largest(recipe, nodes, job.processes) for nodes in range(low, high + 1)]
-    if low == high and found[0].world != high * job.processes:
+    if low == high:
         try:
             _shape(recipe, high * job.processes)
         except PlanError as error:
             raise SubmitError(f"--nodes {high} x {job.processes} processes: {error}") from None
-    return found
+    return _largest(recipe, range(low, high + 1), job.processes)
 
 
-def _largest(recipe: Recipe, nodes: int, per_node: int) -> Fit:
-    candidates = [Fit(nodes, used, processes) for used in range(1, nodes + 1) for processes in range(1, per_node + 1)]
-    # Of equal world sizes, the one on fewer nodes: less traffic.
-    for fit in sorted(candidates, key=lambda fit: (-fit.world, fit.used)):
+def _largest(recipe: Recipe, counts: range, per_node: int) -> list[Fit]:
+    """The largest possible world on each number of nodes, and on as few of them as hold it: less traffic."""
+    possible = []
+    for world in reversed(divisors(recipe.data.global_batch)):
+        used = next((nodes for nodes in divisors(world) if world // nodes <= per_node), world)
+        if used > counts[-1]:
+            continue
         try:
-            _shape(recipe, fit.world)
+            _shape(recipe, world)
         except PlanError:
             continue
-        return fit
-    raise SubmitError(
-        f"--global-batch {recipe.data.global_batch}: no number of processes up to {nodes * per_node} fits"
-    )
+        possible.append((used, world))
+    found = []
+    for nodes in counts:
+        fit = next((fit for fit in possible if fit[0] <= nodes), None)
+        if fit is None:
+            raise SubmitError(
+                f"--global-batch {recipe.data.global_batch}: no number of processes up to {nodes * per_node} fits"
+            )
+        used, world = fit
+        found.append(Fit(nodes, used, world // used))
+    return found
 
 
 def _shape(recipe: Recipe, world: int) -> BatchShape:
@@ -198,7 +244,13 @@ def _shape(recipe: Recipe, world: int) -> BatchShape:
 
 
 def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
-    """The sbatch script: #SBATCH lines and settings from `job`, the rest as the template has it."""
+    """The sbatch script: #SBATCH lines and settings from `job`, the rest as the template has it.
+
+    Every value arrives unchanged, whatever characters it holds; the shell's lines are quoted by `shlex`.
+
+    Raises:
+        SubmitError: sizes that do not fit, or a value that an #SBATCH line or a container's option cannot hold.
+    """
     run = recipe.run.out.absolute()
     head, settings, rest = TEMPLATE.read_text(encoding="utf-8").partition(SETTINGS)
     body = rest.partition(END_OF_SETTINGS)[2]
@@ -208,7 +260,7 @@ def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
         "#!/bin/bash",
         title,
         "# Rendered by launch.submit; launch/slurm/train.sbatch explains each line.",
-        *(f"#SBATCH {shlex.quote(option)}" for option in _options(job, run)),
+        *(f"#SBATCH {_quoted(option)}" for option in _options(job, run)),
         "",
         settings.rstrip(),
         f"RUN={shlex.quote(str(run))}",
@@ -244,9 +296,35 @@ def _options(job: Submit, run: Path) -> list[str]:
         f"--signal=B:USR2@{job.warn_seconds}",
         "--requeue",
         "--open-mode=append",
-        f"--output={run / 'slurm' / 'job-%j.out'}",
+        f"--output={_pattern(run)}/slurm/job-%j.out",
     ]
     return options + list(job.sbatch)
+
+
+def _quoted(option: str) -> str:
+    """An option as a line of #SBATCH holds it: sbatch takes a backslash as an escape within all quotes, which a shell
+    does not.
+
+    Raises:
+        SubmitError: it would end the line, or be seen by the terminal instead of the reader.
+    """
+    if PLAIN.fullmatch(option):
+        return option
+    if any(ord(character) < ord(" ") or character == "\x7f" for character in option):
+        raise SubmitError(f"{option}: control characters cannot stand in an #SBATCH line; use another name")
+    escaped = option.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _pattern(run: Path) -> str:
+    """A folder as --output holds it, where % begins a placeholder.
+
+    Raises:
+        SubmitError: it holds a backslash, which switches placeholders off.
+    """
+    if "\\" in str(run):
+        raise SubmitError(f"--out {run}: a backslash cannot stand in the name of SLURM's log; use another folder")
+    return str(run).replace("%", "%%")
 
 
 def _container(job: Submit, recipe: Recipe) -> list[str]:
@@ -257,6 +335,9 @@ def _container(job: Submit, recipe: Recipe) -> list[str]:
     data = recipe.data.location()
     if isinstance(data, Path):
         folders.append(data.absolute())
+    for place, forbidden in (*((str(folder), ",:") for folder in folders), *((mount, ",") for mount in job.mount)):
+        if any(character in place for character in forbidden):
+            raise SubmitError(f"{place}: a container's mount cannot hold a comma or a colon; use another folder")
     mounts = [
         *(f"{folder}:{folder}" for folder in dict.fromkeys(folders)),
         *(m if ":" in m else f"{m}:{m}" for m in job.mount),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 
@@ -10,13 +9,13 @@ from launch import tuned
 from launch.choices import measure
 from launch.feed import Feed
 from launch.kernel_check import check_recipe
+from launch.memory import check_batches_fit
 from launch.model import build_model
 from launch.open_options import given, with_values
 from launch.recipe import Recipe
 from launch.trials import Value
 from launch.tuned import Part
 from launch.world import connect, disconnect
-from shards.errors import UserError
 
 
 def tune(
@@ -34,12 +33,11 @@ def tune(
     Raises:
         UserError: recipe and data do not fit together, or the file cannot be written.
     """
-    if not 0 < seconds < math.inf:  # "nan" is a number on the command line
-        raise UserError(f"--seconds {seconds:g}: a number of seconds, more than 0")
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
     world = connect()
     try:
         feed = Feed.of(recipe, world)
+        check_batches_fit(feed)
         check_recipe(recipe, feed, build_model(recipe, feed.classes))  # compiles kernels outside the time that is given
         fixed, chosen, file = given(recipe), dict[str, Value](), tuned.file_of(recipe.run.tuned)
         for part in parts:

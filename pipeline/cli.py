@@ -9,12 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from annotated_types import Interval
 from tyro.conf import subcommand
 
 from pipeline.look import Look
 from pipeline.options import LoaderOptions
 from shards.commands import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
-from shards.errors import UserError
+from shards.errors import UserError, report
+from shards.output import check_output
+from shards.ranges import MAX_BATCH, Batch, check_ranges
+from shards.redact import printable, protect_output
+
+CHART_FORMATS = (".png", ".pdf", ".svg")
+ModelSide = Annotated[int, Interval(ge=32, le=8192)]
 
 
 @dataclass(frozen=True)
@@ -38,20 +45,27 @@ class _Training:
     """Shard set: a folder or a URL."""
     variant: Literal["b0", "b1", "b2", "b3"] = "b0"
     """FAT variant to train."""
-    batch_size: int | None = None
+    batch_size: Batch | None = None
     """Images per step. None = 256 on a GPU, 16 on CPUs."""
-    size: int = 224
+    size: ModelSide = 224
     """Side of the images in pixels."""
     augment: Literal["fat", "light", "none"] = "fat"
     """Augmentation recipe."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto = bf16 autocast on GPUs, fp32 on CPUs."""
+    set_digest: str | None = None
+    """xxh3=HEX or sha256=HEX that the set's dataset.json must have, as 'pipeline info' prints them."""
     cache: Path | None = None
-    """Where a remote set is staged. None = $FAT_CACHE, else in the temporary folder."""
+    """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
+    cache_shared: bool = False
+    """All users in the group of that folder use one cache, instead of one each."""
     tuned: str = "auto"
     """File of what was measured on this machine. auto = $FAT_TUNED, else ~/.cache/fat-pipeline/tuned.json
     ($XDG_CACHE_HOME, if set); off = none."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def _recipe(self, **run: Any) -> Any:
         """The recipe (launch.recipe.Recipe); `run`: fields of its part of that name."""
@@ -61,13 +75,13 @@ class _Training:
 
         from launch.recipe import VARIANTS
 
-        if self.batch_size is not None and self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size}: at least 1")
         base = VARIANTS[self.variant]()
         data = dataclasses.replace(
             base.data,
             data=self.dataset,
+            set_digest=self.set_digest,
             cache=self.cache,
+            cache_shared=self.cache_shared,
             size=self.size,
             augment=self.augment,
             global_batch=self.batch_size or (256 if torch.cuda.is_available() else 16),
@@ -81,7 +95,7 @@ class _Training:
 class Bench(_Training):
     """Measure loader alone, model alone and both together: who waits for whom, and what limits."""
 
-    steps: int | None = None
+    steps: Annotated[int, Interval(ge=1, le=1_000_000)] | None = None
     """Steps per round of each measurement; there are three rounds. None = 30 on a GPU, 6 on CPUs."""
     compile: Literal["off", "cudagraphs", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
     """cudagraphs, or a torch.compile mode. None = what was measured on this machine, else cudagraphs on GPUs and off on
@@ -102,12 +116,13 @@ class Bench(_Training):
         from launch.bench_chart import write_chart
         from launch.bench_verdict import table
 
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"--steps {self.steps}: at least 1")
+        if self.json is not None:
+            check_output(self.json, "--json")
+        check_output(self.chart, "--chart", CHART_FORMATS)
         steps = self.steps or (30 if torch.cuda.is_available() else 6)
         recipe = self._recipe(compile=self.compile, zero=self.zero)
         figures = bench(recipe, steps=steps, decoder_check=self.decoder_check)
-        print(table(figures))
+        print(*map(printable, table(figures).splitlines()), sep="\n")
         if self.json is not None:
             write_json(figures, self.json)
         write_chart(figures, self.chart)
@@ -122,15 +137,15 @@ class Tune(_Training):
     given of the loader's options is not tried otherwise.
     """
 
-    ranks: int = 1
+    ranks: Annotated[int, Interval(ge=1, le=1024)] = 1
     """Processes that training will have on this machine: each has its share of the cores."""
-    accumulation: int = 1
+    accumulation: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
     """Micro-batches per optimiser step that training will have."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage that training will have. auto = 1 with --ranks of several GPUs, else 0."""
     what: Literal["both", "model", "input"] = "both"
     """What to measure."""
-    seconds: float = 60.0
+    seconds: Annotated[float, Interval(gt=0, le=1_000_000)] = 60.0
     """About what model and input may take, each; compiling the model (on GPUs) takes minutes more."""
 
     def run(self) -> int:
@@ -139,14 +154,15 @@ class Tune(_Training):
         from launch.tune import tune
         from launch.tuned import PARTS
 
-        for name in ("ranks", "accumulation", "seconds"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"--{name} {getattr(self, name):g}: more than 0")
         recipe = self._recipe(zero=self.zero)
         rows = recipe.data.global_batch
+        if self.accumulation * rows > MAX_BATCH:
+            raise UserError(
+                f"--accumulation {self.accumulation} of {rows} images: a global batch of at most {MAX_BATCH:,} expected"
+            )
         data = dataclasses.replace(recipe.data, micro_batch=rows, global_batch=self.accumulation * rows)
         parts = tuple(part for part in PARTS if self.what in ("both", part))
-        tune(dataclasses.replace(recipe, data=data), parts, ranks=self.ranks, seconds=self.seconds, say=print)
+        tune(dataclasses.replace(recipe, data=data), parts, ranks=self.ranks, seconds=self.seconds, say=_say)
         return 0
 
 
@@ -160,20 +176,26 @@ VERBS: dict[str, Callable[..., Any]] = {
     "tune": Tune,
     "sample": Sample,
 }
+
+
+def _say(line: str) -> None:
+    print(printable(line))
+
+
 DESCRIPTION = "Make, check and look at shard sets for training vision backbones."
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 the job failed, 2 bad input."""
+    protect_output()
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
         )
         return int(command.run())
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        return report(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -40,6 +40,7 @@ from pipeline.files import Interrupted
 from pipeline.jobs import JobStream, PreparedBatch
 from pipeline.recycle import Recycler
 from shards.errors import UserError, first_line
+from shards.redact import protect_output, redacted_traceback
 
 log = logging.getLogger(__name__)
 
@@ -391,6 +392,7 @@ def main(handle: int, parent: int) -> None:
         channel.send(_portable(error))
         os._exit(1)
     channel.send(_Ready())
+    protect_output()
     logging.getLogger().setLevel(level)
     logging.getLogger().addHandler(logging.handlers.QueueHandler(_Records(channel)))  # type: ignore[arg-type]
     _Feeder(channel).run(stream, bad)
@@ -449,8 +451,8 @@ class _Feeder:
                 self._room.release()
         except (OSError, EOFError):
             os._exit(0)
-        except BaseException:  # else the other side would wait for ever
-            traceback.print_exc()
+        except BaseException as error:  # otherwise the other process would wait forever
+            print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
             os._exit(1)
 
 

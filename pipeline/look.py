@@ -7,15 +7,21 @@ import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import tyro
+from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.augment.recipe import CropShare
 from pipeline.options import LoaderOptions
 from shards.errors import UserError
+from shards.memory import check_memory
+from shards.output import check_output, write_output
+from shards.ranges import Seed, Share, Side, check_ranges
+from shards.redact import printable
 
 if TYPE_CHECKING:
     from pipeline.augment.params import SampleParams
@@ -30,6 +36,7 @@ MARGIN, FONT_SIZE = 6, 11
 MIN_PANEL = 128
 WINDOW_COLOUR = (255, 40, 40)
 CAPTION_LINES = 4
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP", ".tif": "TIFF"}
 
 
 @dataclass(frozen=True)
@@ -42,33 +49,42 @@ class Look:
     """Picture to write."""
     augment: Literal["fat", "light", "none"] = "light"
     """Augmentation recipe; mixup and CutMix are left out, since a mixed image shows two classes."""
-    size: int = 224
+    size: Side = 224
     """Side of the images in pixels."""
-    count: int = 24
+    count: Annotated[int, Interval(ge=1, le=10_000)] = 24
     """Images to draw."""
-    flip: float | None = None
+    flip: Share | None = None
     """Probability of a horizontal flip; None = the recipe's."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: tuple[CropShare, CropShare] | None = None
     """Area of the random crop, as shares of the image; None = the recipe's."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the run to look at."""
-    epoch: int = 0
+    epoch: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
     """Epoch to look at."""
     diff: bool = False
     """Also show what PIL makes of the same image by the same operations, and how far ours is from it."""
     loader: Literal["auto", "dali", "ffcv"] = "auto"
     """Who decodes."""
+    set_digest: str | None = None
+    """xxh3=HEX or sha256=HEX that the set's dataset.json must have, as 'pipeline info' prints them."""
     cache: Path | None = None
-    """Where a remote set is staged. None = $FAT_CACHE, else in the temporary folder."""
+    """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
+    cache_shared: bool = False
+    """All users in the group of that folder use one cache, instead of one each."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
     def run(self) -> int:
         from pipeline.augment.recipe import augment_recipe
         from pipeline.plan import Position, TrainPlan
         from pipeline.remote_set import open_set
 
-        if self.count < 1:
-            raise UserError(f"--count {self.count}: at least 1 image")
-        dataset = open_set(self.dataset, cache=self.cache)
+        check_output(self.out, "--out", FORMATS)
+        side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
+        needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)  # the sheet, and the batch as float32
+        check_memory(f"--count {self.count}, --size {self.size}", needed, "draw fewer or smaller images")
+        dataset = open_set(self.dataset, cache=self.cache, cache_shared=self.cache_shared, digest=self.set_digest)
         overrides = {"flip": self.flip, "scale": self.crop_scale}
         recipe = augment_recipe(
             self.augment, size=self.size, mixup=0.0, cutmix=0.0, **{k: v for k, v in overrides.items() if v is not None}
@@ -77,11 +93,18 @@ class Look:
         plan = TrainPlan(dataset.shard_samples("train"), global_batch=count, seed=self.seed)
         position = Position(self.epoch, 0)
         sheet = contact_sheet(self._cells(dataset, plan, position, recipe))
+        image = io.BytesIO()
+        kind = FORMATS[self.out.suffix.lower()]
         try:
-            sheet.save(self.out)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.out}: cannot be written ({error}); give another --out FILE.png") from error
-        print(f"{self.out}: {count} images of {self.dataset}, epoch {self.epoch}, recipe {self.augment}")
+            sheet.save(image, kind)
+        except (OSError, ValueError) as error:  # sides beyond what the format can have, or no such encoder here
+            raise UserError(
+                f"--out {self.out}: {kind} cannot hold {sheet.width} x {sheet.height} pixels here ({error}); "
+                "draw fewer images, or name a .png"
+            ) from error
+        write_output(self.out, image.getvalue(), "--out")
+        shown = f"{self.out}: {count} images of {self.dataset}, epoch {self.epoch}, recipe {self.augment}"
+        print(printable(shown))
         return 0
 
     def _cells(self, dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe) -> list[Cell]:
@@ -105,7 +128,7 @@ class Look:
             else:
                 source = Image.open(io.BytesIO(encoded.images[i].tobytes())).convert("RGB")
             panels = [with_window(source, params, i, self.size), after[i]]
-            title = f"{dataset.manifest.classes[int(row['label'])].title} #{batch.ids[i]}"
+            title = f"{printable(dataset.manifest.classes[int(row['label'])].title)} #{batch.ids[i]}"
             if self.diff:
                 (ours,) = shown(reference_sample(source, recipe, params, i)[None], recipe)
                 away = np.abs(ours.astype(int) - after[i])

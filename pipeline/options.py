@@ -10,12 +10,23 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from shards.errors import UserError
+from shards.ranges import Share, check_ranges
+from shards.redact import printable
 
 LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
 FeedProcess = Literal["auto", "on", "off"]
+# Thread and queue sizes beyond which a machine of today gains nothing and only loses memory.
+ReadThreads = Annotated[int, Interval(ge=1, le=1024)]
+DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
+Ahead = Annotated[int, Interval(ge=0, le=256)]
+AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
+MAX_PREALLOCATED = 1 << 27  # pixels; 0.4 GB
+JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
 def decode_threads(local_world: int | None = None) -> int:
@@ -48,19 +59,23 @@ class Settings:
 class DaliOptions:
     """How DALI decodes on a GPU."""
 
-    hw_decoder_load: float | None = None
+    hw_decoder_load: Share | None = None
     """Share of each batch given to the GPU's JPEG engine; the CUDA decoder decodes the rest, and rounds differently.
     None = 1 where every rank can use such an engine, else 0: pixels then do not depend on a sample's place in its
     batch, as they do at any value between."""
-    preallocate_width: int | None = None
+    preallocate_width: JpegSide | None = None
     """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first. None
     = what was measured, else 0."""
-    preallocate_height: int | None = None
+    preallocate_height: JpegSide | None = None
 
     def __post_init__(self) -> None:
-        if self.hw_decoder_load is not None and not 0 <= self.hw_decoder_load <= 1:
-            raise UserError(f"--hw-decoder-load {self.hw_decoder_load:g}: a share between 0 and 1")
-        _refuse_below(0, preallocate_width=self.preallocate_width, preallocate_height=self.preallocate_height)
+        check_ranges(self)
+        width, height = self.preallocate_width or 0, self.preallocate_height or 0
+        if width * height > MAX_PREALLOCATED:
+            raise UserError(
+                f"--preallocate-width {width}, --preallocate-height {height}: at most {MAX_PREALLOCATED:,} pixels "
+                "expected, for each thread of the decoder"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +89,15 @@ class LoaderOptions:
     bad_samples: str = "raise"
     """What happens at a sample whose bytes are damaged or gone. raise = the run stops; skip:N = another sample takes
     its place (in an evaluation it is left out), for up to N such samples on a rank."""
-    read_threads: int | None = None
+    read_threads: ReadThreads | None = None
     """Threads that read shards; more hide the latency of slow file systems. None = what was measured, else 32."""
-    read_ahead: int | None = None
+    read_ahead: Ahead | None = None
     """Batches whose bytes are read before the decoder asks for them. None = what was measured, else 4."""
-    decode_threads: int | None = None
+    decode_threads: DecodeThreads | None = None
     """Threads of this rank that decode. None = what was measured, else its share of the machine's cores."""
-    decode_ahead: int | None = None
+    decode_ahead: AtLeastOneAhead | None = None
     """Batches that are decoded at once. None = what was measured, else 2."""
-    ready: int = 2
+    ready: AtLeastOneAhead = 2
     """Finished batches that wait on the device."""
     check_hashes: bool = True
     """Compare each sample's bytes with the hash in the index."""
@@ -92,15 +107,8 @@ class LoaderOptions:
     dali: DaliOptions = field(default_factory=DaliOptions)
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         self.skip_budget  # noqa: B018 - refuses what it cannot read
-        _refuse_below(0, read_ahead=self.read_ahead)
-        _refuse_below(
-            1,
-            read_threads=self.read_threads,
-            decode_threads=self.decode_threads,
-            decode_ahead=self.decode_ahead,
-            ready=self.ready,
-        )
 
     @property
     def settings(self) -> Settings:
@@ -117,13 +125,10 @@ class LoaderOptions:
         """
         if self.bad_samples == "raise":
             return 0
-        match = re.fullmatch(r"skip:(\d+)", self.bad_samples)
+        match = re.fullmatch(r"skip:(\d{1,9})", self.bad_samples, re.ASCII)
         if match is None:
-            raise UserError(f"--bad-samples {self.bad_samples}: raise, or skip:N as in skip:100, expected")
+            raise UserError(
+                f"--bad-samples {printable(self.bad_samples)}: raise, or skip:N as in skip:100 (N up to 999,999,999) "
+                "expected"
+            )
         return int(match[1])
-
-
-def _refuse_below(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")

@@ -14,6 +14,7 @@ not depend on R. Finding any position costs O(lanes of the rank x window), never
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,13 +78,13 @@ class BatchShape:
         if not 0 <= self.rank < self.world:
             raise PlanError(f"rank {self.rank} does not exist in a world of {self.world}")
         if self.global_batch % (self.world * unit):
-            fits = [r for r in range(1, self.global_batch // unit + 1) if self.global_batch % (r * unit) == 0]
+            fits = divisors(self.global_batch // unit)
             raise PlanError(
                 f"world size {self.world} does not divide the global batch of {self.global_batch}"
                 f"{' into pairs' if self.pairs else ''}; the nearest world sizes that do: {_nearest(self.world, fits)}"
             )
         if self.micro_rows < unit or self.rank_rows % self.micro_rows or self.micro_rows % unit:
-            fits = [m for m in range(unit, self.rank_rows + 1, unit) if self.rank_rows % m == 0]
+            fits = [unit * divisor for divisor in divisors(self.rank_rows // unit)]
             raise PlanError(
                 f"micro-batch {self.micro_rows} does not divide the {self.rank_rows} rows of a rank"
                 f"{' into pairs' if self.pairs else ''}; the nearest that do: {_nearest(self.micro_rows, fits)}"
@@ -106,6 +107,12 @@ class BatchShape:
         """Rows of the global batch that make up this rank's micro-batch number `micro`."""
         start = self.rank * self.rank_rows + micro * self.micro_rows
         return range(start, start + self.micro_rows)
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def default_lanes(global_batch: int) -> int:
@@ -159,7 +166,7 @@ class TrainPlan:
             raise PlanError(f"global batch {global_batch}, lanes {self.lanes}, window {window}: all must be at least 1")
         if global_batch % self.lanes or (pairs and (global_batch // self.lanes) % 2):
             unit = 2 if pairs else 1
-            fits = [d for d in range(1, global_batch // unit + 1) if global_batch % (d * unit) == 0]
+            fits = divisors(global_batch // unit)
             raise PlanError(
                 f"{self.lanes} lanes do not divide the global batch of {global_batch}{' into pairs' if pairs else ''}; "
                 f"the nearest that do: {_nearest(self.lanes, fits)}"

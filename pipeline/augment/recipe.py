@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from annotated_types import Interval
 from numpy.typing import NDArray
 
 from shards.errors import UserError
 
 Range = tuple[float, float]
+Alpha = Annotated[float, Interval(ge=0, le=100)]
+"""Of Beta(alpha, alpha); 0 turns mixing off."""
+CropShare = Annotated[float, Interval(ge=1e-6, le=1)]
+"""Area of a crop, as a share of the image's."""
+MAX_LAYERS = 16  # operations an image; each is a pass over it
+MAX_STD = 1000
 Colour = tuple[float, float, float]
 
 
@@ -40,7 +47,7 @@ def parse_rand_augment(text: str) -> RandAugment:
     head, *parts = text.split("-")
     fields: dict[str, Any] = {}
     for part in parts:
-        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
+        match = re.fullmatch(r"([a-z]+)(\d{1,9}(?:\.\d{1,17})?)", part, re.ASCII)
         key, value = match.groups() if match else (part, "")
         if key in ("m", "n") and value.isdigit():
             fields["magnitude" if key == "m" else "layers"] = int(value)
@@ -49,13 +56,24 @@ def parse_rand_augment(text: str) -> RandAugment:
         elif part == "inc1":
             fields["increasing"] = True
         else:
-            raise UserError(f"RandAugment {text!r}: part {part!r} is not one of mINT nINT pFLOAT mstdFLOAT inc1")
+            raise UserError(
+                f"RandAugment {_short(text)}: part {_short(part)} is not one of mINT nINT pFLOAT mstdFLOAT inc1"
+            )
     if head != "rand":
-        raise UserError(f"RandAugment {text!r}: starts with {head!r}, 'rand' expected, as in rand-m9-mstd0.5-inc1")
+        raise UserError(
+            f"RandAugment {_short(text)}: starts with {_short(head)}, 'rand' expected, as in rand-m9-mstd0.5-inc1"
+        )
     spec = RandAugment(**fields)
-    if spec.magnitude > 10 or spec.probability > 1:
-        raise UserError(f"RandAugment {text!r}: m is at most 10 and p at most 1")
+    if spec.magnitude > 10 or spec.probability > 1 or spec.layers > MAX_LAYERS or spec.std > MAX_STD:
+        raise UserError(
+            f"RandAugment {_short(text)}: m up to 10, n up to {MAX_LAYERS}, p up to 1 and mstd up to {MAX_STD:,} "
+            "expected"
+        )
     return spec
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:60]}...")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +116,7 @@ class AugmentRecipe:
         for name in ("flip", "erase", "mix_switch"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a probability")
         for name in ("mixup", "cutmix"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            _require(0 <= getattr(self, name) <= 100, name, getattr(self, name), "0 to 100")
         _require(all(value > 0 for value in self.std), "std", self.std, "positive numbers")
         _require(all(0 <= value <= 255 for value in self.fill), "fill", self.fill, "three values of 0..255")
         if self.rand_augment is not None:

@@ -26,7 +26,9 @@ def main() -> None:
     os.environ["FAT_TUNED"] = str(out / f"tuned-{world.rank}.json")
     feed = Feed.of(recipe, world)
     resolved, _, found = choices.resolve(recipe, feed, build_model(recipe, feed.classes), goes_on=False)
-    (out / f"rank-{world.rank}.json").write_text(json.dumps([open_options.given(resolved), found.sources, found.figures]))
+    (out / f"rank-{world.rank}.json").write_text(
+        json.dumps([open_options.given(resolved), found.sources, found.figures])
+    )
     disconnect()
 
 

@@ -40,9 +40,7 @@ def waits(launch: Launcher, tmp_path: Path, digits: Path) -> Callable[..., dict[
         pytest.param(2, ACCUMULATE, marks=pytest.mark.slow),
     ],
 )
-def test_no_step_makes_the_host_wait(
-    waits: Callable[..., dict[str, int]], zero: int, options: tuple[str, ...]
-) -> None:
+def test_no_step_makes_the_host_wait(waits: Callable[..., dict[str, int]], zero: int, options: tuple[str, ...]) -> None:
     assert waits("--zero", zero, *options) == {}
 
 

@@ -31,8 +31,12 @@ def test_rand_augment_is_read_from_timms_syntax(text: str, expected: RandAugment
         ("rand-m9.5", "'m9.5'"),
         ("rand--m9", "''"),
         ("rand-inc0", "'inc0'"),
-        ("rand-m11", "m is at most 10"),
-        ("rand-p1.5", "p at most 1"),
+        ("rand-m11", "m up to 10"),
+        ("rand-n17", "n up to 16"),
+        ("rand-mstd1001", "mstd up to 1,000"),
+        ("rand-m" + "9" * 5000, "is not one of"),
+        ("rand-mnan", "is not one of"),
+        ("rand-p1.5", "p up to 1"),
     ],
 )
 def test_what_is_wrong_with_a_policy_is_named(text: str, named: str) -> None:

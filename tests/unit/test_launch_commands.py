@@ -18,6 +18,7 @@ from launch.evaluate import main as evaluate
 from launch.report import draw_curves
 from launch.train import main as train
 from shards.errors import UserError
+from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
 
 SMALL = ("--size", "32", "--augment", "light", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0")
 
@@ -74,9 +75,9 @@ def test_storage_that_fails_is_no_bad_input(
         return real(path, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", fails)
-    assert run(train, *SMALL, "--data", digits, "--out", out) == (2 if number == errno.EACCES else 1)
+    assert run(train, *SMALL, "--data", digits, "--out", out) == 1
     error = capsys.readouterr().err
-    assert f"error: {out}: the run folder cannot be written ({os.strerror(number)}); " in error
+    assert f"error: {out}: the run folder cannot be written (.lock: {os.strerror(number)}); " in error
     assert "--out" in error
 
 
@@ -111,6 +112,17 @@ def test_evaluation_of_nothing_is_refused(
     (tmp_path / "empty").mkdir()
     assert run(evaluate, tmp_path / what, "--data", digits) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["stride 0 of 3 billion elements", "names that are no text", "header of 2^63 bytes"])
+def test_evaluation_refuses_a_hostile_weights_file_in_a_line(
+    tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    path = tmp_path / ("w.pth" if name in CHECKPOINTS else "w.safetensors")
+    (CHECKPOINTS | SAFETENSORS)[name](path)
+    assert run(evaluate, path, "--data", digits) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert str(path) in line
 
 
 def test_fine_tuning_starts_from_the_weights_and_gives_other_classes_a_new_head(

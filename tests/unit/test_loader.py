@@ -303,9 +303,9 @@ def test_options_left_open_come_to_the_defaults_and_zero_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LoaderOptions(decode_threads=0), "--decode-threads 0: at least 1"),
-        (lambda: LoaderOptions(read_ahead=-1), "--read-ahead -1: at least 0"),
-        (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: a share between 0 and 1"),
+        (lambda: LoaderOptions(decode_threads=0), "--decode-threads 0: a whole number from 1 to"),
+        (lambda: LoaderOptions(read_ahead=-1), "--read-ahead -1: a whole number from 0 to"),
+        (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: a number from 0 to 1 expected"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make: Callable[[], object], message: str) -> None:

@@ -41,7 +41,7 @@ def test_a_recipe_survives_json(tmp_path: Path) -> None:
     [
         ("[data]\nglobal_batsh = 3", "unknown entry 'global_batsh'"),
         ("data = 3", "section"),
-        ("[data]\nglobal_batch = 'many'", "global_batch: 'many'"),
+        ("[data]\nglobal_batch = 'many'", "global_batch: Input should be a valid integer, found 'many'"),
         ("[optim]\nepochs = 5\nwarmup_epochs = 9", "warmup-epochs 9 of --epochs 5"),
         ("[data", "not a readable TOML"),
     ],

@@ -48,7 +48,7 @@ class Breaking(Tiny):
 
 # -- step.py -----------------------------------------------------------------------------------------------------------
 
-OPTIONS = argparse.Namespace(ways=["library", "channels-last"], batch=4, size=8, rounds=2, alone=False)
+OPTIONS = argparse.Namespace(ways=["library", "channels-last"], batch=4, size=32, rounds=2, alone=False)
 
 
 def steps_that(fail: Callable[[str, int], str | None], built: list[str]) -> Callable[..., Callable[[], None]]:
@@ -156,7 +156,7 @@ def run_peers(
 ) -> tuple[int, list[dict[str, Any]]]:
     patch.setattr(peers, "build", lambda name: models[name]())
     patch.setattr(peers, "connect", lambda: World(0, 1, 0, 1, torch.device("cpu")))  # keeps the number of threads
-    small = ("--batch", "2", "--size", "8", "--rounds", "1", "--steps", "1", "--out", str(out))
+    small = ("--batch", "2", "--size", "32", "--rounds", "1", "--steps", "1", "--out", str(out))
     patch.setattr(sys, "argv", ["peers.py", "--models", *models, *small, *map(str, options)])
     status = peers.main()
     return status, json.loads(out.read_text())["results"]

@@ -74,11 +74,11 @@ def test_containers(container: str, srun: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--nodes", "0"), "--nodes 0: a number as in 4, or MIN-MAX as in 2-8, expected"),
+        (("--nodes", "0"), "--nodes 0: a number as in 4, or MIN-MAX as in 2-8, up to 10,000 expected"),
         (("--nodes", "4-2"), "--nodes 4-2"),
         (("--gpus-per-node", "0"), "at least one process per node"),
         (("--nodes", "5"), "--nodes 5 x 8 processes: world size 40 does not divide"),
-        (("--", "--epochs", "0"), "--epochs 0: at least 1"),
+        (("--", "--epochs", "0"), "--epochs 0: a whole number from 1 to 1,000,000 expected"),
     ],
 )
 def test_bad_input_is_refused_before_the_queue(
@@ -106,9 +106,9 @@ def test_a_full_disk_is_no_bad_input(
     def full(*_: object, **__: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("launch.submit.durable_write", full)
     assert main(["--", "--out", str(tmp_path / "run")]) == 1
-    assert "the run folder cannot be written (No space left on device); mend that" in capsys.readouterr().err
+    assert "the run folder cannot be written (No space left on device); free some space" in capsys.readouterr().err
 
 
 def test_without_sbatch_the_script_is_there_to_be_submitted_elsewhere(

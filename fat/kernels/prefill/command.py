@@ -46,12 +46,12 @@ def main() -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Options of every tool that fills the cache."""
-    parser.add_argument("--batch", type=int, default=256, help="images per micro-batch")
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
+    parser.add_argument("--batch", type=_whole_number(1_000_000), default=256, help="images per micro-batch")
+    parser.add_argument("--size", type=_whole_number(8192), default=224, help="side of the images in pixels")
     parser.add_argument(
         "--capability", type=_capability, default=(9, 0), help="compute capability of the GPU (9.0: H100, H200)"
     )
-    parser.add_argument("--processes", type=int, help="compilers at a time (one per core)")
+    parser.add_argument("--processes", type=_whole_number(1024), help="compilers at a time (one per core)")
     parser.add_argument("--prune", action="store_true", help="delete all but machine code, metadata and launchers")
 
 
@@ -95,6 +95,17 @@ class Progress:
         if now - self.last >= EVERY or done == total:
             print(f"compiling kernels {done}/{total}", file=self.stream, flush=True)
             self.last = now
+
+
+def _whole_number(most: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers from 1 to `most`, as argparse takes it."""
+
+    def parse(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
+            raise argparse.ArgumentTypeError(f"{text[:60]}: a whole number from 1 to {most:,} expected")
+        return int(text)
+
+    return parse
 
 
 def _capability(text: str) -> tuple[int, int]:

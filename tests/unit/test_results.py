@@ -1,0 +1,291 @@
+"""What commands show and write of names and results: text stays text, files are checked first and written whole."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import fat
+from launch.bench_chart import write_chart
+from launch.bench_verdict import Figures, Phase
+from launch.checkpoint import CheckpointFolder, Fingerprint, Progress
+from launch.evaluate import main as evaluate
+from launch.evaluate import show
+from launch.metrics import Display
+from launch.recipe import ModelRecipe, Recipe
+from launch.report import main as report_main
+from launch.train import main as train
+from pipeline.cli import main as pipeline
+from shards.errors import StorageFailed
+from shards.output import OutputError, check_output, write_output
+from tests.support.damage import edit_manifest
+
+MARKUP = "[/red] [bold]x[/] $x_{y}$"
+LOOK = ("look", "--size", "32", "--count", "2", "--augment", "none")
+
+
+def run(main: Callable[[], int], *args: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, args)])
+        return main()
+
+
+# -- names are text ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def odd(digits: Path, tmp_path: Path) -> Path:
+    """The digits, with class names and a folder that look like markup."""
+    folder = Path(shutil.copytree(digits, tmp_path / "[red]set[/red]"))
+
+    def edit(manifest: dict[str, Any]) -> None:
+        for entry in manifest["classes"]:
+            entry["name"] = MARKUP
+        manifest["made"]["source"] = MARKUP
+
+    edit_manifest(folder, edit)
+    return folder
+
+
+def test_info_shows_brackets_as_they_are(
+    odd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert pipeline(["info", str(odd)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(MARKUP) == 11
+    assert "[red]set[/red]" in shown.replace("\n", "")
+
+
+def test_a_dry_run_shows_brackets_as_they_are(
+    odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    out = tmp_path / "[/red]"
+    small = ("--size", "32", "--global-batch", "32", "--augment", "light")
+    assert run(train, *small, "--data", odd, "--out", out, "--dry-run") == 0
+    shown = "".join(capsys.readouterr().out.replace("│", "").split())
+    assert "[red]set[/red]" in shown
+    assert f"norunin{out}hasmeasured" in shown
+
+
+def test_accuracy_is_shown_for_classes_with_any_name(capsys: pytest.CaptureFixture[str]) -> None:
+    classes = {name: {"top1": 0.5, "samples": 2} for name in (MARKUP, "a\nb\x1b[31m")}
+    show({"top1": 0.5, "top5": 1.0, "loss": 1.0, "samples": 4, "classes": classes})
+    shown = capsys.readouterr().out
+    assert MARKUP in shown
+    assert r"a\nb\x1b[31m" in shown
+
+
+def test_lines_of_training_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    display = Display(enabled=True, total_steps=1, done=0)
+    display.say(f"{MARKUP} a\nb")
+    assert capsys.readouterr().err == f"{MARKUP} a\\nb\n"
+
+
+def test_a_device_s_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
+    phase = Phase(rate=1.0, cpu=1.0, waiting=0.0)
+    numbers = dict.fromkeys(("reading", "decoding", "predicted", "roofline", "mfu", "peak", "bytes_per_second"), 1.0)
+    machine = {"device": r"GPU $\frac$", "cores": 1, "load": 0}
+    settings = {"variant": "b0", "batch": 1}
+    figures = Figures(
+        machine=machine, settings=settings, loader=phase, model=phase, both=phase, peak_stated=True, bandwidth=1.0,
+        memory={}, verdict="$x_{", **numbers,
+    )  # fmt: skip
+    write_chart(figures, tmp_path / "chart.svg")
+    assert r"GPU $\frac$" in (tmp_path / "chart.svg").read_text()
+    assert os.listdir(tmp_path) == ["chart.svg"]
+
+
+# -- files of results --------------------------------------------------------------------------------------------
+
+
+def bad_outputs(tmp_path: Path, suffix: str) -> dict[Path, str]:
+    (tmp_path / f"folder{suffix}").mkdir()
+    return {
+        tmp_path / f"folder{suffix}": "is a folder",
+        tmp_path / "none" / f"x{suffix}": "there is no folder",
+        tmp_path / f"{'x' * 300}{suffix}": "File name too long",
+    }
+
+
+@pytest.mark.parametrize("command", ["look", "bench", "evaluate", "report"])
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set and the run folder are missing, which is found out only after it."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    none = tmp_path / "no-set"
+    for path, fact in bad_outputs(tmp_path, ".png").items():
+        arguments: dict[str, tuple[Any, ...]] = {
+            "look": ("look", none, "--out", path),
+            "bench": ("bench", none, "--chart", path),
+            "evaluate": ("w.safetensors", "--data", none, "--json", path),
+            "report": (tmp_path / "run", "--out", path),
+        }
+        if command in ("look", "bench"):
+            assert pipeline([*map(str, arguments[command])]) == 2
+        else:
+            assert run(evaluate if command == "evaluate" else report_main, *arguments[command]) == 2
+        shown = capsys.readouterr().err
+        assert fact in shown
+        assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("look", "SET", "--out", "x.xyz"), ("bench", "SET", "--chart", "x.xyz")])
+def test_an_unknown_kind_of_picture_is_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline(list(arguments)) == 2
+    assert "x.xyz: a file name that ends in" in capsys.readouterr().err
+
+
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    program = (
+        "from pathlib import Path; from shards.output import check_output; from shards.errors import UserError\n"
+        "try: check_output(Path('x.png'), '--out')\n"
+        "except UserError as error: print(error)"
+    )
+    user = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    done = subprocess.run(
+        [*user, sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "--out x.png: no permission to write there; name another file\n", done.stderr
+
+
+def test_a_picture_replaces_the_old_one_whole(digits: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.png"
+    out.write_bytes(b"old")
+    assert pipeline([*LOOK[:1], str(digits), *LOOK[1:], "--out", str(out)]) == 0
+    with Image.open(out) as sheet:
+        assert sheet.format == "PNG"
+    assert os.listdir(tmp_path) == ["x.png"]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFailed), (errno.EACCES, OutputError)])
+def test_a_result_that_is_not_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
+) -> None:
+    out = tmp_path / "x.json"
+    write_output(out, b"old", "--json")
+
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("shards.durable.write_all", fails)
+    with pytest.raises(kind, match=f"--json {out}: cannot be written"):
+        write_output(out, b"new", "--json")
+    assert out.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    check_output(link, "--out")
+    write_output(link, b"x", "--out")
+    assert (link.is_symlink(), target.read_bytes()) == (True, b"x")
+    check_output(Path(os.devnull), "--out")
+    write_output(Path(os.devnull), b"x", "--out")
+    assert Path(os.devnull).is_char_device()
+
+
+# -- evaluation of what is not a run -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of FAT-B0 for ten classes."""
+    torch.manual_seed(0)
+    model = fat.create_model("fat_b0", num_classes=10)
+    run = tmp_path_factory.mktemp("run")
+    state = {f"model/{name}": value for name, value in model.state_dict().items()}
+    CheckpointFolder(run / "checkpoints", keep=1).save(state, Progress(step=1, epoch_step=1), Fingerprint({}, {}))
+    (run / "recipe.json").write_text(json.dumps(description(Recipe())))
+    fat.save_weights(model, run / "weights.safetensors")
+    return run
+
+
+def description(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "recipe": recipe.to_dict(),
+        "engine": {"zero": 0, "precision": "fp32", "world": 1},
+        "choices": {"device": "cpu", "cores": 1, "ranks": 1, "values": {}},
+    }
+
+
+def changed(*path: str, value: Any) -> str:
+    content = description(Recipe())
+    place = content
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return json.dumps(content)
+
+
+EVALUATE = ("--size", "32", "--limit", "4", "--batch", "4")
+
+
+def test_a_run_is_evaluated(finished: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(evaluate, finished, "--data", digits, *EVALUATE) == 0
+    assert "over 4 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        ("{}", "Field required"),
+        ("[]", "should be an object"),
+        ("", "Invalid JSON"),
+        ("{" * 100_000, "Invalid JSON"),
+        ("x" * (2 << 20), "more than the 1,048,576"),
+        (changed("recipe", "model", "variant", value="b9"), "recipe.model.variant: Input should be 'b0'"),
+        (changed("recipe", "data", "size", value=-3), "recipe.data.size: Input should be greater than or equal to 32"),
+        (changed("recipe", "data", "size", value=1e300), "recipe.data.size"),
+        (changed("recipe", "data", "crop_pct", value="x"), "recipe.data.crop_pct"),
+        (changed("recipe", "optim", "epochs", value=1), "--warmup-epochs 20 of --epochs 1"),
+        (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
+        (json.dumps(description(Recipe(model=ModelRecipe(variant="b1")))), "tensors do not fit fat_b1, the model of"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_refused_in_one_line(
+    *, content: str, fact: str, finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "recipe.json").write_text(content)
+    assert run(evaluate, folder, "--data", digits, *EVALUATE) == 2
+    shown = capsys.readouterr().err
+    assert fact in shown
+    assert str(folder) in shown
+    assert shown.count("\n") == 1
+    (folder / "recipe.json").unlink()
+    assert run(evaluate, folder, "--data", digits, *EVALUATE) == 2
+    assert "recipe.json: cannot be read (No such file" in capsys.readouterr().err
+
+
+def test_what_is_not_a_model_is_refused_in_one_line(
+    finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
+    for path in (tmp_path / "empty", tmp_path / "none", tmp_path / "other.safetensors", finished / "recipe.json"):
+        assert run(evaluate, path, "--data", digits, *EVALUATE) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith("error: ")
+        assert shown.count("\n") == 1
+    assert run(evaluate, finished, "--data", digits, "--split", "[nope]") == 2
+    assert "no split '[nope]'" in capsys.readouterr().err
+    assert run(evaluate, finished / "weights.safetensors", "--data", digits, "--batch", "65536", "--size", "8192") == 2
+    assert "--batch 65536, --size 8192: takes 49,152.0 GiB" in capsys.readouterr().err

@@ -1,0 +1,241 @@
+"""A password in a URL is found nowhere: not in what a command prints, not in a file that it writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.evaluate import main as evaluate
+from launch.provenance import git_state, versions
+from launch.recipe import Recipe
+from launch.saved_run import read_saved_run
+from launch.status import STATUS_NAME, write_status
+from launch.submit import main as submit
+from launch.trackers import Trackers
+from launch.train import main as train
+from launch.trials import Choice
+from launch.tuned import entry_of, keep
+from pipeline.cli import main as pipeline
+from shards import redact as redaction
+from shards.errors import UserError, report
+from shards.redact import printable, protect_output, redact, redacted, redacted_traceback
+from tests.serving import serve
+
+CANARY = "canary7f3a"
+URL = f"https://me:{CANARY}@host/set"
+SIGNED = f"https://host/set?X-Amz-Signature={CANARY}"
+
+
+@pytest.fixture
+def as_before() -> Iterator[None]:
+    """The process's hooks are put back."""
+    hooks = sys.excepthook, logging.getLogRecordFactory(), warnings.formatwarning
+    yield
+    sys.excepthook, warnings.formatwarning = hooks[0], hooks[2]
+    logging.setLogRecordFactory(hooks[1])
+
+
+def found_in(folder: Path) -> list[Path]:
+    """Files of a folder whose name or content holds the password."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if CANARY in str(path.relative_to(folder)) or (path.is_file() and CANARY.encode() in path.read_bytes())
+    ]
+
+
+# -- every command -----------------------------------------------------------------------------------------------
+
+TRAIN = ("--size", "32", "--augment", "light", "--global-batch", "16", "--epochs", "1", "--warmup-epochs", "0")
+STEPS = ("--stop-after", "2", "--log-every", "1", "--tracker", "tensorboard", "--read-threads", "2")
+BENCH = ("--size", "32", "--batch-size", "4", "--steps", "1", "--json", "b.json", "--chart", "b.png")
+COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
+    "train": (train, (*TRAIN, *STEPS, "--data", "URL", "--out", "run")),
+    "dry run": (train, (*TRAIN, "--data", "URL", "--out", "run", "--dry-run")),
+    "train on nothing": (train, (*TRAIN, "--data", "NOTHING", "--out", "run")),
+    "evaluate": (evaluate, ("none.safetensors", "--data", "URL")),
+    "submit": (submit, ("--", "--data", "URL", "--out", "run")),
+    "look": (pipeline, ("look", "URL", "--size", "32", "--count", "4", "--out", "look.png")),
+    "look at nothing": (pipeline, ("look", "NOTHING", "--size", "32", "--out", "look.png")),
+    "bench": (pipeline, ("bench", "URL", *BENCH)),
+    "tune on nothing": (pipeline, ("tune", "NOTHING", "--tuned", "t.json")),
+    "info": (pipeline, ("info", "URL")),
+    "verify": (pipeline, ("verify", "URL")),
+}
+SLOW = ("bench",)
+
+
+@pytest.mark.usefixtures("as_before")
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS]
+)
+def test_no_command_shows_or_saves_a_password(
+    command: str, tmp_path: Path, digits: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, args = COMMANDS[command]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAT_CACHE", str(tmp_path / "cache"))
+    with serve(digits) as site:
+        url = site.url.replace("://", f"://me:{CANARY}@")
+        urls = {"URL": url, "NOTHING": f"{url}/none"}
+        monkeypatch.setattr(sys, "argv", ["command", *(urls.get(arg, arg) for arg in args)])
+        assert main() in (0, 1, 2)
+    shown = "".join(capfd.readouterr())
+    assert shown
+    assert CANARY not in shown
+    assert "Traceback" not in shown
+    assert found_in(tmp_path) == []
+
+
+# -- every place where text is written ---------------------------------------------------------------------------
+
+
+def recipe() -> Recipe:
+    base = Recipe()
+    return replace(
+        base,
+        data=replace(base.data, cache=Path(URL)),
+        run=replace(base.run, tuned=SIGNED, out=Path(URL), tracker=("tensorboard",)),
+    )
+
+
+def test_a_recipe_is_saved_without_passwords() -> None:
+    saved = json.dumps(recipe().to_dict())
+    assert CANARY not in saved
+    assert "https:/***@host/set" in saved
+
+
+def test_trackers_get_no_passwords(tmp_path: Path) -> None:
+    Trackers(recipe(), tmp_path).finish()
+    assert any(tmp_path.rglob("events.out.tfevents.*"))
+    assert found_in(tmp_path) == []
+
+
+def test_the_status_holds_no_passwords(tmp_path: Path) -> None:
+    write_status(tmp_path, "failed", reason=f"{URL}: not there")
+    assert json.loads((tmp_path / STATUS_NAME).read_text())["reason"] == "https://***@host/set: not there"
+
+
+def test_measured_choices_hold_no_passwords(tmp_path: Path) -> None:
+    keep(tmp_path / "t.json", entry_of("input", {"set": URL}, {"read_threads": Choice(3, f"fast from {SIGNED}")}))
+    assert "https://***@host" in (tmp_path / "t.json").read_text()
+    assert found_in(tmp_path) == []
+
+
+def test_nested_values_are_redacted() -> None:
+    assert redacted({URL: [Path("a"), (SIGNED, 3)], "x": None}) == {
+        "https://***@host/set": ["a", ["https://host/set?***", 3]],
+        "x": None,
+    }
+
+
+def test_provenance_records_neither_environment_nor_remotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN", "GIT_REMOTE"):
+        monkeypatch.setenv(name, CANARY)
+    assert CANARY not in json.dumps([versions(), git_state()])
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (Path(URL), "https:/***@host/set"),  # Path makes one slash of two
+        ("a\nb\x1b[31m\r\udcff\u202e", r"a\nb\x1b[31m\r\udcff\u202e"),
+        ("ünï [b] $x$", "ünï [b] $x$"),
+    ],
+)
+def test_text_for_people_stays_a_line_without_passwords(text: Any, shown: str) -> None:
+    assert printable(text) == shown
+
+
+def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report(UserError(f"{URL}: a\nb")) == 2
+    assert capsys.readouterr().err == "error: https://***@host/set: a\\nb\n"
+
+
+@pytest.mark.usefixtures("as_before")
+def test_logs_of_all_libraries_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    protect_output()
+    protect_output()
+    log = logging.getLogger("some.library")
+    with caplog.at_level(logging.INFO):
+        log.info("GET %s: %d %%", URL, 503)
+        log.info("plain %s")
+        try:
+            raise OSError(f"no answer from {URL}")
+        except OSError:
+            log.exception("failed")
+    assert [record.getMessage() for record in caplog.records if record.args is None] == [
+        "GET https://***@host/set: 503 %",
+        "plain %s",
+        "failed",
+    ]
+    assert CANARY not in caplog.text
+    assert "OSError: no answer from https://***@host/set" in caplog.text
+
+
+@pytest.mark.usefixtures("as_before")
+def test_warnings_are_redacted() -> None:
+    protect_output()
+    assert CANARY not in warnings.formatwarning(UserWarning(URL), UserWarning, "x.py", 1, line="")
+
+
+def test_tracebacks_are_redacted() -> None:
+    try:
+        raise RuntimeError(f"lost {URL}") from OSError(SIGNED)
+    except RuntimeError as error:
+        text = redacted_traceback(error)
+    assert "RuntimeError: lost https://***@host/set" in text
+    assert CANARY not in text.replace(__file__, "")
+
+
+def test_uncaught_errors_of_all_threads_are_redacted() -> None:
+    program = f"""
+import threading
+from shards.redact import protect_output
+protect_output()
+url = "https://me:" + {CANARY!r} + "@host"
+def fail(): raise OSError(url)
+thread = threading.Thread(target=fail); thread.start(); thread.join()
+fail()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("OSError: https://***@host") == 2
+    assert CANARY not in done.stderr
+
+
+def test_output_holds_names_that_are_no_utf_8() -> None:
+    program = "from shards.redact import protect_output; protect_output(); print('a\\udcff')"
+    env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=env)
+    assert done.stdout == b"a\\udcff\n"
+
+
+def test_redaction_finds_passwords_behind_one_slash() -> None:
+    assert redact(f"runs/https:/me:{CANARY}@host/x?a") == "runs/https:/***@host/x?***"
+    assert redaction.HIDDEN == "***"
+
+
+def test_a_saved_recipe_can_be_read_again(tmp_path: Path) -> None:
+    description = {
+        "recipe": recipe().to_dict(),
+        "engine": {"zero": 0, "precision": "fp32", "world": 1},
+        "choices": {"device": "cpu", "cores": 2, "ranks": 1, "values": {"compile": None, "read_threads": 3}},
+        "kernels": {},
+        "versions": versions(),
+        "git": git_state(),
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(description))
+    saved = read_saved_run(tmp_path).recipe
+    assert saved.data.size == 224
+    assert saved.run.tracker == ("tensorboard",)
