@@ -24,7 +24,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-dist test-slurm test-all lint bench gpu clean
+.PHONY: help install demo test test-unit test-fuzz test-dist test-slurm test-all lint audit bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,12 +50,15 @@ $(FOR_TESTS): $(INSTALLED)
 demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.png, curves.png in demo/
 	@BIN=$(BIN) DEMO=$(DEMO) bash launch/demo.sh
 
-test: lint test-unit test-dist test-slurm  ## lint, unit tests, several-process tests, a SLURM cluster on this machine
+test: lint test-unit test-fuzz test-dist test-slurm  ## lint, unit tests, mutated files, several-process tests, a SLURM cluster on this machine
 
 # OpenMP's threads spin while they wait, which costs several processes on two cores most of their time.
 test-unit: $(FOR_TESTS)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit -m "not gpu and not slow and not timed" -n $(TEST_WORKERS) --dist worksteal
 	$(BIN)/python -m pytest tests/unit -m "timed and not gpu and not slow"
+
+test-fuzz: $(FOR_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m "not slow"
 
 test-dist: $(FOR_TESTS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
@@ -76,6 +79,12 @@ lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Not part of `make lint`: it needs the network, and a new advisory may fail it without a change here. pip-audit has an
+# environment of its own because its dependencies would change pinned versions. --strict: fail if a package is not found.
+audit:           ## check the pinned packages for known vulnerabilities
+	@$(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install -qq pip-audit
+	$(VENV)-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
+
 bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (half an hour)
 	$(BIN)/python benchmarks/loader.py --out $(OUT)/loader.json
 	$(BIN)/python benchmarks/reader.py --out $(OUT)/reader.json
@@ -86,12 +95,13 @@ bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (h
 	$(BIN)/python benchmarks/interpreter_lock.py --out $(OUT)/interpreter_lock.json
 	$(BIN)/python benchmarks/step.py --models fat_b0 fat_b1 --modes training --out $(OUT)/step.json
 
-# Needs neither pip nor .venv. PYTHON must have torch, DALI, accelerate, deepspeed, transformers, tyro, rich, safetensors,
-# simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib, psutil and pytest; timm is optional.
+# Needs neither pip nor .venv. PYTHON must have torch, DALI, accelerate, deepspeed, transformers, pydantic,
+# annotated-types, tyro, rich, safetensors, simplejpeg, xxhash, filelock, fsspec, scikit-learn, scikit-image, matplotlib,
+# psutil and pytest; timm is optional.
 # Packages in a folder .kit are unpacked first (docs/performance.md).
 gpu:             ## GPU tests and timings (10 minutes; a second call continues): make gpu PYTHON=python3 OUT=dir
 	$(PYTHON) benchmarks/gpu.py $(PROFILES) --seconds $(GPU_SECONDS) --out $(OUT)
 
 clean:           ## remove the environment, the demo and all caches
-	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

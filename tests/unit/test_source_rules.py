@@ -1,0 +1,127 @@
+"""Rules of docs/security.md that the source itself must show."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("shards", "pipeline", "fat", "launch")
+
+# Files that may create or replace files, and why their paths do not come from outside data.
+WRITERS = {
+    "fat/kernels/prefill/compile_ahead.py": "lock in the kernel cache",
+    "fat/kernels/prefill/compiler.py": "in a new temporary folder",
+    "fat/weights.py": "path given by the caller; temporary name, then renamed",
+    "launch/bench_chart.py": "into memory",
+    "launch/checkpoint.py": "in a new folder of RUN/checkpoints",
+    "launch/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
+    "launch/metrics.py": "RUN/metrics.jsonl, appended to if it is a regular file",
+    "launch/preflight.py": "RUN/.preflight-JOB",
+    "launch/report.py": "into memory",
+    "launch/run_files.py": "probe under a random name",
+    "launch/standard_streams.py": "/dev/null",
+    "launch/status.py": "RUN/status",
+    "launch/watchdog.py": "RUN/stacks-rankN.txt, appended to",
+    "pipeline/cache.py": "recorded files of the cache's own folder; their names are validated",
+    "pipeline/cache_folder.py": "lock of the cache's own folder",
+    "pipeline/cache_record.py": "record of the cache's own folder",
+    "shards/assemble.py": "work folder of the set",
+    "shards/durable.py": "the one way to write a file: temporary name, then renamed; callers choose the path",
+    "shards/lock.py": "lock of the work folder",
+    "shards/output.py": "path given as an option; special files only, others by durable_write",
+    "shards/private_folder.py": "inside a folder whose owner and mode were checked",
+    "shards/samples.py": "new folder given as an option; fixed names",
+}
+_MODES = set("wax+")
+_WRITING_CALLS = {"write_text", "write_bytes", "savefig", "save_file", "savez", "copyfile", "copytree", "mkstemp"}
+
+
+def _sources() -> Iterator[tuple[str, ast.Module]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def swallowing_handlers(tree: ast.Module) -> list[int]:
+    """Lines of handlers of all exceptions that neither raise nor look at what they caught."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ExceptHandler):
+            continue
+        kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+        names = {kind.id for kind in kinds if isinstance(kind, ast.Name)}
+        if node.type is not None and not names & {"Exception", "BaseException"}:
+            continue
+        inside = [child for statement in node.body for child in ast.walk(statement)]
+        raises = any(isinstance(child, ast.Raise) for child in inside)
+        looks = any(isinstance(child, ast.Name) and child.id == node.name for child in inside)
+        logs = any(isinstance(child, ast.keyword) and child.arg == "exc_info" for child in inside)
+        if not (raises or looks or logs):
+            lines.append(node.lineno)
+    return lines
+
+
+def temporary_literals(tree: ast.Module) -> list[int]:
+    """Lines with a literal path below /tmp, /var/tmp or /dev/shm; docstrings may name them."""
+    documentation = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in documentation
+        and node.value.startswith(("/tmp", "/var/tmp", "/dev/shm"))
+    ]
+
+
+def writing_calls(tree: ast.Module) -> list[int]:
+    """Lines with a call that creates or replaces a file."""
+    lines = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        constants = [value.value for value in values if isinstance(value, ast.Constant)]
+        modes = [
+            value for value in constants if isinstance(value, str) and len(value) <= 3 and set(value) <= set("rwaxbt+")
+        ]
+        writes = name in _WRITING_CALLS or (name in ("open", "fdopen") and any(set(mode) & _MODES for mode in modes))
+        if writes:
+            lines.append(node.lineno)
+    flags = {"O_CREAT", "O_WRONLY", "O_RDWR", "O_TRUNC"}
+    lines += [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in flags]
+    return sorted(set(lines))
+
+
+def test_no_handler_of_all_exceptions_swallows_them() -> None:
+    found = {file: lines for file, tree in _sources() if (lines := swallowing_handlers(tree))}
+    assert not found
+
+
+def test_no_literal_path_to_a_shared_temporary_folder() -> None:
+    found = {file: lines for file, tree in _sources() if (lines := temporary_literals(tree))}
+    assert not found
+
+
+def test_files_are_written_in_known_places_only() -> None:
+    found = {file: lines for file, tree in _sources() if (lines := writing_calls(tree))}
+    unknown = {file: lines for file, lines in found.items() if file not in WRITERS}
+    assert not unknown, "new places that write files: can the path come from outside data? Then add them to WRITERS"
+    assert not set(WRITERS) - set(found), "these write no more"
+
+
+def test_the_rules_find_what_they_forbid() -> None:
+    tree = ast.parse(
+        "try: f()\nexcept Exception: pass\n"
+        "try: f()\nexcept Exception as error: log(error)\n"
+        "p = '/tmp/x'\n"
+        "open(p, 'w')\nopen(p)\nq.write_text('')\nos.open(p, os.O_RDWR | os.O_CREAT)\n"
+    )
+    assert swallowing_handlers(tree) == [2]
+    assert temporary_literals(tree) == [5]
+    assert writing_calls(tree) == [6, 8, 9]
