@@ -21,12 +21,13 @@ CLASSES, EACH = 1000, 1000
 LISTING = f"""
 import re, sys
 from pathlib import Path
-from shards.listing import Listing, ListingBuilder
+from shards.listing import Container, Listing, ListingBuilder
 from shards.order import arrange
 builder = ListingBuilder()
 for c in range({CLASSES}):
     folder = Path(f"/data/imagenet/train/n{{c:08d}}")
-    builder.add(folder, [(f"n{{c:08d}}/n{{c:08d}}_{{i}}.JPEG".encode(), None, 100_000 + i, c) for i in range({EACH})])
+    found = [(f"n{{c:08d}}/n{{c:08d}}_{{i}}.JPEG".encode(), 100_000 + i, 1_600_000_000, c) for i in range({EACH})]
+    builder.add_files(Container(folder, 0, 0), found)
 listing, bounds = arrange(builder.build(), "train", 0, 256 * 2**20)
 listing.save(Path(sys.argv[1]) / "train.listing")
 loaded = Listing.load(Path(sys.argv[1]) / "train.listing")
