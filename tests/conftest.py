@@ -15,6 +15,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["FAT_TUNED"] = "off"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest test first: with two processes, all others then run beside it."""
+    items.sort(key=lambda item: item.name != "test_in_the_interpreter")
+
+
 @pytest.fixture(autouse=True)
 def _switches_as_they_were() -> Iterator[None]:
     """A run sets the kernels' switches for the rest of its process, which in a test is that of all others too."""
