@@ -39,7 +39,8 @@ def test_one_process_learns_the_digits(alone: float) -> None:
     assert alone > 0.96
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_learn_as_well_as_one(tmp_path: Path, digits: Path, alone: float, zero: int) -> None:
     run = tmp_path / "run"
     done = accelerate(tmp_path, *SHORT, "--data", digits, "--out", run, "--zero", str(zero), ranks=2)
