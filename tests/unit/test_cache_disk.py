@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +14,9 @@ from pipeline.cache import Cache, CacheFull, DiskFull, Part
 from pipeline.remote_set import RemoteSet, open_set
 from shards.dataset import ShardSet
 from tests.serving import Site
+from tests.support import disks
 from tests.support.cached import cached
+from tests.support.disks import fill
 from tests.unit.test_staging import batches_of, impatient, put, same, site, train
 
 __all__ = ["impatient", "site"]  # fixtures
@@ -25,22 +25,8 @@ __all__ = ["impatient", "site"]  # fixtures
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for one shard and a half."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if os.getuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("a small file system can be mounted by root only, and not in every container")
-    try:
+    with disks.small_disk(tmp_path / "disk", "3m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def fill(disk: Path) -> None:
-    """As others do, to the last byte."""
-    with contextlib.suppress(OSError), (disk / "of-others").open("ab", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])
