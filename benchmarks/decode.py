@@ -10,6 +10,8 @@ Encoded JPEGs (`pipeline sample photos`, handed over from memory, so nothing is 
   slice    decoders.image_slice, the window handed in: what training uses
   whole    decoders.image, then the window cut out
   random   decoders.image_random_crop, DALI drawing its own windows: what people usually write
+  reader   as `whole`, but DALI's file reader reads the images, again and again the same 768
+  cached   as `reader`, with the decoded images kept in GPU memory (`cache_size`): what decoding costs when it is free
 
 Turns are interleaved and medians reported. Without a GPU there is no hardware decoder, and one load stands for all.
 """
@@ -21,7 +23,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,9 @@ from pipeline.options import decode_threads
 SIZE = 224
 RECIPE = augment_recipe("light", size=SIZE)
 OPERATORS = ("slice", "whole", "random")
+FROM_FILES = ("reader", "cached")  # DALI's cache knows an image by its file, so DALI has to read it
+FILES = 768
+CACHE = {"cache_size": 8192, "cache_type": "threshold", "cache_threshold": 0}  # MB; bytes of the smallest image kept
 AHEAD = 2
 
 
@@ -68,9 +73,13 @@ class Options:
     """JSON file for the figures."""
 
 
+def photo_paths(folder: Path) -> list[Path]:
+    return sorted(folder.glob("train/*/*.JPEG"))
+
+
 def photos(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
     """Encoded images, and their heights and widths."""
-    paths = sorted(folder.glob("train/*/*.JPEG"))
+    paths = photo_paths(folder)
     sizes = [Image.open(path).size for path in paths]
     return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths], np.array(sizes).reshape(-1, 2)[:, ::-1]
 
@@ -78,6 +87,10 @@ def photos(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
 def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarray, options: Options) -> Iterator[int]:
     gpu = torch.cuda.is_available()
     rng = itertools.count()
+    by_file = operator in FROM_FILES
+    if by_file:
+        assert options.data is not None, "main sets it"
+        paths, images = photo_paths(options.data / "photos")[:FILES], images[:FILES]
 
     def batch() -> tuple[Any, ...]:
         number = next(rng)
@@ -102,13 +115,17 @@ def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarr
     with pipe:
         given = fn.external_source(source=batch, num_outputs=2 if operator == "random" else 4, batch=True)
         encoded, flip, *window = given
+        if by_file:
+            encoded, _ = fn.readers.file(files=[str(path) for path in paths])
         if operator == "slice":
             start, shape = window
             out = fn.decoders.image_slice(
                 encoded, start=start, shape=shape, axis_names="HW", adjust_orientation=False, **decoder
             )
-        elif operator == "whole":
-            out = fn.decoders.image(encoded, adjust_orientation=False, **decoder)
+        elif operator in {"whole", *FROM_FILES}:
+            out = fn.decoders.image(
+                encoded, adjust_orientation=False, **decoder, **(CACHE if operator == "cached" else {})
+            )
             out = fn.slice(out, start=window[0], shape=window[1], axis_names="HW")
         else:
             out = fn.decoders.image_random_crop(
@@ -139,7 +156,7 @@ def main() -> None:
         images, sizes = photos(folder)
         makers: dict[str, Maker] = {
             f"{operator}, hardware {load:g}" if device.type == "cuda" else operator: partial(
-                decode, operator, load, images, sizes, options
+                decode, operator, load, images, sizes, replace(options, data=folder.parent)
             )
             for operator in options.operators
             for load in loads
