@@ -183,7 +183,9 @@ class OnGpu:
             "step ms": round(step * 1e3, 2),
             "copy GB/s": round(copy / 1e9, 1),
             "RandAugment's bytes": moved,
-            "share of the copy's bandwidth": round(moved / (kernels["device ms"] / 1e3) / copy, 3),
+            "share of the copy's bandwidth": round(moved / (kernels["device ms"] / 1e3) / copy, 3)
+            if kernels["device ms"]
+            else None,
             "rows": rows,
         }
 

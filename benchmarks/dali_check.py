@@ -31,6 +31,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from benchmarks.decode import RECIPE, SIZE, photos
 from benchmarks.model import reason
+from pipeline.decode_hardware import find_jpeg_engine
 from pipeline.options import decode_threads
 
 WINDOW_START, WINDOW_SIDE = 8, 64  # pixels of the crop window, which every photo holds
@@ -76,6 +77,7 @@ class Checks:
 
     def on_gpu(self) -> dict[str, Callable[[], str]]:
         return {
+            "hardware decoder": lambda: find_jpeg_engine(torch.device("cuda", 0)).found,
             "decode a window, CUDA only": partial(self.outputs, "decode", load=0.0),
             "decode a window, hardware": partial(self.outputs, "decode", load=1.0),
             "decode whole images, hardware": partial(self.outputs, "decode", load=1.0, window=False),

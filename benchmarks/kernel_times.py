@@ -80,6 +80,8 @@ def kernel_times(model: str, way: str, options: argparse.Namespace) -> dict[str,
         if microseconds > 0:
             spent[event.key][0] += microseconds / 1000 / options.steps
             spent[event.key][1] += event.count / options.steps
+    if not spent:
+        raise RuntimeError("the profiler saw no kernel: CUPTI may not be permitted on this machine")
     kernels = [
         {"kernel": name, "ms": round(ms, 4), "launches": round(count, 1)}
         for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])

@@ -130,6 +130,7 @@ def run(
     for way, why in failed.items():
         rows[way]["failed"] = why
     steps.clear()
+    graph_pool.cache_clear()  # a pool that has lost its last graph takes no other
     free()
     return times
 
@@ -190,7 +191,7 @@ def captured(once: Callable[[], None]) -> Callable[[], None]:
             once()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=graph_pool()):
+    with torch.cuda.graph(graph, pool=graph_pool(), capture_error_mode="thread_local"):
         once()
 
     def replay(_keeps_what_the_graph_reads: Callable[[], None] = once) -> None:

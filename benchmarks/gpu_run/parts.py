@@ -290,7 +290,7 @@ def peers() -> Iterator[Part]:
 KERNEL_TESTS = ("tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py")
 PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
 CRASHES_ON_CPU = "fastvit_t8"  # in torch 2.11's channels-last convolutions, at 224 pixels
-FEW_THREADS = {"OMP_NUM_THREADS": "3"}  # several test processes share the cores
+FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # several test processes share the cores
 SMALL = ("--batch", "2", "--size", "64", "--rounds", "1")
 EAGER = ("--ways", "eager", "--batch", "2", "--rounds", "1", "--steps", "1")
 FEW = ("--batch-size", "4", "--size", "64", "--steps", "1")
@@ -331,7 +331,7 @@ def decode(*words: str) -> Command:
 def gpu_tests(workers: int, *tests: str) -> Command:
     """pytest on the GPU's tests; side by side and with a limit each where those plugins are installed."""
     side_by_side = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
-    limit = ("--timeout", "100") if importlib.util.find_spec("pytest_timeout") else ()
+    limit = ("--timeout", "120") if importlib.util.find_spec("pytest_timeout") else ()
     return python("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *limit, *side_by_side, *tests)
 
 

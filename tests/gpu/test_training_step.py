@@ -19,6 +19,7 @@ from tests.support.batches import CLASSES, random_batch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 ROWS, SIDE, STEPS = 8, 64, 6
+LEAST_NORM = 1e-2  # of a gradient that is more than rounding: biases before a BatchNorm have none
 # A block of each kind, of B0's widths.
 CONFIG = fat.FATConfig(
     num_classes=CLASSES, widths=(32, 80, 160, 256), depths=(1, 1, 1, 1), heads=(2, 5, 10, 16), drop_path=0.3
@@ -96,7 +97,7 @@ def test_captured_gradients_are_eager_gradients_of_the_same_drop_path() -> None:
             torch.manual_seed(number)
             model(images).square().sum().backward()
         for (name, ours), theirs in zip(replayed.named_parameters(), eager.parameters(), strict=True):
-            error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=1e-3)
+            error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=LEAST_NORM)
             assert error < 1e-2, (name, float(error))
         for model in (eager, replayed):
             model.zero_grad(set_to_none=True)

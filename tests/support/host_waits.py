@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
-    """Counts waits while it is entered. One thread only: backward passes on the CPU run in the calling thread.
+    """Counts waits of the thread that enters it: backward passes on the CPU run in that thread, and a loader's own
+    threads may wait.
 
     Counted are operators that the host reads (`READS`), copies between host and device, and explicit synchronisation
     of torch.cuda and of DeepSpeed's accelerator. What cannot be seen on the CPU: waits inside C++ that depend on CUDA
@@ -49,8 +51,10 @@ class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
         self.found: Counter[str] = Counter()
         """"what < file:line of the caller < ..." -> how often."""
         self._stack = contextlib.ExitStack()
+        self._thread = 0
 
     def __enter__(self) -> HostWaits:
+        self._thread = threading.get_ident()
         self._stack.enter_context(_Functions(self._note))
         self._stack.enter_context(_Operators(self._note))
         for owner, name in _synchronisations():
@@ -65,7 +69,8 @@ class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
         original = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            self._note(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}")
+            if threading.get_ident() == self._thread:  # the replaced attribute is every thread's
+                self._note(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}")
             return original(*args, **kwargs)
 
         setattr(owner, name, counted)
