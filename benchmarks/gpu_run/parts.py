@@ -90,14 +90,6 @@ def contact() -> Iterator[Part]:
         environment={"PYTHONWARNINGS": "ignore"},
     )
     yield part(
-        "kernels-right",
-        gpu_tests(5, *KERNEL_TESTS),
-        expected=75,
-        least=20,
-        together=True,
-        environment=FEW_THREADS,
-    )
-    yield part(
         "kit",
         ("bash", str(KIT / "unpack.sh"), "{site}", *map(str, sorted(KIT.glob("kit.tar.xz*")))),
         expected=10,
@@ -105,6 +97,15 @@ def contact() -> Iterator[Part]:
         together=True,
         makes=("site",),
         files=(KIT / "unpack.sh",),
+    )
+    yield part(
+        "kernels-right",
+        gpu_tests(5, *KERNEL_TESTS),
+        expected=75,
+        least=20,
+        together=True,
+        after=("kit",),
+        environment=FEW_THREADS,
     )
     yield part(
         "digits-data",

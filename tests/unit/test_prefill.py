@@ -133,6 +133,9 @@ def test_a_step_finds_all_its_kernels_in_the_cache(cache: Path, monkeypatch: pyt
     assert [name for name, hit in found["hits"] if not hit] == []
     assert len(found["hits"]) == report.total
     assert found["built"] == []
+    for extension in cache.rglob("*.so"):  # else no machine can load it, and each builds its own
+        needed = subprocess.run(["readelf", "-d", extension], capture_output=True, text=True, check=True).stdout
+        assert "Shared library: [libcuda.so.1]" in needed
 
     monkeypatch.setattr(compile_ahead, "_compile", lambda *args: pytest.fail("compiles again"))
     again = ahead(work)

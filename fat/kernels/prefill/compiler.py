@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -68,20 +69,28 @@ def _prepare(jobs: list[Job], target: GPUTarget, folder: Path) -> None:
     import_module("triton.compiler.code_generator")
     triton_key()
     make_backend(target).hash()
-    if any(job.extensions for job in jobs):
-        _link_without_driver(folder)
+    sources = [extension.source for job in jobs for extension in job.extensions]
+    if sources:
+        _link_without_driver(folder, sources)
         # An extension is loaded by the process that launches; loading needs the CUDA driver.
         build._load_module_from_path = lambda name, path: types.ModuleType(name)
 
 
-def _link_without_driver(folder: Path) -> None:
-    """Have extensions linked to an empty libcuda where there is none: they look symbols up when they are loaded."""
+def _link_without_driver(folder: Path, sources: list[str]) -> None:
+    """Link extensions to a stand-in for libcuda where there is none: they look symbols up when they are loaded.
+
+    It defines the functions that they call, because linkers that drop libraries without a used symbol (--as-needed)
+    would otherwise leave libcuda out of the extension, which no machine could then load.
+    """
     try:
         nvidia.library_dirs()
     except (AssertionError, OSError, subprocess.CalledProcessError):
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
         library = folder / "libcuda.so.1"
-        flags = ["-shared", "-o", str(library), f"-Wl,-soname,{library.name}", "-x", "c", os.devnull]
+        names = sorted(set(re.findall(r"\bcu[A-Z]\w*", "".join(sources))))
+        stand_in = folder / "libcuda.c"
+        stand_in.write_text("".join(f"void {name}(void) {{}}\n" for name in names), encoding="utf-8")
+        flags = ["-shared", "-w", "-o", str(library), f"-Wl,-soname,{library.name}", str(stand_in)]
         subprocess.run([compiler, *flags], check=True)
         knobs.nvidia.libcuda_path = str(folder)
 
