@@ -52,6 +52,9 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             ("batch norm", wide): norm_of_the_batch_jobs(wide, config.ffn_kernel, width, dtype),
             ("gate", shape): gate_jobs(shape, kernel, dtype),
             ("norm", shape): norm_jobs(shape, dtype),
+            ("attention", shape): attention_jobs(
+                shape, side // config.windows[stage - 1], config.heads[stage - 1], dtype
+            ),
         }
         if config.windows[stage - 1] > 1:
             found["pool", shape] = depthwise_jobs(shape, POOL_KERNEL, 2, dtype)
@@ -201,6 +204,27 @@ def gate_jobs(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype)
     yield Job(f"depthwise {kernel}x{kernel} and gate", shape, 3 * size, own)
     own = {"ours": lambda: ops.depthwise_gate_gradient(gradient, q, weight, bias, other)}
     yield Job(f"depthwise {kernel}x{kernel} and gate, gradient", shape, 5 * size, own)
+
+
+def attention_jobs(shape: tuple[int, int, int, int], keys: int, heads: int, dtype: torch.dtype) -> Iterator[Job]:
+    """Of every position to `keys` x `keys` keys and values."""
+    batch, channels = shape[:2]
+    q, gradient, kv = maps(shape, dtype), maps(shape, dtype), maps((batch, 2 * channels, keys, keys), dtype)
+    scale = (channels // heads) ** -0.5
+    size, small = q.numel() * q.element_size(), kv.numel() * kv.element_size()
+
+    def library(q: Tensor, kv: Tensor) -> Tensor:
+        split = [x.flatten(2).transpose(1, 2).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, *kv.chunk(2, 1))]
+        out = F.scaled_dot_product_attention(*split, scale=scale)
+        return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, q.shape[-2:])
+
+    own: Ways = {"ours": lambda: ops.attend(q, kv, heads, scale), "channels-last": lambda: library(q, kv)}
+    yield Job("attention", shape, 2 * size + small, own)
+    own = {
+        "ours": lambda: ops.attend_gradient(gradient, q, kv, heads, scale),
+        "channels-last": backward_of(library, q, kv, gradient),
+    }
+    yield Job("attention gradient", shape, 3 * size + 2 * small, own)
 
 
 def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:

@@ -184,8 +184,8 @@ class PlainStem(Stem):
 
 
 class PlainFASA(FASA):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return super().attend(q, k, v).contiguous()
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        return super().attend(q, kv).contiguous()
 
 
 class PlainNorm(MapNorm):

@@ -117,6 +117,8 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
             for case in cases.GATED:
                 checks.check_depthwise_gate(case, draw)
                 checks.check_depthwise_norm(case, draw)
+            for queries, keys, heads, dtype in cases.ATTENTION:
+                checks.check_attend(queries, keys, heads, dtype, draw)
             for shape, dtype in cases.MAPS:
                 checks.check_gate(shape, dtype, draw)
                 checks.check_norm(shape, dtype, 0.0, draw)

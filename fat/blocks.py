@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fat import kernels
 from fat.layers import (
     ConvNorm,
     DropPath,
@@ -111,11 +112,13 @@ class FASA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
-        k, v = self.pool.project(x, self.kv).chunk(2, dim=1)
-        return self.proj(convolve_gate(self.local, q, self.attend(q, k, v)))
+        return self.proj(convolve_gate(self.local, q, self.attend(q, self.pool.project(x, self.kv))))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; k, v: [B, C, h, w]; returns [B, C, H, W]."""
+    def attend(self, q: Tensor, kv: Tensor) -> Tensor:
+        """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; kv: [B, 2 C, h, w], keys first; returns [B, C, H, W]."""
+        if kernels.attends(q, kv, self.heads):
+            return kernels.attend(q, kv, self.heads, self.scale)
+        k, v = kv.chunk(2, dim=1)
         out = self.weigh(*(self._split(x) for x in (q, k, v)))
         return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, q.shape[-2:])
 

@@ -48,7 +48,7 @@ SECOND_READ = {
     torch.ops.fat.add_norm_gradient.default: 2,
 }
 # Where arithmetic is; everything between could be done while their operands pass by.
-PRODUCTS = ("convolution", "mm", "scaled_dot_product")
+PRODUCTS = ("convolution", "mm", "scaled_dot_product", "attend")
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,26 @@ def _check_gate(
     expect("by other", own[1], by_other)
 
 
+def check_attend(
+    queries: tuple[int, int, int, int], keys: tuple[int, int], heads: int, dtype: torch.dtype, draw: Draw
+) -> None:
+    """Attention, and its gradients twice, for the same bits."""
+    batch, channels = queries[:2]
+    q, kv = draw.map(*queries, dtype), draw.map(batch, 2 * channels, *keys, dtype)
+    scale = (channels // heads) ** -0.5
+    leaves = [q.double().requires_grad_(), kv.double().requires_grad_()]
+    split = [x.flatten(2).view(batch, heads, channels // heads, -1).mT for x in (leaves[0], *leaves[1].chunk(2, 1))]
+    exact = F.scaled_dot_product_attention(*split).mT.reshape(q.shape)
+    out = ops.attend(q, kv, heads, scale)
+    expect("out", out, exact, 4 * SUMMING)  # exponentials are approximated
+    gradient = draw.like(out)
+    wanted = torch.autograd.grad(exact, leaves, gradient.double())
+    found, again = (ops.attend_gradient(gradient, q, kv, heads, scale) for _ in range(2))
+    for name, own, same, by in zip(("by q", "by kv"), found, again, wanted, strict=True):
+        expect(name, own, by, 4 * SUMMING)
+        assert torch.equal(own, same)
+
+
 def check_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: float, draw: Draw) -> None:
     """offset: the maps' mean, in standard deviations."""
     x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat.batchnorm import BatchNorm
-from fat.kernels import ops
+from fat.kernels import ops, tiles
 from fat.kernels.families import FAMILIES, disable, disabled, switched_off
 from fat.kernels.maps import DTYPES, SIZES, STRIDES
 
@@ -39,6 +39,8 @@ __all__ = [
     "add",
     "add_norm",
     "assumed",
+    "attend",
+    "attends",
     "available",
     "depthwise",
     "depthwise_gate",
@@ -129,6 +131,16 @@ def mode() -> Mode | None:
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False) -> Tensor:
     """Depthwise k x k convolution with padding k // 2, plus x in fp32 where `residual`. weight: [C, 1, k, k]."""
     return ops.depthwise(_cast(x), weight, bias, stride, residual)
+
+
+def attends(q: Tensor, kv: Tensor, heads: int) -> bool:
+    """Whether `attend` takes these maps."""
+    return serves(q, kv) and tiles.attention_fits(q.shape[1] // heads, kv.shape[2] * kv.shape[3])
+
+
+def attend(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v by heads. q [B, C, H, W]; kv [B, 2 C, h, w], keys first; returns q's shape."""
+    return ops.attend(_cast(q), _cast(kv), heads, scale)
 
 
 def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ CONVOLUTION = "depthwise convolution"
 INPUT_GRADIENT = "depthwise input gradient"
 WEIGHT_GRADIENT = "depthwise weight gradient"
 GATE = "gate"
+ATTENTION = "attention"
 NORM = "norm"
 BATCH_NORM = "batch norm"
-FAMILIES = (CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT, GATE, NORM, BATCH_NORM)
+FAMILIES = (CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT, GATE, ATTENTION, NORM, BATCH_NORM)
 
 OPERATORS: dict[str, tuple[str, ...]] = {}
 """Operator -> the families whose kernels it launches, its own family last. Filled where the operators are defined."""

@@ -6,6 +6,7 @@ and returned in the weight's dtype. An operator that is called with another layo
 `fat.kernels` asks first. Triton is imported by the first call. There is no second derivative.
 """
 
+from fat.kernels.attention_ops import attend, attend_gradient
 from fat.kernels.batchnorm_ops import depthwise_moments, depthwise_moments_gradient, fold, fold_gradient, follow
 from fat.kernels.convolution_ops import (
     depthwise,
@@ -21,6 +22,8 @@ __all__ = [
     "add",
     "add_norm",
     "add_norm_gradient",
+    "attend",
+    "attend_gradient",
     "depthwise",
     "depthwise_gate",
     "depthwise_gate_gradient",

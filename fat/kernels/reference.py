@@ -86,6 +86,28 @@ def gate_gradient(
     return _map(grad_local, local.dtype, own), _map(grad_other, other.dtype, own)
 
 
+# Attention to the keys of a pooled map
+
+
+def attend(q: Tensor, kv: Tensor, heads: int, scale: float, *, own: Tensor | None = None) -> Tensor:
+    wide = _wide(own)
+    query, key, value = _heads(q, kv, heads, wide)
+    return _map(_joined((query @ key.mT * scale).softmax(-1) @ value, q), q.dtype, own)
+
+
+def attend_gradient(
+    gradient: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float, *, own: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    wide = _wide(own)
+    query, key, value = _heads(q, kv, heads, wide)
+    upper = _split(gradient.to(wide), heads)
+    weights = (query @ key.mT * scale).softmax(-1)
+    slopes = upper @ value.mT
+    slopes = weights * (slopes - (weights * slopes).sum(-1, keepdim=True)) * scale
+    by_keys, by_values = (_joined(product, kv) for product in (slopes.mT @ query, weights.mT @ upper))
+    return _map(_joined(slopes @ key, q), q.dtype, own), _map(torch.cat([by_keys, by_values], 1), kv.dtype, own)
+
+
 # GroupNorm with one group, and the residual add
 
 
@@ -327,6 +349,21 @@ def _gate(local: Tensor, other: Tensor) -> Tensor:
 def _gate_gradient(gradient: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     by_local = aten.silu_backward(gradient * aten.silu(other), local)
     return by_local, aten.silu_backward(gradient * aten.silu(local), other)
+
+
+def _heads(q: Tensor, kv: Tensor, heads: int, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [B, heads, positions, channels of a head]."""
+    key, value = kv.to(wide).chunk(2, dim=1)
+    return _split(q.to(wide), heads), _split(key, heads), _split(value, heads)
+
+
+def _split(x: Tensor, heads: int) -> Tensor:
+    return x.flatten(2).unflatten(1, (heads, -1)).mT
+
+
+def _joined(x: Tensor, like: Tensor) -> Tensor:
+    """Heads as a map of the positions of `like`."""
+    return x.mT.flatten(1, 2).unflatten(2, like.shape[2:])
 
 
 def _times(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -28,6 +28,9 @@ JOINED_EACH = 128  # parts of a channel's moments that a program joins: two roun
 JOINED_ROWS, JOINED_CHANNELS, JOINED_WARPS = 32, 32, 4  # at once
 FOLLOWED, FOLLOWED_WARPS = 128, 1  # running statistics that a program moves
 FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # of 1x1 weights: 128 to 2048 channels are 8 to 128 programs
+LEAST_PRODUCT = 16  # rows, columns and depth of a product by the matrix units
+ATTENTION_ROWS, ATTENTION_GRADIENT_ROWS, ATTENTION_WARPS = 128, 64, 4  # queries of one head at once
+MAX_KEYS, MAX_HEAD = 64, 64  # of attention: keys of a sample (49 at 224 pixels), channels of a head (16 or 32)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,11 @@ def patches(kernel: int, stride: int, height: int, width: int, channels: int) ->
     tap_rows = TAP_ROWS[kernel] if stride == 1 else kernel
     rows = min(height, PATCH_ROWS)
     return Patches(rows, MAX_WARPS * WARP // wide, wide, MAX_WARPS, across, tap_rows, RESIDENT[kernel])
+
+
+def attention_fits(depth: int, keys: int) -> bool:
+    """Whether all keys of a head of `depth` channels fit into one tile."""
+    return depth <= MAX_HEAD and keys <= MAX_KEYS
 
 
 def column_sums(positions: int, channels: int) -> tuple[int, int]:

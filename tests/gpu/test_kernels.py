@@ -29,6 +29,7 @@ from tests.kernel_checks import (
     Case,
     Draw,
     check_add,
+    check_attend,
     check_depthwise,
     check_depthwise_gate,
     check_depthwise_moments,
@@ -129,6 +130,22 @@ def test_depthwise_and_norm(case: Case) -> None:
     on_fresh_inputs(lambda draw: check_depthwise_norm(case, draw))
 
 
+# Queries, keys, heads: stages of B0 to B3, then what fills no tile.
+ATTENTION = [
+    ((3, 32, 56, 56), (7, 7), 2, BF16),
+    ((2, 64, 56, 56), (7, 7), 2, BF16),
+    ((2, 160, 14, 14), (7, 7), 10, BF16),
+    ((5, 512, 7, 7), (7, 7), 16, BF16),
+    ((2, 32, 14, 14), (7, 7), 2, FP32),
+    ((3, 30, 13, 9), (3, 2), 3, FP16),
+]
+
+
+@pytest.mark.parametrize(("queries", "keys", "heads", "dtype"), ATTENTION)
+def test_attention(queries: tuple[int, int, int, int], keys: tuple[int, int], heads: int, dtype: torch.dtype) -> None:
+    on_fresh_inputs(lambda draw: check_attend(queries, keys, heads, dtype, draw))
+
+
 MAPS = [((3, 32, 56, 56), BF16), ((2, 160, 28, 28), BF16), ((2, 512, 7, 7), BF16), ((3, 20, 13, 9), FP32)]
 
 
@@ -141,7 +158,9 @@ def test_maps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     on_fresh_inputs(lambda draw: check_add(shape, dtype, True, draw))
 
 
-@pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold"])
+@pytest.mark.parametrize(
+    "name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"]
+)
 def test_opcheck(name: str) -> None:
     draw = Draw.seeded(0, "cuda")
     x, y = (draw.map(2, 32, 9, 7, FP32).requires_grad_() for _ in range(2))
@@ -151,6 +170,7 @@ def test_opcheck(name: str) -> None:
         "depthwise_gate": (x, weight, bias, y),
         "depthwise_moments": (x, None, weight, bias, 2, False),
         "add_norm": (x, y, draw.scale(2), bias, bias, 1e-5),
+        "attend": (x, draw.map(2, 64, 3, 4, FP32).requires_grad_(), 2, 0.25),
         "fold": (
             draw.tensor(8, 32, 1, 1).requires_grad_(),
             draw.tensor(8),

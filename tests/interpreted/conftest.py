@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,3 +18,19 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 def _poisoned() -> Iterator[None]:
     with poisoned_memory():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.7's interpreter multiplies the bits of bfloat16 numbers, which it keeps as 16-bit integers."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened)

@@ -32,6 +32,12 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
     return F.conv2d(x, weight, bias, stride, KERNEL // 2, groups=SHAPE[1])
 
 
+def attended(q: Tensor, kv: Tensor) -> Tensor:
+    """In two heads."""
+    split = [x.flatten(2).unflatten(1, (2, -1)).mT for x in (q, *kv.chunk(2, 1))]
+    return F.scaled_dot_product_attention(*split, scale=0.3).mT.reshape(q.shape)
+
+
 def added(x: Tensor, branch: Tensor) -> Tensor:
     return x + branch * SCALE.double().view(-1, 1, 1, 1)
 
@@ -52,6 +58,7 @@ def folded(weight: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
 
 X, Y = maps(FP32, FP32)
 WEIGHT, BIAS, GAIN, SHIFT = weights()
+KV = Draw.seeded(11, "cpu").map(SHAPE[0], 2 * SHAPE[1], 3, 2, FP32)
 MATRIX = Draw.seeded(10, "cpu").tensor(6, SHAPE[1], 1, 1)
 # name: (ours, the same in torch, arguments that need gradients)
 FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Tensor]]] = {
@@ -72,6 +79,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
         [X, Y, WEIGHT, BIAS],
     ),
     "gate": (kernels.gate, lambda a, b: F.silu(a) * F.silu(b), [X, Y]),
+    "attend": (lambda q, kv: kernels.attend(q, kv, 2, 0.3), attended, [X, KV]),
     "norm": (lambda *a: kernels.norm(*a, 1e-5), normalised, [X, GAIN, SHIFT]),
     "add": (lambda x, y: kernels.add(x, y, SCALE), added, [X, Y]),
     "add and norm": (
@@ -150,6 +158,8 @@ OPERATORS = {
     "fold_gradient": (MATRIX[:, :, 0, 0], BIAS[:6], MATRIX, GAIN, SHIFT, BIAS, SHIFT.square(), MATRIX, 1e-5),
     "gate": (X, Y),
     "gate_gradient": (X, X, Y),
+    "attend": (X, KV, 2, 0.3),
+    "attend_gradient": (X, Y, KV, 2, 0.3),
     "norm": (X, GAIN, SHIFT, 1e-5),
     "add": (X, Y, SCALE),
     "scaled": (X, SCALE),
@@ -159,6 +169,7 @@ OPERATORS = {
     "add_norm_gradient": (X, Y, MEAN, RSTD, GAIN, X, SCALE, BF16),
 }
 DIFFERENTIABLE = {
+    "attend",
     "depthwise",
     "depthwise_gate",
     "depthwise_moments",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from fat.kernels import tiles
 from tests.kernel_checks import (
@@ -12,6 +13,7 @@ from tests.kernel_checks import (
     Case,
     Draw,
     check_add,
+    check_attend,
     check_depthwise,
     check_depthwise_gate,
     check_depthwise_moments,
@@ -50,6 +52,20 @@ DEPTHWISE = [
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case: Case) -> None:
     check_depthwise(case, Draw.seeded(1, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "dtype"),
+    [
+        ((2, 32, 14, 14), (7, 7), 2, BF16),
+        ((2, 64, 7, 7), (7, 7), 2, FP32),
+        ((1, 30, 13, 9), (3, 2), 3, FP16),
+        ((1, 48, 1, 1), (1, 1), 1, BF16),
+        ((3, 40, 8, 19), (8, 8), 2, FP32),
+    ],
+)
+def test_attention(queries: tuple[int, int, int, int], keys: tuple[int, int], heads: int, dtype: torch.dtype) -> None:
+    check_attend(queries, keys, heads, dtype, Draw.seeded(9, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fat
 from fat import kernels
 from fat.config import FATConfig
-from fat.kernels import batchnorm, convolution, correlation, families, gating, groupnorm, selfcheck
+from fat.kernels import attention, batchnorm, convolution, correlation, families, gating, groupnorm, selfcheck
 from fat.kernels.selfcheck import Case, Spec
 from launch.kernel_check import check_kernels
 from launch.world import World
@@ -202,6 +202,9 @@ WRONG = [
     Wrong(families.WEIGHT_GRADIENT, correlation, "weight_gradient", _scaled_result(1), "off by"),
     Wrong(families.GATE, gating, "gate", _off_by_a_little(2), "off by"),
     Wrong(families.GATE, gating, "gate_gradient", _unwritten(4), "NaN"),
+    Wrong(families.ATTENTION, attention, "attend", _off_by_a_little(4), "off by"),
+    Wrong(families.ATTENTION, attention, "attend_gradient", _off_by_a_little(5), "off by"),
+    Wrong(families.ATTENTION, attention, "attend_gradient", _unwritten(6), "NaN"),
     Wrong(families.NORM, groupnorm, "normalise", _scaled_result(0), "off by"),
     Wrong(families.NORM, groupnorm, "normalise", _off_by_a_little(4), "off by"),
     Wrong(families.NORM, groupnorm, "gradients", _off_by_a_little(7), "off by"),
