@@ -208,6 +208,7 @@ def test_evaluation_has_no_gradients(model: fat.FAT, fused: bool) -> None:
         "norm",
         "add",
         "add_norm",
+        "attend",
     }
     assert {"depthwise", "depthwise_gate"} <= {case.operator for case in found}
 
