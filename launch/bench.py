@@ -22,6 +22,7 @@ from fat.roofline import ceiling
 from launch.bench_decoders import DecoderFigures, compare_decoders
 from launch.bench_verdict import Figures, Phase, verdict
 from launch.choices import resolve
+from launch.data_wait import DataWait
 from launch.engine import Engine
 from launch.feed import Feed
 from launch.kernel_check import check_recipe
@@ -32,7 +33,7 @@ from launch.provenance import cpu_name, device_name, git_state, versions
 from launch.recipe import Recipe
 from launch.schedule import rate_of
 from launch.world import connect, disconnect
-from pipeline.batch import Batch
+from pipeline.batch import Batch, timed_event
 from pipeline.decoders import chosen_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
@@ -42,6 +43,9 @@ from shards.redact import printable, redacted
 ROUNDS = 3
 CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
 WARM_UP = 3  # of the model: allocations, compilation; the engine itself captures CUDA graphs when it is made
+# A GPU that was idle takes its time to reach the speed that it holds: steps that are not timed, until some take as
+# long as those before.
+STRETCH, MOST_STRETCHES, STEADY = 3, 8, 0.02
 OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
 
 
@@ -103,6 +107,7 @@ def compare(
                 next(batches)
             alone = run(batches, None, steps=steps, batch=batch, device=device)
         with resident() as batches:
+            _reach_steady_rate(batches, step, batch=batch, device=device)
             model = run(batches, step, steps=steps, batch=batch, device=device)
         with loader() as batches:
             step(next(batches))
@@ -112,6 +117,7 @@ def compare(
             else:
                 for _ in range(ahead):
                     step(next(batches))
+            _reach_steady_rate(batches, step, batch=batch, device=device)
             turns.append((alone, model, run(batches, step, steps=steps, batch=batch, device=device)))
     alone, model, both = (_median([turn[which] for turn in turns]) for which in range(3))
     return alone, model, both
@@ -122,21 +128,48 @@ def run(
 ) -> Phase:
     """Time some steps; without `step`, batches are only taken."""
     settle(device)
-    waited, start, cpu = 0.0, time.perf_counter(), time.process_time()
+    # Without steps the device does nothing else, and it is the host that waits.
+    wait = DataWait(device if step is not None else torch.device("cpu"))
+    handing_over, marks = list[float](), [timed_event(device)]
+    start, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        asked = time.perf_counter()
-        taken = next(batches)
-        waited += time.perf_counter() - asked
+        (taken,) = wait.take(batches)
         if step is not None:
+            asked = time.perf_counter()
             step(taken)
+            handing_over.append(time.perf_counter() - asked)
+            wait.ended()
+            marks.append(timed_event(device))
+    cpu = time.process_time() - cpu  # waiting for the device keeps a core busy
     settle(device)
-    seconds = time.perf_counter() - start
-    images = steps * batch
-    return Phase(rate=images / seconds, cpu=(time.process_time() - cpu) / images, waiting=waited / seconds)
+    seconds, images = time.perf_counter() - start, steps * batch
+    on_gpu = [mark for mark in marks if mark is not None]
+    return Phase(
+        rate=images / seconds,
+        cpu=cpu / images,
+        waiting=wait.seconds() / seconds,
+        # Not the median: a host that has filled the device's queue waits there for room.
+        host=sorted(handing_over)[len(handing_over) // 4] if len(on_gpu) > 1 else 0.0,
+        times=tuple(round(before.elapsed_time(after), 2) for before, after in itertools.pairwise(on_gpu)),
+    )
+
+
+def _reach_steady_rate(
+    batches: Iterator[Batch], step: Callable[[Batch], object], *, batch: int, device: torch.device
+) -> None:
+    """Take steps until a GPU's rate stays; nothing on a CPU, whose steps take seconds."""
+    before = 0.0
+    for _ in range(MOST_STRETCHES if device.type == "cuda" else 0):
+        rate = run(batches, step, steps=STRETCH, batch=batch, device=device).rate
+        if abs(rate - before) <= STEADY * before:
+            return
+        before = rate
 
 
 def _median(phases: list[Phase]) -> Phase:
-    return Phase(**{f.name: statistics.median(getattr(p, f.name) for p in phases) for f in dataclasses.fields(Phase)})
+    names = [field.name for field in dataclasses.fields(Phase) if field.name != "times"]
+    medians = {name: statistics.median(getattr(phase, name) for phase in phases) for name in names}
+    return Phase(**medians, times=tuple(itertools.chain.from_iterable(phase.times for phase in phases)))
 
 
 def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,10 @@ from launch.bench_decoders import DecoderFigures
 
 # Less waiting than this is noise: both together then count as fast as the model alone.
 SATURATED = 0.98
+# Training cannot be faster than the model alone; by more than this, the device has changed its speed in between.
+UNSTEADY = 1.03
+# A host that takes this share of a step's time to hand it over is what the device waits for.
+HOST_BOUND = 0.9
 # A stage that is not this much faster than the whole loader is what holds it up.
 SLACK = 1.15
 
@@ -31,7 +36,11 @@ class Phase:
     cpu: float
     """CPU seconds per image, of all threads of this process."""
     waiting: float
-    """Share of the time in which the next batch was waited for."""
+    """Share of the time in which the device (a CPU: the host) had no work because the next batch was not ready."""
+    host: float = 0.0
+    """On a GPU: seconds that the host takes to hand over a step, lower quartile; 0 where nothing is trained."""
+    times: tuple[float, ...] = ()
+    """On a GPU: milliseconds of each step there, round after round."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,11 @@ class Figures:
         return self.model.rate / self.roofline
 
     @property
+    def host_share(self) -> float:
+        """Share of a training step's time that the host takes to hand it over."""
+        return self.both.host * self.both.rate / self.settings["batch"]
+
+    @property
     def both_of_predicted(self) -> float:
         return self.both.rate / self.predicted
 
@@ -93,15 +107,26 @@ def verdict(figures: Figures) -> str:
     """One line: what limits training here, by how much, and what to try."""
     ratio, waiting = figures.both_of_model, figures.both.waiting
     used = f"the model uses {figures.model_of_roofline:.0%} of what the device allows"
+    if figures.memory and ratio > UNSTEADY:
+        return (
+            f"unsteady: training was faster than the model alone (both/model {ratio:.2f}), which cannot be: the device "
+            "has changed its speed, or does other work; see the times of the steps (--json), and use more --steps"
+        )
     if ratio >= SATURATED:
         return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
     if waiting > 1 - SATURATED:
         stage = bottleneck(figures)
         return f"input-bound: {stage}, {waiting:.0%} of the time spent waiting (both/model {ratio:.2f}); {TRY[stage]}"
-    if figures.memory:
+    if figures.memory and figures.host_share >= HOST_BOUND:
         return (
             f"host-bound: batches are ready, but beside the loader the host starts kernels too slowly "
             f"(both/model {ratio:.2f}); try fewer --decode-threads, and --compile cudagraphs if it is off"
+        )
+    if figures.memory:
+        return (
+            f"device-bound: batches are ready; the loader's work on the GPU takes {1 - ratio:.0%} of the device "
+            f"(both/model {ratio:.2f}); smaller images (pipeline shard --short-side 256) and --augment light take "
+            f"less; {used}"
         )
     return (
         f"model-bound: batches are always ready; loader and model share {figures.machine['cores']} cores "
@@ -127,9 +152,13 @@ def table(figures: Figures) -> str:
         ("reading", f.reading, ""),
         ("+ decode, crop, flip", f.decoding, ""),
         ("loader alone", f.loader.rate, f"{1e3 * f.loader.cpu:.2f} ms of CPU per image"),
-        ("model alone", f.model.rate, f"{1e3 * f.model.cpu:.2f} ms of CPU per image"),
+        ("model alone", f.model.rate, f"{1e3 * f.model.cpu:.2f} ms of CPU per image{_step(f.model)}"),
         ("both, predicted", f.predicted, ""),
-        ("both", f.both.rate, f"waiting for data {f.both.waiting:.1%}, {1e3 * f.both.cpu:.2f} ms of CPU per image"),
+        (
+            "both",
+            f.both.rate,
+            f"waiting for data {f.both.waiting:.1%}, {1e3 * f.both.cpu:.2f} ms of CPU per image{_step(f.both)}",
+        ),
         ("roofline of the model", f.roofline, "perfectly fused blocks"),
     )
     peak = f"{f.peak / 1e12:,.3g} TFLOP/s {'as stated by the maker' if f.peak_stated else 'measured'}"
@@ -145,3 +174,12 @@ def table(figures: Figures) -> str:
         peak_gib, used_gib, total_gib = (f.memory[name] / 2**30 for name in ("torch_peak", "in_use", "total"))
         lines.append(f"GPU memory: {peak_gib:.1f} GiB by torch at most, {used_gib:.1f} of {total_gib:.1f} GiB in use")
     return "\n".join([*lines, *f.decoders.lines(), f.verdict])
+
+
+def _step(phase: Phase) -> str:
+    """Of a phase on a GPU: its steps' times there, and what each takes the host."""
+    if not phase.times:
+        return ""
+    times = phase.times
+    spread = f"{statistics.median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})"
+    return f"; a step: {spread}, handed over by the host in {1e3 * phase.host:.1f} ms"

@@ -28,12 +28,14 @@ from rich.progress import Progress as Bar
 
 import fat
 from launch.checkpoint import Progress
+from launch.data_wait import DataWait
 from launch.engine import Engine, StepResult
 from launch.feed import Feed
 from launch.limits import Limits, limits_of
 from launch.recipe import Recipe
 from launch.run_files import open_regular
 from launch.trackers import Trackers
+from pipeline.batch import Batch
 from shards.errors import UserError
 from shards.redact import printable, redacted
 from shards.schema import parse_json
@@ -69,7 +71,7 @@ class Tracker:
         self._yardstick = Yardstick.of(recipe, feed, engine) if main else None
         self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
-        self._rate = 0.0
+        self._rate, self._wait = 0.0, DataWait(self._world.device)
         self.restart_interval()
 
     def __enter__(self) -> Tracker:
@@ -86,22 +88,20 @@ class Tracker:
     def restart_interval(self) -> None:
         """Begin a new interval, so that evaluating and saving do not count as training."""
         self._interval_started = time.perf_counter()
-        self._waited = 0.0
+        self._wait.restart()
         self._results: list[StepResult] = []
 
-    @contextlib.contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Time spent in here is time that the device may have waited for its data."""
-        asked = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - asked
+    def take(self, loader: Iterator[Batch], count: int) -> list[Batch]:
+        """Return the batches of the next step, and account for the time that the device waits for them."""
+        return self._wait.take(loader, count)
 
     def say(self, *lines: str) -> None:
         for line in lines:
             self._display.say(line)
 
     def step(self, step: int, rate: float, result: StepResult) -> None:
-        """Account for optimiser step `step`; nothing is read from the device."""
+        """Account for optimiser step `step`, whose work has been handed over; nothing is read from the device."""
+        self._wait.ended()
         self._step, self._rate = step, rate
         self._results.append(result)
         self._display.step(step + 1)
@@ -131,7 +131,7 @@ class Tracker:
             "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
             "images_per_second": round(rate, 1),
             **(self._yardstick.shares(rate) if self._yardstick else {}),
-            "data_wait": round(self._waited / seconds, 4),
+            "data_wait": round(self._wait.seconds() / seconds, 4),
             # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,

@@ -105,8 +105,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
                 progress = tracker.progress(progress, step) if step > progress.step else progress
                 folder.leave(progress, preemption.reason) if request is Request.LEAVE else folder.save(progress)
 
-            with tracker.waiting_for_data():
-                batches = [next(loader) for _ in range(shape.accumulation)]
+            batches = tracker.take(loader, shape.accumulation)
             result = engine.step(batches, step=step, lr=rate(step))
             guards.note(step, result, batches)
             tracker.step(step, rate(step), result)

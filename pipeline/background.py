@@ -213,6 +213,3 @@ class BackgroundLoader(ABC):
 
     def _labels(self, encoded: Encoded) -> torch.Tensor:
         return self._to_device(encoded.rows["label"].astype(np.int64))
-
-    def _event(self) -> torch.cuda.Event | None:
-        return torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None

@@ -30,4 +30,13 @@ class Batch:
     micro: int = 0
     """Number of this micro-batch within its rank's step."""
     ready: torch.cuda.Event | None = field(default=None, compare=False)
-    """Recorded when the batch is whole; loaders make the consumer's stream wait for it."""
+    """Recorded, with its time, when the batch is whole; loaders make the consumer's stream wait for it."""
+
+
+def timed_event(device: torch.device) -> torch.cuda.Event | None:
+    """Record an event that keeps its time in the device's current stream; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -13,7 +13,7 @@ import torch
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader
-from pipeline.batch import Batch
+from pipeline.batch import Batch, timed_event
 from pipeline.decode import Normalisation
 from pipeline.jobs import CROP_PCT, EvalJobs, TrainJobs, eval_geometry
 from pipeline.options import DaliOptions, LoaderOptions
@@ -110,7 +110,7 @@ class TrainLoader(BackgroundLoader):
                 lam=None if mixing is None else self._to_device(mixing.lam),
                 position=portion.position,
                 micro=portion.micro,
-                ready=self._event(),
+                ready=timed_event(self._device),
             )
 
 
@@ -203,5 +203,5 @@ class EvalLoader(BackgroundLoader):
                 planned=planned,
                 mask=self._to_device(ids != NO_SAMPLE),
                 position=position,
-                ready=self._event(),
+                ready=timed_event(self._device),
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, timed_event
 from pipeline.jobs import Portion
 from pipeline.plan import NO_SAMPLE
 
@@ -39,5 +39,5 @@ def synthetic_batches(
             lam=torch.full((n,), 0.5, device=device) if mixed else None,
             position=portion.position,
             micro=portion.micro,
-            ready=torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
+            ready=timed_event(device),
         )

@@ -60,8 +60,7 @@ def training(
         def step() -> None:
             number = next(numbers)
             preemption.agreed()
-            with tracker.waiting_for_data():
-                batches = [next(loader) for _ in range(shape.accumulation)]
+            batches = tracker.take(loader, shape.accumulation)
             result = engine.step(batches, step=number, lr=rate(number))
             guards.note(number, result, batches)
             tracker.step(number, rate(number), result)

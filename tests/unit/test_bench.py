@@ -5,14 +5,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from launch.bench import predict
+from launch.bench import compare, predict
 from launch.bench_chart import draw
 from launch.bench_verdict import Figures, Phase, bottleneck, verdict
 from pipeline.cli import main as pipeline
@@ -118,12 +124,69 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
         ({"reading": 5_200.0}, "input-bound: reading, 31%"),
         ({"loader": Phase(12_000.0, 1e-3, 1.0)}, "input-bound: contention, 31%"),
         ({"both": READY}, "model-bound: the device never waits (both/model 1.00); the model uses 20%"),
-        ({"both": Phase(7_000.0, 2e-3, 0.001)}, "host-bound: "),
+        ({"both": Phase(7_000.0, 2e-3, 0.001, host=0.035)}, "host-bound: "),
+        (
+            {"both": Phase(7_000.0, 2e-3, 0.001, host=0.020)},
+            "device-bound: batches are ready; the loader's work on the GPU takes 12% of the device (both/model 0.88)",
+        ),
+        ({"both": Phase(8_800.0, 2e-3, 0.4)}, "unsteady: training was faster than the model alone (both/model 1.10)"),
+        ({"both": Phase(8_800.0, 2e-3, 0.0), "memory": {}}, "model-bound: the device never waits (both/model 1.10)"),
         ({"both": Phase(7_000.0, 2e-3, 0.001), "memory": {}}, "model-bound: batches are always ready"),
     ],
 )
 def test_the_verdict_names_what_limits(changes: dict[str, Any], expected: str) -> None:
     assert verdict(figures(**changes)).startswith(expected)
+
+
+class Gpu:
+    """What `compare` sees of a GPU: it steps slowly at first, and knows the time of each step."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.now, self.done, self.number, self.batches = 0.0, 0.0, 0, 0
+        patch.setattr("launch.bench.settle", lambda _: self.settle())
+        patch.setattr("launch.bench.timed_event", lambda _: self.mark())
+        patch.setattr("launch.data_wait.timed_event", lambda _: self.mark())
+        patch.setattr("launch.bench.time.perf_counter", lambda: self.now)
+        patch.setattr("launch.bench.time.sleep", lambda _: None)
+
+    def settle(self) -> None:
+        self.now = max(self.now, self.done)
+
+    def mark(self) -> Any:
+        at = max(self.now, self.done)
+        return SimpleNamespace(at=at, query=lambda: self.now >= at, elapsed_time=lambda other: 1000 * (other.at - at))
+
+    @contextmanager
+    def loader(self, ready: float) -> Iterator[Iterator[Any]]:
+        """A loader whose batches are whole so many seconds before the host gets them; opened, the device cools down."""
+        self.number = 0
+
+        def batches() -> Iterator[Any]:
+            while True:
+                self.now += 0.001
+                at = self.now - ready
+                yield SimpleNamespace(ready=SimpleNamespace(at=at, query=lambda at=at: self.now >= at))
+
+        yield batches()
+
+    def step(self, _: Any) -> None:
+        self.now += 0.002
+        self.done = max(self.now, self.done) + (0.2 if self.number < 3 else 0.05)
+        self.number += 1
+
+
+def test_steps_of_a_gpu_are_timed_when_they_have_become_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch)
+    opener = partial(gpu.loader, 0.0)
+    _, model, both = compare(
+        opener, opener, gpu.step, batch=10, steps=20, ahead=1, device=torch.device("cuda", 0), rounds=2
+    )
+    for phase in (model, both):
+        assert phase.rate == pytest.approx(10 / 0.05, rel=0.01)
+        assert phase.host == pytest.approx(0.002)
+        assert len(phase.times) == 40
+        assert statistics.median(phase.times) == pytest.approx(50.0)
+        assert phase.waiting < 0.01
 
 
 def test_decoding_on_cpus_has_other_remedies() -> None:

@@ -1,0 +1,139 @@
+"""The time that training waits for its data (launch/data_wait.py): on a GPU the device's, by events that have happened.
+
+The device is stood in for by a clock: an event has happened when the clock has come to its time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launch.data_wait import DataWait
+from pipeline.batch import timed_event
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Device:
+    """A device that is at `now`, in milliseconds; what is put into its stream now will be done at `done`."""
+
+    now: float = 0.0
+    done: float = 0.0
+
+    def mark(self) -> Moment:
+        return Moment(self, max(self.now, self.done))
+
+    def batch(self, at: float) -> Any:
+        return SimpleNamespace(ready=Moment(self, at))
+
+
+@dataclass
+class Moment:
+    device: Device
+    at: float
+    asked: list[float] = field(default_factory=list)
+
+    def query(self) -> bool:
+        return self.device.now >= self.at
+
+    def elapsed_time(self, end_event: Moment) -> float:
+        assert self.query(), "CUDA raises: the event has not happened"
+        assert end_event.query(), "CUDA raises: the event has not happened"
+        self.asked.append(self.device.now)
+        return end_event.at - self.at
+
+
+def train(wait: DataWait, device: Device, ready: float, step: float, *, micro: int = 1) -> None:
+    """Hand over a step of so many milliseconds, whose last micro-batch is whole at `ready`."""
+    wait.take(iter([device.batch(ready * (n + 1) / micro) for n in range(micro)]), micro)
+    device.done = max(device.done, ready, device.now) + step
+    wait.ended()
+
+
+def test_a_host_that_waits_for_the_loader_far_ahead_of_the_device_waits_for_nothing() -> None:
+    device = Device()
+    wait = DataWait(CPU, device.mark)
+    device.now = 10.0
+    wait.restart()
+
+    def slow() -> Iterator[Any]:
+        for ready in (5.0, 40.0, 80.0):  # the host gets them late, the device has work until 110, 210
+            time.sleep(0.02)
+            yield device.batch(ready)
+
+    batches = slow()
+    for _ in range(3):
+        wait.take(batches)
+        device.done = max(device.done, device.now) + 100.0
+        wait.ended()
+    device.now = 1000.0
+    assert wait.seconds() == 0.0
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_what_counts_is_from_the_end_of_a_step_to_the_last_batch_of_the_next(micro: int) -> None:
+    device = Device()
+    wait = DataWait(CPU, device.mark)
+    train(wait, device, ready=30.0, step=100.0, micro=micro)  # the device stood idle from the start
+    train(wait, device, ready=120.0, step=100.0, micro=micro)  # whole before the step before it ended, at 130
+    train(wait, device, ready=250.0, step=100.0, micro=micro)  # 20 ms after
+    device.now = 1000.0
+    assert wait.seconds() == pytest.approx(0.050)
+    device.now = device.done = 2000.0
+    wait.restart()
+    assert wait.seconds() == 0.0
+    train(wait, device, ready=2007.0, step=100.0, micro=micro)
+    device.now = 3000.0
+    assert wait.seconds() == pytest.approx(0.007)
+
+
+def test_events_are_read_when_they_have_happened_and_not_kept_longer() -> None:
+    device = Device()
+    wait = DataWait(CPU, device.mark)
+    for number in range(50):
+        train(wait, device, ready=10.0 * number + 5.0, step=1.0)
+        device.now = max(0.0, 10.0 * number - 20.0)  # two steps behind
+        assert len(wait._pending) <= 4
+    before = wait.seconds()
+    assert 0 < before < 0.5
+    device.now = 1000.0
+    assert before < wait.seconds() == pytest.approx(0.005 + 49 * 0.009)
+
+
+def test_on_a_cpu_it_is_the_time_that_taking_takes() -> None:
+    assert timed_event(CPU) is None
+    wait = DataWait(CPU)
+
+    def batches() -> Iterator[Any]:
+        while True:
+            time.sleep(0.02)
+            yield SimpleNamespace(ready=None)
+
+    source = batches()
+    assert len(wait.take(source, 2)) == 2
+    wait.ended()
+    assert 0.04 <= wait.seconds() < 0.4
+    wait.restart()
+    assert wait.seconds() == 0.0
+
+
+def test_batches_tell_when_they_were_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event without its time could not be read."""
+    made: list[SimpleNamespace] = []
+
+    def event(*, enable_timing: bool) -> SimpleNamespace:
+        made.append(SimpleNamespace(timed=enable_timing, stream=None))
+        made[-1].record = lambda stream: setattr(made[-1], "stream", stream)
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert timed_event(torch.device("cuda", 1)) is made[0]
+    assert (made[0].timed, made[0].stream) == (True, "stream of cuda:1")
