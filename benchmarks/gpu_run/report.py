@@ -74,9 +74,11 @@ def of_rows(found: dict[str, Any]) -> str:
 
 
 def row_in_a_line(row: dict[str, Any]) -> str:
-    """A row of step.py, model.py, peers.py or dali_check.py."""
+    """A row of step.py, model.py, peers.py, kernel_times.py or dali_check.py."""
     if "check" in row:
         return f"{row['check']}: {row['found']}"
+    if "kernels ms" in row:
+        return f"{row['model']} {row['way']} {row['kernels ms']:.1f} ms of kernels in {row['ms']:.1f} ms"
     names = [row[key] for key in ("model", "mode", "way", "compiled") if row.get(key)]
     rates = [f"{key.removesuffix('images/s')}{value:,.0f}" for key, value in row.items() if key.endswith("images/s")]
     ratios = [f"{value:.2f} {key}" for key, value in row.items() if key.startswith("to fat")]

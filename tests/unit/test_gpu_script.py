@@ -549,6 +549,11 @@ def test_every_benchmark_is_summarised_in_a_line() -> None:
     peer = {"model": "resnet50", "way": "compiled", "compiled": "whole", "images/s": 900.0, "to fat_b0": 0.5}
     assert line({"results": [peer]}) == "resnet50 compiled whole 900, 0.50 to fat_b0"
     assert line({"results": [{"check": "resize", "found": "64 images"}]}) == "resize: 64 images"
+    times = {"way": "fat", "ms": 11.04, "kernels ms": 8.46, "busy": 0.766, "kernels": []}
+    failed = {"model": "fat_b0", "way": "library", "failed": "OutOfMemoryError: no room"}
+    assert line({"results": [{"model": "loader", **times}, failed]}) == (
+        "loader fat 8.5 ms of kernels in 11.0 ms; fat_b0 library OutOfMemoryError: no room"
+    )
     train = {"images_per_second": 12345.6, "data_wait": 0.004, "loss": 0.5, "step": 60}
     assert line({"training": {"train": train, "eval": {"top1": 0.991}, "end": {}}}) == (
         "top-1 99.10%, 12,346 images/s, waiting for data 0.4%, loss 0.500 at step 60"
