@@ -20,7 +20,7 @@ from launch.graphs import RECORDERS, GraphedModel
 from launch.loss import count_correct, soft_cross_entropy
 from launch.masters import Masters
 from launch.norms import GlobalBatchNorm, batch_norms, synchronise_norms
-from launch.optimizers import OPTIMIZERS, parameter_groups, update
+from launch.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.recipe import Recipe, RecipeError
 from launch.world import World
 from launch.wrapping import wrap
@@ -68,7 +68,10 @@ class Engine:
         self.execution.compile_whole(model)
         # Before wrapping: wrappers call `model.forward` as they find it.
         graphed = self.execution.compile == "cudagraphs"
-        self._graphs = GraphedModel(model, RECORDERS[world.device.type](world.device)) if graphed else None
+        # Nobody else looks at the gradients of one process's whole batch.
+        keeps = not self.zero and world.size == 1 and accumulation == 1
+        recorder = RECORDERS[world.device.type](world.device) if graphed else None
+        self._graphs = GraphedModel(model, recorder, keeps_gradients=keeps) if recorder else None
         optim = recipe.optim
         kind = OPTIMIZERS[optim.optimizer]
         groups = parameter_groups(model, optim.weight_decay)
@@ -88,6 +91,7 @@ class Engine:
         self._wrapped.eval()  # so that the first `_set_training_mode` sees to the frozen layers
         self._staging: dict[str, Tensor] = {}
         self._masters = Masters(self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema)
+        self._update = Updater(self._optimizer, self._masters.parameters)
         self.notes: list[str] = []
         """Lines for the log about how the engine was set up."""
         if self._graphs is not None:
@@ -141,7 +145,7 @@ class Engine:
             lr: learning rate of this step.
         """
         # CUDA graphs take seed and offset of the generator at each replay, so they draw afresh as well.
-        torch.manual_seed(seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
+        _seed(self.world.device, seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._set_training_mode()
@@ -285,10 +289,9 @@ class Engine:
                 loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
                 loss.backward()
             total += loss.detach()
-        clip = self._recipe.optim.clip_grad or float("inf")
-        norm = nn.utils.clip_grad_norm_(self._masters.parameters, clip).detach().float()
-        update(self._optimizer, norm)
-        self._optimizer.zero_grad(set_to_none=True)
+        norm = self._update(self._recipe.optim.clip_grad)
+        if not (self._graphs and self._graphs.keeps_gradients):
+            self._optimizer.zero_grad(set_to_none=True)
         return StepResult(total, norm)
 
     def _gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
@@ -316,3 +319,17 @@ class Engine:
         if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)
+
+
+def _seed(device: torch.device, value: int) -> None:
+    """Seed the CPU's generator and the device's.
+
+    `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it looks
+    at the source files of all callers, to remember where it was asked.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(value)
+        return
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

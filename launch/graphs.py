@@ -128,13 +128,18 @@ class GraphedModel:
     Args:
         model: one tensor in, one tensor out; before DDP or DeepSpeed wrap it.
         recorder: captures and replays.
+        keeps_gradients: replays write the parameters' `grad` themselves, in memory that stays, instead of handing
+            gradients to autograd one by one: each backward pass overwrites those of the one before, and no hook is
+            called. Not for micro-batches that add up, nor where DDP or DeepSpeed wait for gradients.
     """
 
-    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
-        self._model, self._recorder = model, recorder
+    def __init__(self, model: nn.Module, recorder: Recorder, *, keeps_gradients: bool = False) -> None:
+        self._model, self._recorder, self.keeps_gradients = model, recorder, keeps_gradients
         self._eager = model.forward
         self._parts = _parts(model)
         self._captured: list[_CapturedPart] = []
+        # Makes autograd call the backward passes where it is not told of the parameters; gets no gradient.
+        self._anchor = torch.zeros((), requires_grad=True)
         model.forward = self._forward
 
     def warm_up(self, images: Tensor, autocast: torch.dtype | None) -> None:
@@ -200,9 +205,10 @@ class GraphedModel:
                 f"a batch of shape {tuple(images.shape)}: the CUDA graphs were captured for "
                 f"{tuple(self._captured[0].input.shape)}; use --compile off where shapes change"
             )
-        x = images
+        x, keep = images, self.keeps_gradients
         for part in self._captured:
-            x = _Replay.apply(part, x, *part.parameters)
+            differentiated_by = [self._anchor] if keep else part.parameters
+            x = _Replay.apply(part, keep, x, *differentiated_by)
         return x
 
 
@@ -295,15 +301,25 @@ class _CapturedPart:
         self._replay_forward()
         return self.output.detach()
 
-    def backward(self, by_output: Tensor, number: int) -> Results:
-        """Replay on the gradient of forward pass `number`: gradients of input (None: it needs none) and parameters."""
+    def backward(self, by_output: Tensor, number: int, *, keep: bool = False) -> Results:
+        """Replay on the gradient of forward pass `number`: gradients of input (None: it needs none) and parameters.
+
+        Args:
+            keep: leave the parameters' gradients in their `grad`, and return None for all of them together.
+        """
         if number != self._passes:
             raise RuntimeError("a second forward pass has overwritten the activations of this backward pass")
-        self._save_accumulated()
+        if not keep:
+            self._save_accumulated()
         _put(self._by_output, by_output)
         self._replay_backward()
-        by_input = [] if self.input.requires_grad else [None]
-        return by_input + [None if g is None else g.detach() for g in self._gradients]
+        by_input = cast(Tensor, self._gradients[0]).detach() if self.input.requires_grad else None
+        if not keep:
+            return [by_input, *(None if g is None else g.detach() for g in self._by_parameters)]
+        for parameter, gradient in zip(self.parameters, self._by_parameters, strict=True):
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
+        return [by_input, None]
 
     @property
     def passes(self) -> int:
@@ -332,18 +348,18 @@ class _CapturedPart:
 
 
 class _Replay(torch.autograd.Function):
-    """(part, input, parameters) -> output, as one node of autograd."""
+    """(part, keep, input, parameters) -> output, as one node of autograd; with `keep` an anchor is all parameters."""
 
     @staticmethod
-    def forward(ctx: Any, part: _CapturedPart, x: Tensor, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, part: _CapturedPart, keep: bool, x: Tensor, *_: Tensor) -> Tensor:
         output = part.forward(x)
-        ctx.part, ctx.number = part, part.passes
+        ctx.part, ctx.number, ctx.keep = part, part.passes, keep
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.part.backward(by_output, ctx.number)
+        return None, None, *ctx.part.backward(by_output, ctx.number, keep=ctx.keep)
 
 
 def _put(static: Tensor, value: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,14 +30,99 @@ def _adamw(groups: Groups, betas: tuple[float, float], eps: float, form: Form) -
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused, foreach=not fused)
 
 
-def update(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Step, unless the gradients' norm is not finite.
+class Updater:
+    """Clips gradients by their global norm and steps, unless it is not finite.
 
-    A fused optimiser does that on the device, without anybody reading it on the host. Others make the host wait.
+    A fused optimiser does all that on the device, without anybody reading the norm on the host. Others make the host
+    wait. For fused AdamW these are torch's own operations, bit by bit, but not torch's Python around them, which looks
+    at every parameter a dozen times in every step.
 
     Args:
-        norm: float32 scalar.
+        optimizer: of this module's `OPTIMIZERS`.
+        parameters: all of its parameters, in the order of their norms.
     """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
+        self._optimizer, self._parameters = optimizer, list(parameters)
+        kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
+        self._direct = type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] and len(kinds) == 1
+        self._groups: list[_Group] = []
+
+    @torch.no_grad()
+    def __call__(self, max_norm: float) -> torch.Tensor:
+        """Clip and step; returns the norm before clipping, a float32 scalar.
+
+        Args:
+            max_norm: 0 = no clipping.
+        """
+        gradients = [gradient for parameter in self._parameters if (gradient := parameter.grad) is not None]
+        if not (self._direct and len(gradients) == len(self._parameters) and self._find_state()):
+            norm = nn.utils.clip_grad_norm_(self._parameters, max_norm or math.inf).float()
+            _step(self._optimizer, norm)
+            return norm
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if max_norm:
+            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        skip = _not_finite(norm)
+        for group in self._groups:
+            group.step(skip)
+        return norm
+
+    def _find_state(self) -> bool:
+        """Look for the optimiser's present state; False where it has none before its first step."""
+        if not self._groups or not all(group.is_current(self._optimizer) for group in self._groups):
+            state = self._optimizer.state
+            if not all(state.get(parameter) for parameter in self._parameters):
+                return False
+            self._groups = [_Group.of(self._optimizer, options) for options in self._optimizer.param_groups]
+        return True
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What the fused AdamW of a parameter group works on."""
+
+    options: dict[str, Any]
+    parameters: list[torch.Tensor]
+    averages: list[torch.Tensor]
+    squares: list[torch.Tensor]
+    steps: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> _Group:
+        states = [optimizer.state[parameter] for parameter in options["params"]]
+        lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+        return cls(options, list(options["params"]), *lists)
+
+    def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimiser still has this state: a loaded checkpoint brings another, of all parameters."""
+        return not self.parameters or optimizer.state[self.parameters[0]]["step"] is self.steps[0]
+
+    def step(self, skip: torch.Tensor) -> None:
+        if not self.parameters:
+            return
+        options, (beta1, beta2) = self.options, self.options["betas"]
+        torch._foreach_add_(self.steps, 1)
+        torch._fused_adamw_(
+            self.parameters,
+            [parameter.grad for parameter in self.parameters],  # type: ignore[misc]
+            self.averages,
+            self.squares,
+            [],
+            self.steps,
+            lr=options["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            amsgrad=False,
+            maximize=False,
+            found_inf=skip,
+        )
+        torch._foreach_sub_(self.steps, [skip] * len(self.steps))
+
+
+def _step(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
     if optimizer.defaults["fused"]:
         skip_if_not_finite(optimizer, norm)
         optimizer.step()
@@ -50,7 +136,11 @@ def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> 
     Args:
         norm: float32 scalar.
     """
-    optimizer.grad_scale, optimizer.found_inf = None, norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+    optimizer.grad_scale, optimizer.found_inf = None, _not_finite(norm)  # type: ignore[attr-defined]
+
+
+def _not_finite(norm: torch.Tensor) -> torch.Tensor:
+    return norm.isfinite().logical_not().float()
 
 
 OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, ("exp_avg", "exp_avg_sq"))}

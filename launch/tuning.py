@@ -21,7 +21,7 @@ from launch.execution import AUGMENT_SWITCH, Execution
 from launch.graphs import RECORDERS, GraphedModel
 from launch.limits import settle
 from launch.open_options import option_name
-from launch.optimizers import Form, Kind, parameter_groups, update
+from launch.optimizers import Form, Kind, Updater, parameter_groups
 from launch.trials import Choice, Trial, best_of, decided, take_turns
 
 STEPS = 10
@@ -165,14 +165,11 @@ def _updates_per_second(bench: Bench, form: str) -> float:
     for p in stand_ins:
         p.grad = torch.full_like(p, 1e-3)
     optimizer = bench.optimizer.build(groups, bench.betas, bench.eps, cast(Form, form))
-
-    def step() -> None:
-        update(optimizer, nn.utils.clip_grad_norm_(stand_ins, CLIP))
-
-    return _rate(step, stand_ins[0].device)
+    update = Updater(optimizer, stand_ins)
+    return _rate(lambda: update(CLIP), stand_ins[0].device)
 
 
-def _rate(step: Callable[[], None], device: torch.device) -> float:
+def _rate(step: Callable[[], object], device: torch.device) -> float:
     """Steps per second."""
     _seconds(step, WARM_UP[device.type], device)
     took = _seconds(step, 1, device)
@@ -180,7 +177,7 @@ def _rate(step: Callable[[], None], device: torch.device) -> float:
     return steps / _seconds(step, steps, device) if steps > 1 else 1 / took
 
 
-def _seconds(step: Callable[[], None], steps: int, device: torch.device) -> float:
+def _seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
     settle(device)
     start = time.perf_counter()
     for _ in range(steps):
