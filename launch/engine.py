@@ -28,7 +28,7 @@ from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
 from shards.errors import first_line
 
-__all__ = ["Engine", "StepResult", "choose"]
+__all__ = ["Engine", "StepResult", "choose", "seed_generators"]
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Engine:
             lr: learning rate of this step.
         """
         # CUDA graphs take seed and offset of the generator at each replay, so they draw afresh as well.
-        _seed(self.world.device, seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
+        seed_generators(self.world.device, seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._set_training_mode()
@@ -321,11 +321,11 @@ class Engine:
         return StepResult(total, norm)
 
 
-def _seed(device: torch.device, value: int) -> None:
+def seed_generators(device: torch.device, value: int) -> None:
     """Seed the CPU's generator and the device's.
 
-    `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it looks
-    at the source files of all callers, to remember where it was asked.
+    `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it
+    looks at the source files of all callers, to remember where it was asked.
     """
     if device.type not in ("cpu", "cuda"):
         torch.manual_seed(value)

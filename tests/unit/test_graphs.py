@@ -7,6 +7,8 @@ gradients live in static memory, as those of a CUDA graph do. tests/gpu/test_tra
 from __future__ import annotations
 
 import gc
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -15,13 +17,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
 from launch import graphs
 from launch.command_line import parse
-from launch.engine import Engine
+from launch.engine import Engine, seed_generators
 from launch.execution import Execution, graph_obstacle
-from launch.graphs import CudaRecorder, GraphedModel
+from launch.graphs import CudaRecorder, GraphedModel, Results, Work
 from launch.recipe import RecipeError
 from launch.world import World
 from tests.support.batches import CLASSES, SIZE, random_batch
@@ -349,3 +352,82 @@ def test_evaluation_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Execution, "uses_compiler", True)
     engine.model._compiled_call_impl = lambda *_: pytest.fail("the compiled call was used")
     assert engine.evaluate([random_batch(1, range(ROWS))]) == eager
+
+
+# -- what a step costs the host ----------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class DoesNothing(ReplayOnCpu):
+    """Replays without cost to the host, as a CUDA graph does."""
+
+    def record(self, work: Work) -> tuple[Results, Callable[[], None]]:
+        return super().record(work)[0], lambda: None
+
+
+def cost_of_step(engine: Engine) -> tuple[int, int]:
+    """Python functions and operators that a step calls."""
+    batch, calls = random_batch(0, range(ROWS)), 0
+
+    def note(frame: object, event: str, arg: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    for step in range(2):
+        engine.step([batch], step=step, lr=1e-3)
+    sys.setprofile(note)
+    try:
+        engine.step([batch], step=2, lr=1e-3)
+    finally:
+        sys.setprofile(None)
+    with Operators() as operators:
+        engine.step([batch], step=3, lr=1e-3)
+    return calls, operators.count
+
+
+def test_a_captured_step_costs_the_host_next_to_nothing_per_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few lists are gone through; nothing is called for each parameter but for its address, which must not change."""
+    monkeypatch.setitem(graphs.RECORDERS, "cpu", DoesNothing)
+    engine = engine_of("--ema", "0")
+    parameters = len(list(engine.model.parameters()))
+    calls, operators = cost_of_step(engine)
+    assert parameters > 90
+    assert calls < parameters + 600
+    assert operators < 100
+
+
+@pytest.mark.parametrize(("accumulation", "stay"), [(1, True), (2, False)])
+def test_gradients_stay_in_the_graphs_memory_unless_micro_batches_add_up(
+    recorders: list[ReplayOnCpu], accumulation: int, stay: bool
+) -> None:
+    engine = engine_of(accumulation=accumulation)
+    train(engine, steps=1, accumulation=accumulation)
+    gradients = [parameter.grad for parameter in engine.model.parameters()]
+    static = [gradient for part in engine._graphs._captured for gradient in part._by_parameters]
+    assert all(gradient is None for gradient in gradients) is not stay
+    if stay:
+        assert {id(gradient) for gradient in gradients} == {id(gradient) for gradient in static}
+
+
+def test_seeding_is_torch_s_own_without_a_look_at_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2**63 + 5)
+    expected = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    monkeypatch.setattr("traceback.format_stack", lambda *_: pytest.fail("the stack was read"))
+    seed_generators(CPU, 2**63 + 5)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    seed_generators(torch.device("cuda", 0), 7)
+    assert seeded == [7]
