@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch import metrics
+from launch.checkpoint import Progress
+from launch.engine import StepResult
 from launch.metrics import METRICS_NAME, MetricsLog, read_metrics
 from launch.recipe import Recipe, RunRecipe
 from launch.report import draw_curves
 from launch.trackers import Trackers
+from launch.world import World
+from pipeline.plan import Position
 from shards.errors import UserError
 from tests.support.disks import fill, small_disk
 
@@ -193,3 +200,33 @@ def test_a_tracker_that_does_not_start_is_left_out(tmp_path: Path, monkeypatch: 
     trackers.log({"a": 1}, step=1)
     trackers.finish()
     assert trackers.messages() == []
+
+
+def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for the loader all the time, the device for a quarter of a second."""
+    at = iter([0.0, 0.0, 1.0, 2.0, 3.0])  # of the ends of what the stream has been given, in seconds
+    moment = partial(SimpleNamespace, query=lambda: True)
+
+    def mark(_: torch.device) -> SimpleNamespace:
+        start = next(at)
+        return moment(at=start, elapsed_time=lambda end: 1000 * (end.at - start))
+
+    monkeypatch.setattr("launch.data_wait.timed_event", mark)
+    monkeypatch.setattr(metrics.Yardstick, "of", lambda *_: None)
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
+    engine = SimpleNamespace(world=world, description="")
+    clock = iter(range(100))
+    monkeypatch.setattr("launch.metrics.time.perf_counter", lambda: float(next(clock)))
+    result = StepResult(loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
+    batches = iter([SimpleNamespace(ready=moment(at=ready)) for ready in (0.0, 1.25, 1.5)])
+    with metrics.Tracker(Recipe(run=RunRecipe(out=tmp_path)), feed, engine, Progress()) as tracker:
+        for step in range(3):
+            tracker.take(batches, 1)
+            tracker.step(step, 1e-3, result)
+        before = tracker._interval_started
+        at = iter([4.0])
+        tracker.interval(skipped=0, replaced=0)
+    seconds = tracker._interval_started - before - 1
+    (line,) = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
+    assert line["data_wait"] == pytest.approx(0.25 / seconds, abs=1e-3)
