@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
+from fat.kernels.sum_ops import as_map, as_rows
 
 Kind = TypeVar("Kind", bound=nn.Module)
 MATRIX_PRODUCTS = True  # `project`'s; a switch for benchmarks
@@ -38,11 +39,11 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     served = MATRIX_PRODUCTS and kernels.serves(x)
     if not served or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
         return F.conv2d(x, weight, bias)
-    batch, _, height, width = x.shape
-    rows, matrix = x.permute(0, 2, 3, 1).flatten(0, 2), weight.flatten(1).t()
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return kernels.pointwise(x, weight, bias)
+    rows, matrix = as_rows(x), weight.flatten(1).t()
     # Not F.linear, which DeepSpeed's ZeRO 3 replaces by one that keeps gathered weights.
-    product = rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
-    return product.view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return as_map(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
 
 
 class Depthwise(nn.Conv2d):

@@ -239,6 +239,16 @@ def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool
     _check_normalised(total, found, weight, bias)
 
 
+def check_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype, draw: Draw) -> None:
+    """In fp32 and in the map's dtype, twice, for the same bits."""
+    x = (draw.map(*shape, dtype) + 0.5).contiguous(memory_format=torch.channels_last)
+    for found_in in (FP32, dtype):
+        own, again = (ops.channel_sums(x, found_in) for _ in range(2))
+        assert own.dtype == found_in
+        expect("sums", own, x.double().sum(dim=(0, 2, 3)))
+        assert torch.equal(own, again)
+
+
 def check_depthwise_norm(case: Case, draw: Draw) -> None:
     """The convolution, and the norm of what it has stored."""
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)

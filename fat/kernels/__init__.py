@@ -53,6 +53,7 @@ __all__ = [
     "gate",
     "mode",
     "norm",
+    "pointwise",
     "serves",
     "supported",
     "switched_off",
@@ -207,6 +208,11 @@ def depthwise_norm(
     """(x + depthwise(x), `norm` of it)."""
     total, normalised, _, _ = ops.depthwise_norm(_cast(x), weight, bias, norm_weight, norm_bias, eps)
     return total, normalised
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """1x1 convolution by torch's matrix products, with the gradient by bias from our own sums."""
+    return ops.pointwise(_cast(x), weight, bias)
 
 
 def _cast(x: Tensor) -> Tensor:

@@ -30,7 +30,11 @@ GATE = "gate"
 ATTENTION = "attention"
 NORM = "norm"
 BATCH_NORM = "batch norm"
-FAMILIES = (CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT, GATE, ATTENTION, NORM, BATCH_NORM)
+ATTENTION = "attention"
+BIAS_GRADIENT = "bias gradient"
+NORM = "norm"
+BATCH_NORM = "batch norm"
+FAMILIES = (CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT, GATE, ATTENTION, BIAS_GRADIENT, NORM, BATCH_NORM)
 
 OPERATORS: dict[str, tuple[str, ...]] = {}
 """Operator -> the families whose kernels it launches, its own family last. Filled where the operators are defined."""

@@ -17,6 +17,7 @@ from fat.kernels.convolution_ops import (
 )
 from fat.kernels.gate_ops import gate, gate_gradient
 from fat.kernels.norm_ops import add, add_norm, add_norm_gradient, depthwise_norm, norm, norm_gradient, scaled
+from fat.kernels.sum_ops import channel_sums, pointwise
 
 __all__ = [
     "add",
@@ -24,6 +25,7 @@ __all__ = [
     "add_norm_gradient",
     "attend",
     "attend_gradient",
+    "channel_sums",
     "depthwise",
     "depthwise_gate",
     "depthwise_gate_gradient",
@@ -39,5 +41,6 @@ __all__ = [
     "gate_gradient",
     "norm",
     "norm_gradient",
+    "pointwise",
     "scaled",
 ]

@@ -293,6 +293,14 @@ def fold_gradient(
     return tuple(torch.empty_like(a).copy_(b) for a, b in zip(likes, results, strict=True))  # type: ignore[return-value]
 
 
+# 1x1 convolution
+
+
+def channel_sums(x: Tensor, dtype: torch.dtype, *, own: Tensor | None = None) -> Tensor:
+    found = x.sum(dim=(0, 2, 3), dtype=_wide(own))
+    return found.to(dtype) if own is None else found
+
+
 # What they share
 
 

@@ -30,6 +30,7 @@ from tests.kernel_checks import (
     Draw,
     check_add,
     check_attend,
+    check_channel_sums,
     check_depthwise,
     check_depthwise_gate,
     check_depthwise_moments,
@@ -158,9 +159,15 @@ def test_maps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     on_fresh_inputs(lambda draw: check_add(shape, dtype, True, draw))
 
 
-@pytest.mark.parametrize(
-    "name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"]
-)
+SUMMED = [((256, 32, 56, 56), BF16), ((3, 320, 28, 28), BF16), ((256, 1024, 7, 7), BF16), ((3, 20, 13, 9), FP32)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SUMMED)
+def test_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    on_fresh_inputs(lambda draw: check_channel_sums(shape, dtype, draw))
+
+
+@pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"])
 def test_opcheck(name: str) -> None:
     draw = Draw.seeded(0, "cuda")
     x, y = (draw.map(2, 32, 9, 7, FP32).requires_grad_() for _ in range(2))

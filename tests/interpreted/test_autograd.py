@@ -107,6 +107,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
         folded,
         [MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square() + 0.1],
     ),
+    "1x1": (kernels.pointwise, F.conv2d, [X, MATRIX, BIAS[:6]]),
     "depthwise and norm": (
         lambda *a: kernels.depthwise_norm(*a, 1e-5),
         lambda x, w, b, *a: (x + convolved(x, w, b), normalised(x + convolved(x, w, b), *a)),
@@ -156,6 +157,7 @@ OPERATORS = {
     "fold": (MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square(), 1e-5, BF16),
     "follow": (BIAS.clone(), GAIN.clone(), torch.tensor(3), SHIFT, GAIN, 0.1, 1.25),
     "fold_gradient": (MATRIX[:, :, 0, 0], BIAS[:6], MATRIX, GAIN, SHIFT, BIAS, SHIFT.square(), MATRIX, 1e-5),
+    "channel_sums": (X, BF16),
     "gate": (X, Y),
     "gate_gradient": (X, X, Y),
     "attend": (X, KV, 2, 0.3),

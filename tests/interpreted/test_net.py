@@ -145,9 +145,28 @@ def test_pointwise_is_a_matrix_product_in_half_precision(autocast: bool, monkeyp
         assert (called.count["addmm"] == 1) == switch
         assert (called.count["convolution"] == 1) != switch
         assert out.is_contiguous(memory_format=torch.channels_last)
-        out.backward(cotangent)
+        with Called() as called:
+            out.backward(cotangent)
+        assert called.count == ({"channel_sums": 1} if switch else {})
         results.append([out, leaf.grad, own.weight.grad, own.bias.grad])
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
+def test_pointwise_gives_only_the_gradients_that_are_asked_for(frozen: str) -> None:
+    layer = layers.pointwise(20, 12).bfloat16()
+    leaves = {"input": torch.randn(2, 20, 5, 3).bfloat16(), "weight": layer.weight, "bias": layer.bias}
+    leaves["input"] = leaves["input"].contiguous(memory_format=torch.channels_last)
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name != frozen)
+    with Called("aten") as called:
+        layer(leaves["input"]).sum().backward()
+    assert called.count["mm"] == (2 if frozen == "bias" else 1)
+    for name, leaf in leaves.items():
+        assert (leaf.grad is None) == (name == frozen)
+    with torch.no_grad(), Called() as silent:
+        assert not layer(leaves["input"]).requires_grad
+    assert not silent.count
 
 
 def test_a_captured_stage_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> None:

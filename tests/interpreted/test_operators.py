@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fat.kernels import tiles
+from fat.kernels import sums, tiles
 from tests.kernel_checks import (
     BF16,
     FP16,
@@ -14,6 +14,7 @@ from tests.kernel_checks import (
     Draw,
     check_add,
     check_attend,
+    check_channel_sums,
     check_depthwise,
     check_depthwise_gate,
     check_depthwise_moments,
@@ -160,3 +161,17 @@ def test_norm(shape, dtype, offset) -> None:
 @pytest.mark.parametrize(("shape", "dtype"), MAPS)
 def test_add_and_norm(shape, dtype, scaled) -> None:
     check_add(shape, dtype, scaled, Draw.seeded(6, "cpu"))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [*MAPS, ((2, 160, 9, 16), BF16)])
+def test_channel_sums(shape, dtype) -> None:
+    check_channel_sums(shape, dtype, Draw.seeded(11, "cpu"))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 64])
+def test_channel_sums_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part has fewer rows, and its last step fewer still."""
+    monkeypatch.setattr(sums, "launch_shape", sums.launch_shape.__wrapped__)
+    monkeypatch.setattr(sums, "AT_ONCE", 512)
+    monkeypatch.setattr(sums, "PROGRAMS", programs)
+    check_channel_sums((3, 40, 7, 9), BF16, Draw.seeded(12, "cpu"))

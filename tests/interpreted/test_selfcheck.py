@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fat
 from fat import kernels
 from fat.config import FATConfig
-from fat.kernels import attention, batchnorm, convolution, correlation, families, gating, groupnorm, selfcheck
+from fat.kernels import attention, batchnorm, convolution, correlation, families, gating, groupnorm, selfcheck, sums
 from fat.kernels.selfcheck import Case, Spec
 from launch.kernel_check import check_kernels
 from launch.world import World
@@ -213,6 +213,8 @@ WRONG = [
     Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), "off by"),
     Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), "off by"),
     Wrong(families.BATCH_NORM, batchnorm, "follow", _off_by_a_little(1), "off by"),
+    Wrong(families.BIAS_GRADIENT, sums, "channel_sums", _off_by_a_little(1), "off by"),
+    Wrong(families.BIAS_GRADIENT, sums, "channel_sums", _unwritten(1), "NaN"),
 ]
 
 

@@ -90,6 +90,13 @@ def _fold() -> None:
     ops.fold_gradient(weight.to(BF16), bias.to(BF16), weight, norm, norm, norm, norm, weight.to(BF16), 1e-5)
 
 
+def _sums() -> None:
+    for channels, side in ((32, 56), (80, 28), (1024, 7)):
+        (x,) = _maps(1, channels, side)
+        ops.channel_sums(x, FP32)
+        ops.channel_sums(x, BF16)
+
+
 def _augment() -> None:
     from pipeline.augment import randaugment
     from pipeline.augment.finishing import finish
@@ -111,6 +118,7 @@ LAUNCHES = {
     "reducing": _depthwise(5, 256, 56, stride=2),
     "block": _block(5, 128, 28),
     "fold": _fold,
+    "sums": _sums,
     "augmentation": _augment,
 }
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
@@ -168,6 +176,10 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: OfflineDriver
     for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
         assert "ld.global.v4.b32" in code, name
+    LAUNCHES["sums"]()
+    for name, kernel in compiled.kernels.items():
+        if name.startswith("_channel_sums"):
+            assert kernel.asm["ptx"].count("ld.global.v4.b32") >= 4, name  # on their way together
 
 
 @pytest.mark.parametrize("capability", [90])

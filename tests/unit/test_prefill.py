@@ -358,10 +358,10 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
     found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
     expected = {
-        "step": {"_convolve", "_patches", "_spread", "_fold", "_sums"},
+        "step": {"_convolve", "_patches", "_spread", "_fold", "_sums", "_channel_sums", "_joined_sums"},
         "eval": {"_convolve", "_normalise"},
         "augment": {"_measure", "_apply", "_finish"},
-        "check": {"_convolve", "_patches", "_spread", "_fold_gradient", "_sums", "_follow"},
+        "check": {"_convolve", "_patches", "_spread", "_fold_gradient", "_sums", "_follow", "_channel_sums"},
         "digits": {"_finish"},
         "benchmarks": {"_convolve", "_patches", "_strips", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
         "tests": {"_convolve", "_patches", "_strips", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
