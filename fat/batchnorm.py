@@ -33,6 +33,10 @@ class BatchNorm(nn.BatchNorm2d):
         """The same over all ranks that share statistics, differentiable; here there is one."""
         return mean, var
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all ranks that share statistics."""
+        return values
+
     @torch.no_grad()
     def follow(self, drift: Tensor, var: Tensor, count: int) -> None:
         """Move the running statistics towards a batch's.

@@ -183,6 +183,20 @@ def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
     return F.silu(conv(q)) * F.silu(other)
 
 
+def convolve_relu(unit: nn.Module, x: Tensor) -> Tensor:
+    """ReLU(unit(x)), of a dense convolution with its BatchNorm."""
+    # The compiler joins what torch does by itself.
+    if torch.compiler.is_compiling() or not (
+        kernels.serves(x) and plain(unit, ConvNorm) and plain(unit.conv, nn.Conv2d)
+    ):
+        return F.relu(unit(x))
+    conv, norm = unit.conv, unit.bn
+    if not (isinstance(norm, BatchNorm) and norm.folds) or watched(unit, conv, norm):
+        return F.relu(unit(x))
+    y = conv._conv_forward(x, conv.weight, None)
+    return kernels.batch_norm_relu(y.contiguous(memory_format=torch.channels_last), conv.bias, norm)
+
+
 def convolve_fold(unit: nn.Module, after: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
     """after(unit(x)), or after(unit(GELU(x))): a depthwise convolution with its BatchNorm, and a 1x1 convolution, whose
     weights do BatchNorm's work while training (`fat.batchnorm`)."""

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fat.blocks import Block
 from fat.checkpointing import recomputed
 from fat.config import STAGES, FATConfig
-from fat.layers import ConvNorm, MapNorm, pointwise
+from fat.layers import ConvNorm, MapNorm, convolve_relu, pointwise
 
 MIN_SIZE = 32  # the fourth stage has stride 32
 
@@ -174,7 +173,7 @@ class Stem(nn.Module):
             raise ValueError(f"images of {height}x{width}: at least {MIN_SIZE} per side, by which FAT reduces them")
         x = images.contiguous(memory_format=torch.channels_last)
         for conv in self.convs:
-            x = F.relu(conv(x))
+            x = convolve_relu(conv, x)
         return self.norm(self.proj(x))
 
 

@@ -125,6 +125,9 @@ class GlobalBatchNorm(BatchNorm):
         result: tuple[Tensor, Tensor] = _Share.apply(mean, var, self.group, self.ranks)
         return result
 
+    def summed(self, values: Tensor) -> Tensor:
+        return _sum_over_ranks(values, self.group)
+
 
 class _Share(torch.autograd.Function):
     """(mean, biased variance, group, ranks), [C] float32 -> the same of all ranks' values together."""

@@ -239,6 +239,34 @@ def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool
     _check_normalised(total, found, weight, bias)
 
 
+def check_norm_relu(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: float, draw: Draw) -> None:
+    """BatchNorm and ReLU from their statistics to their gradients, sums twice for the same bits. offset: the maps' mean
+    in standard deviations."""
+    x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)
+    weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
+    slack = 4 * SUMMING * (1 + offset**2)
+    (mean, var), again = (ops.channel_moments(x) for _ in range(2))
+    expect("mean", mean, x.double().mean(dim=(0, 2, 3)))
+    expect("var", var, x.double().var(dim=(0, 2, 3), correction=0), slack)
+    assert torch.equal(mean, again[0])
+    assert torch.equal(var, again[1])
+
+    leaves = [leaf.double().requires_grad_() for leaf in (x, weight, bias)]
+    exact = F.batch_norm(leaves[0], None, None, *leaves[1:], training=True, eps=EPS)
+    result = ops.norm_relu(x, weight, bias, mean, var, EPS)
+    expect("result", result, exact.clamp_min(0), slack)
+    gradient = draw.like(x)
+    passed = gradient.double() * (result > 0)  # not of the exact result, whose sign rounding may have changed
+    by_x, by_weight, by_bias = torch.autograd.grad(exact, leaves, passed)
+    sums, again = (ops.norm_relu_sums(gradient, x, result, mean, var, EPS) for _ in range(2))
+    expect("by bias", sums[0], by_bias)
+    expect("by weight", sums[1], by_weight, slack)
+    assert torch.equal(sums, again)
+    count = x.numel() // shape[1]
+    own = ops.norm_relu_gradient(gradient, x, result, weight, mean, var, *sums, count, EPS)
+    expect("by x", own, by_x, slack)
+
+
 def check_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype, draw: Draw) -> None:
     """In fp32 and in the map's dtype, twice, for the same bits."""
     x = (draw.map(*shape, dtype) + 0.5).contiguous(memory_format=torch.channels_last)

@@ -42,6 +42,7 @@ __all__ = [
     "attend",
     "attends",
     "available",
+    "batch_norm_relu",
     "depthwise",
     "depthwise_gate",
     "depthwise_moments",
@@ -177,6 +178,16 @@ def follow(norm: BatchNorm, drift: Tensor, var: Tensor, count: int) -> None:
         assert norm.running_var is not None
         correction = norm.correction(count)
         ops.follow(norm.running_mean, norm.running_var, batches, drift.detach(), var.detach(), momentum, correction)
+
+
+def batch_norm_relu(x: Tensor, before: Tensor | None, norm: BatchNorm) -> Tensor:
+    """ReLU(norm(x + before)) in training, with BatchNorm over the batch, whose running statistics are moved. x: without
+    the bias `before` of the convolution behind it, which a norm takes out again; its gradient is zero."""
+    result, mean, var = ops.batch_norm_relu(_cast(x), before, norm)
+    assert norm.running_mean is not None
+    drift = mean - norm.running_mean if before is None else mean - norm.running_mean + before.detach()
+    follow(norm, drift, var, x.numel() // x.shape[1])
+    return result
 
 
 def gate(local: Tensor, other: Tensor) -> Tensor:

@@ -17,6 +17,13 @@ from fat.kernels.convolution_ops import (
 )
 from fat.kernels.gate_ops import gate, gate_gradient
 from fat.kernels.norm_ops import add, add_norm, add_norm_gradient, depthwise_norm, norm, norm_gradient, scaled
+from fat.kernels.normrelu_ops import (
+    batch_norm_relu,
+    channel_moments,
+    norm_relu,
+    norm_relu_gradient,
+    norm_relu_sums,
+)
 from fat.kernels.sum_ops import channel_sums, pointwise
 
 __all__ = [
@@ -25,6 +32,8 @@ __all__ = [
     "add_norm_gradient",
     "attend",
     "attend_gradient",
+    "batch_norm_relu",
+    "channel_moments",
     "channel_sums",
     "depthwise",
     "depthwise_gate",
@@ -41,6 +50,9 @@ __all__ = [
     "gate_gradient",
     "norm",
     "norm_gradient",
+    "norm_relu",
+    "norm_relu_gradient",
+    "norm_relu_sums",
     "pointwise",
     "scaled",
 ]

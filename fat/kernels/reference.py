@@ -293,6 +293,73 @@ def fold_gradient(
     return tuple(torch.empty_like(a).copy_(b) for a, b in zip(likes, results, strict=True))  # type: ignore[return-value]
 
 
+# BatchNorm and ReLU behind a dense convolution
+
+
+def channel_moments(x: Tensor, *, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.to(_wide(own)), dim=(0, 2, 3), correction=0)
+    return mean, var
+
+
+def norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    *,
+    own: Tensor | None = None,
+) -> Tensor:
+    wide = _wide(own)
+    scale = weight.to(wide) * (var.to(wide) + eps).rsqrt()
+    found = (x.to(wide) - _channels(mean.to(wide))) * _channels(scale) + _channels(bias.to(wide))
+    return _map(found.clamp_min(0), x.dtype, own)
+
+
+def norm_relu_sums(
+    gradient: Tensor,
+    x: Tensor,
+    result: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    *,
+    own: Tensor | None = None,
+) -> Tensor:
+    upper, normal, _ = _norm_relu_parts(gradient, x, result, mean, var, eps, _wide(own))
+    return _numbers(torch.stack([upper.sum(dim=(0, 2, 3)), (upper * normal).sum(dim=(0, 2, 3))]), own)
+
+
+def norm_relu_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    result: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    by_bias: Tensor,
+    by_weight: Tensor,
+    count: int,
+    eps: float,
+    *,
+    own: Tensor | None = None,
+) -> Tensor:
+    wide = _wide(own)
+    upper, normal, rstd = _norm_relu_parts(gradient, x, result, mean, var, eps, wide)
+    found = upper - _channels(by_bias.to(wide) / count) - normal * _channels(by_weight.to(wide) / count)
+    return _map(found * _channels(weight.to(wide) * rstd), x.dtype, own)
+
+
+def _norm_relu_parts(
+    gradient: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient that ReLU lets through, the normalised x, and the reciprocal standard deviation."""
+    rstd = (var.to(wide) + eps).rsqrt()
+    normal = (x.to(wide) - _channels(mean.to(wide))) * _channels(rstd)
+    return gradient.to(wide).masked_fill(result <= 0, 0.0), normal, rstd
+
+
 # 1x1 convolution
 
 

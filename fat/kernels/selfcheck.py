@@ -54,6 +54,10 @@ RESULTS: dict[str, tuple[tuple[str, str], ...]] = {
         ("gradient by bias", WEIGHT_GRADIENT),
     ),
 }
+SUMS = {  # arguments that are divided by the map's size
+    "depthwise_moments_gradient": ("by_mean", "by_var"),
+    "norm_relu_gradient": ("by_bias", "by_weight"),
+}
 POSITIVE = ("var", "rstd", "running_var")  # arguments that are variances or their reciprocal roots
 
 
@@ -308,7 +312,7 @@ class Draw:
         # Gradients by a map's mean and variance are divided by its size; as large as the map's own gradient they count.
         largest = max((a for a in case.arguments if isinstance(a, Spec) and a.is_map), key=_numel, default=None)
         self._count = 1 if largest is None else _numel(largest) // largest.shape[1]
-        self._scaled = ("by_mean", "by_var") if case.operator == "depthwise_moments_gradient" else ()
+        self._scaled = SUMS.get(case.operator, ())
 
     def tensor(self, spec: Spec) -> Tensor:
         if not spec.dtype.is_floating_point:

@@ -18,7 +18,7 @@ from fat.kernels import tiles
 WIDE = (128, 64, 32)  # channels of a program: whole cache lines or sectors side by side
 AT_ONCE, WARPS = 8192, 8  # elements that a program has on their way, 32 a thread in half precision: four accesses
 PROGRAMS = 512  # nearly four for each of an H100's multiprocessors, which hold four of them at a time
-JOINED_CHANNELS, JOINED_WARPS = 16, 8
+JOINED_PARTS, JOINED_CHANNELS, JOINED_WARPS = 512, 16, 8
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
@@ -40,12 +40,14 @@ def _channel_sums(x, out, positions, channels, each, ROWS: tl.constexpr, CHANNEL
 
 @triton.jit(do_not_specialize=("parts",))
 def _joined_sums(sums, out, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """sums fp32 [parts, channels] -> out [channels]; all of a channel's by one program, at once."""
-    part = tl.arange(0, PARTS)
+    """sums fp32 [parts, channels] -> out [channels]; all of a channel's by one program, PARTS at once."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = (part < parts)[:, None] & (c < channels)[None, :]
-    total = tl.sum(tl.load(sums + part[:, None] * channels + c[None, :], mask=inside, other=0.0), axis=0)
-    tl.store(out + c, total.to(out.dtype.element_ty), mask=c < channels)
+    total = tl.zeros((PARTS, CHANNELS), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & (c < channels)[None, :]
+        total += tl.load(sums + part[:, None] * channels + c[None, :], mask=inside, other=0.0)
+    tl.store(out + c, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=c < channels)
 
 
 @cache
@@ -69,12 +71,18 @@ def channel_sums(x: Tensor, out: Tensor) -> None:
         x, sums, positions, channels, each, ROWS=rows, CHANNELS=wide, num_warps=WARPS
     )
     if parts > 1:
-        _joined_sums[(triton.cdiv(channels, JOINED_CHANNELS),)](
-            sums,
-            out,
-            parts,
-            channels,
-            PARTS=tiles.power_of_2(parts),
-            CHANNELS=JOINED_CHANNELS,
-            num_warps=JOINED_WARPS,
-        )
+        join(sums, out)
+
+
+def join(sums: Tensor, out: Tensor) -> None:
+    """sums fp32 [parts, ...], dense -> `out`, dense: the sum over parts, rounded to its dtype."""
+    parts, numbers = sums.shape[0], out.numel()
+    _joined_sums[(triton.cdiv(numbers, JOINED_CHANNELS),)](
+        sums,
+        out,
+        parts,
+        numbers,
+        PARTS=min(JOINED_PARTS, tiles.power_of_2(parts)),
+        CHANNELS=JOINED_CHANNELS,
+        num_warps=JOINED_WARPS,
+    )

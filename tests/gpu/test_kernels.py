@@ -38,6 +38,7 @@ from tests.kernel_checks import (
     check_fold,
     check_gate,
     check_norm,
+    check_norm_relu,
     check_weight_gradient,
     poisoned_memory,
 )
@@ -165,6 +166,14 @@ SUMMED = [((256, 32, 56, 56), BF16), ((3, 320, 28, 28), BF16), ((256, 1024, 7, 7
 @pytest.mark.parametrize(("shape", "dtype"), SUMMED)
 def test_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     on_fresh_inputs(lambda draw: check_channel_sums(shape, dtype, draw))
+
+
+STEM = [((16, 16, 112, 112), BF16), ((16, 48, 56, 56), BF16), ((16, 64, 56, 56), BF16), ((3, 20, 13, 9), FP32)]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), STEM)
+def test_norm_and_relu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    on_fresh_inputs(lambda draw: check_norm_relu(shape, dtype, 3.0, draw))
 
 
 @pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"])

@@ -9,10 +9,12 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
 from fat import layers
+from fat.batchnorm import BatchNorm
 from fat.config import FATConfig
 from launch.graphs import GraphedModel
 from tests.support.recorders import ReplayOnCpu
@@ -89,10 +91,14 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         "depthwise_moments": norms,
         "depthwise_moments_gradient": norms,
         "fold": norms,
-        "follow": norms,
+        "follow": norms + 4,
         "fold_gradient": norms,
         "depthwise_input_gradient": norms + 2 * blocks,
         "depthwise_weight_gradient": 2 * blocks,  # position and gate
+        "channel_moments": 4,  # the stem
+        "norm_relu": 4,
+        "norm_relu_sums": 4,
+        "norm_relu_gradient": 4,
     }
     torch.testing.assert_close(logits, plain_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(statistics, plain_statistics, rtol=1e-4, atol=1e-6)
@@ -167,6 +173,40 @@ def test_pointwise_gives_only_the_gradients_that_are_asked_for(frozen: str) -> N
     with torch.no_grad(), Called() as silent:
         assert not layer(leaves["input"]).requires_grad
     assert not silent.count
+
+
+class Shared(BatchNorm):
+    """Over two ranks that have the same values."""
+
+    ranks = 2
+
+    def summed(self, values: Tensor) -> Tensor:
+        return 2 * values
+
+
+@pytest.mark.parametrize("kind", [BatchNorm, Shared])
+def test_the_stems_norm_does_without_the_convolutions_bias(kind: type[BatchNorm]) -> None:
+    torch.manual_seed(6)
+    unit = layers.ConvNorm(torch.nn.Conv2d(3, 16, 3, 2, padding=1)).train()
+    torch.nn.init.normal_(unit.bn.weight)
+    unit.bn.running_mean.normal_()
+    own = copy.deepcopy(unit)
+    own.bn.__class__ = kind
+    x = torch.randn(3, 3, 9, 12).contiguous(memory_format=torch.channels_last)
+    results = []
+    for module, call in ((unit, lambda m, x: F.relu(m(x))), (own, layers.convolve_relu)):
+        leaf = x.clone().requires_grad_()
+        with Called() as called:
+            y = call(module, leaf)
+            y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+        assert called.count["norm_relu"] == (module is own)
+        results.append([y.detach(), leaf.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    count = y.numel() // 16  # of which there are twice as many, for the running variance
+    if kind is Shared:
+        new = (results[0][-2] - 0.9) / 0.1 * (count - 1) / count * 2 * count / (2 * count - 1)
+        results[0][-2] = 0.9 + 0.1 * new
+    assert not own.conv.bias.grad.any()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_captured_stage_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> None:

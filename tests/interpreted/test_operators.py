@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fat.kernels import sums, tiles
+from fat.kernels import normrelu, sums, tiles
 from tests.kernel_checks import (
     BF16,
     FP16,
@@ -22,6 +22,7 @@ from tests.kernel_checks import (
     check_fold,
     check_gate,
     check_norm,
+    check_norm_relu,
     check_weight_gradient,
 )
 
@@ -175,3 +176,17 @@ def test_channel_sums_in_parts_of_several_steps(programs: int, monkeypatch: pyte
     monkeypatch.setattr(sums, "AT_ONCE", 512)
     monkeypatch.setattr(sums, "PROGRAMS", programs)
     check_channel_sums((3, 40, 7, 9), BF16, Draw.seeded(12, "cpu"))
+
+
+@pytest.mark.parametrize("offset", [1.0, 10.0])
+@pytest.mark.parametrize(("shape", "dtype"), [((2, 16, 9, 7), FP32), ((3, 20, 13, 9), BF16), ((2, 40, 14, 30), FP16)])
+def test_norm_and_relu(shape, dtype, offset) -> None:
+    check_norm_relu(shape, dtype, offset, Draw.seeded(13, "cpu"))
+
+
+@pytest.mark.parametrize("programs", [1, 3])
+def test_norm_and_relu_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normrelu, "launch_shape", normrelu.launch_shape.__wrapped__)
+    monkeypatch.setattr(normrelu, "AT_ONCE", 512)
+    monkeypatch.setattr(normrelu, "PROGRAMS", programs)
+    check_norm_relu((3, 48, 7, 9), BF16, 3.0, Draw.seeded(14, "cpu"))

@@ -25,6 +25,7 @@ from tests.kernel_checks import (
     check_fold,
     check_gate,
     check_norm,
+    check_norm_relu,
     poisoned_memory,
 )
 
@@ -37,6 +38,7 @@ CHECKS: dict[str, Callable[[torch.dtype, Draw], None]] = {
     "moments, stride 2": lambda dtype, draw: check_depthwise_moments(Case(5, 2, 3, 20, 13, 9, dtype), draw),
     "fold": lambda dtype, draw: check_fold(33, 20, dtype, draw),
     "channel sums": lambda dtype, draw: check_channel_sums((3, 20, 13, 9), dtype, draw),
+    "norm and relu": lambda dtype, draw: check_norm_relu((3, 20, 13, 9), dtype, 3.0, draw),
     "gate": lambda dtype, draw: check_gate((3, 20, 13, 9), dtype, draw),
     "norm": lambda dtype, draw: check_norm((3, 20, 13, 9), dtype, 0.0, draw),
     "norm of a mean of 100 deviations": lambda dtype, draw: check_norm((3, 20, 13, 9), dtype, 100.0, draw),

@@ -97,6 +97,16 @@ def _sums() -> None:
         ops.channel_sums(x, BF16)
 
 
+def _stem() -> None:
+    for channels, side in ((16, 112), (48, 56), (64, 56)):
+        x, y, z = _maps(3, channels, side)
+        of_channels = torch.zeros(channels)
+        ops.channel_moments(x)
+        ops.norm_relu(x, of_channels, of_channels, of_channels, of_channels, 1e-5)
+        ops.norm_relu_sums(x, y, z, of_channels, of_channels, 1e-5)
+        ops.norm_relu_gradient(x, y, z, *(of_channels for _ in range(5)), 100, 1e-5)
+
+
 def _augment() -> None:
     from pipeline.augment import randaugment
     from pipeline.augment.finishing import finish
@@ -119,6 +129,7 @@ LAUNCHES = {
     "block": _block(5, 128, 28),
     "fold": _fold,
     "sums": _sums,
+    "stem": _stem,
     "augmentation": _augment,
 }
 REGISTERS = 255  # of a thread; what does not fit is spilled to memory
@@ -176,10 +187,13 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: OfflineDriver
     for name in ("_convolve", "_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
         assert "ld.global.v4.b32" in code, name
-    LAUNCHES["sums"]()
+    for what in ("sums", "stem"):
+        LAUNCHES[what]()
     for name, kernel in compiled.kernels.items():
-        if name.startswith("_channel_sums"):
-            assert kernel.asm["ptx"].count("ld.global.v4.b32") >= 4, name  # on their way together
+        loads = kernel.asm["ptx"].count("ld.global.v4.b32")
+        # On their way together: of one map, or of one to three.
+        assert loads >= 4 * name.startswith("_channel_sums"), name
+        assert loads >= 2 * name.startswith(("_norm_relu", "_moments")), name
 
 
 @pytest.mark.parametrize("capability", [90])

@@ -358,7 +358,7 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
     found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
     expected = {
-        "step": {"_convolve", "_patches", "_spread", "_fold", "_sums", "_channel_sums", "_joined_sums"},
+        "step": {"_convolve", "_patches", "_spread", "_fold", "_sums", "_channel_sums", "_joined_sums", "_norm_relu"},
         "eval": {"_convolve", "_normalise"},
         "augment": {"_measure", "_apply", "_finish"},
         "check": {"_convolve", "_patches", "_spread", "_fold_gradient", "_sums", "_follow", "_channel_sums"},
