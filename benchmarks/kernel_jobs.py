@@ -55,7 +55,13 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
             ("attention", shape): attention_jobs(
                 shape, side // config.windows[stage - 1], config.heads[stage - 1], dtype
             ),
+            ("bias", shape): bias_jobs(shape, dtype),
+            ("bias", wide): bias_jobs(wide, dtype),
         }
+        if stage == 1:
+            found["stem", shape] = stem_jobs(shape, dtype)
+            larger = (options.batch, width // 2, 2 * side, 2 * side)
+            found["stem", larger] = stem_jobs(larger, dtype)
         if config.windows[stage - 1] > 1:
             found["pool", shape] = depthwise_jobs(shape, POOL_KERNEL, 2, dtype)
         for key, some in found.items():
@@ -259,6 +265,40 @@ def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
         "channels-last": backward_of(rows, x, gradient),
     }
     yield Job("norm gradient + residual", shape, 4 * size, own)
+
+
+def bias_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
+    gradient = maps(shape, dtype)
+    rows, plain = gradient.permute(0, 2, 3, 1).flatten(0, 2), gradient.contiguous()
+    own: Ways = {
+        "ours": lambda: ops.channel_sums(gradient, torch.float32),
+        "channels-last": lambda: rows.sum(0),
+        "contiguous": lambda: plain.sum((0, 2, 3)),
+    }
+    yield Job("bias gradient", shape, gradient.numel() * gradient.element_size(), own)
+
+
+def stem_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
+    """BatchNorm in training and ReLU."""
+    x, gradient, weight, bias = maps(shape, dtype), maps(shape, dtype), rand(shape[1]), rand(shape[1])
+    size, count = x.numel() * x.element_size(), x.numel() // shape[1]
+    mean, var = ops.channel_moments(x)
+    result = ops.norm_relu(x, weight, bias, mean, var, EPS)
+
+    def library(x: Tensor) -> Tensor:
+        return F.relu(F.batch_norm(x, None, None, weight, bias, training=True, eps=EPS))
+
+    def backward() -> Tensor:
+        sums = ops.norm_relu_sums(gradient, x, result, mean, var, EPS)
+        return ops.norm_relu_gradient(gradient, x, result, weight, mean, var, *sums.unbind(), count, EPS)
+
+    own: Ways = {
+        "ours": lambda: ops.norm_relu(x, weight, bias, *ops.channel_moments(x), EPS),
+        "channels-last": lambda: library(x),
+    }
+    yield Job("batch norm and ReLU", shape, 3 * size, own)
+    own = {"ours": backward, "channels-last": backward_of(library, x, gradient)}
+    yield Job("batch norm and ReLU, gradient", shape, 7 * size, own)
 
 
 def silu_gate(local: Tensor, other: Tensor) -> Tensor:

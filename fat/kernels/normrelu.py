@@ -1,7 +1,8 @@
 """Triton: BatchNorm and ReLU behind a dense convolution, as in FAT's stem: statistics, result and gradients.
 
-A map is a dense matrix of one row per position. What the norm subtracts and multiplies is per channel, so a program
-takes whole rows: a stem has few channels.
+A map is a dense matrix of one row per position, and a program takes some rows, for which it keeps what the norm has per
+channel. The number of channels is a constant of the kernels: a model's stem has two, and where it is 24 nothing else
+would tell the compiler that rows begin at 16 bytes.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from fat.kernels import batchnorm, sums, tiles
 
 WIDE = (128, 64, 32)  # channels of a program
 AT_ONCE, WARPS = 4096, 8  # elements of each map that a program has on their way, 16 a thread
-PROGRAMS = 512  # of a split reduction, as `fat.kernels.sums.PROGRAMS`
+PROGRAMS = 384  # of a split reduction: nearly three for each of an H100's multiprocessors
+STEPS = 4  # tiles that a program of the others walks over
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
-def _moments(x, moments, counts, positions, channels, each, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+def _moments(x, moments, counts, positions, each, channels: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
     """x [positions, channels] -> moments fp32 [parts, 2, channels] (mean, sum of squared deviations) of `each` rows.
 
     Sums are of differences from the part's first row, so that no mean, however large, drowns the deviations.
@@ -50,21 +52,39 @@ def _moments(x, moments, counts, positions, channels, each, ROWS: tl.constexpr, 
     tl.store(counts + part, count.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=("positions",))
-def _norm_relu(x, weight, bias, mean, var, out, positions, channels, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+@triton.jit(do_not_specialize=("positions", "each"))
+def _norm_relu(
+    x,
+    weight,
+    bias,
+    mean,
+    var,
+    out,
+    positions,
+    each,
+    eps,
+    channels: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    at = row[:, None] * channels + c[None, :]
-    inside = (row < positions - start)[:, None] & known[None, :]
-    value = tl.load(x + start * channels + at, mask=inside, other=0.0).to(tl.float32)
+    start = tl.program_id(0).to(tl.int64) * each
+    count = tl.minimum(positions - start, each).to(tl.int32)
+    x += start * channels
+    out += start * channels
     scale = tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
     scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
     shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
-    value = (value - tl.load(mean + c, mask=known, other=0.0)[None, :]) * scale[None, :] + shift[None, :]
-    value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(out + start * channels + at, value.to(out.dtype.element_ty), mask=inside)
+    own_mean = tl.load(mean + c, mask=known, other=0.0)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None] * channels + c[None, :]
+        inside = (row < count)[:, None] & known[None, :]
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        value = (value - own_mean[None, :]) * scale[None, :] + shift[None, :]
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
@@ -76,9 +96,9 @@ def _norm_relu_sums(
     var,
     out,
     positions,
-    channels,
     each,
     eps,
+    channels: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
@@ -111,7 +131,7 @@ def _norm_relu_sums(
     tl.store(slot + channels, tl.sum(products, axis=0) * rstd, mask=known)
 
 
-@triton.jit(do_not_specialize=("positions",))
+@triton.jit(do_not_specialize=("positions", "each"))
 def _norm_relu_gradient(
     gradient,
     x,
@@ -123,38 +143,47 @@ def _norm_relu_gradient(
     by_weight,
     out,
     positions,
-    channels,
+    each,
     share,
     eps,
+    channels: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
     """share: one over how many values the statistics are of."""
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
-    start = tl.program_id(0).to(tl.int64) * ROWS
-    row = tl.arange(0, ROWS)
-    at = row[:, None] * channels + c[None, :]
-    inside = (row < positions - start)[:, None] & known[None, :]
-    upper = tl.load(gradient + start * channels + at, mask=inside, other=0.0).to(tl.float32)
-    value = tl.load(x + start * channels + at, mask=inside, other=0.0).to(tl.float32)
-    kept = tl.load(result + start * channels + at, mask=inside, other=0.0).to(tl.float32)
-    upper = tl.where(kept <= 0, 0.0, upper)
+    start = tl.program_id(0).to(tl.int64) * each
+    count = tl.minimum(positions - start, each).to(tl.int32)
+    gradient += start * channels
+    x += start * channels
+    result += start * channels
+    out += start * channels
     rstd = tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
     scale = rstd * tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
     shift = tl.load(by_bias + c, mask=known, other=0.0) * share
     slope = tl.load(by_weight + c, mask=known, other=0.0) * share * rstd
-    deviation = value - tl.load(mean + c, mask=known, other=0.0)[None, :]
-    found = scale[None, :] * (upper - shift[None, :] - deviation * slope[None, :])
-    tl.store(out + start * channels + at, found.to(out.dtype.element_ty), mask=inside)
+    own_mean = tl.load(mean + c, mask=known, other=0.0)
+    for first in range(0, count, ROWS):
+        row = first + tl.arange(0, ROWS)
+        at = row[:, None] * channels + c[None, :]
+        inside = (row < count)[:, None] & known[None, :]
+        upper = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        kept = tl.load(result + at, mask=inside, other=0.0).to(tl.float32)
+        upper = tl.where(kept <= 0, 0.0, upper)
+        found = scale[None, :] * (upper - shift[None, :] - (value - own_mean[None, :]) * slope[None, :])
+        tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
 
 
 @cache
-def launch_shape(positions: int, channels: int) -> tuple[int, int, int]:
-    """(channels of a program, rows at once, rows of a program of a split reduction)."""
+def launch_shape(positions: int, channels: int, *, split: bool) -> tuple[int, int, int]:
+    """(channels of a program, rows at once, rows of a program), where parts are to be joined or not."""
     wide = tiles.widest(channels, WIDE)
     rows = min(AT_ONCE // wide, tiles.power_of_2(positions))
     steps = triton.cdiv(positions, rows)
+    if not split:
+        return wide, rows, rows * STEPS
     parts = min(steps, max(1, PROGRAMS // triton.cdiv(channels, wide)))
     return wide, rows, rows * triton.cdiv(steps, parts)
 
@@ -162,12 +191,12 @@ def launch_shape(positions: int, channels: int) -> tuple[int, int, int]:
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance without correction over all but the channels, fp32 [C]."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
-    wide, rows, each = launch_shape(positions, channels)
+    wide, rows, each = launch_shape(positions, channels, split=True)
     parts = triton.cdiv(positions, each)
     found = x.new_empty(parts, 2, channels, dtype=torch.float32)
     counts = x.new_empty(parts, dtype=torch.float32)
     _moments[(parts, triton.cdiv(channels, wide))](
-        x, found, counts, positions, channels, each, ROWS=rows, CHANNELS=wide, num_warps=WARPS
+        x, found, counts, positions, each, channels, ROWS=rows, CHANNELS=wide, num_warps=WARPS
     )
     return batchnorm.join(found, counts)
 
@@ -175,16 +204,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, out: Tensor) -> None:
     """Fills `out`."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
-    wide, rows, _ = launch_shape(positions, channels)
-    _norm_relu[(triton.cdiv(positions, rows), triton.cdiv(channels, wide))](
-        x, weight, bias, mean, var, out, positions, channels, eps, ROWS=rows, CHANNELS=wide, num_warps=WARPS
+    wide, rows, each = launch_shape(positions, channels, split=False)
+    _norm_relu[(triton.cdiv(positions, each), triton.cdiv(channels, wide))](
+        x, weight, bias, mean, var, out, positions, each, eps, channels, ROWS=rows, CHANNELS=wide, num_warps=WARPS
     )
 
 
 def norm_relu_sums(gradient: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """The gradients by bias and weight, fp32 [2, C]."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
-    wide, rows, each = launch_shape(positions, channels)
+    wide, rows, each = launch_shape(positions, channels, split=True)
     parts = triton.cdiv(positions, each)
     found = x.new_empty(parts, 2, channels, dtype=torch.float32)
     _norm_relu_sums[(parts, triton.cdiv(channels, wide))](
@@ -195,9 +224,9 @@ def norm_relu_sums(gradient: Tensor, x: Tensor, result: Tensor, mean: Tensor, va
         var,
         found,
         positions,
-        channels,
         each,
         eps,
+        channels,
         ROWS=rows,
         CHANNELS=wide,
         num_warps=WARPS,
@@ -222,8 +251,8 @@ def norm_relu_gradient(
 ) -> None:
     """Fills `out`."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
-    wide, rows, _ = launch_shape(positions, channels)
-    _norm_relu_gradient[(triton.cdiv(positions, rows), triton.cdiv(channels, wide))](
+    wide, rows, each = launch_shape(positions, channels, split=False)
+    _norm_relu_gradient[(triton.cdiv(positions, each), triton.cdiv(channels, wide))](
         gradient,
         x,
         result,
@@ -234,9 +263,10 @@ def norm_relu_gradient(
         by_weight,
         out,
         positions,
-        channels,
+        each,
         1 / count,
         eps,
+        channels,
         ROWS=rows,
         CHANNELS=wide,
         num_warps=WARPS,

@@ -113,6 +113,7 @@ class _BatchNormReLU(torch.autograd.Function):
         ctx.save_for_backward(x, result, weight, mean, var)
         ctx.norm, ctx.before, ctx.bias_dtype = norm, None if before is None else before.dtype, bias.dtype
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # mean's and var's would be launches for nothing
         return result, mean, var
 
     @staticmethod

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
+from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
+from fat.layers import ConvNorm, convolve_relu
 from launch.norms import GlobalBatchNorm, local_norms, synchronise_norms
 from launch.world import World, connect, disconnect
 
@@ -48,6 +50,29 @@ def fold(model: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
     return F.conv2d(images, *folded(after, norm, mean, var, images.dtype))
 
 
+def stem() -> ConvNorm:
+    torch.manual_seed(2)
+    return ConvNorm(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1))
+
+
+def rectify(group: int, world: World, images: torch.Tensor, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The parts of a norm and ReLU by `fat.kernels`, in plain torch."""
+    unit = synchronise_norms(stem(), f"group:{group}", world)
+    images = images.detach().requires_grad_()
+    with kernels.assumed(), kernels.disabled(*kernels.FAMILIES):
+        output = convolve_relu(unit, images)
+        output.backward(cotangent)
+    assert "BatchNormReLU" in str(output.grad_fn)
+    return {
+        "rectified": output.detach(),
+        "rectified images": images.grad,
+        "gain": unit.bn.weight.grad,
+        "shift": unit.bn.bias.grad,
+        "rectified var": unit.bn.running_var,
+        "rectified mean": unit.bn.running_mean,
+    }
+
+
 def run(group: int, compiled: bool, folds: bool, world: World) -> list[dict[str, torch.Tensor]]:
     """What every rank has found."""
     model = synchronise_norms(layer(), f"group:{group}", world)
@@ -71,6 +96,7 @@ def run(group: int, compiled: bool, folds: bool, world: World) -> list[dict[str,
         "mean": norm.running_mean,
         "var": norm.running_var,
         "batches": norm.num_batches_tracked,
+        **rectify(group, world, images, cotangent),
     }
     everyone = [{}] * world.size
     dist.all_gather_object(everyone, found)

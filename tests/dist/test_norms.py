@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.dist.forked import Launcher
-from tests.dist.norm_run import CASES, RANKS, ROWS, layer, whole
+from tests.dist.norm_run import CASES, RANKS, ROWS, layer, stem, whole
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 # Sums that cancel: a gradient less its part along a mean of many deviations.
@@ -35,7 +36,16 @@ def expected(ranks: range) -> dict[str, Any]:
     norm, after = model
     output = model(images)
     output.backward(cotangent)
+    again, unit = images.detach().requires_grad_(), stem().double()
+    rectified = F.relu(unit(again))
+    rectified.backward(cotangent)
     return {
+        "rectified": rectified.detach(),
+        "rectified images": again.grad,
+        "gain": unit.bn.weight.grad,
+        "shift": unit.bn.bias.grad,
+        "rectified var": unit.bn.running_var,
+        "rectified mean": unit.bn.running_mean,
         "output": output.detach(),
         "images": images.grad,
         "weight": norm.weight.grad,
@@ -58,12 +68,16 @@ def test_ranks_together_are_one_big_batch(
         for name in ("output", "images"):
             joined = torch.cat([member[name] for member in members])
             torch.testing.assert_close(joined.double(), reference[name], **tolerance)
-        for name in ("weight", "bias", "behind"):  # each rank has its rows' part; data parallelism adds them up
+        for name in ("rectified", "rectified images"):
+            joined = torch.cat([member[name] for member in members])
+            torch.testing.assert_close(joined.double(), reference[name], **COARSE)
+        # Each rank has its rows' part; data parallelism adds them up.
+        for name in ("weight", "bias", "behind", "gain", "shift"):
             total = sum(member[name].double() for member in members)
-            torch.testing.assert_close(total, reference[name], **(COARSE if name == "behind" else tolerance))
+            torch.testing.assert_close(total, reference[name], **(tolerance if name in ("weight", "bias") else COARSE))
         for member in members:
             assert int(member["batches"]) == 1
-            for name in ("mean", "var"):
+            for name in ("mean", "var", "rectified mean", "rectified var"):
                 torch.testing.assert_close(member[name].double(), reference[name], **TOLERANCE)
 
 

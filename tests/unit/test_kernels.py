@@ -98,7 +98,7 @@ def _sums() -> None:
 
 
 def _stem() -> None:
-    for channels, side in ((16, 112), (48, 56), (64, 56)):
+    for channels, side in ((24, 112), (48, 56), (64, 56)):
         x, y, z = _maps(3, channels, side)
         of_channels = torch.zeros(channels)
         ops.channel_moments(x)
