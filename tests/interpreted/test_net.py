@@ -226,6 +226,21 @@ def test_a_captured_stage_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> N
         assert torch.equal(ours, theirs)
 
 
+def test_a_captured_stem_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> None:
+    eager, captured = copy.deepcopy(model.stem), copy.deepcopy(model.stem)
+    images = torch.randn(2, 3, SIZE, SIZE)
+    GraphedModel(captured, ReplayOnCpu(images.device)).capture(images, torch.bfloat16)
+    for stem in (eager, captured):
+        with torch.autocast("cpu", torch.bfloat16), Called() as called:
+            y = stem(images + 1)
+        y.float().square().sum().backward()
+        assert called.count["norm_relu"] == called.count["follow"] == 4
+    for ours, theirs in zip(captured.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    for ours, theirs in zip(captured.buffers(), eager.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_hooks_see_their_modules_called(model: fat.FAT, images: Tensor) -> None:
     """ZeRO 3 gathers a module's weights by hooks: what is watched is not fused."""
     seen: list[Tensor] = []
