@@ -19,6 +19,10 @@ PLAIN, GATE, GATE_GRADIENT, GELU_GRADIENT = 0, 1, 2, 3
 _GATE = tl.constexpr(GATE)
 _GATE_GRADIENT = tl.constexpr(GATE_GRADIENT)
 _GELU_GRADIENT = tl.constexpr(GELU_GRADIENT)
+# How tiles fit a map along one direction: some may overlap its end, none does, one is as large as the map.
+UNEVEN, EVEN, WHOLE = 0, 1, 2
+_UNEVEN = tl.constexpr(UNEVEN)
+_WHOLE = tl.constexpr(WHOLE)
 # Of the sizes only the number of channels decides how wide a load can be. Numbers of tiles are specialised where they
 # are 1: a tile that is as wide as the map takes fewer registers (gate's gradient, 5x5: 130 instead of 186).
 _TILES = ("row_tiles", "col_tiles", "channel_tiles")
@@ -154,10 +158,175 @@ def _convolve(
             tl.store(counts + tile, count.to(tl.float32))
 
 
+@triton.jit(
+    do_not_specialize=("height", "width", "out_height", "out_width"),
+    do_not_specialize_on_alignment=_TILES,
+)
+def _blocks(
+    x,
+    taps,
+    bias,
+    gate,
+    gradient,
+    out,
+    gate_out,
+    moments,
+    counts,
+    height,
+    width,
+    channels: tl.constexpr,
+    out_height,
+    out_width,
+    row_tiles,
+    col_tiles,
+    channel_tiles,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    FLIP: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS_FIT: tl.constexpr,
+    COLUMNS_FIT: tl.constexpr,
+):
+    """As `_convolve`; a thread has ROWS x ACROSS outputs of one channel or two, and COLS such blocks lie side by side.
+
+    All is unrolled: a value of x that has been read and converted serves every tap and output that it falls under, the
+    weights stay in registers, and addresses differ by constants. What lies outside the map is not read where that is
+    known at compile time (ROWS_FIT, COLUMNS_FIT), and masked where it may be.
+    """
+    pad: tl.constexpr = KERNEL // 2
+    program = tl.program_id(0)
+    c = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    rest = program // channel_tiles
+    left = ((rest % col_tiles) * COLS + tl.arange(0, COLS)) * ACROSS
+    rest = rest // col_tiles
+    top = (rest % row_tiles) * ROWS
+    sample = (rest // row_tiles).to(tl.int64)
+    known = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
+    spread = tl.zeros((COLS, 1), tl.int32)  # gives what is read for each channel the shape of a tile
+
+    weights = ()
+    for t in tl.static_range(KERNEL * KERNEL):
+        tap = KERNEL * KERNEL - 1 - t if FLIP else t
+        weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=known, other=0.0)
+        if RESIDUAL and t == KERNEL * KERNEL // 2:
+            weight += 1.0  # x itself
+        weights = weights + (weight,)
+    shift = tl.zeros((COLS, CHANNELS), tl.float32)
+    if bias is not None:
+        shift = tl.load(bias + (c[None, :] + spread), mask=known, other=0.0).to(tl.float32)
+    sums = ()
+    for _ in tl.static_range(ROWS * ACROSS):
+        sums = sums + (shift,)
+
+    source = x + sample * height * width * channels
+    start = (left * STRIDE - pad)[:, None] * channels + c[None, :]
+    for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
+        # Of the rows and columns of a whole map, those outside add nothing.
+        if ROWS_FIT < _WHOLE or (i >= pad and i < pad + ROWS * STRIDE):
+            row = top * STRIDE + (i - pad)
+            line = source + row * width * channels
+            values = ()
+            for j in tl.static_range((ACROSS - 1) * STRIDE + KERNEL):
+                inside = known
+                if ROWS_FIT == _UNEVEN or i < pad or i >= pad + ROWS * STRIDE:
+                    inside = inside & ((row >= 0) & (row < height))
+                if COLUMNS_FIT == _UNEVEN or j < pad or j >= pad + ACROSS * STRIDE:
+                    column = left * STRIDE + (j - pad)
+                    inside = inside & ((column >= 0) & (column < width))[:, None]
+                if COLUMNS_FIT == _WHOLE and (j < pad or j >= pad + ACROSS * STRIDE):
+                    values = values + (0.0,)
+                else:
+                    values = values + (tl.load(line + start + j * channels, mask=inside, other=0.0).to(tl.float32),)
+            new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
+            for r in tl.static_range(ROWS):
+                for q in tl.static_range(ACROSS):
+                    total = sums[r * ACROSS + q]
+                    if i - r * STRIDE >= 0 and i - r * STRIDE < KERNEL:
+                        for j in tl.static_range(KERNEL):
+                            if COLUMNS_FIT < _WHOLE or (q * STRIDE + j >= pad and q * STRIDE + j < pad + ACROSS * STRIDE):
+                                total += values[q * STRIDE + j] * weights[(i - r * STRIDE) * KERNEL + j]
+                    new = new + (total,)
+            sums = new
+
+    base = sample * out_height * out_width * channels
+    start = left[:, None] * channels + c[None, :]
+    total = tl.zeros((COLS, CHANNELS), tl.float32)
+    rounded = ()
+    for r in tl.static_range(ROWS):
+        row = top + r
+        line = base + row * out_width * channels
+        for q in tl.static_range(ACROSS):
+            inside = known
+            if ROWS_FIT == _UNEVEN:
+                inside = inside & (row < out_height)
+            if COLUMNS_FIT < _WHOLE:  # blocks may be more than the map has
+                inside = inside & (left + q < out_width)[:, None]
+            value = sums[r * ACROSS + q]
+            if EPILOGUE == _GATE or EPILOGUE == _GATE_GRADIENT:
+                other = tl.load(gate + line + start + q * channels, mask=inside, other=0.0).to(tl.float32)
+                own = value * tl.sigmoid(value)
+                others = other * tl.sigmoid(other)
+                if EPILOGUE == _GATE:
+                    value = own * others
+                else:
+                    upper = tl.load(gradient + line + start + q * channels, mask=inside, other=0.0).to(tl.float32)
+                    slope = tl.sigmoid(other) * (1 + other - others)
+                    by_gate = (upper * own * slope).to(gate_out.dtype.element_ty)
+                    tl.store(gate_out + line + start + q * channels, by_gate, mask=inside)
+                    value = upper * others * (tl.sigmoid(value) * (1 + value - own))
+            if EPILOGUE == _GELU_GRADIENT:
+                value *= gelu_slope(tl.load(gate + line + start + q * channels, mask=inside, other=0.0).to(tl.float32))
+            stored = value.to(out.dtype.element_ty)
+            tl.store(out + line + start + q * channels, stored, mask=inside)
+            if moments is not None:
+                kept = tl.where(inside, stored.to(tl.float32), 0.0)
+                total += kept
+                rounded = rounded + (kept,)
+    if moments is not None:
+        rows = tl.minimum(out_height - top, ROWS)
+        columns = tl.sum(tl.minimum(tl.maximum(out_width - left, 0), ACROSS), axis=0)
+        count = rows * columns
+        if counts is None:
+            count *= tl.sum((c < channels).to(tl.int32), axis=0)
+            mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
+        else:
+            mean = (tl.sum(total, axis=0) / count)[None, :]
+        squares = tl.zeros((COLS, CHANNELS), tl.float32)
+        for r in tl.static_range(ROWS):
+            for q in tl.static_range(ACROSS):
+                inside = (c < channels)[None, :] & (left + q < out_width)[:, None] & (top + r < out_height)
+                deviation = tl.where(inside, rounded[r * ACROSS + q] - mean, 0.0)
+                squares += deviation * deviation
+        if counts is None:
+            slot = moments + program.to(tl.int64) * 3
+            tl.store(slot, count.to(tl.float32))
+            tl.store(slot + 1, mean)
+            tl.store(slot + 2, tl.sum(tl.sum(squares, axis=1), axis=0))
+        else:
+            tile = (program // channel_tiles).to(tl.int64)
+            slot = moments + tile * 2 * channels + c
+            tl.store(slot, tl.sum(mean, axis=0), mask=c < channels)
+            tl.store(slot + channels, tl.sum(squares, axis=0), mask=c < channels)
+            tl.store(counts + tile, count.to(tl.float32))
+
+
+
 @triton.jit
 def gelu_slope(x):
-    """The derivative of x times the normal distribution's function, fp32."""
-    return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    """The derivative of x times the normal distribution's function, fp32, to 1e-7.
+
+    The distribution's tail by formula 7.1.26 of Abramowitz and Stegun, which takes the same exponential as its density:
+    half of the instructions of erf and exp.
+    """
+    bell = tl.exp(-0.5 * x * x)
+    t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))
+    tail = t * (0.12741480 + t * (-0.14224837 + t * (0.71070687 + t * (-0.72657601 + t * 0.53070271)))) * bell
+    return tl.where(x > 0, 1.0 - tail, tail) + x * bell * 0.3989422804014327
 
 
 @triton.jit(
@@ -263,7 +432,14 @@ def convolve(
     out_height, out_width = out.shape[2:]
     tile = tiles.depthwise(weight.shape[-1], out_height, out_width, channels, stride)
     grid = _grid(tile, out_height, out_width, channels)
-    _convolve[(batch * grid[0] * grid[1] * grid[2],)](
+    kernel, constants = _convolve, {}
+    if isinstance(tile, tiles.Blocks):
+        kernel, constants = _blocks, {
+            "ACROSS": tile.across,
+            "ROWS_FIT": _fit(tile.rows, out_height, height, stride),
+            "COLUMNS_FIT": _fit(tile.across, out_width, width, stride),
+        }
+    kernel[(batch * grid[0] * grid[1] * grid[2],)](
         x,
         _taps(weight),
         bias,
@@ -287,6 +463,7 @@ def convolve(
         ROWS=tile.rows,
         COLS=tile.cols,
         CHANNELS=tile.channels,
+        **constants,
         num_warps=tile.warps,
     )
 
@@ -309,7 +486,7 @@ def input_gradient(
         return
     batch, channels, height, width = out.shape
     grad_height, grad_width = gradient.shape[2:]
-    tile = tiles.depthwise(weight.shape[-1], -(-height // 2), -(-width // 2), channels)
+    tile = tiles.columns(weight.shape[-1], -(-height // 2), -(-width // 2), channels)
     grid = _grid(tile, -(-height // 2), -(-width // 2), channels)
     _spread[(4 * batch * grid[0] * grid[1] * grid[2],)](
         gradient,
@@ -332,7 +509,15 @@ def input_gradient(
 
 def _grid(tile: Tile, height: int, width: int, channels: int) -> tuple[int, int, int]:
     """Tiles along rows, columns and channels."""
-    return triton.cdiv(height, tile.rows), triton.cdiv(width, tile.cols), triton.cdiv(channels, tile.channels)
+    wide = tile.cols * tile.across if isinstance(tile, tiles.Blocks) else tile.cols
+    return triton.cdiv(height, tile.rows), triton.cdiv(width, wide), triton.cdiv(channels, tile.channels)
+
+
+def _fit(each: int, length: int, source: int, stride: int) -> int:
+    """How blocks of `each` outputs fit a map of `length`, which is made from one of length `source`."""
+    if length % each or source != length * stride:
+        return UNEVEN
+    return WHOLE if length == each else EVEN
 
 
 def _taps(weight: Tensor) -> Tensor:

@@ -43,10 +43,31 @@ class Tile:
     warps: int
 
 
+@dataclass(frozen=True)
+class Blocks(Tile):
+    """The other form: a thread has `rows` x `across` positions of one channel or two, a tile `cols` such blocks."""
+
+    across: int
+
+
+def depthwise(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile | Blocks:
+    """The form and launch shape of a depthwise kernel that writes maps of that size."""
+    return blocks(kernel, height, width, channels, stride)
+
+
 @cache
-def depthwise(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile:
-    """For a kernel that writes maps of that size: each thread keeps some channels of a column of `rows` positions, so
-    a row that has been read serves all kernel rows."""
+def blocks(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Blocks:
+    """One channel a thread: rows * across sums, k^2 weights and a row of x are 85 to 140 numbers."""
+    del kernel, stride
+    wide, across = widest(channels), best(width)
+    cols = min(power_of_2(-(-width // across)), MAX_WARPS * WARP // wide)
+    return Blocks(best(height), cols, wide, warps(cols * wide), across)
+
+
+@cache
+def columns(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile:
+    """Each thread keeps some channels of a column of `rows` positions, so a row that has been read serves all kernel
+    rows."""
     wide = widest(channels)
     # At stride 2 a column of outputs reads twice the rows: with 8 channels each, they leave room for 8 warps only.
     lanes = LANES[kernel] if stride == 1 else STRIDE_2_LANES
