@@ -16,6 +16,7 @@ from fat.kernels import tiles
 from fat.kernels.tiles import Tile
 
 PLAIN, GATE, GATE_GRADIENT, GELU_GRADIENT = 0, 1, 2, 3
+_PLAIN = tl.constexpr(PLAIN)
 _GATE = tl.constexpr(GATE)
 _GATE_GRADIENT = tl.constexpr(GATE_GRADIENT)
 _GELU_GRADIENT = tl.constexpr(GELU_GRADIENT)
@@ -158,6 +159,20 @@ def _convolve(
             tl.store(counts + tile, count.to(tl.float32))
 
 
+@triton.jit
+def _read(
+    line, inside, left, width, channels: tl.constexpr, ACROSS: tl.constexpr, COLUMNS_FIT: tl.constexpr
+):
+    """ACROSS neighbouring values of a row of a map."""
+    values = ()
+    for q in tl.static_range(ACROSS):
+        here = inside
+        if COLUMNS_FIT == _UNEVEN:
+            here = here & (left + q < width)[:, None]
+        values = values + (tl.load(line + q * channels, mask=here, other=0.0),)
+    return values
+
+
 @triton.jit(
     do_not_specialize=("height", "width", "out_height", "out_width"),
     do_not_specialize_on_alignment=_TILES,
@@ -223,8 +238,19 @@ def _blocks(
     for _ in tl.static_range(ROWS * ACROSS):
         sums = sums + (shift,)
 
+    base = sample * out_height * out_width * channels
+    start = left[:, None] * channels + c[None, :]
+    next_others, next_uppers = (), ()
+    under = known & (top < out_height)
+    if EPILOGUE != _PLAIN:
+        after = base + top * out_width * channels + start
+        next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
+    if EPILOGUE == _GATE_GRADIENT:
+        after = base + top * out_width * channels + start
+        next_uppers = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
+
     source = x + sample * height * width * channels
-    start = (left * STRIDE - pad)[:, None] * channels + c[None, :]
+    first = (left * STRIDE - pad)[:, None] * channels + c[None, :]
     for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
         # Of the rows and columns of a whole map, those outside add nothing.
         if ROWS_FIT < _WHOLE or (i >= pad and i < pad + ROWS * STRIDE):
@@ -241,7 +267,7 @@ def _blocks(
                 if COLUMNS_FIT == _WHOLE and (j < pad or j >= pad + ACROSS * STRIDE):
                     values = values + (0.0,)
                 else:
-                    values = values + (tl.load(line + start + j * channels, mask=inside, other=0.0).to(tl.float32),)
+                    values = values + (tl.load(line + first + j * channels, mask=inside, other=0.0).to(tl.float32),)
             new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
             for r in tl.static_range(ROWS):
                 for q in tl.static_range(ACROSS):
@@ -253,34 +279,41 @@ def _blocks(
                     new = new + (total,)
             sums = new
 
-    base = sample * out_height * out_width * channels
-    start = left[:, None] * channels + c[None, :]
     total = tl.zeros((COLS, CHANNELS), tl.float32)
     rounded = ()
     for r in tl.static_range(ROWS):
         row = top + r
         line = base + row * out_width * channels
+        others, uppers = next_others, next_uppers
+        # Read before anything is written: a read does not pass a write in front of it.
+        if r + 1 < ROWS:
+            under = known & (row + 1 < out_height) if ROWS_FIT == _UNEVEN else known
+            after = line + out_width * channels + start
+            if EPILOGUE != _PLAIN:
+                next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
+            if EPILOGUE == _GATE_GRADIENT:
+                next_uppers = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
         for q in tl.static_range(ACROSS):
             inside = known
             if ROWS_FIT == _UNEVEN:
                 inside = inside & (row < out_height)
-            if COLUMNS_FIT < _WHOLE:  # blocks may be more than the map has
+            if COLUMNS_FIT == _UNEVEN:
                 inside = inside & (left + q < out_width)[:, None]
             value = sums[r * ACROSS + q]
             if EPILOGUE == _GATE or EPILOGUE == _GATE_GRADIENT:
-                other = tl.load(gate + line + start + q * channels, mask=inside, other=0.0).to(tl.float32)
+                other = others[q].to(tl.float32)
                 own = value * tl.sigmoid(value)
-                others = other * tl.sigmoid(other)
+                gated = other * tl.sigmoid(other)
                 if EPILOGUE == _GATE:
-                    value = own * others
+                    value = own * gated
                 else:
-                    upper = tl.load(gradient + line + start + q * channels, mask=inside, other=0.0).to(tl.float32)
-                    slope = tl.sigmoid(other) * (1 + other - others)
+                    upper = uppers[q].to(tl.float32)
+                    slope = tl.sigmoid(other) * (1 + other - gated)
                     by_gate = (upper * own * slope).to(gate_out.dtype.element_ty)
                     tl.store(gate_out + line + start + q * channels, by_gate, mask=inside)
-                    value = upper * others * (tl.sigmoid(value) * (1 + value - own))
+                    value = upper * gated * (tl.sigmoid(value) * (1 + value - own))
             if EPILOGUE == _GELU_GRADIENT:
-                value *= gelu_slope(tl.load(gate + line + start + q * channels, mask=inside, other=0.0).to(tl.float32))
+                value *= gelu_slope(others[q].to(tl.float32))
             stored = value.to(out.dtype.element_ty)
             tl.store(out + line + start + q * channels, stored, mask=inside)
             if moments is not None:
@@ -437,7 +470,7 @@ def convolve(
         kernel, constants = _blocks, {
             "ACROSS": tile.across,
             "ROWS_FIT": _fit(tile.rows, out_height, height, stride),
-            "COLUMNS_FIT": _fit(tile.across, out_width, width, stride),
+            "COLUMNS_FIT": _fit(tile.cols * tile.across, out_width, width, stride, tile.across),
         }
     kernel[(batch * grid[0] * grid[1] * grid[2],)](
         x,
@@ -513,11 +546,11 @@ def _grid(tile: Tile, height: int, width: int, channels: int) -> tuple[int, int,
     return triton.cdiv(height, tile.rows), triton.cdiv(width, wide), triton.cdiv(channels, tile.channels)
 
 
-def _fit(each: int, length: int, source: int, stride: int) -> int:
-    """How blocks of `each` outputs fit a map of `length`, which is made from one of length `source`."""
-    if length % each or source != length * stride:
+def _fit(tile: int, length: int, source: int, stride: int, block: int | None = None) -> int:
+    """How tiles fit a map of `length` along one direction, which is made from one of length `source`."""
+    if length % tile or source != length * stride:
         return UNEVEN
-    return WHOLE if length == each else EVEN
+    return WHOLE if length == (block or tile) else EVEN
 
 
 def _taps(weight: Tensor) -> Tensor:
