@@ -1,13 +1,15 @@
 """Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
 
     TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune]
-                                                      [--work step eval augment check digits benchmarks tests]
+                                                      [--work step eval augment check digits benchmarks sweep
+                                                             tests]
 
   step, eval   a training step of each model, and its evaluation
   augment      augmentation by the recipe `fat`
   check        the comparison of kernels with torch before a first run of each model with that augmentation
   digits       the demo's run: FAT-B0 on 64 pixels, recipe `light`, its evaluation and its comparison with torch
   benchmarks   what benchmarks/kernels.py compares
+  sweep        what benchmarks/sweep.py tries
   tests        what tests/gpu/test_kernels.py checks, and the steps of tests/gpu/test_training_step.py
 
 `python -m fat.kernels.prefill` does the first two, and says which machines the cache serves.
@@ -88,6 +90,21 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
             for job in kernel_jobs.jobs(wanted):
                 for way in ("ours", kernel_jobs.OTHER_FORM):
                     job.ways.get(way, lambda: None)()
+
+    yield run
+
+
+def sweep(options: argparse.Namespace) -> Iterator[Work]:
+    from benchmarks import kernel_jobs
+    from benchmarks import sweep as candidates
+
+    def run() -> None:
+        with mock.patch.object(kernel_jobs, "DEVICE", "cpu"):
+            for call in candidates.CALLS:
+                launch, _ = call.make(options.batch)
+                for _, shaped in candidates.candidates(call):
+                    with shaped:
+                        launch()
 
     yield run
 
@@ -175,6 +192,7 @@ WORK: dict[str, Callable[[argparse.Namespace], Iterator[Work]]] = {
     "check": comparisons,
     "digits": digits,
     "benchmarks": benchmarks,
+    "sweep": sweep,
     "tests": tests,
 }
 

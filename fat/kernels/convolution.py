@@ -443,6 +443,115 @@ def _spread(
         tl.store(out + base + place, sums[r].to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit(
+    do_not_specialize=("height", "width", "grad_height", "grad_width"),
+    do_not_specialize_on_alignment=_TILES,
+)
+def _spread_blocks(
+    gradient,
+    taps,
+    before,
+    out,
+    height,
+    width,
+    channels: tl.constexpr,
+    grad_height,
+    grad_width,
+    row_tiles,
+    col_tiles,
+    channel_tiles,
+    KERNEL: tl.constexpr,
+    ROWS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS_FIT: tl.constexpr,
+    COLUMNS_FIT: tl.constexpr,
+):
+    """As `_spread`, by threads that have what lies under ROWS x ACROSS positions of the gradient: 2 ROWS x 2 ACROSS
+    outputs. Output row o takes kernel row o + pad - 2 g from gradient row g."""
+    pad: tl.constexpr = KERNEL // 2
+    above: tl.constexpr = pad // 2  # rows of the gradient before a block that reach into it
+    more: tl.constexpr = pad // 2 + (pad + 1) // 2
+    program = tl.program_id(0)
+    c = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
+    rest = program // channel_tiles
+    left = ((rest % col_tiles) * COLS + tl.arange(0, COLS)) * ACROSS
+    rest = rest // col_tiles
+    top = (rest % row_tiles) * ROWS
+    sample = (rest // row_tiles).to(tl.int64)
+    known = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
+    each = c[None, :] + tl.zeros((COLS, 1), tl.int32)
+
+    weights = ()
+    for t in tl.static_range(KERNEL * KERNEL):
+        weights = weights + (tl.load(taps + t * channels + each, mask=known, other=0.0),)
+    sums = ()
+    for _ in tl.static_range(4 * ROWS * ACROSS):
+        sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
+
+    base = sample * height * width * channels
+    start = (2 * left)[:, None] * channels + each
+    following = ()
+    if before is not None:
+        under = known & (2 * top < height)
+        line = before + base + 2 * top * width * channels + start
+        following = _read(line, under, 2 * left, width, channels, 2 * ACROSS, COLUMNS_FIT)
+
+    source = gradient + sample * grad_height * grad_width * channels
+    first = (left - above)[:, None] * channels + each
+    for i in tl.static_range(ROWS + more):
+        if ROWS_FIT < _WHOLE or (i >= above and i < above + ROWS):
+            row = top + (i - above)
+            line = source + row * grad_width * channels
+            values = ()
+            for j in tl.static_range(ACROSS + more):
+                inside = known
+                if ROWS_FIT == _UNEVEN or i < above or i >= above + ROWS:
+                    inside = inside & ((row >= 0) & (row < grad_height))
+                if COLUMNS_FIT == _UNEVEN or j < above or j >= above + ACROSS:
+                    column = left + (j - above)
+                    inside = inside & ((column >= 0) & (column < grad_width))[:, None]
+                if COLUMNS_FIT == _WHOLE and (j < above or j >= above + ACROSS):
+                    values = values + (0.0,)
+                else:
+                    values = values + (tl.load(line + first + j * channels, mask=inside, other=0.0).to(tl.float32),)
+            new = ()
+            for r in tl.static_range(2 * ROWS):
+                for q in tl.static_range(2 * ACROSS):
+                    total = sums[r * 2 * ACROSS + q]
+                    if r + pad - 2 * (i - above) >= 0 and r + pad - 2 * (i - above) < KERNEL:
+                        for j in tl.static_range(ACROSS + more):
+                            if q + pad - 2 * (j - above) >= 0 and q + pad - 2 * (j - above) < KERNEL:
+                                if COLUMNS_FIT < _WHOLE or (j >= above and j < above + ACROSS):
+                                    total += (
+                                        values[j]
+                                        * weights[(r + pad - 2 * (i - above)) * KERNEL + q + pad - 2 * (j - above)]
+                                    )
+                    new = new + (total,)
+            sums = new
+
+    for r in tl.static_range(2 * ROWS):
+        row = 2 * top + r
+        line = base + row * width * channels + start
+        others = following
+        if before is not None and r + 1 < 2 * ROWS:
+            under = known & (row + 1 < height) if ROWS_FIT == _UNEVEN else known
+            following = _read(
+                before + line + width * channels, under, 2 * left, width, channels, 2 * ACROSS, COLUMNS_FIT
+            )
+        for q in tl.static_range(2 * ACROSS):
+            inside = known
+            if ROWS_FIT == _UNEVEN:
+                inside = inside & (row < height)
+            if COLUMNS_FIT == _UNEVEN:
+                inside = inside & (2 * left + q < width)[:, None]
+            value = sums[r * 2 * ACROSS + q]
+            if before is not None:
+                value *= gelu_slope(others[q].to(tl.float32))
+            tl.store(out + line + q * channels, value.to(out.dtype.element_ty), mask=inside)
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -519,9 +628,17 @@ def input_gradient(
         return
     batch, channels, height, width = out.shape
     grad_height, grad_width = gradient.shape[2:]
-    tile = tiles.columns(weight.shape[-1], -(-height // 2), -(-width // 2), channels)
+    tile = tiles.spread(weight.shape[-1], -(-height // 2), -(-width // 2), channels)
     grid = _grid(tile, -(-height // 2), -(-width // 2), channels)
-    _spread[(4 * batch * grid[0] * grid[1] * grid[2],)](
+    kernel, constants, parities = _spread, {}, 4
+    if isinstance(tile, tiles.Blocks):
+        kernel, parities = _spread_blocks, 1
+        constants = {
+            "ACROSS": tile.across,
+            "ROWS_FIT": _fit(tile.rows, grad_height, height, 2),
+            "COLUMNS_FIT": _fit(tile.cols * tile.across, grad_width, width, 2, tile.across),
+        }
+    kernel[(parities * batch * grid[0] * grid[1] * grid[2],)](
         gradient,
         _taps(weight),
         before,
@@ -536,6 +653,7 @@ def input_gradient(
         ROWS=tile.rows,
         COLS=tile.cols,
         CHANNELS=tile.channels,
+        **constants,
         num_warps=tile.warps,
     )
 

@@ -10,6 +10,7 @@ from functools import cache
 LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is one 16-byte access in half precision;
 # with 8, the weights of a column of 7 or 9 taps and the sums leave no registers for occupancy
 STRIDE_2_LANES = 4  # the same of a forward pass at stride 2
+SPREAD_ROWS = (2, 1)  # rows of the gradient of a thread's block, at stride 2
 WARP = 32
 MAX_WARPS = 4
 ROWS = (7, 8, 6, 5, 4)  # rows per thread, best first: 7 divides every map of a 224 image
@@ -56,12 +57,38 @@ def depthwise(kernel: int, height: int, width: int, channels: int, stride: int =
 
 
 @cache
-def blocks(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Blocks:
-    """One channel a thread: rows * across sums, k^2 weights and a row of x are 85 to 140 numbers."""
+def blocks(
+    kernel: int,
+    height: int,
+    width: int,
+    channels: int,
+    stride: int = 1,
+    *,
+    rows: int | None = None,
+    lanes: int = 1,
+    most_warps: int = MAX_WARPS,
+) -> Blocks:
+    """One channel a thread: rows * across sums, k^2 weights and a row of x are 60 to 170 numbers."""
     del kernel, stride
     wide, across = widest(channels), best(width)
-    cols = min(power_of_2(-(-width // across)), MAX_WARPS * WARP // wide)
-    return Blocks(best(height), cols, wide, warps(cols * wide), across)
+    cols = min(power_of_2(-(-width // across)), max(1, most_warps * WARP * lanes // wide))
+    return Blocks(min(height, rows or best(height)), cols, wide, warps(cols * wide // lanes), across)
+
+
+def spread(kernel: int, height: int, width: int, channels: int) -> Tile | Blocks:
+    """The form and launch shape of the gradient by the input at stride 2, from a gradient map of that size."""
+    return spread_blocks(kernel, height, width, channels)
+
+
+@cache
+def spread_blocks(
+    kernel: int, height: int, width: int, channels: int, *, rows: int | None = None, most_warps: int = MAX_WARPS
+) -> Blocks:
+    """A position of the gradient makes four of the map: 2 x 7 of them are 56 sums."""
+    del kernel
+    wide, across = widest(channels), best(width)
+    cols = min(power_of_2(-(-width // across)), max(1, most_warps * WARP // wide))
+    return Blocks(min(height, rows or best(height, SPREAD_ROWS)), cols, wide, warps(cols * wide), across)
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -54,6 +56,41 @@ DEPTHWISE = [
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case: Case) -> None:
     check_depthwise(case, Draw.seeded(1, "cpu"))
+
+
+# Maps that are one block, that blocks fill, and that they do not, along both directions.
+BLOCKS = [
+    Case(3, 1, 1, 20, 14, 7, FP32),
+    Case(5, 1, 2, 8, 7, 28, BF16, residual=True),
+    Case(5, 2, 1, 8, 28, 14, FP32),
+    Case(5, 2, 1, 20, 29, 56, FP32),
+    Case(3, 2, 1, 8, 12, 27, FP16, residual=False),
+    Case(7, 2, 1, 8, 14, 28, FP32, bias=False),
+    Case(7, 1, 1, 8, 9, 14, FP32, residual=True),
+]
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+@pytest.mark.parametrize("form", ["blocks", "columns"])
+def test_depthwise_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "depthwise", getattr(tiles, form))
+    monkeypatch.setattr(tiles, "spread", {"blocks": tiles.spread_blocks, "columns": tiles.columns}[form])
+    check_depthwise(case, Draw.seeded(11, "cpu"))
+
+
+@pytest.mark.parametrize("form", ["blocks", "columns"])
+def test_depthwise_gate_and_moments_in_both_forms(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "depthwise", getattr(tiles, form))
+    check_depthwise_gate(Case(3, 1, 1, 20, 14, 14, FP32), Draw.seeded(12, "cpu"))
+    check_depthwise_norm(Case(3, 1, 1, 40, 9, 14, FP32), Draw.seeded(13, "cpu"))
+    check_depthwise_moments(Case(3, 1, 2, 8, 14, 15, BF16, residual=True), Draw.seeded(14, "cpu"))
+    check_depthwise_moments(Case(5, 2, 1, 8, 14, 28, FP32), Draw.seeded(15, "cpu"))
+
+
+@pytest.mark.parametrize("options", [{"rows": 3, "lanes": 2}, {"rows": 14, "most_warps": 8}], ids=str)
+def test_depthwise_in_other_launch_shapes(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "depthwise", functools.partial(tiles.blocks, **options))
+    check_depthwise(Case(3, 1, 1, 72, 14, 15, BF16, residual=True), Draw.seeded(16, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,154 @@
+"""Other forms and launch shapes of the most expensive depthwise kernels of FAT-B0 and FAT-B3, timed on a device.
+
+    python benchmarks/sweep.py [--kernels REGEX] [--batch 256] [--rounds 5] [--seconds 45] [--out FILE.json]
+
+For each call, in order of its share of a training step at 224 pixels, and each candidate: microseconds, and the least
+bytes over them as a share of the bandwidth at which the device copies memory; `fastest` marks the best, `chosen` what
+fat/kernels/tiles.py chooses. Ends early when the seconds are over. `benchmarks/prefill.py --work sweep` compiles the
+same kernels beforehand, without which most of the time goes into compiling them.
+
+Form and shape: "columns" is a thread with a column of outputs of 4 or 8 channels, "blocks RxA" one with R rows by A
+columns, "/2" two channels of them, "w8" eight warps a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks import kernel_jobs
+from benchmarks.kernel_jobs import maps, rand
+from benchmarks.kernels import Clock, copy_bandwidth
+from fat.kernels import ops, tiles
+
+CHOSEN = "chosen"
+Candidate = tuple[str, AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator at one shape: kernel size, channels and side of the larger map."""
+
+    operator: str
+    kernel: int
+    channels: int
+    side: int
+
+    def __str__(self) -> str:
+        return f"{self.operator} {self.kernel}x{self.kernel} {self.channels}x{self.side}x{self.side}"
+
+    def make(self, batch: int) -> tuple[Callable[[], object], int]:
+        """The call, and the least bytes it moves."""
+        shape = (batch, self.channels, self.side, self.side)
+        x, other = (maps(shape, torch.bfloat16) for _ in range(2))
+        weight = torch.randn(self.channels, 1, self.kernel, self.kernel, device=kernel_jobs.DEVICE)
+        bias, size = rand(self.channels), x.numel() * x.element_size()
+        half = maps((*shape[:2], self.side // 2, self.side // 2), torch.bfloat16)
+        sides = self.side, self.side
+        calls: dict[str, tuple[Callable[[], object], int]] = {
+            "moments": (lambda: ops.depthwise_moments(x, None, weight, bias, 1, True), 2 * size),
+            "GELU gradient": (lambda: ops.depthwise_input_gradient(x, weight, other, *sides, 1, True), 3 * size),
+            "gradient": (lambda: ops.depthwise_input_gradient(x, weight, None, *sides, 1, True), 2 * size),
+            "forward": (lambda: ops.depthwise(x, weight, bias, 1, True), 2 * size),
+            "gate": (lambda: ops.depthwise_gate(x, weight, bias, other), 3 * size),
+            "gate gradient": (lambda: ops.depthwise_gate_gradient(x, other, weight, bias, other), 5 * size),
+            "stride 2": (lambda: ops.depthwise(x, weight, bias, 2, False), size + size // 4),
+            "stride 2 gradient": (
+                lambda: ops.depthwise_input_gradient(half, weight, None, *sides, 2, False),
+                size + size // 4,
+            ),
+        }
+        return calls[self.operator]
+
+
+CALLS = [
+    *(Call(name, 5, c, side) for c, side in ((256, 56), (1024, 14), (512, 28)) for name in ("moments", "GELU gradient")),
+    *(Call(name, 7, 256, 14) for name in ("gate gradient", "gate", "forward", "gradient")),
+    Call("gate gradient", 3, 64, 56),
+    Call("gate", 3, 64, 56),
+    Call("moments", 5, 320, 28),
+    Call("gradient", 9, 512, 7),
+    Call("stride 2 gradient", 5, 64, 56),
+    Call("stride 2", 5, 64, 56),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="of calls' names")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=45.0)
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+    if kernel_jobs.DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("torch finds no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, untimed")
+
+    end = time.monotonic() + options.seconds
+    clock = Clock(options.rounds)
+    bandwidth = copy_bandwidth(clock)
+    device = torch.cuda.get_device_name() if kernel_jobs.DEVICE == "cuda" else "CPU, interpreted"
+    setting = {"device": device, "copy GB/s": round(bandwidth / 1e9, 1), "batch": options.batch}
+    print(", ".join(f"{key} {value}" for key, value in setting.items()), flush=True)
+    results: list[dict[str, Any]] = []
+    for call in CALLS:
+        if not options.kernels.search(str(call)):
+            continue
+        if time.monotonic() > end:
+            print(f"time is up before {call}")
+            break
+        run, least = call.make(options.batch)
+        rows: list[dict[str, Any]] = []
+        for label, shaped in candidates(call):
+            try:
+                with shaped:
+                    seconds = clock.measure({"ours": run})["ours"]
+            except Exception as error:  # a candidate that does not fit the device ends no sweep
+                rows.append({"candidate": label, "failed": f"{type(error).__name__}: {error}"[:200]})
+                continue
+            share = least / seconds / bandwidth
+            rows.append({"candidate": label, "us": round(seconds * 1e6, 1), "share": round(share, 3)})
+        best = min((row["us"] for row in rows if "us" in row), default=None)
+        print(f"{call}, {least / 1e6:.0f} MB")
+        for row in rows:
+            figures = row.get("failed") or f"{row['us']:9.1f} us {row['share']:6.3f}" + " fastest" * (row["us"] == best)
+            print(f"  {row['candidate']:16} {figures}", flush=True)
+        results.append({"call": str(call), "bytes": least, "candidates": rows})
+        if options.out:
+            options.out.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
+    return 0
+
+
+def candidates(call: Call) -> Iterator[Candidate]:
+    """Names, and contexts in which the call is launched so. For weight gradients, replace `tiles.weight_gradient`."""
+    yield CHOSEN, nullcontext()
+    if call.operator == "stride 2 gradient":
+        yield "columns", mock.patch.object(tiles, "spread", tiles.columns)
+        yield "blocks 1x7", mock.patch.object(tiles, "spread", partial(tiles.spread_blocks, rows=1))
+        return
+    yield "columns", mock.patch.object(tiles, "depthwise", tiles.columns)
+    out = call.side // 2 if call.operator == "stride 2" else call.side
+    for rows, lanes, warps in ((7, 1, 8), (4, 1, 4), (14, 1, 4), (4, 2, 4), (7, 2, 4)):
+        if rows <= out and (lanes == 1 or call.kernel < 7):
+            label = f"blocks {rows}x7" + f"/{lanes}" * (lanes > 1) + f" w{warps}" * (warps != tiles.MAX_WARPS)
+            changed = partial(tiles.blocks, rows=rows, lanes=lanes, most_warps=warps)
+            yield label, mock.patch.object(tiles, "depthwise", changed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
