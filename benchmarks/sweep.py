@@ -77,7 +77,11 @@ class Call:
 
 
 CALLS = [
-    *(Call(name, 5, c, side) for c, side in ((256, 56), (1024, 14), (512, 28)) for name in ("moments", "GELU gradient")),
+    *(
+        Call(name, 5, c, side)
+        for c, side in ((256, 56), (1024, 14), (512, 28))
+        for name in ("moments", "GELU gradient")
+    ),
     *(Call(name, 7, 256, 14) for name in ("gate gradient", "gate", "forward", "gradient")),
     Call("gate gradient", 3, 64, 56),
     Call("gate", 3, 64, 56),
@@ -143,8 +147,8 @@ def candidates(call: Call) -> Iterator[Candidate]:
         return
     yield "columns", mock.patch.object(tiles, "depthwise", tiles.columns)
     out = call.side // 2 if call.operator == "stride 2" else call.side
-    for rows, lanes, warps in ((7, 1, 8), (4, 1, 4), (14, 1, 4), (4, 2, 4), (7, 2, 4)):
-        if rows <= out and (lanes == 1 or call.kernel < 7):
+    for rows, lanes, warps in ((7, 1, 4), (4, 1, 4), (4, 2, 4), (4, 2, 8)):
+        if rows <= out and (call.kernel < 7 or (rows, lanes) == (7, 1)):
             label = f"blocks {rows}x7" + f"/{lanes}" * (lanes > 1) + f" w{warps}" * (warps != tiles.MAX_WARPS)
             changed = partial(tiles.blocks, rows=rows, lanes=lanes, most_warps=warps)
             yield label, mock.patch.object(tiles, "depthwise", changed)

@@ -160,9 +160,15 @@ def _convolve(
 
 
 @triton.jit
-def _read(
-    line, inside, left, width, channels: tl.constexpr, ACROSS: tl.constexpr, COLUMNS_FIT: tl.constexpr
-):
+def _repeated(value, COUNT: tl.constexpr):
+    values = ()
+    for _ in tl.static_range(COUNT):
+        values = values + (value,)
+    return values
+
+
+@triton.jit
+def _read(line, inside, left, width, channels: tl.constexpr, ACROSS: tl.constexpr, COLUMNS_FIT: tl.constexpr):
     """ACROSS neighbouring values of a row of a map."""
     values = ()
     for q in tl.static_range(ACROSS):
@@ -234,13 +240,11 @@ def _blocks(
     shift = tl.zeros((COLS, CHANNELS), tl.float32)
     if bias is not None:
         shift = tl.load(bias + (c[None, :] + spread), mask=known, other=0.0).to(tl.float32)
-    sums = ()
-    for _ in tl.static_range(ROWS * ACROSS):
-        sums = sums + (shift,)
+    sums = _repeated(shift, ROWS * ACROSS)
 
     base = sample * out_height * out_width * channels
     start = left[:, None] * channels + c[None, :]
-    next_others, next_uppers = (), ()
+    next_others, next_uppers = _repeated(0.0, 0), _repeated(0.0, 0)
     under = known & (top < out_height)
     if EPILOGUE != _PLAIN:
         after = base + top * out_width * channels + start
@@ -255,7 +259,7 @@ def _blocks(
         # Of the rows and columns of a whole map, those outside add nothing.
         if ROWS_FIT < _WHOLE or (i >= pad and i < pad + ROWS * STRIDE):
             row = top * STRIDE + (i - pad)
-            line = source + row * width * channels
+            line = source + row * width * channels + first
             values = ()
             for j in tl.static_range((ACROSS - 1) * STRIDE + KERNEL):
                 inside = known
@@ -267,15 +271,17 @@ def _blocks(
                 if COLUMNS_FIT == _WHOLE and (j < pad or j >= pad + ACROSS * STRIDE):
                     values = values + (0.0,)
                 else:
-                    values = values + (tl.load(line + first + j * channels, mask=inside, other=0.0).to(tl.float32),)
+                    values = values + (tl.load(line + j * channels, mask=inside, other=0.0).to(tl.float32),)
             new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
             for r in tl.static_range(ROWS):
                 for q in tl.static_range(ACROSS):
                     total = sums[r * ACROSS + q]
                     if i - r * STRIDE >= 0 and i - r * STRIDE < KERNEL:
                         for j in tl.static_range(KERNEL):
-                            if COLUMNS_FIT < _WHOLE or (q * STRIDE + j >= pad and q * STRIDE + j < pad + ACROSS * STRIDE):
-                                total += values[q * STRIDE + j] * weights[(i - r * STRIDE) * KERNEL + j]
+                            if COLUMNS_FIT < _WHOLE or (
+                                q * STRIDE + j >= pad and q * STRIDE + j < pad + ACROSS * STRIDE
+                            ):
+                                total = tl.fma(values[q * STRIDE + j], weights[(i - r * STRIDE) * KERNEL + j], total)
                     new = new + (total,)
             sums = new
 
@@ -283,12 +289,13 @@ def _blocks(
     rounded = ()
     for r in tl.static_range(ROWS):
         row = top + r
-        line = base + row * out_width * channels
+        line = base + row * out_width * channels + start
+        out_line = out + line
         others, uppers = next_others, next_uppers
         # Read before anything is written: a read does not pass a write in front of it.
         if r + 1 < ROWS:
             under = known & (row + 1 < out_height) if ROWS_FIT == _UNEVEN else known
-            after = line + out_width * channels + start
+            after = line + out_width * channels
             if EPILOGUE != _PLAIN:
                 next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
             if EPILOGUE == _GATE_GRADIENT:
@@ -310,12 +317,12 @@ def _blocks(
                     upper = uppers[q].to(tl.float32)
                     slope = tl.sigmoid(other) * (1 + other - gated)
                     by_gate = (upper * own * slope).to(gate_out.dtype.element_ty)
-                    tl.store(gate_out + line + start + q * channels, by_gate, mask=inside)
+                    tl.store(gate_out + line + q * channels, by_gate, mask=inside)
                     value = upper * gated * (tl.sigmoid(value) * (1 + value - own))
             if EPILOGUE == _GELU_GRADIENT:
                 value *= gelu_slope(others[q].to(tl.float32))
             stored = value.to(out.dtype.element_ty)
-            tl.store(out + line + start + q * channels, stored, mask=inside)
+            tl.store(out_line + q * channels, stored, mask=inside)
             if moments is not None:
                 kept = tl.where(inside, stored.to(tl.float32), 0.0)
                 total += kept
@@ -346,7 +353,6 @@ def _blocks(
             tl.store(slot, tl.sum(mean, axis=0), mask=c < channels)
             tl.store(slot + channels, tl.sum(squares, axis=0), mask=c < channels)
             tl.store(counts + tile, count.to(tl.float32))
-
 
 
 @triton.jit
@@ -486,13 +492,11 @@ def _spread_blocks(
     weights = ()
     for t in tl.static_range(KERNEL * KERNEL):
         weights = weights + (tl.load(taps + t * channels + each, mask=known, other=0.0),)
-    sums = ()
-    for _ in tl.static_range(4 * ROWS * ACROSS):
-        sums = sums + (tl.zeros((COLS, CHANNELS), tl.float32),)
+    sums = _repeated(tl.zeros((COLS, CHANNELS), tl.float32), 4 * ROWS * ACROSS)
 
     base = sample * height * width * channels
     start = (2 * left)[:, None] * channels + each
-    following = ()
+    following = _repeated(0.0, 0)
     if before is not None:
         under = known & (2 * top < height)
         line = before + base + 2 * top * width * channels + start
@@ -503,7 +507,7 @@ def _spread_blocks(
     for i in tl.static_range(ROWS + more):
         if ROWS_FIT < _WHOLE or (i >= above and i < above + ROWS):
             row = top + (i - above)
-            line = source + row * grad_width * channels
+            line = source + row * grad_width * channels + first
             values = ()
             for j in tl.static_range(ACROSS + more):
                 inside = known
@@ -515,25 +519,30 @@ def _spread_blocks(
                 if COLUMNS_FIT == _WHOLE and (j < above or j >= above + ACROSS):
                     values = values + (0.0,)
                 else:
-                    values = values + (tl.load(line + first + j * channels, mask=inside, other=0.0).to(tl.float32),)
+                    values = values + (tl.load(line + j * channels, mask=inside, other=0.0).to(tl.float32),)
             new = ()
             for r in tl.static_range(2 * ROWS):
                 for q in tl.static_range(2 * ACROSS):
                     total = sums[r * 2 * ACROSS + q]
                     if r + pad - 2 * (i - above) >= 0 and r + pad - 2 * (i - above) < KERNEL:
                         for j in tl.static_range(ACROSS + more):
-                            if q + pad - 2 * (j - above) >= 0 and q + pad - 2 * (j - above) < KERNEL:
-                                if COLUMNS_FIT < _WHOLE or (j >= above and j < above + ACROSS):
-                                    total += (
-                                        values[j]
-                                        * weights[(r + pad - 2 * (i - above)) * KERNEL + q + pad - 2 * (j - above)]
-                                    )
+                            if (
+                                (COLUMNS_FIT < _WHOLE or (j >= above and j < above + ACROSS))
+                                and q + pad - 2 * (j - above) >= 0
+                                and q + pad - 2 * (j - above) < KERNEL
+                            ):
+                                total = tl.fma(
+                                    values[j],
+                                    weights[(r + pad - 2 * (i - above)) * KERNEL + q + pad - 2 * (j - above)],
+                                    total,
+                                )
                     new = new + (total,)
             sums = new
 
     for r in tl.static_range(2 * ROWS):
         row = 2 * top + r
         line = base + row * width * channels + start
+        out_line = out + line
         others = following
         if before is not None and r + 1 < 2 * ROWS:
             under = known & (row + 1 < height) if ROWS_FIT == _UNEVEN else known
@@ -549,7 +558,7 @@ def _spread_blocks(
             value = sums[r * 2 * ACROSS + q]
             if before is not None:
                 value *= gelu_slope(others[q].to(tl.float32))
-            tl.store(out + line + q * channels, value.to(out.dtype.element_ty), mask=inside)
+            tl.store(out_line + q * channels, value.to(out.dtype.element_ty), mask=inside)
 
 
 def convolve(
@@ -576,11 +585,14 @@ def convolve(
     grid = _grid(tile, out_height, out_width, channels)
     kernel, constants = _convolve, {}
     if isinstance(tile, tiles.Blocks):
-        kernel, constants = _blocks, {
-            "ACROSS": tile.across,
-            "ROWS_FIT": _fit(tile.rows, out_height, height, stride),
-            "COLUMNS_FIT": _fit(tile.cols * tile.across, out_width, width, stride, tile.across),
-        }
+        kernel, constants = (
+            _blocks,
+            {
+                "ACROSS": tile.across,
+                "ROWS_FIT": _fit(tile.rows, out_height, height, stride),
+                "COLUMNS_FIT": _fit(tile.cols * tile.across, out_width, width, stride, tile.across),
+            },
+        )
     kernel[(batch * grid[0] * grid[1] * grid[2],)](
         x,
         _taps(weight),

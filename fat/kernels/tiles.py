@@ -10,6 +10,7 @@ from functools import cache
 LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is one 16-byte access in half precision;
 # with 8, the weights of a column of 7 or 9 taps and the sums leave no registers for occupancy
 STRIDE_2_LANES = 4  # the same of a forward pass at stride 2
+IN_BLOCKS = frozenset({3, 5, 7})  # kernel sizes whose maps are computed in blocks: 81 weights leave little for sums
 SPREAD_ROWS = (2, 1)  # rows of the gradient of a thread's block, at stride 2
 WARP = 32
 MAX_WARPS = 4
@@ -53,7 +54,8 @@ class Blocks(Tile):
 
 def depthwise(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile | Blocks:
     """The form and launch shape of a depthwise kernel that writes maps of that size."""
-    return blocks(kernel, height, width, channels, stride)
+    form = blocks if kernel in IN_BLOCKS and stride == 1 else columns
+    return form(kernel, height, width, channels, stride)
 
 
 @cache
@@ -65,14 +67,18 @@ def blocks(
     stride: int = 1,
     *,
     rows: int | None = None,
-    lanes: int = 1,
+    lanes: int | None = None,
     most_warps: int = MAX_WARPS,
 ) -> Blocks:
-    """One channel a thread: rows * across sums, k^2 weights and a row of x are 60 to 170 numbers."""
-    del kernel, stride
+    """4 x 7 positions of two channels where they fit, else about 7 x 7 of one: their sums, k^2 weights and a row of x
+    are 100 to 140 numbers of a thread."""
+    if rows is None:
+        rows = 4 if kernel <= 5 and height % 4 == 0 else best(height)
+        lanes = lanes or (2 if rows == 4 and kernel <= 5 else 1)
+    lanes = lanes or 1
     wide, across = widest(channels), best(width)
-    cols = min(power_of_2(-(-width // across)), max(1, most_warps * WARP * lanes // wide))
-    return Blocks(min(height, rows or best(height)), cols, wide, warps(cols * wide // lanes), across)
+    cols = min(power_of_2(-(-width // across)), max(1, most_warps * WARP // wide))
+    return Blocks(min(height, rows), cols, wide, warps(cols * wide // lanes), across)
 
 
 def spread(kernel: int, height: int, width: int, channels: int) -> Tile | Blocks:

@@ -90,7 +90,7 @@ def test_depthwise_gate_and_moments_in_both_forms(form: str, monkeypatch: pytest
 @pytest.mark.parametrize("options", [{"rows": 3, "lanes": 2}, {"rows": 14, "most_warps": 8}], ids=str)
 def test_depthwise_in_other_launch_shapes(options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "depthwise", functools.partial(tiles.blocks, **options))
-    check_depthwise(Case(3, 1, 1, 72, 14, 15, BF16, residual=True), Draw.seeded(16, "cpu"))
+    check_depthwise(Case(3, 1, 1, 24, 14, 9, BF16, residual=True), Draw.seeded(16, "cpu"))
 
 
 @pytest.mark.parametrize(

@@ -357,13 +357,15 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
     work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224)))
     found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
+    compared = {"_patches", "_strips"}
     expected = {
-        "step": {"_convolve", "_patches", "_spread", "_fold", "_sums", "_channel_sums", "_joined_sums", "_norm_relu"},
-        "eval": {"_convolve", "_normalise"},
+        "sweep": {"_convolve", "_blocks", "_spread", "_spread_blocks"},
+        "step": {"_convolve", "_blocks", "_patches", "_spread_blocks", "_fold", "_sums", "_channel_sums", "_norm_relu"},
+        "eval": {"_convolve", "_blocks", "_normalise"},
         "augment": {"_measure", "_apply", "_finish"},
-        "check": {"_convolve", "_patches", "_spread", "_fold_gradient", "_sums", "_follow", "_channel_sums"},
+        "check": {"_convolve", "_blocks", "_patches", "_spread_blocks", "_fold_gradient", "_sums", "_follow", "_channel_sums"},
         "digits": {"_finish"},
-        "benchmarks": {"_convolve", "_patches", "_strips", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
-        "tests": {"_convolve", "_patches", "_strips", "_spread", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "benchmarks": {*compared, "_convolve", "_blocks", "_spread_blocks", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "tests": {*compared, "_convolve", "_blocks", "_spread_blocks", "_gate", "_gate_gradient", "_sums", "_fold"},
     }
     assert names >= expected[kind]
