@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import augment, kernel_jobs
+from benchmarks import augment, kernel_jobs, sweep
 from benchmarks import kernels as benchmark
 from fat.kernels import tiles
 
@@ -131,3 +131,14 @@ def test_augmentation_by_torch_and_by_kernels(monkeypatch: pytest.MonkeyPatch) -
     augment.show(
         {"machine": {}, "settings": {}, "unit": "", "operations": {}, "recipes": {}, "our own": {}, "on a GPU": report}
     )
+
+
+def test_candidates_of_a_sweep_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "sweep.json"
+    monkeypatch.setattr(sweep, "CALLS", [sweep.Call("gradient", 3, 8, 8), sweep.Call("stride 2 gradient", 3, 8, 8)])
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--batch", "1", "--rounds", "1", "--out", str(out)])
+    assert sweep.main() == 0
+    gradient, spread = json.loads(out.read_text())["results"]
+    assert {"chosen", "columns", "blocks 7x7", "blocks 4x7/2"} <= {row["candidate"] for row in gradient["candidates"]}
+    assert {"chosen", "columns"} <= {row["candidate"] for row in spread["candidates"]}
+    assert all(row["us"] > 0 for row in gradient["candidates"] + spread["candidates"])

@@ -365,7 +365,16 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
         "augment": {"_measure", "_apply", "_finish"},
         "check": {"_convolve", "_blocks", "_patches", "_spread_blocks", "_fold_gradient", "_sums", "_follow", "_channel_sums"},
         "digits": {"_finish"},
-        "benchmarks": {*compared, "_convolve", "_blocks", "_spread_blocks", "_gate", "_gate_gradient", "_sums", "_fold"},
+        "benchmarks": {
+            *compared,
+            "_convolve",
+            "_blocks",
+            "_spread_blocks",
+            "_gate",
+            "_gate_gradient",
+            "_sums",
+            "_fold",
+        },
         "tests": {*compared, "_convolve", "_blocks", "_spread_blocks", "_gate", "_gate_gradient", "_sums", "_fold"},
     }
     assert names >= expected[kind]
