@@ -82,7 +82,8 @@ CALLS = [
         for c, side in ((256, 56), (1024, 14), (512, 28))
         for name in ("moments", "GELU gradient")
     ),
-    *(Call(name, 7, 256, 14) for name in ("gate gradient", "gate", "forward", "gradient")),
+    *(Call(name, 7, 256, 14) for name in ("gradient", "gate")),
+    Call("gate gradient", 5, 128, 28),
     Call("gate gradient", 3, 64, 56),
     Call("gate", 3, 64, 56),
     Call("moments", 5, 320, 28),

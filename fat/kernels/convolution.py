@@ -1,8 +1,12 @@
-"""Triton: depthwise convolution over channels-last maps, and its gradient by the input.
+"""Triton: depthwise convolution over channels-last maps, and its gradient by the input, in two forms each.
 
-Each thread holds a column of output rows. A row of the input that has been read is used for every kernel row that it
-falls under, so k (rows + k - 1) / rows reads serve k^2 products; the reads of neighbouring kernel columns hit the first
-cache. Sums are in fp32 whatever the maps are.
+- columns (`_convolve`, `_spread`): each thread holds a column of output rows of 4 or 8 channels. A row of the input
+  that has been read is used for every kernel row that it falls under, so k (rows + k - 1) / rows reads serve k^2
+  products; it is read again, from the first cache, for every kernel column;
+- blocks (`_blocks`, `_spread_blocks`): each thread holds some rows by some columns of outputs of one or two channels. A
+  value that has been read and converted is used for every tap that it falls under.
+
+Sums are in fp32 whatever the maps are. `fat.kernels.tiles` chooses the form.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from functools import cache
 LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is one 16-byte access in half precision;
 # with 8, the weights of a column of 7 or 9 taps and the sums leave no registers for occupancy
 STRIDE_2_LANES = 4  # the same of a forward pass at stride 2
-IN_BLOCKS = frozenset({3, 5, 7})  # kernel sizes whose maps are computed in blocks: 81 weights leave little for sums
+IN_BLOCKS = frozenset({3, 5})  # kernel sizes whose maps are computed in blocks. Of 7x7 the blocks take 40 to 100 s to
+# compile (Triton's coalescing pass is quadratic in their unrolled code); 81 weights leave little for sums
 SPREAD_ROWS = (2, 1)  # rows of the gradient of a thread's block, at stride 2
 WARP = 32
 MAX_WARPS = 4
