@@ -27,14 +27,9 @@ _SIZES = [
 
 
 @triton.jit
-def _gradient_at(gradient, y, completed, place, inside, slope, shift, stored):
-    """The gradient by the convolution's result, fp32; with y, what its statistics add included, and stored there."""
-    value = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32)
-    if y is not None:
-        result = tl.load(y + place, mask=inside, other=0.0).to(tl.float32)
-        value = tl.where(inside, value + (result * slope[None, :] + shift[None, :]), 0.0)
-        tl.store(completed + place, value.to(completed.dtype.element_ty), mask=inside & stored)
-    return value
+def _completed(value, result, slope, shift):
+    """The gradient by the convolution's result, fp32, with what the result's statistics add."""
+    return value.to(tl.float32) + (result.to(tl.float32) * slope + shift)
 
 
 @triton.jit
@@ -105,13 +100,22 @@ def _strips(
         sample = (tile // col_tiles // row_tiles).to(tl.int64)
         base = sample * grad_height * grad_width * channels
         source = x + sample * height * width * channels
-        uppers = ()
+        uppers, results = (), ()
         for r in tl.static_range(ROWS):
             inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
             place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
-            upper = _gradient_at(gradient, y, completed, place, inside, slope, shift, group == 0)
-            bias_sum += upper
-            uppers = uppers + (upper,)
+            uppers = uppers + (tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32),)
+            if y is not None:
+                results = results + (tl.load(y + place, mask=inside, other=0.0),)
+        if y is not None:  # only now: loads do not pass a store, which waits for its own
+            for r in tl.static_range(ROWS):
+                inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
+                place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
+                upper = _completed(uppers[r], results[r], slope[None, :], tl.where(inside, shift[None, :], 0.0))
+                tl.store(completed + place, upper.to(completed.dtype.element_ty), mask=inside & (group == 0))
+                uppers = uppers[:r] + (upper,) + uppers[r + 1 :]
+        for r in tl.static_range(ROWS):
+            bias_sum += uppers[r]
         for j in tl.static_range(COLUMNS):
             source_col = col * STRIDE + (first_tap + j - pad)
             here = ((source_col >= 0) & (source_col < width))[:, None] & known[None, :]
@@ -147,6 +151,142 @@ def _products(
     return total
 
 
+@triton.jit
+def _upper_row(
+    gradient,
+    y,
+    place,
+    row,
+    real,
+    left,
+    grad_height,
+    grad_width,
+    channels: tl.constexpr,
+    ACROSS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """ACROSS values of a row of the gradient, and where given of y, as they are stored; 0 outside the map."""
+    inside = real & ((row >= 0) & (row < grad_height))
+    line = place + row * grad_width * channels
+    values = _across(gradient + line, inside, left, grad_width, channels, ACROSS, EVEN)
+    if y is not None:
+        values = values + _across(y + line, inside, left, grad_width, channels, ACROSS, EVEN)
+    return values
+
+
+@triton.jit
+def _across(line, inside, left, grad_width, channels: tl.constexpr, ACROSS: tl.constexpr, EVEN: tl.constexpr):
+    values = ()
+    for q in tl.static_range(ACROSS):
+        within = inside
+        if not EVEN:
+            within = inside & (left + q < grad_width)[:, None]
+        values = values + (tl.load(line + q * channels, mask=within, other=0.0),)
+    return values
+
+
+@triton.jit
+def _rows(
+    gradient,
+    y,
+    place,
+    source,
+    row,
+    stop,
+    ahead,
+    real,
+    left,
+    first,
+    height,
+    width,
+    grad_height,
+    grad_width,
+    channels: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    READ: tl.constexpr,
+    INNER: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """What TOGETHER steps need from row on: of each, a row of the gradient, and of y, and STRIDE rows of x."""
+    values = ()
+    for step in tl.static_range(TOGETHER):
+        at = row + step
+        known = real & (at < stop)
+        values = values + _upper_row(
+            gradient, y, place, at + ahead, known, left, grad_height, grad_width, channels, ACROSS, EVEN
+        )
+        values = values + _lower_rows(
+            source, at, known, first, height, width, channels, STRIDE, ACROSS, READ, INNER, EVEN
+        )
+    return values
+
+
+@triton.jit
+def _lower_rows(
+    source,
+    row,
+    real,
+    first,
+    height,
+    width,
+    channels: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACROSS: tl.constexpr,
+    READ: tl.constexpr,
+    INNER: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """READ values of each of the STRIDE rows of x from row * STRIDE on, as they are stored; 0 outside the map."""
+    values = ()
+    for t in tl.static_range(STRIDE):
+        line = source + (row * STRIDE + t) * width * channels
+        for n in tl.static_range(READ):
+            inside = real
+            if not EVEN or n < INNER or n >= INNER + STRIDE * ACROSS:
+                inside = real & ((first + n >= 0) & (first + n < width))[:, None]
+            if not EVEN:
+                inside = inside & (row * STRIDE + t < height)
+            values = values + (tl.load(line + n * channels, mask=inside, other=0.0),)
+    return values
+
+
+@triton.jit
+def _whole_row(
+    values,
+    completed,
+    place,
+    row,
+    real,
+    stored,
+    left,
+    slope,
+    shift,
+    grad_height,
+    grad_width,
+    channels: tl.constexpr,
+    ACROSS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """A row of the gradient in fp32; with completed, what the statistics of y add included, and stored there."""
+    uppers = ()
+    inside = real & ((row >= 0) & (row < grad_height))
+    if completed is not None:
+        line = completed + (place + row * grad_width * channels)
+    for q in tl.static_range(ACROSS):
+        if completed is None:
+            upper = values[q].to(tl.float32)
+        else:
+            within = inside
+            if not EVEN:
+                within = inside & (left + q < grad_width)[:, None]
+            upper = _completed(values[q], values[ACROSS + q], slope[None, :], tl.where(within, shift[None, :], 0.0))
+            tl.store(line + q * channels, upper.to(completed.dtype.element_ty), mask=within & stored)
+        uppers = uppers + (upper,)
+    return uppers
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def _patches(
     gradient,
@@ -175,6 +315,8 @@ def _patches(
     ACROSS: tl.constexpr,
     COLS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    EARLY: tl.constexpr,
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
 ):
@@ -183,6 +325,9 @@ def _patches(
     A tile is ROWS rows of COLS patches, which are counted over all samples; a patch is ACROSS columns. A thread keeps
     the DEPTH rows of the gradient under which the current row of x falls, and reads one more with each row.
 
+    EARLY: what a row needs is read while the row before it is worked on. Loads never follow the stores of their row:
+    the compiler, which cannot know that these go to other memory, moves none past a store, and the store waits for the
+    loads of what it stores.
     WHOLE: a patch is as wide as the map. EVEN: patches fill the map, and the map of x is STRIDE times as large.
     """
     pad: tl.constexpr = KERNEL // 2
@@ -194,6 +339,8 @@ def _patches(
     owner: tl.constexpr = pad // TAP_ROWS  # the group that passes every row of the gradient: adds the bias's sum
     skipped: tl.constexpr = pad if WHOLE else 0  # columns of x that lie outside the map
     READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns of x, of one row
+    INNER: tl.constexpr = pad - skipped  # of these, the first that lies under the patch
+    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values of a row of them
     program = tl.program_id(0)
     group = program % groups
     rest = program // groups
@@ -219,60 +366,156 @@ def _patches(
         left = (patch - sample * col_tiles) * ACROSS
         real = (sample < batch)[:, None] & known[None, :]
         sample = sample.to(tl.int64)
-        base = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
         first = left * STRIDE + (skipped - pad)
-        source = x + (sample * height * width + first)[:, None] * channels + c[None, :]
+        place = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
+        source = x + ((sample * height * width + first)[:, None] * channels + c[None, :])
         begin = tl.maximum(top, -ahead)  # the rows before it, and from stop on, meet no row of the gradient
         stop = tl.minimum(tl.minimum(top + ROWS, grad_height), grad_height - ahead + DEPTH - 1)
 
+        older = ()
+        for n in tl.static_range(DEPTH - 1):
+            before = begin + ahead - (DEPTH - 1) + n
+            older = older + _upper_row(
+                gradient, y, place, before, real, left, grad_height, grad_width, channels, ACROSS, EVEN
+            )
+        if EARLY:
+            next_rows = _rows(
+                gradient,
+                y,
+                place,
+                source,
+                begin,
+                stop,
+                ahead,
+                real,
+                left,
+                first,
+                height,
+                width,
+                grad_height,
+                grad_width,
+                channels,
+                STRIDE,
+                ACROSS,
+                READ,
+                INNER,
+                TOGETHER,
+                EVEN,
+            )
         window = ()  # rows of the gradient, the oldest first
         for n in tl.static_range(DEPTH - 1):
-            row = begin + ahead - (DEPTH - 1) + n
-            own = (row >= top) & (row < top + ROWS)
+            before = begin + ahead - (DEPTH - 1) + n
+            earlier = (before >= top) & (before < top + ROWS)
+            window = window + _whole_row(
+                older[n * UPPER :][:UPPER],
+                completed,
+                place,
+                before,
+                real,
+                earlier & (group == owner),
+                left,
+                slope,
+                shift,
+                grad_height,
+                grad_width,
+                channels,
+                ACROSS,
+                EVEN,
+            )
             for q in tl.static_range(ACROSS):
-                inside = real & ((row >= 0) & (row < grad_height))
-                if not EVEN:
-                    inside = inside & (left + q < grad_width)[:, None]
-                place = base + (row * grad_width + q) * channels
-                upper = _gradient_at(gradient, y, completed, place, inside, slope, shift, own & (group == owner))
-                bias_sum += tl.where(own, upper, 0.0)
-                window = window + (upper,)
-        for row in range(begin, stop):
-            newest = row + ahead
-            own = (newest >= top) & (newest < top + ROWS)
-            within = real & ((newest >= 0) & (newest < grad_height))
-            row_sum = tl.zeros((COLS, CHANNELS), tl.float32)
-            for q in tl.static_range(ACROSS):
-                inside = within
-                if not EVEN:
-                    inside = within & (left + q < grad_width)[:, None]
-                place = base + newest * grad_width * channels + q * channels
-                upper = _gradient_at(gradient, y, completed, place, inside, slope, shift, own & (group == owner))
-                row_sum += upper
-                window = window + (upper,)
-            bias_sum += tl.where(own, row_sum, 0.0)
-            for t in tl.static_range(STRIDE):
-                line = source + (row * STRIDE + t) * width * channels
-                values = ()
-                for n in tl.static_range(READ):
-                    inside = real
-                    if not EVEN or n + skipped < pad or n + skipped - pad >= STRIDE * ACROSS:
-                        inside = real & ((first + n >= 0) & (first + n < width))[:, None]
-                    if not EVEN:
-                        inside = inside & (row * STRIDE + t < height)
-                    values = values + (tl.load(line + n * channels, mask=inside, other=0.0).to(tl.float32),)
-                new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
-                for i in tl.static_range(TAP_ROWS):
-                    if (t + pad - i) % STRIDE == 0:
-                        below = window[((t + pad - i) // STRIDE + behind) * ACROSS :][:ACROSS]
-                        for j in tl.static_range(KERNEL):
-                            new = new + (
-                                _products(sums[i * KERNEL + j], values, below, j - skipped, STRIDE, ACROSS, READ),
-                            )
-                    else:
-                        new = new + sums[i * KERNEL : (i + 1) * KERNEL]
-                sums = new
-            window = window[ACROSS:]
+                bias_sum += tl.where(earlier, window[n * ACROSS + q], 0.0)
+        for start_row in range(begin, stop, TOGETHER):
+            if EARLY:
+                rows = next_rows
+                next_rows = _rows(
+                    gradient,
+                    y,
+                    place,
+                    source,
+                    start_row + TOGETHER,
+                    stop,
+                    ahead,
+                    real,
+                    left,
+                    first,
+                    height,
+                    width,
+                    grad_height,
+                    grad_width,
+                    channels,
+                    STRIDE,
+                    ACROSS,
+                    READ,
+                    INNER,
+                    TOGETHER,
+                    EVEN,
+                )
+            else:
+                rows = _rows(
+                    gradient,
+                    y,
+                    place,
+                    source,
+                    start_row,
+                    stop,
+                    ahead,
+                    real,
+                    left,
+                    first,
+                    height,
+                    width,
+                    grad_height,
+                    grad_width,
+                    channels,
+                    STRIDE,
+                    ACROSS,
+                    READ,
+                    INNER,
+                    TOGETHER,
+                    EVEN,
+                )
+            for step in tl.static_range(TOGETHER):
+                row = start_row + step
+                newest = row + ahead
+                own = (newest >= top) & (newest < top + ROWS) & (row < stop)
+                here = rows[step * (UPPER + STRIDE * READ) :][: UPPER + STRIDE * READ]
+                newer = _whole_row(
+                    here,
+                    completed,
+                    place,
+                    newest,
+                    real,
+                    own & (group == owner),
+                    left,
+                    slope,
+                    shift,
+                    grad_height,
+                    grad_width,
+                    channels,
+                    ACROSS,
+                    EVEN,
+                )
+                row_sum = tl.zeros((COLS, CHANNELS), tl.float32)
+                for q in tl.static_range(ACROSS):
+                    row_sum += newer[q]
+                bias_sum += tl.where(own, row_sum, 0.0)
+                window = window + newer
+                for t in tl.static_range(STRIDE):
+                    values = ()
+                    for n in tl.static_range(READ):
+                        values = values + (here[UPPER + t * READ + n].to(tl.float32),)
+                    new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
+                    for i in tl.static_range(TAP_ROWS):
+                        if (t + pad - i) % STRIDE == 0:
+                            below = window[((t + pad - i) // STRIDE + behind) * ACROSS :][:ACROSS]
+                            for j in tl.static_range(KERNEL):
+                                new = new + (
+                                    _products(sums[i * KERNEL + j], values, below, j - skipped, STRIDE, ACROSS, READ),
+                                )
+                        else:
+                            new = new + sums[i * KERNEL : (i + 1) * KERNEL]
+                    sums = new
+                window = window[ACROSS:]
 
     out += part * channels * KERNEL * KERNEL
     for i in tl.static_range(TAP_ROWS):

@@ -20,6 +20,8 @@ MULTIPROCESSORS = 132  # of an H100 and an H200
 PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slots of an H100's multiprocessors
 ACROSS = (7, 8, 6, 5, 4)  # columns of a patch, best first, as ROWS
 PATCH_ROWS = 14  # that a thread walks down before it begins anew: fewer read more of the gradient twice
+TOGETHER = 1
+EARLY = False
 TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows of one program: 81 sums in a thread leave 8 warps a multiprocessor
 RESIDENT = {3: 8, 5: 4, 7: 3, 9: 4}  # programs of a multiprocessor at once, by the registers that these take
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
@@ -154,6 +156,10 @@ class Patches(Tile):
     tap_rows: int
     resident: int
     """Programs of one multiprocessor at a time: as many as there are in all, since they take equally long."""
+    together: int
+    """Rows that a thread reads at once."""
+    early: bool
+    """A thread reads a row while it works on the one before."""
 
     def grid(self, kernel: int, batch: int, height: int, width: int, channels: int) -> Grid:
         row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # patches side by side in one map
@@ -166,7 +172,7 @@ class Patches(Tile):
     def constants(self) -> dict[str, int]:
         """Of the kernel."""
         sizes = {"ROWS": self.rows, "ACROSS": self.across, "COLS": self.cols, "CHANNELS": self.channels}
-        return {"TAP_ROWS": self.tap_rows, **sizes}
+        return {"TOGETHER": self.together, "EARLY": self.early, "TAP_ROWS": self.tap_rows, **sizes}
 
 
 def _grid(count: int, together: int, parts: int, *tiles: int) -> Grid:
@@ -198,7 +204,7 @@ def patches(kernel: int, stride: int, height: int, width: int, channels: int) ->
     across = best(width, ACROSS)
     tap_rows = TAP_ROWS[kernel] if stride == 1 else kernel
     rows = min(height, PATCH_ROWS)
-    return Patches(rows, MAX_WARPS * WARP // wide, wide, MAX_WARPS, across, tap_rows, RESIDENT[kernel])
+    return Patches(rows, MAX_WARPS * WARP // wide, wide, MAX_WARPS, across, tap_rows, RESIDENT[kernel], TOGETHER, EARLY)
 
 
 def attention_fits(depth: int, keys: int) -> bool:
