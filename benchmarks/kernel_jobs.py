@@ -151,6 +151,20 @@ def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:
     return run
 
 
+def weight_forms(call: Callable[[], object]) -> Iterator[tuple[tiles.Patches, Callable[[], object]]]:
+    """The launch shapes of the weight gradient that a call computes, each with the call in it."""
+    chosen = tiles.weight_gradient
+    with mock.patch.object(tiles, "weight_gradient", wraps=chosen) as asked:
+        call()
+    for form in tiles.other_patches(*asked.call_args.args):
+
+        def run(form: tiles.Patches = form) -> object:
+            with mock.patch.object(tiles, "weight_gradient", return_value=form):
+                return call()
+
+        yield form, run
+
+
 def norm_of_the_batch_jobs(
     shape: tuple[int, int, int, int], kernel: int, outputs: int, dtype: torch.dtype
 ) -> Iterator[Job]:

@@ -29,7 +29,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import fat
-from benchmarks.kernel_jobs import DEVICE, OTHER_FORM, Ways, jobs
+from benchmarks.kernel_jobs import DEVICE, OTHER_FORM, Ways, jobs, weight_forms
 from fat.kernels import tiles
 from launch.limits import random_bytes
 
@@ -84,7 +84,8 @@ def main() -> None:
         for way, taken in seconds.items():
             row[way] = {"us": round(taken * 1e6, 1), "share": round(job.bytes / taken / bandwidth, 3)}
         if options.sweep and "depthwise" in job.name:
-            row["sweep"] = sweep(clock, job.ways["ours"], "weight" in job.name)
+            search = sweep_weights if "weight" in job.name else sweep
+            row["sweep"] = search(clock, job.ways["ours"])
         results.append(row)
         cells = [row.get(way, {"us": "", "share": ""}) for way in ways]
         label = f"{job.name} {'x'.join(map(str, job.shape[1:]))}"
@@ -98,24 +99,27 @@ def main() -> None:
             options.out.write_text(json.dumps({**setting, "results": results}, indent=1) + "\n")
 
 
-def sweep(clock: Clock, call: Callable[[], object], weights: bool) -> list[dict[str, Any]]:
-    """Launch shapes by time, the fastest first."""
+def sweep(clock: Clock, call: Callable[[], object]) -> list[dict[str, Any]]:
+    """Launch shapes of a depthwise kernel by time, the fastest first."""
     found: list[dict[str, Any]] = []
-    for change in patches() if weights else others():
+    for change in others():
 
         def chosen(*shape: int, change: dict[str, int] = change) -> tiles.Tile:
-            return replace(tiles.patches(*shape), **change) if weights else tiles.Tile(**change)
+            return tiles.Tile(**change)
 
-        with mock.patch.object(tiles, "weight_gradient" if weights else "depthwise", chosen):
+        with mock.patch.object(tiles, "depthwise", chosen):
             seconds = clock.measure({"ours": call})["ours"]
         found.append({**change, "us": round(seconds * 1e6, 1)})
     return sorted(found, key=lambda entry: entry["us"])
 
 
-def patches() -> Iterator[dict[str, int]]:
-    """Of weight gradients: one, two or four channels and patches of 4, 7 or 8 columns a thread."""
-    for rows, across, each, warps in itertools.product((7, 14, 28), (4, 7, 8), (1, 2, 4), (2, 4)):
-        yield {"rows": rows, "across": across, "cols": warps * each, "channels": 32, "warps": warps}
+def sweep_weights(clock: Clock, call: Callable[[], object]) -> list[dict[str, Any]]:
+    """The same of a weight gradient."""
+    found: list[dict[str, Any]] = []
+    for form, run in weight_forms(call):
+        seconds = clock.measure({"ours": run})["ours"]
+        found.append({**asdict(form.walk), "rows": form.rows, "us": round(seconds * 1e6, 1)})
+    return sorted(found, key=lambda entry: entry["us"])
 
 
 def others() -> Iterator[dict[str, int]]:

@@ -1,8 +1,7 @@
 """Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
 
-    TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune]
-                                                      [--work step eval augment check digits benchmarks sweep
-                                                             tests]
+    TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune] [--sweep]
+                                                      [--work step eval augment check digits benchmarks tests]
 
   step, eval   a training step of each model, and its evaluation
   augment      augmentation by the recipe `fat`
@@ -43,6 +42,7 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--models", nargs="+", choices=fat.list_models(), default=fat.list_models())
     parser.add_argument("--work", nargs="+", choices=tuple(WORK), default=list(WORK))
+    parser.add_argument("--sweep", action="store_true", help="weight gradients of the benchmarks' --sweep too")
     options = parser.parse_args()
     return fill([run for kind in options.work for run in WORK[kind](options)], options)
 
@@ -90,6 +90,9 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
             for job in kernel_jobs.jobs(wanted):
                 for way in ("ours", kernel_jobs.OTHER_FORM):
                     job.ways.get(way, lambda: None)()
+                if options.sweep and "weight" in job.name:
+                    for _, call in kernel_jobs.weight_forms(job.ways["ours"]):
+                        call()
 
     yield run
 

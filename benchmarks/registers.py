@@ -1,6 +1,6 @@
 """Compare the forms of the depthwise weight gradient by their machine code. Needs no GPU.
 
-    python benchmarks/registers.py [--variants fat_b0 fat_b3] [--size 224] [--capability 90]
+    python benchmarks/registers.py [--variants fat_b0 fat_b3] [--size 224] [--capability 90] [--walks]
 
 Both forms (`fat/kernels/tiles.py`) are compiled by the launch code for each shape of FAT that trains, in bfloat16:
 
@@ -24,8 +24,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -41,6 +42,7 @@ from fat.kernels.prefill.launches import cuda_target, record
 
 WARP, REGISTERS, SHARED, WARPS, PROGRAMS = 32, 1 << 16, 227 << 10, 64, 32  # of a Hopper multiprocessor
 FORMS = {"strips": tiles.strips, "patches": tiles.patches}
+KERNELS = ("_strips", "_patches")
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["fat_b0", "fat_b3"])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--capability", type=int, default=90, help="of the device: 80, 90")
+    parser.add_argument("--walks", action="store_true", help="compare the walks of patches instead of the forms")
     options = parser.parse_args()
     columns = ("registers", "spilled", "shared", "warps", "lanes", "instructions", "bytes")
     print("| kernel | map | form | " + " | ".join(columns) + " |")
     print("|-|-|-|" + "-|" * len(columns))
     for shape in shapes(options.variants, options.size):
-        for form in FORMS:
-            found = measure(shape, form, options.capability)
+        forms = [(form, form, None) for form in FORMS]
+        if options.walks:
+            forms = [(str(walk), "patches", walk) for walk in tiles.walks(shape.kernel, shape.stride)]
+        for name, form, walk in forms:
+            found = measure(shape, form, options.capability, walk)
             cells = " | ".join(str(found[column]) for column in columns)
-            print(f"| {shape} | {shape.out}x{shape.out}x{shape.channels} | {form} | {cells} |", flush=True)
+            print(f"| {shape} | {shape.out}x{shape.out}x{shape.channels} | {name} | {cells} |", flush=True)
 
 
 def shapes(variants: list[str], size: int) -> list[Shape]:
@@ -112,10 +118,11 @@ def shapes(variants: list[str], size: int) -> list[Shape]:
     return list(found)
 
 
-def measure(shape: Shape, form: str, capability: int = 90) -> dict[str, Any]:
+def measure(shape: Shape, form: str, capability: int = 90, walk: tiles.Walk | None = None) -> dict[str, Any]:
     """The table's columns for one shape in one form."""
-    kernel = compiled(shape, form, capability)
-    launch = FORMS[form](shape.kernel, shape.stride, shape.out, shape.out, shape.channels)
+    choose = FORMS[form] if walk is None else partial(tiles.patches, walk=walk)
+    kernel = compiled(shape, choose, capability)
+    launch = choose(shape.kernel, shape.stride, shape.out, shape.out, shape.channels)
     usage, instructions = disassemble(kernel.asm["cubin"])
     registers, spilled = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
     threads, shared = launch.warps * WARP, kernel.metadata.shared
@@ -126,7 +133,7 @@ def measure(shape: Shape, form: str, capability: int = 90) -> dict[str, Any]:
         group, across, high = launch.columns, launch.cols, launch.rows
         passes = float(-(-shape.kernel // group))
     else:
-        group, across, high = launch.tap_rows, launch.across, 1
+        group, across, high = launch.tap_rows, launch.across, launch.walk.together
         passes = sum(walked(shape, launch)) / shape.out
     filled = [-(-length // unit) * unit for length, unit in ((shape.out, across), (shape.out, high))]
     filled.append(-(-shape.channels // launch.channels) * launch.channels)
@@ -155,13 +162,13 @@ def walked(shape: Shape, launch: tiles.Patches) -> Iterator[int]:
         yield min(shape.out, shape.out - (pad - last)) - max(0, first - pad) if shape.stride == 1 else shape.out
 
 
-def compiled(shape: Shape, form: str, capability: int) -> Any:
-    """The kernel of this form, compiled as its launch on a device of that capability would."""
+def compiled(shape: Shape, choose: Callable[..., tiles.Tile], capability: int) -> Any:
+    """The kernel of the chosen form, compiled as its launch on a device of that capability would."""
     import triton
 
     target = cuda_target(divmod(capability, 10))
-    with mock.patch.object(tiles, "weight_gradient", FORMS[form]):
-        (launch,) = record(shape.launch, target)
+    with mock.patch.object(tiles, "weight_gradient", choose):
+        launch = next(launch for launch in record(shape.launch, target) if launch.name in KERNELS)
     return triton.compile(launch.source, target=target, options=launch.options)
 
 

@@ -22,14 +22,14 @@ from fat.kernels import tiles
 # Sizes and loop counts that do not change the code: not specialised, so that maps of several sizes share a kernel.
 _SIZES = [
     *("batch", "height", "width", "grad_height", "grad_width"),
-    *("row_tiles", "col_tiles", "channel_tiles", "tiles_each"),
+    *("row_tiles", "col_tiles", "channel_tiles", "tiles_each", "rows_each"),
 ]
 
 
 @triton.jit
-def _completed(value, result, slope, shift):
-    """The gradient by the convolution's result, fp32, with what the result's statistics add."""
-    return value.to(tl.float32) + (result.to(tl.float32) * slope + shift)
+def _completed(value, result, slope, shift, inside):
+    """The gradient by the convolution's result, fp32, with what the result's statistics add. 0 outside, as both are."""
+    return value.to(tl.float32) + (result.to(tl.float32) * slope[None, :] + tl.where(inside, shift[None, :], 0.0))
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _strips(
             for r in tl.static_range(ROWS):
                 inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
                 place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
-                upper = _completed(uppers[r], results[r], slope[None, :], tl.where(inside, shift[None, :], 0.0))
+                upper = _completed(uppers[r], results[r], slope, shift, inside)
                 tl.store(completed + place, upper.to(completed.dtype.element_ty), mask=inside & (group == 0))
                 uppers = uppers[:r] + (upper,) + uppers[r + 1 :]
         for r in tl.static_range(ROWS):
@@ -281,7 +281,7 @@ def _whole_row(
             within = inside
             if not EVEN:
                 within = inside & (left + q < grad_width)[:, None]
-            upper = _completed(values[q], values[ACROSS + q], slope[None, :], tl.where(within, shift[None, :], 0.0))
+            upper = _completed(values[q], values[ACROSS + q], slope, shift, within)
             tl.store(line + q * channels, upper.to(completed.dtype.element_ty), mask=within & stored)
         uppers = uppers + (upper,)
     return uppers
@@ -307,11 +307,11 @@ def _patches(
     col_tiles,
     channel_tiles,
     tiles_each,
+    rows_each,
     channels: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     TAP_ROWS: tl.constexpr,
-    ROWS: tl.constexpr,
     ACROSS: tl.constexpr,
     COLS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -322,12 +322,13 @@ def _patches(
 ):
     """As `_strips`; a program takes TAP_ROWS kernel rows (all of them at stride 2).
 
-    A tile is ROWS rows of COLS patches, which are counted over all samples; a patch is ACROSS columns. A thread keeps
-    the DEPTH rows of the gradient under which the current row of x falls, and reads one more with each row.
+    A tile is rows_each rows of COLS patches, which are counted over all samples; a patch is ACROSS columns. A thread
+    keeps the DEPTH rows of the gradient under which the current row of x falls, and reads one more with each row.
 
-    EARLY: what a row needs is read while the row before it is worked on. Loads never follow the stores of their row:
-    the compiler, which cannot know that these go to other memory, moves none past a store, and the store waits for the
-    loads of what it stores.
+    What TOGETHER rows need is read at once; if EARLY, while the rows before them are worked on. In either case before
+    anything is stored: the compiler, which cannot know that these are different maps, moves no load past a store, and
+    the store waits for the values that complete it, so that each of a row's loads would wait for the memory in turn.
+
     WHOLE: a patch is as wide as the map. EVEN: patches fill the map, and the map of x is STRIDE times as large.
     """
     pad: tl.constexpr = KERNEL // 2
@@ -360,7 +361,7 @@ def _patches(
     start = part * tiles_each
     end = tl.minimum(start + tiles_each, row_tiles * tl.cdiv(batch * col_tiles, COLS))
     for tile in range(start, end):
-        top = (tile % row_tiles) * ROWS
+        top = (tile % row_tiles) * rows_each
         patch = (tile // row_tiles) * COLS + tl.arange(0, COLS)
         sample = patch // col_tiles
         left = (patch - sample * col_tiles) * ACROSS
@@ -370,7 +371,7 @@ def _patches(
         place = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
         source = x + ((sample * height * width + first)[:, None] * channels + c[None, :])
         begin = tl.maximum(top, -ahead)  # the rows before it, and from stop on, meet no row of the gradient
-        stop = tl.minimum(tl.minimum(top + ROWS, grad_height), grad_height - ahead + DEPTH - 1)
+        stop = tl.minimum(tl.minimum(top + rows_each, grad_height), grad_height - ahead + DEPTH - 1)
 
         older = ()
         for n in tl.static_range(DEPTH - 1):
@@ -405,7 +406,7 @@ def _patches(
         window = ()  # rows of the gradient, the oldest first
         for n in tl.static_range(DEPTH - 1):
             before = begin + ahead - (DEPTH - 1) + n
-            earlier = (before >= top) & (before < top + ROWS)
+            earlier = (before >= top) & (before < top + rows_each)
             window = window + _whole_row(
                 older[n * UPPER :][:UPPER],
                 completed,
@@ -477,7 +478,7 @@ def _patches(
             for step in tl.static_range(TOGETHER):
                 row = start_row + step
                 newest = row + ahead
-                own = (newest >= top) & (newest < top + ROWS) & (row < stop)
+                own = (newest >= top) & (newest < top + rows_each) & (row < stop)
                 here = rows[step * (UPPER + STRIDE * READ) :][: UPPER + STRIDE * READ]
                 newer = _whole_row(
                     here,
@@ -526,6 +527,31 @@ def _patches(
     tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=known & (group == owner))
 
 
+@triton.jit
+def _column_sums(source, target, block, columns, parts, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    column = block * WIDE + tl.arange(0, WIDE)
+    known = column < columns
+    sums = tl.zeros((ROWS, WIDE), tl.float32)
+    for first in range(0, parts, ROWS):
+        part = first + tl.arange(0, ROWS)
+        inside = (part < parts)[:, None] & known[None, :]
+        sums += tl.load(source + part[:, None] * columns + column[None, :], mask=inside, other=0.0)
+    tl.store(target + column, tl.sum(sums, axis=0), mask=known)
+
+
+@triton.jit(do_not_specialize=("parts",))
+def _add_parts(
+    out, bias_out, by_weight, by_bias, parts, channels, TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+):
+    """out [parts, channels, TAPS] and bias_out [parts, channels] -> their sums over the parts, in one launch."""
+    block = tl.program_id(0)
+    blocks = tl.cdiv(channels * TAPS, WIDE)
+    if block < blocks:
+        _column_sums(out, by_weight, block, channels * TAPS, parts, ROWS, WIDE)
+    else:
+        _column_sums(bias_out, by_bias, block - blocks, channels, parts, ROWS, WIDE)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Of the convolution's result y, whose mean and variance have gradients too: fp32 [C]."""
@@ -553,7 +579,9 @@ def weight_gradient(
     grid = form.grid(kernel, batch, grad_height, grad_width, channels)
     out = x.new_empty(grid.parts, channels, kernel * kernel, dtype=torch.float32)
     bias_out = x.new_empty(grid.parts, channels, dtype=torch.float32)
-    launch, constants = (_strips, {}) if isinstance(form, tiles.Strips) else (_patches, _fit(form, x, gradient, stride))
+    launch, sizes, constants = _strips, (), {}
+    if isinstance(form, tiles.Patches):
+        launch, sizes, constants = _patches, (form.rows,), _fit(form, x, gradient, stride)
     launch[(grid.programs,)](
         gradient,
         x,
@@ -569,6 +597,7 @@ def weight_gradient(
         grid.col_tiles,
         grid.channel_tiles,
         grid.tiles_each,
+        *sizes,
         channels,
         KERNEL=kernel,
         STRIDE=stride,
@@ -576,7 +605,22 @@ def weight_gradient(
         **constants,
         num_warps=form.warps,
     )
-    return out.sum(0).view(channels, 1, kernel, kernel), bias_out.sum(0)
+    by_weight = out.new_empty(channels, 1, kernel, kernel)
+    by_bias = bias_out.new_empty(channels)
+    rows, wide, warps = tiles.added_parts(grid.parts)
+    _add_parts[(triton.cdiv(channels * kernel * kernel, wide) + triton.cdiv(channels, wide),)](
+        out,
+        bias_out,
+        by_weight,
+        by_bias,
+        grid.parts,
+        channels,
+        TAPS=kernel * kernel,
+        ROWS=rows,
+        WIDE=wide,
+        num_warps=warps,
+    )
+    return by_weight, by_bias
 
 
 def _fit(form: tiles.Patches, x: Tensor, gradient: Tensor, stride: int) -> dict[str, bool]:

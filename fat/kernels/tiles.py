@@ -20,12 +20,10 @@ MULTIPROCESSORS = 132  # of an H100 and an H200
 PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slots of an H100's multiprocessors
 ACROSS = (7, 8, 6, 5, 4)  # columns of a patch, best first, as ROWS
 PATCH_ROWS = 14  # that a thread walks down before it begins anew: fewer read more of the gradient twice
-TOGETHER = 1
-EARLY = False
 TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows of one program: 81 sums in a thread leave 8 warps a multiprocessor
-RESIDENT = {3: 8, 5: 4, 7: 3, 9: 4}  # programs of a multiprocessor at once, by the registers that these take
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
 """(kernel, stride, width of the gradient's map) whose weight gradients a device has computed faster in strips."""
+ADDED_ROWS, ADDED_COLUMNS = (16, 128), 32  # least and most, of the parts of a weight gradient that are added at once
 FLAT, FLAT_WARPS = 4096, 8  # elements of one program of a kernel that reads maps flat: 16 a thread
 COLUMN_SUMS = 4  # tiles of FLAT elements that a program of a reduction over positions walks over
 MIN_PARTS, MAX_PARTS = WARP, 256  # partial results that are joined at once; a warp takes 32 in the time of one
@@ -148,31 +146,55 @@ class Strips(Tile):
 
 
 @dataclass(frozen=True)
+class Walk:
+    """How threads walk down the rows of patches."""
+
+    each: int
+    """Channels of a thread."""
+    together: int
+    """Rows that it reads at once."""
+    early: bool
+    """It reads rows while it works on those before them."""
+    resident: int
+    """Programs of one multiprocessor at a time, by the registers that these take: as many as there are in all, since
+    they take equally long."""
+
+
+WALKS: dict[tuple[int, int], tuple[Walk, ...]] = {
+    (3, 1): (Walk(1, 1, False, 8), Walk(1, 2, False, 5), Walk(2, 1, False, 5), Walk(2, 2, False, 3)),
+    (5, 1): (
+        *(Walk(1, 1, False, 4), Walk(1, 2, False, 3)),
+        *(Walk(2, 1, False, 2), Walk(2, 2, False, 2), Walk(2, 1, True, 2)),
+    ),
+    (5, 2): (Walk(1, 1, False, 4), Walk(2, 1, False, 2), Walk(2, 2, False, 2)),
+    (7, 1): (Walk(1, 1, False, 3), Walk(1, 2, False, 2), Walk(2, 1, False, 2)),
+    (9, 1): (Walk(1, 1, False, 4), Walk(1, 2, False, 4), Walk(2, 1, False, 3), Walk(2, 2, False, 3)),
+}
+"""(kernel, stride) -> walks, the one that is taken first; benchmarks/kernels.py --sweep compares them."""
+
+
+@dataclass(frozen=True)
 class Patches(Tile):
     """The other form: a thread has `across` columns and walks down `rows` rows, with sums for `tap_rows` kernel rows. A
     tile has `cols` such patches."""
 
     across: int
     tap_rows: int
-    resident: int
-    """Programs of one multiprocessor at a time: as many as there are in all, since they take equally long."""
-    together: int
-    """Rows that a thread reads at once."""
-    early: bool
-    """A thread reads a row while it works on the one before."""
+    walk: Walk
 
     def grid(self, kernel: int, batch: int, height: int, width: int, channels: int) -> Grid:
         row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # patches side by side in one map
         channel_tiles = -(-channels // self.channels)
         count, together = row_tiles * -(-batch * col_tiles // self.cols), channel_tiles * -(-kernel // self.tap_rows)
-        parts = max(1, min(count, MULTIPROCESSORS * self.resident // together))
+        parts = max(1, min(count, MULTIPROCESSORS * self.walk.resident // together))
         return _grid(count, together, parts, row_tiles, col_tiles, channel_tiles)
 
     @property
     def constants(self) -> dict[str, int]:
         """Of the kernel."""
-        sizes = {"ROWS": self.rows, "ACROSS": self.across, "COLS": self.cols, "CHANNELS": self.channels}
-        return {"TOGETHER": self.together, "EARLY": self.early, "TAP_ROWS": self.tap_rows, **sizes}
+        sizes = {"ACROSS": self.across, "COLS": self.cols, "CHANNELS": self.channels}
+        walk = {"TOGETHER": self.walk.together, "EARLY": self.walk.early}
+        return {"TAP_ROWS": self.tap_rows, **walk, **sizes}
 
 
 def _grid(count: int, together: int, parts: int, *tiles: int) -> Grid:
@@ -198,13 +220,39 @@ def strips(kernel: int, stride: int, height: int, width: int, channels: int) -> 
 
 
 @cache
-def patches(kernel: int, stride: int, height: int, width: int, channels: int) -> Patches:
-    """A thread has one channel: its sums, DEPTH rows of the gradient and a row of x are 60 to 110 numbers."""
-    wide = widest(channels, (32, 16))
-    across = best(width, ACROSS)
+def patches(
+    kernel: int,
+    stride: int,
+    height: int,
+    width: int,
+    channels: int,
+    walk: Walk | None = None,
+    most_rows: int = PATCH_ROWS,
+) -> Patches:
+    """A thread with one channel has its sums, DEPTH rows of the gradient and a row of x: 60 to 110 numbers."""
+    walk = walk or walks(kernel, stride)[0]
+    wide = widest(channels, (32, 16) if walk.each == 1 else (64, 32, 16))
     tap_rows = TAP_ROWS[kernel] if stride == 1 else kernel
-    rows = min(height, PATCH_ROWS)
-    return Patches(rows, MAX_WARPS * WARP // wide, wide, MAX_WARPS, across, tap_rows, RESIDENT[kernel], TOGETHER, EARLY)
+    cols = MAX_WARPS * WARP * walk.each // wide
+    return Patches(min(height, most_rows), cols, wide, MAX_WARPS, best(width, ACROSS), tap_rows, walk)
+
+
+def walks(kernel: int, stride: int) -> tuple[Walk, ...]:
+    """The first is taken, the others are for comparison."""
+    return WALKS.get((kernel, stride)) or WALKS[kernel, 1][:1]
+
+
+def other_patches(kernel: int, stride: int, height: int, width: int, channels: int) -> list[Patches]:
+    """Launch shapes to compare: every walk, over tiles of several heights."""
+    shape, heights = (kernel, stride, height, width, channels), (PATCH_ROWS, 2 * PATCH_ROWS, height)
+    return list(dict.fromkeys(patches(*shape, walk, most) for walk in walks(kernel, stride) for most in heights))
+
+
+def added_parts(parts: int) -> tuple[int, int, int]:
+    """Parts at once, columns and warps of a program that adds a weight gradient's parts: up to 16 values a thread, so
+    that few reads wait for one another."""
+    rows = max(ADDED_ROWS[0], min(ADDED_ROWS[1], power_of_2(parts)))
+    return rows, ADDED_COLUMNS, warps(rows * ADDED_COLUMNS // 8)
 
 
 def attention_fits(depth: int, keys: int) -> bool:

@@ -170,6 +170,18 @@ def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pyte
     check_depthwise_moments(case, Draw.seeded(10, "cpu"))
 
 
+@pytest.mark.parametrize("walk", [tiles.Walk(2, 2, False, 1), tiles.Walk(1, 2, True, 1)], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(3, 1, 2, 20, 16, 9, FP32), Case(5, 2, 3, 8, 15, 14, FP32), Case(9, 1, 2, 8, 7, 7, BF16)], ids=str
+)
+def test_moments_gradient_in_other_walks(case: Case, walk: tiles.Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are read at once do not fill the map."""
+    monkeypatch.setattr(tiles, "walks", lambda *_: (walk,))
+    monkeypatch.setattr(tiles, "patches", tiles.patches.__wrapped__)  # forgets nothing
+    monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
+    check_depthwise_moments(case, Draw.seeded(11, "cpu"))
+
+
 @pytest.mark.parametrize(("outputs", "channels", "dtype"), [(5, 20, FP32), (40, 72, BF16), (33, 16, FP16)])
 def test_fold(outputs, channels, dtype) -> None:
     check_fold(outputs, channels, dtype, Draw.seeded(8, "cpu"))

@@ -354,16 +354,34 @@ def test_the_command_fills_and_prunes_the_cache(
 
 @pytest.mark.parametrize("kind", list(gpu_run.WORK))
 def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
-    work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224)))
+    work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224, sweep=False)))
     found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
     compared = {"_patches", "_strips"}
     expected = {
         "sweep": {"_convolve", "_blocks", "_spread", "_spread_blocks"},
-        "step": {"_convolve", "_blocks", "_patches", "_spread_blocks", "_fold", "_sums", "_channel_sums", "_norm_relu"},
+        "step": {
+            "_convolve",
+            "_blocks",
+            "_patches",
+            "_spread_blocks",
+            "_add_parts",
+            "_sums",
+            "_channel_sums",
+            "_norm_relu",
+        },
         "eval": {"_convolve", "_blocks", "_normalise"},
         "augment": {"_measure", "_apply", "_finish"},
-        "check": {"_convolve", "_blocks", "_patches", "_spread_blocks", "_fold_gradient", "_sums", "_follow", "_channel_sums"},
+        "check": {
+            "_convolve",
+            "_blocks",
+            "_patches",
+            "_spread_blocks",
+            "_fold_gradient",
+            "_sums",
+            "_follow",
+            "_channel_sums",
+        },
         "digits": {"_finish"},
         "benchmarks": {
             *compared,
