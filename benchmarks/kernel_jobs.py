@@ -35,6 +35,8 @@ class Job:
     ways: Ways
     head_start: int = 0
     """Device cycles that its launches need at least, however fast the host seemed when it was timed."""
+    trains: bool = True
+    """A training step launches it at such a shape."""
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
@@ -47,7 +49,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
         shape, wide = (options.batch, width, side, side), (options.batch, hidden, side, side)
         dtype = getattr(torch, options.dtype)
         found = {
-            ("position", shape): depthwise_jobs(shape, kernel, 1, dtype),
+            ("position", shape): depthwise_jobs(shape, kernel, 1, dtype, normed=False),
             ("feed-forward", wide): depthwise_jobs(wide, config.ffn_kernel, 1, dtype),
             ("batch norm", wide): norm_of_the_batch_jobs(wide, config.ffn_kernel, width, dtype),
             ("gate", shape): gate_jobs(shape, kernel, dtype),
@@ -70,8 +72,14 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
                 yield from some
 
 
-def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, dtype: torch.dtype) -> Iterator[Job]:
-    """Stride 1 is x + depthwise(x), for the library too."""
+def depthwise_jobs(
+    shape: tuple[int, int, int, int], kernel: int, stride: int, dtype: torch.dtype, *, normed: bool = True
+) -> Iterator[Job]:
+    """Stride 1 is x + depthwise(x), for the library too.
+
+    Args:
+        normed: a BatchNorm follows where FAT has such a convolution.
+    """
     _, channels, height, width = shape
     residual = stride == 1
     x, weight, bias = maps(shape, dtype), torch.randn(channels, 1, kernel, kernel, device=DEVICE), rand(channels)
@@ -125,13 +133,14 @@ def depthwise_jobs(shape: tuple[int, int, int, int], kernel: int, stride: int, d
             ),
             OTHER_FORM: in_the_other_form(lambda: ops.depthwise_weight_gradient(gradient, x, kernel, stride)),
         },
+        trains=not normed,
     )
 
     def completed() -> object:
         return ops.depthwise_moments_gradient(gradient, x, out, bias, bias, bias, kernel, stride)
 
     own = {"ours": completed, OTHER_FORM: in_the_other_form(completed)}
-    yield Job(f"{name} weight gradient + statistics", shape, size + 3 * small, own)
+    yield Job(f"{name} weight gradient + statistics", shape, size + 3 * small, own, trains=normed)
 
 
 def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:

@@ -83,7 +83,7 @@ def main() -> None:
         row: dict[str, Any] = {"kernel": job.name, "shape": job.shape, "bytes": job.bytes}
         for way, taken in seconds.items():
             row[way] = {"us": round(taken * 1e6, 1), "share": round(job.bytes / taken / bandwidth, 3)}
-        if options.sweep and "depthwise" in job.name:
+        if options.sweep and "depthwise" in job.name and job.trains:
             search = sweep_weights if "weight" in job.name else sweep
             row["sweep"] = search(clock, job.ways["ours"])
         results.append(row)

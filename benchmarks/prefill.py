@@ -1,6 +1,6 @@
 """Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
 
-    TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune] [--sweep]
+    TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune] [--sweep fat_b0]
                                                       [--work step eval augment check digits benchmarks tests]
 
   step, eval   a training step of each model, and its evaluation
@@ -42,7 +42,13 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--models", nargs="+", choices=fat.list_models(), default=fat.list_models())
     parser.add_argument("--work", nargs="+", choices=tuple(WORK), default=list(WORK))
-    parser.add_argument("--sweep", action="store_true", help="weight gradients of the benchmarks' --sweep too")
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        choices=fat.list_models(),
+        default=[],
+        help="with benchmarks: their weight gradients' sweep",
+    )
     options = parser.parse_args()
     return fill([run for kind in options.work for run in WORK[kind](options)], options)
 
@@ -80,21 +86,23 @@ def digits(options: argparse.Namespace) -> Iterator[Work]:
 def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
     from benchmarks import kernel_jobs
 
-    wanted = argparse.Namespace(
-        variants=["fat_b0", "fat_b3"], stages=[1, 2, 3, 4], batch=options.batch, size=options.size, dtype="bfloat16"
-    )
-
-    def run() -> None:
+    def run(variants: list[str], sweep: bool) -> None:
+        wanted = argparse.Namespace(
+            variants=variants, stages=[1, 2, 3, 4], batch=options.batch, size=options.size, dtype="bfloat16"
+        )
         stay = mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module)  # `to` swaps no fakes
         with stay, mock.patch.object(kernel_jobs, "DEVICE", "cpu"):
             for job in kernel_jobs.jobs(wanted):
-                for way in ("ours", kernel_jobs.OTHER_FORM):
-                    job.ways.get(way, lambda: None)()
-                if options.sweep and "weight" in job.name:
+                if not sweep:
+                    for way in ("ours", kernel_jobs.OTHER_FORM):
+                        job.ways.get(way, lambda: None)()
+                elif job.trains and "weight" in job.name:
                     for _, call in kernel_jobs.weight_forms(job.ways["ours"]):
                         call()
 
-    yield run
+    if options.sweep:
+        yield lambda: run(options.sweep, True)
+    yield lambda: run(["fat_b0", "fat_b3"], False)
 
 
 def sweep(options: argparse.Namespace) -> Iterator[Work]:

@@ -92,7 +92,7 @@ def test_the_other_form_is_the_one_that_is_not_chosen(monkeypatch: pytest.Monkey
 def test_sweep_tries_tiles_and_puts_the_table_back() -> None:
     tried: list[tiles.Tile] = []
     before = tiles.depthwise(3, 56, 56, 64)
-    found = benchmark.sweep(benchmark.Clock(1), lambda: tried.append(tiles.depthwise(3, 56, 56, 64)), weights=False)
+    found = benchmark.sweep(benchmark.Clock(1), lambda: tried.append(tiles.depthwise(3, 56, 56, 64)))
     assert len({(tile.rows, tile.cols, tile.channels, tile.warps) for tile in tried}) == len(found) > 10
     assert [entry["us"] for entry in found] == sorted(entry["us"] for entry in found)
     assert tiles.depthwise(3, 56, 56, 64) == before

@@ -354,7 +354,7 @@ def test_the_command_fills_and_prunes_the_cache(
 
 @pytest.mark.parametrize("kind", list(gpu_run.WORK))
 def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
-    work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224, sweep=False)))
+    work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224, sweep=[])))
     found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
     compared = {"_patches", "_strips"}
