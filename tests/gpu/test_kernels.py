@@ -176,7 +176,9 @@ def test_norm_and_relu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> 
     on_fresh_inputs(lambda draw: check_norm_relu(shape, dtype, 3.0, draw))
 
 
-@pytest.mark.parametrize("name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"])
+@pytest.mark.parametrize(
+    "name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"]
+)
 def test_opcheck(name: str) -> None:
     draw = Draw.seeded(0, "cuda")
     x, y = (draw.map(2, 32, 9, 7, FP32).requires_grad_() for _ in range(2))

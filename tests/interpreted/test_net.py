@@ -83,6 +83,8 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pyte
         "depthwise_norm": blocks,
         "depthwise_gate": blocks,
         "depthwise_gate_gradient": blocks,
+        "attend": blocks,
+        "attend_gradient": blocks,
         "add_norm": blocks,
         "add_norm_gradient": blocks - 1,  # the first block drops nothing
         "norm_gradient": 2 + blocks + 1,

@@ -16,7 +16,18 @@ from torch import Tensor, nn
 import fat
 from fat import kernels
 from fat.config import FATConfig
-from fat.kernels import attention, batchnorm, convolution, correlation, families, gating, groupnorm, normrelu, selfcheck, sums
+from fat.kernels import (
+    attention,
+    batchnorm,
+    convolution,
+    correlation,
+    families,
+    gating,
+    groupnorm,
+    normrelu,
+    selfcheck,
+    sums,
+)
 from fat.kernels.selfcheck import Case, Spec
 from launch.kernel_check import check_kernels
 from launch.world import World
