@@ -6,6 +6,7 @@ Profiles (`benchmarks/gpu_run/parts.py` lists their parts):
 
   contact  everything once, about 230 s: correctness tests side by side, then the first timings
   measure  timed parts one at a time, in order of value, about 360 s
+  sweep    other launch shapes of the depthwise kernels, 70 s
   peers    other people's models under torch.compile, 70 s each
 
 A first run on a machine that is available for 15 minutes, by commands of at most 10 minutes, takes two commands:

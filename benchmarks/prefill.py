@@ -1,7 +1,7 @@
 """Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
 
     TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune] [--sweep fat_b0]
-                                                      [--work step eval augment check digits benchmarks tests]
+                                                      [--work step eval augment check digits benchmarks sweep tests]
 
   step, eval   a training step of each model, and its evaluation
   augment      augmentation by the recipe `fat`

@@ -104,10 +104,11 @@ def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict
     for way, row in rows.items():
         if way in times:
             row["images/s"] = round(options.batch / median(times[way]), 1)
-        if way in times and "channels-last" in times:
-            pairs = zip(times["channels-last"], times[way], strict=True)
-            row["to channels-last"] = round(median(base / own for base, own in pairs), 3)
-        found = row.get("failed") or f"{row['images/s']:>10,.1f} images/s {row.get('to channels-last', ''):>7}"
+        if way in times and (base := next(iter(times))) != way:
+            pairs = zip(times[base], times[way], strict=True)
+            row[f"to {base}"] = round(median(first / own for first, own in pairs), 3)
+        ratio = "".join(f"{value:>7} {key}" for key, value in row.items() if key.startswith("to "))
+        found = row.get("failed") or f"{row['images/s']:>10,.1f} images/s {ratio}"
         print(f"{name:30} {mode:10} {way:15} {found}", flush=True)
     return list(rows.values())
 

@@ -8,7 +8,8 @@ fat/kernels/tiles.py chooses. Ends early when the seconds are over. `benchmarks/
 same kernels beforehand, without which most of the time goes into compiling them.
 
 Form and shape: "columns" is a thread with a column of outputs of 4 or 8 channels, "blocks RxA" one with R rows by A
-columns, "/2" two channels of them, "w8" eight warps a program.
+columns, "/2" two channels of them, "w8" eight warps a program. Of weight gradients: "strips", or the numbers of a walk
+(fat/kernels/tiles.py) and the rows of a tile.
 """
 
 from __future__ import annotations
@@ -61,6 +62,15 @@ class Call:
         half = maps((*shape[:2], self.side // 2, self.side // 2), torch.bfloat16)
         sides = self.side, self.side
         calls: dict[str, tuple[Callable[[], object], int]] = {
+            "weight gradient": (
+                lambda: ops.depthwise_moments_gradient(x, x, other, bias, bias, bias, self.kernel, 1),
+                4 * size,
+            ),
+            "plain weight gradient": (lambda: ops.depthwise_weight_gradient(x, other, self.kernel, 1), 2 * size),
+            "stride 2 weight gradient": (
+                lambda: ops.depthwise_moments_gradient(half, x, half, bias, bias, bias, self.kernel, 2),
+                size + 3 * size // 4,
+            ),
             "moments": (lambda: ops.depthwise_moments(x, None, weight, bias, 1, True), 2 * size),
             "GELU gradient": (lambda: ops.depthwise_input_gradient(x, weight, other, *sides, 1, True), 3 * size),
             "gradient": (lambda: ops.depthwise_input_gradient(x, weight, None, *sides, 1, True), 2 * size),
@@ -80,7 +90,7 @@ CALLS = [
     *(
         Call(name, 5, c, side)
         for c, side in ((256, 56), (1024, 14), (512, 28))
-        for name in ("moments", "GELU gradient")
+        for name in ("moments", "GELU gradient", "weight gradient")
     ),
     *(Call(name, 7, 256, 14) for name in ("gradient", "gate")),
     Call("gate gradient", 5, 128, 28),
@@ -88,6 +98,10 @@ CALLS = [
     Call("gate", 3, 64, 56),
     Call("moments", 5, 320, 28),
     Call("gradient", 9, 512, 7),
+    Call("plain weight gradient", 7, 256, 14),
+    Call("stride 2 weight gradient", 5, 64, 56),
+    Call("plain weight gradient", 9, 512, 7),
+    Call("plain weight gradient", 3, 64, 56),
     Call("stride 2 gradient", 5, 64, 56),
     Call("stride 2", 5, 64, 56),
 ]
@@ -140,8 +154,17 @@ def main() -> int:
 
 
 def candidates(call: Call) -> Iterator[Candidate]:
-    """Names, and contexts in which the call is launched so. For weight gradients, replace `tiles.weight_gradient`."""
+    """Names, and contexts in which the call is launched so."""
     yield CHOSEN, nullcontext()
+    if "weight gradient" in call.operator:
+        stride = 2 if call.operator.startswith("stride 2") else 1
+        out = call.side // stride
+        yield "strips", mock.patch.object(tiles, "weight_gradient", tiles.strips)
+        for form in tiles.other_patches(call.kernel, stride, out, out, call.channels):
+            walk = form.walk
+            label = f"{walk.each} {walk.together}{' early' * walk.early} {walk.resident} rows {form.rows}"
+            yield label, mock.patch.object(tiles, "weight_gradient", lambda *_, form=form: form)
+        return
     if call.operator == "stride 2 gradient":
         yield "columns", mock.patch.object(tiles, "spread", tiles.columns)
         yield "blocks 1x7", mock.patch.object(tiles, "spread", partial(tiles.spread_blocks, rows=1))

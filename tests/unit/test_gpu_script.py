@@ -564,7 +564,7 @@ def test_every_benchmark_is_summarised_in_a_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["contract"], "unknown profile contract: expected contact, measure, peers"),
+        (["contract"], "unknown profile contract: expected contact, measure, sweep, peers"),
         (["--only", "("], "not a regular expression"),
         (["measure", "--only", "step-b9"], "none of bench-b3, step-b3"),
     ],
