@@ -148,7 +148,7 @@ def contact() -> Iterator[Part]:
         expected=55,
         least=20,
         together=True,
-        after=("digits-data", "dali-check"),
+        after=("kit", "digits-data", "dali-check"),
         environment=FEW_THREADS,
     )
     yield part(
