@@ -90,6 +90,11 @@ class Figures:
         return self.model.rate / self.roofline
 
     @property
+    def taking_turns(self) -> float:
+        """Images per second if a GPU worked on batches and training steps one after the other, never on both."""
+        return 1 / (1 / self.model.rate + 1 / self.loader.rate)
+
+    @property
     def host_share(self) -> float:
         """Share of a training step's time that the host takes to hand it over."""
         return self.both.host * self.both.rate / self.settings["batch"]
@@ -114,8 +119,11 @@ def verdict(figures: Figures) -> str:
         )
     if ratio >= SATURATED:
         return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
-    if waiting > 1 - SATURATED:
-        stage = bottleneck(figures)
+    stage = bottleneck(figures)
+    # What loader and model contend for: the device, where there are cores enough and they are no slower than by turns.
+    idle = figures.both.cpu * figures.both.rate < figures.machine["cores"] / 2
+    on_device = figures.memory and idle and figures.both.rate >= SATURATED * figures.taking_turns
+    if waiting > 1 - SATURATED and not (stage == "contention" and on_device):
         return f"input-bound: {stage}, {waiting:.0%} of the time spent waiting (both/model {ratio:.2f}); {TRY[stage]}"
     if figures.memory and figures.host_share >= HOST_BOUND:
         return (
@@ -124,7 +132,7 @@ def verdict(figures: Figures) -> str:
         )
     if figures.memory:
         return (
-            f"device-bound: batches are ready; the loader's work on the GPU takes {1 - ratio:.0%} of the device "
+            f"device-bound: the loader's work on the GPU takes {1 - ratio:.0%} of the device "
             f"(both/model {ratio:.2f}); smaller images (pipeline shard --short-side 256) and --augment light take "
             f"less; {used}"
         )

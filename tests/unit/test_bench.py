@@ -127,7 +127,12 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
         ({"both": Phase(7_000.0, 2e-3, 0.001, host=0.035)}, "host-bound: "),
         (
             {"both": Phase(7_000.0, 2e-3, 0.001, host=0.020)},
-            "device-bound: batches are ready; the loader's work on the GPU takes 12% of the device (both/model 0.88)",
+            "device-bound: the loader's work on the GPU takes 12% of the device (both/model 0.88)",
+        ),
+        (  # B3 on an H200: of two steps, one stands beside the decoding of two batches
+            {"loader": Phase(18_408.0, 1.6e-4, 1.0), "model": Phase(3_210.0, 2.6e-4, 0.0)}
+            | {"both": Phase(2_846.0, 5.1e-4, 0.069, host=0.017)},
+            "device-bound: the loader's work on the GPU takes 11% of the device (both/model 0.89)",
         ),
         ({"both": Phase(8_800.0, 2e-3, 0.4)}, "unsteady: training was faster than the model alone (both/model 1.10)"),
         ({"both": Phase(8_800.0, 2e-3, 0.0), "memory": {}}, "model-bound: the device never waits (both/model 1.10)"),
