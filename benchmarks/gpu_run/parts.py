@@ -101,7 +101,7 @@ def contact() -> Iterator[Part]:
     yield part(
         "kernels-right",
         gpu_tests(5, *KERNEL_TESTS),
-        expected=75,
+        expected=100,
         least=20,
         together=True,
         after=("kit",),
