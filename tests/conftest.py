@@ -17,7 +17,7 @@ os.environ["FAT_TUNED"] = "off"
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest test first: with two processes, all others then run beside it."""
-    items.sort(key=lambda item: item.name != "test_in_the_interpreter")
+    items.sort(key=lambda item: not item.name.startswith("test_in_the_interpreter"))
 
 
 @pytest.fixture(autouse=True)

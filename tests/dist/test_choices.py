@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+
 from pathlib import Path
+
+import pytest
 
 from tests.dist.launching import free_port, python
 
 SMALL = ("--size", "32", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0", "--augment", "light")
 
 
+@pytest.mark.slow
 def test_rank_0_measures_and_all_ranks_take_its_answer(tmp_path: Path, digits: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
     script = ["tests/dist/choices_run.py", tmp_path, *SMALL, "--data", digits]

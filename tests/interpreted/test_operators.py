@@ -70,6 +70,7 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 @pytest.mark.parametrize("form", ["blocks", "columns"])
 def test_depthwise_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +79,7 @@ def test_depthwise_in_both_forms(form: str, case: Case, monkeypatch: pytest.Monk
     check_depthwise(case, Draw.seeded(11, "cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["blocks", "columns"])
 def test_depthwise_gate_and_moments_in_both_forms(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "depthwise", getattr(tiles, form))
@@ -161,6 +163,7 @@ def test_weight_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytes
     check_weight_gradient(case, Draw.seeded(9, "cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(5, 2, 1, 8, 31, 9, FP32), Case(9, 1, 1, 8, 15, 3, BF16)], ids=str)
 @pytest.mark.parametrize("form", ["strips", "patches"])
 def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,6 +385,7 @@ def begin(out: Path, digits: Path, *options: object, steps: int) -> dict[str, st
     return picks_of(out)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_it_began_whatever_is_measured_meanwhile(tmp_path: Path, digits: Path, file: Path) -> None:
     out = tmp_path / "run"
     assert begin(out, digits, steps=1)["optimiser"] == "fused adamw"
@@ -512,6 +513,7 @@ def test_a_recipe_that_does_not_say_how_the_run_began_is_a_warning(
 # -- measuring ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tune_measures_keeps_and_the_next_run_begins_with_it(
     tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -529,6 +531,7 @@ def test_tune_measures_keeps_and_the_next_run_begins_with_it(
             assert f"{name.replace('_', '-')} {value}" in picks[f"measured ({file})"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_measure_does_so_once(tmp_path: Path, digits: Path, file: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("launch.choices.SECONDS", 9.0)
@@ -568,6 +571,7 @@ def test_compile_auto_is_off_on_cpus(digits: Path, file: Path) -> None:
     assert choices.sources["compile"] == "by default"
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_written_is_an_error_of_tune_and_a_warning_of_a_run(
     tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

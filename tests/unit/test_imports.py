@@ -19,12 +19,13 @@ ALLOWED = {
 }
 # Files that may, inside a function only, reach further.
 LAZY_EXCEPTIONS = {"pipeline/cli.py": {"fat", "launch"}}
+TRITON_ROOMS = ("attention", "batchnorm", "convolution", "correlation", "gating", "groupnorm", "normrelu", "sums")
 # Heavy libraries that one room alone may touch.
 ONLY_IN = {
     "nvidia": {"pipeline/dali.py"},
     "ffcv": {"pipeline/ffcv.py", "shards/beton.py"},
     "triton": {
-        *(f"fat/kernels/{room}.py" for room in ("batchnorm", "convolution", "correlation", "gating", "groupnorm")),
+        *(f"fat/kernels/{room}.py" for room in TRITON_ROOMS),
         *(f"fat/kernels/prefill/{room}.py" for room in ("compile_ahead", "compiler", "launches")),
         "pipeline/augment/finishing.py",
         "pipeline/augment/randaugment.py",

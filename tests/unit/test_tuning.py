@@ -271,6 +271,7 @@ def feed_of(data: Path, *options: str) -> Feed:
     return Feed.of(parse(["--data", str(data), *small, *options]), World(0, 1, 0, 1, CPU, cores=2))
 
 
+@pytest.mark.slow
 def test_the_loader_s_options_are_tried_on_the_real_set_and_the_slow_ones_left(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
