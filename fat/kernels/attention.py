@@ -17,7 +17,6 @@ from torch import Tensor
 from fat.kernels import tiles
 
 _SIZES = ["queries", "keys", "row_tiles"]
-_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -41,7 +40,9 @@ def _scores(left, right, EXACT: tl.constexpr):
 @triton.jit
 def _softmax(q, k_transposed, scale, known, EXACT: tl.constexpr):
     """fp32 [rows, keys] of scale * q @ k^T over the known keys."""
-    scores = _scores(q, k_transposed, EXACT) * (scale * _LOG2_E)
+    # log2(e), for exp2. Not a global constant: a kernel's key in Triton's cache would depend on whether another kernel
+    # that calls this function was looked up before it.
+    scores = _scores(q, k_transposed, EXACT) * (scale * 1.4426950408889634)
     scores = tl.where(known[None, :], scores, float("-inf"))
     powers = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     return powers / tl.sum(powers, axis=1)[:, None]

@@ -177,7 +177,7 @@ def _read(line, inside, left, width, channels: tl.constexpr, ACROSS: tl.constexp
     values = ()
     for q in tl.static_range(ACROSS):
         here = inside
-        if COLUMNS_FIT == _UNEVEN:
+        if COLUMNS_FIT == 0:  # UNEVEN; why not its name: see attention.py
             here = here & (left + q < width)[:, None]
         values = values + (tl.load(line + q * channels, mask=here, other=0.0),)
     return values
