@@ -166,6 +166,13 @@ def _reach_steady_rate(
         before = rate
 
 
+def _long_enough(feed: Feed, batches: int) -> Feed:
+    """The same feed, of at least as many batches and those of the warm-up, however small the set and few its epochs."""
+    recipe, needed = feed.recipe, WARM_UP + MOST_STRETCHES * STRETCH + batches
+    epochs = max(recipe.optim.epochs, -(-needed // feed.plan.steps_per_epoch))
+    return feed.with_recipe(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=epochs)))
+
+
 def _median(phases: list[Phase]) -> Phase:
     names = [field.name for field in dataclasses.fields(Phase) if field.name != "times"]
     medians = {name: statistics.median(getattr(phase, name) for phase in phases) for name in names}
@@ -180,12 +187,14 @@ def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
         at = next(number)
         engine.step([batch], step=at, lr=rate(at))
 
+    batch, ahead = shape.micro_rows, feed.loader_options.settings.ahead
+
     def opener(what: Feed) -> OpenLoader:
-        return lambda: what.train_loader(step=0, dtype=engine.input_dtype)
+        longer = _long_enough(what, ahead + steps)
+        return lambda: longer.train_loader(step=0, dtype=engine.input_dtype)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    batch, ahead = shape.micro_rows, feed.loader_options.settings.ahead
     synthetic = feed.with_loader(loader="synthetic")
     alone, model, both = compare(
         opener(feed), opener(synthetic), step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS

@@ -34,7 +34,7 @@ class Phase:
     rate: float
     """Images per second."""
     cpu: float
-    """CPU seconds per image, of all threads of this process."""
+    """CPU seconds per image, of all threads of this process, until the last step was handed over."""
     waiting: float
     """Share of the time in which the device (a CPU: the host) had no work because the next batch was not ready."""
     host: float = 0.0

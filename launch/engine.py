@@ -322,7 +322,7 @@ class Engine:
 
 
 def seed_generators(device: torch.device, value: int) -> None:
-    """Seed the CPU's generator and the device's.
+    """Seed the CPU's generator and, of a CUDA device, that of the current one (which `connect` has set).
 
     `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it
     looks at the source files of all callers, to remember where it was asked.

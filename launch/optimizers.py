@@ -35,7 +35,7 @@ class Updater:
 
     A fused optimiser does all that on the device, without anybody reading the norm on the host. Others make the host
     wait. For fused AdamW these are torch's own operations, bit by bit, but not torch's Python around them, which looks
-    at every parameter a dozen times in every step.
+    at every parameter a dozen times in every step: hooks of the optimiser are not called.
 
     Args:
         optimizer: of this module's `OPTIMIZERS`.
@@ -45,7 +45,11 @@ class Updater:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
         kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
-        self._direct = type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] and len(kinds) == 1
+        options = optimizer.defaults
+        plain = type(optimizer) is torch.optim.AdamW and not (options["amsgrad"] or options["maximize"])
+        self._direct = (
+            plain and options["fused"] and {dtype for _, dtype in kinds} == {torch.float32} and len(kinds) == 1
+        )
         self._groups: list[_Group] = []
 
     @torch.no_grad()
@@ -96,7 +100,10 @@ class _Group:
 
     def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimiser still has this state: a loaded checkpoint brings another, of all parameters."""
-        return not self.parameters or optimizer.state[self.parameters[0]]["step"] is self.steps[0]
+        if not self.parameters:
+            return True
+        state = optimizer.state[self.parameters[0]]
+        return state["step"] is self.steps[0] and state["exp_avg"] is self.averages[0]
 
     def step(self, skip: torch.Tensor) -> None:
         if not self.parameters:

@@ -4,7 +4,8 @@ All keys of a sample fit into one tile, so that a softmax is done at once, nothi
 pass, and each map is read and written once, as it lies in channels-last memory: no heads are split off or joined.
 
 Products of two maps are exact in the matrix units, which add in fp32. Where a factor is the softmax or its gradient,
-fp32 by itself, it is split into two numbers of the maps' dtype whose sum has twice the digits.
+fp32 by itself, it is split into two numbers of the maps' dtype whose sum has twice the digits (in float16 as far as its
+range goes, which is that of torch's attention).
 """
 
 from __future__ import annotations

@@ -18,9 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.bench import compare, predict
+from launch.bench import MOST_STRETCHES, STRETCH, _long_enough, compare, predict
 from launch.bench_chart import draw
 from launch.bench_verdict import Figures, Phase, bottleneck, verdict
+from launch.command_line import parse
+from launch.feed import Feed
+from launch.world import World
 from pipeline.cli import main as pipeline
 
 pytestmark = pytest.mark.timed
@@ -218,3 +221,14 @@ def test_the_chart_shows_the_figures() -> None:
 def test_predictions_share_out_the_cores(cores: int | None, expected: float) -> None:
     loader, model = Phase(rate=20.0, cpu=0.1, waiting=1.0), Phase(rate=10.0, cpu=0.18, waiting=0.0)
     assert predict(loader, model, cores=cores) == pytest.approx(expected)
+
+
+def test_the_loader_lasts_however_small_the_set(digits: Path) -> None:
+    recipe = parse(
+        ["--data", str(digits), "--size", "32", "--global-batch", "512", "--epochs", "1", "--warmup-epochs", "0"]
+    )
+    feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
+    assert feed.plan.steps_per_epoch < 5
+    longer = _long_enough(feed, 40)
+    assert longer.last_step >= 40 + MOST_STRETCHES * STRETCH
+    assert longer.plan == feed.plan

@@ -117,6 +117,17 @@ def test_a_loaded_state_continues_from_the_captured_graphs(recorders: list[Repla
     assert_equal(found[1], found[0])
 
 
+def test_a_state_loaded_after_some_steps_replaces_that_of_the_optimiser(recorders: list[ReplayOnCpu]) -> None:
+    state = train(engine_of("--compile", "off", "--ema", "0.9"), steps=2)["state"]
+    found = []
+    for options in (("--compile", "off"), ()):
+        engine = engine_of("--ema", "0.9", *options)
+        train(engine, steps=3)
+        engine.load_state_dict(state, steps=2)
+        found.append(train(engine))
+    assert_equal(found[1], found[0])
+
+
 def test_a_gradient_that_is_not_finite_skips_the_update_and_the_next_step_is_unharmed(
     recorders: list[ReplayOnCpu],
 ) -> None:
@@ -260,6 +271,14 @@ def test_a_model_with_hooks_is_not_captured() -> None:
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="0 has hooks"):
         captured(model, images)
+
+
+def test_parameters_with_hooks_are_not_captured_where_their_gradients_stay() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(RuntimeError, match=r"0\.weight has hooks"):
+        GraphedModel(model, ReplayOnCpu(CPU), keeps_gradients=True).capture(torch.zeros(2, 3), None)
+    GraphedModel(model, ReplayOnCpu(CPU)).capture(torch.zeros(2, 3), None)
 
 
 def test_nothing_is_garbage_collected_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
