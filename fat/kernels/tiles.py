@@ -170,7 +170,7 @@ WALKS: dict[tuple[int, int], tuple[Walk, ...]] = {
     (7, 1): (Walk(1, 1, False, 3), Walk(1, 2, False, 2), Walk(2, 1, False, 2)),
     (9, 1): (Walk(1, 2, False, 4), Walk(1, 1, False, 4), Walk(2, 1, False, 3), Walk(2, 2, False, 3)),
 }
-"""(kernel, stride) -> walks, the one that is taken first; benchmarks/kernels.py --sweep compares them."""
+"""(kernel, stride) -> walks, the one that is taken first; benchmarks/sweep.py compares them."""
 
 
 @dataclass(frozen=True)
