@@ -317,6 +317,13 @@ class CheckpointFolder:
             self.folder.mkdir(parents=True, exist_ok=True)
             sync_folder(self.folder.parent)
 
+    def newest_step(self) -> int | None:
+        """Return the step in the newest checkpoint's name, whole or damaged; None where there is none to be seen."""
+        try:
+            return max((entry.step for entry in self._entries()), default=None)
+        except UserError:
+            return None
+
     def _entries(self) -> list[_Entry]:
         """What may be a checkpoint, oldest first; read only, so that others may look while a trainer works."""
         try:

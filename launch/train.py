@@ -16,6 +16,7 @@ from launch.standard_streams import ignore_failing_output, open_missing_streams
 if __name__ == "__main__":
     open_missing_streams()  # before libraries open files
 
+from launch.checkpoint import CheckpointFolder
 from launch.choices import resolve
 from launch.command_line import parse
 from launch.dry_run import show_run
@@ -32,7 +33,7 @@ from launch.norms import check_values_per_channel
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
 from launch.preflight import preflight
 from launch.recipe import Recipe
-from launch.run_folder import RunFolder, goes_on
+from launch.run_folder import CHECKPOINTS, RunFolder, goes_on
 from launch.schedule import rate_of
 from launch.status import read_status, write_status
 from launch.watchdog import Watchdog
@@ -159,7 +160,9 @@ def begin(recipe: Recipe) -> int:
 
     def failed(reason: str, *, refused: bool) -> None:
         if lock.taken and read_status(recipe.run.out) == "running":  # the run folder says more, if it can
-            write_status(recipe.run.out, "refused" if refused else "failed", reason=reason)
+            # With the step: rank 0, which knows it, may write at the same time, and must not lose it to another rank.
+            step = CheckpointFolder(recipe.run.out / CHECKPOINTS).newest_step()
+            write_status(recipe.run.out, "refused" if refused else "failed", step=step, reason=reason)
         lock.release()
 
     with lock:

@@ -47,11 +47,13 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     found, complaints = folder.newest()
     assert found is not None
     assert (found.progress.step, found.progress.epoch, found.fingerprint, complaints) == (20, 2, FINGERPRINT, [])
+    assert folder.newest_step() == 20
     assert found.load()["model/w"].eq(20).all()
 
 
 def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path / "nothing").newest() == (None, [])
+    assert CheckpointFolder(tmp_path / "nothing").newest_step() is None
 
 
 def test_the_newest_few_and_the_best_are_kept(tmp_path: Path) -> None:
