@@ -64,7 +64,7 @@ test-dist: $(FOR_TESTS)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
 
 test-slurm: $(FOR_TESTS) slurm-installed
-	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"
 
 .PHONY: slurm-installed
 slurm-installed:
