@@ -45,11 +45,10 @@ class Updater:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
         kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
-        options = optimizer.defaults
-        plain = type(optimizer) is torch.optim.AdamW and not (options["amsgrad"] or options["maximize"])
-        self._direct = (
-            plain and options["fused"] and {dtype for _, dtype in kinds} == {torch.float32} and len(kinds) == 1
-        )
+        plain = type(optimizer) is torch.optim.AdamW  # DeepSpeed's has no defaults
+        options = optimizer.defaults if plain else {}
+        usual = plain and options["fused"] and not (options["amsgrad"] or options["maximize"])
+        self._direct = usual and len(kinds) == 1 and all(dtype == torch.float32 for _, dtype in kinds)
         self._groups: list[_Group] = []
 
     @torch.no_grad()

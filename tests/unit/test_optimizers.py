@@ -92,3 +92,8 @@ def test_fused_updates_go_by_whole_lists(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(optimizer, "step", lambda: pytest.fail("torch's own loop was used"))
     give_gradients(model, 1)
     update(1.0)
+
+
+def test_an_optimiser_of_another_library_is_left_alone() -> None:
+    """DeepSpeed's, for one, has no defaults."""
+    assert not Updater(object(), [torch.ones(2, requires_grad=True)])._direct  # type: ignore[arg-type]
