@@ -83,6 +83,9 @@ class Shard:
     max_rejects: Share = 0.001
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
+    strict: bool = False
+    """Refuse a source in which something may well be a mistake, instead of noting it."""
+
     workers: Workers | None = None
     """Processes (default: one per core)."""
 
@@ -115,8 +118,9 @@ class Shard:
         _say(
             f"{out}: {' + '.join(parts)} images of {len(outcome.manifest.classes):,} classes, "
             f"{outcome.repaired:,} repaired, {outcome.rejected:,} rejected"
-            + (f"; other files passed over: {outcome.ignored:,}" if outcome.ignored else "")
         )
+        for entry in outcome.unused:
+            _say(f"not used: {entry.count:,} {entry.kind}: {entry.reason} (such as {entry.example})")
         return 0
 
     def _options(self) -> Options:
@@ -143,6 +147,7 @@ class Shard:
                 check=self.check, max_side=self.max_side, short_side=self.short_side, quality=self.quality
             ),
             max_rejects=self.max_rejects,
+            strict=self.strict,
             format=self.format,
             beton=BetonOptions(mode=self.write_mode, smart_ratio=self.smart_ratio),
         )

@@ -53,6 +53,8 @@ class Options:
     shard_bytes: int = 256 * MIB
     rules: ImageRules = field(default_factory=ImageRules)
     max_rejects: float = MAX_REJECTS
+    strict: bool = False
+    """Refuse a source with doubts."""
     format: Format = "tar"
     beton: BetonOptions = field(default_factory=BetonOptions)
 
@@ -100,7 +102,9 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         _check_tool(out, plan)
         work.check_listing(plan)
         work.refuse_foreign(published_names(work, plan))
-        for note in (*plan.notes, *_notes_on_changes(work, plan)):
+        if options.strict:
+            _refuse_doubts(source, plan)
+        for note in (*plan.notes, *plan.doubts, *_notes_on_changes(work, plan)):
             print(f"note: {one_line(note)}", file=sys.stderr)
         with hold_part(work, part or WHOLE):
             _write_shards(work, plan, options, part or WHOLE)
@@ -194,8 +198,9 @@ def _scan(source: Path, work: Work, options: Options) -> Plan:
         layout=found.layout,
         classes=found.classes,
         shards=shards,
-        ignored=found.ignored,
+        unused=found.unused,
         notes=tuple(map(one_line, found.notes)),
+        doubts=tuple(map(one_line, found.doubts)),
         files=files,
     )
 
@@ -248,6 +253,17 @@ def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -
         raise UserError(
             f"{out}: was begun with other options ({differing}); give the same, or another --out, or remove it"
         )
+
+
+def _refuse_doubts(source: Path, plan: Plan) -> None:
+    """Reject a source in which something may well be a mistake.
+
+    Raises:
+        UserError: names the first doubt.
+    """
+    if plan.doubts:
+        more = f" (and {len(plan.doubts) - 1:,} more)" if len(plan.doubts) > 1 else ""
+        raise UserError(f"{source}: --strict: {plan.doubts[0]}{more}; correct the source, or leave --strict out")
 
 
 def _check_tool(out: Path, plan: Plan) -> None:

@@ -130,15 +130,6 @@ def exceeded_limit(data: bytes) -> str | None:
         return str(error)
 
 
-def looks_like_image(start: bytes) -> bool:
-    """Whether a file that begins with these 16 bytes is of one of the formats that can be used."""
-    return (
-        start.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"))
-        or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
-        or (start[:2] == b"BM" and start[6:10] == bytes(4))
-    )
-
-
 def _take(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
     """A plain JPEG, as it is or shrunk.
 

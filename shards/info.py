@@ -95,7 +95,10 @@ def _treatment(shard_set: ShardSet) -> Table:
         for what, reasons in (("repaired", counts.get("repaired", {})), ("rejected", counts.get("rejected", {}))):
             for reason, count in reasons.items():
                 table.add_row(_text(f"{what} in {split}"), _text(f"{count:,}: {reason}"))
-    table.add_row("other files passed over", f"{made.get('ignored_files', 0):,}")
+    for entry in made.get("unused", []):
+        table.add_row("not used", _text(f"{entry['count']:,} {entry['kind']}: {entry['reason']}"))
+    for doubt in made.get("doubts", []):
+        table.add_row("doubt", _text(doubt))
     return table
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from shards.assemble import assemble
 from shards.errors import ConversionFailed
-from shards.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, tool
+from shards.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, UnusedRecord, tool
 from shards.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.sources.unused import UnusedEntry
 from shards.work import Plan, ShardDone, Work
 
 Done = dict[tuple[str, int], ShardDone]
@@ -23,8 +24,8 @@ class Outcome:
     manifest: Manifest
     rejected: int
     repaired: int
-    ignored: int
-    """Files of the source that were no images, or images without a label."""
+    unused: tuple[UnusedEntry, ...]
+    """What of the source the set does not use."""
 
 
 def published_names(work: Work, plan: Plan) -> list[str]:
@@ -63,7 +64,11 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
                 split: {"repaired": _repaired(done, split), "rejected": count_reasons(rejects, split)}
                 for split in plan.shards
             },
-            "ignored_files": plan.ignored,
+            "unused": [
+                UnusedRecord(reason=entry.reason, kind=entry.kind, count=entry.count, example=entry.example)
+                for entry in plan.unused
+            ],
+            "doubts": list(plan.doubts),
             "rejects_hash": rejects_hash,
         },
     )
@@ -77,7 +82,7 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
         )
     work.close()
     repaired = sum(sum(shard.repaired.values()) for shard in done.values())
-    return Outcome(manifest, len(rejects), repaired, plan.ignored)
+    return Outcome(manifest, len(rejects), repaired, plan.unused)
 
 
 def _drop_empty(work: Work, split: str, done: Done) -> list[int]:

@@ -122,6 +122,15 @@ class ImageCounts(TypedDict, total=False):
     rejected: Annotated[dict[Text, Count], FailFast()]
 
 
+class UnusedRecord(TypedDict):
+    """Files, folders or samples of one kind that were not used, for one reason (`shards.sources.unused`)."""
+
+    reason: Text
+    kind: Text
+    count: Count
+    example: Text
+
+
 class Made(TypedDict, total=False):
     """How a set was made."""
 
@@ -137,7 +146,10 @@ class Made(TypedDict, total=False):
     """Those that change bytes."""
     images: Annotated[dict[FileName, ImageCounts], FailFast()]
     """Split -> counts."""
-    ignored_files: Count
+    unused: Annotated[list[UnusedRecord], FailFast()]
+    """What of the source the set does not use."""
+    doubts: Annotated[list[Text], FailFast()]
+    """What may well be a mistake in the source."""
     rejects_hash: Digest | None
     """xxh3-64 of the list of rejects; None when there is none."""
 

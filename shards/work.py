@@ -32,6 +32,7 @@ from shards.listing import Listing
 from shards.manifest import ClassEntry
 from shards.regular import read_bounded
 from shards.schema import Count, Digest, parse_json
+from shards.sources.unused import UnusedEntry
 from shards.tar import BLOCK, END, header
 
 FOLDER = ".making"
@@ -39,7 +40,7 @@ MARKER = "pipeline-work-folder"
 """The first file in a work folder. A folder without it was not created by this project."""
 MAX_RECORD = 2**28
 """Bytes of a JSON file of the work folder."""
-_WRITTEN = r"(train|val)(-\d{6}\.(tar|idx)|(\.beton)?\.index\.npy|\.beton)|dataset\.json|rejects\.jsonl"
+_WRITTEN = r"(train|val|test)(-\d{6}\.(tar|idx)|(\.beton)?\.index\.npy|\.beton)|dataset\.json|rejects\.jsonl"
 _CHUNK = 2**22
 
 T = TypeVar("T")
@@ -94,8 +95,9 @@ class Plan:
     classes: tuple[ClassEntry, ...]
     shards: dict[str, Count]
     """Split -> number of shards."""
-    ignored: Count
+    unused: tuple[UnusedEntry, ...]
     notes: tuple[str, ...]
+    doubts: tuple[str, ...]
     files: dict[str, Digest]
     """Name in the work folder -> xxh3-64 of the files of the listing."""
 

@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import AnyStr
 
 from shards.errors import UserError
-from shards.images import looks_like_image
+from shards.formats import APPLE_DOUBLE, MAGIC_BYTES, looks_like_image, named_as_image
 from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.regular import open_regular
 from shards.sources.classes import first_duplicate, human_names
 from shards.sources.scan import TRAIN, VAL, Scan
+from shards.sources.unused import UnusedFiles
 
 VAL_FOLDERS = ("val", "valid", "validation")
-IMAGE_SUFFIXES = frozenset(
-    {b".jpg", b".jpeg", b".jpe", b".jfif", b".png", b".webp", b".bmp", b".gif", b".tif", b".tiff"}
-)
-_MAGIC = 16  # bytes that tell an image's format
 _HIDDEN = b"."  # folders that tools leave behind, with copies and thumbnails in them
-_APPLE_DOUBLE = b"._"  # resource forks that macOS leaves beside files, under the files' own suffixes
 
 
 def scan_folder(source: Path) -> Scan:
@@ -54,13 +50,14 @@ def scan_classes(roots: dict[str, Path]) -> Scan:
         )
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
-    ignored = 0
+    unused = UnusedFiles()
     for split, root in roots.items():
         for name in _class_folders(root):
             folder = root / os.fsdecode(name)
             images = 0
             for container, found, passed_over in _walk(bytes(folder), name):
-                ignored += passed_over
+                for path in passed_over:
+                    unused.add("not an image", os.fsencode(split) + b"/" + path)
                 images += len(found)
                 builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
             if images == 0:
@@ -69,7 +66,7 @@ def scan_classes(roots: dict[str, Path]) -> Scan:
         layout="folder",
         classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
-        ignored=ignored,
+        unused=unused.entries(),
     )
 
 
@@ -106,11 +103,11 @@ def _class_folders(root: Path) -> list[bytes]:
 
 Images = list[tuple[bytes, int, int]]
 """Name, bytes and time of last change of each."""
-Found = tuple[Container, Images, int]
+Found = tuple[Container, Images, list[bytes]]
 
 
 def _walk(top: bytes, name: bytes) -> Iterator[Found]:
-    """Folder, images and number of other files of a class folder and of each one below it, in a fixed order.
+    """Folder, images and names of other files of a class folder and of each one below it, in a fixed order.
 
     Links are followed, except those that lead back to a folder they stand in.
     """
@@ -127,10 +124,10 @@ def _walk(top: bytes, name: bytes) -> Iterator[Found]:
         pending += [(folder + b"/" + sub, prefix + b"/" + sub, ancestors | {identity}) for sub in reversed(folders)]
 
 
-def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], int]:
+def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], list[bytes]]:
     found: Images = []
     folders: list[bytes] = []
-    passed_over = 0
+    passed_over: list[bytes] = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             status = file_status(entry)
@@ -139,13 +136,8 @@ def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], int]:
             elif _is_image(entry, status):
                 found.append((prefix + b"/" + entry.name, status.st_size, int(status.st_mtime)))
             else:
-                passed_over += 1
+                passed_over.append(prefix + b"/" + entry.name)
     return found, folders, passed_over
-
-
-def named_as_image(name: bytes) -> bool:
-    """Whether a file's name says that it is an image."""
-    return not name.startswith(_APPLE_DOUBLE) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def file_status(entry: os.DirEntry[AnyStr]) -> os.stat_result:
@@ -172,7 +164,7 @@ def files_named(suffix: str, folders: Sequence[Path]) -> list[Path]:
             found += [
                 folder / entry.name
                 for entry in entries
-                if entry.name.endswith(suffix) and not entry.name.startswith(os.fsdecode(_APPLE_DOUBLE))
+                if entry.name.endswith(suffix) and not entry.name.startswith(os.fsdecode(APPLE_DOUBLE))
             ]
     return sorted(found)
 
@@ -184,11 +176,11 @@ def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:
     """
     if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and named_as_image(entry.name)):
         return named_as_image(entry.name)
-    if not stat.S_ISREG(status.st_mode) or status.st_size < _MAGIC:
+    if not stat.S_ISREG(status.st_mode) or status.st_size < MAGIC_BYTES:
         return False
     handle = open_regular(entry.path)
     try:
-        return looks_like_image(os.read(handle, _MAGIC))
+        return looks_like_image(os.read(handle, MAGIC_BYTES))
     finally:
         os.close(handle)
 

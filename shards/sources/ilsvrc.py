@@ -21,6 +21,7 @@ from shards.sources.classes import first_duplicate
 from shards.sources.members import Member, members, read_members
 from shards.sources.meta_mat import read_synsets
 from shards.sources.scan import TRAIN, VAL, Scan
+from shards.sources.unused import UnusedEntry, UnusedFiles
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
@@ -59,7 +60,7 @@ def scan_ilsvrc(source: Path) -> Scan:
     if twice is not None:
         raise UserError(f"{train_tar}: {twice}.tar is in it twice; copy or download it again")
     labels = {synset: label for label, synset in enumerate(classes)}
-    train, ignored = _scan_train(train_tar, inner, labels)
+    train, unused = _scan_train(train_tar, inner, labels)
     splits, notes = {TRAIN: train}, []
     devkit = _find_devkit(folder)
     if (folder / VAL_TAR).exists():
@@ -70,29 +71,31 @@ def scan_ilsvrc(source: Path) -> Scan:
         notes.append(f"{folder / VAL_TAR}: not there, so the set gets no validation split")
     names = devkit.names if devkit else {}
     entries = tuple(ClassEntry(folder=one_line(synset), name=names.get(synset)) for synset in classes)
-    return Scan("ilsvrc", entries, splits, ignored, tuple(notes))
+    return Scan("ilsvrc", entries, splits, unused, tuple(notes))
 
 
 def _synset(outer: Member) -> str:
     return outer.base.removesuffix(".tar")
 
 
-def _scan_train(tar: Path, inner: list[Member], labels: dict[str, int]) -> tuple[Listing, int]:
+def _scan_train(tar: Path, inner: list[Member], labels: dict[str, int]) -> tuple[Listing, tuple[UnusedEntry, ...]]:
     builder = ListingBuilder()
     container = Container.of(tar)
-    ignored = 0
+    unused = UnusedFiles()
     for outer in inner:
         synset = _synset(outer)
         images = members(tar, outer.offset, outer.offset + outer.size, outer.name)
         found = [image for image in images if image.is_image]
         if not found:
             raise UserError(f"{tar}: {outer.name}: a class without images; copy or download it again")
-        ignored += len(images) - len(found)
+        for other in images:
+            if not other.is_image:
+                unused.add("not an image", f"{TRAIN}/{_synset(outer)}/{other.base}")
         builder.add_ranges(
             container,
             [(_name(synset, image), image.offset, image.size, labels[synset]) for image in found],
         )
-    return builder.build(), ignored
+    return builder.build(), unused.entries()
 
 
 def _scan_val(tar: Path, devkit: Devkit, labels: dict[str, int]) -> Listing:

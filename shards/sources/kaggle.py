@@ -9,12 +9,14 @@ import stat
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.formats import named_as_image
 from shards.listing import Container, Listing, ListingBuilder
 from shards.manifest import ClassEntry
 from shards.regular import read_list
 from shards.sources.classes import MAX_LIST, human_names
-from shards.sources.folder import file_status, named_as_image, scan_classes
+from shards.sources.folder import file_status, scan_classes
 from shards.sources.scan import TRAIN, VAL, Scan
+from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 
 DATA = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
@@ -38,16 +40,16 @@ def scan_kaggle(source: Path) -> Scan:
     data = root / DATA
     found = scan_classes({TRAIN: data / "train"})
     labels = {entry.folder: label for label, entry in enumerate(found.classes)}
-    splits, ignored = dict(found.splits), found.ignored
+    splits, unused = dict(found.splits), found.unused
     notes: list[str] = []
     if (data / "val").is_dir():
         splits[VAL], others = _scan_val(data / "val", _read_solution(root / SOLUTION), labels)
-        ignored += others
+        unused = merge([unused, others])
     else:
         notes.append(f"{data / 'val'}: not there, so the set gets no validation split")
     names = human_names(root)
     classes = tuple(ClassEntry(folder=folder, name=names.get(folder)) for folder in labels)
-    return Scan("kaggle", classes, splits, ignored, tuple(notes))
+    return Scan("kaggle", classes, splits, unused, tuple(notes))
 
 
 def _read_solution(path: Path) -> dict[str, str]:
@@ -74,18 +76,18 @@ def _read_solution(path: Path) -> dict[str, str]:
     return truth
 
 
-def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tuple[Listing, int]:
-    """The images of a flat folder, and how many other files there are."""
+def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tuple[Listing, tuple[UnusedEntry, ...]]:
+    """The images of a flat folder, and its other files."""
     builder = ListingBuilder()
     container = Container.of(folder)
     found: list[tuple[bytes, int, int, int]] = []
-    ignored = 0
+    unused = UnusedFiles()
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             status = file_status(entry)
             is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
             if not is_file or not named_as_image(os.fsencode(entry.name)):
-                ignored += 1
+                unused.add("not an image", f"{VAL}/{entry.name}")
                 continue
             synset = truth.get(os.path.splitext(entry.name)[0])
             if synset is None:
@@ -95,4 +97,4 @@ def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tu
             name = os.fsencode(f"{synset}/{entry.name}")
             found.append((name, status.st_size, int(status.st_mtime), labels[synset]))
     builder.add_files(container, found)
-    return builder.build(), ignored
+    return builder.build(), unused.entries()

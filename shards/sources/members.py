@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from shards.errors import UserError, first_line, storage_error
+from shards.formats import named_as_image
 from shards.regular import open_regular
-from shards.sources.folder import named_as_image
 
 LABEL_SUFFIX = "cls"
 MAX_EXTENSION = 2**17

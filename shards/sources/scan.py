@@ -8,8 +8,9 @@ from typing import Literal
 
 from shards.listing import Listing
 from shards.manifest import ClassEntry
+from shards.sources.unused import UnusedEntry
 
-TRAIN, VAL = "train", "val"
+TRAIN, VAL, TEST = "train", "val", "test"
 
 Layout = Literal["folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
 
@@ -35,7 +36,9 @@ class Scan:
     layout: Layout
     classes: tuple[ClassEntry, ...]
     splits: dict[str, Listing]
-    ignored: int = 0
-    """Files that are no images, by name and by content."""
+    unused: tuple[UnusedEntry, ...] = ()
+    """What of the source the set does not use."""
     notes: tuple[str, ...] = ()
     """Lines that the person should see."""
+    doubts: tuple[str, ...] = ()
+    """Lines about what may well be a mistake; --strict refuses the source for them."""

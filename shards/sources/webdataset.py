@@ -16,10 +16,11 @@ from shards.sources.classes import check_label, numbered_classes
 from shards.sources.folder import files_named
 from shards.sources.members import LABEL_SUFFIX, Member, members
 from shards.sources.scan import TRAIN, VAL, Scan
+from shards.sources.splits import named_split
+from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 
 MAX_LABEL = 20
 """Bytes of a .cls member."""
-_VAL = re.compile(r"(?<![a-z])val(id|idation)?(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def tar_files(source: Path) -> list[Path]:
 def split_of(path: Path, root: Path) -> str:
     """The split that a tar's name (or its folder's, below the source) tells: 'val' where it says so, else 'train'."""
     below = path.name if path.parent == root else f"{path.parent.name}/{path.name}"
-    return VAL if _VAL.search(below) else TRAIN
+    return named_split(below) or TRAIN
 
 
 def scan_webdataset(source: Path) -> Scan:
@@ -54,11 +55,12 @@ def scan_webdataset(source: Path) -> Scan:
     if not tars:
         raise UserError(f"{source}: no tars in it")
     builders: dict[str, ListingBuilder] = {}
-    ignored = top = 0
+    top = 0
+    unused: list[tuple[UnusedEntry, ...]] = []
     for tar in tars:
         container = Container.of(tar)
         samples, others = read_tar(tar)
-        ignored += others
+        unused.append(others)
         top = max(top, *(sample.label for sample in samples))
         builders.setdefault(split_of(tar, source), ListingBuilder()).add_ranges(
             container,
@@ -71,7 +73,7 @@ def scan_webdataset(source: Path) -> Scan:
         "webdataset",
         _classes(source, top),
         {split: builder.build() for split, builder in builders.items()},
-        ignored,
+        merge(unused),
     )
 
 
@@ -88,23 +90,27 @@ def _classes(source: Path, top: int) -> tuple[ClassEntry, ...]:
     return classes
 
 
-def read_tar(path: Path) -> tuple[list[TarSample], int]:
-    """The samples of a tar, in its order, and how many of its files belong to none.
+def read_tar(path: Path) -> tuple[list[TarSample], tuple[UnusedEntry, ...]]:
+    """The samples of a tar, in its order, and its files that belong to none.
 
     Raises:
         UserError: it is damaged, has no samples, a sample of several images, or a label that is no class number.
         StorageFailed: it cannot be read.
     """
     samples = []
-    files = 0
+    unused = UnusedFiles()
     found = members(path)
     with reading(path), os.fdopen(open_regular(path), "rb") as file:
         for key, group in _groups(path, found):
-            files += len(group)
             images = [suffix for suffix, member in group.items() if member.is_image]
             label = group.get(LABEL_SUFFIX)
             if not images or label is None:
+                for member in group.values():
+                    unused.add("not part of a sample of image and label", f"{path.name}/{member.name}")
                 continue
+            for suffix, member in group.items():
+                if suffix not in (images[0], LABEL_SUFFIX):
+                    unused.add("beside an image and its label", f"{path.name}/{member.name}")
             if len(images) > 1:
                 raise UserError(
                     f"{path}: sample {key} has {len(images)} images ({', '.join(images)}), and nothing says which one "
@@ -114,7 +120,7 @@ def read_tar(path: Path) -> tuple[list[TarSample], int]:
             samples.append(TarSample(key, group[images[0]], parse_label(text, f"{path}: {label.name}")))
     if not samples:
         raise UserError(f"{path}: no samples in it; expected KEY.jpg and KEY.{LABEL_SUFFIX} side by side")
-    return samples, files - 2 * len(samples)
+    return samples, unused.entries()
 
 
 def parse_label(text: bytes, shown: str) -> int:

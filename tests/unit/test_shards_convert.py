@@ -120,7 +120,7 @@ def test_shards_are_of_like_size_below_the_limit(photos: Path, tmp_path: Path) -
 
 def test_manifest_names_no_time_host_or_place(reference: dict[str, bytes]) -> None:
     made = json.loads(reference["dataset.json"])["made"]
-    assert set(made) == {"tool", "source", "shuffled", "options", "images", "ignored_files", "rejects_hash"}
+    assert set(made) == {"tool", "source", "shuffled", "options", "images", "unused", "doubts", "rejects_hash"}
     assert made["source"] == "folder"
     assert made["options"]["shard_bytes"] == 400_000
 
@@ -409,10 +409,10 @@ def test_a_set_may_lie_in_its_source_where_it_is_no_class(place: str, tmp_path: 
 def test_the_summary_counts_files_that_were_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = class_folders(tmp_path / "in")
     Shard(source, out=tmp_path / "clean", workers=1).run()
-    assert "passed over" not in capsys.readouterr().out
+    assert "not used" not in capsys.readouterr().out
     (source / "c0" / "notes.txt").write_text("x")
     Shard(source, out=tmp_path / "set", workers=1).run()
-    assert "0 rejected; other files passed over: 1" in capsys.readouterr().out
+    assert "not used: 1 .txt: not an image (such as train/c0/notes.txt)" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Path) -> None:

@@ -345,7 +345,8 @@ def test_a_folder_of_oddities(tmp_path: Path) -> None:
     reasons = {reject["image"].rpartition("/")[2]: reject["reason"] for reject in rejects}
     assert set(reasons) == {*REJECTED, "broken_link.jpg", "itself.jpg"}
     assert (reasons["broken_link.jpg"], reasons["itself.jpg"]) == ("a link to nothing", "a link to itself")
-    assert shard_set.manifest.made["ignored_files"] == len(IGNORED) + 2, "the pipe and the hidden folder too"
+    unused = sum(entry["count"] for entry in shard_set.manifest.made["unused"])
+    assert unused == len(IGNORED) + 2, "the pipe and the hidden folder too"
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,8 @@ def document(split: SplitEntry) -> dict[str, Any]:
         "class_run": {"train": 1.5},
         "options": {"seed": 3, "beton": {"mode": "raw"}, "quality": None},
         "images": {"train": {"repaired": {"CMYK JPEG": 2}, "rejected": {}}},
-        "ignored_files": 0,
+        "unused": [{"reason": "not an image", "kind": ".txt", "count": 2, "example": "train/a/b.txt"}],
+        "doubts": [],
         "rejects_hash": None,
     }
     return json.loads(Manifest(classes=CLASSES, splits={"train": split}, made=made).dumps())
