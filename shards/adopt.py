@@ -7,6 +7,7 @@ that it is not our shuffle, and how long the runs of one class are in it.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from shards.regular import open_regular
 from shards.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
 from shards.sources.classes import numbered_classes, read_classes
 from shards.sources.members import Member
+from shards.sources.splits import split_files
 from shards.sources.webdataset import read_tar, split_of
 from shards.work import Work
 from shards.writer import index_row
@@ -73,6 +75,9 @@ def adopt(
     (folder,) = folders
     names = read_classes(classes) if classes else None
     jobs = [AdoptJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
+    named = split_files([job.tar for job in jobs], folder)
+    for note in (*named.notes_on(set(named.splits.values())), *named.doubts):
+        print(f"note: {one_line(note)}", file=sys.stderr)
     work = Work(folder)
     with explained(folder):
         _check_folder(folder, work, jobs)

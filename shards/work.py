@@ -33,9 +33,9 @@ from shards.manifest import ClassEntry
 from shards.regular import read_bounded
 from shards.schema import Count, Digest, parse_json
 from shards.sources.unused import UnusedEntry
+from shards.sources.walk import WORK_FOLDER
 from shards.tar import BLOCK, END, header
 
-FOLDER = ".making"
 MARKER = "pipeline-work-folder"
 """The first file in a work folder. A folder without it was not created by this project."""
 MAX_RECORD = 2**28
@@ -125,7 +125,7 @@ class Work:
 
     def __init__(self, out: Path, keeps_tars: bool = True) -> None:
         self.out, self.keeps_tars = out, keeps_tars
-        self.path = out / FOLDER
+        self.path = out / WORK_FOLDER
 
     # -- the folder
 

@@ -128,6 +128,7 @@ def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
     if not chosen.any() or chosen.all():
         raise UserError(f"--val-fraction {fraction:g}: leaves one of the splits empty")
     splits = {
+        **found.splits,
         TRAIN: Listing(listing.rows[~chosen], listing.names, listing.containers),
         VAL: Listing(listing.rows[chosen], listing.names, listing.containers),
     }
@@ -155,7 +156,7 @@ def check_imagenet(found: Scan) -> tuple[str, ...]:
     if len(folders) != IMAGENET_CLASSES:
         notes.append(f"ImageNet-1K has {IMAGENET_CLASSES:,} classes, this source {len(folders):,}")
     for split, listing in found.splits.items():
-        expected = IMAGENET_IMAGES[split]
-        if len(listing) != expected:
+        expected = IMAGENET_IMAGES.get(split)
+        if expected is not None and len(listing) != expected:
             notes.append(f"ImageNet-1K has {expected:,} {split} images, this source {len(listing):,}")
     return tuple(notes)

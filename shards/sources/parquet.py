@@ -28,8 +28,10 @@ from shards.redact import one_line
 from shards.regular import open_regular, read_bounded
 from shards.schema import Count, parse_json
 from shards.sources.classes import check_label
-from shards.sources.folder import files_named
-from shards.sources.scan import TRAIN, VAL, Scan
+from shards.sources.scan import TEST, Scan
+from shards.sources.splits import below_source, split_files
+from shards.sources.unused import UnusedFiles
+from shards.sources.walk import files_below
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
 LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
@@ -54,6 +56,8 @@ class Unpack:
 
     file: Path
     spool: Path
+    may_lack_labels: bool = False
+    """Whether the file may be one of rows without labels, which are then left out."""
 
     @property
     def record(self) -> Path:
@@ -81,15 +85,16 @@ class Unpacked:
     """Of the spool."""
     images: list[tuple[str, Count, Count, Count]]
     """Name, offset, size and label of each."""
+    unlabelled: Count = 0
+    """Rows of a file without labels, of which no image is kept."""
 
 
 _UNPACKED = TypeAdapter(Unpacked)
 
 
 def parquet_files(source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    return files_named(".parquet", (source, source / "data"))
+    """The Parquet files below a folder, by name; the file itself where `source` is one."""
+    return files_below(source, ".parquet")
 
 
 def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
@@ -103,25 +108,30 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
         import pyarrow.parquet  # noqa: F401
     except ImportError:
         raise UserError(f"{source}: {_NEEDS}") from None
-    splits, notes = _splits(parquet_files(source))
-    if not splits:
+    files = parquet_files(source)
+    if not files:
         raise UserError(f"{source}: no Parquet files in it")
-    files = list(splits)
+    named = split_files(files, source)
     spool.mkdir(parents=True, exist_ok=True)
-    jobs = [Unpack(file, spool / f"{i:05d}.bin") for i, file in enumerate(files)]
+    jobs = [Unpack(file, spool / f"{i:05d}.bin", named.splits[file] == TEST) for i, file in enumerate(files)]
     isolated = ISOLATED and workers != 1
     contents = run_jobs(inspect, files, workers, Progress("inspecting", len(files), "files"), isolated=isolated)
     with Progress("unpacking", sum(one.rows for one in contents)) as progress:
         run_jobs(unpack, jobs, workers, progress, isolated=isolated)
     names, more_notes = contents[0].names, contents[0].notes
     builders: dict[str, ListingBuilder] = {}
+    unused, doubts = UnusedFiles(), list(named.doubts)
     top = 0
     for job in jobs:
         found = _load_record(job)
         if found is None:
             raise UserError(f"{job.file}: changed while it was unpacked; run the same command again")
+        if found.unlabelled:
+            unused.add("test images without labels", below_source(job.file, source), count=found.unlabelled)
+            doubts.append(f"{job.file}: not used: its {found.unlabelled:,} test images have no labels")
+            continue
         top = max(top, max((label for *_, label in found.images), default=0))
-        builders.setdefault(splits[job.file], ListingBuilder()).add_ranges(
+        builders.setdefault(named.splits[job.file], ListingBuilder()).add_ranges(
             Container.of(job.spool),
             [
                 (f"{label}/{name}".encode("utf-8", "surrogateescape"), offset, size, label)
@@ -134,17 +144,8 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
         for label, name in enumerate(names)
     )
     splits_listed = {split: builder.build() for split, builder in builders.items()}
-    return Scan("parquet", classes, splits_listed, notes=notes + more_notes)
-
-
-def _splits(files: list[Path]) -> tuple[dict[Path, str], tuple[str, ...]]:
-    """File -> split, by the word that its name begins with. A test split is validation where there is no other."""
-    kinds = {file: file.name.lower()[:3] for file in files}
-    if "val" not in kinds.values():
-        return {file: VAL if kind == "tes" else TRAIN for file, kind in kinds.items()}, ()
-    left_out = [file.name for file, kind in kinds.items() if kind == "tes"]
-    notes = (f"{left_out[0]}: a test split, left out ({len(left_out)} such files)",) if left_out else ()
-    return {file: VAL if kind == "val" else TRAIN for file, kind in kinds.items() if kind != "tes"}, notes
+    notes = (*named.notes_on(builders), *more_notes)
+    return Scan("parquet", classes, splits_listed, unused.entries(), notes, tuple(doubts))
 
 
 def unpack(job: Unpack, report: Report) -> None:
@@ -155,8 +156,8 @@ def unpack(job: Unpack, report: Report) -> None:
     """
     if _load_record(job) is not None:
         return
-    found = []
-    at = 0
+    found: list[tuple[str, Count, Count, Count]] = []
+    at = unlabelled = 0
     report.start(os.fsencode(job.file))
     with _opened(job.file) as (table, source), durable_file(job.spool) as file:
         most = max(_SMALL, MAX_RATIO * source[1])
@@ -164,7 +165,13 @@ def unpack(job: Unpack, report: Report) -> None:
             data, name = _unwrap(job.file, image, number)
             shown = f"{job.file}: row {number}"
             report.start(shown.encode("utf-8", "surrogateescape"))
-            if label is None or label == -1:
+            if (label is None or label == -1) and job.may_lack_labels and not found:
+                unlabelled += 1
+                report(1, len(data))
+                continue
+            if label is None or label == -1 or unlabelled:
+                if unlabelled:
+                    raise UserError(f"{shown} has label {label}, but the {unlabelled:,} rows before it have none")
                 raise UserError(f"{shown} has label {label}: a split without labels; leave it out")
             check_label(label, shown)
             if at + len(data) > most:
@@ -177,7 +184,7 @@ def unpack(job: Unpack, report: Report) -> None:
                 write_all(file, data)
                 at += len(data)
             report(1, len(data))
-    record = Unpacked(source, at, found)
+    record = Unpacked(source, at, found, unlabelled)
     durable_write(job.record, _UNPACKED.dump_json(record))
 
 

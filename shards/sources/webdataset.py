@@ -13,11 +13,11 @@ from shards.listing import Container, ListingBuilder
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest
 from shards.regular import open_regular
 from shards.sources.classes import check_label, numbered_classes
-from shards.sources.folder import files_named
 from shards.sources.members import LABEL_SUFFIX, Member, members
-from shards.sources.scan import TRAIN, VAL, Scan
-from shards.sources.splits import named_split
+from shards.sources.scan import TRAIN, Scan
+from shards.sources.splits import below_source, named_split, split_files
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
+from shards.sources.walk import files_below
 
 MAX_LABEL = 20
 """Bytes of a .cls member."""
@@ -33,16 +33,13 @@ class TarSample:
 
 
 def tar_files(source: Path) -> list[Path]:
-    """The tars of a folder and of its train/ and val/, by name."""
-    if source.is_file():
-        return [source]
-    return files_named(".tar", (source, source / TRAIN, source / VAL))
+    """The tars below a folder, by name; the file itself where `source` is one."""
+    return files_below(source, ".tar")
 
 
 def split_of(path: Path, root: Path) -> str:
-    """The split that a tar's name (or its folder's, below the source) tells: 'val' where it says so, else 'train'."""
-    below = path.name if path.parent == root else f"{path.parent.name}/{path.name}"
-    return named_split(below) or TRAIN
+    """The split that a tar's path below the source names, else 'train'."""
+    return named_split(below_source(path, root)) or TRAIN
 
 
 def scan_webdataset(source: Path) -> Scan:
@@ -54,6 +51,7 @@ def scan_webdataset(source: Path) -> Scan:
     tars = tar_files(source)
     if not tars:
         raise UserError(f"{source}: no tars in it")
+    named = split_files(tars, source)
     builders: dict[str, ListingBuilder] = {}
     top = 0
     unused: list[tuple[UnusedEntry, ...]] = []
@@ -62,10 +60,11 @@ def scan_webdataset(source: Path) -> Scan:
         samples, others = read_tar(tar)
         unused.append(others)
         top = max(top, *(sample.label for sample in samples))
-        builders.setdefault(split_of(tar, source), ListingBuilder()).add_ranges(
+        stem = below_source(tar, source)[: -len(tar.suffix)]  # tars of one name may stand in several folders
+        builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(
             container,
             [
-                (f"{sample.label}/{tar.stem}/{sample.image.name}".encode("utf-8", "surrogateescape"), *_place(sample))
+                (f"{sample.label}/{stem}/{sample.image.name}".encode("utf-8", "surrogateescape"), *_place(sample))
                 for sample in samples
             ],
         )
@@ -74,6 +73,8 @@ def scan_webdataset(source: Path) -> Scan:
         _classes(source, top),
         {split: builder.build() for split, builder in builders.items()},
         merge(unused),
+        named.notes_on(builders),
+        named.doubts,
     )
 
 

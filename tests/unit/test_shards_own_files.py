@@ -27,8 +27,9 @@ from shards.images import ImageRules
 from shards.lock import Held, hold
 from shards.parts import Part
 from shards.sources.scan import ScanOptions
+from shards.sources.walk import WORK_FOLDER as FOLDER
 from shards.verify import verify
-from shards.work import FOLDER, MARKER, Work
+from shards.work import MARKER, Work
 
 MINE = b"not made by any of these commands\n"
 

@@ -1,4 +1,4 @@
-"""Five layouts, one result: the same images give the same shards, whatever they came in."""
+"""Several layouts, one result: the same images give the same shards, whatever they came in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from shards.dataset import ShardSet
 from shards.errors import UserError
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import Scan, ScanOptions
-from shards.sources.webdataset import split_of
 from shards.verify import verify
 
 ONE = ScanOptions(workers=1)
@@ -228,38 +227,6 @@ def test_parquet_as_dataset_hubs_give_it(tmp_path: Path) -> None:
     assert samples(shard_set, "val") == {(data, label) for data, _, label in val}
     assert verify(tmp_path / "set", workers=1) == []
     assert not (tmp_path / "set" / ".making").exists(), "the spool is gone"
-
-
-def test_parquet_test_splits(tmp_path: Path) -> None:
-    """Validation where there is no other; left out, with a note, where there is: hubs give them labels of -1."""
-    folder = tmp_path / "in"
-    write_parquet(folder / "train.parquet", [(jpeg(0), None, 0)], None)
-    write_parquet(folder / "test.parquet", [(jpeg(1), None, 1)], None)
-    assert len(scan(folder, ONE, tmp_path / "spool1").splits["val"]) == 1
-    write_parquet(folder / "test.parquet", [(jpeg(1), None, -1)], None)
-    with pytest.raises(UserError, match=r"test\.parquet: row 0 has label -1"):
-        scan(folder, ONE, tmp_path / "spool2")
-    write_parquet(folder / "validation.parquet", [(jpeg(2), None, 0), (jpeg(3), None, 1)], None)
-    found = scan(folder, ONE, tmp_path / "spool3")
-    assert len(found.splits["val"]) == 2
-    assert found.notes == ("test.parquet: a test split, left out (1 such files)",)
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [
-        ("train-000000.tar", "train"),
-        ("val-000000.tar", "val"),
-        ("imagenet1k-validation-00.tar", "val"),
-        ("imagenet1k-train-0000.tar", "train"),
-        ("val/0001.tar", "val"),
-        ("retrieval-0.tar", "train"),
-        ("valley.tar", "train"),
-        ("my_valid_3.tar", "val"),
-    ],
-)
-def test_a_tars_name_tells_its_split(name: str, split: str) -> None:
-    assert split_of(Path("/data/tars") / name, Path("/data/tars")) == split
 
 
 def test_a_validation_folder_alone_is_a_validation_split(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""What a source's folders hold, and what of it is never looked at."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shards.formats import APPLE_DOUBLE, named_as_image
+from shards.manifest import MANIFEST_NAME
+from shards.sources.unused import UnusedFiles
+
+METADATA = "metadata of a file manager, NAS system, version control or archive"
+HIDDEN = "hidden"
+SHARD_SET = "a shard set"
+MAX_DEPTH = 6
+"""Folders between a source and a file of it that holds samples (refs/convert/parquet/default/train/0000.parquet)."""
+WORK_FOLDER = ".making"
+
+# In lower case. Folders with copies, thumbnails and deleted files, and files that describe a folder.
+_METADATA_NAMES = frozenset(
+    (
+        # macOS and its file servers
+        b"__macosx", b".ds_store", b".appledouble", b".appledb", b".appledesktop", b".spotlight-v100", b".fseventsd",
+        b".temporaryitems", b".documentrevisions-v100", b".apdisk", b".volumeicon.icns", b"icon\r", b"temporary items",
+        b"network trash folder", b"thevolumesettingsfolder", b"thefindbycontentfolder",
+        # Windows
+        b"$recycle.bin", b"system volume information", b"thumbs.db", b"ehthumbs.db", b"ehthumbs_vista.db",
+        b"desktop.ini",
+        # Synology, QNAP, NetApp
+        b"@eadir", b"#recycle", b"#snapshot", b"@tmp", b"@recycle", b"@recently-snapshot", b"@__thumb", b".@__thumb",
+        b"@sharebin", b"~snapshot", b".snapshot", b".snapshots", b".zfs",
+        # Linux, Android, picture viewers
+        b"lost+found", b"lost.dir", b".directory", b".thumbnails", b".nomedia", b".picasaoriginals", b"picasa.ini",
+        b".picasa.ini", b"zbthumbnail.info",
+        # programming
+        b".ipynb_checkpoints", b"__pycache__", b".git", b".svn", b".hg",
+    )
+)  # fmt: skip
+_METADATA_PATTERN = re.compile(rb"\.trash(es)?|\.trash-\d+|found\.\d{3}")
+
+
+def skip_reason(name: bytes) -> str | None:
+    """Return why a file or folder of this name is not looked at; None where it is."""
+    lower = name.lower()
+    if lower in _METADATA_NAMES or _METADATA_PATTERN.fullmatch(lower) or name.startswith(APPLE_DOUBLE):
+        return METADATA
+    return HIDDEN if name.startswith(b".") else None
+
+
+@dataclass
+class Contents:
+    """What stands directly in a folder; names, sorted."""
+
+    folders: list[bytes] = field(default_factory=list)
+    images: list[bytes] = field(default_factory=list)
+    """By their names."""
+    files: list[bytes] = field(default_factory=list)
+    """All others."""
+    skipped: list[tuple[bytes, str]] = field(default_factory=list)
+    """Name and reason."""
+
+    def add_to(self, unused: UnusedFiles, below: bytes) -> None:
+        """Count what is skipped.
+
+        Args:
+            below: path of the folder below the source, ending with '/'; empty for the source.
+        """
+        for name, reason in self.skipped:
+            unused.add(reason, below + name, kind=os.fsdecode(name))
+
+
+def look(folder: Path) -> Contents:
+    """List a folder.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    contents = Contents()
+    with os.scandir(bytes(folder)) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            reason = skip_reason(entry.name)
+            if reason is None and entry.is_dir():
+                reason = SHARD_SET if _is_shard_set(entry.path) else None
+                kind = contents.folders
+            else:
+                kind = contents.images if named_as_image(entry.name) else contents.files
+            if reason is None:
+                kind.append(entry.name)
+            else:
+                contents.skipped.append((entry.name, reason))
+    return contents
+
+
+def files_below(source: Path, *suffixes: str) -> list[Path]:
+    """The files below a folder whose names end so (in any case), sorted; the file itself where `source` is one.
+
+    Folders that `skip_reason` names, and shard sets below the source, are not entered.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    if source.is_file():
+        return [source]
+    wanted = tuple(suffix.encode() for suffix in suffixes)
+    return sorted(_files_below(source, wanted, MAX_DEPTH, set()))
+
+
+def _files_below(folder: Path, wanted: tuple[bytes, ...], depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    status = folder.stat()
+    if (status.st_dev, status.st_ino) in seen:  # a link to a folder that is read anyway
+        return
+    seen.add((status.st_dev, status.st_ino))
+    contents = look(folder)
+    yield from (folder / os.fsdecode(name) for name in contents.files if name.lower().endswith(wanted))
+    if depth:
+        for name in contents.folders:
+            yield from _files_below(folder / os.fsdecode(name), wanted, depth - 1, seen)
+
+
+def _is_shard_set(folder: bytes) -> bool:
+    """Whether a folder is a set of this project, or one that is being made."""
+    if os.path.lexists(os.path.join(folder, os.fsencode(WORK_FOLDER))):
+        return True
+    has_manifest = os.path.lexists(os.path.join(folder, MANIFEST_NAME.encode()))
+    return has_manifest and any(name.endswith(b".index.npy") for name in os.listdir(folder))

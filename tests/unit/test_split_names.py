@@ -1,0 +1,187 @@
+"""One rule says which split a path names, for folders, tars and Parquet files alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.errors import UserError
+from shards.sources.splits import named_split, says_only_split, split_files
+
+SPLITS = {
+    "train": """
+        train
+        Train
+        TRAIN
+        training
+        Training/0.tar
+        trainval-0.tar
+        train2017/000000.tar
+        train_set
+        TrainSet
+        trainset/0.parquet
+        traindata
+        TRAINING_DATA
+        pets-train-0.tar
+        pets.train.0.tar
+        pets_train_00001.tar
+        pets train 1.tar
+        imagenet1k-train-0000.tar
+        imagenet21k_train
+        ILSVRC2012_img_train.tar
+        train-000000.tar
+        data/train-00000-of-00002.parquet
+        default/train/0000.parquet
+        default/partial-train/0000.parquet
+        refs/convert/parquet/default/train/0000.parquet
+        digits_train.parquet
+        test/train-0.tar
+        eval/pets/train/0.tar
+        MyTrainImages/0.tar
+        train数据集/0.tar
+        ｔｒａｉｎ/0.tar
+        training (1)/0.tar
+    """,
+    "val": """
+        val
+        Val
+        VAL-0.tar
+        valid
+        my_valid_3.tar
+        validation
+        imagenet1k-validation-00.tar
+        validation_matched-00000-of-00001.parquet
+        val/0001.tar
+        val2017
+        valSet
+        ValidationSet
+        val_set
+        ILSVRC2012_img_val.tar
+        ILSVRCVal
+        imagenet21k_val/0.tar
+        dev
+        dev-00000-of-00001.parquet
+        devset.parquet
+        eval
+        Eval/0.parquet
+        holdout
+        hold-out/0.tar
+        pets_holdout_0.tar
+        train/val/0.tar
+        val1
+    """,
+    "test": """
+        test
+        Test
+        TEST/0.tar
+        testing
+        Testing_images
+        test2
+        testset
+        TestSet
+        testA
+        digits-test.parquet
+        default/test/0000.parquet
+        data/test-00000-of-00001.parquet
+        train/test-0.tar
+        pets_test.tar
+        (test)/0.tar
+    """,
+    None: """
+        valley.tar
+        testimonials.parquet
+        value
+        values-0.tar
+        evaluation_of_pets
+        evaluated.parquet
+        devil
+        developer/0.tar
+        device-1.tar
+        trained
+        trainer/0.parquet
+        trainee
+        retrain-0.tar
+        constraint.tar
+        strain
+        interval/0.tar
+        retrieval-0.tar
+        oval
+        cavalier
+        valide
+        validé/0.tar
+        contest-0.tar
+        latest/0.tar
+        greatest
+        attestation
+        testament
+        tested
+        holdouts
+        vál
+        0000.parquet
+        data/shard-000001.tar
+        .
+    """,
+}
+TABLE = [(line.strip(), split) for split, lines in SPLITS.items() for line in lines.strip().splitlines()]
+
+
+@pytest.mark.parametrize(("path", "split"), TABLE, ids=[path for path, _ in TABLE])
+def test_a_path_names_its_split_by_whole_words(path: str, split: str | None) -> None:
+    assert named_split(path) == split
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(set(TABLE)) >= 100
+
+
+@pytest.mark.parametrize("path", ["train_val-0.tar", "train/test-dev/0.tar", "train-test-split/0.parquet"])
+def test_a_part_that_names_two_splits_is_refused(path: str) -> None:
+    with pytest.raises(UserError, match=r"names several splits .*; rename it"):
+        named_split(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "alone"),
+    [
+        ("train", True),
+        ("Val_Set", True),
+        ("test2", True),
+        ("train_images", True),
+        ("TrainData", True),
+        ("train_station", False),
+        ("test tube", False),
+        ("imagenet_val", False),
+        ("images", False),
+        ("", False),
+    ],
+)
+def test_a_name_that_says_more_than_a_split_may_be_a_class(name: str, alone: bool) -> None:
+    assert says_only_split(name) == alone
+
+
+@pytest.mark.parametrize(
+    ("names", "notes", "doubts"),
+    [
+        (["train-0.tar", "train-1.tar", "val-0.tar"], [], []),
+        (["train/a/0.tar", "train/b/0.tar", "val-0.tar"], [], []),
+        (["a.tar", "b.tar"], ["a.tar, b.tar: no split named, so training"], []),
+        (["a.tar", "val.tar"], ["a.tar: no split named, so training"], []),
+        (["a.tar", "train.tar"], [], ["a.tar: no split named, so training, beside train*, which is named so"]),
+        (["dev.tar", "train.tar", "val.tar"], [], ["dev*, val*: joined as split 'val'"]),
+        (["en/train/0.tar", "fr/train/0.tar"], [], ["en/train, fr/train: joined as split 'train'"]),
+        (["a/train-0.tar", "b/train-0.tar"], [], ["a/train*, b/train*: joined as split 'train'"]),
+    ],
+)
+def test_files_of_no_split_and_of_several_places_are_said(
+    names: list[str], notes: list[str], doubts: list[str]
+) -> None:
+    found = split_files([Path("in") / name for name in names], Path("in"))
+    assert (list(found.notes), list(found.doubts)) == (notes, doubts)
+
+
+def test_a_test_split_without_validation_is_said_when_it_has_samples() -> None:
+    found = split_files([Path("in/train.tar"), Path("in/test.tar")], Path("in"))
+    assert "in/test.tar: kept as split 'test'" in found.notes_on({"train", "test"})[0]
+    assert found.notes_on({"train"}) == ()
+    assert found.notes_on({"train", "test", "val"}) == ()
