@@ -32,9 +32,9 @@ from shards.redact import one_line
 from shards.regular import read_list
 from shards.rejects import MAX_REJECTS
 from shards.sources.classes import MAX_LIST
-from shards.sources.folder import split_folders
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import ScanOptions
+from shards.sources.split_folders import find_split_folders
 from shards.work import Plan, Work
 from shards.writer import ShardJob, write_shard
 
@@ -174,7 +174,7 @@ def _plan(source: Path, work: Work, options: Options) -> Plan:
 
 def _check_outside(out: Path, source: Path) -> None:
     """Refuse a place for the set that would be read as a class folder of the source, or as part of one."""
-    for root in split_folders(source).values():
+    for root in find_split_folders(source).roots.values():
         inside = os.path.relpath(out.resolve(), root.resolve())
         if not inside.startswith("."):
             raise UserError(

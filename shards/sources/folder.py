@@ -1,44 +1,54 @@
-"""Class folders: SOURCE/train/CLASS/*, SOURCE/val/CLASS/*, or SOURCE/CLASS/* for a single split."""
+"""Class folders: SOURCE/train/CLASS/*, SOURCE/val/CLASS/*, SOURCE/test/CLASS/*, or SOURCE/CLASS/* for one split."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import AnyStr
 
 from shards.errors import UserError
-from shards.formats import APPLE_DOUBLE, MAGIC_BYTES, looks_like_image, named_as_image
+from shards.formats import MAGIC_BYTES, looks_like_image, named_as_image
 from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
-from shards.regular import open_regular
+from shards.regular import kind, open_regular
 from shards.sources.classes import first_duplicate, human_names
-from shards.sources.scan import TRAIN, VAL, Scan
-from shards.sources.unused import UnusedFiles
-
-VAL_FOLDERS = ("val", "valid", "validation")
-_HIDDEN = b"."  # folders that tools leave behind, with copies and thumbnails in them
+from shards.sources.scan import Scan
+from shards.sources.split_folders import find_split_folders, no_class_folders
+from shards.sources.splits import splits_in
+from shards.sources.unused import UnusedFiles, merge
+from shards.sources.walk import METADATA, look, skip_reason
 
 
 def scan_folder(source: Path) -> Scan:
     """List class folders.
 
     Raises:
-        UserError: no such folder, no class folders, or a class folder without images.
+        UserError: no such folder, no class folders, or a class folder without images; or as `find_split_folders`.
     """
-    found = scan_classes(split_folders(source))
+    folders = find_split_folders(source)
+    found = scan_classes(folders.roots, source)
     names = human_names(source)
-    classes = tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes)
-    return replace(found, classes=classes)
+    return replace(
+        found,
+        classes=tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes),
+        unused=merge([folders.unused.entries(), found.unused]),
+        notes=(*folders.notes, *found.notes),
+        doubts=(*folders.doubts, *found.doubts),
+    )
 
 
-def scan_classes(roots: dict[str, Path]) -> Scan:
-    """List the class folders of each split's root; classes are numbered in the order of their sorted names."""
-    names = sorted({name for root in roots.values() for name in _class_folders(root)})
+def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
+    """List the class folders of each split's root; classes are numbered in the order of their sorted names.
+
+    Args:
+        source: a folder above the roots, or the root.
+    """
+    folders = {split: _class_folders(root) for split, root in roots.items()}
+    names = sorted({name for some in folders.values() for name in some})
     shown = [display_name(name) for name in names]
     twice = first_duplicate(shown)
     if twice is not None:
@@ -51,63 +61,65 @@ def scan_classes(roots: dict[str, Path]) -> Scan:
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
     unused = UnusedFiles()
+    empty: list[Path] = []
+    doubts: list[str] = []
     for split, root in roots.items():
-        for name in _class_folders(root):
+        below = os.fsencode("" if root == source else f"{root.relative_to(source)}/")
+        for name in folders[split]:
             folder = root / os.fsdecode(name)
             images = 0
             for container, found, passed_over in _walk(bytes(folder), name):
-                for path in passed_over:
-                    unused.add("not an image", os.fsencode(split) + b"/" + path)
+                for path, reason, what in passed_over:
+                    unused.add(reason, below + path, kind=what)
                 images += len(found)
                 builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
+                if found and _names_another(container.path, folder, split):
+                    doubts.append(f"{container.path}: {len(found):,} images of split '{split}' in a folder named so")
             if images == 0:
-                raise UserError(f"{folder}: a class folder without images; fill it or remove it")
+                empty.append(folder)
+    if empty:
+        more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
+        raise UserError(f"{empty[0]}: a class folder without images{more}; fill it or remove it")
     return Scan(
         layout="folder",
         classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
         unused=unused.entries(),
+        doubts=shortened(doubts),
     )
 
 
-def split_folders(source: Path) -> dict[str, Path]:
-    """Split name -> folder of class folders.
+def _names_another(inside: Path, folder: Path, split: str) -> bool:
+    """Whether a folder below a class folder is named as another split than the one that it is in."""
+    return any(not splits_in(part) <= {split} for part in inside.relative_to(folder).parts)
 
-    Raises:
-        UserError: several folders could be the validation split.
-    """
-    roots = {TRAIN: source / TRAIN} if (source / TRAIN).is_dir() else {}
-    val = [source / folder for folder in VAL_FOLDERS if (source / folder).is_dir()]
-    if len(val) > 1:
-        raise UserError(
-            f"{source}: {len(val)} validation folders ({', '.join(folder.name for folder in val)}), expected one of "
-            "them; move the others out of the source"
-        )
-    if val:
-        roots[VAL] = val[0]
-    return roots or {TRAIN: source}
+
+def shortened(doubts: list[str]) -> tuple[str, ...]:
+    """The first of many doubts of one kind, with their number."""
+    return tuple(doubts) if len(doubts) <= 1 else (f"{doubts[0]} (and {len(doubts) - 1:,} more such folders)",)
 
 
 def _class_folders(root: Path) -> list[bytes]:
-    """Names of the folders in `root`.
+    """Names of the folders in `root`, sorted.
 
     Raises:
         UserError: there are none.
     """
-    with os.scandir(bytes(root)) as entries:
-        found = sorted(entry.name for entry in entries if not entry.name.startswith(_HIDDEN) and entry.is_dir())
+    found = look(root).folders
     if not found:
-        raise UserError(f"{root}: no class folders in it; images are expected as {root}/CLASS/IMAGE")
+        raise no_class_folders(root)
     return found
 
 
 Images = list[tuple[bytes, int, int]]
 """Name, bytes and time of last change of each."""
-Found = tuple[Container, Images, list[bytes]]
+PassedOver = list[tuple[bytes, str, str | None]]
+"""Path below the root, why it is not used, and its kind as `UnusedFiles.add` takes it."""
+Found = tuple[Container, Images, PassedOver]
 
 
 def _walk(top: bytes, name: bytes) -> Iterator[Found]:
-    """Folder, images and names of other files of a class folder and of each one below it, in a fixed order.
+    """Folder, images and other files of a class folder and of each one below it, in a fixed order.
 
     Links are followed, except those that lead back to a folder they stand in.
     """
@@ -117,6 +129,7 @@ def _walk(top: bytes, name: bytes) -> Iterator[Found]:
         folder, prefix, ancestors = pending.pop()
         identity = _identity(folder)
         if identity in ancestors:
+            yield Container.of(Path(os.fsdecode(folder))), [], [(prefix, "link to a folder that it stands in", "link")]
             continue
         container = Container.of(Path(os.fsdecode(folder)))
         found, folders, passed_over = _list(folder, prefix)
@@ -124,19 +137,25 @@ def _walk(top: bytes, name: bytes) -> Iterator[Found]:
         pending += [(folder + b"/" + sub, prefix + b"/" + sub, ancestors | {identity}) for sub in reversed(folders)]
 
 
-def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], list[bytes]]:
+def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], PassedOver]:
     found: Images = []
     folders: list[bytes] = []
-    passed_over: list[bytes] = []
+    passed_over: PassedOver = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
+            path = prefix + b"/" + entry.name
+            reason = skip_reason(entry.name)
+            if reason is not None:
+                passed_over.append((path, reason, os.fsdecode(entry.name) if reason == METADATA else None))
+                continue
             status = file_status(entry)
-            if stat.S_ISDIR(status.st_mode) and not entry.name.startswith(_HIDDEN):
+            if stat.S_ISDIR(status.st_mode):
                 folders.append(entry.name)
             elif _is_image(entry, status):
-                found.append((prefix + b"/" + entry.name, status.st_size, int(status.st_mtime)))
+                found.append((path, status.st_size, int(status.st_mtime)))
             else:
-                passed_over.append(prefix + b"/" + entry.name)
+                is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
+                passed_over.append((path, "not an image" if is_file else kind(status.st_mode), None))
     return found, folders, passed_over
 
 
@@ -150,23 +169,6 @@ def file_status(entry: os.DirEntry[AnyStr]) -> os.stat_result:
         if error.errno != errno.ELOOP:
             raise
         return entry.stat(follow_symlinks=False)
-
-
-def files_named(suffix: str, folders: Sequence[Path]) -> list[Path]:
-    """The files of these folders, as far as there are such folders, whose names end so; sorted.
-
-    Raises:
-        OSError: a folder cannot be read, which `Path.glob` takes for an empty one.
-    """
-    found = []
-    for folder in folders:
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            found += [
-                folder / entry.name
-                for entry in entries
-                if entry.name.endswith(suffix) and not entry.name.startswith(os.fsdecode(APPLE_DOUBLE))
-            ]
-    return sorted(found)
 
 
 def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:

@@ -38,7 +38,7 @@ def scan_kaggle(source: Path) -> Scan:
     if root is None:
         raise UserError(f"{source}: no {DATA} in it, so this is not the Kaggle layout")
     data = root / DATA
-    found = scan_classes({TRAIN: data / "train"})
+    found = scan_classes({TRAIN: data / "train"}, root)
     labels = {entry.folder: label for label, entry in enumerate(found.classes)}
     splits, unused = dict(found.splits), found.unused
     notes: list[str] = []
@@ -47,6 +47,11 @@ def scan_kaggle(source: Path) -> Scan:
         unused = merge([unused, others])
     else:
         notes.append(f"{data / 'val'}: not there, so the set gets no validation split")
+    if (data / "test").is_dir():
+        test = UnusedFiles()
+        test.add("test images without labels", os.fsencode(DATA / "test"), kind="folder")
+        unused = merge([unused, test.entries()])
+        notes.append(f"{data / 'test'}: not used, as its images have no labels")
     names = human_names(root)
     classes = tuple(ClassEntry(folder=folder, name=names.get(folder)) for folder in labels)
     return Scan("kaggle", classes, splits, unused, tuple(notes))

@@ -370,7 +370,10 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
         (lambda root: (root / "x" / "train").mkdir(parents=True) or root / "x", "train: no class folders"),
         (lambda root: (root / "x" / "c0").mkdir(parents=True) or root / "x", "c0: a class folder without images"),
         (lambda root: (root / "f.txt").write_text("x") and root / "f.txt", "f.txt: a file of no known kind"),
-        (lambda root: two_validation_folders(root / "x"), r"2 validation folders \(val, validation\), expected one"),
+        (
+            lambda root: two_validation_folders(root / "x"),
+            r"2 folders for split 'val' \(val, validation\), expected one",
+        ),
     ],
 )
 def test_bad_sources_are_refused_and_leave_nothing_behind(
@@ -412,7 +415,7 @@ def test_the_summary_counts_files_that_were_passed_over(tmp_path: Path, capsys: 
     assert "not used" not in capsys.readouterr().out
     (source / "c0" / "notes.txt").write_text("x")
     Shard(source, out=tmp_path / "set", workers=1).run()
-    assert "not used: 1 .txt: not an image (such as train/c0/notes.txt)" in capsys.readouterr().out
+    assert "not used: 1 .txt: not an image (such as c0/notes.txt)" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Path) -> None:
