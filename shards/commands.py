@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from shards.convert import Options
     from shards.dataset import ShardSet
 
-Layout = Literal["folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
+Layout = Literal["class-tars", "folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
 MANIFEST_NAME = "dataset.json"
 
 MIB = 2**20
@@ -39,7 +39,8 @@ class Shard:
     """
 
     source: Positional[Path]
-    """Class folders (train/ and val/ of them, or one), ILSVRC2012 tars, Kaggle's ILSVRC/, Parquet, WebDataset tars."""
+    """Class folders (train/, val/ and test/ of them, or one), ILSVRC2012 tars, a folder of one tar a class, Kaggle's
+    ILSVRC/, Parquet, WebDataset tars."""
 
     out: Path | None = None
     """Folder of the new set (default: SOURCE-shards beside the source)."""
@@ -207,7 +208,8 @@ class Index:
     """
 
     tars: Positional[tuple[Path, ...]]
-    """Tars of KEY.jpg and KEY.cls, all in one folder; 'val' in a name means the validation split."""
+    """Tars of KEY.jpg and KEY.cls, all in one folder; their names tell the split (train, val or test, as whole
+    words)."""
 
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""

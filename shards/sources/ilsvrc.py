@@ -6,6 +6,7 @@ Nothing is unpacked: entries are byte ranges of the tars.
 from __future__ import annotations
 
 import io
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from shards.regular import read_bounded
 from shards.sources.classes import first_duplicate
 from shards.sources.members import Member, members, read_members
 from shards.sources.meta_mat import read_synsets
-from shards.sources.scan import TRAIN, VAL, Scan
-from shards.sources.unused import UnusedEntry, UnusedFiles
+from shards.sources.scan import TEST, TRAIN, VAL, Scan
+from shards.sources.splits import splits_in
+from shards.sources.unused import UnusedEntry, UnusedFiles, merge
+from shards.sources.walk import skip_reason
 
 TRAIN_TAR, VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 DEVKITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12")
@@ -52,6 +55,11 @@ def scan_ilsvrc(source: Path) -> Scan:
     """
     folder = source.parent if source.is_file() else source
     train_tar = source if source.is_file() else folder / TRAIN_TAR
+    if not train_tar.exists():
+        raise UserError(
+            f"{folder}: no {TRAIN_TAR} in it, which is a tar of tars; a folder of one tar a class is read with "
+            "--from class-tars"
+        )
     inner = [member for member in members(train_tar) if member.base.endswith(".tar") and member.base[:2] != "._"]
     classes = sorted(_synset(member) for member in inner)
     if not classes:
@@ -69,6 +77,14 @@ def scan_ilsvrc(source: Path) -> Scan:
         splits[VAL] = _scan_val(folder / VAL_TAR, devkit, labels)
     else:
         notes.append(f"{folder / VAL_TAR}: not there, so the set gets no validation split")
+    others = UnusedFiles()
+    if source.is_dir():
+        for tar in sorted(folder.glob("*.tar")):
+            if tar.name not in (TRAIN_TAR, VAL_TAR) and skip_reason(os.fsencode(tar.name)) is None:
+                others.add("a tar that this layout does not use", tar.name)
+                why = ", as test images have no labels" if TEST in splits_in(tar.name) else ""
+                notes.append(f"{tar}: not used{why}")
+    unused = merge([unused, others.entries()])
     names = devkit.names if devkit else {}
     entries = tuple(ClassEntry(folder=one_line(synset), name=names.get(synset)) for synset in classes)
     return Scan("ilsvrc", entries, splits, unused, tuple(notes))

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from shards.errors import UserError
+from shards.sources.class_tars import are_class_tars, scan_class_tars
 from shards.sources.classes import check_imagenet, order_classes, split_off_val
 from shards.sources.folder import scan_folder
 from shards.sources.ilsvrc import TRAIN_TAR, scan_ilsvrc
 from shards.sources.kaggle import kaggle_root, scan_kaggle
 from shards.sources.parquet import parquet_files, scan_parquet
 from shards.sources.scan import TRAIN, Layout, Scan, ScanOptions
+from shards.sources.split_folders import find_split_folders
+from shards.sources.walk import look
 from shards.sources.webdataset import scan_webdataset, tar_files
 
 EXPECTED = (
     "expected class folders (or train/ and val/ of them), ILSVRC2012_img_train.tar, the Kaggle layout (ILSVRC/), "
-    "Parquet files, or WebDataset tars"
+    "Parquet files, WebDataset tars, or one tar a class"
 )
+_LOOKED_AT = 16
+"""Folders that are opened to tell class folders; a source may have a million."""
 
 
 def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
@@ -32,6 +38,7 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     """
     layout = options.layout or recognise(source)
     scanners: dict[Layout, Callable[[], Scan]] = {
+        "class-tars": lambda: scan_class_tars(source),
         "folder": lambda: scan_folder(source),
         "ilsvrc": lambda: scan_ilsvrc(source),
         "kaggle": lambda: scan_kaggle(source),
@@ -42,6 +49,7 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     for split, listing in found.splits.items():
         if not len(listing):
             raise UserError(f"{source}: no images in split '{split}'; fill it, or remove it")
+    found = _check_training(source, found, options)
     if options.classes is not None:
         found = order_classes(found, options.classes)
     found = split_off_val(found, options.val_fraction, options.seed)
@@ -67,14 +75,52 @@ def recognise(source: Path) -> Layout:
 
 
 def _has_class_folders(source: Path) -> bool:
-    return (source / TRAIN).is_dir() and any(entry.is_dir() for entry in (source / TRAIN).iterdir())
+    """Whether there are split folders around folders of images, or nothing but folders of images."""
+    try:
+        roots = find_split_folders(source).roots.values()
+    except UserError:  # which the scanner of another layout need not say
+        return False
+    if any(root != source for root in roots):
+        classes = (root / os.fsdecode(name) for root in roots for name in look(root).folders[:_LOOKED_AT])
+        return any(map(_holds_images, classes))
+    contents = look(source)
+    folders = [source / os.fsdecode(name) for name in contents.folders[:_LOOKED_AT]]
+    return not any(name.lower().endswith(_DATA) for name in contents.files) and all(map(_holds_images, folders))
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether a folder, or one in it, holds images, and no tars or Parquet files."""
+    contents = look(folder)
+    if any(name.lower().endswith(_DATA) for name in contents.files):
+        return False
+    below = (look(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
+    return bool(contents.images) or any(inside.images for inside in below)
+
+
+def _check_training(source: Path, found: Scan, options: ScanOptions) -> Scan:
+    """Note a source that has no training images.
+
+    Raises:
+        UserError: it has several other splits, or is to be split.
+    """
+    if TRAIN in found.splits:
+        return found
+    splits = ", ".join(found.splits)
+    if len(found.splits) > 1 or options.val_fraction:
+        raise UserError(
+            f"{source}: only {splits}, no split '{TRAIN}'; add a folder {TRAIN}/ (or files named so), or convert each "
+            "split alone for evaluation"
+        )
+    return replace(found, notes=(*found.notes, f"{source}: only split '{splits}': a set for evaluation"))
 
 
 FILES: dict[str, Layout] = {".tar": "webdataset", ".parquet": "parquet"}
+_DATA = tuple(suffix.encode() for suffix in FILES)
 FOLDERS: dict[Layout, Callable[[Path], object]] = {
     "ilsvrc": lambda source: (source / TRAIN_TAR).is_file(),
     "kaggle": kaggle_root,
     "folder": _has_class_folders,
     "parquet": parquet_files,
+    "class-tars": lambda source: are_class_tars(tar_files(source)),
     "webdataset": tar_files,
 }

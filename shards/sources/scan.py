@@ -12,7 +12,7 @@ from shards.sources.unused import UnusedEntry
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
-Layout = Literal["folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
+Layout = Literal["class-tars", "folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
 
 
 @dataclass(frozen=True, kw_only=True)

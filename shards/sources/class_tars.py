@@ -1,0 +1,115 @@
+"""A folder of class tars, as ImageNet-21k is given out: CLASS.tar, or train/CLASS.tar and val/CLASS.tar.
+
+Nothing is unpacked: entries are byte ranges of the tars.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from shards.errors import UserError, reading
+from shards.listing import Container, ListingBuilder, display_name
+from shards.manifest import MAX_CLASSES, ClassEntry
+from shards.regular import open_regular
+from shards.sources.classes import first_duplicate, human_names
+from shards.sources.members import Member, members, read_members
+from shards.sources.scan import Scan
+from shards.sources.splits import below_source, split_files, splits_in
+from shards.sources.unused import UnusedFiles
+from shards.sources.walk import skip_reason
+from shards.sources.webdataset import tar_files
+
+_TARS_LOOKED_AT, _MEMBERS_LOOKED_AT = 4, 64
+_NUMBERED = re.compile(r".*[-_.]\d{3,}")
+"""Names that tools give to shards: pets-000001."""
+
+
+def are_class_tars(tars: list[Path]) -> bool:
+    """Return whether tars look like one for each class: several, of images alone, whose names tell no split.
+
+    Raises:
+        UserError: one of those that are looked at is damaged.
+        StorageFailed: it cannot be read.
+    """
+    return (
+        len(tars) > 1
+        and not any(splits_in(tar.stem) for tar in tars)
+        and all(map(_holds_images, tars[:_TARS_LOOKED_AT]))
+    )
+
+
+def scan_class_tars(source: Path) -> Scan:
+    """List the images of all tars; each is of the class that its tar's name, without .tar, tells.
+
+    Raises:
+        UserError: no tars, one without images, or a damaged one.
+        StorageFailed: a tar cannot be read.
+    """
+    tars = tar_files(source)
+    if not tars:
+        raise UserError(f"{source}: no tars in it; expected CLASS.tar with the images of one class")
+    named = split_files(tars, source, by_folder=True)
+    names = sorted({os.fsencode(tar.stem) for tar in tars})
+    shown = [display_name(name) for name in names]
+    twice = first_duplicate(shown)
+    if twice is not None:
+        raise UserError(f"{source}: two tars for classes that both read as '{twice}'; rename one")
+    if len(names) > MAX_CLASSES:
+        raise UserError(
+            f"{source}: {len(names):,} class tars, more than the {MAX_CLASSES:,} classes that a set may have"
+        )
+    labels = {name: label for label, name in enumerate(names)}
+    builders: dict[str, ListingBuilder] = {}
+    unused = UnusedFiles()
+    for tar in tars:
+        container = Container.of(tar)
+        name = os.fsencode(tar.stem)
+        used = []
+        for member in members(tar):
+            reason = _reason_unused(member)
+            if reason is None:
+                used.append((name + b"/" + _bytes(member.base), member.offset, member.size, labels[name]))
+            else:
+                unused.add(reason, f"{below_source(tar, source)}/{member.name}")
+        if not used:
+            raise UserError(f"{tar}: a class tar without images; copy or download it again, or remove it")
+        builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(container, used)
+    human = human_names(source) if source.is_dir() else {}
+    doubts = list(named.doubts)
+    if all(_NUMBERED.fullmatch(tar.stem) for tar in tars):
+        doubts.append(f"{tars[0]}: taken for the class '{shown[0]}', though all tars are named like numbered shards")
+    return Scan(
+        "class-tars",
+        tuple(replace(ClassEntry(folder=folder), name=human.get(folder)) for folder in shown),
+        {split: builder.build() for split, builder in builders.items()},
+        unused.entries(),
+        (
+            f"{source}: tars of images alone, read as one for each class: {len(names):,} classes",
+            *named.notes_on(builders),
+        ),
+        tuple(doubts),
+    )
+
+
+def _holds_images(tar: Path) -> bool:
+    """Whether the first members of a tar are images alone."""
+    with reading(tar), os.fdopen(open_regular(tar), "rb") as file:
+        found = read_members(file, os.fstat(file.fileno()).st_size, f"{tar}")
+        reasons = [_reason_unused(member) for member in itertools.islice(found, _MEMBERS_LOOKED_AT)]
+    return None in reasons and "not an image" not in reasons
+
+
+def _reason_unused(member: Member) -> str | None:
+    for part in member.name.split("/"):
+        reason = skip_reason(_bytes(part)) if part != "." else None
+        if reason is not None:
+            return reason
+    return None if member.is_image else "not an image"
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode("utf-8", "surrogateescape")
