@@ -15,7 +15,7 @@ from shards.errors import UserError, reading
 from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.regular import open_regular
-from shards.sources.classes import first_duplicate, human_names
+from shards.sources.classes import class_order, first_duplicate, human_names
 from shards.sources.members import Member, members, read_members
 from shards.sources.scan import Scan
 from shards.sources.splits import below_source, split_files, splits_in
@@ -53,7 +53,7 @@ def scan_class_tars(source: Path) -> Scan:
     if not tars:
         raise UserError(f"{source}: no tars in it; expected CLASS.tar with the images of one class")
     named = split_files(tars, source, by_folder=True)
-    names = sorted({os.fsencode(tar.stem) for tar in tars})
+    names = class_order({os.fsencode(tar.stem) for tar in tars})
     shown = [display_name(name) for name in names]
     twice = first_duplicate(shown)
     if twice is not None:

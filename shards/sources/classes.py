@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.listing import Listing
@@ -22,6 +23,8 @@ IMAGENET_CLASSES = 1000
 IMAGENET_IMAGES = {TRAIN: 1_281_167, VAL: 50_000}
 MAX_LIST = 2**26
 """Bytes of a text file that names classes or labels."""
+SHOWN = 8
+"""Classes that a message names; of the others it says how many there are."""
 MAPPING_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
@@ -65,6 +68,12 @@ def numbered_classes(top: int) -> tuple[ClassEntry, ...]:
     return tuple(ClassEntry(folder=str(label)) for label in range(top + 1))
 
 
+def class_order(names: Iterable[bytes]) -> list[bytes]:
+    """Sort class folders: by number where all names are decimal numbers (0, 1, 2, ..., 10), else as bytes."""
+    ordered = sorted(names)
+    return sorted(ordered, key=int) if all(map(bytes.isdigit, ordered)) else ordered
+
+
 def first_duplicate(names: Iterable[str]) -> str | None:
     """The first name that came before; None where all differ."""
     seen: set[str] = set()
@@ -105,8 +114,10 @@ def order_classes(found: Scan, path: Path) -> Scan:
 def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
     """Take a share of every class for validation; which images is decided by a hash of their names.
 
+    A class of two images or more keeps at least one on either side; a class of one image stays in training.
+
     Raises:
-        UserError: the source has a validation split, or the share is none.
+        UserError: the source has a validation split, the share is none, or all classes have one image.
     """
     if fraction == 0:
         return found
@@ -123,16 +134,54 @@ def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
     order = np.lexsort((draws, labels))
     sizes = np.bincount(labels, minlength=len(found.classes))
     rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    asked = np.round(sizes * fraction)
+    taken = np.where(sizes > 1, asked.clip(1, np.maximum(sizes - 1, 1)), 0)
     chosen = np.zeros(len(order), dtype=bool)
-    chosen[order] = rank < np.repeat(np.round(sizes * fraction), sizes)
-    if not chosen.any() or chosen.all():
-        raise UserError(f"--val-fraction {fraction:g}: leaves one of the splits empty")
+    chosen[order] = rank < np.repeat(taken, sizes)
+    if not chosen.any():
+        raise UserError(
+            f"--val-fraction {fraction:g}: no class has more than one image, so none can be taken for validation; add "
+            "images, or leave the option out"
+        )
     splits = {
         **found.splits,
         TRAIN: Listing(listing.rows[~chosen], listing.names, listing.containers),
         VAL: Listing(listing.rows[chosen], listing.names, listing.containers),
     }
-    return replace(found, splits=splits)
+    return replace(found, splits=splits, notes=found.notes + _notes_on_small_classes(found, fraction, taken - asked))
+
+
+def _notes_on_small_classes(found: Scan, fraction: float, added: NDArray[np.float64]) -> tuple[str, ...]:
+    """Name the classes that are too small for the share.
+
+    Args:
+        added: images taken for validation beyond those that the share asks for; float64 [classes].
+    """
+    folders = [entry.folder for entry in found.classes]
+    sizes = np.bincount(found.splits[TRAIN].rows["label"], minlength=len(folders))
+    facts = (
+        (sizes == 1, "a single image, which stays in training"),
+        ((sizes > 1) & (added > 0), "too few images for that share, and one of them becomes validation"),
+        ((sizes > 1) & (added < 0), "too few images for that share, and one of them stays in training"),
+    )
+    return tuple(
+        f"--val-fraction {fraction:g}: {np.count_nonzero(which):,} of {len(folders):,} classes have {fact}: "
+        f"{shortened(quoted(folders[label]) for label in np.flatnonzero(which))}"
+        for which, fact in facts
+        if which.any()
+    )
+
+
+def quoted(folder: str) -> str:
+    """Return a class folder in quotes, which show spaces at its ends; what is not ASCII stays as it is."""
+    return f"'{folder}'"
+
+
+def shortened(texts: Iterable[str], most: int = SHOWN) -> str:
+    """Join texts by commas; beyond the first `most` of them, say how many more there are."""
+    listed = list(texts)
+    more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more
 
 
 def check_fraction(fraction: float) -> None:

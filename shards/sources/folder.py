@@ -15,7 +15,7 @@ from shards.formats import MAGIC_BYTES, looks_like_image, named_as_image
 from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.regular import kind, open_regular
-from shards.sources.classes import first_duplicate, human_names
+from shards.sources.classes import class_order, first_duplicate, human_names
 from shards.sources.scan import Scan
 from shards.sources.split_folders import find_split_folders, no_class_folders
 from shards.sources.splits import splits_in
@@ -42,13 +42,13 @@ def scan_folder(source: Path) -> Scan:
 
 
 def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
-    """List the class folders of each split's root; classes are numbered in the order of their sorted names.
+    """List the class folders of each split's root; classes are numbered in the order of `class_order`.
 
     Args:
         source: a folder above the roots, or the root.
     """
     folders = {split: _class_folders(root) for split, root in roots.items()}
-    names = sorted({name for some in folders.values() for name in some})
+    names = class_order({name for some in folders.values() for name in some})
     shown = [display_name(name) for name in names]
     twice = first_duplicate(shown)
     if twice is not None:
