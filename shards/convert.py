@@ -7,20 +7,22 @@ A killed conversion resumes with the same command: what was decided and what is 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
-import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import xxhash
 
 from shards.beton import BetonOptions
 from shards.errors import ConversionFailed, UserError, explained
 from shards.images import ImageRules
-from shards.join import Outcome, join, published_names
+from shards.join import Outcome, first_of, join, published_names, say_notes
 from shards.listing import display_name
 from shards.lock import hold
 from shards.manifest import MANIFEST_NAME, Manifest, tool
@@ -31,10 +33,11 @@ from shards.progress import Progress
 from shards.redact import one_line
 from shards.regular import read_list
 from shards.rejects import MAX_REJECTS
-from shards.sources.classes import MAX_LIST
-from shards.sources.recognise import recognise, scan
-from shards.sources.scan import ScanOptions
+from shards.sources.classes import MAX_LIST, quoted, shortened
+from shards.sources.recognise import current_digest, recognise, scan
+from shards.sources.scan import Layout, ScanOptions
 from shards.sources.split_folders import find_split_folders
+from shards.sources.unused import MAX_TEXT
 from shards.work import Plan, Work
 from shards.writer import ShardJob, write_shard
 
@@ -92,43 +95,67 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
     work = Work(out, options.format != "ffcv")
     with explained(out):
         _check_place(out)
+        _check_exists(source)
         if (out / MANIFEST_NAME).exists():
-            _check_same(out, Manifest.load(out).made.get("options"), options)
+            manifest = Manifest.load(out)
+            _check_same(out, manifest.made.get("options"), options)
+            _check_made_from(out, manifest, source, options.scan.layout)
             work.close()
             return None
-        plan = work.load_plan() or _plan(source, work, options)
+        begun = work.load_plan()
+        plan = begun or _plan(source, work, options)
         _check_same(out, plan.options, options)
-        _check_source(out, plan, source, options)
+        _check_source(out, plan, source, options.scan.layout)
         _check_tool(out, plan)
         work.check_listing(plan)
         work.refuse_foreign(published_names(work, plan))
+        changes = _changes(work, plan, source, part) if begun else ()
+        say_notes((*plan.notes, *plan.doubts, *changes))
         if options.strict:
-            _refuse_doubts(source, plan)
-        for note in (*plan.notes, *plan.doubts, *_notes_on_changes(work, plan)):
-            print(f"note: {one_line(note)}", file=sys.stderr)
+            _refuse_doubts(source, (*plan.doubts, *changes))
         with hold_part(work, part or WHOLE):
             _write_shards(work, plan, options, part or WHOLE)
-            return None if part else join(work, plan, options.max_rejects, options.workers)
+            if part:
+                return None
+            return join(work, plan, options.max_rejects, options.workers, strict=options.strict, changes=changes)
 
 
-def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = None) -> Outcome | None:
+def finish(
+    out: Path,
+    max_rejects: float = MAX_REJECTS,
+    workers: int | None = None,
+    *,
+    source: Path | None = None,
+    strict: bool = False,
+) -> Outcome | None:
     """Join the parts of a conversion into a set.
+
+    Args:
+        source: what the parts were made from; another is refused. None = whatever that was.
+        strict: refuse a set with doubts.
 
     Returns:
         What was made; None when the set was already complete.
 
     Raises:
+        UserError: the set is of another source.
         ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
     """
     work = Work(out)
     with explained(out):
+        if source is not None:
+            _check_exists(source)
         if (out / MANIFEST_NAME).exists():
-            Manifest.load(out)
+            manifest = Manifest.load(out)
+            if source is not None:
+                _check_made_from(out, manifest, source)
             work.close()
             return None
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
+        if source is not None:
+            _check_source(out, plan, source)
         _check_tool(out, plan)
         work = Work(out, plan.keeps_tars)
         work.check_listing(plan)
@@ -139,8 +166,10 @@ def finish(out: Path, max_rejects: float = MAX_REJECTS, workers: int | None = No
                 f"{out}: {len(missing):,} of {len(plan.jobs):,} shards are not made yet ({missing[0]} is the first); "
                 "run their parts again, or all that is left without --part"
             )
+        if strict:
+            _refuse_doubts(source or Path(plan.source), plan.doubts)
         with hold(work.path / "finish.lock", f"the end of {out}"):
-            return join(work, plan, max_rejects, workers)
+            return join(work, plan, max_rejects, workers, strict=strict)
 
 
 def default_out(source: Path) -> Path:
@@ -162,6 +191,9 @@ def _plan(source: Path, work: Work, options: Options) -> Plan:
         if plan is None:
             try:
                 plan = _scan(source, work, options)
+                if options.strict and plan.doubts:
+                    say_notes(plan.doubts)
+                    _refuse_doubts(source, plan.doubts)
             except UserError as error:
                 if error.exit_code == UserError.exit_code:  # another start would meet the same
                     work.close()
@@ -184,7 +216,8 @@ def _check_outside(out: Path, source: Path) -> None:
 
 
 def _scan(source: Path, work: Work, options: Options) -> Plan:
-    found = scan(source.absolute(), options.scan, work.path / "spool")
+    key = json.dumps([tool(), _source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
+    found = scan(source.absolute(), options.scan, work.begin_scan(key))
     shards = {}
     files: dict[str, str] = {}
     for split, listing in found.splits.items():
@@ -196,17 +229,31 @@ def _scan(source: Path, work: Work, options: Options) -> Plan:
         options=options.changing_bytes,
         source=_source_name(source),
         layout=found.layout,
+        digest=found.digest,
         classes=found.classes,
         shards=shards,
         unused=found.unused,
-        notes=tuple(map(one_line, found.notes)),
-        doubts=tuple(map(one_line, found.doubts)),
+        notes=tuple(_without_place(line, source) for line in found.notes),
+        doubts=tuple(_without_place(line, source) for line in found.doubts),
         files=files,
     )
 
 
 def _source_name(source: Path) -> str:
     return display_name(os.fsencode(source.resolve()))
+
+
+def _without_place(line: str, source: Path) -> str:
+    """Return a line about the source with paths below it, as they are kept in dataset.json: a copy gives the same."""
+    for folder in (source.absolute(), source.absolute().parent):
+        if folder != folder.parent:
+            line = re.sub(rf"(?<![^\s'\"(]){re.escape(str(folder))}/", "", line)
+    return one_line(line)[:MAX_TEXT]
+
+
+def _check_exists(source: Path) -> None:
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder; give the source that the set is to be made from")
 
 
 def _check_place(out: Path) -> None:
@@ -218,18 +265,42 @@ def _check_place(out: Path) -> None:
             return
 
 
-def _check_source(out: Path, plan: Plan, source: Path, options: Options) -> None:
+def _check_source(out: Path, plan: Plan, source: Path, layout: Layout | None = None) -> None:
+    """Refuse to resume from another source than that with which the conversion began."""
     if plan.source != _source_name(source):
         raise UserError(f"{out}: was begun from {plan.source}, not from {source}; give that, or another --out")
-    if options.scan.layout not in (None, plan.layout):
+    if layout not in (None, plan.layout):
         raise UserError(
-            f"{out}: was begun from a source read as '{plan.layout}', not '{options.scan.layout}'; leave out --from, "
+            f"{out}: was begun from a source read as '{plan.layout}', not '{layout}'; leave out --from, "
             "or give another --out"
         )
 
 
-def _notes_on_changes(work: Work, plan: Plan) -> list[str]:
-    """Return notes on files that a resumed conversion does not see because they were added after the listing."""
+def _check_made_from(out: Path, manifest: Manifest, source: Path, layout: Layout | None = None) -> None:
+    """Refuse to take a finished set for that of another source, or of one that has changed since. Lists the source."""
+    made = next((one for one in get_args(Layout) if one == manifest.made.get("source")), None)
+    if made is None:
+        raise UserError(f"{out}: is a set that 'pipeline shard' did not make; give another --out")
+    if layout not in (None, made):
+        raise UserError(
+            f"{out}: is a set made from a source read as '{made}', not '{layout}'; leave out --from, or give another "
+            "--out"
+        )
+    if _digest_now(source, made) != manifest.made.get("source_digest"):
+        folders = [quoted(entry.folder) for entry in manifest.classes]
+        raise UserError(
+            f"{out}: is a set made from another source than {source}, or from what that held before it was changed "
+            f"(the set has the classes {shortened(folders)}); give another --out, or remove {out} to make it anew"
+        )
+
+
+def _changes(work: Work, plan: Plan, source: Path, part: Part | None) -> tuple[str, ...]:
+    """Return doubts about a source that is not what it was when it was listed, as a resumed conversion does not see.
+
+    A part looks at the times of folders only: many parts that list a source at once would overload its server.
+    """
+    if part is None and _digest_now(source, plan.layout) == plan.digest:
+        return ()
     changed = []
     for split in plan.shards:
         listing, _ = work.load_listing(split)
@@ -238,12 +309,23 @@ def _notes_on_changes(work: Work, plan: Plan) -> list[str]:
                 status = container.path.stat()
                 if stat.S_ISDIR(status.st_mode) and int(status.st_mtime) != container.mtime:
                     changed.append(container.path)
-    if not changed:
-        return []
-    return [
-        f"{changed[0]}: files came or went since it was listed ({len(changed):,} such folders); "
-        "the set is made of those that were listed"
-    ]
+    if changed:
+        what = f"{changed[0]}: files came or went since it was listed ({len(changed):,} such folders)"
+    elif part is None:
+        what = "the source was changed since it was listed"
+    else:
+        return ()
+    return (_without_place(f"{what}; the set is made of what was listed", source),)
+
+
+def _digest_now(source: Path, layout: Layout) -> str | None:
+    """Return the digest of the source as it is now; None where it cannot be read as of that layout."""
+    try:
+        return current_digest(source.absolute(), layout)
+    except UserError as error:
+        if error.exit_code != UserError.exit_code:  # the storage failed
+            raise
+        return None
 
 
 def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -> None:
@@ -255,15 +337,14 @@ def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -
         )
 
 
-def _refuse_doubts(source: Path, plan: Plan) -> None:
+def _refuse_doubts(source: Path, doubts: Sequence[str]) -> None:
     """Reject a source in which something may well be a mistake.
 
     Raises:
         UserError: names the first doubt.
     """
-    if plan.doubts:
-        more = f" (and {len(plan.doubts) - 1:,} more)" if len(plan.doubts) > 1 else ""
-        raise UserError(f"{source}: --strict: {plan.doubts[0]}{more}; correct the source, or leave --strict out")
+    if doubts:
+        raise UserError(f"{source}: --strict: {first_of(doubts)}; correct the source, or leave --strict out")
 
 
 def _check_tool(out: Path, plan: Plan) -> None:

@@ -53,6 +53,9 @@ _FILTER = Image.Resampling.HAMMING  # antialiased; made for shrinking: as quick 
 # The whole stream is entropy-decoded, which is where damage shows; reconstructing every eighth pixel of the luminance
 # spares most of the rest of the work.
 _CHECK = {"colorspace": "GRAY", "min_height": 1, "min_width": 1, "min_factor": 8}
+_BLANK_PIXELS = 16  # of a reduced image: 32x32 pixels
+_BLACK = 20  # of 255: highest value of an image that is nearly black
+_ONE_COLOUR = 3  # of 255: range of values of an image of a single colour
 
 
 Pixels = NDArray[np.uint8]
@@ -87,6 +90,8 @@ class Accepted:
     orientation: int
     repair: str | None = None
     """Why it was re-encoded, if what came was no plain JPEG."""
+    blank: bool = False
+    """Nearly black or of a single colour; not known where the header is trusted."""
 
 
 def accept(data: bytes, rules: ImageRules) -> Accepted:
@@ -139,7 +144,8 @@ def _take(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
     target = _target_size(header.width, header.height, rules)
     if target is None:
         if rules.check == "decode":
-            simplejpeg.decode_jpeg(data, strict=True, **_CHECK)
+            blank = _is_blank(simplejpeg.decode_jpeg(data, strict=True, **_CHECK))
+            return Accepted(data, header.height, header.width, header.orientation, blank=blank)
         return Accepted(data, header.height, header.width, header.orientation)
     pixels = simplejpeg.decode_jpeg(data, "GRAY" if header.components == 1 else "RGB", strict=True)
     return _encode(_shrink(pixels, target), rules.quality, "420", header.orientation, None)
@@ -208,7 +214,18 @@ def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, re
         exif = Image.Exif()
         exif[_ORIENTATION_TAG] = orientation
         data = with_segment(data, EXIF_SEGMENT, exif.tobytes())
-    return Accepted(data, height, width, orientation, repair)
+    return Accepted(data, height, width, orientation, repair, _is_blank(pixels[::8, ::8]))
+
+
+def _is_blank(pixels: Pixels) -> bool:
+    """Whether an image is nearly black or of a single colour, by every eighth pixel along each side.
+
+    Of very small images that leaves too few to tell.
+    """
+    if pixels.shape[0] * pixels.shape[1] < _BLANK_PIXELS:
+        return False
+    highest = pixels.max(axis=(0, 1)).astype(np.int64)
+    return bool(highest.max() <= _BLACK or np.all(highest - pixels.min(axis=(0, 1)) <= _ONE_COLOUR))
 
 
 @contextmanager

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from shards.assemble import assemble
 from shards.errors import ConversionFailed
 from shards.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, UnusedRecord, tool
+from shards.redact import one_line
 from shards.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.sources.doubts import count_labels, doubt_about_blank, doubt_about_rejects
 from shards.sources.unused import UnusedEntry
 from shards.work import Plan, ShardDone, Work
 
@@ -24,8 +29,6 @@ class Outcome:
     manifest: Manifest
     rejected: int
     repaired: int
-    unused: tuple[UnusedEntry, ...]
-    """What of the source the set does not use."""
 
 
 def published_names(work: Work, plan: Plan) -> list[str]:
@@ -36,12 +39,24 @@ def published_names(work: Work, plan: Plan) -> list[str]:
     return [REJECTS_NAME, *(path.name for path in paths)]
 
 
-def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Outcome:
+def join(
+    work: Work,
+    plan: Plan,
+    max_rejects: float,
+    workers: int | None,
+    *,
+    strict: bool = False,
+    changes: Sequence[str] = (),
+) -> Outcome:
     """Publish the set whose shards are all done.
 
+    Args:
+        strict: publish no set with doubts.
+        changes: doubts about a source that was changed since it was listed.
+
     Raises:
-        ConversionFailed: more than the share `max_rejects` of the images was rejected, or none of a split is left.
-            The shards and the list of rejects stay, the manifest is not written.
+        ConversionFailed: more than the share `max_rejects` of the images was rejected, none of a split is left, or
+            there are doubts and `strict` is set. The shards and the list of rejects stay, the manifest is not written.
     """
     done = {job: work.load_done(*job) for job in plan.jobs}
     rejects = [
@@ -49,6 +64,12 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
         for (split, _), shard in done.items()
         for image, reason in shard.rejected
     ]
+    late = [*changes, *_late_doubts(work, plan, done)]
+    if strict and late:
+        say_notes(late)
+        raise ConversionFailed(
+            f"{work.out}: --strict: {first_of(late)}; correct the source and give another --out, or leave --strict out"
+        )
     rejects_hash = settle_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
     kept = {split: _drop_empty(work, split, done) for split in plan.shards}
     betons = assemble(work, kept, plan.beton, workers) if plan.beton else {}
@@ -58,31 +79,60 @@ def join(work: Work, plan: Plan, max_rejects: float, workers: int | None) -> Out
         made={
             "tool": tool(),
             "source": plan.layout,
+            "source_digest": plan.digest,
             "shuffled": True,
             "options": plan.options,
             "images": {
                 split: {"repaired": _repaired(done, split), "rejected": count_reasons(rejects, split)}
                 for split in plan.shards
             },
-            "unused": [
-                UnusedRecord(reason=entry.reason, kind=entry.kind, count=entry.count, example=entry.example)
-                for entry in plan.unused
-            ],
-            "doubts": list(plan.doubts),
+            "unused": unused_records(plan.unused),
+            "notes": list(plan.notes),
+            "doubts": [*plan.doubts, *late],
             "rejects_hash": rejects_hash,
         },
     )
     publish_manifest(work, manifest)
-    rewritten = sum(shard.rewritten for shard in done.values())
-    if rewritten:
-        print(
-            f"note: {rewritten:,} files were written to after they were listed, with the same size; the set has what "
-            "they held when they were read",
-            file=sys.stderr,
-        )
     work.close()
     repaired = sum(sum(shard.repaired.values()) for shard in done.values())
-    return Outcome(manifest, len(rejects), repaired, plan.unused)
+    return Outcome(manifest, len(rejects), repaired)
+
+
+def unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
+    """Return the counts as the manifest holds them."""
+    return [UnusedRecord(reason=one.reason, kind=one.kind, count=one.count, example=one.example) for one in entries]
+
+
+def say_notes(lines: Iterable[str]) -> None:
+    """Print what the person should see before the work begins."""
+    for line in lines:
+        print(f"note: {one_line(line)}", file=sys.stderr)
+
+
+def first_of(doubts: Sequence[str]) -> str:
+    """Return the first doubt, and how many more there are."""
+    return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
+
+
+def _late_doubts(work: Work, plan: Plan, done: Done) -> list[str]:
+    """Return the doubts that only the images themselves give."""
+    classes = len(plan.classes)
+    lines: list[str] = []
+    for split in plan.shards:
+        shards = {shard: record for (of, shard), record in done.items() if of == split}
+        if any(record.rejected for record in shards.values()):
+            listed = count_labels(work.load_listing(split)[0].rows["label"], classes)
+            kept = count_labels(np.concatenate([work.load_rows(split, shard)["label"] for shard in shards]), classes)
+            lines += doubt_about_rejects(split, plan.classes, listed, kept)
+        samples = sum(record.samples for record in shards.values())
+        lines += doubt_about_blank(split, sum(record.blank for record in shards.values()), samples)
+    rewritten = sum(record.rewritten for record in done.values())
+    if rewritten:
+        lines.append(
+            f"{rewritten:,} files were written to after they were listed, with the same size; the set has what they "
+            "held when they were read"
+        )
+    return lines
 
 
 def _drop_empty(work: Work, split: str, done: Done) -> list[int]:

@@ -138,6 +138,8 @@ class Made(TypedDict, total=False):
     """Name and version."""
     source: Text
     """Layout of the source."""
+    source_digest: Digest
+    """Tells the source from others, and from itself after it has changed (`shards.sources.identity`)."""
     shuffled: bool
     """Whether the order of the samples is our global shuffle; not so where existing tars were indexed."""
     class_run: Annotated[dict[FileName, Annotated[Finite, Field(ge=0)]], FailFast()]
@@ -148,6 +150,8 @@ class Made(TypedDict, total=False):
     """Split -> counts."""
     unused: Annotated[list[UnusedRecord], FailFast()]
     """What of the source the set does not use."""
+    notes: Annotated[list[Text], FailFast()]
+    """What was said of the source."""
     doubts: Annotated[list[Text], FailFast()]
     """What may well be a mistake in the source."""
     rejects_hash: Digest | None

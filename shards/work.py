@@ -32,6 +32,7 @@ from shards.listing import Listing
 from shards.manifest import ClassEntry
 from shards.regular import read_bounded
 from shards.schema import Count, Digest, parse_json
+from shards.sources.scan import Layout
 from shards.sources.unused import UnusedEntry
 from shards.sources.walk import WORK_FOLDER
 from shards.tar import BLOCK, END, header
@@ -57,6 +58,8 @@ class ShardDone:
     """Reason -> images."""
     rejected: list[tuple[str, str]]
     """Name and reason of each image left out."""
+    blank: Count = 0
+    """Images that are nearly black or of a single colour."""
     rewritten: Count = 0
     """Files that were written to between listing and reading, with the same size."""
     rows_hash: str = ""
@@ -91,7 +94,9 @@ class Plan:
     """Everything that changes bytes; a resumed conversion must be asked for the same."""
     source: str
     """Absolute path, printable."""
-    layout: str
+    layout: Layout
+    digest: Digest
+    """Tells the source from others, and from itself after it has changed (`shards.sources.identity`)."""
     classes: tuple[ClassEntry, ...]
     shards: dict[str, Count]
     """Split -> number of shards."""
@@ -169,6 +174,23 @@ class Work:
         begin = f".{split}-{shard:06d}."
         _remove(path for path in self.out.glob(f"{begin}*{TEMPORARY}") if is_temporary(path.name, _WRITTEN))
         _remove(self.path.glob(f"{begin}*{TEMPORARY}"))
+
+    def begin_scan(self, key: str) -> Path:
+        """Return the folder for what a scan unpacks; what one of another key left there is removed.
+
+        Args:
+            key: everything that decides what the scan unpacks.
+        """
+        spool, record = self.path / "spool", self.path / "scan.key"
+        try:
+            same = read_bounded(record, MAX_RECORD) == key.encode()
+        except FileNotFoundError:
+            same = False
+        if not same:
+            if spool.exists():
+                shutil.rmtree(spool)
+            durable_write(record, key.encode())
+        return spool
 
     # -- whose files
 

@@ -47,7 +47,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
     rows = np.zeros(stop - start, dtype=INDEX_DTYPE)
     repaired: Counter[str] = Counter()
     rejected: list[tuple[str, str]] = []
-    samples = 0
+    samples = blank = 0
     path = work.tar(job.split, job.shard)
     with explained(path):
         with durable_file(path) as file, ContainerReader() as reader:
@@ -62,6 +62,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
                     offset = tar.add(entry.key, image.data, entry.label)
                     rows[samples] = index_row(image, entry.label, offset, job.shard)
                     repaired.update([image.repair] if image.repair else [])
+                    blank += image.blank
                     samples += 1
                 report(1, entry.size)
             digest = tar.finish()
@@ -73,6 +74,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
             hash=digest,
             repaired=dict(sorted(repaired.items())),
             rejected=rejected,
+            blank=blank,
             rewritten=reader.rewritten,
         )
         work.save_done(job.split, job.shard, done, rows[:samples])

@@ -10,7 +10,9 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.sources.class_tars import are_class_tars, scan_class_tars
 from shards.sources.classes import check_imagenet, order_classes, split_off_val
+from shards.sources.doubts import doubts_about, notes_on_order
 from shards.sources.folder import scan_folder
+from shards.sources.identity import digest_of_files, digest_of_listing
 from shards.sources.ilsvrc import TRAIN_TAR, scan_ilsvrc
 from shards.sources.kaggle import kaggle_root, scan_kaggle
 from shards.sources.parquet import parquet_files, scan_parquet
@@ -37,15 +39,12 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
         UserError: there is nothing, or nothing usable, at `source`.
     """
     layout = options.layout or recognise(source)
-    scanners: dict[Layout, Callable[[], Scan]] = {
-        "class-tars": lambda: scan_class_tars(source),
-        "folder": lambda: scan_folder(source),
-        "ilsvrc": lambda: scan_ilsvrc(source),
-        "kaggle": lambda: scan_kaggle(source),
-        "parquet": lambda: scan_parquet(source, spool, options.workers),
-        "webdataset": lambda: scan_webdataset(source),
-    }
-    found = scanners[layout]()
+    if layout == "parquet":
+        found = scan_parquet(source, spool, options.workers)
+        digest = digest_of_files(parquet_files(source), source)
+    else:
+        found = _SCANNERS[layout](source)
+        digest = digest_of_listing(found)
     for split, listing in found.splits.items():
         if not len(listing):
             raise UserError(f"{source}: no images in split '{split}'; fill it, or remove it")
@@ -53,7 +52,23 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     if options.classes is not None:
         found = order_classes(found, options.classes)
     found = split_off_val(found, options.val_fraction, options.seed)
-    return replace(found, notes=found.notes + check_imagenet(found))
+    return replace(
+        found,
+        notes=found.notes + notes_on_order(found) + check_imagenet(found),
+        doubts=found.doubts + doubts_about(found),
+        digest=digest,
+    )
+
+
+def current_digest(source: Path, layout: Layout) -> str:
+    """Return the digest that a scan of the source would have now; nothing is unpacked.
+
+    Raises:
+        UserError: the source cannot be listed.
+    """
+    if layout == "parquet":
+        return digest_of_files(parquet_files(source), source)
+    return digest_of_listing(_SCANNERS[layout](source))
 
 
 def recognise(source: Path) -> Layout:
@@ -114,6 +129,13 @@ def _check_training(source: Path, found: Scan, options: ScanOptions) -> Scan:
     return replace(found, notes=(*found.notes, f"{source}: only split '{splits}': a set for evaluation"))
 
 
+_SCANNERS: dict[Layout, Callable[[Path], Scan]] = {
+    "class-tars": scan_class_tars,
+    "folder": scan_folder,
+    "ilsvrc": scan_ilsvrc,
+    "kaggle": scan_kaggle,
+    "webdataset": scan_webdataset,
+}
 FILES: dict[str, Layout] = {".tar": "webdataset", ".parquet": "parquet"}
 _DATA = tuple(suffix.encode() for suffix in FILES)
 FOLDERS: dict[Layout, Callable[[Path], object]] = {

@@ -42,3 +42,5 @@ class Scan:
     """Lines that the person should see."""
     doubts: tuple[str, ...] = ()
     """Lines about what may well be a mistake; --strict refuses the source for them."""
+    digest: str = ""
+    """Tells the source from others (`shards.sources.identity`), before --classes and --val-fraction; set by `scan`."""

@@ -120,7 +120,8 @@ def test_shards_are_of_like_size_below_the_limit(photos: Path, tmp_path: Path) -
 
 def test_manifest_names_no_time_host_or_place(reference: dict[str, bytes]) -> None:
     made = json.loads(reference["dataset.json"])["made"]
-    assert set(made) == {"tool", "source", "shuffled", "options", "images", "unused", "doubts", "rejects_hash"}
+    told = {"images", "unused", "notes", "doubts", "rejects_hash"}
+    assert set(made) == {"tool", "source", "source_digest", "shuffled", "options"} | told
     assert made["source"] == "folder"
     assert made["options"]["shard_bytes"] == 400_000
 

@@ -325,7 +325,7 @@ def test_a_validation_split_is_taken_from_every_class(tmp_path: Path) -> None:
 
 
 def test_a_validation_split_of_nothing_is_refused(tmp_path: Path) -> None:
-    for fraction, complaint in ((0.01, "leaves one of the splits empty"), (1.0, "between 0 and 1"), (-1, "between 0")):
+    for fraction, complaint in ((1.0, "between 0 and 1"), (-1, "between 0")):
         with pytest.raises(UserError, match=complaint):
             scan(one_folder(tmp_path / f"in{fraction}"), ScanOptions(val_fraction=fraction), tmp_path / "spool")
     with pytest.raises(UserError, match="has a validation split"):

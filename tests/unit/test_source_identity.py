@@ -1,0 +1,229 @@
+"""A set knows its source: another one, or what it was changed into, is not taken for it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shards.commands import Shard
+from shards.convert import Options, convert, finish
+from shards.errors import UserError
+from shards.manifest import Manifest
+from shards.parts import Part
+from shards.sources import parquet
+from shards.sources.recognise import scan
+from shards.sources.scan import ScanOptions
+from shards.work import FOLDER, Work
+from tests.support.sources import class_folders, jpeg, labelled_tar
+
+SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
+
+
+def folders(root: Path) -> Path:
+    return class_folders(root / "train", {"cat": 3, "dog": 3}).parent
+
+
+def tars(root: Path) -> Path:
+    labelled_tar(root / "a.tar", [0, 1, 1])
+    return labelled_tar(root / "b.tar", [1, 0]).parent
+
+
+def tables(root: Path) -> Path:
+    write_table(root / "train-0.parquet", [0, 1, 1])
+    write_table(root / "train-1.parquet", [0, 1])
+    return root
+
+
+def write_table(path: Path, labels: list[int]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": jpeg(i), "path": None} for i in range(len(labels))]
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+
+
+MADE: dict[str, Callable[[Path], Path]] = {"folder": folders, "tars": tars, "parquet": tables}
+
+CHANGES: list[tuple[str, str, Callable[[Path], object]]] = [
+    ("folder", "a class more", lambda root: class_folders(root / "train", {"cow": 1})),
+    ("folder", "an image more", lambda root: (root / "train/cat/9.jpg").write_bytes(jpeg(9))),
+    ("folder", "an image less", lambda root: (root / "train/cat/0.jpg").unlink()),
+    ("folder", "another size", lambda root: (root / "train/cat/0.jpg").write_bytes(jpeg(9, 80))),
+    ("folder", "a class renamed", lambda root: (root / "train/cat").rename(root / "train/tac")),
+    ("folder", "an image moved", lambda root: (root / "train/cat/0.jpg").rename(root / "train/dog/7.jpg")),
+    ("folder", "a split more", lambda root: shutil.copytree(root / "train", root / "val")),
+    ("folder", "a human name", lambda root: (root / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
+    ("tars", "a tar more", lambda root: labelled_tar(root / "c.tar", [0])),
+    ("tars", "a tar less", lambda root: (root / "b.tar").unlink()),
+    ("tars", "a tar renamed", lambda root: (root / "a.tar").rename(root / "z.tar")),
+    ("tars", "another label", lambda root: labelled_tar(root / "b.tar", [0, 0])),
+    ("tars", "a sample more", lambda root: labelled_tar(root / "b.tar", [1, 0, 1])),
+    ("tars", "another order", lambda root: labelled_tar(root / "b.tar", [0, 1])),
+    ("parquet", "a file more", lambda root: write_table(root / "train-2.parquet", [0])),
+    ("parquet", "a file less", lambda root: (root / "train-1.parquet").unlink()),
+    ("parquet", "a row more", lambda root: write_table(root / "train-1.parquet", [0, 1, 1])),
+    ("parquet", "other labels", lambda root: write_table(root / "train-1.parquet", [1, 1])),
+    ("parquet", "a file renamed", lambda root: (root / "train-1.parquet").rename(root / "train-9.parquet")),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [(kind, change) for kind, _, change in CHANGES], ids=[c[1] for c in CHANGES]
+)
+def test_a_finished_set_is_not_that_of_a_changed_source(
+    kind: str, change: Callable[[Path], object], tmp_path: Path
+) -> None:
+    source, out = MADE[kind](tmp_path / "in"), tmp_path / "set"
+    convert(source, out, SMALL)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert convert(source, out, SMALL) is None
+    change(source)
+    for start in (lambda: convert(source, out, SMALL), lambda: finish(out, source=source)):
+        with pytest.raises(UserError, match=f"{out}: is a set made from another source than {source}, or ") as caught:
+            start()
+        assert caught.value.exit_code == 2
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_set_is_not_made_from_another_source(tmp_path: Path) -> None:
+    a = folders(tmp_path / "A")
+    b = class_folders(tmp_path / "B" / "train", {"bus": 3, "car": 3}).parent
+    convert(a, tmp_path / "done", SMALL)
+    with pytest.raises(UserError, match=r"done: is a set made from another source than .*B, .* classes 'cat', 'dog'\)"):
+        convert(b, tmp_path / "done", SMALL)
+    convert(a, tmp_path / "begun", SMALL, Part(1, 2))
+    convert(a, tmp_path / "begun", SMALL, Part(2, 2))
+    for start in (lambda: convert(b, tmp_path / "begun", SMALL), lambda: finish(tmp_path / "begun", source=b)):
+        with pytest.raises(UserError, match=r"begun: was begun from .*A, not from .*B; give that") as caught:
+            start()
+        assert caught.value.exit_code == 2
+    for other in (tars, tables):
+        with pytest.raises(UserError, match="is a set made from another source than"):
+            convert(other(tmp_path / other.__name__), tmp_path / "done", SMALL)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_copy_is_the_same_source_and_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    source = MADE[kind](tmp_path / "in")
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    copy = tmp_path / "far" / "away" / "copy"
+    shutil.copytree(source, copy, copy_function=shutil.copyfile)
+    for path in copy.rglob("*"):
+        os.utime(path, (1, 1))
+    convert(source, tmp_path / "set", SMALL)
+    assert convert(copy, tmp_path / "set", SMALL) is None
+    convert(copy, tmp_path / "other", SMALL)
+    assert all(
+        (tmp_path / "other" / path.name).read_bytes() == path.read_bytes() for path in (tmp_path / "set").iterdir()
+    )
+
+
+def test_notes_and_doubts_name_no_place(tmp_path: Path) -> None:
+    source = folders(tmp_path / "in")
+    convert(source, tmp_path / "set", SMALL, Part(1, 3))
+    (source / "train" / "cat" / "late.jpg").write_bytes(jpeg(5))
+    os.utime(source / "train" / "cat", (1, 1))
+    outcome = convert(source, tmp_path / "set", SMALL)
+    assert outcome is not None
+    (doubt,) = outcome.manifest.made["doubts"]
+    assert doubt.startswith("train/cat: files came or went")
+    assert str(tmp_path) not in (tmp_path / "set" / "dataset.json").read_text()
+
+
+def test_files_that_add_nothing_change_no_source(tmp_path: Path) -> None:
+    source = folders(tmp_path / "in")
+    convert(source, tmp_path / "set", SMALL)
+    (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
+    os.utime(source / "train" / "dog" / "0.jpg", (1, 1))
+    assert convert(source, tmp_path / "set", SMALL) is None
+
+
+def test_the_same_listing_in_another_order_has_the_same_digest(tmp_path: Path) -> None:
+    first = class_folders(tmp_path / "in", {"a": 2, "b": 2})
+    digests = {scan(first, ScanOptions(), tmp_path / "spool").digest}
+    digests.add(scan(first, ScanOptions(val_fraction=0.5, seed=3), tmp_path / "spool").digest)
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("change", ["class", "tar"])
+def test_a_begun_conversion_says_that_its_source_has_grown(
+    change: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class folder or an archive more changes none of the folders and archives that were listed."""
+    source = folders(tmp_path / "in") if change == "class" else tars(tmp_path / "in")
+    convert(source, tmp_path / "set", SMALL, Part(1, 3))
+    if change == "class":
+        class_folders(source / "train", {"cow": 2})
+    else:
+        labelled_tar(source / "c.tar", [0])
+    with pytest.raises(UserError, match="--strict: the source was changed since it was listed"):
+        convert(source, tmp_path / "set", Options(shard_bytes=4000, scan=SMALL.scan, strict=True))
+    outcome = convert(source, tmp_path / "set", SMALL)
+    assert outcome is not None
+    said = "the source was changed since it was listed; the set is made of what was listed"
+    assert f"note: {said}" in capsys.readouterr().err
+    assert outcome.manifest.made["doubts"] == [said]
+    with pytest.raises(UserError, match="before it was changed"):
+        convert(source, tmp_path / "set", SMALL)
+
+
+@pytest.mark.parametrize("finishes", [False, True])
+@pytest.mark.parametrize("layout", [None, "folder"])
+def test_a_source_that_is_not_there_is_an_error(finishes: bool, layout: str | None, tmp_path: Path) -> None:
+    convert(folders(tmp_path / "in"), tmp_path / "set", SMALL)
+    command = Shard(tmp_path / "nowhere", out=tmp_path / "set", layout=layout, workers=1, finish=finishes)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="nowhere: no such file or folder") as caught:
+        command.run()
+    assert caught.value.exit_code == 2
+
+
+def test_another_layout_for_a_finished_set_is_refused(tmp_path: Path) -> None:
+    source = folders(tmp_path / "in")
+    convert(source, tmp_path / "set", SMALL)
+    with pytest.raises(UserError, match="read as 'folder', not 'webdataset'; leave out --from"):
+        convert(source, tmp_path / "set", Options(shard_bytes=4000, scan=ScanOptions(layout="webdataset", workers=1)))
+    assert Manifest.load(tmp_path / "set").made["source"] == "folder"
+
+
+@pytest.mark.parametrize("differs", ["tool", "source", "options"])
+def test_what_a_killed_scan_unpacked_is_not_used_by_another(
+    differs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tables(tmp_path / "in"), tmp_path / "set"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "save_plan", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, SMALL)
+    spooled = sorted((out / FOLDER / "spool").glob("*.bin"))
+    times = [path.stat().st_mtime_ns for path in spooled]
+    assert len(spooled) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "save_plan", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, SMALL)
+    assert [path.stat().st_mtime_ns for path in spooled] == times, "the same scan goes on with it"
+    options = SMALL
+    if differs == "tool":
+        monkeypatch.setattr("shards.convert.tool", lambda: "fat-pipeline 99")
+    elif differs == "source":
+        source = tables(tmp_path / "other")
+        (source / "train-1.parquet").unlink()
+    else:
+        options = Options(shard_bytes=4000, scan=ScanOptions(val_fraction=0.5, workers=1))
+    unpacked: list[Path] = []
+    unpack = parquet.unpack
+    monkeypatch.setattr(parquet, "unpack", lambda job, report: (unpacked.append(job.spool), unpack(job, report)))
+    for path in spooled:  # what would be mixed in
+        path.write_bytes(b"\0" * path.stat().st_size)
+    assert convert(source, out, options) is not None
+    assert not (out / "rejects.jsonl").exists()
+    assert len(unpacked) == (1 if differs == "source" else 2)
