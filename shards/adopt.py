@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from shards.errors import ConversionFailed, UserError, explained, reading
 from shards.images import Accepted, ImageRules, Rejected, accept
 from shards.index import INDEX_DTYPE, Index
-from shards.join import publish_manifest
+from shards.join import first_of, publish_manifest, say_notes, unused_records
 from shards.limits import MAX_ENCODED
 from shards.listing import Container
 from shards.lock import hold
@@ -28,8 +29,16 @@ from shards.redact import one_line
 from shards.regular import open_regular
 from shards.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
 from shards.sources.classes import numbered_classes, read_classes
+from shards.sources.doubts import (
+    Counts,
+    count_labels,
+    doubt_about_blank,
+    doubt_about_rejects,
+    doubts_about_classes,
+)
 from shards.sources.members import Member
 from shards.sources.splits import split_files
+from shards.sources.unused import UnusedEntry, merge
 from shards.sources.webdataset import read_tar, split_of
 from shards.work import Work
 from shards.writer import index_row
@@ -54,6 +63,11 @@ class Adopted:
     rows: Index
     """`INDEX_DTYPE` [samples]; `shard` is set when the tars are joined."""
     rejected: list[Reject]
+    labels: NDArray[np.int64]
+    """Of all samples, the rejected ones too; int64 [samples]."""
+    blank: int
+    """Images that are nearly black or of a single colour."""
+    unused: tuple[UnusedEntry, ...]
 
 
 def adopt(
@@ -62,12 +76,18 @@ def adopt(
     classes: Path | None = None,
     max_rejects: float = MAX_REJECTS,
     workers: int | None = None,
+    *,
+    strict: bool = False,
 ) -> Manifest:
     """Write the index and the manifest of `tars` into the folder in which they all lie.
 
+    Args:
+        strict: refuse tars with doubts.
+
     Raises:
         UserError: they do not lie in one folder, or it is a set already; a tar is damaged or has no samples.
-        ConversionFailed: more than the share `max_rejects` of the images cannot be used as they are.
+        ConversionFailed: more than the share `max_rejects` of the images cannot be used as they are, or there are
+            doubts and `strict` is set.
     """
     folders = {tar.absolute().parent for tar in tars}
     if len(folders) != 1:
@@ -84,7 +104,9 @@ def adopt(
         work.make()
         try:
             with hold(work.path / "index.lock", f"the index of {folder}"):
-                return _adopt(work, jobs, rules=rules, names=names, max_rejects=max_rejects, workers=workers)
+                return _adopt(
+                    work, jobs, rules=rules, names=names, max_rejects=max_rejects, workers=workers, strict=strict
+                )
         finally:
             # Only the work folder identifies files that a failed start published (the list of rejects).
             if (folder / MANIFEST_NAME).exists() or not work.has_published():
@@ -112,10 +134,19 @@ def _adopt(
     names: list[ClassEntry] | None,
     max_rejects: float,
     workers: int | None,
+    strict: bool,
 ) -> Manifest:
     with Progress("indexing", sum(job.tar.stat().st_size for job in jobs), "bytes") as progress:
         found = run_jobs(index_tar, jobs, workers, progress)
     rejects = [reject for one in found for reject in one.rejected]
+    top = max((int(one.labels.max()) for one in found), default=0)
+    if names is not None and top >= len(names):
+        raise UserError(f"--classes names {len(names)} classes, but label {top} occurs; add the others")
+    entries = tuple(names or numbered_classes(top))
+    doubts = _doubts(entries, found)
+    if strict and doubts:
+        say_notes(doubts)
+        raise ConversionFailed(f"{work.out}: --strict: {first_of(doubts)}; correct the tars, or leave --strict out")
     rejects_hash = settle_rejects(work, rejects, sum(len(one.rows) for one in found), max_rejects)
     splits: dict[str, list[Adopted]] = {}
     for one in found:
@@ -123,11 +154,8 @@ def _adopt(
             splits.setdefault(one.split, []).append(one)
     if not splits:
         raise ConversionFailed(f"{work.out}: no image can be used; see {work.out / REJECTS_NAME}")
-    top = max(int(one.rows["label"].max()) for ones in splits.values() for one in ones)
-    if names is not None and top >= len(names):
-        raise UserError(f"--classes names {len(names)} classes, but label {top} occurs; add the others")
     manifest = Manifest(
-        classes=tuple(names or numbered_classes(top)),
+        classes=entries,
         splits={split: _join(work, split, splits[split]) for split in sorted(splits)},
         made={
             "tool": tool(),
@@ -136,11 +164,25 @@ def _adopt(
             "class_run": {split: class_run([one.rows for one in ones]) for split, ones in sorted(splits.items())},
             "options": {"check": rules.check},
             "images": {split: {"rejected": count_reasons(rejects, split)} for split in sorted(splits)},
+            "unused": unused_records(merge(one.unused for one in found)),
+            "doubts": doubts,
             "rejects_hash": rejects_hash,
         },
     )
     publish_manifest(work, manifest)
     return manifest
+
+
+def _doubts(classes: tuple[ClassEntry, ...], found: list[Adopted]) -> list[str]:
+    listed: dict[str, Counts] = {}
+    late: list[str] = []
+    for split in sorted({one.split for one in found}):
+        ones = [one for one in found if one.split == split]
+        listed[split] = count_labels(np.concatenate([one.labels for one in ones]), len(classes))
+        kept = count_labels(np.concatenate([one.rows["label"] for one in ones]), len(classes))
+        late += doubt_about_rejects(split, classes, listed[split], kept)
+        late += doubt_about_blank(split, sum(one.blank for one in ones), int(kept.sum()))
+    return [*doubts_about_classes(classes, listed), *late]
 
 
 def class_run(shards: list[Index]) -> float:
@@ -165,12 +207,12 @@ def index_tar(job: AdoptJob, report: Report) -> Adopted:
         StorageFailed: it cannot be read.
     """
     container = Container.of(job.tar)
-    samples, _ = read_tar(job.tar)
+    samples, unused = read_tar(job.tar)
     rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
     split = split_of(job.tar, job.tar.parent)
     rejected: list[Reject] = []
     digest = xxhash.xxh3_64()
-    kept = 0
+    kept = blank = 0
     with reading(job.tar), os.fdopen(open_regular(job.tar), "rb", buffering=0) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
@@ -182,13 +224,15 @@ def index_tar(job: AdoptJob, report: Report) -> Adopted:
                 image = _as_it_is(_read_image(file.fileno(), sample.image), job.rules)
                 rows[kept] = index_row(image, sample.label, sample.image.offset, 0)
                 kept += 1
+                blank += image.blank
             except Rejected as error:
                 where = f"{one_line(job.tar.name)}/{one_line(sample.image.name)}"
                 rejected.append(Reject(split=split, image=where, reason=one_line(str(error))))
         if not container.is_still(os.fstat(file.fileno())) or size != container.size:
             raise ConversionFailed(f"{job.tar}: was written to while it was indexed; run the same command again")
     entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
-    return Adopted(split, entry, rows[:kept], rejected)
+    labels = np.array([sample.label for sample in samples], dtype=np.int64)
+    return Adopted(split, entry, rows[:kept], rejected, labels, blank, unused)
 
 
 def _read_image(handle: int, member: Member) -> bytes:

@@ -103,7 +103,7 @@ class Shard:
         out = self.out or default_out(self.source)
         options = self._options()
         if self.finish:
-            outcome = finish(out, self.max_rejects, self.workers)
+            outcome = finish(out, self.max_rejects, self.workers, source=self.source, strict=self.strict)
         else:
             part = Part.parse(self.part) if self.part is not None else None
             outcome = convert(self.source, out, options, part)
@@ -113,16 +113,9 @@ class Shard:
                 )
                 return 0
         if outcome is None:
-            _say(f"{out}: already complete, so nothing was read; another source needs another --out")
+            _say(f"{out}: already complete, and {self.source} is what it was made from")
             return 0
-        parts = [f"{split.samples:,} {name}" for name, split in outcome.manifest.splits.items()]
-        _say(
-            f"{out}: {' + '.join(parts)} images of {len(outcome.manifest.classes):,} classes, "
-            f"{outcome.repaired:,} repaired, {outcome.rejected:,} rejected"
-        )
-        for entry in outcome.unused:
-            _say(f"not used: {entry.count:,} {entry.kind}: {entry.reason} (such as {entry.example})")
-        return 0
+        return _say_summary(out)
 
     def _options(self) -> Options:
         from shards.beton import BetonOptions
@@ -220,6 +213,9 @@ class Index:
     max_rejects: Share = 0.001
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
+    strict: bool = False
+    """Refuse tars in which something may well be a mistake, instead of noting it."""
+
     workers: Workers | None = None
     """Processes (default: one per core)."""
 
@@ -230,12 +226,15 @@ class Index:
         if not self.tars:
             raise UserError("no tars given")
         check_ranges(self)
-        manifest = adopt(list(self.tars), ImageRules(check=self.check), self.classes, self.max_rejects, self.workers)
-        folder = self.tars[0].absolute().parent
-        for split, entry in manifest.splits.items():
-            run = manifest.made["class_run"][split]
-            _say(f"{folder}: {entry.samples:,} {split} images in {len(entry.shards):,} tars, class runs of {run:g}")
-        return 0
+        adopt(
+            list(self.tars),
+            ImageRules(check=self.check),
+            self.classes,
+            self.max_rejects,
+            self.workers,
+            strict=self.strict,
+        )
+        return _say_summary(self.tars[0].absolute().parent)
 
 
 @dataclass(frozen=True)
@@ -281,6 +280,15 @@ def _open(location: Path, digest: str | None) -> ShardSet:
 
 def _say_written(out: Path, written: dict[str, int]) -> int:
     _say(f"{out}: " + ", ".join(f"{n:,} {split} images" for split, n in sorted(written.items())))
+    return 0
+
+
+def _say_summary(out: Path) -> int:
+    from shards.dataset import ShardSet
+    from shards.summary import summarize
+
+    for line in summarize(ShardSet(out)):
+        _say(line)
     return 0
 
 

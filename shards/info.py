@@ -96,7 +96,10 @@ def _treatment(shard_set: ShardSet) -> Table:
             for reason, count in reasons.items():
                 table.add_row(_text(f"{what} in {split}"), _text(f"{count:,}: {reason}"))
     for entry in made.get("unused", []):
-        table.add_row("not used", _text(f"{entry['count']:,} {entry['kind']}: {entry['reason']}"))
+        example = f"(such as {entry['example']})"
+        table.add_row("not used", _text(f"{entry['count']:,} {entry['kind']}: {entry['reason']} {example}"))
+    for note in made.get("notes", []):
+        table.add_row("note", _text(note))
     for doubt in made.get("doubts", []):
         table.add_row("doubt", _text(doubt))
     return table

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from shards.errors import ConversionFailed
@@ -58,3 +60,13 @@ def settle_rejects(work: Work, rejects: list[Reject], kept: int, max_share: floa
 def count_reasons(rejects: list[Reject], split: str) -> dict[str, int]:
     """Reason -> images, of a split."""
     return dict(sorted(Counter(reject["reason"] for reject in rejects if reject["split"] == split).items()))
+
+
+def first_rejects(folder: Path) -> dict[tuple[str, str], str]:
+    """Return the first image of each (split, reason) in a set's list; empty where the list is gone or damaged."""
+    first: dict[tuple[str, str], str] = {}
+    with suppress(OSError, ValueError, LookupError, TypeError), (folder / REJECTS_NAME).open(encoding="utf-8") as lines:
+        for line in lines:
+            reject = json.loads(line)
+            first.setdefault((reject["split"], reject["reason"]), reject["image"])
+    return first

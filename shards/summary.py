@@ -1,0 +1,77 @@
+"""The summary of a set: what became of each file of its source, as plain lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from shards.dataset import ShardSet
+from shards.rejects import REJECTS_NAME, first_rejects
+from shards.sources.doubts import count_labels
+
+SHOWN = 10
+"""Reasons of each kind that are listed, those of most images first."""
+
+
+def summarize(shard_set: ShardSet) -> Iterator[str]:
+    """Yield the lines: totals, splits and classes, what was repaired, rejected and not used, notes and doubts."""
+    manifest = shard_set.manifest
+    made, splits, classes = manifest.made, manifest.splits, manifest.classes
+    images = made.get("images", {})
+    repaired = {split: counts.get("repaired", {}) for split, counts in images.items()}
+    rejected = {split: counts.get("rejected", {}) for split, counts in images.items()}
+    unused = sorted(made.get("unused", []), key=lambda one: -one["count"])
+    not_used = f", {sum(one['count'] for one in unused):,} not used" if unused else ""
+    yield (
+        f"{shard_set.path}: {' + '.join(f'{entry.samples:,} {split}' for split, entry in splits.items())} images of "
+        f"{_count(len(classes), 'class')}, {_total(repaired):,} repaired, {_total(rejected):,} rejected{not_used}"
+    )
+    for split, entry in splits.items():
+        each = count_labels(shard_set.index(split)["label"], len(classes))
+        present = each[each > 0]
+        fewest, most = int(present.min()), int(present.max())
+        yield (
+            f"{split}: {_count(entry.samples, 'image')} of {_count(len(present), 'class')}, "
+            f"{f'{most:,}' if fewest == most else f'{fewest:,} to {most:,}'} each, in "
+            f"{_count(len(entry.shards), 'shard')}"
+        )
+        if split in made.get("class_run", {}):
+            yield f"{split}: in the order of the tars, in which runs of one class are {made['class_run'][split]:g} long"
+    yield from _shortened(
+        f"repaired: {count:,} {split}: {reason}, re-encoded as a plain JPEG"
+        for split, reason, count in _sorted(repaired)
+    )
+    examples = first_rejects(shard_set.path) if _total(rejected) else {}
+    yield from _shortened(
+        f"rejected: {count:,} {split}: {reason} (such as {examples.get((split, reason), 'one of its files')})"
+        for split, reason, count in _sorted(rejected)
+    )
+    if examples:
+        yield f"rejected: all are listed in {shard_set.path / REJECTS_NAME}"
+    yield from _shortened(
+        f"not used: {one['count']:,} {one['kind']}: {one['reason']} (such as {one['example']})" for one in unused
+    )
+    yield from (f"note: {line}" for line in made.get("notes", []))
+    yield from (f"doubt: {line}" for line in made.get("doubts", []))
+
+
+def _count(number: int, what: str) -> str:
+    ending = "" if number == 1 else "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{ending}"
+
+
+def _total(counts: Mapping[str, Mapping[str, int]]) -> int:
+    return sum(sum(reasons.values()) for reasons in counts.values())
+
+
+def _sorted(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, int]]:
+    """Split, reason and images; most images first."""
+    flat = [(split, reason, count) for split, reasons in counts.items() for reason, count in reasons.items()]
+    return sorted(flat, key=lambda one: -one[2])
+
+
+def _shortened(lines: Iterable[str]) -> list[str]:
+    listed = list(lines)
+    if len(listed) <= SHOWN:
+        return listed
+    kind = listed[0].partition(":")[0]
+    return [*listed[:SHOWN], f"{kind}: for {len(listed) - SHOWN:,} more reasons, which dataset.json lists"]
