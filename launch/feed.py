@@ -72,7 +72,7 @@ class Feed:
         return self.recipe.model.classes or len(self.dataset.manifest.classes)
 
     def advice(self) -> list[str]:
-        """Warnings about sizes with which no GPU can be busy, or that the paper's recipe was not made for."""
+        """Warnings about sizes that keep no GPU busy or that the recipe was not made for, and doubts about the data."""
         lines = []
         rows, wanted = self.shape.micro_rows, MIN_ROWS_PER_GPU
         if self.world.device.type == "cuda" and rows < wanted:
@@ -86,6 +86,7 @@ class Feed:
                 "see docs/training.md, Large batches, for the learning rate and warm-up"
             )
         manifest = self.dataset.manifest
+        lines += [f"note: {self.dataset.path}: {doubt}" for doubt in manifest.made.get("doubts", [])]
         if not manifest.shuffled:
             run = manifest.made.get("class_run", {}).get("train", 1.0)
             lines.append(
