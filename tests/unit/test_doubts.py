@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from launch.command_line import parse
+from launch.feed import Feed
+from launch.world import World
 from shards.adopt import adopt
 from shards.convert import Options, convert, finish
 from shards.errors import ConversionFailed, UserError
@@ -249,3 +253,14 @@ def test_a_share_of_classes_of_one_image_is_refused(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", {"a": 1, "b": 1})
     with pytest.raises(UserError, match="no class has more than one image"):
         scan(source, ScanOptions(val_fraction=0.5), tmp_path / "spool")
+
+
+def test_training_repeats_the_doubts(tmp_path: Path) -> None:
+    class_folders(tmp_path / "in" / "train", {"a": 2, "b": 2})
+    class_folders(tmp_path / "in" / "val", {"a": 2}, first=100)
+    convert(tmp_path / "in", tmp_path / "set", ONE)
+    recipe = parse(
+        ["--data", f"{tmp_path / 'set'}", "--out", f"{tmp_path / 'run'}", "--size", "32", "--global-batch", "4"]
+    )
+    feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
+    assert feed.advice() == [f"note: {tmp_path / 'set'}: 1 class has no validation images: 'b'"]
