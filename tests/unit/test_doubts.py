@@ -148,6 +148,7 @@ def test_tars_have_the_same_doubts_as_folders(tmp_path: Path) -> None:
     )
 
 
+NOISE = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
 BLACK = encoded(Image.new("RGB", (64, 64), (12, 12, 12)))
 
 
@@ -159,6 +160,9 @@ BLACK = encoded(Image.new("RGB", (64, 64), (12, 12, 12)))
         (encoded(Image.new("L", (64, 64), 255)), True),
         (encoded(Image.fromarray(np.full((64, 64), 4095, np.uint16) >> 8), "PNG"), True),  # 12 bits in 16
         (encoded(Image.new("RGB", (64, 64), "white"), "PNG"), True),
+        (encoded(Image.fromarray(NOISE // 16)), True),  # nearly black, of many values
+        (encoded(Image.fromarray(NOISE // 16), "PNG"), True),
+        (encoded(Image.fromarray(NOISE // 4)), False),
         (jpeg(1, 64), False),
         (encoded(Image.new("RGB", (8, 8), "red")), False),  # too small to tell
         (encoded(Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)), "PNG"), False),

@@ -12,11 +12,14 @@ import pytest
 from shards.commands import Shard
 from shards.convert import Options, convert, finish
 from shards.errors import UserError
+from shards.listing import Container, ListingBuilder
 from shards.manifest import Manifest
 from shards.parts import Part
 from shards.sources import parquet
+from shards.sources.classes import numbered_classes
+from shards.sources.identity import digest_of_listing
 from shards.sources.recognise import scan
-from shards.sources.scan import ScanOptions
+from shards.sources.scan import Scan, ScanOptions
 from shards.work import FOLDER, Work
 from tests.support.sources import class_folders, jpeg, labelled_tar
 
@@ -68,6 +71,7 @@ CHANGES: list[tuple[str, str, Callable[[Path], object]]] = [
     ("parquet", "a file less", lambda root: (root / "train-1.parquet").unlink()),
     ("parquet", "a row more", lambda root: write_table(root / "train-1.parquet", [0, 1, 1])),
     ("parquet", "other labels", lambda root: write_table(root / "train-1.parquet", [1, 1])),
+    ("parquet", "labels exchanged", lambda root: write_table(root / "train-1.parquet", [1, 0])),
     ("parquet", "a file renamed", lambda root: (root / "train-1.parquet").rename(root / "train-9.parquet")),
 ]
 
@@ -143,7 +147,16 @@ def test_files_that_add_nothing_change_no_source(tmp_path: Path) -> None:
     assert convert(source, tmp_path / "set", SMALL) is None
 
 
-def test_the_same_listing_in_another_order_has_the_same_digest(tmp_path: Path) -> None:
+def test_labels_count_where_names_do_not_tell_them() -> None:
+    digests = set()
+    for labels in ((0, 1), (1, 0), (0, 0)):
+        builder = ListingBuilder()
+        builder.add_ranges(Container(Path("a"), 9, 9), [(b"%d" % i, i, 1, label) for i, label in enumerate(labels)])
+        digests.add(digest_of_listing(Scan("webdataset", numbered_classes(1), {"train": builder.build()})))
+    assert len(digests) == 3
+
+
+def test_options_are_no_part_of_the_source(tmp_path: Path) -> None:
     first = class_folders(tmp_path / "in", {"a": 2, "b": 2})
     digests = {scan(first, ScanOptions(), tmp_path / "spool").digest}
     digests.add(scan(first, ScanOptions(val_fraction=0.5, seed=3), tmp_path / "spool").digest)
