@@ -45,6 +45,7 @@ MIB = 2**20
 LISTING_WAIT = 4 * 3600.0
 """Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
 _LOOKED_AT = 10_000  # folders of the source; a source may have one for every image
+_PATH = r"(?<![^\s'\"(])"  # at the beginning of a path
 Format = Literal["tar", "ffcv", "both"]
 
 
@@ -245,9 +246,11 @@ def _source_name(source: Path) -> str:
 
 def _without_place(line: str, source: Path) -> str:
     """Return a line about the source with paths below it, as they are kept in dataset.json: a copy gives the same."""
-    for folder in (source.absolute(), source.absolute().parent):
-        if folder != folder.parent:
-            line = re.sub(rf"(?<![^\s'\"(]){re.escape(str(folder))}/", "", line)
+    here, above = (re.escape(str(path)) for path in (source.absolute(), source.absolute().parent))
+    line = re.sub(rf"{_PATH}{here}/", "", line)
+    line = re.sub(rf"{_PATH}{here}(?![^\s:;,'\")])", "the source", line)
+    if above != "/":
+        line = re.sub(rf"{_PATH}{above}/", "", line)
     return one_line(line)[:MAX_TEXT]
 
 

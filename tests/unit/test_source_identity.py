@@ -41,13 +41,13 @@ def tables(root: Path) -> Path:
     return root
 
 
-def write_table(path: Path, labels: list[int]) -> None:
+def write_table(path: Path, labels: list[int], metadata: dict[bytes, bytes] | None = None) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     images = [{"bytes": jpeg(i), "path": None} for i in range(len(labels))]
-    pq.write_table(pa.table({"image": images, "label": labels}), path)
+    pq.write_table(pa.table({"image": images, "label": labels}, metadata=metadata), path)
 
 
 MADE: dict[str, Callable[[Path], Path]] = {"folder": folders, "tars": tars, "parquet": tables}
@@ -137,6 +137,19 @@ def test_notes_and_doubts_name_no_place(tmp_path: Path) -> None:
     (doubt,) = outcome.manifest.made["doubts"]
     assert doubt.startswith("train/cat: files came or went")
     assert str(tmp_path) not in (tmp_path / "set" / "dataset.json").read_text()
+
+
+def test_notes_of_a_single_file_name_no_place(tmp_path: Path) -> None:
+    """Hugging Face's metadata is damaged, which the note says of the file's whole path."""
+    made = []
+    for name in ("one", "two"):
+        file = tmp_path / name / f"{name}.parquet"
+        write_table(file, [0, 1], metadata={b"huggingface": b"{"})
+        outcome = convert(file, tmp_path / f"{name}-set", SMALL)
+        assert outcome is not None
+        made.append(outcome.manifest.made["notes"])
+    assert made[0] == made[1] != []
+    assert made[0][0].startswith("the source: its Hugging Face metadata is damaged")
 
 
 def test_files_that_add_nothing_change_no_source(tmp_path: Path) -> None:
