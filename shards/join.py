@@ -93,6 +93,10 @@ def join(
         },
     )
     publish_manifest(work, manifest)
+    rewritten = sum(shard.rewritten for shard in done.values())
+    if rewritten:  # not kept in the manifest: where the same bytes were put back, the set is the same
+        fact = f"{rewritten:,} files were written to after they were listed, with the same size"
+        say_notes([f"{fact}; the set has what they held when they were read"])
     work.close()
     repaired = sum(sum(shard.repaired.values()) for shard in done.values())
     return Outcome(manifest, len(rejects), repaired)
@@ -126,12 +130,6 @@ def _late_doubts(work: Work, plan: Plan, done: Done) -> list[str]:
             lines += doubt_about_rejects(split, plan.classes, listed, kept)
         samples = sum(record.samples for record in shards.values())
         lines += doubt_about_blank(split, sum(record.blank for record in shards.values()), samples)
-    rewritten = sum(record.rewritten for record in done.values())
-    if rewritten:
-        lines.append(
-            f"{rewritten:,} files were written to after they were listed, with the same size; the set has what they "
-            "held when they were read"
-        )
     return lines
 
 

@@ -359,6 +359,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
     assert not (out / "dataset.json").exists()
     for name, data in originals.items():
         (source / name).write_bytes(data)
+        os.utime(source / name, (1, 1))  # put back at another time
     convert(source, out, options)
     assert contents(out) == contents(tmp_path / "undisturbed")
 
