@@ -37,7 +37,7 @@ class DaliDecoder:
         device: where the images shall be; a CUDA device makes DALI decode there.
         threads: that decode, or prepare decoding.
         ahead: batches in the works at once.
-        evaluation: jobs carry `resize` and `anchor`.
+        evaluation: jobs carry regions.
         normalisation: to be done too, giving float32; None = uint8.
         settings: of them, the GPU decoder's.
     """
@@ -104,9 +104,9 @@ class DaliDecoder:
         if not self._on_gpu:
             return inputs
         if self.evaluation:
-            assert job.resize is not None
-            assert job.anchor is not None
-            return (*inputs, job.resize.astype(np.float32), job.anchor)
+            assert job.region is not None
+            start, extent = np.split(job.region, 2, axis=1)
+            return (*inputs, start.astype(np.float32), (start + extent).astype(np.float32))
         flip = np.zeros(n, np.bool_) if job.flip is None else job.flip
         return (*inputs, flip.astype(np.int32).reshape(n, 1))
 
@@ -149,10 +149,9 @@ class DaliDecoder:
     def _resized(self, images: Any, *rest: Any) -> Any:
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
         if self.evaluation:
-            resize, anchor = rest
-            images = fn.slice(
-                fn.resize(images, size=resize, **cubic), start=anchor, shape=[self.size, self.size], axis_names="HW"
-            )
+            # DALI's filter reads beyond a region of interest where the image goes on there (`DecodeJob.region`).
+            region = {"roi_start": rest[0], "roi_end": rest[1], "roi_relative": False}
+            images = fn.resize(images, size=[self.size, self.size], **region, **cubic)
             mirror = {}
         else:
             images = fn.resize(images, size=[self.size, self.size], **cubic)

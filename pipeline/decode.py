@@ -39,9 +39,9 @@ class DecodeError(UserError):
 class DecodeJob:
     """What becomes of each image of a batch. All arrays have n rows.
 
-    The window is cut from the image, resized to `resize` and, where that is larger than the output, cut to the output
-    size at `anchor`. Training hands in random windows and resizes them to the output size; evaluation hands in whole
-    images.
+    The window is cut from the image, and its region is resized to the output size. Near the region's borders, the
+    filter reads pixels of the window that lie outside of the region, so the result is the same as that of resizing the
+    whole window and cutting the output from it. Training resizes whole random windows.
     """
 
     encoded: Encoded
@@ -49,10 +49,20 @@ class DecodeJob:
     """int32 [n, 4]: y, x, height, width in source pixels."""
     flip: NDArray[np.bool_] | None = None
     """bool [n]; None = nowhere."""
-    resize: NDArray[np.int32] | None = None
-    """int32 [n, 2]: height, width after resizing; None = the output size."""
-    anchor: NDArray[np.int32] | None = None
-    """int32 [n, 2]: y, x of the output's corner in the resized image; goes with `resize`."""
+    region: NDArray[np.float64] | None = None
+    """float64 [n, 4]: y, x, height, width of what becomes the output, in pixels of the window; None = the window."""
+
+    def resized_windows(self, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Size of each window when its region has `size` pixels a side, and the region's corner in it.
+
+        Returns:
+            float64 [n, 2] each: height and width, y and x. Whole numbers where resizing the window and cutting the
+            output from it is possible.
+        """
+        if self.region is None:
+            return np.full((len(self.window), 2), float(size)), np.zeros((len(self.window), 2))
+        scale = size / self.region[:, 2:]
+        return self.window[:, 2:] * scale, self.region[:, :2] * scale
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def make_decoder(
     """A decoder of batches of up to `batch` rows, `size` pixels a side; libraries are imported only where needed.
 
     Args:
-        evaluation: its jobs carry `resize` and `anchor`.
+        evaluation: its jobs carry regions.
         normalisation: to be done by the decoder.
 
     Raises:

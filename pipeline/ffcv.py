@@ -123,10 +123,12 @@ def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:
     n = len(job.encoded.ids)
     rows = job.encoded.rows
     sides = np.stack([rows["height"], rows["width"]], axis=1)
-    resize = np.full((n, 2), size) if job.resize is None else job.resize
-    anchor = np.zeros((n, 2)) if job.anchor is None else job.anchor
+    # OpenCV resizes windows of whole pixels to whole pixels: of an image that was cut, this may be half a pixel off.
+    resize, anchor = map(np.rint, job.resized_windows(size))
     flip = np.zeros(n) if job.flip is None else job.flip
-    return np.concatenate([sides, job.window, resize, anchor, flip[:, None]], axis=1).astype(np.int64)
+    return np.concatenate([sides, job.window, resize, np.minimum(anchor, resize - size), flip[:, None]], axis=1).astype(
+        np.int64
+    )
 
 
 @njit(nogil=True)

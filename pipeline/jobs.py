@@ -25,6 +25,10 @@ from shards.dataset import ShardSet
 
 # The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
 CROP_PCT = 0.875
+# The longer side over the shorter one above which an image is cut before it is resized for evaluation.
+MAX_ASPECT = 8
+# Source pixels on either side of its centre that the bicubic filter reads, times the scale where it shrinks.
+CUBIC_SUPPORT = 2
 # Steps whose mixing is drawn at once: a sixteenth of the numpy calls of drawing it step by step.
 MIX_STEPS = 16
 
@@ -149,9 +153,8 @@ class EvalJobs(Jobs):
 
     def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
         heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
-        window = np.stack([np.zeros_like(heights), np.zeros_like(widths), heights, widths], axis=1)
-        resize, anchor = eval_geometry(heights, widths, self.size, self.crop_pct)
-        return PreparedBatch(DecodeJob(encoded=encoded, window=window, resize=resize, anchor=anchor), portion)
+        window, region = eval_windows(heights, widths, self.size, self.crop_pct)
+        return PreparedBatch(DecodeJob(encoded=encoded, window=window, region=region), portion)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +208,25 @@ def eval_geometry(
     resize = short * sides // sides.min(axis=1, keepdims=True)
     anchor = np.rint((resize - size) / 2).astype(np.int32)
     return resize.astype(np.int32), anchor
+
+
+def eval_windows(
+    heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Windows and regions of `DecodeJob` for `eval_geometry`: int32 [n, 4] and float64 [n, 4].
+
+    The window is the whole image, or, where one side is more than `MAX_ASPECT` times the other, the part of it that the
+    filter reads for the centre crop: resized as a whole, an image of 65,500 x 2 pixels would take 6 GB.
+    """
+    sides = np.stack([heights, widths], axis=1).astype(np.float64)
+    resize, anchor = eval_geometry(heights, widths, size, crop_pct)
+    scale = sides / resize
+    start, extent = anchor * scale, size * scale
+    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # 1: rounding of the filter's ends
+    extreme = sides > MAX_ASPECT * sides.min(axis=1, keepdims=True)
+    low = np.where(extreme, np.floor(start - reach).clip(0), 0)
+    high = np.where(extreme, np.minimum(np.ceil(start + extent + reach), sides), sides)
+    return np.hstack([low, high - low]).astype(np.int32), np.hstack([start - low, extent])
 
 
 def _filled(ids: Ids) -> Ids:

@@ -1,7 +1,8 @@
 """Resize, cut, flip and normalise decoded images of many sizes, on CPU threads.
 
 torch's bicubic resize of uint8 images (antialiased, AVX2) follows Pillow's arithmetic: it differs from PIL's by
-rounding alone (2 levels at most), and takes a tenth of the time of DALI's, which works in floating point.
+rounding alone (2 levels at most), and takes a tenth of the time of DALI's, which works in floating point. It knows no
+regions that begin or end within a pixel; those of images of extreme aspect ratios are resized by Pillow itself.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from types import TracebackType
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch.nn import functional
 
 from pipeline.augment.recipe import scale_and_offset
@@ -22,6 +24,7 @@ from pipeline.recycle import Recycler
 IMAGES_PER_TASK = 8
 
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float64]
 
 
 class Resizer:
@@ -46,13 +49,19 @@ class Resizer:
             windows: of each image what the job's window says, uint8 [height, width, 3]; not used after the return.
         """
         n, size = len(windows), self._size
+        heights_widths, corners = job.resized_windows(size)
         dtype = torch.uint8 if self._row is None else torch.float32
         out = self._buffers.empty((n, size, size, 3), dtype)
         rows = out.numpy()
 
         def some(start: int) -> None:
             for i in range(start, min(start + IMAGES_PER_TASK, n)):
-                self._finish(self._resized(windows[i], job, i), job.flip is not None and job.flip[i], rows[i])
+                if _whole(heights_widths[i]) and _whole(corners[i]):
+                    pixels = self._cut(windows[i], np.rint(heights_widths[i]), np.rint(corners[i]))
+                else:
+                    assert job.region is not None
+                    pixels = self._resized_region(windows[i], job.region[i])
+                self._finish(pixels, job.flip is not None and job.flip[i], rows[i])
 
         for _ in self._pool.map(some, range(0, n, IMAGES_PER_TASK)):
             pass
@@ -64,17 +73,20 @@ class Resizer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _resized(self, window: Pixels, job: DecodeJob, i: int) -> Pixels:
-        size = self._size
-        height, width = (size, size) if job.resize is None else map(int, job.resize[i])
+    def _cut(self, window: Pixels, resize: Floats, corner: Floats) -> Pixels:
+        """Resize the whole window, and cut the output from it."""
+        (height, width), (top, left) = resize.astype(int).tolist(), corner.astype(int).tolist()
         image = torch.from_numpy(window)[None].permute(0, 3, 1, 2)
         if window.shape[:2] != (height, width):
             image = functional.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
         pixels: Pixels = image[0].permute(1, 2, 0).numpy()
-        if job.anchor is None:
-            return pixels
-        top, left = map(int, job.anchor[i])
-        return pixels[top : top + size, left : left + size]
+        return pixels[top : top + self._size, left : left + self._size]
+
+    def _resized_region(self, window: Pixels, region: Floats) -> Pixels:
+        y, x, height, width = region.tolist()
+        box = (x, y, min(x + width, window.shape[1]), min(y + height, window.shape[0]))  # rounded, it may end outside
+        image = Image.fromarray(window).resize((self._size, self._size), Image.Resampling.BICUBIC, box)
+        return np.asarray(image)
 
     def _finish(self, pixels: Pixels, flip: bool | np.bool_, out: NDArray[np.uint8] | NDArray[np.float32]) -> None:
         # In numpy: torch would wake a team of threads for every copy of this size.
@@ -89,3 +101,8 @@ class Resizer:
         scale, offset = self._row
         np.multiply(pixels.reshape(self._size, -1), scale, out=values)
         np.add(values, offset, out=values)
+
+
+def _whole(values: Floats) -> bool:
+    """Whether these are whole numbers, but for rounding."""
+    return bool(np.abs(values - np.rint(values)).max() < 1e-6)

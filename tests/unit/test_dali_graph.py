@@ -18,7 +18,7 @@ from PIL import Image
 from pipeline import dali
 from pipeline.dali import DaliDecoder
 from pipeline.decode import DecodeJob
-from pipeline.loader import eval_geometry
+from pipeline.jobs import eval_geometry, eval_windows
 
 SIZE = 64
 PHOTOS = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea")]
@@ -45,10 +45,10 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dali, "Pipeline", lambda device_id, **options: Pipeline(device_id=None, **options))
 
 
-def decoded(evaluation: bool, **job: Any) -> np.ndarray:
-    images = [encoded(photo) for photo in PHOTOS]
-    sizes = np.array([photo.size[::-1] for photo in PHOTOS], np.int32)
-    window = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
+def decoded(evaluation: bool, photos: list[Image.Image] = PHOTOS, **job: Any) -> np.ndarray:
+    images = [encoded(photo) for photo in photos]
+    sizes = np.array([photo.size[::-1] for photo in photos], np.int32)
+    window = job.pop("window", np.concatenate([np.zeros_like(sizes), sizes], axis=1))
     decoder = DaliDecoder(size=SIZE, batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
     # A batch may be smaller than the largest.
     whole = DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window, **job)  # type: ignore[arg-type]
@@ -95,9 +95,10 @@ def test_arrays_that_dali_reads_without_a_copy_are_kept_until_it_has_read_them(
 
 def test_evaluation(on_a_cpu: None) -> None:
     widths, heights = np.array([photo.size for photo in PHOTOS], np.int32).T
-    resize, anchor = eval_geometry(heights, widths, SIZE)
-    found = decoded(True, resize=resize, anchor=anchor)
+    window, region = eval_windows(heights, widths, SIZE)
+    found = decoded(True, window=window, region=region)
     expected = []
+    resize, anchor = eval_geometry(heights, widths, SIZE)
     for photo, (high, wide), (y, x) in zip(PHOTOS, resize.tolist(), anchor.tolist(), strict=True):
         small = photo.resize((wide, high), Image.Resampling.BICUBIC)
         expected.append(np.asarray(small.crop((x, y, x + SIZE, y + SIZE))))

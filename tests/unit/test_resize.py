@@ -51,10 +51,11 @@ def test_training_windows_are_pils_but_for_rounding(photo: NDArray[np.uint8]) ->
 
 def test_evaluation_is_resized_whole_and_cut_at_the_anchor(photo: NDArray[np.uint8]) -> None:
     n = len(WINDOWS)
-    resize_to = np.tile(np.array([[80, 96]], np.int32), (n, 1))
-    anchor = np.tile(np.array([[3, 17]], np.int32), (n, 1))
+    scale = np.array(WINDOWS)[:, 2:] / (80, 96)
+    region = np.hstack([(3, 17) * scale, SIZE * scale])
+    assert len(region) == n
     with Resizer(size=SIZE, threads=1, normalisation=None) as resize:
-        batch = resize(cut(photo), job(resize=resize_to, anchor=anchor)).numpy().astype(np.int16)
+        batch = resize(cut(photo), job(region=region)).numpy().astype(np.int16)
     for shown, window in zip(batch, cut(photo), strict=True):
         assert np.abs(shown - by_pil(window, 80, 96)[3 : 3 + SIZE, 17 : 17 + SIZE]).max() <= 2
 
