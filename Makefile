@@ -44,7 +44,7 @@ $(FOR_TESTS): $(INSTALLED)
 	@$(HAVE_FFCV) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(FFCV_NEEDS) >/dev/null; }
 	@$(HAVE_FFCV) || echo "note: FFCV cannot be built here, its tests will be skipped; install $(FFCV_NEEDS)"
-	@$(PIP_INSTALL) -e ".[demo,dev,onnx,remote,parquet,track$$($(HAVE_FFCV) && echo ,ffcv)]"
+	@$(PIP_INSTALL) -e ".[demo,dev,onnx,remote,parquet,formats,track$$($(HAVE_FFCV) && echo ,ffcv)]"
 	@touch $@
 
 demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.png, curves.png in demo/

@@ -112,6 +112,11 @@ def count_scans(data: bytes, header: JpegHeader, most: int) -> int:
     return bound if bound <= min(MAX_SCANS, most) else _walk_scans(data, header.scans_at, most)
 
 
+def has_profile(data: bytes, header: JpegHeader) -> bool:
+    """Return whether an ICC profile seems to stand before the first scan (ICC.1, annex B.4)."""
+    return data.find(b"ICC_PROFILE\0", 0, header.scans_at) >= 0
+
+
 def _walk_scans(data: bytes, at: int, most: int) -> int:
     scans = 0
     for _ in range(MAX_SEGMENTS):

@@ -12,12 +12,17 @@ MAX_ENCODED = 512 * 2**20
 MAX_PIXELS = 100_000_000
 """Width times height: as much as the largest digital cameras make. Every decoder's work grows with it."""
 
+MAX_SHRUNK_PIXELS = 1_000_000_000
+"""Width times height of a JPEG that is shrunk while it is decoded, which takes memory for the smaller image alone, and
+3 to 10 seconds at this size: aerial and microscope photos."""
+
 MAX_SIDE = 65_500
 """Pixels of the longer side: the limit of libjpeg (JPEG_MAX_DIMENSION), in which every kept image is stored."""
 
 MAX_DECODE_MEMORY = 2**30
-"""Bytes that decoding one image may take in a worker, estimated from its header: enough for 100 megapixels of every
-format but WebP and progressive CMYK, and little enough for a worker per core on machines with 2 GB per core."""
+"""Bytes that decoding one image may take in a worker, estimated from its header: enough for 100 megapixels of most
+formats (not of progressive CMYK, WebP, AVIF, HEIF, JPEG XL and JPEG 2000), and little enough for a worker per core on
+machines with 2 GB per core."""
 
 MAX_SCANS = 64
 """Scans of a JPEG that is kept byte for byte. libjpeg writes 10 (18 for CMYK), mozjpeg and jpegrescan up to about 15;
@@ -40,6 +45,16 @@ MAX_STRIPS = 1_000_000
 
 MAX_RUN_LENGTH_BMP = 16 * 2**20
 """Bytes of a run-length encoded BMP, which Pillow decodes in Python, about 2 MB a second."""
+
+MAX_PYTHON_SAMPLES = 24_000_000
+"""Pixels times channels of an image that Pillow decodes in Python, about a million a second: QOI, plain PNM (P1 to P3),
+and PNM whose largest value is neither 255 nor 65,535."""
+
+MAX_PNM_HEADER = 2**16
+"""Bytes of a PNM's header, comments included, which Pillow reads one by one."""
+
+MAX_BOXES = 10_000
+"""Boxes of a file, and marker segments before the first tile of a JPEG 2000; real files have dozens."""
 
 MAX_IMAGE_SECONDS = 60
 """Seconds of CPU time that a worker may take for one image before it is ended: ten times what images within the other

@@ -18,6 +18,10 @@ MAX_REJECTS = 0.001
 """Share of the images that may be left out unless told otherwise."""
 
 
+class Rejected(Exception):
+    """The image cannot be used; the message is the reason."""
+
+
 class Reject(TypedDict):
     """A line of the list."""
 

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from PIL import Image
 
@@ -115,6 +116,70 @@ class Bomb:
     """A pattern of the reason."""
 
 
+def pnm(kind: bytes, width: int, height: int, *, comment: int = 0, largest: int = 255, size: int = 0) -> bytes:
+    """A PNM's header, after `comment` bytes of comments, and `size` zeros."""
+    return (
+        kind
+        + b"\n"
+        + (b"#" * comment + b"\n" if comment else b"")
+        + b"%d %d %d\n" % (width, height, largest)
+        + bytes(size)
+    )
+
+
+def saved(kind: str, **options: object) -> bytearray:
+    """An image of 64x48."""
+    out = io.BytesIO()
+    Image.new("RGB", (64, 48), (1, 2, 3)).save(out, kind, **options)
+    return bytearray(out.getvalue())
+
+
+def claiming(data: bytearray, at: int, *sides: int, size: int = 4, order: Literal["big", "little"] = "big") -> bytes:
+    """The image with other sides in its header."""
+    for i, side in enumerate(sides):
+        data[at + size * i : at + size * (i + 1)] = side.to_bytes(size, order)
+    return bytes(data)
+
+
+def jpeg2000(width: int, height: int, *, segments: int = 0, boxes: int = 0, components: int = 3) -> bytes:
+    """A JP2 whose container says 64x48, and whose codestream says otherwise."""
+    data = saved("JPEG2000")
+    start = data.index(b"\xff\x4f\xff\x51")
+    claiming(data, start + 8, width, height)
+    claiming(data, start + 40, components, size=2)
+    if segments:
+        end = start + 4 + int.from_bytes(data[start + 4 : start + 6], "big")
+        data[end:end] = b"\xff\x5c\0\x02" * segments
+    at = 12  # after the signature box
+    data[at:at] = b"\0\0\0\x08free" * boxes
+    return bytes(data)
+
+
+def isobmff(kind: str, width: int, height: int) -> bytes:
+    """An AVIF or HEIF whose image spatial extents property claims this size."""
+    if kind == "HEIF":
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    data = saved(kind)
+    at = data.index(b"ispe")
+    return claiming(data, at + 8, width, height)
+
+
+def jxl(width: int, height: int, *, container: bool = False) -> bytes:
+    """A JPEG XL's signature and size header (ISO/IEC 18181-1), and no more."""
+    bits, filled = 0, 1  # not small
+    for side in (height, width):
+        bits |= (3 | (side - 1) << 2) << filled
+        filled += 32
+        if side is height:
+            filled += 3  # no ratio
+    stream = b"\xff\x0a" + bits.to_bytes(32, "little")
+    if not container:
+        return stream
+    return b"\0\0\0\x0cJXL \r\n\x87\n" + struct.pack(">I", 8 + len(stream)) + b"jxlc" + stream
+
+
 _STRAY = b"\0\0\0"  # between two segments: the header cannot be walked
 
 IMAGES = {
@@ -147,5 +212,34 @@ IMAGES = {
     "tiff of a large tile": Bomb(lambda: tiff_of_a_large_tile(40_000), "takes about"),
     "run-length bmp": Bomb(lambda: run_length_bmp(20_000_000), "run-length"),
     "webp of 16383x16383": Bomb(lambda: webp(16383, 16383), "unreasonably large: 16383x16383"),
+    "pnm of 50000x50000": Bomb(lambda: pnm(b"P6", 50_000, 50_000), "unreasonably large: (50000x50000|2500000000)"),
+    "pnm of a long comment": Bomb(lambda: pnm(b"P5", 8, 8, comment=20_000_000, size=64), "without a header"),
+    "plain pnm of 100 MB": Bomb(lambda: pnm(b"P3", 9_000, 3_000, size=100_000_000), "decoded in Python"),
+    "pnm of 12 bits and 30 megapixels": Bomb(
+        lambda: pnm(b"P5", 6_000, 5_000, largest=4095, size=60_000_000), "decoded in Python"
+    ),
+    "tga of 50000x50000": Bomb(
+        lambda: claiming(saved("TGA", compression="tga_rle"), 12, 50_000, 50_000, size=2, order="little"), "2500000000"
+    ),
+    "pcx of 50000x50000": Bomb(
+        lambda: claiming(saved("PCX"), 8, 49_999, 49_999, size=2, order="little"),
+        "unreasonably large: (50000x50000|2500000000)",
+    ),
+    "sgi of 50000x50000": Bomb(lambda: claiming(saved("SGI"), 6, 50_000, 50_000, size=2), "2500000000"),
+    "qoi of 50000x50000": Bomb(
+        lambda: claiming(saved("QOI"), 4, 50_000, 50_000), "unreasonably large: (50000x50000|2500000000)"
+    ),
+    "qoi of 90 megapixels": Bomb(lambda: claiming(saved("QOI"), 4, 10_000, 9_000), "takes about|decoded in Python"),
+    "jpeg 2000 of 50000x50000": Bomb(lambda: jpeg2000(50_000, 50_000), "unreasonably large: (50000x50000|2500000000)"),
+    "jpeg 2000 of 49 megapixels": Bomb(lambda: jpeg2000(7_000, 7_000), "takes about"),
+    "jpeg 2000 of 16384 components": Bomb(lambda: jpeg2000(640, 480, components=16_384), "takes about"),
+    "jpeg 2000 of a million segments": Bomb(lambda: jpeg2000(64, 48, segments=1_000_000), "segments"),
+    "jpeg 2000 of a million boxes": Bomb(lambda: jpeg2000(64, 48, boxes=1_000_000), "boxes"),
+    "avif of 16000x15000": Bomb(lambda: isobmff("AVIF", 16_000, 15_000), "unreasonably large"),
+    "avif of 60 megapixels": Bomb(lambda: isobmff("AVIF", 10_000, 6_000), "takes about"),
+    "heif of 50000x50000": Bomb(lambda: isobmff("HEIF", 50_000, 50_000), "unreasonably large: 50000x50000"),
+    "heif of 60 megapixels": Bomb(lambda: isobmff("HEIF", 10_000, 6_000), "takes about"),
+    "jpeg xl of 50000x50000": Bomb(lambda: jxl(50_000, 50_000), "unreasonably large: (50000x50000|2500000000)"),
+    "jpeg xl of 60 megapixels": Bomb(lambda: jxl(10_000, 6_000, container=True), "takes about"),
     "webp of 60 megapixels": Bomb(lambda: webp(10_000, 6_000), "takes about"),
 }

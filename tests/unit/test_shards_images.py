@@ -254,7 +254,8 @@ def test_large_images_are_converted_in_bands_to_the_same_pixels(monkeypatch: pyt
     rules = [ImageRules(max_side=side) for side in (1, 17, 99, 159)]
     images = [*(REPAIRED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
     shrunk = [accept(data, rule).data for data in images for rule in rules]
-    monkeypatch.setattr("shards.images.BAND_PIXELS", 1000)
+    for module in ("images", "pixels"):
+        monkeypatch.setattr(f"shards.{module}.BAND_PIXELS", 1000)
     assert [accept(REPAIRED[name], RULES).data for name in names] == whole
     assert [accept(data, rule).data for data in images for rule in rules] == shrunk
 
