@@ -28,6 +28,7 @@ from shards.rejects import Rejected
 from shards.tiff import count_strips
 
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # TIFF tags
+_SUBFILE_TYPE, _SUB_IMAGES, _DNG_VERSION = 254, 330, 50706
 _TIFF_JPEG = (6, 7)  # of the compression tag
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; 4 in other modes
 SHRINK_BYTES = 9
@@ -223,9 +224,12 @@ def _check_strips(opened: TiffImagePlugin.TiffImageFile, data: bytes) -> int:
     """Return the bytes of the buffers that libtiff needs for a strip or tile.
 
     Raises:
-        Rejected: JPEG-compressed strips have more scans than can be decoded in reasonable time.
+        Rejected: JPEG-compressed strips have more scans than can be decoded in reasonable time; or it is a camera's raw
+            file, whose first image is a preview.
     """
     tags = opened.tag_v2
+    if _DNG_VERSION in tags or (_SUB_IMAGES in tags and int(tags.get(_SUBFILE_TYPE, 0)) & 1):
+        raise Rejected("a camera's raw file, of which only a small preview would be read; convert it to TIFF or JPEG")
     width, height = opened.size
     rows = min(int(tags.get(TiffImagePlugin.ROWSPERSTRIP, height)), height)
     strip = int(tags.get(_TILE_WIDTH, width)) * int(tags.get(_TILE_LENGTH, rows))

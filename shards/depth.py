@@ -30,6 +30,8 @@ class Statement:
     """Values of black and white, where the file says so."""
     inverted: bool = False
     """Whether zero is white (and Pillow leaves that to its caller)."""
+    unsigned: bool = False
+    """Whether 32-bit samples are unsigned, which Pillow takes for signed ones."""
     left_aligned: bool = False
     """Whether writers that keep to the format shift values of fewer bits up to all bits stored, as in PNG."""
 
@@ -90,11 +92,11 @@ def _of_tiff(image: TiffImagePlugin.TiffImageFile) -> Statement:
     # MaxSampleValue is a statistic: it says how many bits the values have, but not which one is white.
     largest = max(high or _numbers(tags.get(_MAX_SAMPLE)) or [0.0])
     bits = int(largest).bit_length() if 0 < largest < 2**32 else 0
-    if tags.get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,)):
-        stored -= 1
+    signed = tags.get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,))
     wide = image.mode == "F" or image.mode[0] == "I"
     return Statement(
-        stored=int(stored),
+        stored=int(stored) - signed,
+        unsigned=stored == 32 and not signed,
         bits=max(bits, 8) if bits else (int(stored) if 8 < stored < 16 else None),
         ends=ends,
         inverted=wide and tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO,
@@ -151,12 +153,18 @@ def _bits(high: int, statement: Statement, used: bool) -> tuple[int, list[str]]:
     return bits, [f"{stored} bits taken for {bits}, which is all that its samples need"]
 
 
+def samples_of(band: Image.Image, statement: Statement) -> NDArray[Any]:
+    """The samples of a band of mode I or F, [H, W]."""
+    samples: NDArray[Any] = np.asarray(band)
+    return samples.view(np.uint32) if statement.unsigned and samples.dtype == np.int32 else samples
+
+
 def _extremes(bands: Iterable[Image.Image], statement: Statement) -> tuple[float, float, bool]:
     """Smallest and largest sample, and whether bits are used that left-aligned values of so few bits leave zero."""
     low, high, used = np.inf, -np.inf, False
     mask = (1 << (statement.stored - (statement.bits or statement.stored))) - 1
     for band in bands:
-        samples = np.asarray(band)
+        samples = samples_of(band, statement)
         low, high = min(low, float(samples.min())), max(high, float(samples.max()))
         if samples.dtype.kind == "f":
             if not np.isfinite(samples).all():

@@ -29,6 +29,7 @@ from shards.decode_limits import (
     check_scaled,
     too_many_pixels,
 )
+from shards.errors import first_line
 from shards.formats import PILLOW_FORMATS
 from shards.jpeg import (
     EXIF_SEGMENT,
@@ -290,7 +291,7 @@ def _decoding() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    return "no image" if isinstance(error, Image.UnidentifiedImageError) else f"does not decode: {error}"
+    return "no image" if isinstance(error, Image.UnidentifiedImageError) else f"does not decode: {first_line(error)}"
 
 
 def _exif_orientation(image: Image.Image) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from shards.depth import SampleRule, read_statement, sample_rule
+from shards.depth import SampleRule, read_statement, sample_rule, samples_of
 from shards.formats import PILLOW_FORMATS
 from shards.limits import MAX_DECODE_MEMORY
 
@@ -45,7 +45,7 @@ def plain_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
     statement = read_statement(image, data)
     if image.mode == "F" or image.mode[0] == "I":
         rule, notes = sample_rule(image, statement, _bands(image))
-        return _converted(image, lambda band: rule.apply(np.asarray(band))[:, :, None]), notes
+        return _converted(image, lambda band: rule.apply(samples_of(band, statement))[:, :, None]), notes
     if image.mode == "RGB" and statement.stored == 16 and statement.bits is not None and statement.bits > 8:
         deep = _deep_rgb(image, data, statement.bits)
         if deep is not None:

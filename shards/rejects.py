@@ -54,9 +54,12 @@ def settle_rejects(work: Work, rejects: list[Reject], kept: int, max_share: floa
     content = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in ordered).encode()
     digest = work.publish(REJECTS_NAME, content)
     if len(rejects) > max_share * (kept + len(rejects)):
+        ((reason, count),) = Counter(reject["reason"] for reject in ordered).most_common(1)
+        example = next(reject["image"] for reject in ordered if reject["reason"] == reason)
         raise ConversionFailed(
             f"{work.out}: {len(rejects):,} of {kept + len(rejects):,} images rejected, more than --max-rejects "
-            f"{max_share:g} allows; see {path}, then correct the source and give another --out, or allow more"
+            f"{max_share:g} allows ({count:,}: {reason}, such as {example}); see {path}, then correct the source and "
+            "give another --out, or allow more"
         )
     return digest
 

@@ -6,15 +6,19 @@ import gzip
 import io
 import json
 import os
+import struct
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
+import pillow_jxl  # noqa: F401
 import torch
 import xxhash
-from PIL import Image
+from PIL import Image, ImageCms
 from pydantic import TypeAdapter
 
 import fat
@@ -40,6 +44,7 @@ from shards.work import MARKER, Work
 from tests.fuzz.mutate import dumps
 from tests.fuzz.runner import Target
 
+pillow_heif.register_heif_opener()  # to make seeds
 SIDE = 16
 CLASSES = ("ant", "bee")
 
@@ -253,7 +258,30 @@ def _image_seeds(folder: Path) -> list[bytes]:
         *(_jpeg(kind=kind) for kind in ("PNG", "BMP", "WEBP", "TIFF")),
         _jpeg(kind="GIF", mode="P"),
         _jpeg(kind="PNG", mode="RGBA"),
+        *(_jpeg(kind=kind) for kind in ("PPM", "TGA", "PCX", "SGI", "QOI", "JPEG2000", "AVIF", "HEIF", "JXL")),
+        _jpeg(kind="TGA", compression="tga_rle"),
+        _jpeg(kind="JPEG2000", no_jp2=True),
+        _jpeg(kind="JXL", use_container=True),
+        b"P3 4 2 255\n" + b" 9" * 24,
+        _deep_png(),
+        _deep_tiff(),
+        _jpeg(mode="CMYK", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
     ]
+
+
+def _deep_png() -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(SIDE, SIDE)).save(out, "PNG")
+    data = out.getvalue()
+    bits = b"\0\0\0\x01sBIT\x0c"
+    return data[:33] + bits + struct.pack(">I", zlib.crc32(bits[4:])) + data[33:]
+
+
+def _deep_tiff() -> bytes:
+    out = io.BytesIO()
+    samples = np.linspace(0, 1, SIDE * SIDE, dtype=np.float32).reshape(SIDE, SIDE)
+    Image.fromarray(samples).save(out, "TIFF", tiffinfo={340: 0.0, 341: 1.0})
+    return out.getvalue()
 
 
 # Runs

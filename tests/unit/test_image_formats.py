@@ -16,9 +16,11 @@ from PIL import Image
 
 from shards.canvas import jxl_size
 from shards.convert import Options, convert
+from shards.errors import ConversionFailed
 from shards.formats import MAGIC_BYTES, looks_like_image, named_as_image
 from shards.images import ImageRules, Rejected, accept
 from shards.jpeg import parse_header
+from shards.sources.scan import ScanOptions
 from tests.support.bombs import jxl
 
 pillow_heif.register_heif_opener()
@@ -96,6 +98,20 @@ def test_without_the_extra_the_reason_names_it(
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(Rejected, match=rf"needs {package}: pip install 'fat-pipeline\[formats\]'"):
         accept(FORMATS[suffix](), RULES)
+
+
+def test_too_many_rejects_are_explained_by_reason_and_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class of phone photos without the extra: the last line says what to do."""
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name, data in {
+        "a/1.jpg": saved("JPEG"),
+        "b/1.heic": FORMATS[".heic"](),
+        "b/2.heic": FORMATS[".heic"](),
+    }.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    with pytest.raises(ConversionFailed, match=r"2 of 3 .*\(2: HEIC image.*'fat-pipeline\[formats\]'.*b/1\.heic\)"):
+        convert(tmp_path / "in", tmp_path / "out", Options(scan=ScanOptions(workers=1)))
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "HEIF", "JXL", "JPEG"])

@@ -11,6 +11,8 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
+import pillow_jxl  # noqa: F401
 import pytest
 import xxhash
 from PIL import Image
@@ -199,6 +201,31 @@ def test_decoding_takes_no_more_memory_than_is_stated() -> None:
                 print(grown())
     """
     assert max(map(int, run_measured(code).split())) < 6_250_000 * 9 + 24 * 2**20, "of bands"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "per_pixel"),
+    [
+        ("AVIF", {"speed": 10, "subsampling": "4:4:4"}, 24),
+        ("HEIF", {"quality": 50}, 24),
+        ("JXL", {"effort": 1}, 24),
+        ("JPEG2000", {}, 7 * 4 + 6),
+    ],
+)
+def test_newer_formats_take_no_more_memory_than_is_estimated(
+    kind: str, options: dict[str, object], per_pixel: int, tmp_path: Path
+) -> None:
+    pillow_heif.register_heif_opener()
+    (tmp_path / "image").write_bytes(encoded(photo("RGBA").resize((1600, 1000)), kind, **options))
+    code = f"""
+        from pathlib import Path
+        from shards.images import ImageRules, accept
+        data = Path("{tmp_path}/image").read_bytes()
+        measure()
+        accept(data, ImageRules())
+        print(grown())
+    """
+    assert int(run_measured(code)) < 1_600_000 * per_pixel + 24 * 2**20, "of bands and libraries"
 
 
 def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
