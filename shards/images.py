@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import AvifImagePlugin, Image
 
 from shards.decode_limits import (
     check_before_decoding,
@@ -48,6 +48,7 @@ from shards.rejects import Rejected
 
 __all__ = ["Accepted", "ImageRules", "Rejected", "accept", "exceeded_limit"]
 
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # of one decoder: there is a worker per core
 REPAIR_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
 _FILTER = Image.Resampling.HAMMING  # antialiased; made for shrinking: as quick as bilinear, as sharp as bicubic
