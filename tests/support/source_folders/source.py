@@ -35,6 +35,8 @@ class Source:
     """Texts that a line of it which begins with 'note:' must hold."""
     refused: tuple[str, ...] | None
     """Texts that the refusal must hold; None where a refusal is wrong."""
+    status: int
+    """Exit status of the refusal: 2 for a source that is not fit, 1 where too many images were rejected."""
     doubtful: bool
     """Whether --strict must refuse it."""
     colours: dict[str, Colour]
@@ -59,6 +61,7 @@ def source(
     says: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     refused: tuple[str, ...] | None = None,
+    status: int = 2,
     doubtful: bool = False,
     colours: dict[str, Colour] | None = None,
     unless_noted: str = "",
@@ -81,6 +84,7 @@ def source(
                 says=says,
                 notes=notes,
                 refused=refused,
+                status=status,
                 doubtful=doubtful,
                 colours=colours or {},
                 unless_noted=unless_noted,
