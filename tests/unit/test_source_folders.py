@@ -17,6 +17,8 @@ from pipeline.cli import main as pipeline
 from shards.dataset import ShardSet
 from tests.support.source_folders import SOURCES, Source
 
+SUFFIXES_BESIDE_TARS = (".json",)
+"""`pipeline index` is given the tars alone."""
 TOLERANCE = 14
 """Of a picture's mean colour, of 255: JPEG, and the ways to round."""
 
@@ -56,6 +58,25 @@ def test_strict_refuses_what_may_well_be_a_mistake(
     status, said = _shard(_make(source, tmp_path), tmp_path / "set", "--strict", capsys=capsys)
     assert status == 2, said
     _check_words(source.notes, said.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if source.name.startswith("webdataset")], ids=lambda source: source.name
+)
+def test_tars_are_indexed_as_they_are_sharded(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _make(source, tmp_path)
+    status = pipeline(["index", *map(str, sorted(folder.glob("*.tar*"))), "--workers", "1"])
+    said = "".join(capsys.readouterr())
+    if source.refused is not None and status == source.status:
+        _check_words(source.refused, said)
+        return
+    assert status == 0, said
+    made = json.loads((folder / "dataset.json").read_text())
+    assert {split: entry["samples"] for split, entry in made["splits"].items()} in source.images
+    assert tuple(entry["folder"] for entry in made["classes"]) == source.classes
+    _check_words([word for word in source.says if word not in SUFFIXES_BESIDE_TARS], said)
 
 
 def _make(source: Source, tmp_path: Path) -> Path:

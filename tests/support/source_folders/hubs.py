@@ -164,7 +164,7 @@ def tiny_imagenet(root: Path) -> None:
 BIRDS = ("001.Black_footed_Albatross", "002.Laysan_Albatross")
 
 
-@source(train=6, classes=BIRDS, says=("parts", "train_test_split"), refused=("images",))
+@source(train=6, classes=BIRDS, says=("parts", "train_test_split"), refused=("attributes|parts|images/",))
 def cub_birds(root: Path) -> None:
     """The class folders are in images/; other folders beside it hold lists."""
     pictures(root, f"images/{{{','.join(BIRDS)}}}/{{1,2,3}}.jpg")
