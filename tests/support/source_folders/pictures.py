@@ -18,9 +18,12 @@ GREY = (120, 120, 120)
 
 
 def noise(seed: int, colour: tuple[int, int, int] = GREY, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Return an RGB picture whose mean is the colour."""
+    """Return an RGB picture of two tones and grain, whose mean is the colour."""
+    mean = np.array(colour)
     grain = np.random.default_rng(seed).integers(-12, 13, (size[1], size[0], 1))
-    return Image.fromarray((np.array(colour) + grain).clip(0, 255).astype(np.uint8))
+    tone = np.minimum(30, np.minimum(mean, 255 - mean))
+    side = np.where(np.arange(size[0]) < size[0] // 2, 1, -1)[:, None]
+    return Image.fromarray((mean + grain + tone * side).clip(0, 255).astype(np.uint8))
 
 
 def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:

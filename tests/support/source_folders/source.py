@@ -32,7 +32,7 @@ class Source:
     says: tuple[str, ...]
     """Texts that the output of a conversion must hold."""
     notes: tuple[str, ...]
-    """Texts that a line of it which begins with 'note:' must hold."""
+    """Texts that its lines which begin with 'note:' or 'doubt:' must hold."""
     refused: tuple[str, ...] | None
     """Texts that the refusal must hold; None where a refusal is wrong."""
     status: int
