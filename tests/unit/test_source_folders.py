@@ -118,7 +118,7 @@ def _check_all_counted(source: Source, folder: Path, images: int, unused: list[d
 
 
 def _check_colours(source: Source, out: Path, said: str) -> None:
-    if any(word and word in _notes(said).lower() for word in source.unless_noted.split("|")):
+    if any(word and word in said.lower() for word in source.unless_noted.split("|")):
         return
     shard_set = ShardSet(out)
     for split, entry in shard_set.manifest.splits.items():

@@ -62,7 +62,7 @@ def print_shop_cmyk(root: Path) -> None:
     classes=("benign", "malignant"),
     says=(".dcm",),
     colours={"benign": (127,) * 3, "malignant": (127,) * 3},
-    unless_noted="12 bit|12-bit|bits|black|dark",
+    unless_noted="bits|depth",
 )
 def medical_12_bits_in_16(root: Path) -> None:
     """X-rays as PNG and TIFF of 16 bits of which 12 are used, the DICOM files beside."""
@@ -82,7 +82,7 @@ def medical_dicom_alone(root: Path) -> None:
     classes=("control", "treated"),
     says=(".czi", ".roi"),
     colours={"control": (127,) * 3, "treated": (127,) * 3},
-    unless_noted="float|range",
+    unless_noted="float|value range",
 )
 def microscope_float_tiffs(root: Path) -> None:
     """ImageJ's TIFFs of float32 from 0 to 1, and of 16 bits; the microscope's own files beside."""

@@ -42,7 +42,7 @@ class Source:
     colours: dict[str, Colour]
     """Class -> mean of every image."""
     unless_noted: str
-    """Text; colours may be otherwise where a note holds it."""
+    """Text; colours may be otherwise where the output holds it."""
     options: tuple[str, ...]
     """Of the command line."""
     lists: int
