@@ -20,7 +20,8 @@ from shards.sources.classes import numbered_classes
 from shards.sources.identity import digest_of_listing
 from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
-from shards.work import FOLDER, Work
+from shards.sources.walk import WORK_FOLDER
+from shards.work import Work
 from tests.support.sources import class_folders, jpeg, labelled_tar
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
@@ -229,7 +230,7 @@ def test_what_a_killed_scan_unpacked_is_not_used_by_another(
         patch.setattr(Work, "save_plan", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, SMALL)
-    spooled = sorted((out / FOLDER / "spool").glob("*.bin"))
+    spooled = sorted((out / WORK_FOLDER / "spool").glob("*.bin"))
     times = [path.stat().st_mtime_ns for path in spooled]
     assert len(spooled) == 2
     with monkeypatch.context() as patch:
