@@ -3,22 +3,26 @@
 Imports torch alone. Where timm is in use, `timm.create_model("fat_b0")` works too, whichever is imported first.
 """
 
+from fat.classes import ClassList
 from fat.config import FATConfig
 from fat.cost import Cost, count
 from fat.export import export_onnx, export_program
 from fat.factory import create_model, list_models
 from fat.fusion import fuse
+from fat.header import WeightsInfo
 from fat.model import FAT, FATFeatures
 from fat.registration import register_with_timm, when_imported
-from fat.weights import load_model, load_weights, save_weights
+from fat.weights import load_model, load_weights, read_info, save_weights
 
 when_imported("timm", register_with_timm)
 
 __all__ = [
     "FAT",
+    "ClassList",
     "Cost",
     "FATConfig",
     "FATFeatures",
+    "WeightsInfo",
     "count",
     "create_model",
     "export_onnx",
@@ -27,5 +31,6 @@ __all__ = [
     "list_models",
     "load_model",
     "load_weights",
+    "read_info",
     "save_weights",
 ]

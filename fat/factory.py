@@ -51,9 +51,9 @@ def create_model(
 
     name: one of `list_models()`, or a config. num_classes, in_chans, drop_path and `dimensions`, which may be any other
     field of `FATConfig`, replace what that says (the variants: 1000 classes, 3 channels, the paper's drop path);
-    num_classes=0 leaves the classifier out. weights: a file to fill the model from, see `load_weights`. replace_head:
-    keep the fresh classifier where the file's has another number of classes, which is an error otherwise.
-    features_only: the four stages' maps instead of logits, see `FATFeatures`.
+    num_classes=0 leaves the classifier out. weights: a file to fill the model from, see `load_weights`, whose notes are
+    issued as warnings. replace_head: keep the fresh classifier where the file's has another number of classes, which is
+    an error otherwise. features_only: the four stages' maps instead of logits, see `FATFeatures`.
     """
     if isinstance(name, str):
         if name not in VARIANTS:
@@ -63,9 +63,9 @@ def create_model(
     config = dataclasses.replace(name, **{field: value for field, value in dimensions.items() if value is not None})
     model: Trunk = FATFeatures(config) if features_only else FAT(config)
     if weights is not None:
-        from fat.weights import load_weights
+        from fat.weights import load_weights, warn
 
-        load_weights(model, weights, replace_head=replace_head)
+        warn(weights, load_weights(model, weights, replace_head=replace_head))
     return model
 
 

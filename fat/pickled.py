@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ MAX_OPCODES = 500_000
 """Opcodes of data.pkl: that checkpoint has 0.1 million."""
 MAX_DIRECTORY = 16 * 2**20
 """Bytes of the archive's directory, about 100 for each tensor; zipfile makes fifteen times as much of them."""
+MAX_NESTING = 4
+"""Levels of dicts among which state dicts are looked for; trainers nest them in one or two."""
+MAX_KEY = 200
+"""Characters of the key of a dict in which a state dict is looked for."""
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -41,30 +46,78 @@ DTYPES = {
 }
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read the state dict in a file written by `torch.save` (torch 1.6 or newer): the saved object, or its "model".
+class Checkpoint:
+    """The state dicts of an open file."""
 
-    Only the storages of its tensors are read, each once, so that memory is bounded by the size of the file. Tensors
-    that share a storage in the file share their memory.
+    def __init__(self, path: Path, storages: _Storages, state_dicts: dict[str, dict[str, _TensorEntry]]) -> None:
+        self._path, self._storages, self._state_dicts = path, storages, state_dicts
 
-    Raises ValueError when the file is not such a file, holds no state dict, or its tensors do not fit their storages.
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """Names of the tensors of each state dict, by the keys that lead to it, joined by dots; "" = the top level."""
+        return {key: list(entries) for key, entries in self._state_dicts.items()}
+
+    def read(self, places: Mapping[str, tuple[str, str]]) -> dict[str, Tensor]:
+        """Read tensors: name in the result -> (key of the state dict, name in it).
+
+        Only their storages are read, each once, so that memory is bounded by the size of the file. Tensors that share a
+        storage in the file share their memory.
+
+        Raises ValueError when they do not fit their storages.
+        """
+        with _explained(self._path):
+            return {
+                name: self._state_dicts[key][original].view(original, self._storages)
+                for name, (key, original) in places.items()
+            }
+
+
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[Checkpoint]:
+    """Open a file written by `torch.save` (torch 1.6 or newer), and find the state dicts in it, nested ones included.
+
+    Raises ValueError when the file is not such a file.
     """
-    try:
-        _check_directory(path)
-        with zipfile.ZipFile(path) as archive:
+    with ExitStack() as stack:
+        with _explained(path):
+            _check_directory(path)
+            archive = stack.enter_context(zipfile.ZipFile(path))
             storages = _Storages(archive, path.stat().st_size)
-            saved = _interpret(storages.read("data.pkl", MAX_PROGRAM))
-            if isinstance(saved, dict) and isinstance(saved.get("model"), dict):
-                saved = saved["model"]
-            entries = saved.items() if isinstance(saved, dict) else ()
-            state = {name: entry.view(name, storages) for name, entry in entries if isinstance(entry, _TensorEntry)}
+            state_dicts = _state_dicts(_interpret(storages.read("data.pkl", MAX_PROGRAM)))
+        yield Checkpoint(path, storages, state_dicts)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged archive or pickle can raise any error
         raise ValueError(f"{path}: not a checkpoint written by torch.save ({_one_line(error)})") from error
-    if not state:
-        raise ValueError(f'{path}: no weights in it, neither at the top nor under "model"')
-    return state
+
+
+def _state_dicts(saved: object) -> dict[str, dict[str, _TensorEntry]]:
+    """Return the dicts that hold tensors, by the keys that lead to them; each once, however often it is referred to."""
+    found: dict[str, dict[str, _TensorEntry]] = {}
+    seen: set[int] = set()
+    level = [("", saved)]
+    for _ in range(MAX_NESTING):
+        deeper: list[tuple[str, object]] = []
+        for key, value in level:
+            if not isinstance(value, dict) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            tensors = {name: entry for name, entry in value.items() if isinstance(entry, _TensorEntry)}
+            if tensors:
+                found[key] = tensors
+            deeper += [
+                (f"{key}.{name}" if key else name, inner)
+                for name, inner in value.items()
+                if isinstance(inner, dict) and len(name) <= MAX_KEY
+            ]
+        level = deeper
+    return found
 
 
 def printable(text: str, limit: int = 200) -> str:

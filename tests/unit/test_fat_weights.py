@@ -244,7 +244,7 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
     huge = {**TINY.to_dict(), "widths": [16384] * 4, "heads": [16] * 4, "ffn_ratio": 64}
     code = f"""
         import json, os, torch, fat
-        from fat.pickled import read_state_dict
+        from fat.weights import read_weights
         from pathlib import Path
         from tests.support.hostile_weights import Claim, program, write_checkpoint
         found = {{}}
@@ -263,7 +263,7 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
             folder / "w.pth", program({{str(i): claim for i in range(300)}}), [("0", bytes(40_000_000))]
         )
         measure()
-        assert len(read_state_dict(folder / "w.pth")) == 300
+        assert len(read_weights(folder / "w.pth").tensors) == 300
         found["one storage"] = grown() / 40_000_000
         measure()
         try:
