@@ -16,7 +16,7 @@ from fat.pickled import printable
 CONFIG_KEY, CLASSES_KEY, TRAINING_KEY = "fat_config", "fat_classes", "fat_training"
 MAX_SIZE = 8192  # pixels per side
 _MAX_STEP = 10**15
-_MAX_JSON = 4096  # characters of `fat_training`
+_MAX_JSON = 64 * 2**10  # characters of the config, and of `fat_training`
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class WeightsInfo:
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}: {key} in its header {fact} ({printable(str(error))})") from error
 
-        config = read(CONFIG_KEY, lambda text: FATConfig.from_dict(json.loads(text)), MAX_TEXT, "describes no model")
+        config = read(CONFIG_KEY, lambda text: FATConfig.from_dict(json.loads(text)), _MAX_JSON, "describes no model")
         classes = read(CLASSES_KEY, ClassList.loads, MAX_TEXT, "is no list of classes")
         facts = read(TRAINING_KEY, _training, _MAX_JSON, "says nothing of the training") or {}
         return cls(config=config, classes=classes, **facts)

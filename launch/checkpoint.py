@@ -1,6 +1,7 @@
 """Checkpoints: complete or absent, never half; independent of world size and ZeRO stage.
 
-A checkpoint is a folder `step-00001234/` with `state.safetensors` (what `Engine.state_dict` gave) and `meta.json`
+A checkpoint is a folder `step-00001234/` with `state.safetensors` (what `Engine.state_dict` gave; its header says for
+which model and classes, as that of a weights file does) and `meta.json`
 (counters, position, best metric, clock, the run's fingerprint, size and hash of every other file, and the hash of all
 this). It is written under a temporary name, fsynced and renamed, so a folder of that name is whole unless it was
 damaged later, which the hashes show.
@@ -30,6 +31,7 @@ from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
+import fat
 from launch.run_files import check_writable, open_regular, read_regular, unwritable
 from shards.durable import sync_folder
 from shards.errors import StorageFailed, UserError, storage_error
@@ -141,6 +143,34 @@ class Checkpoint:
                 f"{path}: not a readable state ({error}); remove {self.path}, then start again"
             ) from error
 
+    def info(self) -> fat.WeightsInfo:
+        """Read what the state's header says of the model: dimensions, classes, image size.
+
+        Raises:
+            CheckpointError: it is not readable.
+            OSError: the file cannot be read.
+        """
+        try:
+            return fat.read_info(self.path / STATE)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path / STATE}: not a readable state ({error}); remove {self.path}, then start again"
+            ) from error
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open one checkpoint by the path of its folder.
+
+    Raises:
+        DamagedCheckpoint: it is not what was written, or no checkpoint.
+        StorageFailed: it cannot be read.
+        CheckpointError: another version wrote it.
+    """
+    found = _NAME.fullmatch(path.absolute().name)
+    if found is None:
+        raise DamagedCheckpoint(f"{path}: not the name of a checkpoint (step-00001234)")
+    return _open(_Entry(int(found[1]), True, path))
+
 
 class BackgroundWriter:
     """Saves checkpoints in a thread, one at a time, so that training does not wait for the disk.
@@ -204,11 +234,13 @@ class CheckpointFolder:
     Args:
         folder: RUN/checkpoints.
         keep: how many of the newest to keep, besides the best.
+        info: what the header of every state says of the model.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3) -> None:
+    def __init__(self, folder: Path, *, keep: int = 3, info: fat.WeightsInfo | None = None) -> None:
         self.folder = folder
         self.keep = keep
+        self._header = {} if info is None else info.to_header()
         self._damaged: set[Path] = set()
 
     def prepare(self) -> None:
@@ -241,7 +273,7 @@ class CheckpointFolder:
         try:
             self._make()
             temporary.mkdir()
-            safetensors.torch.save_file(state, temporary / STATE)
+            safetensors.torch.save_file(state, temporary / STATE, self._header)
             size, digest = _hash(temporary / STATE)
             meta = _Meta(VERSION, progress, fingerprint, {STATE: FileEntry(size, digest)})
             (temporary / META).write_text(_rendered(asdict(meta)), encoding="utf-8")
@@ -282,6 +314,18 @@ class CheckpointFolder:
                 complaints.append(str(error))
                 self._damaged.add(entry.path)
         return None, complaints
+
+    def best(self) -> Path | None:
+        """Return the newest checkpoint that was the best when it was saved; None = none is known.
+
+        Raises:
+            StorageFailed: the folder cannot be read.
+        """
+        for entry in reversed(self._entries()):
+            with contextlib.suppress(UserError):
+                if entry.in_place and _read_meta(entry).progress.is_best:
+                    return entry.path
+        return None
 
     def is_empty(self) -> bool:
         """Whether there is nothing to resume from, not even a damaged checkpoint.

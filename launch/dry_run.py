@@ -14,7 +14,7 @@ from launch.choices import Choices, resolve
 from launch.execution import Execution, choose
 from launch.feed import Feed
 from launch.memory import check_batches_fit
-from launch.model import build_model
+from launch.model import build_model, load_initial_weights
 from launch.recipe import Recipe
 from launch.run_folder import goes_on
 from launch.schedule import rate_of
@@ -41,9 +41,10 @@ def show_run(recipe: Recipe, world: World) -> None:
     # Reject invalid combinations of options.
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
+    notes = load_initial_weights(model, recipe, feed.class_list)
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
     if world.is_main:
-        print(*map(printable, choices.notes), describe_run(recipe, feed, model, choices), sep="\n")
+        print(*map(printable, (*notes, *choices.notes)), describe_run(recipe, feed, model, choices), sep="\n")
 
 
 def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> str:

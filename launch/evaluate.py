@@ -27,17 +27,15 @@ from rich.text import Text
 
 import fat
 from fat.kernels.prefill.work import evaluation
-from launch.checkpoint import CheckpointFolder
+from launch.class_mapping import ClassMapping, map_classes
 from launch.data_recipe import CropPct, DataRecipe, ModelSide
+from launch.evaluated_model import load_model
 from launch.kernel_check import check_kernels
 from launch.loss import count_correct
-from launch.masters import AVERAGE
-from launch.saved_run import RECIPE_NAME, read_saved_run
 from launch.world import World, connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
-from shards.errors import UserError
 from shards.memory import check_memory
 from shards.output import check_output, write_output
 from shards.ranges import check_ranges
@@ -51,7 +49,8 @@ class Evaluate:
     """Evaluate a run, a checkpoint or a weights file."""
 
     model: tyro.conf.Positional[Path]
-    """Run folder (its newest checkpoint), weights file (.safetensors, or the released layout)."""
+    """Run folder (its newest checkpoint), one of its checkpoints, or a weights file (.safetensors, or a file of
+    torch.save, also of another tool)."""
     data: str | None = None
     """Shard set, a folder or a URL. None = $FAT_DATA, else ./imagenet-shards."""
     set_digest: str | None = None
@@ -60,9 +59,9 @@ class Evaluate:
     split: str = "val"
     """Split to evaluate."""
     size: ModelSide | None = None
-    """Side of the images in pixels. None = the run's, else 224."""
+    """Side of the images in pixels. None = that of the training, else 224."""
     crop_pct: CropPct | None = None
-    """Share of the short side that is looked at. None = the run's, else 0.875."""
+    """Share of the short side that is looked at. None = that of the training, else 0.875."""
     batch: Annotated[int, Interval(ge=1, le=65536)] = 128
     """Images per rank and step."""
     limit: Annotated[int, Interval(ge=1, le=10**12)] | None = None
@@ -74,14 +73,14 @@ class Evaluate:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto = bf16 autocast on GPUs, fp32 on CPUs."""
     json: Path | None = None
-    """Also write the figures, per class too, as JSON."""
+    """Also write the figures as JSON, per class too, by folder name."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
 def evaluate(command: Evaluate) -> dict[str, Any] | None:
-    """Run the evaluation; collective. Rank 0 gets samples, top1, top5, loss (shares) and per-class top-1.
+    """Run the evaluation; collective. Rank 0 gets samples, top1, top5, loss (shares), and top-1 by class folder.
 
     Raises:
         UserError: no such model or data, or they do not fit.
@@ -92,14 +91,21 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     dataset = DataRecipe(data=command.data, set_digest=command.set_digest).open()
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
-    model, data = load_model(command)
-    size = command.size or data.size
+    found = load_model(command.model, average=command.average)
+    entries = dataset.manifest.classes
+    classes = fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
+    model = found.model
+    mapping = map_classes(found.classes, model.config.num_classes, classes, model=command.model, data=dataset.path)
+    size, crop_pct = command.size or found.size, command.crop_pct or found.crop_pct
+    notes = [*found.notes, *filter(None, [mapping.note])]
+    if world.is_main:
+        step = "" if found.step is None else f", step {found.step:,}"
+        kind = ", moving average" if command.average else ""
+        what = f"{samples:,} images of split '{command.split}' of {dataset.path}, size {size}, crop {crop_pct:g}"
+        print(printable(f"{found.source}{step}{kind}: {what}"), flush=True)
+        for note in notes:
+            print(f"note: {printable(note)}", file=sys.stderr, flush=True)
     _check_memory(command, size, world)
-    if model.config.num_classes < len(dataset.manifest.classes):
-        raise UserError(
-            f"{command.model}: a model of {model.config.num_classes} classes, {dataset.path} has "
-            f"{len(dataset.manifest.classes)}; give the data set that it was trained on"
-        )
     model = model.eval().to(world.device)
     if command.fuse:
         model = fat.fuse(model)
@@ -112,7 +118,7 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         dataset,
         EvalPlan(samples, batch=command.batch, world=world.size, rank=world.rank),
         size=size,
-        crop_pct=command.crop_pct or data.crop_pct,
+        crop_pct=crop_pct,
         mean=normal.mean,
         std=normal.std,
         device=world.device,
@@ -121,15 +127,32 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         options=LoaderOptions(),
     )
     with loader:
-        counts = count(model, loader, len(dataset.manifest.classes), world, bf16)
+        counts = count(model, loader, mapping, world, bf16)
     if not world.is_main:
         return None
     seen, top1, top5, loss = counts.sum(dim=0).tolist()
-    classes = {
-        entry.title: {"samples": int(row[0]), "top1": row[1] / row[0] if row[0] else None}
-        for entry, row in zip(dataset.manifest.classes, counts.tolist(), strict=True)
+    by_folder = {
+        entry.folder: {
+            "name": entry.name,
+            "samples": int(row[0]),
+            "top1": row[1] / row[0] if row[0] else None,
+        }
+        for entry, row in zip(entries, counts.tolist(), strict=True)
     }
-    return {"samples": int(seen), "top1": top1 / seen, "top5": top5 / seen, "loss": loss / seen, "classes": classes}
+    return {
+        "model": str(found.source),
+        "step": found.step,
+        "average": command.average,
+        "split": command.split,
+        "size": size,
+        "crop_pct": crop_pct,
+        "notes": notes,
+        "samples": int(seen),
+        "top1": top1 / seen,
+        "top5": top5 / seen,
+        "loss": loss / seen,
+        "classes": by_folder,
+    }
 
 
 def _check_memory(command: Evaluate, size: int, world: World) -> None:
@@ -143,72 +166,17 @@ def _check_memory(command: Evaluate, size: int, world: World) -> None:
         check_memory(what, needed * world.local_size, remedy)
 
 
-def load_model(command: Evaluate) -> tuple[fat.FAT, DataRecipe]:
-    """Load the model, and the `data` section of the recipe that it was trained with (defaults if unknown).
-
-    Raises:
-        UserError: neither a run folder with a whole checkpoint nor a readable weights file.
-    """
-    path = command.model
-    if not path.exists():
-        raise UserError(f"{path}: no such run folder or weights file")
-    try:
-        if path.is_file():
-            if command.average:
-                raise UserError(f"{path}: --average needs a run folder; or give its weights-ema.safetensors")
-            return fat.load_model(path), DataRecipe()
-        found, complaints = CheckpointFolder(path / "checkpoints").newest()
-        for complaint in complaints:
-            print(f"warning: {printable(complaint)}", file=sys.stderr)
-        if found is None:
-            raise UserError(f"{path}: no whole checkpoint in it; give a run folder (--out of the training)")
-        saved = read_saved_run(path)
-        state = found.load()
-        values = {k.removeprefix("model/"): v for k, v in state.items() if k.startswith("model/")}
-        if command.average:
-            average = {k.removeprefix(f"{AVERAGE}/"): v for k, v in state.items() if k.startswith(f"{AVERAGE}/")}
-            if not average:
-                raise UserError(f"{found.path}: trained without a moving average (--ema); leave --average out")
-            values |= average
-        variant = saved.recipe.model.variant
-        if "head.bias" not in values:
-            raise UserError(f"{found.path}: holds no classifier (head.bias); give another run folder")
-        model = fat.create_model(f"fat_{variant}", num_classes=len(values["head.bias"]))
-        _fill(model, values, found.path, f"fat_{variant}, the model of {path / RECIPE_NAME}")
-    except (ValueError, OSError) as error:
-        text = str(error)
-        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from error
-    return model, saved.recipe.data
-
-
-def _fill(model: fat.FAT, values: dict[str, torch.Tensor], checkpoint: Path, what: str) -> None:
-    """Load a checkpoint's tensors.
-
-    Raises:
-        UserError: the tensors do not fit the model.
-    """
-    expected = model.state_dict()
-    unlike = [
-        n
-        for n in {**expected, **values}
-        if n not in values or n not in expected or values[n].shape != expected[n].shape
-    ]
-    if unlike:
-        raise UserError(
-            f"{checkpoint}: {len(unlike)} tensors do not fit {what}, such as {unlike[0]}; restore recipe.json, or "
-            "evaluate the weights file"
-        )
-    model.load_state_dict(values)
-
-
 @torch.no_grad()
-def count(model: torch.nn.Module, loader: EvalLoader, classes: int, world: World, bf16: bool) -> torch.Tensor:
-    """Per class: samples, top-1 hits, top-5 hits, summed cross-entropy; float64 [classes, 4] over all ranks."""
-    totals = torch.zeros(classes, 4, dtype=torch.float64, device=world.device)
+def count(model: torch.nn.Module, loader: EvalLoader, mapping: ClassMapping, world: World, bf16: bool) -> torch.Tensor:
+    """Per class of the set: samples, top-1 hits, top-5 hits, summed cross-entropy; float64 [classes, 4], all ranks."""
+    outputs = None if mapping.outputs is None else torch.tensor(mapping.outputs, device=world.device)
+    totals = torch.zeros(mapping.classes, 4, dtype=torch.float64, device=world.device)
     autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     for batch in loader:
         with autocast:
             logits = model(batch.images)
+        if outputs is not None:
+            logits = logits.index_select(1, outputs)
         totals.index_add_(0, batch.labels, count_correct(logits, batch))
     if world.size > 1:
         dist.all_reduce(totals)
@@ -222,10 +190,14 @@ def show(result: dict[str, Any]) -> None:
         f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f} "
         f"over {result['samples']} images"
     )
-    worst = sorted((c["top1"], name) for name, c in result["classes"].items() if c["samples"])[:WORST_SHOWN]
-    table = Table("class", "top-1", "images", title="hardest classes", title_justify="left")
-    for top1, name in worst:
-        table.add_row(Text(printable(name)), f"{top1:.2%}", str(result["classes"][name]["samples"]))
+    classes = result["classes"]
+    worst = sorted((c["top1"], folder) for folder, c in classes.items() if c["samples"])[:WORST_SHOWN]
+    named = any(classes[folder]["name"] for _, folder in worst)
+    columns = ("class", "name", "top-1", "images") if named else ("class", "top-1", "images")
+    table = Table(*columns, title="hardest classes", title_justify="left")
+    for top1, folder in worst:
+        name = [Text(printable(classes[folder]["name"] or ""))] if named else []
+        table.add_row(Text(printable(folder)), *name, f"{top1:.2%}", str(classes[folder]["samples"]))
     console.print(table)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+import fat
 from launch.recipe import Recipe, RecipeError
 from launch.world import World
 from pipeline.augment.recipe import AugmentRecipe
@@ -70,6 +71,12 @@ class Feed:
     def classes(self) -> int:
         """Classes of the model: the recipe's, else the data set's."""
         return self.recipe.model.classes or len(self.dataset.manifest.classes)
+
+    @property
+    def class_list(self) -> fat.ClassList:
+        """Classes of the data set; the model may have more outputs."""
+        entries = self.dataset.manifest.classes
+        return fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
 
     def advice(self) -> list[str]:
         """Warnings about sizes that keep no GPU busy or that the recipe was not made for, and doubts about the data."""

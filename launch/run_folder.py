@@ -6,14 +6,17 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 import fat
+from fat.classifier import difference
 from launch.checkpoint import (
     MAX_FAILURES,
     BackgroundWriter,
@@ -30,12 +33,13 @@ from launch.guards import RunFailed
 from launch.kernel_check import Verdict
 from launch.masters import AVERAGE
 from launch.metrics import METRICS_NAME, check_metrics
+from launch.model import config_of
 from launch.preempt import Preempted
 from launch.provenance import git_state, versions
 from launch.recipe import Recipe
 from launch.report import draw_curves
 from launch.run_files import check_writable, unwritable
-from launch.saved_run import RECIPE_NAME
+from launch.saved_run import CLASSES_NAME, RECIPE_NAME, full_classes
 from launch.status import STATUS_NAME, Status, read_content, write_status
 from launch.world import share
 from shards.durable import durable_write, is_temporary
@@ -48,20 +52,27 @@ CHECKPOINTS = "checkpoints"
 AGAIN = "correct that, then start the run again: it resumes"
 
 # Names of files whose temporary files a killed process may leave.
-_WRITTEN = r"probe|recipe\.json|status|curves\.png|weights(-ema)?\.safetensors"
+_WRITTEN = r"probe|recipe\.json|classes\.json|status|curves\.png|weights(-ema)?\.safetensors"
 
 
 class RunFolder:
-    """RUN/: recipe.json, status, metrics.jsonl, checkpoints/, weights.safetensors, curves.png. Rank 0 alone writes.
+    """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights.safetensors, curves.png.
 
-    As a context manager it keeps RUN/status true: running, preempted, finished or failed, with step and reason.
+    Rank 0 alone writes. As a context manager it keeps RUN/status true: running, preempted, finished or failed, with
+    step and reason.
     """
 
     def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, choices: Choices, kernels: Verdict) -> None:
         self.path = recipe.run.out
         self._recipe, self._feed, self._engine, self._choices = recipe, feed, engine, choices
         self._kernels = kernels
-        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep)
+        self._info = fat.WeightsInfo(
+            config=config_of(recipe, feed.classes),
+            classes=feed.class_list,
+            size=recipe.data.size,
+            crop_pct=recipe.data.crop_pct,
+        )
+        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep, info=self._info)
         self._writer = BackgroundWriter(self._checkpoints)
         self._fingerprint = fingerprint(recipe, feed)
         self._resumed = Progress()
@@ -103,6 +114,8 @@ class RunFolder:
             aside = self._set_aside()
             return None, [f"the earlier run's checkpoints and metrics are now in {aside}"] if aside else []
         found, complaints = self._checkpoints.newest()
+        if found is not None:
+            check_classes(found, self._feed.class_list, run=self.path)
         story = [f"warning: {complaint}" for complaint in complaints]
         if found is None and complaints:  # otherwise new checkpoints of the same steps would overwrite them
             story.append(
@@ -186,18 +199,20 @@ class RunFolder:
         if not (self._on_main(self._writer.wait) or self._save_durably(progress)):
             raise RunFailed(f"the last checkpoint, of step {progress.step}, could not be written; {AGAIN}")
         state = self._engine.state_dict()
-        return self._on_main(lambda: self._export(state))
+        return self._on_main(lambda: self._export(state, progress.step))
 
-    def _export(self, state: dict[str, Tensor]) -> list[str]:
+    def _export(self, state: dict[str, Tensor], step: int) -> list[str]:
         story = [f"warning: {complaint}" for complaint in self.complaints()]
-        model = fat.create_model(f"fat_{self._recipe.model.variant}", num_classes=self._feed.classes)
+        with torch.device("meta"):  # only its config is needed
+            model = fat.FAT(config_of(self._recipe, self._feed.classes))
+        info = replace(self._info, step=step)
         raw = {key.removeprefix("model/"): value for key, value in state.items() if key.startswith("model/")}
         average = {key.removeprefix(f"{AVERAGE}/"): value for key, value in state.items() if key.startswith(AVERAGE)}
         for name, tensors in (("weights", raw), ("weights-ema", raw | average if average else {})):
             path = self.path / f"{name}.safetensors"
             if tensors:
                 try:
-                    fat.save_weights(model, path, state=tensors)
+                    fat.save_weights(model, path, state=tensors, info=info)
                 except (OSError, SafetensorError) as error:
                     fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
                     raise RunFailed(f"{path}: the weights could not be written ({fact}); {AGAIN}") from error
@@ -252,8 +267,10 @@ class RunFolder:
             "versions": versions(),
             "git": git_state(),
         }
+        classes = self._feed.class_list.dumps() + "\n"
         try:
             durable_write(self.path / RECIPE_NAME, (json.dumps(redacted(description), indent=1) + "\n").encode())
+            durable_write(self.path / CLASSES_NAME, classes.encode())
         except OSError as error:
             raise unwritable(self.path, error) from error
 
@@ -276,6 +293,7 @@ def goes_on(recipe: Recipe) -> bool:
 def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
     """What every checkpoint holds of its run: `fixed` decides what is fed and what a step means, `free` may change."""
     plan, optim = feed.plan, recipe.optim
+    validation = feed.dataset.manifest.splits.get("val")
     return Fingerprint(
         fixed={
             "variant": recipe.model.variant,
@@ -286,9 +304,11 @@ def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
             "epochs": optim.epochs,
             "train_samples": plan.samples,
             "train_index": feed.dataset.split("train").index_hash,
+            "val_index": validation.index_hash if validation else None,
             "augmentation": repr(feed.augment),
         },
-        free={
+        free={"crop_pct": recipe.data.crop_pct}
+        | {
             name: getattr(optim, name)
             for name in ("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "label_smoothing", "ema")
         },
@@ -305,12 +325,32 @@ def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
     def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         return [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
 
-    if changed := changes(found.fingerprint.fixed, current.fixed):
+    fixed = found.fingerprint.fixed
+    added = fixed.get("val_index") is None and current.fixed.get("val_index") is not None
+    if added:  # no accuracy of other images is compared with the new ones
+        fixed = fixed | {"val_index": current.fixed["val_index"]}
+    if changed := changes(fixed, current.fixed):
         raise CheckpointError(
             f"{found.path}: saved by a different run ({'; '.join(changed)}); "
             "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
         )
-    return changes(found.fingerprint.free, current.free)
+    said = ["the data set had no validation split, and has one now"] if added else []
+    return said + changes(found.fingerprint.free, current.free)
+
+
+def check_classes(found: Checkpoint, current: fat.ClassList, *, run: Path) -> None:
+    """Refuse to resume with a data set of other classes, or of the same ones in another order.
+
+    Raises:
+        CheckpointError: names the classes that differ.
+    """
+    known = found.info().classes
+    if known is not None and known.digest != current.digest:
+        raise CheckpointError(
+            f"{found.path}: saved by a run with other classes ({difference(full_classes(run, known), current)}); use "
+            "the data set that it began with, another run folder (--out), or --resume never, which sets the old one "
+            "aside"
+        )
 
 
 def check_position(found: Checkpoint, steps_per_epoch: int) -> None:

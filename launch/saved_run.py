@@ -9,13 +9,17 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 from pydantic import TypeAdapter
 
+import fat
 from launch.recipe import Recipe
 from launch.run_files import read_regular
 from launch.trials import Value
 from shards.errors import UserError
+from shards.manifest import MAX_MANIFEST_BYTES
 from shards.schema import parse_json
 
 RECIPE_NAME = "recipe.json"
+CLASSES_NAME = "classes.json"
+"""Classes of the outputs, as `fat.ClassList.dumps` writes them; complete, however many there are."""
 MAX_BYTES = 1 << 20  # one of a large run has 6 kB
 Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 
@@ -70,6 +74,26 @@ def read_saved_run(run: Path) -> SavedRun:
         raise UserError(f"{path}: not the recipe of a run ({error}); restore it, or give a weights file") from error
     except UserError as error:  # options that contradict one another
         raise UserError(f"{path}: not the recipe of a run ({error}); restore it") from error
+
+
+def full_classes(run: Path, known: fat.ClassList) -> fat.ClassList:
+    """Return the names of classes of which a header holds the digest alone, if RUN/classes.json has them.
+
+    Raises:
+        UserError: that file cannot be read, or is damaged.
+    """
+    path = run / CLASSES_NAME
+    if known.folders is not None:
+        return known
+    try:
+        found = fat.ClassList.loads(read_regular(path, limit=MAX_MANIFEST_BYTES).decode())
+    except FileNotFoundError:
+        return known
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct that, or remove it") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not the classes of a run ({error}); restore it, or remove it") from error
+    return found if found.digest == known.digest else known
 
 
 def read_raw(path: Path) -> dict[str, Any]:

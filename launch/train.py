@@ -28,7 +28,7 @@ from launch.guards import Guards
 from launch.kernel_check import check_recipe
 from launch.memory import check_batches_fit
 from launch.metrics import Tracker
-from launch.model import build_model
+from launch.model import build_model, load_initial_weights
 from launch.norms import check_values_per_channel
 from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
 from launch.preflight import preflight
@@ -58,6 +58,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
     # Reject invalid combinations of options before creating files.
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
+    loaded = load_initial_weights(model, recipe, feed.class_list)
     lock.take(world, make=True)
     verdict = check_recipe(recipe, feed, model)  # before anything is compiled or captured
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
@@ -74,7 +75,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
         tracker.begin(
-            *(*story, *choices.notes, *engine.notes, *feed.advice()),
+            *(*story, *(() if progress.step else loaded), *choices.notes, *engine.notes, *feed.advice()),
             picks=engine.picks | verdict.picks | loader.picks | choices.picks,
         )
         guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)

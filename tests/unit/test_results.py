@@ -82,11 +82,12 @@ def test_a_dry_run_shows_brackets_as_they_are(
 
 
 def test_accuracy_is_shown_for_classes_with_any_name(capsys: pytest.CaptureFixture[str]) -> None:
-    classes = {name: {"top1": 0.5, "samples": 2} for name in (MARKUP, "a\nb\x1b[31m")}
+    odd = (MARKUP, "a\nb\x1b[31m")
+    classes = {name: {"name": name[::-1], "top1": 0.5, "samples": 2} for name in odd}
     show({"top1": 0.5, "top5": 1.0, "loss": 1.0, "samples": 4, "classes": classes})
     shown = capsys.readouterr().out
-    assert MARKUP in shown
-    assert r"a\nb\x1b[31m" in shown
+    for text in (MARKUP, MARKUP[::-1], r"a\nb\x1b[31m", r"m13[\x1bb\na"):
+        assert text in shown
 
 
 def test_lines_of_training_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,412 @@
+"""Classes travel with the model: into checkpoints, weights and the run folder, and from there into what is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fat
+from launch.checkpoint import CheckpointFolder, Progress
+from launch.class_mapping import map_classes
+from launch.evaluate import main as evaluate
+from launch.model import build_model, load_initial_weights
+from launch.recipe import ModelRecipe, Recipe
+from launch.train import main as train
+from shards.errors import UserError
+from tests.support.damage import edit_manifest
+from tests.unit.test_fat_parity import TINY
+
+SMALL = ("--size", "32", "--augment", "light", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0")
+QUICK = ("--batch", "64", "--limit", "64")
+FOLDERS = ["0_zero", "1_one", "2_two", "3_three", "4_four", "5_five", "6_six", "7_seven", "8_eight", "9_nine"]
+
+Edit = Callable[[list[dict[str, Any]]], object]
+
+
+def run(main: Callable[[], int], *args: object) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["command", *map(str, args)])
+        return main()
+
+
+def with_classes(digits: Path, out: Path, edit: Edit) -> Path:
+    """The digits with another class list; the images keep their labels."""
+    shutil.copytree(digits, out)
+    edit_manifest(out, lambda manifest: edit(manifest["classes"]))
+    return out
+
+
+def rename(entries: list[dict[str, Any]]) -> None:
+    for entry in entries[:2]:
+        entry["folder"] = f"other_{entry['folder']}"
+
+
+def swap(entries: list[dict[str, Any]]) -> None:
+    entries[0], entries[1] = entries[1], entries[0]
+
+
+@pytest.fixture(scope="module")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps at 32 pixels with another crop than the default."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    options = ("--data", digits, "--out", out, "--stop-after", "2", "--crop-pct", "0.9", "--drop-path", "0")
+    assert run(train, *SMALL, *options) == 0
+    return out
+
+
+def always(path: Path, output: int, *, info: fat.WeightsInfo | None) -> Path:
+    """Weights whose model always answers with one output."""
+    torch.manual_seed(0)
+    model = fat.create_model("fat_b0", num_classes=10)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.eye(10)[output]
+    fat.save_weights(model, path, info=info)
+    return path
+
+
+# -- the list itself ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", [None, ["crane", "crane", None]], ids=["folders", "human-readable names, one twice"])
+def test_a_list_is_read_as_it_was_written(names: list[str | None] | None) -> None:
+    written = fat.ClassList.of(["n02", 'q"\\', "日本"], names)
+    assert fat.ClassList.loads(written.dumps()) == written
+    short = fat.ClassList.loads(written.dumps(limit=10))
+    assert (short.count, short.digest, short.folders) == (3, written.digest, None)
+
+
+def test_order_and_folders_make_the_digest_and_names_do_not() -> None:
+    digests = {fat.ClassList.of(folders).digest for folders in (["a", "b"], ["b", "a"], ["a,b"], ["a", "b", "c"])}
+    assert len(digests) == 4
+    assert fat.ClassList.of(["a"], ["x"]).digest == fat.ClassList.of(["a"], ["y"]).digest
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"),
+    [
+        ({"count": 3}, "folders: a list of 3 texts expected"),
+        ({"count": True}, "count: an integer"),
+        ({"count": 10**9}, "count: an integer"),
+        ({"digest": "0" * 64}, "do not match their digest"),
+        ({"digest": 5}, "digest: 64 hex digits"),
+        ({"folders": ["a", 5]}, "folders: a list of 2 texts"),
+        ({"names": ["a", {}]}, "names: a list of 2 texts"),
+    ],
+)
+def test_a_list_that_contradicts_itself_is_refused(change: dict[str, Any], fact: str, tmp_path: Path) -> None:
+    text = json.dumps(json.loads(fat.ClassList.of(["a", "b"]).dumps()) | change)
+    save_file(fat.FAT(TINY).state_dict(), tmp_path / "w.safetensors", {"fat_classes": text})
+    with pytest.raises(ValueError, match=f"fat_classes in its header is no list of classes.*{fact}"):
+        fat.read_info(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    "training", ['{"size": 31}', '{"size": 1e9}', '{"crop_pct": 0}', '{"crop_pct": NaN}', "[]", "{"]
+)
+def test_an_image_size_out_of_range_is_refused(training: str, tmp_path: Path) -> None:
+    save_file(fat.FAT(TINY).state_dict(), tmp_path / "w.safetensors", {"fat_training": training})
+    with pytest.raises(ValueError, match="fat_training in its header says nothing of the training"):
+        fat.read_info(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(("count", "listed"), [(21_841, True), (1_000_000, False)])
+def test_a_weights_file_stays_readable_whatever_the_number_of_classes(count: int, listed: bool, tmp_path: Path) -> None:
+    classes = fat.ClassList.of([f"n{i:08}" for i in range(count)], [f"name of {i}, or another" for i in range(count)])
+    path = tmp_path / "w.safetensors"
+    fat.save_weights(fat.FAT(TINY), path, info=fat.WeightsInfo(classes=classes, size=64))
+    info = fat.read_info(path)
+    assert info.classes is not None
+    assert (info.classes.count, info.classes.digest) == (count, classes.digest)
+    assert (info.classes == classes) == listed
+    assert (info.config, info.size) == (TINY, 64)
+    assert fat.load_model(path).config == TINY
+
+
+# -- what a run leaves -------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_weights_and_run_folder_name_the_classes_and_the_image_size(trained: Path) -> None:
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    for path in (trained / "weights.safetensors", checkpoint / "state.safetensors"):
+        info = fat.read_info(path)
+        assert info.classes is not None
+        assert info.classes.folders == tuple(FOLDERS)
+        assert (info.size, info.crop_pct) == (32, 0.9)
+        assert info.config is not None
+        assert info.config.drop_path == 0
+    assert fat.read_info(trained / "weights.safetensors").step == 2
+    assert fat.ClassList.loads((trained / "classes.json").read_text()).folders == tuple(FOLDERS)
+
+
+def test_the_state_of_a_checkpoint_is_a_weights_file_too(trained: Path) -> None:
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    with pytest.warns(UserWarning, match="names without 'model/'"):
+        loaded = fat.load_model(checkpoint / "state.safetensors")
+    assert torch.equal(loaded.head.weight, load_file(trained / "weights.safetensors")["head.weight"])
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "fact"),
+    [
+        (rename, "2 gone: 0_zero, 1_one; 2 new: other_0_zero, other_1_one"),
+        (swap, "another order: class 0 was 0_zero, is 1_one"),
+        (lambda entries: entries.append({"folder": "ten", "name": None}), "1 new: ten"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_classes(
+    *, edit: Edit, fact: str, trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    other = with_classes(digits, tmp_path / "set", edit)
+    assert run(train, *SMALL, "--data", other, "--out", out, "--stop-after", "3", "--crop-pct", "0.9") == 2
+    assert f"saved by a run with other classes ({fact})" in capsys.readouterr().err
+
+
+def test_a_run_is_not_resumed_with_another_validation_split(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its best accuracy would be compared with that of other images."""
+    out = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.copytree(digits, tmp_path / "set")
+    options = ("--out", out, "--stop-after", "3", "--crop-pct", "0.9")
+
+    def other_index(manifest: dict[str, Any]) -> None:
+        manifest["splits"]["val"]["index_hash"] = "0" * 16
+
+    def without(manifest: dict[str, Any]) -> None:
+        del manifest["splits"]["val"]
+
+    for edit, now in ((other_index, "0000000000000000"), (without, "None")):
+        edit_manifest(tmp_path / "set", edit)
+        assert run(train, *SMALL, "--data", tmp_path / "set", *options) == 2
+        error = capsys.readouterr().err
+        assert "saved by a different run (val_index was " in error
+        assert f", is {now})" in error
+
+
+def test_a_validation_split_may_be_added_and_that_is_said(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(digits, tmp_path / "set")
+    edit_manifest(tmp_path / "set", lambda manifest: manifest["splits"].pop("val"))
+    options = (*SMALL, "--out", tmp_path / "run")
+    assert run(train, *options, "--data", tmp_path / "set", "--stop-after", "1") == 0
+    assert run(train, *options, "--data", digits, "--stop-after", "2", "--crop-pct", "0.8") == 0
+    shown = "".join(capsys.readouterr().err.split())
+    assert "warning:thedatasethadnovalidationsplit,andhasonenow" in shown
+    assert "warning:crop_pctwas0.875,is0.8" in shown
+
+
+# -- evaluation --------------------------------------------------------------------------------------------------
+
+
+def test_the_size_and_crop_of_the_training_are_used_and_printed(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint,) = (trained / "checkpoints").iterdir()
+    figures = []
+    for model in (trained, checkpoint, trained / "weights.safetensors"):
+        out = tmp_path / "figures.json"
+        assert run(evaluate, model, "--data", digits, *QUICK, "--json", out) == 0
+        shown = capsys.readouterr()
+        assert ", step 2: 64 images of split 'val'" in shown.out
+        assert "size 32, crop 0.9" in shown.out
+        assert "note:" not in shown.err
+        figures.append(json.loads(out.read_text()))
+    assert {(entry["loss"], entry["size"], entry["crop_pct"], entry["step"]) for entry in figures} == {
+        (figures[0]["loss"], 32, 0.9, 2)
+    }
+    assert list(figures[0]["classes"]) == FOLDERS
+
+
+def test_the_newest_checkpoint_says_which_one_is_the_best(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = CheckpointFolder(Path(shutil.copytree(trained, tmp_path / "run")) / "checkpoints")
+    best, _ = folder.newest()
+    assert best is not None
+    newest = folder.save(best.load(), Progress(step=3, epoch_step=3, best=best.progress.best), best.fingerprint)
+    for model in (tmp_path / "run", best.path):
+        assert run(evaluate, model, "--data", digits, *QUICK, "--size", "32") == 0
+        said = capsys.readouterr().err
+        assert (f"note: {newest} is the newest checkpoint; the best is {best.path}" in said) == (model != best.path)
+
+
+def classes_of(*folders: str) -> fat.ClassList:
+    return fat.ClassList.of(folders)
+
+
+def test_the_same_classes_in_another_order_are_mapped_by_folder(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = always(tmp_path / "w.safetensors", 0, info=fat.WeightsInfo(classes=classes_of(*FOLDERS[::-1]), size=32))
+    out = tmp_path / "figures.json"
+    assert run(evaluate, path, "--data", digits, "--json", out) == 0
+    assert "has the model's classes in another order; mapped by folder name" in capsys.readouterr().err
+    classes = json.loads(out.read_text())["classes"]
+    assert {folder: entry["top1"] for folder, entry in classes.items()} == {f: float(f == "9_nine") for f in FOLDERS}
+
+
+def test_a_subset_of_the_model_s_classes_is_evaluated_among_themselves(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model always answers with a class that the set does not have, else with its third."""
+    classes = classes_of("a", "b", *FOLDERS)
+    torch.manual_seed(0)
+    model = fat.create_model("fat_b0", num_classes=12)
+    torch.nn.init.zeros_(model.head.weight)
+    model.head.bias.data = torch.tensor([5.0, 4, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0])
+    fat.save_weights(model, tmp_path / "w.safetensors", info=fat.WeightsInfo(classes=classes, size=32))
+    out = tmp_path / "figures.json"
+    assert run(evaluate, tmp_path / "w.safetensors", "--data", digits, "--json", out) == 0
+    assert "has 10 of the model's 12 classes: only their outputs are compared" in capsys.readouterr().err
+    result = json.loads(out.read_text())
+    assert {f for f, entry in result["classes"].items() if entry["top1"]} == {"2_two"}
+    assert result["classes"]["2_two"]["name"] is None
+    assert any("only their outputs" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize("where", ["run", "weights"])
+def test_classes_that_the_model_does_not_know_are_refused_by_name(
+    where: str, trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = with_classes(digits, tmp_path / "set", rename)
+    model = trained if where == "run" else trained / "weights.safetensors"
+    assert run(evaluate, model, "--data", other, *QUICK) == 2
+    error = capsys.readouterr().err
+    assert f"{model}: does not know 2 of the 10 classes of {other}: other_0_zero, other_1_one; its own 10 are" in error
+    assert error.count("\n") == 1
+
+
+def test_weights_without_class_names_are_evaluated_with_a_note_if_the_numbers_match(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = always(tmp_path / "w.safetensors", 3, info=None)
+    assert run(evaluate, path, "--data", digits, *QUICK, "--size", "32") == 0
+    assert "w.safetensors holds no class names: nothing shows that its 10 outputs are the classes" in (
+        capsys.readouterr().err
+    )
+    fewer = with_classes(digits, tmp_path / "set", lambda entries: entries.append({"folder": "ten", "name": None}))
+    assert run(evaluate, path, "--data", fewer, *QUICK, "--size", "32") == 2
+    assert "a model of 10 classes without class names" in capsys.readouterr().err
+
+
+def test_weights_of_another_tool_are_evaluated_and_what_was_chosen_is_said(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fat.create_model("fat_b0", num_classes=10)
+    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": state, "state_dict_ema": dict(state)}, tmp_path / "w.pth")
+    assert run(evaluate, tmp_path / "w.pth", "--data", digits, *QUICK, "--size", "32") == 0
+    said = capsys.readouterr().err
+    assert "note: " in said
+    assert "weights of 'state_dict_ema.module' (a moving average" in said
+    assert "does not say at which image size it was trained" in said
+
+
+def test_classes_of_one_human_readable_name_stay_apart(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def name_alike(entries: list[dict[str, Any]]) -> None:
+        for entry in entries:
+            entry["name"] = "crane"
+
+    other, out = with_classes(digits, tmp_path / "set", name_alike), tmp_path / "figures.json"
+    assert run(evaluate, trained, "--data", other, "--json", out) == 0
+    result = json.loads(out.read_text())
+    assert sum(entry["samples"] for entry in result["classes"].values()) == result["samples"] == 360
+    assert {entry["name"] for entry in result["classes"].values()} == {"crane"}
+    table = capsys.readouterr().out.split("hardest classes")[1]
+    assert table.count("crane") == 5
+    assert sum(folder in table for folder in FOLDERS) == 5
+
+
+def test_two_classes_of_one_folder_are_refused(trained: Path, digits: Path, tmp_path: Path, capsys: Any) -> None:
+    other = with_classes(digits, tmp_path / "set", lambda entries: entries[1].update(folder="0_zero"))
+    assert run(evaluate, trained, "--data", other, *QUICK) == 2
+    assert "several classes of one folder name (0_zero)" in capsys.readouterr().err
+
+
+def test_a_digest_alone_is_enough_for_the_same_classes_and_refused_for_others() -> None:
+    model, data = Path("w.safetensors"), Path("set")
+    full = classes_of("a", "b", "c")
+    short = fat.ClassList.loads(full.dumps(limit=0))
+    assert map_classes(short, 3, full, model=model, data=data).outputs is None
+    with pytest.raises(UserError, match="only a digest of its 3 class names, which differs; evaluate the run folder"):
+        map_classes(short, 3, classes_of("a", "b"), model=model, data=data)
+
+
+def test_a_run_with_a_digest_alone_finds_its_names_in_classes_json(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fat.header.MAX_TEXT", 100)
+    out = tmp_path / "run"
+    assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
+    info = fat.read_info(out / "weights.safetensors")
+    assert info.classes is not None
+    assert info.classes.folders is None
+    other = with_classes(digits, tmp_path / "set", swap)
+    assert run(evaluate, out, "--data", other, *QUICK) == 0
+    assert "mapped by folder name" in capsys.readouterr().err
+    assert run(train, *SMALL, "--data", other, "--out", out, "--stop-after", "2") == 2
+    assert "another order: class 0 was 0_zero, is 1_one" in capsys.readouterr().err
+
+
+# -- fine-tuning -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("known", "bias", "said"),
+    [
+        (FOLDERS, 3, "kept, of the same 10 classes"),
+        (FOLDERS[::-1], 6, "kept, its rows reordered: the same 10 classes come in another order"),
+        (["a", *FOLDERS[1:]], None, "initialised afresh, because the weights are of other classes (1 gone: a; 1 new: "),
+        (FOLDERS[:9], None, "initialised afresh, because the weights are of other classes (1 new: 9_nine)"),
+        (None, 3, "kept, because its number of outputs, 10, is the same; the weights hold no class names"),
+    ],
+    ids=["same", "another order", "as many others", "one less", "no names"],
+)
+def test_what_becomes_of_the_classifier_depends_on_the_classes_and_is_said(
+    known: list[str] | None, bias: int | None, said: str, tmp_path: Path
+) -> None:
+    info = None if known is None else fat.WeightsInfo(classes=fat.ClassList.of(known))
+    weights = always(tmp_path / "w.safetensors", 3, info=info)
+    recipe = Recipe(model=ModelRecipe(weights=weights))
+    model = build_model(recipe, 10)
+    assert [line for line in load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS)) if said in line]
+    ones = (model.head.bias == 1).nonzero().flatten().tolist()
+    assert ones == ([] if bias is None else [bias])
+
+
+@pytest.mark.parametrize("how", ["dry run", "training"])
+def test_fine_tuning_says_so_before_it_trains(
+    how: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = always(tmp_path / "w.safetensors", 3, info=fat.WeightsInfo(classes=classes_of(*FOLDERS[::-1])))
+    still = ("--lr", "0", "--min-lr", "0", "--warmup-lr", "0", "--stop-after", "1", "--out", tmp_path / "run")
+    options = (*SMALL, *still, "--data", digits, "--weights", weights)
+    assert run(train, *options, *(["--dry-run"] if how == "dry run" else [])) == 0
+    shown = capsys.readouterr()
+    assert "classifier: kept, its rows reordered" in " ".join((shown.out + shown.err).split())
+    if how == "training":
+        assert load_file(tmp_path / "run" / "weights.safetensors")["head.bias"].argmax() == 6
+        assert run(train, *options) == 0  # resumed: the weights are those of the checkpoint
+        assert "classifier:" not in capsys.readouterr().err
+
+
+def test_a_folder_in_place_of_weights_is_refused_with_the_file_to_give(
+    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(train, *SMALL, "--data", digits, "--weights", trained, "--out", tmp_path / "run") == 2
+    assert f"--weights {trained}: a folder; give a weights file, such as {trained}/weights" in capsys.readouterr().err
