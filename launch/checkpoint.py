@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
 import safetensors.torch
 import xxhash
@@ -49,6 +49,9 @@ _UNFINISHED = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]{8}\.(tmp|replaced)")
 _CHUNK = 1 << 22
 _META_LIMIT = 1 << 20
 
+Scored = Literal["weights", "average"]
+"""What an evaluation is of: the weights as trained, or their moving average."""
+SCORED: tuple[Scored, ...] = get_args(Scored)
 Scalar = str | int | float | bool | None
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -72,7 +75,9 @@ class Progress:
     epoch_step: Count = 0
     """Position in the plan: steps done of `epoch`."""
     best: Share = 0.0
-    """Best top-1 so far (share)."""
+    """Best top-1 so far (share), of the weights or of their average."""
+    best_of: Scored | None = None
+    """Which of the two reached it; None = there is no best yet."""
     is_best: bool = False
     """Whether it was reached here."""
     pending_evaluation: bool = False
@@ -181,28 +186,28 @@ class BackgroundWriter:
     def __init__(self, folder: CheckpointFolder) -> None:
         self._folder = folder
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._pending: tuple[Future[Path], int] | None = None
+        self._pending: tuple[Future[Path], Progress] | None = None
         self._complaints: list[str] = []
         self.failures = 0
         """Number of consecutive failed saves, up to the last save."""
-        self.saved_step: int | None = None
-        """Step of the last checkpoint that was written; None = none yet."""
+        self.saved: Progress | None = None
+        """Of the last checkpoint that was written; None = none yet."""
         self.reason = ""
         """Reason of the last failed save."""
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> None:
         """Begin to write; waits for the one before. Nobody may change `state` before `wait` has returned."""
         self.wait()
-        self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint), progress.step
+        self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint), progress
 
     def wait(self) -> bool:
         """Wait for the current save; return whether the last save succeeded."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            future, step = pending
+            future, progress = pending
             try:
                 future.result()
-                self.failures, self.saved_step = 0, step
+                self.failures, self.saved = 0, progress
             except CheckpointError as error:
                 self.failures, self.reason = self.failures + 1, str(error)
                 self._complaints.append(self.reason)

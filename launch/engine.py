@@ -150,7 +150,7 @@ class Engine:
             group["lr"] = lr
         self._set_training_mode()
         result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
-        self._masters.update_average()
+        self._masters.update_average(step)
         return result
 
     @torch.no_grad()

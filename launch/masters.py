@@ -28,7 +28,7 @@ class Masters:
         model: the bare module, after wrapping.
         optimizer: torch's own without ZeRO, else DeepSpeed's wrapper around it.
         moments: names of the optimiser's state tensors.
-        decay: of the moving average; 0 = none.
+        decay: of the moving average, in the long run (`average_decay`); 0 = none.
     """
 
     def __init__(
@@ -76,13 +76,18 @@ class Masters:
         return norm
 
     @torch.no_grad()
-    def update_average(self) -> None:
-        """Move the average towards the present parameters and BatchNorm statistics. Local to the rank, no sync."""
+    def update_average(self, step: int) -> None:
+        """Move the average towards the present parameters and BatchNorm statistics. Local to the rank, no sync.
+
+        Args:
+            step: the optimiser step just made, counted from 0 at the start of training.
+        """
         if self._decay:
-            torch._foreach_lerp_(self._shadow, [owner.detach() for owner in self._owners()], 1 - self._decay)
+            share = 1 - average_decay(self._decay, step + 1)
+            torch._foreach_lerp_(self._shadow, [owner.detach() for owner in self._owners()], share)
             for shadow, buffer in zip(self._shadow_buffers, self._buffers(), strict=True):
                 # A bad forward pass leaves statistics that are not finite until the guards mend them.
-                shadow.lerp_(torch.where(buffer.isfinite(), buffer, shadow), 1 - self._decay)
+                shadow.lerp_(torch.where(buffer.isfinite(), buffer, shadow), share)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -280,6 +285,15 @@ class Masters:
             for parameter in parameters:
                 if parameter._hp_mapping is not None:
                     parameter._hp_mapping.set_optim_state_fragment(owner, self._inner.state[owner])
+
+
+def average_decay(decay: float, updates: int) -> float:
+    """Return the decay of the moving average's update number `updates`, counted from 1.
+
+    The first updates decay faster, so that a short run's average does not consist of its random start. Source:
+    TensorFlow, `tf.train.ExponentialMovingAverage` with `num_updates`.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 
 import fat
-from launch.checkpoint import Progress
+from launch.checkpoint import Progress, Scored
 from launch.data_wait import DataWait
 from launch.engine import Engine, StepResult
 from launch.feed import Feed
@@ -54,6 +54,10 @@ _NUMBERS = {
     "eval-ema": _EVALUATION,
 }
 
+# Kinds of the lines about evaluations, and what people call what they are of.
+EVALUATIONS: dict[Scored, str] = {"weights": "eval", "average": "eval-ema"}
+SCORED_NAMES: dict[Scored, str] = {"weights": "weights", "average": "moving average"}
+
 log = logging.getLogger(__name__)
 
 
@@ -72,6 +76,7 @@ class Tracker:
         self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
         self._rate, self._wait = 0.0, DataWait(self._world.device)
+        self._last: dict[Scored, float] = {}  # top-1 of the last evaluation
         self.restart_interval()
 
     def __enter__(self) -> Tracker:
@@ -147,34 +152,49 @@ class Tracker:
         self._write("picks", step=self._begun_at.step, **picks)
         self.say(*lines, "; ".join(f"{name}: {choice}" for name, choice in picks.items()))
 
-    def evaluation(self, step: int, result: dict[str, float], *, kind: str = "eval") -> float:
-        """Write a line about an evaluation; returns its top-1."""
+    def evaluation(self, step: int, results: Mapping[Scored, dict[str, float]]) -> dict[Scored, float]:
+        """Write a line about each evaluation; returns top-1 of the weights and, if evaluated, of their average."""
         epoch = self._plan.at(step).epoch
-        self._write(kind, step=step, epoch=epoch, **result)
-        self.say(
-            f"epoch {epoch}{', moving average' if kind == 'eval-ema' else ''}: top-1 {result['top1']:.2%}, "
-            f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} over {result['samples']} images"
-        )
-        return result["top1"]
+        for scored, result in results.items():
+            self._write(EVALUATIONS[scored], step=step, epoch=epoch, **result)
+            self.say(
+                f"epoch {epoch}{f', {SCORED_NAMES[scored]}' if len(results) > 1 else ''}: top-1 {result['top1']:.2%}, "
+                f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} over {result['samples']} images"
+            )
+        self._last = {scored: result["top1"] for scored, result in results.items()}
+        return self._last
 
-    def progress(self, before: Progress, step: int, top1: float | None = None, *, pending: bool = False) -> Progress:
+    def progress(
+        self, before: Progress, step: int, top1: Mapping[Scored, float] | None = None, *, pending: bool = False
+    ) -> Progress:
         """Where the run stands with `step` optimiser steps behind it, the last evaluated to `top1` (or still to be)."""
         position = self._plan.at(step)
-        is_best = top1 is not None and top1 > before.best
+        scored = max(top1, key=lambda name: top1[name]) if top1 else None  # of equal ones, the weights
+        is_best = top1 is not None and scored is not None and top1[scored] > before.best
         return Progress(
             step=step,
             epoch=position.epoch,
             epoch_step=position.step,
-            best=top1 if is_best and top1 is not None else before.best,
+            best=top1[scored] if is_best and top1 is not None and scored is not None else before.best,
+            best_of=scored if is_best else before.best_of,
             is_best=is_best,
             pending_evaluation=pending,
             seconds=self._begun_at.seconds + time.perf_counter() - self._clock,
         )
 
     def finish(self, progress: Progress) -> None:
-        self._write("end", step=progress.step, seconds=round(progress.seconds, 1), best=progress.best)
-        best = f", best top-1 {progress.best:.2%}" if progress.best else ""
-        self.say(f"{progress.step} steps in {progress.seconds:.0f} s{best}")
+        """Write the last line, and say how the run ended: the best accuracy and the last ones."""
+        best = {"best": progress.best, "best_of": progress.best_of} if progress.best_of else {"best": None}
+        self._write("end", step=progress.step, seconds=round(progress.seconds, 1), **best)
+        text = f"{progress.step} steps in {progress.seconds:.0f} s"
+        if progress.best_of:
+            text += f", best top-1 {progress.best:.2%}"
+            text += f" ({SCORED_NAMES[progress.best_of]})" if "average" in self._last else ""
+        if len(self._last) > 1:
+            text += "; at the end: " + ", ".join(
+                f"{SCORED_NAMES[name]} {top1:.2%}" for name, top1 in self._last.items()
+            )
+        self.say(text)
 
 
 @dataclass(frozen=True)

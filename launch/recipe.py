@@ -85,7 +85,8 @@ class OptimRecipe:
     label_smoothing: Decay = 0.1
     """Share of the target spread evenly over all classes."""
     ema: Decay = 0.0
-    """Decay per step of a moving average of the weights, evaluated and exported beside them; 0 = none."""
+    """Decay per step of a moving average of the weights, evaluated and exported beside them; 0 = none. Step t decays by
+    (1 + t) / (10 + t) at most, so that the average of a short run is of weights that were trained."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

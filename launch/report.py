@@ -9,10 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
+from typing import Any
 
 import tyro
 
-from launch.metrics import METRICS_NAME, read_metrics
+from launch.checkpoint import Scored
+from launch.metrics import EVALUATIONS, METRICS_NAME, SCORED_NAMES, read_metrics
 from shards.errors import UserError, report, storage_error
 from shards.output import check_output, write_output
 from shards.redact import printable, protect_output
@@ -57,25 +59,27 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
     import matplotlib.pyplot as plt
 
     train = [line for line in lines if line["kind"] == "train"]
-    evals = [line for line in lines if line["kind"] == "eval"]
-    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 3.6), constrained_layout=True)
+    evals = {scored: [line for line in lines if line["kind"] == kind] for scored, kind in EVALUATIONS.items()}
+    evals = {scored: found for scored, found in evals.items() if found}
+    # A set without a validation split has no accuracies: no panel that looks as if they were all zero.
+    panels = 3 if evals else 2
+    figure, (loss, rate, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 3.6), constrained_layout=True)
     loss.plot(
         [t["step"] for t in train],
         [nan if t.get("loss") is None else t["loss"] for t in train],
         label="training",
         linewidth=1,
     )
-    loss.plot([e["step"] for e in evals], [e["loss"] for e in evals], "o-", label="validation", markersize=3)
+    for scored, found in evals.items():
+        name = f", {SCORED_NAMES[scored]}" if len(evals) > 1 else ""
+        loss.plot(*_column(found, "loss"), "o-", label=f"validation{name}", markersize=3)
     loss.set(title="loss", xlabel="step", yscale="log")
     loss.legend(frameon=False)
-    accuracy.plot([e["step"] for e in evals], [100 * e["top1"] for e in evals], "o-", label="top-1", markersize=3)
-    accuracy.plot([e["step"] for e in evals], [100 * e["top5"] for e in evals], "o-", label="top-5", markersize=3)
-    best = max((e["top1"] for e in evals), default=0.0)
-    accuracy.set(title=f"validation accuracy, best {best:.2%}", xlabel="step", ylabel="%")
-    accuracy.legend(frameon=False)
     rate.plot([t["step"] for t in train], [t["lr"] for t in train], linewidth=1)
     rate.set(title="learning rate", xlabel="step")
-    for axes in (loss, accuracy, rate):
+    if rest:
+        _draw_accuracy(rest[0], evals)
+    for axes in (loss, rate, *rest):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     image = io.BytesIO()
@@ -83,6 +87,26 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
     plt.close(figure)
     write_output(out, image.getvalue(), "--out")
     return out
+
+
+def _draw_accuracy(axes: Any, evals: dict[Scored, list[dict[str, Any]]]) -> None:
+    """Draw top-1 and top-5 of the weights and, where there is one, of their average; the title names the best."""
+    for scored, found in evals.items():
+        name = f", {SCORED_NAMES[scored]}" if len(evals) > 1 else ""
+        for figure in ("top1", "top5"):
+            steps, values = _column(found, figure)
+            label = f"{figure[:3]}-{figure[3:]}{name}"
+            axes.plot(steps, [100 * value for value in values], "o-", label=label, markersize=3)
+    tops = {scored: max(line["top1"] for line in found) for scored, found in evals.items()}
+    best = max(tops, key=lambda scored: tops[scored])  # of equal ones, the weights
+    of = f" ({SCORED_NAMES[best]})" if len(evals) > 1 else ""
+    axes.set(title=f"validation accuracy, best {tops[best]:.2%}{of}", xlabel="step", ylabel="%")
+    axes.legend(frameon=False)
+
+
+def _column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps, and the values of that name."""
+    return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def main() -> int:

@@ -253,9 +253,9 @@ class RunFolder:
     def _status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:
         if not self._engine.world.is_main:
             return True
-        saved = self._writer.saved_step
-        step = self._resumed.step if saved is None else saved
-        return write_status(self.path, status, step=step, reason=reason, nodes=nodes)
+        saved = self._writer.saved or self._resumed
+        best = (saved.best, saved.best_of) if saved.best_of else None
+        return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best)
 
     def _describe(self) -> None:
         engine = self._engine

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
+from launch.checkpoint import Scored, Share
 from launch.run_files import open_regular, read_regular
 from shards.durable import temporary_name
 from shards.redact import redact
@@ -32,24 +33,35 @@ class StatusContent:
     step: Count | None
     reason: str
     nodes: list[str] | None = None
+    best: Share | None = None
+    best_of: Scored | None = None
 
 
 _SCHEMA = TypeAdapter(StatusContent)
 
 
 def write_status(
-    run: Path, status: Status, *, step: int | None = None, reason: str = "", nodes: Sequence[str] = ()
+    run: Path,
+    status: Status,
+    *,
+    step: int | None = None,
+    reason: str = "",
+    nodes: Sequence[str] = (),
+    best: tuple[float, str] | None = None,
 ) -> bool:
     """Replace RUN/status, if there is a run folder.
 
     Args:
         step: optimiser steps in the newest checkpoint; None = not known yet.
         nodes: hosts that should not be used for the next start.
+        best: best top-1 so far (share), and what reached it: "weights" or "average".
 
     Returns:
         Whether it was written. No error is raised: a full disk may be why the run ends, and that error must be shown.
     """
     content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason)}
+    if best is not None:
+        content["best"], content["best_of"] = best
     if nodes:
         content["nodes"] = list(nodes)
     text = (json.dumps(content) + "\n").encode()

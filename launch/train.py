@@ -16,7 +16,7 @@ from launch.standard_streams import ignore_failing_output, open_missing_streams
 if __name__ == "__main__":
     open_missing_streams()  # before libraries open files
 
-from launch.checkpoint import CheckpointFolder
+from launch.checkpoint import SCORED, CheckpointFolder, Scored
 from launch.choices import resolve
 from launch.command_line import parse
 from launch.dry_run import show_run
@@ -86,17 +86,17 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
             tracker.say(*(f"warning: {fact}" for fact in (*guards.check(), *folder.complaints())))
             tracker.interval(skipped=guards.skipped, replaced=loader.bad_samples)
 
-        def evaluate(step: int) -> float | None:
+        def evaluate(step: int) -> dict[Scored, float]:
             """Top-1 with `step` steps behind; asked to leave meanwhile, the run saves that this is still to be done."""
-            top1 = None
-            for kind in ("eval", "eval-ema") if recipe.optim.ema else ("eval",):
+            results: dict[Scored, dict[str, float]] = {}
+            for scored in SCORED if recipe.optim.ema else SCORED[:1]:
                 result = engine.evaluate(
-                    watchdog.watched(preemption.heed(evaluation or ())), average=kind == "eval-ema"
+                    watchdog.watched(preemption.heed(evaluation or ())), average=scored == "average"
                 )
                 if result is None:
                     folder.leave(tracker.progress(progress, step, pending=True), preemption.reason)
-                top1 = tracker.evaluation(step, result, kind=kind)
-            return top1
+                results[scored] = result
+            return tracker.evaluation(step, results)
 
         if progress.pending_evaluation and evaluation is not None:
             progress = folder.save(tracker.progress(progress, progress.step, evaluate(progress.step)))

@@ -400,7 +400,7 @@ def test_a_save_that_fails_loses_nothing_and_is_counted(tmp_path: Path, monkeypa
     assert isinstance(folder.newest()[0], Checkpoint)
     writer.save(state, Progress(step=30, epoch=3), FINGERPRINT)
     assert writer.wait()
-    assert (writer.failures, writer.saved_step) == (0, 30)
+    assert (writer.failures, writer.saved) == (0, Progress(step=30, epoch=3))
     writer.close()
 
 

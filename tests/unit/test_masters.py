@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from launch.masters import Masters
+from launch.masters import Masters, average_decay
 from launch.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -21,10 +22,10 @@ def made(decay: float) -> tuple[nn.Sequential, Masters]:
 def test_the_average_is_the_exponential_one_of_weights_and_statistics() -> None:
     model, masters = made(decay=0.75)
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    for step in range(5):
+    for step in range(100, 105):  # late enough for the full decay
         for value in (*model.parameters(), model[1].running_mean, model[1].running_var):
             value.data.add_(step + 1.0)
-        masters.update_average()
+        masters.update_average(step)
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 expected[name] = 0.75 * expected[name] + 0.25 * value
@@ -43,7 +44,7 @@ def test_the_average_is_the_exponential_one_of_weights_and_statistics() -> None:
 def test_statistics_that_are_not_finite_do_not_enter_the_average() -> None:
     model, masters = made(decay=0.9)
     model[1].running_mean.fill_(float("nan"))
-    masters.update_average()
+    masters.update_average(step=0)
     assert all(value.isfinite().all() for value in masters.averaged_statistics)
 
 
@@ -57,3 +58,23 @@ def test_a_state_without_an_average_starts_one_from_its_weights() -> None:
     state = masters.state_dict()
     for name, parameter in model.named_parameters():
         assert torch.equal(state[f"ema/{name}"], parameter)
+
+
+@pytest.mark.parametrize(
+    ("decay", "updates", "expected"),
+    [(0.9999, 1, 2 / 11), (0.9999, 32, 33 / 42), (0.9, 79, 80 / 89), (0.9, 80, 0.9), (0.5, 10**6, 0.5), (0.1, 1, 0.1)],
+)
+def test_the_first_updates_decay_faster(decay: float, updates: int, expected: float) -> None:
+    assert average_decay(decay, updates) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_average_of_a_short_run_holds_little_of_its_start() -> None:
+    model, masters = made(decay=0.9999)
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    for step in range(10):
+        for value in model.parameters():
+            value.data.fill_(2.0)
+        masters.update_average(step)
+    for name, value in start.items():
+        left = (masters.state_dict()[f"ema/{name}"] - 2) / (value - 2)
+        assert left.abs().max() < 0.001

@@ -237,6 +237,20 @@ def test_a_run_without_its_last_files_is_not_finished(
         assert "head.bias" in load_file(disk / "run" / "weights.safetensors")
 
 
+@pytest.mark.parametrize(("options", "expected"), [(("--drop-path", "0"), 0.0), ((), 0.05)])
+def test_the_weights_say_how_they_were_trained(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: float
+) -> None:
+    written: list[fat.FAT] = []
+    monkeypatch.setattr(fat, "save_weights", lambda model, *_, **__: written.append(model))
+    folder = folders(*options)
+    folder.resume()
+    with folder:
+        folder.save(Progress(step=22, epoch=1))
+        folder.finish(Progress(step=22, epoch=1))
+    assert [model.config.drop_path for model in written] == [expected]
+
+
 def test_curves_that_cannot_be_drawn_fail_no_run(folders: Folders) -> None:
     folder = folders()
     folder.resume()

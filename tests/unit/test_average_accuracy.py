@@ -1,0 +1,137 @@
+"""The best of a run is the better of its weights and their moving average, and every place names which."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from launch import metrics
+from launch.checkpoint import Progress, Scored
+from launch.metrics import METRICS_NAME, Tracker
+from launch.recipe import Recipe, RunRecipe
+from launch.report import draw_curves
+from launch.status import read_content, write_status
+from launch.world import World
+from pipeline.plan import Position
+
+LOSS = {"top5": 1.0, "loss": 1.0, "samples": 3}
+TRAIN = {"kind": "train", "step": 1, "epoch": 0, "lr": 1e-3, "images_per_second": 9.0, "loss": 2.0}
+
+
+Make = Callable[[], Tracker]
+
+
+@pytest.fixture
+def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Make a tracker of a run in `tmp_path`; it writes to the standard error of the moment."""
+    monkeypatch.setattr(metrics.Yardstick, "of", lambda *_: None)
+    feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
+    engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
+    return lambda: Tracker(Recipe(run=RunRecipe(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
+
+
+def results(**top1: float) -> dict[Scored, dict[str, float]]:
+    return {scored: {"top1": value, **LOSS} for scored, value in top1.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("before", "top1", "expected"),
+    [
+        (Progress(), {"weights": 0.5, "average": 0.25}, (0.5, "weights", True)),
+        (Progress(), {"weights": 0.5, "average": 0.75}, (0.75, "average", True)),
+        (Progress(), {"weights": 0.5, "average": 0.5}, (0.5, "weights", True)),
+        (Progress(best=0.6, best_of="weights"), {"weights": 0.2, "average": 0.5}, (0.6, "weights", False)),
+        (Progress(best=0.6, best_of="average"), {"weights": 0.7, "average": 0.5}, (0.7, "weights", True)),
+        (Progress(best=0.6, best_of="average"), None, (0.6, "average", False)),
+        (Progress(), {"weights": 0.0}, (0.0, None, False)),
+    ],
+)
+def test_the_best_is_the_better_of_the_two(
+    tracking: Make, before: Progress, top1: dict[Scored, float] | None, expected: tuple[float, str | None, bool]
+) -> None:
+    found = tracking().progress(before, 2, top1)
+    assert (found.best, found.best_of, found.is_best) == expected
+
+
+def test_log_and_metrics_show_both_and_name_the_best(
+    tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = tracking()
+    progress = tracker.progress(Progress(), 1, tracker.evaluation(1, results(weights=0.25, average=0.75)))
+    progress = tracker.progress(progress, 2, tracker.evaluation(2, results(weights=0.5, average=0.625)))
+    tracker.finish(progress)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(", top-5")[0] for line in said[:4]] == [
+        "epoch 0, weights: top-1 25.00%",
+        "epoch 0, moving average: top-1 75.00%",
+        "epoch 0, weights: top-1 50.00%",
+        "epoch 0, moving average: top-1 62.50%",
+    ]
+    assert said[4].endswith(", best top-1 75.00% (moving average); at the end: weights 50.00%, moving average 62.50%")
+    lines = [json.loads(line) for line in (tmp_path / METRICS_NAME).read_text().splitlines()]
+    assert [(line["kind"], line["step"], line["top1"]) for line in lines if "top1" in line] == [
+        ("eval", 1, 0.25),
+        ("eval-ema", 1, 0.75),
+        ("eval", 2, 0.5),
+        ("eval-ema", 2, 0.625),
+    ]
+    assert (lines[-1]["kind"], lines[-1]["best"], lines[-1]["best_of"]) == ("end", 0.75, "average")
+
+
+def test_a_run_that_evaluates_nothing_has_no_best(
+    tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = tracking()
+    tracker.finish(tracker.progress(Progress(), 2))
+    assert "best" not in capsys.readouterr().err
+    assert json.loads((tmp_path / METRICS_NAME).read_text().splitlines()[-1])["best"] is None
+
+
+def picture(run: Path, *lines: dict[str, object]) -> str:
+    """The texts of the curves: matplotlib leaves each of them in a comment of the SVG."""
+    (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return draw_curves(run, run / "curves.svg").read_text()
+
+
+def line(kind: str, step: int, top1: float) -> dict[str, object]:
+    return {"kind": kind, "step": step, "epoch": 0, "top1": top1, **LOSS}
+
+
+def test_the_curves_show_the_average_and_name_the_best(tmp_path: Path) -> None:
+    drawn = picture(tmp_path, TRAIN, line("eval", 1, 0.5), line("eval-ema", 1, 0.25), line("eval-ema", 2, 0.875))
+    for text in (
+        "validation accuracy, best 87.50% (moving average)",
+        "top-1, moving average",
+        "top-1, weights",
+        "validation, moving average",
+    ):
+        assert f"<!-- {text} -->" in drawn, text
+
+
+def test_the_curves_of_a_run_without_an_average_do_not_mention_one(tmp_path: Path) -> None:
+    drawn = picture(tmp_path, TRAIN, line("eval", 1, 0.5))
+    assert "<!-- validation accuracy, best 50.00% -->" in drawn
+    assert "average" not in drawn
+    assert "weights" not in drawn
+
+
+def test_the_curves_of_a_run_without_evaluations_have_no_accuracy_panel(tmp_path: Path) -> None:
+    drawn = picture(tmp_path, TRAIN)
+    assert "<!-- learning rate -->" in drawn
+    assert "accuracy" not in drawn
+
+
+def test_the_status_names_the_best(tmp_path: Path) -> None:
+    write_status(tmp_path, "finished", step=9, best=(0.75, "average"))
+    content = read_content(tmp_path)
+    assert content is not None
+    assert (content.best, content.best_of) == (0.75, "average")
+    write_status(tmp_path, "finished", step=9)
+    content = read_content(tmp_path)
+    assert content is not None
+    assert content.best is None
