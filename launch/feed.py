@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from launch.recipe import Recipe, RecipeError
 from launch.world import World
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
-from pipeline.plan import BatchShape, EvalPlan, TrainPlan
+from pipeline.plan import BatchShape, EvalPlan, TrainPlan, check_enough_samples
 from shards.dataset import ShardSet
 
 # More rows than this make an evaluation no faster, only larger.
@@ -44,14 +45,11 @@ class Feed:
         """
         data = recipe.data
         augment = data.augmentation()
-        shape = BatchShape(
-            global_batch=data.global_batch,
-            world=world.size,
-            rank=world.rank,
-            micro_batch=data.micro_batch,
-            pairs=augment.mixes,
-        )
         dataset = data.open()
+        how: dict[str, Any] = {"world": world.size, "micro_batch": data.micro_batch, "pairs": augment.mixes}
+        # First, so that the global batch that it names fits everything else too.
+        check_enough_samples(dataset.split("train").samples, data.global_batch, lanes=data.lanes, **how)
+        shape = BatchShape(global_batch=data.global_batch, rank=world.rank, **how)
         plan = TrainPlan(
             dataset.shard_samples("train"),
             global_batch=data.global_batch,
@@ -92,8 +90,20 @@ class Feed:
                 f"warning: a global batch of {self.plan.global_batch} is beyond what the recipe was made for (1024); "
                 "see docs/training.md, Large batches, for the learning rate and warm-up"
             )
+        optim = self.recipe.optim
+        if optim.warmup > 2 * optim.most_warmup:
+            share = 0.5 * (1 + math.cos(math.pi * optim.warmup / optim.epochs))
+            lines.append(
+                f"warning: --warmup-epochs {optim.warmup:g} of --epochs {optim.epochs}: the cosine spans all epochs, "
+                f"so the rate falls to {share:.0%} of --lr when warm-up ends; use at most {optim.most_warmup:g}"
+            )
         manifest = self.dataset.manifest
         lines += [f"note: {self.dataset.path}: {doubt}" for doubt in manifest.made.get("doubts", [])]
+        if "val" not in manifest.splits:
+            lines.append(
+                f"warning: {self.dataset.path} has no validation split: nothing is evaluated, and there is no best "
+                "checkpoint; 'pipeline shard --val-fraction 0.1' makes one"
+            )
         if not manifest.shuffled:
             run = manifest.made.get("class_run", {}).get("train", 1.0)
             lines.append(

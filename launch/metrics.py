@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,16 @@ class Tracker:
     ) -> Progress:
         """Where the run stands with `step` optimiser steps behind it, the last evaluated to `top1` (or still to be)."""
         position = self._plan.at(step)
-        scored = max(top1, key=lambda name: top1[name]) if top1 else None  # of equal ones, the weights
-        is_best = top1 is not None and scored is not None and top1[scored] > before.best
+        # Of equal ones, the weights.
+        best, scored = max(
+            ((value, name) for name, value in (top1 or {}).items()), key=itemgetter(0), default=(0, None)
+        )
+        is_best = best > before.best
         return Progress(
             step=step,
             epoch=position.epoch,
             epoch_step=position.step,
-            best=top1[scored] if is_best and top1 is not None and scored is not None else before.best,
+            best=best if is_best else before.best,
             best_of=scored if is_best else before.best_of,
             is_best=is_best,
             pending_evaluation=pending,

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from fat.batchnorm import BatchNorm, statistics
 from launch.recipe import Recipe, RecipeError
 from launch.world import World
+from pipeline.plan import divisors, nearest
 
 # Attention pools to a 32nd of the image's side, rounded up.
 MIN_SIZE_OF_ONE_IMAGE = 33
@@ -36,7 +37,10 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
         raise RecipeError(f"--sync-bn {wanted}: needs several ranks, here is one; use auto")
     size = int(wanted.removeprefix("group:")) if wanted.startswith("group:") else world.size
     if world.size % size:
-        raise RecipeError(f"--sync-bn {wanted}: {size} does not divide the world size {world.size}")
+        raise RecipeError(
+            f"--sync-bn {wanted}: {size} does not divide the world size {world.size}; the nearest that do: "
+            f"{nearest(size, divisors(world.size))}"
+        )
     # Groups of their own, not the default one that reduces gradients: on one communicator these small all-reduces would
     # queue behind buckets of gradients in the backward pass, and captured collectives (`launch.graphs`) would mix with
     # eager ones, which depends on NCCL_GRAPH_MIXING_SUPPORT. Every rank takes part in making every group.

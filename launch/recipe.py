@@ -27,6 +27,9 @@ __all__ = ["VARIANTS", "DataRecipe", "ModelRecipe", "OptimRecipe", "Recipe", "Re
 
 # The released code's rates are given for a batch of 512 and scale linearly.
 LR_REFERENCE_BATCH = 512
+DEFAULT_WARMUP = 20.0
+# Of all epochs. The cosine spans the whole training, so the rate falls when a long warm-up ends: by 2.5 % after this.
+MOST_WARMUP = 0.1
 # The ranks that wait for the one that waits for the run folder's lock end with a timeout that names no lock.
 LONGEST_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
 # The watchdog's last resort ends a stuck trainer a minute after the stall timeout.
@@ -67,13 +70,13 @@ class OptimRecipe:
     epochs: Annotated[int, Interval(ge=1, le=1_000_000)] = 300
     """Passes over the training split."""
     lr: Rate | None = None
-    """Peak learning rate. None = 5e-4 x global batch / 512."""
+    """Where the cosine starts, and so the rate that warm-up aims at. None = 5e-4 x global batch / 512."""
     warmup_lr: Rate | None = None
     """Rate of the first step. None = 5e-7 x global batch / 512."""
     min_lr: Rate | None = None
     """Rate at the end. None = 5e-6 x global batch / 512."""
-    warmup_epochs: Annotated[float, Interval(ge=0, le=1_000_000)] = 20
-    """Epochs of linear warm-up."""
+    warmup_epochs: Annotated[float, Interval(ge=0, le=1_000_000)] | None = None
+    """Epochs of linear warm-up. None = 20, or a tenth of --epochs where that is less."""
     weight_decay: Rate = 0.05
     """Decoupled weight decay; 1-D parameters and biases have none."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -90,10 +93,21 @@ class OptimRecipe:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.warmup_epochs >= self.epochs:
+        if self.warmup >= self.epochs:
             raise RecipeError(
-                f"--warmup-epochs {self.warmup_epochs:g} of --epochs {self.epochs}: warm-up must be shorter"
+                f"--warmup-epochs {self.warmup:g} of --epochs {self.epochs}: warm-up must be shorter; use at most "
+                f"{self.most_warmup:g}, or leave it out"
             )
+
+    @property
+    def warmup(self) -> float:
+        """`warmup_epochs`, settled."""
+        return min(DEFAULT_WARMUP, self.most_warmup) if self.warmup_epochs is None else self.warmup_epochs
+
+    @property
+    def most_warmup(self) -> float:
+        """Epochs of warm-up after which the cosine has fallen by no more than 2.5 %."""
+        return self.epochs * MOST_WARMUP
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -307,10 +307,13 @@ def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
             "val_index": validation.index_hash if validation else None,
             "augmentation": repr(feed.augment),
         },
-        free={"crop_pct": recipe.data.crop_pct}
-        | {
-            name: getattr(optim, name)
-            for name in ("optimizer", "lr", "warmup_epochs", "weight_decay", "clip_grad", "label_smoothing", "ema")
+        free={
+            **{
+                name: getattr(optim, name)
+                for name in ("optimizer", "lr", "weight_decay", "clip_grad", "label_smoothing", "ema")
+            },
+            "crop_pct": recipe.data.crop_pct,
+            "warmup_epochs": optim.warmup,
         },
     )
 

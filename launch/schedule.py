@@ -32,7 +32,7 @@ def learning_rate(
 def rate_of(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """The recipe's learning rate as a function of the optimiser step."""
     first, peak, last = recipe.rates()
-    epochs, warmup = recipe.optim.epochs, recipe.optim.warmup_epochs
+    epochs, warmup = recipe.optim.epochs, recipe.optim.warmup
     return lambda step: learning_rate(
         step, steps_per_epoch=steps_per_epoch, epochs=epochs, warmup_epochs=warmup, first=first, peak=peak, last=last
     )

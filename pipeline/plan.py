@@ -71,24 +71,31 @@ class BatchShape:
     def __post_init__(self) -> None:
         unit = 2 if self.pairs else 1
         if self.global_batch < unit or self.global_batch % unit:
+            granule = _granule(self.world, self.micro_batch, self.pairs)
+            below = max(self.global_batch // granule, 1) * granule
             raise PlanError(
                 f"global batch {self.global_batch}: "
                 + ("mixup and cutmix pair rows, so it must be even" if self.pairs else "must be at least 1")
+                + f"; the nearest that fits: {below}"
             )
         if not 0 <= self.rank < self.world:
             raise PlanError(f"rank {self.rank} does not exist in a world of {self.world}")
         if self.global_batch % (self.world * unit):
-            fits = divisors(self.global_batch // unit)
+            fits = [world for world in divisors(self.global_batch // unit) if self._cuts(self.global_batch // world)]
             raise PlanError(
                 f"world size {self.world} does not divide the global batch of {self.global_batch}"
-                f"{' into pairs' if self.pairs else ''}; the nearest world sizes that do: {_nearest(self.world, fits)}"
+                f"{' into pairs' if self.pairs else ''}; the nearest world sizes that do: {nearest(self.world, fits)}"
             )
         if self.micro_rows < unit or self.rank_rows % self.micro_rows or self.micro_rows % unit:
             fits = [unit * divisor for divisor in divisors(self.rank_rows // unit)]
             raise PlanError(
                 f"micro-batch {self.micro_rows} does not divide the {self.rank_rows} rows of a rank"
-                f"{' into pairs' if self.pairs else ''}; the nearest that do: {_nearest(self.micro_rows, fits)}"
+                f"{' into pairs' if self.pairs else ''}; the nearest that do: {nearest(self.micro_rows, fits)}"
             )
+
+    def _cuts(self, rank_rows: int) -> bool:
+        """Whether the micro-batch, if one is given, divides the rows of a rank."""
+        return self.micro_batch is None or rank_rows % self.micro_batch == 0
 
     @property
     def rank_rows(self) -> int:
@@ -107,6 +114,39 @@ class BatchShape:
         """Rows of the global batch that make up this rank's micro-batch number `micro`."""
         start = self.rank * self.rank_rows + micro * self.micro_rows
         return range(start, start + self.micro_rows)
+
+
+def check_enough_samples(
+    samples: int,
+    global_batch: int,
+    *,
+    world: int = 1,
+    micro_batch: int | None = None,
+    lanes: int | None = None,
+    pairs: bool = False,
+) -> None:
+    """Compare the training split with a global batch; arguments as of `BatchShape` and `TrainPlan`.
+
+    Raises:
+        PlanError: fewer samples than one global batch; the message names the largest that fits all of the arguments.
+    """
+    if samples >= global_batch:
+        return
+    fact = f"{samples} training images are fewer than one global batch of {global_batch}"
+    granule = math.lcm(_granule(world, micro_batch, pairs), (lanes or 1) * (2 if pairs else 1))
+    if samples < granule:
+        raise PlanError(
+            f"{fact}; ranks, micro-batch, pairs and lanes take a multiple of {granule}, so use more images, or fewer "
+            "ranks, a smaller --micro-batch or fewer --lanes"
+        )
+    multiple = f" (a multiple of {granule})" if granule > 1 else ""
+    raise PlanError(f"{fact}; use a global batch of at most {samples // granule * granule}{multiple}")
+
+
+def _granule(world: int, micro_batch: int | None, pairs: bool) -> int:
+    """What a global batch must be a multiple of."""
+    unit = 2 if pairs else 1
+    return world * (micro_batch if micro_batch and micro_batch % unit == 0 else unit)
 
 
 def divisors(number: int) -> list[int]:
@@ -164,18 +204,14 @@ class TrainPlan:
         self.window = window
         if global_batch < 1 or self.lanes < 1 or window < 1:
             raise PlanError(f"global batch {global_batch}, lanes {self.lanes}, window {window}: all must be at least 1")
+        check_enough_samples(self.samples, global_batch, lanes=lanes, pairs=pairs)
+        self.steps_per_epoch = self.samples // global_batch
         if global_batch % self.lanes or (pairs and (global_batch // self.lanes) % 2):
             unit = 2 if pairs else 1
             fits = divisors(global_batch // unit)
             raise PlanError(
                 f"{self.lanes} lanes do not divide the global batch of {global_batch}{' into pairs' if pairs else ''}; "
-                f"the nearest that do: {_nearest(self.lanes, fits)}"
-            )
-        self.steps_per_epoch = self.samples // global_batch
-        if self.steps_per_epoch == 0:
-            raise PlanError(
-                f"{self.samples} training images are fewer than one global batch of {global_batch}; "
-                f"use a global batch of at most {self.samples}"
+                f"the nearest that do: {nearest(self.lanes, fits)}"
             )
         self.share = global_batch // self.lanes
         self.lane_samples = self.steps_per_epoch * self.share
@@ -354,7 +390,7 @@ class EvalPlan:
                 yield Need(first, (stop - 1 - self.start) // per_step, [shard])
 
 
-def _nearest(wanted: int, fits: list[int]) -> str:
+def nearest(wanted: int, fits: list[int]) -> str:
     """The largest fit below and the smallest above `wanted`, as text."""
     below = [f for f in fits if f < wanted][-1:]
     above = [f for f in fits if f > wanted][:1]

@@ -180,7 +180,7 @@ def test_a_recipe_file_is_held_to_the_same_ranges(tmp_path: Path) -> None:
         ("[optim]\nlr = nan", r"r.toml \[optim\]: lr: Input should be .* found nan"),
         ("[data]\nglobal_batch = 10000000000", r"r.toml \[data\]: global_batch: Input should be less than or equal to"),
         ("[data.loader]\nread_threads = 1.5", r"read_threads: Input should be a valid integer.*, found 1.5"),
-        ("[optim]\nepochs = 5", r"r.toml: --warmup-epochs 20 of --epochs 5"),
+        ("[optim]\nepochs = 5\nwarmup_epochs = 20", r"r.toml: --warmup-epochs 20 of --epochs 5"),
         ("[run]\ntime_limit = 1979-05-27", r"time_limit: datetime.date\(1979, 5, 27\) is not a value of an option"),
         ("x = " + "[" * 5000, "not a readable TOML file"),
         ("x = " + "9" * 5000, "not a readable TOML file"),

@@ -256,7 +256,7 @@ def test_a_run_is_evaluated(finished: Path, digits: Path, capsys: pytest.Capture
         (changed("recipe", "data", "size", value=-3), "recipe.data.size: Input should be greater than or equal to 32"),
         (changed("recipe", "data", "size", value=1e300), "recipe.data.size"),
         (changed("recipe", "data", "crop_pct", value="x"), "recipe.data.crop_pct"),
-        (changed("recipe", "optim", "epochs", value=1), "--warmup-epochs 20 of --epochs 1"),
+        (changed("recipe", "optim", "warmup_epochs", value=300), "--warmup-epochs 300 of --epochs 300"),
         (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
         (json.dumps(description(Recipe(model=ModelRecipe(variant="b1")))), "tensors do not fit fat_b1, the model of"),
     ],
