@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from launch import affinity, network
+from launch.accelerate_settings import overrule_accelerate
 from shards.errors import UserError, report
-from shards.redact import protect_output, redacted_traceback
+from shards.redact import printable, protect_output, redacted_traceback
 
 T = TypeVar("T")
 
@@ -47,7 +48,10 @@ def connect(*, near_gpu: bool = True) -> World:
     Args:
         near_gpu: hold each rank to the cores near its GPU.
     """
+    overruled = overrule_accelerate(os.environ, cuda=torch.cuda.is_available())
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if overruled and rank == 0:
+        print(printable(overruled), file=sys.stderr, flush=True)
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "gloo"
     if torch.cuda.is_available():

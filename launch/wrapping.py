@@ -83,7 +83,7 @@ def wrap(
                 _leave_norm_to_caller(config, world)
         plugin = DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
-    _check_agreement(accelerator, world, zero)
+    _check_agreement(accelerator, world)
     with warnings.catch_warnings():
         # `broadcast_buffers` has a new name in the newest torch only.
         warnings.simplefilter("ignore", FutureWarning)
@@ -118,7 +118,7 @@ def _leave_norm_to_caller(config: dict[str, Any], world: World) -> None:
         )
 
 
-def _check_agreement(accelerator: Any, world: World, zero: int) -> None:
+def _check_agreement(accelerator: Any, world: World) -> None:
     """The traps of launching end here: ranks that each believe to be alone would train apart without a word."""
     kind, seen = accelerator.distributed_type.value, accelerator.num_processes
     joined = dist.get_world_size() if dist.is_initialized() else 1
@@ -127,9 +127,4 @@ def _check_agreement(accelerator: Any, world: World, zero: int) -> None:
             f"WORLD_SIZE is {world.size}, torch.distributed sees {joined}, accelerate {seen} processes of type {kind}: "
             "the ranks would not train together; launch with 'accelerate launch --multi_gpu --num_processes N "
             "launch/train.py ...' (on CPUs too)"
-        )
-    if bool(zero) != (kind == "DEEPSPEED"):
-        raise RecipeError(
-            f"--zero {zero} asked for, but accelerate chose {kind}; do not set ACCELERATE_USE_DEEPSPEED or a "
-            "DeepSpeed configuration in the launcher: the recipe decides"
         )
