@@ -68,10 +68,12 @@ class Tracker:
     A context manager; closing it ends the display.
     """
 
-    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, feed: Feed, engine: Engine, progress: Progress, trackers: Trackers | None = None
+    ) -> None:
         self._world, self._plan, self._begun_at = engine.world, feed.plan, progress
         main = self._world.is_main
-        self._log = MetricsLog(recipe, recipe.run.out if main else None)
+        self._log = MetricsLog(recipe.run.out if main else None, trackers)
         self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
         self._yardstick = Yardstick.of(recipe, feed, engine) if main else None
         self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
@@ -238,7 +240,7 @@ class Yardstick:
 
 
 class MetricsLog:
-    """Append-only JSON lines; on rank 0 only (elsewhere `folder` is None and nothing is written).
+    """Append-only JSON lines, and `trackers` of them; on rank 0 only (elsewhere `folder` is None: nothing is written).
 
     A view of the run, which never ends it: lines that cannot be written are kept in memory and written, in order, when
     the file can be written again. `messages` tells once when that begins and once when it is over.
@@ -247,7 +249,7 @@ class MetricsLog:
         UserError: a folder or a fifo has the file's name.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, trackers: Trackers | None = None) -> None:
         self._path = folder / METRICS_NAME if folder else None
         self._handle: int | None = None
         self._line = self._rest = b""  # a line that was written in part, and what is left of it
@@ -257,7 +259,9 @@ class MetricsLog:
         self._messages: list[str] = []
         if self._path is not None:
             check_metrics(self._path.parent)
-        self._trackers = Trackers(recipe, folder) if folder else None
+        self._trackers = trackers
+        if folder is not None and trackers is not None:
+            trackers.open(folder)
 
     def write(self, kind: str, **values: Any) -> None:
         """Write one line: its kind ("start", "train", "eval", "end"), the Unix time, and the values."""

@@ -173,7 +173,7 @@ class RunRecipe:
     compare_every: Annotated[int, Interval(ge=0, le=10**12)] = 500
     """Optimiser steps between two checks that all ranks hold the same weights; 0 = never."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also log to these (accelerate's trackers)."""
+    """Also log to these. wandb: project $WANDB_PROJECT, else fat-pipeline; WANDB_MODE=offline needs no server."""
     dry_run: bool = False
     """Show what the run would be (steps, rates, memory, checkpoint size) and touch nothing."""
 

@@ -36,6 +36,7 @@ from launch.recipe import Recipe
 from launch.run_folder import CHECKPOINTS, RunFolder, goes_on
 from launch.schedule import rate_of
 from launch.status import read_status, write_status
+from launch.trackers import start_trackers
 from launch.watchdog import Watchdog
 from launch.world import World, connect, run_command
 from shards.redact import printable
@@ -59,6 +60,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     loaded = load_initial_weights(model, recipe, feed.class_list)
+    trackers = start_trackers(recipe, world, goes_on=goes_on(recipe))
     lock.take(world, make=True)
     verdict = check_recipe(recipe, feed, model)  # before anything is compiled or captured
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
@@ -68,7 +70,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
     progress, story = folder.resume()
     with (
         folder,
-        Tracker(recipe, feed, engine, progress) as tracker,
+        Tracker(recipe, feed, engine, progress, trackers) as tracker,
         Preemption(folder.path, world, deadline=leave_at) as preemption,
         Watchdog(folder.path, world, timeout=recipe.run.stall_timeout) as watchdog,
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,

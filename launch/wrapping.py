@@ -1,6 +1,6 @@
 """Model and optimiser -> wrapped by accelerate: plain data parallel (DDP), or DeepSpeed's ZeRO.
 
-With `launch/trackers.py` the only file that knows accelerate; `launch/masters.py` knows DeepSpeed's insides.
+The only file that calls accelerate; `launch/masters.py` knows DeepSpeed's insides.
 """
 
 from __future__ import annotations

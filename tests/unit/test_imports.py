@@ -30,7 +30,7 @@ ONLY_IN = {
         "pipeline/augment/finishing.py",
         "pipeline/augment/randaugment.py",
     },
-    "accelerate": {"launch/wrapping.py", "launch/trackers.py"},
+    "accelerate": {"launch/wrapping.py"},
     "deepspeed": {"launch/masters.py", "launch/wrapping.py"},
 }
 TORCH_FREE = ("shards",)

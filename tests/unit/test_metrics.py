@@ -17,7 +17,6 @@ from launch.engine import StepResult
 from launch.metrics import METRICS_NAME, MetricsLog, read_metrics
 from launch.recipe import Recipe, RunRecipe
 from launch.report import draw_curves
-from launch.trackers import Trackers
 from launch.world import World
 from pipeline.plan import Position
 from shards.errors import UserError
@@ -32,7 +31,7 @@ def steps_of(run: Path) -> list[int]:
 
 def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
-        log = MetricsLog(Recipe(), disk)
+        log = MetricsLog(disk)
         log.write("train", step=1, **TRAIN)
         assert log.messages() == []
         filler = fill(disk)
@@ -52,7 +51,7 @@ def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(
 
 def test_a_line_that_was_written_in_part_is_whole_in_the_next_file(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
-        log = MetricsLog(Recipe(), disk)
+        log = MetricsLog(disk)
         log.write("train", step=1, **TRAIN)
         filler = fill(disk)
         for step in range(2, 102):
@@ -67,7 +66,7 @@ def test_a_line_that_was_written_in_part_is_whole_in_the_next_file(tmp_path: Pat
 
 
 def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> None:
-    log = MetricsLog(Recipe(), tmp_path / "gone")
+    log = MetricsLog(tmp_path / "gone")
     for step in range(3):
         log.write("train", step=step, **TRAIN)
     (first,) = log.messages()
@@ -80,7 +79,7 @@ def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path, monk
     """Only so many lines are kept, the newest."""
     monkeypatch.setattr(metrics, "KEPT_LINES", 4)
     run = tmp_path / "run"
-    log = MetricsLog(Recipe(), run)
+    log = MetricsLog(run)
     for step in range(6):
         log.write("train", step=step, **TRAIN)
     assert len(log.messages()) == 1
@@ -93,7 +92,7 @@ def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path, monk
 
 
 def test_a_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
-    log = MetricsLog(Recipe(), tmp_path)
+    log = MetricsLog(tmp_path)
     log.write("train", step=1, **TRAIN)
     (tmp_path / METRICS_NAME).unlink()
     log.write("train", step=2, **TRAIN)
@@ -103,7 +102,7 @@ def test_a_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
 
 def test_a_line_that_was_torn_by_a_power_cut_spoils_none_after_it(tmp_path: Path) -> None:
     (tmp_path / METRICS_NAME).write_text('{"kind": "train", "step": 1, "epo')
-    log = MetricsLog(Recipe(), tmp_path)
+    log = MetricsLog(tmp_path)
     log.write("train", step=2, **TRAIN)
     assert log.close() == []
     warnings: list[str] = []
@@ -131,13 +130,13 @@ DAMAGED = [
 
 @pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
 def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path, damage: bytes) -> None:
-    log = MetricsLog(Recipe(), tmp_path)
+    log = MetricsLog(tmp_path)
     log.write("train", step=1, **TRAIN)
     log.close()
     with (tmp_path / METRICS_NAME).open("ab") as file:
         file.write(damage)
     before = (tmp_path / METRICS_NAME).read_bytes()
-    log = MetricsLog(Recipe(), tmp_path)
+    log = MetricsLog(tmp_path)
     log.write("train", step=2, **TRAIN)
     log.write("train", step=3, **TRAIN | {"loss": None})  # every step was skipped
     log.write("eval", step=3, epoch=0, top1=0.5, top5=0.9, loss=1.0, samples=3)
@@ -154,52 +153,10 @@ def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path, damage: bytes
 def test_what_is_no_file_is_refused_at_the_start(tmp_path: Path, make) -> None:
     make(tmp_path / METRICS_NAME)
     with pytest.raises(UserError, match=r"metrics\.jsonl: not a regular file; move it away") as refused:
-        MetricsLog(Recipe(), tmp_path)
+        MetricsLog(tmp_path)
     assert refused.value.exit_code == 2
     with pytest.raises(UserError, match="not a regular file"):
         draw_curves(tmp_path)
-
-
-def test_a_tracker_that_fails_warns_once_and_the_log_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate.tracking
-
-    class Failing:
-        requires_logging_directory = False
-
-        def __init__(self, _: str) -> None: ...
-
-        def store_init_configuration(self, _: dict[str, object]) -> None: ...
-
-        def log(self, *_: object, **__: object) -> None:
-            raise ConnectionError("no route to the tracker\nand more")
-
-        def finish(self) -> None:
-            raise ConnectionError("still none")
-
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", Failing)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    log = MetricsLog(Recipe(run=RunRecipe(tracker=("wandb",))), tmp_path)
-    for step in (1, 2):
-        log.write("train", step=step, **TRAIN)
-    assert log.messages() == ["warning: --tracker wandb failed (no route to the tracker); the run continues without it"]
-    assert log.close() == []
-    assert steps_of(tmp_path) == [1, 2]
-
-
-def test_a_tracker_that_does_not_start_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import accelerate.tracking
-
-    def start(*_: object, **__: object) -> None:
-        raise OSError("the server is down")
-
-    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "wandb", start)
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
-    start.requires_logging_directory = False  # type: ignore[attr-defined]
-    trackers = Trackers(Recipe(run=RunRecipe(tracker=("wandb",))), tmp_path)
-    assert trackers.messages() == ["warning: --tracker wandb failed (the server is down); the run continues without it"]
-    trackers.log({"a": 1}, step=1)
-    trackers.finish()
-    assert trackers.messages() == []
 
 
 def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,9 @@ def test_a_recipe_is_saved_without_passwords() -> None:
 
 
 def test_trackers_get_no_passwords(tmp_path: Path) -> None:
-    Trackers(recipe(), tmp_path).finish()
+    trackers = Trackers(recipe())
+    trackers.open(tmp_path)
+    trackers.finish()
     assert any(tmp_path.rglob("events.out.tfevents.*"))
     assert found_in(tmp_path) == []
 
