@@ -33,13 +33,16 @@ def tune(
     Raises:
         UserError: recipe and data do not fit together, or the file cannot be written.
     """
+    file = tuned.file_of(recipe.run.tuned)
+    if file is not None:
+        tuned.check_place(file)
     os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
     world = connect()
     try:
         feed = Feed.of(recipe, world)
         check_batches_fit(feed)
         check_recipe(recipe, feed, build_model(recipe, feed.classes))  # compiles kernels outside the time that is given
-        fixed, chosen, file = given(recipe), dict[str, Value](), tuned.file_of(recipe.run.tuned)
+        fixed, chosen = given(recipe), dict[str, Value]()
         for part in parts:
             model = build_model(recipe, feed.classes)
             found = measure(part, recipe, feed, model, fixed=fixed, ranks=ranks, seconds=seconds, say=say)

@@ -12,6 +12,7 @@ are used. Nor does one checkout spoil what another has measured: entries that it
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -37,11 +38,13 @@ from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.remote import is_remote
 from shards.durable import durable_write
 from shards.errors import UserError
+from shards.output import check_output
 from shards.ranges import allows
 from shards.redact import redacted
 
 VERSION = 1
 LOCK_SECONDS = 10.0  # to wait for another writer; the other ranks of a run wait as well meanwhile
+_REMEDY = "name another file, or --tuned off"
 Part = Literal["model", "input"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -174,13 +177,27 @@ def find(path: Path, part: Part, key: Mapping[str, Any]) -> tuple[dict[str, Valu
     return {}, f"note: {path}: the nearest measurement of the {part} is of {facts}; defaults are used"
 
 
+def check_place(path: Path) -> None:
+    """Check before measuring that `keep` can write the file.
+
+    Raises:
+        UserError: it cannot be written, or holds what this checkout cannot read.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    check_output(path, "--tuned")
+    with contextlib.suppress(NoJson):  # is replaced
+        _load(path)
+
+
 def keep(path: Path, entry: Entry) -> None:
     """Put an entry into the file, on top of one with the same key; a file that is no JSON is replaced.
 
     Raises:
         UserError: the file cannot be written, or holds what this checkout cannot read.
     """
-    remedy = "name another file, or --tuned off"
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with FileLock(path.with_name(f"{path.name}.lock"), timeout=LOCK_SECONDS):
@@ -197,12 +214,16 @@ def keep(path: Path, entry: Entry) -> None:
     except Timeout as error:
         raise UserError(
             f"--tuned {path}: not written, {path.name}.lock beside it has been held for {LOCK_SECONDS:g} s; try again "
-            f"when its holder has gone, or {remedy}"
+            f"when its holder has gone, or {_REMEDY}"
         ) from error
     except NotImplementedError as error:
-        raise UserError(f"--tuned {path}: not written, its file system has no locks ({error}); {remedy}") from error
+        raise UserError(f"--tuned {path}: not written, its file system has no locks ({error}); {_REMEDY}") from error
     except OSError as error:
-        raise UserError(f"--tuned {path}: cannot be written ({error.strerror or error}); {remedy}") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f"--tuned {path}: cannot be written ({error.strerror or error}); {_REMEDY}")
 
 
 def _identity(entry: Entry) -> str:

@@ -23,6 +23,7 @@ from shards.limits import MAX_ENCODED
 from shards.listing import Container
 from shards.lock import hold
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
+from shards.output import check_output_folder
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
 from shards.redact import one_line
@@ -101,6 +102,8 @@ def adopt(
     work = Work(folder)
     with explained(folder):
         _check_folder(folder, work, jobs)
+        remedy = f"an index lies beside its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
+        check_output_folder(folder, "the tars' folder", remedy)
         work.make()
         try:
             with hold(work.path / "index.lock", f"the index of {folder}"):

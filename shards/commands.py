@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 
 from shards.errors import UserError
 from shards.limits import MAX_SIDE
+from shards.output import check_output_folder
 from shards.ranges import Seed, Share, check_ranges
 from shards.redact import one_line
 
@@ -102,6 +103,8 @@ class Shard:
 
         out = self.out or default_out(self.source)
         options = self._options()
+        if not (out / MANIFEST_NAME).exists():
+            check_output_folder(out, "--out", "name a folder of your own with --out")
         if self.finish:
             outcome = finish(out, self.max_rejects, self.workers, source=self.source, strict=self.strict)
         else:

@@ -45,6 +45,26 @@ def check_output(path: Path, option: str, suffixes: Collection[str] = ()) -> Non
         raise _unwritable(path, option, error) from error
 
 
+def check_output_folder(folder: Path, option: str, remedy: str) -> None:
+    """Check before the work that files can be made in a folder, which need not exist yet, nor its parents.
+
+    Args:
+        option: what names the folder, for the message.
+        remedy: what to do otherwise.
+
+    Raises:
+        OutputError: the folder, or the nearest of its parents that exists, is a file or cannot be written.
+    """
+    try:
+        there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise OutputError(f"{option} {folder}: {there} is no folder; {remedy}")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise OutputError(f"{option} {folder}: cannot be written ({there} is read-only, or not yours); {remedy}")
+    except (OSError, ValueError) as error:
+        raise _unwritable(folder, option, error) from error
+
+
 def write_output(path: Path, content: bytes, option: str) -> None:
     """Write a result; an existing file is replaced only when the new one is on disk.
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.errors import UserError, explained, reading
+from shards.output import check_output_folder
 
 DIGIT_SIDE = 64
 DIGIT_QUALITY = 95
@@ -77,7 +78,7 @@ def write_digits(out: Path) -> Counter[str]:
     _need("sklearn", "scikit-learn")
     from sklearn.datasets import load_digits
 
-    _need_empty(out)
+    _check_out(out)
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
     in_val = _stratified(digits.target, DIGITS_IN_VAL)
@@ -105,10 +106,10 @@ def write_photos(out: Path, count: int, seed: int = 0) -> Counter[str]:
     Raises:
         UserError: a library is not installed, or `out` already holds something else.
     """
+    _check_out(out)
     photos = _load_photos()
     if count < 2 * len(photos):
         raise UserError(f"--count {count}: at least {2 * len(photos)} are needed, one per class and split")
-    _need_empty(out)
     in_val = max(len(photos), round(count * PHOTO_VAL_SHARE))
 
     def write(number: int) -> str:
@@ -202,7 +203,9 @@ def _need(library: str, package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _need_empty(out: Path) -> None:
+def _check_out(out: Path) -> None:
+    """Check that the folder is empty or not there yet, and can be written."""
     with reading(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out}: already exists and is not empty; choose another folder or remove it")
+    check_output_folder(out, "the folder", "name another")

@@ -1,0 +1,97 @@
+"""Whatever cannot be written is refused before the work begins, in one line that says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import tune, tuned
+from pipeline.cli import main as pipeline
+from shards.output import OutputError, check_output_folder
+from tests.support.users import NOBODY, as_user, needs_root, public_folder
+
+SMALL = ("--size", "32", "--batch-size", "2")
+# Verbs that write, and what the error must advise.
+COMMANDS = {
+    "shard --out": (["shard", "{source}", "--out", "{ro}/new"], "name a folder of your own with --out"),
+    "shard beside the source": (["shard", "{ro}/source"], "name a folder of your own with --out"),
+    "index": (["index", "{ro}/tars/train-00000.tar"], "pipeline shard"),
+    "sample digits": (["sample", "digits", "{ro}/digits"], "name another"),
+    "sample photos": (["sample", "photos", "{ro}/photos"], "name another"),
+    "look": (["look", "{set}", "--size", "32", "--out", "{ro}/x.png"], "name another file"),
+    "bench --json": (["bench", "{set}", *SMALL, "--json", "{ro}/x.json"], "name another file"),
+    "bench --chart": (["bench", "{set}", *SMALL, "--chart", "{ro}/x.png"], "name another file"),
+    "tune": (["tune", "{set}", *SMALL, "--tuned", "{ro}/tuned.json"], "name another file"),
+    "tune, new folder": (["tune", "{set}", *SMALL, "--tuned", "{ro}/new/tuned.json"], "or --tuned off"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(digits: Path) -> Iterator[dict[str, Path]]:
+    """A folder that everybody can read and only root can write, with a set, tars and a source of images in it."""
+    with public_folder(mode=0o755) as folder:
+        shutil.copytree(digits, folder / "set")
+        (folder / "tars").mkdir()
+        shutil.copy(min(digits.glob("train-*.tar")), folder / "tars" / "train-00000.tar")
+        shutil.copytree(digits.parent / "images" / "val", folder / "source" / "train")
+        subprocess.run(["chmod", "-R", "a+rX,go-w", folder], check=True)
+        yield {"set": folder / "set", "source": folder / "source", "ro": folder}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    needs_root()
+    arguments, advice = COMMANDS[name]
+    # The work itself: none of it may begin. (`as_user` forks, so that this holds there too.)
+    for work in (
+        "shards.convert.recognise", "shards.adopt.run_jobs", "shards.samples._load_photos", "launch.tune.connect",
+        "launch.bench.bench", "pipeline.remote_set.open_set",
+    ):  # fmt: skip
+        monkeypatch.setattr(work, _began)
+
+    def run() -> tuple[int, str]:
+        import io
+
+        sys.stderr = io.StringIO()
+        status = pipeline([text.format(**places) for text in arguments])
+        return status, sys.stderr.getvalue()
+
+    result = as_user(NOBODY, run)
+    assert isinstance(result, tuple), result
+    status, said = result
+    assert status in (1, 2)
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert advice in said
+
+
+def _began(*_: object, **__: object) -> None:
+    raise AssertionError("the work began")
+
+
+def test_a_folder_that_is_not_there_yet_is_judged_by_the_nearest_that_is(tmp_path: Path) -> None:
+    check_output_folder(tmp_path / "a" / "b", "--out", "name another")
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"--out .*/file/b: .*/file is no folder; name another"):
+        check_output_folder(tmp_path / "file" / "b", "--out", "name another")
+
+
+def test_a_file_of_measured_choices_that_cannot_be_read_is_refused_before_measuring(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune, "connect", _began)
+    file = tmp_path / "tuned.json"
+    file.write_text('{"version": 99, "entries": []}')
+    assert pipeline(["tune", str(digits), *SMALL, "--tuned", str(file)]) == 2
+    assert f"{file}: of version 99, this checkout reads 1" in capsys.readouterr().err
+    file.write_text("no JSON")
+    tuned.check_place(file)  # is replaced
+    assert os.listdir(tmp_path) == ["tuned.json"]
