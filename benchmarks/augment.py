@@ -43,6 +43,7 @@ from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from shards.cores import cores
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
 
@@ -249,7 +250,7 @@ def machine(device: str) -> dict[str, Any]:
     )
     return {
         "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load": round(os.getloadavg()[0], 1),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",
         "torch": torch.__version__,

@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import os
 import re
 import signal
 import sys
@@ -50,6 +49,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.gpu_run.parts import PROFILES, ROOT, Part, parts
 from benchmarks.gpu_run.results import Results
 from benchmarks.gpu_run.runner import Runner
+from shards.cores import cores
 
 # The interpreter's imports are a part of the call.
 START = time.monotonic() - (time.time() - psutil.Process().create_time())
@@ -141,7 +141,7 @@ def machine() -> dict[str, Any]:
 
     found = {name: version for name in ("triton", "timm") if (version := installed_version(name))}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"gpus": gpus, "cores": len(os.sched_getaffinity(0)), **versions(), **found}
+    return {"gpus": gpus, "cores": cores(), **versions(), **found}
 
 
 def device_of(about: dict[str, Any]) -> str:

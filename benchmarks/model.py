@@ -39,6 +39,7 @@ import fat
 from fat.blocks import FASA
 from fat.layers import MapNorm
 from fat.model import Stem
+from shards.cores import cores
 
 ON_CUDA = ("torch", "graphs")  # what makes a difference there only
 WAYS = ("plain", "torch", "channels-last", "compiled", "graphs", "fused", "fused compiled")
@@ -207,7 +208,7 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads"
+    return f"{name}, {cores()} cores, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from PIL import Image
 from shards.beton import BetonOptions
 from shards.convert import Options as ConvertOptions
 from shards.convert import convert
+from shards.cores import cores
 from shards.images import ImageRules
 from shards.samples import write_photos
 from shards.sources.scan import ScanOptions
@@ -220,7 +221,7 @@ def machine(options: Options, load: float) -> dict[str, object]:
     """What the figures were measured on, and how much else it had to do."""
     return {
         "cpu": cpu(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load before": load,
         "python": platform.python_version(),
         "work": str(options.work),

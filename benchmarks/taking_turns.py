@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from shards.cores import cores
+
 Maker = Callable[[], Iterator[int]]
 """Starts a loader, which yields how many units (images, bytes) each batch has."""
 
@@ -73,7 +75,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "load": os.getloadavg()[0],
         "gpu": gpu,
         "torch": torch.__version__,

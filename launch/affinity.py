@@ -7,6 +7,7 @@ measurable and collide as soon as two jobs share a machine.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from shards.cores import quota
 
 NODES = Path("/sys/devices/system/node")
 
@@ -33,6 +36,7 @@ def choose(
     nodes: Mapping[int, frozenset[int]],
     near: Sequence[int | None],
     local_rank: int,
+    quota: int | None = None,
 ) -> Cores:
     """The cores of a local rank.
 
@@ -41,17 +45,19 @@ def choose(
         nodes: NUMA node -> its logical CPUs.
         near: per local rank, the NUMA node of its GPU; None = unknown, or no GPU.
         local_rank: whose.
+        quota: cores' worth of time that all local ranks together may use; None = as much as there is.
     """
     count = len(near)
     here = near[local_rank]
-    everywhere = Cores(allowed, max(1, len(allowed) // count))
+    paid = math.inf if quota is None else quota / count
+    everywhere = Cores(allowed, max(1, int(min(len(allowed) / count, paid))))
     if here is None or count == 1:  # alone on a machine, the far cores are better than none
         return everywhere
     reachable = {node: nodes.get(node, frozenset()) & allowed for node in set(near) if node is not None}
     neighbours = sum(node == here for node in near)
     if None in near or any(len(reachable[node]) < near.count(node) for node in reachable):
         return everywhere  # the mask leaves some rank without a core of its own nearby
-    return Cores(reachable[here], len(reachable[here]) // neighbours)
+    return Cores(reachable[here], max(1, int(min(len(reachable[here]) / neighbours, paid))))
 
 
 def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> Cores:
@@ -62,7 +68,7 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> Cores:
     """
     allowed = frozenset(os.sched_getaffinity(0))
     near = [gpu_node(gpu) for gpu in gpus] if gpus else [None] * local_size
-    cores = choose(allowed, numa_nodes(), near, local_rank)
+    cores = choose(allowed, numa_nodes(), near, local_rank, quota())
     if cores.allowed != allowed:
         for thread in Path("/proc/self/task").iterdir():
             try:

@@ -37,6 +37,7 @@ from pipeline.batch import Batch, timed_event
 from pipeline.decoders import chosen_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
+from shards.cores import cores as usable_cores
 from shards.output import write_output
 from shards.redact import printable, redacted
 
@@ -205,7 +206,7 @@ def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
         cost = fat.count(fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size)
     limits = limits_of(device, engine.precision)
     flops, passed = cost.training_flops, cost.fused_bytes(engine.input_dtype.itemsize)
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     figures = Figures(
         machine=_machine(device, cores),
         settings={

@@ -37,6 +37,7 @@ from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.pixels import launch_all
 from pipeline.augment.recipe import AugmentRecipe
+from shards.cores import cores
 from shards.durable import durable_write
 from shards.errors import UserError, first_line
 from shards.private_folder import make_private
@@ -285,7 +286,7 @@ def compiled(work: Sequence[Work], *, tell: bool) -> Verdict:
         from fat.kernels.prefill.compile_ahead import compile_ahead
     except ImportError as error:  # it uses parts of Triton that another version may not have
         return Verdict(warnings=(f"kernels not compiled ahead, but by their first launch: {first_line(error)}",))
-    report = compile_ahead(work, progress=Progress(sys.stderr) if tell else None)
+    report = compile_ahead(work, processes=cores(), progress=Progress(sys.stderr) if tell else None)
     warnings = () if report.problem is None else (report.problem,)
     return Verdict(warnings=warnings, compilation=str(report) if report.total else "")
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from launch import affinity, network
 from launch.accelerate_settings import overrule_accelerate
+from shards.cores import cores
 from shards.errors import UserError, report
 from shards.redact import printable, protect_output, redacted_traceback
 
@@ -29,7 +30,7 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
-    cores: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    cores: int = field(default_factory=cores)
     """This rank's share of the cores: how many threads each of its parts uses."""
 
     @property
@@ -68,11 +69,11 @@ def connect(*, near_gpu: bool = True) -> World:
         gpus = 0
         device = torch.device("cpu")
     placed = [rank % gpus for rank in range(local_size)] if gpus and near_gpu else None
-    cores = affinity.bind(local_rank, local_size, placed)
+    share_of_cores = affinity.bind(local_rank, local_size, placed)
     if size > 1 and not dist.is_initialized():
         network.set_defaults()
         dist.init_process_group(backend, timeout=network.START_TIMEOUT)
-    return World(rank, size, local_rank, local_size, device, cores.threads)
+    return World(rank, size, local_rank, local_size, device, share_of_cores.threads)
 
 
 def all_equal(value: int, world: World) -> bool:

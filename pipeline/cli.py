@@ -15,6 +15,7 @@ from tyro.conf import subcommand
 from pipeline.look import Look
 from pipeline.options import LoaderOptions
 from shards.commands import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
+from shards.cores import limit_openmp
 from shards.errors import UserError, report
 from shards.output import check_output
 from shards.ranges import MAX_BATCH, Batch, check_ranges
@@ -189,6 +190,7 @@ INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 def main(args: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 the job failed, 2 bad input."""
     protect_output()
+    limit_openmp()
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)

@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
+from shards.cores import cores
 from shards.errors import UserError
 from shards.ranges import Share, check_ranges
 from shards.redact import printable
@@ -32,7 +33,7 @@ JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 def decode_threads(local_world: int | None = None) -> int:
     """This rank's share of the cores that the process may use."""
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_world is None else local_world
-    return max(1, len(os.sched_getaffinity(0)) // local_world)
+    return max(1, cores() // local_world)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import resource
 import signal
 import time
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any, Protocol, TypeVar
 
+from shards.cores import cores
 from shards.errors import ConversionFailed
 from shards.limits import MAX_IMAGE_SECONDS
 from shards.listing import display_name
@@ -46,11 +46,6 @@ class Report(Protocol):
 
         From here on a worker process may take `MAX_IMAGE_SECONDS` of CPU time until the next call.
         """
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def run_jobs(

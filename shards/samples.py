@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
+from shards.cores import cores
 from shards.errors import UserError, explained, reading
 from shards.output import check_output_folder
 
@@ -122,7 +122,7 @@ def write_photos(out: Path, count: int, seed: int = 0) -> Counter[str]:
         return split
 
     written: Counter[str] = Counter()
-    with explained(out, _REMEDY), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with explained(out, _REMEDY), ThreadPoolExecutor(cores()) as pool:
         for some in range(0, count, _AT_ONCE):
             written.update(pool.map(write, range(some, min(some + _AT_ONCE, count))))
     return written

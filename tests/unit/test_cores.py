@@ -1,0 +1,107 @@
+"""A CPU quota counts as cores, wherever threads and processes are counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.affinity import choose
+from shards import cores
+from tests.dist.launching import python_path
+
+V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder in place of /sys/fs/cgroup; `own` beside it is in place of /proc/self/cgroup."""
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
+    cores.quota.cache_clear()
+    yield tmp_path / "cgroup"
+    cores.quota.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "files", "expected"),
+    [
+        ("no groups", None, {}, None),
+        ("no quota", "0::/a", {"a/cpu.max": "max 100000", "cpu.max": "max 100000"}, None),
+        ("a container's root", "0::/", {"cpu.max": "200000 100000"}, 2),
+        ("a fraction is rounded up", "0::/", {"cpu.max": "150000 100000"}, 2),
+        ("less than a core", "0::/", {"cpu.max": "20000 100000"}, 1),
+        ("another period", "0::/", {"cpu.max": "30000 10000"}, 3),
+        ("the process's own group", "0::/user/job", {"user/job/cpu.max": "100000 100000"}, 1),
+        ("a group above it", "0::/pod/box/app", {"pod/cpu.max": "300000 100000", "pod/box/app/cpu.max": "max 1"}, 3),
+        ("the smallest of them", "0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "800000 100000"}, 2),
+        ("another's group", "0::/a/b", {"a/c/cpu.max": "100000 100000"}, None),
+        ("the host's path in a container", "0::/docker/1f", {"cpu.max": "100000 100000"}, 1),
+        ("v1", "4:cpu:/", {f"cpu/{V1[0]}": "400000", f"cpu/{V1[1]}": "100000"}, 4),
+        ("v1 without quota", "4:cpu:/", {f"cpu/{V1[0]}": "-1", f"cpu/{V1[1]}": "100000"}, None),
+        (
+            "v1, two controllers in one",
+            "3:cpu,cpuacct:/slurm/step_0",
+            {f"cpu,cpuacct/slurm/{V1[0]}": "500000", f"cpu,cpuacct/slurm/{V1[1]}": "100000"},
+            5,
+        ),
+        ("v1 beside v2", "1:name=systemd:/x\n0::/y", {"unified/y/cpu.max": "100000 100000"}, 1),
+        ("what nobody understands", "0::/", {"cpu.max": "many"}, None),
+    ],
+)
+def test_the_smallest_quota_of_the_own_groups_counts(
+    groups: Path, what: str, own: str | None, files: dict[str, str], expected: int | None
+) -> None:
+    if own is not None:
+        cores.OWN_GROUPS.write_text(own + "\n")
+    for name, text in files.items():
+        (groups / name).parent.mkdir(parents=True, exist_ok=True)
+        (groups / name).write_text(text + "\n")
+    assert cores.quota() == expected, what
+    visible = len(os.sched_getaffinity(0))
+    assert cores.cores() == min(visible, expected or visible)
+
+
+@pytest.mark.parametrize(
+    ("what", "near", "quota", "threads"),
+    [
+        ("ranks share the quota", [None] * 4, 8, 2),
+        ("ranks near GPUs too", [0, 0, 1, 1], 4, 1),
+        ("less than a core for each", [0, 0, 1, 1], 1, 1),
+        ("more than there are", [0, 0, 1, 1], 64, 4),
+    ],
+)
+def test_ranks_share_the_quota(what: str, near: list[int | None], quota: int, threads: int) -> None:
+    nodes = {0: frozenset(range(8)), 1: frozenset(range(8, 16))}
+    assert choose(frozenset(range(16)), nodes, near, 1, quota).threads == threads, what
+
+
+COUNTED = """
+import os, torch
+from launch.world import connect
+from pipeline.options import Settings
+from shards.pool import cores
+print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], Settings().decode_threads, cores())
+"""
+VERB = """
+import os
+from pipeline.cli import main
+main(["info", "nowhere"])
+print(os.environ["OMP_NUM_THREADS"])
+"""
+
+
+@pytest.mark.parametrize(("code", "expected"), [(COUNTED, ["1"] * 5), (VERB, ["1"])], ids=["a rank", "a verb"])
+def test_in_a_container_with_a_quota_everything_counts_alike(code: str, expected: list[str]) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount something over /sys/fs/cgroup")
+    quota = "mount -t tmpfs none /sys/fs/cgroup && echo '100000 100000' > /sys/fs/cgroup/cpu.max"
+    command = ["unshare", "--mount", "sh", "-c", f'{quota} && exec "$0" -c "$1"', sys.executable, code]
+    env = {**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == expected
