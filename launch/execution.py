@@ -18,7 +18,8 @@ from launch.norms import over_ranks
 from launch.optimizers import Form
 from launch.recipe import Recipe, RecipeError
 from shards.errors import UserError
-from shards.private_folder import make_private, user_name
+from shards.ownership import user_name
+from shards.private_folder import make_private
 
 Format = Literal["channels-last", "contiguous"]
 Switch = fat.kernels.Mode

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from launch import affinity, network
 from launch.accelerate_settings import overrule_accelerate
 from shards.cores import cores
-from shards.errors import UserError, report
+from shards.errors import UserError, lack_of_files, report
+from shards.open_files import raise_limit
 from shards.redact import printable, protect_output, redacted_traceback
 
 T = TypeVar("T")
@@ -125,18 +126,22 @@ def run_command(command: Callable[[], int], failed: Failed = lambda reason, *, r
         failed: told the reason of a failure, and whether it was bad input, before the end.
     """
     protect_output()
-    status = 1
+    raise_limit()
+    rank, status = os.environ.get("RANK", "0"), 1
+    prefix = "" if rank == "0" else f"rank {rank}: "
     try:
         status = command()
         disconnect()
         return status
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        status = report(error, prefix="" if rank == "0" else f"rank {rank}: ")
+        status = report(error, prefix=prefix)
         failed(str(error), refused=status == UserError.exit_code)
     except Exception as error:
-        print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
-        failed(f"{type(error).__name__}: {error}", refused=False)
+        if (judged := lack_of_files(error)) is not None:
+            report(judged, prefix=prefix)
+        else:
+            print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
+        failed(str(judged) if judged else f"{type(error).__name__}: {error}", refused=False)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -16,7 +16,8 @@ from pipeline.look import Look
 from pipeline.options import LoaderOptions
 from shards.commands import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
 from shards.cores import limit_openmp
-from shards.errors import UserError, report
+from shards.errors import UserError, lack_of_files, report
+from shards.open_files import raise_limit
 from shards.output import check_output
 from shards.ranges import MAX_BATCH, Batch, check_ranges
 from shards.redact import printable, protect_output
@@ -191,6 +192,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 the job failed, 2 bad input."""
     protect_output()
     limit_openmp()
+    raise_limit()
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
@@ -204,6 +206,10 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as in `pipeline info SET | head`
         sys.stderr.close()
         return 1
+    except Exception as error:
+        if (judged := lack_of_files(error)) is None:
+            raise
+        return report(judged)
 
 
 if __name__ == "__main__":

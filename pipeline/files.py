@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from pipeline.plan import Need
 from shards.errors import ShardSetError, storage_error
+from shards.open_files import share
 from shards.retry import read_with_retries
 
 MAX_OPEN = 256
@@ -70,11 +72,14 @@ class LocalFiles:
 
     No memory maps: a map whose file is truncated is a SIGBUS, network file systems punish page faults, and thousands of
     shards exhaust them.
+
+    Args:
+        max_open: descriptors to hold; None = `MAX_OPEN`, or fewer under a low limit of open files.
     """
 
-    def __init__(self, paths: Sequence[Path], *, max_open: int = MAX_OPEN) -> None:
+    def __init__(self, paths: Sequence[Path], *, max_open: int | None = None) -> None:
         self._paths = paths
-        self._limit = max_open
+        self._limit = share(MAX_OPEN) if max_open is None else max_open
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._interrupted = False
@@ -130,7 +135,12 @@ class LocalFiles:
     def _add(self, file: int) -> _Handle:
         # Opened outside of the lock: on a network file system that takes a while, and others need not wait for it.
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
-        opened = _Handle(os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        try:
+            opened = _Handle(os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._hold_fewer()
+            raise
         # Lustre fails reads that would wait for a lock of another host. A pipe cannot be read at an offset anyway.
         os.set_blocking(opened.number, True)
         with self._lock:
@@ -138,6 +148,13 @@ class LocalFiles:
             while len(self._open) > self._limit:
                 self._open.popitem(last=False)
         return handle
+
+    def _hold_fewer(self) -> None:
+        """Close half of the files, and keep no more from now on: other parts of the process need descriptors too."""
+        with self._lock:
+            self._limit = max(1, min(self._limit, len(self._open)) // 2)
+            while len(self._open) > self._limit:
+                self._open.popitem(last=False)
 
 
 class _Handle:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.files import MAX_OPEN, LocalFiles, ShardFiles
+from pipeline.files import LocalFiles, ShardFiles
 from pipeline.plan import Ids
 from pipeline.remote_set import RemoteSet
 from pipeline.staging import StagedFile, whole
@@ -71,12 +71,12 @@ class Storage:
         return tar_key(self.files, file, offset) if is_tar else None
 
 
-def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int = MAX_OPEN) -> Storage:
+def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int | None = None) -> Storage:
     """The stored samples of a set.
 
     Args:
         beton: read the .beton, if there is one, even where there are tars.
-        max_open: file descriptors to hold.
+        max_open: file descriptors to hold; None = as many as `LocalFiles` thinks right.
 
     Raises:
         ShardSetError: no such split, a damaged index, or pixels where JPEGs are wanted.

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from shards.open_files import ENOUGH, limit
+from shards.ownership import obstacle, user_name
 from shards.redact import one_line, printable
 
 MAX_MESSAGE = 2000
@@ -48,13 +50,51 @@ def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again
     Returns:
         A `ShardSetError` (exit status 2) where the file is missing or of another kind, so that another start would meet
         the same; a `StorageFailed` (exit status 1) where storage failed (I/O error, stale handle, no permission, too
-        many open files), which may have passed by the next start.
+        many open files), which may have passed by the next start: nothing is said about the file's content.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         fact = "missing" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
         return ShardSetError(f"{path}: {fact}; {remedy}")
+    fact, action = cause(path, error)
+    return StorageFailed(f"{path}: cannot be read ({fact}); {action or 'check the storage'}, then start again")
+
+
+def cause(path: Path | str, error: OSError) -> tuple[str, str]:
+    """Explain what kept the system from opening, reading or writing a file.
+
+    Returns:
+        The fact, and what to do about it; empty where there is nothing more to say than the fact.
+    """
     fact = error.strerror or str(error) or type(error).__name__
-    return StorageFailed(f"{path}: cannot be read ({fact}); check the storage and the permissions, then start again")
+    if error.errno == errno.EMFILE:
+        return f"{fact}, the limit is {limit()}", f"raise the limit ('ulimit -n {ENOUGH}')"
+    if error.errno == errno.ENFILE:
+        return fact, "close other programs, or raise fs.file-max"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        found = obstacle(path)
+        return (
+            f"{fact} for {user_name(os.geteuid())}{f': {found}' if found else ''}",
+            "have its owner give you access (chmod, chgrp)",
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return fact, "free some space"
+    return fact, ""
+
+
+def lack_of_files(error: BaseException) -> StorageFailed | None:
+    """Return what to tell a person where an error, or one that led to it, says that no more files can be opened."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.errno in (errno.EMFILE, errno.ENFILE):
+            break
+        if os.strerror(errno.EMFILE) in str(found):  # ImportError of a shared library, RuntimeError of torch
+            found = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            break
+        found = found.__cause__ or found.__context__
+    else:
+        return None
+    fact, action = cause("", found)
+    return StorageFailed(f"{fact}; {action}, then start again")
 
 
 class ConversionFailed(UserError):
@@ -78,8 +118,8 @@ def explained(path: Path, remedy: str = "then run the same command: it resumes")
     except OSError as error:
         what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        first = "free some space" if full else "correct that"
-        raise ConversionFailed(f"{path if full else what}: {error.strerror or error}; {first}, {remedy}") from error
+        fact, action = cause(what, error)
+        raise ConversionFailed(f"{path if full else what}: {fact}; {action or 'correct that'}, {remedy}") from error
 
 
 @contextmanager

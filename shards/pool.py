@@ -20,7 +20,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any, Protocol, TypeVar
 
 from shards.cores import cores
-from shards.errors import ConversionFailed
+from shards.errors import ConversionFailed, cause
 from shards.limits import MAX_IMAGE_SECONDS
 from shards.listing import display_name
 from shards.progress import Progress
@@ -79,8 +79,10 @@ def run_jobs(
             for _ in range(size):
                 crew.append(_Worker(context, task))
         except (OSError, EOFError) as error:
+            fact, action = cause("", error) if isinstance(error, OSError) else (str(error), "")
             raise ConversionFailed(
-                f"{size} worker processes cannot be started ({error}); run the same command with fewer --workers"
+                f"{size} worker processes cannot be started ({fact}); {f'{action}, or ' if action else ''}"
+                "run the same command with fewer --workers"
             ) from error
         return _dispatch(crew, jobs, progress)
     finally:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import grp
 import os
-import pwd
 import stat
 from pathlib import Path
 
 from shards.durable import temporary_name
 from shards.errors import UserError
+from shards.ownership import user_name, whose
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 SHARED_FOLDER, SHARED_FILE = 0o2770, 0o660  # set-group-ID: new files inside belong to the folder's group
@@ -61,7 +60,7 @@ def open_folder(
         handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
     except PermissionError as error:
         found = os.stat(name, dir_fd=inside, follow_symlinks=False)
-        raise NotPrivate(f"{folder}: {_whose(found)}, which cannot be opened; {remedy}") from error
+        raise NotPrivate(f"{folder}: {whose(found)}, which cannot be opened; {remedy}") from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise NotPrivate(f"{folder}: a symbolic link or a file, not a folder; {remedy}") from error
@@ -72,7 +71,7 @@ def open_folder(
             _share(handle, os.stat(folder.parent) if inside is None else os.fstat(inside))
             found = os.fstat(handle)
         if not shared and found.st_uid != os.geteuid():
-            raise NotPrivate(f"{folder}: {_whose(found)}, not of {user_name(os.geteuid())}; {remedy}")
+            raise NotPrivate(f"{folder}: {whose(found)}, not of {user_name(os.geteuid())}; {remedy}")
         if found.st_mode & (stat.S_IWOTH if shared else forbidden):
             mode = stat.S_IMODE(found.st_mode)
             raise NotPrivate(f"{folder}: others may write to it (mode {mode:04o}); remove that permission, or {remedy}")
@@ -101,7 +100,7 @@ def open_file(name: str, flags: int, *, folder: int, path: Path, remedy: str, sh
         handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder)
     except PermissionError as error:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        raise NotPrivate(f"{path}: {_whose(found)}, which cannot be opened; {remedy}") from error
+        raise NotPrivate(f"{path}: {whose(found)}, which cannot be opened; {remedy}") from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise NotPrivate(f"{path}: not a regular file; {remedy}") from error
@@ -111,7 +110,7 @@ def open_file(name: str, flags: int, *, folder: int, path: Path, remedy: str, sh
         if not stat.S_ISREG(found.st_mode):
             raise NotPrivate(f"{path}: not a regular file; {remedy}")
         if not shared and found.st_uid != os.geteuid():
-            raise NotPrivate(f"{path}: {_whose(found)}, not of {user_name(os.geteuid())}; {remedy}")
+            raise NotPrivate(f"{path}: {whose(found)}, not of {user_name(os.geteuid())}; {remedy}")
         if shared and flags & os.O_CREAT and found.st_uid == os.geteuid():
             os.fchmod(handle, SHARED_FILE)  # the umask has taken the group's rights
         os.set_blocking(handle, True)  # Lustre fails reads and writes that would wait for a lock of another host
@@ -154,25 +153,8 @@ def make_private(folder: Path, *, remedy: str, group: bool = False) -> Path:
     return folder
 
 
-def user_name(uid: int) -> str:
-    """The user's name, or number where it has none."""
-    try:
-        return f"user {pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"user {uid}"
-
-
 def _share(handle: int, parent: os.stat_result) -> None:
     """Give the group of the parent folder access, or the user's own group if the user is not a member of that group."""
     with contextlib.suppress(PermissionError):
         os.fchown(handle, -1, parent.st_gid)
     os.fchmod(handle, SHARED_FOLDER)
-
-
-def _whose(found: os.stat_result) -> str:
-    try:
-        group = grp.getgrgid(found.st_gid).gr_name
-    except KeyError:
-        group = str(found.st_gid)
-    kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a file"
-    return f"{kind} of {user_name(found.st_uid)}, group {group}, mode {stat.S_IMODE(found.st_mode):04o}"

@@ -19,8 +19,14 @@ T = TypeVar("T")
 
 RETRY_SECONDS = 10.0
 """How long a read is retried after a transient error."""
-TRANSIENT = frozenset({errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN})
-"""Errors of network file systems while a server restarts or a path to it changes."""
+TRANSIENT = frozenset(
+    {
+        *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN),
+        *(errno.EMFILE, errno.ENFILE),
+    }
+)
+"""Errors of network file systems while a server restarts or a path to it changes; and of a process or machine that has
+too many files open, until others close theirs."""
 _PAUSE_SECONDS = 0.2
 
 

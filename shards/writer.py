@@ -17,6 +17,7 @@ from shards.images import Accepted, ImageRules, Rejected, accept
 from shards.index import INDEX_DTYPE
 from shards.limits import MAX_ENCODED
 from shards.listing import Container, Entry, display_name
+from shards.open_files import share
 from shards.pool import Report
 from shards.redact import one_line
 from shards.regular import NotRegular, open_with_status, read_up_to
@@ -90,6 +91,7 @@ class ContainerReader:
     MAX_OPEN = 64
 
     def __init__(self) -> None:
+        self._limit = share(self.MAX_OPEN)
         self._open: dict[Container, int] = {}
         self.rewritten = 0
 
@@ -148,7 +150,7 @@ class ContainerReader:
                     f"the archive had {listed.size} bytes and was last changed at {_when(listed.mtime)} when it was "
                     f"listed, now {status.st_size} bytes and {_when(int(status.st_mtime))}",
                 )
-            if len(self._open) == self.MAX_OPEN:
+            if len(self._open) >= self._limit:
                 os.close(self._open.pop(next(iter(self._open))))
         self._open[entry.container] = handle
         return os.pread(handle, entry.size, entry.offset)

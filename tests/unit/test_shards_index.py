@@ -245,7 +245,8 @@ def test_a_file_that_may_not_be_read_is_failing_storage(command: str, name: str,
     )
     path.chmod(0o755)
     assert done.returncode == 1
-    assert "cannot be read (Permission denied); check the storage and the permissions" in done.stdout + done.stderr
+    what = f"{path} is a folder" if name == "." else "a file"
+    assert f"Permission denied for user root: {what} of user root, group root, mode 0000" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -260,7 +261,8 @@ def test_verify_names_every_file_that_may_not_be_read(digits: Path, tmp_path: Pa
     code = "import sys; from shards.verify import verify; print(*verify(sys.argv[1], 1), sep='\\n')"
     code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
     done = subprocess.run([*NO_ACCESS, sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    fact = "cannot be read (Permission denied); check the storage and the permissions, then start again"
+    fact = "cannot be read (Permission denied for user root: a file of user root, group root, mode 0000)"
+    action = "have its owner give you access (chmod, chgrp), then start again"
     assert sorted(done.stdout.splitlines()) == [
-        f"{path / name}: {fact}" for name in ("train-000000.tar", "train-000001.idx", "val.index.npy")
+        f"{path / name}: {fact}; {action}" for name in ("train-000000.tar", "train-000001.idx", "val.index.npy")
     ]
