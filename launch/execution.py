@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -20,6 +19,7 @@ from launch.recipe import Recipe, RecipeError
 from shards.errors import UserError
 from shards.ownership import user_name
 from shards.private_folder import make_private
+from shards.temporary import temporary_folder
 
 Format = Literal["channels-last", "contiguous"]
 Switch = fat.kernels.Mode
@@ -121,7 +121,7 @@ def _check_compiler_cache() -> None:
         UserError: the folder is another user's, or everybody may write to it.
     """
     name = "TORCHINDUCTOR_CACHE_DIR"
-    default = Path(tempfile.gettempdir()) / f"torchinductor_{user_name(os.geteuid()).removeprefix('user ')}"
+    default = temporary_folder() / f"torchinductor_{user_name(os.geteuid()).removeprefix('user ')}"
     folder = Path(os.environ.setdefault(name, str(default)))
     remedy = f"set {name} to a folder of your own"
     try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -27,6 +26,7 @@ from launch.world import World, share
 from pipeline.remote import is_remote
 from shards.errors import UserError
 from shards.manifest import MANIFEST_NAME
+from shards.temporary import temporary_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
@@ -93,7 +93,7 @@ def look(recipe: Recipe, world: World, token: str) -> Facts:
         libraries=", ".join(f"{name} {found}" if found else f"no {name}" for name, found in versions().items()),
         host=host_name(),
         run_free=_free(recipe.run.out),
-        tmp_free=_free(Path(tempfile.gettempdir())),
+        tmp_free=_free(temporary_folder()),
         cores=world.cores,
     )
 

@@ -18,6 +18,7 @@ from shards.cores import cores
 from shards.errors import UserError, lack_of_files, report
 from shards.open_files import raise_limit
 from shards.redact import printable, protect_output, redacted_traceback
+from shards.temporary import prepare_caches
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ def connect(*, near_gpu: bool = True) -> World:
         near_gpu: hold each rank to the cores near its GPU.
     """
     overruled = overrule_accelerate(os.environ, cuda=torch.cuda.is_available())
+    prepare_caches()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if overruled and rank == 0:
         print(printable(overruled), file=sys.stderr, flush=True)

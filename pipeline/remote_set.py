@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from shards.errors import UserError
 from shards.index import index_bytes
 from shards.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from shards.pinned import ManifestDigest, split_pin
+from shards.temporary import temporary_folder
 
 # Of the cache: the rest is for indexes, and for what ranks at different places want at the same time.
 SHARE_FOR_SHARDS = 0.9
@@ -56,7 +56,8 @@ def open_set(
     warn_without_tls(plain)
     if cache_gib is not None and not 0 < cache_gib < math.inf:
         raise UserError(f"--cache-size {cache_gib}: expected a finite number of GiB above 0")
-    place = cache or Path(os.environ.get("FAT_CACHE") or tempfile.gettempdir())
+    named = os.environ.get("FAT_CACHE")
+    place = cache or (Path(named) if named else temporary_folder())
     limit = None if cache_gib is None else int(cache_gib * GIB)
     return RemoteSet(plain, Cache(place, limit, cache_shared), pin)
 

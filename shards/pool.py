@@ -24,6 +24,7 @@ from shards.errors import ConversionFailed, cause
 from shards.limits import MAX_IMAGE_SECONDS
 from shards.listing import display_name
 from shards.progress import Progress
+from shards.temporary import prepare_sockets
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -64,6 +65,7 @@ def run_jobs(
         isolated: use a worker process even where one is enough; for tasks in which a library may end its process.
 
     Raises:
+        UserError: no folder can be made for the workers' sockets.
         ConversionFailed: memory ran out, or a worker died; names the file that it was at.
         Exception: whatever a task raised first.
     """
@@ -71,6 +73,7 @@ def run_jobs(
     if size <= 1 and not (isolated and jobs):
         return _run_here(task, jobs, progress)
     # Workers are forked from a server that has imported all they need, and that has no threads, unlike this process.
+    prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", task.__module__])
     crew: list[_Worker] = []

@@ -1,0 +1,141 @@
+"""Long, missing and read-only TMPDIR, HOME and caches: another folder serves, or one line names the variable."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shards.errors import UserError
+from shards.temporary import prepare_caches
+from tests.dist.launching import python_path
+from tests.support.users import NOBODY, as_user, needs_root, public_folder
+
+VERB = "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+SOCKETS = "import multiprocessing.util as m; from shards.temporary import *; prepare_sockets(); print(m.get_temp_dir())"
+ONE_LINE = """
+import sys
+from shards.errors import UserError, report
+from shards.temporary import *
+try:
+    {call}
+except UserError as error:
+    sys.exit(report(error))
+"""
+LONGEST = 75
+
+
+def python(
+    code: str, *args: str | Path, before: list[str] | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("TMPDIR", "TEMP", "TMP", *env)}
+    environment |= {"PYTHONPATH": python_path(), **env}
+    command = [*(before or []), sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def folder_of_length(root: Path, length: int) -> Path:
+    folder = root / ("t" * (length - len(os.fsencode(root)) - 1))
+    folder.mkdir()
+    assert len(os.fsencode(folder)) == length
+    return folder
+
+
+def test_a_verb_with_workers_goes_with_a_long_temporary_folder(digits: Path, tmp_path: Path) -> None:
+    with public_folder() as root:
+        done = python(VERB, "verify", digits, "--workers", "2", TMPDIR=str(folder_of_length(root, 120)))
+    assert (done.returncode, "every byte is as it should be" in done.stdout) == (0, True), done.stderr
+    assert done.stderr.count("note: TMPDIR=") == 1
+    assert "too long a name for sockets; sockets are made in /" in done.stderr
+
+
+@pytest.mark.parametrize(("length", "fits"), [(LONGEST, True), (LONGEST + 1, False)])
+def test_sockets_stay_in_the_temporary_folder_as_long_as_they_fit(length: int, fits: bool) -> None:
+    with public_folder() as root:
+        folder = folder_of_length(root, length)
+        done = python(SOCKETS, TMPDIR=str(folder), XDG_RUNTIME_DIR="")
+        made = Path(done.stdout.strip())
+        assert (made.parent == folder, done.stderr == "") == (fits, fits)
+        assert not made.exists(), "removed with the process"
+
+
+def test_a_missing_temporary_folder_is_said_once() -> None:
+    done = python("from shards.temporary import *; print(temporary_folder(), temporary_folder())", TMPDIR="/no/such")
+    first, second = done.stdout.split()
+    assert first == second != "/no/such"
+    assert done.stderr == f"note: TMPDIR=/no/such cannot be written; temporary files go to {first}\n"
+    assert python("from shards.temporary import *; temporary_folder()", TMPDIR=first).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("call", "writable"), [("temporary_folder()", False), ("prepare_sockets()", False), ("prepare_sockets()", True)]
+)
+def test_where_nothing_can_be_written_the_variable_is_named(call: str, writable: bool) -> None:
+    needs_root()
+    places = ("/tmp", "/var/tmp", *(() if writable else ("/dev/shm",)))
+    close = [f"mount --bind {place} {place} && mount -o remount,bind,ro {place}" for place in places]
+    inside = " && ".join([*close, 'cd /proc && exec "$0" "$@"'])
+    before = ["unshare", "--mount", "sh", "-c", inside]
+    done = python(ONE_LINE.format(call=call), before=before, TMPDIR="/no/such", XDG_RUNTIME_DIR="")
+    assert "Traceback" not in done.stderr
+    if writable:
+        assert done.returncode == 0, done.stderr
+        assert "note: TMPDIR=/no/such: no folder for temporary files" in done.stderr
+        assert done.stderr.endswith("sockets are made in /dev/shm\n")
+        return
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: TMPDIR=/no/such: no folder for temporary files can be written")
+    assert "set TMPDIR to a folder that you can write to" in done.stderr
+
+
+ENVIRONMENT = ("HOME", "XDG_CACHE_HOME", "TRITON_HOME", "TRITON_CACHE_DIR", "TMPDIR")
+
+
+def caches(uid: int, **env: str) -> tuple[str | None, str | None]:
+    """(XDG_CACHE_HOME, TRITON_HOME) after `prepare_caches` by a user without a name, under these variables alone."""
+
+    def prepare() -> tuple[str | None, str | None]:
+        for name in ENVIRONMENT:
+            os.environ.pop(name, None)
+        os.environ.update(env)
+        prepare_caches()
+        return os.environ.get("XDG_CACHE_HOME"), os.environ.get("TRITON_HOME")
+
+    found = as_user(uid, prepare)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def test_caches_of_a_user_without_a_usable_home_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_root()
+    with public_folder() as tmp:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp))
+        own = tmp / "fat-pipeline-cache-54321"
+        for env in ({}, {"HOME": "/nonexistent"}, {"HOME": "/root"}, {"XDG_CACHE_HOME": "/root/cache"}):
+            assert caches(54321, **env) == (str(own), str(own)), env
+        found = own.stat()
+        assert (found.st_uid, found.st_mode & 0o777) == (54321, 0o700)
+
+
+def test_a_home_that_can_be_written_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_root()
+    with public_folder() as tmp:
+        monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
+        assert caches(54321, HOME=str(tmp)) == (None, None)
+        assert caches(54321, HOME=str(tmp / "made" / "later")) == (None, None)
+        cache = str(tmp / "cache")
+        assert caches(54321, HOME="/nonexistent", XDG_CACHE_HOME=cache) == (cache, cache), "Triton knows no XDG"
+
+
+def test_a_cache_folder_that_another_user_made_first_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_root()
+    with public_folder() as tmp:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp))
+        (tmp / "fat-pipeline-cache-54321").mkdir()
+        os.chown(tmp / "fat-pipeline-cache-54321", NOBODY, NOBODY)
+        with pytest.raises(UserError, match=r"fat-pipeline-cache-54321: .*set XDG_CACHE_HOME to a folder of your own"):
+            caches(54321, HOME="/nonexistent")
