@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from launch import affinity, network
 from launch.accelerate_settings import overrule_accelerate
+from launch.launcher_check import check_launcher
 from shards.cores import cores
 from shards.errors import UserError, lack_of_files, report
 from shards.open_files import raise_limit
@@ -50,7 +51,11 @@ def connect(*, near_gpu: bool = True) -> World:
 
     Args:
         near_gpu: hold each rank to the cores near its GPU.
+
+    Raises:
+        UserError: one of several processes without a launcher, or no usable folder for caches.
     """
+    check_launcher()
     overruled = overrule_accelerate(os.environ, cuda=torch.cuda.is_available())
     prepare_caches()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
