@@ -54,6 +54,7 @@ def connect(*, near_gpu: bool = True) -> World:
 
     Raises:
         UserError: one of several processes without a launcher, or no usable folder for caches.
+        NotJoined: the processes do not find one another.
     """
     check_launcher()
     overruled = overrule_accelerate(os.environ, cuda=torch.cuda.is_available())
@@ -79,8 +80,7 @@ def connect(*, near_gpu: bool = True) -> World:
     placed = [rank % gpus for rank in range(local_size)] if gpus and near_gpu else None
     share_of_cores = affinity.bind(local_rank, local_size, placed)
     if size > 1 and not dist.is_initialized():
-        network.set_defaults()
-        dist.init_process_group(backend, timeout=network.START_TIMEOUT)
+        network.join(backend, several_hosts=local_size < size)
     return World(rank, size, local_rank, local_size, device, share_of_cores.threads)
 
 
