@@ -174,8 +174,16 @@ def finish(
 
 
 def default_out(source: Path) -> Path:
-    """`imagenet/` -> `imagenet-shards` beside it."""
-    source = source.resolve()
+    """`imagenet/` -> `imagenet-shards` beside it; of a link beside the link, as its target may lie where others write.
+
+    Raises:
+        UserError: the source is the root folder.
+    """
+    source = source.absolute()
+    if source.name in ("", ".."):  # a folder without a name of its own here
+        source = source.resolve()
+    if not source.name:
+        raise UserError(f"{source}: has no name to call the set after; name its folder with --out")
     return source.with_name((source.stem if source.is_file() else source.name) + "-shards")
 
 
