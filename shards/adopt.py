@@ -29,7 +29,7 @@ from shards.progress import Progress
 from shards.redact import one_line
 from shards.regular import open_regular
 from shards.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
-from shards.sources.classes import numbered_classes, read_classes
+from shards.sources.classes import read_classes
 from shards.sources.doubts import (
     Counts,
     count_labels,
@@ -37,10 +37,11 @@ from shards.sources.doubts import (
     doubt_about_rejects,
     doubts_about_classes,
 )
+from shards.sources.labels import FileLabels, LabelReader, number_classes
 from shards.sources.members import Member
 from shards.sources.splits import split_files
 from shards.sources.unused import UnusedEntry, merge
-from shards.sources.webdataset import read_tar, split_of
+from shards.sources.webdataset import incomplete_samples, read_tar, split_of
 from shards.work import Work
 from shards.writer import index_row
 
@@ -62,10 +63,11 @@ class Adopted:
     split: str
     entry: ShardEntry
     rows: Index
-    """`INDEX_DTYPE` [samples]; `shard` is set when the tars are joined."""
+    """`INDEX_DTYPE` [samples]; `shard` and the final `label` are set when the tars are joined."""
     rejected: list[Reject]
-    labels: NDArray[np.int64]
-    """Of all samples, the rejected ones too; int64 [samples]."""
+    labels: FileLabels
+    listed: NDArray[np.int64]
+    """Labels of all samples, the rejected ones too, numbered as in `labels` until the tars are joined; [samples]."""
     blank: int
     """Images that are nearly black or of a single colour."""
     unused: tuple[UnusedEntry, ...]
@@ -86,7 +88,8 @@ def adopt(
         strict: refuse tars with doubts.
 
     Raises:
-        UserError: they do not lie in one folder, or it is a set already; a tar is damaged or has no samples.
+        UserError: they do not lie in one folder, or it is a set already; a tar is compressed or damaged or has no
+            samples; or labels that `number_classes` refuses.
         ConversionFailed: more than the share `max_rejects` of the images cannot be used as they are, or there are
             doubts and `strict` is set.
     """
@@ -94,7 +97,8 @@ def adopt(
     if len(folders) != 1:
         raise UserError(f"the tars lie in {len(folders)} folders, but a set is one folder; index each of them")
     (folder,) = folders
-    names = read_classes(classes) if classes else None
+    if classes is not None:
+        read_classes(classes)  # before hours of reading tars
     jobs = [AdoptJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = split_files([job.tar for job in jobs], folder)
     for note in (*named.notes_on(set(named.splits.values())), *named.doubts):
@@ -108,7 +112,7 @@ def adopt(
         try:
             with hold(work.path / "index.lock", f"the index of {folder}"):
                 return _adopt(
-                    work, jobs, rules=rules, names=names, max_rejects=max_rejects, workers=workers, strict=strict
+                    work, jobs, rules=rules, classes=classes, max_rejects=max_rejects, workers=workers, strict=strict
                 )
         finally:
             # Only the work folder identifies files that a failed start published (the list of rejects).
@@ -134,23 +138,26 @@ def _adopt(
     jobs: list[AdoptJob],
     *,
     rules: ImageRules,
-    names: list[ClassEntry] | None,
+    classes: Path | None,
     max_rejects: float,
     workers: int | None,
     strict: bool,
 ) -> Manifest:
     with Progress("indexing", sum(job.tar.stat().st_size for job in jobs), "bytes") as progress:
         found = run_jobs(index_tar, jobs, workers, progress)
-    rejects = [reject for one in found for reject in one.rejected]
-    top = max((int(one.labels.max()) for one in found), default=0)
-    if names is not None and top >= len(names):
-        raise UserError(f"--classes names {len(names)} classes, but label {top} occurs; add the others")
-    entries = tuple(names or numbered_classes(top))
-    doubts = _doubts(entries, found)
+    kept, rejects = sum(len(one.rows) for one in found), [reject for one in found for reject in one.rejected]
+    if not kept and not rejects:
+        raise UserError(f"{work.out}: no images with labels in the tars")
+    numbered = number_classes([one.labels for one in found], kept + len(rejects), classes=classes)
+    for one, labels in zip(found, numbered.labels, strict=True):
+        one.rows["label"] = labels[one.rows["label"]]
+        one.listed[:] = labels[one.listed]
+    unused = merge(one.unused for one in found)
+    doubts = [*incomplete_samples(unused), *_doubts(numbered.classes, found)]
     if strict and doubts:
         say_notes(doubts)
         raise ConversionFailed(f"{work.out}: --strict: {first_of(doubts)}; correct the tars, or leave --strict out")
-    rejects_hash = settle_rejects(work, rejects, sum(len(one.rows) for one in found), max_rejects)
+    rejects_hash = settle_rejects(work, rejects, kept, max_rejects)
     splits: dict[str, list[Adopted]] = {}
     for one in found:
         if len(one.rows):
@@ -158,7 +165,7 @@ def _adopt(
     if not splits:
         raise ConversionFailed(f"{work.out}: no image can be used; see {work.out / REJECTS_NAME}")
     manifest = Manifest(
-        classes=entries,
+        classes=numbered.classes,
         splits={split: _join(work, split, splits[split]) for split in sorted(splits)},
         made={
             "tool": tool(),
@@ -167,7 +174,7 @@ def _adopt(
             "class_run": {split: class_run([one.rows for one in ones]) for split, ones in sorted(splits.items())},
             "options": {"check": rules.check},
             "images": {split: {"rejected": count_reasons(rejects, split)} for split in sorted(splits)},
-            "unused": unused_records(merge(one.unused for one in found)),
+            "unused": unused_records(unused),
             "doubts": doubts,
             "rejects_hash": rejects_hash,
         },
@@ -181,7 +188,7 @@ def _doubts(classes: tuple[ClassEntry, ...], found: list[Adopted]) -> list[str]:
     late: list[str] = []
     for split in sorted({one.split for one in found}):
         ones = [one for one in found if one.split == split]
-        listed[split] = count_labels(np.concatenate([one.labels for one in ones]), len(classes))
+        listed[split] = count_labels(np.concatenate([one.listed for one in ones]), len(classes))
         kept = count_labels(np.concatenate([one.rows["label"] for one in ones]), len(classes))
         late += doubt_about_rejects(split, classes, listed[split], kept)
         late += doubt_about_blank(split, sum(one.blank for one in ones), int(kept.sum()))
@@ -210,9 +217,10 @@ def index_tar(job: AdoptJob, report: Report) -> Adopted:
         StorageFailed: it cannot be read.
     """
     container = Container.of(job.tar)
-    samples, unused = read_tar(job.tar)
-    rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
     split = split_of(job.tar, job.tar.parent)
+    labels = LabelReader()
+    samples, unused = read_tar(job.tar, labels, split)
+    rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
     rejected: list[Reject] = []
     digest = xxhash.xxh3_64()
     kept = blank = 0
@@ -234,8 +242,8 @@ def index_tar(job: AdoptJob, report: Report) -> Adopted:
         if not container.is_still(os.fstat(file.fileno())) or size != container.size:
             raise ConversionFailed(f"{job.tar}: was written to while it was indexed; run the same command again")
     entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
-    labels = np.array([sample.label for sample in samples], dtype=np.int64)
-    return Adopted(split, entry, rows[:kept], rejected, labels, blank, unused)
+    listed = np.array([sample.label for sample in samples], dtype=np.int64)
+    return Adopted(split, entry, rows[:kept], rejected, labels.found(), listed, blank, unused)
 
 
 def _read_image(handle: int, member: Member) -> bytes:

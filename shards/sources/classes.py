@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,24 +50,6 @@ def read_classes(path: Path) -> list[ClassEntry]:
     return entries
 
 
-def check_label(label: int, shown: str) -> None:
-    """Refuse a class number that no set has, before anything is allocated for as many classes.
-
-    Args:
-        shown: where it stands, for messages.
-
-    Raises:
-        UserError: it is negative, or not below `MAX_CLASSES`.
-    """
-    if not 0 <= label < MAX_CLASSES:
-        raise UserError(f"{shown}: label {label}; expected a class number from 0 to {MAX_CLASSES - 1:,}")
-
-
-def numbered_classes(top: int) -> tuple[ClassEntry, ...]:
-    """Classes that have no names: their numbers from 0 to `top`."""
-    return tuple(ClassEntry(folder=str(label)) for label in range(top + 1))
-
-
 def class_order(names: Iterable[bytes]) -> list[bytes]:
     """Sort class folders: by number where all names are decimal numbers (0, 1, 2, ..., 10), else as bytes."""
     ordered = sorted(names)
@@ -98,17 +80,30 @@ def order_classes(found: Scan, path: Path) -> Scan:
     Raises:
         UserError: the source has classes that the file does not name.
     """
-    wanted = read_classes(path)
-    places = {entry.folder: place for place, entry in enumerate(wanted)}
-    unknown = [entry.folder for entry in found.classes if entry.folder not in places]
-    if unknown:
-        raise UserError(f"{path}: does not name class '{unknown[0]}' ({len(unknown)} such in the source); add it")
-    names = {entry.folder: entry.name for entry in found.classes}
-    move = np.array([places[entry.folder] for entry in found.classes], dtype=np.uint32)
+    classes, move = match_classes(found.classes, read_classes(path), path)
     for listing in found.splits.values():
         listing.rows["label"] = move[listing.rows["label"]]
-    classes = tuple(ClassEntry(folder=entry.folder, name=entry.name or names.get(entry.folder)) for entry in wanted)
     return replace(found, classes=classes)
+
+
+def match_classes(
+    found: Sequence[ClassEntry], wanted: Sequence[ClassEntry], path: Path
+) -> tuple[tuple[ClassEntry, ...], NDArray[np.uint32]]:
+    """Give the classes of a source the order, and the names, of the lines of `path`, matched by the folder.
+
+    Returns:
+        The classes, and the label that each of `found` gets.
+
+    Raises:
+        UserError: one of `found` is not among `wanted`.
+    """
+    places = {entry.folder: place for place, entry in enumerate(wanted)}
+    unknown = [entry.folder for entry in found if entry.folder not in places]
+    if unknown:
+        raise UserError(f"{path}: does not name class '{unknown[0]}' ({len(unknown)} such in the source); add it")
+    names = {entry.folder: entry.name for entry in found}
+    classes = tuple(ClassEntry(folder=entry.folder, name=entry.name or names.get(entry.folder)) for entry in wanted)
+    return classes, np.array([places[entry.folder] for entry in found], dtype=np.uint32)
 
 
 def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:

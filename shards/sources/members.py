@@ -6,9 +6,11 @@ Names are data here: nothing is extracted, and no path is ever made of them.
 from __future__ import annotations
 
 import os
+import shlex
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -17,6 +19,8 @@ from shards.formats import named_as_image
 from shards.regular import open_regular
 
 LABEL_SUFFIX = "cls"
+MAX_MEMBERS = 2**22
+"""Regular files of a tar that is read: about 1 GB of memory for their names and places."""
 MAX_EXTENSION = 2**17
 """Bytes of a header that extends another one: a long name, or pax records. tarfile reads them whole."""
 _EXTENSIONS = (
@@ -28,6 +32,20 @@ _EXTENSIONS = (
 )
 _READ_AHEAD = 2**16
 _AGAIN = "copy or download it again"
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "gunzip", (".gz", ".tgz")),
+    b"BZh": ("bzip2", "bunzip2", (".bz2", ".tbz", ".tbz2")),
+    b"\xfd7zXZ": ("xz", "unxz", (".xz", ".txz")),
+    b"(\xb5/\xfd": ("zstd", "unzstd --rm", (".zst", ".tzst")),
+}
+"""First bytes of a compressed file -> its format, the command that uncompresses it, and the suffixes it asks for."""
+_MAGIC = max(map(len, _COMPRESSED))
+COMPRESSED_SUFFIXES = tuple(
+    suffix if suffix.startswith(".t") else f".tar{suffix}"
+    for *_, suffixes in _COMPRESSED.values()
+    for suffix in suffixes
+)
+"""Ends of the names of compressed tars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +62,16 @@ class Member:
         return self.name[self.name.rfind("/") + 1 :]
 
     @property
+    def key(self) -> str:
+        """All before the first dot of the file's name, folders included."""
+        return self.name[: len(self.name) - len(self.base)] + self.base.partition(".")[0]
+
+    @property
+    def suffix(self) -> str:
+        """All after the first dot of the file's name, in lower case; empty where there is none."""
+        return self.base.partition(".")[2].lower()
+
+    @property
     def is_image(self) -> bool:
         """By its name: opening each member would mean reading the whole tar."""
         return _named_as_image(self.name)
@@ -56,8 +84,8 @@ def members(path: Path, start: int = 0, stop: int | None = None, inside: str = "
         inside: name of the inner tar, for messages.
 
     Raises:
-        UserError: it is missing, no tar, damaged, or ends within a member; or an image or a label in it is a link or
-            a sparse file, whose bytes do not stand in one piece in the tar.
+        UserError: it is missing, no tar, compressed, damaged, or ends within a member; it has more than `MAX_MEMBERS`;
+            or an image or a label in it is a link or a sparse file, whose bytes do not stand in one piece in the tar.
         StorageFailed: it cannot be read.
     """
     shown = f"{path}: {inside}" if inside else f"{path}"
@@ -65,7 +93,11 @@ def members(path: Path, start: int = 0, stop: int | None = None, inside: str = "
         with os.fdopen(open_regular(path), "rb", buffering=_READ_AHEAD if start == 0 else 0) as file:
             end = os.fstat(file.fileno()).st_size if stop is None else stop
             file.seek(start)
-            return list(read_members(file, end, shown))
+            _refuse_compressed(os.pread(file.fileno(), _MAGIC, start), path, inside)
+            found = list(islice(read_members(file, end, shown), MAX_MEMBERS + 1))
+            if len(found) > MAX_MEMBERS:
+                raise UserError(f"{shown}: more than {MAX_MEMBERS:,} files; split it into several tars")
+            return found
     except FileNotFoundError:
         raise UserError(f"{shown}: no such file") from None
     except OSError as error:
@@ -110,6 +142,21 @@ def read_members(file: IO[bytes], end: int, shown: str) -> Iterator[Member]:
         raise UserError(f"{shown}: no tar, or a damaged one ({first_line(error)}); {_AGAIN}") from error
 
 
+def _refuse_compressed(start: bytes, path: Path, inside: str) -> None:
+    for magic, (name, command, suffixes) in _COMPRESSED.items():
+        if not start.startswith(magic):
+            continue
+        why = f"compressed by {name}; images are read in place, as byte ranges, which a compressed tar does not have"
+        if inside:
+            raise UserError(f"{path}: {inside}: {why}; make the outer tar again with '{command} {inside}' done before")
+        file = str(path)
+        steps = [] if file.endswith(suffixes) else [shlex.join(["mv", file, file := file + suffixes[0]])]
+        steps.append(f"{command} {shlex.quote(file)}")
+        raise UserError(
+            f"{path}: {why}; uncompress it ({' && '.join(steps)}), or unpack it (tar xf) where it holds class folders"
+        )
+
+
 class _Refused(Exception):
     """Why a header cannot be used."""
 
@@ -144,4 +191,5 @@ def _named_as_image(name: str) -> bool:
 
 
 def _is_used(name: str) -> bool:
-    return _named_as_image(name) or name.lower().endswith(f".{LABEL_SUFFIX}")
+    base = name[name.rfind("/") + 1 :]
+    return _named_as_image(name) or (base.lower().endswith(f".{LABEL_SUFFIX}") and not base.startswith("."))

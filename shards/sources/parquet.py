@@ -7,11 +7,11 @@ beside the shards to be (as large again as the source, removed at the end), and 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,19 @@ from shards.durable import durable_file, durable_write, write_all
 from shards.errors import UserError, first_line, storage_error
 from shards.limits import MAX_ENCODED
 from shards.listing import Container, ListingBuilder, display_name
-from shards.manifest import MAX_CLASSES, ClassEntry
+from shards.manifest import ClassEntry
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
 from shards.redact import one_line
 from shards.regular import open_regular, read_bounded
 from shards.schema import Count, parse_json
-from shards.sources.classes import check_label
+from shards.sources.labels import FileLabels, LabelReader, NoLabelError, largest_label, number_classes
+from shards.sources.parquet_columns import class_names, find_columns, other_columns
 from shards.sources.scan import TEST, Scan
 from shards.sources.splits import below_source, split_files
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import files_below
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png")
-LABEL_COLUMNS = ("label", "labels", "cls", "fine_label")
 BATCH_ROWS = 64
 ISOLATED = True
 """Whether pyarrow, which ends its process on some damaged files, reads in others than this, unless `workers` is 1."""
@@ -56,8 +55,8 @@ class Unpack:
 
     file: Path
     spool: Path
-    may_lack_labels: bool = False
-    """Whether the file may be one of rows without labels, which are then left out."""
+    unlabeled: bool = False
+    """Count rows without a label instead of refusing them: the file is of a test split."""
 
     @property
     def record(self) -> Path:
@@ -69,6 +68,8 @@ class Contents:
     """What a file says of itself."""
 
     rows: int
+    columns: tuple[str, str]
+    """Names of the columns of images and of labels."""
     names: list[str | None]
     """Of the classes, by label; empty where it gives none."""
     notes: tuple[str, ...]
@@ -84,9 +85,10 @@ class Unpacked:
     bytes: Count
     """Of the spool."""
     images: list[tuple[str, Count, Count, Count]]
-    """Name, offset, size and label of each."""
-    unlabelled: Count = 0
-    """Rows of a file without labels, of which no image is kept."""
+    """Name, offset, size and label of each, the last as `LabelReader.read` gives it."""
+    labels: FileLabels
+    unlabeled: Count
+    """Rows that have no label."""
 
 
 _UNPACKED = TypeAdapter(Unpacked)
@@ -97,11 +99,15 @@ def parquet_files(source: Path) -> list[Path]:
     return files_below(source, ".parquet")
 
 
-def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
+def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path | None = None) -> Scan:
     """Unpack all files into `spool` and list them.
 
+    Args:
+        classes: file that names the classes, as `number_classes` takes it.
+
     Raises:
-        UserError: pyarrow is not installed, the columns are not there or of other types, or a file is damaged.
+        UserError: pyarrow is not installed; the columns are not there, of other types, or not the same in all files; a
+            file is damaged; or labels that `number_classes` refuses.
         StorageFailed: a file cannot be read.
     """
     try:
@@ -116,48 +122,91 @@ def scan_parquet(source: Path, spool: Path, workers: int | None) -> Scan:
     jobs = [Unpack(file, spool / f"{i:05d}.bin", named.splits[file] == TEST) for i, file in enumerate(files)]
     isolated = ISOLATED and workers != 1
     contents = run_jobs(inspect, files, workers, Progress("inspecting", len(files), "files"), isolated=isolated)
+    names, more_notes = _agreed(files, contents)
     with Progress("unpacking", sum(one.rows for one in contents)) as progress:
-        run_jobs(unpack, jobs, workers, progress, isolated=isolated)
-    names, more_notes = contents[0].names, contents[0].notes
+        labels = run_jobs(unpack, jobs, workers, progress, isolated=isolated)
+    if not any(file.first for file in labels):
+        raise UserError(f"{source}: no images with labels in its Parquet files")
+    top, where = largest_label(labels)
+    if 0 < len(names) <= top:
+        raise UserError(
+            f"{where}: label {top}, but the file's metadata names {len(names):,} classes (0 to {len(names) - 1}); "
+            "correct the labels, or write the files again without the metadata 'huggingface'"
+        )
+    known = [
+        ClassEntry(folder=str(label), name=one_line(name.split(",")[0]) if name else None)
+        for label, name in enumerate(names if top >= 0 else [])
+    ]
+    numbered = number_classes(labels, sum(one.rows for one in contents), known=known, classes=classes)
     builders: dict[str, ListingBuilder] = {}
     unused, doubts = UnusedFiles(), list(named.doubts)
-    top = 0
-    for job in jobs:
+    for job, own in zip(jobs, numbered.labels, strict=True):
         found = _load_record(job)
         if found is None:
             raise UserError(f"{job.file}: changed while it was unpacked; run the same command again")
-        if found.unlabelled:
-            unused.add("test images without labels", below_source(job.file, source), count=found.unlabelled)
-            doubts.append(f"{job.file}: not used: its {found.unlabelled:,} test images have no labels")
+        if found.unlabeled:
+            unused.add("image without a label", below_source(job.file, source), kind="rows", count=found.unlabeled)
+            doubts.append(f"{job.file}: {found.unlabeled:,} test images without labels, not used")
+        if not found.images and found.unlabeled:
             continue
-        top = max(top, max((label for *_, label in found.images), default=0))
+        texts = found.labels.texts
         builders.setdefault(named.splits[job.file], ListingBuilder()).add_ranges(
             Container.of(job.spool),
             [
-                (f"{label}/{name}".encode("utf-8", "surrogateescape"), offset, size, label)
+                (
+                    f"{texts[label] if texts else label}/{name}".encode("utf-8", "surrogateescape"),
+                    offset,
+                    size,
+                    int(own[label]),
+                )
                 for name, offset, size, label in found.images
             ],
         )
-    names += [None] * (top + 1 - len(names))
-    classes = tuple(
-        ClassEntry(folder=str(label), name=one_line(name.split(",")[0]) if name else None)
-        for label, name in enumerate(names)
-    )
-    splits_listed = {split: builder.build() for split, builder in builders.items()}
+    listed = {split: builder.build() for split, builder in builders.items()}
     notes = (*named.notes_on(builders), *more_notes)
-    return Scan("parquet", classes, splits_listed, unused.entries(), notes, tuple(doubts))
+    return Scan("parquet", numbered.classes, listed, unused.entries(), notes, tuple(doubts))
 
 
-def unpack(job: Unpack, report: Report) -> None:
+def _agreed(files: list[Path], contents: list[Contents]) -> tuple[list[str | None], tuple[str, ...]]:
+    """Names that the files give the class numbers, empty where none does; and notes on them.
+
+    Raises:
+        UserError: two files differ in their columns or in the names of the classes.
+    """
+    named: Path | None = None
+    names: list[str | None] = []
+    for file, one in zip(files, contents, strict=True):
+        if one.columns != contents[0].columns:
+            raise UserError(
+                f"{file}: images and labels in columns {' and '.join(one.columns)}, but in {files[0].name} in "
+                f"{' and '.join(contents[0].columns)}; expected the same columns in all files of a source"
+            )
+        if one.names and named and one.names != names:
+            place = next(i for i, (a, b) in enumerate(zip_longest(one.names, names)) if a != b)
+            raise UserError(
+                f"{file}: its metadata does not name the classes as that of {named.name} does (class {place} differs); "
+                "expected files of one data set"
+            )
+        if one.names and not named:
+            named, names = file, one.names
+    return names, contents[0].notes
+
+
+def unpack(job: Unpack, report: Report) -> FileLabels:
     """Write a file's images one after the other, and a list of (name, offset, size, label); skip what is done.
+
+    Returns:
+        Its labels.
 
     Raises:
         UserError: a row without image bytes or a valid label, a damaged page, or more than `MAX_RATIO` times the file.
     """
-    if _load_record(job) is not None:
-        return
-    found: list[tuple[str, Count, Count, Count]] = []
-    at = unlabelled = 0
+    before = _load_record(job)
+    if before is not None:
+        return before.labels
+    found = []
+    labels = LabelReader()
+    at = unlabeled = 0
     report.start(os.fsencode(job.file))
     with _opened(job.file) as (table, source), durable_file(job.spool) as file:
         most = max(_SMALL, MAX_RATIO * source[1])
@@ -165,27 +214,26 @@ def unpack(job: Unpack, report: Report) -> None:
             data, name = _unwrap(job.file, image, number)
             shown = f"{job.file}: row {number}"
             report.start(shown.encode("utf-8", "surrogateescape"))
-            if (label is None or label == -1) and job.may_lack_labels and not found:
-                unlabelled += 1
-                report(1, len(data))
+            try:
+                place = labels.read(label, shown)
+            except NoLabelError:
+                if not job.unlabeled:
+                    raise
+                unlabeled += 1
                 continue
-            if label is None or label == -1 or unlabelled:
-                if unlabelled:
-                    raise UserError(f"{shown} has label {label}, but the {unlabelled:,} rows before it have none")
-                raise UserError(f"{shown} has label {label}: a split without labels; leave it out")
-            check_label(label, shown)
             if at + len(data) > most:
                 raise UserError(
                     f"{shown}: unpacks to more than {most:,} bytes, {MAX_RATIO} times the file: damaged, or made to "
                     "fill disks"
                 )
-            found.append((name, at, len(data), int(label)))
+            found.append((name, at, len(data), place))
             if len(data) <= MAX_ENCODED:  # larger ones are rejected by their size, unread
                 write_all(file, data)
                 at += len(data)
             report(1, len(data))
-    record = Unpacked(source, at, found, unlabelled)
+    record = Unpacked(source, at, found, labels.found(), unlabeled)
     durable_write(job.record, _UNPACKED.dump_json(record))
+    return record.labels
 
 
 def _load_record(job: Unpack) -> Unpacked | None:
@@ -252,7 +300,7 @@ def inspect(file: Path, report: Report) -> Contents:
     """Check the types and sizes that a file states, before any row is read."""
     report.start(os.fsencode(file))
     with _opened(file) as (table, _), _judged(file):
-        columns = _columns(table, file)
+        columns = find_columns(table.schema_arrow, file)
         metadata = table.metadata
         for group in range(metadata.num_row_groups):
             row_group = metadata.row_group(group)
@@ -264,51 +312,14 @@ def inspect(file: Path, report: Report) -> Contents:
                         f"{file}: row group {group} has {size:,} bytes in column {column.path_in_schema}, more than "
                         f"the {MAX_CHUNK:,} that are held in memory at once; write the file with smaller row groups"
                     )
-        names, notes = _class_names(file, table.schema_arrow.metadata, columns[1])
-        return Contents(max(0, int(metadata.num_rows)), names, notes)
+        names, notes = class_names(file, table.schema_arrow.metadata, columns[1])
+        others = other_columns(table.schema_arrow.names, columns)
+        return Contents(max(0, int(metadata.num_rows)), columns, names, notes + others)
 
 
-def _columns(table: Any, file: Path) -> tuple[str, str]:
-    """Names of the columns of images and of labels.
-
-    Raises:
-        UserError: they are not there, or of types that hold no images or no class numbers.
-    """
-    import pyarrow as pa
-
-    schema = table.schema_arrow
-    names = schema.names
-    image = next((name for name in IMAGE_COLUMNS if name in names), None)
-    label = next((name for name in LABEL_COLUMNS if name in names), None)
-    if image is None or label is None:
-        raise UserError(
-            f"{file}: columns {', '.join(names)}; expected an image ({' or '.join(IMAGE_COLUMNS)}) "
-            f"and a label ({' or '.join(LABEL_COLUMNS)})"
-        )
-    for name in (image, label):
-        if names.count(name) > 1:
-            raise UserError(f"{file}: column {name} occurs {names.count(name)} times; expected it once")
-    kind = schema.field(label).type
-    if not (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        raise UserError(f"{file}: column {label} is of type {kind}; expected class numbers, of an integer type")
-    kind = schema.field(image).type
-    data, path = kind, None
-    if pa.types.is_struct(kind):
-        fields = {kind.field(i).name: kind.field(i).type for i in range(kind.num_fields)}
-        data, path = fields.get("bytes"), fields.get("path")
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_null)
-    is_text = path is None or any(is_kind(path) for is_kind in texts)
-    if data is None or not (pa.types.is_binary(data) or pa.types.is_large_binary(data)) or not is_text:
-        raise UserError(
-            f"{file}: column {image} is of type {kind}, which holds no image bytes; expected binary, or a struct of "
-            "bytes (binary) and path (string): export the data set with its images embedded"
-        )
-    return image, label
-
-
-def _rows(table: Any, file: Path) -> Iterator[tuple[Any, int | None]]:
+def _rows(table: Any, file: Path) -> Iterator[tuple[Any, Any]]:
     with _judged(file):
-        image, label = _columns(table, file)
+        image, label = find_columns(table.schema_arrow, file)
         for batch in table.iter_batches(BATCH_ROWS, columns=[image, label], use_threads=False):
             yield from zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True)
 
@@ -319,21 +330,3 @@ def _unwrap(file: Path, image: Any, number: int) -> tuple[bytes, str]:
     if not isinstance(data, bytes):
         raise UserError(f"{file}: row {number} holds no image bytes; export the data set with its images embedded")
     return data, Path(path).name if path else f"{display_name(os.fsencode(file.stem))}-{number:06d}"
-
-
-def _class_names(
-    file: Path, metadata: dict[bytes, bytes] | None, column: str
-) -> tuple[list[str | None], tuple[str, ...]]:
-    """Names that the hub's own metadata gives the labels, empty where there are none; and what is wrong with them."""
-    text = (metadata or {}).get(b"huggingface")
-    if text is None:
-        return [], ()
-    try:
-        names = json.loads(text)["info"]["features"][column].get("names")
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return [], (f"{file}: its Hugging Face metadata is damaged, so the classes are named by their numbers",)
-    if names is None:
-        return [], ()
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > MAX_CLASSES:
-        return [], (f"{file}: its class names are not a list of texts, so the classes are named by their numbers",)
-    return names, ()

@@ -15,11 +15,12 @@ from shards.sources.folder import scan_folder
 from shards.sources.identity import digest_of_files, digest_of_listing
 from shards.sources.ilsvrc import TRAIN_TAR, scan_ilsvrc
 from shards.sources.kaggle import kaggle_root, scan_kaggle
+from shards.sources.members import COMPRESSED_SUFFIXES
 from shards.sources.parquet import parquet_files, scan_parquet
 from shards.sources.scan import TRAIN, Layout, Scan, ScanOptions
 from shards.sources.split_folders import find_split_folders
 from shards.sources.walk import look
-from shards.sources.webdataset import scan_webdataset, tar_files
+from shards.sources.webdataset import compressed_tars, scan_webdataset, tar_files
 
 EXPECTED = (
     "expected class folders (or train/ and val/ of them), ILSVRC2012_img_train.tar, the Kaggle layout (ILSVRC/), "
@@ -40,11 +41,12 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     """
     layout = options.layout or recognise(source)
     if layout == "parquet":
-        found = scan_parquet(source, spool, options.workers)
-        digest = digest_of_files(parquet_files(source), source)
+        found = scan_parquet(source, spool, options.workers, options.classes)
+    elif layout == "webdataset":
+        found = scan_webdataset(source, options.classes)
     else:
         found = _SCANNERS[layout](source)
-        digest = digest_of_listing(found)
+    digest = _digest_of_archives(source, layout) or digest_of_listing(found)
     for split, listing in found.splits.items():
         if not len(listing):
             raise UserError(f"{source}: no images in split '{split}'; fill it, or remove it")
@@ -66,9 +68,13 @@ def current_digest(source: Path, layout: Layout) -> str:
     Raises:
         UserError: the source cannot be listed.
     """
-    if layout == "parquet":
-        return digest_of_files(parquet_files(source), source)
-    return digest_of_listing(_SCANNERS[layout](source))
+    return _digest_of_archives(source, layout) or digest_of_listing(_SCANNERS[layout](source))
+
+
+def _digest_of_archives(source: Path, layout: Layout) -> str | None:
+    """Return the digest of files that hold labels too, whose classes depend on the options; None of other layouts."""
+    files = {"parquet": parquet_files, "webdataset": tar_files}.get(layout)
+    return digest_of_files(files(source), source) if files else None
 
 
 def recognise(source: Path) -> Layout:
@@ -78,7 +84,7 @@ def recognise(source: Path) -> Layout:
         UserError: none of them.
     """
     if source.is_file():
-        kind = FILES.get(source.suffix)
+        kind = "webdataset" if source.name.endswith(COMPRESSED_SUFFIXES) else FILES.get(source.suffix)
         if kind is None:
             raise UserError(f"{source}: a file of no known kind; {EXPECTED}")
         return "ilsvrc" if source.name == TRAIN_TAR else kind
@@ -134,7 +140,6 @@ _SCANNERS: dict[Layout, Callable[[Path], Scan]] = {
     "folder": scan_folder,
     "ilsvrc": scan_ilsvrc,
     "kaggle": scan_kaggle,
-    "webdataset": scan_webdataset,
 }
 FILES: dict[str, Layout] = {".tar": "webdataset", ".parquet": "parquet"}
 _DATA = tuple(suffix.encode() for suffix in FILES)
@@ -144,5 +149,5 @@ FOLDERS: dict[Layout, Callable[[Path], object]] = {
     "folder": _has_class_folders,
     "parquet": parquet_files,
     "class-tars": lambda source: are_class_tars(tar_files(source)),
-    "webdataset": tar_files,
+    "webdataset": lambda source: tar_files(source) or compressed_tars(source),
 }

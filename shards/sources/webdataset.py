@@ -1,26 +1,44 @@
-"""Existing WebDataset tars: KEY.jpg (or another image) and KEY.cls side by side."""
+"""Existing WebDataset tars: KEY.jpg (or another image) and KEY.cls.
+
+As in WebDataset itself (`webdataset.tariterators`), the key of a member is all before the first dot of its file name,
+folders included, and the rest is its suffix, in any case. Where we differ from it:
+
+- The members of a sample may stand anywhere in the tar. `group_by_keys` makes a sample of neighbours only, so that tars
+  that were not written in the order of their keys give it samples without labels.
+- A key that occurs twice is refused. `group_by_keys` refuses neighbours alone.
+- Hidden files are left out, `d/._x.jpg` among them, which `base_plus_ext` takes for key `d/` and suffix `_x.jpg`.
+- The image is the member whose suffix says so, and the label the one of suffix `cls`. There, the caller names them.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 from shards.errors import UserError, reading
 from shards.listing import Container, ListingBuilder
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest
 from shards.regular import open_regular
-from shards.sources.classes import check_label, numbered_classes
-from shards.sources.members import LABEL_SUFFIX, Member, members
-from shards.sources.scan import TRAIN, Scan
+from shards.sources.labels import MAX_LABEL, LabelReader, NoLabelError, largest_label, number_classes
+from shards.sources.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, members
+from shards.sources.scan import TEST, TRAIN, Scan
 from shards.sources.splits import below_source, named_split, split_files
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 from shards.sources.walk import files_below
 
-MAX_LABEL = 20
-"""Bytes of a .cls member."""
+IMAGE_ORDER = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
+"""Which image of a sample of several is used, the first of these; others follow in the order of their suffixes."""
+NO_LABEL = "image without a label"
+NO_IMAGE = "label without an image"
+_MAX_LABEL_BYTES = 4 * MAX_LABEL + 16  # of UTF-8, with white space around
+_WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # `tar_file_iterator` skips these
+_SHOWN_SUFFIXES = 8
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,7 @@ class TarSample:
     key: str
     image: Member
     label: int
+    """As `LabelReader.read` gives it."""
 
 
 def tar_files(source: Path) -> list[Path]:
@@ -42,46 +61,80 @@ def split_of(path: Path, root: Path) -> str:
     return named_split(below_source(path, root)) or TRAIN
 
 
-def scan_webdataset(source: Path) -> Scan:
+def compressed_tars(source: Path) -> list[Path]:
+    """Return the tars, where `tar_files` looks, whose names say that they are compressed."""
+    return [file for suffix in COMPRESSED_SUFFIXES for file in files_below(source, suffix)]
+
+
+def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
     """List the samples of all tars.
 
+    Args:
+        classes: file that names the classes, as `number_classes` takes it.
+
     Raises:
-        UserError: no tars, no samples in one, a damaged tar, or a label that is no number.
+        UserError: no tars, a compressed or damaged one, no samples in one, or labels that `number_classes` refuses.
     """
     tars = tar_files(source)
+    unused = UnusedFiles()
+    for tar in [] if source.is_file() else compressed_tars(source):
+        if not {tar.with_suffix(""), tar.with_suffix(".tar")} & set(tars):
+            members(tar)  # raises, as it is compressed
+            raise UserError(f"{tar}: a tar that is not compressed, whatever its name says; rename it to end with .tar")
+        unused.add("compressed copy of a tar", tar.name)
     if not tars:
         raise UserError(f"{source}: no tars in it")
     named = split_files(tars, source)
     builders: dict[str, ListingBuilder] = {}
-    top = 0
-    unused: list[tuple[UnusedEntry, ...]] = []
+    labels = LabelReader()
+    parts = []
     for tar in tars:
         container = Container.of(tar)
-        samples, others = read_tar(tar)
-        unused.append(others)
-        top = max(top, *(sample.label for sample in samples))
-        stem = below_source(tar, source)[: -len(tar.suffix)]  # tars of one name may stand in several folders
-        builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(
-            container,
-            [
-                (f"{sample.label}/{stem}/{sample.image.name}".encode("utf-8", "surrogateescape"), *_place(sample))
-                for sample in samples
-            ],
-        )
+        split = named.splits[tar]
+        samples, others = read_tar(tar, labels, split)
+        parts.append(others)
+        if samples:
+            stem = below_source(tar, source)[: -len(tar.suffix)]  # tars of one name may stand in several folders
+            builders.setdefault(split, ListingBuilder()).add_ranges(
+                container, [_row(stem, one, labels) for one in samples]
+            )
+    splits = {split: builder.build() for split, builder in builders.items()}
+    if not splits:
+        raise UserError(f"{source}: no images with labels in its tars")
+    found = labels.found()
+    numbered = number_classes(
+        [found], sum(map(len, splits.values())), known=_known(source, largest_label([found])[0]), classes=classes
+    )
+    for listing in splits.values():
+        listing.rows["label"] = numbered.labels[0][listing.rows["label"]]
+    everything = merge([unused.entries(), *parts])
     return Scan(
         "webdataset",
-        _classes(source, top),
-        {split: builder.build() for split, builder in builders.items()},
-        merge(unused),
+        numbered.classes,
+        splits,
+        everything,
         named.notes_on(builders),
-        named.doubts,
+        (*named.doubts, *incomplete_samples(everything)),
     )
 
 
-def _classes(source: Path, top: int) -> tuple[ClassEntry, ...]:
-    """The classes of a set of ours; of other tars, the numbers to `top`."""
+def incomplete_samples(unused: Iterable[UnusedEntry]) -> tuple[str, ...]:
+    """Return doubts about images without labels and labels without images."""
+    return tuple(
+        f"{entry.count:,} {entry.kind}: {entry.reason} (such as {entry.example}), not used"
+        for entry in unused
+        if entry.reason in (NO_LABEL, NO_IMAGE)
+    )
+
+
+def _known(source: Path, top: int) -> tuple[ClassEntry, ...]:
+    """The classes of a set of ours; none of other tars.
+
+    Args:
+        top: largest class number in the tars.
+    """
     if not (source / MANIFEST_NAME).is_file():
-        return numbered_classes(top)
+        return ()
     classes = Manifest.load(source).classes
     if top >= len(classes):
         raise UserError(
@@ -91,79 +144,138 @@ def _classes(source: Path, top: int) -> tuple[ClassEntry, ...]:
     return classes
 
 
-def read_tar(path: Path) -> tuple[list[TarSample], tuple[UnusedEntry, ...]]:
-    """The samples of a tar, in its order, and its files that belong to none.
+def _row(stem: str, sample: TarSample, labels: LabelReader) -> tuple[bytes, int, int, int]:
+    name = f"{labels.folder(sample.label)}/{stem}/{sample.image.name}"
+    return name.encode("utf-8", "surrogateescape"), sample.image.offset, sample.image.size, sample.label
+
+
+def read_tar(path: Path, labels: LabelReader, split: str) -> tuple[list[TarSample], tuple[UnusedEntry, ...]]:
+    """Pair the images of a tar with their labels, wherever they stand in it.
+
+    The image of a sample that has several is the first by `IMAGE_ORDER`. A suffix with a dot in it (KEY.left.jpg) is an
+    image where the tar has no others, and only one such suffix. All members are held in memory, at most `MAX_MEMBERS`.
+
+    Args:
+        labels: reads the labels.
+        split: of a test split, images without labels are counted as unused instead of refused.
+
+    Returns:
+        The samples in the order of their images in the tar, and the files that belong to none.
 
     Raises:
-        UserError: it is damaged, has no samples, a sample of several images, or a label that is no class number.
+        UserError: the tar is compressed or damaged, or has no samples; a key occurs twice, or more often because it
+            ends at the first dot; or a label cannot be used.
         StorageFailed: it cannot be read.
     """
-    samples = []
     unused = UnusedFiles()
-    found = members(path)
+    found = []
+    for member in members(path):
+        reason = _ignored(member.name)
+        if reason:
+            unused.add(reason, f"{path.name}/{member.name}")
+        else:
+            found.append(member)
+    found.sort(key=attrgetter("key"))
+    image_suffixes = _image_suffixes(path, found)
+    pairs = []
+    for key, group in groupby(found, attrgetter("key")):
+        pair, others = _pair(path, key, list(group), image_suffixes)
+        pairs += pair
+        for reason, member in others:
+            unused.add(reason, f"{path.name}/{member.name}")
+    if not pairs and split != TEST:
+        raise UserError(f"{path}: no samples in it: {_what_it_has(found)}")
+    pairs.sort(key=lambda pair: pair[1].offset)
+    samples = []
     with reading(path), os.fdopen(open_regular(path), "rb") as file:
-        for key, group in _groups(path, found):
-            images = [suffix for suffix, member in group.items() if member.is_image]
-            label = group.get(LABEL_SUFFIX)
-            if not images or label is None:
-                for member in group.values():
-                    unused.add("not part of a sample of image and label", f"{path.name}/{member.name}")
-                continue
-            for suffix, member in group.items():
-                if suffix not in (images[0], LABEL_SUFFIX):
-                    unused.add("beside an image and its label", f"{path.name}/{member.name}")
-            if len(images) > 1:
-                raise UserError(
-                    f"{path}: sample {key} has {len(images)} images ({', '.join(images)}), and nothing says which one "
-                    f"to train on; make the tar again with one KEY.jpg and one KEY.{LABEL_SUFFIX} for each sample"
-                )
-            text = os.pread(file.fileno(), min(label.size, MAX_LABEL + 1), label.offset)
-            samples.append(TarSample(key, group[images[0]], parse_label(text, f"{path}: {label.name}")))
-    if not samples:
-        raise UserError(f"{path}: no samples in it; expected KEY.jpg and KEY.{LABEL_SUFFIX} side by side")
+        for key, image, label in pairs:
+            text = os.pread(file.fileno(), min(label.size, _MAX_LABEL_BYTES), label.offset)
+            try:
+                samples.append(TarSample(key, image, labels.read(text, f"{path}: {label.name}")))
+            except NoLabelError:
+                if split != TEST:
+                    raise
+                unused.add(NO_LABEL, f"{path.name}/{image.name}")
     return samples, unused.entries()
 
 
-def parse_label(text: bytes, shown: str) -> int:
-    """Read a class number: ASCII decimal digits, with white space around them at most.
-
-    Args:
-        shown: where it stands, for messages.
-
-    Raises:
-        UserError: it is something else, or not below `MAX_CLASSES`.
-    """
-    digits = text.strip()
-    if len(text) > MAX_LABEL or not re.fullmatch(rb"[0-9]+", digits):
-        raise UserError(f"{shown}: {text!r} is no class number; expected a decimal one of {MAX_LABEL} bytes at most")
-    check_label(int(digits), shown)
-    return int(digits)
+def _ignored(name: str) -> str | None:
+    """Why a member is left out whatever its suffix; None for others."""
+    folders = name.split("/")
+    if folders[-1].startswith("._") or "__MACOSX" in folders:
+        return "resource fork of macOS"
+    if any(part.startswith(".") and part not in (".", "..") for part in folders):
+        return "hidden file"
+    return "metadata of WebDataset" if _WEBDATASET_META.match(name) else None
 
 
-def _groups(path: Path, found: list[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Members that follow each other and share all before the first dot of their base name: key, suffix -> member.
+def _image_suffixes(path: Path, found: list[Member]) -> list[str]:
+    """The suffixes that make a member the image of its sample, in the order in which they are taken.
 
     Raises:
-        UserError: a suffix occurs twice in such a group: two samples of one key, whose parts cannot be told apart.
+        UserError: all have dots in them, and they are several.
     """
-    key: str | None = None
-    group: dict[str, Member] = {}
-    for member in found:
-        dot = member.name.find(".", member.name.rfind("/") + 1)
-        stem, suffix = (member.name[:dot], member.name[dot + 1 :].lower()) if dot >= 0 else (member.name, "")
-        if stem != key:
-            if key is not None:
-                yield key, group
-            key, group = stem, {}
-        if suffix in group and (member.is_image or suffix == LABEL_SUFFIX):
+    suffixes = {member.suffix: member for member in found if member.is_image}
+    plain = {suffix for suffix in suffixes if "." not in suffix}
+    if not plain and len(suffixes) > 1:
+        member = next(iter(suffixes.values()))
+        raise UserError(
+            f"{path}: {member.name}: the key of a sample ends at the first dot of the file name, so this is key "
+            f"'{member.key}' with suffix '{member.suffix}', and the tar has {len(suffixes):,} such suffixes of images; "
+            "make it again with one KEY.jpg for each sample and no other dots in the file names"
+        )
+    rank = {suffix: place for place, suffix in enumerate(IMAGE_ORDER)}
+    return sorted(plain or suffixes, key=lambda suffix: (rank.get(suffix, len(rank)), suffix))
+
+
+def _pair(
+    path: Path, key: str, group: Sequence[Member], image_suffixes: list[str]
+) -> tuple[list[tuple[str, Member, Member]], list[tuple[str, Member]]]:
+    """Key, image and label of the members of one key, if it has both; and the others, each with the reason.
+
+    Raises:
+        UserError: an image or a label occurs twice.
+    """
+    by_suffix: dict[str, Member] = {}
+    for member in group:
+        before = by_suffix.setdefault(member.suffix, member)
+        if before is not member and (member.suffix in image_suffixes or member.suffix == LABEL_SUFFIX):
             raise UserError(
-                f"{path}: {member.name} follows another one of that name; make the tar again with a key of its own "
-                "for each sample"
+                f"{path}: {member.name}: key '{key}' has two files of suffix '{member.suffix}', at bytes "
+                f"{before.offset:,} and {member.offset:,}; make the tar again with a key of its own for each sample "
+                "(tar --sort=name of a folder, instead of joined tars)"
             )
-        group[suffix] = member
-    if key is not None:
-        yield key, group
+    image = next((by_suffix[suffix] for suffix in image_suffixes if suffix in by_suffix), None)
+    label = by_suffix.get(LABEL_SUFFIX)
+    others = []
+    for member in group:
+        if image and label:
+            reason = "beside an image and its label"
+        elif label:
+            reason = NO_IMAGE if member is label else "beside a label without an image"
+        else:
+            reason = NO_LABEL if member.is_image else "not part of a sample of image and label"
+        if not (image and label and (member is image or member is label)):
+            others.append((reason, member))
+    return ([(key, image, label)] if image and label else []), others
 
 
-def _place(sample: TarSample) -> tuple[int, int, int]:
-    return sample.image.offset, sample.image.size, sample.label
+def _what_it_has(found: Sequence[Member]) -> str:
+    """What a tar without samples has and lacks, and what to do."""
+    counts = Counter(member.suffix for member in found)
+    shown = ", ".join(
+        f"{count:,} .{suffix}" if suffix else f"{count:,} without suffix"
+        for suffix, count in counts.most_common(_SHOWN_SUFFIXES)
+    )
+    expected = "expected KEY.jpg and KEY.cls (a class number, or the name of the class)"
+    images = sum(member.is_image for member in found)
+    if not images:
+        return f"found {shown or 'no files'}; {expected}"
+    if LABEL_SUFFIX in counts:
+        return f"found {shown}, but no key has both an image and a label; {expected}"
+    if images == len(found):
+        return (
+            f"found {shown} and no labels; {expected}; a tar of class folders, or of one class, must be unpacked to "
+            "class folders (tar xf)"
+        )
+    return f"found {shown}; {expected}; write labels that are in other files to KEY.cls"

@@ -40,9 +40,9 @@ from shards.pool import _Reporter
 from shards.redact import one_line
 from shards.regular import NotRegular, open_regular, read_bounded
 from shards.sources import classes, ilsvrc, parquet
+from shards.sources.labels import parse_label
 from shards.sources.members import members
 from shards.sources.scan import ScanOptions
-from shards.sources.webdataset import parse_label
 
 ONE = Options(scan=ScanOptions(workers=1))
 CORPUS = Path(__file__).resolve().parents[1] / "fuzz/corpus"
@@ -112,20 +112,20 @@ def refused(source: Path, tmp_path: Path, complaint: str, options: Options = ONE
 
 
 TARS: dict[str, tuple[bytes, str]] = {
-    "negative label": (tarred(labelled(b"-1")), "a.cls: b'-1' is no class number"),
-    "label with underscore": (tarred(labelled(b"1_0")), "b'1_0' is no class number"),
-    "arabic digits": (tarred(labelled("٣".encode())), "is no class number"),
-    "padded label": (tarred(labelled(b"0" * 24 + b"5")), "is no class number; expected a decimal one of 20 bytes"),
-    "empty label": (tarred(labelled(b"")), "b'' is no class number"),
+    "negative label": (tarred(labelled(b"-1")), "a.cls: label -1 means that the image has none"),
+    "label with underscore": (tarred(labelled(b"1_0")), "label 0, but"),
+    "arabic digits": (tarred(labelled("٣".encode())), "b.cls: label 0, but "),
+    "padded label": (tarred(labelled(b"0" * 24 + b"5")), "is no class number; expected 20 digits at most"),
+    "empty label": (tarred(labelled(b"")), "label '' means that the image has none"),
     "label 2^32": (tarred(labelled(b"4294967296")), "label 4294967296; expected a class number from 0 to 999,999"),
     "label 50 million": (tarred(labelled(b"50000000")), "label 50000000; expected a class number from 0 to 999,999"),
-    "two images": (
-        tarred([("a.depth.png", IMAGES[1]), ("a.jpg", IMAGES[0]), ("a.cls", b"1")]),
-        r"sample a has 2 images \(depth.png, jpg\)",
+    "images of two kinds": (
+        tarred([("a.left.jpg", IMAGES[1]), ("a.right.jpg", IMAGES[0]), ("a.cls", b"1")]),
+        r"key 'a' with suffix 'left.jpg', and the tar has 2 such suffixes of images",
     ),
     "repeated key": (
         tarred([("a.jpg", IMAGES[0]), ("a.cls", b"1"), ("a.jpg", IMAGES[1]), ("a.cls", b"0")]),
-        "a.jpg follows another one of that name",
+        "a.jpg: key 'a' has two files of suffix 'jpg'",
     ),
     "hard link": (
         tarred([*SAMPLE, (special("h.jpg", tarfile.LNKTYPE, "z.jpg"), b""), ("h.cls", b"0")]),
@@ -154,7 +154,10 @@ TARS: dict[str, tuple[bytes, str]] = {
     ),
     "pax header of 1 GiB": (raw_header(b"pax", b"%011o\0" % 2**30, b"x") + bytes(4096), "a header of 1,073,741,824"),
     "chain of 2000 pax headers": (pax(b"9 a=abcd\n") * 2000 + tarred(SAMPLE), "no tar, or a damaged one"),
-    "gzip": (gzip.compress(tarred(SAMPLE)), "no tar, or a damaged one"),
+    "gzip": (
+        gzip.compress(tarred(SAMPLE)),
+        r"compressed by gzip.*uncompress it \(mv \S+a.tar .*&& gunzip \S+a.tar.gz\)",
+    ),
     "text": (b"hello world" * 200, "no tar, or a damaged one"),
     "empty": (b"", "no tar, or a damaged one"),
     "newline in a name": (tarred([("a\nerror: b.jpg", IMAGES[0]), ("a\nerror: b.cls", b"x")]), r"a\\nerror: b.cls"),
@@ -277,14 +280,20 @@ def column(values: list[Any], kind: str) -> Any:
 
 PARQUET: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "null image": (lambda: {"image": [*IMAGES[:3], None], "label": [0] * 4}, "row 3 holds no image bytes"),
-    "null label": (lambda: {"image": IMAGES, "label": [0, 1, 0, None]}, "row 3 has label None"),
+    "null label": (
+        lambda: {"image": IMAGES, "label": [0, 1, 0, None]},
+        "row 3: label None means that the image has none",
+    ),
     "negative label": (lambda: {"image": IMAGES, "label": [0, 1, 0, -2]}, "row 3: label -2"),
-    "string labels": (lambda: {"image": IMAGES, "label": ["a", "b", "a", "b"]}, "column label is of type string"),
-    "float labels": (lambda: {"image": IMAGES, "label": [0.0, 1.0, 0.5, 0.0]}, "column label is of type double"),
+    "text and numbers": (lambda: {"image": IMAGES, "label": ["0", "b", "0", "b"]}, "row 1: label 'b', but "),
+    "float labels": (lambda: {"image": IMAGES, "label": [0.0, 1.0, 0.5, 0.0]}, "row 2: label 0.5 is no class number"),
     "list labels": (lambda: {"image": IMAGES, "label": [[0]] * 4}, "column label is of type list"),
     "label 2^40": (lambda: {"image": IMAGES, "label": [0, 0, 0, 2**40]}, "row 3: label 1099511627776; expected"),
     "label 50 million": (lambda: {"image": IMAGES, "label": [0, 0, 0, 50_000_000]}, "row 3: label 50000000; expected"),
-    "zero rows": (lambda: {"image": column([], "binary"), "label": column([], "int64")}, "no images in split 'train'"),
+    "zero rows": (
+        lambda: {"image": column([], "binary"), "label": column([], "int64")},
+        "no images with labels in its Parquet files",
+    ),
     "images of integers": (lambda: {"image": [1] * 4, "label": [0] * 4}, "column image is of type int64"),
     "images of text": (lambda: {"image": ["x"] * 4, "label": [0] * 4}, "column image is of type string"),
     "paths of integers": (
