@@ -137,7 +137,7 @@ def no_validation(test: str) -> str:
     """
     return (
         f"{test}: kept as split 'test'; there is no validation split, so nothing is evaluated while training "
-        "(--val-fraction takes one from the training images, 'pipeline evaluate --split test' reads the test images)"
+        "(--val-fraction takes one from the training images, launch/evaluate.py --split test reads the test images)"
     )
 
 

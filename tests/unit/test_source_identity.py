@@ -13,10 +13,9 @@ from shards.commands import Shard
 from shards.convert import Options, convert, finish
 from shards.errors import UserError
 from shards.listing import Container, ListingBuilder
-from shards.manifest import Manifest
+from shards.manifest import ClassEntry, Manifest
 from shards.parts import Part
 from shards.sources import parquet
-from shards.sources.classes import numbered_classes
 from shards.sources.identity import digest_of_listing
 from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
@@ -166,7 +165,11 @@ def test_labels_count_where_names_do_not_tell_them() -> None:
     for labels in ((0, 1), (1, 0), (0, 0)):
         builder = ListingBuilder()
         builder.add_ranges(Container(Path("a"), 9, 9), [(b"%d" % i, i, 1, label) for i, label in enumerate(labels)])
-        digests.add(digest_of_listing(Scan("webdataset", numbered_classes(1), {"train": builder.build()})))
+        digests.add(
+            digest_of_listing(
+                Scan("webdataset", (ClassEntry(folder="0"), ClassEntry(folder="1")), {"train": builder.build()})
+            )
+        )
     assert len(digests) == 3
 
 
