@@ -154,8 +154,8 @@ def _adopt(
         one.listed[:] = labels[one.listed]
     unused = merge(one.unused for one in found)
     doubts = [*incomplete_samples(unused), *_doubts(numbered.classes, found)]
+    say_notes(doubts)
     if strict and doubts:
-        say_notes(doubts)
         raise ConversionFailed(f"{work.out}: --strict: {first_of(doubts)}; correct the tars, or leave --strict out")
     rejects_hash = settle_rejects(work, rejects, kept, max_rejects)
     splits: dict[str, list[Adopted]] = {}

@@ -106,7 +106,9 @@ def _has_class_folders(source: Path) -> bool:
         return any(map(_holds_images, classes))
     contents = look(source)
     folders = [source / os.fsdecode(name) for name in contents.folders[:_LOOKED_AT]]
-    return not any(name.lower().endswith(_DATA) for name in contents.files) and all(map(_holds_images, folders))
+    # A compressed tar beside class folders is what they were unpacked from.
+    data = _UNCOMPRESSED if folders else _DATA
+    return not any(name.lower().endswith(data) for name in contents.files) and all(map(_holds_images, folders))
 
 
 def _holds_images(folder: Path) -> bool:
@@ -142,7 +144,8 @@ _SCANNERS: dict[Layout, Callable[[Path], Scan]] = {
     "kaggle": scan_kaggle,
 }
 FILES: dict[str, Layout] = {".tar": "webdataset", ".parquet": "parquet"}
-_DATA = tuple(suffix.encode() for suffix in FILES)
+_UNCOMPRESSED = tuple(suffix.encode() for suffix in FILES)
+_DATA = (*_UNCOMPRESSED, *(suffix.encode() for suffix in COMPRESSED_SUFFIXES))
 FOLDERS: dict[Layout, Callable[[Path], object]] = {
     "ilsvrc": lambda source: (source / TRAIN_TAR).is_file(),
     "kaggle": kaggle_root,

@@ -108,7 +108,7 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
         named = named_split(looked_at)
         splits[file] = named or TRAIN
         if named is None:
-            unnamed.append(below)
+            unnamed += [below] if file != source else []
         else:
             places.setdefault(named, {})[_place(looked_at, named)] = None
     notes, doubts = [], []

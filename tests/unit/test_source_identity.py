@@ -251,7 +251,7 @@ def test_what_a_killed_scan_unpacked_is_not_used_by_another(
         options = Options(shard_bytes=4000, scan=ScanOptions(val_fraction=0.5, workers=1))
     unpacked: list[Path] = []
     unpack = parquet.unpack
-    monkeypatch.setattr(parquet, "unpack", lambda job, report: (unpacked.append(job.spool), unpack(job, report)))
+    monkeypatch.setattr(parquet, "unpack", lambda job, report: (unpacked.append(job.spool), unpack(job, report))[1])
     for path in spooled:  # what would be mixed in
         path.write_bytes(b"\0" * path.stat().st_size)
     assert convert(source, out, options) is not None

@@ -381,24 +381,23 @@ def test_parquet_test_files_without_labels_are_not_used_and_said(label: int | No
     parquet(tmp_path / "in" / "test-0.parquet", [label] * 3)
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
     assert counts(found) == {"train": 2}
-    assert not_used(found) == {("test images without labels", ".parquet"): 3}
-    assert found.doubts == (f"{tmp_path}/in/test-0.parquet: not used: its 3 test images have no labels",)
+    assert not_used(found) == {("image without a label", "rows"): 3}
+    assert found.doubts == (f"{tmp_path}/in/test-0.parquet: 3 test images without labels, not used",)
     assert found.notes == (), "there is no test split to be read"
 
 
 @pytest.mark.parametrize("labels", [[0, -1], [-1, 0], [None, 1]])
-def test_parquet_test_files_of_which_some_rows_lack_labels_are_refused(
-    labels: list[int | None], tmp_path: Path
-) -> None:
+def test_parquet_test_rows_with_labels_are_kept(labels: list[int | None], tmp_path: Path) -> None:
     parquet(tmp_path / "in" / "train.parquet", [0, 1])
     parquet(tmp_path / "in" / "test.parquet", labels)
-    with pytest.raises(UserError, match=r"test\.parquet: row 1 has label"):
-        scan(tmp_path / "in", ONE, tmp_path / "spool")
+    found = scan(tmp_path / "in", ONE, tmp_path / "spool")
+    assert counts(found) == {"train": 2, "test": 1}
+    assert found.doubts[0] == f"{tmp_path}/in/test.parquet: 1 test images without labels, not used"
 
 
 def test_training_rows_without_labels_are_refused(tmp_path: Path) -> None:
     parquet(tmp_path / "in" / "train.parquet", [-1, -1])
-    with pytest.raises(UserError, match=r"train\.parquet: row 0 has label -1"):
+    with pytest.raises(UserError, match=r"train\.parquet: row 0: label -1 means that the image has none"):
         scan(tmp_path / "in", ONE, tmp_path / "spool")
 
 
