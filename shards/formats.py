@@ -9,6 +9,10 @@ IMAGE_SUFFIXES = frozenset(
     b".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .tga .pcx .sgi "
     b".rgb .rgba .bw .qoi .jp2 .j2k .j2c .jpc .jpf .jpx .avif .avifs .heic .heics .heif .heifs .hif .jxl".split()
 )
+RAW_SUFFIXES = frozenset(
+    b".3fr .arw .cr2 .cr3 .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .srw .x3f".split()
+)
+"""Raw files of cameras. By content they are TIFF files of a thumbnail."""
 APPLE_DOUBLE = b"._"
 """Prefix of the resource forks that macOS leaves beside files, under the files' own suffixes."""
 MAGIC_BYTES = 16

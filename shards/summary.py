@@ -13,7 +13,7 @@ SHOWN = 10
 
 
 def summarize(shard_set: ShardSet) -> Iterator[str]:
-    """Yield the lines: totals, splits and classes, what was repaired, rejected and not used, notes and doubts."""
+    """Yield the lines: totals, splits and classes, what was re-encoded, rejected and not used, notes and doubts."""
     manifest = shard_set.manifest
     made, splits, classes = manifest.made, manifest.splits, manifest.classes
     images = made.get("images", {})
@@ -23,7 +23,7 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
     not_used = f", {sum(one['count'] for one in unused):,} not used" if unused else ""
     yield (
         f"{shard_set.path}: {' + '.join(f'{entry.samples:,} {split}' for split, entry in splits.items())} images of "
-        f"{_count(len(classes), 'class')}, {_total(repaired):,} repaired, {_total(rejected):,} rejected{not_used}"
+        f"{_count(len(classes), 'class')}, {_total(repaired):,} re-encoded, {_total(rejected):,} rejected{not_used}"
     )
     for split, entry in splits.items():
         each = count_labels(shard_set.index(split)["label"], len(classes))
@@ -37,8 +37,7 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
         if split in made.get("class_run", {}):
             yield f"{split}: in the order of the tars, in which runs of one class are {made['class_run'][split]:g} long"
     yield from _shortened(
-        f"repaired: {count:,} {split}: {reason}, re-encoded as a plain JPEG"
-        for split, reason, count in _sorted(repaired)
+        f"re-encoded as plain JPEG: {count:,} {split}: {reason}" for split, reason, count in _sorted(repaired)
     )
     examples = first_rejects(shard_set.path) if _total(rejected) else {}
     yield from _shortened(
@@ -51,7 +50,7 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
         f"not used: {one['count']:,} {one['kind']}: {one['reason']} (such as {one['example']})" for one in unused
     )
     yield from (f"note: {line}" for line in made.get("notes", []))
-    yield from (f"doubt: {line}" for line in made.get("doubts", []))
+    yield from (f"note: {line}" for line in made.get("doubts", []))
 
 
 def _count(number: int, what: str) -> str:

@@ -20,7 +20,7 @@ from shards.sources.members import Member, members, read_members
 from shards.sources.scan import Scan
 from shards.sources.splits import below_source, split_files, splits_in
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import skip_reason
+from shards.sources.walk import add_others, skip_reason
 from shards.sources.webdataset import tar_files
 
 _TARS_LOOKED_AT, _MEMBERS_LOOKED_AT = 4, 64
@@ -65,6 +65,7 @@ def scan_class_tars(source: Path) -> Scan:
     labels = {name: label for label, name in enumerate(names)}
     builders: dict[str, ListingBuilder] = {}
     unused = UnusedFiles()
+    add_others(source, set(tars), unused)
     for tar in tars:
         container = Container.of(tar)
         name = os.fsencode(tar.stem)

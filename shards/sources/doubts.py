@@ -52,6 +52,11 @@ def doubts_about_classes(classes: Sequence[ClassEntry], counts: Mapping[str, Cou
         if missing:
             have = "classes have" if len(missing) > 1 else "class has"
             lines.append(f"{len(missing):,} {have} no {_kind(split)} images: {_names(classes, missing)}")
+    if len(classes) == 1:
+        lines.append(
+            f"one class only, {quoted(classes[0].folder)}: nothing to tell apart; expected a folder (or a label) for "
+            "each class"
+        )
     return (*lines, *_alike(classes))
 
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import AnyStr
 
 from shards.errors import UserError
-from shards.formats import MAGIC_BYTES, looks_like_image, named_as_image
+from shards.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
 from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.regular import kind, open_regular
 from shards.sources.classes import class_order, first_duplicate, human_names
 from shards.sources.scan import Scan
-from shards.sources.split_folders import find_split_folders, no_class_folders
+from shards.sources.split_folders import find_split_folders, kinds_of, no_class_folders
 from shards.sources.splits import splits_in
 from shards.sources.unused import UnusedFiles, merge
-from shards.sources.walk import METADATA, look, skip_reason
+from shards.sources.walk import METADATA, count_files, look, skip_reason
 
 
 def scan_folder(source: Path) -> Scan:
@@ -61,25 +61,29 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
     unused = UnusedFiles()
-    empty: list[Path] = []
+    empty: list[tuple[Path, str]] = []
     doubts: list[str] = []
     for split, root in roots.items():
         below = os.fsencode("" if root == source else f"{root.relative_to(source)}/")
         for name in folders[split]:
             folder = root / os.fsdecode(name)
             images = 0
+            others: list[bytes] = []
             for container, found, passed_over in _walk(bytes(folder), name):
-                for path, reason, what in passed_over:
-                    unused.add(reason, below + path, kind=what)
+                for path, reason, what, count in passed_over:
+                    unused.add(reason, below + path, kind=what, count=count)
+                others += [path for path, *_ in passed_over]
                 images += len(found)
                 builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
                 if found and _names_another(container.path, folder, split):
                     doubts.append(f"{container.path}: {len(found):,} images of split '{split}' in a folder named so")
             if images == 0:
-                empty.append(folder)
+                empty.append((folder, kinds_of(others)))
     if empty:
         more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
-        raise UserError(f"{empty[0]}: a class folder without images{more}; fill it or remove it")
+        folder, holds = empty[0]
+        what = f" but {holds}" if holds else ""
+        raise UserError(f"{folder}: a class folder without images{what}{more}; fill it or remove it")
     return Scan(
         layout="folder",
         classes=tuple(ClassEntry(folder=name) for name in shown),
@@ -113,8 +117,8 @@ def _class_folders(root: Path) -> list[bytes]:
 
 Images = list[tuple[bytes, int, int]]
 """Name, bytes and time of last change of each."""
-PassedOver = list[tuple[bytes, str, str | None]]
-"""Path below the root, why it is not used, and its kind as `UnusedFiles.add` takes it."""
+PassedOver = list[tuple[bytes, str, str | None, int]]
+"""Path below the root, why it is not used, its kind as `UnusedFiles.add` takes it, and files in it."""
 Found = tuple[Container, Images, PassedOver]
 
 
@@ -129,7 +133,11 @@ def _walk(top: bytes, name: bytes) -> Iterator[Found]:
         folder, prefix, ancestors = pending.pop()
         identity = _identity(folder)
         if identity in ancestors:
-            yield Container.of(Path(os.fsdecode(folder))), [], [(prefix, "link to a folder that it stands in", "link")]
+            yield (
+                Container.of(Path(os.fsdecode(folder))),
+                [],
+                [(prefix, "link to a folder that it stands in", "link", 1)],
+            )
             continue
         container = Container.of(Path(os.fsdecode(folder)))
         found, folders, passed_over = _list(folder, prefix)
@@ -146,7 +154,8 @@ def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], PassedOver
             path = prefix + b"/" + entry.name
             reason = skip_reason(entry.name)
             if reason is not None:
-                passed_over.append((path, reason, os.fsdecode(entry.name) if reason == METADATA else None))
+                kind_of = os.fsdecode(entry.name) if reason == METADATA else None
+                passed_over.append((path, reason, kind_of, count_files(Path(os.fsdecode(entry.path)))))
                 continue
             status = file_status(entry)
             if stat.S_ISDIR(status.st_mode):
@@ -155,7 +164,7 @@ def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], PassedOver
                 found.append((path, status.st_size, int(status.st_mtime)))
             else:
                 is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
-                passed_over.append((path, "not an image" if is_file else kind(status.st_mode), None))
+                passed_over.append((path, "not an image" if is_file else kind(status.st_mode), None, 1))
     return found, folders, passed_over
 
 
@@ -176,6 +185,8 @@ def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:
 
     A link to nothing is one by its name, and rejected when it is read.
     """
+    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # begins as the TIFF of its thumbnail
+        return False
     if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and named_as_image(entry.name)):
         return named_as_image(entry.name)
     if not stat.S_ISREG(status.st_mode) or status.st_size < MAGIC_BYTES:

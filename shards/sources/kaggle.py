@@ -13,10 +13,11 @@ from shards.formats import named_as_image
 from shards.listing import Container, Listing, ListingBuilder
 from shards.manifest import ClassEntry
 from shards.regular import read_list
-from shards.sources.classes import MAX_LIST, human_names
+from shards.sources.classes import MAPPING_FILES, MAX_LIST, human_names
 from shards.sources.folder import file_status, scan_classes
 from shards.sources.scan import TRAIN, VAL, Scan
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
+from shards.sources.walk import count_files
 
 DATA = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
@@ -49,9 +50,19 @@ def scan_kaggle(source: Path) -> Scan:
         notes.append(f"{data / 'val'}: not there, so the set gets no validation split")
     if (data / "test").is_dir():
         test = UnusedFiles()
-        test.add("test images without labels", os.fsencode(DATA / "test"), kind="folder")
+        test.add(
+            "test images without labels", os.fsencode(DATA / "test"), kind="test", count=count_files(data / "test")
+        )
         unused = merge([unused, test.entries()])
         notes.append(f"{data / 'test'}: not used, as its images have no labels")
+    beside = UnusedFiles()
+    for folder in (root, root / "ILSVRC"):
+        for path in sorted(folder.iterdir()):
+            if path.name not in (SOLUTION, *MAPPING_FILES, "ILSVRC", "Data"):
+                kind = path.name if path.is_dir() else None
+                below = os.fsencode(path.relative_to(root))
+                beside.add("beside the images of the classification task", below, kind=kind, count=count_files(path))
+    unused = merge([unused, beside.entries()])
     names = human_names(root)
     classes = tuple(ClassEntry(folder=folder, name=names.get(folder)) for folder in labels)
     return Scan("kaggle", classes, splits, unused, tuple(notes))

@@ -32,7 +32,7 @@ from shards.sources.parquet_columns import class_names, find_columns, other_colu
 from shards.sources.scan import TEST, Scan
 from shards.sources.splits import below_source, split_files
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import files_below
+from shards.sources.walk import add_others, files_below
 
 BATCH_ROWS = 64
 ISOLATED = True
@@ -133,13 +133,11 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
             f"{where}: label {top}, but the file's metadata names {len(names):,} classes (0 to {len(names) - 1}); "
             "correct the labels, or write the files again without the metadata 'huggingface'"
         )
-    known = [
-        ClassEntry(folder=str(label), name=one_line(name.split(",")[0]) if name else None)
-        for label, name in enumerate(names if top >= 0 else [])
-    ]
+    known = _named_classes(names if top >= 0 else [])
     numbered = number_classes(labels, sum(one.rows for one in contents), known=known, classes=classes)
     builders: dict[str, ListingBuilder] = {}
     unused, doubts = UnusedFiles(), list(named.doubts)
+    add_others(source, set(files), unused)
     for job, own in zip(jobs, numbered.labels, strict=True):
         found = _load_record(job)
         if found is None:
@@ -165,6 +163,18 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     listed = {split: builder.build() for split, builder in builders.items()}
     notes = (*named.notes_on(builders), *more_notes)
     return Scan("parquet", numbered.classes, listed, unused.entries(), notes, tuple(doubts))
+
+
+def _named_classes(names: list[str | None]) -> list[ClassEntry]:
+    """Classes that are told apart by their names, as class folders are; by their numbers where names do not do so."""
+    folders = [one_line(name) if name else "" for name in names]
+    if all(folders) and len(set(folders)) == len(folders):
+        shown = [folder.split(",")[0] for folder in folders]
+        return [
+            ClassEntry(folder=folder, name=name if name != folder else None)
+            for folder, name in zip(folders, shown, strict=True)
+        ]
+    return [ClassEntry(folder=str(label), name=folder.split(",")[0] or None) for label, folder in enumerate(folders)]
 
 
 def _agreed(files: list[Path], contents: list[Contents]) -> tuple[list[str | None], tuple[str, ...]]:

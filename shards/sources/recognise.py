@@ -111,6 +111,12 @@ def _has_class_folders(source: Path) -> bool:
     return not any(name.lower().endswith(data) for name in contents.files) and all(map(_holds_images, folders))
 
 
+def _lists_of_tars(source: Path) -> bool:
+    """Whether the Parquet files are lists of what tars of the same names hold, as img2dataset writes them."""
+    tars = {tar.with_suffix("") for tar in tar_files(source)}
+    return bool(tars) and all(file.with_suffix("") in tars for file in parquet_files(source))
+
+
 def _holds_images(folder: Path) -> bool:
     """Whether a folder, or one in it, holds images, and no tars or Parquet files."""
     contents = look(folder)
@@ -150,7 +156,7 @@ FOLDERS: dict[Layout, Callable[[Path], object]] = {
     "ilsvrc": lambda source: (source / TRAIN_TAR).is_file(),
     "kaggle": kaggle_root,
     "folder": _has_class_folders,
-    "parquet": parquet_files,
+    "parquet": lambda source: parquet_files(source) and not _lists_of_tars(source),
     "class-tars": lambda source: are_class_tars(tar_files(source)),
     "webdataset": lambda source: tar_files(source) or compressed_tars(source),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from shards.sources.classes import MAPPING_FILES
 from shards.sources.scan import TEST, TRAIN, VAL
 from shards.sources.splits import no_validation, says_only_split, splits_in, without_split
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import Contents, look
+from shards.sources.walk import METADATA, Contents, count_files, look
 
 MAX_WRAPPERS = 4
 """Folders around the class folders, or around those of the splits, that are looked through."""
@@ -21,6 +22,11 @@ _LOOKED_AT = 16
 """Folders that are opened to tell class folders from wrappers; a source may have a million."""
 _SHOWN = 3
 _UNLABELLED = "test images without labels"
+_REMEDIES = {
+    (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"): "unpack archives first",
+    (".arrow",): "save the data set as Parquet instead: Dataset.to_parquet",
+}
+"""Suffixes of what holds images in another form, and what to do."""
 
 
 @dataclass
@@ -52,6 +58,11 @@ def find_split_folders(source: Path) -> SplitFolders:
         contents = level.contents
         if level.is_of_splits():
             _add_roots(found, level, source)
+            if not found.roots:
+                raise UserError(
+                    f"{folder}: only a test split without classes ({_some(level.named)}); give the folder that holds "
+                    f"{TRAIN}/CLASS/IMAGE as the source (beside it: {_some(level.others)})"
+                )
             return found
         inner = level.wrapper()
         if inner is None:
@@ -156,7 +167,7 @@ class _Level:
         return self.folder / os.fsdecode(name)
 
 
-def _add_roots(found: SplitFolders, level: _Level, source: Path) -> None:
+def _add_roots(found: SplitFolders, level: _Level, source: Path) -> None:  # noqa: PLR0912
     contents = level.contents
     beside = level.others
     for split in (TRAIN, VAL, TEST):
@@ -186,11 +197,28 @@ def _add_roots(found: SplitFolders, level: _Level, source: Path) -> None:
                 )
     elif TEST in found.roots and not set(look(found.roots[TEST]).folders) & set(look(found.roots[TRAIN]).folders):
         _leave_out_test(found, found.roots.pop(TEST), source)
+    if TRAIN in found.roots and VAL in found.roots:
+        _check_unsorted(found.roots[TRAIN], found.roots[VAL])
     if TEST in found.roots and VAL not in found.roots:
         found.notes.append(no_validation(f"{found.roots[TEST]}"))
     for root in found.roots.values():
         _count_files(found, look(root), root, source)
     _count_beside(found, contents, beside, level.folder, source)
+
+
+def _check_unsorted(train: Path, val: Path) -> None:
+    """Refuse validation images in one folder that is no class: they are not sorted by class.
+
+    Raises:
+        UserError: they are.
+    """
+    names, known = look(val).folders, look(train).folders
+    if len(names) == 1 and len(known) > 1 and names[0] not in known:
+        raise UserError(
+            f"{val / os.fsdecode(names[0])}: the only folder of split '{VAL}', and none of the classes of {TRAIN}/ "
+            f"({_some(known)}); put the images into a folder for each class (lists such as val_annotations.txt name "
+            "their classes), or move the split out of the source"
+        )
 
 
 def _look_through(found: SplitFolders, root: Path, split: str) -> Path:
@@ -223,11 +251,12 @@ def _leave_out_test(found: SplitFolders, root: Path, source: Path) -> None:
     """Count a test split whose folders say no class: flat, or in one folder of any name."""
     below = _below(root, source)
     contents = look(root)
-    contents.add_to(found.unused, below)
+    contents.add_to(found.unused, below, root)
     for name in contents.files:
         found.unused.add("not an image", below + name)
     for name in contents.folders:
-        found.unused.add(_UNLABELLED, below + name, kind=os.fsdecode(name))
+        path = root / os.fsdecode(name)
+        found.unused.add(_UNLABELLED, below + name, kind=os.fsdecode(name), count=count_files(path))
     if contents.images:
         found.unused.add(_UNLABELLED, below + contents.images[0], count=len(contents.images))
     found.doubts.append(f"{root}: not used: no folders of the training classes in it, so its images have no labels")
@@ -260,7 +289,8 @@ def _count_beside(found: SplitFolders, contents: Contents, beside: list[bytes], 
     """Count what stands beside the folders that are used."""
     below = _below(folder, source)
     for name in beside:
-        found.unused.add("folder beside those that are used", below + name, kind=os.fsdecode(name))
+        count = count_files(folder / os.fsdecode(name))
+        found.unused.add("folder beside those that are used", below + name, kind=os.fsdecode(name), count=count)
     if beside:
         found.doubts.append(f"{folder}: not used: folders {_some(beside)}, beside those that are")
     _count_files(found, contents, folder, source)
@@ -269,7 +299,12 @@ def _count_beside(found: SplitFolders, contents: Contents, beside: list[bytes], 
 def _count_files(found: SplitFolders, contents: Contents, folder: Path, source: Path) -> None:
     """Count what stands beside class folders, or above them."""
     below = _below(folder, source)
-    contents.add_to(found.unused, below)
+    contents.add_to(found.unused, below, folder)
+    folders = [
+        name for name, reason in contents.skipped if reason == METADATA and (folder / os.fsdecode(name)).is_dir()
+    ]
+    if folders:
+        found.notes.append(f"{folder}: {METADATA}, not used: {_some(folders)}")
     for name in contents.files:
         if os.fsdecode(name) not in MAPPING_FILES:
             found.unused.add("not an image", below + name)
@@ -283,7 +318,25 @@ def _count_files(found: SplitFolders, contents: Contents, folder: Path, source: 
 
 
 def no_class_folders(root: Path) -> UserError:
-    return UserError(f"{root}: no class folders in it; images are expected as {root}/CLASS/IMAGE")
+    """Return the error that a folder holds no class folders, with what it holds instead."""
+    contents = look(root)
+    holds = kinds_of([*contents.images, *contents.files])
+    found = f" but {holds}" if holds else ""
+    return UserError(f"{root}: no class folders in it{found}; images are expected as {root}/CLASS/IMAGE")
+
+
+def kinds_of(names: Iterable[bytes]) -> str:
+    """Describe files by the number of each suffix, with an example and what to do about archives; '' for none."""
+    listed = list(names)
+    suffixes = Counter(os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix" for name in listed)
+    if not suffixes:
+        return ""
+    kinds = ", ".join(
+        f"{count:,} {display_name(os.fsencode(suffix))}" for suffix, count in suffixes.most_common(_SHOWN)
+    )
+    remedies = {remedy for suffix in suffixes for of, remedy in _REMEDIES.items() if suffix in of}
+    advice = "".join(f" ({remedy})" for remedy in sorted(remedies))
+    return f"{kinds} such as {display_name(os.path.basename(listed[0]))}{advice}"
 
 
 def _below(folder: Path, source: Path) -> bytes:

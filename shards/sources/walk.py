@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +19,8 @@ SHARD_SET = "a shard set"
 MAX_DEPTH = 6
 """Folders between a source and a file of it that holds samples (refs/convert/parquet/default/train/0000.parquet)."""
 WORK_FOLDER = ".making"
+MAX_COUNTED = 1_000_000
+"""Files that are counted in a folder that is not used."""
 
 # In lower case. Folders with copies, thumbnails and deleted files, and files that describe a folder.
 _METADATA_NAMES = frozenset(
@@ -62,14 +65,31 @@ class Contents:
     skipped: list[tuple[bytes, str]] = field(default_factory=list)
     """Name and reason."""
 
-    def add_to(self, unused: UnusedFiles, below: bytes) -> None:
-        """Count what is skipped.
+    def add_to(self, unused: UnusedFiles, below: bytes, folder: Path) -> None:
+        """Count what is skipped: files, and those in skipped folders.
 
         Args:
             below: path of the folder below the source, ending with '/'; empty for the source.
+            folder: the folder.
         """
         for name, reason in self.skipped:
-            unused.add(reason, below + name, kind=os.fsdecode(name))
+            path = folder / os.fsdecode(name)
+            unused.add(reason, below + name, kind=os.fsdecode(name), count=count_files(path))
+
+
+def count_files(path: Path) -> int:
+    """Return the number of files in and below a folder, at most `MAX_COUNTED`; 1 for a file or an empty folder.
+
+    Links are not followed, and folders that cannot be read count as 1: nothing of them is used.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return 1
+    files = 0
+    for _, _, names in os.walk(path):
+        files += len(names)
+        if files >= MAX_COUNTED:
+            return MAX_COUNTED
+    return max(1, files)
 
 
 def look(folder: Path) -> Contents:
@@ -82,7 +102,7 @@ def look(folder: Path) -> Contents:
     with os.scandir(bytes(folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             reason = skip_reason(entry.name)
-            if reason is None and entry.is_dir():
+            if reason is None and _is_folder(entry):
                 reason = SHARD_SET if _is_shard_set(entry.path) else None
                 kind = contents.folders
             else:
@@ -92,6 +112,15 @@ def look(folder: Path) -> Contents:
             else:
                 contents.skipped.append((entry.name, reason))
     return contents
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def files_below(source: Path, *suffixes: str) -> list[Path]:
@@ -118,6 +147,30 @@ def _files_below(folder: Path, wanted: tuple[bytes, ...], depth: int, seen: set[
     if depth:
         for name in contents.folders:
             yield from _files_below(folder / os.fsdecode(name), wanted, depth - 1, seen)
+
+
+def add_others(source: Path, used: Collection[Path], unused: UnusedFiles) -> None:
+    """Count the files below a source of archives that are none of those in use.
+
+    Args:
+        source: the folder; a single file has nothing beside it.
+    """
+    if source.is_file():
+        return
+    pending, seen = [source], set()
+    while pending:
+        folder = pending.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen or len(folder.relative_to(source).parts) > MAX_DEPTH:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        contents = look(folder)
+        below = b"" if folder == source else os.fsencode(folder.relative_to(source)) + b"/"
+        contents.add_to(unused, below, folder)
+        for name in [*contents.images, *contents.files]:
+            if folder / os.fsdecode(name) not in used:
+                unused.add("beside the files that are used", below + name)
+        pending += [folder / os.fsdecode(name) for name in reversed(contents.folders)]
 
 
 def _is_shard_set(folder: bytes) -> bool:

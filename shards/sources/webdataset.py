@@ -30,7 +30,7 @@ from shards.sources.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, me
 from shards.sources.scan import TEST, TRAIN, Scan
 from shards.sources.splits import below_source, named_split, split_files
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
-from shards.sources.walk import files_below
+from shards.sources.walk import add_others, files_below
 
 IMAGE_ORDER = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 """Which image of a sample of several is used, the first of these; others follow in the order of their suffixes."""
@@ -84,6 +84,7 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
         unused.add("compressed copy of a tar", tar.name)
     if not tars:
         raise UserError(f"{source}: no tars in it")
+    add_others(source, {*tars, *compressed_tars(source)}, unused)
     named = split_files(tars, source)
     builders: dict[str, ListingBuilder] = {}
     labels = LabelReader()

@@ -460,7 +460,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
     """What the launches of each compilation return; nothing is compiled."""
     made: list[list[Any]] = []
 
-    def compile_ahead(work: list[Any], *, progress: Any) -> Report:
+    def compile_ahead(work: list[Any], *, processes: int, progress: Any) -> Report:
         made.append([launch() for launch in work])
         return Report(total=3, compiled=2, cached=1, seconds=1.0, problem="one thing failed")
 

@@ -454,13 +454,30 @@ def test_names_of_classes_in_the_metadata(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in/train-0.parquet", [0, 1], hub(["cat", "dog", "emu"]))
     write_parquet(tmp_path / "in/train-1.parquet", [1])
     found = scanned(tmp_path / "in", tmp_path / "spool")
-    assert [(entry.folder, entry.name) for entry in found.classes] == [("0", "cat"), ("1", "dog"), ("2", "emu")]
+    assert [(entry.folder, entry.name) for entry in found.classes] == [("cat", None), ("dog", None), ("emu", None)]
     write_parquet(tmp_path / "in/train-1.parquet", [1], hub(["dog", "cat", "emu"]))
     with pytest.raises(UserError, match=r"train-1\.parquet: .*train-0\.parquet does \(class 0 differs\)"):
         scanned(tmp_path / "in", tmp_path / "spool2")
     write_parquet(tmp_path / "in/train-1.parquet", [1, 3], hub(["cat", "dog", "emu"]))
     with pytest.raises(UserError, match=r"train-1\.parquet: row 1: label 3, but .* names 3 classes \(0 to 2\)"):
         scanned(tmp_path / "in", tmp_path / "spool3")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["tench, Tinca tinca", "crane"], [("tench, Tinca tinca", "tench"), ("crane", None)]),
+        (["crane", "crane"], [("0", "crane"), ("1", "crane")]),
+        (["cat", ""], [("0", "cat"), ("1", None)]),
+    ],
+)
+def test_names_in_the_metadata_are_the_folders_where_they_tell_classes_apart(
+    names: list[str], expected: list[tuple[str, str | None]], tmp_path: Path
+) -> None:
+    """Numbers would be the same in any two data sets, whatever classes these have."""
+    write_parquet(tmp_path / "in/train-0.parquet", [0, 1], hub(names))
+    found = scanned(tmp_path / "in", tmp_path / "spool")
+    assert [(entry.folder, entry.name) for entry in found.classes] == expected
 
 
 def test_a_file_of_classes_names_numbers_for_shard_and_index(tmp_path: Path) -> None:

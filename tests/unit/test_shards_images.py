@@ -77,7 +77,6 @@ KEPT = {
     "with  spaces and (brackets).jpg": JPEG,
     "ünïcödé 图像.jpg": JPEG,
     "图像.jpg": JPEG,
-    ".leading_dot.jpg": JPEG,
     "two.dots.jpg": JPEG,
 }
 REPAIRED = {
@@ -105,7 +104,12 @@ REJECTED = {
         struct.pack(">HH", 120, 160), struct.pack(">HH", 40000, 40000)
     ),  # only claims it
 }
-IGNORED = {"Thumbs.db": b"\xd0\xcf\x11\xe0" * 9, "notes.txt": b"hello", "._baseline.JPEG": b"\0\5\x16\7" * 9}
+IGNORED = {
+    "Thumbs.db": b"\xd0\xcf\x11\xe0" * 9,
+    "notes.txt": b"hello",
+    "._baseline.JPEG": b"\0\5\x16\7" * 9,
+    ".trashed-1700000000-a.jpg": JPEG,  # what Android keeps of a deleted photo
+}
 
 
 @pytest.mark.parametrize("name", KEPT)

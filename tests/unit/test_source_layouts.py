@@ -188,7 +188,7 @@ def test_class_folders_beside_the_splits_are_said(tmp_path: Path) -> None:
     source = tree(tree(tmp_path / "in", "train", "val"), ".", classes=("cow",))
     found = scan(source, ONE, tmp_path / "spool")
     assert classes(found) == list(CLASSES)
-    assert not_used(found) == {("folder beside those that are used", "cow"): 1}
+    assert not_used(found) == {("folder beside those that are used", "cow"): 2}
     assert found.doubts == (f"{source}: not used: folders cow, beside those that are",)
 
 

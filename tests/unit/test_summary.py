@@ -33,16 +33,17 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
     said, before = capsys.readouterr()
     doubt = "1 class has no validation images: '[x]'"
     assert said.splitlines() == [
-        f"{out}: 11 train + 4 val images of 3 classes, 2 repaired, 3 rejected, 2 not used",
+        f"{out}: 11 train + 4 val images of 3 classes, 2 re-encoded, 3 rejected, 2 not used",
         "train: 11 images of 3 classes, 1 to 7 each, in 1 shard",
         "val: 4 images of 2 classes, 2 each, in 1 shard",
-        "repaired: 2 train: PNG, re-encoded as a plain JPEG",
+        "re-encoded as plain JPEG: 2 train: PNG",
         "rejected: 2 train: empty file (such as dog/empty.jpg)",
         "rejected: 1 train: does not decode: Truncated File Read (such as dog/cut.jpg)",
         f"rejected: all are listed in {out}/rejects.jsonl",
-        "not used: 1 .db: not an image (such as val/dog/Thumbs.db)",
+        "not used: 1 Thumbs.db: metadata of a file manager, NAS system, version control or archive "
+        "(such as val/dog/Thumbs.db)",
         "not used: 1 .txt: not an image (such as train/dog/notes.txt)",
-        f"doubt: {doubt}",
+        f"note: {doubt}",
     ]
     assert f"note: {doubt}" in before, "before the work too"
     assert before.index(doubt) < before.index("sharding")
@@ -56,14 +57,14 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
     )
     assert Index((tar,), max_rejects=0.5, workers=1).run() == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{tmp_path}: 3 train images of 3 classes, 0 repaired, 1 rejected, 1 not used",
+        f"{tmp_path}: 3 train images of 3 classes, 0 re-encoded, 1 rejected, 1 not used",
         "train: 3 images of 2 classes, 1 to 2 each, in 1 shard",
         "train: in the order of the tars, in which runs of one class are 1.5 long",
         "rejected: 1 train: PNG: 'pipeline shard' repairs such images, 'pipeline index' copies nothing "
         "(such as a.tar/7.png)",
         f"rejected: all are listed in {tmp_path}/rejects.jsonl",
         "not used: 1 .json: not part of a sample of image and label (such as a.tar/x.json)",
-        "doubt: 1 of 3 labels do not occur: 1",
+        "note: 1 of 3 labels do not occur: 1",
     ]
 
 
@@ -87,7 +88,7 @@ def test_the_summary_survives_a_pipe(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True, env={"COLUMNS": "20", "FORCE_COLOR": "1", "PYTHONPATH": "."},
     ).stdout  # fmt: skip
     assert shown.splitlines() == [
-        f"{tmp_path}/set [/bold]: 4 train images of 2 classes, 0 repaired, 0 rejected",
+        f"{tmp_path}/set [/bold]: 4 train images of 2 classes, 0 re-encoded, 0 rejected",
         "train: 4 images of 2 classes, 2 each, in 1 shard",
     ]
 
@@ -101,4 +102,4 @@ def test_info_shows_notes_doubts_and_examples(tmp_path: Path, capsys: pytest.Cap
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "note the 10 class folders are named by numbers" in shown
     assert "doubt class folders are numbered 0 to 10, without 3" in shown
-    assert "(such as train/0/list.csv)" in shown
+    assert "(such as 0/list.csv)" in shown

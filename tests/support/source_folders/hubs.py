@@ -19,7 +19,7 @@ def kaggle_competition(root: Path) -> None:
     put(root, "{train.csv,sample_submission.csv}", "id,label\n1001,cat\n")
 
 
-@source(train=4, val=2, classes=("n01440764", "n01443537"), says=("test", ".xml", ".csv"), lists=2)
+@source(train=4, val=2, classes=("n01440764", "n01443537"), says=("test", "Annotations", ".csv"), lists=2)
 def kaggle_imagenet(root: Path) -> None:
     """ImageNet's competition: boxes, lists, and test images without labels beside what is used."""
     pictures(root, "ILSVRC/Data/CLS-LOC/train/{n01440764,n01443537}/x_{0,1}.JPEG")
