@@ -16,6 +16,7 @@ from launch.recipe import Recipe
 from launch.trials import Value
 from launch.tuned import Part
 from launch.world import connect, disconnect
+from shards.temporary import prepare_caches
 
 
 def tune(
@@ -33,6 +34,7 @@ def tune(
     Raises:
         UserError: recipe and data do not fit together, or the file cannot be written.
     """
+    prepare_caches()  # the file is in one of them
     file = tuned.file_of(recipe.run.tuned)
     if file is not None:
         tuned.check_place(file)
