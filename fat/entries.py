@@ -21,6 +21,8 @@ _MODEL = re.compile(
 _WRAPPER = re.compile(r"(?:^|(?<=[./]))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|average|averaged)(?:_|$)", re.IGNORECASE)
 # Of trainers and wrappers (DDP, Lightning, timm, MMPretrain, DeepSpeed, Composer): the weights as they are trained.
+_OPTIMIZER = re.compile(r"optim|exp_avg|momentum", re.IGNORECASE)  # their state is named like the parameters
+_PLAIN = frozenset({"", "model", "state_dict", "module", "model_state_dict"})  # decide between several trained models
 _TRAINED = frozenset(
     {
         "", "model", "module", "net", "network", "backbone", "encoder", "state", "state_dict", "model_state",
@@ -65,6 +67,14 @@ class Entry:
     def is_trained(self) -> bool:
         return all(word in _TRAINED for word in self._words)
 
+    @property
+    def is_plain(self) -> bool:
+        return all(word in _PLAIN for word in self._words)
+
+    @property
+    def is_of_optimizer(self) -> bool:
+        return any(_OPTIMIZER.search(word) for word in self._words)
+
 
 def select(path: Path, state_dicts: Mapping[str, Collection[str]], wanted: str | None = None) -> Entry:
     """Choose the model among the state dicts of a file.
@@ -83,27 +93,47 @@ def select(path: Path, state_dicts: Mapping[str, Collection[str]], wanted: str |
         chosen = next((entry for entry in entries if wanted in (entry.label, entry.key)), None)
         if chosen is None:
             raise ValueError(f"{path}: no entry {printable(wanted)!r}; there are {listed(e.label for e in entries)}")
-        return _with_notes(chosen, entries, "as asked for")
+        return _with_notes(_with_counters(chosen, _trained(entries)), entries, "as asked for")
+    entries = [entry for entry in entries if not entry.is_of_optimizer] or entries
     entries.sort(key=lambda entry: -len(entry.names))
-    trained = [entry for entry in entries if entry.is_trained and not entry.is_average]
+    swapped = next((entry for entry in entries if entry.key == "ema_state_dict" and "steps" in entry.outside), None)
+    average_of_mmengine = next((entry for entry in entries if swapped and entry.key == "state_dict"), None)
+    if average_of_mmengine is not None:
+        # https://github.com/open-mmlab/mmengine, EMAHook.before_save_checkpoint
+        why = "a moving average of the weights: MMEngine keeps the weights themselves in 'ema_state_dict'"
+        return _with_notes(average_of_mmengine, entries, why)
+    trained = _trained(entries)
     averages = [entry for entry in entries if entry.is_average]
     if averages:
         average, original = averages[0], trained[0] if trained else None
         missing = [name for name in original.names if name not in average.names] if original else []
         if original is None or all(name.endswith(_COUNTER) for name in missing):
-            counters = {name: original.names[name] for name in missing} if original else {}
-            average = Entry(average.key, average.prefix, average.names | counters, average.wrappers, average.outside)
-            return _with_notes(average, entries, "a moving average of the weights")
+            return _with_notes(_with_counters(average, trained), entries, "a moving average of the weights")
         why = f"{printable(average.label)!r}, an average, lacks {len(missing)} of its tensors, such as {missing[0]}"
         return _with_notes(original, entries, why)
-    if trained:
-        return _with_notes(trained[0], entries, "")
+    alike = [entry for entry in trained if len(entry.names) == len(trained[0].names)]
+    plain = [entry for entry in alike if entry.is_plain]
+    if len(alike) == 1 or len(plain) == 1:
+        return _with_notes((plain if len(plain) == 1 else alike)[0], entries, "")
     if len(entries) > 1:
         raise ValueError(
             f"{path}: several models in it ({listed(e.label for e in entries)}); ask for one by entry=, or save it "
             "alone"
         )
     return _with_notes(entries[0], entries, "the only model in the file")
+
+
+def _trained(entries: Iterable[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry.is_trained and not entry.is_average]
+
+
+def _with_counters(entry: Entry, trained: list[Entry]) -> Entry:
+    """Complete an average by the counters of BatchNorm, which averages leave out."""
+    if not entry.is_average or not trained:
+        return entry
+    of = trained[0].names
+    counters = {name: of[name] for name in of if name not in entry.names and name.endswith(_COUNTER)}
+    return Entry(entry.key, entry.prefix, entry.names | counters, entry.wrappers, entry.outside)
 
 
 def _models(key: str, names: Iterable[str]) -> list[Entry]:

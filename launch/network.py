@@ -20,6 +20,7 @@ START_TIMEOUT = timedelta(minutes=30)
 AFTER_WATCHDOG = timedelta(seconds=30)
 CONNECT_SECONDS = 3.0
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+_ELSEWHERE = ("192.0.2.1", 9)  # an address of no host (RFC 5737): the default route leads there
 
 # What the environment holds goes before these (docs/cluster.md has a line on each).
 DEFAULTS = {
@@ -100,15 +101,22 @@ def _interface_to_rank0() -> str | None:
         return None
     family, target = address
     try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing
-            own = probe.getsockname()[0]
+        own = _own_address(family, target)
+        several_hosts = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
+        if ipaddress.ip_address(own.partition("%")[0]).is_loopback and several_hosts:  # rank 0's host, to itself
+            own = _own_address(socket.AF_INET, _ELSEWHERE)
     except OSError:
         return None
     for name, addresses in psutil.net_if_addrs().items():
         if own in [entry.address.partition("%")[0] for entry in addresses]:
             return str(name)
     return None
+
+
+def _own_address(family: int, target: Any) -> str:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 def _why_not_joined(text: str) -> str | None:

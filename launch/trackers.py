@@ -14,17 +14,26 @@ from launch.run_files import read_regular
 from launch.world import World, share
 from shards.durable import durable_write
 from shards.errors import first_line
+from shards.redact import redacted
 
 WANDB_ID = "wandb-id"
 """File of the run folder that names the run at Weights & Biases, so that a resumed run continues it."""
 PROJECT = "fat-pipeline"
 
+_PASSING = ("Comm", "Connection", "Timeout")
+"""In the names of errors that another start may not meet."""
 _EXTRAS = {"tensorboard": "track", "wandb": "wandb"}
 # What to do about one that cannot start.
 _REMEDIES = {
     "tensorboard": "repair the installation ('pip install --force-reinstall tensorboard')",
     "wandb": "log in ('wandb login', or WANDB_API_KEY), or log to files only (WANDB_MODE=offline)",
 }
+
+
+class TrackerFailed(RecipeError):
+    """A tracker's server cannot be reached, which another start may not meet."""
+
+    exit_code = 1
 
 
 class Trackers:
@@ -60,7 +69,9 @@ class Trackers:
             except Exception as error:  # a tracker may raise anything
                 if not goes_on:
                     fact = first_line(error) or type(error).__name__
-                    raise RecipeError(
+                    passing = isinstance(error, OSError) or any(word in type(error).__name__ for word in _PASSING)
+                    kind = TrackerFailed if passing else RecipeError
+                    raise kind(
                         f"--tracker {name}: cannot start ({fact}); {_REMEDIES[name]}, or leave it out"
                     ) from error
                 self._failed(name, error)
@@ -80,7 +91,7 @@ class Trackers:
             name=run.out.resolve().name,
             id=self._wandb_id,
             resume="allow",
-            config=_flat(self._recipe.to_dict()),
+            config=_flat(redacted(self._recipe.to_dict())),
         )
 
     def open(self, folder: Path) -> None:
@@ -95,7 +106,7 @@ class Trackers:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))
-        recipe = "\n".join(f"    {name} = {value}" for name, value in _flat(self._recipe.to_dict()).items())
+        recipe = "\n".join(f"    {name} = {value}" for name, value in _flat(redacted(self._recipe.to_dict())).items())
         writer.add_text("recipe", recipe)
         self._trackers["tensorboard"] = writer
 

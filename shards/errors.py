@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.open_files import ENOUGH, limit
+from shards.open_files import how_to_raise, limit
 from shards.ownership import obstacle, user_name
 from shards.redact import one_line, printable
 
@@ -67,7 +67,7 @@ def cause(path: Path | str, error: OSError) -> tuple[str, str]:
     """
     fact = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EMFILE:
-        return f"{fact}, the limit is {limit()}", f"raise the limit ('ulimit -n {ENOUGH}')"
+        return f"{fact}, the limit is {limit()}", f"raise the limit ({how_to_raise()})"
     if error.errno == errno.ENFILE:
         return fact, "close other programs, or raise fs.file-max"
     if error.errno in (errno.EACCES, errno.EPERM):
@@ -90,7 +90,8 @@ def lack_of_files(error: BaseException) -> StorageFailed | None:
         if os.strerror(errno.EMFILE) in str(found):  # ImportError of a shared library, RuntimeError of torch
             found = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             break
-        found = found.__cause__ or found.__context__
+        chained = isinstance(found, OSError | ImportError | RuntimeError) and not found.__suppress_context__
+        found = found.__cause__ or (found.__context__ if chained else None)
     else:
         return None
     fact, action = cause("", found)

@@ -28,6 +28,15 @@ def limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def how_to_raise() -> str:
+    """Return the command that raises the limit, for messages, or who can raise it."""
+    wanted = max(ENOUGH, 2 * limit())
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or wanted <= hard:
+        return f"'ulimit -n {wanted}'"
+    return f"'ulimit -n' allows {hard} at most: /etc/security/limits.conf, or --ulimit nofile={wanted} of a container"
+
+
 def share(most: int) -> int:
     """Return how many files a part of this process may keep open: `most`, or fewer under a low limit."""
     soft = limit()

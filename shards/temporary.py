@@ -119,6 +119,8 @@ def _can_be_made(folder: Path) -> bool:
         try:
             os.stat(place)
         except FileNotFoundError:
+            if place.is_symlink():  # to a place that is not there
+                return False
             continue
         except OSError:
             return False

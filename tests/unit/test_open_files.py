@@ -97,21 +97,42 @@ def test_a_verb_works_or_names_the_limit(
     if done.returncode:
         assert done.returncode == 1
         assert f"Too many open files, the limit is {limit}" in done.stderr
-        assert "raise the limit ('ulimit -n 1024')" in done.stderr
+        assert f"'ulimit -n' allows {limit} at most" in done.stderr
 
 
 def test_too_many_open_files_are_no_fault_of_a_file() -> None:
     judged = storage_error("a.tar", FULL)
     assert isinstance(judged, StorageFailed)
     assert re.fullmatch(
-        r"a.tar: cannot be read \(Too many open files, the limit is \d+\); raise the limit \('ulimit -n 1024'\), "
+        r"a.tar: cannot be read \(Too many open files, the limit is \d+\); raise the limit \('ulimit -n.*\), "
         "then start again",
         str(judged),
     )
     machine = storage_error("a.tar", OSError(errno.ENFILE, os.strerror(errno.ENFILE)))
     assert (machine.exit_code, "fs.file-max" in str(machine)) == (1, True)
-    with pytest.raises(Exception, match=r"ulimit -n 1024.*it resumes"), explained(Path("out")):
+    with pytest.raises(Exception, match=r"ulimit -n.*it resumes"), explained(Path("out")):
         raise FULL
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "advice"),
+    [(64, 4096, "'ulimit -n 1024'"), (2000, 9000, "'ulimit -n 4000'"), (2000, 3000, "allows 3000 at most")],
+)
+def test_a_limit_that_would_help_is_named(soft: int, hard: int, advice: str) -> None:
+    """Never one below the limit that was too low, which would lower the hard one too."""
+    said = limited(soft, hard, "from shards.open_files import how_to_raise; print(how_to_raise())")
+    assert advice in said.stdout, said.stderr
+
+
+def broken_handler() -> BaseException:
+    try:
+        try:
+            raise FULL
+        except OSError:
+            {}["bug"]
+    except KeyError as error:
+        return error
+    raise AssertionError
 
 
 def chained() -> BaseException:
@@ -132,6 +153,7 @@ def chained() -> BaseException:
         (chained(), True),
         (OSError(errno.EIO, os.strerror(errno.EIO)), False),
         (ValueError("no such image"), False),
+        (broken_handler(), False),
     ],
 )
 def test_what_a_library_says_is_understood(error: BaseException, expected: bool) -> None:

@@ -121,6 +121,18 @@ def test_caches_of_a_user_without_a_usable_home_are_private(tmp_path: Path, monk
         assert (found.st_uid, found.st_mode & 0o777) == (54321, 0o700)
 
 
+def test_a_cache_that_is_a_link_to_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """~/.cache on a scratch disk that this node does not mount."""
+    needs_root()
+    with public_folder() as tmp:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp))
+        home = tmp / "home"
+        home.mkdir(mode=0o777)
+        home.chmod(0o777)
+        (home / ".cache").symlink_to("/nonexistent/cache")
+        assert caches(54321, HOME=str(home))[0] == str(tmp / "fat-pipeline-cache-54321")
+
+
 def test_a_home_that_can_be_written_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_root()
     with public_folder() as tmp:

@@ -225,3 +225,33 @@ def test_a_dict_that_holds_itself_is_read_once(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "w.pth", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
     with pytest.raises(ValueError, match="no weights in it"):
         load(tmp_path / "w.pth")
+
+
+def test_mmengine_swaps_the_average_and_the_weights(tmp_path: Path) -> None:
+    """EMAHook saves the average as `state_dict`, and the weights as `ema_state_dict`, with a count of steps."""
+    raw = under("module.", filled(1.0)) | {"steps": torch.tensor(9)}
+    torch.save({"meta": {}, "state_dict": filled(2.0), "ema_state_dict": raw}, tmp_path / "w.pth")
+    value, said = load(tmp_path / "w.pth")
+    assert value == 2.0
+    assert "MMEngine keeps the weights themselves in 'ema_state_dict'" in said
+
+
+@pytest.mark.parametrize("path", [("optimizer", "moving_average"), ("optim", "ema"), ("optimizer_state", "swa")])
+def test_what_an_optimizer_keeps_is_no_model(tmp_path: Path, path: tuple[str, str]) -> None:
+    torch.save({"model": filled(1.0), path[0]: {path[1]: filled(2.0)}}, tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth")[0] == 1.0
+
+
+def test_an_average_without_counters_may_be_asked_for(tmp_path: Path) -> None:
+    average = {name: value for name, value in filled(2.0).items() if not name.endswith("num_batches_tracked")}
+    torch.save({"model": filled(1.0), "ema": average}, tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth", entry="ema")[0] == 2.0
+
+
+def test_two_models_of_one_standing_are_not_chosen_by_their_order(tmp_path: Path) -> None:
+    torch.save({"encoder": filled(1.0), "backbone": filled(2.0)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"several models in it \(.*encoder.*ask for one by entry="):
+        load(tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth", entry="backbone")[0] == 2.0
+    torch.save({"encoder": filled(1.0), "model": filled(2.0)}, tmp_path / "w.pth")
+    assert load(tmp_path / "w.pth")[0] == 2.0
