@@ -45,6 +45,7 @@ from shards.limits import MAX_ENCODED, MAX_PIXELS, MAX_SCAN_PIXELS, MAX_SCANS, M
 from shards.optional_formats import load_optional_decoder
 from shards.pixels import BAND_PIXELS, Pixels, plain_pixels, profile_of, to_srgb
 from shards.rejects import Rejected
+from shards.tiff import has_second_page
 
 __all__ = ["Accepted", "ImageRules", "Rejected", "accept", "exceeded_limit"]
 
@@ -203,13 +204,12 @@ def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Acc
         check_before_opening(data, shrinks=rules.shrinks)
         other = load_optional_decoder(data)
         opened = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS if other is None else [other])
-        pages = _has_more_pages(opened)
         check_before_decoding(opened, data, shrinks=_target_size(*opened.size, rules) is not None)
         opened.load()
         if opened.format not in ("JPEG", "MPO"):
             # After loading, because Pillow applies a TIFF's orientation to its pixels by itself, and removes the tag.
             fault, orientation = str(opened.format), _exif_orientation(opened)
-            fault += " of several pages or frames, the first one used" if pages else ""
+            fault += " of several pages, the first one used" if has_second_page(data) else ""
         pixels, notes = plain_pixels(opened, data)
         fault = ": ".join([fault, *notes])
         del opened  # its pixels are the larger copy
@@ -219,17 +219,6 @@ def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Acc
         return _encode(_shrink(pixels, target), rules.quality, "420", orientation, fault)
     check_extent(width, height)
     return _encode(pixels, REPAIR_QUALITY, "444", orientation, fault)
-
-
-def _has_more_pages(opened: Image.Image) -> bool:
-    """Whether a file holds another image after the first; the file is left at the first."""
-    try:
-        opened.seek(1)
-    except (EOFError, ValueError):
-        return False
-    finally:
-        opened.seek(0)
-    return True
 
 
 def _shrink(pixels: Pixels, target: tuple[int, int]) -> Pixels:

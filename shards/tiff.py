@@ -1,32 +1,69 @@
-"""Count the strips or tiles of a TIFF (TIFF 6.0, section 2) before Pillow reads all their offsets."""
+"""What the first directory of a TIFF (TIFF 6.0, section 2) says, before Pillow reads all of it."""
 
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 _ARRAYS = frozenset({273, 279, 324, 325})  # StripOffsets, StripByteCounts, TileOffsets, TileByteCounts
 
 
+class _Directory(NamedTuple):
+    order: str
+    big: bool
+    """BigTIFF: 64-bit offsets and counts."""
+    first: int
+    """Offset of the first entry."""
+    entries: int
+
+    @property
+    def entry_size(self) -> int:
+        return 20 if self.big else 12
+
+
 def count_strips(data: bytes) -> int:
     """Return the largest count of strips or tiles in the first directory; 0 where there is none to be read."""
-    order = {b"II": "<", b"MM": ">"}.get(data[:2])
-    if order is None:
-        return 0
     largest = 0
     try:
-        (version,) = struct.unpack_from(order + "H", data, 2)
-        if version == 43:  # BigTIFF: 64-bit offsets and counts
-            (directory,) = struct.unpack_from(order + "Q", data, 8)
-            (entries,) = struct.unpack_from(order + "Q", data, directory)
-            first, size, entry = directory + 8, 20, order + "HHQ"
-        else:
-            (directory,) = struct.unpack_from(order + "I", data, 4)
-            (entries,) = struct.unpack_from(order + "H", data, directory)
-            first, size, entry = directory + 2, 12, order + "HHI"
-        for i in range(entries):
-            tag, _, count = struct.unpack_from(entry, data, first + size * i)
+        directory = _first_directory(data)
+        for i in range(directory.entries if directory else 0):
+            assert directory is not None
+            form = directory.order + ("HHQ" if directory.big else "HHI")
+            tag, _, count = struct.unpack_from(form, data, directory.first + directory.entry_size * i)
             if tag in _ARRAYS:
                 largest = max(largest, count)
     except (struct.error, OverflowError):
         pass  # a truncated directory; Pillow decides whether it can read the file
     return largest
+
+
+def has_second_page(data: bytes) -> bool:
+    """Return whether a second directory follows the first."""
+    try:
+        directory = _first_directory(data)
+        if directory is None:
+            return False
+        end = directory.first + directory.entry_size * directory.entries
+        (following,) = struct.unpack_from(directory.order + ("Q" if directory.big else "I"), data, end)
+    except (struct.error, OverflowError):
+        return False
+    return bool(0 < following < len(data))
+
+
+def _first_directory(data: bytes) -> _Directory | None:
+    """Find the first directory; None where this is no TIFF.
+
+    Raises:
+        struct.error, OverflowError: it ends before the end of its header.
+    """
+    order = {b"II": "<", b"MM": ">"}.get(data[:2])
+    if order is None:
+        return None
+    (version,) = struct.unpack_from(order + "H", data, 2)
+    if version == 43:
+        (offset,) = struct.unpack_from(order + "Q", data, 8)
+        (entries,) = struct.unpack_from(order + "Q", data, offset)
+        return _Directory(order, True, offset + 8, entries)
+    (offset,) = struct.unpack_from(order + "I", data, 4)
+    (entries,) = struct.unpack_from(order + "H", data, offset)
+    return _Directory(order, False, offset + 2, entries)

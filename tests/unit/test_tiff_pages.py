@@ -1,0 +1,42 @@
+"""TIFF files of several pages: the first is used, and that is said."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+
+from shards.images import ImageRules, accept
+from shards.tiff import has_second_page
+
+FIRST, SECOND = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
+
+
+def tiff(*more: Image.Image, big: bool = False) -> bytes:
+    file = io.BytesIO()
+    FIRST.save(file, "TIFF", save_all=True, append_images=more, big_tiff=big)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("big", [False, True])
+def test_the_first_of_several_pages_is_used_and_said(big: bool) -> None:
+    accepted = accept(tiff(SECOND, big=big), ImageRules())
+    assert accepted.repair == "TIFF of several pages, the first one used"
+    red, _, blue = Image.open(io.BytesIO(accepted.data)).convert("RGB").getpixel((20, 15))
+    assert red > 200
+    assert blue < 50
+    assert accept(tiff(big=big), ImageRules()).repair == "TIFF"
+
+
+def test_a_damaged_second_page_does_not_matter() -> None:
+    data = tiff(SECOND)
+    assert has_second_page(data)
+    assert accept(data[:-40], ImageRules()).repair == "TIFF of several pages, the first one used"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"II", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM\0+" + bytes(4) + b"\xff" * 8, b"\xff\xd8\xff"]
+)
+def test_what_ends_early_has_no_second_page(data: bytes) -> None:
+    assert not has_second_page(data)
