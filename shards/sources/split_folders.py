@@ -271,7 +271,7 @@ def _check_classes(found: SplitFolders, level: _Level) -> None:
     flat = [name for name in level.named if level.inside[name].images]
     sure = [name for name in level.named if level.surely_split(name)]
     if sure and not level.others:
-        raise no_class_folders(level.path(sure[0]))
+        raise no_class_folders(level.path(min(sure, key=lambda name: (TRAIN, VAL, TEST).index(level.named[name]))))
     for name in sure:
         if os.fsdecode(name).lower() != TRAIN:
             raise UserError(
