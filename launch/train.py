@@ -60,7 +60,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     loaded = load_initial_weights(model, recipe, feed.class_list)
-    trackers = start_trackers(recipe, world, goes_on=goes_on(recipe))
+    trackers = start_trackers(recipe, world, goes_on=bool(recipe.run.tracker) and goes_on(recipe))
     lock.take(world, make=True)
     verdict = check_recipe(recipe, feed, model)  # before anything is compiled or captured
     recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))

@@ -16,7 +16,7 @@ from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.regular import open_regular
 from shards.sources.classes import class_order, first_duplicate, human_names
-from shards.sources.members import Member, members, read_members
+from shards.sources.members import LABEL_SUFFIX, Member, members, read_members
 from shards.sources.scan import Scan
 from shards.sources.splits import below_source, split_files, splits_in
 from shards.sources.unused import UnusedFiles
@@ -24,7 +24,7 @@ from shards.sources.walk import add_others, skip_reason
 from shards.sources.webdataset import tar_files
 
 _TARS_LOOKED_AT, _MEMBERS_LOOKED_AT = 4, 64
-_NUMBERED = re.compile(r".*[-_.]\d{3,}")
+_NUMBERED = re.compile(r".*[-_.]\d{3,}|\d{4,}|(part|shard|batch|chunk)\W*\d+", re.IGNORECASE)
 """Names that tools give to shards: pets-000001."""
 
 
@@ -69,13 +69,23 @@ def scan_class_tars(source: Path) -> Scan:
     for tar in tars:
         container = Container.of(tar)
         name = os.fsencode(tar.stem)
-        used = []
+        used, folders = [], set[str]()
         for member in members(tar):
             reason = _reason_unused(member)
             if reason is None:
+                folders.add(member.name.rpartition("/")[0].removeprefix("./"))
                 used.append((name + b"/" + _bytes(member.base), member.offset, member.size, labels[name]))
             else:
+                if member.name.endswith(f".{LABEL_SUFFIX}"):
+                    raise UserError(
+                        f"{tar}: labels in it ({member.name}), so not the tar of one class; give --from webdataset"
+                    )
                 unused.add(reason, f"{below_source(tar, source)}/{member.name}")
+        if len(folders) > 1:
+            raise UserError(
+                f"{tar}: {len(folders):,} folders in it (such as {max(folders)}), so it is not the tar of one class; "
+                "unpack the tars (tar xf), and give the folder of class folders"
+            )
         if not used:
             raise UserError(f"{tar}: a class tar without images; copy or download it again, or remove it")
         builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(container, used)

@@ -5,35 +5,76 @@ Times of last change and places are no part of them, so a copy of a source is th
 
 from __future__ import annotations
 
+import heapq
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import xxhash
 
-from shards.regular import open_with_status
+from shards.listing import Entry, Listing
+from shards.regular import NotRegular, open_with_status
 from shards.sources.scan import Scan
 
 _TAIL = 2**16  # bytes at the end of a Parquet file: its footer, or the end of it
 _MODULUS = 2**64
+_SAMPLED = 256  # images of a split, by the hash of their names
+_HEAD = 2**12
 
 
 def digest_of_listing(found: Scan) -> str:
-    """Hash the classes in their order, and the names, sizes and labels of each split, whatever order they came in.
+    """Hash the classes in their order, and names, sizes and labels of each split, whatever order they came in.
+
+    Of some images the first bytes count too, because images without compression all have one size.
 
     Returns:
         xxh3-64, 16 hex digits.
     """
-    splits = {}
-    for split, listing in sorted(found.splits.items()):
-        total = 0
-        sizes, labels = listing.rows["size"].tolist(), listing.rows["label"].tolist()
-        for i, (size, label) in enumerate(zip(sizes, labels, strict=True)):
-            total += xxhash.xxh3_64_intdigest(b"%d %d %b" % (size, label, listing.name(i)))
-        splits[split] = (len(listing), total % _MODULUS)
     classes = [(entry.folder, entry.name) for entry in found.classes]
-    return xxhash.xxh3_64_hexdigest(json.dumps([classes, splits]).encode())
+    return _digest(found.splits, classes, labels=True)
+
+
+def digest_of_samples(splits: Mapping[str, Listing]) -> str:
+    """Hash names and sizes of samples whose names begin with their label, as `digest_of_listing`.
+
+    The classes are left out: they depend on the options.
+
+    Returns:
+        xxh3-64, 16 hex digits.
+    """
+    return _digest(splits, [], labels=False)
+
+
+def _digest(splits: Mapping[str, Listing], classes: Sequence[object], *, labels: bool) -> str:
+    digests = {}
+    for split, listing in sorted(splits.items()):
+        sizes = listing.rows["size"].tolist()
+        numbers = listing.rows["label"].tolist() if labels else [0] * len(sizes)
+        hashes = [
+            xxhash.xxh3_64_intdigest(b"%d %d %b" % (size, number, listing.name(i)))
+            for i, (size, number) in enumerate(zip(sizes, numbers, strict=True))
+        ]
+        sampled = sorted(heapq.nsmallest(_SAMPLED, zip(hashes, range(len(hashes)), strict=True)))
+        begin = xxhash.xxh3_64()
+        for _, i in sampled:
+            begin.update(_begin(next(listing.entries(i, i + 1))))
+        digests[split] = (len(listing), sum(hashes) % _MODULUS, begin.hexdigest())
+    return xxhash.xxh3_64_hexdigest(json.dumps([classes, digests]).encode())
+
+
+def _begin(entry: Entry) -> bytes:
+    """Return the first bytes of an image; none of what cannot be read, which is said when it is converted."""
+    name = entry.name[entry.name.rfind(b"/") + 1 :]
+    path = bytes(entry.container.path) + (b"/" + name if entry.offset is None else b"")
+    try:
+        handle, _ = open_with_status(path)
+    except (OSError, NotRegular):
+        return b""
+    try:
+        return os.pread(handle, min(_HEAD, entry.size), entry.offset or 0)
+    finally:
+        os.close(handle)
 
 
 def digest_of_files(files: Sequence[Path], source: Path) -> str:

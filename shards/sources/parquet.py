@@ -32,7 +32,7 @@ from shards.sources.parquet_columns import class_names, find_columns, other_colu
 from shards.sources.scan import TEST, Scan
 from shards.sources.splits import below_source, split_files
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import add_others, files_below
+from shards.sources.walk import add_others, files_below, images_beside
 
 BATCH_ROWS = 64
 ISOLATED = True
@@ -137,7 +137,7 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     numbered = number_classes(labels, sum(one.rows for one in contents), known=known, classes=classes)
     builders: dict[str, ListingBuilder] = {}
     unused, doubts = UnusedFiles(), list(named.doubts)
-    add_others(source, set(files), unused)
+    doubts += images_beside(source, add_others(source, set(files), unused))
     for job, own in zip(jobs, numbered.labels, strict=True):
         found = _load_record(job)
         if found is None:

@@ -12,7 +12,7 @@ from shards.sources.class_tars import are_class_tars, scan_class_tars
 from shards.sources.classes import check_imagenet, order_classes, split_off_val
 from shards.sources.doubts import doubts_about, notes_on_order
 from shards.sources.folder import scan_folder
-from shards.sources.identity import digest_of_files, digest_of_listing
+from shards.sources.identity import digest_of_files, digest_of_listing, digest_of_samples
 from shards.sources.ilsvrc import TRAIN_TAR, scan_ilsvrc
 from shards.sources.kaggle import kaggle_root, scan_kaggle
 from shards.sources.members import COMPRESSED_SUFFIXES
@@ -20,7 +20,7 @@ from shards.sources.parquet import parquet_files, scan_parquet
 from shards.sources.scan import TRAIN, Layout, Scan, ScanOptions
 from shards.sources.split_folders import find_split_folders
 from shards.sources.walk import look
-from shards.sources.webdataset import compressed_tars, scan_webdataset, tar_files
+from shards.sources.webdataset import compressed_tars, list_samples, scan_webdataset, tar_files
 
 EXPECTED = (
     "expected class folders (or train/ and val/ of them), ILSVRC2012_img_train.tar, the Kaggle layout (ILSVRC/), "
@@ -42,11 +42,12 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     layout = options.layout or recognise(source)
     if layout == "parquet":
         found = scan_parquet(source, spool, options.workers, options.classes)
+        found = replace(found, digest=digest_of_files(parquet_files(source), source))
     elif layout == "webdataset":
         found = scan_webdataset(source, options.classes)
     else:
         found = _SCANNERS[layout](source)
-    digest = _digest_of_archives(source, layout) or digest_of_listing(found)
+    digest = found.digest or digest_of_listing(found)
     for split, listing in found.splits.items():
         if not len(listing):
             raise UserError(f"{source}: no images in split '{split}'; fill it, or remove it")
@@ -68,13 +69,11 @@ def current_digest(source: Path, layout: Layout) -> str:
     Raises:
         UserError: the source cannot be listed.
     """
-    return _digest_of_archives(source, layout) or digest_of_listing(_SCANNERS[layout](source))
-
-
-def _digest_of_archives(source: Path, layout: Layout) -> str | None:
-    """Return the digest of files that hold labels too, whose classes depend on the options; None of other layouts."""
-    files = {"parquet": parquet_files, "webdataset": tar_files}.get(layout)
-    return digest_of_files(files(source), source) if files else None
+    if layout == "parquet":
+        return digest_of_files(parquet_files(source), source)
+    if layout == "webdataset":
+        return digest_of_samples(list_samples(source).splits)
+    return digest_of_listing(_SCANNERS[layout](source))
 
 
 def recognise(source: Path) -> Layout:

@@ -111,10 +111,12 @@ class _Level:
             return False
         deep = [name for name in self.named if self.inside[name].folders]
         sure = [name for name in deep if self.surely_split(name)]
-        if deep and not sure and self.others:
+        several = self.others or len({self.named[name] for name in deep}) > 1
+        if deep and not sure and several:
+            beside = [name for name in self.contents.folders if name != deep[0]]
             raise UserError(
                 f"{self.path(deep[0])}: holds folders, and may be a class or the {self.named[deep[0]]} split beside "
-                f"{_some(self.others)}; put all class folders into {TRAIN}/, or rename the split folder to "
+                f"{_some(beside)}; put all class folders into {TRAIN}/, or rename the split folder to "
                 f"{self.named[deep[0]]}/"
             )
         return bool(deep)

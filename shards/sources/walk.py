@@ -20,7 +20,9 @@ MAX_DEPTH = 6
 """Folders between a source and a file of it that holds samples (refs/convert/parquet/default/train/0000.parquet)."""
 WORK_FOLDER = ".making"
 MAX_COUNTED = 1_000_000
-"""Files that are counted in a folder that is not used."""
+"""Files and folders that are counted in a folder that is not used."""
+_SNAPSHOTS = frozenset({".snapshot", ".snapshots", ".zfs", "~snapshot", "#snapshot", "@recently-snapshot"})
+"""They hold the whole store once more for each day: never entered."""
 
 # In lower case. Folders with copies, thumbnails and deleted files, and files that describe a folder.
 _METADATA_NAMES = frozenset(
@@ -80,15 +82,15 @@ class Contents:
 def count_files(path: Path) -> int:
     """Return the number of files in and below a folder, at most `MAX_COUNTED`; 1 for a file or an empty folder.
 
-    Links are not followed, and folders that cannot be read count as 1: nothing of them is used.
+    Links are not followed. Snapshots of a file server and folders that cannot be read count as 1.
     """
-    if path.is_symlink() or not path.is_dir():
+    if path.is_symlink() or not path.is_dir() or path.name.lower() in _SNAPSHOTS:
         return 1
     files = 0
-    for _, _, names in os.walk(path):
+    for folders, (_, _, names) in enumerate(os.walk(path)):
         files += len(names)
-        if files >= MAX_COUNTED:
-            return MAX_COUNTED
+        if files + folders >= MAX_COUNTED:
+            break
     return max(1, files)
 
 
@@ -149,14 +151,20 @@ def _files_below(folder: Path, wanted: tuple[bytes, ...], depth: int, seen: set[
             yield from _files_below(folder / os.fsdecode(name), wanted, depth - 1, seen)
 
 
-def add_others(source: Path, used: Collection[Path], unused: UnusedFiles) -> None:
-    """Count the files below a source of archives that are none of those in use.
+def images_beside(source: Path, images: int) -> tuple[str, ...]:
+    """Return the doubt about images that stand beside archives."""
+    return (f"{source}: {images:,} images beside the archives that are read, not used",) if images else ()
+
+
+def add_others(source: Path, used: Collection[Path], unused: UnusedFiles) -> int:
+    """Count the files below a source of archives that are none of those in use; return how many are images.
 
     Args:
         source: the folder; a single file has nothing beside it.
     """
+    images = 0
     if source.is_file():
-        return
+        return images
     pending, seen = [source], set()
     while pending:
         folder = pending.pop()
@@ -170,7 +178,9 @@ def add_others(source: Path, used: Collection[Path], unused: UnusedFiles) -> Non
         for name in [*contents.images, *contents.files]:
             if folder / os.fsdecode(name) not in used:
                 unused.add("beside the files that are used", below + name)
+        images += len(contents.images)
         pending += [folder / os.fsdecode(name) for name in reversed(contents.folders)]
+    return images
 
 
 def _is_shard_set(folder: bytes) -> bool:

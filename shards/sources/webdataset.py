@@ -22,15 +22,16 @@ from operator import attrgetter
 from pathlib import Path
 
 from shards.errors import UserError, reading
-from shards.listing import Container, ListingBuilder
+from shards.listing import Container, Listing, ListingBuilder
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest
 from shards.regular import open_regular
-from shards.sources.labels import MAX_LABEL, LabelReader, NoLabelError, largest_label, number_classes
+from shards.sources.identity import digest_of_samples
+from shards.sources.labels import MAX_LABEL, FileLabels, LabelReader, NoLabelError, largest_label, number_classes
 from shards.sources.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, members
 from shards.sources.scan import TEST, TRAIN, Scan
 from shards.sources.splits import below_source, named_split, split_files
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
-from shards.sources.walk import add_others, files_below
+from shards.sources.walk import add_others, files_below, images_beside
 
 IMAGE_ORDER = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 """Which image of a sample of several is used, the first of these; others follow in the order of their suffixes."""
@@ -75,6 +76,32 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
     Raises:
         UserError: no tars, a compressed or damaged one, no samples in one, or labels that `number_classes` refuses.
     """
+    found = list_samples(source)
+    numbered = number_classes(
+        [found.labels],
+        sum(map(len, found.splits.values())),
+        known=_known(source, largest_label([found.labels])[0]),
+        classes=classes,
+    )
+    digest = digest_of_samples(found.splits)
+    for listing in found.splits.values():
+        listing.rows["label"] = numbered.labels[0][listing.rows["label"]]
+    return Scan("webdataset", numbered.classes, found.splits, found.unused, found.notes, found.doubts, digest=digest)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The samples of all tars, before their labels are those of classes."""
+
+    splits: dict[str, Listing]
+    labels: FileLabels
+    unused: tuple[UnusedEntry, ...]
+    notes: tuple[str, ...]
+    doubts: tuple[str, ...]
+
+
+def list_samples(source: Path) -> Listed:
+    """List the samples of all tars; raises what `scan_webdataset` raises of tars."""
     tars = tar_files(source)
     unused = UnusedFiles()
     for tar in [] if source.is_file() else compressed_tars(source):
@@ -84,7 +111,7 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
         unused.add("compressed copy of a tar", tar.name)
     if not tars:
         raise UserError(f"{source}: no tars in it")
-    add_others(source, {*tars, *compressed_tars(source)}, unused)
+    images = add_others(source, {*tars, *compressed_tars(source)}, unused)
     named = split_files(tars, source)
     builders: dict[str, ListingBuilder] = {}
     labels = LabelReader()
@@ -102,20 +129,13 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
     splits = {split: builder.build() for split, builder in builders.items()}
     if not splits:
         raise UserError(f"{source}: no images with labels in its tars")
-    found = labels.found()
-    numbered = number_classes(
-        [found], sum(map(len, splits.values())), known=_known(source, largest_label([found])[0]), classes=classes
-    )
-    for listing in splits.values():
-        listing.rows["label"] = numbered.labels[0][listing.rows["label"]]
     everything = merge([unused.entries(), *parts])
-    return Scan(
-        "webdataset",
-        numbered.classes,
+    return Listed(
         splits,
+        labels.found(),
         everything,
         named.notes_on(builders),
-        (*named.doubts, *incomplete_samples(everything)),
+        (*named.doubts, *images_beside(source, images), *incomplete_samples(everything)),
     )
 
 

@@ -1,0 +1,99 @@
+"""Sources that look alike: what is not the one must not be read, or taken, as the other."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shards.convert import Options, convert
+from shards.errors import UserError
+from shards.sources.recognise import scan
+from shards.sources.scan import ScanOptions
+from tests.support.sources import jpeg
+
+ONE = ScanOptions(workers=1)
+
+
+def tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as file:
+        for name, data in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(data)
+            file.addfile(header, io.BytesIO(data))
+
+
+def test_labels_behind_many_images_are_not_dropped(tmp_path: Path) -> None:
+    """All images first, all labels then: the first members alone look like the tar of a class."""
+    for part in range(2):
+        images = [(f"{i:03d}.jpg", jpeg(i)) for i in range(70)]
+        tar(tmp_path / f"part{part}.tar", [*images, *((f"{i:03d}.cls", b"%d" % (i % 5)) for i in range(70))])
+    with pytest.raises(UserError, match=r"part0\.tar: labels in it .*give --from webdataset"):
+        scan(tmp_path, ONE, tmp_path / "spool")
+    found = scan(tmp_path, ScanOptions(layout="webdataset", workers=1), tmp_path / "spool")
+    assert len(found.classes) == 5
+
+
+def test_tars_of_class_folders_are_not_classes(tmp_path: Path) -> None:
+    for number in range(2):
+        tar(tmp_path / f"batch{number}.tar", [(f"{name}/{number}.jpg", jpeg(number)) for name in ("cat", "dog")])
+    with pytest.raises(UserError, match=r"batch0\.tar: 2 folders in it .*tar xf"):
+        scan(tmp_path, ONE, tmp_path / "spool")
+
+
+@pytest.mark.parametrize("names", [("00001", "00002"), ("part0", "part1"), ("shard-1", "shard-2")])
+def test_class_tars_named_like_shards_are_doubted(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        tar(tmp_path / f"{name}.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
+    found = scan(tmp_path, ONE, tmp_path / "spool")
+    assert any("named like numbered shards" in doubt for doubt in found.doubts)
+
+
+def bitmaps(root: Path, shade: int) -> Path:
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (32, 32), shade + i).save(root / name / f"{i}.bmp")
+    return root
+
+
+def test_images_of_one_size_are_told_apart_by_their_content(tmp_path: Path) -> None:
+    """Uncompressed images of one shape all have the same size: MNIST and KMNIST as bitmaps."""
+    convert(bitmaps(tmp_path / "one", 40), tmp_path / "set", Options(scan=ONE))
+    with pytest.raises(UserError, match="made from another source"):
+        convert(bitmaps(tmp_path / "two", 90), tmp_path / "set", Options(scan=ONE))
+    assert convert(bitmaps(tmp_path / "copy", 40), tmp_path / "set", Options(scan=ONE)) is None
+
+
+def test_a_label_that_was_corrected_in_a_tar_makes_another_source(tmp_path: Path) -> None:
+    samples = [
+        (f"{i:02d}.{suffix}", data) for i in range(40) for suffix, data in (("jpg", jpeg(i)), ("cls", b"%d" % (i % 4)))
+    ]
+    tar(tmp_path / "in" / "a.tar", samples)
+    convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE))
+    assert convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE)) is None
+    tar(tmp_path / "in" / "a.tar", [samples[0], (samples[1][0], b"3"), *samples[2:]])
+    with pytest.raises(UserError, match="made from another source"):
+        convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE))
+
+
+def test_classes_whose_names_hold_split_words_are_no_splits(tmp_path: Path) -> None:
+    for name in ("bullet_train", "test_tube"):
+        for sub in "ab":
+            (tmp_path / name / sub).mkdir(parents=True)
+            (tmp_path / name / sub / "x.jpg").write_bytes(jpeg(1))
+    with pytest.raises(UserError, match="bullet_train: holds folders, and may be a class or the train split"):
+        scan(tmp_path, ONE, tmp_path / "spool")
+
+
+def test_images_beside_a_tar_are_doubted(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jpg").write_bytes(jpeg(1))
+    tar(tmp_path / "backup.tar", [("0.jpg", jpeg(0)), ("0.cls", b"0"), ("1.jpg", jpeg(1)), ("1.cls", b"1")])
+    found = scan(tmp_path, ONE, tmp_path / "spool")
+    assert any("2 images beside the archives that are read, not used" in doubt for doubt in found.doubts)
