@@ -32,7 +32,8 @@ def test_two_nodes_train_with_zero_are_preempted_and_go_on_with_the_next_batch(
     cluster.run("scancel", "--signal=USR2", "--batch", str(job.number))
     ended = job.end()
     assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "1"), job.log
-    assert status(job.run) == {"status": "finished", "step": 24, "reason": ""}
+    ended = status(job.run)
+    assert (ended["status"], ended["step"], ended["reason"]) == ("finished", 24, "")
     assert "DeepSpeed ZeRO-1" in job.log
 
     for start in (0, 1):
