@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shards.beton import BetonOptions, Layout, lay_out
 from shards.durable import write_all
-from shards.errors import explained
+from shards.errors import ConversionFailed, explained
 from shards.index import Index
 from shards.manifest import BetonEntry
 from shards.pool import Report, run_jobs
@@ -123,7 +123,11 @@ def _publish(work: Work, split: str, frame: _Frame) -> None:
 
 
 def fill_segment(job: SegmentJob, report: Report) -> None:
-    """Write a shard's part; record its hash, and the rows with offset, size and hash of what it holds."""
+    """Write a shard's part; record its hash, and the rows with offset, size and hash of what it holds.
+
+    Raises:
+        ConversionFailed: the tar does not hold the images that were written to it.
+    """
     work = job.work
     tar = work.tar(job.split, job.shard)
     rows = work.load_rows(job.split, job.shard)
@@ -142,6 +146,10 @@ def fill_segment(job: SegmentJob, report: Report) -> None:
         for row, offset, raw in zip(rows, job.offsets.tolist(), job.raw.tolist(), strict=True):
             data = os.pread(source.fileno(), int(row["size"]), int(row["offset"]))
             report(1, len(data))
+            if xxhash.xxh3_64_intdigest(data) != row["hash"]:
+                raise ConversionFailed(
+                    f"{tar}: damaged since it was written; remove it and run the same command: it makes it again"
+                )
             if raw:
                 data = simplejpeg.decode_jpeg(data, "RGB").tobytes()
             write(bytes(offset - at))

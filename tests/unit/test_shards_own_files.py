@@ -28,6 +28,7 @@ from shards.lock import Held, hold
 from shards.parts import Part
 from shards.sources.scan import ScanOptions
 from shards.sources.walk import WORK_FOLDER as FOLDER
+from shards.tar import BLOCK
 from shards.verify import verify
 from shards.work import MARKER, Work
 
@@ -480,3 +481,21 @@ def test_what_a_lock_file_says_is_checked(owner: dict[str, object], tmp_path: Pa
         ):
             pass
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["ffcv", "both"])
+def test_a_tar_that_was_damaged_does_not_get_into_the_beton(
+    form: str, source: Path, tmp_path: Path, reference: dict[str, dict[str, bytes]]
+) -> None:
+    """Its size is that of the shard, so the shard counts as done."""
+    out = tmp_path / "set"
+    begin(source, out, form)
+    tar = min(out.rglob("*.tar"))
+    content = bytearray(tar.read_bytes())
+    content[BLOCK + 100] ^= 1  # of the first image
+    tar.write_bytes(content)
+    with pytest.raises(ConversionFailed, match=f"{tar}: damaged since it was written; remove it"):
+        convert(source, out, options(form))
+    tar.unlink()
+    convert(source, out, options(form))
+    assert contents(out) == reference[form]
