@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from shards.errors import UserError, reading
-from shards.listing import Container, ListingBuilder, display_name
-from shards.manifest import MAX_CLASSES, ClassEntry
+from shards.listing import Container, ListingBuilder
+from shards.manifest import ClassEntry
 from shards.regular import open_regular
-from shards.sources.classes import class_order, first_duplicate, human_names
+from shards.sources.classes import class_order, displayed, human_names
 from shards.sources.members import LABEL_SUFFIX, Member, members, read_members
 from shards.sources.scan import Scan
 from shards.sources.splits import below_source, split_files, splits_in
@@ -54,14 +54,7 @@ def scan_class_tars(source: Path) -> Scan:
         raise UserError(f"{source}: no tars in it; expected CLASS.tar with the images of one class")
     named = split_files(tars, source, by_folder=True)
     names = class_order({os.fsencode(tar.stem) for tar in tars})
-    shown = [display_name(name) for name in names]
-    twice = first_duplicate(shown)
-    if twice is not None:
-        raise UserError(f"{source}: two tars for classes that both read as '{twice}'; rename one")
-    if len(names) > MAX_CLASSES:
-        raise UserError(
-            f"{source}: {len(names):,} class tars, more than the {MAX_CLASSES:,} classes that a set may have"
-        )
+    shown = displayed(names, source, "class tars")
     labels = {name: label for label, name in enumerate(names)}
     builders: dict[str, ListingBuilder] = {}
     unused = UnusedFiles()

@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.listing import Listing
+from shards.listing import Listing, display_name
 from shards.manifest import MAX_CLASSES, ClassEntry
 from shards.redact import one_line
 from shards.regular import read_list
@@ -54,6 +54,25 @@ def class_order(names: Iterable[bytes]) -> list[bytes]:
     """Sort class folders: by number where all names are decimal numbers (0, 1, 2, ..., 10), else as bytes."""
     ordered = sorted(names)
     return sorted(ordered, key=int) if all(map(bytes.isdigit, ordered)) else ordered
+
+
+def displayed(names: Sequence[bytes], place: Path, what: str) -> list[str]:
+    """Return the names of class folders, or of what stands for them, as text.
+
+    Args:
+        place: where they stand, for messages.
+        what: they are, in the plural, for messages.
+
+    Raises:
+        UserError: two of them read alike, or there are more than `MAX_CLASSES`.
+    """
+    shown = [display_name(name) for name in names]
+    twice = first_duplicate(shown)
+    if twice is not None:
+        raise UserError(f"{place}: two {what} that both read as '{twice}'; rename one")
+    if len(names) > MAX_CLASSES:
+        raise UserError(f"{place}: {len(names):,} {what}, more than the {MAX_CLASSES:,} classes that a set may have")
+    return shown
 
 
 def first_duplicate(names: Iterable[str]) -> str | None:

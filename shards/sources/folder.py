@@ -12,10 +12,10 @@ from typing import AnyStr
 
 from shards.errors import UserError
 from shards.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
-from shards.listing import Container, ListingBuilder, display_name
-from shards.manifest import MAX_CLASSES, ClassEntry
+from shards.listing import Container, ListingBuilder
+from shards.manifest import ClassEntry
 from shards.regular import kind, open_regular
-from shards.sources.classes import class_order, first_duplicate, human_names
+from shards.sources.classes import class_order, displayed, human_names
 from shards.sources.scan import Scan
 from shards.sources.split_folders import find_split_folders, kinds_of, no_class_folders
 from shards.sources.splits import splits_in
@@ -49,15 +49,7 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
     """
     folders = {split: _class_folders(root) for split, root in roots.items()}
     names = class_order({name for some in folders.values() for name in some})
-    shown = [display_name(name) for name in names]
-    twice = first_duplicate(shown)
-    if twice is not None:
-        raise UserError(f"{next(iter(roots.values()))}: two class folders that both read as '{twice}'; rename one")
-    if len(names) > MAX_CLASSES:
-        raise UserError(
-            f"{next(iter(roots.values()))}: {len(names):,} class folders, more than the {MAX_CLASSES:,} classes that "
-            "a set may have"
-        )
+    shown = displayed(names, next(iter(roots.values())), "class folders")
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
     unused = UnusedFiles()

@@ -64,7 +64,7 @@ def _digest(splits: Mapping[str, Listing], classes: Sequence[object], *, labels:
 
 
 def _begin(entry: Entry) -> bytes:
-    """Return the first bytes of an image; none of what cannot be read, which is said when it is converted."""
+    """Return the first bytes of an image; nothing if it cannot be read, which the conversion will report."""
     name = entry.name[entry.name.rfind(b"/") + 1 :]
     path = bytes(entry.container.path) + (b"/" + name if entry.offset is None else b"")
     try:
