@@ -6,6 +6,7 @@ Every rank writes OUT/RANK.json: its verdict, and the families that are switched
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,8 @@ NET = FATConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), wi
 
 
 def main() -> None:
+    # Nodes do not share the cache in which a verdict is kept.
+    os.environ["XDG_CACHE_HOME"] = f"{sys.argv[1]}/cache-of-{os.environ['RANK']}"
     world = connect()
     failed = [Failure(FAILS[world.rank], "operator", "map 2x8x9x9", "float32", f"wrong on rank {world.rank}")]
     model = fat.create_model(NET)

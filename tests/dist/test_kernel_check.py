@@ -9,8 +9,7 @@ from tests.dist.forked import Launcher
 
 
 def test_ranks_switch_off_the_same_families(launch: Launcher, tmp_path: Path) -> None:
-    # Nodes do not share the cache in which a verdict is kept.
-    stderr = launch("tests.dist.kernel_check_run", tmp_path, ranks=2, XDG_CACHE_HOME="/dev/null")
+    stderr = launch("tests.dist.kernel_check_run", tmp_path, ranks=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first["off"] == second["off"] == ["gate", "norm"]
     assert first["apart"] == second["apart"]
