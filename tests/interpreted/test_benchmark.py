@@ -15,6 +15,7 @@ from benchmarks import kernels as benchmark
 from fat.kernels import tiles
 
 
+@pytest.mark.slow
 def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "kernels.json"
     options = ["--variants", "fat_b0", "--stages", "1", "--batch", "1", "--size", "8", "--rounds", "1"]

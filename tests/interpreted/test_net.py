@@ -211,6 +211,7 @@ def test_the_stems_norm_does_without_the_convolutions_bias(kind: type[BatchNorm]
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_captured_stage_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> None:
     """Custom operators on other tensors than the parameters, their backward by `autograd.grad`, under autocast."""
     eager, captured = copy.deepcopy(model.stages[0]), copy.deepcopy(model.stages[0])

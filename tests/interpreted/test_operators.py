@@ -173,6 +173,7 @@ def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pyte
     check_depthwise_moments(case, Draw.seeded(10, "cpu"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("walk", [tiles.Walk(2, 2, False, 1), tiles.Walk(1, 2, True, 1)], ids=str)
 @pytest.mark.parametrize(
     "case", [Case(3, 1, 2, 20, 16, 9, FP32), Case(5, 2, 3, 8, 15, 14, FP32), Case(9, 1, 2, 8, 7, 7, BF16)], ids=str

@@ -93,6 +93,7 @@ def test_right_kernels_pass(every_case: list[Case]) -> None:
     assert {case.dtype for case in checks if case.map_rows()} == {"bfloat16"}
 
 
+@pytest.mark.slow
 def test_moments_of_many_tiles_are_joined_in_two_rounds(
     every_case: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +238,13 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def _one_of_each_family() -> list[Any]:
+    """WRONG, all but the first of each family marked slow."""
+    first = {wrong.family: wrong for wrong in reversed(WRONG)}.values()
+    return [pytest.param(wrong, marks=() if wrong in first else pytest.mark.slow) for wrong in WRONG]
+
+
+@pytest.mark.parametrize("wrong", _one_of_each_family(), ids=str)
 def test_a_wrong_family_is_refused_by_name(
     wrong: Wrong, few_cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
