@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.dist.launching import LAUNCHER, ROOT, TRAIN, environment, lines, python
 from tests.dist.test_interruptions import (
     OPTIONS,
@@ -57,6 +59,7 @@ def test_a_trainer_whose_launcher_was_ended_keeps_its_folder_until_it_is_killed(
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.slow
 def test_a_trainer_started_while_the_last_one_saves_waits_and_goes_on_from_there(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     first = start(tmp_path, "--data", digits, "--out", run)

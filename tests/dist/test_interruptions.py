@@ -159,6 +159,7 @@ def test_a_save_on_request_lets_the_run_go_on(tmp_path: Path, digits: Path) -> N
     assert step % 22 != 0  # not one of the saves at epoch ends
 
 
+@pytest.mark.slow
 def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digits: Path) -> None:
     """Asked to leave within a step of many seconds, and then asked again."""
     run = tmp_path / "run"
@@ -325,6 +326,7 @@ def test_an_unwritable_run_folder_is_refused_at_once(tmp_path: Path, digits: Pat
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_save_holds_the_training_thread_only_briefly(tmp_path: Path) -> None:
     done = python(tmp_path, "tests/dist/provoke.py", "stall", "--variant", "b3")
     assert done.returncode == 0, done.stderr

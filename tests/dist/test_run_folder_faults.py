@@ -19,7 +19,7 @@ from tests.support.disks import fill, small_disk
 __all__ = ["nothing_goes_on"]  # a fixture
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_disk_that_others_fill_ends_the_run_in_good_order(tmp_path: Path, digits: Path, ranks: int) -> None:
     with small_disk(tmp_path / "disk", "200m") as disk:
         run = disk / "run"

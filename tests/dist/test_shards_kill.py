@@ -125,7 +125,7 @@ def contents_published(out: Path) -> dict[str, bytes]:
 def test_killed_at_random_moments_and_resumed(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
-    kill_campaign(photos, tmp_path, reference, kills=20)
+    kill_campaign(photos, tmp_path, reference, kills=10)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def started(folder: Path, ranks: int, *, steps: int = 1_000_000, busy_step: int 
             rank.wait()
 
 
-@pytest.mark.parametrize(("ranks", "stopped"), [pytest.param(2, 1, marks=pytest.mark.slow), (3, 0)])
+@pytest.mark.parametrize(("ranks", "stopped"), [(2, 1), pytest.param(3, 0, marks=pytest.mark.slow)])
 def test_a_rank_that_is_stopped_is_named_and_no_other(tmp_path: Path, ranks: int, stopped: int) -> None:
     """Rank 0 has torch's store: what is known must not end with it."""
     with started(tmp_path, ranks) as run:

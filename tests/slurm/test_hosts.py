@@ -36,6 +36,7 @@ def start(
     return started
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_link_that_fails_ends_both_sides_and_is_named_and_the_run_resumes_when_it_is_back(
     tmp_path: Path, digits: Path

@@ -47,24 +47,9 @@ def test_two_nodes_train_with_zero_are_preempted_and_go_on_with_the_next_batch(
     assert job.batches() == uninterrupted(digits, 24)
 
 
-@pytest.fixture(scope="module")
-def side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, digits: Path) -> dict[str, Job]:
-    """Two runs of one node each, at once: one that meets its time limit, one that crashes."""
-    folder = tmp_path_factory.mktemp("side-by-side")
-    # SLURM's own warning is made harmless, so that the run's deadline does it.
-    limit = ("--nodes", "1", "--time", "1", "--sbatch=--signal=B:URG@1")
-    options = ("--data", digits, "--zero", "0")
-    long = (*options, "--stop-after", "80", "--leave-seconds", "15")
-    short = (*options, "--stop-after", "4")
-    crash = ("--nodes", "1", "--restarts", "1")
-    return {
-        "limit": start_job(cluster, folder / "limit", *limit, options=long, PACE="0.5"),
-        "crash": start_job(cluster, folder / "crash", *crash, options=short, CRASH_AT="2"),
-    }
-
-
-def test_a_crash_is_started_again_within_its_budget_only(side_by_side: dict[str, Job]) -> None:
-    job = side_by_side["crash"]
+def test_a_crash_is_started_again_within_its_budget_only(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    options = ("--data", digits, "--zero", "0", "--stop-after", "4")
+    job = start_job(cluster, tmp_path / "run", "--nodes", "1", "--restarts", "1", options=options, CRASH_AT="2")
     ended = job.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), job.log
     assert steps_of(job, 0) == steps_of(job, 1) == [0, 1, 2]
@@ -73,8 +58,12 @@ def test_a_crash_is_started_again_within_its_budget_only(side_by_side: dict[str,
     assert "1 restarts since checkpoint none are spent: given up" in job.log
 
 
-def test_a_time_limit_is_met_in_time_and_costs_no_batch(side_by_side: dict[str, Job], digits: Path) -> None:
-    job = side_by_side["limit"]
+@pytest.mark.slow
+def test_a_time_limit_is_met_in_time_and_costs_no_batch(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    # SLURM's own warning is made harmless, so that the run's deadline does it.
+    limit = ("--nodes", "1", "--time", "1", "--sbatch=--signal=B:URG@1")
+    options = ("--data", digits, "--zero", "0", "--stop-after", "80", "--leave-seconds", "15")
+    job = start_job(cluster, tmp_path / "run", *limit, options=options, PACE="0.5")
     ended = job.end()
     assert ended["JobState"] == "COMPLETED", job.log
     starts = range(int(ended["Restarts"]) + 1)

@@ -91,6 +91,7 @@ def test_a_library_that_holds_pythons_lock_is_ended_too(tmp_path: Path) -> None:
     assert place_of("ctypes.PyDLL(None)") in stacks
 
 
+@pytest.mark.slow
 def test_a_hanging_file_system_does_not_keep_the_process(tmp_path: Path) -> None:
     """Stacks, status and heartbeats cannot be written any more; the reason and the stacks go to standard error."""
     if not can_mount():
