@@ -116,7 +116,8 @@ class Shard:
                 )
                 return 0
         if outcome is None:
-            _say(f"{out}: already complete, and {self.source} is what it was made from")
+            compared = f", and {self.source} is what it was made from" if self.source.exists() else ""
+            _say(f"{out}: already complete{compared}")
             return 0
         return _say_summary(out)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import xxhash
 
@@ -23,19 +23,19 @@ from shards.beton import BetonOptions
 from shards.errors import ConversionFailed, UserError, explained
 from shards.images import ImageRules
 from shards.join import Outcome, first_of, join, published_names, say_notes
-from shards.listing import display_name
 from shards.lock import hold
 from shards.manifest import MANIFEST_NAME, Manifest, tool
 from shards.order import arrange
 from shards.parts import WHOLE, Part, hold_part
 from shards.pool import run_jobs
 from shards.progress import Progress
-from shards.redact import one_line
+from shards.redact import without_place
 from shards.regular import read_list
 from shards.rejects import MAX_REJECTS
-from shards.sources.classes import MAX_LIST, quoted, shortened
-from shards.sources.recognise import current_digest, recognise, scan
-from shards.sources.scan import Layout, ScanOptions
+from shards.source_check import check_exists, check_finished, check_place, check_unchanged, source_name, times_above
+from shards.sources.classes import MAX_LIST
+from shards.sources.recognise import recognise, scan
+from shards.sources.scan import ScanOptions
 from shards.sources.split_folders import find_split_folders
 from shards.sources.unused import MAX_TEXT
 from shards.work import Plan, Work
@@ -44,8 +44,6 @@ from shards.writer import ShardJob, write_shard
 MIB = 2**20
 LISTING_WAIT = 4 * 3600.0
 """Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
-_LOOKED_AT = 10_000  # folders of the source; a source may have one for every image
-_PATH = r"(?<![^\s'\"(])"  # at the beginning of a path
 Format = Literal["tar", "ffcv", "both"]
 
 
@@ -90,35 +88,38 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         What was made; None for a part, and when the set was already complete.
 
     Raises:
-        UserError: the source or the options do not fit.
+        UserError: the source or the options do not fit, or the source is not what it was when that was begun.
         ConversionFailed: the job could not be finished; the same command resumes it.
     """
     work = Work(out, options.format != "ffcv")
     with explained(out):
         _check_place(out)
-        _check_exists(source)
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.load(out)
             _check_same(out, manifest.made.get("options"), options)
-            _check_made_from(out, manifest, source, options.scan.layout)
+            check_finished(work, manifest, source, options.scan.layout)
             work.close()
             return None
         begun = work.load_plan()
+        if begun is None:
+            check_exists(source)
         plan = begun or _plan(source, work, options)
         _check_same(out, plan.options, options)
-        _check_source(out, plan, source, options.scan.layout)
+        check_place(out, plan, source, options.scan.layout)
         _check_tool(out, plan)
         work.check_listing(plan)
         work.refuse_foreign(published_names(work, plan))
-        changes = _changes(work, plan, source, part) if begun else ()
-        say_notes((*plan.notes, *plan.doubts, *changes))
+        if begun:
+            is_needed = partial(_is_unfinished, work, _jobs(plan, part or WHOLE))
+            check_unchanged(work, plan, source, is_needed, times_first=part is not None)
+        say_notes((*plan.notes, *plan.doubts))
         if options.strict:
-            _refuse_doubts(source, (*plan.doubts, *changes))
+            _refuse_doubts(source, plan.doubts)
         with hold_part(work, part or WHOLE):
             _write_shards(work, plan, options, part or WHOLE)
             if part:
                 return None
-            return join(work, plan, options.max_rejects, options.workers, strict=options.strict, changes=changes)
+            return join(work, plan, options.max_rejects, options.workers, strict=options.strict)
 
 
 def finish(
@@ -132,7 +133,7 @@ def finish(
     """Join the parts of a conversion into a set.
 
     Args:
-        source: what the parts were made from; another is refused. None = whatever that was.
+        source: what the parts were made from; another, or one that has changed, is refused. None = whatever that was.
         strict: refuse a set with doubts.
 
     Returns:
@@ -144,23 +145,23 @@ def finish(
     """
     work = Work(out)
     with explained(out):
-        if source is not None:
-            _check_exists(source)
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.load(out)
             if source is not None:
-                _check_made_from(out, manifest, source)
+                check_finished(work, manifest, source)
             work.close()
             return None
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
         if source is not None:
-            _check_source(out, plan, source)
+            check_place(out, plan, source)
         _check_tool(out, plan)
         work = Work(out, plan.keeps_tars)
         work.check_listing(plan)
         work.refuse_foreign(published_names(work, plan))
+        if source is not None:
+            check_unchanged(work, plan, source, partial(_is_unfinished, work, plan.jobs))
         missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
         if missing:
             raise ConversionFailed(
@@ -176,6 +177,8 @@ def finish(
 def default_out(source: Path) -> Path:
     """`imagenet/` -> `imagenet-shards` beside it; of a link beside the link, as its target may lie where others write.
 
+    A file's suffix is left out; a source that was removed since is taken for a file where only that has a set.
+
     Raises:
         UserError: the source is the root folder.
     """
@@ -184,7 +187,9 @@ def default_out(source: Path) -> Path:
         source = source.resolve()
     if not source.name:
         raise UserError(f"{source}: has no name to call the set after; name its folder with --out")
-    return source.with_name((source.stem if source.is_file() else source.name) + "-shards")
+    of_file, of_folder = (source.with_name(f"{name}-shards") for name in (source.stem, source.name))
+    removed = not source.exists() and of_file.exists() and not of_folder.exists()
+    return of_file if source.is_file() or removed else of_folder
 
 
 def _plan(source: Path, work: Work, options: Options) -> Plan:
@@ -225,7 +230,7 @@ def _check_outside(out: Path, source: Path) -> None:
 
 
 def _scan(source: Path, work: Work, options: Options) -> Plan:
-    key = json.dumps([tool(), _source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
+    key = json.dumps([tool(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
     found = scan(source.absolute(), options.scan, work.begin_scan(key))
     shards = {}
     files: dict[str, str] = {}
@@ -236,35 +241,18 @@ def _scan(source: Path, work: Work, options: Options) -> Plan:
     return Plan(
         tool=tool(),
         options=options.changing_bytes,
-        source=_source_name(source),
+        source=source_name(source),
         layout=found.layout,
         digest=found.digest,
         classes=found.classes,
         shards=shards,
         unused=found.unused,
-        notes=tuple(_without_place(line, source) for line in found.notes),
-        doubts=tuple(_without_place(line, source) for line in found.doubts),
+        notes=tuple(without_place(line, source)[:MAX_TEXT] for line in found.notes),
+        doubts=tuple(without_place(line, source)[:MAX_TEXT] for line in found.doubts),
+        folders=times_above(found.splits, source.absolute()),
+        source_files=found.files,
         files=files,
     )
-
-
-def _source_name(source: Path) -> str:
-    return display_name(os.fsencode(source.resolve()))
-
-
-def _without_place(line: str, source: Path) -> str:
-    """Return a line about the source with paths below it, as they are kept in dataset.json: a copy gives the same."""
-    here, above = (re.escape(str(path)) for path in (source.absolute(), source.absolute().parent))
-    line = re.sub(rf"{_PATH}{here}/", "", line)
-    line = re.sub(rf"{_PATH}{here}(?![^\s:;,'\")])", "the source", line)
-    if above != "/":
-        line = re.sub(rf"{_PATH}{above}/", "", line)
-    return one_line(line)[:MAX_TEXT]
-
-
-def _check_exists(source: Path) -> None:
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder; give the source that the set is to be made from")
 
 
 def _check_place(out: Path) -> None:
@@ -274,69 +262,6 @@ def _check_place(out: Path) -> None:
             if not stat.S_ISDIR(path.stat().st_mode):
                 raise UserError(f"{path}: a file, where a folder is needed; choose another --out")
             return
-
-
-def _check_source(out: Path, plan: Plan, source: Path, layout: Layout | None = None) -> None:
-    """Refuse to resume from another source than that with which the conversion began."""
-    if plan.source != _source_name(source):
-        raise UserError(f"{out}: was begun from {plan.source}, not from {source}; give that, or another --out")
-    if layout not in (None, plan.layout):
-        raise UserError(
-            f"{out}: was begun from a source read as '{plan.layout}', not '{layout}'; leave out --from, "
-            "or give another --out"
-        )
-
-
-def _check_made_from(out: Path, manifest: Manifest, source: Path, layout: Layout | None = None) -> None:
-    """Refuse to take a finished set for that of another source, or of one that has changed since. Lists the source."""
-    made = next((one for one in get_args(Layout) if one == manifest.made.get("source")), None)
-    if made is None:
-        raise UserError(f"{out}: is a set that 'pipeline shard' did not make; give another --out")
-    if layout not in (None, made):
-        raise UserError(
-            f"{out}: is a set made from a source read as '{made}', not '{layout}'; leave out --from, or give another "
-            "--out"
-        )
-    if _digest_now(source, made) != manifest.made.get("source_digest"):
-        folders = [quoted(entry.folder) for entry in manifest.classes]
-        raise UserError(
-            f"{out}: is a set made from another source than {source}, or from what that held before it was changed "
-            f"(the set has the classes {shortened(folders)}); give another --out, or remove {out} to make it anew"
-        )
-
-
-def _changes(work: Work, plan: Plan, source: Path, part: Part | None) -> tuple[str, ...]:
-    """Return doubts about a source that is not what it was when it was listed, as a resumed conversion does not see.
-
-    A part looks at the times of folders only: many parts that list a source at once would overload its server.
-    """
-    if part is None and _digest_now(source, plan.layout) == plan.digest:
-        return ()
-    changed = []
-    for split in plan.shards:
-        listing, _ = work.load_listing(split)
-        for container in listing.containers[:_LOOKED_AT]:
-            with suppress(OSError):  # said by the shard that needs it
-                status = container.path.stat()
-                if stat.S_ISDIR(status.st_mode) and int(status.st_mtime) != container.mtime:
-                    changed.append(container.path)
-    if changed:
-        what = f"{changed[0]}: files came or went since it was listed ({len(changed):,} such folders)"
-    elif part is None:
-        what = "the source was changed since it was listed"
-    else:
-        return ()
-    return (_without_place(f"{what}; the set is made of what was listed", source),)
-
-
-def _digest_now(source: Path, layout: Layout) -> str | None:
-    """Return the digest of the source as it is now; None where it cannot be read as of that layout."""
-    try:
-        return current_digest(source.absolute(), layout)
-    except UserError as error:
-        if error.exit_code != UserError.exit_code:  # the storage failed
-            raise
-        return None
 
 
 def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -> None:
@@ -363,8 +288,17 @@ def _check_tool(out: Path, plan: Plan) -> None:
         raise UserError(f"{out}: was begun by {plan.tool}, and this is {tool()}; go on with that, or remove it")
 
 
+def _jobs(plan: Plan, part: Part) -> list[tuple[str, int]]:
+    """Return the shards of a part."""
+    return plan.jobs[part.number - 1 :: part.of]
+
+
+def _is_unfinished(work: Work, jobs: Sequence[tuple[str, int]]) -> bool:
+    return not all(work.is_done(split, shard) for split, shard in jobs)
+
+
 def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:
-    mine = plan.jobs[part.number - 1 :: part.of]
+    mine = _jobs(plan, part)
     todo = [ShardJob(work, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
     for job in todo:
         work.refuse_foreign_shards(job.split, [job.shard])

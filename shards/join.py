@@ -13,6 +13,7 @@ import numpy as np
 from shards.assemble import assemble
 from shards.errors import ConversionFailed
 from shards.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, UnusedRecord, tool
+from shards.place import save_place
 from shards.redact import one_line
 from shards.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
 from shards.sources.doubts import count_labels, doubt_about_blank, doubt_about_rejects
@@ -46,13 +47,11 @@ def join(
     workers: int | None,
     *,
     strict: bool = False,
-    changes: Sequence[str] = (),
 ) -> Outcome:
     """Publish the set whose shards are all done.
 
     Args:
         strict: publish no set with doubts.
-        changes: doubts about a source that was changed since it was listed.
 
     Raises:
         ConversionFailed: more than the share `max_rejects` of the images was rejected, none of a split is left, or
@@ -64,7 +63,7 @@ def join(
         for (split, _), shard in done.items()
         for image, reason in shard.rejected
     ]
-    late = [*changes, *_late_doubts(work, plan, done)]
+    late = _late_doubts(work, plan, done)
     if strict and late:
         say_notes(late)
         raise ConversionFailed(
@@ -92,6 +91,7 @@ def join(
             "rejects_hash": rejects_hash,
         },
     )
+    save_place(work.out, plan.source)
     publish_manifest(work, manifest)
     rewritten = sum(shard.rewritten for shard in done.values())
     if rewritten:  # not kept in the manifest: where the same bytes were put back, the set is the same

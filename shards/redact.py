@@ -23,6 +23,8 @@ _QUERY = re.compile(r"(:/{1,2}[^\s?#\"'<>]*\?)[^\s#\"'<>]+")
 # for the bytes of names that are not UTF-8. Others that `str.isprintable` refuses occur in names: U+3000, joiners.
 _ESCAPED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
+_PATH = r"(?<![^\s'\"(])"  # at the beginning of a path
+
 
 def redact(text: str) -> str:
     """Replace the user, the password and the query of every URL in `text` by ***. Idempotent."""
@@ -41,6 +43,16 @@ def redacted(value: Any) -> Any:
 def printable(text: object) -> str:
     """Redact text and make it one line, as `one_line` does."""
     return one_line(redact(str(text)))
+
+
+def without_place(line: str, source: Path) -> str:
+    """Return a line about a source with paths below it, as it is kept in dataset.json: a copy gives the same."""
+    here, above = (re.escape(str(path)) for path in (source.absolute(), source.absolute().parent))
+    line = re.sub(rf"{_PATH}{here}/", "", line)
+    line = re.sub(rf"{_PATH}{here}(?![^\s:;,'\")])", "the source", line)
+    if above != "/":
+        line = re.sub(rf"{_PATH}{above}/", "", line)
+    return one_line(line)
 
 
 def one_line(text: str) -> str:

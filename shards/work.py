@@ -103,6 +103,10 @@ class Plan:
     unused: tuple[UnusedEntry, ...]
     notes: tuple[str, ...]
     doubts: tuple[str, ...]
+    folders: dict[str, int]
+    """Folder above those that hold images or archives -> time of its last change, in seconds since 1970."""
+    source_files: dict[str, Digest]
+    """Parquet file below the source -> its digest."""
     files: dict[str, Digest]
     """Name in the work folder -> xxh3-64 of the files of the listing."""
 
@@ -191,6 +195,13 @@ class Work:
                 shutil.rmtree(spool)
             durable_write(record, key.encode())
         return spool
+
+    def scan_time(self) -> float:
+        """Return when the scan began, by the clock of the work folder's file system, in seconds since 1970; or 0."""
+        try:
+            return (self.path / "scan.key").stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
 
     # -- whose files
 

@@ -5,15 +5,18 @@ Times of last change and places are no part of them, so a copy of a source is th
 
 from __future__ import annotations
 
+import errno
 import heapq
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
-from shards.listing import Entry, Listing
+from shards.errors import reading, storage_error
+from shards.listing import Entry, Listing, display_name
 from shards.regular import NotRegular, open_with_status
 from shards.sources.scan import Scan
 
@@ -21,6 +24,17 @@ _TAIL = 2**16  # bytes at the end of a Parquet file: its footer, or the end of i
 _MODULUS = 2**64
 _SAMPLED = 256  # images of a split, by the hash of their names
 _HEAD = 2**12
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What tells a source from others."""
+
+    digest: str
+    splits: Mapping[str, Listing] = field(default_factory=dict)
+    """Its images by split; empty where they cannot be listed without unpacking them."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Then, what `digests_of_files` gives."""
 
 
 def digest_of_listing(found: Scan) -> str:
@@ -64,29 +78,35 @@ def _digest(splits: Mapping[str, Listing], classes: Sequence[object], *, labels:
 
 
 def _begin(entry: Entry) -> bytes:
-    """Return the first bytes of an image; nothing if it cannot be read, which the conversion will report."""
+    """Return the first bytes of an image; nothing of a link to nothing, which the conversion will reject.
+
+    Raises:
+        StorageFailed: it cannot be read: without what it holds, the source could not be told from others later.
+    """
     name = entry.name[entry.name.rfind(b"/") + 1 :]
     path = bytes(entry.container.path) + (b"/" + name if entry.offset is None else b"")
     try:
         handle, _ = open_with_status(path)
-    except (OSError, NotRegular):
+    except (FileNotFoundError, NotRegular):
         return b""
-    try:
-        return os.pread(handle, min(_HEAD, entry.size), entry.offset or 0)
-    finally:
-        os.close(handle)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return b""
+        raise storage_error(entry.path, error) from error
+    with reading(Path(entry.path)), os.fdopen(handle, "rb", buffering=0) as file:
+        return os.pread(file.fileno(), min(_HEAD, entry.size), entry.offset or 0)
 
 
-def digest_of_files(files: Sequence[Path], source: Path) -> str:
-    """Hash names below the source, sizes and last bytes of files whose images cannot be listed without unpacking them.
+def digests_of_files(files: Sequence[Path], source: Path) -> dict[str, str]:
+    """Hash sizes and last bytes of files whose images cannot be listed without unpacking them.
 
     Returns:
-        xxh3-64, 16 hex digits.
+        Name below the source -> xxh3-64, 16 hex digits.
 
     Raises:
         OSError: a file cannot be read.
     """
-    digest = xxhash.xxh3_64()
+    digests = {}
     for file in files:
         handle, status = open_with_status(file)
         try:
@@ -94,5 +114,14 @@ def digest_of_files(files: Sequence[Path], source: Path) -> str:
         finally:
             os.close(handle)
         name = file.name if file == source else os.path.relpath(file, source)
-        digest.update(json.dumps([name, status.st_size, xxhash.xxh3_64_hexdigest(end)]).encode())
-    return digest.hexdigest()
+        digests[display_name(os.fsencode(name))] = xxhash.xxh3_64_hexdigest(b"%d %b" % (status.st_size, end))
+    return digests
+
+
+def digest_of_files(digests: Mapping[str, str]) -> str:
+    """Hash what `digests_of_files` gives.
+
+    Returns:
+        xxh3-64, 16 hex digits.
+    """
+    return xxhash.xxh3_64_hexdigest(json.dumps(sorted(digests.items())).encode())

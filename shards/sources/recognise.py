@@ -12,7 +12,7 @@ from shards.sources.class_tars import are_class_tars, scan_class_tars
 from shards.sources.classes import check_imagenet, order_classes, split_off_val
 from shards.sources.doubts import doubts_about, notes_on_order
 from shards.sources.folder import scan_folder
-from shards.sources.identity import digest_of_files, digest_of_listing, digest_of_samples
+from shards.sources.identity import Identity, digest_of_files, digest_of_listing, digest_of_samples, digests_of_files
 from shards.sources.ilsvrc import TRAIN_TAR, scan_ilsvrc
 from shards.sources.kaggle import kaggle_root, scan_kaggle
 from shards.sources.members import COMPRESSED_SUFFIXES
@@ -42,7 +42,8 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     layout = options.layout or recognise(source)
     if layout == "parquet":
         found = scan_parquet(source, spool, options.workers, options.classes)
-        found = replace(found, digest=digest_of_files(parquet_files(source), source))
+        files = digests_of_files(parquet_files(source), source)
+        found = replace(found, digest=digest_of_files(files), files=files)
     elif layout == "webdataset":
         found = scan_webdataset(source, options.classes)
     else:
@@ -63,17 +64,20 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     )
 
 
-def current_digest(source: Path, layout: Layout) -> str:
-    """Return the digest that a scan of the source would have now; nothing is unpacked.
+def current_identity(source: Path, layout: Layout) -> Identity:
+    """Return what tells the source from others now, as a scan would; nothing is unpacked.
 
     Raises:
         UserError: the source cannot be listed.
     """
     if layout == "parquet":
-        return digest_of_files(parquet_files(source), source)
+        files = digests_of_files(parquet_files(source), source)
+        return Identity(digest_of_files(files), files=files)
     if layout == "webdataset":
-        return digest_of_samples(list_samples(source).splits)
-    return digest_of_listing(_SCANNERS[layout](source))
+        splits = list_samples(source).splits
+        return Identity(digest_of_samples(splits), splits)
+    found = _SCANNERS[layout](source)
+    return Identity(digest_of_listing(found), found.splits)
 
 
 def recognise(source: Path) -> Layout:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -44,3 +44,5 @@ class Scan:
     """Lines about what may well be a mistake; --strict refuses the source for them."""
     digest: str = ""
     """Tells the source from others (`shards.sources.identity`), before --classes and --val-fraction; set by `scan`."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Parquet file below the source -> its digest; set by `scan`."""

@@ -43,6 +43,8 @@ from shards.sources import classes, ilsvrc, parquet
 from shards.sources.labels import parse_label
 from shards.sources.members import members
 from shards.sources.scan import ScanOptions
+from shards.work import Work
+from shards.writer import ContainerReader
 
 ONE = Options(scan=ScanOptions(workers=1))
 CORPUS = Path(__file__).resolve().parents[1] / "fuzz/corpus"
@@ -678,8 +680,14 @@ def test_a_file_that_becomes_a_fifo_after_the_listing(tmp_path: Path) -> None:
     for path in (source / "a").iterdir():
         path.unlink()
         os.mkfifo(path)
-    with pytest.raises(UserError, match=r"a/\d.jpg: a file when it was listed, a fifo now.*the source has changed"):
+    with pytest.raises(UserError, match=r"not what it was then: it cannot be read as it was \(.*in/a: .* images"):
         convert(source, tmp_path / "set", SMALL)
+    listing, _ = Work(tmp_path / "set").load_listing("train")  # what a shard meets that is made meanwhile
+    with (
+        ContainerReader() as reader,
+        pytest.raises(UserError, match=r"a/\d.jpg: a file when it was listed, a fifo now.*the source has changed"),
+    ):
+        reader.read(next(listing.entries(0, 1)))
 
 
 def test_files_written_to_after_the_listing_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -687,15 +695,8 @@ def test_files_written_to_after_the_listing_are_told(tmp_path: Path, capsys: pyt
     begin(source, tmp_path / "set")
     for path in (source / "a").iterdir():
         os.utime(path, (1, 1))
-    (source / "a" / "late.jpg").write_bytes(IMAGES[0])
-    os.utime(source / "a", (2, 2))
-    outcome = convert(source, tmp_path / "set", SMALL)
-    said = capsys.readouterr().err
-    assert "note: 3 files were written to after they were listed" in said
-    assert "note: a: files came or went since it was listed (1 such folders)" in said
-    assert outcome is not None
-    doubt = outcome.manifest.made["doubts"][-1]
-    assert doubt.startswith("a: files came or went since it was listed")
+    assert convert(source, tmp_path / "set", SMALL) is not None
+    assert "note: 3 files were written to after they were listed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["time", "size"])

@@ -30,6 +30,7 @@ from shards.parts import Part, hold_part
 from shards.sources.scan import Layout, ScanOptions
 from shards.verify import verify
 from shards.work import Work
+from shards.writer import ContainerReader
 
 SMALL = Options(shard_bytes=400_000, scan=ScanOptions(workers=1))
 
@@ -353,8 +354,14 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
             "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
             "shorter": lambda path: path.write_bytes(path.read_bytes()[:-1]),
         }[change](path)
-    with pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .*the source has changed"):
+    with pytest.raises(UserError, match=r"set: was begun from .*in, which is not what it was then: .*c0.*; restore"):
         convert(source, out, options)
+    listing, _ = Work(out).load_listing("train")  # what a shard meets that is made while the source changes
+    with (
+        ContainerReader() as reader,
+        pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .*the source has changed"),
+    ):
+        reader.read(next(listing.entries(0, 1)))
     assert not list(out.glob("*.tmp"))
     assert not (out / "dataset.json").exists()
     for name, data in originals.items():

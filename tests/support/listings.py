@@ -1,0 +1,39 @@
+"""Count the directory listings of this process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_counters: list[tuple[str, Counter[str]]] = []
+_hooks: list[object] = []
+
+
+@contextmanager
+def counted_listings(top: Path) -> Iterator[Counter[str]]:
+    """Count how often each folder at or below `top` is listed in the block; keys are paths relative to `top`."""
+    if not _hooks:  # a hook stays until the process ends
+        sys.addaudithook(_hook)
+        _hooks.append(_hook)
+    counter: Counter[str] = Counter()
+    _counters.append((os.path.realpath(top), counter))
+    try:
+        yield counter
+    finally:
+        _counters.pop()
+
+
+def _hook(event: str, args: tuple[object, ...]) -> None:
+    if not _counters or event not in ("os.listdir", "os.scandir"):
+        return
+    place = args[0]
+    if not isinstance(place, str | bytes | os.PathLike):  # a file descriptor, or the current folder
+        return
+    folder = os.path.realpath(os.fsdecode(place))
+    for top, counter in _counters:
+        if folder == top or folder.startswith(f"{top}/"):
+            counter[os.path.relpath(folder, top)] += 1

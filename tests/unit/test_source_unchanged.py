@@ -1,0 +1,327 @@
+"""What was begun is finished from the source as it was; what is finished needs its source no more."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from shards.commands import Shard
+from shards.convert import Options, convert, default_out, finish
+from shards.errors import UserError
+from shards.manifest import Manifest
+from shards.parts import Part
+from shards.place import ATTRIBUTE
+from shards.sources.scan import ScanOptions
+from tests.support.listings import counted_listings
+from tests.support.sources import class_folders, jpeg, labelled_tar
+
+SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
+STARTS = ("convert", "part", "finish")
+
+
+def folders(root: Path) -> Path:
+    return class_folders(root / "train", {"cat": 3, "dog": 3}).parent
+
+
+def tars(root: Path) -> Path:
+    labelled_tar(root / "a.tar", [0, 1, 1])
+    return labelled_tar(root / "b.tar", [1, 0]).parent
+
+
+def class_tars(root: Path) -> Path:
+    for name in ("cat", "dog"):
+        class_tar(root / f"{name}.tar", 3)
+    return root
+
+
+def class_tar(path: Path, images: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unpacked = class_folders(path.parent.parent / f"unpacked-{path.stem}", {path.stem: images})
+    with tarfile.open(path, "w") as tar:
+        for image in sorted((unpacked / path.stem).iterdir()):
+            tar.add(image, image.name)
+    shutil.rmtree(unpacked)
+
+
+def tables(root: Path) -> Path:
+    write_table(root / "train-0.parquet", [0, 1, 1])
+    write_table(root / "train-1.parquet", [0, 1])
+    return root
+
+
+def write_table(path: Path, labels: list[int]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": jpeg(i), "path": None} for i in range(len(labels))]
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
+
+
+def made_long_ago(source: Path) -> Path:
+    """Set the times of a source back, so that they tell whatever is done to it."""
+    for path in (source, *source.rglob("*")):
+        os.utime(path, (1_000_000, 1_000_000))
+    return source
+
+
+def start(how: str, source: Path, out: Path, options: Options = SMALL) -> object:
+    if how == "finish":
+        return finish(out, source=source, workers=1)
+    return convert(source, out, options, Part(2, 2) if how == "part" else None)
+
+
+def begin(source: Path, out: Path, how: str, *, complete: bool = False) -> None:
+    """Make the shards of the first part; of all, where they are to be joined or to be complete."""
+    convert(source, out, SMALL, Part(1, 2))
+    if how == "finish" or complete:
+        convert(source, out, SMALL, Part(2, 2))
+
+
+Change = Callable[[Path], object]
+MADE: dict[str, Callable[[Path], Path]] = {
+    "folder": folders,
+    "tars": tars,
+    "class tars": class_tars,
+    "parquet": tables,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is done to a source, and what is said of it."""
+
+    kind: str
+    """Key of `MADE`."""
+    what: str
+    said: str
+    """Regular expression."""
+    change: Change
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.what}"
+
+
+GROWN = [
+    Case("folder", "class", r"2 images came \(such as .*/cow/0.jpg\)", lambda s: class_folders(s / "train", {"cow": 2})),  # noqa: E501
+    Case("folder", "image", r"1 image came \(such as .*/cat/9.jpg\)", lambda s: shutil.copy(jpg(s), s / "train/cat/9.jpg")),  # noqa: E501
+    Case("folder", "split", r"6 images came \(such as .*/val/", lambda s: shutil.copytree(s / "train", s / "val")),
+    Case("folder", "renamed", r"3 images came .*/tac/.*, 3 images went .*/cat/", lambda s: jpg(s).parent.rename(s / "train/tac")),  # noqa: E501
+    Case("tars", "tar", r"1 image came \(such as .*c.tar\[", lambda s: labelled_tar(s / "c.tar", [0])),
+    Case("tars", "sample", r"1 image came \(such as .*b.tar\[", lambda s: labelled_tar(s / "b.tar", [1, 0, 1])),
+    Case("tars", "labels", r"came .*, .* went ", lambda s: labelled_tar(s / "b.tar", [0, 1])),
+    Case("class tars", "class", r"2 images came \(such as .*cow.tar\[", lambda s: class_tar(s / "cow.tar", 2)),
+    Case("parquet", "file", r"1 file came \(such as train-2.parquet\)", lambda s: write_table(s / "train-2.parquet", [0])),  # noqa: E501
+    Case("parquet", "labels", r"1 file of another content \(.*-1.parquet", lambda s: write_table(s / "train-1.parquet", [1, 1])),  # noqa: E501
+    Case("parquet", "renamed", r"1 file came .*z.parquet\), 1 file went", lambda s: (s / "train-0.parquet").rename(s / "z.parquet")),  # noqa: E501
+]  # fmt: skip
+
+
+def jpg(source: Path) -> Path:
+    return source / "train" / "cat" / "0.jpg"
+
+
+@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("case", GROWN, ids=str)
+def test_a_source_that_differs_is_refused(case: Case, how: str, tmp_path: Path) -> None:
+    source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
+    shutil.copytree(source, tmp_path / "kept")
+    begin(source, out, how)
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    case.change(source)
+    with pytest.raises(
+        UserError, match=f"was begun from {source}, which is not what it was then: .*{case.said}"
+    ) as caught:
+        start(how, source, out)
+    assert caught.value.exit_code == 2
+    assert "restore the source, or give another --out" in str(caught.value)
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    shutil.rmtree(source)
+    shutil.copytree(tmp_path / "kept", source)
+    if how == "part":
+        start(how, source, out)
+    assert finish(out, source=source, workers=1) if how != "convert" else convert(source, out, SMALL)
+
+
+@pytest.mark.parametrize(
+    ("fact", "change"),
+    [
+        ("1 image of another size (such as {}/train/cat/0.jpg)", lambda s: jpg(s).write_bytes(jpeg(0, 80))),
+        ("contents of images differ", lambda s: jpg(s).write_bytes(jpg(s).read_bytes()[:-1] + b"x")),
+        ("names of its classes", lambda s: (s / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
+    ],
+    ids=["size", "content", "human names"],
+)  # fmt: skip
+@pytest.mark.parametrize("how", ["convert", "finish"])
+def test_what_no_folder_tells_is_found_by_a_listing(fact: str, change: Change, how: str, tmp_path: Path) -> None:
+    source = folders(tmp_path / "in")
+    begin(source, tmp_path / "set", how)
+    change(source)
+    with pytest.raises(UserError) as caught:
+        start(how, source, tmp_path / "set")
+    assert fact.format(source) in str(caught.value)
+
+
+def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) -> None:
+    source = class_folders(tmp_path / "in", {"a": 6, "b": 6})
+    options = Options(shard_bytes=4000, scan=ScanOptions(workers=1, val_fraction=0.5))
+    convert(source, tmp_path / "set", options, Part(1, 2))
+    (source / "a" / "9.jpg").write_bytes(jpeg(99))
+    with pytest.raises(UserError, match=r"was then: 1 image came \(such as .*a/9.jpg\); restore"):
+        convert(source, tmp_path / "set", options)
+
+
+def test_a_source_read_through_a_link_is_the_same(tmp_path: Path) -> None:
+    source, link = folders(tmp_path / "in"), tmp_path / "link"
+    link.symlink_to(source)
+    convert(link, tmp_path / "set", SMALL, Part(1, 2))
+    (source / "train" / "cat" / "9.jpg").write_bytes(jpeg(99))
+    with pytest.raises(UserError, match=r"was then: 1 image came"):
+        convert(source, tmp_path / "set", SMALL)
+    (source / "train" / "cat" / "9.jpg").unlink()
+    assert convert(source, tmp_path / "set", SMALL) is not None
+
+
+@pytest.mark.parametrize("how", STARTS)
+def test_files_that_are_no_images_do_not_matter(how: str, tmp_path: Path) -> None:
+    source = made_long_ago(folders(tmp_path / "in"))
+    begin(source, tmp_path / "set", how)
+    (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
+    (source / "train" / "notes.txt").write_text("x")
+    start(how, source, tmp_path / "set")
+
+
+def test_a_part_does_not_list_a_source_that_looks_the_same(tmp_path: Path) -> None:
+    """Thousands of them would list millions of files at once."""
+    source = made_long_ago(folders(tmp_path / "in"))
+    begin(source, tmp_path / "set", "part")
+    with counted_listings(source) as listings:
+        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+    assert listings == {}
+    (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
+    with counted_listings(source) as listings:
+        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+    assert set(listings) > {"train/cat"}, "the counter counts"
+
+
+def test_a_change_within_the_second_of_the_listing_is_found(tmp_path: Path) -> None:
+    """Times in whole seconds do not tell it."""
+    source = folders(tmp_path / "in")
+    begin(source, tmp_path / "set", "part")
+    folder = source / "train" / "cat"
+    was = folder.stat().st_mtime
+    (folder / "9.jpg").write_bytes(jpeg(99))
+    os.utime(folder, (was, was))
+    scan_key = tmp_path / "set" / ".making" / "scan.key"
+    os.utime(scan_key, (was, was))
+    with pytest.raises(UserError, match=r"1 image came"):
+        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+
+
+REMOVED = [
+    Case("folder", "all", "it is not there any more", shutil.rmtree),
+    Case("folder", "image", r"1 image went \(such as .*/train/cat/0.jpg\)", lambda s: jpg(s).unlink()),
+    Case("folder", "class", r"3 images went \(such as .*/train/cat/", lambda s: shutil.rmtree(jpg(s).parent)),
+    Case(
+        "folder", "content", r"it cannot be read as it was \(.*no class folders", lambda s: shutil.rmtree(s / "train")
+    ),
+    Case("tars", "tar", r"2 images went \(such as .*b.tar\[", lambda s: (s / "b.tar").unlink()),
+    Case("parquet", "file", r"1 file went \(such as train-1.parquet", lambda s: (s / "train-1.parquet").unlink()),
+]
+
+
+@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("case", REMOVED, ids=str)
+def test_what_no_shard_needs_any_more_may_be_removed(
+    case: Case, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """People remove what is converted, to save room, before the parts are joined."""
+    source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
+    begin(source, out, how, complete=True)
+    case.change(source)
+    start(how, source, out)
+    said = capsys.readouterr().err
+    assert re.search(f"note: {source}: {case.said}.*; all shards were made before", said), said
+    if how == "part":
+        finish(out, source=source, workers=1)
+    assert sum(entry.samples for entry in Manifest.load(out).splits.values()) in (5, 6)
+
+
+@pytest.mark.parametrize("how", ["convert", "part"])
+@pytest.mark.parametrize("case", REMOVED, ids=str)
+def test_what_shards_need_may_not_be_removed(case: Case, how: str, tmp_path: Path) -> None:
+    source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
+    begin(source, out, how)
+    case.change(source)
+    with pytest.raises(UserError, match=f"was begun from {source}, which is not what it was then: {case.said}"):
+        start(how, source, out)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"part": "2/2"}, {"finish": True}, {"layout": "folder"}])
+def test_a_finished_set_whose_source_was_removed_is_complete(
+    arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = folders(tmp_path / "in"), tmp_path / "in-shards"
+    convert(source, out, Options(scan=SMALL.scan))
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()}
+    shutil.rmtree(source)
+    assert Shard(source, workers=1, **arguments).run() == 0  # type: ignore[arg-type]
+    output = capsys.readouterr()
+    assert output.out == f"{out}: already complete\n"
+    assert f"note: {source}: not there any more, so the set was not compared with it\n" in output.err
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [({"seed": 1}, "was begun with other options"), ({"layout": "webdataset"}, "read as 'folder', not 'webdataset'")],
+)
+def test_other_options_are_refused_without_the_source(arguments: dict[str, object], fact: str, tmp_path: Path) -> None:
+    source, out = folders(tmp_path / "in"), tmp_path / "in-shards"
+    convert(source, out, Options(scan=SMALL.scan))
+    shutil.rmtree(source)
+    with pytest.raises(UserError, match=fact):
+        Shard(source, workers=1, **arguments).run()  # type: ignore[arg-type]
+
+
+def test_the_set_of_a_removed_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = labelled_tar(tmp_path / "pets.tar", [0, 1])
+    command = Shard(file, workers=1)
+    assert command.run() == 0
+    file.unlink()
+    assert command.run() == 0
+    assert f"{tmp_path / 'pets-shards'}: already complete" in capsys.readouterr().out
+    assert default_out(tmp_path / "never.was") == tmp_path / "never.was-shards"
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("arguments", [{}, {"finish": True}, {"layout": "folder"}])
+def test_a_source_that_never_was_is_an_error(arguments: dict[str, object], known: bool, tmp_path: Path) -> None:
+    """So is one of a set of which it is not known where its source was: a copy."""
+    source, out = folders(tmp_path / "in"), tmp_path / "set"
+    convert(source, out, Options(scan=SMALL.scan))
+    if not known:
+        shutil.rmtree(source)
+        shutil.copytree(out, tmp_path / "copy", copy_function=shutil.copyfile)
+        out = tmp_path / "copy"
+        with suppress(OSError):
+            os.removexattr(out, ATTRIBUTE)
+    missing = tmp_path / "nowhere" if known else source
+    with pytest.raises(UserError, match=f"{missing}: no such file or folder, and not known") as caught:
+        Shard(missing, out=out, workers=1, **arguments).run()  # type: ignore[arg-type]
+    assert caught.value.exit_code == 2
+
+
+def test_a_removed_source_begins_nothing(tmp_path: Path) -> None:
+    for arguments in ({}, {"part": "1/2"}):
+        with pytest.raises(UserError, match="nowhere: no such file or folder"):
+            Shard(tmp_path / "nowhere", workers=1, **arguments).run()  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
