@@ -7,7 +7,6 @@ that it is not our shuffle, and how long the runs of one class are in it.
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, Spl
 from shards.output import check_output_folder
 from shards.pool import Report, run_jobs
 from shards.progress import Progress
-from shards.redact import one_line
+from shards.redact import one_line, without_place
 from shards.regular import open_regular
 from shards.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
 from shards.sources.classes import read_classes
@@ -40,7 +39,7 @@ from shards.sources.doubts import (
 from shards.sources.labels import FileLabels, LabelReader, number_classes
 from shards.sources.members import Member
 from shards.sources.splits import split_files
-from shards.sources.unused import UnusedEntry, merge
+from shards.sources.unused import MAX_TEXT, UnusedEntry, merge
 from shards.sources.webdataset import incomplete_samples, read_tar, split_of
 from shards.work import Work
 from shards.writer import index_row
@@ -89,7 +88,7 @@ def adopt(
 
     Raises:
         UserError: they do not lie in one folder, or it is a set already; a tar is compressed or damaged or has no
-            samples; or labels that `number_classes` refuses.
+            samples; labels that `number_classes` refuses; or their names give doubts and `strict` is set.
         ConversionFailed: more than the share `max_rejects` of the images cannot be used as they are, or there are
             doubts and `strict` is set.
     """
@@ -101,18 +100,29 @@ def adopt(
         read_classes(classes)  # before hours of reading tars
     jobs = [AdoptJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = split_files([job.tar for job in jobs], folder)
-    for note in (*named.notes_on(set(named.splits.values())), *named.doubts):
-        print(f"note: {one_line(note)}", file=sys.stderr)
+    notes = [without_place(note, folder)[:MAX_TEXT] for note in named.notes_on(set(named.splits.values()))]
+    doubts = [without_place(doubt, folder)[:MAX_TEXT] for doubt in named.doubts]
     work = Work(folder)
     with explained(folder):
         _check_folder(folder, work, jobs)
         remedy = f"an index lies beside its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
+        say_notes([*notes, *doubts])
+        if strict and doubts:  # before hours of reading tars
+            raise UserError(_refusal(folder, doubts))
         work.make()
         try:
             with hold(work.path / "index.lock", f"the index of {folder}"):
                 return _adopt(
-                    work, jobs, rules=rules, classes=classes, max_rejects=max_rejects, workers=workers, strict=strict
+                    work,
+                    jobs,
+                    rules=rules,
+                    classes=classes,
+                    max_rejects=max_rejects,
+                    workers=workers,
+                    strict=strict,
+                    notes=notes,
+                    doubts=doubts,
                 )
         finally:
             # Only the work folder identifies files that a failed start published (the list of rejects).
@@ -142,6 +152,8 @@ def _adopt(
     max_rejects: float,
     workers: int | None,
     strict: bool,
+    notes: list[str],
+    doubts: list[str],
 ) -> Manifest:
     with Progress("indexing", sum(job.tar.stat().st_size for job in jobs), "bytes") as progress:
         found = run_jobs(index_tar, jobs, workers, progress)
@@ -153,10 +165,10 @@ def _adopt(
         one.rows["label"] = labels[one.rows["label"]]
         one.listed[:] = labels[one.listed]
     unused = merge(one.unused for one in found)
-    doubts = [*incomplete_samples(unused), *_doubts(numbered.classes, found)]
-    say_notes(doubts)
-    if strict and doubts:
-        raise ConversionFailed(f"{work.out}: --strict: {first_of(doubts)}; correct the tars, or leave --strict out")
+    late = [*incomplete_samples(unused), *_doubts(numbered.classes, found)]
+    say_notes(late)
+    if strict and late:
+        raise ConversionFailed(_refusal(work.out, late))
     rejects_hash = settle_rejects(work, rejects, kept, max_rejects)
     splits: dict[str, list[Adopted]] = {}
     for one in found:
@@ -175,12 +187,17 @@ def _adopt(
             "options": {"check": rules.check},
             "images": {split: {"rejected": count_reasons(rejects, split)} for split in sorted(splits)},
             "unused": unused_records(unused),
-            "doubts": doubts,
+            "notes": notes,
+            "doubts": [*doubts, *late],
             "rejects_hash": rejects_hash,
         },
     )
     publish_manifest(work, manifest)
     return manifest
+
+
+def _refusal(folder: Path, doubts: list[str]) -> str:
+    return f"{folder}: --strict: {first_of(doubts)}; correct the tars, or leave --strict out"
 
 
 def _doubts(classes: tuple[ClassEntry, ...], found: list[Adopted]) -> list[str]:

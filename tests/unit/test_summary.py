@@ -64,6 +64,7 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
         "(such as a.tar/7.png)",
         f"rejected: all are listed in {tmp_path}/rejects.jsonl",
         "not used: 1 .json: not part of a sample of image and label (such as a.tar/x.json)",
+        "note: a.tar: no split named, so training",
         "note: 1 of 3 labels do not occur: 1",
     ]
 

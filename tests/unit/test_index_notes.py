@@ -1,0 +1,83 @@
+"""What the names of tars tell is kept by `pipeline index`, and counts for --strict, as in `pipeline shard`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.commands import Index, Info
+from shards.errors import ConversionFailed, UserError
+from shards.manifest import Manifest
+from tests.support.sources import labelled_tar
+
+UNNAMED = "b.tar: no split named, so training"
+NO_VALIDATION = "test-0.tar: kept as split 'test'; there is no validation split"
+DOUBTS = [
+    (["train-0.tar", "b.tar"], f"{UNNAMED}, beside train*, which is named so"),
+    (["train-0.tar", "training-1.tar"], "train*, training*: joined as split 'train'"),
+    (["train-0.tar", "val-0.tar", "validation-0.tar"], "val*, validation*: joined as split 'val'"),
+]
+
+
+def tars(folder: Path, names: list[str]) -> tuple[Path, ...]:
+    return tuple(labelled_tar(folder / name, [0, 1, 0]) for name in names)
+
+
+@pytest.mark.parametrize(("names", "doubt"), DOUBTS)
+def test_doubts_of_names_are_kept(
+    names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Index(tars(tmp_path, names), workers=1).run() == 0
+    said = capsys.readouterr()
+    assert said.err.count(f"note: {doubt}\n") == 1
+    assert f"note: {doubt}\n" in said.out, "in the summary, too"
+    assert Manifest.load(tmp_path).made["doubts"] == [doubt]
+    assert Info(tmp_path).run() == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert doubt in shown
+
+
+@pytest.mark.parametrize(
+    ("names", "note"), [(["b.tar"], UNNAMED), (["train-0.tar", "test-0.tar"], NO_VALIDATION)], ids=["unnamed", "test"]
+)
+def test_notes_of_names_are_kept_and_refused_by_nothing(
+    names: list[str], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Index(tars(tmp_path, names), workers=1, strict=True).run() == 0
+    said = capsys.readouterr()
+    assert f"note: {note}" in said.err
+    assert f"note: {note}" in said.out
+    made = Manifest.load(tmp_path).made
+    assert made["doubts"] == []
+    assert [line for line in made["notes"] if line.startswith(note)]
+    assert str(tmp_path) not in (tmp_path / "dataset.json").read_text()
+
+
+@pytest.mark.parametrize(("names", "doubt"), DOUBTS)
+def test_strict_refuses_doubts_of_names_before_a_tar_is_read(
+    names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"no tar at all")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        Index(tuple(before), workers=1, strict=True).run()
+    assert str(caught.value) == f"{tmp_path}: --strict: {doubt}; correct the tars, or leave --strict out"
+    assert caught.value.exit_code == 2
+    assert f"note: {doubt}" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_doubts_of_names_and_of_labels_are_kept_together(tmp_path: Path) -> None:
+    labelled_tar(tmp_path / "train-0.tar", [0, 3])
+    labelled_tar(tmp_path / "b.tar", [0, 3])
+    both = tuple(sorted(tmp_path.glob("*.tar")))
+    assert Index(both, workers=1).run() == 0
+    doubts = Manifest.load(tmp_path).made["doubts"]
+    assert [doubt.partition(":")[0] for doubt in doubts] == ["b.tar", "2 of 4 labels do not occur"]
+    (tmp_path / "dataset.json").unlink()
+    (tmp_path / "train.index.npy").unlink()
+    (tmp_path / "b.tar").rename(tmp_path / "train-1.tar")
+    with pytest.raises(ConversionFailed, match="--strict: 2 of 4 labels do not occur"):
+        Index(tuple(sorted(tmp_path.glob("*.tar"))), workers=1, strict=True).run()
