@@ -38,6 +38,7 @@ from shards.sources.recognise import recognise, scan
 from shards.sources.scan import ScanOptions
 from shards.sources.split_folders import find_split_folders
 from shards.sources.unused import MAX_TEXT
+from shards.sources.walk import each_folder_once
 from shards.work import Plan, Work
 from shards.writer import ShardJob, write_shard
 
@@ -196,9 +197,6 @@ def _plan(source: Path, work: Work, options: Options) -> Plan:
     """Scan, arrange and remember; of several processes that begin together one does it, the others wait for it."""
     if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
         raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
-    layout = recognise(source)
-    if (options.scan.layout or layout) == "folder":
-        _check_outside(work.out, source)
     work.make()
     with hold(work.path / "scan.lock", f"the listing of {source}", wait=LISTING_WAIT):
         plan = work.load_plan()
@@ -229,9 +227,14 @@ def _check_outside(out: Path, source: Path) -> None:
             )
 
 
+@each_folder_once()
 def _scan(source: Path, work: Work, options: Options) -> Plan:
     key = json.dumps([tool(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
-    found = scan(source.absolute(), options.scan, work.begin_scan(key))
+    spool = work.begin_scan(key)  # first: its time tells later whether a folder has changed since
+    layout = recognise(source.absolute())
+    if (options.scan.layout or layout) == "folder":
+        _check_outside(work.out, source.absolute())
+    found = scan(source.absolute(), options.scan, spool)
     shards = {}
     files: dict[str, str] = {}
     for split, listing in found.splits.items():

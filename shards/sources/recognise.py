@@ -19,7 +19,7 @@ from shards.sources.members import COMPRESSED_SUFFIXES
 from shards.sources.parquet import parquet_files, scan_parquet
 from shards.sources.scan import TRAIN, Layout, Scan, ScanOptions
 from shards.sources.split_folders import find_split_folders
-from shards.sources.walk import look
+from shards.sources.walk import each_folder_once, look
 from shards.sources.webdataset import compressed_tars, list_samples, scan_webdataset, tar_files
 
 EXPECTED = (
@@ -30,6 +30,7 @@ _LOOKED_AT = 16
 """Folders that are opened to tell class folders; a source may have a million."""
 
 
+@each_folder_once()
 def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     """List what a source holds, with its classes in order and its splits as asked for.
 
@@ -64,6 +65,7 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     )
 
 
+@each_folder_once()
 def current_identity(source: Path, layout: Layout) -> Identity:
     """Return what tells the source from others now, as a scan would; nothing is unpacked.
 
@@ -80,6 +82,7 @@ def current_identity(source: Path, layout: Layout) -> Identity:
     return Identity(digest_of_listing(found), found.splits)
 
 
+@each_folder_once()
 def recognise(source: Path) -> Layout:
     """The layout that `source` looks like.
 
@@ -93,7 +96,7 @@ def recognise(source: Path) -> Layout:
         return "ilsvrc" if source.name == TRAIN_TAR else kind
     if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
-    if next(source.iterdir(), None) is None:
+    if not any(vars(look(source)).values()):
         raise UserError(f"{source}: empty folder; {EXPECTED}")
     return next((layout for layout, looks_so in FOLDERS.items() if looks_so(source)), "folder")
 

@@ -6,6 +6,8 @@ import errno
 import os
 import re
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +23,8 @@ MAX_DEPTH = 6
 WORK_FOLDER = ".making"
 MAX_COUNTED = 1_000_000
 """Files and folders that are counted in a folder that is not used."""
+MAX_KEPT = 2_000_000
+"""Names that an `each_folder_once` keeps, about 100 bytes each."""
 _SNAPSHOTS = frozenset({".snapshot", ".snapshots", ".zfs", "~snapshot", "#snapshot", "@recently-snapshot"})
 """They hold the whole store once more for each day: never entered."""
 
@@ -79,6 +83,34 @@ class Contents:
             unused.add(reason, below + name, kind=os.fsdecode(name), count=count_files(path))
 
 
+@dataclass
+class _Found:
+    """What was found so far in an `each_folder_once`."""
+
+    contents: dict[Path, Contents] = field(default_factory=dict)
+    files: dict[Path, int] = field(default_factory=dict)
+    names: int = 0
+
+
+_found: ContextVar[_Found | None] = ContextVar("found", default=None)
+
+
+@contextmanager
+def each_folder_once() -> Iterator[None]:
+    """Keep what `look` and `count_files` find until the block ends, in which a source is recognised and scanned.
+
+    Both look at the same folders many times, and a network file system takes minutes for each walk of a million files.
+    """
+    if _found.get() is not None:
+        yield
+        return
+    token = _found.set(_Found())
+    try:
+        yield
+    finally:
+        _found.reset(token)
+
+
 def count_files(path: Path) -> int:
     """Return the number of files in and below a folder, at most `MAX_COUNTED`; 1 for a file or an empty folder.
 
@@ -86,6 +118,13 @@ def count_files(path: Path) -> int:
     """
     if path.is_symlink() or not path.is_dir() or path.name.lower() in _SNAPSHOTS:
         return 1
+    found = _found.get() or _Found()
+    if path not in found.files:
+        found.files[path] = _count_files(path)
+    return found.files[path]
+
+
+def _count_files(path: Path) -> int:
     files = 0
     for folders, (_, _, names) in enumerate(os.walk(path)):
         files += len(names)
@@ -100,6 +139,17 @@ def look(folder: Path) -> Contents:
     Raises:
         OSError: it cannot be read.
     """
+    found = _found.get() or _Found()
+    contents = found.contents.get(folder)
+    if contents is None:
+        contents = _list(folder)
+        found.names += len(contents.folders) + len(contents.images) + len(contents.files) + len(contents.skipped)
+        if found.names <= MAX_KEPT:
+            found.contents[folder] = contents
+    return contents
+
+
+def _list(folder: Path) -> Contents:
     contents = Contents()
     with os.scandir(bytes(folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):

@@ -64,7 +64,7 @@ def split_of(path: Path, root: Path) -> str:
 
 def compressed_tars(source: Path) -> list[Path]:
     """Return the tars, where `tar_files` looks, whose names say that they are compressed."""
-    return [file for suffix in COMPRESSED_SUFFIXES for file in files_below(source, suffix)]
+    return files_below(source, *COMPRESSED_SUFFIXES)
 
 
 def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:

@@ -1,0 +1,90 @@
+"""A conversion lists each folder of its source at most twice, as a walk of a network file system takes minutes."""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shards.convert import Options, convert
+from shards.sources.scan import ScanOptions
+from shards.sources.walk import count_files, each_folder_once, look
+from tests.support.listings import counted_listings
+from tests.support.sources import class_folders, jpeg, labelled_tar
+
+ONE = Options(scan=ScanOptions(workers=1))
+
+
+def folders(root: Path) -> None:
+    class_folders(root / "train", {f"c{i:02}": 20 for i in range(50)})
+    class_folders(root / "val", {f"c{i:02}": 2 for i in range(50)})
+
+
+def one_folder(root: Path) -> None:
+    class_folders(root, {f"c{i:02}": 20 for i in range(50)})
+
+
+def tars(root: Path) -> None:
+    for i in range(4):
+        labelled_tar(root / "train" / f"{i}.tar", [0, 1])
+    (root / "train" / "0.tar.gz").write_bytes(b"as it was downloaded")
+
+
+def class_tars(root: Path) -> None:
+    unpacked = class_folders(root.parent / "unpacked", {"cat": 3, "dog": 3})
+    root.mkdir()
+    for folder in sorted(unpacked.iterdir()):
+        with tarfile.open(root / f"{folder.name}.tar", "w") as tar:
+            for image in sorted(folder.iterdir()):
+                tar.add(image, image.name)
+    shutil.rmtree(unpacked)
+
+
+def tables(root: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    root.mkdir()
+    for split in ("train", "val"):
+        images = [{"bytes": jpeg(i), "path": None} for i in range(2)]
+        pq.write_table(pa.table({"image": images, "label": [0, 1]}), root / f"{split}.parquet")
+
+
+def beside(root: Path) -> None:
+    """Folders that are not used, and ones that are skipped."""
+    for top in ("raw/deep", "__MACOSX"):
+        for i in range(3):
+            (root / top / f"{i}").mkdir(parents=True)
+            (root / top / f"{i}" / "x.bin").write_bytes(b"x")
+
+
+@pytest.mark.parametrize("layout", [folders, one_folder, tars, class_tars, tables])
+def test_each_folder_is_listed_at_most_twice(layout: Callable[[Path], None], tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    layout(source)
+    if layout is not one_folder:
+        beside(source)
+    with counted_listings(source) as listings:
+        assert convert(source, tmp_path / "set", ONE) is not None
+    every = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_dir()} | {"."}
+    assert set(listings) == every, "the counter counts"
+    assert max(listings.values()) <= 2, listings
+    with counted_listings(source) as again:
+        assert convert(source, tmp_path / "set", ONE) is None
+    assert max(again.values()) <= 2, again
+
+
+def test_what_is_listed_is_kept_in_the_block_alone(tmp_path: Path) -> None:
+    class_folders(tmp_path, {"a": 1})
+    with each_folder_once():
+        assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
+        with each_folder_once():
+            class_folders(tmp_path, {"b": 1})
+            assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
+        assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1), "the outer block goes on"
+    assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b"], 2)
+    class_folders(tmp_path, {"c": 1})
+    assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b", b"c"], 3)
