@@ -15,7 +15,7 @@ from shards.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as
 from shards.listing import Container, ListingBuilder
 from shards.manifest import ClassEntry
 from shards.regular import kind, open_regular
-from shards.sources.classes import class_order, displayed, human_names
+from shards.sources.classes import class_order, displayed, human_names, shortened
 from shards.sources.scan import Scan
 from shards.sources.split_folders import find_split_folders, kinds_of, no_class_folders
 from shards.sources.splits import splits_in
@@ -81,18 +81,13 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
         classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
         unused=unused.entries(),
-        doubts=shortened(doubts),
+        doubts=(shortened(doubts, 1),) if doubts else (),
     )
 
 
 def _names_another(inside: Path, folder: Path, split: str) -> bool:
     """Whether a folder below a class folder is named as another split than the one that it is in."""
     return any(not splits_in(part) <= {split} for part in inside.relative_to(folder).parts)
-
-
-def shortened(doubts: list[str]) -> tuple[str, ...]:
-    """The first of many doubts of one kind, with their number."""
-    return tuple(doubts) if len(doubts) <= 1 else (f"{doubts[0]} (and {len(doubts) - 1:,} more such folders)",)
 
 
 def _class_folders(root: Path) -> list[bytes]:
