@@ -12,7 +12,7 @@ from shards.errors import UserError
 from shards.listing import display_name
 from shards.sources.classes import MAPPING_FILES
 from shards.sources.scan import TEST, TRAIN, VAL
-from shards.sources.splits import no_validation, says_only_split, splits_in, without_split
+from shards.sources.splits import doubts_about_place, no_validation, says_only_split, splits_in, without_split
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import METADATA, Contents, count_files, look
 
@@ -69,6 +69,7 @@ def find_split_folders(source: Path) -> SplitFolders:
             _check_classes(found, level)
             _count_files(found, level.contents, folder, source)
             found.roots[TRAIN] = folder
+            found.doubts += doubts_about_place(source) or doubts_about_place(folder)
             return found
         _count_beside(found, contents, [name for name in contents.folders if name != inner], folder, source)
         folder = folder / os.fsdecode(inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -23,6 +24,18 @@ _SPLIT_OF = {
 }
 _FILLERS = frozenset(("data", "dataset", "dir", "folder", "images", "imgs", "set", "split"))
 """Words beside which a split's word still says no more than the split: train_images, val_set."""
+_NEAR_WORDS = {
+    TRAIN: ("trainings", "trn"),  # not 'trains': a class beside ships and planes
+    VAL: ("evals", "evaluate", "evaluation", "evaluations", "heldout", "validate", "validations", "valids", "vals"),
+    TEST: ("testings", "tests", "tst"),
+}
+_NEAR_SPLIT_OF = {word: split for split, words in _NEAR_WORDS.items() for word in words} | {
+    word + ending: split
+    for split, words in SPLIT_WORDS.items()
+    for word in words
+    for ending in ("dir", "files", "folder", "image", "images", "img", "imgs", "samples", "sets", "split")
+}
+"""Word -> the split that it is near, without being a word for it."""
 # Letters of other scripts end a word ("train数据"); digits, '_' and every other character do too.
 _WORD = re.compile(r"[A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f\u0300-\u036f\u1e00-\u1eff]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -61,6 +74,18 @@ def says_only_split(name: str) -> bool:
     return bool(splits_in(name)) and all(word in _SPLIT_OF or word in _FILLERS for word in _words(name))
 
 
+def near_splits_in(name: str) -> set[str]:
+    """Return the splits that one file or folder name is near without telling one: `tests`, `pets_evaluation`."""
+    return {_NEAR_SPLIT_OF[word] for word in _near_words(name) if word in _NEAR_SPLIT_OF}
+
+
+def near_split(name: str) -> str | None:
+    """Return the split that a name is near, if it says nothing else: `Tests_2`, but not `evaluation_of_pets`."""
+    near = near_splits_in(name)
+    alone = all(word in _NEAR_SPLIT_OF or word in _FILLERS for word in _near_words(name))
+    return near.pop() if len(near) == 1 and alone else None
+
+
 def without_split(name: str) -> tuple[str, ...]:
     """Return the words of a name that tell no split: the same for `pets_train` and `pets_val`."""
     return tuple(word for word in _words(name) if word not in _SPLIT_OF)
@@ -72,6 +97,11 @@ def _words(name: str) -> list[str]:
     for word in _WORD.findall(re.sub(r"(?i)hold[-_ ]out", "holdout", unicodedata.normalize("NFKC", name))):
         found += [word.lower()] if word.lower() in _SPLIT_OF else map(str.lower, _CAMEL.split(word))
     return found
+
+
+def _near_words(name: str) -> list[str]:
+    """Words of a name that tells no split; none of one that does."""
+    return [] if splits_in(name) else _words(re.sub(r"(?i)held[-_ ]?out", "heldout", name))
 
 
 @dataclass(frozen=True)
@@ -112,16 +142,40 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
         else:
             places.setdefault(named, {})[_place(looked_at, named)] = None
     notes, doubts = [], []
+    if not places:
+        doubts += doubts_about_place(source)
     if unnamed:
         line = f"{_some(unnamed)}: no split named, so training"
+        near = {split: name for name in unnamed for part in name.split("/") for split in near_splits_in(part)}
         if TRAIN in places:
             doubts.append(f"{line}, beside {next(iter(places[TRAIN]))}, which is named so")
+        elif near:
+            split, name = next(iter(near.items()))
+            doubts.append(
+                f"{line}, though {one_line(name)} is near the name of split '{split}'; rename it if it is one"
+            )
         else:
             notes.append(line)
     for split, several in places.items():
         if len(several) > 1:
             doubts.append(f"{_some(list(several))}: joined as split '{split}'")
     return SplitFiles(splits, tuple(notes), tuple(doubts))
+
+
+def doubts_about_place(source: Path) -> list[str]:
+    """Return a doubt if a source that names no split, so is of training, is or stands in a folder named as another."""
+    absolute = Path(os.path.abspath(source))
+    name = absolute.name if source.is_dir() else absolute.parent.name
+    near = near_split(name)
+    splits = {near} if near else splits_in(name)
+    if len(splits) != 1 or TRAIN in splits or not (near or says_only_split(name) or _words(name)[-1] in _SPLIT_OF):
+        return []
+    (split,) = splits
+    rename = f"rename that to {split}, and " if near else ""
+    return [
+        f"{source}: its images become split '{TRAIN}', though it {'is' if source.is_dir() else 'stands in'} a folder "
+        f"named {one_line(name)}; to keep them as split '{split}', {rename}give the folder around that as the source"
+    ]
 
 
 def below_source(file: Path, source: Path) -> str:
