@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from shards.manifest import ClassEntry
 from shards.sources.classes import class_order, quoted, shortened
+from shards.sources.folder_names import doubts_about_names
 from shards.sources.scan import TRAIN, VAL, Scan
 
 BLANK_SHARE = 0.01
@@ -29,8 +30,8 @@ def count_labels(labels: NDArray[np.integer], classes: int) -> Counts:
 def doubts_about(found: Scan) -> tuple[str, ...]:
     """Return the doubts about a source that was listed."""
     counts = {split: count_labels(listing.rows["label"], len(found.classes)) for split, listing in found.splits.items()}
-    gaps = _gaps_in_folders(found.classes) if found.layout in _FOLDERS else []
-    return (*doubts_about_classes(found.classes, counts), *gaps)
+    by_name = [*_gaps_in_folders(found.classes), *doubts_about_names(found.classes)] if found.layout in _FOLDERS else []
+    return (*doubts_about_classes(found.classes, counts), *by_name)
 
 
 def doubts_about_classes(classes: Sequence[ClassEntry], counts: Mapping[str, Counts]) -> tuple[str, ...]:

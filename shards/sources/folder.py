@@ -12,13 +12,15 @@ from typing import AnyStr
 
 from shards.errors import UserError
 from shards.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
-from shards.listing import Container, ListingBuilder
+from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import ClassEntry
 from shards.regular import kind, open_regular
 from shards.sources.classes import class_order, displayed, human_names, shortened
+from shards.sources.folder_names import annotations_among, folder_around_classes, names_annotations, refuse_containers
 from shards.sources.scan import Scan
 from shards.sources.split_folders import find_split_folders, kinds_of, no_class_folders
-from shards.sources.splits import splits_in
+from shards.sources.split_lists import doubts_about_lists, find_split_lists, lists_below, some_lists
+from shards.sources.splits import near_splits_in, splits_in
 from shards.sources.unused import UnusedFiles, merge
 from shards.sources.walk import METADATA, count_files, look, skip_reason
 
@@ -30,14 +32,16 @@ def scan_folder(source: Path) -> Scan:
         UserError: no such folder, no class folders, or a class folder without images; or as `find_split_folders`.
     """
     folders = find_split_folders(source)
+    refuse_containers(folders.roots)
     found = scan_classes(folders.roots, source)
     names = human_names(source)
+    lists = find_split_lists(source, folders.roots.values())
     return replace(
         found,
         classes=tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes),
         unused=merge([folders.unused.entries(), found.unused]),
         notes=(*folders.notes, *found.notes),
-        doubts=(*folders.doubts, *found.doubts),
+        doubts=(*folders.doubts, *doubts_about_lists(lists, folders.roots), *found.doubts),
     )
 
 
@@ -54,7 +58,9 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
     builders = {split: ListingBuilder() for split in roots}
     unused = UnusedFiles()
     empty: list[tuple[Path, str]] = []
-    doubts: list[str] = []
+    divided: list[str] = []
+    annotated: list[str] = []
+    masks: list[str] = []
     for split, root in roots.items():
         below = os.fsencode("" if root == source else f"{root.relative_to(source)}/")
         for name in folders[split]:
@@ -68,26 +74,49 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
                 images += len(found)
                 builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
                 if found and _names_another(container.path, folder, split):
-                    doubts.append(f"{container.path}: {len(found):,} images of split '{split}' in a folder named so")
+                    divided.append(f"{container.path}: {len(found):,} images of split '{split}' in a folder named so")
+                if container.path != folder and names_annotations(container.path.name):
+                    what = f"its {len(found):,} images were taken for images of the class" if found else "not used"
+                    annotated.append(f"{container.path}: named as annotations, but in a class folder; {what}")
+                beside = annotations_among([path for path, *_ in found])
+                if beside:
+                    example = display_name(os.path.basename(beside[0]))
+                    masks.append(f"{container.path}: {len(beside):,} images named as annotations of others ({example})")
             if images == 0:
                 empty.append((folder, kinds_of(others)))
     if empty:
         more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
         folder, holds = empty[0]
         what = f" but {holds}" if holds else ""
-        raise UserError(f"{folder}: a class folder without images{what}{more}; fill it or remove it")
+        raise UserError(f"{folder}: a class folder without images{what}{more}; {_remedy(folder)}")
     return Scan(
         layout="folder",
         classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
         unused=unused.entries(),
-        doubts=(shortened(doubts, 1),) if doubts else (),
+        doubts=tuple(shortened(lines, 1) for lines in (divided, annotated, masks) if lines),
     )
+
+
+def _remedy(folder: Path) -> str:
+    """What to do about a class folder without images, so that nothing it says is lost."""
+    root = folder.parent
+    around = folder_around_classes(root, [os.fsdecode(name) for name in look(root).folders])
+    if around is not None and around != folder:
+        return f"if the folders in {around} are the classes, give it as the source"
+    lists = lists_below(folder)
+    if lists:
+        return (
+            f"it holds lists of splits ({some_lists(lists)}): make train/ and test/ of class folders by them, then "
+            "move it out of the source"
+        )
+    return "fill it or, if it is no class, move it out of the source"
 
 
 def _names_another(inside: Path, folder: Path, split: str) -> bool:
     """Whether a folder below a class folder is named as another split than the one that it is in."""
-    return any(not splits_in(part) <= {split} for part in inside.relative_to(folder).parts)
+    parts = inside.relative_to(folder).parts
+    return any(not (splits_in(part) | near_splits_in(part)) <= {split} for part in parts)
 
 
 def _class_folders(root: Path) -> list[bytes]:

@@ -1,0 +1,206 @@
+"""Folders whose names say images, annotations or nearly a split are no classes without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shards.errors import UserError
+from shards.manifest import ClassEntry
+from shards.sources.folder_names import doubts_about_names
+from shards.sources.recognise import scan
+from shards.sources.scan import Scan, ScanOptions
+from shards.sources.splits import near_split, splits_in
+from tests.support.source_folders.source import pictures, put
+
+MASKS = (
+    "masks",
+    "Masks",
+    "labels",
+    "annotations",
+    "trimaps",
+    "depth",
+    "gt",
+    "ground_truth",
+    "SegmentationClass",
+    "mask",
+)
+IMAGES = ("images", "Images", "imgs", "JPEGImages", "image", "img_dir", "photos", "rgb")
+
+
+def scan_it(source: Path) -> Scan:
+    return scan(source, ScanOptions(workers=1), source.parent / "spool")
+
+
+def refusal(source: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        scan_it(source)
+    return str(caught.value)
+
+
+def doubts(*names: str) -> str:
+    return "\n".join(doubts_about_names([ClassEntry(folder=name) for name in names]))
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("place", ["", "train/", "unpacked/"])
+def test_images_beside_their_annotations_are_no_two_classes(masks: str, place: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", f"{place}{{images,{masks}}}/{{1,2}}.jpg")
+    said = refusal(tmp_path / "in")
+    assert f"{tmp_path / 'in' / place}: no class folders in it but " in said
+    assert f"'{masks}'" in said
+    assert "/CLASS/IMAGE: make a folder for each class" in said
+
+
+@pytest.mark.parametrize("images", IMAGES)
+def test_images_of_any_name_beside_masks_are_no_class(images: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", f"{{{images},masks}}/{{1,2}}.jpg")
+    assert "no class folders in it but " in refusal(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "images",
+        "JPEGImages",
+        "jpg",
+        "photos",
+        "images_001,images_002",
+        "images,masks,depth",
+        "JPEGImages,SegmentationClass,SegmentationObject",
+    ],
+)
+def test_images_without_labels_are_refused_with_what_to_make(names: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", f"{{{names}}}/{{1,2}}.jpg")
+    assert f"images are expected as {tmp_path}/in/CLASS/IMAGE: make a folder for each class" in refusal(tmp_path / "in")
+
+
+@pytest.mark.parametrize("exported", ["{train,valid}/", "", "VOCdevkit/VOC2012/"])
+def test_advice_on_sets_of_boxes_is_valid_when_followed(exported: str, tmp_path: Path) -> None:
+    """Annotations without images are not to be filled or removed; what is left would be a class of all images."""
+    source = tmp_path / "in"
+    pictures(source, f"{exported}{{JPEGImages,SegmentationClass}}/{{1,2}}.jpg")
+    put(source, f"{exported}{{Annotations/1.xml,ImageSets/Main/train.txt,labels/1.txt}}", "x")
+    said = refusal(source)
+    assert "fill it" not in said
+    assert "make a folder for each class" in said
+    for folder in [path for path in source.rglob("*") if path.name in ("JPEGImages", "SegmentationClass")]:
+        for name in ("cat", "dog"):
+            (folder.parent / name).mkdir(exist_ok=True)
+        for image in folder.iterdir():
+            image.rename(folder.parent / ("cat" if image.stem == "1" else "dog") / image.name)
+        folder.rmdir()
+    said = refusal(source)
+    assert "if it is no class, move it out of the source" in said
+    for folder in [path for path in source.rglob("*") if path.name in ("Annotations", "ImageSets", "labels")]:
+        folder.rename(tmp_path / str(folder).replace("/", "-"))
+    assert [entry.folder for entry in scan_it(source).classes] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("beside", ["meta/classes.txt", "Annotation/a/1", "labels/1.txt", "segmentations/a/1.png"])
+def test_class_folders_in_images_are_named_as_the_source_to_give(beside: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "images/{a,b}/{1,2}.jpg")
+    put(tmp_path / "in", beside, "x") if not beside.endswith("png") else pictures(tmp_path / "in", beside)
+    assert f"if the folders in {tmp_path}/in/images are the classes, give it as the source" in refusal(tmp_path / "in")
+    assert [entry.folder for entry in scan_it(tmp_path / "in" / "images").classes] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "cat dog images",
+        "cat dog masks",
+        "JPEGImages cat",
+        "labels masks cat",
+        "image mask cat",
+        "depth mask",
+        "annotations good",
+        "pets_images_part_1 pets_images_part_2",
+    ],
+)
+def test_containers_among_few_classes_are_doubted(names: str) -> None:
+    said = doubts(*names.split())
+    assert "taken for" in said
+    assert "named as" in said
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "mask no_mask",
+        "with_mask without_mask",
+        "label_0 label_1",
+        "photo sketch painting",
+        "fake_images real_images",
+        "person_1 person_2",
+        "depths_of_hell cat",
+        "imagesque masked",
+        "boxes bottles",
+        "masks猫 dogs",
+        " ".join(["masks", *(f"n{i:08d}" for i in range(1000))]),
+        " ".join(["images", "labels", *(f"class{i}" for i in range(20))]),
+        "train_station trains trainer testimonials valley validated tested contest evaluation_of_pets",
+    ],
+)
+def test_real_classes_are_not_doubted(names: str) -> None:
+    assert doubts(*names.split()) == ""
+
+
+NEAR = {
+    "train": "trainings trn trainimages trainimgs",
+    "val": "evaluation Evaluation evaluations evaluate evals validate validations valids vals held_out HeldOut valimgs",
+    "test": "tests Tests tests2 testings tst testimages testfolder",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [(name, split) for split, names in NEAR.items() for name in names.split()],
+)
+@pytest.mark.parametrize("below", ["{1,2}.jpg", "{a,b}/{1,2}.jpg"])
+def test_folders_nearly_named_as_splits_are_doubted(name: str, split: str, below: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{below}")
+    found = scan_it(tmp_path / "in")
+    assert len(found.classes) == 3
+    (doubt,) = found.doubts
+    assert doubt.startswith(f"'{name}': taken for a class, though its name is near that of split '{split}'")
+    assert f"expected as {split}/CLASS/IMAGE" in doubt
+
+
+@pytest.mark.parametrize(
+    "name", ["train_data", "training_set", "trainset", "testset", "val2017", "train2017", "test", "eval", "hold-out"]
+)
+def test_words_of_splits_are_not_near_but_known(name: str, tmp_path: Path) -> None:
+    assert splits_in(name)
+    assert near_split(name) is None
+    pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{{1,2}}.jpg")
+    assert f"{name}: names split " in refusal(tmp_path / "in")
+
+
+def test_all_folders_nearly_named_as_splits(tmp_path: Path) -> None:
+    pictures(tmp_path / "in", "{trainings,tests}/{cat,dog}/{1,2}.jpg")
+    assert [doubt.split(":")[0] for doubt in scan_it(tmp_path / "in").doubts] == ["'tests'", "'trainings'"]
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [
+        ("masks/1.png", "{0}/COVID/masks: named as annotations, but in a class folder; its 1 images were taken"),
+        ("ground_truth/1.png", "{0}/COVID/ground_truth: named as annotations"),
+        ("labels/1.txt", "{0}/COVID/labels: named as annotations, but in a class folder; not used"),
+        ("images/1_mask.png", "{0}/COVID/images: 1 images named as annotations of others (1_mask.png)"),
+        ("images/1_mask_1.png", "{0}/COVID/images: 1 images named as annotations of others (1_mask_1.png)"),
+        ("tests/1.png", "{0}/COVID/tests: 1 images of split 'train' in a folder named so"),
+        ("images/3_mask.png", None),  # of no image
+        ("images/mask.png", None),
+        ("depth of field/1.png", None),
+    ],
+)
+def test_annotations_in_class_folders_are_doubted(inside: str, said: str | None, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    pictures(source, "{COVID,Normal}/images/{1,2}.png")
+    pictures(source, f"COVID/{inside}") if inside.endswith("png") else put(source, f"COVID/{inside}", "x")
+    found = scan_it(source).doubts
+    assert len(found) == (said is not None)
+    assert said is None or found[0].startswith(said.format(source))
