@@ -15,12 +15,13 @@ from shards.errors import UserError, reading
 from shards.listing import Container, ListingBuilder
 from shards.manifest import ClassEntry
 from shards.regular import open_regular
+from shards.sources.beside import look_beside
 from shards.sources.classes import class_order, displayed, human_names
 from shards.sources.members import LABEL_SUFFIX, Member, members, read_members
 from shards.sources.scan import Scan
 from shards.sources.splits import below_source, split_files, splits_in
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import add_others, skip_reason
+from shards.sources.walk import skip_reason
 from shards.sources.webdataset import tar_files
 
 _TARS_LOOKED_AT, _MEMBERS_LOOKED_AT = 4, 64
@@ -58,7 +59,7 @@ def scan_class_tars(source: Path) -> Scan:
     labels = {name: label for label, name in enumerate(names)}
     builders: dict[str, ListingBuilder] = {}
     unused = UnusedFiles()
-    add_others(source, set(tars), unused)
+    doubts = look_beside(source, set(tars), "class-tars", set(named.splits.values()), unused)
     for tar in tars:
         container = Container.of(tar)
         name = os.fsencode(tar.stem)
@@ -83,7 +84,6 @@ def scan_class_tars(source: Path) -> Scan:
             raise UserError(f"{tar}: a class tar without images; copy or download it again, or remove it")
         builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(container, used)
     human = human_names(source) if source.is_dir() else {}
-    doubts = list(named.doubts)
     if all(_NUMBERED.fullmatch(tar.stem) for tar in tars):
         doubts.append(f"{tars[0]}: taken for the class '{shown[0]}', though all tars are named like numbered shards")
     return Scan(
@@ -95,7 +95,7 @@ def scan_class_tars(source: Path) -> Scan:
             f"{source}: tars of images alone, read as one for each class: {len(names):,} classes",
             *named.notes_on(builders),
         ),
-        tuple(doubts),
+        (*named.doubts, *doubts),
     )
 
 

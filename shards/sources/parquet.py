@@ -27,12 +27,13 @@ from shards.progress import Progress
 from shards.redact import one_line
 from shards.regular import open_regular, read_bounded
 from shards.schema import Count, parse_json
+from shards.sources.beside import look_beside
 from shards.sources.labels import FileLabels, LabelReader, NoLabelError, largest_label, number_classes
 from shards.sources.parquet_columns import class_names, find_columns, other_columns
 from shards.sources.scan import TEST, Scan
 from shards.sources.splits import below_source, split_files
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import add_others, files_below, images_beside
+from shards.sources.walk import files_below
 
 BATCH_ROWS = 64
 ISOLATED = True
@@ -137,7 +138,7 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     numbered = number_classes(labels, sum(one.rows for one in contents), known=known, classes=classes)
     builders: dict[str, ListingBuilder] = {}
     unused, doubts = UnusedFiles(), list(named.doubts)
-    doubts += images_beside(source, add_others(source, set(files), unused))
+    doubts += look_beside(source, set(files), "parquet", set(named.splits.values()), unused)
     for job, own in zip(jobs, numbered.labels, strict=True):
         found = _load_record(job)
         if found is None:

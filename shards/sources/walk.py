@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -155,7 +155,7 @@ def _list(folder: Path) -> Contents:
         for entry in sorted(entries, key=lambda entry: entry.name):
             reason = skip_reason(entry.name)
             if reason is None and _is_folder(entry):
-                reason = SHARD_SET if _is_shard_set(entry.path) else None
+                reason = SHARD_SET if is_shard_set(entry.path) else None
                 kind = contents.folders
             else:
                 kind = contents.images if named_as_image(entry.name) else contents.files
@@ -201,40 +201,8 @@ def _files_below(folder: Path, wanted: tuple[bytes, ...], depth: int, seen: set[
             yield from _files_below(folder / os.fsdecode(name), wanted, depth - 1, seen)
 
 
-def images_beside(source: Path, images: int) -> tuple[str, ...]:
-    """Return the doubt about images that stand beside archives."""
-    return (f"{source}: {images:,} images beside the archives that are read, not used",) if images else ()
-
-
-def add_others(source: Path, used: Collection[Path], unused: UnusedFiles) -> int:
-    """Count the files below a source of archives that are none of those in use; return how many are images.
-
-    Args:
-        source: the folder; a single file has nothing beside it.
-    """
-    images = 0
-    if source.is_file():
-        return images
-    pending, seen = [source], set()
-    while pending:
-        folder = pending.pop()
-        status = folder.stat()
-        if (status.st_dev, status.st_ino) in seen or len(folder.relative_to(source).parts) > MAX_DEPTH:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        contents = look(folder)
-        below = b"" if folder == source else os.fsencode(folder.relative_to(source)) + b"/"
-        contents.add_to(unused, below, folder)
-        for name in [*contents.images, *contents.files]:
-            if folder / os.fsdecode(name) not in used:
-                unused.add("beside the files that are used", below + name)
-        images += len(contents.images)
-        pending += [folder / os.fsdecode(name) for name in reversed(contents.folders)]
-    return images
-
-
-def _is_shard_set(folder: bytes) -> bool:
-    """Whether a folder is a set of this project, or one that is being made."""
+def is_shard_set(folder: bytes) -> bool:
+    """Return whether a folder is a set of this project, or one that is being made."""
     if os.path.lexists(os.path.join(folder, os.fsencode(WORK_FOLDER))):
         return True
     has_manifest = os.path.lexists(os.path.join(folder, MANIFEST_NAME.encode()))

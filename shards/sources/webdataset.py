@@ -25,13 +25,14 @@ from shards.errors import UserError, reading
 from shards.listing import Container, Listing, ListingBuilder
 from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest
 from shards.regular import open_regular
+from shards.sources.beside import look_beside
 from shards.sources.identity import digest_of_samples
 from shards.sources.labels import MAX_LABEL, FileLabels, LabelReader, NoLabelError, largest_label, number_classes
 from shards.sources.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, members
 from shards.sources.scan import TEST, TRAIN, Scan
 from shards.sources.splits import below_source, named_split, split_files
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
-from shards.sources.walk import add_others, files_below, images_beside
+from shards.sources.walk import files_below
 
 IMAGE_ORDER = ("jpg", "jpeg", "jpe", "jfif", "png", "webp")
 """Which image of a sample of several is used, the first of these; others follow in the order of their suffixes."""
@@ -111,8 +112,8 @@ def list_samples(source: Path) -> Listed:
         unused.add("compressed copy of a tar", tar.name)
     if not tars:
         raise UserError(f"{source}: no tars in it")
-    images = add_others(source, {*tars, *compressed_tars(source)}, unused)
     named = split_files(tars, source)
+    beside = look_beside(source, {*tars, *compressed_tars(source)}, "webdataset", set(named.splits.values()), unused)
     builders: dict[str, ListingBuilder] = {}
     labels = LabelReader()
     parts = []
@@ -135,7 +136,7 @@ def list_samples(source: Path) -> Listed:
         labels.found(),
         everything,
         named.notes_on(builders),
-        (*named.doubts, *images_beside(source, images), *incomplete_samples(everything)),
+        (*named.doubts, *beside, *incomplete_samples(everything)),
     )
 
 

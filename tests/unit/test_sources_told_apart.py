@@ -96,4 +96,6 @@ def test_images_beside_a_tar_are_doubted(tmp_path: Path) -> None:
         (tmp_path / name / "x.jpg").write_bytes(jpeg(1))
     tar(tmp_path / "backup.tar", [("0.jpg", jpeg(0)), ("0.cls", b"0"), ("1.jpg", jpeg(1)), ("1.cls", b"1")])
     found = scan(tmp_path, ONE, tmp_path / "spool")
-    assert any("2 images beside the archives that are read, not used" in doubt for doubt in found.doubts)
+    (doubt,) = found.doubts
+    assert "read as webdataset because of" in doubt
+    assert "2 images beside that (such as a/x.jpg) are not used; --from folder reads class folders instead" in doubt

@@ -1,0 +1,150 @@
+"""What stands beside tars and Parquet files, and where they stand themselves, is said for what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main as pipeline
+from shards.dataset import ShardSet
+from shards.sources.recognise import scan
+from shards.sources.scan import Scan, ScanOptions
+from tests.support.source_folders.containers import parquet, samples, tar
+from tests.support.source_folders.pictures import jpeg
+from tests.support.source_folders.source import pictures, put
+
+
+def scan_it(source: Path) -> Scan:
+    return scan(source, ScanOptions(workers=1), source.parent / "spool")
+
+
+def archive(root: Path, name: str) -> None:
+    if name.endswith(".parquet"):
+        parquet(root, name, [0, 1])
+    elif name.endswith(".tar"):
+        tar(root, name, samples(name, [0, 1]))
+    else:
+        pictures(root, f"{name}/{{cat,dog}}/{{1,2}}.jpg")
+
+
+@pytest.mark.parametrize(
+    ("archives", "layout"),
+    [
+        (["backup.tar"], "webdataset"),
+        (["cat/backup.tar"], "webdataset"),
+        (["meta.parquet"], "parquet"),
+        (["cat.tar", "dog.tar"], "class-tars"),
+    ],
+)
+def test_a_stray_archive_beside_class_folders_is_doubted_with_the_layout(
+    archives: list[str], layout: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "in"
+    pictures(source, "{cat,dog}/{1,2}.jpg")
+    for name in archives:
+        if layout == "class-tars":
+            tar(source, name, [("1.jpg", jpeg(1))])
+        else:
+            archive(source, name)
+    found = scan_it(source)
+    assert found.layout == layout
+    more = " and 1 more" if len(archives) > 1 else ""
+    assert found.doubts[0] == (
+        f"{source}: read as {layout} because of {source}/{archives[0]}{more}, so 4 images beside that (such as "
+        "cat/1.jpg) are not used; --from folder reads class folders instead"
+    )
+    instead = scan(source, ScanOptions(workers=1, layout="folder"), tmp_path / "spool")
+    assert [entry.folder for entry in instead.classes] == ["cat", "dog"]
+    assert len(instead.splits["train"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("made", "source", "named", "split"),
+    [
+        ("test/0000.tar", "test/0000.tar", "stands in a folder named test", "test"),
+        ("val/0000.tar", "val/0000.tar", "stands in a folder named val", "val"),
+        ("Test_Set/0000.parquet", "Test_Set/0000.parquet", "stands in a folder named Test_Set", "test"),
+        ("test/0000.tar", "test", "is a folder named test", "test"),
+        ("validation/0000.parquet", "validation", "is a folder named validation", "val"),
+        ("test", "test", "is a folder named test", "test"),
+        ("imagenet_val", "imagenet_val", "is a folder named imagenet_val", "val"),
+        ("val2017", "val2017", "is a folder named val2017", "val"),
+        ("evaluation", "evaluation", "is a folder named evaluation", "val"),
+        ("tests", "", "is a folder named tests", "test"),
+        ("tests/0000.tar", "tests", "is a folder named tests", "test"),
+    ],
+)
+def test_a_source_in_a_folder_named_as_a_split_is_doubted(
+    made: str, source: str, named: str, split: str, tmp_path: Path
+) -> None:
+    """Its name is above the source, where it does not count."""
+    archive(tmp_path / "in", made)
+    found = scan_it(tmp_path / "in" / source)
+    assert list(found.splits) == ["train"]
+    (doubt,) = found.doubts
+    assert f"its images become split 'train', though it {named}; to keep them as split '{split}'" in doubt
+    if "rename" in doubt:
+        folder = tmp_path / "in" / made.split("/", maxsplit=1)[0]
+        folder.rename(folder.with_name(split))
+    followed = scan_it(tmp_path / "in")
+    assert (list(followed.splits), followed.doubts) == ([split], ())
+
+
+@pytest.mark.parametrize(
+    "made", ["train/0000.tar", "training", "testimonials", "test_project", "valley/0000.tar", "pets"]
+)
+def test_a_source_of_another_name_is_no_doubt(made: str, tmp_path: Path) -> None:
+    archive(tmp_path / "in", made)
+    assert scan_it(tmp_path / "in" / made).doubts == ()
+
+
+def test_a_file_that_names_its_split_is_of_it_whatever_its_folder(tmp_path: Path) -> None:
+    archive(tmp_path / "in", "test/train-0.tar")
+    archive(tmp_path / "in", "data-test.parquet")
+    for source, split in (("test/train-0.tar", "train"), ("data-test.parquet", "test")):
+        found = scan_it(tmp_path / "in" / source)
+        assert (list(found.splits), found.doubts) == ([split], ())
+
+
+@pytest.mark.parametrize("name", ["evaluation-0.tar", "tests/0000.tar", "pets_validate.parquet"])
+def test_archives_nearly_named_as_splits_are_doubted(name: str, tmp_path: Path) -> None:
+    archive(tmp_path / "in", name)
+    (doubt,) = scan_it(tmp_path / "in").doubts
+    assert f"no split named, so training, though {name} is near the name of split '" in doubt
+
+
+@pytest.mark.parametrize("form", ["tar", "both"])
+def test_files_of_a_set_that_is_the_source_are_no_worry(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures(tmp_path / "in", "{train/{cat,dog}/{1,2},val/{cat,dog}/3}.jpg")
+    put(tmp_path / "in", "train/cat/4.jpg", "no image")
+    first = tmp_path / "first"
+    options = ["--workers", "1", "--max-rejects", "0.5"]
+    assert pipeline(["shard", f"{tmp_path / 'in'}", "--out", f"{first}", "--format", form, *options]) == 0
+    put(first, "{notes.txt,other.idx}", "x")
+    capsys.readouterr()
+    assert pipeline(["shard", f"{first}", "--out", f"{tmp_path / 'second'}", *options]) == 0
+    unused = ShardSet(tmp_path / "second").manifest.made["unused"]
+    twice = form == "both"
+    assert {(entry["kind"], entry["reason"]): entry["count"] for entry in unused} == {
+        (".idx", "index of a tar that is used"): 2,
+        (".npy", "belongs to the shard set that is read"): 4 if twice else 2,
+        **({(".beton", "belongs to the shard set that is read"): 2} if twice else {}),
+        (".json", "belongs to the shard set that is read"): 1,
+        (".jsonl", "belongs to the shard set that is read"): 1,
+        (".txt", "beside the files that are used"): 1,
+        (".idx", "beside the files that are used"): 1,
+    }
+    said = capsys.readouterr().out
+    assert "not used: 2 .idx: index of a tar that is used (such as train-000000.idx)" in said
+    assert "note:" not in said
+
+
+def test_indexes_of_another_tool_belong_to_their_tars(tmp_path: Path) -> None:
+    for name in ("pets-0", "more/pets-1"):
+        archive(tmp_path / "in", f"{name}.tar")
+        put(tmp_path / "in", f"{name}.idx", "v1.2 2\n")
+    unused = scan_it(tmp_path / "in").unused
+    assert [(entry.reason, entry.count) for entry in unused] == [("index of a tar that is used", 2)]
