@@ -265,6 +265,16 @@ def test_what_shards_need_may_not_be_removed(case: Case, how: str, tmp_path: Pat
         start(how, source, out)
 
 
+@pytest.fixture
+def attributes(tmp_path: Path) -> None:
+    """Skip where the file system has no attributes of files, which the place of a source is kept in."""
+    try:
+        os.setxattr(tmp_path, "user.test", b"")
+    except OSError as error:
+        pytest.skip(f"no attributes in {tmp_path}: {error.strerror}")
+
+
+@pytest.mark.usefixtures("attributes")
 @pytest.mark.parametrize("arguments", [{}, {"part": "2/2"}, {"finish": True}, {"layout": "folder"}])
 def test_a_finished_set_whose_source_was_removed_is_complete(
     arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -292,6 +302,7 @@ def test_other_options_are_refused_without_the_source(arguments: dict[str, objec
         Shard(source, workers=1, **arguments).run()  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("attributes")
 def test_the_set_of_a_removed_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = labelled_tar(tmp_path / "pets.tar", [0, 1])
     command = Shard(file, workers=1)
