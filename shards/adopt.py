@@ -96,6 +96,9 @@ def adopt(
     if len(folders) != 1:
         raise UserError(f"the tars lie in {len(folders)} folders, but a set is one folder; index each of them")
     (folder,) = folders
+    for tar in tars:
+        if tar.is_dir():
+            raise UserError(f"{tar}: a folder; name the tars in it")
     if classes is not None:
         read_classes(classes)  # before hours of reading tars
     jobs = [AdoptJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
@@ -136,8 +139,7 @@ def _check_folder(folder: Path, work: Work, jobs: list[AdoptJob]) -> None:
         raise UserError(f"{folder}: is already a shard set; remove its {MANIFEST_NAME} to index it again")
     missing = [job.tar for job in jobs if not job.tar.is_file()]
     if missing:
-        found = "a folder; name the tars in it" if missing[0].is_dir() else "no such file"
-        raise UserError(f"{missing[0]}: {found}")
+        raise UserError(f"{missing[0]}: no such file")
     if work.load_plan() is not None:
         raise UserError(f"{folder}: an unfinished conversion; run its 'pipeline shard' command again")
     work.refuse_foreign([REJECTS_NAME, *(work.index(split_of(job.tar, folder)).name for job in jobs)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Interval
 from tyro.conf import Positional, arg
 
-from shards.errors import UserError
+from shards.errors import UserError, explained
 from shards.limits import MAX_SIDE
 from shards.output import check_output_folder
 from shards.ranges import Seed, Share, check_ranges
@@ -101,7 +101,8 @@ class Shard:
         from shards.convert import convert, default_out, finish
         from shards.parts import Part
 
-        out = self.out or default_out(self.source)
+        with explained(self.source):
+            out = self.out or default_out(self.source)
         options = self._options()
         if not (out / MANIFEST_NAME).exists():
             check_output_folder(out, "--out", "name a folder of your own with --out")

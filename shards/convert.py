@@ -99,6 +99,8 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
             manifest = Manifest.load(out)
             _check_same(out, manifest.made.get("options"), options)
             check_finished(work, manifest, source, options.scan.layout)
+            if options.strict:
+                _refuse_doubts(source, manifest.made.get("doubts", ()))
             work.close()
             return None
         begun = work.load_plan()
@@ -150,6 +152,8 @@ def finish(
             manifest = Manifest.load(out)
             if source is not None:
                 check_finished(work, manifest, source)
+            if strict:
+                _refuse_doubts(source or out, manifest.made.get("doubts", ()))
             work.close()
             return None
         plan = work.load_plan()
@@ -252,7 +256,7 @@ def _scan(source: Path, work: Work, options: Options) -> Plan:
         unused=found.unused,
         notes=tuple(without_place(line, source)[:MAX_TEXT] for line in found.notes),
         doubts=tuple(without_place(line, source)[:MAX_TEXT] for line in found.doubts),
-        folders=times_above(found.splits, source.absolute()),
+        folders=times_above(found.splits, source.absolute(), work.out.absolute()),
         source_files=found.files,
         files=files,
     )

@@ -1,7 +1,7 @@
 """The place of the source that a set was made from, as an attribute of the set's folder.
 
-No file of a set names a place, so that the same images give the same bytes wherever they lie. A copy of a set loses the
-attribute, and some file systems have none (NFS before 4.2); then it is not known where the set came from.
+No file of a set names a place, so that the same images give the same bytes wherever they lie. Most copies of a set lose
+the attribute, and some file systems have none (NFS before 4.2); then it is not known where the set came from.
 """
 
 from __future__ import annotations

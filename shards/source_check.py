@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from shards.errors import UserError
+from shards.formats import named_as_image
 from shards.join import say_notes
 from shards.listing import Listing, display_name
 from shards.manifest import Manifest
@@ -23,7 +25,8 @@ from shards.sources.recognise import current_identity
 from shards.sources.scan import TRAIN, VAL, Layout
 from shards.work import Plan, Work
 
-_LOOKED_AT = 10_000  # folders and archives of the source; a source may have a folder for every image
+_LOOKED_AT = 30_000  # folders and archives of a split; ImageNet-21k has 21,841, another source one for every image
+_ARCHIVES = (b".tar", b".parquet")
 
 
 def check_exists(source: Path) -> None:
@@ -117,7 +120,7 @@ def check_unchanged(
             f"{work.out}: was begun from {source}, which is not what it was then: {fact}; restore the source, or give "
             "another --out"
         )
-    say_notes([f"{source}: {fact}; all shards were made before, so the set is complete without"])
+    say_notes([f"{source}: {fact}; all shards were made before, so the set is complete without them"])
 
 
 def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
@@ -126,7 +129,7 @@ def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
         return "it is not there any more", True
     now = _identity_now(source, plan.layout)
     if isinstance(now, UserError):
-        return f"it cannot be read as it was ({now})", True
+        return f"it cannot be read as it was ({now})", _holds_nothing_new(work, plan, source)
     if now.digest == plan.digest:
         return "", False
     if plan.layout == "parquet":
@@ -140,15 +143,45 @@ def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
     facts = [
         f"{_counted(which, what)} {fact} (such as {things.name(int(np.flatnonzero(which)[0]))})"
         for things, which, fact in (
-            (found, came, "came"),
-            (was, gone, "went"),
-            (found, other, f"of another {mark}"),
+            (found, came, "added"),
+            (was, gone, "removed"),
+            (found, other, f"with another {mark}"),
         )
         if which.any()
     ]
     if not facts:
         return "its labels, the order or names of its classes, or contents of images differ", False
     return ", ".join(facts), not came.any() and not other.any()
+
+
+def _holds_nothing_new(work: Work, plan: Plan, source: Path) -> bool:
+    """Whether all images or archives of a source that cannot be scanned any more were listed, with the same sizes.
+
+    Of Parquet files that are left this is not known, as what was listed is what was unpacked.
+    """
+    images: dict[bytes, int] = {}
+    archives: dict[bytes, tuple[int, int]] = {}
+    for split in plan.shards if plan.layout != "parquet" else ():
+        listing, _ = work.load_listing(split)
+        for entry in listing.entries(0, len(listing)):
+            place = os.fsencode(entry.container.path)
+            if entry.offset is None:
+                images[place + b"/" + entry.name.rpartition(b"/")[2]] = entry.size
+            else:
+                archives[place] = (entry.container.size, entry.container.mtime)
+    for folder, _, names in os.walk(os.fsencode(source.absolute())):
+        for name in names:
+            path = os.path.join(folder, name)
+            if not os.path.exists(path):  # a link that leads nowhere
+                continue
+            status = os.stat(path)
+            if path.lower().endswith(_ARCHIVES):
+                known = archives.get(path) == (status.st_size, int(status.st_mtime))
+            else:
+                known = images.get(path) == status.st_size if named_as_image(name) else True
+            if not known:
+                return False
+    return True
 
 
 def _counted(which: NDArray[np.bool_], what: str) -> str:
@@ -217,7 +250,7 @@ def _look_changed(work: Work, plan: Plan) -> bool:
     if plan.layout == "parquet":  # the archives that were listed are what was unpacked; the files are few
         return True
     began = int(work.scan_time())
-    places = [(Path(path), mtime) for path, mtime in plan.folders.items()]
+    places = [(Path(os.fsdecode(unquote_to_bytes(path))), mtime) for path, mtime in plan.folders.items()]
     for split in plan.shards:
         places += [(one.path, one.mtime) for one in work.load_listing(split)[0].containers[:_LOOKED_AT]]
     for path, mtime in places:
@@ -230,11 +263,15 @@ def _look_changed(work: Work, plan: Plan) -> bool:
     return False
 
 
-def times_above(listings: Mapping[str, Listing], source: Path) -> dict[str, int]:
-    """Return the times of last change of the folders above those of a listing, in seconds since 1970."""
+def times_above(listings: Mapping[str, Listing], source: Path, out: Path) -> dict[str, int]:
+    """Return the times of last change of the folders above those of a listing, in seconds since 1970.
+
+    The one that the set is written to is left out: making that changes it. The paths are percent-encoded, as they may
+    not be UTF-8.
+    """
     parents = {parent for one in listings.values() for container in one.containers for parent in container.path.parents}
     inside = sorted(parent for parent in parents if parent == source or source in parent.parents)
-    return {str(parent): int(parent.stat().st_mtime) for parent in inside}
+    return {quote_from_bytes(os.fsencode(one)): int(one.stat().st_mtime) for one in inside if one != out.parent}
 
 
 def _identity_now(source: Path, layout: Layout) -> Identity | UserError:

@@ -104,7 +104,8 @@ class Plan:
     notes: tuple[str, ...]
     doubts: tuple[str, ...]
     folders: dict[str, int]
-    """Folder above those that hold images or archives -> time of its last change, in seconds since 1970."""
+    """Folder above those that hold images or archives, percent-encoded -> time of its last change, in seconds since
+    1970."""
     source_files: dict[str, Digest]
     """Parquet file below the source -> its digest."""
     files: dict[str, Digest]

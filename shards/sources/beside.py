@@ -67,8 +67,12 @@ def _images_beside(source: Path, used: Collection[Path], layout: Layout, images:
     if not images:
         return []
     archives = sorted(used)
+    folders = {path.split(b"/")[-2] for path in images if b"/" in path}
+    read_folders = (
+        "--from folder reads class folders instead" if len(folders) > 1 else "move out of it what is not meant"
+    )
     more = f" and {len(archives) - 1:,} more" if len(archives) > 1 else ""
     return [
         f"{source}: read as {layout} because of {archives[0]}{more}, so {len(images):,} images beside that (such as "
-        f"{display_name(images[0])}) are not used; --from folder reads class folders instead"
+        f"{display_name(images[0])}) are not used; {read_folders}"
     ]

@@ -36,12 +36,13 @@ def scan_folder(source: Path) -> Scan:
     found = scan_classes(folders.roots, source)
     names = human_names(source)
     lists = find_split_lists(source, folders.roots.values())
+    beside = {split for name in look(source).folders for split in splits_in(os.fsdecode(name))}  # some are not used
     return replace(
         found,
         classes=tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes),
         unused=merge([folders.unused.entries(), found.unused]),
         notes=(*folders.notes, *found.notes),
-        doubts=(*folders.doubts, *doubts_about_lists(lists, folders.roots), *found.doubts),
+        doubts=(*folders.doubts, *doubts_about_lists(lists, beside | folders.roots.keys()), *found.doubts),
     )
 
 
@@ -74,14 +75,16 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
                 images += len(found)
                 builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
                 if found and _names_another(container.path, folder, split):
-                    divided.append(f"{container.path}: {len(found):,} images of split '{split}' in a folder named so")
+                    divided.append(
+                        f"{container.path}: {split} images ({len(found):,}) in a folder named as another split"
+                    )
                 if container.path != folder and names_annotations(container.path.name):
-                    what = f"its {len(found):,} images were taken for images of the class" if found else "not used"
+                    what = f"{_images(len(found))} in it taken for the class" if found else "not used"
                     annotated.append(f"{container.path}: named as annotations, but in a class folder; {what}")
                 beside = annotations_among([path for path, *_ in found])
                 if beside:
                     example = display_name(os.path.basename(beside[0]))
-                    masks.append(f"{container.path}: {len(beside):,} images named as annotations of others ({example})")
+                    masks.append(f"{container.path}: {_images(len(beside))} named as annotations of others ({example})")
             if images == 0:
                 empty.append((folder, kinds_of(others)))
     if empty:
@@ -96,6 +99,10 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
         unused=unused.entries(),
         doubts=tuple(shortened(lines, 1) for lines in (divided, annotated, masks) if lines),
     )
+
+
+def _images(count: int) -> str:
+    return f"{count:,} {'image' if count == 1 else 'images'}"
 
 
 def _remedy(folder: Path) -> str:

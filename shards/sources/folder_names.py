@@ -69,8 +69,8 @@ def names_annotations(name: str) -> bool:
 
 def annotations_among(images: Sequence[bytes]) -> list[bytes]:
     """Return those images of a folder that are named as annotations of others in it: 1_mask.png beside 1.png."""
-    stems = {os.path.splitext(image)[0] for image in images} if any(map(_ANNOTATION_OF.match, images)) else set()
-    return [image for image in images if (match := _ANNOTATION_OF.match(image)) and match[1] in stems]
+    stems = {os.path.splitext(image)[0] for image in images} if any(map(_ANNOTATION_OF.fullmatch, images)) else set()
+    return [image for image in images if (match := _ANNOTATION_OF.fullmatch(image)) and match[1] in stems]
 
 
 def refuse_containers(roots: Mapping[str, Path]) -> None:
@@ -80,11 +80,14 @@ def refuse_containers(roots: Mapping[str, Path]) -> None:
         roots: split -> the folder of its class folders.
 
     Raises:
-        UserError: all folders of a split are containers.
+        UserError: all folders of a split are containers, one of them of images, and one surely.
     """
     for root in roots.values():
         names = [os.fsdecode(name) for name in look(root).folders]
-        if len(_containers(names)) < max(1, len(names)) or not any(is_image_container(n) or _is_sure(n) for n in names):
+        if not names or len(_containers(names)) < len(names):
+            continue
+        of_images, sure = any(map(is_image_container, names)), any(map(_is_sure, names))
+        if not (of_images and sure) and not (len(names) == 1 and (of_images or sure)):
             continue
         raise UserError(
             f"{root}: no class folders in it but {_quoted(names)}, whose names say images or annotations; "

@@ -25,8 +25,8 @@ _DIVISIONS = frozenset(("fold", "folds", "partition", "partitions", "setid", "sp
 """Words of lists that divide images without naming a split."""
 _NO_LISTS = frozenset(
     (
-        *("args", "config", "configs", "history", "license", "log", "logs", "loss", "losses", "metrics", "readme"),
-        *("report", "requirements", "results", "state"),
+        *("acc", "args", "config", "configs", "history", "license", "log", "logs", "loss", "losses", "metrics"),
+        *("predictions", "readme", "report", "requirements", "results", "state", "stats", "submission"),
     )
 )
 """Words of files that a training program writes: test_results.json."""
@@ -44,8 +44,10 @@ def splits_of_list(name: str) -> set[str]:
     A list that names none of them, such as splits.json, may be of all three.
     """
     stem, suffix = os.path.splitext(name)
+    if suffix.lower() not in SUFFIXES:
+        return set()
     words = {word.lower() for word in _WORD.findall(stem)}
-    if suffix.lower() not in SUFFIXES or words & _NO_LISTS:
+    if words & _NO_LISTS:
         return set()
     return splits_in(stem) | near_splits_in(stem) or ({TRAIN, VAL, TEST} if words & _DIVISIONS else set())
 
@@ -62,11 +64,17 @@ def find_split_lists(source: Path, roots: Collection[Path]) -> list[Path]:
 
 def lists_below(folder: Path, roots: Collection[Path] = ()) -> list[Path]:
     """Find the lists below a folder, but not in the class folders in `roots`."""
-    pending, found, opened = [folder], list[Path](), 0
-    while pending and opened < _MAX_FOLDERS:
+    pending, found, seen = [folder], list[Path](), set[tuple[int, int]]()
+    while pending and len(seen) < _MAX_FOLDERS:
         folder = pending.pop(0)
-        opened += 1
-        contents = look(folder)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            contents = look(folder)
+        except PermissionError:  # a folder that is used and cannot be read is refused by the scan
+            continue
         found += _lists_in(folder, contents.files)
         if folder not in roots:
             pending += [folder / os.fsdecode(name) for name in contents.folders]
@@ -89,19 +97,24 @@ def _lists_in(folder: Path, files: Sequence[bytes]) -> list[Path]:
     return [folder / name for name in map(os.fsdecode, files) if splits_of_list(name)]
 
 
-def doubts_about_lists(lists: Sequence[Path], used: Collection[str]) -> list[str]:
-    """Return a doubt if lists name a split that the folders or files of a source do not make.
+def doubts_about_lists(lists: Sequence[Path], splits: Collection[str]) -> list[str]:
+    """Return a doubt if lists name other splits than training, of which the source has none.
 
     Args:
-        used: the splits that these make.
+        splits: those of the source's folders or files, used or not.
     """
-    lack = sorted({split for path in lists for split in splits_of_list(path.name)} - set(used))
-    if not lack:
+    others = [path for path in lists if splits_of_list(path.name) - {TRAIN}]
+    if not others or set(splits) != {TRAIN}:
         return []
+    look_like = (
+        "look like lists of splits, which are not read"
+        if len(others) > 1
+        else "looks like a list of splits, which is not read"
+    )
+    lack = sorted({split for path in others for split in splits_of_list(path.name)} - {TRAIN})
     return [
-        f"{some_lists(lists)}: named as lists of splits, not read: images of split {' or '.join(map(repr, lack))} may "
-        f"be among those of {' and '.join(map(repr, used))}; divide the source by the lists into {TRAIN}/ and {TEST}/ "
-        "(or take a validation split, --val-fraction)"
+        f"{some_lists(others)}: {look_like}: {' or '.join(lack)} images may be among the {TRAIN} images; divide the "
+        f"images by the lists into {TRAIN}/ and {TEST}/, or move the lists out of the source"
     ]
 
 

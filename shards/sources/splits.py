@@ -146,7 +146,7 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
         doubts += doubts_about_place(source)
     if unnamed:
         line = f"{_some(unnamed)}: no split named, so training"
-        near = {split: name for name in unnamed for part in name.split("/") for split in near_splits_in(part)}
+        near = {split: name for name in unnamed for part in name.split("/") for split in sorted(near_splits_in(part))}
         if TRAIN in places:
             doubts.append(f"{line}, beside {next(iter(places[TRAIN]))}, which is named so")
         elif near:
@@ -171,10 +171,11 @@ def doubts_about_place(source: Path) -> list[str]:
     if len(splits) != 1 or TRAIN in splits or not (near or says_only_split(name) or _words(name)[-1] in _SPLIT_OF):
         return []
     (split,) = splits
-    rename = f"rename that to {split}, and " if near else ""
+    renamed = f" it, renamed to {split}/" if near else f" {split}/"
     return [
         f"{source}: its images become split '{TRAIN}', though it {'is' if source.is_dir() else 'stands in'} a folder "
-        f"named {one_line(name)}; to keep them as split '{split}', {rename}give the folder around that as the source"
+        f"named {one_line(name)}; to keep them as split '{split}', name the archives so ({split}-0.tar), or give a "
+        f"folder that holds only{renamed} (a link will do)"
     ]
 
 

@@ -186,12 +186,12 @@ def test_all_folders_nearly_named_as_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        ("masks/1.png", "{0}/COVID/masks: named as annotations, but in a class folder; its 1 images were taken"),
+        ("masks/1.png", "{0}/COVID/masks: named as annotations, but in a class folder; 1 image in it taken"),
         ("ground_truth/1.png", "{0}/COVID/ground_truth: named as annotations"),
         ("labels/1.txt", "{0}/COVID/labels: named as annotations, but in a class folder; not used"),
-        ("images/1_mask.png", "{0}/COVID/images: 1 images named as annotations of others (1_mask.png)"),
-        ("images/1_mask_1.png", "{0}/COVID/images: 1 images named as annotations of others (1_mask_1.png)"),
-        ("tests/1.png", "{0}/COVID/tests: 1 images of split 'train' in a folder named so"),
+        ("images/1_mask.png", "{0}/COVID/images: 1 image named as annotations of others (1_mask.png)"),
+        ("images/1_mask_1.png", "{0}/COVID/images: 1 image named as annotations of others (1_mask_1.png)"),
+        ("tests/1.png", "{0}/COVID/tests: train images (1) in a folder named as another split"),
         ("images/3_mask.png", None),  # of no image
         ("images/mask.png", None),
         ("depth of field/1.png", None),

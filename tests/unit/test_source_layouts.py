@@ -181,7 +181,7 @@ def test_folders_below_a_class_are_the_class_and_said_when_they_name_another_spl
     write(source / "train" / "dog" / "train" / "0.jpg")
     found = scan(source, ONE, tmp_path / "spool")
     assert counts(found) == {"train": 6}
-    assert found.doubts == (f"{source}/train/cat/val_gradient: 1 images of split 'train' in a folder named so",)
+    assert found.doubts == (f"{source}/train/cat/val_gradient: train images (1) in a folder named as another split",)
     write(source / "train" / "dog" / "test" / "0.jpg")
     (doubt,) = scan(source, ONE, tmp_path / "spool").doubts
     assert doubt.endswith("in a folder named so and 1 more")

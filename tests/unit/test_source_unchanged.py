@@ -111,17 +111,17 @@ class Case:
 
 
 GROWN = [
-    Case("folder", "class", r"2 images came \(such as .*/cow/0.jpg\)", lambda s: class_folders(s / "train", {"cow": 2})),  # noqa: E501
-    Case("folder", "image", r"1 image came \(such as .*/cat/9.jpg\)", lambda s: shutil.copy(jpg(s), s / "train/cat/9.jpg")),  # noqa: E501
-    Case("folder", "split", r"6 images came \(such as .*/val/", lambda s: shutil.copytree(s / "train", s / "val")),
-    Case("folder", "renamed", r"3 images came .*/tac/.*, 3 images went .*/cat/", lambda s: jpg(s).parent.rename(s / "train/tac")),  # noqa: E501
-    Case("tars", "tar", r"1 image came \(such as .*c.tar\[", lambda s: labelled_tar(s / "c.tar", [0])),
-    Case("tars", "sample", r"1 image came \(such as .*b.tar\[", lambda s: labelled_tar(s / "b.tar", [1, 0, 1])),
-    Case("tars", "labels", r"came .*, .* went ", lambda s: labelled_tar(s / "b.tar", [0, 1])),
-    Case("class tars", "class", r"2 images came \(such as .*cow.tar\[", lambda s: class_tar(s / "cow.tar", 2)),
-    Case("parquet", "file", r"1 file came \(such as train-2.parquet\)", lambda s: write_table(s / "train-2.parquet", [0])),  # noqa: E501
-    Case("parquet", "labels", r"1 file of another content \(.*-1.parquet", lambda s: write_table(s / "train-1.parquet", [1, 1])),  # noqa: E501
-    Case("parquet", "renamed", r"1 file came .*z.parquet\), 1 file went", lambda s: (s / "train-0.parquet").rename(s / "z.parquet")),  # noqa: E501
+    Case("folder", "class", r"2 images added \(such as .*/cow/0.jpg\)", lambda s: class_folders(s / "train", {"cow": 2})),  # noqa: E501
+    Case("folder", "image", r"1 image added \(such as .*/cat/9.jpg\)", lambda s: shutil.copy(jpg(s), s / "train/cat/9.jpg")),  # noqa: E501
+    Case("folder", "split", r"6 images added \(such as .*/val/", lambda s: shutil.copytree(s / "train", s / "val")),
+    Case("folder", "renamed", r"3 images added .*/tac/.*, 3 images removed .*/cat/", lambda s: jpg(s).parent.rename(s / "train/tac")),  # noqa: E501
+    Case("tars", "tar", r"1 image added \(such as .*c.tar\[", lambda s: labelled_tar(s / "c.tar", [0])),
+    Case("tars", "sample", r"1 image added \(such as .*b.tar\[", lambda s: labelled_tar(s / "b.tar", [1, 0, 1])),
+    Case("tars", "labels", r"added .*, .* removed ", lambda s: labelled_tar(s / "b.tar", [0, 1])),
+    Case("class tars", "class", r"2 images added \(such as .*cow.tar\[", lambda s: class_tar(s / "cow.tar", 2)),
+    Case("parquet", "file", r"1 file added \(such as train-2.parquet\)", lambda s: write_table(s / "train-2.parquet", [0])),  # noqa: E501
+    Case("parquet", "labels", r"1 file with another content \(.*-1.parquet", lambda s: write_table(s / "train-1.parquet", [1, 1])),  # noqa: E501
+    Case("parquet", "renamed", r"1 file added .*z.parquet\), 1 file removed", lambda s: (s / "train-0.parquet").rename(s / "z.parquet")),  # noqa: E501
 ]  # fmt: skip
 
 
@@ -154,7 +154,7 @@ def test_a_source_that_differs_is_refused(case: Case, how: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fact", "change"),
     [
-        ("1 image of another size (such as {}/train/cat/0.jpg)", lambda s: jpg(s).write_bytes(jpeg(0, 80))),
+        ("1 image with another size (such as {}/train/cat/0.jpg)", lambda s: jpg(s).write_bytes(jpeg(0, 80))),
         ("contents of images differ", lambda s: jpg(s).write_bytes(jpg(s).read_bytes()[:-1] + b"x")),
         ("names of its classes", lambda s: (s / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
     ],
@@ -175,7 +175,7 @@ def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) 
     options = Options(shard_bytes=4000, scan=ScanOptions(workers=1, val_fraction=0.5))
     convert(source, tmp_path / "set", options, Part(1, 2))
     (source / "a" / "9.jpg").write_bytes(jpeg(99))
-    with pytest.raises(UserError, match=r"was then: 1 image came \(such as .*a/9.jpg\); restore"):
+    with pytest.raises(UserError, match=r"was then: 1 image added \(such as .*a/9.jpg\); restore"):
         convert(source, tmp_path / "set", options)
 
 
@@ -184,7 +184,7 @@ def test_a_source_read_through_a_link_is_the_same(tmp_path: Path) -> None:
     link.symlink_to(source)
     convert(link, tmp_path / "set", SMALL, Part(1, 2))
     (source / "train" / "cat" / "9.jpg").write_bytes(jpeg(99))
-    with pytest.raises(UserError, match=r"was then: 1 image came"):
+    with pytest.raises(UserError, match=r"was then: 1 image added"):
         convert(source, tmp_path / "set", SMALL)
     (source / "train" / "cat" / "9.jpg").unlink()
     assert convert(source, tmp_path / "set", SMALL) is not None
@@ -222,19 +222,19 @@ def test_a_change_within_the_second_of_the_listing_is_found(tmp_path: Path) -> N
     os.utime(folder, (was, was))
     scan_key = tmp_path / "set" / ".making" / "scan.key"
     os.utime(scan_key, (was, was))
-    with pytest.raises(UserError, match=r"1 image came"):
+    with pytest.raises(UserError, match=r"1 image added"):
         convert(source, tmp_path / "set", SMALL, Part(2, 2))
 
 
 REMOVED = [
     Case("folder", "all", "it is not there any more", shutil.rmtree),
-    Case("folder", "image", r"1 image went \(such as .*/train/cat/0.jpg\)", lambda s: jpg(s).unlink()),
-    Case("folder", "class", r"3 images went \(such as .*/train/cat/", lambda s: shutil.rmtree(jpg(s).parent)),
+    Case("folder", "image", r"1 image removed \(such as .*/train/cat/0.jpg\)", lambda s: jpg(s).unlink()),
+    Case("folder", "class", r"3 images removed \(such as .*/train/cat/", lambda s: shutil.rmtree(jpg(s).parent)),
     Case(
         "folder", "content", r"it cannot be read as it was \(.*no class folders", lambda s: shutil.rmtree(s / "train")
     ),
-    Case("tars", "tar", r"2 images went \(such as .*b.tar\[", lambda s: (s / "b.tar").unlink()),
-    Case("parquet", "file", r"1 file went \(such as train-1.parquet", lambda s: (s / "train-1.parquet").unlink()),
+    Case("tars", "tar", r"2 images removed \(such as .*b.tar\[", lambda s: (s / "b.tar").unlink()),
+    Case("parquet", "file", r"1 file removed \(such as train-1.parquet", lambda s: (s / "train-1.parquet").unlink()),
 ]
 
 
@@ -253,6 +253,44 @@ def test_what_no_shard_needs_any_more_may_be_removed(
     if how == "part":
         finish(out, source=source, workers=1)
     assert sum(entry.samples for entry in Manifest.load(out).splits.values()) in (5, 6)
+
+
+def add_unseen(source: Path) -> None:
+    """Add an image, and a folder without any, for which the source cannot be listed."""
+    shutil.copy(jpg(source), source / "train/cat/9.jpg")
+    (source / "train/extra").mkdir()
+
+
+HIDDEN = [
+    Case("folder", "image added", "it cannot be read as it was .*/extra: a class folder without images", add_unseen),
+    Case("tars", "tar emptied", "it cannot be read as it was ", lambda s: (s / "b.tar").write_bytes(b"")),
+]
+
+
+@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("case", HIDDEN, ids=str)
+def test_a_source_that_cannot_be_listed_may_hold_nothing_new(case: Case, how: str, tmp_path: Path) -> None:
+    source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
+    begin(source, out, how, complete=True)
+    case.change(source)
+    with pytest.raises(UserError, match=f"which is not what it was then: {case.said}"):
+        start(how, source, out)
+
+
+def test_the_folder_above_the_set_and_names_that_are_not_utf_8_do_not_look_changed(tmp_path: Path) -> None:
+    """Otherwise every part lists the whole source."""
+    source = folders(tmp_path / "in")
+    around = source / os.fsdecode(b"pets-\xff")
+    (source / "train").rename(around)
+    made_long_ago(source)
+    convert(source, source / "set", SMALL, Part(1, 3))
+    with counted_listings(around) as listings:
+        convert(source, source / "set", SMALL, Part(2, 3))
+    assert listings == {}
+    os.utime(around)
+    with counted_listings(around) as listings:
+        convert(source, source / "set", SMALL, Part(3, 3))
+    assert listings
 
 
 @pytest.mark.parametrize("how", ["convert", "part"])

@@ -8,9 +8,10 @@ import pytest
 
 from pipeline.cli import main as pipeline
 from shards.errors import UserError
+from shards.sources import split_lists, walk
 from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions
-from shards.sources.split_lists import splits_of_list
+from shards.sources.split_lists import lists_below, splits_of_list
 from tests.support.source_folders.containers import parquet, samples, tar
 from tests.support.source_folders.source import pictures, put
 
@@ -52,19 +53,17 @@ def test_a_list_names_its_splits(name: str, splits: str) -> None:
 @pytest.mark.parametrize(
     ("images", "lists", "source", "named"),
     [
-        (CLASSES, "{train,test}.txt", "", "'test'"),
-        (CLASSES, "{train,val}.csv", "", "'val'"),
-        (CLASSES, "train_test_split.txt", "", "'test'"),
-        (CLASSES, "splits.json", "", "'test' or 'val'"),
-        (f"pets/{CLASSES}", "{trainval,test}.txt", "", "'test'"),
-        (f"pets/{CLASSES}", "pets/test.lst", "", "'test'"),
-        (f"{{train,val}}/{CLASSES}", "test.txt", "", "'test'"),
-        (f"images/{{train,val}}/{CLASSES}", "meta/{train,val,test}.txt", "", "'test'"),
+        (CLASSES, "{train,test}.txt", "", "test"),
+        (CLASSES, "{train,val}.csv", "", "val"),
+        (CLASSES, "train_test_split.txt", "", "test"),
+        (CLASSES, "splits.json", "", "test or val"),
+        (f"pets/{CLASSES}", "{trainval,test}.txt", "", "test"),
+        (f"pets/{CLASSES}", "pets/test.lst", "", "test"),
         # Food-101, CUB-200, Stanford Dogs and DTD, whose folder of class folders is given
-        (f"images/{CLASSES}", "meta/{train,test}.json", "images", "'test'"),
-        (f"images/{CLASSES}", "train_test_split.txt", "images", "'test'"),
-        (f"Images/{CLASSES}", "lists/{train,test}_list.mat", "Images", "'test'"),
-        (f"images/{CLASSES}", "labels/{train,val,test}1.txt", "images", "'test' or 'val'"),
+        (f"images/{CLASSES}", "meta/{train,test}.json", "images", "test"),
+        (f"images/{CLASSES}", "train_test_split.txt", "images", "test"),
+        (f"Images/{CLASSES}", "lists/{train,test}_list.mat", "Images", "test"),
+        (f"images/{CLASSES}", "labels/{train,val,test}1.txt", "images", "test or val"),
     ],
 )
 def test_lists_of_splits_near_class_folders_are_doubted(
@@ -73,11 +72,10 @@ def test_lists_of_splits_near_class_folders_are_doubted(
     pictures(tmp_path / "in", images)
     put(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in" / source, ScanOptions(), tmp_path / "spool")
-    doubt = next(doubt for doubt in found.doubts if "lists of splits" in doubt)
-    assert f"images of split {named} may be among those of 'train'" in doubt
-    assert "by the lists into train/ and test/" in doubt
+    doubt = next(doubt for doubt in found.doubts if "of splits" in doubt)
+    assert f"{named} images may be among the train images; divide" in doubt
     for path in tmp_path.rglob("*.*"):
-        assert (f"{path}" in doubt) == (path.suffix not in (".jpg",)), doubt
+        assert (f"{path}" in doubt) == bool(splits_of_list(path.name) - {"train"}), doubt
 
 
 @pytest.mark.parametrize(
@@ -90,13 +88,43 @@ def test_lists_of_splits_near_class_folders_are_doubted(
         (f"images/{{train,test}}/{CLASSES}", "meta/train_test_split.txt"),
         (CLASSES, "../{train,test}.txt"),  # beside a source that is not named images
         (CLASSES, "cat/test.txt"),  # of the class's own
+        (f"{{train,val}}/{CLASSES}", "{test,splits}.txt"),  # divided, whatever else there may be lists of
+        (f"images/{{train,val}}/{CLASSES}", "meta/{train,val,test}.txt"),
     ],
 )
 def test_lists_that_say_no_more_than_the_folders_are_no_doubt(images: str, lists: str, tmp_path: Path) -> None:
     pictures(tmp_path / "in", images)
     put(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
-    assert not any("lists of splits" in doubt for doubt in found.doubts)
+    assert not any("of splits" in doubt for doubt in found.doubts)
+
+
+def test_a_list_of_a_split_that_is_not_used_is_no_doubt(tmp_path: Path) -> None:
+    """As Kaggle's test/, which has no labels."""
+    pictures(tmp_path / "in", f"train/{CLASSES}")
+    pictures(tmp_path / "in", "test/{1,2}.jpg")
+    put(tmp_path / "in", "test.csv", "1.jpg\n")
+    found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
+    assert not any("of splits" in doubt for doubt in found.doubts)
+
+
+def test_a_folder_beside_that_cannot_be_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures(tmp_path / "in", f"{{train,val}}/{CLASSES}")
+    put(tmp_path / "in", "notes/private/test.txt", "cat/1.jpg\n")
+
+    def look(folder: Path) -> walk.Contents:
+        if folder.name == "private":
+            raise PermissionError(13, "Permission denied", f"{folder}")
+        return walk.look(folder)
+
+    monkeypatch.setattr(split_lists, "look", look)
+    assert lists_below(tmp_path / "in") == []
+
+
+def test_a_folder_that_holds_itself_is_looked_at_once(tmp_path: Path) -> None:
+    put(tmp_path, "test.txt", "cat/1.jpg\n")
+    (tmp_path / "again").symlink_to(".")
+    assert lists_below(tmp_path) == [tmp_path / "test.txt"]
 
 
 def test_a_folder_of_lists_among_classes_is_refused_with_what_it_is(tmp_path: Path) -> None:
@@ -120,7 +148,7 @@ def test_lists_of_splits_beside_archives_are_doubted(kind: str, tmp_path: Path) 
     put(source, "{train,test}.txt", "0\n")
     found = scan(source, ScanOptions(workers=1), tmp_path / "spool")
     assert found.layout == kind
-    assert [doubt.split(": named")[0] for doubt in found.doubts] == [f"{source}/test.txt, {source}/train.txt"]
+    assert [doubt.split(" looks like")[0] for doubt in found.doubts] == [f"{source}/test.txt:"]
 
 
 def test_lists_end_in_the_summary_and_strict_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +156,8 @@ def test_lists_end_in_the_summary_and_strict_refuses_them(tmp_path: Path, capsys
     put(tmp_path / "in", "{train,test}.txt", "cat/1.jpg\n")
     command = ["shard", f"{tmp_path / 'in'}", "--out", f"{tmp_path / 'set'}", "--workers", "1"]
     assert pipeline([*command, "--strict"]) == 2
-    assert "--strict: test.txt, train.txt: named as lists" in capsys.readouterr().err.replace(f"{tmp_path}/in/", "")
+    assert "--strict: test.txt: looks like a list of splits" in capsys.readouterr().err.replace(f"{tmp_path}/in/", "")
     assert pipeline(command) == 0
-    assert "note: test.txt, train.txt: named as lists of splits, not read" in capsys.readouterr().out
+    assert pipeline([*command, "--strict"]) == 2, "of a finished set too"
+    assert pipeline(command) == 0
+    assert "note: test.txt: looks like a list of splits, which is not read" in capsys.readouterr().out
