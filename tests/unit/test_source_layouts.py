@@ -184,7 +184,7 @@ def test_folders_below_a_class_are_the_class_and_said_when_they_name_another_spl
     assert found.doubts == (f"{source}/train/cat/val_gradient: train images (1) in a folder named as another split",)
     write(source / "train" / "dog" / "test" / "0.jpg")
     (doubt,) = scan(source, ONE, tmp_path / "spool").doubts
-    assert doubt.endswith("in a folder named so and 1 more")
+    assert doubt.endswith("in a folder named as another split and 1 more")
 
 
 def test_class_folders_beside_the_splits_are_said(tmp_path: Path) -> None:
