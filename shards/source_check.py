@@ -19,7 +19,7 @@ from shards.join import say_notes
 from shards.listing import Listing, display_name
 from shards.manifest import Manifest
 from shards.place import is_made_from
-from shards.sources.classes import quoted, shortened
+from shards.sources.classes import counted, quoted, shortened
 from shards.sources.identity import Identity
 from shards.sources.recognise import current_identity
 from shards.sources.scan import TRAIN, VAL, Layout
@@ -141,7 +141,7 @@ def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
     came, gone, other = ~np.isin(found.keys, was.keys), ~np.isin(was.keys, found.keys), _differ(found, was)
     mark = "size" if what == "image" else "content"
     facts = [
-        f"{_counted(which, what)} {fact} (such as {things.name(int(np.flatnonzero(which)[0]))})"
+        f"{counted(int(np.count_nonzero(which)), what)} {fact} (such as {things.name(int(np.flatnonzero(which)[0]))})"
         for things, which, fact in (
             (found, came, "added"),
             (was, gone, "removed"),
@@ -182,11 +182,6 @@ def _holds_nothing_new(work: Work, plan: Plan, source: Path) -> bool:
             if not known:
                 return False
     return True
-
-
-def _counted(which: NDArray[np.bool_], what: str) -> str:
-    number = np.count_nonzero(which)
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 @dataclass(frozen=True)

@@ -191,6 +191,11 @@ def quoted(folder: str) -> str:
     return f"'{folder}'"
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with what is counted, in the plural where it is not one: "1,000 images"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def shortened(texts: Iterable[str], most: int = SHOWN) -> str:
     """Join texts by commas; beyond the first `most` of them, say how many more there are."""
     listed = list(texts)

@@ -15,7 +15,7 @@ from shards.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as
 from shards.listing import Container, ListingBuilder, display_name
 from shards.manifest import ClassEntry
 from shards.regular import kind, open_regular
-from shards.sources.classes import class_order, displayed, human_names, shortened
+from shards.sources.classes import class_order, counted, displayed, human_names, shortened
 from shards.sources.folder_names import annotations_among, folder_around_classes, names_annotations, refuse_containers
 from shards.sources.scan import Scan
 from shards.sources.split_folders import find_split_folders, kinds_of, no_class_folders
@@ -79,12 +79,14 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
                         f"{container.path}: {split} images ({len(found):,}) in a folder named as another split"
                     )
                 if container.path != folder and names_annotations(container.path.name):
-                    what = f"{_images(len(found))} in it taken for the class" if found else "not used"
+                    what = f"{counted(len(found), 'image')} in it taken for the class" if found else "not used"
                     annotated.append(f"{container.path}: named as annotations, but in a class folder; {what}")
                 beside = annotations_among([path for path, *_ in found])
                 if beside:
                     example = display_name(os.path.basename(beside[0]))
-                    masks.append(f"{container.path}: {_images(len(beside))} named as annotations of others ({example})")
+                    masks.append(
+                        f"{container.path}: {counted(len(beside), 'image')} named as annotations of others ({example})"
+                    )
             if images == 0:
                 empty.append((folder, kinds_of(others)))
     if empty:
@@ -99,10 +101,6 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
         unused=unused.entries(),
         doubts=tuple(shortened(lines, 1) for lines in (divided, annotated, masks) if lines),
     )
-
-
-def _images(count: int) -> str:
-    return f"{count:,} {'image' if count == 1 else 'images'}"
 
 
 def _remedy(folder: Path) -> str:

@@ -46,3 +46,14 @@ def labelled_tar(path: Path, labels: list[int], others: Mapping[str, bytes] | No
 
 def _sample(number: int, label: int) -> list[tuple[str, bytes]]:
     return [("jpg", jpeg(number)), ("cls", b"%d" % label)]
+
+
+def folders(root: Path) -> Path:
+    """Write two classes of three images each in train/."""
+    return class_folders(root / "train", {"cat": 3, "dog": 3}).parent
+
+
+def tars(root: Path) -> Path:
+    """Write two tars of five labelled images."""
+    labelled_tar(root / "a.tar", [0, 1, 1])
+    return labelled_tar(root / "b.tar", [1, 0]).parent

@@ -20,18 +20,9 @@ from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
 from shards.sources.walk import WORK_FOLDER
 from shards.work import Work
-from tests.support.sources import class_folders, jpeg, labelled_tar
+from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
-
-
-def folders(root: Path) -> Path:
-    return class_folders(root / "train", {"cat": 3, "dog": 3}).parent
-
-
-def tars(root: Path) -> Path:
-    labelled_tar(root / "a.tar", [0, 1, 1])
-    return labelled_tar(root / "b.tar", [1, 0]).parent
 
 
 def tables(root: Path) -> Path:

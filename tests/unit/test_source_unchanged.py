@@ -21,19 +21,10 @@ from shards.parts import Part
 from shards.place import ATTRIBUTE
 from shards.sources.scan import ScanOptions
 from tests.support.listings import counted_listings
-from tests.support.sources import class_folders, jpeg, labelled_tar
+from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
 STARTS = ("convert", "part", "finish")
-
-
-def folders(root: Path) -> Path:
-    return class_folders(root / "train", {"cat": 3, "dog": 3}).parent
-
-
-def tars(root: Path) -> Path:
-    labelled_tar(root / "a.tar", [0, 1, 1])
-    return labelled_tar(root / "b.tar", [1, 0]).parent
 
 
 def class_tars(root: Path) -> Path:
