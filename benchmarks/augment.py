@@ -5,9 +5,10 @@ PIL's side does what a DataLoader worker does per image after decoding: RandAugm
 erase by torch. Our side takes a batch on --device, where the images already are. Mixing and the draws are timed on
 their own, and so is the bare memory of the result, which a CPU must fault in.
 
-On a GPU also our kernels (pipeline/augment/randaugment.py, finishing.py) against torch's, on a batch as large as a
-training step's: launches, the time from the first to the last byte, the time that the device works, the bytes that
-RandAugment moves over the bandwidth of a copy, and all that as shares of a B0 training step (goal: 3 % at most).
+On a GPU also our kernels (pipeline/augment/triton_impl/randaugment.py, finishing.py) against torch's, on a batch as
+large as a training step's: launches, the time from the first to the last byte, the time that the device works, the
+bytes that RandAugment moves over the bandwidth of a copy, and all that as shares of a B0 training step (goal: 3 % at
+most).
 
     python benchmarks/augment.py --out benchmarks/results/augment.json
 """
@@ -37,12 +38,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.augment import params as draws
-from pipeline.augment import reference, rounds
-from pipeline.augment.mix import mix
+from pipeline.augment import reference
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.augment.torch_impl.mix import mix
+from pipeline.augment.triton_impl import rounds
 from shards.cores import cores
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")

@@ -31,7 +31,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from benchmarks.decode import RECIPE, SIZE, photos
 from benchmarks.model import reason
-from pipeline.decode_hardware import find_jpeg_engine
+from pipeline.decode.hardware import find_jpeg_engine
 from pipeline.options import decode_threads
 
 WINDOW_START, WINDOW_SIDE = 8, 64  # pixels of the crop window, which every photo holds

@@ -37,9 +37,9 @@ from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
 from benchmarks.taking_turns import Maker, machine, medians, take_turns
+from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows
 from pipeline.augment.recipe import augment_recipe
-from pipeline.cli import main as pipeline
 from pipeline.options import decode_threads
 
 SIZE = 224

@@ -137,7 +137,7 @@ def machine() -> dict[str, Any]:
     """GPUs, cores and versions; of the kit's packages too, once they are unpacked."""
     import torch
 
-    from launch.provenance import installed_version, versions
+    from launch.machine.provenance import installed_version, versions
 
     found = {name: version for name in ("triton", "timm") if (version := installed_version(name))}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -52,21 +52,21 @@ from nvidia.dali import Pipeline, fn
 from torch import Tensor
 
 from benchmarks.taking_turns import machine
-from pipeline.augment import rounds
+from launch.cli import main as pipeline
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.transfer import upload
-from pipeline.bad_samples import BadSamples
-from pipeline.cli import main as pipeline
-from pipeline.dali import DaliDecoder
-from pipeline.decode import DecodeJob
+from pipeline.augment.triton_impl import rounds
+from pipeline.decode.dali import DaliDecoder
+from pipeline.decode.job import DecodeJob
 from pipeline.feed_process import FeedProcess
 from pipeline.jobs import MIX_STEPS, JobStream, TrainJobs
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
-from pipeline.reader import SampleReader
-from pipeline.storage import storage_of
-from shards.dataset import ShardSet
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import SampleReader
+from shards.format.dataset import ShardSet
 
 SIZE = 224
 CPU = torch.device("cpu")

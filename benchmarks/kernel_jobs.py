@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from fat.blocks import POOL_KERNEL
 from fat.config import VARIANTS
-from fat.kernels import SWITCH, ops, tiles
+from fat.kernels import SWITCH, ops
+from fat.kernels.impl import tiles
 from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, pointwise
 
 Ways = dict[str, Callable[[], object]]
@@ -144,7 +145,7 @@ def depthwise_jobs(
 
 
 def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:
-    """Wrap a call to use the form of the weight gradient that `fat.kernels.tiles` does not choose, and forward at
+    """Wrap a call to use the form of the weight gradient that `fat.kernels.impl.tiles` does not choose, and forward at
     stride 2 as many channels a thread as at stride 1."""
     depthwise = tiles.depthwise
 

@@ -30,10 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import WAYS, step
+from launch.config.recipe import DataRecipe, Recipe
 from launch.feed import Feed
-from launch.limits import settle
-from launch.recipe import DataRecipe, Recipe
-from launch.world import World
+from launch.machine.device_peaks import settle
+from launch.machine.world import World
 
 WARM_UP = 3  # steps: allocations, kernels' choice
 LOADER_BATCHES = 4  # batches profiled for each step: they are short

@@ -12,12 +12,14 @@ bytes would take.
   ours           fat.kernels
   channels-last  torch (cuDNN for convolutions), channels-last maps and weights, as FAT runs without kernels
   contiguous     the same with NCHW maps, as the released implementation runs
-  other form     of weight gradients: the form that fat/kernels/tiles.py does not choose. Where it is faster, add the
+  other form     of weight gradients: the form that fat/kernels/impl/tiles.py does not choose. Where it is faster, add
+  the
                  (kernel, stride, width of the gradient's map) to its STRIPS, or take it out. Forward at stride 2: with
                  8 channels a thread instead of tiles.STRIDE_2_LANES
 
 --sweep also tries other launch shapes for the depthwise kernels and prints the fastest beside the one that
-fat/kernels/tiles.py chooses. Needs a CUDA device; with TRITON_INTERPRET=1 it runs on the CPU, whose times mean nothing.
+fat/kernels/impl/tiles.py chooses. Needs a CUDA device; with TRITON_INTERPRET=1 it runs on the CPU, whose times mean
+nothing.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ import torch
 
 import fat
 from benchmarks.kernel_jobs import DEVICE, OTHER_FORM, Ways, jobs, weight_forms
-from fat.kernels import tiles
-from launch.limits import random_bytes
+from fat.kernels.impl import tiles
+from launch.machine.device_peaks import random_bytes
 
 FLUSH = 256 << 20  # bytes that are overwritten before each call: more than any second-level cache
 COPY = 1 << 30  # bytes of the copy

@@ -34,13 +34,13 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from benchmarks.taking_turns import Maker, machine, medians, ratio, take_turns
+from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
-from pipeline.cli import main as pipeline
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.options import LoaderName, decode_threads
 from pipeline.plan import BatchShape, TrainPlan
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 
 BATCH, SIZE = 64, 224
 RECIPE = augment_recipe("light", size=SIZE)

@@ -3,8 +3,8 @@
     python benchmarks/peers.py [--models fat_b0 ... efficientnet_b0 ...] [--ways graph compiled eager] [--batch 256]
                                [--size 224] [--rounds 5] [--steps 4] [--fat-figures FILE.json] [--out FILE.json]
 
-A step is `launch.engine.Engine`'s: forward under bf16 autocast, cross-entropy, backward, clipping, fused AdamW, with
-channels-last weights and images and without ZeRO. Every model has 1000 classes and its own default regularisation
+A step is `launch.engine.engine.Engine`'s: forward under bf16 autocast, cross-entropy, backward, clipping, fused AdamW,
+with channels-last weights and images and without ZeRO. Every model has 1000 classes and its own default regularisation
 (FAT's drop path; timm's models have none). Ways:
 
   graph     eager, the step captured as a CUDA graph (compile mode `cudagraphs`): seconds per model, needs CUDA
@@ -38,11 +38,11 @@ import fat
 from benchmarks.gpu_run.parts import PEERS
 from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import build
-from launch.engine import Engine
-from launch.limits import settle
-from launch.provenance import versions
-from launch.recipe import DataRecipe, Recipe, RunRecipe
-from launch.world import World, connect
+from launch.config.recipe import DataRecipe, Recipe, RunRecipe
+from launch.engine.engine import Engine
+from launch.machine.device_peaks import settle
+from launch.machine.provenance import versions
+from launch.machine.world import World, connect
 from pipeline.batch import Batch
 from pipeline.plan import Position
 

@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import fat
-from fat.kernels import selfcheck, tiles
+from fat.kernels import selfcheck
+from fat.kernels.impl import tiles
 from fat.kernels.prefill.command import add_options, fill
 from fat.kernels.prefill.work import evaluation, training_step
 

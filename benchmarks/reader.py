@@ -32,15 +32,15 @@ import tyro
 from numpy.typing import NDArray
 
 from benchmarks.taking_turns import machine, medians, ratio, take_turns
+from launch.cli import main as pipeline
 from pipeline import background
 from pipeline.augment.recipe import augment_recipe
-from pipeline.cli import main as pipeline
-from pipeline.files import LocalFiles
 from pipeline.loader import TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
-from pipeline.reader import SampleReader
-from pipeline.storage import Storage, storage_of
-from shards.dataset import ShardSet
+from pipeline.storage.files import LocalFiles
+from pipeline.storage.placement import Storage, storage_of
+from pipeline.storage.reader import SampleReader
+from shards.format.dataset import ShardSet
 
 BATCH = 64
 LATENCY = 0.02  # seconds

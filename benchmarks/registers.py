@@ -2,7 +2,7 @@
 
     python benchmarks/registers.py [--variants fat_b0 fat_b3] [--size 224] [--capability 90] [--walks]
 
-Both forms (`fat/kernels/tiles.py`) are compiled by the launch code for each shape of FAT that trains, in bfloat16:
+Both forms (`fat/kernels/impl/tiles.py`) are compiled by the launch code for each shape of FAT that trains, in bfloat16:
 
   kernel        size and stride; "+ statistics" also completes the gradient by those of BatchNorm
   map           of the gradient, and channels
@@ -37,7 +37,8 @@ import torch
 
 from fat.blocks import POOL_KERNEL
 from fat.config import VARIANTS
-from fat.kernels import ops, tiles
+from fat.kernels import ops
+from fat.kernels.impl import tiles
 from fat.kernels.prefill.launches import cuda_target, record
 
 WARP, REGISTERS, SHARED, WARPS, PROGRAMS = 32, 1 << 16, 227 << 10, 64, 32  # of a Hopper multiprocessor

@@ -34,11 +34,11 @@ import simplejpeg
 import tyro
 from PIL import Image
 
-from shards.beton import BetonOptions
-from shards.convert import Options as ConvertOptions
-from shards.convert import convert
+from shards.convert.convert import Options as ConvertOptions
+from shards.convert.convert import convert
 from shards.cores import cores
-from shards.images import ImageRules
+from shards.format.beton import BetonOptions
+from shards.images.images import ImageRules
 from shards.samples import write_photos
 from shards.sources.scan import ScanOptions
 

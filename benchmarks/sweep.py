@@ -4,12 +4,12 @@
 
 For each call, in order of its share of a training step at 224 pixels, and each candidate: microseconds, and the least
 bytes over them as a share of the bandwidth at which the device copies memory; `fastest` marks the best, `chosen` what
-fat/kernels/tiles.py chooses. Ends early when the seconds are over. `benchmarks/prefill.py --work sweep` compiles the
-same kernels beforehand, without which most of the time goes into compiling them.
+fat/kernels/impl/tiles.py chooses. Ends early when the seconds are over. `benchmarks/prefill.py --work sweep` compiles
+the same kernels beforehand, without which most of the time goes into compiling them.
 
 Form and shape: "columns" is a thread with a column of outputs of 4 or 8 channels, "blocks RxA" one with R rows by A
 columns, "/2" two channels of them, "w8" eight warps a program. Of weight gradients: "strips", or the numbers of a walk
-(fat/kernels/tiles.py) and the rows of a tile.
+(fat/kernels/impl/tiles.py) and the rows of a tile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ import torch
 from benchmarks import kernel_jobs
 from benchmarks.kernel_jobs import maps, rand
 from benchmarks.kernels import Clock, copy_bandwidth
-from fat.kernels import ops, tiles
+from fat.kernels import ops
+from fat.kernels.impl import tiles
 
 CHOSEN = "chosen"
 Candidate = tuple[str, AbstractContextManager[object]]

@@ -109,7 +109,8 @@ def _shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-# Parameters and multiply-accumulates at 224x224 (attention products included) beside each; `python -m fat.table`.
+# Parameters and multiply-accumulates at 224x224 (attention products included) beside each; `python -m
+# fat.account.table`.
 VARIANTS: Mapping[str, FATConfig] = {
     "fat_b0": FATConfig(  # 4.49 M, 0.754 G
         widths=(32, 80, 160, 256), depths=(2, 2, 6, 2), heads=(2, 5, 10, 16), drop_path=0.05

@@ -63,7 +63,7 @@ def create_model(
     config = dataclasses.replace(name, **{field: value for field, value in dimensions.items() if value is not None})
     model: Trunk = FATFeatures(config) if features_only else FAT(config)
     if weights is not None:
-        from fat.weights import load_weights, warn
+        from fat.weights.load import load_weights, warn
 
         warn(weights, load_weights(model, weights, replace_head=replace_head))
     return model

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
-from fat.kernels.sum_ops import as_map, as_rows
+from fat.kernels.ops.channel_sums import as_map, as_rows
 
 Kind = TypeVar("Kind", bound=nn.Module)
 MATRIX_PRODUCTS = True  # `project`'s; a switch for benchmarks

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fat
-from fat.entries import listed
+from fat.weights.entries import listed
 from shards.errors import UserError
 
 

@@ -16,12 +16,12 @@ say "3/5 verifying every byte, drawing what the model will see"
 "$BIN/pipeline" look "$DEMO/digits-shards" --size 64 --flip 0 --crop-scale 0.5 1 --out "$DEMO/batch.png"
 say "4/5 training FAT-B0 at 64x64"
 HF_HOME="$DEMO/no-launcher-defaults" "$BIN/accelerate" launch launch/train.py \
-  --recipe launch/recipes/digits.toml --data "$DEMO/digits-shards" --out "$DEMO/run"
+  --recipe launch/config/recipes/digits.toml --data "$DEMO/digits-shards" --out "$DEMO/run"
 say "5/5 what came out"
 "$BIN/python" -m launch.report "$DEMO/run"
 "$BIN/python" - "$DEMO" <<'PY'
 import pathlib, sys
-from launch.metrics import read_metrics
+from launch.run.metrics import read_metrics
 demo = pathlib.Path(sys.argv[1])
 lines = read_metrics(demo / "run")
 evals = [line for line in lines if line["kind"] == "eval"]

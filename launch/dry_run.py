@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 import fat
-from launch.choices import Choices, resolve
-from launch.execution import Execution, choose
+from launch.config.recipe import Recipe
+from launch.engine.build import build_model, load_initial_weights
+from launch.engine.execution import Execution, choose
+from launch.engine.memory import check_batches_fit
+from launch.engine.schedule import rate_of
 from launch.feed import Feed
-from launch.memory import check_batches_fit
-from launch.model import build_model, load_initial_weights
-from launch.recipe import Recipe
-from launch.run_folder import goes_on
-from launch.schedule import rate_of
-from launch.world import World
+from launch.machine.world import World
+from launch.run.folder import goes_on
+from launch.tuning.choices import Choices, resolve
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -104,7 +104,7 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
 
 def _known_speed(feed: Feed) -> float | None:
     """The last speed in the run folder's metrics."""
-    from launch.metrics import read_metrics
+    from launch.run.metrics import read_metrics
 
     try:
         lines = read_metrics(feed.recipe.run.out)

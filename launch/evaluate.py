@@ -28,16 +28,16 @@ from rich.text import Text
 import fat
 from fat.kernels.prefill.work import evaluation
 from launch.class_mapping import ClassMapping, map_classes
-from launch.data_recipe import CropPct, DataRecipe, ModelSide
+from launch.config.data import CropPct, DataRecipe, ModelSide
+from launch.engine.kernel_check import check_kernels
+from launch.engine.loss import count_correct
 from launch.evaluated_model import load_model
-from launch.kernel_check import check_kernels
-from launch.loss import count_correct
-from launch.world import World, connect, run_command
+from launch.machine.world import World, connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
+from shards.files.output import check_output, write_output
 from shards.memory import check_memory
-from shards.output import check_output, write_output
 from shards.ranges import check_ranges
 from shards.redact import printable
 

@@ -12,10 +12,10 @@ import torch
 
 import fat
 from fat.config import VARIANTS
-from launch.checkpoint import META, Checkpoint, CheckpointFolder, open_checkpoint
-from launch.data_recipe import DataRecipe
-from launch.masters import AVERAGE
-from launch.saved_run import RECIPE_NAME, full_classes, read_saved_run
+from launch.config.data import DataRecipe
+from launch.engine.zero_state import AVERAGE
+from launch.run.checkpoint import META, Checkpoint, CheckpointFolder, open_checkpoint
+from launch.run.saved_recipe import RECIPE_NAME, full_classes, read_saved_run
 from shards.errors import UserError
 from shards.redact import printable
 

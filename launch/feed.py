@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 import fat
-from launch.recipe import Recipe, RecipeError
-from launch.world import World
+from launch.config.recipe import Recipe, RecipeError
+from launch.machine.world import World
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan, check_enough_samples
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 
 # More rows than this make an evaluation no faster, only larger.
 MAX_EVAL_BATCH = 256

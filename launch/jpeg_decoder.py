@@ -1,6 +1,6 @@
 """Choose once per run which decoder decodes JPEGs on the GPUs: the same on every rank, and kept when a run is resumed.
 
-Two decoders round differently (`pipeline.decode_hardware`), so what a run is fed depends on this choice.
+Two decoders round differently (`pipeline.decode.hardware`), so what a run is fed depends on this choice.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from launch.feed import Feed
-from launch.world import World
-from pipeline.decode_hardware import JpegEngine, decoders_in_words, find_jpeg_engine, sharing_warning
-from pipeline.decoders import chosen_loader
+from launch.machine.world import World
+from pipeline.decode.choose import chosen_loader
+from pipeline.decode.hardware import JpegEngine, decoders_in_words, find_jpeg_engine, sharing_warning
 
 ROUNDING = "pixels may differ in rounding"
 

@@ -19,12 +19,12 @@ from typing import Annotated
 import tyro
 from annotated_types import Interval
 
-from launch.command_line import parse
-from launch.recipe import Recipe
-from launch.run_files import unwritable
+from launch.config.command_line import parse
+from launch.config.recipe import Recipe
+from launch.run.files import unwritable
 from pipeline.plan import BatchShape, PlanError, divisors
-from shards.durable import durable_write
 from shards.errors import UserError, report
+from shards.files.durable import durable_write
 from shards.ranges import check_ranges
 from shards.redact import printable, protect_output, redact
 

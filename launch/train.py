@@ -11,34 +11,34 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.standard_streams import ignore_failing_output, open_missing_streams
+from launch.machine.standard_streams import ignore_failing_output, open_missing_streams
 
 if __name__ == "__main__":
     open_missing_streams()  # before libraries open files
 
-from launch.checkpoint import SCORED, CheckpointFolder, Scored
-from launch.choices import resolve
-from launch.command_line import parse
+from launch.config.command_line import parse
+from launch.config.recipe import Recipe
 from launch.dry_run import show_run
-from launch.engine import Engine
-from launch.execution import Execution
+from launch.engine.build import build_model, load_initial_weights
+from launch.engine.engine import Engine
+from launch.engine.execution import Execution
+from launch.engine.kernel_check import check_recipe
+from launch.engine.memory import check_batches_fit
+from launch.engine.schedule import rate_of
+from launch.engine.sync_batchnorm import check_values_per_channel
 from launch.feed import Feed
-from launch.folder_lock import FolderLock
-from launch.guards import Guards
-from launch.kernel_check import check_recipe
-from launch.memory import check_batches_fit
-from launch.metrics import Tracker
-from launch.model import build_model, load_initial_weights
-from launch.norms import check_values_per_channel
-from launch.preempt import EXIT_STATUS, Preempted, Preemption, Request, deadline
-from launch.preflight import preflight
-from launch.recipe import Recipe
-from launch.run_folder import CHECKPOINTS, RunFolder, goes_on
-from launch.schedule import rate_of
-from launch.status import read_status, write_status
-from launch.trackers import start_trackers
-from launch.watchdog import Watchdog
-from launch.world import World, connect, run_command
+from launch.machine.world import World, connect, run_command
+from launch.resilience.guards import Guards
+from launch.resilience.preempt import Preemption, Request, deadline
+from launch.resilience.preflight import preflight
+from launch.resilience.watchdog import Watchdog
+from launch.run.checkpoint import SCORED, CheckpointFolder, Scored
+from launch.run.folder import CHECKPOINTS, RunFolder, goes_on
+from launch.run.lock import FolderLock
+from launch.run.metrics import Tracker
+from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
+from launch.run.trackers import start_trackers
+from launch.tuning.choices import resolve
 from shards.redact import printable
 
 

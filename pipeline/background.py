@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline.bad_samples import BadSamples
 from pipeline.batch import Batch
-from pipeline.decode import Normalisation
-from pipeline.decode_hardware import decoders_in_words, with_decoder
-from pipeline.decoders import chosen_loader, make_decoder
+from pipeline.decode.choose import chosen_loader, make_decoder
+from pipeline.decode.hardware import decoders_in_words, with_decoder
+from pipeline.decode.job import Normalisation
 from pipeline.feed_process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher
-from pipeline.quick_check import quick_check
-from pipeline.reader import Encoded, SampleReader
-from pipeline.recycle import Recycler
-from shards.dataset import ShardSet
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.quick_check import quick_check
+from pipeline.storage.reader import Encoded, SampleReader
+from shards.format.dataset import ShardSet
 
 log = logging.getLogger(__name__)
 

@@ -35,10 +35,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.bad_samples import BadSamples
-from pipeline.files import Interrupted
 from pipeline.jobs import JobStream, PreparedBatch
-from pipeline.recycle import Recycler
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.files import Interrupted
 from shards.errors import UserError, first_line
 from shards.redact import protect_output, redacted_traceback
 

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe
-from pipeline.bad_samples import BadSamples
-from pipeline.decode import DecodeJob
+from pipeline.decode.job import DecodeJob
 from pipeline.options import LoaderOptions
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Ids, Need, Position, TrainPlan
-from pipeline.reader import Encoded, SampleReader
-from pipeline.recycle import Recycler
-from pipeline.storage import storage_of
-from shards.dataset import ShardSet
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import Encoded, SampleReader
+from shards.format.dataset import ShardSet
 
 # The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
 CROP_PCT = 0.875

@@ -14,12 +14,12 @@ from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch, timed_event
-from pipeline.decode import Normalisation
+from pipeline.decode.job import Normalisation
 from pipeline.jobs import CROP_PCT, EvalJobs, TrainJobs, eval_geometry
 from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 
 __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader", "eval_geometry"]
 

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.augment.recipe import CropShare
 from pipeline.options import LoaderOptions
 from shards.errors import UserError
+from shards.files.output import check_output, write_output
 from shards.memory import check_memory
-from shards.output import check_output, write_output
 from shards.ranges import Seed, Share, Side, check_ranges
 from shards.redact import printable
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipeline.augment.recipe import AugmentRecipe
     from pipeline.batch import Batch
     from pipeline.plan import Position, TrainPlan
-    from shards.dataset import ShardSet
+    from shards.format.dataset import ShardSet
 
 Pixels = NDArray[np.uint8]
 
@@ -78,7 +78,7 @@ class Look:
     def run(self) -> int:
         from pipeline.augment.recipe import augment_recipe
         from pipeline.plan import Position, TrainPlan
-        from pipeline.remote_set import open_set
+        from pipeline.storage.remote_set import open_set
 
         check_output(self.out, "--out", FORMATS)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
@@ -111,8 +111,8 @@ class Look:
         from pipeline.augment.describe import describe
         from pipeline.augment.params import draw
         from pipeline.augment.reference import reference_sample
-        from pipeline.reader import SampleReader
-        from pipeline.storage import storage_of
+        from pipeline.storage.placement import storage_of
+        from pipeline.storage.reader import SampleReader
 
         batch = first_batch(dataset, plan, position, recipe, LoaderOptions(loader=self.loader))
         after = shown(batch.images.float().cpu().numpy(), recipe)

@@ -2,7 +2,7 @@
 
 Pixels depend on which decoder decodes: `loader` and `hw_decoder_load`. Options left open (None) come to what was
 measured on the machine ('pipeline tune'), else to the defaults of `Settings`; `hw_decoder_load` is chosen by the device
-(`pipeline.decode_hardware`).
+(`pipeline.decode.hardware`).
 """
 
 from __future__ import annotations

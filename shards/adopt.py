@@ -14,35 +14,35 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shards.convert.join import first_of, publish_manifest, say_notes, unused_records
+from shards.convert.listing import Container
+from shards.convert.pool import Report, run_jobs
+from shards.convert.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.convert.work import Work
+from shards.convert.writer import index_row
 from shards.errors import ConversionFailed, UserError, explained, reading
-from shards.images import Accepted, ImageRules, Rejected, accept
-from shards.index import INDEX_DTYPE, Index
-from shards.join import first_of, publish_manifest, say_notes, unused_records
-from shards.limits import MAX_ENCODED
-from shards.listing import Container
-from shards.lock import hold
-from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
-from shards.output import check_output_folder
-from shards.pool import Report, run_jobs
+from shards.files.lock import hold
+from shards.files.output import check_output_folder
+from shards.files.regular import open_regular
+from shards.format.index import INDEX_DTYPE, Index
+from shards.format.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
+from shards.images.images import Accepted, ImageRules, Rejected, accept
+from shards.images.limits import MAX_ENCODED
 from shards.progress import Progress
 from shards.redact import one_line, without_place
-from shards.regular import open_regular
-from shards.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
-from shards.sources.classes import read_classes
-from shards.sources.doubts import (
+from shards.sources.members import Member
+from shards.sources.naming.classes import read_classes
+from shards.sources.naming.doubts import (
     Counts,
     count_labels,
     doubt_about_blank,
     doubt_about_rejects,
     doubts_about_classes,
 )
-from shards.sources.labels import FileLabels, LabelReader, number_classes
-from shards.sources.members import Member
-from shards.sources.splits import split_files
+from shards.sources.naming.labels import FileLabels, LabelReader, number_classes
+from shards.sources.naming.splits import split_files
 from shards.sources.unused import MAX_TEXT, UnusedEntry, merge
 from shards.sources.webdataset import incomplete_samples, read_tar, split_of
-from shards.work import Work
-from shards.writer import index_row
 
 CHUNK = 2**22
 

@@ -10,14 +10,14 @@ from annotated_types import Interval
 from tyro.conf import Positional, arg
 
 from shards.errors import UserError, explained
-from shards.limits import MAX_SIDE
-from shards.output import check_output_folder
+from shards.files.output import check_output_folder
+from shards.images.limits import MAX_SIDE
 from shards.ranges import Seed, Share, check_ranges
 from shards.redact import one_line
 
 if TYPE_CHECKING:
-    from shards.convert import Options
-    from shards.dataset import ShardSet
+    from shards.convert.convert import Options
+    from shards.format.dataset import ShardSet
 
 Layout = Literal["class-tars", "folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
 MANIFEST_NAME = "dataset.json"
@@ -98,8 +98,8 @@ class Shard:
     """Join the parts, when all have run."""
 
     def run(self) -> int:
-        from shards.convert import convert, default_out, finish
-        from shards.parts import Part
+        from shards.convert.convert import convert, default_out, finish
+        from shards.convert.parts import Part
 
         with explained(self.source):
             out = self.out or default_out(self.source)
@@ -123,10 +123,10 @@ class Shard:
         return _say_summary(out)
 
     def _options(self) -> Options:
-        from shards.beton import BetonOptions
-        from shards.convert import Options
-        from shards.images import ImageRules
-        from shards.sources.classes import check_fraction
+        from shards.convert.convert import Options
+        from shards.format.beton import BetonOptions
+        from shards.images.images import ImageRules
+        from shards.sources.naming.classes import check_fraction
         from shards.sources.scan import ScanOptions
 
         check_ranges(self)
@@ -226,7 +226,7 @@ class Index:
 
     def run(self) -> int:
         from shards.adopt import adopt
-        from shards.images import ImageRules
+        from shards.images.images import ImageRules
 
         if not self.tars:
             raise UserError("no tars given")
@@ -276,8 +276,8 @@ class SamplePhotos:
 
 
 def _open(location: Path, digest: str | None) -> ShardSet:
-    from shards.dataset import ShardSet
-    from shards.pinned import split_pin
+    from shards.format.dataset import ShardSet
+    from shards.format.pinned import split_pin
 
     path, pin = split_pin(location, digest)
     return ShardSet(path, digest=pin)
@@ -289,7 +289,7 @@ def _say_written(out: Path, written: dict[str, int]) -> int:
 
 
 def _say_summary(out: Path) -> int:
-    from shards.dataset import ShardSet
+    from shards.format.dataset import ShardSet
     from shards.summary import summarize
 
     for line in summarize(ShardSet(out)):

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 from shards.redact import printable
 
 BAR = 30  # characters of the longest bar

@@ -17,7 +17,7 @@ from PIL import Image
 
 from shards.cores import cores
 from shards.errors import UserError, explained, reading
-from shards.output import check_output_folder
+from shards.files.output import check_output_folder
 
 DIGIT_SIDE = 64
 DIGIT_QUALITY = 95

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from shards.dataset import ShardSet
-from shards.rejects import REJECTS_NAME, first_rejects
-from shards.sources.doubts import count_labels
+from shards.convert.rejects import REJECTS_NAME, first_rejects
+from shards.format.dataset import ShardSet
+from shards.sources.naming.doubts import count_labels
 
 SHOWN = 10
 """Reasons of each kind that are listed, those of most images first."""

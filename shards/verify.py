@@ -14,18 +14,18 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.dataset import ShardSet
+from shards.convert.pool import Report, run_jobs
+from shards.convert.rejects import REJECTS_NAME
 from shards.errors import ShardSetError, storage_error
-from shards.images import exceeded_limit
-from shards.index import Index
-from shards.jpeg import NotAJpeg, parse_header
-from shards.manifest import MANIFEST_NAME, Manifest, ShardEntry
-from shards.pool import Report, run_jobs
+from shards.files.regular import open_file
+from shards.format.dataset import ShardSet
+from shards.format.index import Index
+from shards.format.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.format.tar import BLOCK, END, dali_index, header, index_line, padding
+from shards.format.verify_beton import SegmentCheck, check_frame, check_segment
+from shards.images.images import exceeded_limit
+from shards.images.jpeg import NotAJpeg, parse_header
 from shards.progress import Progress
-from shards.regular import open_file
-from shards.rejects import REJECTS_NAME
-from shards.tar import BLOCK, END, dali_index, header, index_line, padding
-from shards.verify_beton import SegmentCheck, check_frame, check_segment
 
 CHUNK = 2**22
 

@@ -33,7 +33,7 @@ def _switches_as_they_were() -> Iterator[None]:
 
 
 def run_pipeline(*args: str | Path) -> None:
-    from pipeline.cli import main as pipeline  # many libraries, which tests of kernels do without
+    from launch.cli import main as pipeline  # many libraries, which tests of kernels do without
 
     status = pipeline([str(arg) for arg in args])
     assert status == 0, f"pipeline {' '.join(map(str, args))}: exit status {status}"

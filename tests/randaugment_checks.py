@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.augment import geometry, randaugment
 from pipeline.augment.ops import Op, arguments
 from pipeline.augment.params import SampleParams
 from pipeline.augment.pixels import FAMILIES
+from pipeline.augment.torch_impl import geometry
+from pipeline.augment.triton_impl import randaugment
 
 FILL = (124, 116, 104)
 PHOTO = Image.fromarray(np.load(Path(__file__).parent / "fixtures" / "timm_recipe.npz")["photo0"])

@@ -11,16 +11,16 @@ from pathlib import Path
 import torch
 
 import fat
-from launch.checkpoint import Progress
-from launch.command_line import parse
-from launch.engine import Engine
+from launch.config.command_line import parse
+from launch.engine.engine import Engine
+from launch.engine.schedule import rate_of
 from launch.feed import Feed
-from launch.guards import Guards
-from launch.metrics import Tracker
-from launch.preempt import Preemption
-from launch.schedule import rate_of
-from launch.watchdog import Watchdog
-from launch.world import World
+from launch.machine.world import World
+from launch.resilience.guards import Guards
+from launch.resilience.preempt import Preemption
+from launch.resilience.watchdog import Watchdog
+from launch.run.checkpoint import Progress
+from launch.run.metrics import Tracker
 
 SIZE = 32
 CONFIG = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8))

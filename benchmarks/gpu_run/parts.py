@@ -154,7 +154,14 @@ def contact() -> Iterator[Part]:
     yield part(
         "digits-zero1",
         train(
-            "--recipe", "launch/recipes/digits.toml", "--data", "{data}/digits-shards", "--out", "{run}", "--zero", "1"
+            "--recipe",
+            "launch/config/recipes/digits.toml",
+            "--data",
+            "{data}/digits-shards",
+            "--out",
+            "{run}",
+            "--zero",
+            "1",
         ),
         expected=70,
         least=20,
@@ -274,7 +281,7 @@ def measure() -> Iterator[Part]:
 
 
 def sweep() -> Iterator[Part]:
-    """Launch shapes of the depthwise kernels: after a change to them, what fat/kernels/tiles.py should choose."""
+    """Launch shapes of the depthwise kernels: after a change to them, what fat/kernels/impl/tiles.py should choose."""
     yield Part(
         name="sweep",
         profile="sweep",
@@ -319,7 +326,7 @@ def python(*words: str) -> Command:
 
 
 def pipeline(*words: str) -> Command:
-    return python("-m", "pipeline.cli", *words)
+    return python("-m", "launch.cli", *words)
 
 
 def train(*words: str) -> Command:

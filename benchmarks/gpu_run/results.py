@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_run.report import summary
-from shards.durable import TEMPORARY, durable_write
+from shards.files.durable import TEMPORARY, durable_write
 
 Result = dict[str, Any]
 COPY_EVERY = 15.0  # seconds between two copies to the output folder

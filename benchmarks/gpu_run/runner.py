@@ -19,7 +19,7 @@ from benchmarks.gpu_run.parts import ROOT, Command, Part
 from benchmarks.gpu_run.report import summary
 from benchmarks.gpu_run.results import Result, Results
 from benchmarks.gpu_run.watchdog import MARK, end_all, watched
-from launch.provenance import git_state
+from launch.machine.provenance import git_state
 
 KEPT_LINES, FAILED_LINES = 12, 200  # of a part's output, in gpu.json
 READ_BACK = 1 << 20  # bytes of the output, to find these in

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat.batchnorm import BatchNorm
-from fat.kernels import ops, tiles
+from fat.kernels import ops
 from fat.kernels.families import FAMILIES, disable, disabled, switched_off
-from fat.kernels.maps import DTYPES, SIZES, STRIDES
+from fat.kernels.impl import tiles
+from fat.kernels.ops.checks import DTYPES, SIZES, STRIDES
 
 __all__ = [
     "FAMILIES",

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from fat.kernels import reference
-from fat.kernels.maps import on_its_device
+from fat.kernels.ops.checks import on_its_device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

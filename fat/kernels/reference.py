@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fat.kernels.maps import channels_last
+from fat.kernels.ops.checks import channels_last
 
 aten: Any = torch.ops.aten
 

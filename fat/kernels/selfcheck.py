@@ -31,8 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fat import kernels
 from fat.batchnorm import BatchNorm
-from fat.kernels import reference, tiles
+from fat.kernels import reference
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, FAMILIES, NORM, OPERATORS, WEIGHT_GRADIENT, disabled
+from fat.kernels.impl import tiles
 from fat.kernels.prefill.work import fake_twin
 from fat.model import MIN_SIZE, Stage, Trunk
 

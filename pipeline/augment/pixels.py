@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import blend, geometry, kernels, tables
-from pipeline.augment.erase import QUANTILES, Eraser
-from pipeline.augment.mix import mix, mix_targets
+from pipeline.augment import kernels
 from pipeline.augment.ops import Op
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
 from pipeline.augment.recipe import AugmentRecipe, Colour, scale_and_offset
+from pipeline.augment.torch_impl import blend, geometry, tables
+from pipeline.augment.torch_impl.erase import QUANTILES, Eraser
+from pipeline.augment.torch_impl.mix import mix, mix_targets
 from pipeline.augment.transfer import upload
 
 __all__ = ["BatchAugment", "launch_all", "mix", "mix_targets", "normalise"]
@@ -88,7 +89,7 @@ class BatchAugment:
         """
         recipe, images = self._recipe, self.operate(images, params)
         if kernels.serve(kernels.FINISHING, images.device):
-            from pipeline.augment.finishing import finish
+            from pipeline.augment.triton_impl.finishing import finish
 
             return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
         result = normalise(images, recipe.mean, recipe.std, self._dtype)
@@ -104,7 +105,7 @@ class BatchAugment:
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
         if kernels.serve(kernels.RANDAUGMENT, images.device):
-            from pipeline.augment import randaugment
+            from pipeline.augment.triton_impl import randaugment
 
             return randaugment.operate(images, params, self._recipe.fill, flip=self._flip)
         stages = self._stages(params)
@@ -166,8 +167,8 @@ def launch_all(recipe: AugmentRecipe, dtype: torch.dtype, *, batch: int = 64) ->
     """
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    from pipeline.augment import randaugment
-    from pipeline.augment.finishing import finish
+    from pipeline.augment.triton_impl import randaugment
+    from pipeline.augment.triton_impl.finishing import finish
 
     sides, lanes = np.full(batch, recipe.size), np.arange(batch) // 2
     params = draw(recipe, seed=0, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)

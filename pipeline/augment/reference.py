@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from pipeline import rng
-from pipeline.augment.erase import QUANTILES, quantiles
-from pipeline.augment.geometry import matrices
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams
 from pipeline.augment.recipe import AugmentRecipe
+from pipeline.augment.torch_impl.erase import QUANTILES, quantiles
+from pipeline.augment.torch_impl.geometry import matrices
 
 
 def reference_sample(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> NDArray[np.float32]:

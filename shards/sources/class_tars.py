@@ -11,15 +11,15 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+from shards.convert.listing import Container, ListingBuilder
 from shards.errors import UserError, reading
-from shards.listing import Container, ListingBuilder
-from shards.manifest import ClassEntry
-from shards.regular import open_regular
-from shards.sources.beside import look_beside
-from shards.sources.classes import class_order, displayed, human_names
+from shards.files.regular import open_regular
+from shards.format.manifest import ClassEntry
 from shards.sources.members import LABEL_SUFFIX, Member, members, read_members
+from shards.sources.naming.beside import look_beside
+from shards.sources.naming.classes import class_order, displayed, human_names
+from shards.sources.naming.splits import below_source, split_files, splits_in
 from shards.sources.scan import Scan
-from shards.sources.splits import below_source, split_files, splits_in
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import skip_reason
 from shards.sources.webdataset import tar_files

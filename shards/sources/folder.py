@@ -10,17 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import AnyStr
 
+from shards.convert.listing import Container, ListingBuilder, display_name
 from shards.errors import UserError
-from shards.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
-from shards.listing import Container, ListingBuilder, display_name
-from shards.manifest import ClassEntry
-from shards.regular import kind, open_regular
-from shards.sources.classes import class_order, counted, displayed, human_names, shortened
-from shards.sources.folder_names import annotations_among, folder_around_classes, names_annotations, refuse_containers
+from shards.files.regular import kind, open_regular
+from shards.format.manifest import ClassEntry
+from shards.images.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
+from shards.sources.naming.classes import class_order, counted, displayed, human_names, shortened
+from shards.sources.naming.folder_names import (
+    annotations_among,
+    folder_around_classes,
+    names_annotations,
+    refuse_containers,
+)
+from shards.sources.naming.split_folders import find_split_folders, kinds_of, no_class_folders
+from shards.sources.naming.split_lists import doubts_about_lists, find_split_lists, lists_below, some_lists
+from shards.sources.naming.splits import near_splits_in, splits_in
 from shards.sources.scan import Scan
-from shards.sources.split_folders import find_split_folders, kinds_of, no_class_folders
-from shards.sources.split_lists import doubts_about_lists, find_split_lists, lists_below, some_lists
-from shards.sources.splits import near_splits_in, splits_in
 from shards.sources.unused import UnusedFiles, merge
 from shards.sources.walk import METADATA, count_files, look, skip_reason
 

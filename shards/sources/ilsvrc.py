@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from shards.convert.listing import Container, Listing, ListingBuilder
 from shards.errors import UserError, reading
-from shards.listing import Container, Listing, ListingBuilder
-from shards.manifest import ClassEntry
+from shards.files.regular import read_bounded
+from shards.format.manifest import ClassEntry
 from shards.redact import one_line
-from shards.regular import read_bounded
-from shards.sources.classes import first_duplicate
 from shards.sources.members import Member, members, read_members
 from shards.sources.meta_mat import read_synsets
+from shards.sources.naming.classes import first_duplicate
+from shards.sources.naming.splits import splits_in
 from shards.sources.scan import TEST, TRAIN, VAL, Scan
-from shards.sources.splits import splits_in
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 from shards.sources.walk import skip_reason
 

@@ -8,13 +8,13 @@ import os
 import stat
 from pathlib import Path
 
+from shards.convert.listing import Container, Listing, ListingBuilder
 from shards.errors import UserError
-from shards.formats import named_as_image
-from shards.listing import Container, Listing, ListingBuilder
-from shards.manifest import ClassEntry
-from shards.regular import read_list
-from shards.sources.classes import MAPPING_FILES, MAX_LIST, human_names
+from shards.files.regular import read_list
+from shards.format.manifest import ClassEntry
+from shards.images.formats import named_as_image
 from shards.sources.folder import file_status, scan_classes
+from shards.sources.naming.classes import MAPPING_FILES, MAX_LIST, human_names
 from shards.sources.scan import TRAIN, VAL, Scan
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 from shards.sources.walk import count_files

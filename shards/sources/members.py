@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, NoReturn
 
 from shards.errors import UserError, first_line, storage_error
-from shards.formats import named_as_image
-from shards.regular import open_regular
+from shards.files.regular import open_regular
+from shards.images.formats import named_as_image
 
 LABEL_SUFFIX = "cls"
 MAX_MEMBERS = 2**22

@@ -11,8 +11,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.formats import APPLE_DOUBLE, named_as_image
-from shards.manifest import MANIFEST_NAME
+from shards.format.manifest import MANIFEST_NAME
+from shards.images.formats import APPLE_DOUBLE, named_as_image
 from shards.sources.unused import UnusedFiles
 
 METADATA = "metadata of a file manager, NAS system, version control or archive"

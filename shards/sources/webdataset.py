@@ -21,16 +21,16 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
+from shards.convert.listing import Container, Listing, ListingBuilder
 from shards.errors import UserError, reading
-from shards.listing import Container, Listing, ListingBuilder
-from shards.manifest import MANIFEST_NAME, ClassEntry, Manifest
-from shards.regular import open_regular
-from shards.sources.beside import look_beside
+from shards.files.regular import open_regular
+from shards.format.manifest import MANIFEST_NAME, ClassEntry, Manifest
 from shards.sources.identity import digest_of_samples
-from shards.sources.labels import MAX_LABEL, FileLabels, LabelReader, NoLabelError, largest_label, number_classes
 from shards.sources.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, members
+from shards.sources.naming.beside import look_beside
+from shards.sources.naming.labels import MAX_LABEL, FileLabels, LabelReader, NoLabelError, largest_label, number_classes
+from shards.sources.naming.splits import below_source, named_split, split_files
 from shards.sources.scan import TEST, TRAIN, Scan
-from shards.sources.splits import below_source, named_split, split_files
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 from shards.sources.walk import files_below
 

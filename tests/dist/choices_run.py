@@ -12,11 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-from launch import choices, open_options
-from launch.command_line import parse
+from launch.tuning import choices
+
+from launch.tuning import open_options
+from launch.config.command_line import parse
 from launch.feed import Feed
-from launch.model import build_model
-from launch.world import connect, disconnect
+from launch.engine.build import build_model
+from launch.machine.world import connect, disconnect
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from tests.dist.forked import Launcher
 
 PROGRAMS = ("engine_run", "host_waits_run", "kernel_check_run", "norm_run", "record_batches")
 # Imported by these when they need them.
-LIBRARIES = ("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "pipeline.dali")
+LIBRARIES = ("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "pipeline.decode.dali")
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 import xxhash
 
-from launch.command_line import parse
+from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.train import begin
-from launch.world import World, run_command
+from launch.machine.world import World, run_command
 from pipeline.batch import Batch
 
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2

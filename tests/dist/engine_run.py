@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 import fat
-from launch.command_line import parse
-from launch.engine import Engine
-from launch.graphs import RECORDERS
-from launch.world import connect, disconnect
+from launch.config.command_line import parse
+from launch.engine.engine import Engine
+from launch.engine.graphs import RECORDERS
+from launch.machine.world import connect, disconnect
 from pipeline.loader import Batch
 from pipeline.plan import BatchShape, Position
 from tests.support.recorders import FailsAt, ReplayOnCpu

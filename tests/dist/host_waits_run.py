@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from launch.world import connect, disconnect
+from launch.machine.world import connect, disconnect
 from tests.support.host_waits import HostWaits
 from tests.training_loop import training
 
@@ -39,7 +39,7 @@ def main() -> None:
             torch.cuda.set_sync_debug_mode("default")
     if world.is_main:
         # The ranks agree on whether to leave by a tensor in host memory.
-        found = {place: count for place, count in waits.found.items() if "launch/preempt.py" not in place}
+        found = {place: count for place, count in waits.found.items() if "launch/resilience/preempt.py" not in place}
         Path(out).write_text(json.dumps(found))
     disconnect()
 

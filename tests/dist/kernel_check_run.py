@@ -19,8 +19,8 @@ from fat import kernels
 from fat.config import FATConfig
 from fat.kernels import families, selfcheck
 from fat.kernels.selfcheck import Failure
-from launch.kernel_check import check_kernels
-from launch.world import connect, disconnect
+from launch.engine.kernel_check import check_kernels
+from launch.machine.world import connect, disconnect
 
 FAILS = {0: families.NORM, 1: families.GATE}
 NET = FATConfig(widths=(8, 8, 8, 8), depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), windows=(2, 1, 1, 1), num_classes=3)

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
 from fat.layers import ConvNorm, convolve_relu
-from launch.norms import GlobalBatchNorm, local_norms, synchronise_norms
-from launch.world import World, connect, disconnect
+from launch.engine.sync_batchnorm import GlobalBatchNorm, local_norms, synchronise_norms
+from launch.machine.world import World, connect, disconnect
 
 RANKS = 4
 ROWS, CHANNELS, SIDE = 3, 7, 5  # rows of each rank

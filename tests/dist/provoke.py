@@ -26,11 +26,11 @@ import torch
 import xxhash
 
 import launch.train
-from launch.checkpoint import BackgroundWriter, CheckpointFolder, Fingerprint, Progress
-from launch.command_line import parse
-from launch.engine import Engine, StepResult
-from launch.model import build_model
-from launch.world import connect
+from launch.run.checkpoint import BackgroundWriter, CheckpointFolder, Fingerprint, Progress
+from launch.config.command_line import parse
+from launch.engine.engine import Engine, StepResult
+from launch.engine.build import build_model
+from launch.machine.world import connect
 
 BAD_STEPS = {2, 5, 6, 7}
 original_step = Engine.step

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 import xxhash
 
-from launch.command_line import parse
+from launch.config.command_line import parse
 from launch.feed import Feed
-from launch.world import World
+from launch.machine.world import World
 from pipeline.batch import Batch
 
 

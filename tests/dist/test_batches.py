@@ -156,7 +156,7 @@ from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 dataset = ShardSet(Path(sys.argv[1]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=64, seed=0)
 recipe = augment_recipe("fat", size=224, mixup=0, cutmix=0)

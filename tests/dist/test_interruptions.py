@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from tests.dist.launching import LAUNCHER, ROOT, TRAIN, environment, free_port, lines, python
 
-OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
+OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
 
 
 STARTED: list[subprocess.Popen[str]] = []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.metrics import read_metrics
+from launch.run.metrics import read_metrics
 from tests.dist.launching import ROOT, TRAIN, environment, python
 from tests.dist.test_interruptions import OPTIONS, nothing_goes_on, start, status, wait_for_step
 from tests.support.disks import fill, small_disk
@@ -31,7 +31,7 @@ def test_a_disk_that_others_fill_ends_the_run_in_good_order(tmp_path: Path, digi
         assert process.stderr is not None
         said = process.stderr.read()
         assert "3 checkpoints in a row could not be written, the last" in said
-        assert "/launch/world.py" not in said  # the launcher has a traceback of its own
+        assert "/launch/machine/world.py" not in said  # the launcher has a traceback of its own
         left = status(run)
         assert left["status"] == "failed"
         newest = max(path.name for path in (run / "checkpoints").iterdir())

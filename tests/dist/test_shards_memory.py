@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shards.tar import END, header, padding
+from shards.format.tar import END, header, padding
 from tests.dist.test_shards_kill import DRIVER, workers_of
 
 MAIN_MB, WORKER_MB = 500, 100
@@ -21,8 +21,8 @@ CLASSES, EACH = 1000, 1000
 LISTING = f"""
 import re, sys
 from pathlib import Path
-from shards.listing import Container, Listing, ListingBuilder
-from shards.order import arrange
+from shards.convert.listing import Container, Listing, ListingBuilder
+from shards.convert.order import arrange
 builder = ListingBuilder()
 for c in range({CLASSES}):
     folder = Path(f"/data/imagenet/train/n{{c:08d}}")

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests.dist.launching import accelerate, lines, python
 
 # A short training that reaches about 98 %: the demo's recipe at half the size and a quarter of the epochs.
-SHORT = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--epochs", "5", "--warmup-epochs", "1")
-FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--log-every", "1")
+SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "5", "--warmup-epochs", "1")
+FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1")
 
 
 def accuracy(run: Path) -> float:

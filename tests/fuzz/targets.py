@@ -22,25 +22,25 @@ from PIL import Image, ImageCms
 from pydantic import TypeAdapter
 
 import fat
-from launch import heartbeat
-from launch.checkpoint import META, CheckpointFolder, Fingerprint, Progress
-from launch.command_line import with_file
-from launch.metrics import METRICS_NAME, read_metrics
-from launch.recipe import Recipe
-from launch.saved_run import RECIPE_NAME, read_saved_run
-from launch.status import STATUS_NAME, read_status
-from pipeline.storage import storage_of
-from shards.beton import BetonOptions
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from launch.config.command_line import with_file
+from launch.config.recipe import Recipe
+from launch.resilience import heartbeat
+from launch.run.checkpoint import META, CheckpointFolder, Fingerprint, Progress
+from launch.run.metrics import METRICS_NAME, read_metrics
+from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
+from launch.run.status import STATUS_NAME, read_status
+from pipeline.storage.placement import storage_of
+from shards.convert.convert import Options, convert
+from shards.convert.parts import Part
+from shards.convert.work import MARKER, Work
 from shards.errors import UserError
-from shards.images import ImageRules, Rejected, accept
-from shards.manifest import MANIFEST_NAME
-from shards.parts import Part
-from shards.sources.classes import read_classes
+from shards.format.beton import BetonOptions
+from shards.format.dataset import ShardSet
+from shards.format.manifest import MANIFEST_NAME
+from shards.images.images import ImageRules, Rejected, accept
+from shards.sources.naming.classes import read_classes
 from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions
-from shards.work import MARKER, Work
 from tests.fuzz.mutate import dumps
 from tests.fuzz.runner import Target
 
@@ -389,7 +389,7 @@ def _pth_seeds(folder: Path) -> list[bytes]:
 
 def _parse_pth(content: bytes, folder: Path) -> None:
     (folder / "a.pth").write_bytes(content)
-    fat.weights.read_weights(folder / "a.pth")
+    fat.weights.load.read_weights(folder / "a.pth")
 
 
 def _target(name: str, made: Any, seal: Callable[[Any], bytes] | None = None, *, tolerant: bool = False) -> Target:

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import fat
 from fat import kernels
-from fat.kernels import ops, selfcheck, tiles
+from fat.kernels import ops, selfcheck
+from fat.kernels.impl import tiles
 from fat.kernels.prefill.compile_ahead import compile_ahead
 from fat.layers import project
 from pipeline.augment import selfcheck as augment_selfcheck
@@ -318,15 +319,15 @@ def test_every_family_passes_the_check_before_use(dtype: torch.dtype) -> None:
 
 
 def test_a_wrong_kernel_is_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fat.kernels import groupnorm
+    from fat.kernels.impl import norm
 
-    normalise = groupnorm.normalise
+    normalise = norm.normalise
 
     def off_by_a_percent(*arguments: Any) -> tuple[Tensor, Tensor]:
         mean, rstd = normalise(*arguments)
         return mean, 1.01 * rstd
 
-    monkeypatch.setattr(groupnorm, "normalise", off_by_a_percent)
+    monkeypatch.setattr(norm, "normalise", off_by_a_percent)
     failures = selfcheck.run(selfcheck.cases(fat.create_model("fat_b0"), 64, BF16), torch.device("cuda"))
     assert [failure.family for failure in failures] == ["norm"]
 

@@ -12,7 +12,7 @@ from tests.dist.launching import accelerate, lines, python
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
-FEW_STEPS = ("--recipe", "launch/recipes/digits.toml", "--size", "64", "--log-every", "1")
+FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "64", "--log-every", "1")
 
 
 def engine_of(run: Path) -> dict[str, object]:
@@ -66,7 +66,7 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     from pipeline.augment.recipe import augment_recipe
     from pipeline.loader import TrainLoader
     from pipeline.plan import BatchShape, TrainPlan
-    from shards.dataset import ShardSet
+    from shards.format.dataset import ShardSet
 
     dataset = ShardSet(photos)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=32, seed=0)
@@ -90,7 +90,7 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
 def test_what_is_fastest_is_measured_kept_and_taken(tmp_path: Path, digits: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "tuned.json"
     sizes = ("--size", "64", "--batch-size", "64", "--augment", "light", "--zero", "0", "--tuned", file)
-    done = python(tmp_path, "-m", "pipeline.cli", "tune", digits, *sizes, "--seconds", "20", timeout=580)
+    done = python(tmp_path, "-m", "launch.cli", "tune", digits, *sizes, "--seconds", "20", timeout=580)
     assert done.returncode == 0, done.stderr
     entries = {entry["part"]: entry for entry in json.loads(file.read_text())["entries"]}
     assert entries["model"]["values"].keys() >= {"memory_format", "optimizer_form", "compile"}

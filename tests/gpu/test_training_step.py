@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import fat
-from launch.command_line import parse
-from launch.engine import Engine
-from launch.graphs import CudaRecorder, GraphedModel
-from launch.world import World
+from launch.config.command_line import parse
+from launch.engine.engine import Engine
+from launch.engine.graphs import CudaRecorder, GraphedModel
+from launch.machine.world import World
 from tests.support.batches import CLASSES, random_batch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import augment, kernel_jobs, sweep
 from benchmarks import kernels as benchmark
-from fat.kernels import tiles
+from fat.kernels.impl import tiles
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import fat
 from fat import layers
 from fat.batchnorm import BatchNorm
 from fat.config import FATConfig
-from launch.graphs import GraphedModel
+from launch.engine.graphs import GraphedModel
 from tests.support.recorders import ReplayOnCpu
 
 TINY = FATConfig(

@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 
-from fat.kernels import normrelu, sums, tiles
+from fat.kernels.impl import channel_sums as sums
+from fat.kernels.impl import norm_relu, tiles
 from tests.kernel_checks import (
     BF16,
     FP16,
@@ -239,7 +240,7 @@ def test_norm_and_relu(shape, dtype, offset) -> None:
 
 @pytest.mark.parametrize("programs", [1, 3])
 def test_norm_and_relu_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(normrelu, "launch_shape", normrelu.launch_shape.__wrapped__)
-    monkeypatch.setattr(normrelu, "AT_ONCE", 512)
-    monkeypatch.setattr(normrelu, "PROGRAMS", programs)
+    monkeypatch.setattr(norm_relu, "launch_shape", norm_relu.launch_shape.__wrapped__)
+    monkeypatch.setattr(norm_relu, "AT_ONCE", 512)
+    monkeypatch.setattr(norm_relu, "PROGRAMS", programs)
     check_norm_relu((3, 48, 7, 9), BF16, 3.0, Draw.seeded(14, "cpu"))

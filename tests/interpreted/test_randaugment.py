@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.augment import randaugment
 from pipeline.augment.ops import Op
 from pipeline.augment.params import draw
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
+from pipeline.augment.triton_impl import randaugment
 from tests.randaugment_checks import FILL, expect_torchs_bytes, parameters, pictures
 
 MAGNITUDES = np.array([0.0, 3.3, 9.0, 10.0])

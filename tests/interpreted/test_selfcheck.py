@@ -16,25 +16,15 @@ from torch import Tensor, nn
 import fat
 from fat import kernels
 from fat.config import FATConfig
-from fat.kernels import (
-    attention,
-    batchnorm,
-    convolution,
-    correlation,
-    families,
-    gating,
-    groupnorm,
-    normrelu,
-    selfcheck,
-    sums,
-)
+from fat.kernels import families, selfcheck
+from fat.kernels.impl import attention, batchnorm, channel_sums, depthwise, depthwise_weight_grad, gate, norm, norm_relu
 from fat.kernels.selfcheck import Case, Spec
-from launch.kernel_check import check_kernels
-from launch.world import World
-from pipeline.augment import finishing, randaugment
+from launch.engine.kernel_check import check_kernels
+from launch.machine.world import World
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.augment.triton_impl import finishing, randaugment
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)
@@ -208,33 +198,33 @@ def _raises(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 WRONG = [
-    Wrong(families.CONVOLUTION, convolution, "convolve", _transposed, "off by"),
-    Wrong(families.CONVOLUTION, convolution, "convolve", _without_last_row, "off by"),
-    Wrong(families.CONVOLUTION, convolution, "convolve", _off_by_a_little(3), "off by"),
-    Wrong(families.CONVOLUTION, convolution, "convolve", _raises, "RuntimeError: out of resource: shared memory"),
-    Wrong(families.INPUT_GRADIENT, convolution, "input_gradient", _off_by_a_little(3), "off by"),
-    Wrong(families.INPUT_GRADIENT, convolution, "input_gradient", _unwritten(3), "NaN"),
-    Wrong(families.WEIGHT_GRADIENT, correlation, "weight_gradient", _scaled_result(0), "off by"),
-    Wrong(families.WEIGHT_GRADIENT, correlation, "weight_gradient", _scaled_result(1), "off by"),
-    Wrong(families.GATE, gating, "gate", _off_by_a_little(2), "off by"),
-    Wrong(families.GATE, gating, "gate_gradient", _unwritten(4), "NaN"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _transposed, "off by"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _without_last_row, "off by"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _off_by_a_little(3), "off by"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _raises, "RuntimeError: out of resource: shared memory"),
+    Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _off_by_a_little(3), "off by"),
+    Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _unwritten(3), "NaN"),
+    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(0), "off by"),
+    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(1), "off by"),
+    Wrong(families.GATE, gate, "gate", _off_by_a_little(2), "off by"),
+    Wrong(families.GATE, gate, "gate_gradient", _unwritten(4), "NaN"),
     Wrong(families.ATTENTION, attention, "attend", _off_by_a_little(4), "off by"),
     Wrong(families.ATTENTION, attention, "attend_gradient", _off_by_a_little(5), "off by"),
     Wrong(families.ATTENTION, attention, "attend_gradient", _unwritten(6), "NaN"),
-    Wrong(families.NORM, groupnorm, "normalise", _scaled_result(0), "off by"),
-    Wrong(families.NORM, groupnorm, "normalise", _off_by_a_little(4), "off by"),
-    Wrong(families.NORM, groupnorm, "gradients", _off_by_a_little(7), "off by"),
-    Wrong(families.NORM, groupnorm, "add", _off_by_a_little(3), "off by"),
+    Wrong(families.NORM, norm, "normalise", _scaled_result(0), "off by"),
+    Wrong(families.NORM, norm, "normalise", _off_by_a_little(4), "off by"),
+    Wrong(families.NORM, norm, "gradients", _off_by_a_little(7), "off by"),
+    Wrong(families.NORM, norm, "add", _off_by_a_little(3), "off by"),
     Wrong(families.BATCH_NORM, batchnorm, "join", _scaled_result(1), "off by"),
     Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), "off by"),
     Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), "off by"),
     Wrong(families.BATCH_NORM, batchnorm, "follow", _off_by_a_little(1), "off by"),
-    Wrong(families.BATCH_NORM, normrelu, "moments", _scaled_result(1), "off by"),
-    Wrong(families.BATCH_NORM, normrelu, "norm_relu", _off_by_a_little(6), "off by"),
-    Wrong(families.BATCH_NORM, normrelu, "norm_relu_sums", _times_too_much, "off by"),
-    Wrong(families.BATCH_NORM, normrelu, "norm_relu_gradient", _off_by_a_little(10), "off by"),
-    Wrong(families.BIAS_GRADIENT, sums, "channel_sums", _off_by_a_little(1), "off by"),
-    Wrong(families.BIAS_GRADIENT, sums, "channel_sums", _unwritten(1), "NaN"),
+    Wrong(families.BATCH_NORM, norm_relu, "moments", _scaled_result(1), "off by"),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu", _off_by_a_little(6), "off by"),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_sums", _times_too_much, "off by"),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_gradient", _off_by_a_little(10), "off by"),
+    Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _off_by_a_little(1), "off by"),
+    Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _unwritten(1), "NaN"),
 ]
 
 
@@ -315,7 +305,7 @@ def test_the_verdict_of_a_wrong_family_switches_it_off_and_is_kept(
     def checked() -> Any:
         return check_kernels(model, ALONE, size=SIZE, dtype=torch.float32, gradients=False)
 
-    monkeypatch.setattr(convolution, "convolve", _transposed(convolution.convolve))
+    monkeypatch.setattr(depthwise, "convolve", _transposed(depthwise.convolve))
     verdict = checked()
     assert [failure.family for failure in verdict.failed] == [families.CONVOLUTION]
     assert verdict.source == "compared now"

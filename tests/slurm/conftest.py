@@ -21,13 +21,13 @@ import torch
 import xxhash
 
 from launch import submit
-from launch.command_line import parse
+from launch.config.command_line import parse
 from launch.feed import Feed
-from launch.world import World
+from launch.machine.world import World
 from tests.dist.launching import ROOT
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
 
-OPTIONS = ("--recipe", "launch/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1")
+OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1")
 RECORDED = ROOT / "tests" / "slurm" / "recorded_train.py"
 
 

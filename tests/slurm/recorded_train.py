@@ -19,8 +19,8 @@ import torch
 import xxhash
 
 import launch.train
-from launch.command_line import parse
-from launch.engine import Engine, StepResult
+from launch.config.command_line import parse
+from launch.engine.engine import Engine, StepResult
 
 original_step = Engine.step
 START = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -17,7 +17,7 @@ JOIN = """
 import os, sys
 import torch
 import torch.distributed as dist
-from launch.world import connect, run_command
+from launch.machine.world import connect, run_command
 
 def command():
     world = connect()

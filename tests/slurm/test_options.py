@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-from launch.recipe import DataRecipe, Recipe, RunRecipe
+from launch.config.recipe import DataRecipe, Recipe, RunRecipe
 from launch.submit import Submit, render
 from tests.slurm.conftest import need
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from shards.dataset import ShardSet
-from shards.index import INDEX_DTYPE, Index, index_bytes
-from shards.manifest import MANIFEST_NAME, content_hash
+from shards.format.dataset import ShardSet
+from shards.format.index import INDEX_DTYPE, Index, index_bytes
+from shards.format.manifest import MANIFEST_NAME, content_hash
 
 
 def shard_of(path: Path, sample: int, split: str = "train") -> tuple[Path, int, int]:

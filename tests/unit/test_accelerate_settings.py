@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.accelerate_settings import overrule_accelerate
+from launch.machine.accelerate_settings import overrule_accelerate
 from shards.errors import UserError
 
 BASE = "compute_environment: LOCAL_MACHINE\nmachine_rank: 0\nnum_machines: 1\nnum_processes: 1\nrdzv_backend: static\n"
@@ -37,7 +37,7 @@ SAVED = {
 # What accelerate would then do by itself, without a word of the recipe.
 SHOW = """
 import os, sys
-from launch.world import connect
+from launch.machine.world import connect
 connect()
 from accelerate import Accelerator
 made = Accelerator()

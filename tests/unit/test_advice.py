@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.command_line import parse
-from launch.execution import Execution
+from launch.config.command_line import parse
+from launch.engine.execution import Execution
+from launch.engine.schedule import rate_of
+from launch.engine.sync_batchnorm import check_values_per_channel, synchronise_norms
 from launch.feed import Feed
-from launch.norms import check_values_per_channel, synchronise_norms
-from launch.schedule import rate_of
-from launch.world import World
+from launch.machine.world import World
 from pipeline.plan import BatchShape, PlanError, check_enough_samples
 from shards.errors import UserError
 
@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of 37 training images, without a validation split."""
     from PIL import Image
 
-    from shards.convert import Options, convert
+    from shards.convert.convert import Options, convert
 
     folder = tmp_path_factory.mktemp("tiny")
     for number in range(IMAGES):

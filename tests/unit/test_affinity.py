@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.affinity import choose, numa_nodes, parse_list
+from launch.machine.affinity import choose, numa_nodes, parse_list
 from tests.dist.launching import python_path
 
 TWO_SOCKETS = {0: frozenset(range(8)), 1: frozenset(range(8, 16))}
@@ -53,9 +53,9 @@ import os, sys
 from pathlib import Path
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
-from launch.command_line import parse
+from launch.config.command_line import parse
 from launch.feed import Feed
-from launch.world import connect
+from launch.machine.world import connect
 world = connect()
 recipe = parse(["--data", sys.argv[1], "--size", "32", "--global-batch", "16", "--loader", "dali"])
 with Feed.of(recipe, world).train_loader(step=0, dtype=torch.float32) as loader:

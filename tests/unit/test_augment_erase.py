@@ -1,4 +1,4 @@
-"""Random erasing and its noise (pipeline/augment/erase.py)."""
+"""Random erasing and its noise (pipeline/augment/torch_impl/erase.py)."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from pipeline import rng
-from pipeline.augment.erase import hash_place, quantiles
 from pipeline.augment.params import SampleParams, draw
 from pipeline.augment.pixels import BatchAugment, normalise
 from pipeline.augment.recipe import augment_recipe
+from pipeline.augment.torch_impl.erase import hash_place, quantiles
 from pipeline.rng import Stream
 
 CPU = torch.device("cpu")

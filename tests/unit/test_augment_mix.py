@@ -1,4 +1,4 @@
-"""Laws of mixup and CutMix on pixels and targets (pipeline/augment/mix.py)."""
+"""Laws of mixup and CutMix on pixels and targets (pipeline/augment/torch_impl/mix.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.augment.mix import mix, mix_targets
 from pipeline.augment.params import MixParams, mix_params
 from pipeline.augment.recipe import augment_recipe
+from pipeline.augment.torch_impl.mix import mix, mix_targets
 
 SIZE = 32
 

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.augment import geometry, reference
+from pipeline.augment import reference
 from pipeline.augment.ops import Op, arguments
 from pipeline.augment.pixels import FAMILIES
+from pipeline.augment.torch_impl import geometry
 
 CPU = torch.device("cpu")
 TIMM = np.load(Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz")

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline.augment import reference
-from pipeline.augment.mix import mix
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams, draw, mix_params
 from pipeline.augment.pixels import BatchAugment, normalise
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.augment.torch_impl.mix import mix
 from pipeline.augment.transfer import upload
 
 CPU = torch.device("cpu")

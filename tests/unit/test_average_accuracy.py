@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import metrics
-from launch.checkpoint import Progress, Scored
-from launch.metrics import METRICS_NAME, Tracker
-from launch.recipe import Recipe, RunRecipe
-from launch.report import draw_curves
-from launch.status import read_content, write_status
-from launch.world import World
+from launch.config.recipe import Recipe, RunRecipe
+from launch.machine.world import World
+from launch.run import metrics
+from launch.run.checkpoint import Progress, Scored
+from launch.run.curves import draw_curves
+from launch.run.metrics import METRICS_NAME, Tracker
+from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 
 LOSS = {"top5": 1.0, "loss": 1.0, "samples": 3}

@@ -18,13 +18,13 @@ import pytest
 import torch
 from PIL import Image
 
-from launch.bench import MOST_STRETCHES, STRETCH, _long_enough, compare, predict
-from launch.bench_chart import draw
-from launch.bench_verdict import Figures, Phase, bottleneck, verdict
-from launch.command_line import parse
+from launch.bench.chart import draw
+from launch.bench.run import MOST_STRETCHES, STRETCH, _long_enough, compare, predict
+from launch.bench.verdict import Figures, Phase, bottleneck, verdict
+from launch.cli import main as pipeline
+from launch.config.command_line import parse
 from launch.feed import Feed
-from launch.world import World
-from pipeline.cli import main as pipeline
+from launch.machine.world import World
 
 pytestmark = pytest.mark.timed
 
@@ -54,13 +54,13 @@ def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.bench.ROUNDS", 1)
+    monkeypatch.setattr("launch.bench.run.ROUNDS", 1)
 
 
 def test_a_slow_decoder_is_found_out(
     tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pipeline.dali import DaliDecoder
+    from pipeline.decode.dali import DaliDecoder
 
     slow(monkeypatch, DaliDecoder, "_inputs")
     found = run(tmp_path, photos)
@@ -76,7 +76,7 @@ def test_a_slow_decoder_is_found_out(
 
 
 def test_a_slow_model_is_found_out(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.engine import Engine
+    from launch.engine.engine import Engine
 
     slow(monkeypatch, Engine, "step")
     found = run(tmp_path, digits, "--augment", "light", "--no-decoder-check")  # many times as fast as that
@@ -151,11 +151,11 @@ class Gpu:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.done, self.number, self.batches = 0.0, 0.0, 0, 0
-        patch.setattr("launch.bench.settle", lambda _: self.settle())
-        patch.setattr("launch.bench.timed_event", lambda _: self.mark())
-        patch.setattr("launch.data_wait.timed_event", lambda _: self.mark())
-        patch.setattr("launch.bench.time.perf_counter", lambda: self.now)
-        patch.setattr("launch.bench.time.sleep", lambda _: None)
+        patch.setattr("launch.bench.run.settle", lambda _: self.settle())
+        patch.setattr("launch.bench.run.timed_event", lambda _: self.mark())
+        patch.setattr("launch.run.data_wait.timed_event", lambda _: self.mark())
+        patch.setattr("launch.bench.run.time.perf_counter", lambda: self.now)
+        patch.setattr("launch.bench.run.time.sleep", lambda _: None)
 
     def settle(self) -> None:
         self.now = max(self.now, self.done)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main as pipeline
-from shards.dataset import ShardSet
+from launch.cli import main as pipeline
+from shards.format.dataset import ShardSet
 from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.source_folders.containers import parquet, samples, tar

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cache import Cache, CacheFull, DiskFull, Part
-from pipeline.remote_set import RemoteSet, open_set
-from shards.dataset import ShardSet
+from pipeline.storage.cache import Cache, CacheFull, DiskFull, Part
+from pipeline.storage.remote_set import RemoteSet, open_set
+from shards.format.dataset import ShardSet
 from tests.serving import Site
 from tests.support import disks
 from tests.support.cached import cached

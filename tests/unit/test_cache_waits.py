@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import cache_folder, staging
-from pipeline.cache import Cache, CacheLocked
-from pipeline.cache_folder import LOCK
-from pipeline.remote_set import RemoteSet, open_set
-from shards import waiting
-from shards.dataset import ShardSet
+from pipeline.storage import cache_folder, staging
+from pipeline.storage.cache import Cache, CacheLocked
+from pipeline.storage.cache_folder import LOCK
+from pipeline.storage.remote_set import RemoteSet, open_set
 from shards.errors import StorageFailed
+from shards.files import waiting
+from shards.format.dataset import ShardSet
 from tests.dist.launching import ROOT, environment
 from tests.serving import Site
 from tests.support.cached import cached, own_folder
@@ -34,7 +34,7 @@ __all__ = ["impatient", "site"]  # fixtures
 HOLDER = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.cache import Cache
+from pipeline.storage.cache import Cache
 cache = Cache(Path(sys.argv[1]))
 if sys.argv[2] == "lock":
     held = cache._folder.locked(lambda: None)
@@ -153,7 +153,7 @@ def test_closing_a_loader_does_not_wait_for_the_lock(site: Site, tmp_path: Path)
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from pipeline.cache import Cache
+from pipeline.storage.cache import Cache
 print("asks", flush=True)
 Cache(Path(sys.argv[1]))
 """

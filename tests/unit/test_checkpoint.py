@@ -1,4 +1,4 @@
-"""Checkpoints (launch/checkpoint.py): complete or absent, damage is noticed, old ones go."""
+"""Checkpoints (launch/run/checkpoint.py): complete or absent, damage is noticed, old ones go."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch import checkpoint
-from launch.checkpoint import (
+from launch.run import checkpoint
+from launch.run.checkpoint import (
     BackgroundWriter,
     Checkpoint,
     CheckpointError,
@@ -27,7 +27,7 @@ from launch.checkpoint import (
     Fingerprint,
     Progress,
 )
-from launch.run_files import FolderFailed
+from launch.run.files import FolderFailed
 from shards.errors import StorageFailed
 from tests.dist.launching import environment
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path) -> 
     (tmp_path / "unwritable").mkdir(mode=0o555)
     code = """
         from pathlib import Path
-        from launch.checkpoint import CheckpointFolder
+        from launch.run.checkpoint import CheckpointFolder
         from shards.errors import UserError
         calls = [CheckpointFolder(Path(str(number))).newest for number in range(4)]
         for call in (*calls, CheckpointFolder(Path("unwritable")).prepare):

@@ -12,21 +12,21 @@ import pytest
 import torch
 from filelock import FileLock
 
-from launch import tuned
-from launch.choices import Choices, _Resolving, measure, resolve
-from launch.command_line import parse
+from launch.cli import Bench, Tune
+from launch.cli import main as pipeline
+from launch.config.command_line import parse
+from launch.config.recipe import Recipe, RecipeError
 from launch.dry_run import describe_run
-from launch.execution import Execution, choose
+from launch.engine.build import build_model
+from launch.engine.execution import Execution, choose
 from launch.feed import Feed
-from launch.model import build_model
-from launch.open_options import given, with_values
-from launch.recipe import Recipe, RecipeError
+from launch.machine.world import World
 from launch.train import main as train
-from launch.trials import Choice
-from launch.tuned import Damaged, Entry, entry_of, file_of, find, keep, key_of, read
-from launch.world import World
-from pipeline.cli import Bench, Tune
-from pipeline.cli import main as pipeline
+from launch.tuning import tuned
+from launch.tuning.choices import Choices, _Resolving, measure, resolve
+from launch.tuning.open_options import given, with_values
+from launch.tuning.trials import Choice
+from launch.tuning.tuned import Damaged, Entry, entry_of, file_of, find, keep, key_of, read
 from shards.errors import UserError
 from tests.unit.test_launch_commands import SMALL, run
 
@@ -201,7 +201,7 @@ def test_the_optimiser_s_shares_are_those_of_the_ranks_that_training_will_have(
 ) -> None:
     recipe, feed = setting(digits, "--zero", "1")
     seen: list[int] = []
-    monkeypatch.setattr("launch.tuning.tune", lambda bench, *_, **__: seen.append(bench.shares) or {})
+    monkeypatch.setattr("launch.tuning.model.tune", lambda bench, *_, **__: seen.append(bench.shares) or {})
     measure("model", recipe, feed, torch.nn.Identity(), fixed={}, ranks=8, seconds=1, say=print)
     assert seen == [8]
 
@@ -215,7 +215,7 @@ def test_rank_0_s_decode_threads_do_not_flood_a_smaller_machine(
     feed = dataclasses.replace(feed, world=World(0, 1, 0, 1, CPU, cores=2))
     found = {"decode_threads": Choice(64, "figures")}
     keep(file, entry_of("input", key_of("input", recipe, feed, given={}, ranks=1), found))
-    monkeypatch.setattr("launch.choices.share", lambda make, _: dataclasses.replace(make(), cores=cores))
+    monkeypatch.setattr("launch.tuning.choices.share", lambda make, _: dataclasses.replace(make(), cores=cores))
     settled, _, _ = resolve(recipe, feed, torch.nn.Identity(), goes_on=False)
     assert settled.data.loader.decode_threads == threads
     given_64 = with_values(recipe, {"decode_threads": 64})
@@ -452,7 +452,7 @@ def test_a_run_that_goes_on_says_that_it_does_not_measure(
 ) -> None:
     out = tmp_path / "run"
     begin(out, digits, steps=1)
-    monkeypatch.setattr("launch.choices.measure", None)
+    monkeypatch.setattr("launch.tuning.choices.measure", None)
     _, choices = chosen(digits, "--out", out, "--compile", "auto", "--tune", goes_on=True)
     assert choices.notes[-1].startswith(
         "note: --tune --compile auto: not measured, the run goes on as it began: memory-"
@@ -534,13 +534,13 @@ def test_tune_measures_keeps_and_the_next_run_begins_with_it(
 @pytest.mark.slow
 def test_a_run_that_is_told_to_measure_does_so_once(tmp_path: Path, digits: Path, file: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("launch.choices.SECONDS", 9.0)
+        patch.setattr("launch.tuning.choices.SECONDS", 9.0)
         picks = begin(tmp_path / "run", digits, "--tune", "--read-ahead", "2", steps=1)
         assert "memory-format" in picks["measured now"]
         assert "images/s" in picks["measured memory-format"]
         assert {entry.part for entry in read(file)} == {"model", "input"}
         assert "read_ahead" not in next(e for e in read(file) if e.part == "input").values
-        patch.setattr("launch.choices.measure", None)
+        patch.setattr("launch.tuning.choices.measure", None)
         picks = begin(tmp_path / "run", digits, "--tune", "--read-ahead", "2", steps=2)
     assert "memory-format" in picks["as the run began"]
 
@@ -548,7 +548,7 @@ def test_a_run_that_is_told_to_measure_does_so_once(tmp_path: Path, digits: Path
 def test_a_dry_run_shows_the_choices_and_measures_nothing(
     tmp_path: Path, digits: Path, file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.choices.measure", None)
+    monkeypatch.setattr("launch.tuning.choices.measure", None)
     measured(digits, file=file)
     assert run(train, *SMALL, "--data", digits, "--out", tmp_path / "run", "--dry-run", "--tune") == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -580,7 +580,7 @@ def test_a_file_that_cannot_be_written_is_an_error_of_tune_and_a_warning_of_a_ru
     options = ("--size", "32", "--batch-size", "32", "--augment", "light", "--seconds", "6", "--what", "model")
     assert pipeline(["tune", str(digits), *options, "--tuned", str(lost)]) == 2
     assert f"--tuned {lost}: cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr("launch.choices.SECONDS", 4.0)
+    monkeypatch.setattr("launch.tuning.choices.SECONDS", 4.0)
     begin(tmp_path / "run", digits, "--tune", "--tuned", lost, steps=1)
     assert f"warning: --tuned {lost}: cannot be written" in capsys.readouterr().err
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fat
-from launch.checkpoint import CheckpointFolder, Progress
 from launch.class_mapping import map_classes
+from launch.config.recipe import ModelRecipe, Recipe
+from launch.engine.build import build_model, load_initial_weights
 from launch.evaluate import main as evaluate
-from launch.model import build_model, load_initial_weights
-from launch.recipe import ModelRecipe, Recipe
+from launch.run.checkpoint import CheckpointFolder, Progress
 from launch.train import main as train
 from shards.errors import UserError
 from tests.support.damage import edit_manifest
@@ -350,7 +350,7 @@ def test_a_digest_alone_is_enough_for_the_same_classes_and_refused_for_others() 
 def test_a_run_with_a_digest_alone_finds_its_names_in_classes_json(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fat.header.MAX_TEXT", 100)
+    monkeypatch.setattr("fat.weights.header.MAX_TEXT", 100)
     out = tmp_path / "run"
     assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
     info = fat.read_info(out / "weights.safetensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.affinity import choose
+from launch.machine.affinity import choose
 from shards import cores
 from tests.dist.launching import python_path
 
@@ -82,14 +82,14 @@ def test_ranks_share_the_quota(what: str, near: list[int | None], quota: int, th
 
 COUNTED = """
 import os, torch
-from launch.world import connect
+from launch.machine.world import connect
 from pipeline.options import Settings
-from shards.pool import cores
+from shards.convert.pool import cores
 print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], Settings().decode_threads, cores())
 """
 VERB = """
 import os
-from pipeline.cli import main
+from launch.cli import main
 main(["info", "nowhere"])
 print(os.environ["OMP_NUM_THREADS"])
 """

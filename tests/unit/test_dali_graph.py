@@ -15,9 +15,9 @@ import torch
 from nvidia.dali import Pipeline, fn
 from PIL import Image
 
-from pipeline import dali
-from pipeline.dali import DaliDecoder
-from pipeline.decode import DecodeJob
+from pipeline.decode import dali
+from pipeline.decode.dali import DaliDecoder
+from pipeline.decode.job import DecodeJob
 from pipeline.jobs import eval_geometry, eval_windows
 
 SIZE = 64

@@ -1,4 +1,5 @@
-"""The time that training waits for its data (launch/data_wait.py): on a GPU the device's, by events that have happened.
+"""The time that training waits for its data (launch/run/data_wait.py): on a GPU the device's, by events that have
+happened.
 
 The device is stood in for by a clock: an event has happened when the clock has come to its time.
 """
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from launch.data_wait import DataWait
+from launch.run.data_wait import DataWait
 from pipeline.batch import timed_event
 
 CPU = torch.device("cpu")

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from launch import choices
-from launch.bench_decoders import DecoderFigures, batch_of, compare_decoders, measure_decoders
-from launch.command_line import parse
+from launch.bench.decoders import DecoderFigures, batch_of, compare_decoders, measure_decoders
+from launch.config.command_line import parse
+from launch.config.recipe import Recipe
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_load
-from launch.recipe import Recipe
-from launch.world import World
-from pipeline import decode_hardware
-from pipeline.decode_hardware import ARCH_MISMATCH, JpegEngine, ask, find_jpeg_engine, sharing_warning, with_decoder
+from launch.machine.world import World
+from launch.tuning import choices
+from pipeline.decode import hardware as decode_hardware
+from pipeline.decode.hardware import ARCH_MISMATCH, JpegEngine, ask, find_jpeg_engine, sharing_warning, with_decoder
 from pipeline.options import DaliOptions, LoaderOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -201,7 +201,7 @@ def test_equal_pixels_at_equal_speed_mean_that_the_engine_is_not_used() -> None:
 def test_without_two_decoders_the_reason_is_told(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, feed = feed_of(digits)
     assert compare_decoders(feed).lines() == ["JPEG decoders not compared: only a GPU has two, and only DALI uses them"]
-    monkeypatch.setattr("launch.bench_decoders.decodes_on_gpu", lambda _: True)
+    monkeypatch.setattr("launch.bench.decoders.decodes_on_gpu", lambda _: True)
     missing = JpegEngine(usable=False, found="the driver's libnvcuvid.so.1 cannot be loaded")
     assert compare_decoders(feed, engine=missing).skipped == missing.found
 
@@ -210,7 +210,7 @@ def test_without_two_decoders_the_reason_is_told(digits: Path, monkeypatch: pyte
         def fail(*_: object, kind: type[Exception] = kind, **__: object) -> None:
             raise kind("no kernel image\nis available")
 
-        monkeypatch.setattr("launch.bench_decoders.make_decoder", fail)
+        monkeypatch.setattr("launch.bench.decoders.make_decoder", fail)
         assert compare_decoders(feed, engine=ENGINE).skipped == f"failed ({kind.__name__}: no kernel image)"
 
 
@@ -219,7 +219,7 @@ def test_the_batch_that_is_compared_is_the_first_of_training(digits: Path) -> No
     _, feed = feed_of(digits)
     job = batch_of(feed)
     assert job.encoded.ids.tolist() == feed.plan.ids(feed.plan.at(0)).tolist()
-    from pipeline.dali import DaliDecoder
+    from pipeline.decode.dali import DaliDecoder
 
     found = measure_decoders(
         lambda _: DaliDecoder(size=32, batch=16, device=CPU, threads=1), job, engine="none", seconds=0.05

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import default_out
+from shards.convert.convert import default_out
 from shards.errors import UserError
 
 

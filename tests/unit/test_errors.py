@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.cli import main as pipeline
 from launch.train import main as train
-from pipeline.cli import main as pipeline
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:

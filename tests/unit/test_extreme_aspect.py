@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.decode import DecodeJob
+from pipeline.decode.job import DecodeJob
+from pipeline.decode.resize import Resizer
 from pipeline.jobs import MAX_ASPECT, eval_geometry, eval_windows
-from pipeline.resize import Resizer
 from tests.support.measured import run_measured
 from tests.unit.test_dali_graph import decoded, encoded, on_a_cpu
 
@@ -109,8 +109,8 @@ def test_a_banner_takes_no_more_memory_than_its_centre() -> None:
         import io, json, torch, numpy as np
         from types import SimpleNamespace
         from PIL import Image
-        from pipeline.dali import DaliDecoder
-        from pipeline.decode import DecodeJob
+        from pipeline.decode.dali import DaliDecoder
+        from pipeline.decode.job import DecodeJob
         from pipeline.jobs import eval_windows
         import torch.nn.functional
         jpegs = []

@@ -60,8 +60,8 @@ def test_costs_grow_with_the_image() -> None:
 
 
 def test_the_table_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["fat.table"])
-    runpy.run_module("fat.table", run_name="__main__")
+    monkeypatch.setattr("sys.argv", ["fat.account.table"])
+    runpy.run_module("fat.account.table", run_name="__main__")
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     for name in fat.list_models():
         assert f"{PARAMETERS[name]:,}" in rows[name]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fat
-from fat.layout import from_released
+from fat.weights.released_names import from_released
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "fat_tiny_official.npz"
 TINY = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 2, 2, 1), heads=(2, 4, 6, 8), num_classes=10)

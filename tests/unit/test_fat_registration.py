@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fat.registration import when_imported
+from fat.timm_registry import when_imported
 
 OPTIONAL = ("timm", "safetensors", "onnx", "onnxruntime", "onnxscript", "triton")
 

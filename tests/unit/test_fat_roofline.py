@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fat
-from fat.roofline import Roofline, ceiling, roofline, traced
+from fat.account.roofline import Roofline, ceiling, roofline, traced
 from tests.unit.test_fat_parity import TINY
 
 # GB of a step of 256 images under bf16 autocast, estimated by hand before any of this was counted.

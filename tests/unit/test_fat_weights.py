@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import fat
 from fat.config import LIMITS
-from fat.layout import to_released
+from fat.weights.released_names import to_released
 from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
 from tests.support.measured import run_measured
 from tests.unit.test_fat_parity import TINY
@@ -244,7 +244,7 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
     huge = {**TINY.to_dict(), "widths": [16384] * 4, "heads": [16] * 4, "ffn_ratio": 64}
     code = f"""
         import json, os, torch, fat
-        from fat.weights import read_weights
+        from fat.weights.load import read_weights
         from pathlib import Path
         from tests.support.hostile_weights import Claim, program, write_checkpoint
         found = {{}}

@@ -19,18 +19,18 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
-from pipeline.bad_samples import BadSamples
 from pipeline.feed_process import HANDED_AHEAD, FeedProcess, FeedProcessDied
-from pipeline.files import Interrupted
 from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
 from pipeline.options import Settings
 from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
-from pipeline.remote import RemoteError
-from pipeline.remote_set import open_set
-from shards.dataset import ShardSet
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.files import Interrupted
+from pipeline.storage.remote_client import RemoteError
+from pipeline.storage.remote_set import open_set
 from shards.errors import ShardSetError, UserError
+from shards.format.dataset import ShardSet
 from tests.serving import serve
 from tests.support.damage import flip_a_bit
 from tests.support.leftovers import children, feed_buffers, nothing_is_left_behind
@@ -282,7 +282,7 @@ from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 dataset = ShardSet(Path(sys.argv[1]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=24, seed=0)
 options = LoaderOptions(feed_process="on")

@@ -18,17 +18,17 @@ from PIL import Image, ImageOps
 
 from pipeline import background
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
-from pipeline.decode import DecodeError, DecodeJob
-from pipeline.decoders import make_decoder
+from pipeline.decode.choose import make_decoder
+from pipeline.decode.job import DecodeError, DecodeJob
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import LoaderName
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan
-from pipeline.reader import SampleReader
-from pipeline.remote_set import open_set
-from pipeline.storage import storage_of
-from shards.beton import FIELD, HEADER, METADATA
-from shards.dataset import ShardSet
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import SampleReader
+from pipeline.storage.remote_set import open_set
 from shards.errors import ShardSetError, UserError
+from shards.format.beton import FIELD, HEADER, METADATA
+from shards.format.dataset import ShardSet
 from tests.conftest import run_pipeline
 from tests.serving import serve
 
@@ -219,7 +219,7 @@ def test_what_the_file_says_of_its_samples_is_not_needed(sets: dict[str, Path], 
 
 
 def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
-    monkeypatch.delitem(sys.modules, "pipeline.ffcv", raising=False)
+    monkeypatch.delitem(sys.modules, "pipeline.decode.ffcv", raising=False)
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     with pytest.raises(UserError, match=r"pip install 'fat-pipeline\[ffcv\]'"):
         batches_of(train(sets["both"], "ffcv", augment_recipe("light", size=32)))

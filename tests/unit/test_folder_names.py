@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.manifest import ClassEntry
-from shards.sources.folder_names import doubts_about_names
+from shards.format.manifest import ClassEntry
+from shards.sources.naming.folder_names import doubts_about_names
+from shards.sources.naming.splits import near_split, splits_in
 from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
-from shards.sources.splits import near_split, splits_in
 from tests.support.source_folders.source import pictures, put
 
 MASKS = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import images
-from shards.images import ImageRules, Rejected, accept
+from shards.images import images
+from shards.images.images import ImageRules, Rejected, accept
 from tests.support.bombs import png, progressive_jpeg
 from tests.support.measured import run_measured
 
@@ -20,8 +20,8 @@ SMALL = 100_000  # pixels that a kept image may have in these tests
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("images", "decode_limits"):
-        monkeypatch.setattr(f"shards.{module}.MAX_PIXELS", SMALL)
-    monkeypatch.setattr("shards.decode_limits.MAX_SHRUNK_PIXELS", 10 * SMALL)
+        monkeypatch.setattr(f"shards.images.{module}.MAX_PIXELS", SMALL)
+    monkeypatch.setattr("shards.images.decode_limits.MAX_SHRUNK_PIXELS", 10 * SMALL)
 
 
 def waves(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -89,7 +89,7 @@ def test_shrinking_takes_memory_for_the_smaller_image_alone() -> None:
     code = """
         import io, json
         from PIL import Image
-        from shards.images import ImageRules, accept
+        from shards.images.images import ImageRules, accept
         from tests.support.bombs import comment
         sink = io.BytesIO()
         Image.new("L", (12_000, 10_000), 200).save(sink, "JPEG")

@@ -29,9 +29,9 @@ from benchmarks.gpu_run import parts as table
 from benchmarks.gpu_run import report, runner
 from benchmarks.gpu_run.parts import Part
 from benchmarks.gpu_run.results import FILE, Results
-from launch import command_line
-from pipeline import cli
-from shards import durable
+from launch import cli
+from launch.config import command_line
+from shards.files import durable
 
 # Appends a letter to a file at each run.
 COUNT = "import pathlib, sys; file = pathlib.Path(sys.argv[1], sys.argv[2]); file.open('a').write('x')"
@@ -123,7 +123,7 @@ def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
         return parsed
 
     match list(words):
-        case ["python", "-m", "pipeline.cli", *options]:
+        case ["python", "-m", "launch.cli", *options]:
             for verb in cli.VERBS.values():
                 patch.setattr(verb, "run", after(lambda self: None))
             cli.main(options)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
-from launch import graphs
-from launch.command_line import parse
-from launch.engine import Engine, seed_generators
-from launch.execution import Execution, graph_obstacle
-from launch.graphs import CudaRecorder, GraphedModel, Results, Work
-from launch.recipe import RecipeError
-from launch.world import World
+from launch.config.command_line import parse
+from launch.config.recipe import RecipeError
+from launch.engine import graphs
+from launch.engine.engine import Engine, seed_generators
+from launch.engine.execution import Execution, graph_obstacle
+from launch.engine.graphs import CudaRecorder, GraphedModel, Results, Work
+from launch.machine.world import World
 from tests.support.batches import CLASSES, SIZE, random_batch
 from tests.support.recorders import FailsAt, ReplayOnCpu
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from launch import network
-from launch.heartbeat import (
+from launch.machine import network
+from launch.resilience.heartbeat import (
     BEATS_PER_SECOND,
     MAX_BYTES,
     OBSERVERS,

@@ -14,12 +14,12 @@ import pillow_jxl  # noqa: F401
 import pytest
 from PIL import Image
 
-from shards.canvas import jxl_size
-from shards.convert import Options, convert
+from shards.convert.convert import Options, convert
 from shards.errors import ConversionFailed
-from shards.formats import MAGIC_BYTES, looks_like_image, named_as_image
-from shards.images import ImageRules, Rejected, accept
-from shards.jpeg import parse_header
+from shards.images.canvas import jxl_size
+from shards.images.formats import MAGIC_BYTES, looks_like_image, named_as_image
+from shards.images.images import ImageRules, Rejected, accept
+from shards.images.jpeg import parse_header
 from shards.sources.scan import ScanOptions
 from tests.support.bombs import jxl
 

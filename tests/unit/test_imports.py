@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,20 +20,22 @@ ALLOWED = {
     "launch": {"pipeline", "shards", "fat"},
 }
 # Files that may, inside a function only, reach further.
-LAZY_EXCEPTIONS = {"pipeline/cli.py": {"fat", "launch"}}
-TRITON_ROOMS = ("attention", "batchnorm", "convolution", "correlation", "gating", "groupnorm", "normrelu", "sums")
+LAZY_EXCEPTIONS = {"launch/cli.py": {"fat", "launch"}}
+TRITON_FILES = (
+    "attention", "batchnorm", "channel_sums", "depthwise", "depthwise_weight_grad", "gate", "norm", "norm_relu",
+)  # fmt: skip
 # Heavy libraries that one room alone may touch.
 ONLY_IN = {
-    "nvidia": {"pipeline/dali.py"},
-    "ffcv": {"pipeline/ffcv.py", "shards/beton.py"},
+    "nvidia": {"pipeline/decode/dali.py"},
+    "ffcv": {"pipeline/decode/ffcv.py", "shards/format/beton.py"},
     "triton": {
-        *(f"fat/kernels/{room}.py" for room in TRITON_ROOMS),
+        *(f"fat/kernels/impl/{name}.py" for name in TRITON_FILES),
         *(f"fat/kernels/prefill/{room}.py" for room in ("compile_ahead", "compiler", "launches")),
-        "pipeline/augment/finishing.py",
-        "pipeline/augment/randaugment.py",
+        "pipeline/augment/triton_impl/finishing.py",
+        "pipeline/augment/triton_impl/randaugment.py",
     },
-    "accelerate": {"launch/wrapping.py"},
-    "deepspeed": {"launch/masters.py", "launch/wrapping.py"},
+    "accelerate": {"launch/engine/accelerate.py"},
+    "deepspeed": {"launch/engine/zero_state.py", "launch/engine/accelerate.py"},
 }
 TORCH_FREE = ("shards",)
 FAT_TOP_LEVEL = {"torch"}
@@ -64,14 +68,36 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
+def _files_imported() -> dict[str, set[str]]:
+    """The modules of this project that each of them imports anywhere, but for type checking."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in _sources()
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in paths.items():
+        stack: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+        found: set[str] = set()
+        while stack:
+            for node in ast.iter_child_nodes(stack.pop()):
+                if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                    continue
+                stack.append(node)
+                if isinstance(node, ast.Import):
+                    found |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom):
+                    names = {f"{node.module}.{alias.name}" for alias in node.names}
+                    found |= names if names <= paths.keys() else {*names, str(node.module)}
+        graph[module] = (found & paths.keys()) - {module}
+    return graph
+
+
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_run_one_way(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     package = name.split("/", maxsplit=1)[0]
     for module, top in _imports(path):
         if module in PACKAGES and module != package:
-            lazily = not top and module in LAZY_EXCEPTIONS.get(name, set())
-            assert module in ALLOWED[package] or lazily, f"{name} imports {module}"
+            assert module in ALLOWED[package], f"{name} imports {module}"
         if module in ONLY_IN:
             assert name in ONLY_IN[module], f"{name} imports {module}"
         if package in TORCH_FREE:
@@ -82,9 +108,23 @@ def test_imports_run_one_way(path: Path) -> None:
             assert module in sys.stdlib_module_names, f"{name} imports {module} at module level"
 
 
+def test_files_named_here_exist() -> None:
+    named = set().union(*ONLY_IN.values())
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_no_folder_holds_more_than_14_source_files() -> None:
+    folders = Counter(str(path.parent.relative_to(ROOT)) for path in _sources() if path.name != "__init__.py")
+    assert not {folder: count for folder, count in folders.items() if count > 14}
+
+
+def test_files_import_one_another_without_a_circle() -> None:
+    TopologicalSorter(_files_imported()).prepare()
+
+
 def test_ffcv_is_imported_lazily() -> None:
     for path in _sources():
-        if str(path.relative_to(ROOT)) == "shards/beton.py":
+        if str(path.relative_to(ROOT)) == "shards/format/beton.py":
             assert not any(module == "ffcv" and top for module, top in _imports(path))
 
 

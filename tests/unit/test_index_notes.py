@@ -8,7 +8,7 @@ import pytest
 
 from shards.commands import Index, Info
 from shards.errors import ConversionFailed, UserError
-from shards.manifest import Manifest
+from shards.format.manifest import Manifest
 from tests.support.sources import labelled_tar
 
 UNNAMED = "b.tar: no split named, so training"

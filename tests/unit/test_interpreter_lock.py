@@ -12,7 +12,7 @@ import pytest
 from benchmarks import interpreter_lock
 from benchmarks.interpreter_lock import MAIN, Options, burn, hold, loader_of, measure, parts, rates
 from pipeline.plan import TrainPlan
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 
 pytestmark = pytest.mark.timed
 

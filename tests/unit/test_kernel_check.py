@@ -16,16 +16,17 @@ from torch import Tensor
 import fat
 from fat import kernels
 from fat.config import FATConfig
-from fat.kernels import families, selfcheck, tiles
+from fat.kernels import families, selfcheck
+from fat.kernels.impl import tiles
 from fat.kernels.prefill.compile_ahead import Report
 from fat.kernels.selfcheck import Failure, KernelFault, mismatch
-from launch import kernel_check
-from launch.command_line import parse
-from launch.kernel_check import KernelsUnusable, Verdict, check_kernels
-from launch.recipe import RecipeError
+from launch.config.command_line import parse
+from launch.config.recipe import RecipeError
+from launch.engine import kernel_check
+from launch.engine.kernel_check import KernelsUnusable, Verdict, check_kernels
+from launch.machine.world import World
 from launch.train import main as train
-from launch.tune import tune
-from launch.world import World
+from launch.tuning.command import tune
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
@@ -507,8 +508,8 @@ def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: py
     """And compiled: that would use up the time of 'pipeline tune'."""
     done: list[str] = []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # so that it is put back
-    monkeypatch.setattr("launch.tune.check_recipe", lambda *_: done.append("checked"))
-    monkeypatch.setattr("launch.tune.measure", lambda *_, **__: done.append("measured") or {})
+    monkeypatch.setattr("launch.tuning.command.check_recipe", lambda *_: done.append("checked"))
+    monkeypatch.setattr("launch.tuning.command.measure", lambda *_, **__: done.append("measured") or {})
     tune(parse([*SMALL, "--data", str(digits), "--tuned", "off"]), ("model",), ranks=1, seconds=1.0, say=done.append)
     assert done == ["checked", "measured"]
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks.registers import Shape, measure
-from fat.kernels import ops, tiles
+from fat.kernels import ops
+from fat.kernels.impl import tiles
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.recipe import augment_recipe
 from tests.offline import OfflineDriver, launches_only_compile
@@ -109,8 +110,8 @@ def _stem() -> None:
 
 
 def _augment() -> None:
-    from pipeline.augment import randaugment
-    from pipeline.augment.finishing import finish
+    from pipeline.augment.triton_impl import randaugment
+    from pipeline.augment.triton_impl.finishing import finish
 
     recipe, batch = augment_recipe("fat", size=224), 64
     sides = np.full(batch, 400)

@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.adopt import adopt
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
+from shards.convert.pool import _Reporter
 from shards.errors import UserError
-from shards.images import ImageRules
-from shards.manifest import MAX_CLASSES, Manifest
-from shards.pool import _Reporter
+from shards.format.dataset import ShardSet
+from shards.format.manifest import MAX_CLASSES, Manifest
+from shards.images.images import ImageRules
 from shards.redact import one_line
 from shards.sources import parquet
-from shards.sources.labels import (
+from shards.sources.naming.labels import (
     MAX_LABEL,
     FileLabels,
     LabelReader,
@@ -255,7 +255,7 @@ def test_texts_that_never_repeat_are_captions() -> None:
 
 
 def test_more_names_than_a_set_may_have_classes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.sources.labels.MAX_CLASSES", 2)
+    monkeypatch.setattr("shards.sources.naming.labels.MAX_CLASSES", 2)
     with pytest.raises(UserError, match=r"^a: row 2: 3 different names of classes, more than the 2"):
         read(["a", "b", "c"])
     with pytest.raises(UserError, match=r"^a: row 0: 3 different names"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.launcher_check import check_launcher
+from launch.machine.launcher_check import check_launcher
 from shards.errors import UserError
 from tests.dist.launching import ROOT, python_path
 

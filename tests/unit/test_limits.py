@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import fat
-from launch import limits
-from launch.limits import limits_of, measured_bandwidth, random_bytes, stated_arithmetic
+from launch.machine import device_peaks as limits
+from launch.machine.device_peaks import limits_of, measured_bandwidth, random_bytes, stated_arithmetic
 from tests.unit.test_launch_commands import SMALL, run, train
 
 CPU = torch.device("cpu")

@@ -18,10 +18,10 @@ from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
 from pipeline.options import DaliOptions, Settings
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
-from pipeline.reader import Encoded, SampleReader
-from pipeline.storage import storage_of
-from shards.dataset import ShardSet
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import Encoded, SampleReader
 from shards.errors import UserError
+from shards.format.dataset import ShardSet
 from tests.support.leftovers import nothing_is_left_behind
 
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch.cli import main as pipeline
 from pipeline import look
-from pipeline.cli import main as pipeline
 from pipeline.look import Cell, Look, contact_sheet
-from shards.dataset import ShardSet
+from shards.format.dataset import ShardSet
 from tests.serving import serve
 
 

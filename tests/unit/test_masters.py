@@ -1,4 +1,4 @@
-"""The moving average (launch/masters.py): what it is, and that one bad step does not spoil it."""
+"""The moving average (launch/engine/zero_state.py): what it is, and that one bad step does not spoil it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from launch.masters import Masters, average_decay
-from launch.world import World
+from launch.engine.zero_state import Masters, average_decay
+from launch.machine.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Metrics (launch/metrics.py): a view of the run that loses no line and never ends the run."""
+"""Metrics (launch/run/metrics.py): a view of the run that loses no line and never ends the run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch import metrics
-from launch.checkpoint import Progress
-from launch.engine import StepResult
-from launch.metrics import METRICS_NAME, MetricsLog, read_metrics
-from launch.recipe import Recipe, RunRecipe
-from launch.report import draw_curves
-from launch.world import World
+from launch.config.recipe import Recipe, RunRecipe
+from launch.engine.engine import StepResult
+from launch.machine.world import World
+from launch.run import metrics
+from launch.run.checkpoint import Progress
+from launch.run.curves import draw_curves
+from launch.run.metrics import METRICS_NAME, MetricsLog, read_metrics
 from pipeline.plan import Position
 from shards.errors import UserError
 from tests.support.disks import fill, small_disk
@@ -168,13 +168,13 @@ def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: py
         start = next(at)
         return moment(at=start, elapsed_time=lambda end: 1000 * (end.at - start))
 
-    monkeypatch.setattr("launch.data_wait.timed_event", mark)
+    monkeypatch.setattr("launch.run.data_wait.timed_event", mark)
     monkeypatch.setattr(metrics.Yardstick, "of", lambda *_: None)
     world = World(0, 1, 0, 1, torch.device("cpu"))
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
     engine = SimpleNamespace(world=world, description="")
     clock = iter(range(100))
-    monkeypatch.setattr("launch.metrics.time.perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("launch.run.metrics.time.perf_counter", lambda: float(next(clock)))
     result = StepResult(loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
     batches = iter([SimpleNamespace(ready=moment(at=ready)) for ready in (0.0, 1.25, 1.5)])
     with metrics.Tracker(Recipe(run=RunRecipe(out=tmp_path)), feed, engine, Progress()) as tracker:

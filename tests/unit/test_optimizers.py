@@ -1,4 +1,4 @@
-"""Clipping and update by whole lists (launch/optimizers.py) equal torch's own, bit by bit."""
+"""Clipping and update by whole lists (launch/engine/optimizers.py) equal torch's own, bit by bit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from launch.optimizers import OPTIMIZERS, Form, Updater, parameter_groups, skip_if_not_finite
+from launch.config.recipe import Form
+from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups, skip_if_not_finite
 
 STEPS = 5
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import tune, tuned
-from pipeline.cli import main as pipeline
-from shards.output import OutputError, check_output_folder
+from launch.cli import main as pipeline
+from launch.tuning import command as tune
+from launch.tuning import tuned
+from shards.files.output import OutputError, check_output_folder
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 SMALL = ("--size", "32", "--batch-size", "2")
@@ -52,8 +53,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     arguments, advice = COMMANDS[name]
     # The work itself: none of it may begin. (`as_user` forks, so that this holds there too.)
     for work in (
-        "shards.convert.recognise", "shards.adopt.run_jobs", "shards.samples._load_photos", "launch.tune.connect",
-        "launch.bench.bench", "pipeline.remote_set.open_set",
+        "shards.convert.convert.recognise", "shards.adopt.run_jobs", "shards.samples._load_photos",
+        "launch.tuning.command.connect", "launch.bench.run.bench", "pipeline.storage.remote_set.open_set",
     ):  # fmt: skip
         monkeypatch.setattr(work, _began)
 

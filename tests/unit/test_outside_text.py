@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from shards import waiting
 from shards.errors import ShardSetError, StorageFailed, storage_error
+from shards.files import waiting
 from shards.redact import redact
 from shards.schema import Count, Digest, FileName, Finite, parse_json, plain_file_name
 

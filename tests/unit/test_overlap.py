@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.dali import MOST_KEPT, StillRead
+from pipeline.decode.dali import MOST_KEPT, StillRead
 from tests.support.host_waits import HostWaits
 from tests.training_loop import training
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import xxhash
 
-from launch.data_recipe import DataRecipe
-from pipeline.cli import main
-from pipeline.remote_set import open_set
-from shards.dataset import ShardSet
+from launch.cli import main
+from launch.config.data import DataRecipe
+from pipeline.storage.remote_set import open_set
 from shards.errors import UserError
-from shards.manifest import Manifest
-from shards.pinned import ManifestDigest, split_pin
+from shards.format.dataset import ShardSet
+from shards.format.manifest import Manifest
+from shards.format.pinned import ManifestDigest, split_pin
 from tests.serving import serve
 
 

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from shards.images import Accepted, ImageRules, Rejected, accept
+from shards.images.images import Accepted, ImageRules, Rejected, accept
 from tests.support.bombs import LONG, SHORT, tiff
 
 RULES = ImageRules()

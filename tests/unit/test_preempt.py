@@ -1,4 +1,4 @@
-"""Requests to leave or save (launch/preempt.py): files that cannot be removed, and clocks that are set."""
+"""Requests to leave or save (launch/resilience/preempt.py): files that cannot be removed, and clocks that are set."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.preempt import Preemption, Request, deadline
-from launch.recipe import RunRecipe
-from launch.world import World
+from launch.config.recipe import RunRecipe
+from launch.machine.world import World
+from launch.resilience.preempt import Preemption, Request, deadline
 
 HOUR = 3600.0
 

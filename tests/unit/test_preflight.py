@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.command_line import parse
-from launch.preflight import (
+from launch.config.command_line import parse
+from launch.machine.world import World
+from launch.resilience.preflight import (
     GIB,
     Facts,
     differences,
@@ -22,7 +23,6 @@ from launch.preflight import (
     source_hash,
     to_leave_out,
 )
-from launch.world import World
 
 GOOD = Facts("abc", "shared", "def", "torch 2", "n0", 100 * GIB, 100 * GIB, 8)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.execution import Execution
-from shards.durable import durable_write
-from shards.private_folder import NotPrivate, make_private, open_file, open_folder, write_file
+from launch.engine.execution import Execution
+from shards.files.durable import durable_write
+from shards.files.private_folder import NotPrivate, make_private, open_file, open_folder, write_file
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 REMEDY = "give another folder"

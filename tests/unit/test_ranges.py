@@ -15,20 +15,20 @@ import pytest
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from launch.command_line import parse
+from launch.cli import Bench, Tune
+from launch.cli import main as pipeline
+from launch.config.command_line import parse
+from launch.config.recipe import Recipe
+from launch.engine.memory import check_batches_fit
+from launch.engine.sync_batchnorm import check_values_per_channel
 from launch.evaluate import Evaluate
 from launch.evaluate import main as evaluate
 from launch.feed import Feed
-from launch.memory import check_batches_fit
-from launch.norms import check_values_per_channel
-from launch.recipe import Recipe
+from launch.machine.world import World, connect
 from launch.submit import Submit
 from launch.submit import main as submit
 from launch.train import main as train
-from launch.tuned import sensible
-from launch.world import World, connect
-from pipeline.cli import Bench, Tune
-from pipeline.cli import main as pipeline
+from launch.tuning.tuned import sensible
 from pipeline.look import Look
 from shards import memory
 from shards.errors import UserError

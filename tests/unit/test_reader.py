@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
-from pipeline.files import LocalFiles
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, TrainPlan
-from pipeline.quick_check import quick_check
-from pipeline.reader import SampleReader
-from pipeline.storage import storage_of, tar_key
-from shards.dataset import ShardSet
+from pipeline.storage.files import LocalFiles
+from pipeline.storage.placement import storage_of, tar_key
+from pipeline.storage.quick_check import quick_check
+from pipeline.storage.reader import SampleReader
 from shards.errors import ShardSetError, UserError
+from shards.format.dataset import ShardSet
 from tests.support.damage import flip_a_bit, shard_of
 
 CPU = torch.device("cpu")
@@ -126,7 +126,7 @@ def test_the_look_before_training_is_bounded_and_begins_elsewhere_on_another_ran
     dataset = ShardSet(copied)
     shards = len(dataset.split("train").shards)
     assert shards >= 3
-    monkeypatch.setattr("pipeline.quick_check.SHARDS_AT_ONCE", 1)
+    monkeypatch.setattr("pipeline.storage.quick_check.SHARDS_AT_ONCE", 1)
     with SampleReader(storage_of(dataset, "train")) as reader:
         assert quick_check(dataset, "train", reader) == shards
         swap(copied)

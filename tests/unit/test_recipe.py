@@ -1,4 +1,4 @@
-"""The recipe and its command line (launch/recipe.py)."""
+"""The recipe and its command line (launch/config/recipe.py)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.command_line import parse
-from launch.recipe import VARIANTS, RecipeError
-from launch.watchdog import LAST_RESORT_SECONDS
+from launch.config.command_line import parse
+from launch.config.recipe import VARIANTS, RecipeError
+from launch.resilience.watchdog import LAST_RESORT_SECONDS
 from shards.errors import UserError
 
 

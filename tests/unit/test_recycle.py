@@ -1,4 +1,4 @@
-"""Buffers that are used again (pipeline/recycle.py): only when nothing refers to them any more."""
+"""Buffers that are used again (pipeline/storage/buffer_pool.py): only when nothing refers to them any more."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.recycle import Recycler
+from pipeline.storage.buffer_pool import Recycler
 
 
 def weighted_sum(tensor: torch.Tensor) -> Any:

@@ -21,15 +21,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import remote, remote_set
-from pipeline.files import Interrupted
 from pipeline.plan import Need
-from pipeline.reader import SampleReader
-from pipeline.remote import NoRanges, Remote, RemoteError, ServerFailed, check_url, warn_without_tls
-from pipeline.remote_set import GIB, open_set
-from pipeline.storage import storage_of
-from shards.dataset import ShardSet
+from pipeline.storage import remote_client as remote
+from pipeline.storage import remote_set
+from pipeline.storage.files import Interrupted
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import SampleReader
+from pipeline.storage.remote_client import NoRanges, Remote, RemoteError, ServerFailed, check_url, warn_without_tls
+from pipeline.storage.remote_set import GIB, open_set
 from shards.errors import UserError
+from shards.format.dataset import ShardSet
 from tests.serving import Site, serve
 
 FILE, SIZE = "data.tar", 3_000_000
@@ -405,7 +406,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 OPEN = """
 import sys
 from pathlib import Path
-from pipeline.remote_set import open_set
+from pipeline.storage.remote_set import open_set
 from shards.errors import UserError
 try:
     print(open_set(sys.argv[1], cache=Path(sys.argv[2])).split("train").samples)
@@ -477,7 +478,7 @@ def test_credentials_of_netrc_are_used(photos: Path, tmp_path: Path) -> None:
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
-    from launch.data_recipe import DataRecipe
+    from launch.config.data import DataRecipe
 
     for refuse in (check_url, functools.partial(open_set, cache=tmp_path), lambda url: DataRecipe(data=url)):
         with pytest.raises(UserError, match=r"AWS_\*.*fsspec.*netrc") as raised:

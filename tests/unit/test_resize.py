@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data as photos
 
-from pipeline.decode import DecodeJob, Normalisation
-from pipeline.resize import Resizer
+from pipeline.decode.job import DecodeJob, Normalisation
+from pipeline.decode.resize import Resizer
 
 SIZE = 64
 WINDOWS = [(0, 0, 300, 451), (10, 20, 100, 60), (50, 51, 64, 64), (100, 100, 31, 97), (5, 300, 7, 9), (299, 0, 1, 451)]

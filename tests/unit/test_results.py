@@ -18,18 +18,18 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fat
-from launch.bench_chart import write_chart
-from launch.bench_verdict import Figures, Phase
-from launch.checkpoint import CheckpointFolder, Fingerprint, Progress
+from launch.bench.chart import write_chart
+from launch.bench.verdict import Figures, Phase
+from launch.cli import main as pipeline
+from launch.config.recipe import ModelRecipe, Recipe
 from launch.evaluate import main as evaluate
 from launch.evaluate import show
-from launch.metrics import Display
-from launch.recipe import ModelRecipe, Recipe
 from launch.report import main as report_main
+from launch.run.checkpoint import CheckpointFolder, Fingerprint, Progress
+from launch.run.metrics import Display
 from launch.train import main as train
-from pipeline.cli import main as pipeline
 from shards.errors import StorageFailed
-from shards.output import OutputError, check_output, write_output
+from shards.files.output import OutputError, check_output, write_output
 from tests.support.damage import edit_manifest
 
 MARKUP = "[/red] [bold]x[/] $x_{y}$"
@@ -155,7 +155,7 @@ def test_an_unknown_kind_of_picture_is_refused(arguments: tuple[str, ...], capsy
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     program = (
-        "from pathlib import Path; from shards.output import check_output; from shards.errors import UserError\n"
+        "from pathlib import Path; from shards.files.output import check_output; from shards.errors import UserError\n"
         "try: check_output(Path('x.png'), '--out')\n"
         "except UserError as error: print(error)"
     )
@@ -185,7 +185,7 @@ def test_a_result_that_is_not_written_leaves_the_old_one(
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("shards.durable.write_all", fails)
+    monkeypatch.setattr("shards.files.durable.write_all", fails)
     with pytest.raises(kind, match=f"--json {out}: cannot be written"):
         write_output(out, b"new", "--json")
     assert out.read_bytes() == b"old"

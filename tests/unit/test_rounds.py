@@ -1,4 +1,4 @@
-"""RandAugment's rounds (pipeline/augment/rounds.py): every sample meets its own operations in their order."""
+"""Rounds of RandAugment (pipeline/augment/triton_impl/rounds.py): every sample meets its own operations in order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams, draw
 from pipeline.augment.recipe import augment_recipe
-from pipeline.augment.rounds import COPY, FLIP, NO_TABLE, plan
-from pipeline.augment.tables import MEASURED, OPS
+from pipeline.augment.torch_impl.tables import MEASURED, OPS
+from pipeline.augment.triton_impl.rounds import COPY, FLIP, NO_TABLE, plan
 
 
 def drawn(batch: int, seed: int, layers: int, probability: float = 0.5) -> SampleParams:

@@ -1,4 +1,4 @@
-"""The run folder (launch/run_folder.py): what it resumes from, what it refuses, and when a run is finished."""
+"""The run folder (launch/run/folder.py): what it resumes from, what it refuses, and when a run is finished."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fat
-from launch import checkpoint
-from launch.checkpoint import MAX_FAILURES, CheckpointError, Progress
-from launch.choices import Choices
-from launch.command_line import parse
-from launch.engine import Engine
+from launch.config.command_line import parse
+from launch.config.recipe import RecipeError
+from launch.engine.engine import Engine
+from launch.engine.kernel_check import Verdict
 from launch.feed import Feed
-from launch.guards import RunFailed
-from launch.kernel_check import Verdict
-from launch.recipe import RecipeError
-from launch.run_folder import RunFolder, goes_on
-from launch.status import read_content, read_status, write_status
-from launch.world import World
-from shards.durable import is_temporary, temporary_name
+from launch.machine.world import World
+from launch.run import checkpoint
+from launch.run.checkpoint import MAX_FAILURES, CheckpointError, Progress
+from launch.run.folder import RunFolder, goes_on
+from launch.run.status import RunFailed, read_content, read_status, write_status
+from launch.tuning.choices import Choices
 from shards.errors import StorageFailed, UserError
+from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
 from tests.training_loop import CONFIG
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.recipe import VARIANTS
-from launch.schedule import rate_of
+from launch.config.recipe import VARIANTS
+from launch.engine.schedule import rate_of
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz"
 

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
+from launch.cli import main as pipeline
+from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
-from launch.provenance import git_state, versions
-from launch.recipe import Recipe
-from launch.saved_run import read_saved_run
-from launch.status import STATUS_NAME, write_status
+from launch.machine.provenance import git_state, versions
+from launch.run.saved_recipe import read_saved_run
+from launch.run.status import STATUS_NAME, write_status
+from launch.run.trackers import Trackers
 from launch.submit import main as submit
-from launch.trackers import Trackers
 from launch.train import main as train
-from launch.trials import Choice
-from launch.tuned import entry_of, keep
-from pipeline.cli import main as pipeline
+from launch.tuning.trials import Choice
+from launch.tuning.tuned import entry_of, keep
 from shards import redact as redaction
 from shards.errors import UserError, report
 from shards.redact import printable, protect_output, redact, redacted, redacted_traceback

@@ -28,23 +28,24 @@ from PIL import Image
 from scipy.io import savemat
 
 from shards.adopt import adopt
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
+from shards.convert.listing import Container, ListingBuilder
+from shards.convert.order import arrange
+from shards.convert.parts import Part
+from shards.convert.pool import _Reporter
+from shards.convert.work import Work
+from shards.convert.writer import ContainerReader
 from shards.errors import UserError
-from shards.images import ImageRules
-from shards.listing import Container, ListingBuilder
-from shards.manifest import MAX_CLASSES
-from shards.order import arrange
-from shards.parts import Part
-from shards.pool import _Reporter
+from shards.files.regular import NotRegular, open_regular, read_bounded
+from shards.format.dataset import ShardSet
+from shards.format.manifest import MAX_CLASSES
+from shards.images.images import ImageRules
 from shards.redact import one_line
-from shards.regular import NotRegular, open_regular, read_bounded
-from shards.sources import classes, ilsvrc, parquet
-from shards.sources.labels import parse_label
+from shards.sources import ilsvrc, parquet
 from shards.sources.members import members
+from shards.sources.naming import classes
+from shards.sources.naming.labels import parse_label
 from shards.sources.scan import ScanOptions
-from shards.work import Work
-from shards.writer import ContainerReader
 
 ONE = Options(scan=ScanOptions(workers=1))
 CORPUS = Path(__file__).resolve().parents[1] / "fuzz/corpus"
@@ -760,7 +761,7 @@ LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({bytes}, {bytes}))
 from pathlib import Path
-from shards.convert import Options, convert
+from shards.convert.convert import Options, convert
 from shards.errors import UserError
 from shards.sources.scan import ScanOptions
 try:

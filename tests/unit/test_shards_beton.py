@@ -13,15 +13,15 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from shards.beton import ALLOCATION, FIELD, HEADER, IMAGE, METADATA, BetonOptions, WriteMode, lay_out
 from shards.commands import SampleDigits, SamplePhotos
-from shards.convert import Format, Options, Part, convert, finish
-from shards.dataset import ShardSet
+from shards.convert.convert import Format, Options, Part, convert, finish
+from shards.convert.work import Work
 from shards.errors import ShardSetError
-from shards.index import INDEX_DTYPE, Index
+from shards.format.beton import ALLOCATION, FIELD, HEADER, IMAGE, METADATA, BetonOptions, WriteMode, lay_out
+from shards.format.dataset import ShardSet
+from shards.format.index import INDEX_DTYPE, Index
 from shards.sources.scan import ScanOptions
 from shards.verify import verify
-from shards.work import Work
 
 ffcv = importlib.import_module if os.environ.get("CI") == "true" else pytest.importorskip
 reader = ffcv("ffcv.reader")
@@ -159,7 +159,7 @@ def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_pat
 
     shutil.rmtree(out)
     shutil.copytree(snapshot, out)
-    from shards.assemble import assemble
+    from shards.convert.assemble import assemble
 
     shards = [i for split, i in work.load_plan().jobs if split == "train"]  # type: ignore[union-attr]
     assemble(work, {"train": shards}, BetonOptions(), workers=1)

@@ -21,16 +21,16 @@ import pytest
 from PIL import Image
 
 from shards.commands import Index, SamplePhotos, Shard, Verify
-from shards.convert import Options, convert, default_out, finish
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert, default_out, finish
+from shards.convert.parts import Part, hold_part
+from shards.convert.work import Work
+from shards.convert.writer import ContainerReader
 from shards.errors import ConversionFailed, ShardSetError, UserError
-from shards.images import ImageRules
-from shards.lock import Held, hold
-from shards.parts import Part, hold_part
+from shards.files.lock import Held, hold
+from shards.format.dataset import ShardSet
+from shards.images.images import ImageRules
 from shards.sources.scan import Layout, ScanOptions
 from shards.verify import verify
-from shards.work import Work
-from shards.writer import ContainerReader
 
 SMALL = Options(shard_bytes=400_000, scan=ScanOptions(workers=1))
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.cli import main as pipeline
-from shards import index as module
-from shards.dataset import ShardSet
+from launch.cli import main as pipeline
 from shards.errors import ShardSetError
-from shards.index import INDEX_DTYPE, Index, index_bytes, write_index
-from shards.manifest import BetonEntry, ClassEntry, Manifest, ShardEntry, SplitEntry
+from shards.format import index as module
+from shards.format.dataset import ShardSet
+from shards.format.index import INDEX_DTYPE, Index, index_bytes, write_index
+from shards.format.manifest import BetonEntry, ClassEntry, Manifest, ShardEntry, SplitEntry
 from tests.support.damage import edit_index
 
 SAMPLES = (3, 1, 4)
@@ -234,7 +234,7 @@ def test_a_file_that_may_not_be_read_is_failing_storage(command: str, name: str,
     (tmp_path / "set").mkdir()
     path = write(tmp_path / "set", rows())
     (path / name).chmod(0)
-    code = "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
     out = tmp_path / "batch.png"
     extra = ["--out", str(out)] if command == "look" else []
     done = subprocess.run(

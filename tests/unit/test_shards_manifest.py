@@ -16,13 +16,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from pipeline import cache_record
-from pipeline.cache_folder import LOCK, MARKER
-from pipeline.remote_set import open_set
-from shards.dataset import ShardSet
+from pipeline.storage import cache_record
+from pipeline.storage.cache_folder import LOCK, MARKER
+from pipeline.storage.remote_set import open_set
 from shards.errors import ShardSetError
-from shards.info import describe
-from shards.manifest import (
+from shards.format.dataset import ShardSet
+from shards.format.manifest import (
     MANIFEST_NAME,
     MAX_CLASSES,
     MAX_MANIFEST_BYTES,
@@ -33,6 +32,7 @@ from shards.manifest import (
     SplitEntry,
     content_hash,
 )
+from shards.info import describe
 from tests.serving import serve
 
 Edit = Callable[[dict[str, Any]], object]

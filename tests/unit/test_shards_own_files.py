@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import shards.convert
-import shards.lock
-import shards.waiting
+import shards.convert.convert
+import shards.files.lock
+import shards.files.waiting
 from shards.adopt import adopt
-from shards.convert import Options, convert, finish
+from shards.convert.convert import Options, convert, finish
+from shards.convert.parts import Part
+from shards.convert.work import MARKER, Work
 from shards.errors import ConversionFailed, UserError
-from shards.images import ImageRules
-from shards.lock import Held, hold
-from shards.parts import Part
+from shards.files.lock import Held, hold
+from shards.format.tar import BLOCK
+from shards.images.images import ImageRules
 from shards.sources.scan import ScanOptions
 from shards.sources.walk import WORK_FOLDER as FOLDER
-from shards.tar import BLOCK
 from shards.verify import verify
-from shards.work import MARKER, Work
 
 MINE = b"not made by any of these commands\n"
 
@@ -368,7 +368,7 @@ def test_a_damaged_record_of_a_beton_is_made_again(
 ) -> None:
     out = tmp_path / "set"
     with monkeypatch.context() as ended:
-        ended.setattr("shards.join.publish_manifest", None)
+        ended.setattr("shards.convert.join.publish_manifest", None)
         with pytest.raises(TypeError):
             convert(source, out, options(form))
     assert (out / "train.beton").exists()
@@ -431,9 +431,9 @@ def test_random_damage_to_a_begun_conversion(
 def test_waiting_for_a_listing_says_for_whom_and_ends(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards.convert, "LISTING_WAIT", 0.3)
-    monkeypatch.setattr(shards.waiting, "SILENT_SECONDS", 0.0)
-    monkeypatch.setattr(shards.lock, "WAIT", 0.05)
+    monkeypatch.setattr(shards.convert.convert, "LISTING_WAIT", 0.3)
+    monkeypatch.setattr(shards.files.waiting, "SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(shards.files.lock, "WAIT", 0.05)
     work = Work(tmp_path / "set")
     work.make()
     with hold(work.path / "scan.lock", "the listing"), pytest.raises(Held, match=f"by process {os.getpid()} on"):
@@ -445,7 +445,7 @@ def test_waiting_for_a_listing_says_for_whom_and_ends(
 
 
 def test_a_wait_for_a_lock_ends_when_it_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.lock, "WAIT", 0.01)
+    monkeypatch.setattr(shards.files.lock, "WAIT", 0.01)
     taken, leave = threading.Event(), threading.Event()
 
     def holder() -> None:

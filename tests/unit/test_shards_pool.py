@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import shards.pool
+import shards.convert.pool
+from shards.convert.pool import Report, run_jobs
 from shards.errors import ConversionFailed
-from shards.pool import Report, run_jobs
 from shards.progress import Progress
 from tests.support.bombs import png
 from tests.support.measured import ROOT
@@ -37,7 +37,7 @@ def task(job: Job, report: Report) -> str:
     if how == "exits":
         os._exit(3)
     if how == "endless":
-        shards.pool.MAX_IMAGE_SECONDS = 1  # in this process alone
+        shards.convert.pool.MAX_IMAGE_SECONDS = 1  # in this process alone
         report.start(os.fsencode(path))
         while True:
             pass
@@ -78,10 +78,10 @@ def test_a_conversion_without_enough_memory_says_at_which_file(tmp_path: Path, w
         path.write_bytes(png(6000, 6000) if number == 2 else png(64, 64) + bytes(2**20))  # several shards
     code = """
 import resource, sys
-import shards.convert, shards.writer, pipeline.cli
+import shards.convert.convert, shards.convert.writer, launch.cli
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
-sys.exit(pipeline.cli.main(sys.argv[1:]))
+sys.exit(launch.cli.main(sys.argv[1:]))
 """
     command = ["shard", str(tmp_path / "source"), "--out", str(tmp_path / "set"), "--workers", str(workers)]
     done = subprocess.run(

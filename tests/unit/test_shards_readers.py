@@ -14,10 +14,10 @@ import xxhash
 
 from shards.adopt import adopt
 from shards.commands import SamplePhotos
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
 from shards.errors import UserError
-from shards.images import ImageRules
+from shards.format.dataset import ShardSet
+from shards.images.images import ImageRules
 from shards.sources.scan import ScanOptions
 from shards.verify import verify
 

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
 from shards.errors import UserError
+from shards.format.dataset import ShardSet
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import Scan, ScanOptions
 from shards.verify import verify

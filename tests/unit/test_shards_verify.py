@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shards.commands import SampleDigits, Verify
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
 from shards.errors import ShardSetError, UserError
-from shards.index import Index
+from shards.format.dataset import ShardSet
+from shards.format.index import Index
 from shards.sources.scan import ScanOptions
 from shards.verify import verify
 from tests.support.damage import edit_index

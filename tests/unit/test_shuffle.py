@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.files import MAX_OPEN
 from pipeline.plan import Position, TrainPlan
-from pipeline.quick_check import quick_check
-from pipeline.reader import SampleReader
-from pipeline.storage import storage_of
-from shards.dataset import ShardSet
-from shards.index import write_index
-from shards.manifest import Manifest
+from pipeline.storage.files import MAX_OPEN
+from pipeline.storage.placement import storage_of
+from pipeline.storage.quick_check import quick_check
+from pipeline.storage.reader import SampleReader
+from shards.format.dataset import ShardSet
+from shards.format.index import write_index
+from shards.format.manifest import Manifest
 
 SAMPLES, SHARDS, GLOBAL = 204_800, 100, 256
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cli import main as pipeline
-from shards.dataset import ShardSet
+from launch.cli import main as pipeline
+from shards.format.dataset import ShardSet
 from shards.redact import one_line
 from tests.support.source_folders import SOURCES, Source
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert import Options, convert, finish
+from shards.convert.convert import Options, convert, finish
+from shards.convert.listing import Container, ListingBuilder
+from shards.convert.parts import Part
+from shards.convert.work import Work
 from shards.errors import UserError
-from shards.listing import Container, ListingBuilder
-from shards.manifest import ClassEntry, Manifest
-from shards.parts import Part
+from shards.format.manifest import ClassEntry, Manifest
 from shards.sources import parquet
 from shards.sources.identity import digest_of_listing
 from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
 from shards.sources.walk import WORK_FOLDER
-from shards.work import Work
 from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
@@ -198,7 +198,7 @@ def test_what_a_killed_scan_unpacked_is_not_used_by_another(
     assert [path.stat().st_mtime_ns for path in spooled] == times, "the same scan goes on with it"
     options = SMALL
     if differs == "tool":
-        monkeypatch.setattr("shards.convert.tool", lambda: "fat-pipeline 99")
+        monkeypatch.setattr("shards.convert.convert.tool", lambda: "fat-pipeline 99")
     elif differs == "source":
         source = tables(tmp_path / "other")
         (source / "train-1.parquet").unlink()

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from shards.adopt import adopt
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
 from shards.errors import UserError
-from shards.images import ImageRules
-from shards.sources.classes import check_imagenet
+from shards.format.dataset import ShardSet
+from shards.images.images import ImageRules
 from shards.sources.folder import scan_folder
+from shards.sources.naming.classes import check_imagenet
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import Scan, ScanOptions
 from shards.verify import verify

@@ -13,25 +13,25 @@ PACKAGES = ("shards", "pipeline", "fat", "launch")
 WRITERS = {
     "fat/kernels/prefill/compile_ahead.py": "lock in the kernel cache",
     "fat/kernels/prefill/compiler.py": "in a new temporary folder",
-    "fat/weights.py": "path given by the caller; temporary name, then renamed",
-    "launch/bench_chart.py": "into memory",
-    "launch/checkpoint.py": "in a new folder of RUN/checkpoints",
-    "launch/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
-    "launch/metrics.py": "RUN/metrics.jsonl, appended to if it is a regular file",
-    "launch/preflight.py": "RUN/.preflight-JOB",
-    "launch/report.py": "into memory",
-    "launch/run_files.py": "probe under a random name",
-    "launch/standard_streams.py": "/dev/null",
-    "launch/status.py": "RUN/status",
-    "launch/watchdog.py": "RUN/stacks-rankN.txt, appended to",
-    "pipeline/cache.py": "recorded files of the cache's own folder; their names are validated",
-    "pipeline/cache_folder.py": "lock of the cache's own folder",
-    "pipeline/cache_record.py": "record of the cache's own folder",
-    "shards/assemble.py": "work folder of the set",
-    "shards/durable.py": "the one way to write a file: temporary name, then renamed; callers choose the path",
-    "shards/lock.py": "lock of the work folder",
-    "shards/output.py": "path given as an option; special files only, others by durable_write",
-    "shards/private_folder.py": "inside a folder whose owner and mode were checked",
+    "fat/weights/load.py": "path given by the caller; temporary name, then renamed",
+    "launch/bench/chart.py": "into memory",
+    "launch/run/checkpoint.py": "in a new folder of RUN/checkpoints",
+    "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
+    "launch/run/metrics.py": "RUN/metrics.jsonl, appended to if it is a regular file",
+    "launch/resilience/preflight.py": "RUN/.preflight-JOB",
+    "launch/run/curves.py": "into memory",
+    "launch/run/files.py": "probe under a random name",
+    "launch/machine/standard_streams.py": "/dev/null",
+    "launch/run/status.py": "RUN/status",
+    "launch/resilience/watchdog.py": "RUN/stacks-rankN.txt, appended to",
+    "pipeline/storage/cache.py": "recorded files of the cache's own folder; their names are validated",
+    "pipeline/storage/cache_folder.py": "lock of the cache's own folder",
+    "pipeline/storage/cache_record.py": "record of the cache's own folder",
+    "shards/convert/assemble.py": "work folder of the set",
+    "shards/files/durable.py": "the one way to write a file: temporary name, then renamed; callers choose the path",
+    "shards/files/lock.py": "lock of the work folder",
+    "shards/files/output.py": "path given as an option; special files only, others by durable_write",
+    "shards/files/private_folder.py": "inside a folder whose owner and mode were checked",
     "shards/samples.py": "new folder given as an option; fixed names",
 }
 _MODES = set("wax+")
@@ -105,7 +105,7 @@ def test_no_handler_of_all_exceptions_swallows_them() -> None:
 
 def test_no_literal_path_to_a_shared_temporary_folder() -> None:
     found = {file for file, tree in _sources() if temporary_literals(tree)}
-    assert found == {"shards/temporary.py"}, "it makes a private folder of random name in the first that serves"
+    assert found == {"shards/files/temporary.py"}, "it makes a private folder of random name in the first that serves"
 
 
 def test_files_are_written_in_known_places_only() -> None:

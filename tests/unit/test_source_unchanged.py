@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from shards.commands import Shard
-from shards.convert import Options, convert, default_out, finish
+from shards.convert.convert import Options, convert, default_out, finish
+from shards.convert.parts import Part
+from shards.convert.place import ATTRIBUTE
 from shards.errors import UserError
-from shards.manifest import Manifest
-from shards.parts import Part
-from shards.place import ATTRIBUTE
+from shards.format.manifest import Manifest
 from shards.sources.scan import ScanOptions
 from tests.support.listings import counted_listings
 from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars

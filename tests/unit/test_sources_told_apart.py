@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shards.convert import Options, convert
+from shards.convert.convert import Options, convert
 from shards.errors import UserError
 from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main as pipeline
+from launch.cli import main as pipeline
 from shards.errors import UserError
-from shards.sources import split_lists, walk
+from shards.sources import walk
+from shards.sources.naming import split_lists
+from shards.sources.naming.split_lists import lists_below, splits_of_list
 from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions
-from shards.sources.split_lists import lists_below, splits_of_list
 from tests.support.source_folders.containers import parquet, samples, tar
 from tests.support.source_folders.source import pictures, put
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.sources.splits import named_split, says_only_split, split_files
+from shards.sources.naming.splits import named_split, says_only_split, split_files
 
 SPLITS = {
     "train": """

@@ -16,18 +16,19 @@ import pytest
 import torch
 import xxhash
 
-from pipeline import remote, staging
 from pipeline.augment.recipe import augment_recipe
-from pipeline.cache import Busy, Cache, CacheFull, Part
-from pipeline.files import Interrupted
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
-from pipeline.reader import SampleReader
-from pipeline.remote import RemoteError
-from pipeline.remote_set import GIB, RemoteSet, open_set
-from pipeline.storage import storage_of
-from shards.dataset import ShardSet
+from pipeline.storage import remote_client as remote
+from pipeline.storage import staging
+from pipeline.storage.cache import Busy, Cache, CacheFull, Part
+from pipeline.storage.files import Interrupted
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import SampleReader
+from pipeline.storage.remote_client import RemoteError
+from pipeline.storage.remote_set import GIB, RemoteSet, open_set
 from shards.errors import ShardSetError, UserError
+from shards.format.dataset import ShardSet
 from tests.serving import Site, serve
 from tests.support.cached import cached
 

@@ -1,4 +1,4 @@
-"""Standard streams (launch/standard_streams.py) that are closed, unread or on a full disk end nothing."""
+"""Standard streams (launch/machine/standard_streams.py) that are closed, unread or on a full disk end nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.dist.launching import ROOT, environment
 
 CODE = """
 import sys
-from launch.standard_streams import ignore_failing_output, open_missing_streams
+from launch.machine.standard_streams import ignore_failing_output, open_missing_streams
 open_missing_streams()
 with open({file!r}, "w") as file:
     ignore_failing_output()

@@ -1,4 +1,4 @@
-"""RUN/status (launch/status.py): written even on a full disk, read whatever it has become."""
+"""RUN/status (launch/run/status.py): written even on a full disk, read whatever it has become."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.status import STATUS_NAME, read_status, write_status
+from launch.run.status import STATUS_NAME, read_status, write_status
 from tests.support.disks import fill, small_disk
 
 

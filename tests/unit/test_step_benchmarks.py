@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import model as model_benchmark
 from benchmarks import peers, step
-from launch.world import World
+from launch.machine.world import World
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="torch.compile needs triton")
 

@@ -15,18 +15,18 @@ import numpy as np
 import pytest
 import torch
 
-from launch import run_files
+from launch.run import files as run_files
 from pipeline.augment.recipe import augment_recipe
-from pipeline.bad_samples import BadSamples
-from pipeline.files import LocalFiles
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
-from pipeline.quick_check import quick_check
-from pipeline.reader import SampleReader
-from pipeline.storage import storage_of
-from shards import private_folder, regular, retry
-from shards.dataset import ShardSet
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.files import LocalFiles
+from pipeline.storage.placement import storage_of
+from pipeline.storage.quick_check import quick_check
+from pipeline.storage.reader import SampleReader
 from shards.errors import ShardSetError, StorageFailed
+from shards.files import private_folder, regular, retry
+from shards.format.dataset import ShardSet
 
 IDS = np.arange(30)
 
@@ -154,7 +154,7 @@ def test_a_file_that_may_not_be_read_is_a_failure_of_storage(
     drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     arguments = [command, str(copy), *(["--out", str(tmp_path / "b.png")] if command == "look" else [])]
     done = subprocess.run(
-        [*drop, sys.executable, "-m", "pipeline.cli", *arguments],
+        [*drop, sys.executable, "-m", "launch.cli", *arguments],
         capture_output=True,
         text=True,
         timeout=120,

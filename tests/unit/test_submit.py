@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.command_line import parse
+from launch.config.command_line import parse
 from launch.submit import END_OF_SETTINGS, TEMPLATE, Fit, Submit, SubmitError, fits, main, render
 
 SLURM = TEMPLATE.parent

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launch.recipe import DataRecipe, Recipe, RunRecipe
+from launch.config.recipe import DataRecipe, Recipe, RunRecipe
 from launch.submit import SETTINGS, Submit, SubmitError, main, render
 from shards.redact import redact
 

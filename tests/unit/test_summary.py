@@ -85,7 +85,7 @@ def test_the_summary_survives_a_pipe(tmp_path: Path) -> None:
     """Lines are not wrapped at the width of a terminal, nor coloured, whatever a path is taken for."""
     source = class_folders(tmp_path / "in [bold]" / ("n" * 120), {"a": 2, "b": 2})
     shown = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "shard", source, "--out", tmp_path / "set [/bold]", "--workers", "1"],
+        [sys.executable, "-m", "launch.cli", "shard", source, "--out", tmp_path / "set [/bold]", "--workers", "1"],
         capture_output=True, text=True, check=True, env={"COLUMNS": "20", "FORCE_COLOR": "1", "PYTHONPATH": "."},
     ).stdout  # fmt: skip
     assert shown.splitlines() == [

@@ -19,12 +19,12 @@ from PIL import Image
 from webdataset import tariterators
 
 from shards.adopt import adopt
-from shards.convert import Options, convert
-from shards.dataset import ShardSet
+from shards.convert.convert import Options, convert
 from shards.errors import UserError
-from shards.images import ImageRules
+from shards.format.dataset import ShardSet
+from shards.images.images import ImageRules
 from shards.sources import members as members_module
-from shards.sources.labels import LabelReader
+from shards.sources.naming.labels import LabelReader
 from shards.sources.recognise import recognise, scan
 from shards.sources.scan import TRAIN, ScanOptions
 from shards.sources.webdataset import read_tar

@@ -10,16 +10,18 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.temporary import prepare_caches
+from shards.files.temporary import prepare_caches
 from tests.dist.launching import python_path
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
-VERB = "import sys; from pipeline.cli import main; sys.exit(main(sys.argv[1:]))"
-SOCKETS = "import multiprocessing.util as m; from shards.temporary import *; prepare_sockets(); print(m.get_temp_dir())"
+VERB = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+SOCKETS = (
+    "import multiprocessing.util as m; from shards.files.temporary import *; prepare_sockets(); print(m.get_temp_dir())"
+)
 ONE_LINE = """
 import sys
 from shards.errors import UserError, report
-from shards.temporary import *
+from shards.files.temporary import *
 try:
     {call}
 except UserError as error:
@@ -63,11 +65,13 @@ def test_sockets_stay_in_the_temporary_folder_as_long_as_they_fit(length: int, f
 
 
 def test_a_missing_temporary_folder_is_said_once() -> None:
-    done = python("from shards.temporary import *; print(temporary_folder(), temporary_folder())", TMPDIR="/no/such")
+    done = python(
+        "from shards.files.temporary import *; print(temporary_folder(), temporary_folder())", TMPDIR="/no/such"
+    )
     first, second = done.stdout.split()
     assert first == second != "/no/such"
     assert done.stderr == f"note: TMPDIR=/no/such cannot be written; temporary files go to {first}\n"
-    assert python("from shards.temporary import *; temporary_folder()", TMPDIR=first).stderr == ""
+    assert python("from shards.files.temporary import *; temporary_folder()", TMPDIR=first).stderr == ""
 
 
 @pytest.mark.parametrize(

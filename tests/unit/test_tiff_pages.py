@@ -7,8 +7,8 @@ import io
 import pytest
 from PIL import Image
 
-from shards.images import ImageRules, accept
-from shards.tiff import has_second_page
+from shards.images.images import ImageRules, accept
+from shards.images.tiff import has_second_page
 
 FIRST, SECOND = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))
 

@@ -1,4 +1,4 @@
-"""Trackers (launch/trackers.py): a new run is refused before its folder is made, one that goes on is not held up."""
+"""Trackers (launch/run/trackers.py): a new run is refused before its folder is made; a resumed one is not."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from launch.metrics import METRICS_NAME, MetricsLog
-from launch.recipe import Recipe, RecipeError, RunRecipe
-from launch.trackers import WANDB_ID, Trackers
+from launch.config.recipe import Recipe, RecipeError, RunRecipe
+from launch.run.metrics import METRICS_NAME, MetricsLog
+from launch.run.trackers import WANDB_ID, Trackers
 from launch.train import main as train
 
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0}

@@ -14,15 +14,16 @@ import pytest
 import torch
 
 import fat
-from launch import input_tuning, tuning
-from launch.command_line import parse
-from launch.execution import Execution, alternatives
+from launch.config.command_line import parse
+from launch.engine.execution import Execution, alternatives
+from launch.engine.graphs import RECORDERS
+from launch.engine.optimizers import OPTIMIZERS, parameter_groups
 from launch.feed import Feed
-from launch.graphs import RECORDERS
-from launch.optimizers import OPTIMIZERS, parameter_groups
-from launch.trials import LATE, Trial, best_of, take_turns
-from launch.tuning import Bench, measure, time_optimizer
-from launch.world import World
+from launch.machine.world import World
+from launch.tuning import loader as input_tuning
+from launch.tuning import model as tuning
+from launch.tuning.model import Bench, measure, time_optimizer
+from launch.tuning.trials import LATE, Trial, best_of, take_turns
 from shards.errors import ShardSetError
 from tests.support.recorders import ReplayOnCpu
 from tests.unit.test_fat_parity import TINY
@@ -182,7 +183,7 @@ def test_kernels_are_tried_again_only_for_a_compiled_model(
 
 def late(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the time be over when so many turns have begun."""
-    from launch import trials
+    from launch.tuning.model import trials
 
     turns = itertools.count()
     clock = types.SimpleNamespace(monotonic=lambda: 0.0 if next(turns) < after else math.inf)
@@ -276,7 +277,7 @@ def test_the_loader_s_options_are_tried_on_the_real_set_and_the_slow_ones_left(
     digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decoding is made to take time that more threads share."""
-    from pipeline.dali import DaliDecoder
+    from pipeline.decode.dali import DaliDecoder
 
     real = DaliDecoder._inputs
 

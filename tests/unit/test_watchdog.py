@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.watchdog import Watchdog
-from launch.world import World
+from launch.machine.world import World
+from launch.resilience.watchdog import Watchdog
 from shards.errors import UserError
 from tests.dist.launching import python_path
 from tests.support.hanging_mount import can_mount
@@ -23,8 +23,9 @@ PROGRAM = """
 import ctypes, faulthandler, sys, time
 from pathlib import Path
 import torch
-from launch import heartbeat, watchdog
-from launch.world import World
+from launch.resilience import heartbeat
+from launch.resilience import watchdog
+from launch.machine.world import World
 from tests.support.hanging_mount import mount_hanging
 
 run, how = Path(sys.argv[1]), sys.argv[2]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import fat
-from fat.layout import to_released
+from fat.weights.released_names import to_released
 from tests.support.hostile_weights import Claim, program, write_checkpoint
 from tests.unit.test_fat_parity import TINY
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed is told (launch/wrapping.py)."""
+"""What DeepSpeed is told (launch/engine/accelerate.py)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from launch.world import World
-from launch.wrapping import _adapt_to_model, _leave_norm_to_caller
+from launch.engine.accelerate import _adapt_to_model, _leave_norm_to_caller
+from launch.machine.world import World
 
 CPU = torch.device("cpu")
 

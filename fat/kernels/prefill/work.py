@@ -9,9 +9,9 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fat.account.roofline import _OnGpuFASA
 from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
-from fat.roofline import _OnGpuFASA
 
 Module = TypeVar("Module", bound=nn.Module)
 

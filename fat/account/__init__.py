@@ -1,0 +1,1 @@
+"""Count parameters, operations and bytes of a model."""

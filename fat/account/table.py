@@ -1,0 +1,59 @@
+"""`python -m fat.account.table [SIZE]`: the family's table, counted from the models themselves."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fat.account.cost import count
+from fat.config import VARIANTS
+from fat.model import FAT
+
+PAPER_TOP1 = {"fat_b0": 77.6, "fat_b1": 80.1, "fat_b2": 81.9, "fat_b3": 83.6}  # percent, ImageNet-1K at 224
+COLUMNS = (
+    ("model", 7),
+    ("widths", 15),
+    ("depths", 9),
+    ("heads", 10),
+    ("kernels", 8),
+    ("windows", 8),
+    ("drop path", 9),
+    ("parameters", 10),
+    ("GMAC", 6),
+    ("conv GMAC", 9),
+    ("activation MB", 13),
+    ("top-1", 5),
+)
+
+
+def table(size: int = 224) -> str:
+    """One line per variant, for one image of `size` x `size` pixels: 10^9 multiply-accumulates with and without the
+    attention products, 10^6 bytes that training in fp32 keeps between forward and backward; top-1 is the paper's."""
+    lines = [_line([title for title, _ in COLUMNS]), _line(["-" * width for _, width in COLUMNS])]
+    for name, config in VARIANTS.items():
+        with torch.device("meta"):
+            cost = count(FAT(config), size)
+        lines.append(
+            _line(
+                [
+                    name,
+                    *(" ".join(map(str, getattr(config, field))) for field, _ in COLUMNS[1:6]),
+                    f"{config.drop_path:.2f}",
+                    f"{cost.parameters:,}",
+                    f"{cost.macs / 1e9:.3f}",
+                    f"{cost.conv_macs / 1e9:.3f}",
+                    f"{cost.activation_bytes / 1e6:.1f}",
+                    f"{PAPER_TOP1[name]}",
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return "  ".join(cell.ljust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)).rstrip()
+
+
+if __name__ == "__main__":
+    print(table(*map(int, sys.argv[1:2])))

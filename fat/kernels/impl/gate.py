@@ -1,0 +1,51 @@
+"""Triton: FASA's gate SiLU(local) * SiLU(other) where the local branch has been computed elsewhere, and its gradients.
+
+Nothing but the two maps is kept: the backward pass works the sigmoids out again, which costs less than reading them.
+Maps of one shape, dtype and dense layout, read and written flat.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fat.kernels.impl import tiles
+
+
+@triton.jit
+def _gate(local, other, out, numel, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    a = tl.load(local + at, mask=at < numel, other=0.0).to(tl.float32)
+    b = tl.load(other + at, mask=at < numel, other=0.0).to(tl.float32)
+    value = (a * tl.sigmoid(a)) * (b * tl.sigmoid(b))
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=at < numel)
+
+
+@triton.jit
+def _gate_gradient(gradient, local, other, local_out, other_out, numel, BLOCK: tl.constexpr):
+    """d SiLU(a) / da = sigmoid(a) (1 + a - SiLU(a))."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    upper = tl.load(gradient + at, mask=at < numel, other=0.0).to(tl.float32)
+    a = tl.load(local + at, mask=at < numel, other=0.0).to(tl.float32)
+    b = tl.load(other + at, mask=at < numel, other=0.0).to(tl.float32)
+    a_open, b_open = tl.sigmoid(a), tl.sigmoid(b)
+    a_silu, b_silu = a * a_open, b * b_open
+    by_a = upper * b_silu * (a_open * (1 + a - a_silu))
+    by_b = upper * a_silu * (b_open * (1 + b - b_silu))
+    tl.store(local_out + at, by_a.to(local_out.dtype.element_ty), mask=at < numel)
+    tl.store(other_out + at, by_b.to(other_out.dtype.element_ty), mask=at < numel)
+
+
+def gate(local: Tensor, other: Tensor, out: Tensor) -> None:
+    """Fills `out`."""
+    numel = out.numel()
+    _gate[(triton.cdiv(numel, tiles.FLAT),)](local, other, out, numel, BLOCK=tiles.FLAT, num_warps=tiles.FLAT_WARPS)
+
+
+def gate_gradient(gradient: Tensor, local: Tensor, other: Tensor, local_out: Tensor, other_out: Tensor) -> None:
+    """Fills `local_out` and `other_out`."""
+    numel = gradient.numel()
+    _gate_gradient[(triton.cdiv(numel, tiles.FLAT),)](
+        gradient, local, other, local_out, other_out, numel, BLOCK=tiles.FLAT, num_warps=tiles.FLAT_WARPS
+    )

@@ -1,0 +1,267 @@
+"""Triton: GroupNorm with one group over channels-last maps, with the residual add before it, and the gradients.
+
+A sample is one dense row of H W C numbers. Its moments are a split reduction: each part gives its count, mean and sum
+of squared deviations (two passes over registers, in fp32), and whoever normalises joins the parts, so that nothing
+cancels where deviations are small beside the mean. What is normalised is what was stored: the backward pass sees the
+same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fat.kernels.impl import tiles
+
+
+@triton.jit
+def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
+    """out = x + scale[sample] * branch, summed in fp32, where there is a branch (x and scale may be missing); and the
+    moments of each part of what is stored, or of x, where there is room for them."""
+    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    known = at < numel
+    if branch is None:
+        stored = tl.load(x + sample * numel + at, mask=known, other=0.0)
+    else:
+        total = tl.load(branch + sample * numel + at, mask=known, other=0.0).to(tl.float32)
+        if scale is not None:
+            total *= tl.load(scale + sample)
+        if x is not None:
+            total += tl.load(x + sample * numel + at, mask=known, other=0.0).to(tl.float32)
+        stored = total.to(out.dtype.element_ty)
+        tl.store(out + sample * numel + at, stored, mask=known)
+    if moments is not None:
+        value = tl.where(known, stored.to(tl.float32), 0.0)
+        count = tl.minimum(numel - part * BLOCK, BLOCK)
+        mean = tl.sum(value, axis=0) / count
+        deviation = tl.where(known, value - mean, 0.0)
+        slot = moments + (sample * tl.num_programs(0) + part) * 3
+        tl.store(slot, count.to(tl.float32))
+        tl.store(slot + 1, mean)
+        tl.store(slot + 2, tl.sum(deviation * deviation, axis=0))
+
+
+@triton.jit(do_not_specialize=("parts",))
+def _normalise(
+    x,
+    moments,
+    weight,
+    bias,
+    out,
+    mean_out,
+    rstd_out,
+    numel,
+    channels,
+    parts,
+    eps,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    known = at < numel
+    value = tl.load(x + sample * numel + at, mask=known, other=0.0).to(tl.float32)  # on its way while parts are joined
+
+    slots = moments + sample * parts * 3
+    total = tl.zeros((PARTS,), tl.float32)
+    for first in range(0, parts, PARTS):
+        slot = first + tl.arange(0, PARTS)
+        count = tl.load(slots + slot * 3, mask=slot < parts, other=0.0)
+        total += count * tl.load(slots + slot * 3 + 1, mask=slot < parts, other=0.0)
+    mean = tl.sum(total, axis=0) / numel
+    squares = tl.zeros((PARTS,), tl.float32)
+    for first in range(0, parts, PARTS):
+        slot = first + tl.arange(0, PARTS)
+        count = tl.load(slots + slot * 3, mask=slot < parts, other=0.0)
+        shift = tl.load(slots + slot * 3 + 1, mask=slot < parts, other=0.0) - mean
+        squares += tl.load(slots + slot * 3 + 2, mask=slot < parts, other=0.0) + count * shift * shift
+    rstd = tl.rsqrt(tl.sum(squares, axis=0) / numel + eps)
+    if part == 0:
+        tl.store(mean_out + sample, mean)
+        tl.store(rstd_out + sample, rstd)
+
+    c = at % channels
+    gain = tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
+    shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
+    tl.store(out + sample * numel + at, ((value - mean) * rstd * gain + shift).to(out.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=("positions", "each"))
+def _sums(
+    gradient,
+    x,
+    mean,
+    rstd,
+    weight,
+    channel_sums,
+    sample_sums,
+    positions,
+    channels,
+    each,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Per part of a sample: sums of gradient * normalised x and of gradient over its positions, for each channel, and
+    the same over all channels with the gradient times weight."""
+    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    c = tl.arange(0, CHANNELS)
+    known = c < channels
+    base = sample * positions * channels
+    own_mean, own_rstd = tl.load(mean + sample), tl.load(rstd + sample)
+    products = tl.zeros((ROWS, CHANNELS), tl.float32)
+    plain = tl.zeros((ROWS, CHANNELS), tl.float32)
+    end = tl.minimum(part * each + each, positions)
+    for first in range(part * each, end, ROWS):
+        p = first + tl.arange(0, ROWS)
+        inside = (p < end)[:, None] & known[None, :]
+        at = base + p[:, None] * channels + c[None, :]
+        upper = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        products += upper * ((value - own_mean) * own_rstd)
+        plain += upper
+    by_weight, by_bias = tl.sum(products, axis=0), tl.sum(plain, axis=0)
+    slot = sample * tl.num_programs(0) + part
+    tl.store(channel_sums + slot * 2 * channels + c, by_weight, mask=known)
+    tl.store(channel_sums + slot * 2 * channels + channels + c, by_bias, mask=known)
+    gain = tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
+    tl.store(sample_sums + slot * 2, tl.sum(gain * by_weight, axis=0))
+    tl.store(sample_sums + slot * 2 + 1, tl.sum(gain * by_bias, axis=0))
+
+
+@triton.jit(do_not_specialize=("parts",))
+def _input_gradient(
+    gradient,
+    x,
+    mean,
+    rstd,
+    weight,
+    sample_sums,
+    residual,
+    scale,
+    out,
+    branch_out,
+    numel,
+    channels,
+    parts,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = residual + rstd (g - mean(g) - xhat mean(g xhat)) with g = gradient * weight; branch_out = scale * out."""
+    part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    known = at < numel
+    at_sample = sample * numel + at
+    upper = tl.load(gradient + at_sample, mask=known, other=0.0).to(tl.float32)
+    value = tl.load(x + at_sample, mask=known, other=0.0).to(tl.float32)
+
+    products = tl.zeros((PARTS,), tl.float32)
+    plain = tl.zeros((PARTS,), tl.float32)
+    for first in range(0, parts, PARTS):
+        slot = first + tl.arange(0, PARTS)
+        products += tl.load(sample_sums + (sample * parts + slot) * 2, mask=slot < parts, other=0.0)
+        plain += tl.load(sample_sums + (sample * parts + slot) * 2 + 1, mask=slot < parts, other=0.0)
+    mean_product, mean_plain = tl.sum(products, axis=0) / numel, tl.sum(plain, axis=0) / numel
+
+    own_rstd = tl.load(rstd + sample)
+    gain = tl.load(weight + at % channels, mask=known, other=0.0).to(tl.float32)
+    normal = (value - tl.load(mean + sample)) * own_rstd
+    result = own_rstd * (upper * gain - mean_plain - normal * mean_product)
+    if residual is not None:
+        result += tl.load(residual + at_sample, mask=known, other=0.0).to(tl.float32)
+    tl.store(out + at_sample, result.to(out.dtype.element_ty), mask=known)
+    if branch_out is not None:
+        if scale is not None:
+            result *= tl.load(scale + sample)
+        tl.store(branch_out + at_sample, result.to(branch_out.dtype.element_ty), mask=known)
+
+
+def add(x: Tensor | None, branch: Tensor | None, scale: Tensor | None, out: Tensor, *, moments: bool) -> Tensor | None:
+    """Fills `out` where there is a branch; returns moments fp32 [B, parts, 3] of it, or of x, where asked for."""
+    batch, numel = out.shape[0], out[0].numel()
+    parts = triton.cdiv(numel, tiles.FLAT)
+    found = out.new_empty(batch, parts, 3, dtype=torch.float32) if moments else None
+    _add[(parts, batch)](x, branch, scale, out, found, numel, BLOCK=tiles.FLAT, num_warps=tiles.FLAT_WARPS)
+    return found
+
+
+def normalise(
+    x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Fills `out`; returns each sample's mean and reciprocal standard deviation, fp32 [B]."""
+    batch, channels, numel = x.shape[0], x.shape[1], x[0].numel()
+    parts = moments.shape[1]
+    mean, rstd = (x.new_empty(batch, dtype=torch.float32) for _ in range(2))
+    _normalise[(triton.cdiv(numel, tiles.FLAT), batch)](
+        x,
+        moments,
+        weight,
+        bias,
+        out,
+        mean,
+        rstd,
+        numel,
+        channels,
+        parts,
+        eps,
+        PARTS=tiles.joined(parts),
+        BLOCK=tiles.FLAT,
+        num_warps=tiles.FLAT_WARPS,
+    )
+    return mean, rstd
+
+
+def gradients(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    branch_out: Tensor | None,
+) -> Tensor:
+    """Fills `out` (and `branch_out`); returns the gradients by weight and bias, fp32 [2, C]."""
+    batch, channels, height, width = x.shape
+    positions, numel = height * width, x[0].numel()
+    rows, each = tiles.column_sums(positions, channels)
+    parts = triton.cdiv(positions, each)
+    channel_sums = x.new_empty(batch * parts, 2, channels, dtype=torch.float32)
+    sample_sums = x.new_empty(batch, parts, 2, dtype=torch.float32)
+    _sums[(parts, batch)](
+        gradient,
+        x,
+        mean,
+        rstd,
+        weight,
+        channel_sums,
+        sample_sums,
+        positions,
+        channels,
+        each,
+        ROWS=rows,
+        CHANNELS=tiles.power_of_2(channels),
+        num_warps=tiles.FLAT_WARPS,
+    )
+    _input_gradient[(triton.cdiv(numel, tiles.FLAT), batch)](
+        gradient,
+        x,
+        mean,
+        rstd,
+        weight,
+        sample_sums,
+        residual,
+        scale,
+        out,
+        branch_out,
+        numel,
+        channels,
+        parts,
+        PARTS=tiles.joined(parts),
+        BLOCK=tiles.FLAT,
+        num_warps=tiles.FLAT_WARPS,
+    )
+    return channel_sums.sum(0)

@@ -1,0 +1,76 @@
+"""Operators `fat::attend*`: FASA's attention to the keys of a pooled map. See `fat.kernels.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fat.kernels.families import ATTENTION, launches
+from fat.kernels.impl import tiles
+from fat.kernels.ops.checks import channels_last, expect
+
+
+@custom_op("fat::attend", mutates_args=())
+@launches(ATTENTION)
+def attend(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
+    """softmax(scale * q k^T) v by heads. q [B, C, H, W]; kv [B, 2 C, h, w], keys first; returns [B, C, H, W]."""
+    from fat.kernels.impl import attention as kernels
+
+    _expect(q, kv, heads)
+    out = torch.empty_like(q)
+    kernels.attend(q, kv, heads, scale, out)
+    return out
+
+
+@attend.register_fake
+def _(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
+    return torch.empty_like(q)
+
+
+@custom_op("fat::attend_gradient", mutates_args=())
+@launches(ATTENTION)
+def attend_gradient(gradient: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The gradients by q and kv."""
+    from fat.kernels.impl import attention as kernels
+
+    expect(gradient, q)
+    _expect(q, kv, heads)
+    by_q, by_kv = torch.empty_like(q), torch.empty_like(kv)
+    kernels.attend_gradient(gradient, q, kv, heads, scale, by_q, by_kv)
+    return by_q, by_kv
+
+
+@attend_gradient.register_fake
+def _(gradient: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(kv)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, kv, ctx.heads, ctx.scale = inputs
+    ctx.save_for_backward(q, kv)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    q, kv = ctx.saved_tensors
+    return *attend_gradient(channels_last(gradient), q, kv, ctx.heads, ctx.scale), None, None
+
+
+attend.register_autograd(_backward, setup_context=_keep)
+
+
+def _expect(q: Tensor, kv: Tensor, heads: int) -> None:
+    expect(q, kv)
+    channels, keys = q.shape[1], kv.shape[2] * kv.shape[3]
+    if kv.shape[:2] != (q.shape[0], 2 * channels) or channels % heads:
+        raise ValueError(
+            f"queries {tuple(q.shape)} in {heads} heads and keys with values {tuple(kv.shape)}: expected channels that "
+            f"the heads divide, and keys with values [{q.shape[0]}, {2 * channels}, h, w]"
+        )
+    depth = channels // heads
+    if not tiles.attention_fits(depth, keys):
+        raise ValueError(
+            f"{depth} channels a head, {keys} keys: expected at most {tiles.MAX_HEAD} and {tiles.MAX_KEYS}"
+        )

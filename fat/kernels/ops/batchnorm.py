@@ -1,0 +1,199 @@
+"""Operators `fat::depthwise_moments` and `fat::fold`: BatchNorm between a depthwise and a 1x1 convolution, without a
+pass of its own over memory. See `fat.batchnorm` and `fat.kernels.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fat.kernels.families import BATCH_NORM, CONVOLUTION, WEIGHT_GRADIENT, launches
+from fat.kernels.ops.checks import channels_last, empty_map, expect, expect_weight
+from fat.kernels.ops.depthwise import depthwise_input_gradient
+
+
+@custom_op("fat::depthwise_moments", mutates_args=())
+@launches(CONVOLUTION, BATCH_NORM)
+def depthwise_moments(
+    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`depthwise`, and mean and variance (without correction) of what it stores: fp32 [C]. Deterministic.
+
+    Where x is the GELU of `before`, the gradient goes there, and none to x.
+    """
+    from fat.kernels.impl.batchnorm import join
+    from fat.kernels.impl.depthwise import convolve, programs
+
+    expect(x, *(() if before is None else (before,)))
+    expect_weight(weight, x, stride, residual)
+    out = _out(x, stride)
+    tiles = x.shape[0] * programs(weight, out, stride)[0]
+    moments = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
+    counts = x.new_empty(tiles, dtype=torch.float32)
+    convolve(x, weight, bias, out, stride=stride, residual=residual, moments=moments, counts=counts)
+    return out, *join(moments, counts)
+
+
+@depthwise_moments.register_fake
+def _(
+    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    return _out(x, stride), mean, var
+
+
+def _out(x: Tensor, stride: int) -> Tensor:
+    return empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
+
+
+@custom_op("fat::depthwise_moments_gradient", mutates_args=())
+@launches(WEIGHT_GRADIENT, BATCH_NORM)
+def depthwise_moments_gradient(
+    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, by_mean: Tensor, by_var: Tensor, kernel: int, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradients by y and its statistics: the whole gradient by y, and those by weight and bias, fp32."""
+    from fat.kernels.impl.depthwise_weight_grad import Statistics, weight_gradient
+
+    expect(gradient, x, y)
+    completed = torch.empty_like(y)
+    found = Statistics(y, mean, by_mean, by_var, completed)
+    return completed, *weight_gradient(gradient, x, kernel=kernel, stride=stride, statistics=found)
+
+
+@depthwise_moments_gradient.register_fake
+def _(
+    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, by_mean: Tensor, by_var: Tensor, kernel: int, stride: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = x.shape[1]
+    by_weight = x.new_empty(channels, 1, kernel, kernel, dtype=torch.float32)
+    return torch.empty_like(y), by_weight, x.new_empty(channels, dtype=torch.float32)
+
+
+def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, before, weight, bias, ctx.stride, ctx.residual = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, before, weight, output[0], output[1])
+
+
+def _moments_backward(ctx: Any, by_y: Tensor, by_mean: Tensor, by_var: Tensor) -> tuple[Tensor | None, ...]:
+    x, before, weight, y, mean = ctx.saved_tensors
+    completed, by_weight, by_bias = depthwise_moments_gradient(
+        channels_last(by_y), x, y, mean, by_mean.contiguous(), by_var.contiguous(), weight.shape[-1], ctx.stride
+    )
+    by_input = None
+    if ctx.needs_input_grad[0 if before is None else 1]:
+        by_input = depthwise_input_gradient(completed, weight, before, *x.shape[2:], ctx.stride, ctx.residual)
+    by_x, by_before = (by_input, None) if before is None else (None, by_input)
+    by_bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
+    return by_x, by_before, by_weight.to(weight.dtype), by_bias, None, None
+
+
+depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
+
+
+@custom_op("fat::follow", mutates_args=("running_mean", "running_var", "batches"))
+@launches(BATCH_NORM)
+def follow(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batches: Tensor,
+    drift: Tensor,
+    var: Tensor,
+    momentum: float,
+    correction: float,
+) -> None:
+    """Moves running statistics [C] by momentum * drift and towards var * correction, and counts the batch."""
+    from fat.kernels.impl import batchnorm as kernels
+
+    kernels.follow(running_mean, running_var, batches, drift, var, momentum, correction)
+
+
+@follow.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+@custom_op("fat::fold", mutates_args=())
+@launches(BATCH_NORM)
+def fold(
+    weight: Tensor,
+    bias: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """A 1x1 convolution's weights [O, C, 1, 1] and bias [O] with BatchNorm's work in them, in dtype.
+
+    gain, shift: BatchNorm's weight and bias. mean, var: fp32 [C].
+    """
+    from fat.kernels.impl import batchnorm as kernels
+
+    _expect_pointwise(weight, bias, gain, shift, mean, var)
+    folded, folded_bias = _folded_shape(weight, bias, dtype=dtype)
+    kernels.fold(weight, bias, gain, shift, mean, var, eps, folded, folded_bias)
+    return folded, folded_bias
+
+
+@fold.register_fake
+def _(weight: Tensor, bias: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _folded_shape(weight, bias, dtype=rest[-1])
+
+
+def _folded_shape(weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(weight, dtype=dtype), torch.empty_like(bias, dtype=dtype)
+
+
+@custom_op("fat::fold_gradient", mutates_args=())
+@launches(BATCH_NORM)
+def fold_gradient(
+    by_folded: Tensor,
+    by_folded_bias: Tensor,
+    weight: Tensor,
+    gain: Tensor,
+    shift: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    folded: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `fold` by weight, gain, shift, mean and var (the one by bias is by_folded_bias)."""
+    from fat.kernels.impl import batchnorm as kernels
+
+    _expect_pointwise(weight, by_folded_bias, gain, shift, mean, var)
+    return kernels.fold_gradient(by_folded, by_folded_bias, weight, gain, shift, mean, var, folded, eps)
+
+
+@fold_gradient.register_fake
+def _(_: Tensor, __: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in rest[:5])
+
+
+def _keep_fold(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weight, bias, gain, shift, mean, var, ctx.eps, _ = inputs
+    ctx.bias_dtype = bias.dtype
+    ctx.save_for_backward(weight, gain, shift, mean, var, output[0])
+
+
+def _fold_backward(ctx: Any, by_folded: Tensor, by_folded_bias: Tensor) -> tuple[Tensor | None, ...]:
+    by_folded, by_folded_bias = by_folded.flatten(1).contiguous(), by_folded_bias.contiguous()
+    by_weight, *others = fold_gradient(by_folded, by_folded_bias, *ctx.saved_tensors, ctx.eps)
+    return by_weight, by_folded_bias.to(ctx.bias_dtype), *others, None, None
+
+
+fold.register_autograd(_fold_backward, setup_context=_keep_fold)
+
+
+def _expect_pointwise(weight: Tensor, bias: Tensor, *of_channels: Tensor) -> None:
+    outputs, channels = weight.shape[:2]
+    if weight.shape[2:] != (1, 1) or bias.shape != (outputs,) or any(t.shape != (channels,) for t in of_channels):
+        raise ValueError(
+            f"weights of shape {tuple(weight.shape)}, bias {tuple(bias.shape)}, norm {tuple(of_channels[0].shape)}: "
+            "expected a 1x1 convolution [O, C, 1, 1], [O] and a norm [C] before it"
+        )
+    if not weight.flatten(1).is_contiguous() or any(t.device != weight.device for t in (bias, *of_channels)):
+        raise ValueError("a 1x1 convolution and a norm: expected dense weights, all on one device")

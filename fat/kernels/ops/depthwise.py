@@ -1,0 +1,167 @@
+"""Operators `fat::depthwise*`: depthwise convolution, alone and with FASA's gate behind it. See `fat.kernels.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fat.kernels.families import CONVOLUTION, GATE, INPUT_GRADIENT, WEIGHT_GRADIENT, launches
+from fat.kernels.ops.checks import channels_last, empty_map, expect, expect_weight
+
+
+@custom_op("fat::depthwise", mutates_args=())
+@launches(CONVOLUTION)
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:
+    """Depthwise k x k, padding k // 2; plus x where residual (stride 1). [B, C, ceil(H / stride), ceil(W / stride)]."""
+    from fat.kernels.impl.depthwise import convolve
+
+    expect(x)
+    expect_weight(weight, x, stride, residual)
+    out = _depthwise_shape(x, weight, bias, stride, residual)
+    convolve(x, weight, bias, out, stride=stride, residual=residual)
+    return out
+
+
+@depthwise.register_fake
+def _depthwise_shape(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:
+    return empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
+
+
+@custom_op("fat::depthwise_input_gradient", mutates_args=())
+@launches(INPUT_GRADIENT)
+def depthwise_input_gradient(
+    gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
+) -> Tensor:
+    """The gradient by x of `depthwise`: [B, C, height, width]. Where x is the GELU of `before`, by that."""
+    from fat.kernels.impl.depthwise import input_gradient
+
+    expect(gradient, *(() if before is None else (before,)))
+    expect_weight(weight, gradient, stride, residual)
+    out = _input_gradient_shape(gradient, weight, before, height, width, stride, residual)
+    input_gradient(gradient, weight, before, out, stride=stride, residual=residual)
+    return out
+
+
+@depthwise_input_gradient.register_fake
+def _input_gradient_shape(
+    gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
+) -> Tensor:
+    return empty_map(gradient, gradient.shape[0], gradient.shape[1], height, width)
+
+
+@custom_op("fat::depthwise_weight_gradient", mutates_args=())
+@launches(WEIGHT_GRADIENT)
+def depthwise_weight_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+    """The gradients by weight, fp32 [C, 1, kernel, kernel], and by bias, fp32 [C]. Deterministic."""
+    from fat.kernels.impl.depthwise_weight_grad import weight_gradient
+
+    expect(gradient, x)
+    return weight_gradient(gradient, x, kernel=kernel, stride=stride)
+
+
+@depthwise_weight_gradient.register_fake
+def _weight_gradient_shape(gradient: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1]
+    return (
+        x.new_empty(channels, 1, kernel, kernel, dtype=torch.float32),
+        x.new_empty(channels, dtype=torch.float32),
+    )
+
+
+def _keep_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, ctx.stride, ctx.residual = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight)
+
+
+def _depthwise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    by_x, by_weight, by_bias = convolution_gradients(
+        gradient, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], ctx.stride, ctx.residual
+    )
+    return by_x, by_weight, by_bias, None, None
+
+
+depthwise.register_autograd(_depthwise_backward, setup_context=_keep_depthwise)
+
+
+def convolution_gradients(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_dtype: torch.dtype | None,
+    needed: tuple[bool, bool, bool],
+    stride: int,
+    residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """By x, weight and bias, as far as needed."""
+    gradient = channels_last(gradient)
+    by_x = by_weight = by_bias = None
+    if needed[0]:
+        by_x = depthwise_input_gradient(gradient, weight, None, *x.shape[2:], stride, residual)
+    if needed[1] or needed[2]:
+        by_weight, by_bias = depthwise_weight_gradient(gradient, x, weight.shape[-1], stride)
+        by_weight = by_weight.to(weight.dtype)
+        by_bias = None if bias_dtype is None else by_bias.to(bias_dtype)
+    return by_x, by_weight, by_bias
+
+
+# Depthwise convolution and FASA's gate: SiLU(depthwise(q)) * SiLU(other)
+
+
+@custom_op("fat::depthwise_gate", mutates_args=())
+@launches(CONVOLUTION, GATE)
+def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    """Stride 1; q and other of one shape and dtype."""
+    from fat.kernels.impl.depthwise import GATE, convolve
+
+    expect(q, other)
+    expect_weight(weight, q, 1, False)
+    out = torch.empty_like(q)
+    convolve(q, weight, bias, out, epilogue=GATE, gate=other)
+    return out
+
+
+@depthwise_gate.register_fake
+def _(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
+    return torch.empty_like(q)
+
+
+@custom_op("fat::depthwise_gate_gradient", mutates_args=())
+@launches(CONVOLUTION, GATE)
+def depthwise_gate_gradient(
+    gradient: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients by depthwise(q), which is worked out again, and by other."""
+    from fat.kernels.impl.depthwise import GATE_GRADIENT, convolve
+
+    expect(gradient, q, other)
+    expect_weight(weight, q, 1, False)
+    by_local, by_other = torch.empty_like(q), torch.empty_like(other)
+    convolve(q, weight, bias, by_local, epilogue=GATE_GRADIENT, gate=other, gradient=gradient, gate_out=by_other)
+    return by_local, by_other
+
+
+@depthwise_gate_gradient.register_fake
+def _(gradient: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(other)
+
+
+def _keep_depthwise_gate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _depthwise_gate_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    q, weight, bias, other = ctx.saved_tensors
+    by_local, by_other = depthwise_gate_gradient(channels_last(gradient), q, weight, bias, other)
+    bias_dtype = None if bias is None else bias.dtype
+    by_q, by_weight, by_bias = convolution_gradients(
+        by_local, q, weight, bias_dtype, ctx.needs_input_grad[:3], 1, False
+    )
+    return by_q, by_weight, by_bias, by_other
+
+
+depthwise_gate.register_autograd(_depthwise_gate_backward, setup_context=_keep_depthwise_gate)

@@ -1,0 +1,265 @@
+"""Operators `fat::*norm*` and `fat::add`: GroupNorm with one group, the residual add and the convolution before it. See
+`fat.kernels.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fat.kernels.families import CONVOLUTION, NORM, launches
+from fat.kernels.ops.checks import channels_last, expect, expect_weight
+from fat.kernels.ops.depthwise import convolution_gradients
+
+
+@custom_op("fat::norm", mutates_args=())
+@launches(NORM)
+def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(normalised x, mean fp32 [B], reciprocal standard deviation fp32 [B])."""
+    from fat.kernels.impl import norm as kernels
+
+    expect(x)
+    moments = kernels.add(x, None, None, x, moments=True)
+    assert moments is not None
+    out = torch.empty_like(x)
+    return out, *kernels.normalise(x, moments, weight, bias, out, eps)
+
+
+@norm.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_statistics(x)
+
+
+@custom_op("fat::add", mutates_args=())
+@launches(NORM)
+def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    """x + scale * branch in x's dtype; scale: fp32 [B] or none."""
+    from fat.kernels.impl import norm as kernels
+
+    expect(x)
+    expect(branch)
+    out = torch.empty_like(x)
+    kernels.add(x, branch, scale, out, moments=False)
+    return out
+
+
+@add.register_fake
+def _(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("fat::scaled", mutates_args=())
+@launches(NORM)
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """scale * x in x's dtype; scale: fp32 [B]."""
+    from fat.kernels.impl import norm as kernels
+
+    expect(x)
+    out = torch.empty_like(x)
+    kernels.add(None, x, scale, out, moments=False)
+    return out
+
+
+@scaled.register_fake
+def _(x: Tensor, scale: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@custom_op("fat::add_norm", mutates_args=())
+@launches(NORM)
+def add_norm(
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`add`, and `norm` of it: (sum, normalised sum, mean, reciprocal standard deviation)."""
+    from fat.kernels.impl import norm as kernels
+
+    expect(x)
+    expect(branch)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    moments = kernels.add(x, branch, scale, total, moments=True)
+    assert moments is not None
+    return total, out, *kernels.normalise(total, moments, weight, bias, out, eps)
+
+
+@add_norm.register_fake
+def _(
+    x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), *_statistics(x)
+
+
+@custom_op("fat::depthwise_norm", mutates_args=())
+@launches(CONVOLUTION, NORM)
+def depthwise_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`depthwise` with residual, and `norm` of it: (map, normalised map, mean, reciprocal standard deviation)."""
+    from fat.kernels.impl import norm as kernels
+    from fat.kernels.impl.depthwise import convolve, programs
+
+    expect(x)
+    expect_weight(weight, x, 1, True)
+    total, out = torch.empty_like(x), torch.empty_like(x)
+    tiles, deep = programs(weight, total)
+    moments = x.new_empty(x.shape[0], tiles * deep, 3, dtype=torch.float32)
+    convolve(x, weight, bias, total, residual=True, moments=moments)
+    return total, out, *kernels.normalise(total, moments, norm_weight, norm_bias, out, eps)
+
+
+@depthwise_norm.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x), *_statistics(x)
+
+
+@custom_op("fat::norm_gradient", mutates_args=())
+@launches(NORM)
+def norm_gradient(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `norm` by x, to which residual is added, and by weight and bias, fp32 [2, C]. Deterministic."""
+    from fat.kernels.impl import norm as kernels
+
+    expect(gradient, x, *(() if residual is None else (residual,)))
+    out = torch.empty_like(x)
+    return out, kernels.gradients(gradient, x, mean, rstd, weight, residual, None, out, None)
+
+
+@norm_gradient.register_fake
+def _(
+    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _affine(weight)
+
+
+@custom_op("fat::add_norm_gradient", mutates_args=())
+@launches(NORM)
+def add_norm_gradient(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `norm_gradient`, with scale times the first result, in the branch's dtype, as the second."""
+    from fat.kernels.impl import norm as kernels
+
+    expect(gradient, x, residual)
+    out, branch_out = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+    return out, branch_out, kernels.gradients(gradient, x, mean, rstd, weight, residual, scale, out, branch_out)
+
+
+@add_norm_gradient.register_fake
+def _(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    scale: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=dtype), _affine(weight)
+
+
+def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.bias_dtype = bias.dtype
+    ctx.set_materialize_grads(False)  # mean's and rstd's would be launches for nothing
+    ctx.save_for_backward(x, mean, rstd, weight)
+
+
+def _norm_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, rstd, weight = ctx.saved_tensors
+    by_x, affine = norm_gradient(channels_last(gradient), x, mean, rstd, weight, None)
+    return by_x, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
+
+
+norm.register_autograd(_norm_backward, setup_context=_keep_norm)
+
+
+def _keep_add(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, branch, scale = inputs
+    ctx.branch_dtype = branch.dtype
+    ctx.save_for_backward(scale)
+
+
+def _add_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (scale,) = ctx.saved_tensors
+    gradient = channels_last(gradient)
+    by_branch = gradient if scale is None else scaled(gradient, scale)
+    return gradient, by_branch.to(ctx.branch_dtype), None
+
+
+add.register_autograd(_add_backward, setup_context=_keep_add)
+
+
+def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, branch, scale, weight, bias, _ = inputs
+    total, _, mean, rstd = output
+    ctx.branch_dtype, ctx.bias_dtype = branch.dtype, bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, mean, rstd, weight, scale)
+
+
+def _add_norm_backward(
+    ctx: Any, residual: Tensor | None, gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    total, mean, rstd, weight, scale = ctx.saved_tensors
+    gradient, residual = _dense(gradient, total), _dense(residual, total)
+    if scale is None and ctx.branch_dtype == total.dtype:
+        by_x, affine = norm_gradient(gradient, total, mean, rstd, weight, residual)
+        by_branch = by_x
+    else:
+        by_x, by_branch, affine = add_norm_gradient(
+            gradient, total, mean, rstd, weight, residual, scale, ctx.branch_dtype
+        )
+    return by_x, by_branch, None, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
+
+
+add_norm.register_autograd(_add_norm_backward, setup_context=_keep_add_norm)
+
+
+def _keep_depthwise_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, norm_weight, norm_bias, _ = inputs
+    total, _, mean, rstd = output
+    ctx.bias_dtype, ctx.norm_bias_dtype = None if bias is None else bias.dtype, norm_bias.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, total, mean, rstd, norm_weight)
+
+
+def _depthwise_norm_backward(
+    ctx: Any, residual: Tensor | None, gradient: Tensor | None, *_: None
+) -> tuple[Tensor | None, ...]:
+    x, weight, total, mean, rstd, norm_weight = ctx.saved_tensors
+    gradient, residual = _dense(gradient, total), _dense(residual, total)
+    by_total, affine = norm_gradient(gradient, total, mean, rstd, norm_weight, residual)
+    by_x, by_weight, by_bias = convolution_gradients(
+        by_total, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], 1, True
+    )
+    by_norm_weight, by_norm_bias = affine[0].to(norm_weight.dtype), affine[1].to(ctx.norm_bias_dtype)
+    return by_x, by_weight, by_bias, by_norm_weight, by_norm_bias, None
+
+
+depthwise_norm.register_autograd(_depthwise_norm_backward, setup_context=_keep_depthwise_norm)
+
+
+def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """None: of two results one was not used."""
+    return torch.zeros_like(like) if gradient is None else channels_last(gradient)
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], dtype=torch.float32), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+def _affine(weight: Tensor) -> Tensor:
+    return weight.new_empty(2, weight.shape[0], dtype=torch.float32)

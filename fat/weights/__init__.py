@@ -1,0 +1,1 @@
+"""Weights files: loading, saving, and checkpoints of the released code and other tools."""

@@ -1,0 +1,85 @@
+"""What the header of a weights file says of its model: dimensions, classes, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fat.config import FATConfig
+from fat.model import MIN_SIZE
+from fat.weights.classes import MAX_TEXT, ClassList
+from fat.weights.safe_pickle import printable
+
+CONFIG_KEY, CLASSES_KEY, TRAINING_KEY = "fat_config", "fat_classes", "fat_training"
+MAX_SIZE = 8192  # pixels per side
+_MAX_STEP = 10**15
+_MAX_JSON = 64 * 2**10  # characters of the config, and of `fat_training`
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsInfo:
+    """What is known of the weights in a file; None = not said."""
+
+    config: FATConfig | None = None
+    classes: ClassList | None = None
+    """Classes of the outputs; a long list by its digest alone."""
+    size: int | None = None
+    """Side of the images in pixels, 32 to 8192, in the evaluations of the training."""
+    crop_pct: float | None = None
+    """Share of the short side that those looked at, in (0, 1]."""
+    step: int | None = None
+    """Optimiser steps done."""
+
+    def to_header(self) -> dict[str, str]:
+        """Return the metadata of a safetensors file; at most `fat.weights.classes.MAX_TEXT` bytes and a few hundred."""
+        header = {}
+        if self.config is not None:
+            header[CONFIG_KEY] = json.dumps(self.config.to_dict())
+        if self.classes is not None:
+            header[CLASSES_KEY] = self.classes.dumps(MAX_TEXT)
+        facts = {"size": self.size, "crop_pct": self.crop_pct, "step": self.step}
+        facts = {name: value for name, value in facts.items() if value is not None}
+        if facts:
+            header[TRAINING_KEY] = json.dumps(facts)
+        return header
+
+    @classmethod
+    def from_header(cls, path: Path, header: Mapping[str, str]) -> WeightsInfo:
+        """Read the metadata of a safetensors file, which anybody may have written.
+
+        Raises ValueError naming the file and the fault.
+        """
+
+        def read(key: str, parse: Callable[[str], T], limit: int, fact: str) -> T | None:
+            if key not in header:
+                return None
+            try:
+                if len(header[key]) > limit:
+                    raise ValueError(f"{len(header[key]):,} characters, {limit:,} at most expected")
+                return parse(header[key])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}: {key} in its header {fact} ({printable(str(error))})") from error
+
+        config = read(CONFIG_KEY, lambda text: FATConfig.from_dict(json.loads(text)), _MAX_JSON, "describes no model")
+        classes = read(CLASSES_KEY, ClassList.loads, MAX_TEXT, "is no list of classes")
+        facts = read(TRAINING_KEY, _training, _MAX_JSON, "says nothing of the training") or {}
+        return cls(config=config, classes=classes, **facts)
+
+
+def _training(text: str) -> dict[str, Any]:
+    facts = json.loads(text)
+    if not isinstance(facts, dict) or not facts.keys() <= {"size", "crop_pct", "step"}:
+        raise ValueError("a mapping of size, crop_pct and step expected")
+    for name, least, most in (("size", MIN_SIZE, MAX_SIZE), ("step", 0, _MAX_STEP)):
+        value = facts.get(name)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise ValueError(f"{name}: an integer from {least} to {most:,} expected")
+    crop = facts.get("crop_pct")
+    if crop is not None and (type(crop) not in (int, float) or not 0 < crop <= 1):
+        raise ValueError("crop_pct: a number in (0, 1] expected")
+    return facts

@@ -1,0 +1,1 @@
+"""Measure loader and training step, alone and together: `pipeline bench`."""

@@ -1,0 +1,62 @@
+"""The benchmark's figures as a bar chart."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from launch.bench.verdict import Figures
+from shards.files.output import write_output
+
+COLOURS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
+CAPTION_WIDTH = 110  # characters
+
+
+def draw(figures: Figures) -> Any:
+    """A matplotlib figure: speeds on the left, shares on the right, the verdict above."""
+    import textwrap
+
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    chart, (speeds, shares) = plt.subplots(1, 2, figsize=(11, 3.4), constrained_layout=True)
+    rates = (figures.loader.rate, figures.model.rate, figures.predicted, figures.both.rate)
+    bars = speeds.barh(list(COLOURS), rates, color=list(COLOURS.values()))
+    speeds.bar_label(bars, labels=[f"{rate:,.1f}" for rate in rates], padding=3)
+    speeds.set(xlabel="images/s", title=f"fat_{figures.settings['variant']}, batch {figures.settings['batch']}")
+    speeds.margins(x=0.15)
+    parts = {
+        "both / model": figures.both_of_model,
+        "waiting for data": figures.both.waiting,
+        "model / roofline": figures.model_of_roofline,
+        "MFU": figures.mfu,
+    }
+    bars = shares.barh(list(parts), list(parts.values()), color="#8f8f8f")
+    shares.bar_label(bars, labels=[f"{share:.1%}" for share in parts.values()], padding=3)
+    shares.set(xlim=(0, max(1.15, *parts.values())), title=f"{figures.machine['device']}")
+    for axes in (speeds, shares):
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    chart.suptitle("\n".join(textwrap.wrap(figures.verdict, CAPTION_WIDTH)), fontsize=10)
+    return chart
+
+
+def write_chart(figures: Figures, path: Path) -> None:
+    """Write the chart; the file's ending decides its format.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    image = io.BytesIO()
+    # A dollar sign in a device's name is no formula. Texts are parsed when they are drawn.
+    with matplotlib.rc_context({"text.parse_math": False}):
+        chart = draw(figures)
+        chart.savefig(image, format=path.suffix[1:].lower(), dpi=110)
+    plt.close(chart)
+    write_output(path, image.getvalue(), "--chart")

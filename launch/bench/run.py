@@ -1,0 +1,306 @@
+"""`pipeline bench`: loader alone, model alone, both together, in one run: who waits for whom, and how much of the
+device the model itself uses."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fat
+from fat.account.roofline import ceiling
+from launch.bench.decoders import DecoderFigures, compare_decoders
+from launch.bench.verdict import Figures, Phase, verdict
+from launch.config.recipe import Recipe
+from launch.engine.build import build_model
+from launch.engine.engine import Engine
+from launch.engine.kernel_check import check_recipe
+from launch.engine.memory import check_batches_fit
+from launch.engine.schedule import rate_of
+from launch.feed import Feed
+from launch.machine.device_peaks import limits_of, settle
+from launch.machine.provenance import cpu_name, device_name, git_state, versions
+from launch.machine.world import connect, disconnect
+from launch.run.data_wait import DataWait
+from launch.tuning.choices import resolve
+from pipeline.batch import Batch, timed_event
+from pipeline.decode.choose import chosen_loader
+from pipeline.jobs import open_reader
+from pipeline.loader import TrainLoader
+from shards.cores import cores as usable_cores
+from shards.files.output import write_output
+from shards.redact import printable, redacted
+
+ROUNDS = 3
+CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
+WARM_UP = 3  # of the model: allocations, compilation; the engine itself captures CUDA graphs when it is made
+# A GPU that was idle takes its time to reach the speed that it holds: steps that are not timed, until some take as
+# long as those before.
+STRETCH, MOST_STRETCHES, STEADY = 3, 8, 0.02
+OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
+
+
+def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
+    """Measure a recipe on this machine, in this process alone.
+
+    Args:
+        recipe: what would be trained; nothing is written.
+        steps: optimiser steps per round of each measurement.
+        decoder_check: also compare the GPU's two JPEG decoders.
+
+    Raises:
+        UserError: recipe and data do not fit together.
+    """
+    world = connect()
+    try:
+        feed = Feed.of(recipe, world)
+        check_batches_fit(feed)
+        model, shape = build_model(recipe, feed.classes), feed.shape
+        verdict = check_recipe(recipe, feed, model)
+        recipe, feed, choices = resolve(recipe, feed, model, goes_on=False)
+        engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+        for note in (*choices.notes, *engine.notes):
+            print(printable(note), file=sys.stderr)
+        figures = _figures(recipe, feed, engine, steps)
+        decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
+        settings = figures.settings | verdict.picks | choices.picks
+        return dataclasses.replace(figures, settings=settings, decoders=decoders)
+    finally:
+        disconnect()
+
+
+def compare(
+    loader: OpenLoader,
+    resident: OpenLoader,
+    step: Callable[[Batch], object],
+    *,
+    batch: int,
+    steps: int,
+    ahead: int,
+    device: torch.device,
+    rounds: int,
+) -> tuple[Phase, Phase, Phase]:
+    """(loader alone, model alone, both): medians of rounds in which each has its turn.
+
+    Args:
+        loader: opens the loader afresh.
+        resident: opens batches that are on the device already.
+        step: trains on a batch.
+        batch, ahead: images of a batch, and batches that the loader holds when it has run as far ahead as it can.
+    """
+    turns: list[tuple[Phase, Phase, Phase]] = []
+    with resident() as batches:
+        for _ in range(WARM_UP):
+            step(next(batches))
+    for _ in range(rounds):
+        with loader() as batches:
+            for _ in range(ahead):
+                next(batches)
+            alone = run(batches, None, steps=steps, batch=batch, device=device)
+        with resident() as batches:
+            _reach_steady_rate(batches, step, batch=batch, device=device)
+            model = run(batches, step, steps=steps, batch=batch, device=device)
+        with loader() as batches:
+            step(next(batches))
+            # To a steady state: queues that surely run full beside the model may do so at once; any other find theirs.
+            if alone.rate > CLEARLY * model.rate:
+                time.sleep(ahead * batch / alone.rate)
+            else:
+                for _ in range(ahead):
+                    step(next(batches))
+            _reach_steady_rate(batches, step, batch=batch, device=device)
+            turns.append((alone, model, run(batches, step, steps=steps, batch=batch, device=device)))
+    alone, model, both = (_median([turn[which] for turn in turns]) for which in range(3))
+    return alone, model, both
+
+
+def run(
+    batches: Iterator[Batch], step: Callable[[Batch], object] | None, *, steps: int, batch: int, device: torch.device
+) -> Phase:
+    """Time some steps; without `step`, batches are only taken."""
+    settle(device)
+    # Without steps the device does nothing else, and it is the host that waits.
+    wait = DataWait(device if step is not None else torch.device("cpu"))
+    handing_over, marks = list[float](), [timed_event(device)]
+    start, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        (taken,) = wait.take(batches)
+        if step is not None:
+            asked = time.perf_counter()
+            step(taken)
+            handing_over.append(time.perf_counter() - asked)
+            wait.ended()
+            marks.append(timed_event(device))
+    cpu = time.process_time() - cpu  # waiting for the device keeps a core busy
+    settle(device)
+    seconds, images = time.perf_counter() - start, steps * batch
+    on_gpu = [mark for mark in marks if mark is not None]
+    return Phase(
+        rate=images / seconds,
+        cpu=cpu / images,
+        waiting=wait.seconds() / seconds,
+        # Not the median: a host that has filled the device's queue waits there for room.
+        host=sorted(handing_over)[len(handing_over) // 4] if len(on_gpu) > 1 else 0.0,
+        times=tuple(round(before.elapsed_time(after), 2) for before, after in itertools.pairwise(on_gpu)),
+    )
+
+
+def _reach_steady_rate(
+    batches: Iterator[Batch], step: Callable[[Batch], object], *, batch: int, device: torch.device
+) -> None:
+    """Take steps until a GPU's rate stays; nothing on a CPU, whose steps take seconds."""
+    before = 0.0
+    for _ in range(MOST_STRETCHES if device.type == "cuda" else 0):
+        rate = run(batches, step, steps=STRETCH, batch=batch, device=device).rate
+        if abs(rate - before) <= STEADY * before:
+            return
+        before = rate
+
+
+def _long_enough(feed: Feed, batches: int) -> Feed:
+    """The same feed, of at least as many batches and those of the warm-up, however small the set and few its epochs."""
+    recipe, needed = feed.recipe, WARM_UP + MOST_STRETCHES * STRETCH + batches
+    epochs = max(recipe.optim.epochs, -(-needed // feed.plan.steps_per_epoch))
+    return feed.with_recipe(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=epochs)))
+
+
+def _median(phases: list[Phase]) -> Phase:
+    names = [field.name for field in dataclasses.fields(Phase) if field.name != "times"]
+    medians = {name: statistics.median(getattr(phase, name) for phase in phases) for name in names}
+    return Phase(**medians, times=tuple(itertools.chain.from_iterable(phase.times for phase in phases)))
+
+
+def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
+    device, shape = engine.world.device, feed.shape
+    rate, number = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
+
+    def step(batch: Batch) -> None:
+        at = next(number)
+        engine.step([batch], step=at, lr=rate(at))
+
+    batch, ahead = shape.micro_rows, feed.loader_options.settings.ahead
+
+    def opener(what: Feed) -> OpenLoader:
+        longer = _long_enough(what, ahead + steps)
+        return lambda: longer.train_loader(step=0, dtype=engine.input_dtype)
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    synthetic = feed.with_loader(loader="synthetic")
+    alone, model, both = compare(
+        opener(feed), opener(synthetic), step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
+    )
+    memory = _memory(device)
+    picks = engine.picks | _picks(feed, engine)
+    with torch.device("meta"):
+        cost = fat.count(fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size)
+    limits = limits_of(device, engine.precision)
+    flops, passed = cost.training_flops, cost.fused_bytes(engine.input_dtype.itemsize)
+    cores = usable_cores()
+    figures = Figures(
+        machine=_machine(device, cores),
+        settings={
+            "variant": recipe.model.variant,
+            "batch": batch,
+            "size": recipe.data.size,
+            "augment": recipe.data.augment,
+            "steps": steps,
+            "rounds": ROUNDS,
+            **picks,
+        },
+        reading=_reading(feed, steps, ahead),
+        decoding=_decoding(feed, engine, steps, ahead),
+        loader=alone,
+        model=model,
+        both=both,
+        roofline=ceiling(flops, passed, bandwidth=limits.bandwidth, arithmetic=limits.arithmetic),
+        predicted=predict(alone, model, cores=cores if device.type == "cpu" else None),
+        mfu=model.rate * flops / limits.arithmetic,
+        peak=limits.arithmetic,
+        peak_stated=limits.stated,
+        bytes_per_second=model.rate * passed,
+        bandwidth=limits.bandwidth,
+        memory=memory,
+    )
+    return dataclasses.replace(figures, verdict=verdict(figures))
+
+
+def predict(loader: Phase, model: Phase, *, cores: int | None) -> float:
+    """Images per second that both together should reach: those of the slower, and where they share CPU cores (`cores`),
+    no more than there is CPU time for."""
+    seconds = max(1 / loader.rate, 1 / model.rate)
+    return 1 / (max(seconds, (loader.cpu + model.cpu) / cores) if cores else seconds)
+
+
+def _reading(feed: Feed, steps: int, ahead: int) -> float:
+    """Images per second that are read and checked, when nobody decodes them."""
+    options, plan, rows = feed.loader_options, feed.plan, feed.shape.rows(0)
+    if options.loader == "synthetic":
+        return 0.0
+    beton = chosen_loader(options, feed.dataset.split("train")) == "ffcv"
+    work = ((plan.ids(plan.at(step), rows), None) for step in itertools.count())
+    with open_reader(feed.dataset, "train", options, beton=beton) as reader:
+        batches = reader.read_ahead(work, options.settings.read_ahead)
+        for _ in range(ahead):
+            next(batches)
+        start = time.perf_counter()
+        for _ in range(steps):
+            next(batches)
+        return steps * len(rows) / (time.perf_counter() - start)
+
+
+def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
+    """Images per second that are read, decoded, cropped, flipped and normalised, without any further augmentation."""
+    recipe = feed.recipe
+    light = dataclasses.replace(recipe.data, augment="light", rand_augment=None, erase=None, mixup=None, cutmix=None)
+    plain = dataclasses.replace(feed, augment=light.augmentation())
+    with plain.train_loader(step=0, dtype=engine.input_dtype) as batches:
+        for _ in range(ahead):
+            next(batches)
+        return run(batches, None, steps=steps, batch=feed.shape.micro_rows, device=engine.world.device).rate
+
+
+def _picks(feed: Feed, engine: Engine) -> dict[str, str]:
+    with feed.train_loader(step=0, dtype=engine.input_dtype) as loader:
+        assert isinstance(loader, TrainLoader)
+        return loader.picks
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    """Bytes of GPU memory: torch's peak, and what is in use in all (the decoder's too)."""
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
+    return {"torch_peak": torch.cuda.max_memory_reserved(device), "in_use": total - free, "total": total}
+
+
+def _machine(device: torch.device, cores: int) -> dict[str, Any]:
+    return {
+        "device": device_name(device),
+        "cpu": cpu_name(),
+        "cores": cores,
+        "torch_threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
+        "versions": versions(),
+        "commit": git_state(),
+    }
+
+
+def write_json(figures: Figures, path: Path) -> None:
+    """Write all figures, and the ratios among them, without credentials.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_output(path, (json.dumps(redacted(figures.to_dict()), indent=1) + "\n").encode(), "--json")

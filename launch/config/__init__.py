@@ -1,0 +1,1 @@
+"""The training configuration: frozen dataclasses, TOML recipes and the command line."""

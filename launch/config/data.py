@@ -1,0 +1,139 @@
+"""What a run is fed, as a frozen dataclass with a docstring per field; a part of `launch.config.recipe`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
+
+from pipeline.augment.recipe import Alpha, AugmentRecipe, CropShare, augment_recipe
+from pipeline.loader import CROP_PCT, LoaderOptions
+from pipeline.plan import DEFAULT_WINDOW
+from pipeline.storage.remote_client import check_url, is_remote
+from pipeline.storage.remote_set import open_set
+from shards.errors import UserError
+from shards.format.dataset import ShardSet
+from shards.format.pinned import ManifestDigest, split_pin
+from shards.ranges import Batch, Share, check_ranges
+
+DEFAULT_DATA = Path("imagenet-shards")
+# FAT reduces images by 32.
+ModelSide = Annotated[int, Interval(ge=32, le=8192)]
+# The image is resized to size / crop_pct first: a small share of a large image is a huge one.
+CropPct = Annotated[float, Interval(ge=0.1, le=1)]
+
+
+class RecipeError(UserError):
+    """Options that contradict one another or make no sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What the run is fed."""
+
+    data: str | None = None
+    """Shard set made by 'pipeline shard': a folder, or a URL (s3://, https://, what fsspec knows). None = $FAT_DATA,
+    else ./imagenet-shards."""
+    set_digest: str | None = None
+    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
+    behind the set's location."""
+    cache: Path | None = None
+    """Folder on a local disk in which a remote set is staged, once per node, in a subfolder of the cache's own. None =
+    $FAT_CACHE, else the temporary folder."""
+    cache_size: Annotated[float, Interval(gt=0, le=10**9)] | None = None
+    """Room in the cache in GiB. None = four fifths of what is free there."""
+    cache_shared: bool = False
+    """All users in the group of the cache's folder use one cache, instead of one each."""
+    size: ModelSide = 224
+    """Side of the images in pixels."""
+    global_batch: Batch = 1024
+    """Images per optimiser step over all ranks. Part of the run: it cannot change on resume."""
+    micro_batch: Batch | None = None
+    """Images per forward pass of a rank; gradients are accumulated over the rest. None = all of the rank's at once."""
+    eval_batch: Batch | None = None
+    """Images per rank and evaluation step. None = the rank's rows of a global batch, at most 256."""
+    lanes: Batch | None = None
+    """Contiguous streams that every batch is mixed from. None = the largest divisor of half the batch up to 64."""
+    window: Annotated[int, Interval(ge=1, le=10**9)] = DEFAULT_WINDOW
+    """Samples among which each stream shuffles."""
+    augment: Literal["fat", "light", "none"] = "fat"
+    """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
+    crop_scale: tuple[CropShare, CropShare] | None = None
+    """Area of the random crop, as shares of the image."""
+    crop_pct: CropPct = CROP_PCT
+    """Share of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""
+    flip: Share | None = None
+    """Probability of a horizontal flip."""
+    rand_augment: str | None = None
+    """RandAugment in timm's syntax, such as rand-m9-mstd0.5-inc1; '' = off."""
+    erase: Share | None = None
+    """Probability of random erasing."""
+    mixup: Alpha | None = None
+    """Mixup's alpha; 0 = off."""
+    cutmix: Alpha | None = None
+    """Cutmix's alpha; 0 = off."""
+    loader: LoaderOptions = field(default_factory=LoaderOptions)
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        self.augmentation()  # the laws between its parts
+        # Before anything of the recipe is saved or shown.
+        location, _ = split_pin(self.data or "", self.set_digest)
+        if is_remote(location):
+            check_url(location)
+
+    def augmentation(self) -> AugmentRecipe:
+        """The augmentation recipe that the fields amount to."""
+        overrides: dict[str, Any] = {
+            "scale": self.crop_scale,
+            "flip": self.flip,
+            "erase": self.erase,
+            "mixup": self.mixup,
+            "cutmix": self.cutmix,
+        }
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        if self.rand_augment is not None:
+            overrides["rand_augment"] = self.rand_augment or None
+        return augment_recipe(self.augment, size=self.size, **overrides)
+
+    def open(self) -> ShardSet:
+        """Open the shard set, which may be on a server.
+
+        Raises:
+            UserError: no such set, another one than `set_digest` says, or a cache that cannot be used.
+        """
+        location, pin = self._located()
+        return open_set(
+            location,
+            cache=self.cache,
+            cache_gib=self.cache_size,
+            cache_shared=self.cache_shared,
+            digest=str(pin) if pin else None,
+        )
+
+    def location(self) -> Path | str:
+        """The shard set's folder or URL, without a digest behind it: `data`, else $FAT_DATA, else ./imagenet-shards.
+
+        Raises:
+            RecipeError: none was named and the defaults do not exist.
+            UserError: a URL with credentials, or a malformed digest.
+        """
+        return self._located()[0]
+
+    def _located(self) -> tuple[Path | str, ManifestDigest | None]:
+        named = self.data or os.environ.get("FAT_DATA")
+        if named:
+            plain, pin = split_pin(named, self.set_digest)
+            if is_remote(plain):
+                check_url(plain)
+                return plain, pin
+            return Path(plain), pin
+        if DEFAULT_DATA.exists():
+            return DEFAULT_DATA, split_pin(DEFAULT_DATA, self.set_digest)[1]
+        raise RecipeError(
+            f"no data: give --data SET, set FAT_DATA, or make ./{DEFAULT_DATA} with 'pipeline shard imagenet/' "
+            f"(neither FAT_DATA nor ./{DEFAULT_DATA} exists)"
+        )

@@ -1,0 +1,1 @@
+"""The training step: model, optimizer, schedule, ZeRO and CUDA graphs."""

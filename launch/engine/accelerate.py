@@ -1,0 +1,130 @@
+"""Model and optimiser -> wrapped by accelerate: plain data parallel (DDP), or DeepSpeed's ZeRO.
+
+The only file that calls accelerate; `launch/engine/zero_state.py` knows DeepSpeed's insides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from launch.config.recipe import RecipeError
+from launch.machine.world import World
+
+FOLDER = Path(__file__).resolve().parents[1] / "zero"
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    *,
+    zero: int,
+    bf16: bool,
+    micro_batch: int,
+    accumulation: int,
+    clip_grad: float,
+) -> tuple[Any, Any]:
+    """(wrapped model, optimiser that steps): DDP and torch's own without ZeRO, else DeepSpeed's of both. Collective.
+
+    With ZeRO 1 and 2 and a fused optimiser, the gradient norm, clipping and the skipping of updates are left to the
+    caller (`Masters.clip_gradients`), since DeepSpeed's own make the host wait for the device.
+
+    Args:
+        model: on its device.
+        zero: ZeRO stage; 0 = plain.
+        bf16, micro_batch, accumulation, clip_grad: DeepSpeed must know them; DDP need not.
+
+    Raises:
+        RecipeError: the processes were launched so that they would not train together.
+    """
+    cuda = world.device.type == "cuda"
+    if not cuda:
+        # accelerate decides by these: "use CPU" would silently bypass DeepSpeed, and is what plain gloo ranks need.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if zero:
+            os.environ.pop("ACCELERATE_USE_CPU", None)
+        else:
+            os.environ["ACCELERATE_USE_CPU"] = "true"
+    if zero and not dist.is_initialized():
+        # DeepSpeed wants a process group even for one process; this one needs no port.
+        for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+            os.environ.setdefault(name, str(value))
+        dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+
+    # DeepSpeed before 0.19.8 looks for nvcc when it is imported, though nothing of ours needs it.
+    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+    # Buffers are averaged when they matter (`Engine.average_statistics`), not broadcast at every step.
+    handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if dist.is_initialized():
+        handlers.append(InitProcessGroupKwargs(backend=dist.get_backend()))
+    plugin = None
+    if zero:
+        config: dict[str, Any] = json.loads((FOLDER / f"zero{zero}.json").read_text(encoding="utf-8"))
+        config["train_micro_batch_size_per_gpu"] = micro_batch
+        config["gradient_accumulation_steps"] = accumulation
+        config["gradient_clipping"] = clip_grad
+        config["torch_autocast"]["enabled"] = bf16
+        config["zero_optimization"]["overlap_comm"] &= cuda
+        if zero < 3:
+            _adapt_to_model(config, model)
+            if optimizer.defaults["fused"]:
+                _leave_norm_to_caller(config, world)
+        plugin = DeepSpeedPlugin(hf_ds_config=config)
+    accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    _check_agreement(accelerator, world)
+    with warnings.catch_warnings():
+        # `broadcast_buffers` has a new name in the newest torch only.
+        warnings.simplefilter("ignore", FutureWarning)
+        wrapped, _ = accelerator.prepare(model, optimizer)
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel):
+        # Every 100th step (by default) DDP waits for the events of the step before, for statistics that nobody reads.
+        wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
+    return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
+
+
+def _adapt_to_model(config: dict[str, Any], model: nn.Module) -> None:
+    """Make DeepSpeed's reduction buffer no larger than the gradients: it is allocated whole in every backward pass."""
+    settings = config["zero_optimization"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    settings["reduce_bucket_size"] = min(settings["reduce_bucket_size"], trained)
+
+
+def _leave_norm_to_caller(config: dict[str, Any], world: World) -> None:
+    """Make DeepSpeed neither compute the gradient norm nor clip by it, if this version can be told so."""
+    from deepspeed import __version__
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    if "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:
+        config["zero_optimization"]["compute_grad_norm"] = False
+        config["gradient_clipping"] = 0.0
+    elif world.is_main:
+        print(
+            f"note: DeepSpeed {__version__} reads the gradient norm on the host at every step; "
+            "0.19.8 does not have to ('pip install -U deepspeed')",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _check_agreement(accelerator: Any, world: World) -> None:
+    """The traps of launching end here: ranks that each believe to be alone would train apart without a word."""
+    kind, seen = accelerator.distributed_type.value, accelerator.num_processes
+    joined = dist.get_world_size() if dist.is_initialized() else 1
+    if joined != world.size or seen != world.size or (kind == "NO" and world.size > 1):
+        raise RecipeError(
+            f"WORLD_SIZE is {world.size}, torch.distributed sees {joined}, accelerate {seen} processes of type {kind}: "
+            "the ranks would not train together; launch with 'accelerate launch --multi_gpu --num_processes N "
+            "launch/train.py ...' (on CPUs too)"
+        )

@@ -1,0 +1,337 @@
+"""Model + optimiser -> a step, on one process or many, plain (DDP) or with DeepSpeed's ZeRO.
+
+`launch/engine/execution.py` says how the model is run, `launch/engine/accelerate.py` knows accelerate,
+`launch/engine/zero_state.py` DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import fat.kernels
+from launch.config.recipe import Recipe, RecipeError
+from launch.engine.accelerate import wrap
+from launch.engine.execution import Execution, choose
+from launch.engine.graphs import RECORDERS, GraphedModel
+from launch.engine.loss import count_correct, soft_cross_entropy
+from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
+from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, synchronise_norms
+from launch.engine.zero_state import Masters
+from launch.machine.world import World
+from pipeline.loader import Batch
+from pipeline.rng import Stream, seed64
+from shards.errors import first_line
+
+__all__ = ["Engine", "StepResult", "choose", "seed_generators"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves on the device; reading it waits for the step.
+
+    DeepSpeed itself has read the norm at ZeRO 3, and at ZeRO 1 and 2 with an optimiser that is not fused.
+    """
+
+    loss: Tensor
+    """float32 scalar: mean over this rank's rows."""
+    grad_norm: Tensor
+    """float32 scalar: global norm before clipping, the same on every rank; not finite = the update was skipped."""
+
+
+class Engine:
+    """A model in training.
+
+    Args:
+        model: on the CPU; moved and wrapped here.
+        recipe: optimiser, precision, ZeRO stage, BatchNorm, compilation.
+        world: from `connect`.
+        micro_batch, accumulation: rows per forward pass and passes per step of this rank.
+
+    With CUDA graphs, forward and backward are captured here, and every batch must have the recipe's image size.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int) -> None:
+        self.world = world
+        # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        self.zero, self.precision = choose(recipe, world.device, ranks=world.size)
+        self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
+        self._recipe = recipe
+        model = self.execution.lay_out(model.to(world.device))
+        model = synchronise_norms(model, recipe.run.sync_bn, world)
+        self.execution.compile_whole(model)
+        # Before wrapping: wrappers call `model.forward` as they find it.
+        graphed = self.execution.compile == "cudagraphs"
+        # Nobody else looks at the gradients of one process's whole batch.
+        keeps = not self.zero and world.size == 1 and accumulation == 1
+        recorder = RECORDERS[world.device.type](world.device) if graphed else None
+        self._graphs = GraphedModel(model, recorder, keeps_gradients=keeps) if recorder else None
+        optim = recipe.optim
+        kind = OPTIMIZERS[optim.optimizer]
+        groups = parameter_groups(model, optim.weight_decay)
+        optimizer = kind.build(groups, optim.betas, optim.eps, self.execution.optimizer_form)
+        self._wrapped, self._optimizer = wrap(
+            model,
+            optimizer,
+            world,
+            zero=self.zero,
+            bf16=self.precision == "bf16",
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            clip_grad=optim.clip_grad,
+        )
+        self.model: nn.Module = self._wrapped.module if self.zero else model
+        self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
+        self._wrapped.eval()  # so that the first `_set_training_mode` sees to the frozen layers
+        self._staging: dict[str, Tensor] = {}
+        self._masters = Masters(self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema)
+        self._update = Updater(self._optimizer, self._masters.parameters)
+        self.notes: list[str] = []
+        """Lines for the log about how the engine was set up."""
+        if self._graphs is not None:
+            self._capture(self._graphs, micro_batch)
+
+    @property
+    def description(self) -> str:
+        """For people: engine and precision."""
+        compiled = f", compiled ({self.execution.compile})" if self.execution.uses_compiler else ""
+        return f"{self._kind}{', CUDA graphs' if self._graphs else compiled}"
+
+    @property
+    def picks(self) -> dict[str, str]:
+        """What the engine works with, for people and the log."""
+        norms = batch_norms(self.model)
+        ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
+        over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
+        how = self.execution
+        return {
+            "engine": self._kind,
+            "compile": self._compile_mode,
+            "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
+            "kernels": "FAT's own" if fat.kernels.available(self.world.device.type) else "torch's",
+            "optimiser": f"{how.optimizer_form} {self._recipe.optim.optimizer}",
+            "BatchNorm": "frozen" if self._frozen else over,
+        }
+
+    @property
+    def _compile_mode(self) -> str:
+        """The mode of --compile, and what has become of it."""
+        if self._graphs is not None:
+            return f"cudagraphs: forward and backward of {self._graphs.parts} parts"
+        why = self.execution.eager_because
+        return f"{self.execution.compile} ({why})" if why else self.execution.compile
+
+    @property
+    def _kind(self) -> str:
+        return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}"
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """Dtype in which images should come."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def step(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepResult:
+        """One optimiser step over this rank's micro-batches; skipped on all ranks if a gradient is not finite.
+
+        Args:
+            batches: as many as `accumulation`.
+            step: global step number, which (with seed and rank) seeds drop path.
+            lr: learning rate of this step.
+        """
+        # CUDA graphs take seed and offset of the generator at each replay, so they draw afresh as well.
+        seed_generators(self.world.device, seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._set_training_mode()
+        result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
+        self._masters.update_average(step)
+        return result
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch | None], *, average: bool = False) -> dict[str, float] | None:
+        """Accuracy over all ranks' batches: samples, top1, top5 (shares) and loss. Collective.
+
+        A None among the batches, at the same place on all ranks, breaks it off; the result is None then.
+
+        Args:
+            average: evaluate the moving average instead of the present weights.
+        """
+        self.average_statistics()
+        self._wrapped.eval()
+        # Eager where training is compiled: a second compilation, for evaluation, would hold the run up for minutes.
+        forward = self.model.forward if self.execution.uses_compiler else self.model
+        totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
+        with self._masters.averaged() if average else contextlib.nullcontext():
+            for batch in batches:
+                if batch is None:
+                    return None
+                with self._autocast():
+                    # The bare module: wrappers would add collectives.
+                    logits = forward(batch.images)
+                totals += count_correct(logits, batch).sum(dim=0)
+        if self.world.size > 1:
+            dist.all_reduce(totals)
+        samples, top1, top5, loss = totals.tolist()
+        return {"samples": int(samples), "top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples}
+
+    def average_statistics(self) -> None:
+        """Make BatchNorm's running statistics the mean over ranks; synchronised ones are already. Collective."""
+        if self.world.size == 1:
+            return
+        buffers = [*self.statistics(), *self._masters.averaged_statistics]
+        flat = torch.cat([b.flatten() for b in buffers]) / self.world.size
+        dist.all_reduce(flat)
+        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def statistics(self) -> list[Tensor]:
+        """BatchNorm's running means and variances, live."""
+        return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Tensor]:
+        """Canonical state (see `launch.engine.zero_state`), full tensors on the CPU, untouched by training until the
+        next call.
+
+        Collective: every rank must call it; the result is complete on rank 0 and empty elsewhere.
+        """
+        self.average_statistics()
+        state = self._masters.state_dict()
+        if not self.world.is_main:
+            return {}
+        cuda = self.world.device.type == "cuda"
+        if not self._staging:  # kept: touching fresh memory costs more than copying
+            self._staging = {
+                key: torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda) for key, value in state.items()
+            }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # thousands of small copies: waking threads for each takes far longer than copying
+        for key, value in state.items():
+            self._staging[key].copy_(value, non_blocking=True)
+        torch.set_num_threads(threads)
+        if cuda:
+            torch.cuda.current_stream(self.world.device).synchronize()
+        return dict(self._staging)
+
+    def load_state_dict(self, state: dict[str, Tensor], *, steps: int) -> None:
+        """Take back what `state_dict` gave, on every rank alike. `steps` optimiser steps lie behind it.
+
+        Raises:
+            RecipeError: the state is of another model.
+        """
+        try:
+            self._masters.load_state_dict(state, steps=steps)
+        except ValueError as error:
+            raise RecipeError(
+                f"the checkpoint is of another model: {error}; use its recipe, or another run folder (--out)"
+            ) from None
+
+    def digest(self) -> int:
+        """A 63-bit digest of the parameters as this rank holds them, to compare with other ranks'. Reads the device."""
+        if self.zero == 3:
+            return 0  # no rank holds what another holds
+        total = torch.zeros((), dtype=torch.int64, device=self.world.device)
+        for number, parameter in enumerate(self._masters.parameters):
+            words = parameter.detach().flatten().contiguous().view(torch.int32)
+            total = total * 31 + (words.to(torch.int64) * (number + 1)).sum()
+        return int(total) & (2**63 - 1)
+
+    # -- CUDA graphs -------------------------------------------------------------------------------------------------
+
+    def _capture(self, graphs: GraphedModel, rows: int) -> None:
+        """Capture the training passes on all ranks, or on none if a rank cannot. Collective."""
+        self._set_training_mode()
+        device, size = self.world.device, self._recipe.data.size
+        generator = torch.Generator(device).manual_seed(0)
+        images = torch.randn((rows, 3, size, size), generator=generator, device=device).to(self.input_dtype)
+        images = images.contiguous(memory_format=torch.channels_last)
+        autocast = torch.bfloat16 if self.precision == "bf16" else None
+        # Not caught: what fails eagerly fails in training too, and other ranks wait in BatchNorm's collectives.
+        graphs.warm_up(images, autocast)
+        failure = ""
+        try:
+            graphs.capture(images, autocast)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        failures = [failure]
+        if self.world.size > 1:
+            failures *= self.world.size
+            dist.all_gather_object(failures, failure)
+        if not any(failures):
+            return
+        rank, reason = next((rank, reason) for rank, reason in enumerate(failures) if reason)
+        reason = f"rank {rank}: {reason}" if self.world.size > 1 else reason
+        graphs.discard()
+        self._graphs = None
+        self.execution = replace(self.execution, compile="off", eager_because=f"capture failed: {reason}")
+        self.notes.append(f"warning: CUDA graph capture failed ({reason}); training continues eagerly, without graphs")
+
+    def _set_training_mode(self) -> None:
+        if self.model.training:  # setting the mode of all layers costs the host a millisecond or two
+            return
+        self._wrapped.train()
+        for norm in self._frozen:
+            norm.eval()
+
+    # -- plain ---------------------------------------------------------------------------------------------------
+
+    def _plain_step(self, batches: Sequence[Batch]) -> StepResult:
+        total = torch.zeros((), device=self.world.device)
+        for number, batch in enumerate(batches):
+            with self._gradients_stay_here(number < len(batches) - 1):
+                with self._autocast():
+                    logits = self._wrapped(batch.images)
+                loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
+                loss.backward()
+            total += loss.detach()
+        norm = self._update(self._recipe.optim.clip_grad)
+        if not (self._graphs and self._graphs.keeps_gradients):
+            self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(total, norm)
+
+    def _gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
+        """DDP exchanges gradients at the last micro-batch only."""
+        return self._wrapped.no_sync() if wanted and self.world.size > 1 else contextlib.nullcontext()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.world.device.type, torch.bfloat16)
+
+    # -- DeepSpeed -----------------------------------------------------------------------------------------------
+
+    def _deepspeed_step(self, batches: Sequence[Batch]) -> StepResult:
+        total, norm = torch.zeros((), device=self.world.device), None
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            self._wrapped.set_gradient_accumulation_boundary(last)
+            loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
+            self._wrapped.backward(loss)  # divides by the number of micro-batches itself
+            if last and self._masters.clips_gradients:
+                norm = self._masters.clip_gradients(self._recipe.optim.clip_grad)
+            self._wrapped.step()
+            total += loss.detach() / len(batches)
+        if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite
+            norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        return StepResult(total, norm)
+
+
+def seed_generators(device: torch.device, value: int) -> None:
+    """Seed the CPU's generator and, of a CUDA device, that of the current one (which `connect` has set).
+
+    `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it
+    looks at the source files of all callers, to remember where it was asked.
+    """
+    if device.type not in ("cpu", "cuda"):
+        torch.manual_seed(value)
+        return
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)

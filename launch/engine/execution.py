@@ -1,0 +1,176 @@
+"""How a model is run: what changes its speed, and last bits of its results, but nothing else."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fat.kernels
+from launch.config.recipe import Form, Recipe, RecipeError
+from launch.engine.graphs import RECORDERS
+from launch.engine.sync_batchnorm import over_ranks
+from shards.errors import UserError
+from shards.files.ownership import user_name
+from shards.files.private_folder import make_private
+from shards.files.temporary import temporary_folder
+
+Format = Literal["channels-last", "contiguous"]
+Switch = fat.kernels.Mode
+Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"]
+
+AUGMENT_SWITCH = "FAT_AUGMENT_KERNELS"
+FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
+GRAPHS = ("reduce-overhead", "max-autotune")  # of the compiler: neither with accumulation nor unasked on several ranks
+
+
+def choose(recipe: Recipe, device: torch.device, *, ranks: int) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
+    """Return the ZeRO stage and the precision of a recipe on `ranks` processes with such a device.
+
+    ZeRO `auto` is 1 on several GPUs and 0 elsewhere: one process has nothing to shard.
+    """
+    cuda = device.type == "cuda"
+    zero = (1 if cuda and ranks > 1 else 0) if recipe.run.zero == "auto" else recipe.run.zero
+    precision = ("bf16" if cuda else "fp32") if recipe.run.precision == "auto" else recipe.run.precision
+    return zero, precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """One way to run a model."""
+
+    memory_format: Format
+    """Of the weights."""
+    kernels: Switch
+    """FAT's own kernels; "unchecked" = without comparing them with torch first."""
+    compile: Mode
+    optimizer_form: Form
+    eager_because: str = ""
+    """Why the default, CUDA graphs, does not apply on this GPU."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int, ranks: int) -> Execution:
+        """Resolve the recipe's options, with defaults where it leaves them open.
+
+        Args:
+            accumulation: micro-batches per step.
+            ranks: world size of the training.
+
+        Raises:
+            RecipeError: the options cannot be combined.
+        """
+        run, (zero, _) = recipe.run, choose(recipe, device, ranks=ranks)
+        obstacle = graph_obstacle(recipe, device, ranks=ranks)
+        left_open = run.compile is None or run.compile == "auto"
+        mode = ("off" if obstacle else "cudagraphs") if left_open else cast(Mode, run.compile)
+        if mode == "cudagraphs" and obstacle:
+            raise RecipeError(f"--compile cudagraphs: {obstacle}; use --compile off")
+        if zero and run.memory_format == "channels-last":
+            raise RecipeError(
+                f"--memory-format channels-last: DeepSpeed cannot hold such weights (ZeRO stage {zero}); use --zero 0, "
+                "or leave it out: images are channels-last either way"
+            )
+        if zero == 3 and mode not in ("off", "cudagraphs"):
+            raise RecipeError(
+                f"--compile {mode}: ZeRO 3 cannot be compiled whole; use --zero 0, 1 or 2, or --compile off"
+            )
+        if mode in GRAPHS and accumulation > 1 and device.type == "cuda":
+            raise RecipeError(
+                f"--compile {mode}: its CUDA graphs would overwrite gradients that {accumulation} micro-batches add "
+                "up; use --compile cudagraphs or default, or a --micro-batch that is the whole batch of a rank"
+            )
+        return cls(
+            memory_format=run.memory_format or ("contiguous" if zero else "channels-last"),
+            kernels=run.kernels or switch() or "auto",
+            compile=mode,
+            optimizer_form=recipe.optim.optimizer_form or "fused",
+            eager_because=obstacle if left_open and device.type in RECORDERS else "",
+        )
+
+    def lay_out(self, model: nn.Module) -> nn.Module:
+        """The model with its weights in this memory format, in place, and the kernels' switch set for this process."""
+        if self.kernels != (wish := switch() or "auto"):
+            os.environ.setdefault(AUGMENT_SWITCH, wish)  # augmentation's kernel has nothing to do with the model's
+            os.environ[fat.kernels.SWITCH] = self.kernels
+        return model.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
+
+    def compile_whole(self, model: nn.Module) -> None:
+        """In place, before wrapping: names, wrappers and checkpoints do not change."""
+        if self.uses_compiler:
+            _check_compiler_cache()
+            model.compile(fullgraph=True, mode=None if self.compile == "default" else self.compile)
+
+    @property
+    def uses_compiler(self) -> bool:
+        """Whether torch.compile is used."""
+        return self.compile not in ("off", "cudagraphs")
+
+
+def _check_compiler_cache() -> None:
+    """Refuse to run code that another user may have put where torch.compile keeps its own.
+
+    By default that is a folder of a known name in the temporary folder, which torch uses as it finds it.
+
+    Raises:
+        UserError: the folder is another user's, or everybody may write to it.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    default = temporary_folder() / f"torchinductor_{user_name(os.geteuid()).removeprefix('user ')}"
+    folder = Path(os.environ.setdefault(name, str(default)))
+    remedy = f"set {name} to a folder of your own"
+    try:
+        make_private(folder, remedy=remedy, group=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be used ({error.strerror}); {remedy}") from error
+
+
+def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
+    """Return why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
+    zero, _ = choose(recipe, device, ranks=ranks)
+    if device.type not in RECORDERS:
+        return f"needs a CUDA device, and this is {device.type}"
+    if zero == 3:
+        return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
+    synchronised = over_ranks(recipe.run.sync_bn, ranks, device) and not recipe.model.freeze_bn
+    # `pipeline tune --ranks N` asks for several ranks in one process, without a process group.
+    if synchronised and dist.is_initialized() and dist.get_backend() != "nccl":
+        return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"
+    return ""
+
+
+def switch() -> Switch | None:
+    """What FAT_KERNELS says; None where it is not set.
+
+    Raises:
+        RecipeError: a value that does not exist.
+    """
+    try:
+        return fat.kernels.mode()
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: int) -> dict[str, tuple[str, ...]]:
+    """What is worth trying, by the name of the option; the default first.
+
+    Args:
+        accumulation: micro-batches per step.
+    """
+    modes: tuple[Mode, ...] = ("cudagraphs", "off", "default", "reduce-overhead")
+    if device.type != "cuda" or zero == 3:
+        modes = ("off",)  # on CPUs compiled training is no faster, and ZeRO 3's cannot be compiled whole
+    elif accumulation > 1 or ranks > 1:
+        # The compiler's CUDA graphs: of micro-batches that are added up they would overwrite gradients, and beside the
+        # collectives of several ranks one rank's measurement does not show that they can be.
+        modes = ("cudagraphs", "off", "default")
+    return {
+        "memory_format": ("contiguous",) if zero else ("channels-last", "contiguous"),
+        "kernels": ("auto", "off") if fat.kernels.available(device.type) else ("auto",),
+        "optimizer_form": ("fused", "foreach"),
+        "compile": modes,
+    }

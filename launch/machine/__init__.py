@@ -1,0 +1,1 @@
+"""What a process runs on: ranks, network, CPU affinity and device peaks."""

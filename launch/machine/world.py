@@ -1,0 +1,157 @@
+"""This process among all: rank, device, process group, and what accelerator-dependent defaults come to on it."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from launch.machine import affinity, network
+from launch.machine.accelerate_settings import overrule_accelerate
+from launch.machine.launcher_check import check_launcher
+from shards.cores import cores
+from shards.errors import UserError, lack_of_files, report
+from shards.files.open_files import raise_limit
+from shards.files.temporary import prepare_caches
+from shards.redact import printable, protect_output, redacted_traceback
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    cores: int = field(default_factory=cores)
+    """This rank's share of the cores: how many threads each of its parts uses."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def connect(*, near_gpu: bool = True) -> World:
+    """Join the other processes of this launch (by torchrun's environment variables, as accelerate sets them).
+
+    Args:
+        near_gpu: hold each rank to the cores near its GPU.
+
+    Raises:
+        UserError: one of several processes without a launcher, or no usable folder for caches.
+        NotJoined: the processes do not find one another.
+    """
+    check_launcher()
+    overruled = overrule_accelerate(os.environ, cuda=torch.cuda.is_available())
+    prepare_caches()
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if overruled and rank == 0:
+        print(printable(overruled), file=sys.stderr, flush=True)
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        # More local ranks than GPUs share them, which NCCL refuses and gloo allows (tests of several ranks on one GPU).
+        device = torch.device("cuda", local_rank % gpus)
+        torch.cuda.set_device(device)
+        backend = "nccl" if local_size <= gpus else "gloo"
+        if local_size > gpus:
+            # accelerate and DeepSpeed take the device of this number, and would look for one GPU per rank.
+            os.environ["LOCAL_RANK"] = str(device.index)
+            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
+    else:
+        gpus = 0
+        device = torch.device("cpu")
+    placed = [rank % gpus for rank in range(local_size)] if gpus and near_gpu else None
+    share_of_cores = affinity.bind(local_rank, local_size, placed)
+    if size > 1 and not dist.is_initialized():
+        network.join(backend, several_hosts=local_size < size)
+    return World(rank, size, local_rank, local_size, device, share_of_cores.threads)
+
+
+def all_equal(value: int, world: World) -> bool:
+    """Whether all ranks hold the same 63-bit value. Collective."""
+    if world.size == 1:
+        return True
+    ends = torch.tensor([value, -value], dtype=torch.int64, device=world.device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    return int(ends[0]) == -int(ends[1])
+
+
+def share(make: Callable[[], T] | None, world: World) -> T:
+    """What `make` returns on rank 0, on every rank. Collective; an exception of rank 0 is raised on all."""
+    if world.size == 1:
+        assert make is not None
+        return make()
+    box: list[Any] = [None, None]
+    if make is not None:
+        try:
+            box[0] = make()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    if box[1] is not None:
+        raise box[1]
+    return cast(T, box[0])
+
+
+def disconnect() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        gc.collect()  # NCCL waits for the end of CUDA graphs that hold its collectives
+        dist.destroy_process_group()
+
+
+class Failed(Protocol):
+    """Is told how a command failed."""
+
+    def __call__(self, reason: str, *, refused: bool) -> None: ...
+
+
+def run_command(command: Callable[[], int], failed: Failed = lambda reason, *, refused: None) -> int:
+    """Run a command of one rank; returns its exit status and prints one line for bad input.
+
+    A rank that fails while others run on must go without ceremony: leaving NCCL's group waits for the peers, which wait
+    for this rank, and the launcher, which would end them, waits for it to exit.
+
+    Args:
+        failed: told the reason of a failure, and whether it was bad input, before the end.
+    """
+    protect_output()
+    raise_limit()
+    rank, status = os.environ.get("RANK", "0"), 1
+    prefix = "" if rank == "0" else f"rank {rank}: "
+    try:
+        status = command()
+        disconnect()
+        return status
+    except UserError as error:
+        status = report(error, prefix=prefix)
+        failed(str(error), refused=status == UserError.exit_code)
+    except Exception as error:
+        if (judged := lack_of_files(error)) is not None:
+            report(judged, prefix=prefix)
+        else:
+            print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
+        failed(str(judged) if judged else f"{type(error).__name__}: {error}", refused=False)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    disconnect()
+    return status

@@ -1,0 +1,1 @@
+"""What ends or saves a run: preemption, watchdog, preflight checks and guards."""

@@ -1,0 +1,97 @@
+"""Guards: what must not go on unnoticed. Steps that are not finite, and ranks that drift apart.
+
+Bad steps are skipped on the device, by the engine; here they are counted, at the intervals at which the device is read
+anyway, and named when there are too many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from launch.engine.engine import Engine, StepResult
+from launch.machine.world import all_equal
+from launch.run.status import RunFailed
+from pipeline.loader import Batch
+from pipeline.plan import Ids
+
+SHOWN_IDS = 8
+
+
+class Guards:
+    """Watches a run. `note` is free; `check` reads the device and is collective.
+
+    Args:
+        max_bad_steps: steps in a row whose gradients are not finite before the run is given up.
+        compare_every: steps between two comparisons of the ranks' weights; 0 = never.
+    """
+
+    def __init__(self, engine: Engine, *, max_bad_steps: int, compare_every: int) -> None:
+        self._engine, self._max_bad, self._compare_every = engine, max_bad_steps, compare_every
+        self._steps: list[tuple[int, StepResult, list[Ids]]] = []
+        self._in_a_row = 0
+        self._compared_at = 0
+        self.skipped = 0
+        """Steps skipped since the run started or resumed."""
+        self._good_statistics = [buffer.clone() for buffer in engine.statistics()]
+
+    def note(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
+        """Remember a step until the next check."""
+        self._steps.append((step, result, [batch.ids for batch in batches]))
+
+    def check(self) -> list[str]:
+        """Judge the steps since the last check; returns warnings.
+
+        Raises:
+            RunFailed: too many bad steps in a row (their ranks and samples are named), or ranks that differ.
+        """
+        if not self._steps:
+            return []
+        finite = torch.stack([result.grad_norm for _, result, _ in self._steps]).isfinite().tolist()
+        warnings = []
+        for (step, result, ids), good in zip(self._steps, finite, strict=True):
+            self._in_a_row = 0 if good else self._in_a_row + 1
+            if not good:
+                self.skipped += 1
+                warnings.append(f"step {step + 1}: gradients are not finite; the update was skipped")
+            if self._in_a_row >= self._max_bad:
+                raise RunFailed(self._accuse(step, result, ids))
+        self._mend_statistics(all(finite))
+        last = self._steps[-1][0] + 1
+        self._steps = []
+        if self._compare_every and last - self._compared_at >= self._compare_every:
+            self._compared_at = last
+            if not all_equal(self._engine.digest(), self._engine.world):
+                raise RunFailed(
+                    f"step {last}: the ranks hold different weights; resume from the last checkpoint, and look for a "
+                    "faulty device or a rank that was fed or seeded apart"
+                )
+        return warnings
+
+    @torch.no_grad()
+    def _mend_statistics(self, all_good: bool) -> None:
+        """A bad forward pass spoils BatchNorm's running statistics for good: put back those of the last good check."""
+        statistics = self._engine.statistics()
+        source, target = (statistics, self._good_statistics) if all_good else (self._good_statistics, statistics)
+        if statistics:
+            torch._foreach_copy_(target, source)
+
+    def _accuse(self, step: int, result: StepResult, parts: list[Ids]) -> str:
+        """Which ranks had a loss that is not finite, and what they were fed. Collective."""
+        world = self._engine.world
+        ids = [int(i) for part in parts for i in part]
+        mine = (world.rank, bool(result.loss.isfinite()), ids)
+        everyone: list[tuple[int, bool, list[int]]] = [mine]
+        if world.size > 1:
+            everyone = [mine] * world.size
+            dist.all_gather_object(everyone, mine)
+        guilty = [entry for entry in everyone if not entry[1]]
+        named = "; ".join(
+            f"rank {rank}: samples {', '.join(map(str, ids[:SHOWN_IDS]))}, ..." for rank, _, ids in guilty
+        )
+        return (
+            f"{self._max_bad} steps in a row, up to step {step + 1}, had gradients that are not finite "
+            f"({named or 'all losses were finite'}); lower --lr, or try --precision fp32"
+        )

@@ -1,0 +1,154 @@
+"""Preemption: signals, files in the run folder and a deadline become one agreed decision at a step boundary.
+
+Handlers only set flags. All ranks exchange their flags once a step, on a gloo group of its own and one step behind, so
+that no GPU and no rank waits for it; whatever was asked of one rank then happens on all of them after the same step.
+
+    SIGTERM, SIGINT, SIGUSR2, RUN/PREEMPT, deadline    save a checkpoint and leave with `EXIT_STATUS`
+    SIGUSR1, RUN/SAVE                                   save a checkpoint and go on
+    one of the first three again, seconds later         leave at once, without saving
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from launch.config.recipe import RunRecipe
+from launch.machine.world import World
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SAVE = (signal.SIGUSR1,)
+# One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher passes it on as well.
+SAME_REQUEST_SECONDS = 5.0
+
+
+class Request(IntEnum):
+    """What is asked for; of several, the greatest counts."""
+
+    NOTHING = 0
+    SAVE = 1
+    LEAVE = 2
+
+
+class Preemption:
+    """Collects requests; use as a context manager around the training loop.
+
+    Args:
+        run: run folder, for the files.
+        deadline: time by `time.monotonic` by which the run should leave; None = none.
+    """
+
+    def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
+        self._run, self._world, self._deadline = run, world, deadline
+        # Set by handlers, which may run between any two instructions: `_leave` is never cleared, `_save` before a look.
+        self._leave = False
+        self._save = False
+        self._first_leave = 0.0
+        self._old: dict[int, Any] = {}
+        self._ignored: set[str] = set()
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._pending: Any = None
+        self.reason = ""
+        """What asked this rank, for people."""
+
+    def __enter__(self) -> Preemption:
+        for number in (*LEAVE, *SAVE):
+            self._old[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def agreed(self) -> Request:
+        """What all ranks do now: what was asked for until the last call. Every rank calls it at the same places."""
+        asked = self._asked()
+        if self._group is None:
+            return asked
+        if self._pending is not None:
+            self._pending.wait()
+        decision = Request(int(self._flag))
+        self._flag.fill_(asked)
+        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return decision
+
+    def heed(self, items: Iterable[T]) -> Iterator[T | None]:
+        """`items`, of which every rank has equally many; None, and no more, once all have agreed to leave."""
+        for item in items:
+            yield item
+            if self.agreed() is Request.LEAVE:
+                yield None
+                return
+
+    def _asked(self) -> Request:
+        save, self._save = self._save, False
+        if self._world.is_main:  # one rank's look at files and the clock is enough
+            save |= self._found("SAVE")
+            if self._found("PREEMPT"):
+                self._leave = True
+            elif self._deadline is not None and time.monotonic() > self._deadline:
+                self._leave, self.reason = True, "the deadline"
+        if self._leave:
+            return Request.LEAVE
+        return Request.SAVE if save else Request.NOTHING
+
+    def _found(self, name: str) -> bool:
+        """Remove the request file `name` from the run folder; returns whether it was there.
+
+        One that cannot be removed (a folder, no permission) would be found at every step: it is ignored with a warning.
+        """
+        path = self._run / name
+        if not os.path.lexists(path):
+            return False
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            if name not in self._ignored:
+                self._ignored.add(name)
+                log.warning("%s: ignored, as it cannot be removed (%s)", path, error.strerror)
+            return False
+        self.reason = f"the file {name}"
+        return True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number in SAVE:
+            self._save = True
+            return
+        now = time.monotonic()
+        if not self._leave:
+            self._leave, self._first_leave, self.reason = True, now, signal.Signals(number).name
+        elif now - self._first_leave > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+
+def deadline(run: RunRecipe, started: float) -> float | None:
+    """When to leave: `time_limit` from `started`, else `leave_seconds` before the SLURM job's end.
+
+    SLURM says the end by the wall clock. It is converted once, at the start: a clock that is set later changes nothing.
+
+    Args:
+        started: by `time.monotonic`, as the result is.
+    """
+    if run.time_limit is not None:
+        return started + 60 * run.time_limit
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not (end.isascii() and end.isdigit()):
+        return None
+    return time.monotonic() + float(end) - time.time() - run.leave_seconds

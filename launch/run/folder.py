@@ -1,0 +1,368 @@
+"""The run folder: what a run writes, and how it goes on from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import fat
+from fat.weights.classifier import difference
+from launch.config.recipe import Recipe
+from launch.engine.build import config_of
+from launch.engine.engine import Engine
+from launch.engine.kernel_check import Verdict
+from launch.engine.zero_state import AVERAGE
+from launch.feed import Feed
+from launch.machine.provenance import git_state, versions
+from launch.machine.world import share
+from launch.run.checkpoint import (
+    MAX_FAILURES,
+    BackgroundWriter,
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    Fingerprint,
+    Progress,
+)
+from launch.run.curves import draw_curves
+from launch.run.files import check_writable, unwritable
+from launch.run.metrics import METRICS_NAME, check_metrics
+from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME, full_classes
+from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, read_content, write_status
+from launch.tuning.choices import Choices
+from shards.errors import UserError, first_line
+from shards.files.durable import durable_write, is_temporary
+from shards.redact import printable, redacted
+
+T = TypeVar("T")
+
+CHECKPOINTS = "checkpoints"
+AGAIN = "correct that, then start the run again: it resumes"
+
+# Names of files whose temporary files a killed process may leave.
+_WRITTEN = r"probe|recipe\.json|classes\.json|status|curves\.png|weights(-ema)?\.safetensors"
+
+
+class RunFolder:
+    """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights.safetensors, curves.png.
+
+    Rank 0 alone writes. As a context manager it keeps RUN/status true: running, preempted, finished or failed, with
+    step and reason.
+    """
+
+    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, choices: Choices, kernels: Verdict) -> None:
+        self.path = recipe.run.out
+        self._recipe, self._feed, self._engine, self._choices = recipe, feed, engine, choices
+        self._kernels = kernels
+        self._info = fat.WeightsInfo(
+            config=config_of(recipe, feed.classes),
+            classes=feed.class_list,
+            size=recipe.data.size,
+            crop_pct=recipe.data.crop_pct,
+        )
+        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep, info=self._info)
+        self._writer = BackgroundWriter(self._checkpoints)
+        self._fingerprint = fingerprint(recipe, feed)
+        self._resumed = Progress()
+
+    def resume(self) -> tuple[Progress, list[str]]:
+        """Load the newest whole checkpoint into the engine, if the recipe says so and there is one; describe the run.
+
+        Collective: rank 0 chooses, all ranks read. Returns where the run stands, and lines for people.
+
+        Raises:
+            CheckpointError: it belongs to another run, or not every rank can read it.
+            StorageFailed: a checkpoint that may be whole cannot be read.
+            UserError: the folder cannot be written.
+        """
+        world, plan = self._engine.world, self._feed.plan
+        found, story = share(self._choose if world.is_main else None, world)
+        if found is not None:
+            changed = check_fingerprint(found, self._fingerprint)
+            check_position(found, plan.steps_per_epoch)
+            story += [f"warning: {fact}; the run goes on with the new value" for fact in changed]
+            self._engine.load_state_dict(found.load(), steps=found.progress.step)
+            self._resumed = found.progress
+        if world.is_main:
+            self._describe()
+        story.append(
+            f"fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, {self._engine.description}; "
+            f"{plan.samples} images of {self._feed.dataset.path}, {plan.steps_per_epoch} steps of {plan.global_batch} "
+            f"per epoch, {plan.lanes} lanes"
+        )
+        story.append(f"going on from {found.path}" if found else f"starting in {self.path}")
+        return self._resumed, story
+
+    def _choose(self) -> tuple[Checkpoint | None, list[str]]:
+        """The checkpoint to go on from, and lines for people; on rank 0."""
+        check_metrics(self.path)
+        self._tidy_up()
+        self._checkpoints.prepare()
+        if starts_afresh(self._recipe):
+            aside = self._set_aside()
+            return None, [f"the earlier run's checkpoints and metrics are now in {aside}"] if aside else []
+        found, complaints = self._checkpoints.newest()
+        if found is not None:
+            check_classes(found, self._feed.class_list, run=self.path)
+        story = [f"warning: {complaint}" for complaint in complaints]
+        if found is None and complaints:  # otherwise new checkpoints of the same steps would overwrite them
+            story.append(
+                "warning: no checkpoint is whole, so the run starts from the beginning; the damaged ones and the "
+                f"metrics are now in {self._set_aside()}"
+            )
+        return found, story
+
+    def _set_aside(self) -> Path | None:
+        """Move the checkpoints, and with them the metrics, out of the way; where to, if there were any checkpoints."""
+        aside = self._checkpoints.set_aside()
+        metrics = self.path / METRICS_NAME
+        try:
+            if aside is not None and metrics.exists():
+                metrics.rename(aside / METRICS_NAME)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+        return aside
+
+    def _tidy_up(self) -> None:
+        """Check that files can be written, and remove temporary files of trainers that were killed."""
+        try:
+            check_writable(self.path)
+            for name in os.listdir(self.path):
+                if is_temporary(name, _WRITTEN):
+                    (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+    def save(self, progress: Progress) -> Progress:
+        """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on.
+
+        Raises:
+            RunFailed: the last `MAX_FAILURES` saves have failed.
+        """
+        self._writer.wait()  # the engine stages every state in the same memory
+        failures, reason = self._on_main(lambda: (self._writer.failures, self._writer.reason))
+        if failures >= MAX_FAILURES:
+            raise RunFailed(
+                f"{failures} checkpoints in a row could not be written, the last: {reason}; the run ends here, because "
+                "further training would be lost. Free some space or correct the permissions, then start it again"
+            )
+        state = self._engine.state_dict()
+        if self._engine.world.is_main:
+            self._writer.save(state, progress, self._fingerprint)
+        return progress
+
+    def leave(self, progress: Progress, reason: str) -> NoReturn:
+        """Save, wait for it, and end the run in good order. Collective.
+
+        Raises:
+            Preempted: saved.
+            RunFailed: not saved, although tried twice.
+        """
+        if self._save_durably(progress):
+            raise Preempted(reason or "another rank's request")
+        raise RunFailed(f"asked to leave ({reason}), but the checkpoint could not be written, twice")
+
+    def _save_durably(self, progress: Progress) -> bool:
+        """Save, and wait for it; once more if that fails. Collective."""
+        for _ in range(2):
+            self.save(progress)
+            if self._on_main(self._writer.wait):
+                return True
+        return False
+
+    def _on_main(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and return its result on every rank. Collective."""
+        return share(make if self._engine.world.is_main else None, self._engine.world)
+
+    def complaints(self) -> list[str]:
+        """Checkpoints that could not be written since the last call."""
+        return self._writer.complaints()
+
+    def finish(self, progress: Progress) -> list[str]:
+        """Wait for the last checkpoint, export the weights, draw the curves. Collective. Returns messages.
+
+        Raises:
+            RunFailed: the last checkpoint or the weights could not be written, so the run is not finished.
+        """
+        if not (self._on_main(self._writer.wait) or self._save_durably(progress)):
+            raise RunFailed(f"the last checkpoint, of step {progress.step}, could not be written; {AGAIN}")
+        state = self._engine.state_dict()
+        return self._on_main(lambda: self._export(state, progress.step))
+
+    def _export(self, state: dict[str, Tensor], step: int) -> list[str]:
+        story = [f"warning: {complaint}" for complaint in self.complaints()]
+        with torch.device("meta"):  # only its config is needed
+            model = fat.FAT(config_of(self._recipe, self._feed.classes))
+        info = replace(self._info, step=step)
+        raw = {key.removeprefix("model/"): value for key, value in state.items() if key.startswith("model/")}
+        average = {key.removeprefix(f"{AVERAGE}/"): value for key, value in state.items() if key.startswith(AVERAGE)}
+        for name, tensors in (("weights", raw), ("weights-ema", raw | average if average else {})):
+            path = self.path / f"{name}.safetensors"
+            if tensors:
+                try:
+                    fat.save_weights(model, path, state=tensors, info=info)
+                except (OSError, SafetensorError) as error:
+                    fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+                    raise RunFailed(f"{path}: the weights could not be written ({fact}); {AGAIN}") from error
+                story.append(f"wrote {path}")
+        try:
+            picture = draw_curves(self.path, warn=lambda fact: story.append(f"warning: {fact}"))
+            story.append(f"wrote {picture}")
+        except Exception as error:  # a plot must not fail a run whose weights are saved
+            story.append(f"warning: no curves were drawn ({first_line(error) or type(error).__name__})")
+        return story
+
+    def __enter__(self) -> RunFolder:
+        self._status("running")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+        for complaint in self.complaints():
+            print(f"warning: {printable(complaint)}", file=sys.stderr, flush=True)
+        if kind is None:
+            if not self._status("finished"):
+                print(f"warning: {self.path / STATUS_NAME} could not be written; the run is finished", file=sys.stderr)
+        elif issubclass(kind, Preempted):
+            self._status("preempted", str(error))
+        else:
+            self._status_of_failure(kind, error)
+
+    def _status_of_failure(self, kind: type[BaseException], error: BaseException | None) -> None:
+        found = read_content(self.path)
+        if found is None or found.status == "running":
+            refused = isinstance(error, UserError) and error.exit_code == UserError.exit_code
+            self._status("refused" if refused else "failed", f"{kind.__name__}: {error}")
+        elif found.step is None:  # another rank has said why this one was cut off, but does not know the checkpoints
+            self._status(found.status, found.reason, found.nodes or ())
+
+    def _status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:
+        if not self._engine.world.is_main:
+            return True
+        saved = self._writer.saved or self._resumed
+        best = (saved.best, saved.best_of) if saved.best_of else None
+        return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best)
+
+    def _describe(self) -> None:
+        engine = self._engine
+        description = {
+            "recipe": self._recipe.to_dict(),
+            "engine": {"zero": engine.zero, "precision": engine.precision, "world": engine.world.size},
+            "choices": self._choices.record(self._feed),
+            "kernels": self._kernels.to_dict(),
+            "versions": versions(),
+            "git": git_state(),
+        }
+        classes = self._feed.class_list.dumps() + "\n"
+        try:
+            durable_write(self.path / RECIPE_NAME, (json.dumps(redacted(description), indent=1) + "\n").encode())
+            durable_write(self.path / CLASSES_NAME, classes.encode())
+        except OSError as error:
+            raise unwritable(self.path, error) from error
+
+
+def starts_afresh(recipe: Recipe) -> bool:
+    """Whether checkpoints in the run folder are another run's: 'never' is about the run as it was when the job was
+    submitted, not about the job's own earlier starts."""
+    return recipe.run.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+
+
+def goes_on(recipe: Recipe) -> bool:
+    """Whether the run folder holds a part of this run.
+
+    Raises:
+        StorageFailed: the checkpoints cannot be listed.
+    """
+    return not starts_afresh(recipe) and not CheckpointFolder(recipe.run.out / CHECKPOINTS).is_empty()
+
+
+def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
+    """What every checkpoint holds of its run: `fixed` decides what is fed and what a step means, `free` may change."""
+    plan, optim = feed.plan, recipe.optim
+    validation = feed.dataset.manifest.splits.get("val")
+    return Fingerprint(
+        fixed={
+            "variant": recipe.model.variant,
+            "global_batch": plan.global_batch,
+            "lanes": plan.lanes,
+            "window": plan.window,
+            "seed": plan.seed,
+            "epochs": optim.epochs,
+            "train_samples": plan.samples,
+            "train_index": feed.dataset.split("train").index_hash,
+            "val_index": validation.index_hash if validation else None,
+            "augmentation": repr(feed.augment),
+        },
+        free={
+            **{
+                name: getattr(optim, name)
+                for name in ("optimizer", "lr", "weight_decay", "clip_grad", "label_smoothing", "ema")
+            },
+            "crop_pct": recipe.data.crop_pct,
+            "warmup_epochs": optim.warmup,
+        },
+    )
+
+
+def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
+    """Refuse to resume a run as another one; returns what else differs.
+
+    Raises:
+        CheckpointError: names each difference that would change what is fed or what a step means.
+    """
+
+    def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+        return [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
+
+    fixed = found.fingerprint.fixed
+    added = fixed.get("val_index") is None and current.fixed.get("val_index") is not None
+    if added:  # no accuracy of other images is compared with the new ones
+        fixed = fixed | {"val_index": current.fixed["val_index"]}
+    if changed := changes(fixed, current.fixed):
+        raise CheckpointError(
+            f"{found.path}: saved by a different run ({'; '.join(changed)}); "
+            "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
+        )
+    said = ["the data set had no validation split, and has one now"] if added else []
+    return said + changes(found.fingerprint.free, current.free)
+
+
+def check_classes(found: Checkpoint, current: fat.ClassList, *, run: Path) -> None:
+    """Refuse to resume with a data set of other classes, or of the same ones in another order.
+
+    Raises:
+        CheckpointError: names the classes that differ.
+    """
+    known = found.info().classes
+    if known is not None and known.digest != current.digest:
+        raise CheckpointError(
+            f"{found.path}: saved by a run with other classes ({difference(full_classes(run, known), current)}); use "
+            "the data set that it began with, another run folder (--out), or --resume never, which sets the old one "
+            "aside"
+        )
+
+
+def check_position(found: Checkpoint, steps_per_epoch: int) -> None:
+    """Raise an error if a checkpoint's step and position in the plan contradict each other.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    progress = found.progress
+    if (progress.epoch, progress.epoch_step) != divmod(progress.step, steps_per_epoch):
+        raise CheckpointError(
+            f"{found.path}: step {progress.step} is not step {progress.epoch_step} of epoch {progress.epoch}, at "
+            f"{steps_per_epoch} steps per epoch; remove this checkpoint, then start again"
+        )

@@ -1,0 +1,181 @@
+"""Views of the metrics for TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launch.config.recipe import Recipe, RecipeError
+from launch.machine.world import World, share
+from launch.run.files import read_regular
+from shards.errors import first_line
+from shards.files.durable import durable_write
+from shards.redact import redacted
+
+WANDB_ID = "wandb-id"
+"""File of the run folder that names the run at Weights & Biases, so that a resumed run continues it."""
+PROJECT = "fat-pipeline"
+
+_PASSING = ("Comm", "Connection", "Timeout")
+"""In the names of errors that another start may not meet."""
+_EXTRAS = {"tensorboard": "track", "wandb": "wandb"}
+# What to do about one that cannot start.
+_REMEDIES = {
+    "tensorboard": "repair the installation ('pip install --force-reinstall tensorboard')",
+    "wandb": "log in ('wandb login', or WANDB_API_KEY), or log to files only (WANDB_MODE=offline)",
+}
+
+
+class TrackerFailed(RecipeError):
+    """A tracker's server cannot be reached, which another start may not meet."""
+
+    exit_code = 1
+
+
+class Trackers:
+    """The trackers that the recipe names. Rank 0 alone makes them.
+
+    They are tried before the run has a folder: a new run is refused there, while one that goes on leaves out what does
+    not start, since its earlier work must not wait for a server. Later failures never end the run: `messages` reports
+    the first of each, and the tracker is tried again at the next line.
+
+    Args:
+        goes_on: the run has begun before, in its run folder.
+
+    Raises:
+        RecipeError: a library is not installed; for a new run, one cannot be imported, or the server cannot be logged
+            in to.
+    """
+
+    def __init__(self, recipe: Recipe, *, goes_on: bool = False) -> None:
+        self._recipe, self._goes_on = recipe, goes_on
+        self._trackers: dict[str, Any] = {}
+        self._failing: set[str] = set()
+        self._messages: list[str] = []
+        self._wandb_id = ""
+        for name in recipe.run.tracker:
+            if importlib.util.find_spec(name) is None:
+                raise RecipeError(
+                    f"--tracker {name}: {name} is not installed; pip install 'fat-pipeline[{_EXTRAS[name]}]', or leave "
+                    "it out"
+                )
+        for name in recipe.run.tracker:
+            try:
+                self._try_out(name)
+            except Exception as error:  # a tracker may raise anything
+                if not goes_on:
+                    fact = first_line(error) or type(error).__name__
+                    passing = isinstance(error, OSError) or any(word in type(error).__name__ for word in _PASSING)
+                    kind = TrackerFailed if passing else RecipeError
+                    raise kind(
+                        f"--tracker {name}: cannot start ({fact}); {_REMEDIES[name]}, or leave it out"
+                    ) from error
+                self._failed(name, error)
+
+    def _try_out(self, name: str) -> None:
+        """Import the library; start what needs no run folder."""
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+
+            return
+        import wandb
+
+        run = self._recipe.run
+        self._wandb_id = (_saved_id(run.out) if self._goes_on else "") or secrets.token_hex(4)
+        self._trackers[name] = wandb.init(
+            project=os.environ.get("WANDB_PROJECT") or PROJECT,
+            name=run.out.resolve().name,
+            id=self._wandb_id,
+            resume="allow",
+            config=_flat(redacted(self._recipe.to_dict())),
+        )
+
+    def open(self, folder: Path) -> None:
+        """Start what writes into the run folder, which exists now."""
+        for name in self._recipe.run.tracker:
+            if name == "tensorboard":
+                self._try(name, lambda: self._open_tensorboard(folder))
+            elif name in self._trackers:
+                self._try(name, lambda: durable_write(folder / WANDB_ID, f"{self._wandb_id}\n".encode()))
+
+    def _open_tensorboard(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+        recipe = "\n".join(f"    {name} = {value}" for name, value in _flat(redacted(self._recipe.to_dict())).items())
+        writer.add_text("recipe", recipe)
+        self._trackers["tensorboard"] = writer
+
+    def log(self, values: dict[str, int | float], *, step: int) -> None:
+        """Log numbers by name."""
+        for name, tracker in self._trackers.items():
+            log = _log_scalars if name == "tensorboard" else _log_to_wandb
+            self._try(name, lambda log=log, tracker=tracker: log(tracker, values, step))  # type: ignore[misc]
+
+    def finish(self) -> None:
+        """Write what they hold, and close them."""
+        for name, tracker in self._trackers.items():
+            self._try(name, tracker.close if name == "tensorboard" else tracker.finish)
+
+    def messages(self) -> list[str]:
+        """Return warnings since the last call."""
+        told, self._messages = self._messages, []
+        return told
+
+    def _try(self, name: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+            self._failing.discard(name)
+        except Exception as error:  # a tracker may raise anything, and must not end the run
+            self._failed(name, error)
+
+    def _failed(self, name: str, error: Exception) -> None:
+        if name not in self._failing:
+            self._failing.add(name)
+            fact = first_line(error) or type(error).__name__
+            self._messages.append(f"warning: --tracker {name} failed ({fact}); the run continues without it")
+
+
+def start_trackers(recipe: Recipe, world: World, *, goes_on: bool) -> Trackers | None:
+    """Make the trackers of rank 0. Collective: what refuses them is raised on every rank.
+
+    Raises:
+        RecipeError: see `Trackers`.
+    """
+    made: list[Trackers] = []
+    share((lambda: made.append(Trackers(recipe, goes_on=goes_on))) if world.is_main else None, world)
+    return made[0] if made else None
+
+
+def _log_scalars(writer: Any, values: dict[str, int | float], step: int) -> None:
+    for name, value in values.items():
+        writer.add_scalar(name, value, global_step=step)
+    writer.flush()
+
+
+def _log_to_wandb(run: Any, values: dict[str, int | float], step: int) -> None:
+    run.log(values, step=step)
+
+
+def _saved_id(run: Path) -> str:
+    """The id that an earlier start has left in the run folder; empty where there is none."""
+    try:
+        text = read_regular(run / WANDB_ID, limit=1024).decode().strip()
+    except (OSError, ValueError):
+        return ""
+    return text if text.isalnum() else ""
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Nested values as `section.name`, in the types that every tracker takes."""
+    flat: dict[str, int | float | str | bool] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value if isinstance(value, int | float | str | bool) else str(value)
+    return flat

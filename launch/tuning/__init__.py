@@ -1,0 +1,1 @@
+"""Measure the fastest options of model and loader on this machine: `pipeline tune`."""

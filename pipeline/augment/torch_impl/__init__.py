@@ -1,0 +1,1 @@
+"""Augmentation in plain torch, on any device."""

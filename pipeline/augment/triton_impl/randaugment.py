@@ -1,0 +1,284 @@
+"""Triton: RandAugment on a batch of bytes, two launches a round: measure what needs statistics, then apply.
+
+The torch families (tables, blend, geometry) say what every operation is, and these kernels give their very bytes: the
+same arithmetic in the same order and width. Compiled without contraction to fused multiply-adds, which round once where
+torch rounds twice.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pipeline.augment.ops import Op
+from pipeline.augment.params import SampleParams
+from pipeline.augment.torch_impl import blend, tables
+from pipeline.augment.transfer import upload
+from pipeline.augment.triton_impl import rounds
+
+TILE, PART, WARPS = 2048, 128, 4  # pixels of a program; pixels at once where neighbours are read: one a thread
+BLOCK, MEASURING_WARPS = 4096, 16  # pixels at once of a program that counts levels
+CHANNELS = tl.constexpr(3)
+JOB, MAP = tl.constexpr(4), tl.constexpr(6)  # columns of `Round.jobs` and `Round.numbers`
+LEVELS = tl.constexpr(tables.LEVELS)
+RED, GREEN, BLUE = (tl.constexpr(weight) for weight in tables.LUMA)
+LUMA_HALF, LUMA_BITS = tl.constexpr(tables.LUMA_HALF), tl.constexpr(tables.LUMA_BITS)
+MIDDLE, WEIGHTS = tl.constexpr(blend.MIDDLE), tl.constexpr(blend.WEIGHTS)
+COPY, FLIP = tl.constexpr(rounds.COPY), tl.constexpr(rounds.FLIP)
+EQUALIZE, CONTRAST = tl.constexpr(int(Op.EQUALIZE)), tl.constexpr(int(Op.CONTRAST))
+COLOR, SHARPNESS = tl.constexpr(int(Op.COLOR)), tl.constexpr(int(Op.SHARPNESS))
+SHEAR_X, TRANSLATE_X = tl.constexpr(int(Op.SHEAR_X)), tl.constexpr(int(Op.TRANSLATE_X))
+SHEAR_Y, TRANSLATE_Y = tl.constexpr(int(Op.SHEAR_Y)), tl.constexpr(int(Op.TRANSLATE_Y))
+
+
+@triton.jit
+def _measure(source, jobs, numbers, measured, tables, pixels, BLOCK: tl.constexpr):
+    """The tables of AutoContrast, Equalize and Contrast; a program makes one channel's, from all of a sample's pixels.
+
+    Everything follows from the histogram of the channel, or of the luma: integers, so the order of counting is free.
+    """
+    job, channel = tl.load(measured + tl.program_id(0)), tl.program_id(1)
+    code = tl.load(jobs + job * JOB)
+    image = source + tl.load(jobs + job * JOB + 1).to(tl.int64) * pixels * CHANNELS
+    counts = tl.zeros([LEVELS], tl.int32)
+    for start in range(0, pixels, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        known = at < pixels
+        if code == CONTRAST:
+            red, green, blue = _pixel(image, at, known)
+            level = _luma(red, green, blue)
+        else:
+            level = tl.load(image + at * CHANNELS + channel, mask=known, other=0).to(tl.int32)
+        counts += tl.histogram(level, LEVELS, mask=known)
+    old = tl.arange(0, LEVELS)
+    if code == CONTRAST:
+        total = tl.sum(counts.to(tl.int64) * old)
+        mean = ((2 * total + pixels) // (2 * pixels)).to(tl.float32)
+        new = _blend(mean, old, tl.load(numbers + job * MAP).to(tl.float32))
+    else:
+        high = tl.max(tl.where(counts > 0, old, 0))
+        if code == EQUALIZE:
+            step = (pixels - tl.sum(tl.where(old == high, counts, 0))) // 255
+            below = tl.cumsum(counts) - counts
+            new = tl.where(step > 0, tl.minimum((step // 2 + below) // tl.maximum(step, 1), 255), old)
+        else:
+            low = tl.min(tl.where(counts > 0, old, 255))
+            scale = 255.0 / tl.maximum(high - low, 1).to(tl.float64)
+            stretched = _byte(old.to(tl.float64) * scale - low.to(tl.float64) * scale)
+            new = tl.where(high > low, stretched, old)
+    table = tl.load(jobs + job * JOB + 3)
+    tl.store(tables + (table * CHANNELS + channel) * LEVELS + old, new.to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=("fill_red", "fill_green", "fill_blue"))
+def _apply(
+    source,
+    work,
+    jobs,
+    numbers,
+    tables,
+    width,
+    height,
+    fill_red,
+    fill_green,
+    fill_blue,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """A round's operations, source -> work, both uint8 [samples, height, width, 3]; a program does TILE pixels of one
+    sample."""
+    job, first = tl.program_id(1), tl.program_id(0) * TILE
+    code, table = tl.load(jobs + job * JOB), tl.load(jobs + job * JOB + 3)
+    pixels = height * width
+    image = source + tl.load(jobs + job * JOB + 1).to(tl.int64) * pixels * CHANNELS
+    out = work + tl.load(jobs + job * JOB + 2).to(tl.int64) * pixels * CHANNELS
+    own = numbers + job * MAP
+    if (code == COPY) | (table >= 0):
+        for third in tl.static_range(3):  # 16 bytes a thread each
+            at = first * CHANNELS + third * TILE + tl.arange(0, TILE)
+            known = at < pixels * CHANNELS
+            value = tl.load(image + at, mask=known, other=0)
+            if table >= 0:
+                entry = (table * CHANNELS + at % CHANNELS) * LEVELS + value.to(tl.int32)
+                value = tl.load(tables + entry, mask=known, other=0)
+            tl.store(out + at, value, mask=known)
+    else:
+        for start in range(first, tl.minimum(first + TILE, pixels), PART):
+            at = start + tl.arange(0, PART)
+            known = at < pixels
+            y, x = at // width, at % width
+            if code == FLIP:
+                red, green, blue = _pixel(image, y * width + (width - 1 - x), known)
+            elif code == COLOR:
+                red, green, blue = _pixel(image, at, known)
+                grey, factor = _luma(red, green, blue).to(tl.float32), tl.load(own).to(tl.float32)
+                red, green, blue = _blend(grey, red, factor), _blend(grey, green, factor), _blend(grey, blue, factor)
+            elif code == SHARPNESS:
+                red, green, blue = _sharpness(image, at, known, x, y, width, height, tl.load(own).to(tl.float32))
+            else:
+                if (code == SHEAR_X) | (code == TRANSLATE_X):
+                    red, green, blue, inside = _resample(image, own, known, x, y, width, height, True, False)
+                elif (code == SHEAR_Y) | (code == TRANSLATE_Y):
+                    red, green, blue, inside = _resample(image, own, known, x, y, width, height, False, True)
+                else:
+                    red, green, blue, inside = _resample(image, own, known, x, y, width, height, True, True)
+                red = tl.where(inside, red, fill_red)
+                green = tl.where(inside, green, fill_green)
+                blue = tl.where(inside, blue, fill_blue)
+            tl.store(out + at * CHANNELS, red.to(tl.uint8), mask=known)
+            tl.store(out + at * CHANNELS + 1, green.to(tl.uint8), mask=known)
+            tl.store(out + at * CHANNELS + 2, blue.to(tl.uint8), mask=known)
+
+
+@triton.jit
+def _pixel(image, at, known):
+    """Red, green and blue, int32."""
+    red = tl.load(image + at * CHANNELS, mask=known, other=0).to(tl.int32)
+    green = tl.load(image + at * CHANNELS + 1, mask=known, other=0).to(tl.int32)
+    blue = tl.load(image + at * CHANNELS + 2, mask=known, other=0).to(tl.int32)
+    return red, green, blue
+
+
+@triton.jit
+def _byte(value):
+    """Clipped and truncated; int32."""
+    return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
+
+
+@triton.jit
+def _luma(red, green, blue):
+    return (red * RED + green * GREEN + blue * BLUE + LUMA_HALF) >> LUMA_BITS
+
+
+@triton.jit
+def _blend(degenerate, value, factor):
+    """degenerate, factor float32; value int32, as is the result."""
+    return _byte((value.to(tl.float32) - degenerate) * factor + degenerate)
+
+
+@triton.jit
+def _sharpness(image, at, known, x, y, width, height, factor):
+    red, green, blue = _pixel(image, at, known)
+    inner = known & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
+    reds, greens, blues = red * (MIDDLE - 1), green * (MIDDLE - 1), blue * (MIDDLE - 1)
+    for down in tl.static_range(-1, 2):
+        for right in tl.static_range(-1, 2):
+            more = _pixel(image, at + down * width + right, inner)
+            reds, greens, blues = reds + more[0], greens + more[1], blues + more[2]
+    return (
+        _sharper(red, reds, inner, factor),
+        _sharper(green, greens, inner, factor),
+        _sharper(blue, blues, inner, factor),
+    )
+
+
+@triton.jit
+def _sharper(value, total, inner, factor):
+    smooth = tl.floor((total.to(tl.float32) + WEIGHTS / 2) * (1 / WEIGHTS))
+    return _blend(tl.where(inner, smooth, value.to(tl.float32)), value, factor)
+
+
+@triton.jit
+def _resample(image, numbers, known, x, y, width, height, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr):
+    """Bicubic, PIL's kernel: red, green, blue, int32, and whether the pixel's place is inside the image. The map is in
+    float64, as in PIL, so that a pixel on the edge falls on the same side."""
+    centre_x, centre_y = x.to(tl.float64) + 0.5, y.to(tl.float64) + 0.5
+    inside, share_x, share_y = known, 0.0, 0.0
+    if ALONG_X:
+        a, b, c = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+        within, x, share_x = _before(a * centre_x + b * centre_y + c, width)
+        inside = inside & within
+    if ALONG_Y:
+        d, e, f = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
+        within, y, share_y = _before(d * centre_x + e * centre_y + f, height)
+        inside = inside & within
+        r1, g1, b1 = _row(image, y - 1, x, share_x, inside, width, height, ALONG_X)
+        r2, g2, b2 = _row(image, y, x, share_x, inside, width, height, ALONG_X)
+        r3, g3, b3 = _row(image, y + 1, x, share_x, inside, width, height, ALONG_X)
+        r4, g4, b4 = _row(image, y + 2, x, share_x, inside, width, height, ALONG_X)
+        red, green = _cubic(r1, r2, r3, r4, share_y), _cubic(g1, g2, g3, g4, share_y)
+        blue = _cubic(b1, b2, b3, b4, share_y)
+    else:
+        red, green, blue = _row(image, y, x, share_x, inside, width, height, ALONG_X)
+    return _byte(red), _byte(green), _byte(blue), inside
+
+
+@triton.jit
+def _before(place, size):
+    """Whether it is inside, the second of the four pixels about it, and how far it is from that to the third."""
+    before = tl.floor(place - 0.5)
+    return (place >= 0) & (place < size), before.to(tl.int32), (place - 0.5 - before).to(tl.float32)
+
+
+@triton.jit
+def _row(image, y, x, share, inside, width, height, ALONG_X: tl.constexpr):
+    """Red, green and blue in row y at x, or between x and x + 1: float32. Neighbours are clamped to the image."""
+    first = tl.minimum(tl.maximum(y, 0), height - 1) * width
+    red, green, blue = _pixel(image, first + tl.minimum(tl.maximum(x, 0), width - 1), inside)
+    red, green, blue = red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
+    if ALONG_X:
+        r1, g1, b1 = _pixel(image, first + tl.minimum(tl.maximum(x - 1, 0), width - 1), inside)
+        r3, g3, b3 = _pixel(image, first + tl.minimum(tl.maximum(x + 1, 0), width - 1), inside)
+        r4, g4, b4 = _pixel(image, first + tl.minimum(tl.maximum(x + 2, 0), width - 1), inside)
+        red = _cubic(r1.to(tl.float32), red, r3.to(tl.float32), r4.to(tl.float32), share)
+        green = _cubic(g1.to(tl.float32), green, g3.to(tl.float32), g4.to(tl.float32), share)
+        blue = _cubic(b1.to(tl.float32), blue, b3.to(tl.float32), b4.to(tl.float32), share)
+    return red, green, blue
+
+
+@triton.jit
+def _cubic(v1, v2, v3, v4, t):
+    """`geometry._cubic`: the same sums in the same order."""
+    bend = (v3 - v4) + (v1 - v2)
+    return ((((v1 - v2) + bend - bend * t) * t) + (v3 - v1)) * t + v2
+
+
+def operate(images: Tensor, params: SampleParams, fill: tuple[int, int, int], *, flip: bool) -> Tensor:
+    """Flips, if asked for, and RandAugment.
+
+    Args:
+        images: uint8 [B, H, W, 3], contiguous; left as they are.
+        params: the draws for these B samples.
+        fill: the colour that geometric operations lay bare.
+        flip: whether flips are to be done.
+
+    Returns:
+        uint8 [B, H, W, 3], contiguous; where nothing is to be done, `images` itself.
+    """
+    batch, height, width, _ = images.shape
+    todo = rounds.plan(params, height, width, flip=flip)
+    if not todo:
+        return images
+    tensors = iter(upload([array for each in todo for array in each.arrays()], images.device))
+    source, work = images, images.new_empty(2 * batch, height, width, 3)
+    for _ in todo:
+        jobs, numbers, measured, tables = (next(tensors) for _ in range(4))
+        if len(measured):
+            _measure[(len(measured), CHANNELS.value)](
+                source,
+                jobs,
+                numbers,
+                measured,
+                tables,
+                height * width,
+                BLOCK=BLOCK,
+                num_warps=MEASURING_WARPS,
+                enable_fp_fusion=False,
+            )
+        _apply[(triton.cdiv(height * width, TILE), len(jobs))](
+            source,
+            work,
+            jobs,
+            numbers,
+            tables,
+            width,
+            height,
+            *fill,
+            TILE=TILE,
+            PART=PART,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        source = work
+    return work[:batch]

@@ -1,0 +1,1 @@
+"""Decoders of JPEGs: DALI, FFCV, and CPU resizing."""

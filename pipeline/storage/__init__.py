@@ -1,0 +1,1 @@
+"""Reading samples: local files, remote sets, staging and the cache."""

@@ -1,0 +1,151 @@
+"""Where the samples of a split are stored: as files in tars, or as images of a .beton; here or on a server."""
+
+from __future__ import annotations
+
+import dataclasses
+import posixpath
+import tarfile
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.plan import Ids
+from pipeline.storage.files import LocalFiles, ShardFiles
+from pipeline.storage.remote_set import RemoteSet
+from pipeline.storage.staging import StagedFile, whole
+from shards.errors import ShardSetError
+from shards.format.dataset import ShardSet
+from shards.format.index import Index
+from shards.format.manifest import BetonEntry
+from shards.format.tar import BLOCK
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where n samples are stored, and what is known of their bytes. All arrays are [n]."""
+
+    rows: NDArray[np.void]
+    """INDEX_DTYPE: label, height, width and the rest, copied from the index."""
+    files: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    raw: NDArray[np.bool_]
+    """Stored as pixels, uint8 [height, width, 3], not as a JPEG."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The stored samples of a split."""
+
+    index: Index
+    """Offsets, sizes and hashes of the stored bytes, be they JPEGs or pixels."""
+    files: ShardFiles
+    one_file: bool = False
+    """All shards are runs of bytes of one file."""
+    pixels: bool = False
+    """A .beton that may store pixels. Its JPEGs are smaller than their pixels, so the size tells which is which."""
+    starts: NDArray[np.int64] | None = None
+    """int64 [shards]: where each file's bytes begin, if files are parts of one."""
+
+    def locate(self, ids: Ids) -> Places:
+        """Find samples; O(len(ids))."""
+        rows = self.index[ids]
+        shards = rows["shard"].astype(np.int64)
+        offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
+        if self.pixels:
+            raw = sizes == rows["height"].astype(np.int64) * rows["width"] * 3
+        else:
+            raw = np.zeros(len(ids), np.bool_)
+        return Places(
+            rows=rows,
+            files=np.zeros_like(shards) if self.one_file else shards,
+            offsets=offsets if self.starts is None else offsets - self.starts[shards],
+            sizes=sizes,
+            raw=raw,
+        )
+
+    def key(self, file: int, offset: int) -> str | None:
+        """The key of the sample whose bytes begin there, for messages; None where it has none."""
+        is_tar = not self.one_file and self.starts is None
+        return tar_key(self.files, file, offset) if is_tar else None
+
+
+def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int | None = None) -> Storage:
+    """The stored samples of a set.
+
+    Args:
+        beton: read the .beton, if there is one, even where there are tars.
+        max_open: file descriptors to hold; None = as many as `LocalFiles` thinks right.
+
+    Raises:
+        ShardSetError: no such split, a damaged index, or pixels where JPEGs are wanted.
+    """
+    entry = dataset.split(split)
+    remote = dataset if isinstance(dataset, RemoteSet) else None
+    if entry.tars and not (beton and entry.beton):
+        index = dataset.index(split)
+        if remote:
+            return Storage(index, remote.files([whole(shard.name, shard.bytes, shard.hash) for shard in entry.shards]))
+        return Storage(index, LocalFiles([dataset.path / shard.name for shard in entry.shards], max_open=max_open))
+    assert entry.beton is not None
+    path = dataset.path / entry.beton.name
+    if not beton and entry.beton.mode != "jpg":
+        raise ShardSetError(
+            f"{path}: stores pixels (mode {entry.beton.mode}), which the FFCV loader alone reads: use --loader ffcv"
+        )
+    # The file's own metadata is not read: the index says the same, and its hash is in the manifest.
+    index = dataset.index(split, beton=True)
+    storage = Storage(index, LocalFiles([path]), one_file=True, pixels=entry.beton.mode != "jpg")
+    return _in_segments(storage, entry.beton, remote) if remote else storage
+
+
+def _in_segments(storage: Storage, beton: BetonEntry, remote: RemoteSet) -> Storage:
+    """A .beton on a server: each shard's run of bytes is staged, and checked, by itself."""
+    lasts = np.searchsorted(storage.index["shard"], np.arange(len(beton.segments)), side="right") - 1
+    ends_of = storage.locate(lasts)
+    ends = ends_of.offsets + ends_of.sizes
+    first = storage.locate(np.zeros(1, np.int64)).offsets
+    starts = np.concatenate([first, ends[:-1]])
+    files = [
+        StagedFile(f"{beton.name}.{shard:06d}", int(end - start), digest, beton.name, int(start))
+        for shard, (digest, start, end) in enumerate(zip(beton.segments, starts, ends, strict=True))
+    ]
+    return dataclasses.replace(storage, files=remote.files(files), one_file=False, starts=starts)
+
+
+def tar_key(files: ShardFiles, file: int, offset: int) -> str | None:
+    """The name in the tar header before a member's bytes; None where there is no readable one.
+
+    A name too long for its header stands in full in an extended header (GNU `L`, pax `x`) two blocks before: taken
+    when that is one block of content, as it nearly always is.
+    """
+    try:
+        header = tarfile.TarInfo.frombuf(_block(files, file, offset - BLOCK), "utf-8", "surrogateescape")
+        before = _extended_name(files, file, offset - 3 * BLOCK)
+    except (ShardSetError, tarfile.HeaderError):
+        return None
+    folder, base = posixpath.split(before or header.name)
+    return posixpath.join(folder, base.partition(".")[0])
+
+
+def _extended_name(files: ShardFiles, file: int, offset: int) -> str | None:
+    if offset < 0:
+        return None
+    try:
+        header = tarfile.TarInfo.frombuf(_block(files, file, offset), "utf-8", "surrogateescape")
+    except (ShardSetError, tarfile.HeaderError):
+        return None
+    if header.size > BLOCK or header.type not in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+        return None
+    content = _block(files, file, offset + BLOCK)[: header.size].decode("utf-8", "surrogateescape")
+    if header.type == tarfile.GNUTYPE_LONGNAME:
+        return content.rstrip("\0")
+    records = (line.partition(" ")[2].partition("=") for line in content.split("\n"))
+    return next((value for key, _, value in records if key == "path"), None)
+
+
+def _block(files: ShardFiles, file: int, offset: int) -> bytes:
+    block = np.empty(BLOCK, np.uint8)
+    files.read(file, block, offset)
+    return block.tobytes()

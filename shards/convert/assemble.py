@@ -1,0 +1,162 @@
+"""The .beton of each split, from its finished shards: filled by processes, resumable, published by rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import xxhash
+from numpy.typing import NDArray
+
+from shards.convert.pool import Report, run_jobs
+from shards.convert.work import Work
+from shards.errors import ConversionFailed, explained
+from shards.files.durable import write_all
+from shards.format.beton import BetonOptions, Layout, lay_out
+from shards.format.index import Index
+from shards.format.manifest import BetonEntry
+from shards.progress import Progress
+
+
+@dataclass(frozen=True)
+class SegmentJob:
+    """One shard's part of the file, to be filled in a worker process from the shard's finished tar."""
+
+    work: Work
+    split: str
+    shard: int
+    offsets: NDArray[np.int64]
+    """int64 [samples of the shard]: where each image goes."""
+    raw: NDArray[np.bool_]
+    """bool [samples of the shard]: as pixels."""
+    start: int
+    stop: int
+    """First byte of the part, and of what follows it."""
+
+
+def assemble(
+    work: Work, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
+) -> dict[str, BetonEntry]:
+    """Write SPLIT.beton and its index for each split, or resume where a killed run left them.
+
+    Where the set keeps no tars, each is removed when its images are safe in the .beton: the disk never holds all twice.
+
+    Args:
+        shards: split -> its shards that have images.
+    """
+    frames = {split: _frame(work, split, numbers, options) for split, numbers in shards.items()}
+    begun = {split: frame for split, frame in frames.items() if not _is_published(work, split, shards[split])}
+    todo = []
+    for split, frame in begun.items():
+        with work.unfinished_beton(split).open("ab") as file:
+            file.truncate(frame.layout.total)
+        todo += [job for job in _jobs(work, split, shards[split], frame) if not work.is_in_beton(split, job.shard)]
+    with Progress("filling .beton", sum(len(job.offsets) for job in todo)) as progress:
+        run_jobs(fill_segment, todo, workers, progress)
+    for split, frame in begun.items():
+        _publish(work, split, frame)
+    return {
+        split: BetonEntry(
+            name=work.beton(split).name,
+            bytes=frame.layout.total,
+            mode=options.mode,
+            smart_ratio=options.smart_ratio,
+            segments=tuple(work.load_segment(split, shard)[0] for shard in shards[split]),
+            index=work.beton_index(split).name,
+            index_hash=_publish_index(work, split, shards[split], len(frame.index)),
+        )
+        for split, frame in frames.items()
+    }
+
+
+def _publish_index(work: Work, split: str, shards: list[int], samples: int) -> str:
+    rows = (work.load_segment(split, shard)[1] for shard in shards)
+    return work.publish_index(work.beton_index(split).name, samples, rows)
+
+
+def _is_published(work: Work, split: str, shards: list[int]) -> bool:
+    """Whether the .beton has its name; where the record of a part was damaged since, it goes back to be filled."""
+    if not work.beton(split).exists():
+        return False
+    if all(work.is_in_beton(split, shard) for shard in shards):
+        return True
+    work.beton(split).rename(work.unfinished_beton(split))
+    return False
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """A split's index and where its images go."""
+
+    index: Index
+    layout: Layout
+
+
+def _frame(work: Work, split: str, shards: list[int], options: BetonOptions) -> _Frame:
+    rows = [work.load_rows(split, shard) for shard in shards]
+    for place, some in enumerate(rows):
+        some["shard"] = place
+    index = np.concatenate(rows)
+    return _Frame(index, lay_out(index, options))
+
+
+def _jobs(work: Work, split: str, shards: list[int], frame: _Frame) -> Iterator[SegmentJob]:
+    layout = frame.layout
+    for place, shard in enumerate(shards):
+        mine = frame.index["shard"] == place
+        start, stop = int(layout.starts[place]), int(layout.starts[place + 1])
+        yield SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop)
+
+
+def _publish(work: Work, split: str, frame: _Frame) -> None:
+    """Write what stands before and after the images, and give the file its name."""
+    unfinished = work.unfinished_beton(split)
+    with unfinished.open("r+b", buffering=0) as file:
+        write_all(file, frame.layout.head(frame.index))
+        file.seek(int(frame.layout.starts[-1]))
+        write_all(file, frame.layout.table())
+        os.fsync(file.fileno())
+    work.publish_file(unfinished, work.beton(split).name, None)
+
+
+def fill_segment(job: SegmentJob, report: Report) -> None:
+    """Write a shard's part; record its hash, and the rows with offset, size and hash of what it holds.
+
+    Raises:
+        ConversionFailed: the tar does not hold the images that were written to it.
+    """
+    work = job.work
+    tar = work.tar(job.split, job.shard)
+    rows = work.load_rows(job.split, job.shard)
+    digest = xxhash.xxh3_64()
+    at = job.start
+    beton = work.unfinished_beton(job.split)
+    with explained(beton), tar.open("rb") as source, beton.open("r+b", buffering=0) as target:
+        target.seek(at)
+
+        def write(content: bytes) -> None:
+            nonlocal at
+            digest.update(content)
+            write_all(target, content)
+            at += len(content)
+
+        for row, offset, raw in zip(rows, job.offsets.tolist(), job.raw.tolist(), strict=True):
+            data = os.pread(source.fileno(), int(row["size"]), int(row["offset"]))
+            report(1, len(data))
+            if xxhash.xxh3_64_intdigest(data) != row["hash"]:
+                raise ConversionFailed(
+                    f"{tar}: damaged since it was written; remove it and run the same command: it makes it again"
+                )
+            if raw:
+                data = simplejpeg.decode_jpeg(data, "RGB").tobytes()
+            write(bytes(offset - at))
+            write(data)
+            row["offset"], row["size"], row["hash"] = offset, len(data), xxhash.xxh3_64_intdigest(data)
+        write(bytes(job.stop - at))
+        os.fsync(target.fileno())
+    work.save_segment(job.split, job.shard, digest.hexdigest(), rows)
+    if not work.keeps_tars:
+        tar.unlink()

@@ -1,0 +1,324 @@
+"""`pipeline shard`: a source becomes a shard set.
+
+    scan the source -> fix which sample goes to which shard -> write the shards -> join the index -> manifest
+
+A killed conversion resumes with the same command: what was decided and what is done stand in the work folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from shards.convert.join import Outcome, first_of, join, published_names, say_notes
+from shards.convert.order import arrange
+from shards.convert.parts import WHOLE, Part, hold_part
+from shards.convert.pool import run_jobs
+from shards.convert.rejects import MAX_REJECTS
+from shards.convert.source_check import (
+    check_exists,
+    check_finished,
+    check_place,
+    check_unchanged,
+    source_name,
+    times_above,
+)
+from shards.convert.work import Plan, Work
+from shards.convert.writer import ShardJob, write_shard
+from shards.errors import ConversionFailed, UserError, explained
+from shards.files.lock import hold
+from shards.files.regular import read_list
+from shards.format.beton import BetonOptions
+from shards.format.manifest import MANIFEST_NAME, Manifest, tool
+from shards.images.images import ImageRules
+from shards.progress import Progress
+from shards.redact import without_place
+from shards.sources.naming.classes import MAX_LIST
+from shards.sources.naming.split_folders import find_split_folders
+from shards.sources.recognise import recognise, scan
+from shards.sources.scan import ScanOptions
+from shards.sources.unused import MAX_TEXT
+from shards.sources.walk import each_folder_once
+
+MIB = 2**20
+LISTING_WAIT = 4 * 3600.0
+"""Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
+Format = Literal["tar", "ffcv", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a set is to be made."""
+
+    scan: ScanOptions = field(default_factory=ScanOptions)
+    shard_bytes: int = 256 * MIB
+    rules: ImageRules = field(default_factory=ImageRules)
+    max_rejects: float = MAX_REJECTS
+    strict: bool = False
+    """Refuse a source with doubts."""
+    format: Format = "tar"
+    beton: BetonOptions = field(default_factory=BetonOptions)
+
+    @property
+    def workers(self) -> int | None:
+        return self.scan.workers
+
+    @property
+    def changing_bytes(self) -> dict[str, Any]:
+        classes = self.scan.classes
+        return {
+            "seed": self.scan.seed,
+            "shard_bytes": self.shard_bytes,
+            "val_fraction": self.scan.val_fraction,
+            "classes": classes and xxhash.xxh3_64_hexdigest(read_list(classes, MAX_LIST, "a list of classes").encode()),
+            "format": self.format,
+            "beton": None if self.format == "tar" else asdict(self.beton),
+            **asdict(self.rules),
+        }
+
+
+def convert(source: Path, out: Path, options: Options, part: Part | None = None) -> Outcome | None:
+    """Convert `source` into the shard set `out`, or finish what was begun there.
+
+    Args:
+        part: make this share of the shards only, and no manifest; `finish` joins the parts.
+
+    Returns:
+        What was made; None for a part, and when the set was already complete.
+
+    Raises:
+        UserError: the source or the options do not fit, or the source is not what it was when that was begun.
+        ConversionFailed: the job could not be finished; the same command resumes it.
+    """
+    work = Work(out, options.format != "ffcv")
+    with explained(out):
+        _check_place(out)
+        if (out / MANIFEST_NAME).exists():
+            manifest = Manifest.load(out)
+            _check_same(out, manifest.made.get("options"), options)
+            check_finished(work, manifest, source, options.scan.layout)
+            if options.strict:
+                _refuse_doubts(source, manifest.made.get("doubts", ()))
+            work.close()
+            return None
+        begun = work.load_plan()
+        if begun is None:
+            check_exists(source)
+        plan = begun or _plan(source, work, options)
+        _check_same(out, plan.options, options)
+        check_place(out, plan, source, options.scan.layout)
+        _check_tool(out, plan)
+        work.check_listing(plan)
+        work.refuse_foreign(published_names(work, plan))
+        if begun:
+            is_needed = partial(_is_unfinished, work, _jobs(plan, part or WHOLE))
+            check_unchanged(work, plan, source, is_needed, times_first=part is not None)
+        say_notes((*plan.notes, *plan.doubts))
+        if options.strict:
+            _refuse_doubts(source, plan.doubts)
+        with hold_part(work, part or WHOLE):
+            _write_shards(work, plan, options, part or WHOLE)
+            if part:
+                return None
+            return join(work, plan, options.max_rejects, options.workers, strict=options.strict)
+
+
+def finish(
+    out: Path,
+    max_rejects: float = MAX_REJECTS,
+    workers: int | None = None,
+    *,
+    source: Path | None = None,
+    strict: bool = False,
+) -> Outcome | None:
+    """Join the parts of a conversion into a set.
+
+    Args:
+        source: what the parts were made from; another, or one that has changed, is refused. None = whatever that was.
+        strict: refuse a set with doubts.
+
+    Returns:
+        What was made; None when the set was already complete.
+
+    Raises:
+        UserError: the set is of another source.
+        ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
+    """
+    work = Work(out)
+    with explained(out):
+        if (out / MANIFEST_NAME).exists():
+            manifest = Manifest.load(out)
+            if source is not None:
+                check_finished(work, manifest, source)
+            if strict:
+                _refuse_doubts(source or out, manifest.made.get("doubts", ()))
+            work.close()
+            return None
+        plan = work.load_plan()
+        if plan is None:
+            raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
+        if source is not None:
+            check_place(out, plan, source)
+        _check_tool(out, plan)
+        work = Work(out, plan.keeps_tars)
+        work.check_listing(plan)
+        work.refuse_foreign(published_names(work, plan))
+        if source is not None:
+            check_unchanged(work, plan, source, partial(_is_unfinished, work, plan.jobs))
+        missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
+        if missing:
+            raise ConversionFailed(
+                f"{out}: {len(missing):,} of {len(plan.jobs):,} shards are not made yet ({missing[0]} is the first); "
+                "run their parts again, or all that is left without --part"
+            )
+        if strict:
+            _refuse_doubts(source or Path(plan.source), plan.doubts)
+        with hold(work.path / "finish.lock", f"the end of {out}"):
+            return join(work, plan, max_rejects, workers, strict=strict)
+
+
+def default_out(source: Path) -> Path:
+    """`imagenet/` -> `imagenet-shards` beside it; of a link beside the link, as its target may lie where others write.
+
+    A file's suffix is left out; a source that was removed since is taken for a file where only that has a set.
+
+    Raises:
+        UserError: the source is the root folder.
+    """
+    source = source.absolute()
+    if source.name in ("", ".."):  # a folder without a name of its own here
+        source = source.resolve()
+    if not source.name:
+        raise UserError(f"{source}: has no name to call the set after; name its folder with --out")
+    of_file, of_folder = (source.with_name(f"{name}-shards") for name in (source.stem, source.name))
+    removed = not source.exists() and of_file.exists() and not of_folder.exists()
+    return of_file if source.is_file() or removed else of_folder
+
+
+def _plan(source: Path, work: Work, options: Options) -> Plan:
+    """Scan, arrange and remember; of several processes that begin together one does it, the others wait for it."""
+    if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
+        raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
+    work.make()
+    with hold(work.path / "scan.lock", f"the listing of {source}", wait=LISTING_WAIT):
+        plan = work.load_plan()
+        if plan is None:
+            try:
+                plan = _scan(source, work, options)
+                if options.strict and plan.doubts:
+                    say_notes(plan.doubts)
+                    _refuse_doubts(source, plan.doubts)
+            except UserError as error:
+                if error.exit_code == UserError.exit_code:  # another start would meet the same
+                    work.close()
+                    with suppress(OSError):
+                        work.out.rmdir()
+                raise
+            work.save_plan(plan)
+        return plan
+
+
+def _check_outside(out: Path, source: Path) -> None:
+    """Refuse a place for the set that would be read as a class folder of the source, or as part of one."""
+    for root in find_split_folders(source).roots.values():
+        inside = os.path.relpath(out.resolve(), root.resolve())
+        if not inside.startswith("."):
+            raise UserError(
+                f"--out {out}: lies among the class folders of {root}, where it would be read as a class; choose a "
+                "folder outside the source"
+            )
+
+
+@each_folder_once()
+def _scan(source: Path, work: Work, options: Options) -> Plan:
+    key = json.dumps([tool(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
+    spool = work.begin_scan(key)  # first: its time tells later whether a folder has changed since
+    layout = recognise(source.absolute())
+    if (options.scan.layout or layout) == "folder":
+        _check_outside(work.out, source.absolute())
+    found = scan(source.absolute(), options.scan, spool)
+    shards = {}
+    files: dict[str, str] = {}
+    for split, listing in found.splits.items():
+        arranged, bounds = arrange(listing, split, options.scan.seed, options.shard_bytes)
+        files |= work.save_listing(split, arranged, bounds)
+        shards[split] = len(bounds) - 1
+    return Plan(
+        tool=tool(),
+        options=options.changing_bytes,
+        source=source_name(source),
+        layout=found.layout,
+        digest=found.digest,
+        classes=found.classes,
+        shards=shards,
+        unused=found.unused,
+        notes=tuple(without_place(line, source)[:MAX_TEXT] for line in found.notes),
+        doubts=tuple(without_place(line, source)[:MAX_TEXT] for line in found.doubts),
+        folders=times_above(found.splits, source.absolute(), work.out.absolute()),
+        source_files=found.files,
+        files=files,
+    )
+
+
+def _check_place(out: Path) -> None:
+    """Reject an output path that is not a folder, or whose parent is not a folder."""
+    for path in (out, *out.parents):
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if not stat.S_ISDIR(path.stat().st_mode):
+                raise UserError(f"{path}: a file, where a folder is needed; choose another --out")
+            return
+
+
+def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -> None:
+    asked, was = options.changing_bytes, made_with or {}
+    if was != asked:
+        differing = ", ".join(f"{name} {was.get(name)}" for name in asked if was.get(name) != asked[name])
+        raise UserError(
+            f"{out}: was begun with other options ({differing}); give the same, or another --out, or remove it"
+        )
+
+
+def _refuse_doubts(source: Path, doubts: Sequence[str]) -> None:
+    """Reject a source in which something may well be a mistake.
+
+    Raises:
+        UserError: names the first doubt.
+    """
+    if doubts:
+        raise UserError(f"{source}: --strict: {first_of(doubts)}; correct the source, or leave --strict out")
+
+
+def _check_tool(out: Path, plan: Plan) -> None:
+    if plan.tool != tool():
+        raise UserError(f"{out}: was begun by {plan.tool}, and this is {tool()}; go on with that, or remove it")
+
+
+def _jobs(plan: Plan, part: Part) -> list[tuple[str, int]]:
+    """Return the shards of a part."""
+    return plan.jobs[part.number - 1 :: part.of]
+
+
+def _is_unfinished(work: Work, jobs: Sequence[tuple[str, int]]) -> bool:
+    return not all(work.is_done(split, shard) for split, shard in jobs)
+
+
+def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:
+    mine = _jobs(plan, part)
+    todo = [ShardJob(work, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
+    for job in todo:
+        work.refuse_foreign_shards(job.split, [job.shard])
+    images = 0
+    for job in todo:
+        _, bounds = work.load_listing(job.split)
+        images += int(bounds[job.shard + 1] - bounds[job.shard])
+    with Progress("sharding", images) as progress:
+        run_jobs(write_shard, todo, options.workers, progress)

@@ -1,0 +1,183 @@
+"""The last step of a conversion: join what the shards recorded into the index, the list of rejects and the manifest."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from shards.convert.assemble import assemble
+from shards.convert.place import save_place
+from shards.convert.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.convert.work import Plan, ShardDone, Work
+from shards.errors import ConversionFailed
+from shards.format.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, UnusedRecord, tool
+from shards.redact import one_line
+from shards.sources.naming.doubts import count_labels, doubt_about_blank, doubt_about_rejects
+from shards.sources.unused import UnusedEntry
+
+Done = dict[tuple[str, int], ShardDone]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished conversion made."""
+
+    manifest: Manifest
+    rejected: int
+    repaired: int
+
+
+def published_names(work: Work, plan: Plan) -> list[str]:
+    """Names of the files that `join` writes, the manifest apart."""
+    paths = [work.index(split) for split in plan.shards]
+    for split in plan.shards if plan.beton else ():
+        paths += [work.beton(split), work.beton_index(split)]
+    return [REJECTS_NAME, *(path.name for path in paths)]
+
+
+def join(
+    work: Work,
+    plan: Plan,
+    max_rejects: float,
+    workers: int | None,
+    *,
+    strict: bool = False,
+) -> Outcome:
+    """Publish the set whose shards are all done.
+
+    Args:
+        strict: publish no set with doubts.
+
+    Raises:
+        ConversionFailed: more than the share `max_rejects` of the images was rejected, none of a split is left, or
+            there are doubts and `strict` is set. The shards and the list of rejects stay, the manifest is not written.
+    """
+    done = {job: work.load_done(*job) for job in plan.jobs}
+    rejects = [
+        Reject(split=split, image=image, reason=reason)
+        for (split, _), shard in done.items()
+        for image, reason in shard.rejected
+    ]
+    late = _late_doubts(work, plan, done)
+    if strict and late:
+        say_notes(late)
+        raise ConversionFailed(
+            f"{work.out}: --strict: {first_of(late)}; correct the source and give another --out, or leave --strict out"
+        )
+    rejects_hash = settle_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
+    kept = {split: _drop_empty(work, split, done) for split in plan.shards}
+    betons = assemble(work, kept, plan.beton, workers) if plan.beton else {}
+    manifest = Manifest(
+        classes=plan.classes,
+        splits={split: _join_split(work, split, kept[split], done, betons.get(split)) for split in plan.shards},
+        made={
+            "tool": tool(),
+            "source": plan.layout,
+            "source_digest": plan.digest,
+            "shuffled": True,
+            "options": plan.options,
+            "images": {
+                split: {"repaired": _repaired(done, split), "rejected": count_reasons(rejects, split)}
+                for split in plan.shards
+            },
+            "unused": unused_records(plan.unused),
+            "notes": list(plan.notes),
+            "doubts": [*plan.doubts, *late],
+            "rejects_hash": rejects_hash,
+        },
+    )
+    save_place(work.out, plan.source)
+    publish_manifest(work, manifest)
+    rewritten = sum(shard.rewritten for shard in done.values())
+    if rewritten:  # not kept in the manifest: where the same bytes were put back, the set is the same
+        fact = f"{rewritten:,} files were written to after they were listed, with the same size"
+        say_notes([f"{fact}; the set has what they held when they were read"])
+    work.close()
+    repaired = sum(sum(shard.repaired.values()) for shard in done.values())
+    return Outcome(manifest, len(rejects), repaired)
+
+
+def unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
+    """Return the counts as the manifest holds them."""
+    return [UnusedRecord(reason=one.reason, kind=one.kind, count=one.count, example=one.example) for one in entries]
+
+
+def say_notes(lines: Iterable[str]) -> None:
+    """Print what the person should see before the work begins."""
+    for line in lines:
+        print(f"note: {one_line(line)}", file=sys.stderr)
+
+
+def first_of(doubts: Sequence[str]) -> str:
+    """Return the first doubt, and how many more there are."""
+    return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
+
+
+def _late_doubts(work: Work, plan: Plan, done: Done) -> list[str]:
+    """Return the doubts that only the images themselves give."""
+    classes = len(plan.classes)
+    lines: list[str] = []
+    for split in plan.shards:
+        shards = {shard: record for (of, shard), record in done.items() if of == split}
+        if any(record.rejected for record in shards.values()):
+            listed = count_labels(work.load_listing(split)[0].rows["label"], classes)
+            kept = count_labels(np.concatenate([work.load_rows(split, shard)["label"] for shard in shards]), classes)
+            lines += doubt_about_rejects(split, plan.classes, listed, kept)
+        samples = sum(record.samples for record in shards.values())
+        lines += doubt_about_blank(split, sum(record.blank for record in shards.values()), samples)
+    return lines
+
+
+def _drop_empty(work: Work, split: str, done: Done) -> list[int]:
+    """Numbers of the split's shards, without those of which nothing is left, whose files are removed."""
+    kept = [shard for (of, shard), record in done.items() if of == split and record.samples]
+    if not kept:
+        raise ConversionFailed(f"{work.out}: no image of split '{split}' can be used; see {work.out / REJECTS_NAME}")
+    for of, shard in done:
+        if of == split and shard not in kept:
+            work.tar(split, shard).unlink(missing_ok=True)
+            work.tar(split, shard).with_suffix(".idx").unlink(missing_ok=True)
+    return kept
+
+
+def _join_split(work: Work, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
+    """Write the index of the split's tars; that of a .beton is written with it."""
+    records = [done[split, shard] for shard in shards]
+    samples = sum(record.samples for record in records)
+    if beton is None or work.keeps_tars:
+        rows = (work.load_rows(split, shard) for shard in shards)
+        index = work.index(split).name
+        digest = work.publish_index(index, samples, rows)
+        entries = [
+            ShardEntry(name=work.tar(split, shard).name, samples=record.samples, bytes=record.bytes, hash=record.hash)
+            for shard, record in zip(shards, records, strict=True)
+        ]
+    else:
+        index, digest = beton.index, beton.index_hash
+        entries = [
+            ShardEntry(name=beton.name, samples=record.samples, bytes=beton.bytes, hash=segment)
+            for record, segment in zip(records, beton.segments, strict=True)
+        ]
+    return SplitEntry(samples=samples, shards=tuple(entries), index=index, index_hash=digest, beton=beton)
+
+
+def publish_manifest(work: Work, manifest: Manifest) -> None:
+    """Write the manifest, which makes the folder a set.
+
+    Raises:
+        UserError: another process has written one meanwhile.
+    """
+    work.refuse_foreign([MANIFEST_NAME])
+    manifest.save(work.out)
+
+
+def _repaired(done: Done, split: str) -> dict[str, Any]:
+    repaired: Counter[str] = Counter()
+    for (of, _), record in done.items():
+        repaired.update(record.repaired if of == split else {})
+    return dict(sorted(repaired.items()))

@@ -1,0 +1,189 @@
+"""One shard, from listed entries to a published tar. Runs in worker processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from shards.convert.listing import Container, Entry, display_name
+from shards.convert.pool import Report
+from shards.convert.work import ShardDone, Work
+from shards.errors import ConversionFailed, explained, storage_error
+from shards.files.durable import durable_file, durable_write
+from shards.files.open_files import share
+from shards.files.regular import NotRegular, open_with_status, read_up_to
+from shards.format.index import INDEX_DTYPE
+from shards.format.tar import SampleTar, dali_index
+from shards.images.images import Accepted, ImageRules, Rejected, accept
+from shards.images.limits import MAX_ENCODED
+from shards.redact import one_line
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to be made in a worker process."""
+
+    work: Work
+    split: str
+    shard: int
+    rules: ImageRules
+
+
+def write_shard(job: ShardJob, report: Report) -> None:
+    """Make one shard: tar, DALI index, rows, and the record that it is done, in this order.
+
+    Raises:
+        ConversionFailed: the source changed, the disk is full, or reading or writing failed; nothing is half-published.
+    """
+    work = job.work
+    work.remove_temporary(job.split, job.shard)
+    listing, bounds = work.load_listing(job.split)
+    start, stop = int(bounds[job.shard]), int(bounds[job.shard + 1])
+    rows = np.zeros(stop - start, dtype=INDEX_DTYPE)
+    repaired: Counter[str] = Counter()
+    rejected: list[tuple[str, str]] = []
+    samples = blank = 0
+    path = work.tar(job.split, job.shard)
+    with explained(path):
+        with durable_file(path) as file, ContainerReader() as reader:
+            tar = SampleTar(file)
+            for entry in listing.entries(start, stop):
+                report.start(os.fsencode(entry.container.path) + entry.name[entry.name.rfind(b"/") :])
+                try:
+                    image = accept(reader.read(entry), job.rules)
+                except Rejected as error:
+                    rejected.append((display_name(entry.name), one_line(str(error))))
+                else:
+                    offset = tar.add(entry.key, image.data, entry.label)
+                    rows[samples] = index_row(image, entry.label, offset, job.shard)
+                    repaired.update([image.repair] if image.repair else [])
+                    blank += image.blank
+                    samples += 1
+                report(1, entry.size)
+            digest = tar.finish()
+        if work.keeps_tars:
+            durable_write(path.with_suffix(".idx"), dali_index(tar.index_lines))
+        done = ShardDone(
+            samples=samples,
+            bytes=tar.bytes,
+            hash=digest,
+            repaired=dict(sorted(repaired.items())),
+            rejected=rejected,
+            blank=blank,
+            rewritten=reader.rewritten,
+        )
+        work.save_done(job.split, job.shard, done, rows[:samples])
+
+
+class ContainerReader:
+    """Reads entries, keeping the last archives open.
+
+    Attributes:
+        rewritten: files read so far that were written to after they were listed, with the same size.
+    """
+
+    MAX_OPEN = 64
+
+    def __init__(self) -> None:
+        self._limit = share(self.MAX_OPEN)
+        self._open: dict[Container, int] = {}
+        self.rewritten = 0
+
+    def read(self, entry: Entry) -> bytes:
+        """The entry's encoded bytes.
+
+        Raises:
+            Rejected: a link to nothing, or too large to be an image.
+            ConversionFailed: it is not what was listed.
+            StorageFailed: it cannot be read.
+        """
+        if entry.size > MAX_ENCODED:
+            raise Rejected(f"unreasonably large: {entry.size} bytes")
+        try:
+            data = self._read_file(entry) if entry.offset is None else self._read_range(entry)
+        except FileNotFoundError as error:
+            raise _changed(entry, "listed, but gone now") from error
+        except NotRegular as error:
+            raise _changed(entry, f"a file when it was listed, {error.kind} now") from error
+        except OSError as error:
+            raise storage_error(entry.path, error) from error
+        if len(data) != entry.size:
+            raise _changed(entry, f"{entry.size} bytes when it was listed, {len(data)} now")
+        return data
+
+    def _read_file(self, entry: Entry) -> bytes:
+        path = os.fsencode(entry.container.path) + entry.name[entry.name.rfind(b"/") :]
+        try:
+            handle, status = open_with_status(path)
+        except FileNotFoundError as error:
+            if os.path.islink(path):
+                raise Rejected("a link to nothing") from error
+            raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Rejected("a link to itself") from error
+            raise
+        try:
+            if status.st_size != entry.size:
+                raise _changed(entry, f"{entry.size} bytes when it was listed, {status.st_size} now")
+            self.rewritten += int(status.st_mtime) != entry.mtime
+            return read_up_to(handle, entry.size) if entry.size else b""  # files of /proc have no size, and content
+        finally:
+            os.close(handle)
+
+    def _read_range(self, entry: Entry) -> bytes:
+        assert entry.offset is not None
+        handle = self._open.pop(entry.container, None)
+        if handle is None:
+            handle, status = open_with_status(entry.container.path)
+            if not entry.container.is_still(status):
+                os.close(handle)
+                listed = entry.container
+                raise _changed(
+                    entry,
+                    f"the archive had {listed.size} bytes and was last changed at {_when(listed.mtime)} when it was "
+                    f"listed, now {status.st_size} bytes and {_when(int(status.st_mtime))}",
+                )
+            if len(self._open) >= self._limit:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[entry.container] = handle
+        return os.pread(handle, entry.size, entry.offset)
+
+    def __enter__(self) -> ContainerReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._open.values():
+            os.close(handle)
+
+
+def _changed(entry: Entry, fact: str) -> ConversionFailed:
+    return ConversionFailed(
+        f"{entry.path}: {fact}: the source has changed; "
+        "put it back and run the same command, or remove the unfinished set and start again"
+    )
+
+
+def _when(mtime: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime))
+
+
+def index_row(image: Accepted, label: int, offset: int, shard: int) -> tuple[int, ...]:
+    """The image's row, in the order of `INDEX_DTYPE`."""
+    return (
+        offset,
+        xxhash.xxh3_64_intdigest(image.data),
+        shard,
+        len(image.data),
+        label,
+        image.height,
+        image.width,
+        image.orientation,
+        int(image.repair is not None),
+    )

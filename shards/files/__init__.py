@@ -1,0 +1,1 @@
+"""Read and write files safely: durable writes, locks, private folders, retries."""

@@ -1,0 +1,89 @@
+"""Plain, deterministic tars (POSIX.1-1988 ustar) and the index that DALI's own WebDataset reader takes beside them."""
+
+from __future__ import annotations
+
+from io import FileIO
+from typing import TypeVar
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from shards.files.durable import write_parts
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+
+# https://pubs.opengroup.org/onlinepubs/9699919799/utilities/pax.html, "ustar Interchange Format"
+_NAME = 100
+_BEFORE_SIZE = b"0000644\0" + b"0000000\0" + b"0000000\0"  # mode, uid, gid
+_MTIME = b"00000000000\0"
+_AFTER_SUM = b"0" + bytes(100) + b"ustar\0" + b"00" + bytes(64) + b"0000000\0" + b"0000000\0" + bytes(155 + 12)
+_SUM_OF_FIXED = sum(_BEFORE_SIZE) + sum(_MTIME) + sum(_AFTER_SUM) + 8 * ord(" ")
+
+Size = TypeVar("Size", np.int64, NDArray[np.int64])
+
+
+def header(name: str, size: int) -> bytes:
+    """The header block of a regular file: mode 0644, owner 0, time 0, so that equal contents give equal tars."""
+    encoded = name.encode("latin-1")
+    assert len(encoded) <= _NAME, name
+    digits = b"%011o\0" % size
+    checksum = _SUM_OF_FIXED + sum(encoded) + sum(digits)
+    return encoded.ljust(_NAME, b"\0") + _BEFORE_SIZE + digits + _MTIME + b"%06o\0 " % checksum + _AFTER_SUM
+
+
+def padding(size: int) -> bytes:
+    return bytes(-size % BLOCK)
+
+
+def member_bytes(size: Size) -> Size:
+    """What a member of `size` bytes takes in a tar: header, content, padding."""
+    return BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+class SampleTar:
+    """Writes samples (KEY.jpg, KEY.cls) to an open file, hashing as it goes.
+
+    Attributes:
+        bytes: written so far.
+        index_lines: a line of the DALI index per sample.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
+        self._hash = xxhash.xxh3_64()
+        self.bytes = 0
+        self.index_lines: list[str] = []
+
+    def add(self, key: str, image: bytes, label: int) -> int:
+        """Append a sample; returns the offset of the image's first byte."""
+        text = b"%d" % label
+        image_name, label_name = f"{key}.jpg", f"{key}.cls"
+        image_at = self.bytes + BLOCK
+        label_part = padding(len(image)) + header(label_name, len(text)) + text + padding(len(text))
+        self._write([header(image_name, len(image)), image, label_part])
+        self.index_lines.append(index_line(key, image_at, len(image), len(text)))
+        return image_at
+
+    def finish(self) -> str:
+        """Write the end of the archive; returns the xxh3-64 of the whole file as 16 hex digits."""
+        self._write([END])
+        return self._hash.hexdigest()
+
+    def _write(self, parts: list[bytes]) -> None:
+        write_parts(self._file, parts)
+        for part in parts:
+            self._hash.update(part)
+            self.bytes += len(part)
+
+
+def index_line(key: str, image_at: int, image_size: int, label_size: int) -> str:
+    """A sample's line of the DALI index."""
+    label_at = image_at - BLOCK + int(member_bytes(np.int64(image_size))) + BLOCK
+    return f"jpg {image_at} {image_size} {key}.jpg cls {label_at} {label_size} {key}.cls"
+
+
+def dali_index(lines: list[str]) -> bytes:
+    """The `.idx` file (v1.2): a line per sample of its members' extension, offset, size and name."""
+    return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("ascii")

@@ -1,0 +1,1 @@
+"""From image files to JPEG samples: formats, limits and pixel depths."""

@@ -1,0 +1,102 @@
+"""Read an image's size from its header, for formats whose decoders reserve memory before Pillow tells the size."""
+
+from __future__ import annotations
+
+from shards.images.formats import J2K_CODESTREAM, JXL_CODESTREAM, is_jxl
+from shards.images.limits import MAX_BOXES
+
+MAX_META = 2**20
+"""Bytes of an AVIF or HEIF in which its properties are looked for."""
+Size = tuple[int, int]
+"""Width and height."""
+
+_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to height, for ratio 1 to 7
+_JXL_SIDE_BITS = (9, 13, 18, 30)
+
+
+def webp_size(data: bytes) -> Size:
+    """The canvas of a WebP (RFC 9649, sections 2.5 to 2.7)."""
+    if data[12:16] == b"VP8X":
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if data[12:16] == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(data[26:28], "little") & 0x3FFF, int.from_bytes(data[28:30], "little") & 0x3FFF
+
+
+def jpeg2000_size(data: bytes) -> tuple[Size, int] | None:
+    """Size and components of a JPEG 2000 codestream (ISO/IEC 15444-1, A.5.1), of which the container may say otherwise.
+
+    Returns:
+        None where there is no codestream.
+    """
+    at = data.find(J2K_CODESTREAM)
+    if at < 0 or at + 42 > len(data):
+        return None
+    x1, y1, x0, y0 = (int.from_bytes(data[at + 8 + 4 * i : at + 12 + 4 * i], "big") for i in range(4))
+    return (max(x1 - x0, 0), max(y1 - y0, 0)), int.from_bytes(data[at + 40 : at + 42], "big")
+
+
+def isobmff_size(data: bytes) -> Size:
+    """The largest size that an AVIF or HEIF states (ISO/IEC 23008-12, 6.5.3), of the image or what it is cut from."""
+    found = [(0, 0)]
+    at = -1
+    for _ in range(MAX_BOXES):
+        at = data.find(b"ispe", at + 1, MAX_META)
+        if at < 0:
+            break
+        found.append((int.from_bytes(data[at + 8 : at + 12], "big"), int.from_bytes(data[at + 12 : at + 16], "big")))
+    return max(found, key=lambda size: size[0] * size[1])
+
+
+def jxl_size(data: bytes) -> Size | None:
+    """The canvas of a JPEG XL (ISO/IEC 18181-1, SizeHeader); None where the header does not show it."""
+    if not is_jxl(data):
+        return None
+    codestream = data[:32] if data.startswith(JXL_CODESTREAM) else _jxl_codestream(data)
+    if not codestream.startswith(JXL_CODESTREAM):
+        return None
+    bits = int.from_bytes(codestream[2:32], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (1 + take(5)) if small else 1 + take(_JXL_SIDE_BITS[take(2)])
+
+    height = side()
+    ratio = take(3)
+    if ratio == 0:
+        return side(), height
+    wide, high = _JXL_RATIOS[ratio - 1]
+    return height * wide // high, height
+
+
+def _jxl_codestream(data: bytes) -> bytes:
+    """The beginning of the codestream in a container (ISO/IEC 18181-2)."""
+    for kind, start, stop in boxes(data):
+        if kind in (b"jxlc", b"jxlp"):
+            skipped = 4 if kind == b"jxlp" else 0  # its sequence number
+            return data[start + skipped : min(stop, start + skipped + 32)]
+    return b""
+
+
+def boxes(data: bytes) -> list[tuple[bytes, int, int]]:
+    """Type, start and end of the content of the boxes of a file (ISO/IEC 14496-12, 4.2), at most `MAX_BOXES` + 1."""
+    found: list[tuple[bytes, int, int]] = []
+    at = 0
+    while at + 8 <= len(data) and len(found) <= MAX_BOXES:
+        size, start = int.from_bytes(data[at : at + 4], "big"), at + 8
+        if size == 1:
+            size, start = int.from_bytes(data[at + 8 : at + 16], "big"), at + 16
+        stop = len(data) if size == 0 else at + size
+        if stop < start:
+            break
+        found.append((data[at + 4 : at + 8], start, stop))
+        at = stop
+    return found

@@ -1,0 +1,158 @@
+"""What a JPEG says about itself before its pixels: ITU-T T.81 (B.2) markers, and the EXIF orientation."""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+
+from shards.images.limits import MAX_METADATA, MAX_SCANS, MAX_SEGMENTS
+
+START = b"\xff\xd8\xff"
+EXIF_SEGMENT = 0xE1  # APP1
+BASELINE, PROGRESSIVE = 0, 2  # numbers of the start-of-frame markers
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7 have no length
+_SEQUENTIAL = frozenset({0, 1, 9})  # numbers of the processes that are neither progressive nor hierarchical
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_ORIENTATION_TAG, _SHORT = 0x0112, 3
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # in entropy-coded data: none of its stuffing and restarts
+
+
+class NotAJpeg(ValueError):
+    """The bytes are no JPEG, or end before its frame header."""
+
+
+class HeaderTooLong(NotAJpeg):
+    """More segments or bytes stand before the first scan than `shards.images.limits` allows."""
+
+
+@dataclass(frozen=True)
+class JpegHeader:
+    """The frame header and the orientation."""
+
+    height: int
+    width: int
+    components: int
+    precision: int
+    process: int
+    """Number of the start-of-frame marker: 0 baseline, 2 progressive, others are rare."""
+    orientation: int
+    """EXIF orientation 1..8; 1 when absent or out of range."""
+    scans_at: int
+    """Offset of the first scan."""
+    multiscan: bool
+    """Whether decoders look for more than one scan: progressive, or components in scans of their own. They then hold
+    all coefficients of the image in memory, and pass over it once per scan."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether every JPEG decoder can be expected to read it: baseline or progressive, 8 bits, grey or colour."""
+        return self.process in (BASELINE, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
+
+
+def parse_header(data: bytes) -> JpegHeader:
+    """Read the segments up to the first scan.
+
+    Raises:
+        NotAJpeg: there is no frame header before the first scan.
+        HeaderTooLong: the first scan is further off than it ever is.
+    """
+    if data[:3] != START:
+        raise NotAJpeg("no JPEG start")
+    orientation = 1
+    frame: tuple[int, ...] | None = None
+    at = 2
+    try:
+        for _ in range(MAX_SEGMENTS):
+            if at > MAX_METADATA:
+                raise HeaderTooLong(f"more than {MAX_METADATA >> 20} MiB before its first scan")
+            if data[at] != 0xFF:
+                raise NotAJpeg("a marker is missing")
+            marker = data[at + 1]
+            if marker == 0xFF:  # fill byte
+                at += 1
+                continue
+            if marker in _STANDALONE:
+                at += 2
+                continue
+            if marker in (_START_OF_SCAN, _END_OF_IMAGE):
+                scan_components = data[at + 4] if marker == _START_OF_SCAN else 0
+                break
+            (length,) = struct.unpack_from(">H", data, at + 2)
+            if marker in _FRAMES and frame is None:
+                frame = (marker - 0xC0, *struct.unpack_from(">BHHB", data, at + 4))
+            elif marker == EXIF_SEGMENT and data[at + 4 : at + 10] == b"Exif\0\0" and orientation == 1:
+                orientation = _orientation(data[at + 10 : at + 2 + length])
+            at += 2 + length
+        else:
+            raise HeaderTooLong(f"more than {MAX_SEGMENTS:,} segments before its first scan")
+    except (IndexError, struct.error):
+        raise NotAJpeg("ends within its header") from None
+    if frame is None:
+        raise NotAJpeg("no frame header")
+    process, precision, height, width, components = frame
+    multiscan = process not in _SEQUENTIAL or scan_components < components
+    return JpegHeader(height, width, components, precision, process, orientation, at, multiscan)
+
+
+def count_scans(data: bytes, header: JpegHeader, most: int) -> int:
+    """Count the scans of the image, whatever follows it in the file.
+
+    Returns:
+        The number of scans, or an upper bound of it that is at most `MAX_SCANS`; any number above `most` if there are
+        more than that.
+    """
+    if not header.multiscan:
+        return 1
+    # Every scan begins with these two bytes. Metadata and what follows the image may hold them too, so that this is an
+    # upper bound; walking from segment to segment, which is slower, is only needed where the bound does not do.
+    bound = data.count(b"\xff\xda", header.scans_at)
+    return bound if bound <= min(MAX_SCANS, most) else _walk_scans(data, header.scans_at, most)
+
+
+def has_profile(data: bytes, header: JpegHeader) -> bool:
+    """Return whether an ICC profile seems to stand before the first scan (ICC.1, annex B.4)."""
+    return data.find(b"ICC_PROFILE\0", 0, header.scans_at) >= 0
+
+
+def _walk_scans(data: bytes, at: int, most: int) -> int:
+    scans = 0
+    for _ in range(MAX_SEGMENTS):
+        marker = data[at + 1]
+        if marker == _END_OF_IMAGE:
+            return scans
+        scans += marker == _START_OF_SCAN
+        if scans > most or at + 4 > len(data):
+            return scans
+        following = _NEXT_MARKER.search(data, at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
+        if following is None:
+            return scans
+        at = following.start()
+    return most + 1  # segments without end
+
+
+def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
+    """The JPEG with another segment, after its JFIF segment (which has to come first) if it has one."""
+    at = 2
+    if data[2:4] == b"\xff\xe0":
+        at += 2 + int.from_bytes(data[4:6], "big")
+    return data[:at] + bytes((0xFF, marker)) + (2 + len(content)).to_bytes(2, "big") + content + data[at:]
+
+
+def _orientation(tiff: bytes) -> int:
+    """The orientation tag of the first directory of an EXIF block (TIFF 6.0, section 2)."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return 1
+    try:
+        (directory,) = struct.unpack_from(order + "I", tiff, 4)
+        (entries,) = struct.unpack_from(order + "H", tiff, directory)
+        for i in range(entries):
+            tag, kind, _, value = struct.unpack_from(order + "HHIH", tiff, directory + 2 + 12 * i)
+            if tag == _ORIENTATION_TAG and kind == _SHORT and 1 <= value <= 8:
+                return value
+    except struct.error:
+        pass
+    return 1

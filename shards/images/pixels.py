@@ -1,0 +1,165 @@
+"""From whatever an image file holds to 8-bit grey or RGB, as its samples are meant.
+
+- More than 8 bits: the file's own statement of their depth counts (PNG's sBIT, TIFF's BitsPerSample and
+  SMaxSampleValue); without one, the upper 8 bits are kept.
+- Floating point: from 0 to 1, or as TIFF's SMinSampleValue and SMaxSampleValue say.
+- Transparency is laid on white.
+- CMYK and RGB with an ICC profile are converted to sRGB through it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from shards.images.depth import SampleRule, read_statement, sample_rule, samples_of
+from shards.images.formats import PILLOW_FORMATS
+from shards.images.limits import MAX_DECODE_MEMORY
+
+Pixels = NDArray[np.uint8]
+"""uint8 [H, W, C], C = 1 (grey) or 3 (RGB)."""
+
+BAND_PIXELS = 2**20  # converted at a time, so that conversions need no second copy of a large image
+
+_DEEP_BYTES = 14  # per pixel: two decodings of 16-bit RGB, and what comes of them
+_OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of the order of bytes; N: of the machine
+
+
+def plain_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
+    """Convert a loaded image, in bands of rows.
+
+    Args:
+        image: of any mode.
+        data: the file.
+
+    Returns:
+        The pixels, and notes about what could not be kept or applied.
+
+    Raises:
+        Rejected: it is not said which of its samples are black and white.
+    """
+    statement = read_statement(image, data)
+    if image.mode == "F" or image.mode[0] == "I":
+        rule, notes = sample_rule(image, statement, _bands(image))
+        return _converted(image, lambda band: rule.apply(samples_of(band, statement))[:, :, None]), notes
+    if image.mode == "RGB" and statement.stored == 16 and statement.bits is not None and statement.bits > 8:
+        deep = _deep_rgb(image, data, statement.bits)
+        if deep is not None:
+            return deep, []
+    convert, notes = _profile_transform(image)
+    notes += [f"upper 8 of {statement.stored} bits kept"] if statement.stored > 8 else []
+    return _converted(image, lambda band: _plain_band(band, convert)), notes
+
+
+def profile_of(image: Image.Image) -> bytes | None:
+    """The ICC profile of an opened image."""
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and profile else None
+
+
+def to_srgb(pixels: Pixels, profile: bytes | None) -> Pixels:
+    """uint8 [H, W, 3] in a profile's colours to sRGB; as they are where the profile is unusable or sRGB itself."""
+    transform, _ = _transform(profile, "RGB", "RGB ")
+    if transform is None:
+        return pixels
+    return np.asarray(ImageCms.applyTransform(Image.fromarray(pixels), transform))
+
+
+def _bands(image: Image.Image) -> Iterator[Image.Image]:
+    width, height = image.size
+    rows = max(1, BAND_PIXELS // width)
+    if rows >= height:
+        yield image
+        return
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(top + rows, height)))
+        band.info = image.info
+        yield band
+
+
+def _converted(image: Image.Image, convert: Callable[[Image.Image], Pixels]) -> Pixels:
+    pixels: Pixels | None = None
+    top = 0
+    for band in _bands(image):
+        part = convert(band)
+        if len(part) == image.height:
+            return part
+        if pixels is None:
+            pixels = np.empty((image.height, image.width, part.shape[2]), np.uint8)
+        pixels[top : top + len(part)] = part
+        top += len(part)
+    assert pixels is not None
+    return pixels
+
+
+def _plain_band(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Pixels:
+    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    elif image.mode in ("L", "1"):
+        return np.asarray(image.convert("L"))[:, :, None]
+    if transform is not None:
+        image = image if image.mode == transform.input_mode else image.convert(transform.input_mode)
+        return np.asarray(ImageCms.applyTransform(image, transform))
+    return np.asarray(image.convert("RGB"))
+
+
+def _profile_transform(image: Image.Image) -> tuple[ImageCms.ImageCmsTransform | None, list[str]]:
+    """The transform of the image's colours to sRGB, if it needs one, and notes."""
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.buildTransform(lab, srgb, "LAB", "RGB"), []
+    if image.mode == "CMYK":
+        return _transform(profile_of(image), "CMYK", "CMYK")
+    if image.mode in ("RGB", "RGBA", "RGBX", "P", "PA"):
+        return _transform(profile_of(image), "RGB", "RGB ")
+    return None, []
+
+
+def _transform(profile: bytes | None, mode: str, space: str) -> tuple[ImageCms.ImageCmsTransform | None, list[str]]:
+    if profile is None:
+        return None, []
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if opened.profile.xcolor_space != space:
+            return None, ["ICC profile of other colours not applied"]
+        if "sRGB" in (opened.profile.profile_description or ""):
+            return None, []
+        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB"), []
+    except (OSError, ImageCms.PyCMSError, ValueError, TypeError):
+        return None, ["damaged ICC profile not applied"]
+
+
+def _deep_rgb(image: Image.Image, data: bytes, bits: int) -> Pixels | None:
+    """16-bit RGB whose samples have fewer bits than that; None where they fill all 16.
+
+    Pillow keeps the upper byte of each sample: the lower one is decoded as if the order of bytes were the other.
+    """
+    width, height = image.size
+    if width * height * _DEEP_BYTES > MAX_DECODE_MEMORY or np.asarray(image).max() >= 1 << (bits - 8):
+        return None
+    other = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+    if other.size != image.size:
+        return None
+    tiles = []
+    for tile in other.tile:
+        args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        mode, _, order = str(args[0]).partition(";")
+        if mode != "RGB" or order not in _OTHER_BYTE:
+            return None
+        named = f"RGB;{_OTHER_BYTE[order]}"
+        tiles.append(tile._replace(args=(named, *args[1:]) if isinstance(tile.args, tuple) else named))
+    other.tile = tiles
+    other.load()
+    rule = SampleRule.of_bits(bits)
+    pixels = np.empty((height, width, 3), np.uint8)
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        box = (0, top, width, min(top + rows, height))
+        upper, lower = (np.asarray(one.crop(box)).astype(np.uint16) for one in (image, other))
+        pixels[box[1] : box[3]] = rule.apply(upper << 8 | lower)
+    return pixels

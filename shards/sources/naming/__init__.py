@@ -1,0 +1,1 @@
+"""What names of folders, files and lists say: splits, classes and labels."""

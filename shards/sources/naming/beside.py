@@ -1,0 +1,78 @@
+"""What stands beside the archives of a source: indexes of theirs, lists, and images that are not used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from shards.convert.listing import display_name
+from shards.convert.rejects import REJECTS_NAME
+from shards.format.manifest import MANIFEST_NAME
+from shards.sources.naming.split_lists import doubts_about_lists, splits_of_list
+from shards.sources.scan import Layout
+from shards.sources.unused import UnusedFiles
+from shards.sources.walk import MAX_DEPTH, is_shard_set, look
+
+TAR_INDEX = "index of a tar that is used"
+PART_OF_SET = "belongs to the shard set that is read"
+_INDEX_SUFFIX = ".idx"  # as DALI's wds2idx writes them, and this project beside its shards
+_SET_FILES = (MANIFEST_NAME.encode(), REJECTS_NAME.encode())
+_SET_SUFFIXES = (b".index.npy", b".beton")
+
+
+def look_beside(
+    source: Path, used: Collection[Path], layout: Layout, splits: Collection[str], unused: UnusedFiles
+) -> list[str]:
+    """Count the files below a source of archives that are none of those in use; return doubts about them.
+
+    Args:
+        source: the folder; a single file has nothing beside it.
+        used: the archives.
+        layout: as which they are read.
+        splits: of which they are.
+    """
+    if source.is_file():
+        return []
+    is_set = is_shard_set(bytes(source))
+    images: list[bytes] = []
+    lists: list[Path] = []
+    pending, seen = [source], set()
+    while pending:
+        folder = pending.pop()
+        status = folder.stat()
+        if (status.st_dev, status.st_ino) in seen or len(folder.relative_to(source).parts) > MAX_DEPTH:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        contents = look(folder)
+        below = b"" if folder == source else os.fsencode(folder.relative_to(source)) + b"/"
+        contents.add_to(unused, below, folder)
+        images += [below + name for name in contents.images]
+        for name in [*contents.images, *contents.files]:
+            path = folder / os.fsdecode(name)
+            if path in used:
+                continue
+            if path.suffix == _INDEX_SUFFIX and path.with_suffix(".tar") in used:
+                unused.add(TAR_INDEX, below + name)
+            elif is_set and folder == source and (name in _SET_FILES or name.endswith(_SET_SUFFIXES)):
+                unused.add(PART_OF_SET, below + name)
+            else:
+                unused.add("beside the files that are used", below + name)
+                lists += [path] if splits_of_list(path.name) else []
+        pending += [folder / os.fsdecode(name) for name in reversed(contents.folders)]
+    return [*_images_beside(source, used, layout, images), *doubts_about_lists(lists, splits)]
+
+
+def _images_beside(source: Path, used: Collection[Path], layout: Layout, images: list[bytes]) -> list[str]:
+    if not images:
+        return []
+    archives = sorted(used)
+    folders = {path.split(b"/")[-2] for path in images if b"/" in path}
+    read_folders = (
+        "--from folder reads class folders instead" if len(folders) > 1 else "move out of it what is not meant"
+    )
+    more = f" and {len(archives) - 1:,} more" if len(archives) > 1 else ""
+    return [
+        f"{source}: read as {layout} because of {archives[0]}{more}, so {len(images):,} images beside that (such as "
+        f"{display_name(images[0])}) are not used; {read_folders}"
+    ]
