@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import WAYS, step
-from launch.config.recipe import DataRecipe, Recipe
+from launch.config.data import DataConfig
+from launch.config.recipe import Recipe
 from launch.feed import Feed
 from launch.machine.device_peaks import settle
 from launch.machine.world import World
@@ -82,7 +83,7 @@ def kernel_times(model: str, way: str, options: argparse.Namespace) -> dict[str,
 
 def loader_times(model: str, augment: str, options: argparse.Namespace) -> dict[str, Any]:
     """The training loader alone: kernels of a batch by time, most first. It runs ahead, by as much when it ends."""
-    data = DataRecipe(data=options.loader, global_batch=options.batch, size=options.size, augment=augment)
+    data = DataConfig(data=options.loader, global_batch=options.batch, size=options.size, augment=augment)
     device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu")
     feed = Feed.of(Recipe(data=data), World(0, 1, 0, 1, device))
     with feed.train_loader(step=0, dtype=getattr(torch, options.dtype)) as batches:

@@ -38,7 +38,9 @@ import fat
 from benchmarks.gpu_run.parts import PEERS
 from benchmarks.model import DEVICE, free, machine, reason
 from benchmarks.step import build
-from launch.config.recipe import DataRecipe, Recipe, RunRecipe
+from launch.config.data import DataConfig
+from launch.config.engine import CompileConfig, ParallelConfig
+from launch.config.recipe import Recipe
 from launch.engine.engine import Engine
 from launch.machine.device_peaks import settle
 from launch.machine.provenance import versions
@@ -145,8 +147,11 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
 def engine_of(model: nn.Module, way: str, world: World, options: argparse.Namespace) -> Engine:
     """The engine as training has it on one GPU."""
     mode: Any = "cudagraphs" if way == "graph" else "off"
-    run = RunRecipe(zero=0, compile=mode, tuned="off")
-    recipe = Recipe(run=run, data=DataRecipe(global_batch=options.batch, size=options.size))
+    recipe = Recipe(
+        parallel=ParallelConfig(zero=0),
+        compile=CompileConfig(compile=mode),
+        data=DataConfig(global_batch=options.batch, size=options.size),
+    )
     return Engine(model, recipe, world, micro_batch=options.batch, accumulation=1)
 
 

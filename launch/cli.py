@@ -61,16 +61,13 @@ class _Training:
     """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
     cache_shared: bool = False
     """All users in the group of that folder use one cache, instead of one each."""
-    tuned: str = "auto"
-    """File of what was measured on this machine. auto = $FAT_TUNED, else ~/.cache/fat-pipeline/tuned.json
-    ($XDG_CACHE_HOME, if set); off = none."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
-    def _recipe(self, **run: Any) -> Any:
-        """The recipe (launch.config.recipe.Recipe); `run`: fields of its part of that name."""
+    def _recipe(self, *, zero: Any, compile: Any = None) -> Any:
+        """The recipe (`launch.config.recipe.Recipe`)."""
         import dataclasses
 
         import torch
@@ -89,8 +86,9 @@ class _Training:
             global_batch=self.batch_size or (256 if torch.cuda.is_available() else 16),
             loader=self.loader,
         )
-        how = dataclasses.replace(base.run, precision=self.precision, tuned=self.tuned, **run)
-        return dataclasses.replace(base, data=data, run=how)
+        parallel = dataclasses.replace(base.parallel, precision=self.precision, zero=zero)
+        how = dataclasses.replace(base.compile, compile=compile)
+        return dataclasses.replace(base, data=data, parallel=parallel, compile=how)
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,8 @@ class Bench(_Training):
 
     steps: Annotated[int, Interval(ge=1, le=1_000_000)] | None = None
     """Steps per round of each measurement; there are three rounds. None = 30 on a GPU, 6 on CPUs."""
-    compile: Literal["off", "cudagraphs", "auto", "default", "reduce-overhead", "max-autotune"] | None = None
-    """cudagraphs, or a torch.compile mode. None = what was measured on this machine, else cudagraphs on GPUs and off on
-    CPUs; auto = measure, where it was not."""
+    compile: Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"] | None = None
+    """cudagraphs, or a torch.compile mode. None = cudagraphs on GPUs and off on CPUs."""
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
     """DeepSpeed ZeRO stage; 0 = plain. auto = 0, as in training with one process."""
     decoder_check: bool = True
@@ -153,8 +150,7 @@ class Tune(_Training):
     def run(self) -> int:
         import dataclasses
 
-        from launch.tuning.command import tune
-        from launch.tuning.tuned import PARTS
+        from launch.tuning.command import PARTS, tune
 
         recipe = self._recipe(zero=self.zero)
         rows = recipe.data.global_batch

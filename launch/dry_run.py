@@ -16,9 +16,11 @@ from launch.engine.execution import Execution, choose
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
+from launch.jpeg_decoder import with_decoder
+from launch.machine.provenance import device_name
 from launch.machine.world import World
 from launch.run.folder import goes_on
-from launch.tuning.choices import Choices, resolve
+from launch.run.saved_recipe import inherit_options, read_previous_start
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -32,6 +34,10 @@ def show_run(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: recipe, data and world do not fit together.
     """
+    saved, messages = read_previous_start(recipe.run.out, world) if goes_on(recipe) else (None, [])
+    if saved is not None:
+        recipe, inherited = inherit_options(recipe, saved, device_name(world.device), world.cores)
+        messages += inherited
     feed = Feed.of(recipe, world)
     try:
         check_batches_fit(feed)
@@ -42,18 +48,19 @@ def show_run(recipe: Recipe, world: World) -> None:
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     notes = load_initial_weights(model, recipe, feed.class_list)
-    recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
+    feed, decoder = with_decoder(feed, began=None if saved is None else saved.recipe.data.loader.dali.hw_decoder_load)
     if world.is_main:
-        print(*map(printable, (*notes, *choices.notes)), describe_run(recipe, feed, model, choices), sep="\n")
+        messages += [*notes, *(decoder.messages if decoder else ())]
+        print(*map(printable, messages), describe_run(recipe, feed, model), sep="\n")
 
 
-def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> str:
+def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
     """Steps, learning rates, memory, checkpoint size and, if the run folder knows a speed, the time; as text.
 
     Reads the data set's manifest and the run folder, writes nothing.
     """
     plan, shape, world = feed.plan, feed.shape, feed.world
-    zero, precision = choose(recipe, world.device, ranks=world.size)
+    zero, precision = choose(recipe.parallel, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
     cost = fat.count(model, recipe.data.size)
     state = 4 * cost.parameters
@@ -67,8 +74,11 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
         Text(f"{plan.samples:,} images, {feed.classes:,} classes, {printable(feed.dataset.path)}", overflow="fold"),
     )
     table.add_row("engine", f"{f'ZeRO-{zero}' if zero else 'plain'}, {precision}, {world.size} x {world.device.type}")
+    execution = Execution.of(recipe, world.device, accumulation=shape.accumulation, ranks=world.size)
     table.add_row(
-        "choices", Text("\n".join(printable(f"{source}: {values}") for source, values in choices.picks.items()))
+        "execution",
+        f"compile {execution.compile}, memory format {execution.memory_format}, "
+        f"optimizer {execution.optimizer_impl}, kernels {execution.kernels}",
     )
     table.add_row(
         "batch",
@@ -77,7 +87,7 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any, choices: Choices) -> st
     )
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
     table.add_row("left out", f"{plan.samples % plan.global_batch} images per epoch, other ones every time")
-    rate = rate_of(recipe, plan.steps_per_epoch)
+    rate = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     steps = sorted({round(i * (total - 1) / (SAMPLED_RATES - 1)) for i in range(SAMPLED_RATES)})
     table.add_row("learning rate", "\n".join(f"step {step:>9,}  {rate(step):.3e}" for step in steps))
     table.add_row("parameters", f"{cost.parameters:,}")

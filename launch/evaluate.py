@@ -28,7 +28,7 @@ from rich.text import Text
 import fat
 from fat.kernels.prefill.work import evaluation
 from launch.class_mapping import ClassMapping, map_classes
-from launch.config.data import CropPct, DataRecipe, ModelSide
+from launch.config.data import CropPct, DataConfig, ModelSide
 from launch.engine.kernel_check import check_kernels
 from launch.engine.loss import count_correct
 from launch.evaluated_model import load_model
@@ -88,7 +88,7 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     if command.json is not None:
         check_output(command.json, "--json")
     world = connect()
-    dataset = DataRecipe(data=command.data, set_digest=command.set_digest).open()
+    dataset = DataConfig(data=command.data, set_digest=command.set_digest).open()
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
     found = load_model(command.model, average=command.average)

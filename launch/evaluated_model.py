@@ -12,7 +12,7 @@ import torch
 
 import fat
 from fat.config import VARIANTS
-from launch.config.data import DataRecipe
+from launch.config.data import DataConfig
 from launch.engine.zero_state import AVERAGE
 from launch.run.checkpoint import META, Checkpoint, CheckpointFolder, open_checkpoint
 from launch.run.saved_recipe import RECIPE_NAME, full_classes, read_saved_run
@@ -66,7 +66,7 @@ def _of_weights(path: Path) -> EvaluatedModel:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = fat.load_model(path)
-    info, usual = fat.read_info(path), DataRecipe()
+    info, usual = fat.read_info(path), DataConfig()
     notes = [str(warning.message) for warning in caught]
     if info.size is None:
         notes.append(f"{path} does not say at which image size it was trained; without --size, {usual.size} is used")

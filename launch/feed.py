@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 import fat
-from launch.config.recipe import Recipe, RecipeError
+from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.machine.world import World
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader

@@ -6,7 +6,7 @@ Two decoders round differently (`pipeline.decode.hardware`), so what a run is fe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -24,7 +24,22 @@ class DecoderChoice:
 
     load: float
     reason: str
-    notes: list[str]
+    messages: list[str]
+
+
+def with_decoder(feed: Feed, *, began: float | None) -> tuple[Feed, DecoderChoice | None]:
+    """Choose `hw_decoder_load` for all ranks, and return the feed with it; None where DALI does not decode on a GPU.
+
+    Collective.
+
+    Args:
+        began: what the run began with, if this start resumes it.
+    """
+    if not decodes_on_gpu(feed):
+        return feed, None
+    loader = feed.recipe.data.loader
+    choice = choose_load(engines_of(feed.world), given=loader.dali.hw_decoder_load, began=began)
+    return feed.with_loader(dali=replace(loader.dali, hw_decoder_load=choice.load)), choice
 
 
 def decodes_on_gpu(feed: Feed) -> bool:
@@ -54,25 +69,25 @@ def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: fl
     without = next(((rank, engine.found) for rank, engine in enumerate(engines) if not engine.usable), None)
     able = without is None
     lacking = f"rank {without[0]} cannot use a JPEG engine ({without[1]})" if without else ""
-    notes = []
+    messages = []
     if given is not None:
         load, reason = given, "given"
         if load > 0 and not able:
-            notes.append(f"warning: --hw-decoder-load {load:g}: {lacking}; the CUDA decoder decodes its images")
+            messages.append(f"warning: --hw-decoder-load {load:g}: {lacking}; the CUDA decoder decodes its images")
     elif began is None:
         load, reason = (1.0 if able else 0.0), (engines[0].found if able else lacking)
         if not able and any(engine.usable for engine in engines):
-            notes.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
+            messages.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
     elif began > 0 and not able:
         load, reason = 0.0, lacking
     else:
         load, reason = began, "as the run began"
     if began is not None and load != began:
         why = f" ({lacking})" if lacking and given is None else ""
-        notes.append(
+        messages.append(
             f"warning: JPEGs were decoded by the {decoders_in_words(began)} when the run began, and now are by the "
             f"{decoders_in_words(load)}{why}: {ROUNDING}"
         )
     if shared := sharing_warning(load):
-        notes.append(shared)
-    return DecoderChoice(load, reason, notes)
+        messages.append(shared)
+    return DecoderChoice(load, reason, messages)

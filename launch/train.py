@@ -27,6 +27,8 @@ from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.engine.sync_batchnorm import check_values_per_channel
 from launch.feed import Feed
+from launch.jpeg_decoder import with_decoder
+from launch.machine.provenance import device_name
 from launch.machine.world import World, connect, run_command
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, Request, deadline
@@ -36,9 +38,9 @@ from launch.run.checkpoint import SCORED, CheckpointFolder, Scored
 from launch.run.folder import CHECKPOINTS, RunFolder, goes_on
 from launch.run.lock import FolderLock
 from launch.run.metrics import Tracker
+from launch.run.saved_recipe import inherit_options, read_previous_start
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from launch.run.trackers import start_trackers
-from launch.tuning.choices import resolve
 from shards.redact import printable
 
 
@@ -52,7 +54,12 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
         Preempted: the run was asked to leave, and has been saved.
     """
-    leave_at = deadline(recipe.run, started=time.monotonic())
+    resumes = goes_on(recipe)
+    saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])
+    if saved is not None:
+        recipe, inherited = inherit_options(recipe, saved, device_name(world.device), world.cores)
+        messages += inherited
+    leave_at = deadline(recipe.preempt, started=time.monotonic())
     feed = Feed.of(recipe, world)
     check_batches_fit(feed)
     check_values_per_channel(recipe, feed.shape.micro_rows, world)
@@ -60,28 +67,39 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     loaded = load_initial_weights(model, recipe, feed.class_list)
-    trackers = start_trackers(recipe, world, goes_on=bool(recipe.run.tracker) and goes_on(recipe))
+    trackers = start_trackers(recipe, world, goes_on=resumes)
     lock.take(world, make=True)
     verdict = check_recipe(recipe, feed, model)  # before anything is compiled or captured
-    recipe, feed, choices = resolve(recipe, feed, model, goes_on=goes_on(recipe))
+    began = None if saved is None else saved.recipe.data.loader.dali.hw_decoder_load
+    feed, decoder = with_decoder(feed, began=began)
+    recipe = feed.recipe
     shape = feed.shape
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    folder = RunFolder(recipe, feed, engine, choices, verdict)
+    folder = RunFolder(recipe, feed, engine, verdict)
     progress, story = folder.resume()
     with (
         folder,
         Tracker(recipe, feed, engine, progress, trackers) as tracker,
         Preemption(folder.path, world, deadline=leave_at) as preemption,
-        Watchdog(folder.path, world, timeout=recipe.run.stall_timeout) as watchdog,
+        Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
         feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
         feed.eval_loader(dtype=engine.input_dtype) as evaluation,
     ):
         tracker.begin(
-            *(*story, *(() if progress.step else loaded), *choices.notes, *engine.notes, *feed.advice()),
-            picks=engine.picks | verdict.picks | loader.picks | choices.picks,
+            *(
+                *story,
+                *(() if progress.step else loaded),
+                *messages,
+                *(decoder.messages if decoder else ()),
+                *engine.notes,
+                *feed.advice(),
+            ),
+            picks=engine.picks | verdict.picks | loader.picks,
         )
-        guards = Guards(engine, max_bad_steps=recipe.run.max_bad_steps, compare_every=recipe.run.compare_every)
-        rate = rate_of(recipe, feed.plan.steps_per_epoch)
+        guards = Guards(
+            engine, max_bad_steps=recipe.watchdog.max_bad_steps, compare_every=recipe.watchdog.compare_every
+        )
+        rate = rate_of(recipe.optim, global_batch=feed.plan.global_batch, steps_per_epoch=feed.plan.steps_per_epoch)
 
         def settle() -> None:
             """Read the device: judge and log the steps since the last time."""
@@ -117,8 +135,8 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
 
             done, ends = feed.plan.at(step + 1), step + 1 == feed.last_step
             evaluates = ends or (done.step == 0 and done.epoch % recipe.run.eval_every == 0)
-            saves = evaluates or (step + 1) % (recipe.run.save_every or sys.maxsize) == 0
-            if saves or (step + 1) % recipe.run.log_every == 0:
+            saves = evaluates or (step + 1) % (recipe.checkpoint.save_every or sys.maxsize) == 0
+            if saves or (step + 1) % recipe.log.log_every == 0:
                 settle()
             if saves:
                 top1 = evaluate(step + 1) if evaluates and evaluation is not None else None
@@ -141,10 +159,10 @@ def main() -> int:
 
 def begin(recipe: Recipe) -> int:
     """The run of a recipe; returns the exit status."""
-    lock = FolderLock(recipe.run.out, wait=recipe.run.lock_seconds)
+    lock = FolderLock(recipe.run.out, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
 
     def run() -> int:
-        world = connect(near_gpu=recipe.run.near_gpu)
+        world = connect(numa_binding=recipe.parallel.numa_binding)
         if recipe.run.dry_run:
             show_run(recipe, world)
             return 0

@@ -1,8 +1,7 @@
 """Loader options: they change how fast and how patient a loader is, never which samples and augmentations it delivers.
 
-Pixels depend on which decoder decodes: `loader` and `hw_decoder_load`. Options left open (None) come to what was
-measured on the machine ('pipeline tune'), else to the defaults of `Settings`; `hw_decoder_load` is chosen by the device
-(`pipeline.decode.hardware`).
+Pixels depend on which decoder decodes: `loader` and `hw_decoder_load`. Options left open (None) come to the
+defaults of `Settings`; `hw_decoder_load` is chosen by the device (`pipeline.decode.hardware`).
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from annotated_types import Interval
 
 from shards.cores import cores
 from shards.errors import UserError
+from shards.option_help import default
 from shards.ranges import Share, check_ranges
 from shards.redact import printable
 
@@ -60,14 +60,12 @@ class Settings:
 class DaliOptions:
     """How DALI decodes on a GPU."""
 
-    hw_decoder_load: Share | None = None
+    hw_decoder_load: Annotated[Share | None, default("1 where every rank can use such an engine, else 0")] = None
     """Share of each batch given to the GPU's JPEG engine; the CUDA decoder decodes the rest, and rounds differently.
-    None = 1 where every rank can use such an engine, else 0: pixels then do not depend on a sample's place in its
-    batch, as they do at any value between."""
-    preallocate_width: JpegSide | None = None
-    """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first. None
-    = what was measured, else 0."""
-    preallocate_height: JpegSide | None = None
+    At any value between 0 and 1, pixels depend on a sample's place in its batch."""
+    preallocate_width: Annotated[JpegSide | None, default("0")] = None
+    """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first."""
+    preallocate_height: Annotated[JpegSide | None, default("0")] = None
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -90,14 +88,14 @@ class LoaderOptions:
     bad_samples: str = "raise"
     """What happens at a sample whose bytes are damaged or gone. raise = the run stops; skip:N = another sample takes
     its place (in an evaluation it is left out), for up to N such samples on a rank."""
-    read_threads: ReadThreads | None = None
-    """Threads that read shards; more hide the latency of slow file systems. None = what was measured, else 32."""
-    read_ahead: Ahead | None = None
-    """Batches whose bytes are read before the decoder asks for them. None = what was measured, else 4."""
-    decode_threads: DecodeThreads | None = None
-    """Threads of this rank that decode. None = what was measured, else its share of the machine's cores."""
-    decode_ahead: AtLeastOneAhead | None = None
-    """Batches that are decoded at once. None = what was measured, else 2."""
+    read_threads: Annotated[ReadThreads | None, default("32")] = None
+    """Threads that read shards; more hide the latency of slow file systems."""
+    read_ahead: Annotated[Ahead | None, default("4")] = None
+    """Batches whose bytes are read before the decoder asks for them."""
+    decode_threads: Annotated[DecodeThreads | None, default("the rank's share of the machine's cores")] = None
+    """Threads of this rank that decode."""
+    decode_ahead: Annotated[AtLeastOneAhead | None, default("2")] = None
+    """Batches that are decoded at once."""
     ready: AtLeastOneAhead = 2
     """Finished batches that wait on the device."""
     check_hashes: bool = True

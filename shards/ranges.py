@@ -29,6 +29,8 @@ SHOWN = 60  # characters of a value in a message
 
 Share = Annotated[float, Interval(ge=0, le=1)]
 """A share or a probability."""
+Decay = Annotated[float, Interval(ge=0, lt=1)]
+"""A decay rate, or a share that may not be the whole."""
 Seed = Annotated[int, Interval(ge=0, lt=1 << 63)]
 Steps = Annotated[int, Interval(ge=1, le=10**12)]
 """Optimiser steps; no training has more."""

@@ -47,7 +47,10 @@ def training(
     model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
     guards = Guards(engine, max_bad_steps=10, compare_every=0)
-    rate, numbers = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
+    rate, numbers = (
+        rate_of(recipe.optim, global_batch=feed.plan.global_batch, steps_per_epoch=feed.plan.steps_per_epoch),
+        itertools.count(),
+    )
     out.mkdir(parents=True, exist_ok=True)
 
     with (

@@ -28,11 +28,11 @@ from launch.engine.kernel_check import check_recipe
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
+from launch.jpeg_decoder import with_decoder
 from launch.machine.device_peaks import limits_of, settle
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
 from launch.machine.world import connect, disconnect
 from launch.run.data_wait import DataWait
-from launch.tuning.choices import resolve
 from pipeline.batch import Batch, timed_event
 from pipeline.decode.choose import chosen_loader
 from pipeline.jobs import open_reader
@@ -67,13 +67,14 @@ def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
         check_batches_fit(feed)
         model, shape = build_model(recipe, feed.classes), feed.shape
         verdict = check_recipe(recipe, feed, model)
-        recipe, feed, choices = resolve(recipe, feed, model, goes_on=False)
+        feed, decoder = with_decoder(feed, began=None)
+        recipe = feed.recipe
         engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-        for note in (*choices.notes, *engine.notes):
+        for note in (*(decoder.messages if decoder else ()), *engine.notes):
             print(printable(note), file=sys.stderr)
         figures = _figures(recipe, feed, engine, steps)
         decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
-        settings = figures.settings | verdict.picks | choices.picks
+        settings = figures.settings | verdict.picks
         return dataclasses.replace(figures, settings=settings, decoders=decoders)
     finally:
         disconnect()
@@ -182,7 +183,10 @@ def _median(phases: list[Phase]) -> Phase:
 
 def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
     device, shape = engine.world.device, feed.shape
-    rate, number = rate_of(recipe, feed.plan.steps_per_epoch), itertools.count()
+    rate, number = (
+        rate_of(recipe.optim, global_batch=feed.plan.global_batch, steps_per_epoch=feed.plan.steps_per_epoch),
+        itertools.count(),
+    )
 
     def step(batch: Batch) -> None:
         at = next(number)

@@ -1,4 +1,4 @@
-"""Command line and TOML files -> a recipe."""
+"""Parse the command line and TOML files into a recipe."""
 
 from __future__ import annotations
 
@@ -15,11 +15,23 @@ from typing import Annotated, Any
 import tyro
 from pydantic import TypeAdapter, ValidationError
 
-from launch.config.recipe import VARIANTS, Recipe, RecipeError, Variant
+from launch.config.errors import RecipeError
+from launch.config.model import Variant
+from launch.config.recipe import VARIANTS, Recipe
 from shards.errors import UserError
 from shards.schema import first_fact
 
 MAX_BYTES = 1 << 20  # of a recipe file
+
+
+RecipeFiles = Annotated[
+    tyro.conf.UseAppendAction[tuple[Path, ...]],
+    tyro.conf.arg(
+        help="TOML file of options, in the sections [model], [data], [optim] and so on, as grouped below. May be given "
+        "several times: later files override earlier ones, and the command line overrides all.",
+        help_behavior_hint="(repeatable)",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,11 +39,11 @@ class _Start:
     """Read before the rest: they choose the defaults that the other options override."""
 
     variant: Variant = "b0"
-    recipe: Path | None = None
+    recipe: RecipeFiles = ()
 
 
 def parse(args: Sequence[str] | None = None) -> Recipe:
-    """The recipe that a command line asks for: variant, then `--recipe FILE`, then single options.
+    """Return the recipe of a command line: the variant's, then every `--recipe FILE` in order, then single options.
 
     Raises:
         RecipeError: an unreadable recipe file or contradictory options.
@@ -43,16 +55,12 @@ def parse(args: Sequence[str] | None = None) -> Recipe:
         _Start, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
     )
     default = VARIANTS[start.variant]()
-    if start.recipe is not None:
-        default = with_file(default, start.recipe)
+    for path in start.recipe:
+        default = with_file(default, path)
     full = dataclasses.make_dataclass(
         "TrainCommand",
         [
-            (
-                "recipe",
-                Annotated[Path | None, tyro.conf.arg(help="TOML file with sections [model], [data], [optim], [run].")],
-                None,
-            ),
+            ("recipe", RecipeFiles, ()),
             ("all", Annotated[Recipe, tyro.conf.arg(name="")], default),
         ],
         frozen=True,

@@ -1,4 +1,4 @@
-"""What a run is fed, as a frozen dataclass with a docstring per field; a part of `launch.config.recipe`."""
+"""What a run is fed: the shard set, the order of samples and their augmentation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from launch.config.errors import RecipeError
 from pipeline.augment.recipe import Alpha, AugmentRecipe, CropShare, augment_recipe
 from pipeline.loader import CROP_PCT, LoaderOptions
 from pipeline.plan import DEFAULT_WINDOW
 from pipeline.storage.remote_client import check_url, is_remote
 from pipeline.storage.remote_set import open_set
-from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.format.pinned import ManifestDigest, split_pin
+from shards.option_help import default
 from shards.ranges import Batch, Share, check_ranges
 
 DEFAULT_DATA = Path("imagenet-shards")
@@ -26,54 +27,50 @@ ModelSide = Annotated[int, Interval(ge=32, le=8192)]
 CropPct = Annotated[float, Interval(ge=0.1, le=1)]
 
 
-class RecipeError(UserError):
-    """Options that contradict one another or make no sense."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class DataRecipe:
+class DataConfig:
     """What the run is fed."""
 
-    data: str | None = None
-    """Shard set made by 'pipeline shard': a folder, or a URL (s3://, https://, what fsspec knows). None = $FAT_DATA,
-    else ./imagenet-shards."""
-    set_digest: str | None = None
+    data: Annotated[str | None, default("$FAT_DATA, else ./imagenet-shards")] = None
+    """Shard set made by 'pipeline shard': a folder, or a URL (s3://, https://, what fsspec knows)."""
+    set_digest: Annotated[str | None, default("not checked")] = None
     """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
     behind the set's location."""
-    cache: Path | None = None
-    """Folder on a local disk in which a remote set is staged, once per node, in a subfolder of the cache's own. None =
-    $FAT_CACHE, else the temporary folder."""
-    cache_size: Annotated[float, Interval(gt=0, le=10**9)] | None = None
-    """Room in the cache in GiB. None = four fifths of what is free there."""
+    cache: Annotated[Path | None, default("$FAT_CACHE, else the temporary folder")] = None
+    """Folder on a local disk in which a remote set is staged, once per node, in a subfolder of the cache's own."""
+    cache_size: Annotated[
+        Annotated[float, Interval(gt=0, le=10**9)] | None, default("four fifths of what is free there")
+    ] = None
+    """Room in the cache in GiB."""
     cache_shared: bool = False
     """All users in the group of the cache's folder use one cache, instead of one each."""
     size: ModelSide = 224
     """Side of the images in pixels."""
     global_batch: Batch = 1024
     """Images per optimiser step over all ranks. Part of the run: it cannot change on resume."""
-    micro_batch: Batch | None = None
-    """Images per forward pass of a rank; gradients are accumulated over the rest. None = all of the rank's at once."""
-    eval_batch: Batch | None = None
-    """Images per rank and evaluation step. None = the rank's rows of a global batch, at most 256."""
-    lanes: Batch | None = None
-    """Contiguous streams that every batch is mixed from. None = the largest divisor of half the batch up to 64."""
+    micro_batch: Annotated[Batch | None, default("all of the rank's images at once")] = None
+    """Images per forward pass of a rank; gradients are accumulated over the rest."""
+    eval_batch: Annotated[Batch | None, default("the rank's rows of a global batch, at most 256")] = None
+    """Images per rank and evaluation step."""
+    lanes: Annotated[Batch | None, default("the largest divisor of half the batch up to 64")] = None
+    """Contiguous streams that every batch interleaves."""
     window: Annotated[int, Interval(ge=1, le=10**9)] = DEFAULT_WINDOW
     """Samples among which each stream shuffles."""
     augment: Literal["fat", "light", "none"] = "fat"
     """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
-    crop_scale: tuple[CropShare, CropShare] | None = None
+    crop_scale: Annotated[tuple[CropShare, CropShare] | None, default("that of --augment")] = None
     """Area of the random crop, as shares of the image."""
     crop_pct: CropPct = CROP_PCT
     """Share of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""
-    flip: Share | None = None
+    flip: Annotated[Share | None, default("that of --augment")] = None
     """Probability of a horizontal flip."""
-    rand_augment: str | None = None
+    rand_augment: Annotated[str | None, default("that of --augment")] = None
     """RandAugment in timm's syntax, such as rand-m9-mstd0.5-inc1; '' = off."""
-    erase: Share | None = None
+    erase: Annotated[Share | None, default("that of --augment")] = None
     """Probability of random erasing."""
-    mixup: Alpha | None = None
+    mixup: Annotated[Alpha | None, default("that of --augment")] = None
     """Mixup's alpha; 0 = off."""
-    cutmix: Alpha | None = None
+    cutmix: Annotated[Alpha | None, default("that of --augment")] = None
     """Cutmix's alpha; 0 = off."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from launch.config.recipe import RecipeError
+from launch.config.errors import RecipeError
 from launch.machine.world import World
 
 FOLDER = Path(__file__).resolve().parents[1] / "zero"

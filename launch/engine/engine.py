@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import fat.kernels
-from launch.config.recipe import Recipe, RecipeError
+from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.engine.accelerate import wrap
 from launch.engine.execution import Execution, choose
 from launch.engine.graphs import RECORDERS, GraphedModel
@@ -61,11 +62,11 @@ class Engine:
         self.world = world
         # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.zero, self.precision = choose(recipe, world.device, ranks=world.size)
+        self.zero, self.precision = choose(recipe.parallel, world.device, ranks=world.size)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
         model = self.execution.lay_out(model.to(world.device))
-        model = synchronise_norms(model, recipe.run.sync_bn, world)
+        model = synchronise_norms(model, recipe.parallel.sync_bn, world)
         self.execution.compile_whole(model)
         # Before wrapping: wrappers call `model.forward` as they find it.
         graphed = self.execution.compile == "cudagraphs"
@@ -76,7 +77,7 @@ class Engine:
         optim = recipe.optim
         kind = OPTIMIZERS[optim.optimizer]
         groups = parameter_groups(model, optim.weight_decay)
-        optimizer = kind.build(groups, optim.betas, optim.eps, self.execution.optimizer_form)
+        optimizer = kind.build(groups, optim.betas, optim.eps, self.execution.optimizer_impl)
         self._wrapped, self._optimizer = wrap(
             model,
             optimizer,
@@ -116,7 +117,7 @@ class Engine:
             "compile": self._compile_mode,
             "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
             "kernels": "FAT's own" if fat.kernels.available(self.world.device.type) else "torch's",
-            "optimiser": f"{how.optimizer_form} {self._recipe.optim.optimizer}",
+            "optimiser": f"{how.optimizer_impl} {self._recipe.optim.optimizer}",
             "BatchNorm": "frozen" if self._frozen else over,
         }
 

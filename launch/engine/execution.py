@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 import fat.kernels
-from launch.config.recipe import Form, Recipe, RecipeError
+from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
+from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.engine.graphs import RECORDERS
 from launch.engine.sync_batchnorm import over_ranks
 from shards.errors import UserError
@@ -20,7 +22,6 @@ from shards.files.ownership import user_name
 from shards.files.private_folder import make_private
 from shards.files.temporary import temporary_folder
 
-Format = Literal["channels-last", "contiguous"]
 Switch = fat.kernels.Mode
 Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"]
 
@@ -29,14 +30,16 @@ FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_
 GRAPHS = ("reduce-overhead", "max-autotune")  # of the compiler: neither with accumulation nor unasked on several ranks
 
 
-def choose(recipe: Recipe, device: torch.device, *, ranks: int) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
-    """Return the ZeRO stage and the precision of a recipe on `ranks` processes with such a device.
+def choose(
+    parallel: ParallelConfig, device: torch.device, *, ranks: int
+) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
+    """Return the ZeRO stage and the precision on `ranks` processes with such a device.
 
     ZeRO `auto` is 1 on several GPUs and 0 elsewhere: one process has nothing to shard.
     """
     cuda = device.type == "cuda"
-    zero = (1 if cuda and ranks > 1 else 0) if recipe.run.zero == "auto" else recipe.run.zero
-    precision = ("bf16" if cuda else "fp32") if recipe.run.precision == "auto" else recipe.run.precision
+    zero = (1 if cuda and ranks > 1 else 0) if parallel.zero == "auto" else parallel.zero
+    precision = ("bf16" if cuda else "fp32") if parallel.precision == "auto" else parallel.precision
     return zero, precision
 
 
@@ -44,12 +47,12 @@ def choose(recipe: Recipe, device: torch.device, *, ranks: int) -> tuple[Literal
 class Execution:
     """One way to run a model."""
 
-    memory_format: Format
+    memory_format: MemoryFormat
     """Of the weights."""
     kernels: Switch
     """FAT's own kernels; "unchecked" = without comparing them with torch first."""
     compile: Mode
-    optimizer_form: Form
+    optimizer_impl: OptimizerImpl
     eager_because: str = ""
     """Why the default, CUDA graphs, does not apply on this GPU."""
 
@@ -64,16 +67,15 @@ class Execution:
         Raises:
             RecipeError: the options cannot be combined.
         """
-        run, (zero, _) = recipe.run, choose(recipe, device, ranks=ranks)
+        wanted, (zero, _) = recipe.compile, choose(recipe.parallel, device, ranks=ranks)
         obstacle = graph_obstacle(recipe, device, ranks=ranks)
-        left_open = run.compile is None or run.compile == "auto"
-        mode = ("off" if obstacle else "cudagraphs") if left_open else cast(Mode, run.compile)
+        mode: Mode = wanted.compile or ("off" if obstacle else "cudagraphs")
         if mode == "cudagraphs" and obstacle:
             raise RecipeError(f"--compile cudagraphs: {obstacle}; use --compile off")
-        if zero and run.memory_format == "channels-last":
+        if zero and wanted.memory_format == "channels-last":
             raise RecipeError(
                 f"--memory-format channels-last: DeepSpeed cannot hold such weights (ZeRO stage {zero}); use --zero 0, "
-                "or leave it out: images are channels-last either way"
+                "or --memory-format contiguous: images are channels-last either way"
             )
         if zero == 3 and mode not in ("off", "cudagraphs"):
             raise RecipeError(
@@ -85,11 +87,11 @@ class Execution:
                 "up; use --compile cudagraphs or default, or a --micro-batch that is the whole batch of a rank"
             )
         return cls(
-            memory_format=run.memory_format or ("contiguous" if zero else "channels-last"),
-            kernels=run.kernels or switch() or "auto",
+            memory_format=wanted.memory_format or ("contiguous" if zero else "channels-last"),
+            kernels=wanted.kernels or switch() or "auto",
             compile=mode,
-            optimizer_form=recipe.optim.optimizer_form or "fused",
-            eager_because=obstacle if left_open and device.type in RECORDERS else "",
+            optimizer_impl=wanted.optimizer_impl or "fused",
+            eager_because=obstacle if wanted.compile is None and device.type in RECORDERS else "",
         )
 
     def lay_out(self, model: nn.Module) -> nn.Module:
@@ -131,12 +133,12 @@ def _check_compiler_cache() -> None:
 
 def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
     """Return why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
-    zero, _ = choose(recipe, device, ranks=ranks)
+    zero, _ = choose(recipe.parallel, device, ranks=ranks)
     if device.type not in RECORDERS:
         return f"needs a CUDA device, and this is {device.type}"
     if zero == 3:
         return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
-    synchronised = over_ranks(recipe.run.sync_bn, ranks, device) and not recipe.model.freeze_bn
+    synchronised = over_ranks(recipe.parallel.sync_bn, ranks, device) and not recipe.model.freeze_bn
     # `pipeline tune --ranks N` asks for several ranks in one process, without a process group.
     if synchronised and dist.is_initialized() and dist.get_backend() != "nccl":
         return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"
@@ -171,6 +173,6 @@ def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: i
     return {
         "memory_format": ("contiguous",) if zero else ("channels-last", "contiguous"),
         "kernels": ("auto", "off") if fat.kernels.available(device.type) else ("auto",),
-        "optimizer_form": ("fused", "foreach"),
+        "optimizer_impl": ("fused", "foreach"),
         "compile": modes,
     }

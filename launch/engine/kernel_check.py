@@ -107,7 +107,7 @@ class Verdict:
 
 def check_recipe(recipe: Recipe, feed: Feed, model: fat.FAT) -> Verdict:
     """`check_kernels` for a training run."""
-    _, precision = choose(recipe, feed.world.device, ranks=feed.world.size)
+    _, precision = choose(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen, sides = recipe.model.freeze_bn, (3, recipe.data.size, recipe.data.size)
     return check_kernels(
@@ -117,7 +117,7 @@ def check_recipe(recipe: Recipe, feed: Feed, model: fat.FAT) -> Verdict:
         dtype=dtype,
         frozen_norms=frozen,
         augment=None if feed.loader_options.loader == "synthetic" else feed.augment,
-        mode=recipe.run.kernels,
+        mode=recipe.compile.kernels,
         passes=[
             training_step(model, (feed.shape.micro_rows, *sides), dtype=dtype, freeze_bn=frozen),
             evaluation(model, (feed.eval_rows, *sides), dtype=dtype),

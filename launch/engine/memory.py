@@ -25,7 +25,7 @@ def check_batches_fit(feed: Feed) -> None:
     """
     data, settings, world = feed.recipe.data, feed.loader_options.settings, feed.world
     rows, pixels = feed.shape.micro_rows, data.size**2
-    _, precision = choose(feed.recipe, world.device, ranks=world.size)
+    _, precision = choose(feed.recipe.parallel, world.device, ranks=world.size)
     itemsize = 2 if precision == "bf16" else 4
     # All micro-batches of the step in use, those that are ready, and those that are being decoded (as bytes);
     # evaluation has its own.

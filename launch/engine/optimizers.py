@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from launch.config.recipe import Form
+from launch.config.engine import OptimizerImpl
 
 Groups = list[dict[str, Any]]
 
@@ -19,13 +19,13 @@ Groups = list[dict[str, Any]]
 class Kind:
     """One optimiser."""
 
-    build: Callable[[Groups, tuple[float, float], float, Form], torch.optim.Optimizer]
+    build: Callable[[Groups, tuple[float, float], float, OptimizerImpl], torch.optim.Optimizer]
     """(parameter groups, betas, eps, form) -> optimiser; the learning rate is set at every step."""
     moments: tuple[str, ...]
     """Names of its per-parameter state of the parameter's own shape; a scalar tensor `step` stands beside them."""
 
 
-def _adamw(groups: Groups, betas: tuple[float, float], eps: float, form: Form) -> torch.optim.Optimizer:
+def _adamw(groups: Groups, betas: tuple[float, float], eps: float, form: OptimizerImpl) -> torch.optim.Optimizer:
     fused = form == "fused"
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused, foreach=not fused)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from launch.config.recipe import Recipe
+from launch.config.optim import OptimConfig
 
 
 def learning_rate(
@@ -29,10 +29,10 @@ def learning_rate(
     return last + 0.5 * (peak - last) * (1 + math.cos(math.pi * t / (epochs * steps_per_epoch)))
 
 
-def rate_of(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """The recipe's learning rate as a function of the optimiser step."""
-    first, peak, last = recipe.rates()
-    epochs, warmup = recipe.optim.epochs, recipe.optim.warmup
+def rate_of(optim: OptimConfig, *, global_batch: int, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate as a function of the optimizer step (0-based)."""
+    first, peak, last = optim.rates(global_batch)
+    epochs, warmup = optim.epochs, optim.warmup
     return lambda step: learning_rate(
         step, steps_per_epoch=steps_per_epoch, epochs=epochs, warmup_epochs=warmup, first=first, peak=peak, last=last
     )

@@ -12,7 +12,8 @@ from torch.distributed import _functional_collectives as collectives
 from torch.nn import functional as F
 
 from fat.batchnorm import BatchNorm, statistics
-from launch.config.recipe import Recipe, RecipeError
+from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.machine.world import World
 from pipeline.plan import divisors, nearest
 
@@ -26,7 +27,7 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
     Each layer then costs a small collective forward and one backward; groups inside a node keep those off the network.
 
     Args:
-        wanted: auto, on, off or group:N (`RunRecipe.sync_bn`).
+        wanted: auto, on, off or group:N (`RunConfig.sync_bn`).
 
     Raises:
         RecipeError: asked for what cannot be.
@@ -51,7 +52,7 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
 
 
 def over_ranks(wanted: str, ranks: int, device: torch.device) -> bool:
-    """Whether statistics are to be those of several ranks (`RunRecipe.sync_bn`, resolved)."""
+    """Whether statistics are to be those of several ranks (`RunConfig.sync_bn`, resolved)."""
     return wanted != "off" and (wanted != "auto" or (ranks > 1 and device.type == "cuda"))
 
 
@@ -66,7 +67,7 @@ def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
     """
     smallest = MIN_SIZE_OF_ONE_IMAGE
     alone = rows == 1 and recipe.data.size < smallest and not recipe.model.freeze_bn
-    if alone and not over_ranks(recipe.run.sync_bn, world.size, world.device):
+    if alone and not over_ranks(recipe.parallel.sync_bn, world.size, world.device):
         raise RecipeError(
             f"--size {recipe.data.size}: one image per forward pass leaves BatchNorm one value per channel, which has "
             f"no variance; use two images or more (--global-batch, --micro-batch), or --size {smallest} or more"

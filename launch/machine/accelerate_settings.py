@@ -21,7 +21,7 @@ _DECIDED_HERE = {
     "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "--compile"),
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", "--micro-batch"),
     "ACCELERATE_GRADIENT_CLIPPING": ("gradient_clipping", "--clip-grad"),
-    "ACCELERATE_CPU_AFFINITY": ("enable_cpu_affinity", "--near-gpu"),
+    "ACCELERATE_CPU_AFFINITY": ("enable_cpu_affinity", "--numa-binding"),
     "ACCELERATE_TORCH_DEVICE": ("device", "CUDA_VISIBLE_DEVICES"),
 }
 _PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")

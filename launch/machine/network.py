@@ -136,13 +136,13 @@ def _why_not_joined(text: str) -> str | None:
     return None
 
 
-def shorten_timeouts(stall_timeout: float) -> None:
-    """From now on no collective waits much longer than `stall_timeout` seconds. After the first step, on every rank."""
+def shorten_timeouts(hang_timeout: float) -> None:
+    """From now on no collective waits much longer than `hang_timeout` seconds. After the first step, on every rank."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     # torch has no public way yet; torchtitan goes this one too. ZeRO and the request flags have groups of their own.
     for group in list(_world.pg_map):
-        _set_pg_timeout(timedelta(seconds=stall_timeout) + AFTER_WATCHDOG, group)
+        _set_pg_timeout(timedelta(seconds=hang_timeout) + AFTER_WATCHDOG, group)
 
 
 def rank0_address() -> Address | None:

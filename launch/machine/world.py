@@ -46,11 +46,11 @@ class World:
             dist.barrier()
 
 
-def connect(*, near_gpu: bool = True) -> World:
+def connect(*, numa_binding: bool = True) -> World:
     """Join the other processes of this launch (by torchrun's environment variables, as accelerate sets them).
 
     Args:
-        near_gpu: hold each rank to the cores near its GPU.
+        numa_binding: hold each rank to the cores near its GPU.
 
     Raises:
         UserError: one of several processes without a launcher, or no usable folder for caches.
@@ -77,7 +77,7 @@ def connect(*, near_gpu: bool = True) -> World:
     else:
         gpus = 0
         device = torch.device("cpu")
-    placed = [rank % gpus for rank in range(local_size)] if gpus and near_gpu else None
+    placed = [rank % gpus for rank in range(local_size)] if gpus and numa_binding else None
     share_of_cores = affinity.bind(local_rank, local_size, placed)
     if size > 1 and not dist.is_initialized():
         network.join(backend, several_hosts=local_size < size)

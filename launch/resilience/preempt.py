@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from launch.config.recipe import RunRecipe
+from launch.config.resilience import PreemptConfig
 from launch.machine.world import World
 
 T = TypeVar("T")
@@ -138,8 +138,8 @@ class Preemption:
             os._exit(128 + number)
 
 
-def deadline(run: RunRecipe, started: float) -> float | None:
-    """When to leave: `time_limit` from `started`, else `leave_seconds` before the SLURM job's end.
+def deadline(run: PreemptConfig, started: float) -> float | None:
+    """When to leave: `time_limit` from `started`, else `preempt_margin` before the SLURM job's end.
 
     SLURM says the end by the wall clock. It is converted once, at the start: a clock that is set later changes nothing.
 
@@ -151,4 +151,4 @@ def deadline(run: RunRecipe, started: float) -> float | None:
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     if not (end.isascii() and end.isdigit()):
         return None
-    return time.monotonic() + float(end) - time.time() - run.leave_seconds
+    return time.monotonic() + float(end) - time.time() - run.preempt_margin

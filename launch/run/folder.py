@@ -23,7 +23,7 @@ from launch.engine.engine import Engine
 from launch.engine.kernel_check import Verdict
 from launch.engine.zero_state import AVERAGE
 from launch.feed import Feed
-from launch.machine.provenance import git_state, versions
+from launch.machine.provenance import device_name, git_state, versions
 from launch.machine.world import share
 from launch.run.checkpoint import (
     MAX_FAILURES,
@@ -39,7 +39,6 @@ from launch.run.files import check_writable, unwritable
 from launch.run.metrics import METRICS_NAME, check_metrics
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME, full_classes
 from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, read_content, write_status
-from launch.tuning.choices import Choices
 from shards.errors import UserError, first_line
 from shards.files.durable import durable_write, is_temporary
 from shards.redact import printable, redacted
@@ -60,9 +59,9 @@ class RunFolder:
     step and reason.
     """
 
-    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, choices: Choices, kernels: Verdict) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, kernels: Verdict) -> None:
         self.path = recipe.run.out
-        self._recipe, self._feed, self._engine, self._choices = recipe, feed, engine, choices
+        self._recipe, self._feed, self._engine = recipe, feed, engine
         self._kernels = kernels
         self._info = fat.WeightsInfo(
             config=config_of(recipe, feed.classes),
@@ -70,7 +69,7 @@ class RunFolder:
             size=recipe.data.size,
             crop_pct=recipe.data.crop_pct,
         )
-        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.run.keep, info=self._info)
+        self._checkpoints = CheckpointFolder(self.path / CHECKPOINTS, keep=recipe.checkpoint.keep, info=self._info)
         self._writer = BackgroundWriter(self._checkpoints)
         self._fingerprint = fingerprint(recipe, feed)
         self._resumed = Progress()
@@ -259,8 +258,13 @@ class RunFolder:
         engine = self._engine
         description = {
             "recipe": self._recipe.to_dict(),
-            "engine": {"zero": engine.zero, "precision": engine.precision, "world": engine.world.size},
-            "choices": self._choices.record(self._feed),
+            "engine": {
+                "zero": engine.zero,
+                "precision": engine.precision,
+                "world": engine.world.size,
+                "device": device_name(engine.world.device),
+                "cores": engine.world.cores,
+            },
             "kernels": self._kernels.to_dict(),
             "versions": versions(),
             "git": git_state(),
@@ -276,7 +280,7 @@ class RunFolder:
 def starts_afresh(recipe: Recipe) -> bool:
     """Whether checkpoints in the run folder are another run's: 'never' is about the run as it was when the job was
     submitted, not about the job's own earlier starts."""
-    return recipe.run.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
+    return recipe.checkpoint.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
 
 
 def goes_on(recipe: Recipe) -> bool:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Interval
 from pydantic import TypeAdapter
 
 import fat
 from launch.config.recipe import Recipe
+from launch.machine.world import World, share
 from launch.run.files import read_regular
-from launch.tuning.trials import Value
 from shards.errors import UserError
 from shards.format.manifest import MAX_MANIFEST_BYTES
 from shards.schema import parse_json
@@ -26,21 +27,13 @@ Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 
 @dataclass(frozen=True, kw_only=True)
 class SavedEngine:
-    """Engine settings of the last start."""
+    """Engine settings of the last start, and the machine of rank 0."""
 
     zero: Literal[0, 1, 2, 3]
     precision: Literal["bf16", "fp32"]
     world: Processes
-
-
-@dataclass(frozen=True, kw_only=True)
-class SavedChoices:
-    """Performance options with which the run began, and the machine where it began."""
-
     device: str
     cores: Processes
-    ranks: Processes
-    values: dict[str, Value | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +42,13 @@ class SavedRun:
 
     recipe: Recipe
     engine: SavedEngine
-    choices: SavedChoices
     kernels: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str | None] = field(default_factory=dict)
     git: str | None = None
 
 
 _SCHEMA = TypeAdapter(SavedRun)
-_RAW = TypeAdapter(dict[str, Any])
+T = TypeVar("T")
 
 
 def read_saved_run(run: Path) -> SavedRun:
@@ -96,11 +88,63 @@ def full_classes(run: Path, known: fat.ClassList) -> fat.ClassList:
     return found if found.digest == known.digest else known
 
 
-def read_raw(path: Path) -> dict[str, Any]:
-    """Read a recipe.json as plain values, which are not validated.
+def read_previous_start(run: Path, world: World) -> tuple[SavedRun | None, list[str]]:
+    """Read RUN/recipe.json of a run that is resumed, on rank 0 for all ranks; returns it and messages. Collective."""
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, or no JSON object.
+    def read() -> tuple[SavedRun | None, list[str]]:
+        try:
+            return read_saved_run(run), []
+        except UserError as error:
+            return None, [f"warning: {error}; options that are not given have their defaults"]
+
+    return share(read if world.is_main else None, world)
+
+
+def inherit_options(recipe: Recipe, saved: SavedRun, device: str, cores: int) -> tuple[Recipe, list[str]]:
+    """Fill performance options that `recipe` leaves open (None), [compile] and [data.loader], from a run's recipe.json.
+
+    What is open in both stays open. Compile options are inherited on the same device only, thread counts and the like
+    on a machine of as many cores. The JPEG decoder is not inherited here (`launch.jpeg_decoder`).
+
+    Args:
+        device: name of rank 0's device (`device_name`).
+        cores: of rank 0.
+
+    Returns:
+        The recipe, and messages.
     """
-    return parse_json(read_regular(path, limit=MAX_BYTES), _RAW, limit=MAX_BYTES)
+    before, engine = saved.recipe, saved.engine
+    compile_ = _filled(recipe.compile, before.compile)
+    loader = recipe.data.loader
+    dali = _filled(loader.dali, dataclasses.replace(before.data.loader.dali, hw_decoder_load=None))
+    loader = dataclasses.replace(_filled(loader, before.data.loader), dali=dali)
+    messages = []
+    if engine.device != device and (lost := _differences(recipe.compile, compile_)):
+        messages.append(f"note: the run began on {engine.device}; not taken from its recipe.json: {', '.join(lost)}")
+        compile_ = recipe.compile
+    if (engine.device, engine.cores) != (device, cores):
+        loader = recipe.data.loader
+    taken = [
+        *_differences(recipe.compile, compile_),
+        *_differences(recipe.data.loader, loader),
+        *_differences(recipe.data.loader.dali, loader.dali),
+    ]
+    if taken:
+        messages.append(f"from the run's recipe.json: {', '.join(taken)}")
+    return dataclasses.replace(recipe, compile=compile_, data=dataclasses.replace(recipe.data, loader=loader)), messages
+
+
+def _filled(options: T, before: T) -> T:
+    """`options` with its fields that are None taken from `before`."""
+    names = [f.name for f in dataclasses.fields(options)]  # type: ignore[arg-type]
+    return dataclasses.replace(options, **{n: getattr(before, n) for n in names if getattr(options, n) is None})  # type: ignore[type-var]
+
+
+def _differences(before: Any, after: Any) -> list[str]:
+    """The fields that differ, as options of the command line."""
+    values = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in dataclasses.fields(after)]
+    return [
+        f"--{name.replace('_', '-')} {new}"
+        for name, old, new in values
+        if old != new and not dataclasses.is_dataclass(new)
+    ]

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.config.recipe import Recipe, RecipeError
+from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.machine.world import World, share
 from launch.run.files import read_regular
 from shards.errors import first_line
@@ -57,13 +58,13 @@ class Trackers:
         self._failing: set[str] = set()
         self._messages: list[str] = []
         self._wandb_id = ""
-        for name in recipe.run.tracker:
+        for name in recipe.log.tracker:
             if importlib.util.find_spec(name) is None:
                 raise RecipeError(
                     f"--tracker {name}: {name} is not installed; pip install 'fat-pipeline[{_EXTRAS[name]}]', or leave "
                     "it out"
                 )
-        for name in recipe.run.tracker:
+        for name in recipe.log.tracker:
             try:
                 self._try_out(name)
             except Exception as error:  # a tracker may raise anything
@@ -96,7 +97,7 @@ class Trackers:
 
     def open(self, folder: Path) -> None:
         """Start what writes into the run folder, which exists now."""
-        for name in self._recipe.run.tracker:
+        for name in self._recipe.log.tracker:
             if name == "tensorboard":
                 self._try(name, lambda: self._open_tensorboard(folder))
             elif name in self._trackers:

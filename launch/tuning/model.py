@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import fat.kernels
-from launch.config.recipe import Form
+from launch.config.engine import OptimizerImpl
 from launch.engine.execution import AUGMENT_SWITCH, Execution
 from launch.engine.graphs import RECORDERS, GraphedModel
 from launch.engine.optimizers import Kind, Updater, parameter_groups
@@ -72,7 +72,7 @@ def tune(
     while stages:
         name, values = stages.pop(0)
         end = deadline + COMPILING_SECONDS if "compile" in (name, *chosen) else deadline
-        if name == "optimizer_form":
+        if name == "optimizer_impl":
             trials, unit = time_optimizer(bench, values, end, say), "updates/s"
         else:
             ways = [replace(now, **{name: value}) for value in values]  # type: ignore[arg-type]
@@ -122,7 +122,7 @@ def time_optimizer(
         lambda form: _updates_per_second(bench, form),
         rounds=ROUNDS,
         until=until,
-        announce=lambda form, turn: say(f"trying optimizer-form {form}, {turn}"),
+        announce=lambda form, turn: say(f"trying optimizer-impl {form}, {turn}"),
     )
 
 
@@ -165,7 +165,7 @@ def _updates_per_second(bench: Bench, form: str) -> float:
     stand_ins = [p for group in groups for p in group["params"]]
     for p in stand_ins:
         p.grad = torch.full_like(p, 1e-3)
-    optimizer = bench.optimizer.build(groups, bench.betas, bench.eps, cast(Form, form))
+    optimizer = bench.optimizer.build(groups, bench.betas, bench.eps, cast(OptimizerImpl, form))
     update = Updater(optimizer, stand_ins)
     return _rate(lambda: update(CLIP), stand_ins[0].device)
 

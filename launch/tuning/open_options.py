@@ -13,10 +13,10 @@ from launch.tuning.trials import Value
 
 # Where in a recipe the options stand.
 PLACES: dict[str, tuple[str, ...]] = {
-    "memory_format": ("run", "memory_format"),
-    "kernels": ("run", "kernels"),
-    "compile": ("run", "compile"),
-    "optimizer_form": ("optim", "optimizer_form"),
+    "memory_format": ("compile", "memory_format"),
+    "kernels": ("compile", "kernels"),
+    "compile": ("compile", "compile"),
+    "optimizer_impl": ("compile", "optimizer_impl"),
     "read_threads": ("data", "loader", "read_threads"),
     "read_ahead": ("data", "loader", "read_ahead"),
     "decode_threads": ("data", "loader", "decode_threads"),
@@ -38,8 +38,6 @@ def given(recipe: Recipe) -> dict[str, Value]:
     """The options that are not open, with their values."""
     found = {name: functools.reduce(getattr, place, cast(Any, recipe)) for name, place in PLACES.items()}
     found["kernels"] = found["kernels"] or switch()
-    if found["compile"] == "auto":
-        found["compile"] = None
     return {name: value for name, value in found.items() if value is not None}
 
 

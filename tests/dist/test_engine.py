@@ -113,7 +113,7 @@ def test_a_state_goes_on_at_another_stage_and_world_size(
         assert distance(reference, result, kind) < TOLERANCE, kind
 
 
-FOREACH = ("--optimizer-form", "foreach", "--memory-format", "contiguous")
+FOREACH = ("--optimizer-impl", "foreach", "--memory-format", "contiguous")
 
 
 def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(

@@ -47,6 +47,6 @@ def test_no_step_makes_the_host_wait(waits: Callable[..., dict[str, int]], zero:
 @pytest.mark.slow
 def test_where_deepspeed_takes_the_norm_its_waits_are_seen(waits: Callable[..., dict[str, int]]) -> None:
     """As DeepSpeed does for an optimiser that cannot skip its update on the device: the norm, and clipping by it."""
-    found = waits("--zero", 1, "--optimizer-form", "foreach")
+    found = waits("--zero", 1, "--optimizer-impl", "foreach")
     assert found
     assert all("deepspeed/runtime/" in place for place in found)

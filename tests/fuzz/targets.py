@@ -337,9 +337,8 @@ def _metrics() -> bytes:
 
 
 def _saved_run() -> bytes:
-    choices = {"device": "cpu", "cores": 2, "ranks": 1, "values": {"compile": "off"}}
-    engine = {"zero": 0, "precision": "fp32", "world": 1}
-    return dumps({"recipe": Recipe().to_dict(), "engine": engine, "choices": choices, "git": None})
+    engine = {"zero": 0, "precision": "fp32", "world": 1, "device": "cpu", "cores": 2}
+    return dumps({"recipe": Recipe().to_dict(), "engine": engine, "git": None})
 
 
 def _beat() -> bytes:

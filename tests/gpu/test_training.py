@@ -93,7 +93,7 @@ def test_what_is_fastest_is_measured_kept_and_taken(tmp_path: Path, digits: Path
     done = python(tmp_path, "-m", "launch.cli", "tune", digits, *sizes, "--seconds", "20", timeout=580)
     assert done.returncode == 0, done.stderr
     entries = {entry["part"]: entry for entry in json.loads(file.read_text())["entries"]}
-    assert entries["model"]["values"].keys() >= {"memory_format", "optimizer_form", "compile"}
+    assert entries["model"]["values"].keys() >= {"memory_format", "optimizer_impl", "compile"}
     assert "reduce-overhead" in entries["model"]["figures"]["compile"]
     assert entries["input"]["values"].keys() >= {"decode_threads", "read_threads"}
     options = ("--size", "64", "--global-batch", "64", "--augment", "light", "--zero", "0", "--tuned", file)

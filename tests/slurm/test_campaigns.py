@@ -76,7 +76,7 @@ def test_the_node_of_the_batch_script_dies(large: Cluster, tmp_path: Path, digit
 
 
 def test_a_stall_is_explained_and_started_again(large: Cluster, tmp_path: Path, digits: Path) -> None:
-    options = ("--data", digits, "--zero", "1", "--save-every", "2", "--stop-after", "12", "--stall-timeout", "30")
+    options = ("--data", digits, "--zero", "1", "--save-every", "2", "--stop-after", "12", "--hang-timeout", "30")
     job = start_job(large, tmp_path / "run", "--nodes", "2", options=options, HANG_AT="5")
     assert job.end(600)["JobState"] == "COMPLETED", job.log
     assert "back into the queue: stalled (restart 1 of 3 since checkpoint step-00000004)" in job.log

@@ -53,7 +53,7 @@ def test_a_link_that_fails_ends_both_sides_and_is_named_and_the_run_resumes_when
         "--save-every",
         "2",
     )
-    short = ("--stall-timeout", str(STALL_SECONDS))
+    short = ("--hang-timeout", str(STALL_SECONDS))
     logs = [tmp_path / "0.log", tmp_path / "1.log"]
 
     def steps() -> list[int]:
@@ -100,7 +100,7 @@ def test_a_host_that_loses_power_is_named_and_left_out_of_the_next_start(
     """That of rank 0 has torch's store and the rendezvous: what is known must not end with it."""
     need("ip")
     run = tmp_path / "run"
-    options = ("--data", digits, "--out", run, "--zero", "0", "--stall-timeout", str(STALL_SECONDS))
+    options = ("--data", digits, "--out", run, "--zero", "0", "--hang-timeout", str(STALL_SECONDS))
     with some_hosts(3) as hosts:
         processes = start(hosts, tmp_path, *options, "--global-batch", "48", "--stop-after", "500")
         fed = run / "fed-0.jsonl"
@@ -126,7 +126,7 @@ def test_a_host_that_loses_power_is_named_and_left_out_of_the_next_start(
 def test_a_rank_that_hangs_is_found_by_the_others_and_all_stacks_are_written(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     topology = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()))
-    options = ("--data", digits, "--out", run, "--zero", "0", "--stall-timeout", "5", "--stop-after", "50")
+    options = ("--data", digits, "--out", run, "--zero", "0", "--hang-timeout", "5", "--stop-after", "50")
     command = [*LAUNCHER, *topology, RECORDED, *OPTIONS, *options]
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=environment(tmp_path, HANG_AT="3"), capture_output=True,

@@ -62,7 +62,7 @@ def test_a_crash_is_started_again_within_its_budget_only(cluster: Cluster, tmp_p
 def test_a_time_limit_is_met_in_time_and_costs_no_batch(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     # SLURM's own warning is made harmless, so that the run's deadline does it.
     limit = ("--nodes", "1", "--time", "1", "--sbatch=--signal=B:URG@1")
-    options = ("--data", digits, "--zero", "0", "--stop-after", "80", "--leave-seconds", "15")
+    options = ("--data", digits, "--zero", "0", "--stop-after", "80", "--preempt-margin", "15")
     job = start_job(cluster, tmp_path / "run", *limit, options=options, PACE="0.5")
     ended = job.end()
     assert ended["JobState"] == "COMPLETED", job.log

@@ -7,7 +7,9 @@ import re
 import subprocess
 from pathlib import Path
 
-from launch.config.recipe import DataRecipe, Recipe, RunRecipe
+from launch.config.data import DataConfig
+from launch.config.recipe import Recipe
+from launch.config.run import RunConfig
 from launch.submit import Submit, render
 from tests.slurm.conftest import need
 
@@ -23,7 +25,7 @@ def test_sbatch_reads_every_option_unchanged(tmp_path: Path) -> None:
     need("sbatch")
     run = tmp_path / 'it\'s a "run" #1 of 100% $(touch x) `touch x`'
     name, account = "n'a\"m\\e #2 $x", "-a\\"
-    recipe = Recipe(run=RunRecipe(out=run), data=DataRecipe(data="/sets/x"))
+    recipe = Recipe(run=RunConfig(out=run), data=DataConfig(data="/sets/x"))
     script = tmp_path / "train.sbatch"
     job = Submit(name=name, account=account, nodes="2-3", sbatch=("--comment=a\\ 'b'",))
     script.write_text(render(job, recipe, ["--data", "/sets/x\n#SBATCH --comment=none"]))

@@ -79,7 +79,7 @@ def test_a_configuration_for_the_cpu_is_refused_where_a_gpu_trains(value: str) -
 def test_the_launcher_s_own_options_are_overruled_too() -> None:
     environ = {"ACCELERATE_CPU_AFFINITY": "1", "ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}
     line = overrule_accelerate(environ, cuda=False)
-    assert line.endswith(": Megatron-LM (--zero), enable_cpu_affinity (--near-gpu)")
+    assert line.endswith(": Megatron-LM (--zero), enable_cpu_affinity (--numa-binding)")
     assert environ == {}
 
 

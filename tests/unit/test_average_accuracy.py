@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launch.config.recipe import Recipe, RunRecipe
+from launch.config.recipe import Recipe
+from launch.config.run import RunConfig
 from launch.machine.world import World
 from launch.run import metrics
 from launch.run.checkpoint import Progress, Scored
@@ -32,7 +33,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(metrics.Yardstick, "of", lambda *_: None)
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
-    return lambda: Tracker(Recipe(run=RunRecipe(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
+    return lambda: Tracker(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
 
 
 def results(**top1: float) -> dict[Scored, dict[str, float]]:

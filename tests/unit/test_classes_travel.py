@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import fat
 from launch.class_mapping import map_classes
-from launch.config.recipe import ModelRecipe, Recipe
+from launch.config.model import ModelConfig
+from launch.config.recipe import Recipe
 from launch.engine.build import build_model, load_initial_weights
 from launch.evaluate import main as evaluate
 from launch.run.checkpoint import CheckpointFolder, Progress
@@ -382,7 +383,7 @@ def test_what_becomes_of_the_classifier_depends_on_the_classes_and_is_said(
 ) -> None:
     info = None if known is None else fat.WeightsInfo(classes=fat.ClassList.of(known))
     weights = always(tmp_path / "w.safetensors", 3, info=info)
-    recipe = Recipe(model=ModelRecipe(weights=weights))
+    recipe = Recipe(model=ModelConfig(weights=weights))
     model = build_model(recipe, 10)
     assert [line for line in load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS)) if said in line]
     ones = (model.head.bias == 1).nonzero().flatten().tolist()

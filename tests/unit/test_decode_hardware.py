@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from launch import jpeg_decoder
 from launch.bench.decoders import DecoderFigures, batch_of, compare_decoders, measure_decoders
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_load
 from launch.machine.world import World
-from launch.tuning import choices
 from pipeline.decode import hardware as decode_hardware
 from pipeline.decode.hardware import ARCH_MISMATCH, JpegEngine, ask, find_jpeg_engine, sharing_warning, with_decoder
 from pipeline.options import DaliOptions, LoaderOptions
@@ -115,8 +114,8 @@ def test_all_ranks_decode_alike_and_what_differs_is_said_in_a_line(
 ) -> None:
     chosen = choose_load(engines, given=given, began=began)
     assert chosen.load == load
-    assert len(chosen.notes) == len(said)
-    for note, expected in zip(chosen.notes, said, strict=True):
+    assert len(chosen.messages) == len(said)
+    for note, expected in zip(chosen.messages, said, strict=True):
         assert expected in note
         assert "\n" not in note
 
@@ -127,29 +126,21 @@ def feed_of(data: Path, *options: str) -> tuple[Recipe, Feed]:
     return recipe, Feed.of(recipe, World(0, 1, 0, 1, CPU, cores=2))
 
 
-@pytest.mark.parametrize(
-    "case", [(None, None, 1.0, 1.0), (0.0, None, 0.0, 0.0), (None, 0.9, 0.9, 0.9), (0.0, 0.9, 0.9, 0.0)]
-)
+@pytest.mark.parametrize("case", [(None, None, 1.0), (0.0, None, 0.0), (None, 0.9, 0.9), (0.0, 0.9, 0.9)])
 def test_a_run_records_its_decoder_and_a_resumed_one_keeps_it(
-    digits: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    case: tuple[float | None, float | None, float, float],
+    digits: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[float | None, float | None, float]
 ) -> None:
-    """As on a GPU, which the device is made to look like; case: began with, given, used, recorded."""
-    began, given, load, recorded = case
-    monkeypatch.setattr(choices, "decodes_on_gpu", lambda _: True)
-    monkeypatch.setattr(choices, "engines_of", lambda _: [ENGINE])
+    """As on a GPU, which the device is made to look like; case: began with, given, used."""
+    began, given, load = case
+    monkeypatch.setattr(jpeg_decoder, "decodes_on_gpu", lambda _: True)
+    monkeypatch.setattr(jpeg_decoder, "engines_of", lambda _: [ENGINE])
     options = [] if given is None else ["--hw-decoder-load", str(given)]
-    recipe, feed = feed_of(digits, "--out", str(tmp_path), *options)
-    if began is not None:
-        record = {"device": "another GPU", "cores": 99, "ranks": 1, "values": {"hw_decoder_load": began}}
-        (tmp_path / "recipe.json").write_text(json.dumps({"choices": record}))
-    settled, _, found = choices.resolve(recipe, feed, torch.nn.Identity(), goes_on=began is not None)
-    assert settled.data.loader.dali.hw_decoder_load == load
-    assert found.record(feed)["values"]["hw_decoder_load"] == recorded
+    _, feed = feed_of(digits, *options)
+    feed, choice = jpeg_decoder.with_decoder(feed, began=began)
+    assert feed.recipe.data.loader.dali.hw_decoder_load == load
+    assert choice is not None
     if given is None:
-        assert f"hw-decoder-load {load}" in found.picks[ENGINE.found if began is None else "as the run began"]
+        assert choice.reason == (ENGINE.found if began is None else "as the run began")
 
 
 class Rounding:

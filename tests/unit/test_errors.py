@@ -141,7 +141,7 @@ def test_options_of_the_pipeline_that_make_no_sense(
         ("--lock-wait -1", "--lock-wait -1: a number from 0 to 100,000,000 expected"),
         ("--lock-wait nan", "--lock-wait nan: a number from 0 to 100,000,000 expected"),
         ("--lock-wait inf", "--lock-wait inf: a number from 0 to 100,000,000 expected"),
-        ("--stall-timeout nan", "--stall-timeout nan: a number from 0 to 100,000,000 expected"),
+        ("--hang-timeout nan", "--hang-timeout nan: a number from 0 to 100,000,000 expected"),
         (
             "--lock-wait 1741",
             "--lock-wait 1741: at most 1740, as the other ranks of a start wait no longer than half an hour for the "

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
 from launch.config.command_line import parse
-from launch.config.recipe import RecipeError
+from launch.config.errors import RecipeError
 from launch.engine import graphs
 from launch.engine.engine import Engine, seed_generators
 from launch.engine.execution import Execution, graph_obstacle

@@ -21,7 +21,7 @@ from fat.kernels.impl import tiles
 from fat.kernels.prefill.compile_ahead import Report
 from fat.kernels.selfcheck import Failure, KernelFault, mismatch
 from launch.config.command_line import parse
-from launch.config.recipe import RecipeError
+from launch.config.errors import RecipeError
 from launch.engine import kernel_check
 from launch.engine.kernel_check import KernelsUnusable, Verdict, check_kernels
 from launch.machine.world import World
@@ -510,7 +510,7 @@ def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: py
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # so that it is put back
     monkeypatch.setattr("launch.tuning.command.check_recipe", lambda *_: done.append("checked"))
     monkeypatch.setattr("launch.tuning.command.measure", lambda *_, **__: done.append("measured") or {})
-    tune(parse([*SMALL, "--data", str(digits), "--tuned", "off"]), ("model",), ranks=1, seconds=1.0, say=done.append)
+    tune(parse([*SMALL, "--data", str(digits)]), ("model",), ranks=1, seconds=1.0, say=done.append)
     assert done == ["checked", "measured"]
 
 

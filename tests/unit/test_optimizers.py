@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.config.recipe import Form
+from launch.config.engine import OptimizerImpl
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups, skip_if_not_finite
 
 STEPS = 5
@@ -23,7 +23,7 @@ def network(*, unused: bool = False) -> nn.Module:
     return model
 
 
-def optimizer_of(model: nn.Module, form: Form = "fused") -> torch.optim.Optimizer:
+def optimizer_of(model: nn.Module, form: OptimizerImpl = "fused") -> torch.optim.Optimizer:
     return OPTIMIZERS["adamw"].build(parameter_groups(model, 0.05), (0.9, 0.999), 1e-8, form)
 
 
@@ -49,7 +49,7 @@ def torch_s_own(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: fl
 @pytest.mark.parametrize("unused", [False, True])
 @pytest.mark.parametrize("form", ["fused", "foreach"])
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e3])
-def test_it_is_torch_s_own_update(max_norm: float, form: Form, unused: bool) -> None:
+def test_it_is_torch_s_own_update(max_norm: float, form: OptimizerImpl, unused: bool) -> None:
     found, expected = network(unused=unused), network(unused=unused)
     ours, theirs = optimizer_of(found, form), optimizer_of(expected, form)
     update = Updater(ours, list(found.parameters()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,6 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main as pipeline
-from launch.tuning import command as tune
-from launch.tuning import tuned
 from shards.files.output import OutputError, check_output_folder
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
@@ -28,8 +25,6 @@ COMMANDS = {
     "look": (["look", "{set}", "--size", "32", "--out", "{ro}/x.png"], "name another file"),
     "bench --json": (["bench", "{set}", *SMALL, "--json", "{ro}/x.json"], "name another file"),
     "bench --chart": (["bench", "{set}", *SMALL, "--chart", "{ro}/x.png"], "name another file"),
-    "tune": (["tune", "{set}", *SMALL, "--tuned", "{ro}/tuned.json"], "name another file"),
-    "tune, new folder": (["tune", "{set}", *SMALL, "--tuned", "{ro}/new/tuned.json"], "or --tuned off"),
 }
 
 
@@ -83,16 +78,3 @@ def test_a_folder_that_is_not_there_yet_is_judged_by_the_nearest_that_is(tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"--out .*/file/b: .*/file is no folder; name another"):
         check_output_folder(tmp_path / "file" / "b", "--out", "name another")
-
-
-def test_a_file_of_measured_choices_that_cannot_be_read_is_refused_before_measuring(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(tune, "connect", _began)
-    file = tmp_path / "tuned.json"
-    file.write_text('{"version": 99, "entries": []}')
-    assert pipeline(["tune", str(digits), *SMALL, "--tuned", str(file)]) == 2
-    assert f"{file}: of version 99, this checkout reads 1" in capsys.readouterr().err
-    file.write_text("no JSON")
-    tuned.check_place(file)  # is replaced
-    assert os.listdir(tmp_path) == ["tuned.json"]

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 
 from launch.cli import main
-from launch.config.data import DataRecipe
+from launch.config.data import DataConfig
 from pipeline.storage.remote_set import open_set
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
@@ -103,10 +103,10 @@ def test_every_command_refuses_another_set(
 
 def test_a_recipe_pins_its_data(digits: Path) -> None:
     pin = pins(digits)[0]
-    assert DataRecipe(data=str(digits), set_digest=pin).open().split("train").samples
-    assert DataRecipe(data=f"{digits}#{pin}").location() == digits
+    assert DataConfig(data=str(digits), set_digest=pin).open().split("train").samples
+    assert DataConfig(data=f"{digits}#{pin}").location() == digits
     with pytest.raises(UserError, match="not the set that was pinned"):
-        DataRecipe(data=str(digits), set_digest="xxh3=" + "0" * 16).open()
+        DataConfig(data=str(digits), set_digest="xxh3=" + "0" * 16).open()
 
 
 def test_info_prints_what_to_pin(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.config.recipe import RunRecipe
+from launch.config.resilience import PreemptConfig
 from launch.machine.world import World
 from launch.resilience.preempt import Preemption, Request, deadline
 
@@ -48,10 +48,10 @@ def test_a_clock_that_is_set_moves_no_deadline(
 ) -> None:
     if by == "slurm":
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(clocks.wall + HOUR + 120)))
-        run = RunRecipe(leave_seconds=120)
+        run = PreemptConfig(preempt_margin=120)
     else:
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(clocks.wall)))
-        run = RunRecipe(time_limit=60)
+        run = PreemptConfig(time_limit=60)
     preemption = Preemption(Path("nowhere"), world, deadline=deadline(run, started=clocks.steady))
     clocks.wall += jump
     clocks.pass_by(HOUR - 5)
@@ -64,7 +64,7 @@ def test_a_clock_that_is_set_moves_no_deadline(
 @pytest.mark.parametrize("end", ["", "NONE", "-5", "\u00b2", "1e9", "tomorrow"])
 def test_an_end_that_is_no_time_is_no_deadline(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", end)
-    assert deadline(RunRecipe(), started=0.0) is None
+    assert deadline(PreemptConfig(), started=0.0) is None
 
 
 def test_a_request_is_taken_once(tmp_path: Path, world: World) -> None:

@@ -145,7 +145,7 @@ def test_the_compilers_cache_is_refused_where_others_may_put_code(
 ) -> None:
     """torch.compile runs what it finds in a folder of a known name in the temporary folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    execution = Execution(memory_format="contiguous", kernels="off", compile="default", optimizer_form="foreach")
+    execution = Execution(memory_format="contiguous", kernels="off", compile="default", optimizer_impl="foreach")
     for refused in (False, True):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

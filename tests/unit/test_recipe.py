@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.config.command_line import parse
-from launch.config.recipe import VARIANTS, RecipeError
+from launch.config.errors import RecipeError
+from launch.config.recipe import VARIANTS
 from launch.resilience.watchdog import LAST_RESORT_SECONDS
 from shards.errors import UserError
 
@@ -21,15 +22,26 @@ def test_the_paper_s_recipe_is_the_default() -> None:
         "rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0,
     )  # fmt: skip
     assert recipe.optim.epochs == 300
-    assert recipe.rates() == pytest.approx((1e-6, 1e-3, 1e-5))
+    assert recipe.optim.rates(recipe.data.global_batch) == pytest.approx((1e-6, 1e-3, 1e-5))
 
 
 def test_options_override_the_file_and_the_file_overrides_the_variant(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
-    file.write_text("[data]\nglobal_batch = 96\nflip = 0\n[optim]\nepochs = 7\nwarmup_epochs = 1\n[run]\nzero = 2\n")
+    file.write_text(
+        "[data]\nglobal_batch = 96\nflip = 0\n[optim]\nepochs = 7\nwarmup_epochs = 1\n[parallel]\nzero = 2\n"
+    )
     recipe = parse(["--recipe", str(file), "--variant", "b2", "--global-batch", "48"])
     assert recipe.model.variant == "b2"
-    assert (recipe.data.global_batch, recipe.data.flip, recipe.optim.epochs, recipe.run.zero) == (48, 0.0, 7, 2)
+    assert (recipe.data.global_batch, recipe.data.flip, recipe.optim.epochs, recipe.parallel.zero) == (48, 0.0, 7, 2)
+
+
+def test_later_recipe_files_override_earlier_ones(tmp_path: Path) -> None:
+    first, second = tmp_path / "base.toml", tmp_path / "tuned.toml"
+    first.write_text("[data.loader]\nread_threads = 8\nread_ahead = 6\n[compile]\ncompile = 'off'\n")
+    second.write_text("[data.loader]\nread_threads = 16\n[compile]\noptimizer_impl = 'foreach'\n")
+    recipe = parse(["--recipe", str(first), "--recipe", str(second), "--read-ahead", "3"])
+    assert (recipe.data.loader.read_threads, recipe.data.loader.read_ahead) == (16, 3)
+    assert (recipe.compile.compile, recipe.compile.optimizer_impl) == ("off", "foreach")
 
 
 def test_a_recipe_survives_json(tmp_path: Path) -> None:
@@ -78,6 +90,9 @@ def test_help_shows_the_fields_docstrings(capsys: pytest.CaptureFixture[str]) ->
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "Images per optimiser step over all ranks." in shown
     assert "--recipe" in shown
+    assert "(default: 5e-4 x global batch / 512)" in shown
+    assert "None = " not in shown
+    assert "(default: None)" not in shown
 
 
 def test_data_falls_back_to_the_environment_then_to_the_default_folder(
@@ -96,9 +111,10 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
 
 @pytest.mark.parametrize(
     ("options", "seconds"),
-    [([], 420), (["--stall-timeout", "60"], 180), (["--stall-timeout", "7200"], 1740), (["--lock-wait", "0"], 0)],
+    [([], 420), (["--hang-timeout", "60"], 180), (["--hang-timeout", "7200"], 1740), (["--lock-wait", "0"], 0)],
 )
 def test_a_start_outwaits_the_watchdog_of_a_stuck_trainer(options: list[str], seconds: float) -> None:
-    run = parse(options).run
-    assert run.lock_seconds == seconds
-    assert options or run.lock_seconds > run.stall_timeout + LAST_RESORT_SECONDS
+    recipe = parse(options)
+    waits = recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout)
+    assert waits == seconds
+    assert options or waits > recipe.watchdog.hang_timeout + LAST_RESORT_SECONDS

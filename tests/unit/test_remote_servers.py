@@ -478,9 +478,9 @@ def test_credentials_of_netrc_are_used(photos: Path, tmp_path: Path) -> None:
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
-    from launch.config.data import DataRecipe
+    from launch.config.data import DataConfig
 
-    for refuse in (check_url, functools.partial(open_set, cache=tmp_path), lambda url: DataRecipe(data=url)):
+    for refuse in (check_url, functools.partial(open_set, cache=tmp_path), lambda url: DataConfig(data=url)):
         with pytest.raises(UserError, match=r"AWS_\*.*fsspec.*netrc") as raised:
             refuse(url)
         assert "secret" not in str(raised.value)

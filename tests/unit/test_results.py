@@ -21,7 +21,8 @@ import fat
 from launch.bench.chart import write_chart
 from launch.bench.verdict import Figures, Phase
 from launch.cli import main as pipeline
-from launch.config.recipe import ModelRecipe, Recipe
+from launch.config.model import ModelConfig
+from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.report import main as report_main
@@ -222,8 +223,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def description(recipe: Recipe) -> dict[str, Any]:
     return {
         "recipe": recipe.to_dict(),
-        "engine": {"zero": 0, "precision": "fp32", "world": 1},
-        "choices": {"device": "cpu", "cores": 1, "ranks": 1, "values": {}},
+        "engine": {"zero": 0, "precision": "fp32", "world": 1, "device": "cpu", "cores": 2},
     }
 
 
@@ -258,7 +258,7 @@ def test_a_run_is_evaluated(finished: Path, digits: Path, capsys: pytest.Capture
         (changed("recipe", "data", "crop_pct", value="x"), "recipe.data.crop_pct"),
         (changed("recipe", "optim", "warmup_epochs", value=300), "--warmup-epochs 300 of --epochs 300"),
         (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
-        (json.dumps(description(Recipe(model=ModelRecipe(variant="b1")))), "tensors do not fit fat_b1, the model of"),
+        (json.dumps(description(Recipe(model=ModelConfig(variant="b1")))), "tensors do not fit fat_b1, the model of"),
     ],
 )
 def test_a_recipe_of_another_shape_is_refused_in_one_line(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import fat
 from launch.config.command_line import parse
-from launch.config.recipe import RecipeError
+from launch.config.errors import RecipeError
 from launch.engine.engine import Engine
 from launch.engine.kernel_check import Verdict
 from launch.feed import Feed
@@ -25,7 +25,6 @@ from launch.run import checkpoint
 from launch.run.checkpoint import MAX_FAILURES, CheckpointError, Progress
 from launch.run.folder import RunFolder, goes_on
 from launch.run.status import RunFailed, read_content, read_status, write_status
-from launch.tuning.choices import Choices
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
@@ -45,7 +44,7 @@ def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
         model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
         engine = Engine(model, recipe, feed.world, micro_batch=64, accumulation=1)
         out.mkdir(parents=True, exist_ok=True)
-        return RunFolder(recipe, feed, engine, Choices(), Verdict())
+        return RunFolder(recipe, feed, engine, Verdict())
 
     return make
 

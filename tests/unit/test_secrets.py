@@ -24,8 +24,6 @@ from launch.run.status import STATUS_NAME, write_status
 from launch.run.trackers import Trackers
 from launch.submit import main as submit
 from launch.train import main as train
-from launch.tuning.trials import Choice
-from launch.tuning.tuned import entry_of, keep
 from shards import redact as redaction
 from shards.errors import UserError, report
 from shards.redact import printable, protect_output, redact, redacted, redacted_traceback
@@ -68,7 +66,7 @@ COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
     "look": (pipeline, ("look", "URL", "--size", "32", "--count", "4", "--out", "look.png")),
     "look at nothing": (pipeline, ("look", "NOTHING", "--size", "32", "--out", "look.png")),
     "bench": (pipeline, ("bench", "URL", *BENCH)),
-    "tune on nothing": (pipeline, ("tune", "NOTHING", "--tuned", "t.json")),
+    "tune on nothing": (pipeline, ("tune", "NOTHING")),
     "info": (pipeline, ("info", "URL")),
     "verify": (pipeline, ("verify", "URL")),
 }
@@ -105,7 +103,8 @@ def recipe() -> Recipe:
     return replace(
         base,
         data=replace(base.data, cache=Path(URL)),
-        run=replace(base.run, tuned=SIGNED, out=Path(URL), tracker=("tensorboard",)),
+        run=replace(base.run, out=Path(URL)),
+        log=replace(base.log, tracker=("tensorboard",)),
     )
 
 
@@ -126,12 +125,6 @@ def test_trackers_get_no_passwords(tmp_path: Path) -> None:
 def test_the_status_holds_no_passwords(tmp_path: Path) -> None:
     write_status(tmp_path, "failed", reason=f"{URL}: not there")
     assert json.loads((tmp_path / STATUS_NAME).read_text())["reason"] == "https://***@host/set: not there"
-
-
-def test_measured_choices_hold_no_passwords(tmp_path: Path) -> None:
-    keep(tmp_path / "t.json", entry_of("input", {"set": URL}, {"read_threads": Choice(3, f"fast from {SIGNED}")}))
-    assert "https://***@host" in (tmp_path / "t.json").read_text()
-    assert found_in(tmp_path) == []
 
 
 def test_nested_values_are_redacted() -> None:
@@ -231,8 +224,7 @@ def test_redaction_finds_passwords_behind_one_slash() -> None:
 def test_a_saved_recipe_can_be_read_again(tmp_path: Path) -> None:
     description = {
         "recipe": recipe().to_dict(),
-        "engine": {"zero": 0, "precision": "fp32", "world": 1},
-        "choices": {"device": "cpu", "cores": 2, "ranks": 1, "values": {"compile": None, "read_threads": 3}},
+        "engine": {"zero": 0, "precision": "fp32", "world": 1, "device": "cpu", "cores": 2},
         "kernels": {},
         "versions": versions(),
         "git": git_state(),
@@ -240,4 +232,4 @@ def test_a_saved_recipe_can_be_read_again(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text(json.dumps(description))
     saved = read_saved_run(tmp_path).recipe
     assert saved.data.size == 224
-    assert saved.run.tracker == ("tensorboard",)
+    assert saved.log.tracker == ("tensorboard",)

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launch.config.recipe import DataRecipe, Recipe, RunRecipe
+from launch.config.data import DataConfig
+from launch.config.recipe import Recipe
+from launch.config.run import RunConfig
 from launch.submit import SETTINGS, Submit, SubmitError, main, render
 from shards.redact import redact
 
@@ -88,7 +90,7 @@ def test_every_text_arrives_unchanged_or_is_refused(
     *, out: str, data: str, setup: str, name: str, account: str, python: str, more: list[str]
 ) -> None:
     run = Path(out).absolute()
-    recipe = Recipe(run=RunRecipe(out=Path(out)), data=DataRecipe(data=data))
+    recipe = Recipe(run=RunConfig(out=Path(out)), data=DataConfig(data=data))
     training = ["--data", data, "--out", out, *more]
     job = Submit(name=name, setup=setup, account=account, python=python, nodes="1-2", gpus_per_node=4)
     in_lines = (str(run), name or run.name, account)
@@ -112,7 +114,7 @@ def test_every_text_arrives_unchanged_or_is_refused(
 @example("a b.sif", "/x'y", False)
 def test_container_options_arrive_unchanged_or_are_refused(image: str, mount: str, pyxis: bool) -> None:
     image = image.removesuffix(".sif") + ("" if pyxis else ".sif")
-    recipe = Recipe(run=RunRecipe(out=Path("/runs/x")), data=DataRecipe(data="/sets/imagenet"))
+    recipe = Recipe(run=RunConfig(out=Path("/runs/x")), data=DataConfig(data="/sets/imagenet"))
     try:
         script = render(Submit(container=image, mount=(mount,)), recipe, [])
     except SubmitError:

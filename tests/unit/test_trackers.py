@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from launch.config.recipe import Recipe, RecipeError, RunRecipe
+from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
+from launch.config.run import LogConfig, RunConfig
 from launch.run.metrics import METRICS_NAME, MetricsLog
 from launch.run.trackers import WANDB_ID, Trackers
 from launch.train import main as train
@@ -42,7 +44,7 @@ def init(**options):
 
 
 def recipe(name: str, out: Path) -> Recipe:
-    return Recipe(run=RunRecipe(tracker=(name,), out=out))  # type: ignore[arg-type]
+    return Recipe(log=LogConfig(tracker=(name,)), run=RunConfig(out=out))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""RUN/recipe.json: what a resumed run takes from it where the command line leaves an option open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch.config.command_line import parse
+from launch.config.recipe import Recipe
+from launch.machine.world import World
+from launch.run.saved_recipe import SavedRun, inherit_options, read_previous_start, read_saved_run
+
+HERE, CORES = "a GPU", 8
+GIVEN = ("--compile", "off", "--optimizer-impl", "foreach", "--read-threads", "7", "--preallocate-width", "640")
+
+
+def saved(folder: Path, *options: str, device: str = HERE, cores: int = CORES) -> SavedRun:
+    engine = {"zero": 0, "precision": "fp32", "world": 1, "device": device, "cores": cores}
+    content = {"recipe": parse([*options, "--data", "x"]).to_dict(), "engine": engine}
+    (folder / "recipe.json").write_text(json.dumps(content))
+    return read_saved_run(folder)
+
+
+def performance(recipe: Recipe) -> tuple[object, ...]:
+    loader = recipe.data.loader
+    return recipe.compile.compile, recipe.compile.optimizer_impl, loader.read_threads, loader.dali.preallocate_width
+
+
+def test_open_options_come_from_the_run(tmp_path: Path) -> None:
+    recipe, messages = inherit_options(parse([]), saved(tmp_path, *GIVEN), HERE, CORES)
+    assert performance(recipe) == ("off", "foreach", 7, 640)
+    assert messages == [
+        "from the run's recipe.json: --compile off, --optimizer-impl foreach, --read-threads 7, --preallocate-width 640"
+    ]
+
+
+def test_given_options_are_kept(tmp_path: Path) -> None:
+    given = parse(["--compile", "cudagraphs", "--read-threads", "3"])
+    recipe, messages = inherit_options(given, saved(tmp_path, *GIVEN), HERE, CORES)
+    assert performance(recipe) == ("cudagraphs", "foreach", 3, 640)
+    assert messages == ["from the run's recipe.json: --optimizer-impl foreach, --preallocate-width 640"]
+
+
+def test_what_is_open_in_both_stays_open(tmp_path: Path) -> None:
+    recipe = parse([])
+    assert inherit_options(recipe, saved(tmp_path), HERE, CORES) == (recipe, [])
+
+
+def test_nothing_else_is_inherited(tmp_path: Path) -> None:
+    options = ("--lr", "1", "--stop-after", "3", "--save-every", "2", "--drop-path", "0.5", "--hw-decoder-load", "0.5")
+    recipe = parse([])
+    assert inherit_options(recipe, saved(tmp_path, *options), HERE, CORES) == (recipe, [])
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "expected"),
+    [("another", CORES, (None, None, None, None)), (HERE, 4, ("off", "foreach", None, None))],
+)
+def test_options_of_another_machine_are_not_inherited(
+    tmp_path: Path, device: str, cores: int, expected: tuple[object, ...]
+) -> None:
+    before = saved(tmp_path, *GIVEN, device=device, cores=cores)
+    recipe, messages = inherit_options(parse([]), before, HERE, CORES)
+    assert performance(recipe) == expected
+    if device != HERE:
+        assert messages == [
+            "note: the run began on another; not taken from its recipe.json: --compile off, --optimizer-impl foreach"
+        ]
+
+
+def test_a_damaged_recipe_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{}")
+    found, messages = read_previous_start(tmp_path, World(0, 1, 0, 1, torch.device("cpu")))
+    assert found is None
+    assert len(messages) == 1
+    assert messages[0].startswith(f"warning: {tmp_path}/recipe.json: not the recipe of a run")
