@@ -138,7 +138,7 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
     return {
         "images/s": round(options.batch * options.steps / median(seconds), 1),
         "engine": engine.description,
-        "compiled": engine.picks["compile"],  # says why, where the engine could not capture the model
+        "compiled": engine.resolved["compile"],  # says why, where the engine could not capture the model
         "warm-up s": round(warm, 1),
         "GB": round(memory / 1e9, 1),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -11,16 +10,13 @@ from rich.text import Text
 
 import fat
 from launch.config.recipe import Recipe
-from launch.engine.build import build_model, load_initial_weights
 from launch.engine.execution import Execution, choose
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
 from launch.jpeg_decoder import with_decoder
-from launch.machine.provenance import device_name
 from launch.machine.world import World
-from launch.run.folder import goes_on
-from launch.run.saved_recipe import inherit_options, read_previous_start
+from launch.setup import set_up
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -34,32 +30,27 @@ def show_run(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: recipe, data and world do not fit together.
     """
-    saved, messages = read_previous_start(recipe.run.out, world) if goes_on(recipe) else (None, [])
-    if saved is not None:
-        recipe, inherited = inherit_options(recipe, saved, device_name(world.device), world.cores)
-        messages += inherited
-    feed = Feed.of(recipe, world)
-    try:
-        check_batches_fit(feed)
-    except UserError as error:  # the run may be meant for another machine
-        if world.is_main:
-            print(printable(f"warning: not on this machine: {error}"))
-    # Reject invalid combinations of options.
-    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
-    model = build_model(recipe, feed.classes)
-    notes = load_initial_weights(model, recipe, feed.class_list)
-    feed, decoder = with_decoder(feed, began=None if saved is None else saved.recipe.data.loader.dali.hw_decoder_load)
+
+    def warn_of_memory(feed: Feed) -> None:
+        try:
+            check_batches_fit(feed)
+        except UserError as error:  # the run may be meant for another machine
+            if world.is_main:
+                print(printable(f"warning: not on this machine: {error}"))
+
+    setup = set_up(recipe, world, check_memory=warn_of_memory)
+    feed, decoder = with_decoder(setup.feed, began=setup.decoder_before)
     if world.is_main:
-        messages += [*notes, *(decoder.messages if decoder else ())]
-        print(*map(printable, messages), describe_run(recipe, feed, model), sep="\n")
+        messages = (*setup.messages, *(decoder.messages if decoder else ()))
+        print(*map(printable, messages), describe_run(feed, setup.model, setup.execution), sep="\n")
 
 
-def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
+def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
     """Steps, learning rates, memory, checkpoint size and, if the run folder knows a speed, the time; as text.
 
     Reads the data set's manifest and the run folder, writes nothing.
     """
-    plan, shape, world = feed.plan, feed.shape, feed.world
+    recipe, plan, shape, world = feed.recipe, feed.plan, feed.shape, feed.world
     zero, precision = choose(recipe.parallel, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
     cost = fat.count(model, recipe.data.size)
@@ -74,7 +65,6 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
         Text(f"{plan.samples:,} images, {feed.classes:,} classes, {printable(feed.dataset.path)}", overflow="fold"),
     )
     table.add_row("engine", f"{f'ZeRO-{zero}' if zero else 'plain'}, {precision}, {world.size} x {world.device.type}")
-    execution = Execution.of(recipe, world.device, accumulation=shape.accumulation, ranks=world.size)
     table.add_row(
         "execution",
         f"compile {execution.compile}, memory format {execution.memory_format}, "
@@ -86,7 +76,7 @@ def describe_run(recipe: Recipe, feed: Feed, model: Any) -> str:
         f"{plan.lanes} lanes",
     )
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
-    table.add_row("left out", f"{plan.samples % plan.global_batch} images per epoch, other ones every time")
+    table.add_row("left out", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
     rate = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     steps = sorted({round(i * (total - 1) / (SAMPLED_RATES - 1)) for i in range(SAMPLED_RATES)})
     table.add_row("learning rate", "\n".join(f"step {step:>9,}  {rate(step):.3e}" for step in steps))

@@ -6,7 +6,6 @@ accelerate launch --multi_gpu --num_processes 8 launch/evaluate.py weights.safet
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -27,10 +26,12 @@ from rich.text import Text
 
 import fat
 from fat.kernels.prefill.work import evaluation
-from launch.class_mapping import ClassMapping, map_classes
+from launch.class_mapping import map_classes
 from launch.config.data import CropPct, DataConfig, ModelSide
+from launch.config.engine import ParallelConfig
+from launch.engine.execution import choose
 from launch.engine.kernel_check import check_kernels
-from launch.engine.loss import count_correct
+from launch.engine.loss import count_batches
 from launch.evaluated_model import load_model
 from launch.machine.world import World, connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
@@ -109,8 +110,8 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     model = model.eval().to(world.device)
     if command.fuse:
         model = fat.fuse(model)
-    bf16 = command.precision == "bf16" or (command.precision == "auto" and world.device.type == "cuda")
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    _, precision = choose(ParallelConfig(precision=command.precision), world.device, ranks=world.size)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     passes = [evaluation(model, (command.batch, 3, size, size), dtype=dtype)]
     check_kernels(model, world, size=size, dtype=dtype, gradients=False, passes=passes)
     normal = AugmentRecipe()
@@ -126,8 +127,14 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         split=command.split,
         options=LoaderOptions(),
     )
+    outputs = None if mapping.outputs is None else torch.tensor(mapping.outputs, device=world.device)
     with loader:
-        counts = count(model, loader, mapping, world, bf16)
+        counted = count_batches(model, loader, device=world.device, precision=precision, outputs=outputs)
+        counts = torch.zeros(mapping.classes, 4, dtype=torch.float64, device=world.device)
+        for labels, rows in counted:
+            counts.index_add_(0, labels, rows)
+    if world.size > 1:
+        dist.all_reduce(counts)
     if not world.is_main:
         return None
     seen, top1, top5, loss = counts.sum(dim=0).tolist()
@@ -164,23 +171,6 @@ def _check_memory(command: Evaluate, size: int, world: World) -> None:
         check_memory(what, needed, remedy, available=total, of="this GPU")
     else:
         check_memory(what, needed * world.local_size, remedy)
-
-
-@torch.no_grad()
-def count(model: torch.nn.Module, loader: EvalLoader, mapping: ClassMapping, world: World, bf16: bool) -> torch.Tensor:
-    """Per class of the set: samples, top-1 hits, top-5 hits, summed cross-entropy; float64 [classes, 4], all ranks."""
-    outputs = None if mapping.outputs is None else torch.tensor(mapping.outputs, device=world.device)
-    totals = torch.zeros(mapping.classes, 4, dtype=torch.float64, device=world.device)
-    autocast = torch.autocast(world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    for batch in loader:
-        with autocast:
-            logits = model(batch.images)
-        if outputs is not None:
-            logits = logits.index_select(1, outputs)
-        totals.index_add_(0, batch.labels, count_correct(logits, batch))
-    if world.size > 1:
-        dist.all_reduce(totals)
-    return totals
 
 
 def show(result: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 import fat
 from fat.config import VARIANTS
 from launch.config.data import DataConfig
-from launch.engine.zero_state import AVERAGE
+from launch.engine.zero_state import weights_of
 from launch.run.checkpoint import META, Checkpoint, CheckpointFolder, open_checkpoint
 from launch.run.saved_recipe import RECIPE_NAME, full_classes, read_saved_run
 from shards.errors import UserError
@@ -85,12 +85,9 @@ def _of_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
         config, size, crop_pct = VARIANTS[f"fat_{recipe.model.variant}"], recipe.data.size, recipe.data.crop_pct
         what = f"fat_{recipe.model.variant}, the model of {run / RECIPE_NAME}"
     state = found.load()
-    values = {k.removeprefix("model/"): v for k, v in state.items() if k.startswith("model/")}
-    if average:
-        averages = {k.removeprefix(f"{AVERAGE}/"): v for k, v in state.items() if k.startswith(f"{AVERAGE}/")}
-        if not averages:
-            raise UserError(f"{found.path}: trained without a moving average (--ema); leave --average out")
-        values |= averages
+    values = weights_of(state, average=average)
+    if average and not values:
+        raise UserError(f"{found.path}: trained without a moving average (--ema); leave --average out")
     if "head.bias" not in values:
         raise UserError(f"{found.path}: holds no classifier (head.bias); give another run folder")
     config = dataclasses.replace(config, num_classes=len(values["head.bias"]))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 # As a script, Python puts launch/ first on the path; the project's root belongs there.
 if __name__ == "__main__":
@@ -19,32 +21,27 @@ if __name__ == "__main__":
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.dry_run import show_run
-from launch.engine.build import build_model, load_initial_weights
 from launch.engine.engine import Engine
-from launch.engine.execution import Execution
 from launch.engine.kernel_check import check_recipe
-from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
-from launch.engine.sync_batchnorm import check_values_per_channel
 from launch.feed import Feed
 from launch.jpeg_decoder import with_decoder
-from launch.machine.provenance import device_name
 from launch.machine.world import World, connect, run_command
 from launch.resilience.guards import Guards
-from launch.resilience.preempt import Preemption, Request, deadline
+from launch.resilience.preempt import LeaveRequested, Preemption, deadline
 from launch.resilience.preflight import preflight
 from launch.resilience.watchdog import Watchdog
-from launch.run.checkpoint import SCORED, CheckpointFolder, Scored
-from launch.run.folder import CHECKPOINTS, RunFolder, goes_on
+from launch.run.checkpoint import SCORED, CheckpointFolder, Progress
+from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
-from launch.run.metrics import Tracker
-from launch.run.saved_recipe import inherit_options, read_previous_start
+from launch.run.metrics import Metrics
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
-from launch.run.trackers import start_trackers
+from launch.run.trackers import Trackers, start_trackers
+from launch.setup import set_up
 from shards.redact import printable
 
 
-def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0915
+def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     """One run, from the recipe to its last checkpoint, curves and weights.
 
     Args:
@@ -54,97 +51,99 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:  # noqa: PLR0
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
         Preempted: the run was asked to leave, and has been saved.
     """
-    resumes = goes_on(recipe)
-    saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])
-    if saved is not None:
-        recipe, inherited = inherit_options(recipe, saved, device_name(world.device), world.cores)
-        messages += inherited
     leave_at = deadline(recipe.preempt, started=time.monotonic())
-    feed = Feed.of(recipe, world)
-    check_batches_fit(feed)
-    check_values_per_channel(recipe, feed.shape.micro_rows, world)
-    # Reject invalid combinations of options before creating files.
-    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
-    model = build_model(recipe, feed.classes)
-    loaded = load_initial_weights(model, recipe, feed.class_list)
-    trackers = start_trackers(recipe, world, goes_on=resumes)
-    lock.take(world, make=True)
-    verdict = check_recipe(recipe, feed, model)  # before anything is compiled or captured
-    began = None if saved is None else saved.recipe.data.loader.dali.hw_decoder_load
-    feed, decoder = with_decoder(feed, began=began)
-    recipe = feed.recipe
-    shape = feed.shape
-    engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    folder = RunFolder(recipe, feed, engine, verdict)
-    progress, story = folder.resume()
+    feed, engine, folder, trackers, messages, resolved = prepare(recipe, world, lock)
+    recipe, plan = feed.recipe, feed.plan
+    state, resumed = folder.resume()
     with (
         folder,
-        Tracker(recipe, feed, engine, progress, trackers) as tracker,
+        Metrics(recipe, feed, engine, state, trackers) as metrics,
         Preemption(folder.path, world, deadline=leave_at) as preemption,
         Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
-        feed.train_loader(step=progress.step, dtype=engine.input_dtype) as loader,
-        feed.eval_loader(dtype=engine.input_dtype) as evaluation,
+        feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
+        feed.eval_loader(dtype=engine.input_dtype) as val_loader,
     ):
-        tracker.begin(
-            *(
-                *story,
-                *(() if progress.step else loaded),
-                *messages,
-                *(decoder.messages if decoder else ()),
-                *engine.notes,
-                *feed.advice(),
-            ),
-            picks=engine.picks | verdict.picks | loader.picks,
-        )
-        guards = Guards(
-            engine, max_bad_steps=recipe.watchdog.max_bad_steps, compare_every=recipe.watchdog.compare_every
-        )
-        rate = rate_of(recipe.optim, global_batch=feed.plan.global_batch, steps_per_epoch=feed.plan.steps_per_epoch)
+        metrics.begin(*resumed, *messages, *engine.notes, *feed.advice(), resolved=resolved | train_loader.picks)
+        guards = Guards(engine, recipe.watchdog)
+        lr = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
 
-        def settle() -> None:
-            """Read the device: judge and log the steps since the last time."""
-            tracker.say(*(f"warning: {fact}" for fact in (*guards.check(), *folder.complaints())))
-            tracker.interval(skipped=guards.skipped, replaced=loader.bad_samples)
+        def log() -> None:
+            """Read the device: check and log the steps since the last time."""
+            metrics.say(*(f"warning: {fact}" for fact in (*guards.check(), *folder.complaints())))
+            metrics.interval(skipped=guards.skipped, replaced=train_loader.bad_samples)
 
-        def evaluate(step: int) -> dict[Scored, float]:
-            """Top-1 with `step` steps behind; asked to leave meanwhile, the run saves that this is still to be done."""
-            results: dict[Scored, dict[str, float]] = {}
+        def save() -> Progress:
+            return folder.save(replace(state, seconds=metrics.seconds))
+
+        def evaluate() -> Progress:
+            results = {}
             for scored in SCORED if recipe.optim.ema else SCORED[:1]:
-                result = engine.evaluate(
-                    watchdog.watched(preemption.heed(evaluation or ())), average=scored == "average"
-                )
-                if result is None:
-                    folder.leave(tracker.progress(progress, step, pending=True), preemption.reason)
-                results[scored] = result
-            return tracker.evaluation(step, results)
+                batches = watchdog.watched(preemption.until_leave(val_loader or ()))
+                results[scored] = engine.evaluate(batches, average=scored == "average")
+            return state.evaluated(metrics.evaluation(state.step, results))
 
-        if progress.pending_evaluation and evaluation is not None:
-            progress = folder.save(tracker.progress(progress, progress.step, evaluate(progress.step)))
-        for step in range(progress.step, feed.last_step):
-            request = preemption.agreed()
-            if request is not Request.NOTHING:
-                settle()
-                progress = tracker.progress(progress, step) if step > progress.step else progress
-                folder.leave(progress, preemption.reason) if request is Request.LEAVE else folder.save(progress)
+        try:
+            if state.pending_evaluation and val_loader is not None:
+                state = evaluate()
+                state = save()
+            while state.step < feed.last_step:
+                if preemption.save_requested():
+                    log()
+                    state = save()
+                batches = metrics.take(train_loader, feed.shape.accumulation)
+                result = engine.step(batches, step=state.step, lr=lr(state.step))
+                guards.note(state.step, result, batches)
+                metrics.step(state.step, lr(state.step), result)
+                state = state.after(state.step + 1, plan.at(state.step + 1))
+                watchdog.beat(state.step)
 
-            batches = tracker.take(loader, shape.accumulation)
-            result = engine.step(batches, step=step, lr=rate(step))
-            guards.note(step, result, batches)
-            tracker.step(step, rate(step), result)
-            watchdog.beat(step + 1)
+                last = state.step == feed.last_step
+                ends_epoch = state.epoch_step == 0 and due(state.epoch, recipe.run.eval_every)
+                saves = last or ends_epoch or due(state.step, recipe.checkpoint.save_every)
+                if saves or due(state.step, recipe.log.log_every):
+                    log()
+                if (last or ends_epoch) and val_loader is not None:
+                    state = replace(state, pending_evaluation=True)
+                    state = evaluate()
+                if saves:
+                    state = save()
+                    metrics.restart_interval()
+        except LeaveRequested as request:
+            log()
+            folder.leave(replace(state, seconds=metrics.seconds), str(request))
+        metrics.say(*folder.finish(state))
+        metrics.finish(state)
 
-            done, ends = feed.plan.at(step + 1), step + 1 == feed.last_step
-            evaluates = ends or (done.step == 0 and done.epoch % recipe.run.eval_every == 0)
-            saves = evaluates or (step + 1) % (recipe.checkpoint.save_every or sys.maxsize) == 0
-            if saves or (step + 1) % recipe.log.log_every == 0:
-                settle()
-            if saves:
-                top1 = evaluate(step + 1) if evaluates and evaluation is not None else None
-                progress = folder.save(tracker.progress(progress, step + 1, top1))
-                tracker.restart_interval()
 
-        tracker.say(*folder.finish(progress))
-        tracker.finish(progress)
+def due(count: int, every: int | None) -> bool:
+    """Whether something that happens every `every` steps (None = never) is due after step `count`."""
+    return every is not None and count % every == 0
+
+
+class Prepared(NamedTuple):
+    """What a run needs beside its recipe."""
+
+    feed: Feed
+    engine: Engine
+    folder: RunFolder
+    trackers: Trackers | None
+    messages: tuple[str, ...]
+    resolved: dict[str, str]
+    """Values of options that were left open, for the log."""
+
+
+def prepare(recipe: Recipe, world: World, lock: FolderLock) -> Prepared:
+    """Validate everything, then take the run folder and build the engine. Collective."""
+    setup = set_up(recipe, world)
+    trackers = start_trackers(setup.recipe, world, goes_on=setup.resumes)
+    lock.take(world, make=True)
+    verdict = check_recipe(setup.recipe, setup.feed, setup.model)  # before anything is compiled or captured
+    feed, decoder = with_decoder(setup.feed, began=setup.decoder_before)
+    shape = feed.shape
+    engine = Engine(setup.model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+    folder = RunFolder(feed.recipe, feed, engine, verdict)
+    messages = (*setup.messages, *(decoder.messages if decoder else ()))
+    return Prepared(feed, engine, folder, trackers, messages, engine.resolved | verdict.resolved)
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import torch
 
 import fat
 from launch.config.command_line import parse
+from launch.config.resilience import WatchdogConfig
 from launch.engine.engine import Engine
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
@@ -20,7 +21,7 @@ from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption
 from launch.resilience.watchdog import Watchdog
 from launch.run.checkpoint import Progress
-from launch.run.metrics import Tracker
+from launch.run.metrics import Metrics
 
 SIZE = 32
 CONFIG = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8))
@@ -46,15 +47,13 @@ def training(
     shape = feed.shape
     model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    guards = Guards(engine, max_bad_steps=10, compare_every=0)
-    rate, numbers = (
-        rate_of(recipe.optim, global_batch=feed.plan.global_batch, steps_per_epoch=feed.plan.steps_per_epoch),
-        itertools.count(),
-    )
+    guards = Guards(engine, WatchdogConfig(compare_every=0))
+    rate = rate_of(recipe.optim, global_batch=batch, steps_per_epoch=feed.plan.steps_per_epoch)
+    numbers = itertools.count()
     out.mkdir(parents=True, exist_ok=True)
 
     with (
-        Tracker(recipe, feed, engine, Progress()) as tracker,
+        Metrics(recipe, feed, engine, Progress()) as metrics,
         Preemption(out, world, deadline=None) as preemption,
         Watchdog(out, world, timeout=0) as watchdog,
         feed.train_loader(step=0, dtype=engine.input_dtype) as loader,
@@ -62,11 +61,11 @@ def training(
 
         def step() -> None:
             number = next(numbers)
-            preemption.agreed()
-            batches = tracker.take(loader, shape.accumulation)
+            preemption.save_requested()
+            batches = metrics.take(loader, shape.accumulation)
             result = engine.step(batches, step=number, lr=rate(number))
             guards.note(number, result, batches)
-            tracker.step(number, rate(number), result)
+            metrics.step(number, rate(number), result)
             watchdog.beat(number + 1)
 
         yield step

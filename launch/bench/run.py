@@ -74,7 +74,7 @@ def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
             print(printable(note), file=sys.stderr)
         figures = _figures(recipe, feed, engine, steps)
         decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
-        settings = figures.settings | verdict.picks
+        settings = figures.settings | verdict.resolved
         return dataclasses.replace(figures, settings=settings, decoders=decoders)
     finally:
         disconnect()
@@ -205,7 +205,7 @@ def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
         opener(feed), opener(synthetic), step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
     )
     memory = _memory(device)
-    picks = engine.picks | _picks(feed, engine)
+    picks = engine.resolved | _picks(feed, engine)
     with torch.device("meta"):
         cost = fat.count(fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size)
     limits = limits_of(device, engine.precision)

@@ -36,7 +36,7 @@ def wrap(
     """(wrapped model, optimiser that steps): DDP and torch's own without ZeRO, else DeepSpeed's of both. Collective.
 
     With ZeRO 1 and 2 and a fused optimiser, the gradient norm, clipping and the skipping of updates are left to the
-    caller (`Masters.clip_gradients`), since DeepSpeed's own make the host wait for the device.
+    caller (`OptimizerState.clip_gradients`), since DeepSpeed's own make the host wait for the device.
 
     Args:
         model: on its device.

@@ -21,10 +21,10 @@ from launch.config.recipe import Recipe
 from launch.engine.accelerate import wrap
 from launch.engine.execution import Execution, choose
 from launch.engine.graphs import RECORDERS, GraphedModel
-from launch.engine.loss import count_correct, soft_cross_entropy
+from launch.engine.loss import autocast, count_batches, soft_cross_entropy
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, synchronise_norms
-from launch.engine.zero_state import Masters
+from launch.engine.zero_state import OptimizerState
 from launch.machine.world import World
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
@@ -63,7 +63,14 @@ class Engine:
         # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.zero, self.precision = choose(recipe.parallel, world.device, ranks=world.size)
-        self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
+        self.execution = Execution.of(
+            recipe.compile,
+            recipe.parallel,
+            world.device,
+            accumulation=accumulation,
+            ranks=world.size,
+            freeze_bn=recipe.model.freeze_bn,
+        )
         self._recipe = recipe
         model = self.execution.lay_out(model.to(world.device))
         model = synchronise_norms(model, recipe.parallel.sync_bn, world)
@@ -92,8 +99,10 @@ class Engine:
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
         self._wrapped.eval()  # so that the first `_set_training_mode` sees to the frozen layers
         self._staging: dict[str, Tensor] = {}
-        self._masters = Masters(self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema)
-        self._update = Updater(self._optimizer, self._masters.parameters)
+        self._state = OptimizerState(
+            self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema
+        )
+        self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
         self.notes: list[str] = []
         """Lines for the log about how the engine was set up."""
         if self._graphs is not None:
@@ -106,7 +115,7 @@ class Engine:
         return f"{self._kind}{', CUDA graphs' if self._graphs else compiled}"
 
     @property
-    def picks(self) -> dict[str, str]:
+    def resolved(self) -> dict[str, str]:
         """What the engine works with, for people and the log."""
         norms = batch_norms(self.model)
         ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
@@ -152,31 +161,25 @@ class Engine:
             group["lr"] = lr
         self._set_training_mode()
         result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
-        self._masters.update_average(step)
+        self._state.update_average(step)
         return result
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch | None], *, average: bool = False) -> dict[str, float] | None:
+    def evaluate(self, batches: Iterable[Batch], *, average: bool = False) -> dict[str, float]:
         """Accuracy over all ranks' batches: samples, top1, top5 (shares) and loss. Collective.
-
-        A None among the batches, at the same place on all ranks, breaks it off; the result is None then.
 
         Args:
             average: evaluate the moving average instead of the present weights.
         """
         self.average_statistics()
         self._wrapped.eval()
-        # Eager where training is compiled: a second compilation, for evaluation, would hold the run up for minutes.
+        # The bare module: wrappers would add collectives. Eager where training is compiled: a second compilation, for
+        # evaluation, would hold the run up for minutes.
         forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
-        with self._masters.averaged() if average else contextlib.nullcontext():
-            for batch in batches:
-                if batch is None:
-                    return None
-                with self._autocast():
-                    # The bare module: wrappers would add collectives.
-                    logits = forward(batch.images)
-                totals += count_correct(logits, batch).sum(dim=0)
+        with self._state.averaged() if average else contextlib.nullcontext():
+            for _, counts in count_batches(forward, batches, device=self.world.device, precision=self.precision):
+                totals += counts.sum(dim=0)
         if self.world.size > 1:
             dist.all_reduce(totals)
         samples, top1, top5, loss = totals.tolist()
@@ -186,7 +189,7 @@ class Engine:
         """Make BatchNorm's running statistics the mean over ranks; synchronised ones are already. Collective."""
         if self.world.size == 1:
             return
-        buffers = [*self.statistics(), *self._masters.averaged_statistics]
+        buffers = [*self.statistics(), *self._state.averaged_statistics]
         flat = torch.cat([b.flatten() for b in buffers]) / self.world.size
         dist.all_reduce(flat)
         for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
@@ -204,7 +207,7 @@ class Engine:
         Collective: every rank must call it; the result is complete on rank 0 and empty elsewhere.
         """
         self.average_statistics()
-        state = self._masters.state_dict()
+        state = self._state.state_dict()
         if not self.world.is_main:
             return {}
         cuda = self.world.device.type == "cuda"
@@ -228,7 +231,7 @@ class Engine:
             RecipeError: the state is of another model.
         """
         try:
-            self._masters.load_state_dict(state, steps=steps)
+            self._state.load_state_dict(state, steps=steps)
         except ValueError as error:
             raise RecipeError(
                 f"the checkpoint is of another model: {error}; use its recipe, or another run folder (--out)"
@@ -239,7 +242,7 @@ class Engine:
         if self.zero == 3:
             return 0  # no rank holds what another holds
         total = torch.zeros((), dtype=torch.int64, device=self.world.device)
-        for number, parameter in enumerate(self._masters.parameters):
+        for number, parameter in enumerate(self._state.parameters):
             words = parameter.detach().flatten().contiguous().view(torch.int32)
             total = total * 31 + (words.to(torch.int64) * (number + 1)).sum()
         return int(total) & (2**63 - 1)
@@ -287,11 +290,12 @@ class Engine:
         total = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(batches):
             with self._gradients_stay_here(number < len(batches) - 1):
-                with self._autocast():
+                with autocast(self.world.device, self.precision):
                     logits = self._wrapped(batch.images)
                 loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
                 loss.backward()
             total += loss.detach()
+        assert self._update is not None
         norm = self._update(self._recipe.optim.clip_grad)
         if not (self._graphs and self._graphs.keeps_gradients):
             self._optimizer.zero_grad(set_to_none=True)
@@ -300,11 +304,6 @@ class Engine:
     def _gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """DDP exchanges gradients at the last micro-batch only."""
         return self._wrapped.no_sync() if wanted and self.world.size > 1 else contextlib.nullcontext()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.world.device.type, torch.bfloat16)
 
     # -- DeepSpeed -----------------------------------------------------------------------------------------------
 
@@ -315,8 +314,8 @@ class Engine:
             self._wrapped.set_gradient_accumulation_boundary(last)
             loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
             self._wrapped.backward(loss)  # divides by the number of micro-batches itself
-            if last and self._masters.clips_gradients:
-                norm = self._masters.clip_gradients(self._recipe.optim.clip_grad)
+            if last and self._state.clips_gradients:
+                norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
             self._wrapped.step()
             total += loss.detach() / len(batches)
         if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite

@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fat.kernels
-from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
+from launch.config.engine import CompileConfig, MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
-from launch.config.recipe import Recipe
 from launch.engine.graphs import RECORDERS
 from launch.engine.sync_batchnorm import over_ranks
 from shards.errors import UserError
@@ -57,8 +56,17 @@ class Execution:
     """Why the default, CUDA graphs, does not apply on this GPU."""
 
     @classmethod
-    def of(cls, recipe: Recipe, device: torch.device, *, accumulation: int, ranks: int) -> Execution:
-        """Resolve the recipe's options, with defaults where it leaves them open.
+    def of(
+        cls,
+        wanted: CompileConfig,
+        parallel: ParallelConfig,
+        device: torch.device,
+        *,
+        accumulation: int,
+        ranks: int,
+        freeze_bn: bool = False,
+    ) -> Execution:
+        """Resolve the options, with defaults where they are left open.
 
         Args:
             accumulation: micro-batches per step.
@@ -67,8 +75,8 @@ class Execution:
         Raises:
             RecipeError: the options cannot be combined.
         """
-        wanted, (zero, _) = recipe.compile, choose(recipe.parallel, device, ranks=ranks)
-        obstacle = graph_obstacle(recipe, device, ranks=ranks)
+        zero, _ = choose(parallel, device, ranks=ranks)
+        obstacle = graph_obstacle(parallel, device, ranks=ranks, freeze_bn=freeze_bn)
         mode: Mode = wanted.compile or ("off" if obstacle else "cudagraphs")
         if mode == "cudagraphs" and obstacle:
             raise RecipeError(f"--compile cudagraphs: {obstacle}; use --compile off")
@@ -131,14 +139,14 @@ def _check_compiler_cache() -> None:
         raise UserError(f"{folder}: cannot be used ({error.strerror}); {remedy}") from error
 
 
-def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
+def graph_obstacle(parallel: ParallelConfig, device: torch.device, *, ranks: int, freeze_bn: bool = False) -> str:
     """Return why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
-    zero, _ = choose(recipe.parallel, device, ranks=ranks)
+    zero, _ = choose(parallel, device, ranks=ranks)
     if device.type not in RECORDERS:
         return f"needs a CUDA device, and this is {device.type}"
     if zero == 3:
         return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
-    synchronised = over_ranks(recipe.parallel.sync_bn, ranks, device) and not recipe.model.freeze_bn
+    synchronised = over_ranks(parallel.sync_bn, ranks, device) and not freeze_bn
     # `pipeline tune --ranks N` asks for several ranks in one process, without a process group.
     if synchronised and dist.is_initialized() and dist.get_backend() != "nccl":
         return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"

@@ -80,7 +80,7 @@ class Verdict:
         return f"{len(self.checked)} families {when}; {f'switched off: {off}' if off else 'all agree with torch'}"
 
     @property
-    def picks(self) -> dict[str, str]:
+    def resolved(self) -> dict[str, str]:
         """For people and the log, beside those of the engine."""
         return {"kernel check": self.summary} | ({"kernel compilation": self.compilation} if self.compilation else {})
 

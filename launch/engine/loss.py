@@ -1,6 +1,9 @@
-"""The loss of a micro-batch and the counts of an evaluation."""
+"""The loss of a micro-batch, and the accuracy over many batches."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +24,34 @@ def soft_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor
         return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
     targets = mix_targets(batch.labels, batch.lam, logits.shape[1], smoothing)
     return -(targets * F.log_softmax(logits, dim=1)).sum(dim=1).mean()
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """Autocast to bf16 where `precision` is bf16; nothing at fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+def count_batches(
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    precision: str,
+    outputs: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Evaluate batches one by one, without gradients; yields labels int64 [B] and their `count_correct`.
+
+    Args:
+        forward: images [B, 3, H, W] -> logits [B, N].
+        precision: bf16 or fp32.
+        outputs: int64 [classes], the output of the model for each class; None = the first ones, in order.
+    """
+    for batch in batches:
+        with torch.no_grad(), autocast(device, precision):
+            logits = forward(batch.images)
+        if outputs is not None:
+            logits = logits.index_select(1, outputs)
+        yield batch.labels, count_correct(logits, batch)
 
 
 def count_correct(logits: Tensor, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from launch.machine.world import World
 AVERAGE = "ema"
 
 
-class Masters:
+class OptimizerState:
     """Full views of a sharded optimiser. Everything but `update_average` is collective.
 
     Args:
@@ -285,6 +285,22 @@ class Masters:
             for parameter in parameters:
                 if parameter._hp_mapping is not None:
                     parameter._hp_mapping.set_optim_state_fragment(owner, self._inner.state[owner])
+
+
+def weights_of(state: dict[str, Tensor], *, average: bool = False) -> dict[str, Tensor]:
+    """Select the model's tensors of a canonical state, by their names in the model.
+
+    Args:
+        average: those of the moving average; empty if the state has none.
+    """
+
+    def tensors(kind: str) -> dict[str, Tensor]:
+        return {key.removeprefix(f"{kind}/"): value for key, value in state.items() if key.startswith(f"{kind}/")}
+
+    averages = tensors(AVERAGE)
+    if average:
+        return tensors("model") | averages if averages else {}
+    return tensors("model")
 
 
 def average_decay(decay: float, updates: int) -> float:

@@ -93,13 +93,12 @@ def all_equal(value: int, world: World) -> bool:
     return int(ends[0]) == -int(ends[1])
 
 
-def share(make: Callable[[], T] | None, world: World) -> T:
-    """What `make` returns on rank 0, on every rank. Collective; an exception of rank 0 is raised on all."""
+def broadcast_from_rank0(make: Callable[[], T], world: World) -> T:
+    """Call `make` on rank 0 and return its result on every rank; its exception is raised on all. Collective."""
     if world.size == 1:
-        assert make is not None
         return make()
     box: list[Any] = [None, None]
-    if make is not None:
+    if world.is_main:
         try:
             box[0] = make()
         except Exception as error:

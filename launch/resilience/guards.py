@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from launch.config.resilience import WatchdogConfig
 from launch.engine.engine import Engine, StepResult
 from launch.machine.world import all_equal
 from launch.run.status import RunFailed
@@ -24,12 +25,11 @@ class Guards:
     """Watches a run. `note` is free; `check` reads the device and is collective.
 
     Args:
-        max_bad_steps: steps in a row whose gradients are not finite before the run is given up.
-        compare_every: steps between two comparisons of the ranks' weights; 0 = never.
+        config: `max_bad_steps` and `compare_every` count.
     """
 
-    def __init__(self, engine: Engine, *, max_bad_steps: int, compare_every: int) -> None:
-        self._engine, self._max_bad, self._compare_every = engine, max_bad_steps, compare_every
+    def __init__(self, engine: Engine, config: WatchdogConfig) -> None:
+        self._engine, self._max_bad, self._compare_every = engine, config.max_bad_steps, config.compare_every
         self._steps: list[tuple[int, StepResult, list[Ids]]] = []
         self._in_a_row = 0
         self._compared_at = 0
@@ -57,8 +57,8 @@ class Guards:
                 self.skipped += 1
                 warnings.append(f"step {step + 1}: gradients are not finite; the update was skipped")
             if self._in_a_row >= self._max_bad:
-                raise RunFailed(self._accuse(step, result, ids))
-        self._mend_statistics(all(finite))
+                raise RunFailed(self._describe_bad_step(step, result, ids))
+        self._restore_statistics(all(finite))
         last = self._steps[-1][0] + 1
         self._steps = []
         if self._compare_every and last - self._compared_at >= self._compare_every:
@@ -71,14 +71,14 @@ class Guards:
         return warnings
 
     @torch.no_grad()
-    def _mend_statistics(self, all_good: bool) -> None:
+    def _restore_statistics(self, all_good: bool) -> None:
         """A bad forward pass spoils BatchNorm's running statistics for good: put back those of the last good check."""
         statistics = self._engine.statistics()
         source, target = (statistics, self._good_statistics) if all_good else (self._good_statistics, statistics)
         if statistics:
             torch._foreach_copy_(target, source)
 
-    def _accuse(self, step: int, result: StepResult, parts: list[Ids]) -> str:
+    def _describe_bad_step(self, step: int, result: StepResult, parts: list[Ids]) -> str:
         """Which ranks had a loss that is not finite, and what they were fed. Collective."""
         world = self._engine.world
         ids = [int(i) for part in parts for i in part]
@@ -87,9 +87,9 @@ class Guards:
         if world.size > 1:
             everyone = [mine] * world.size
             dist.all_gather_object(everyone, mine)
-        guilty = [entry for entry in everyone if not entry[1]]
+        not_finite = [entry for entry in everyone if not entry[1]]
         named = "; ".join(
-            f"rank {rank}: samples {', '.join(map(str, ids[:SHOWN_IDS]))}, ..." for rank, _, ids in guilty
+            f"rank {rank}: samples {', '.join(map(str, ids[:SHOWN_IDS]))}, ..." for rank, _, ids in not_finite
         )
         return (
             f"{self._max_bad} steps in a row, up to step {step + 1}, had gradients that are not finite "

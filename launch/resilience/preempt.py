@@ -44,6 +44,10 @@ class Request(IntEnum):
     LEAVE = 2
 
 
+class LeaveRequested(Exception):
+    """All ranks have agreed to save and leave; the message says who asked for it."""
+
+
 class Preemption:
     """Collects requests; use as a context manager around the training loop.
 
@@ -63,8 +67,7 @@ class Preemption:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self.reason = ""
-        """What asked this rank, for people."""
+        self._reason = ""  # what asked this rank
 
     def __enter__(self) -> Preemption:
         for number in (*LEAVE, *SAVE):
@@ -75,8 +78,19 @@ class Preemption:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> Request:
-        """What all ranks do now: what was asked for until the last call. Every rank calls it at the same places."""
+    def save_requested(self) -> bool:
+        """Whether all ranks write a checkpoint now. Every rank calls it at the same places.
+
+        Raises:
+            LeaveRequested: all ranks save and leave now.
+        """
+        decision = self._agreed()
+        if decision is Request.LEAVE:
+            raise LeaveRequested(self._reason or "another rank's request")
+        return decision is Request.SAVE
+
+    def _agreed(self) -> Request:
+        """What all ranks do now: what was asked for until the last call. Collective."""
         asked = self._asked()
         if self._group is None:
             return asked
@@ -87,13 +101,16 @@ class Preemption:
         self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return decision
 
-    def heed(self, items: Iterable[T]) -> Iterator[T | None]:
-        """`items`, of which every rank has equally many; None, and no more, once all have agreed to leave."""
+    def until_leave(self, items: Iterable[T]) -> Iterator[T]:
+        """Yield `items`, of which every rank has equally many.
+
+        Raises:
+            LeaveRequested: after the same item on all ranks.
+        """
         for item in items:
             yield item
-            if self.agreed() is Request.LEAVE:
-                yield None
-                return
+            if self._agreed() is Request.LEAVE:  # a checkpoint is written after the evaluation anyway
+                raise LeaveRequested(self._reason or "another rank's request")
 
     def _asked(self) -> Request:
         save, self._save = self._save, False
@@ -102,7 +119,7 @@ class Preemption:
             if self._found("PREEMPT"):
                 self._leave = True
             elif self._deadline is not None and time.monotonic() > self._deadline:
-                self._leave, self.reason = True, "the deadline"
+                self._leave, self._reason = True, "the deadline"
         if self._leave:
             return Request.LEAVE
         return Request.SAVE if save else Request.NOTHING
@@ -124,7 +141,7 @@ class Preemption:
                 self._ignored.add(name)
                 log.warning("%s: ignored, as it cannot be removed (%s)", path, error.strerror)
             return False
-        self.reason = f"the file {name}"
+        self._reason = f"the file {name}"
         return True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -133,7 +150,7 @@ class Preemption:
             return
         now = time.monotonic()
         if not self._leave:
-            self._leave, self._first_leave, self.reason = True, now, signal.Signals(number).name
+            self._leave, self._first_leave, self._reason = True, now, signal.Signals(number).name
         elif now - self._first_leave > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 

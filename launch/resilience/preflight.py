@@ -20,7 +20,7 @@ import xxhash
 from launch.config.recipe import Recipe
 from launch.machine.network import host_name
 from launch.machine.provenance import versions
-from launch.machine.world import World, share
+from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import unwritable
 from launch.run.status import write_status
 from pipeline.storage.remote_client import is_remote
@@ -68,7 +68,7 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     if world.local_size == world.size:
         return []
     run = recipe.run.out
-    token = share((lambda: leave_token(run)) if world.is_main else None, world)
+    token = broadcast_from_rank0(lambda: leave_token(run), world)
     mine = look(recipe, world, token) if world.local_rank == 0 else None
     everyone: list[Facts | None] = [mine] * world.size
     dist.all_gather_object(everyone, mine)

@@ -19,9 +19,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args
 
@@ -33,6 +34,7 @@ from torch import Tensor
 
 import fat
 from launch.run.files import check_writable, open_regular, read_regular, unwritable
+from pipeline.plan import Position
 from shards.errors import StorageFailed, UserError, storage_error
 from shards.files.durable import sync_folder
 from shards.schema import Count, Digest, FileName, parse_json
@@ -84,6 +86,22 @@ class Progress:
     """Whether the evaluation due at this step was broken off."""
     seconds: Seconds = 0.0
     """Time trained, over all restarts."""
+
+    def after(self, step: int, position: Position) -> Progress:
+        """The progress after an optimizer step.
+
+        Args:
+            step: optimizer steps done.
+            position: where the plan stands then.
+        """
+        return replace(self, step=step, epoch=position.epoch, epoch_step=position.step, is_best=False)
+
+    def evaluated(self, top1: Mapping[Scored, float]) -> Progress:
+        """The progress after an evaluation at this step; of equally good ones, the weights are the best."""
+        best_of, best = max(top1.items(), key=itemgetter(1))
+        if best <= self.best:
+            return replace(self, is_best=False, pending_evaluation=False)
+        return replace(self, best=best, best_of=best_of, is_best=True, pending_evaluation=False)
 
 
 @dataclass(frozen=True)

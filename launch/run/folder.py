@@ -21,10 +21,10 @@ from launch.config.recipe import Recipe
 from launch.engine.build import config_of
 from launch.engine.engine import Engine
 from launch.engine.kernel_check import Verdict
-from launch.engine.zero_state import AVERAGE
+from launch.engine.zero_state import weights_of
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
-from launch.machine.world import share
+from launch.machine.world import broadcast_from_rank0
 from launch.run.checkpoint import (
     MAX_FAILURES,
     BackgroundWriter,
@@ -85,7 +85,7 @@ class RunFolder:
             UserError: the folder cannot be written.
         """
         world, plan = self._engine.world, self._feed.plan
-        found, story = share(self._choose if world.is_main else None, world)
+        found, story = broadcast_from_rank0(self._choose, world)
         if found is not None:
             changed = check_fingerprint(found, self._fingerprint)
             check_position(found, plan.steps_per_epoch)
@@ -181,7 +181,7 @@ class RunFolder:
 
     def _on_main(self, make: Callable[[], T]) -> T:
         """Call `make` on rank 0 and return its result on every rank. Collective."""
-        return share(make if self._engine.world.is_main else None, self._engine.world)
+        return broadcast_from_rank0(make, self._engine.world)
 
     def complaints(self) -> list[str]:
         """Checkpoints that could not be written since the last call."""
@@ -203,10 +203,8 @@ class RunFolder:
         with torch.device("meta"):  # only its config is needed
             model = fat.FAT(config_of(self._recipe, self._feed.classes))
         info = replace(self._info, step=step)
-        raw = {key.removeprefix("model/"): value for key, value in state.items() if key.startswith("model/")}
-        average = {key.removeprefix(f"{AVERAGE}/"): value for key, value in state.items() if key.startswith(AVERAGE)}
-        for name, tensors in (("weights", raw), ("weights-ema", raw | average if average else {})):
-            path = self.path / f"{name}.safetensors"
+        for name, average in (("weights", False), ("weights-ema", True)):
+            path, tensors = self.path / f"{name}.safetensors", weights_of(state, average=average)
             if tensors:
                 try:
                     fat.save_weights(model, path, state=tensors, info=info)

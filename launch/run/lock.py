@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from launch.machine.world import World, share
+from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import unwritable
 from shards.errors import UserError
 from shards.files.lock import Held, hold
@@ -46,7 +46,7 @@ class FolderLock:
             UserError: the folder cannot be written.
         """
         if not self.taken:
-            self.taken = share((lambda: self._take(make)) if world.is_main else None, world)
+            self.taken = broadcast_from_rank0(lambda: self._take(make), world)
 
     def release(self) -> None:
         """Let the next one in. Idempotent."""

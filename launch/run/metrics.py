@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ SCORED_NAMES: dict[Scored, str] = {"weights": "weights", "average": "moving aver
 log = logging.getLogger(__name__)
 
 
-class Tracker:
+class Metrics:
     """A run's running account: intervals of steps, evaluations, the clock; to the log and the terminal.
 
     A context manager; closing it ends the display.
@@ -82,7 +81,7 @@ class Tracker:
         self._last: dict[Scored, float] = {}  # top-1 of the last evaluation
         self.restart_interval()
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -150,10 +149,10 @@ class Tracker:
         self._display.interval(self._step + 1, epoch, self._rate, values)
         self.restart_interval()
 
-    def begin(self, *lines: str, picks: dict[str, str]) -> None:
-        """Say how the run starts; write down and say what engine and loader have chosen for themselves."""
-        self._write("picks", step=self._begun_at.step, **picks)
-        self.say(*lines, "; ".join(f"{name}: {choice}" for name, choice in picks.items()))
+    def begin(self, *messages: str, resolved: dict[str, str]) -> None:
+        """Log how the run starts, and the values to which engine and loader have resolved open options."""
+        self._write("resolved", step=self._begun_at.step, **resolved)
+        self.say(*messages, "; ".join(f"{name}: {value}" for name, value in resolved.items()))
 
     def evaluation(self, step: int, results: Mapping[Scored, dict[str, float]]) -> dict[Scored, float]:
         """Write a line about each evaluation; returns top-1 of the weights and, if evaluated, of their average."""
@@ -167,26 +166,10 @@ class Tracker:
         self._last = {scored: result["top1"] for scored, result in results.items()}
         return self._last
 
-    def progress(
-        self, before: Progress, step: int, top1: Mapping[Scored, float] | None = None, *, pending: bool = False
-    ) -> Progress:
-        """Where the run stands with `step` optimiser steps behind it, the last evaluated to `top1` (or still to be)."""
-        position = self._plan.at(step)
-        # Of equal ones, the weights.
-        best, scored = max(
-            ((value, name) for name, value in (top1 or {}).items()), key=itemgetter(0), default=(0, None)
-        )
-        is_best = best > before.best
-        return Progress(
-            step=step,
-            epoch=position.epoch,
-            epoch_step=position.step,
-            best=best if is_best else before.best,
-            best_of=scored if is_best else before.best_of,
-            is_best=is_best,
-            pending_evaluation=pending,
-            seconds=self._begun_at.seconds + time.perf_counter() - self._clock,
-        )
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, over all starts of the run."""
+        return self._begun_at.seconds + time.perf_counter() - self._clock
 
     def finish(self, progress: Progress) -> None:
         """Write the last line, and say how the run ended: the best accuracy and the last ones."""

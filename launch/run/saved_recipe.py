@@ -12,7 +12,7 @@ from pydantic import TypeAdapter
 
 import fat
 from launch.config.recipe import Recipe
-from launch.machine.world import World, share
+from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import read_regular
 from shards.errors import UserError
 from shards.format.manifest import MAX_MANIFEST_BYTES
@@ -97,7 +97,7 @@ def read_previous_start(run: Path, world: World) -> tuple[SavedRun | None, list[
         except UserError as error:
             return None, [f"warning: {error}; options that are not given have their defaults"]
 
-    return share(read if world.is_main else None, world)
+    return broadcast_from_rank0(read, world)
 
 
 def inherit_options(recipe: Recipe, saved: SavedRun, device: str, cores: int) -> tuple[Recipe, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
-from launch.machine.world import World, share
+from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import read_regular
 from shards.errors import first_line
 from shards.files.durable import durable_write
@@ -148,7 +148,7 @@ def start_trackers(recipe: Recipe, world: World, *, goes_on: bool) -> Trackers |
         RecipeError: see `Trackers`.
     """
     made: list[Trackers] = []
-    share((lambda: made.append(Trackers(recipe, goes_on=goes_on))) if world.is_main else None, world)
+    broadcast_from_rank0(lambda: made.append(Trackers(recipe, goes_on=goes_on)), world)
     return made[0] if made else None
 
 

@@ -102,5 +102,12 @@ def measure(
     )
     possible = alternatives(device, zero=zero, accumulation=accumulation, ranks=ranks)
     still_open = {name: values for name, values in possible.items() if name not in fixed}
-    start = Execution.of(settled, device, accumulation=accumulation, ranks=ranks)
+    start = Execution.of(
+        settled.compile,
+        settled.parallel,
+        device,
+        accumulation=accumulation,
+        ranks=ranks,
+        freeze_bn=settled.model.freeze_bn,
+    )
     return tuning.tune(bench, start, still_open, seconds=seconds, say=say)

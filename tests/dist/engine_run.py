@@ -80,7 +80,7 @@ def main() -> None:
     state = engine.state_dict()
     if world.is_main:
         found = {"state": state, "losses": losses, "norms": norms, "loss": accuracy["loss"], "notes": engine.notes}
-        found |= {"compile": engine.picks["compile"], "replayed": recorder.replayed if own.replay else 0}
+        found |= {"compile": engine.resolved["compile"], "replayed": recorder.replayed if own.replay else 0}
         torch.save(found, own.out)
     disconnect()
 

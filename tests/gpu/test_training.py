@@ -99,7 +99,7 @@ def test_what_is_fastest_is_measured_kept_and_taken(tmp_path: Path, digits: Path
     options = ("--size", "64", "--global-batch", "64", "--augment", "light", "--zero", "0", "--tuned", file)
     done = python(tmp_path, "launch/train.py", *options, "--data", digits, "--out", run, "--stop-after", "2")
     assert done.returncode == 0, done.stderr
-    (picks,) = lines(run, "picks")
+    (picks,) = lines(run, "resolved")
     for entry in entries.values():
         for name, value in entry["values"].items():
             assert f"{name.replace('_', '-')} {value}" in picks[f"measured ({file})"]

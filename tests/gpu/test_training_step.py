@@ -48,7 +48,7 @@ def train(*options: str, accumulation: int = 1, make: Callable[[], nn.Module] = 
         "norms": torch.stack([result.grad_norm for result in results]).tolist(),
         "evaluations": [evaluation["loss"] for evaluation in evaluations],
         "buffers": {name: buffer.double().cpu() for name, buffer in engine.model.named_buffers()},
-        "compile": engine.picks["compile"],
+        "compile": engine.resolved["compile"],
         "notes": engine.notes,
     }
 

@@ -16,7 +16,7 @@ from launch.machine.world import World
 from launch.run import metrics
 from launch.run.checkpoint import Progress, Scored
 from launch.run.curves import draw_curves
-from launch.run.metrics import METRICS_NAME, Tracker
+from launch.run.metrics import METRICS_NAME, Metrics
 from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 
@@ -24,7 +24,7 @@ LOSS = {"top5": 1.0, "loss": 1.0, "samples": 3}
 TRAIN = {"kind": "train", "step": 1, "epoch": 0, "lr": 1e-3, "images_per_second": 9.0, "loss": 2.0}
 
 
-Make = Callable[[], Tracker]
+Make = Callable[[], Metrics]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setattr(metrics.Yardstick, "of", lambda *_: None)
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
-    return lambda: Tracker(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
+    return lambda: Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
 
 
 def results(**top1: float) -> dict[Scored, dict[str, float]]:
@@ -48,23 +48,36 @@ def results(**top1: float) -> dict[Scored, dict[str, float]]:
         (Progress(), {"weights": 0.5, "average": 0.5}, (0.5, "weights", True)),
         (Progress(best=0.6, best_of="weights"), {"weights": 0.2, "average": 0.5}, (0.6, "weights", False)),
         (Progress(best=0.6, best_of="average"), {"weights": 0.7, "average": 0.5}, (0.7, "weights", True)),
-        (Progress(best=0.6, best_of="average"), None, (0.6, "average", False)),
+        (Progress(best=0.6, best_of="average"), {"weights": 0.6}, (0.6, "average", False)),
         (Progress(), {"weights": 0.0}, (0.0, None, False)),
     ],
 )
 def test_the_best_is_the_better_of_the_two(
-    tracking: Make, before: Progress, top1: dict[Scored, float] | None, expected: tuple[float, str | None, bool]
+    before: Progress, top1: dict[Scored, float], expected: tuple[float, str | None, bool]
 ) -> None:
-    found = tracking().progress(before, 2, top1)
+    found = before.evaluated(top1)
     assert (found.best, found.best_of, found.is_best) == expected
+
+
+def test_a_step_keeps_the_best_and_is_no_best_itself() -> None:
+    progress = Progress(step=4, epoch_step=4, best=0.6, best_of="average", is_best=True, seconds=3.0)
+    expected = Progress(step=5, epoch=1, epoch_step=0, best=0.6, best_of="average", is_best=False, seconds=3.0)
+    assert progress.after(5, Position(1, 0)) == expected
+
+
+def test_an_evaluation_is_no_longer_pending() -> None:
+    for top1 in (0.5, 0.7):
+        before = Progress(best=0.6, best_of="weights", is_best=True, pending_evaluation=True)
+        assert not before.evaluated({"weights": top1}).pending_evaluation
+        assert before.evaluated({"weights": top1}).is_best == (top1 > 0.6)
 
 
 def test_log_and_metrics_show_both_and_name_the_best(
     tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = tracking()
-    progress = tracker.progress(Progress(), 1, tracker.evaluation(1, results(weights=0.25, average=0.75)))
-    progress = tracker.progress(progress, 2, tracker.evaluation(2, results(weights=0.5, average=0.625)))
+    progress = Progress(step=1).evaluated(tracker.evaluation(1, results(weights=0.25, average=0.75)))
+    progress = progress.after(2, Position(0, 2)).evaluated(tracker.evaluation(2, results(weights=0.5, average=0.625)))
     tracker.finish(progress)
     said = capsys.readouterr().err.splitlines()
     assert [line.split(", top-5")[0] for line in said[:4]] == [
@@ -88,7 +101,7 @@ def test_a_run_that_evaluates_nothing_has_no_best(
     tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = tracking()
-    tracker.finish(tracker.progress(Progress(), 2))
+    tracker.finish(Progress(step=2))
     assert "best" not in capsys.readouterr().err
     assert json.loads((tmp_path / METRICS_NAME).read_text().splitlines()[-1])["best"] is None
 

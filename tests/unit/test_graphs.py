@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
 from launch.config.command_line import parse
+from launch.config.engine import ParallelConfig
 from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.engine import graphs
 from launch.engine.engine import Engine, seed_generators
 from launch.engine.execution import Execution, graph_obstacle
@@ -103,7 +105,7 @@ def test_replayed_training_is_eager_training(
     assert_equal(run(engine), eager)
     (recorder,) = recorders
     assert (recorder.recorded, recorder.replayed) == (12, 12 * 4 * accumulation)
-    assert engine.picks["compile"] == "cudagraphs: forward and backward of 6 parts"
+    assert engine.resolved["compile"] == "cudagraphs: forward and backward of 6 parts"
     assert engine.description.endswith(", CUDA graphs")
 
 
@@ -156,7 +158,7 @@ def test_a_failed_capture_leaves_eager_training_as_it_was(monkeypatch: pytest.Mo
         "warning: CUDA graph capture failed (RuntimeError: operation not permitted when stream is capturing); "
         "training continues eagerly, without graphs"
     ]
-    assert engine.picks["compile"].startswith("off (capture failed: RuntimeError: operation not permitted")
+    assert engine.resolved["compile"].startswith("off (capture failed: RuntimeError: operation not permitted")
     assert made[0].released
     assert_equal(train(engine), eager)
     assert made[0].replayed == 0
@@ -334,12 +336,12 @@ def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-    execution = Execution.of(parse([*options]), CPU, accumulation=1, ranks=2)
+    execution = resolved(parse([*options]), CPU, accumulation=1, ranks=2)
     assert execution.compile == "off"
     assert reason in execution.eager_because
-    assert not Execution.of(parse([*options, "--compile", "off"]), CPU, accumulation=1, ranks=2).eager_because
+    assert not resolved(parse([*options, "--compile", "off"]), CPU, accumulation=1, ranks=2).eager_because
     with pytest.raises(RecipeError, match=f"--compile cudagraphs: .*{reason}.*; use --compile off"):
-        Execution.of(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1, ranks=2)
+        resolved(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1, ranks=2)
 
 
 def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
@@ -347,20 +349,20 @@ def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-    assert graph_obstacle(parse(["--sync-bn", "on", "--freeze-bn"]), CPU, ranks=2) == ""
+    assert graph_obstacle(ParallelConfig(sync_bn="on"), CPU, ranks=2, freeze_bn=True) == ""
 
 
 def test_cpus_train_eagerly_without_a_word() -> None:
-    execution = Execution.of(parse([]), CPU, accumulation=1, ranks=1)
+    execution = resolved(parse([]), CPU, accumulation=1, ranks=1)
     assert (execution.compile, execution.eager_because) == ("off", "")
     with pytest.raises(RecipeError, match="--compile cudagraphs: needs a CUDA device, and this is cpu"):
-        Execution.of(parse(["--compile", "cudagraphs"]), CPU, accumulation=1, ranks=1)
+        resolved(parse(["--compile", "cudagraphs"]), CPU, accumulation=1, ranks=1)
 
 
 def test_gpus_capture_by_default_with_accumulation_and_every_zero_stage_but_3() -> None:
     for zero in ("0", "1", "2"):
         for accumulation in (1, 4):
-            found = Execution.of(parse(["--zero", zero]), torch.device("cuda"), accumulation=accumulation, ranks=1)
+            found = resolved(parse(["--zero", zero]), torch.device("cuda"), accumulation=accumulation, ranks=1)
             assert found.compile == "cudagraphs"
 
 
@@ -450,3 +452,7 @@ def test_seeding_is_torch_s_own_without_a_look_at_the_callers(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
     seed_generators(torch.device("cuda", 0), 7)
     assert seeded == [7]
+
+
+def resolved(recipe: Recipe, device: torch.device, *, accumulation: int, ranks: int) -> Execution:
+    return Execution.of(recipe.compile, recipe.parallel, device, accumulation=accumulation, ranks=ranks)

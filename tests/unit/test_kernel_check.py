@@ -478,7 +478,7 @@ def test_kernels_of_the_run_and_of_the_comparison_are_compiled_together(
     assert compilations == [["step", families.CONVOLUTION, families.NORM], ["step"]]
     assert len(calls.made) == 1
     for verdict in (first, second):
-        assert verdict.picks["kernel compilation"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
+        assert verdict.resolved["kernel compilation"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
         assert verdict.lines() == ["warning: one thing failed"]
 
 
@@ -541,7 +541,7 @@ def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pyte
         "compilation": "",
     }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    (picks,) = (line for line in lines if line["kind"] == "picks")
+    (picks,) = (line for line in lines if line["kind"] == "resolved")
     assert picks["kernel check"] == "1 families compared now in 1.2 s; switched off: norm"
 
 

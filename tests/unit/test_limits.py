@@ -60,7 +60,7 @@ def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) 
     out = tmp_path / "run"
     assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "2", "--log-every", "1") == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    picks = next(line for line in lines if line["kind"] == "picks")
+    picks = next(line for line in lines if line["kind"] == "resolved")
     assert picks["compile"] == "off"
     assert picks["channels-last"] == "weights and activations"
     assert picks["loader"] == "dali on CPUs"

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from launch.engine.zero_state import Masters, average_decay
+from launch.engine.zero_state import OptimizerState, average_decay
 from launch.machine.world import World
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
-def made(decay: float) -> tuple[nn.Sequential, Masters]:
+def made(decay: float) -> tuple[nn.Sequential, OptimizerState]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return model, Masters(0, model, optimizer, ALONE, moments=("exp_avg", "exp_avg_sq"), decay=decay)
+    return model, OptimizerState(0, model, optimizer, ALONE, moments=("exp_avg", "exp_avg_sq"), decay=decay)
 
 
 def test_the_average_is_the_exponential_one_of_weights_and_statistics() -> None:

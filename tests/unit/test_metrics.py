@@ -178,7 +178,7 @@ def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("launch.run.metrics.time.perf_counter", lambda: float(next(clock)))
     result = StepResult(loss=torch.tensor(1.0), grad_norm=torch.tensor(1.0))
     batches = iter([SimpleNamespace(ready=moment(at=ready)) for ready in (0.0, 1.25, 1.5)])
-    with metrics.Tracker(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress()) as tracker:
+    with metrics.Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress()) as tracker:
         for step in range(3):
             tracker.take(batches, 1)
             tracker.step(step, 1e-3, result)

@@ -12,7 +12,7 @@ import torch
 
 from launch.config.resilience import PreemptConfig
 from launch.machine.world import World
-from launch.resilience.preempt import Preemption, Request, deadline
+from launch.resilience.preempt import LeaveRequested, Preemption, deadline
 
 HOUR = 3600.0
 
@@ -55,10 +55,10 @@ def test_a_clock_that_is_set_moves_no_deadline(
     preemption = Preemption(Path("nowhere"), world, deadline=deadline(run, started=clocks.steady))
     clocks.wall += jump
     clocks.pass_by(HOUR - 5)
-    assert preemption.agreed() is Request.NOTHING
+    assert not preemption.save_requested()
     clocks.pass_by(10)
-    assert preemption.agreed() is Request.LEAVE
-    assert preemption.reason == "the deadline"
+    with pytest.raises(LeaveRequested, match="the deadline"):
+        preemption.save_requested()
 
 
 @pytest.mark.parametrize("end", ["", "NONE", "-5", "\u00b2", "1e9", "tomorrow"])
@@ -70,7 +70,7 @@ def test_an_end_that_is_no_time_is_no_deadline(monkeypatch: pytest.MonkeyPatch, 
 def test_a_request_is_taken_once(tmp_path: Path, world: World) -> None:
     preemption = Preemption(tmp_path, world, deadline=None)
     (tmp_path / "SAVE").touch()
-    assert [preemption.agreed(), preemption.agreed()] == [Request.SAVE, Request.NOTHING]
+    assert [preemption.save_requested(), preemption.save_requested()] == [True, False]
     assert not (tmp_path / "SAVE").exists()
 
 
@@ -81,7 +81,22 @@ def test_a_folder_in_place_of_a_request_is_ignored_with_one_warning(
     (tmp_path / name).mkdir()
     preemption = Preemption(tmp_path, world, deadline=None)
     with caplog.at_level(logging.WARNING):
-        assert [preemption.agreed() for _ in range(3)] == [Request.NOTHING] * 3
+        assert not any(preemption.save_requested() for _ in range(3))
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / name}: ignored, as it cannot be removed (Is a directory)"
     ]
+
+
+def test_an_iteration_ends_when_asked_to_leave(tmp_path: Path, world: World) -> None:
+    preemption, seen = Preemption(tmp_path, world, deadline=None), []
+
+    def ask_at_2() -> None:
+        for item in preemption.until_leave(range(5)):
+            seen.append(item)
+            if item == 2:
+                (tmp_path / "PREEMPT").touch()
+
+    with pytest.raises(LeaveRequested, match="the file PREEMPT"):
+        ask_at_2()
+    assert seen == [0, 1, 2]
+    assert list(Preemption(tmp_path, world, deadline=None).until_leave(range(3))) == [0, 1, 2]
