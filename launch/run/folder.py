@@ -287,7 +287,8 @@ def goes_on(recipe: Recipe) -> bool:
     Raises:
         StorageFailed: the checkpoints cannot be listed.
     """
-    return not starts_afresh(recipe) and not CheckpointFolder(recipe.run.out / CHECKPOINTS).is_empty()
+    out = recipe.run.out
+    return out.is_dir() and not starts_afresh(recipe) and not CheckpointFolder(out / CHECKPOINTS).is_empty()
 
 
 def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
