@@ -21,7 +21,7 @@ say "5/5 what came out"
 "$BIN/python" -m launch.report "$DEMO/run"
 "$BIN/python" - "$DEMO" <<'PY'
 import pathlib, sys
-from launch.run.metrics import read_metrics
+from launch.run.metrics_file import read_metrics
 demo = pathlib.Path(sys.argv[1])
 lines = read_metrics(demo / "run")
 evals = [line for line in lines if line["kind"] == "eval"]

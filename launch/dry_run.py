@@ -104,7 +104,7 @@ def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
 
 def _known_speed(feed: Feed) -> float | None:
     """The last speed in the run folder's metrics."""
-    from launch.run.metrics import read_metrics
+    from launch.run.metrics_file import read_metrics
 
     try:
         lines = read_metrics(feed.recipe.run.out)

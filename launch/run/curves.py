@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.run.checkpoint import Scored
-from launch.run.metrics import EVALUATIONS, METRICS_NAME, SCORED_NAMES, read_metrics
+from launch.run.metrics import EVALUATIONS, SCORED_NAMES
+from launch.run.metrics_file import METRICS_NAME, read_metrics
 from shards.errors import UserError, storage_error
 from shards.files.output import check_output, write_output
 

@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 import fat
-from fat.weights.classifier import difference
 from launch.config.recipe import Recipe
 from launch.engine.build import config_of
 from launch.engine.engine import Engine
@@ -29,15 +28,14 @@ from launch.run.checkpoint import (
     MAX_FAILURES,
     BackgroundWriter,
     Checkpoint,
-    CheckpointError,
     CheckpointFolder,
-    Fingerprint,
     Progress,
 )
 from launch.run.curves import draw_curves
 from launch.run.files import check_writable, unwritable
-from launch.run.metrics import METRICS_NAME, check_metrics
-from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME, full_classes
+from launch.run.fingerprint import check_classes, check_fingerprint, check_position, fingerprint
+from launch.run.metrics_file import METRICS_NAME, check_metrics
+from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
 from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, read_content, write_status
 from shards.errors import UserError, first_line
 from shards.files.durable import durable_write, is_temporary
@@ -289,83 +287,3 @@ def goes_on(recipe: Recipe) -> bool:
     """
     out = recipe.run.out
     return out.is_dir() and not starts_afresh(recipe) and not CheckpointFolder(out / CHECKPOINTS).is_empty()
-
-
-def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
-    """What every checkpoint holds of its run: `fixed` decides what is fed and what a step means, `free` may change."""
-    plan, optim = feed.plan, recipe.optim
-    validation = feed.dataset.manifest.splits.get("val")
-    return Fingerprint(
-        fixed={
-            "variant": recipe.model.variant,
-            "global_batch": plan.global_batch,
-            "lanes": plan.lanes,
-            "window": plan.window,
-            "seed": plan.seed,
-            "epochs": optim.epochs,
-            "train_samples": plan.samples,
-            "train_index": feed.dataset.split("train").index_hash,
-            "val_index": validation.index_hash if validation else None,
-            "augmentation": repr(feed.augment),
-        },
-        free={
-            **{
-                name: getattr(optim, name)
-                for name in ("optimizer", "lr", "weight_decay", "clip_grad", "label_smoothing", "ema")
-            },
-            "crop_pct": recipe.data.crop_pct,
-            "warmup_epochs": optim.warmup,
-        },
-    )
-
-
-def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
-    """Refuse to resume a run as another one; returns what else differs.
-
-    Raises:
-        CheckpointError: names each difference that would change what is fed or what a step means.
-    """
-
-    def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        return [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
-
-    fixed = found.fingerprint.fixed
-    added = fixed.get("val_index") is None and current.fixed.get("val_index") is not None
-    if added:  # no accuracy of other images is compared with the new ones
-        fixed = fixed | {"val_index": current.fixed["val_index"]}
-    if changed := changes(fixed, current.fixed):
-        raise CheckpointError(
-            f"{found.path}: saved by a different run ({'; '.join(changed)}); "
-            "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
-        )
-    said = ["the data set had no validation split, and has one now"] if added else []
-    return said + changes(found.fingerprint.free, current.free)
-
-
-def check_classes(found: Checkpoint, current: fat.ClassList, *, run: Path) -> None:
-    """Refuse to resume with a data set of other classes, or of the same ones in another order.
-
-    Raises:
-        CheckpointError: names the classes that differ.
-    """
-    known = found.info().classes
-    if known is not None and known.digest != current.digest:
-        raise CheckpointError(
-            f"{found.path}: saved by a run with other classes ({difference(full_classes(run, known), current)}); use "
-            "the data set that it began with, another run folder (--out), or --resume never, which sets the old one "
-            "aside"
-        )
-
-
-def check_position(found: Checkpoint, steps_per_epoch: int) -> None:
-    """Raise an error if a checkpoint's step and position in the plan contradict each other.
-
-    Raises:
-        CheckpointError: names both.
-    """
-    progress = found.progress
-    if (progress.epoch, progress.epoch_step) != divmod(progress.step, steps_per_epoch):
-        raise CheckpointError(
-            f"{found.path}: step {progress.step} is not step {progress.epoch_step} of epoch {progress.epoch}, at "
-            f"{steps_per_epoch} steps per epoch; remove this checkpoint, then start again"
-        )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from launch.run.metrics import read_metrics
+from launch.run.metrics_file import read_metrics
 from tests.dist.launching import ROOT, TRAIN, environment, python
 from tests.dist.test_interruptions import OPTIONS, nothing_goes_on, start, status, wait_for_step
 from tests.support.disks import fill, small_disk

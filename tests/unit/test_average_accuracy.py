@@ -16,7 +16,8 @@ from launch.machine.world import World
 from launch.run import metrics
 from launch.run.checkpoint import Progress, Scored
 from launch.run.curves import draw_curves
-from launch.run.metrics import METRICS_NAME, Metrics
+from launch.run.metrics import Metrics
+from launch.run.metrics_file import METRICS_NAME
 from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 

@@ -27,7 +27,7 @@ from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.report import main as report_main
 from launch.run.checkpoint import CheckpointFolder, Fingerprint, Progress
-from launch.run.metrics import Display
+from launch.run.display import Display
 from launch.train import main as train
 from shards.errors import StorageFailed
 from shards.files.output import OutputError, check_output, write_output

@@ -17,7 +17,7 @@ WRITERS = {
     "launch/bench/chart.py": "into memory",
     "launch/run/checkpoint.py": "in a new folder of RUN/checkpoints",
     "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
-    "launch/run/metrics.py": "RUN/metrics.jsonl, appended to if it is a regular file",
+    "launch/run/metrics_file.py": "RUN/metrics.jsonl, appended to if it is a regular file",
     "launch/resilience/preflight.py": "RUN/.preflight-JOB",
     "launch/run/curves.py": "into memory",
     "launch/run/files.py": "probe under a random name",

@@ -13,7 +13,7 @@ import pytest
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.config.run import LogConfig, RunConfig
-from launch.run.metrics import METRICS_NAME, MetricsLog
+from launch.run.metrics_file import METRICS_NAME, MetricsLog
 from launch.run.trackers import WANDB_ID, Trackers
 from launch.train import main as train
 
