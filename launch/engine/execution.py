@@ -14,7 +14,7 @@ from torch import nn
 import fat.kernels
 from launch.config.engine import CompileConfig, MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
-from launch.engine.graphs import RECORDERS
+from launch.engine.graph_recorder import RECORDERS
 from launch.engine.sync_batchnorm import over_ranks
 from shards.errors import UserError
 from shards.files.ownership import user_name

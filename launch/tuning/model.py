@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import fat.kernels
 from launch.config.engine import OptimizerImpl
 from launch.engine.execution import AUGMENT_SWITCH, Execution
-from launch.engine.graphs import RECORDERS, GraphedModel
+from launch.engine.graph_recorder import RECORDERS
+from launch.engine.graphs import GraphedModel
 from launch.engine.optimizers import Kind, Updater, parameter_groups
 from launch.machine.device_peaks import settle
 from launch.tuning.open_options import option_name

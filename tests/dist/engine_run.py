@@ -18,7 +18,7 @@ import torch
 import fat
 from launch.config.command_line import parse
 from launch.engine.engine import Engine
-from launch.engine.graphs import RECORDERS
+from launch.engine.graph_recorder import RECORDERS
 from launch.machine.world import connect, disconnect
 from pipeline.loader import Batch
 from pipeline.plan import BatchShape, Position

@@ -12,7 +12,8 @@ from torch import nn
 import fat
 from launch.config.command_line import parse
 from launch.engine.engine import Engine
-from launch.engine.graphs import CudaRecorder, GraphedModel
+from launch.engine.graph_recorder import CudaRecorder
+from launch.engine.graphs import GraphedModel
 from launch.machine.world import World
 from tests.support.batches import CLASSES, random_batch
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.submit import TEMPLATE
+from launch.slurm.script import TEMPLATE
 from tests.dist.launching import ROOT, lines
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
 from tests.slurm.conftest import OPTIONS, need, start_job, uninterrupted

@@ -10,7 +10,8 @@ from pathlib import Path
 from launch.config.data import DataConfig
 from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
-from launch.submit import Submit, render
+from launch.slurm.job import Submit
+from launch.slurm.script import render
 from tests.slurm.conftest import need
 
 CONFIG = """\

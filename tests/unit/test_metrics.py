@@ -78,7 +78,7 @@ def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> Non
 
 def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only so many lines are kept, the newest."""
-    monkeypatch.setattr(metrics, "KEPT_LINES", 4)
+    monkeypatch.setattr("launch.run.metrics_file.KEPT_LINES", 4)
     run = tmp_path / "run"
     log = MetricsLog(run)
     for step in range(6):

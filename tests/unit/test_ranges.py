@@ -25,7 +25,7 @@ from launch.evaluate import Evaluate
 from launch.evaluate import main as evaluate
 from launch.feed import Feed
 from launch.machine.world import World, connect
-from launch.submit import Submit
+from launch.slurm.job import Submit
 from launch.submit import main as submit
 from launch.train import main as train
 from pipeline.look import Look

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from launch.config.command_line import parse
-from launch.submit import END_OF_SETTINGS, TEMPLATE, Fit, Submit, SubmitError, fits, main, render
+from launch.slurm.job import Fit, Submit, SubmitError, fits
+from launch.slurm.script import END_OF_SETTINGS, TEMPLATE, render
+from launch.submit import main
 
 SLURM = TEMPLATE.parent
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from launch.config.data import DataConfig
 from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
-from launch.submit import SETTINGS, Submit, SubmitError, main, render
+from launch.slurm.job import Submit, SubmitError
+from launch.slurm.script import SETTINGS, render
+from launch.submit import main
 from shards.redact import redact
 
 # Every character that a shell, sbatch or a terminal could take for more than itself; any other by chance.

@@ -1,0 +1,1 @@
+"""SLURM jobs: options, batch scripts and their templates."""
