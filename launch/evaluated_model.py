@@ -14,7 +14,8 @@ import fat
 from fat.config import VARIANTS
 from launch.config.data import DataConfig
 from launch.engine.zero_state import weights_of
-from launch.run.checkpoint import META, Checkpoint, CheckpointFolder, open_checkpoint
+from launch.run.checkpoint import META, Checkpoint, open_checkpoint
+from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.saved_recipe import RECIPE_NAME, full_classes, read_saved_run
 from shards.errors import UserError
 from shards.redact import printable

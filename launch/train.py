@@ -31,10 +31,11 @@ from launch.resilience.guards import Guards
 from launch.resilience.preempt import LeaveRequested, Preemption, deadline
 from launch.resilience.preflight import preflight
 from launch.resilience.watchdog import Watchdog
-from launch.run.checkpoint import SCORED, CheckpointFolder, Progress
+from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
 from launch.run.metrics import Metrics
+from launch.run.progress import SCORED, Progress
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from launch.run.trackers import Trackers, start_trackers
 from launch.setup import set_up

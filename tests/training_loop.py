@@ -20,8 +20,8 @@ from launch.machine.world import World
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption
 from launch.resilience.watchdog import Watchdog
-from launch.run.checkpoint import Progress
 from launch.run.metrics import Metrics
+from launch.run.progress import Progress
 
 SIZE = 32
 CONFIG = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4, 6, 8))

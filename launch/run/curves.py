@@ -9,9 +9,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from launch.run.checkpoint import Scored
 from launch.run.metrics import EVALUATIONS, SCORED_NAMES
 from launch.run.metrics_file import METRICS_NAME, read_metrics
+from launch.run.progress import Scored
 from shards.errors import UserError, storage_error
 from shards.files.output import check_output, write_output
 

@@ -24,17 +24,13 @@ from launch.engine.zero_state import weights_of
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
 from launch.machine.world import broadcast_from_rank0
-from launch.run.checkpoint import (
-    MAX_FAILURES,
-    BackgroundWriter,
-    Checkpoint,
-    CheckpointFolder,
-    Progress,
-)
+from launch.run.checkpoint import Checkpoint
+from launch.run.checkpoint_folder import MAX_FAILURES, BackgroundWriter, CheckpointFolder
 from launch.run.curves import draw_curves
 from launch.run.files import check_writable, unwritable
 from launch.run.fingerprint import check_classes, check_fingerprint, check_position, fingerprint
 from launch.run.metrics_file import METRICS_NAME, check_metrics
+from launch.run.progress import Progress
 from launch.run.saved_recipe import CLASSES_NAME, RECIPE_NAME
 from launch.run.status import STATUS_NAME, Preempted, RunFailed, Status, read_content, write_status
 from shards.errors import UserError, first_line

@@ -6,6 +6,7 @@ Losses and norms stay on the device until a line is due, so that no step waits f
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,18 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 import fat
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
 from launch.machine.device_peaks import Limits, limits_of
-from launch.run.checkpoint import Progress, Scored
 from launch.run.data_wait import DataWait
-from launch.run.display import Display
 from launch.run.metrics_file import MetricsLog
+from launch.run.progress import Progress, Scored
 from launch.run.trackers import Trackers
 from pipeline.batch import Batch
+from shards.redact import printable
 
 # Kinds of the lines about evaluations, and what people call what they are of.
 EVALUATIONS: dict[Scored, str] = {"weights": "eval", "average": "eval-ema"}
@@ -190,3 +194,49 @@ class Yardstick:
             "mfu": round(each * self.flops / self.limits.arithmetic, 4),
             "bandwidth": round(each * self.passed / self.limits.bandwidth, 4),
         }
+
+
+class Display:
+    """Progress on a terminal as a bar, elsewhere as a line per interval; silent on ranks other than 0."""
+
+    def __init__(self, *, enabled: bool, total_steps: int, done: int) -> None:
+        self._enabled = enabled
+        self._total = total_steps
+        self.console = Console(file=sys.stderr, quiet=not enabled, highlight=False)
+        self._bar: Bar | None = None
+        if enabled and self.console.is_terminal:
+            self._bar = Bar(
+                TextColumn("[bold]train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}", markup=False),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=done)
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        self.console.print(printable(text), markup=False, soft_wrap=True)
+
+    def step(self, step: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def interval(self, step: int, epoch: int, lr: float, values: dict[str, Any]) -> None:
+        loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
+        text = (
+            f"epoch {epoch} loss {loss:.3f} lr {lr:.2e} norm {norm:.2f} "
+            f"{values['images_per_second']:.0f} img/s, MFU {values.get('mfu', 0):.1%}, "
+            f"waiting for data {values['data_wait']:.1%}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        else:
+            self.say(f"step {step}/{self._total} {text}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

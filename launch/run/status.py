@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
-from launch.run.checkpoint import Scored, Share
 from launch.run.files import open_regular, read_regular
+from launch.run.progress import Scored, Share
 from shards.errors import UserError
 from shards.files.durable import temporary_name
 from shards.redact import redact

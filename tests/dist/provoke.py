@@ -26,7 +26,9 @@ import torch
 import xxhash
 
 import launch.train
-from launch.run.checkpoint import BackgroundWriter, CheckpointFolder, Fingerprint, Progress
+from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
+from launch.run.checkpoint import Fingerprint
+from launch.run.progress import Progress
 from launch.config.command_line import parse
 from launch.engine.engine import Engine, StepResult
 from launch.engine.build import build_model

@@ -25,8 +25,10 @@ import fat
 from launch.config.command_line import with_file
 from launch.config.recipe import Recipe
 from launch.resilience import heartbeat
-from launch.run.checkpoint import META, CheckpointFolder, Fingerprint, Progress
+from launch.run.checkpoint import META, Fingerprint
+from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.metrics_file import METRICS_NAME, read_metrics
+from launch.run.progress import Progress
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
 from launch.run.status import STATUS_NAME, read_status
 from pipeline.storage.placement import storage_of

@@ -14,10 +14,10 @@ from launch.config.recipe import Recipe
 from launch.config.run import RunConfig
 from launch.machine.world import World
 from launch.run import metrics
-from launch.run.checkpoint import Progress, Scored
 from launch.run.curves import draw_curves
 from launch.run.metrics import Metrics
 from launch.run.metrics_file import METRICS_NAME
+from launch.run.progress import Progress, Scored
 from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 

@@ -18,16 +18,10 @@ import pytest
 import torch
 
 from launch.run import checkpoint
-from launch.run.checkpoint import (
-    BackgroundWriter,
-    Checkpoint,
-    CheckpointError,
-    CheckpointFolder,
-    DamagedCheckpoint,
-    Fingerprint,
-    Progress,
-)
+from launch.run.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint, Fingerprint
+from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
 from launch.run.files import FolderFailed
+from launch.run.progress import Progress
 from shards.errors import StorageFailed
 from tests.dist.launching import environment
 
@@ -135,8 +129,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
 def test_no_flipped_bit_of_the_metadata_changes_what_is_resumed(tmp_path: Path) -> None:
     """In every byte, two bits of it."""
     path = save(CheckpointFolder(tmp_path), 20)
-    good, entry = (path / "meta.json").read_bytes(), checkpoint._Entry(20, True, path)
-    whole = checkpoint._read_meta(entry)
+    good, entry = (path / "meta.json").read_bytes(), checkpoint.Entry(20, True, path)
+    whole = checkpoint.read_meta(entry)
     damaged = 0
     for at in range(len(good)):
         for bit in (at % 8, (at + 4) % 8):
@@ -144,7 +138,7 @@ def test_no_flipped_bit_of_the_metadata_changes_what_is_resumed(tmp_path: Path) 
             content[at] ^= 1 << bit
             (path / "meta.json").write_bytes(content)
             try:
-                assert checkpoint._read_meta(entry) == whole, (at, bit)  # white space alone differs
+                assert checkpoint.read_meta(entry) == whole, (at, bit)  # white space alone differs
             except DamagedCheckpoint:
                 damaged += 1
     assert damaged > 0.9 * 2 * len(good)
@@ -155,7 +149,7 @@ def rewritten(path: Path, **progress: Any) -> None:
     meta = json.loads((path / "meta.json").read_text())
     meta.pop("hash")
     meta["progress"] |= progress
-    (path / "meta.json").write_text(checkpoint._rendered(meta))
+    (path / "meta.json").write_text(checkpoint.render_meta(meta))
 
 
 @pytest.mark.parametrize(
@@ -195,7 +189,7 @@ def test_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     path = save(folder, 20)
     meta = json.loads((path / "meta.json").read_text()) | {"version": 9, "more": 1}
     meta.pop("hash")
-    (path / "meta.json").write_text(checkpoint._rendered(meta))
+    (path / "meta.json").write_text(checkpoint.render_meta(meta))
     with pytest.raises(CheckpointError, match="checkpoint version 9, this tool reads 1"):
         folder.newest()
 
@@ -213,7 +207,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path) -> 
     (tmp_path / "unwritable").mkdir(mode=0o555)
     code = """
         from pathlib import Path
-        from launch.run.checkpoint import CheckpointFolder
+        from launch.run.checkpoint_folder import CheckpointFolder
         from shards.errors import UserError
         calls = [CheckpointFolder(Path(str(number))).newest for number in range(4)]
         for call in (*calls, CheckpointFolder(Path("unwritable")).prepare):
@@ -391,7 +385,7 @@ def test_a_save_that_fails_loses_nothing_and_is_counted(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "sync_folder", full)
+        patch.setattr("launch.run.checkpoint_folder.sync_folder", full)
         for failures in (1, 2):
             writer.save(state, Progress(step=20, epoch=2), FINGERPRINT)
             assert not writer.wait()

@@ -19,7 +19,8 @@ from launch.config.model import ModelConfig
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model, load_initial_weights
 from launch.evaluate import main as evaluate
-from launch.run.checkpoint import CheckpointFolder, Progress
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.progress import Progress
 from launch.train import main as train
 from shards.errors import UserError
 from tests.support.damage import edit_manifest

@@ -16,9 +16,9 @@ from launch.config.run import RunConfig
 from launch.engine.engine import StepResult
 from launch.machine.world import World
 from launch.run import metrics
-from launch.run.checkpoint import Progress
 from launch.run.curves import draw_curves
 from launch.run.metrics_file import METRICS_NAME, MetricsLog, read_metrics
+from launch.run.progress import Progress
 from pipeline.plan import Position
 from shards.errors import UserError
 from tests.support.disks import fill, small_disk

@@ -26,8 +26,10 @@ from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.report import main as report_main
-from launch.run.checkpoint import CheckpointFolder, Fingerprint, Progress
-from launch.run.display import Display
+from launch.run.checkpoint import Fingerprint
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.metrics import Display
+from launch.run.progress import Progress
 from launch.train import main as train
 from shards.errors import StorageFailed
 from shards.files.output import OutputError, check_output, write_output

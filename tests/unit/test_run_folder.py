@@ -22,8 +22,10 @@ from launch.engine.kernel_check import Verdict
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.run import checkpoint
-from launch.run.checkpoint import MAX_FAILURES, CheckpointError, Progress
+from launch.run.checkpoint import CheckpointError
+from launch.run.checkpoint_folder import MAX_FAILURES
 from launch.run.folder import RunFolder, goes_on
+from launch.run.progress import Progress
 from launch.run.status import RunFailed, read_content, read_status, write_status
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
@@ -69,7 +71,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], *, with_hash: b
     meta = json.loads((path / "meta.json").read_text())
     found = meta.pop("hash")
     change(meta)
-    text = checkpoint._rendered(meta) if with_hash else json.dumps({**meta, "hash": found})
+    text = checkpoint.render_meta(meta) if with_hash else json.dumps({**meta, "hash": found})
     (path / "meta.json").write_text(text)
 
 
@@ -156,7 +158,7 @@ def test_wrong_tensors_under_a_right_hash_are_refused_by_name(
     state = load_file(path / "state.safetensors")
     change(state, next(name for name in sorted(state) if name.startswith(f"{kind}/") and state[name].ndim > 1))
     save_file(state, path / "state.safetensors")
-    size, digest = checkpoint._hash(path / "state.safetensors")
+    size, digest = checkpoint.hash_file(path / "state.safetensors")
     entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
     edit(path, lambda meta: meta.update(files=entry), with_hash=True)
     with pytest.raises(RecipeError, match=f"the checkpoint is of another model: .*{message}"):
@@ -166,7 +168,7 @@ def test_wrong_tensors_under_a_right_hash_are_refused_by_name(
 def test_a_state_that_is_no_state_is_refused_whatever_its_hash(folders: Folders) -> None:
     path = start(folders, 14) / "step-00000014"
     (path / "state.safetensors").write_bytes(b"\xff" * 100)
-    size, digest = checkpoint._hash(path / "state.safetensors")
+    size, digest = checkpoint.hash_file(path / "state.safetensors")
     entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
     edit(path, lambda meta: meta.update(files=entry), with_hash=True)
     with pytest.raises(CheckpointError, match=r"not a readable state .*; remove .*step-00000014, then start again"):

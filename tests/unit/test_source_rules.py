@@ -15,7 +15,7 @@ WRITERS = {
     "fat/kernels/prefill/compiler.py": "in a new temporary folder",
     "fat/weights/load.py": "path given by the caller; temporary name, then renamed",
     "launch/bench/chart.py": "into memory",
-    "launch/run/checkpoint.py": "in a new folder of RUN/checkpoints",
+    "launch/run/checkpoint_folder.py": "in a new folder of RUN/checkpoints",
     "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
     "launch/run/metrics_file.py": "RUN/metrics.jsonl, appended to if it is a regular file",
     "launch/resilience/preflight.py": "RUN/.preflight-JOB",
