@@ -1,4 +1,4 @@
-"""How ranks find one another and how long they wait, and settings that a run makes unless the environment has them."""
+"""Create the process group: default settings of NCCL, the network interface, timeouts, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from shards.errors import UserError, first_line
 
 # Until the first step is done, ranks wait for compilation, cold file systems and each other's imports.
 START_TIMEOUT = timedelta(minutes=30)
-# The watchdog, which explains, comes first; a collective's own timeout, which does not, is the second line.
+# A collective's own timeout comes after the watchdog's, because the watchdog reports which ranks are at fault.
 AFTER_WATCHDOG = timedelta(seconds=30)
 CONNECT_SECONDS = 3.0
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-_ELSEWHERE = ("192.0.2.1", 9)  # an address of no host (RFC 5737): the default route leads there
+_ELSEWHERE = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): packets to it take the default route
 
-# What the environment holds goes before these (docs/cluster.md has a line on each).
+# Variables that the environment has already keep their values (docs/cluster.md describes each).
 DEFAULTS = {
     # A collective that failed or timed out ends the process, without waiting for a GPU that no longer answers.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
@@ -34,7 +34,7 @@ DEFAULTS = {
 
 
 class NotJoined(UserError):
-    """The ranks did not find one another, which the next start may."""
+    """The ranks could not connect to one another; another start may succeed."""
 
     exit_code = 1
 
@@ -44,20 +44,23 @@ Address = tuple[socket.AddressFamily, Any]
 
 
 def set_defaults() -> None:
-    """Put `DEFAULTS` into the environment, except where it has values. Call before the process group is made."""
+    """Set the variables of `DEFAULTS` that are not set. NCCL reads them when the process group is created."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
 
 
-def join(backend: str, *, several_hosts: bool) -> None:
+def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
     """Create the process group. Collective.
+
+    Args:
+        rank0: from `rank0_address`.
 
     Raises:
         NotJoined: a port is taken, or the processes cannot reach one another.
     """
     set_defaults()
     if several_hosts:
-        name_interface()
+        name_interface(rank0)
     try:
         dist.init_process_group(backend, timeout=START_TIMEOUT)
     except RuntimeError as error:
@@ -66,44 +69,42 @@ def join(backend: str, *, several_hosts: bool) -> None:
         raise NotJoined(f"{reason} ({first_line(error)})") from error
 
 
-def name_interface() -> None:
-    """Have gloo listen on the interface that leads to rank 0, where this host's own name does not lead to any.
+def name_interface(rank0: Address | None) -> None:
+    """Make gloo listen on the interface that leads to rank 0 if this host's name does not resolve to one of its own.
 
-    Gloo listens at the address that the name resolves to, and at the loopback address where it does not: nobody reaches
-    that from another host, and ranks wait for one another until a timeout. What GLOO_SOCKET_IFNAME says stays.
+    Gloo listens on the address that the host's name resolves to, else on the loopback address, which other hosts cannot
+    reach: ranks would wait for one another until a timeout. A value of GLOO_SOCKET_IFNAME is kept.
     """
-    if GLOO_INTERFACE in os.environ or _resolves_to_this_host(os.uname().nodename):
+    if rank0 is None or GLOO_INTERFACE in os.environ or _resolves_to_this_host(os.uname().nodename):
         return
-    interface = _interface_to_rank0()
+    interface = _interface_to(rank0)
     if interface is not None:
         os.environ[GLOO_INTERFACE] = interface
 
 
 def _resolves_to_this_host(name: str) -> bool:
-    """Whether a name leads to an address of this host that others can reach."""
+    """Whether a name resolves to an address of this host that other hosts can reach."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
     for family, kind, _, _, address in found:
         if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-            return False  # gloo may take it, as the first that it can listen at
+            return False  # gloo may take it, as the first that it can listen on
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
             probe.bind(address)
             return True
     return False
 
 
-def _interface_to_rank0() -> str | None:
-    """Return the interface through which packets to rank 0's host leave; None where there is no way."""
-    address = rank0_address()
-    if address is None:
-        return None
-    family, target = address
+def _interface_to(address: Address) -> str | None:
+    """Return the interface through which packets to an address leave; None if there is no route.
+
+    On the host of rank 0 itself, that would be the loopback interface: return the one of the default route instead.
+    """
     try:
-        own = _own_address(family, target)
-        several_hosts = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE")
-        if ipaddress.ip_address(own.partition("%")[0]).is_loopback and several_hosts:  # rank 0's host, to itself
+        own = _own_address(*address)
+        if ipaddress.ip_address(own.partition("%")[0]).is_loopback:
             own = _own_address(socket.AF_INET, _ELSEWHERE)
     except OSError:
         return None
@@ -120,7 +121,7 @@ def _own_address(family: int, target: Any) -> str:
 
 
 def _why_not_joined(text: str) -> str | None:
-    """What a person can do about an error of torch's store or of gloo; None where this is not known."""
+    """Explain an error of torch's store or of gloo, with a remedy; None if it is not a known one."""
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         port = os.environ.get("MASTER_PORT", "")
         return (
@@ -137,20 +138,19 @@ def _why_not_joined(text: str) -> str | None:
 
 
 def shorten_timeouts(hang_timeout: float) -> None:
-    """From now on no collective waits much longer than `hang_timeout` seconds. After the first step, on every rank."""
+    """Limit all collectives to little more than `hang_timeout` seconds. Call it on every rank, after the first step."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-    # torch has no public way yet; torchtitan goes this one too. ZeRO and the request flags have groups of their own.
+    # torch has no public function for this yet; torchtitan uses this one too. ZeRO and `Preemption` have own groups.
     for group in list(_world.pg_map):
         _set_pg_timeout(timedelta(seconds=hang_timeout) + AFTER_WATCHDOG, group)
 
 
-def rank0_address() -> Address | None:
-    """Resolve MASTER_ADDR and MASTER_PORT, where torch's store is; None where they are not set or not known.
+def rank0_address(host: str, port: str) -> Address | None:
+    """Resolve MASTER_ADDR and MASTER_PORT, where torch's store listens; None if they are empty or cannot be resolved.
 
-    Call it while the network works: a resolver may wait long for one that does not.
+    Call it while the network works: without one, a resolver may block for long.
     """
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host and port else []
     except (OSError, UnicodeError):  # UnicodeError: no host can have this name
@@ -173,5 +173,5 @@ def is_reachable(address: Address) -> bool:
 
 
 def host_name() -> str:
-    """What SLURM calls this host, else what it calls itself."""
+    """Return SLURM's name of this host, else its own."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

@@ -35,6 +35,9 @@ class World:
     device: torch.device
     cores: int = field(default_factory=cores)
     """This rank's share of the cores: how many threads each of its parts uses."""
+    host: str = field(default_factory=network.host_name)
+    rank0: network.Address | None = None
+    """Address of rank 0's host; None for a single process."""
 
     @property
     def is_main(self) -> bool:
@@ -79,9 +82,12 @@ def connect(*, numa_binding: bool = True) -> World:
         device = torch.device("cpu")
     placed = [rank % gpus for rank in range(local_size)] if gpus and numa_binding else None
     share_of_cores = affinity.bind(local_rank, local_size, placed)
+    rank0 = None
+    if size > 1:
+        rank0 = network.rank0_address(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     if size > 1 and not dist.is_initialized():
-        network.join(backend, several_hosts=local_size < size)
-    return World(rank, size, local_rank, local_size, device, share_of_cores.threads)
+        network.join(backend, rank0, several_hosts=local_size < size)
+    return World(rank, size, local_rank, local_size, device, share_of_cores.threads, rank0=rank0)
 
 
 def all_equal(value: int, world: World) -> bool:

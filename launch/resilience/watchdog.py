@@ -1,10 +1,10 @@
-"""The watchdog: a run in which no step ends for too long is explained, and ended for another start.
+"""Watchdog: when no step ends for too long, report which ranks are at fault and end the process for another start.
 
-Each rank has one. Its thread looks at the last sign of progress; when that is too old, every rank that is alive writes
-its stacks to RUN/stacks-rankN.txt, RUN/status becomes `stalled` with the ranks that are silent or lag, and the process
-ends with `EXIT_STATUS`. The thread itself touches no file: threads of their own do, for a bounded time, as the file
-system may be what hangs. Should even the thread get nowhere (a library that holds Python's lock), a timer in C writes
-the stacks and ends the process.
+Each rank has one. Its thread checks the last sign of progress. When that is too old, every rank that is alive writes
+its stacks to RUN/stacks-rankN.txt, RUN/status becomes `stalled` and names the ranks that are silent or behind, and the
+process ends with `EXIT_STATUS`. The thread itself touches no file, because the file system may be what hangs: other
+threads do, for a limited time. If even this thread cannot run (a library holds the GIL), a timer in C writes the stacks
+and ends the process.
 """
 
 from __future__ import annotations
@@ -20,20 +20,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from launch.machine.network import START_TIMEOUT, host_name, shorten_timeouts
+from launch.machine.network import START_TIMEOUT, shorten_timeouts
 from launch.machine.world import World
-from launch.resilience.heartbeat import (
-    ANSWER_SECONDS,
-    FOLDER,
-    WATCHED_INTERVALS,
-    Heartbeat,
-    Observation,
-    beat_interval,
-    describe_failure,
-    failing_hosts,
-    introduce,
-    is_observer,
-)
+from launch.resilience.heartbeat import FOLDER, Heartbeat, new_start
+from launch.resilience.rank_status import describe_failure, failing_hosts
 from launch.run.files import unwritable
 from launch.run.status import EXIT_STATUS, read_status, write_status
 
@@ -41,25 +31,35 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Longer than all that the thread does once the limit is passed.
-LAST_RESORT_SECONDS = 60.0
-# Time for `_explain`, which reads and writes files. With the rest of `_end` it takes less than the 30 s after which the
-# collective that hangs gives up.
-EXPLAIN_SECONDS = ANSWER_SECONDS + 5.0
+# Longest interval between two heartbeats of a rank.
+INTERVAL_SECONDS = 5.0
+# Smallest number of intervals in the timeout.
+INTERVALS_IN_TIMEOUT = 15
+# Number of intervals for which ranks are watched before the timeout.
+WATCHED_INTERVALS = 3
+# Ranks that read the heartbeats of all: enough to outlive the loss of several hosts, few enough for shared storage.
+OBSERVERS = 16
+# How long to wait for the stacks and heartbeats of other ranks after the timeout.
+ANSWER_SECONDS = 12.0
+# Limit for `_report`, which reads and writes files. With the rest of `_end` it takes less than the 30 s after which the
+# collective that hangs times out (`AFTER_WATCHDOG`).
+REPORT_SECONDS = ANSWER_SECONDS + 5.0
 # Time to write to standard error, which may be a pipe without a reader.
 PRINT_SECONDS = 1.0
-# Leaving breaks the others' connections: first they may write their stacks and say what they see.
+# The end of this process breaks the connections of the others, which may still have to write their stacks and reports.
 FAREWELL_SECONDS = 3.0
 CLOSE_SECONDS = 5.0
+# Longer than everything that the thread does after the timeout.
+LAST_RESORT_SECONDS = 60.0
 
 
 class Watchdog:
-    """A context manager around the training loop, which calls `beat`. Made by all ranks together.
+    """Context manager around the training loop, which calls `beat`. Collective: all ranks enter it.
 
     Args:
         run: run folder.
-        timeout: seconds without progress that are too many; 0 = no watchdog. Until the first step is done, at least
-            half an hour is allowed.
+        timeout: seconds without progress after which the run is ended; 0 = never. Before the first step is done, at
+            least half an hour is allowed.
     """
 
     def __init__(self, run: Path, world: World, *, timeout: float) -> None:
@@ -70,26 +70,24 @@ class Watchdog:
         self._ends = threading.Event()
         self._dumping = threading.Lock()
         self._heartbeat: Heartbeat | None = None
-        self._observation: Observation | None = None
         self._warned = False
         self.stacks = run / f"stacks-rank{world.rank}.txt"
-        """Where this rank's stacks go; there while the run goes on, and afterwards if anything was written."""
+        """File of this rank's stacks; removed at the end if nothing was written."""
 
     def __enter__(self) -> Watchdog:
         if self._timeout:
             try:
-                self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
-                self._file = self.stacks.open("a", encoding="utf-8")  # an earlier start's may be there
+                self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created it yet
+                self._file = self.stacks.open("a", encoding="utf-8")  # an earlier start may have left one
             except OSError as error:
                 raise unwritable(self._run, error) from error
             if self._world.size > 1:
                 folder = self._run / FOLDER
-                interval = beat_interval(self._timeout, self._world.size)
                 self._heartbeat = Heartbeat(
                     folder,
-                    introduce(folder, self._world),
-                    self._world.rank,
-                    interval=interval,
+                    new_start(folder, self._world),
+                    self._world,
+                    interval=min(INTERVAL_SECONDS, self._timeout / INTERVALS_IN_TIMEOUT),
                     progress=self._progress,
                     dump=self.dump,
                 )
@@ -104,19 +102,21 @@ class Watchdog:
         self._thread.join()
         if self._heartbeat is not None:
             self._heartbeat.close()
-        if not self._dumping.acquire(timeout=CLOSE_SECONDS):  # the file system hangs; the end of the process closes it
+        if not self._dumping.acquire(
+            timeout=CLOSE_SECONDS
+        ):  # the file system hangs; the file is closed with the process
             return
         self._file.close()
         self._dumping.release()
-        with contextlib.suppress(OSError):  # not worth a run's end
+        with contextlib.suppress(OSError):  # no reason to end a run
             if self.stacks.stat().st_size == 0:
                 self.stacks.unlink()
 
     def beat(self, steps: int | None = None) -> None:
-        """A sign of progress.
+        """Record a sign of progress.
 
         Args:
-            steps: optimiser steps that are behind the run; None = progress within one.
+            steps: optimizer steps done; None = progress within a step.
         """
         if steps is not None:
             self._steps = steps
@@ -127,7 +127,7 @@ class Watchdog:
         self._beat_at = time.monotonic()
 
     def watched(self, items: Iterable[T]) -> Iterator[T]:
-        """`items`, each of which is a sign of progress. The first of all may be compiled for, as the first step is."""
+        """Yield `items`, each of which is a sign of progress. The first may have to compile, as the first step does."""
         for item in items:
             self.beat()
             limit = self._limit
@@ -147,18 +147,18 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
 
     def _progress(self) -> tuple[int, float]:
-        """Steps done, and seconds since the last sign of progress."""
+        """Return the steps done, and seconds since the last sign of progress."""
         return self._steps, time.monotonic() - self._beat_at
 
     def _watch(self) -> None:
         interval = min(1.0, self._timeout / 10)
         while not self._ends.wait(interval):
             self._survive(self._arm_last_resort)
-            self._survive(self._look_at_clock)
+            self._survive(self._check_clock)
         faulthandler.cancel_dump_traceback_later()
 
     def _survive(self, task: Callable[[], None]) -> None:
-        """Run a part of the thread's loop, which must go on whatever is raised there; log the first error."""
+        """Run a part of the thread's loop, which must go on after any exception; log the first one."""
         try:
             task()
         except Exception as error:
@@ -169,30 +169,23 @@ class Watchdog:
     def _arm_last_resort(self) -> None:
         faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, file=self._file, exit=True)
 
-    def _look_at_clock(self) -> None:
+    def _check_clock(self) -> None:
         _, idle = self._progress()
         if idle > self._limit:
             self._end()
-        if self._heartbeat is None or not is_observer(self._world.rank, self._world.size):
-            return
-        if idle < self._limit - WATCHED_INTERVALS * self._heartbeat.interval:
-            self._observation = None
-        elif self._observation is None:
-            self._observation = self._observe(self._heartbeat)
-
-    def _observe(self, heartbeat: Heartbeat) -> Observation:
-        observation = Observation(heartbeat.folder, heartbeat.start, interval=heartbeat.interval)
-        observation.begin()
-        return observation
+        if self._heartbeat is not None and is_observer(self._world.rank, self._world.size):
+            self._heartbeat.observes = idle > self._limit - WATCHED_INTERVALS * self._heartbeat.interval
 
     def _end(self) -> None:
-        """Report the stall, and end the process without destroying the process group: the main thread may hang."""
+        """Report the hang, and end the process without destroying the process group, which might hang as well."""
         try:
             steps, idle = self._progress()
-            self._reason = f"rank {self._world.rank} on {host_name()}: no progress for {idle:.0f} s after step {steps}"
+            self._reason = (
+                f"rank {self._world.rank} on {self._world.host}: no progress for {idle:.0f} s after step {steps}"
+            )
             stacks = f"stacks are in {self.stacks}"
-            if not finishes(lambda: self._explain(steps), EXPLAIN_SECONDS):
-                self._reason += f"; {self._run} did not answer for {EXPLAIN_SECONDS:.0f} s"
+            if not finishes(lambda: self._report(steps), REPORT_SECONDS):
+                self._reason += f"; {self._run} did not answer for {REPORT_SECONDS:.0f} s"
                 stacks = "stacks are above"
                 finishes(dump_to_stderr, PRINT_SECONDS)
             line = f"stalled: {self._reason}; {stacks}"
@@ -203,8 +196,8 @@ class Watchdog:
         finally:
             os._exit(EXIT_STATUS)
 
-    def _explain(self, steps: int) -> None:
-        """Write this rank's stacks, ask for the others', and say in RUN/status which ranks are at fault."""
+    def _report(self, steps: int) -> None:
+        """Write this rank's stacks, ask for the others', and name the ranks at fault in RUN/status."""
         try:
             self.dump()
         except OSError as error:
@@ -216,30 +209,35 @@ class Watchdog:
         elif not is_observer(self._world.rank, self._world.size):
             time.sleep(ANSWER_SECONDS)  # until then observers read this rank's heartbeat and need its connections
         else:
-            cause, nodes = self._judge(self._heartbeat, steps)
+            cause, nodes = self._find_cause(self._heartbeat, steps)
             self._reason += f"; {cause}"
         if nodes or read_status(self._run) != "stalled":
             write_status(self._run, "stalled", reason=self._reason, nodes=nodes)
 
-    def _judge(self, heartbeat: Heartbeat, steps: int) -> tuple[str, list[str]]:
+    def _find_cause(self, heartbeat: Heartbeat, steps: int) -> tuple[str, list[str]]:
         """Return a description of the ranks at fault, and the hosts that the next start should exclude."""
         end = time.monotonic() + ANSWER_SECONDS
         try:
             heartbeat.ask_for_stacks()
         except OSError as error:
             return f"{heartbeat.folder} cannot be written ({error}): nothing is known of the other ranks", []
-        if self._observation is None:  # this process was suspended until now
-            self._observation = self._observe(heartbeat)
-        self._observation.wait(end - time.monotonic(), pause=min(1.0, heartbeat.interval))
-        ranks = self._observation.ranks()
-        if ranks[self._world.rank].silent:
+        while heartbeat.pending() and time.monotonic() < end:
+            time.sleep(min(1.0, heartbeat.interval))
+        ranks = heartbeat.ranks()
+        own = ranks[self._world.rank]
+        if own.silent_seconds or own.step is None:
             cause = heartbeat.failure or "the file system hangs"
             return f"no heartbeat written to {heartbeat.folder} ({cause}): nothing is known of the other ranks", []
-        return describe_failure(ranks, self._world.rank, steps, self._observation.seconds), failing_hosts(ranks)
+        return describe_failure(ranks, self._world.rank, steps), failing_hosts(ranks)
+
+
+def is_observer(rank: int, ranks: int) -> bool:
+    """Whether `rank` reads the heartbeats of all when training hangs: all of few, else some spread over the hosts."""
+    return ranks <= OBSERVERS or rank in {number * ranks // OBSERVERS for number in range(OBSERVERS)}
 
 
 def finishes(task: Callable[[], None], seconds: float) -> bool:
-    """Run `task` in a thread; return whether it ended within `seconds`. One that hangs is left behind."""
+    """Run `task` in a thread, and return whether it ended within `seconds`. A thread that hangs is abandoned."""
     done = threading.Event()
 
     def run() -> None:
@@ -252,7 +250,7 @@ def finishes(task: Callable[[], None], seconds: float) -> bool:
 
     try:
         threading.Thread(target=run, name="watchdog-task", daemon=True).start()
-    except RuntimeError:  # no more threads; should the task hang, the timer in C ends the process
+    except RuntimeError:  # no more threads; if the task hangs, the timer in C ends the process
         run()
     return done.wait(seconds)
 

@@ -19,7 +19,6 @@ import pillow_jxl  # noqa: F401
 import torch
 import xxhash
 from PIL import Image, ImageCms
-from pydantic import TypeAdapter
 
 import fat
 from launch.config.command_line import with_file
@@ -344,7 +343,7 @@ def _saved_run() -> bytes:
 
 
 def _beat() -> bytes:
-    beat = {"start": "0123456789abcdef", "count": 3, "step": 7, "idle": 0.5, "host": "a", "pid": 7, "stacks": False}
+    beat = {"start": "0123456789abcdef", "time": 1.5, "step": 7, "idle": 0.5, "host": "a", "pid": 7, "stacks": False}
     return dumps(beat | {"reaches_rank0": None, "ended": False})
 
 
@@ -433,7 +432,7 @@ TARGETS: tuple[Target, ...] = (
     ),
     _target(
         "heartbeat",
-        TextTarget("rank-0", _beat, lambda path: heartbeat.read_file(path, TypeAdapter(heartbeat.Beat))),
+        TextTarget("rank-0", _beat, lambda path: heartbeat.read_beat(path, "0123456789abcdef")),
         dumps,
         tolerant=True,
     ),

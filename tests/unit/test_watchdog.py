@@ -33,9 +33,9 @@ watchdog.LAST_RESORT_SECONDS = 6.0
 watchdog.FAREWELL_SECONDS = 0.5
 ranks = 1
 if how == "hang":
-    watchdog.LAST_RESORT_SECONDS, watchdog.EXPLAIN_SECONDS = 60.0, 4.0
-    ranks, others = 3, tuple(heartbeat.Member(rank, f"h{rank}", rank) for rank in range(3))
-    watchdog.introduce = lambda folder, world: (folder.mkdir(), heartbeat.Start("0" * 16, others))[1]
+    watchdog.LAST_RESORT_SECONDS, watchdog.REPORT_SECONDS = 60.0, 4.0
+    ranks = 3
+    watchdog.new_start = lambda folder, world: heartbeat.Start(heartbeat.clear(folder), ("h0", "h1", "h2"))
 with watchdog.Watchdog(run, World(0, ranks, 0, 1, torch.device("cpu")), timeout=1.0) as dog:
     for step in range(1, 4):
         dog.beat(step)
