@@ -26,7 +26,7 @@ import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 
 from launch.machine.network import is_reachable
-from launch.machine.world import World, share
+from launch.machine.world import World, broadcast_from_rank0
 from launch.resilience.rank_status import RankStatus
 from launch.run.files import read_regular, unwritable
 from shards.files.durable import durable_write, temporary_name
@@ -214,7 +214,7 @@ def new_start(folder: Path, world: World) -> Start:
     Raises:
         UserError: the folder cannot be written.
     """
-    start = share((lambda: clear(folder)) if world.is_main else None, world)
+    start = broadcast_from_rank0(lambda: clear(folder), world)
     hosts = [world.host] * world.size
     dist.all_gather_object(hosts, world.host)
     return Start(start, tuple(hosts))

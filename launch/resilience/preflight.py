@@ -1,24 +1,23 @@
-"""Before a run of several nodes starts: do all of them see the same data, run folder, code and libraries?
+"""Preflight: check before a run of several nodes that all see the same data, run folder, code and libraries.
 
-Each node's first rank looks, all exchange what they saw, and what most see is the yardstick. Nodes that differ are
-named; if they are the minority, RUN/status lists them, so that the next start goes without them.
+The first rank of each node collects its facts, and all ranks exchange them. A node that differs from the majority is
+named. RUN/status lists such nodes if they are the minority, so that the next start excludes them.
 """
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 import time
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 import xxhash
 
 from launch.config.recipe import Recipe
-from launch.machine.network import host_name
 from launch.machine.provenance import versions
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import unwritable
@@ -33,21 +32,21 @@ PACKAGES = ("shards", "pipeline", "fat", "launch")
 GIB = 2**30
 # The newest three checkpoints of B3, the best, and one being written take 1.7 GiB.
 WANTED_IN_RUN = 4 * GIB
-# What libraries unpack and compile there; a full /tmp fails runs in strange places.
+# For what libraries unpack and compile there; a full /tmp leads to errors that do not mention it.
 WANTED_IN_TMP = GIB
-# A network file system may go on saying for some seconds that a new file is not there.
+# A network file system may cache for some seconds that a file does not exist.
 SEEN_WITHIN_SECONDS = 15.0
 
 
 class PreflightFailed(UserError):
-    """Some nodes are not fit for the run, which may start without them."""
+    """Some nodes differ from the others; the run may start without them."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one node sees. Equal on all nodes, but for the last four."""
+    """What one node sees; the fields of `COMPARED` must be the same on all nodes."""
 
     data: str
     run_folder: str
@@ -59,19 +58,22 @@ class Facts:
     cores: int
 
 
+COMPARED = ("data", "run_folder", "code", "libraries")
+
+
 def preflight(recipe: Recipe, world: World) -> list[str]:
-    """Compare the nodes; returns warnings. Collective.
+    """Compare the nodes, and return warnings. Collective.
 
     Raises:
-        PreflightFailed: names the nodes and what is wrong with them.
+        PreflightFailed: nodes differ from the others; the message names them and what they see.
     """
     if world.local_size == world.size:
         return []
     run = recipe.run.out
-    token = broadcast_from_rank0(lambda: leave_token(run), world)
-    mine = look(recipe, world, token) if world.local_rank == 0 else None
-    everyone: list[Facts | None] = [mine] * world.size
-    dist.all_gather_object(everyone, mine)
+    token = broadcast_from_rank0(lambda: write_token(run), world)
+    own = collect_facts(recipe, world, token) if world.local_rank == 0 else None
+    everyone: list[Facts | None] = [own] * world.size
+    dist.all_gather_object(everyone, own)
     nodes = [facts for facts in everyone if facts is not None]
     if world.is_main:
         token_file(run).unlink(missing_ok=True)
@@ -79,19 +81,19 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     if bad:
         reason = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
         if world.is_main:
-            write_status(run, "failed", reason=reason, nodes=to_leave_out(bad, len(nodes)))
+            write_status(run, "failed", reason=reason, nodes=minority(bad, len(nodes)))
         raise PreflightFailed(f"nodes that differ from the others: {reason}")
     return shortages(nodes, gpus=world.device.type == "cuda")
 
 
-def look(recipe: Recipe, world: World, token: str) -> Facts:
-    """This node's facts."""
+def collect_facts(recipe: Recipe, world: World, token: str) -> Facts:
+    """Collect the facts of this node."""
     return Facts(
-        data=seen_data(recipe),
-        run_folder="shared" if sees(recipe.run.out, token) else "not the one that rank 0 writes to",
+        data=data_hash(recipe),
+        run_folder="shared" if finds_token(recipe.run.out, token) else "not the one that rank 0 writes to",
         code=source_hash(),
         libraries=", ".join(f"{name} {found}" if found else f"no {name}" for name, found in versions().items()),
-        host=host_name(),
+        host=world.host,
         run_free=_free(recipe.run.out),
         tmp_free=_free(temporary_folder()),
         cores=world.cores,
@@ -99,25 +101,27 @@ def look(recipe: Recipe, world: World, token: str) -> Facts:
 
 
 def differences(nodes: list[Facts]) -> dict[str, list[str]]:
-    """Per node that does not see what most see: what it sees instead. The first node is right where there is no
-    majority, and about the run folder: its is the one that is written to."""
+    """Return, for each node that differs from the majority, what it sees instead.
+
+    The first node is right if there is no majority, and about the run folder, which it writes to.
+    """
     bad: dict[str, list[str]] = {}
-    for field in fields(Facts)[:4]:
-        seen = [getattr(facts, field.name) for facts in nodes]
-        right = seen[0] if field.name == "run_folder" else Counter(seen).most_common(1)[0][0]
+    for name in COMPARED:
+        seen = [getattr(facts, name) for facts in nodes]
+        right = seen[0] if name == "run_folder" else Counter(seen).most_common(1)[0][0]
         for facts, value in zip(nodes, seen, strict=True):
             if value != right:
-                bad.setdefault(facts.host, []).append(f"{field.name.replace('_', ' ')} {value}, not {right}")
+                bad.setdefault(facts.host, []).append(f"{name.replace('_', ' ')} {value}, not {right}")
     return bad
 
 
-def to_leave_out(bad: Collection[str], count: int) -> list[str]:
-    """Hosts that the next start should do without: those of `count` that differ, if they are the minority."""
+def minority(bad: Collection[str], count: int) -> list[str]:
+    """Return the hosts that the next start should exclude: those that differ, if they are the minority of `count`."""
     return list(bad) if 2 * len(bad) < count else []
 
 
 def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:
-    """Warnings about what may not suffice."""
+    """Return warnings about nodes with little disk space or few cores."""
     lines = []
     looked = (("run_free", WANTED_IN_RUN, "run folder"), ("tmp_free", WANTED_IN_TMP, "temporary folder"))
     for name, wanted, what in looked:
@@ -134,8 +138,8 @@ def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:
     return lines
 
 
-def seen_data(recipe: Recipe) -> str:
-    """A hash of the shard set's manifest, which holds those of everything else, with the sizes of the indices."""
+def data_hash(recipe: Recipe) -> str:
+    """Hash the manifest of the shard set, which holds the hashes of all other files, and the sizes of the indexes."""
     location = recipe.data.location()
     if not isinstance(location, Path) or is_remote(str(location)):
         return str(location)
@@ -148,9 +152,9 @@ def seen_data(recipe: Recipe) -> str:
         return f"{location}: {error.strerror}"
 
 
-def leave_token(run: Path) -> str:
-    """Write a word into the run folder that other nodes should find there."""
-    token = f"{os.uname().nodename} {os.getpid()} {time.time_ns()}"
+def write_token(run: Path) -> str:
+    """Write a random file into the run folder, which the other nodes must find there, and return its content."""
+    token = secrets.token_hex(8)
     try:
         run.mkdir(parents=True, exist_ok=True)
         token_file(run).write_text(token, encoding="utf-8")
@@ -163,8 +167,8 @@ def token_file(run: Path) -> Path:
     return run / ".preflight"
 
 
-def sees(run: Path, token: str, within: float = SEEN_WITHIN_SECONDS) -> bool:
-    """Whether rank 0's word arrives here."""
+def finds_token(run: Path, token: str, within: float = SEEN_WITHIN_SECONDS) -> bool:
+    """Whether the token that rank 0 wrote appears in this node's run folder `within` seconds."""
     end = time.monotonic() + within
     while True:
         try:
@@ -178,7 +182,7 @@ def sees(run: Path, token: str, within: float = SEEN_WITHIN_SECONDS) -> bool:
 
 
 def source_hash() -> str:
-    """Of the project's own code, which nodes may have copies of."""
+    """Hash the project's own code, of which nodes may have copies."""
     digest = xxhash.xxh3_64()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -187,7 +191,7 @@ def source_hash() -> str:
 
 
 def _free(folder: Path) -> int:
-    """Bytes free where `folder` is, or will be."""
+    """Return the free bytes on the disk of `folder`, which may not exist yet."""
     while not folder.exists():
         folder = folder.absolute().parent
     return shutil.disk_usage(folder).free

@@ -14,14 +14,14 @@ from launch.machine.world import World
 from launch.resilience.preflight import (
     GIB,
     Facts,
+    collect_facts,
+    data_hash,
     differences,
-    leave_token,
-    look,
-    seen_data,
-    sees,
+    finds_token,
+    minority,
     shortages,
     source_hash,
-    to_leave_out,
+    write_token,
 )
 
 GOOD = Facts("abc", "shared", "def", "torch 2", "n0", 100 * GIB, 100 * GIB, 8)
@@ -47,9 +47,9 @@ def test_the_first_node_may_be_the_odd_one() -> None:
 
 
 def test_only_a_minority_is_left_out_of_the_next_start() -> None:
-    assert to_leave_out(["n1"], 3) == ["n1"]
-    assert to_leave_out(["n1"], 2) == []
-    assert to_leave_out(["n1", "n2"], 3) == []
+    assert minority(["n1"], 3) == ["n1"]
+    assert minority(["n1"], 2) == []
+    assert minority(["n1", "n2"], 3) == []
 
 
 def test_shortages_are_warned_of_with_the_nodes() -> None:
@@ -64,26 +64,26 @@ def test_shortages_are_warned_of_with_the_nodes() -> None:
 def test_a_changed_or_missing_set_is_seen(tmp_path: Path, digits: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits, copy)
-    before = seen_data(parse(["--data", str(copy)]))
-    assert before == seen_data(parse(["--data", str(digits)]))
+    before = data_hash(parse(["--data", str(copy)]))
+    assert before == data_hash(parse(["--data", str(digits)]))
     with (copy / "train.index.npy").open("ab") as index:
         index.write(b"more")
-    assert seen_data(parse(["--data", str(copy)])) != before
-    assert "No such file" in seen_data(parse(["--data", str(tmp_path / "absent")]))
+    assert data_hash(parse(["--data", str(copy)])) != before
+    assert "No such file" in data_hash(parse(["--data", str(tmp_path / "absent")]))
 
 
 def test_a_run_folder_that_is_another_one_is_seen(tmp_path: Path) -> None:
-    token = leave_token(tmp_path / "run")
-    leave_token(tmp_path / "other")
-    assert sees(tmp_path / "run", token)
-    assert not sees(tmp_path / "other", token, within=0)
-    assert not sees(tmp_path / "absent", token, within=0)
+    token = write_token(tmp_path / "run")
+    write_token(tmp_path / "other")
+    assert finds_token(tmp_path / "run", token)
+    assert not finds_token(tmp_path / "other", token, within=0)
+    assert not finds_token(tmp_path / "absent", token, within=0)
 
 
 def test_this_machines_facts(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     recipe = parse(["--data", str(digits), "--out", str(tmp_path / "run")])
-    facts = look(recipe, World(0, 1, 0, 1, torch.device("cpu")), leave_token(recipe.run.out))
+    facts = collect_facts(recipe, World(0, 1, 0, 1, torch.device("cpu")), write_token(recipe.run.out))
     assert (facts.host, facts.run_folder, facts.code) == ("n7", "shared", source_hash())
     assert facts.run_free > 0
     assert "torch 2" in facts.libraries
