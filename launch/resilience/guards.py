@@ -1,7 +1,7 @@
-"""Guards: what must not go on unnoticed. Steps that are not finite, and ranks that drift apart.
+"""Guards: detect steps whose gradients are not finite, and ranks whose weights differ.
 
-Bad steps are skipped on the device, by the engine; here they are counted, at the intervals at which the device is read
-anyway, and named when there are too many.
+The engine skips bad steps on the device. They are counted here, at the intervals at which the device is read anyway,
+and training fails when there are too many.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SHOWN_IDS = 8
 
 
 class Guards:
-    """Watches a run. `note` is free; `check` reads the device and is collective.
+    """Collects the results of steps (`note`) and judges them (`check`, which reads the device and is collective).
 
     Args:
         config: `max_bad_steps` and `compare_every` count.
@@ -42,10 +42,10 @@ class Guards:
         self._steps.append((step, result, [batch.ids for batch in batches]))
 
     def check(self) -> list[str]:
-        """Judge the steps since the last check; returns warnings.
+        """Judge the steps since the last check, and return warnings.
 
         Raises:
-            RunFailed: too many bad steps in a row (their ranks and samples are named), or ranks that differ.
+            RunFailed: too many consecutive bad steps (the message names ranks and samples), or ranks that differ.
         """
         if not self._steps:
             return []
@@ -57,8 +57,8 @@ class Guards:
                 self.skipped += 1
                 warnings.append(f"step {step + 1}: gradients are not finite; the update was skipped")
             if self._in_a_row >= self._max_bad:
-                raise RunFailed(self._describe_bad_step(step, result, ids))
-        self._restore_statistics(all(finite))
+                raise RunFailed(self._describe_failure(step, result, ids))
+        self._repair_statistics(all(finite))
         last = self._steps[-1][0] + 1
         self._steps = []
         if self._compare_every and last - self._compared_at >= self._compare_every:
@@ -66,32 +66,32 @@ class Guards:
             if not all_equal(self._engine.digest(), self._engine.world):
                 raise RunFailed(
                     f"step {last}: the ranks hold different weights; resume from the last checkpoint, and look for a "
-                    "faulty device or a rank that was fed or seeded apart"
+                    "faulty device, or a rank with other input or another seed"
                 )
         return warnings
 
     @torch.no_grad()
-    def _restore_statistics(self, all_good: bool) -> None:
-        """A bad forward pass spoils BatchNorm's running statistics for good: put back those of the last good check."""
+    def _repair_statistics(self, all_good: bool) -> None:
+        """Restore BatchNorm's running statistics of the last good check: a bad forward pass makes them NaN for good."""
         statistics = self._engine.statistics()
         source, target = (statistics, self._good_statistics) if all_good else (self._good_statistics, statistics)
         if statistics:
             torch._foreach_copy_(target, source)
 
-    def _describe_bad_step(self, step: int, result: StepResult, parts: list[Ids]) -> str:
-        """Which ranks had a loss that is not finite, and what they were fed. Collective."""
+    def _describe_failure(self, step: int, result: StepResult, micro_batches: list[Ids]) -> str:
+        """Name the ranks whose loss is not finite, and the samples of their step. Collective."""
         world = self._engine.world
-        ids = [int(i) for part in parts for i in part]
-        mine = (world.rank, bool(result.loss.isfinite()), ids)
-        everyone: list[tuple[int, bool, list[int]]] = [mine]
+        ids = [int(i) for micro_batch in micro_batches for i in micro_batch]
+        own = (world.rank, bool(result.loss.isfinite()), ids)
+        everyone: list[tuple[int, bool, list[int]]] = [own] * world.size
         if world.size > 1:
-            everyone = [mine] * world.size
-            dist.all_gather_object(everyone, mine)
-        not_finite = [entry for entry in everyone if not entry[1]]
-        named = "; ".join(
-            f"rank {rank}: samples {', '.join(map(str, ids[:SHOWN_IDS]))}, ..." for rank, _, ids in not_finite
+            dist.all_gather_object(everyone, own)
+        failing_ranks = "; ".join(
+            f"rank {rank}: samples {', '.join(map(str, ids[:SHOWN_IDS]))}, ..."
+            for rank, finite, ids in everyone
+            if not finite
         )
         return (
             f"{self._max_bad} steps in a row, up to step {step + 1}, had gradients that are not finite "
-            f"({named or 'all losses were finite'}); lower --lr, or try --precision fp32"
+            f"({failing_ranks or 'all losses were finite'}); lower --lr, or try --precision fp32"
         )

@@ -155,17 +155,17 @@ class Preemption:
             os._exit(128 + number)
 
 
-def deadline(run: PreemptConfig, started: float) -> float | None:
+def deadline(config: PreemptConfig, *, started: float, job_end: str) -> float | None:
     """When to leave: `time_limit` from `started`, else `preempt_margin` before the SLURM job's end.
 
     SLURM says the end by the wall clock. It is converted once, at the start: a clock that is set later changes nothing.
 
     Args:
         started: by `time.monotonic`, as the result is.
+        job_end: value of SLURM_JOB_END_TIME; "" outside of a job.
     """
-    if run.time_limit is not None:
-        return started + 60 * run.time_limit
-    end = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not (end.isascii() and end.isdigit()):
+    if config.time_limit is not None:
+        return started + 60 * config.time_limit
+    if not (job_end.isascii() and job_end.isdigit()):
         return None
-    return time.monotonic() + float(end) - time.time() - run.preempt_margin
+    return time.monotonic() + float(job_end) - time.time() - config.preempt_margin

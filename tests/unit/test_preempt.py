@@ -44,15 +44,14 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
 @pytest.mark.parametrize("jump", [-2 * HOUR, 0.0, 2 * HOUR])
 @pytest.mark.parametrize("by", ["time_limit", "slurm"])
 def test_a_clock_that_is_set_moves_no_deadline(
-    world: World, clocks: Clocks, monkeypatch: pytest.MonkeyPatch, jump: float, by: str
+    world: World, clocks: Clocks, jump: float, by: str
 ) -> None:
     if by == "slurm":
-        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(clocks.wall + HOUR + 120)))
-        run = PreemptConfig(preempt_margin=120)
+        config, end = PreemptConfig(preempt_margin=120), clocks.wall + HOUR + 120
     else:
-        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(clocks.wall)))
-        run = PreemptConfig(time_limit=60)
-    preemption = Preemption(Path("nowhere"), world, deadline=deadline(run, started=clocks.steady))
+        config, end = PreemptConfig(time_limit=60), clocks.wall
+    leave_at = deadline(config, started=clocks.steady, job_end=str(int(end)))
+    preemption = Preemption(Path("nowhere"), world, deadline=leave_at)
     clocks.wall += jump
     clocks.pass_by(HOUR - 5)
     assert not preemption.save_requested()
@@ -62,9 +61,8 @@ def test_a_clock_that_is_set_moves_no_deadline(
 
 
 @pytest.mark.parametrize("end", ["", "NONE", "-5", "\u00b2", "1e9", "tomorrow"])
-def test_an_end_that_is_no_time_is_no_deadline(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
-    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
-    assert deadline(PreemptConfig(), started=0.0) is None
+def test_an_end_that_is_no_time_is_no_deadline(end: str) -> None:
+    assert deadline(PreemptConfig(), started=0.0, job_end=end) is None
 
 
 def test_a_request_is_taken_once(tmp_path: Path, world: World) -> None:
