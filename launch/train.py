@@ -53,9 +53,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
         Preempted: the run was asked to leave, and has been saved.
     """
-    leave_at = deadline(
-        recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", "")
-    )
+    leave_at = deadline(recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", ""))
     feed, engine, folder, trackers, messages, resolved = prepare(recipe, world, lock)
     recipe, plan = feed.recipe, feed.plan
     state, resumed = folder.resume()

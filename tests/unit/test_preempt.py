@@ -43,9 +43,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
 
 @pytest.mark.parametrize("jump", [-2 * HOUR, 0.0, 2 * HOUR])
 @pytest.mark.parametrize("by", ["time_limit", "slurm"])
-def test_a_clock_that_is_set_moves_no_deadline(
-    world: World, clocks: Clocks, jump: float, by: str
-) -> None:
+def test_a_clock_that_is_set_moves_no_deadline(world: World, clocks: Clocks, jump: float, by: str) -> None:
     if by == "slurm":
         config, end = PreemptConfig(preempt_margin=120), clocks.wall + HOUR + 120
     else:
