@@ -34,12 +34,12 @@ import simplejpeg
 import tyro
 from PIL import Image
 
+from shards.commands.samples import write_photos
 from shards.convert.convert import Options as ConvertOptions
 from shards.convert.convert import convert
 from shards.cores import cores
 from shards.format.beton import BetonOptions
-from shards.images.images import ImageRules
-from shards.samples import write_photos
+from shards.images.rules import ImageRules
 from shards.sources.scan import ScanOptions
 
 SHARD_BYTES = 32 * 2**20

@@ -14,11 +14,11 @@ from tyro.conf import subcommand
 
 from pipeline.look import Look
 from pipeline.options import LoaderOptions
-from shards.commands import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
+from shards.commands.command_line import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
 from shards.cores import limit_openmp
 from shards.errors import UserError, lack_of_files, report
-from shards.files.open_files import raise_limit
 from shards.files.output import check_output
+from shards.open_files import raise_limit
 from shards.ranges import MAX_BATCH, Batch, check_ranges
 from shards.redact import printable, protect_output
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.files.open_files import how_to_raise, limit
-from shards.files.ownership import obstacle, user_name
+from shards.open_files import how_to_raise, limit
+from shards.ownership import obstacle, user_name
 from shards.redact import one_line, printable
 
 MAX_MESSAGE = 2000

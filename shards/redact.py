@@ -63,6 +63,11 @@ def one_line(text: str) -> str:
     return _ESCAPED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def display_name(name: bytes) -> str:
+    """Return a file name of any bytes as one line of text."""
+    return one_line(name.decode("utf-8", errors="backslashreplace"))
+
+
 def protect_output() -> None:
     """Redact what this process logs and warns of, and its tracebacks; print file names that are no UTF-8 escaped.
 

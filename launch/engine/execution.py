@@ -17,9 +17,9 @@ from launch.config.errors import RecipeError
 from launch.engine.graph_recorder import RECORDERS
 from launch.engine.sync_batchnorm import over_ranks
 from shards.errors import UserError
-from shards.files.ownership import user_name
 from shards.files.private_folder import make_private
 from shards.files.temporary import temporary_folder
+from shards.ownership import user_name
 
 Switch = fat.kernels.Mode
 Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"]

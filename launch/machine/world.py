@@ -17,8 +17,8 @@ from launch.machine.accelerate_settings import overrule_accelerate
 from launch.machine.launcher_check import check_launcher
 from shards.cores import cores
 from shards.errors import UserError, lack_of_files, report
-from shards.files.open_files import raise_limit
 from shards.files.temporary import prepare_caches
+from shards.open_files import raise_limit
 from shards.redact import printable, protect_output, redacted_traceback
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pipeline.plan import Need
 from shards.errors import ShardSetError, storage_error
-from shards.files.open_files import share
 from shards.files.retry import read_with_retries
+from shards.open_files import share
 
 MAX_OPEN = 256
 

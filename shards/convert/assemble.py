@@ -11,7 +11,6 @@ import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.pool import Report, run_jobs
 from shards.convert.work import Work
 from shards.errors import ConversionFailed, explained
 from shards.files.durable import write_all
@@ -19,6 +18,7 @@ from shards.format.beton import BetonOptions, Layout, lay_out
 from shards.format.index import Index
 from shards.format.manifest import BetonEntry
 from shards.progress import Progress
+from shards.workers.pool import Report, run_jobs
 
 
 @dataclass(frozen=True)

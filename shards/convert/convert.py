@@ -22,7 +22,6 @@ import xxhash
 from shards.convert.join import Outcome, first_of, join, published_names, say_notes
 from shards.convert.order import arrange
 from shards.convert.parts import WHOLE, Part, hold_part
-from shards.convert.pool import run_jobs
 from shards.convert.rejects import MAX_REJECTS
 from shards.convert.source_check import (
     check_exists,
@@ -39,15 +38,16 @@ from shards.files.lock import hold
 from shards.files.regular import read_list
 from shards.format.beton import BetonOptions
 from shards.format.manifest import MANIFEST_NAME, Manifest, tool
-from shards.images.images import ImageRules
+from shards.images.rules import ImageRules
 from shards.progress import Progress
 from shards.redact import without_place
+from shards.sources.layouts.recognise import recognise, scan
 from shards.sources.naming.classes import MAX_LIST
 from shards.sources.naming.split_folders import find_split_folders
-from shards.sources.recognise import recognise, scan
 from shards.sources.scan import ScanOptions
 from shards.sources.unused import MAX_TEXT
 from shards.sources.walk import each_folder_once
+from shards.workers.pool import run_jobs
 
 MIB = 2**20
 LISTING_WAIT = 4 * 3600.0

@@ -12,10 +12,19 @@ import numpy as np
 
 from shards.convert.assemble import assemble
 from shards.convert.place import save_place
-from shards.convert.rejects import REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.convert.rejects import Reject, count_reasons, settle_rejects
 from shards.convert.work import Plan, ShardDone, Work
 from shards.errors import ConversionFailed
-from shards.format.manifest import MANIFEST_NAME, BetonEntry, Manifest, ShardEntry, SplitEntry, UnusedRecord, tool
+from shards.format.manifest import (
+    MANIFEST_NAME,
+    REJECTS_NAME,
+    BetonEntry,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    UnusedRecord,
+    tool,
+)
 from shards.redact import one_line
 from shards.sources.naming.doubts import count_labels, doubt_about_blank, doubt_about_rejects
 from shards.sources.unused import UnusedEntry

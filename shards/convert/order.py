@@ -6,9 +6,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.listing import Listing
 from shards.format.tar import member_bytes
 from shards.images.limits import MAX_ENCODED
+from shards.sources.listing import Listing
 
 LABEL_BYTES = 8  # at most, of a label's decimal digits: what a .cls member is counted as
 

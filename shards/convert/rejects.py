@@ -6,20 +6,14 @@ import json
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
+from shards.convert.work import Work
 from shards.errors import ConversionFailed
+from shards.format.manifest import REJECTS_NAME
 
-if TYPE_CHECKING:
-    from shards.convert.work import Work
-
-REJECTS_NAME = "rejects.jsonl"
 MAX_REJECTS = 0.001
 """Share of the images that may be left out unless told otherwise."""
-
-
-class Rejected(Exception):
-    """The image cannot be used; the message is the reason."""
 
 
 class Reject(TypedDict):

@@ -14,15 +14,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.convert.join import say_notes
-from shards.convert.listing import Listing, display_name
 from shards.convert.place import is_made_from
 from shards.convert.work import Plan, Work
 from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.images.formats import named_as_image
+from shards.redact import display_name
 from shards.sources.identity import Identity
+from shards.sources.layouts.recognise import current_identity
+from shards.sources.listing import Listing
 from shards.sources.naming.classes import counted, quoted, shortened
-from shards.sources.recognise import current_identity
 from shards.sources.scan import TRAIN, VAL, Layout
 
 _LOOKED_AT = 30_000  # folders and archives of a split; ImageNet-21k has 21,841, another source one for every image

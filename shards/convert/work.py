@@ -24,7 +24,6 @@ import xxhash
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from shards.convert.listing import Listing
 from shards.errors import ConversionFailed, UserError
 from shards.files.durable import TEMPORARY, durable_write, is_temporary, save_array, sync_folder
 from shards.files.regular import read_bounded
@@ -33,6 +32,7 @@ from shards.format.index import INDEX_DTYPE, Index, write_index
 from shards.format.manifest import ClassEntry
 from shards.format.tar import BLOCK, END, header
 from shards.schema import Count, Digest, parse_json
+from shards.sources.listing import Listing
 from shards.sources.scan import Layout
 from shards.sources.unused import UnusedEntry
 from shards.sources.walk import WORK_FOLDER

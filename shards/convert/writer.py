@@ -11,18 +11,19 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from shards.convert.listing import Container, Entry, display_name
-from shards.convert.pool import Report
 from shards.convert.work import ShardDone, Work
 from shards.errors import ConversionFailed, explained, storage_error
 from shards.files.durable import durable_file, durable_write
-from shards.files.open_files import share
 from shards.files.regular import NotRegular, open_with_status, read_up_to
 from shards.format.index import INDEX_DTYPE
 from shards.format.tar import SampleTar, dali_index
-from shards.images.images import Accepted, ImageRules, Rejected, accept
+from shards.images.images import accept
 from shards.images.limits import MAX_ENCODED
-from shards.redact import one_line
+from shards.images.rules import Accepted, ImageRules, Rejected
+from shards.open_files import share
+from shards.redact import display_name, one_line
+from shards.sources.listing import Container, Entry
+from shards.workers.pool import Report
 
 
 @dataclass(frozen=True)

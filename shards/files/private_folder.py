@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.files.durable import temporary_name
-from shards.files.ownership import user_name, whose
+from shards.ownership import user_name, whose
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 SHARED_FOLDER, SHARED_FILE = 0o2770, 0o660  # set-group-ID: new files inside belong to the folder's group

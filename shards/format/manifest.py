@@ -15,7 +15,6 @@ import xxhash
 from pydantic import FailFast, Field, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
 
-from shards.convert.rejects import REJECTS_NAME
 from shards.errors import ShardSetError
 from shards.files.durable import durable_write
 from shards.files.regular import open_file
@@ -25,6 +24,7 @@ from shards.schema import Count, Digest, FileName, Finite, parse_json
 FORMAT = "fat-pipeline shard set"
 VERSION = 2
 MANIFEST_NAME = "dataset.json"
+REJECTS_NAME = "rejects.jsonl"
 MAX_CLASSES = 1_000_000
 """Classes of a set; larger labels are taken for damage, before anything is allocated for them."""
 MAX_MANIFEST_BYTES = 64 << 20

@@ -7,7 +7,6 @@ import re
 from PIL import Image, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 
-from shards.convert.rejects import Rejected
 from shards.images.canvas import boxes, isobmff_size, jpeg2000_size, jxl_size, webp_size
 from shards.images.formats import J2K_CODESTREAM, JP2_CONTAINER
 from shards.images.jpeg import JpegHeader, NotAJpeg, parse_header
@@ -25,6 +24,7 @@ from shards.images.limits import (
     MAX_SIDE,
     MAX_STRIPS,
 )
+from shards.images.rules import Rejected
 from shards.images.tiff import count_strips
 
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # TIFF tags

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin
 
-from shards.convert.rejects import Rejected
+from shards.images.rules import Rejected
 
 _SMIN, _SMAX = 340, 341  # TIFF tags SMinSampleValue and SMaxSampleValue
 _MAX_SAMPLE = 281  # MaxSampleValue

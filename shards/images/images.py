@@ -15,14 +15,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import simplejpeg
 from PIL import AvifImagePlugin, Image
 
-from shards.convert.rejects import Rejected
 from shards.errors import first_line
 from shards.images.decode_limits import (
     check_before_decoding,
@@ -45,9 +42,8 @@ from shards.images.jpeg import (
 from shards.images.limits import MAX_ENCODED, MAX_PIXELS, MAX_SCAN_PIXELS, MAX_SCANS, MAX_SEGMENTS
 from shards.images.optional_formats import load_optional_decoder
 from shards.images.pixels import BAND_PIXELS, Pixels, plain_pixels, profile_of, to_srgb
+from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.images.tiff import has_second_page
-
-__all__ = ["Accepted", "ImageRules", "Rejected", "accept", "exceeded_limit"]
 
 AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # of one decoder: there is a worker per core
 REPAIR_QUALITY = 95
@@ -61,39 +57,6 @@ _BLANK_PIXELS = 16  # of a reduced image: 32x32 pixels
 _BLACK = 20  # of 255: highest value of an image that is nearly black
 _ONE_COLOUR = 3  # of 255: range of values of an image of a single colour
 _SCALES = (8, 4, 2)  # of libjpeg's scaled decoding, by whole numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageRules:
-    """What may be done to an image. All of it changes the bytes of the set."""
-
-    check: Literal["decode", "header"] = "decode"
-    """decode: decode every image. header: trust what the header says (fast, and training may meet damaged images)."""
-    max_side: int | None = None
-    """Shrink images whose longer side is above this many pixels."""
-    short_side: int | None = None
-    """Shrink images whose shorter side is above this many pixels."""
-    quality: int = 90
-    """JPEG quality of images that are shrunk."""
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether large images are made smaller."""
-        return self.max_side is not None or self.short_side is not None
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """A JPEG for the set."""
-
-    data: bytes
-    height: int
-    width: int
-    orientation: int
-    repair: str | None = None
-    """Why it was re-encoded, if what came was no plain JPEG."""
-    blank: bool = False
-    """Nearly black or of a single colour; not known where the header is trusted."""
 
 
 def accept(data: bytes, rules: ImageRules) -> Accepted:

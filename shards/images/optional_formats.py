@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shards.convert.rejects import Rejected
 from shards.images.formats import EXTRA, is_heif, is_jxl
+from shards.images.rules import Rejected
 
 
 def load_optional_decoder(data: bytes) -> str | None:

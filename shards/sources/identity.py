@@ -15,9 +15,10 @@ from pathlib import Path
 
 import xxhash
 
-from shards.convert.listing import Entry, Listing, display_name
 from shards.errors import reading, storage_error
 from shards.files.regular import NotRegular, open_with_status
+from shards.redact import display_name
+from shards.sources.listing import Entry, Listing
 from shards.sources.scan import Scan
 
 _TAIL = 2**16  # bytes at the end of a Parquet file: its footer, or the end of it

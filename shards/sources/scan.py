@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shards.convert.listing import Listing
 from shards.format.manifest import ClassEntry
+from shards.sources.listing import Listing
 from shards.sources.unused import UnusedEntry
 
 TRAIN, VAL, TEST = "train", "val", "test"

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from shards.commands import SamplePhotos
-from shards.verify import verify
+from shards.commands.command_line import SamplePhotos
+from shards.commands.verify import verify
 
 # What the console command does, without what the other verbs import.
 DRIVER = """
 import sys, tyro
-from shards.commands import Shard
+from shards.commands.command_line import Shard
 from shards.errors import UserError
 try:
     sys.exit(tyro.cli(Shard).run())

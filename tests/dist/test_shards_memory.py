@@ -21,7 +21,7 @@ CLASSES, EACH = 1000, 1000
 LISTING = f"""
 import re, sys
 from pathlib import Path
-from shards.convert.listing import Container, Listing, ListingBuilder
+from shards.sources.listing import Container, Listing, ListingBuilder
 from shards.convert.order import arrange
 builder = ListingBuilder()
 for c in range({CLASSES}):

@@ -38,9 +38,10 @@ from shards.errors import UserError
 from shards.format.beton import BetonOptions
 from shards.format.dataset import ShardSet
 from shards.format.manifest import MANIFEST_NAME
-from shards.images.images import ImageRules, Rejected, accept
+from shards.images.images import accept
+from shards.images.rules import ImageRules, Rejected
+from shards.sources.layouts.recognise import scan
 from shards.sources.naming.classes import read_classes
-from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions
 from tests.fuzz.mutate import dumps
 from tests.fuzz.runner import Target

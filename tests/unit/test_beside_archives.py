@@ -8,7 +8,7 @@ import pytest
 
 from launch.cli import main as pipeline
 from shards.format.dataset import ShardSet
-from shards.sources.recognise import scan
+from shards.sources.layouts.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.source_folders.containers import parquet, samples, tar
 from tests.support.source_folders.pictures import jpeg

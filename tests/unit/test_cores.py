@@ -84,7 +84,7 @@ COUNTED = """
 import os, torch
 from launch.machine.world import connect
 from pipeline.options import Settings
-from shards.convert.pool import cores
+from shards.workers.pool import cores
 print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], Settings().decode_threads, cores())
 """
 VERB = """

@@ -14,15 +14,16 @@ from PIL import Image
 from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.world import World
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
 from shards.convert.convert import Options, convert, finish
 from shards.convert.parts import Part
 from shards.errors import ConversionFailed, UserError
 from shards.format.manifest import ClassEntry, Manifest
-from shards.images.images import ImageRules, accept
+from shards.images.images import accept
+from shards.images.rules import ImageRules
+from shards.sources.layouts.recognise import scan
 from shards.sources.naming.classes import class_order
 from shards.sources.naming.doubts import doubt_about_blank, doubts_about_classes
-from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions
 from tests.support.sources import class_folders, encoded, jpeg, labelled_tar
 

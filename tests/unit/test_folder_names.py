@@ -8,9 +8,9 @@ import pytest
 
 from shards.errors import UserError
 from shards.format.manifest import ClassEntry
+from shards.sources.layouts.recognise import scan
 from shards.sources.naming.folder_names import doubts_about_names
 from shards.sources.naming.splits import near_split, splits_in
-from shards.sources.recognise import scan
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.source_folders.source import pictures, put
 

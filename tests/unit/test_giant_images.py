@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from shards.images import images
-from shards.images.images import ImageRules, Rejected, accept
+from shards.images.images import accept
+from shards.images.rules import ImageRules, Rejected
 from tests.support.bombs import png, progressive_jpeg
 from tests.support.measured import run_measured
 

@@ -18,8 +18,9 @@ from shards.convert.convert import Options, convert
 from shards.errors import ConversionFailed
 from shards.images.canvas import jxl_size
 from shards.images.formats import MAGIC_BYTES, looks_like_image, named_as_image
-from shards.images.images import ImageRules, Rejected, accept
+from shards.images.images import accept
 from shards.images.jpeg import parse_header
+from shards.images.rules import ImageRules, Rejected
 from shards.sources.scan import ScanOptions
 from tests.support.bombs import jxl
 

@@ -38,6 +38,16 @@ ONLY_IN = {
     "deepspeed": {"launch/engine/zero_state.py", "launch/engine/accelerate.py"},
 }
 TORCH_FREE = ("shards",)
+# Packages in whose root lie files of several layers, which import the folders and are imported by them.
+ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "launch", "fat")
+# Folder -> those that it imports although they import it.
+FOLDER_EXCEPTIONS = {
+    "fat/kernels/ops": {"fat/kernels"},
+    "fat/kernels/prefill": {"fat/account", "fat/kernels"},
+    "launch/tuning": {"launch/run"},
+    "pipeline/augment/torch_impl": {"pipeline/augment"},
+    "pipeline/augment/triton_impl": {"pipeline/augment"},
+}
 FAT_TOP_LEVEL = {"torch"}
 
 
@@ -120,6 +130,28 @@ def test_no_folder_holds_more_than_14_source_files() -> None:
 
 def test_files_import_one_another_without_a_circle() -> None:
     TopologicalSorter(_files_imported()).prepare()
+
+
+def test_folders_import_one_another_without_a_circle() -> None:
+    """The folders of a package are layers; of `shards`, its root is the lowest one."""
+    folders: dict[str, set[str]] = {}
+    for module, imported in _files_imported().items():
+        folder = _folder(module)
+        folders.setdefault(folder, set()).update(map(_folder, imported))
+        folders[folder].discard(folder)
+    for root in ROOTS_OF_SEVERAL_LAYERS:
+        del folders[root]
+        for imported in folders.values():
+            imported.discard(root)
+    for folder, imported in FOLDER_EXCEPTIONS.items():
+        assert imported <= folders.get(folder, set()), f"{folder}: remove what is no exception any more"
+        folders[folder] -= imported
+    TopologicalSorter(folders).prepare()
+
+
+def _folder(module: str) -> str:
+    path = ROOT.joinpath(*module.split("."))
+    return str((path if path.is_dir() else path.parent).relative_to(ROOT))
 
 
 def test_ffcv_is_imported_lazily() -> None:

@@ -18,15 +18,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
 from shards.convert.convert import Options, convert
-from shards.convert.pool import _Reporter
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.format.manifest import MAX_CLASSES, Manifest
-from shards.images.images import ImageRules
+from shards.images.rules import ImageRules
 from shards.redact import one_line
-from shards.sources import parquet
+from shards.sources.layouts import parquet
+from shards.sources.layouts.webdataset import read_tar
 from shards.sources.naming.labels import (
     MAX_LABEL,
     FileLabels,
@@ -37,7 +37,7 @@ from shards.sources.naming.labels import (
     parse_label,
 )
 from shards.sources.scan import TEST, TRAIN, Scan, ScanOptions
-from shards.sources.webdataset import read_tar
+from shards.workers.pool import _Reporter
 
 ONE = Options(scan=ScanOptions(workers=1))
 

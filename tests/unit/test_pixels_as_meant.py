@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from shards.images.images import Accepted, ImageRules, Rejected, accept
+from shards.images.images import accept
+from shards.images.rules import Accepted, ImageRules, Rejected
 from tests.support.bombs import LONG, SHORT, tiff
 
 RULES = ImageRules()

@@ -27,25 +27,25 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
 from shards.convert.convert import Options, convert
-from shards.convert.listing import Container, ListingBuilder
 from shards.convert.order import arrange
 from shards.convert.parts import Part
-from shards.convert.pool import _Reporter
 from shards.convert.work import Work
 from shards.convert.writer import ContainerReader
 from shards.errors import UserError
 from shards.files.regular import NotRegular, open_regular, read_bounded
 from shards.format.dataset import ShardSet
 from shards.format.manifest import MAX_CLASSES
-from shards.images.images import ImageRules
+from shards.images.rules import ImageRules
 from shards.redact import one_line
-from shards.sources import ilsvrc, parquet
-from shards.sources.members import members
+from shards.sources.layouts import ilsvrc, parquet
+from shards.sources.layouts.members import members
+from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming import classes
 from shards.sources.naming.labels import parse_label
 from shards.sources.scan import ScanOptions
+from shards.workers.pool import _Reporter
 
 ONE = Options(scan=ScanOptions(workers=1))
 CORPUS = Path(__file__).resolve().parents[1] / "fuzz/corpus"

@@ -13,7 +13,8 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from shards.commands import SampleDigits, SamplePhotos
+from shards.commands.command_line import SampleDigits, SamplePhotos
+from shards.commands.verify import verify
 from shards.convert.convert import Format, Options, Part, convert, finish
 from shards.convert.work import Work
 from shards.errors import ShardSetError
@@ -21,7 +22,6 @@ from shards.format.beton import ALLOCATION, FIELD, HEADER, IMAGE, METADATA, Beto
 from shards.format.dataset import ShardSet
 from shards.format.index import INDEX_DTYPE, Index
 from shards.sources.scan import ScanOptions
-from shards.verify import verify
 
 ffcv = importlib.import_module if os.environ.get("CI") == "true" else pytest.importorskip
 reader = ffcv("ffcv.reader")

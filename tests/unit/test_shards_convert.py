@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.commands import Index, SamplePhotos, Shard, Verify
+from shards.commands.command_line import Index, SamplePhotos, Shard, Verify
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert, default_out, finish
 from shards.convert.parts import Part, hold_part
 from shards.convert.work import Work
@@ -28,9 +29,8 @@ from shards.convert.writer import ContainerReader
 from shards.errors import ConversionFailed, ShardSetError, UserError
 from shards.files.lock import Held, hold
 from shards.format.dataset import ShardSet
-from shards.images.images import ImageRules
+from shards.images.rules import ImageRules
 from shards.sources.scan import Layout, ScanOptions
-from shards.verify import verify
 
 SMALL = Options(shard_bytes=400_000, scan=ScanOptions(workers=1))
 

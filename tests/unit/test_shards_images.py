@@ -17,14 +17,15 @@ import pytest
 import xxhash
 from PIL import Image
 
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert
-from shards.convert.listing import sample_key
 from shards.format.dataset import ShardSet
-from shards.images.images import ImageRules, Rejected, accept
+from shards.images.images import accept
 from shards.images.jpeg import count_scans, parse_header
 from shards.images.limits import MAX_PIXELS
-from shards.verify import verify
+from shards.images.rules import ImageRules, Rejected
+from shards.sources.listing import sample_key
 from tests.support.bombs import IMAGES, progressive_jpeg
 from tests.support.measured import run_measured
 

@@ -258,7 +258,7 @@ def test_verify_names_every_file_that_may_not_be_read(digits: Path, tmp_path: Pa
         (path / file.name).write_bytes(file.read_bytes())
     for name in ("train-000000.tar", "train-000001.idx", "val.index.npy"):
         (path / name).chmod(0)
-    code = "import sys; from shards.verify import verify; print(*verify(sys.argv[1], 1), sep='\\n')"
+    code = "import sys; from shards.commands.verify import verify; print(*verify(sys.argv[1], 1), sep='\\n')"
     code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
     done = subprocess.run([*NO_ACCESS, sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     fact = "cannot be read (Permission denied for user root: a file of user root, group root, mode 0000)"

@@ -19,6 +19,7 @@ from rich.console import Console
 from pipeline.storage import cache_record
 from pipeline.storage.cache_folder import LOCK, MARKER
 from pipeline.storage.remote_set import open_set
+from shards.commands.info import describe
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
 from shards.format.manifest import (
@@ -32,7 +33,6 @@ from shards.format.manifest import (
     SplitEntry,
     content_hash,
 )
-from shards.info import describe
 from tests.serving import serve
 
 Edit = Callable[[dict[str, Any]], object]

@@ -20,17 +20,17 @@ from PIL import Image
 import shards.convert.convert
 import shards.files.lock
 import shards.files.waiting
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert, finish
 from shards.convert.parts import Part
 from shards.convert.work import MARKER, Work
 from shards.errors import ConversionFailed, UserError
 from shards.files.lock import Held, hold
 from shards.format.tar import BLOCK
-from shards.images.images import ImageRules
+from shards.images.rules import ImageRules
 from shards.sources.scan import ScanOptions
 from shards.sources.walk import WORK_FOLDER as FOLDER
-from shards.verify import verify
 
 MINE = b"not made by any of these commands\n"
 
@@ -142,7 +142,7 @@ def test_index_refuses_an_unfinished_conversion(source: Path, tmp_path: Path) ->
 
 def test_index_refuses_a_tar_that_is_written_to_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tars(tmp_path)
-    from shards import adopt as module
+    from shards.commands import adopt as module
 
     read = module._read_image
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-import shards.convert.pool
-from shards.convert.pool import Report, run_jobs
+import shards.workers.pool
 from shards.errors import ConversionFailed
 from shards.progress import Progress
+from shards.workers.pool import Report, run_jobs
 from tests.support.bombs import png
 from tests.support.measured import ROOT
 
@@ -37,7 +37,7 @@ def task(job: Job, report: Report) -> str:
     if how == "exits":
         os._exit(3)
     if how == "endless":
-        shards.convert.pool.MAX_IMAGE_SECONDS = 1  # in this process alone
+        shards.workers.pool.MAX_IMAGE_SECONDS = 1  # in this process alone
         report.start(os.fsencode(path))
         while True:
             pass

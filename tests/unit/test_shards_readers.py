@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import xxhash
 
-from shards.adopt import adopt
-from shards.commands import SamplePhotos
+from shards.commands.adopt import adopt
+from shards.commands.command_line import SamplePhotos
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from shards.images.images import ImageRules
+from shards.images.rules import ImageRules
 from shards.sources.scan import ScanOptions
-from shards.verify import verify
 
 Sample = tuple[int, int]
 """xxh3-64 of the encoded image, label."""

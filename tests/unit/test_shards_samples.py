@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from shards.commands import SampleDigits, SamplePhotos
+from shards.commands.command_line import SampleDigits, SamplePhotos
 from shards.errors import UserError
 
 

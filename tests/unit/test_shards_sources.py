@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from shards.sources.recognise import recognise, scan
+from shards.sources.layouts.recognise import recognise, scan
 from shards.sources.scan import Scan, ScanOptions
-from shards.verify import verify
 
 ONE = ScanOptions(workers=1)
 

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.commands import SampleDigits, Verify
+from shards.commands.command_line import SampleDigits, Verify
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert
 from shards.errors import ShardSetError, UserError
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
 from shards.sources.scan import ScanOptions
-from shards.verify import verify
 from tests.support.damage import edit_index
 
 

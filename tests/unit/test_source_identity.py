@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from shards.convert.convert import Options, convert, finish
-from shards.convert.listing import Container, ListingBuilder
 from shards.convert.parts import Part
 from shards.convert.work import Work
 from shards.errors import UserError
 from shards.format.manifest import ClassEntry, Manifest
-from shards.sources import parquet
 from shards.sources.identity import digest_of_listing
-from shards.sources.recognise import scan
+from shards.sources.layouts import parquet
+from shards.sources.layouts.recognise import scan
+from shards.sources.listing import Container, ListingBuilder
 from shards.sources.scan import Scan, ScanOptions
 from shards.sources.walk import WORK_FOLDER
 from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
+from shards.commands.verify import verify
 from shards.convert.convert import Options, convert
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from shards.images.images import ImageRules
-from shards.sources.folder import scan_folder
+from shards.images.rules import ImageRules
+from shards.sources.layouts.folder import scan_folder
+from shards.sources.layouts.recognise import recognise, scan
 from shards.sources.naming.classes import check_imagenet
-from shards.sources.recognise import recognise, scan
 from shards.sources.scan import Scan, ScanOptions
-from shards.verify import verify
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 ONE = ScanOptions(workers=1)

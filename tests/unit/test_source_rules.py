@@ -32,7 +32,7 @@ WRITERS = {
     "shards/files/lock.py": "lock of the work folder",
     "shards/files/output.py": "path given as an option; special files only, others by durable_write",
     "shards/files/private_folder.py": "inside a folder whose owner and mode were checked",
-    "shards/samples.py": "new folder given as an option; fixed names",
+    "shards/commands/samples.py": "new folder given as an option; fixed names",
 }
 _MODES = set("wax+")
 _WRITING_CALLS = {"write_text", "write_bytes", "savefig", "save_file", "savez", "copyfile", "copytree", "mkstemp"}

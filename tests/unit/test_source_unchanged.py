@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.commands import Shard
+from shards.commands.command_line import Shard
 from shards.convert.convert import Options, convert, default_out, finish
 from shards.convert.parts import Part
 from shards.convert.place import ATTRIBUTE

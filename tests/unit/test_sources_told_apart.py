@@ -11,7 +11,7 @@ from PIL import Image
 
 from shards.convert.convert import Options, convert
 from shards.errors import UserError
-from shards.sources.recognise import scan
+from shards.sources.layouts.recognise import scan
 from shards.sources.scan import ScanOptions
 from tests.support.sources import jpeg
 

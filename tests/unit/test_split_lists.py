@@ -9,9 +9,9 @@ import pytest
 from launch.cli import main as pipeline
 from shards.errors import UserError
 from shards.sources import walk
+from shards.sources.layouts.recognise import scan
 from shards.sources.naming import split_lists
 from shards.sources.naming.split_lists import lists_below, splits_of_list
-from shards.sources.recognise import scan
 from shards.sources.scan import ScanOptions
 from tests.support.source_folders.containers import parquet, samples, tar
 from tests.support.source_folders.source import pictures, put

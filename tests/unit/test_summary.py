@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shards.commands import Index, Info, Shard
+from shards.commands.command_line import Index, Info, Shard
 from tests.support.sources import class_folders, encoded, jpeg, labelled_tar
 
 

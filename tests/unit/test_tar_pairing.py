@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset import tariterators
 
-from shards.adopt import adopt
+from shards.commands.adopt import adopt
 from shards.convert.convert import Options, convert
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from shards.images.images import ImageRules
-from shards.sources import members as members_module
+from shards.images.rules import ImageRules
+from shards.sources.layouts import members as members_module
+from shards.sources.layouts.recognise import recognise, scan
+from shards.sources.layouts.webdataset import read_tar
 from shards.sources.naming.labels import LabelReader
-from shards.sources.recognise import recognise, scan
 from shards.sources.scan import TRAIN, ScanOptions
-from shards.sources.webdataset import read_tar
 
 ONE = ScanOptions(workers=1)
 Files = list[tuple[str, bytes]]

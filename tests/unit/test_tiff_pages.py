@@ -7,7 +7,8 @@ import io
 import pytest
 from PIL import Image
 
-from shards.images.images import ImageRules, accept
+from shards.images.images import accept
+from shards.images.rules import ImageRules
 from shards.images.tiff import has_second_page
 
 FIRST, SECOND = (Image.new("RGB", (40, 30), colour) for colour in ("red", "blue"))

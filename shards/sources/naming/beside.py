@@ -6,9 +6,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
-from shards.convert.listing import display_name
-from shards.convert.rejects import REJECTS_NAME
-from shards.format.manifest import MANIFEST_NAME
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME
+from shards.redact import display_name
 from shards.sources.naming.split_lists import doubts_about_lists, splits_of_list
 from shards.sources.scan import Layout
 from shards.sources.unused import UnusedFiles

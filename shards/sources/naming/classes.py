@@ -11,11 +11,11 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.listing import Listing, display_name
 from shards.errors import UserError
 from shards.files.regular import read_list
 from shards.format.manifest import MAX_CLASSES, ClassEntry
-from shards.redact import one_line
+from shards.redact import display_name, one_line
+from shards.sources.listing import Listing
 from shards.sources.scan import TRAIN, VAL, Scan
 
 SYNSET = re.compile(r"n\d{8}")

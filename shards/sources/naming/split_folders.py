@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shards.convert.listing import display_name
 from shards.errors import UserError
+from shards.redact import display_name
 from shards.sources.naming.classes import MAPPING_FILES
 from shards.sources.naming.splits import doubts_about_place, no_validation, says_only_split, splits_in, without_split
 from shards.sources.scan import TEST, TRAIN, VAL

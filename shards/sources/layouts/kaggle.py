@@ -8,12 +8,12 @@ import os
 import stat
 from pathlib import Path
 
-from shards.convert.listing import Container, Listing, ListingBuilder
 from shards.errors import UserError
 from shards.files.regular import read_list
 from shards.format.manifest import ClassEntry
 from shards.images.formats import named_as_image
-from shards.sources.folder import file_status, scan_classes
+from shards.sources.layouts.folder import file_status, scan_classes
+from shards.sources.listing import Container, Listing, ListingBuilder
 from shards.sources.naming.classes import MAPPING_FILES, MAX_LIST, human_names
 from shards.sources.scan import TRAIN, VAL, Scan
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge

@@ -15,9 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.convert.join import first_of, publish_manifest, say_notes, unused_records
-from shards.convert.listing import Container
-from shards.convert.pool import Report, run_jobs
-from shards.convert.rejects import MAX_REJECTS, REJECTS_NAME, Reject, count_reasons, settle_rejects
+from shards.convert.rejects import MAX_REJECTS, Reject, count_reasons, settle_rejects
 from shards.convert.work import Work
 from shards.convert.writer import index_row
 from shards.errors import ConversionFailed, UserError, explained, reading
@@ -25,12 +23,15 @@ from shards.files.lock import hold
 from shards.files.output import check_output_folder
 from shards.files.regular import open_regular
 from shards.format.index import INDEX_DTYPE, Index
-from shards.format.manifest import MANIFEST_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
-from shards.images.images import Accepted, ImageRules, Rejected, accept
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
+from shards.images.images import accept
 from shards.images.limits import MAX_ENCODED
+from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.progress import Progress
 from shards.redact import one_line, without_place
-from shards.sources.members import Member
+from shards.sources.layouts.members import Member
+from shards.sources.layouts.webdataset import incomplete_samples, read_tar, split_of
+from shards.sources.listing import Container
 from shards.sources.naming.classes import read_classes
 from shards.sources.naming.doubts import (
     Counts,
@@ -42,7 +43,7 @@ from shards.sources.naming.doubts import (
 from shards.sources.naming.labels import FileLabels, LabelReader, number_classes
 from shards.sources.naming.splits import split_files
 from shards.sources.unused import MAX_TEXT, UnusedEntry, merge
-from shards.sources.webdataset import incomplete_samples, read_tar, split_of
+from shards.workers.pool import Report, run_jobs
 
 CHUNK = 2**22
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from shards.convert.listing import Container, Listing, ListingBuilder
 from shards.errors import UserError, reading
 from shards.files.regular import read_bounded
 from shards.format.manifest import ClassEntry
 from shards.redact import one_line
-from shards.sources.members import Member, members, read_members
-from shards.sources.meta_mat import read_synsets
+from shards.sources.layouts.members import Member, members, read_members
+from shards.sources.layouts.meta_mat import read_synsets
+from shards.sources.listing import Container, Listing, ListingBuilder
 from shards.sources.naming.classes import first_duplicate
 from shards.sources.naming.splits import splits_in
 from shards.sources.scan import TEST, TRAIN, VAL, Scan

@@ -8,19 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.sources.class_tars import are_class_tars, scan_class_tars
-from shards.sources.folder import scan_folder
 from shards.sources.identity import Identity, digest_of_files, digest_of_listing, digest_of_samples, digests_of_files
-from shards.sources.ilsvrc import TRAIN_TAR, scan_ilsvrc
-from shards.sources.kaggle import kaggle_root, scan_kaggle
-from shards.sources.members import COMPRESSED_SUFFIXES
+from shards.sources.layouts.class_tars import are_class_tars, scan_class_tars
+from shards.sources.layouts.folder import scan_folder
+from shards.sources.layouts.ilsvrc import TRAIN_TAR, scan_ilsvrc
+from shards.sources.layouts.kaggle import kaggle_root, scan_kaggle
+from shards.sources.layouts.members import COMPRESSED_SUFFIXES
+from shards.sources.layouts.parquet import parquet_files, scan_parquet
+from shards.sources.layouts.webdataset import compressed_tars, list_samples, scan_webdataset, tar_files
 from shards.sources.naming.classes import check_imagenet, order_classes, split_off_val
 from shards.sources.naming.doubts import doubts_about, notes_on_order
 from shards.sources.naming.split_folders import find_split_folders
-from shards.sources.parquet import parquet_files, scan_parquet
 from shards.sources.scan import TRAIN, Layout, Scan, ScanOptions
 from shards.sources.walk import each_folder_once, look
-from shards.sources.webdataset import compressed_tars, list_samples, scan_webdataset, tar_files
 
 EXPECTED = (
     "expected class folders (or train/ and val/ of them), ILSVRC2012_img_train.tar, the Kaggle layout (ILSVRC/), "

@@ -19,12 +19,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from typing import Any, Protocol, TypeVar
 
-from shards.convert.listing import display_name
 from shards.cores import cores
 from shards.errors import ConversionFailed, cause
 from shards.files.temporary import prepare_sockets
 from shards.images.limits import MAX_IMAGE_SECONDS
 from shards.progress import Progress
+from shards.redact import display_name
 
 J = TypeVar("J")
 R = TypeVar("R")

@@ -9,13 +9,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.pool import Report
 from shards.errors import ShardSetError, storage_error
 from shards.files.regular import open_file
 from shards.format.beton import BetonOptions, Layout, lay_out
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
 from shards.format.manifest import BetonEntry
+from shards.workers.pool import Report
 
 CHUNK = 2**22
 

@@ -17,7 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.files.durable import durable_write, save_array
-from shards.redact import one_line
+from shards.redact import display_name
 
 LOOSE = 2**64 - 1
 """In place of an offset: the container is a folder, and the entry a file in it, not a range of bytes in an archive."""
@@ -208,11 +208,6 @@ def sample_key(name: bytes, unique: bytes | None = None) -> str:
         return key
     mark = "-" + xxhash.xxh3_64_hexdigest(unique or name)
     return key[: MAX_KEY - len(mark)] + mark
-
-
-def display_name(name: bytes) -> str:
-    """Return a file name of any bytes as one line of text."""
-    return one_line(name.decode("utf-8", errors="backslashreplace"))
 
 
 def _basename(name: bytes) -> str:

@@ -17,23 +17,23 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from shards.convert.listing import Container, ListingBuilder, display_name
-from shards.convert.pool import Report, run_jobs
 from shards.errors import UserError, first_line, storage_error
 from shards.files.durable import durable_file, durable_write, write_all
 from shards.files.regular import open_regular, read_bounded
 from shards.format.manifest import ClassEntry
 from shards.images.limits import MAX_ENCODED
 from shards.progress import Progress
-from shards.redact import one_line
+from shards.redact import display_name, one_line
 from shards.schema import Count, parse_json
+from shards.sources.layouts.parquet_columns import class_names, find_columns, other_columns
+from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming.beside import look_beside
 from shards.sources.naming.labels import FileLabels, LabelReader, NoLabelError, largest_label, number_classes
 from shards.sources.naming.splits import below_source, split_files
-from shards.sources.parquet_columns import class_names, find_columns, other_columns
 from shards.sources.scan import TEST, Scan
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import files_below
+from shards.workers.pool import Report, run_jobs
 
 BATCH_ROWS = 64
 ISOLATED = True

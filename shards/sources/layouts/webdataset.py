@@ -21,12 +21,12 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 
-from shards.convert.listing import Container, Listing, ListingBuilder
 from shards.errors import UserError, reading
 from shards.files.regular import open_regular
 from shards.format.manifest import MANIFEST_NAME, ClassEntry, Manifest
 from shards.sources.identity import digest_of_samples
-from shards.sources.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, members
+from shards.sources.layouts.members import COMPRESSED_SUFFIXES, LABEL_SUFFIX, Member, members
+from shards.sources.listing import Container, Listing, ListingBuilder
 from shards.sources.naming.beside import look_beside
 from shards.sources.naming.labels import MAX_LABEL, FileLabels, LabelReader, NoLabelError, largest_label, number_classes
 from shards.sources.naming.splits import below_source, named_split, split_files

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from shards.convert.rejects import REJECTS_NAME, first_rejects
+from shards.convert.rejects import first_rejects
 from shards.format.dataset import ShardSet
+from shards.format.manifest import REJECTS_NAME
 from shards.sources.naming.doubts import count_labels
 
 SHOWN = 10

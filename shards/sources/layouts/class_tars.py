@@ -11,18 +11,18 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from shards.convert.listing import Container, ListingBuilder
 from shards.errors import UserError, reading
 from shards.files.regular import open_regular
 from shards.format.manifest import ClassEntry
-from shards.sources.members import LABEL_SUFFIX, Member, members, read_members
+from shards.sources.layouts.members import LABEL_SUFFIX, Member, members, read_members
+from shards.sources.layouts.webdataset import tar_files
+from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming.beside import look_beside
 from shards.sources.naming.classes import class_order, displayed, human_names
 from shards.sources.naming.splits import below_source, split_files, splits_in
 from shards.sources.scan import Scan
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import skip_reason
-from shards.sources.webdataset import tar_files
 
 _TARS_LOOKED_AT, _MEMBERS_LOOKED_AT = 4, 64
 _NUMBERED = re.compile(r".*[-_.]\d{3,}|\d{4,}|(part|shard|batch|chunk)\W*\d+", re.IGNORECASE)

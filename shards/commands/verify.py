@@ -14,18 +14,17 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.convert.pool import Report, run_jobs
-from shards.convert.rejects import REJECTS_NAME
+from shards.commands.verify_beton import SegmentCheck, check_frame, check_segment
 from shards.errors import ShardSetError, storage_error
 from shards.files.regular import open_file
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
-from shards.format.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, ShardEntry
 from shards.format.tar import BLOCK, END, dali_index, header, index_line, padding
-from shards.format.verify_beton import SegmentCheck, check_frame, check_segment
 from shards.images.images import exceeded_limit
 from shards.images.jpeg import NotAJpeg, parse_header
 from shards.progress import Progress
+from shards.workers.pool import Report, run_jobs
 
 CHUNK = 2**22
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import AnyStr
 
-from shards.convert.listing import Container, ListingBuilder, display_name
 from shards.errors import UserError
 from shards.files.regular import kind, open_regular
 from shards.format.manifest import ClassEntry
 from shards.images.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
+from shards.redact import display_name
+from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming.classes import class_order, counted, displayed, human_names, shortened
 from shards.sources.naming.folder_names import (
     annotations_among,

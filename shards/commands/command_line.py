@@ -125,7 +125,7 @@ class Shard:
     def _options(self) -> Options:
         from shards.convert.convert import Options
         from shards.format.beton import BetonOptions
-        from shards.images.images import ImageRules
+        from shards.images.rules import ImageRules
         from shards.sources.naming.classes import check_fraction
         from shards.sources.scan import ScanOptions
 
@@ -167,7 +167,7 @@ class Verify:
     behind SET."""
 
     def run(self) -> int:
-        from shards.verify import verify
+        from shards.commands.verify import verify
 
         check_ranges(self)
         path = _open(self.set, self.set_digest).path
@@ -192,7 +192,7 @@ class Info:
     def run(self) -> int:
         from rich.console import Console
 
-        from shards.info import describe
+        from shards.commands.info import describe
 
         Console().print(describe(_open(self.set, self.set_digest)))
         return 0
@@ -225,8 +225,8 @@ class Index:
     """Processes (default: one per core)."""
 
     def run(self) -> int:
-        from shards.adopt import adopt
-        from shards.images.images import ImageRules
+        from shards.commands.adopt import adopt
+        from shards.images.rules import ImageRules
 
         if not self.tars:
             raise UserError("no tars given")
@@ -250,7 +250,7 @@ class SampleDigits:
     """Folder to write."""
 
     def run(self) -> int:
-        from shards.samples import write_digits
+        from shards.commands.samples import write_digits
 
         return _say_written(self.out, write_digits(self.out))
 
@@ -269,7 +269,7 @@ class SamplePhotos:
     """The same count and seed give the same files."""
 
     def run(self) -> int:
-        from shards.samples import write_photos
+        from shards.commands.samples import write_photos
 
         check_ranges(self)
         return _say_written(self.out, write_photos(self.out, self.count, self.seed))
@@ -289,8 +289,8 @@ def _say_written(out: Path, written: dict[str, int]) -> int:
 
 
 def _say_summary(out: Path) -> int:
+    from shards.commands.summary import summarize
     from shards.format.dataset import ShardSet
-    from shards.summary import summarize
 
     for line in summarize(ShardSet(out)):
         _say(line)

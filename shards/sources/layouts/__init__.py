@@ -1,0 +1,1 @@
+"""One file per layout of a source, and their recognition."""
