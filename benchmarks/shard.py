@@ -35,8 +35,8 @@ import tyro
 from PIL import Image
 
 from shards.commands.samples import write_photos
-from shards.convert.convert import Options as ConvertOptions
 from shards.convert.convert import convert
+from shards.convert.options import Options as ConvertOptions
 from shards.cores import cores
 from shards.format.beton import BetonOptions
 from shards.images.rules import ImageRules
@@ -219,20 +219,15 @@ def report(seconds: dict[str, list[float]], options: Options, total: int) -> dic
 
 def machine(options: Options, load: float) -> dict[str, object]:
     """What the figures were measured on, and how much else it had to do."""
+    from launch.machine.provenance import cpu_name  # imports torch, which the converting processes do without
+
     return {
-        "cpu": cpu(),
+        "cpu": cpu_name(),
         "cores": cores(),
         "load before": load,
         "python": platform.python_version(),
         "work": str(options.work),
     }
-
-
-def cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.decode.job import Decoder, Normalisation
 from pipeline.options import LoaderOptions
-from shards.format.manifest import SplitEntry
+from shards.format.manifest_fields import SplitEntry
 
 Chosen = Literal["dali", "ffcv", "synthetic"]
 

@@ -17,7 +17,7 @@ from pipeline.storage.staging import StagedFile, whole
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
-from shards.format.manifest import BetonEntry
+from shards.format.manifest_fields import BetonEntry
 from shards.format.tar import BLOCK
 
 

@@ -15,7 +15,8 @@ import xxhash
 from numpy.typing import NDArray
 
 from shards.convert.join import first_of, publish_manifest, say_notes, unused_records
-from shards.convert.rejects import MAX_REJECTS, Reject, count_reasons, settle_rejects
+from shards.convert.options import MAX_REJECTS
+from shards.convert.rejects import Reject, count_reasons, settle_rejects
 from shards.convert.work import Work
 from shards.convert.writer import index_row
 from shards.errors import ConversionFailed, UserError, explained, reading
@@ -23,14 +24,16 @@ from shards.files.lock import hold
 from shards.files.output import check_output_folder
 from shards.files.regular import open_regular
 from shards.format.index import INDEX_DTYPE, Index
-from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, ClassEntry, Manifest, ShardEntry, SplitEntry, tool
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool
+from shards.format.manifest_fields import ClassEntry, ShardEntry, SplitEntry
 from shards.images.images import accept
 from shards.images.limits import MAX_ENCODED
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.progress import Progress
 from shards.redact import one_line, without_place
 from shards.sources.layouts.members import Member
-from shards.sources.layouts.webdataset import incomplete_samples, read_tar, split_of
+from shards.sources.layouts.tar_samples import read_tar
+from shards.sources.layouts.webdataset import incomplete_samples, split_of
 from shards.sources.listing import Container
 from shards.sources.naming.classes import read_classes
 from shards.sources.naming.doubts import (

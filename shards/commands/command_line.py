@@ -4,25 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Interval
 from tyro.conf import Positional, arg
 
+from shards.convert.options import MAX_REJECTS, MIB, Format, Options
 from shards.errors import UserError, explained
 from shards.files.output import check_output_folder
+from shards.format.beton import BetonOptions, WriteMode
 from shards.images.limits import MAX_SIDE
+from shards.images.rules import Check, ImageRules
 from shards.ranges import Seed, Share, check_ranges
 from shards.redact import one_line
+from shards.sources.scan import Layout, ScanOptions
 
 if TYPE_CHECKING:
-    from shards.convert.convert import Options
     from shards.format.dataset import ShardSet
 
-Layout = Literal["class-tars", "folder", "ilsvrc", "kaggle", "parquet", "webdataset"]
-MANIFEST_NAME = "dataset.json"
-
-MIB = 2**20
 MAX_SHARD_SIZE = 2**20
 """MiB, so 1 TiB: readers stage whole shards."""
 MAX_SMART_RATIO = 1e6
@@ -49,28 +48,28 @@ class Shard:
     layout: Annotated[Layout | None, arg(name="from")] = None
     """Insist on the source's layout (default: whatever it looks like)."""
 
-    val_fraction: float = 0.0
+    val_fraction: float = ScanOptions.val_fraction
     """Share of each class that becomes the validation split, for sources that have none."""
 
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
 
-    shard_size: Annotated[int, Interval(ge=1, le=MAX_SHARD_SIZE)] = 256
+    shard_size: Annotated[int, Interval(ge=1, le=MAX_SHARD_SIZE)] = Options.shard_bytes // MIB
     """MiB per shard, about."""
 
-    seed: Seed = 0
+    seed: Seed = ScanOptions.seed
     """Key of the shuffle."""
 
-    check: Literal["decode", "header"] = "decode"
+    check: Check = ImageRules.check
     """Decode every image once, or trust the headers."""
 
-    format: Literal["tar", "ffcv", "both"] = "tar"
+    format: Format = Options.format
     """WebDataset tars, FFCV's .beton, or both in the same order."""
 
-    write_mode: Literal["jpg", "raw", "smart"] = "jpg"
+    write_mode: WriteMode = BetonOptions.mode
     """What a .beton stores: JPEGs, pixels, or (smart) pixels where they take little more room."""
 
-    smart_ratio: Annotated[float, Interval(ge=1, le=MAX_SMART_RATIO)] = 4.0
+    smart_ratio: Annotated[float, Interval(ge=1, le=MAX_SMART_RATIO)] = BetonOptions.smart_ratio
     """With smart: pixels where they take at most this many times the JPEG's bytes."""
 
     max_side: Side | None = None
@@ -79,10 +78,10 @@ class Shard:
     short_side: Side | None = None
     """Shrink and re-encode images whose shorter side is above this many pixels."""
 
-    quality: Annotated[int, Interval(ge=1, le=100)] = 90
+    quality: Annotated[int, Interval(ge=1, le=100)] = ImageRules.quality
     """JPEG quality of images that are shrunk."""
 
-    max_rejects: Share = 0.001
+    max_rejects: Share = MAX_REJECTS
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
     strict: bool = False
@@ -100,6 +99,7 @@ class Shard:
     def run(self) -> int:
         from shards.convert.convert import convert, default_out, finish
         from shards.convert.parts import Part
+        from shards.format.manifest import MANIFEST_NAME
 
         with explained(self.source):
             out = self.out or default_out(self.source)
@@ -123,11 +123,7 @@ class Shard:
         return _say_summary(out)
 
     def _options(self) -> Options:
-        from shards.convert.convert import Options
-        from shards.format.beton import BetonOptions
-        from shards.images.rules import ImageRules
         from shards.sources.naming.classes import check_fraction
-        from shards.sources.scan import ScanOptions
 
         check_ranges(self)
         check_fraction(self.val_fraction)
@@ -212,10 +208,10 @@ class Index:
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
 
-    check: Literal["decode", "header"] = "decode"
+    check: Check = ImageRules.check
     """Decode every image once, or trust the headers."""
 
-    max_rejects: Share = 0.001
+    max_rejects: Share = MAX_REJECTS
     """Share of the images that may be left out because they cannot be used; more fail the run."""
 
     strict: bool = False
@@ -226,7 +222,6 @@ class Index:
 
     def run(self) -> int:
         from shards.commands.adopt import adopt
-        from shards.images.rules import ImageRules
 
         if not self.tars:
             raise UserError("no tars given")

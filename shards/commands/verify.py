@@ -19,7 +19,8 @@ from shards.errors import ShardSetError, storage_error
 from shards.files.regular import open_file
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
-from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, ShardEntry
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest
+from shards.format.manifest_fields import ShardEntry
 from shards.format.tar import BLOCK, END, dali_index, header, index_line, padding
 from shards.images.images import exceeded_limit
 from shards.images.jpeg import NotAJpeg, parse_header

@@ -14,7 +14,7 @@ from shards.files.regular import open_file
 from shards.format.beton import BetonOptions, Layout, lay_out
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
-from shards.format.manifest import BetonEntry
+from shards.format.manifest_fields import BetonEntry
 from shards.workers.pool import Report
 
 CHUNK = 2**22

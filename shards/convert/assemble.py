@@ -16,7 +16,7 @@ from shards.errors import ConversionFailed, explained
 from shards.files.durable import write_all
 from shards.format.beton import BetonOptions, Layout, lay_out
 from shards.format.index import Index
-from shards.format.manifest import BetonEntry
+from shards.format.manifest_fields import BetonEntry
 from shards.progress import Progress
 from shards.workers.pool import Report, run_jobs
 

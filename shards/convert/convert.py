@@ -12,17 +12,15 @@ import os
 import stat
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-import xxhash
+from typing import Any
 
 from shards.convert.join import Outcome, first_of, join, published_names, say_notes
+from shards.convert.options import MAX_REJECTS, Options
 from shards.convert.order import arrange
 from shards.convert.parts import WHOLE, Part, hold_part
-from shards.convert.rejects import MAX_REJECTS
+from shards.convert.plan import Plan
 from shards.convert.source_check import (
     check_exists,
     check_finished,
@@ -31,59 +29,22 @@ from shards.convert.source_check import (
     source_name,
     times_above,
 )
-from shards.convert.work import Plan, Work
+from shards.convert.work import Work
 from shards.convert.writer import ShardJob, write_shard
 from shards.errors import ConversionFailed, UserError, explained
 from shards.files.lock import hold
-from shards.files.regular import read_list
-from shards.format.beton import BetonOptions
 from shards.format.manifest import MANIFEST_NAME, Manifest, tool
-from shards.images.rules import ImageRules
 from shards.progress import Progress
 from shards.redact import without_place
 from shards.sources.layouts.recognise import recognise, scan
-from shards.sources.naming.classes import MAX_LIST
 from shards.sources.naming.split_folders import find_split_folders
-from shards.sources.scan import ScanOptions
+from shards.sources.scan import Layout
 from shards.sources.unused import MAX_TEXT
 from shards.sources.walk import each_folder_once
 from shards.workers.pool import run_jobs
 
-MIB = 2**20
 LISTING_WAIT = 4 * 3600.0
 """Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
-Format = Literal["tar", "ffcv", "both"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """How a set is to be made."""
-
-    scan: ScanOptions = field(default_factory=ScanOptions)
-    shard_bytes: int = 256 * MIB
-    rules: ImageRules = field(default_factory=ImageRules)
-    max_rejects: float = MAX_REJECTS
-    strict: bool = False
-    """Refuse a source with doubts."""
-    format: Format = "tar"
-    beton: BetonOptions = field(default_factory=BetonOptions)
-
-    @property
-    def workers(self) -> int | None:
-        return self.scan.workers
-
-    @property
-    def changing_bytes(self) -> dict[str, Any]:
-        classes = self.scan.classes
-        return {
-            "seed": self.scan.seed,
-            "shard_bytes": self.shard_bytes,
-            "val_fraction": self.scan.val_fraction,
-            "classes": classes and xxhash.xxh3_64_hexdigest(read_list(classes, MAX_LIST, "a list of classes").encode()),
-            "format": self.format,
-            "beton": None if self.format == "tar" else asdict(self.beton),
-            **asdict(self.rules),
-        }
 
 
 def convert(source: Path, out: Path, options: Options, part: Part | None = None) -> Outcome | None:
@@ -105,20 +66,14 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.load(out)
             _check_same(out, manifest.made.get("options"), options)
-            check_finished(work, manifest, source, options.scan.layout)
-            if options.strict:
-                _refuse_doubts(source, manifest.made.get("doubts", ()))
-            work.close()
+            _accept_finished(work, manifest, source, options.scan.layout, strict=options.strict)
             return None
         begun = work.load_plan()
         if begun is None:
             check_exists(source)
         plan = begun or _plan(source, work, options)
         _check_same(out, plan.options, options)
-        check_place(out, plan, source, options.scan.layout)
-        _check_tool(out, plan)
-        work.check_listing(plan)
-        work.refuse_foreign(published_names(work, plan))
+        _check_plan(work, plan, source, options.scan.layout)
         if begun:
             is_needed = partial(_is_unfinished, work, _jobs(plan, part or WHOLE))
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
@@ -156,22 +111,13 @@ def finish(
     work = Work(out)
     with explained(out):
         if (out / MANIFEST_NAME).exists():
-            manifest = Manifest.load(out)
-            if source is not None:
-                check_finished(work, manifest, source)
-            if strict:
-                _refuse_doubts(source or out, manifest.made.get("doubts", ()))
-            work.close()
+            _accept_finished(work, Manifest.load(out), source, strict=strict)
             return None
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
-        if source is not None:
-            check_place(out, plan, source)
-        _check_tool(out, plan)
         work = Work(out, plan.keeps_tars)
-        work.check_listing(plan)
-        work.refuse_foreign(published_names(work, plan))
+        _check_plan(work, plan, source)
         if source is not None:
             check_unchanged(work, plan, source, partial(_is_unfinished, work, plan.jobs))
         missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
@@ -297,9 +243,25 @@ def _refuse_doubts(source: Path, doubts: Sequence[str]) -> None:
         raise UserError(f"{source}: --strict: {first_of(doubts)}; correct the source, or leave --strict out")
 
 
-def _check_tool(out: Path, plan: Plan) -> None:
+def _accept_finished(
+    work: Work, manifest: Manifest, source: Path | None, layout: Layout | None = None, *, strict: bool
+) -> None:
+    """Check that a finished set is what is asked for, and remove what is left of its work folder."""
+    if source is not None:
+        check_finished(work, manifest, source, layout)
+    if strict:
+        _refuse_doubts(source or work.out, manifest.made.get("doubts", ()))
+    work.close()
+
+
+def _check_plan(work: Work, plan: Plan, source: Path | None, layout: Layout | None = None) -> None:
+    """Check that a plan is of this place and this tool, that its listing is whole, and its files are our own."""
+    if source is not None:
+        check_place(work.out, plan, source, layout)
     if plan.tool != tool():
-        raise UserError(f"{out}: was begun by {plan.tool}, and this is {tool()}; go on with that, or remove it")
+        raise UserError(f"{work.out}: was begun by {plan.tool}, and this is {tool()}; resume with that, or remove it")
+    work.check_listing(plan)
+    work.refuse_foreign(published_names(work, plan))
 
 
 def _jobs(plan: Plan, part: Part) -> list[tuple[str, int]]:

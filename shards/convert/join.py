@@ -12,19 +12,13 @@ import numpy as np
 
 from shards.convert.assemble import assemble
 from shards.convert.place import save_place
+from shards.convert.plan import Plan
+from shards.convert.records import ShardDone
 from shards.convert.rejects import Reject, count_reasons, settle_rejects
-from shards.convert.work import Plan, ShardDone, Work
+from shards.convert.work import Work
 from shards.errors import ConversionFailed
-from shards.format.manifest import (
-    MANIFEST_NAME,
-    REJECTS_NAME,
-    BetonEntry,
-    Manifest,
-    ShardEntry,
-    SplitEntry,
-    UnusedRecord,
-    tool,
-)
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool
+from shards.format.manifest_fields import BetonEntry, ShardEntry, SplitEntry, UnusedRecord
 from shards.redact import one_line
 from shards.sources.naming.doubts import count_labels, doubt_about_blank, doubt_about_rejects
 from shards.sources.unused import UnusedEntry

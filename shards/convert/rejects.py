@@ -12,9 +12,6 @@ from shards.convert.work import Work
 from shards.errors import ConversionFailed
 from shards.format.manifest import REJECTS_NAME
 
-MAX_REJECTS = 0.001
-"""Share of the images that may be left out unless told otherwise."""
-
 
 class Reject(TypedDict):
     """A line of the list."""

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from shards.convert.join import say_notes
 from shards.convert.place import is_made_from
-from shards.convert.work import Plan, Work
+from shards.convert.plan import Plan
+from shards.convert.work import Work
 from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.images.formats import named_as_image

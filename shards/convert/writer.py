@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from shards.convert.work import ShardDone, Work
+from shards.convert.records import ShardDone
+from shards.convert.work import Work
 from shards.errors import ConversionFailed, explained, storage_error
 from shards.files.durable import durable_file, durable_write
 from shards.files.regular import NotRegular, open_with_status, read_up_to

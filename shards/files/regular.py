@@ -11,6 +11,9 @@ from pathlib import Path
 from shards.errors import ShardSetError, UserError, storage_error
 from shards.redact import one_line
 
+MAX_LIST = 2**26
+"""Bytes of a text file that names classes or labels."""
+
 _KINDS = {
     stat.S_IFIFO: "a fifo",
     stat.S_IFSOCK: "a socket",
@@ -98,7 +101,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
-def read_list(path: Path, limit: int, what: str) -> str:
+def read_list(path: Path, what: str) -> str:
     """Read a UTF-8 text file, with or without a byte order mark.
 
     Args:
@@ -109,7 +112,7 @@ def read_list(path: Path, limit: int, what: str) -> str:
         StorageFailed: it cannot be read.
     """
     try:
-        text = read_bounded(path, limit).decode("utf-8-sig")
+        text = read_bounded(path, MAX_LIST).decode("utf-8-sig")
     except NotRegular as error:
         raise UserError(f"{path}: {error.kind}; expected {what}") from error
     except OSError as error:

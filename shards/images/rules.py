@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+Check = Literal["decode", "header"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
     """What may be done to an image. All of it changes the bytes of the set."""
 
-    check: Literal["decode", "header"] = "decode"
+    check: Check = "decode"
     """decode: decode every image. header: trust what the header says (fast, and training may meet damaged images)."""
     max_side: int | None = None
     """Shrink images whose longer side is above this many pixels."""

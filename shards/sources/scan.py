@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from shards.format.manifest import ClassEntry
-from shards.sources.listing import Listing
-from shards.sources.unused import UnusedEntry
+if TYPE_CHECKING:  # command lines import the options, and start without loading the rest
+    from shards.format.manifest_fields import ClassEntry
+    from shards.sources.listing import Listing
+    from shards.sources.unused import UnusedEntry
 
 TRAIN, VAL, TEST = "train", "val", "test"
 

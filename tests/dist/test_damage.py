@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.sources.scan import ScanOptions
 from tests.dist.forked import Launcher
 from tests.serving import serve
@@ -64,7 +65,14 @@ class Starter:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     folder = tmp_path_factory.mktemp("starts")
-    libraries = ("accelerate", "deepspeed", "torch._dynamo", "pipeline.decode.dali", "aiohttp", "fsspec.implementations.http")
+    libraries = (
+        "accelerate",
+        "deepspeed",
+        "torch._dynamo",
+        "pipeline.decode.dali",
+        "aiohttp",
+        "fsspec.implementations.http",
+    )
     with Launcher(folder, *libraries, "tests.dist.damage_run") as launcher:
         yield Starter(launcher, folder)
 

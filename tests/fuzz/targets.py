@@ -31,7 +31,8 @@ from launch.run.progress import Progress
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
 from launch.run.status import STATUS_NAME, read_status
 from pipeline.storage.placement import storage_of
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.convert.parts import Part
 from shards.convert.work import MARKER, Work
 from shards.errors import UserError

@@ -28,7 +28,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of 37 training images, without a validation split."""
     from PIL import Image
 
-    from shards.convert.convert import Options, convert
+    from shards.convert.convert import convert
+    from shards.convert.options import Options
 
     folder = tmp_path_factory.mktemp("tiny")
     for number in range(IMAGES):

@@ -15,10 +15,12 @@ from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.world import World
 from shards.commands.adopt import adopt
-from shards.convert.convert import Options, convert, finish
+from shards.convert.convert import convert, finish
+from shards.convert.options import Options
 from shards.convert.parts import Part
 from shards.errors import ConversionFailed, UserError
-from shards.format.manifest import ClassEntry, Manifest
+from shards.format.manifest import Manifest
+from shards.format.manifest_fields import ClassEntry
 from shards.images.images import accept
 from shards.images.rules import ImageRules
 from shards.sources.layouts.recognise import scan

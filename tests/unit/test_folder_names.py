@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.sources.layouts.recognise import scan
 from shards.sources.naming.folder_names import doubts_about_names
 from shards.sources.naming.splits import near_split, splits_in

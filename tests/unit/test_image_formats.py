@@ -14,7 +14,8 @@ import pillow_jxl  # noqa: F401
 import pytest
 from PIL import Image
 
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import ConversionFailed
 from shards.images.canvas import jxl_size
 from shards.images.formats import MAGIC_BYTES, looks_like_image, named_as_image

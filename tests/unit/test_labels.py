@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from shards.commands.adopt import adopt
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from shards.format.manifest import MAX_CLASSES, Manifest
+from shards.format.manifest import Manifest
+from shards.format.manifest_fields import MAX_CLASSES
 from shards.images.rules import ImageRules
 from shards.redact import one_line
-from shards.sources.layouts import parquet
-from shards.sources.layouts.webdataset import read_tar
+from shards.sources.layouts import parquet, parquet_unpack
+from shards.sources.layouts.tar_samples import read_tar
 from shards.sources.naming.labels import (
     MAX_LABEL,
     FileLabels,
@@ -356,9 +358,9 @@ def test_a_test_split_may_have_no_labels(tmp_path: Path) -> None:
     with pytest.raises(NoLabelError, match=r"000\.cls"):
         read_tar(tar, LabelReader(), TRAIN)
     file = write_parquet(tmp_path / "test.parquet", [-1, 1, None])
-    job = parquet.Unpack(file, tmp_path / "0.bin", unlabeled=True)
-    parquet.unpack(job, _Reporter(lambda items, size: None))
-    record = parquet._load_record(job)
+    job = parquet_unpack.Unpack(file, tmp_path / "0.bin", unlabeled=True)
+    parquet_unpack.unpack(job, _Reporter(lambda items, size: None))
+    record = parquet_unpack.load_unpacked(job)
     assert record is not None
     assert ([label for *_, label in record.images], record.unlabeled) == ([1], 2)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.sources.scan import ScanOptions
 from shards.sources.walk import count_files, each_folder_once, look
 from tests.support.listings import counted_listings

@@ -28,7 +28,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from shards.commands.adopt import adopt
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.convert.order import arrange
 from shards.convert.parts import Part
 from shards.convert.work import Work
@@ -36,10 +37,10 @@ from shards.convert.writer import ContainerReader
 from shards.errors import UserError
 from shards.files.regular import NotRegular, open_regular, read_bounded
 from shards.format.dataset import ShardSet
-from shards.format.manifest import MAX_CLASSES
+from shards.format.manifest_fields import MAX_CLASSES
 from shards.images.rules import ImageRules
 from shards.redact import one_line
-from shards.sources.layouts import ilsvrc, parquet
+from shards.sources.layouts import ilsvrc, parquet, parquet_unpack
 from shards.sources.layouts.members import members
 from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming import classes
@@ -349,11 +350,11 @@ def test_any_damage_to_a_parquet_file_is_a_user_error_or_none(seed: int, flips: 
     for _ in range(flips):
         data[draw.randrange(footer if draw.random() < 0.7 else 4, len(data))] = draw.randrange(256)
     path.write_bytes(data)
-    job = parquet.Unpack(path, tmp_path / "spool.bin")
+    job = parquet_unpack.Unpack(path, tmp_path / "spool.bin")
     job.record.unlink(missing_ok=True)
     try:
-        parquet.inspect(path, _Reporter(lambda items, size: None))
-        parquet.unpack(job, _Reporter(lambda items, size: None))
+        parquet_unpack.inspect(path, _Reporter(lambda items, size: None))
+        parquet_unpack.unpack(job, _Reporter(lambda items, size: None))
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from shards.commands.command_line import SampleDigits, SamplePhotos
 from shards.commands.verify import verify
-from shards.convert.convert import Format, Options, Part, convert, finish
+from shards.convert.convert import Part, convert, finish
+from shards.convert.options import Format, Options
 from shards.convert.work import Work
 from shards.errors import ShardSetError
 from shards.format.beton import ALLOCATION, FIELD, HEADER, IMAGE, METADATA, BetonOptions, WriteMode, lay_out

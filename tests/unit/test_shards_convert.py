@@ -22,7 +22,8 @@ from PIL import Image
 
 from shards.commands.command_line import Index, SamplePhotos, Shard, Verify
 from shards.commands.verify import verify
-from shards.convert.convert import Options, convert, default_out, finish
+from shards.convert.convert import convert, default_out, finish
+from shards.convert.options import Options
 from shards.convert.parts import Part, hold_part
 from shards.convert.work import Work
 from shards.convert.writer import ContainerReader

@@ -19,7 +19,8 @@ from shards.errors import ShardSetError
 from shards.format import index as module
 from shards.format.dataset import ShardSet
 from shards.format.index import INDEX_DTYPE, Index, index_bytes, write_index
-from shards.format.manifest import BetonEntry, ClassEntry, Manifest, ShardEntry, SplitEntry
+from shards.format.manifest import Manifest
+from shards.format.manifest_fields import BetonEntry, ClassEntry, ShardEntry, SplitEntry
 from tests.support.damage import edit_index
 
 SAMPLES = (3, 1, 4)

@@ -22,17 +22,8 @@ from pipeline.storage.remote_set import open_set
 from shards.commands.info import describe
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
-from shards.format.manifest import (
-    MANIFEST_NAME,
-    MAX_CLASSES,
-    MAX_MANIFEST_BYTES,
-    BetonEntry,
-    ClassEntry,
-    Manifest,
-    ShardEntry,
-    SplitEntry,
-    content_hash,
-)
+from shards.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, content_hash
+from shards.format.manifest_fields import MAX_CLASSES, BetonEntry, ClassEntry, ShardEntry, SplitEntry
 from tests.serving import serve
 
 Edit = Callable[[dict[str, Any]], object]

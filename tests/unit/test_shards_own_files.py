@@ -22,7 +22,8 @@ import shards.files.lock
 import shards.files.waiting
 from shards.commands.adopt import adopt
 from shards.commands.verify import verify
-from shards.convert.convert import Options, convert, finish
+from shards.convert.convert import convert, finish
+from shards.convert.options import Options
 from shards.convert.parts import Part
 from shards.convert.work import MARKER, Work
 from shards.errors import ConversionFailed, UserError

@@ -15,7 +15,8 @@ import xxhash
 from shards.commands.adopt import adopt
 from shards.commands.command_line import SamplePhotos
 from shards.commands.verify import verify
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules

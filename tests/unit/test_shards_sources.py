@@ -14,7 +14,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from shards.commands.verify import verify
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.sources.layouts.recognise import recognise, scan

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from shards.commands.command_line import SampleDigits, Verify
 from shards.commands.verify import verify
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import ShardSetError, UserError
 from shards.format.dataset import ShardSet
 from shards.format.index import Index

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from shards.convert.convert import Options, convert, finish
+from shards.convert.convert import convert, finish
+from shards.convert.options import Options
 from shards.convert.parts import Part
 from shards.convert.work import Work
 from shards.errors import UserError
-from shards.format.manifest import ClassEntry, Manifest
+from shards.format.manifest import Manifest
+from shards.format.manifest_fields import ClassEntry
 from shards.sources.identity import digest_of_listing
 from shards.sources.layouts import parquet
 from shards.sources.layouts.recognise import scan

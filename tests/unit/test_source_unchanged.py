@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from shards.commands.command_line import Shard
-from shards.convert.convert import Options, convert, default_out, finish
+from shards.convert.convert import convert, default_out, finish
+from shards.convert.options import Options
 from shards.convert.parts import Part
 from shards.convert.place import ATTRIBUTE
 from shards.errors import UserError

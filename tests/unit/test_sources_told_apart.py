@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import UserError
 from shards.sources.layouts.recognise import scan
 from shards.sources.scan import ScanOptions

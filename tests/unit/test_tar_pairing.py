@@ -19,13 +19,14 @@ from PIL import Image
 from webdataset import tariterators
 
 from shards.commands.adopt import adopt
-from shards.convert.convert import Options, convert
+from shards.convert.convert import convert
+from shards.convert.options import Options
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules
 from shards.sources.layouts import members as members_module
 from shards.sources.layouts.recognise import recognise, scan
-from shards.sources.layouts.webdataset import read_tar
+from shards.sources.layouts.tar_samples import read_tar
 from shards.sources.naming.labels import LabelReader
 from shards.sources.scan import TRAIN, ScanOptions
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from shards.errors import UserError, reading
 from shards.files.regular import open_regular
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.sources.layouts.members import LABEL_SUFFIX, Member, members, read_members
 from shards.sources.layouts.webdataset import tar_files
 from shards.sources.listing import Container, ListingBuilder

@@ -12,18 +12,19 @@ from typing import AnyStr
 
 from shards.errors import UserError
 from shards.files.regular import kind, open_regular
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.images.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
 from shards.redact import display_name
 from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming.classes import class_order, counted, displayed, human_names, shortened
+from shards.sources.naming.folder_level import kinds_of, no_class_folders
 from shards.sources.naming.folder_names import (
     annotations_among,
     folder_around_classes,
     names_annotations,
     refuse_containers,
 )
-from shards.sources.naming.split_folders import find_split_folders, kinds_of, no_class_folders
+from shards.sources.naming.split_folders import find_split_folders
 from shards.sources.naming.split_lists import doubts_about_lists, find_split_lists, lists_below, some_lists
 from shards.sources.naming.splits import near_splits_in, splits_in
 from shards.sources.scan import Scan

@@ -15,7 +15,7 @@ from typing import Literal
 
 from shards.errors import UserError, reading
 from shards.files.regular import read_bounded
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.redact import one_line
 from shards.sources.layouts.members import Member, members, read_members
 from shards.sources.layouts.meta_mat import read_synsets

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.files.regular import read_list
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.images.formats import named_as_image
 from shards.sources.layouts.folder import file_status, scan_classes
 from shards.sources.listing import Container, Listing, ListingBuilder
-from shards.sources.naming.classes import MAPPING_FILES, MAX_LIST, human_names
+from shards.sources.naming.classes import MAPPING_FILES, human_names
 from shards.sources.scan import TRAIN, VAL, Scan
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 from shards.sources.walk import count_files
@@ -80,7 +80,7 @@ def _read_solution(path: Path) -> dict[str, str]:
     what = "the list ImageId,PredictionString; download it again"
     truth: dict[str, str] = {}
     try:
-        for row in csv.DictReader(io.StringIO(read_list(path, MAX_LIST, what), newline="")):
+        for row in csv.DictReader(io.StringIO(read_list(path, what), newline="")):
             image, synset = row["ImageId"], row["PredictionString"].split()[0]
             if truth.setdefault(image, synset) != synset:
                 raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import UserError
-from shards.format.manifest import MAX_CLASSES
+from shards.format.manifest_fields import MAX_CLASSES
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes")
 """Names of the column of images, in any case; of several the first of these."""

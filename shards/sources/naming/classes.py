@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from shards.errors import UserError
 from shards.files.regular import read_list
-from shards.format.manifest import MAX_CLASSES, ClassEntry
+from shards.format.manifest_fields import MAX_CLASSES, ClassEntry
 from shards.redact import display_name, one_line
 from shards.sources.listing import Listing
 from shards.sources.scan import TRAIN, VAL, Scan
@@ -21,8 +21,6 @@ from shards.sources.scan import TRAIN, VAL, Scan
 SYNSET = re.compile(r"n\d{8}")
 IMAGENET_CLASSES = 1000
 IMAGENET_IMAGES = {TRAIN: 1_281_167, VAL: 50_000}
-MAX_LIST = 2**26
-"""Bytes of a text file that names classes or labels."""
 SHOWN = 8
 """Classes that a message names; of the others it says how many there are."""
 MAPPING_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
@@ -35,7 +33,7 @@ def read_classes(path: Path) -> list[ClassEntry]:
         UserError: missing, empty, not text, of more than `MAX_CLASSES`, or a folder named twice.
         StorageFailed: it cannot be read.
     """
-    lines = read_list(path, MAX_LIST, "a text file with one class a line").splitlines()
+    lines = read_list(path, "a text file with one class a line").splitlines()
     entries = []
     for line in filter(None, map(str.strip, lines)):
         folder, _, names = line.partition(" ") if "\t" not in line else line.partition("\t")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.sources.naming.classes import class_order, quoted, shortened
 from shards.sources.naming.folder_names import doubts_about_names
 from shards.sources.scan import TRAIN, VAL, Scan

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.format.manifest import ClassEntry
+from shards.format.manifest_fields import ClassEntry
 from shards.sources.naming.classes import quoted, shortened
 from shards.sources.naming.splits import near_split
 from shards.sources.scan import TRAIN

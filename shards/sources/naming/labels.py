@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.errors import UserError
-from shards.format.manifest import MAX_CLASSES, ClassEntry
+from shards.format.manifest_fields import MAX_CLASSES, ClassEntry
 from shards.redact import one_line
 from shards.schema import Count
 from shards.sources.naming.classes import match_classes, read_classes

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shards.errors import UserError
 from shards.redact import display_name
 from shards.sources.naming.classes import MAPPING_FILES
-from shards.sources.naming.splits import doubts_about_place, no_validation, says_only_split, splits_in, without_split
+from shards.sources.naming.folder_level import FolderLevel, no_class_folders, some
+from shards.sources.naming.splits import doubts_about_place, no_validation, says_only_split, splits_in
 from shards.sources.scan import TEST, TRAIN, VAL
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import METADATA, Contents, count_files, look
 
 MAX_WRAPPERS = 4
 """Folders around the class folders, or around those of the splits, that are looked through."""
-_LOOKED_AT = 16
-"""Folders that are opened to tell class folders from wrappers; a source may have a million."""
-_SHOWN = 3
 _UNLABELLED = "test images without labels"
-_REMEDIES = {
-    (".zip", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"): "unpack archives first",
-    (".arrow",): "save the data set as Parquet instead: Dataset.to_parquet",
-}
-"""Suffixes of what holds images in another form, and what to do."""
 
 
 @dataclass
@@ -54,14 +45,14 @@ def find_split_folders(source: Path) -> SplitFolders:
     found = SplitFolders()
     folder = source
     for _ in range(MAX_WRAPPERS + 1):
-        level = _Level.of(folder)
+        level = FolderLevel.of(folder)
         contents = level.contents
         if level.is_of_splits():
             _add_roots(found, level, source)
             if not found.roots:
                 raise UserError(
-                    f"{folder}: only a test split without classes ({_some(level.named)}); give the folder that holds "
-                    f"{TRAIN}/CLASS/IMAGE as the source (beside it: {_some(level.others)})"
+                    f"{folder}: only a test split without classes ({some(level.named)}); give the folder that holds "
+                    f"{TRAIN}/CLASS/IMAGE as the source (beside it: {some(level.others)})"
                 )
             return found
         inner = level.wrapper()
@@ -77,100 +68,7 @@ def find_split_folders(source: Path) -> SplitFolders:
     raise UserError(f"{source}: more than {MAX_WRAPPERS} folders around the class folders; give {folder}")
 
 
-@dataclass(frozen=True)
-class _Level:
-    """A folder that may hold split folders, class folders, or one more folder around them."""
-
-    folder: Path
-    contents: Contents
-    named: dict[bytes, str]
-    """Folder -> the split that its name tells."""
-    inside: dict[bytes, Contents]
-    """Of the named ones."""
-
-    @classmethod
-    def of(cls, folder: Path) -> _Level:
-        contents = look(folder)
-        named = {}
-        for name in contents.folders:
-            splits = splits_in(os.fsdecode(name))
-            if len(splits) == 1:
-                named[name] = splits.pop()
-        return cls(folder, contents, named, {name: look(folder / os.fsdecode(name)) for name in named})
-
-    @property
-    def others(self) -> list[bytes]:
-        return [name for name in self.contents.folders if name not in self.named]
-
-    def is_of_splits(self) -> bool:
-        """Whether the named folders are splits, which hold folders, and not classes, which hold images.
-
-        Raises:
-            UserError: a name says more than a split (train_station), and nothing tells which it is.
-        """
-        if len(self.contents.folders) == 1 and any(map(self._is_around_splits, self.named)):
-            return False
-        deep = [name for name in self.named if self.inside[name].folders]
-        sure = [name for name in deep if self.surely_split(name)]
-        several = self.others or len({self.named[name] for name in deep}) > 1
-        if deep and not sure and several:
-            beside = [name for name in self.contents.folders if name != deep[0]]
-            raise UserError(
-                f"{self.path(deep[0])}: holds folders, and may be a class or the {self.named[deep[0]]} split beside "
-                f"{_some(beside)}; put all class folders into {TRAIN}/, or rename the split folder to "
-                f"{self.named[deep[0]]}/"
-            )
-        return bool(deep)
-
-    def _is_around_splits(self, name: bytes) -> bool:
-        """Whether a named folder is one around split folders: a data set called 'test'."""
-        below = [sub for sub in self.inside[name].folders if says_only_split(os.fsdecode(sub))]
-        others = (sub for sub in below if splits_in(os.fsdecode(sub)) != {self.named[name]})
-        return any(look(self.path(name) / os.fsdecode(sub)).folders for sub in others)
-
-    def surely_split(self, name: bytes) -> bool:
-        """Whether the name says a split alone, or stands beside its like of another split (pets_train, pets_val)."""
-        text = os.fsdecode(name)
-        return says_only_split(text) or any(
-            split != self.named[name] and without_split(os.fsdecode(other)) == without_split(text)
-            for other, split in self.named.items()
-        )
-
-    def wrapper(self) -> bytes | None:
-        """The folder to look into instead of this one; None where this one's folders are classes.
-
-        Raises:
-            UserError: split folders inside of class folders.
-        """
-        folders = self.contents.folders[:_LOOKED_AT]
-        inside = {name: look(self.folder / os.fsdecode(name)) for name in folders}
-        if len(self.contents.folders) == 1:
-            (only,) = folders
-            return only if inside[only].folders and not inside[only].images else None
-        around = {name: splits for name in folders if (splits := self._splits_below(name, inside[name]))}
-        if not around:
-            return None
-        (first, split), *_ = around.items()
-        with_images = [name for name, contents in inside.items() if contents.images]
-        if len(around) > 1 or with_images or len(self.contents.folders) > _LOOKED_AT:
-            raise UserError(
-                f"{self.path(first)}: has a folder {display_name(split)} in it, as if it were around the split "
-                f"folders, but stands beside {_some(name for name in self.contents.folders if name != first)}; "
-                f"expected {TRAIN}/CLASS/IMAGE and {VAL}/CLASS/IMAGE: give one of them as the source, or put the "
-                "class folders into the split folders"
-            )
-        return first
-
-    def _splits_below(self, name: bytes, contents: Contents) -> bytes | None:
-        """The first folder in a folder whose name says a split alone."""
-        below = (sub for sub in contents.folders if says_only_split(os.fsdecode(sub)))
-        return next(below, None) if not contents.images else None
-
-    def path(self, name: bytes) -> Path:
-        return self.folder / os.fsdecode(name)
-
-
-def _add_roots(found: SplitFolders, level: _Level, source: Path) -> None:  # noqa: PLR0912
+def _add_roots(found: SplitFolders, level: FolderLevel, source: Path) -> None:  # noqa: PLR0912
     contents = level.contents
     beside = level.others
     for split in (TRAIN, VAL, TEST):
@@ -178,7 +76,7 @@ def _add_roots(found: SplitFolders, level: _Level, source: Path) -> None:  # noq
         holding = [name for name in named if level.inside[name].folders or level.inside[name].images] or named
         if len(holding) > 1:
             raise UserError(
-                f"{level.folder}: {len(holding)} folders for split '{split}' ({_some(holding, len(holding))}), "
+                f"{level.folder}: {len(holding)} folders for split '{split}' ({some(holding, len(holding))}), "
                 "expected one of them; join them, or move the others out of the source"
             )
         beside += [name for name in named if name not in holding]
@@ -195,7 +93,7 @@ def _add_roots(found: SplitFolders, level: _Level, source: Path) -> None:  # noq
         for name in level.others:
             if look(level.path(name)).images:
                 raise UserError(
-                    f"{level.path(name)}: a class folder beside split folders ({_some(level.named)}); put the class "
+                    f"{level.path(name)}: a class folder beside split folders ({some(level.named)}); put the class "
                     f"folders of training into {TRAIN}/"
                 )
     elif TEST in found.roots and not set(look(found.roots[TEST]).folders) & set(look(found.roots[TRAIN]).folders):
@@ -219,7 +117,7 @@ def _check_unsorted(train: Path, val: Path) -> None:
     if len(names) == 1 and len(known) > 1 and names[0] not in known:
         raise UserError(
             f"{val / os.fsdecode(names[0])}: the only folder of split '{VAL}', and none of the classes of {TRAIN}/ "
-            f"({_some(known)}); put the images into a folder for each class (lists such as val_annotations.txt name "
+            f"({some(known)}); put the images into a folder for each class (lists such as val_annotations.txt name "
             "their classes), or move the split out of the source"
         )
 
@@ -265,7 +163,7 @@ def _leave_out_test(found: SplitFolders, root: Path, source: Path) -> None:
     found.doubts.append(f"{root}: not used: no folders of the training classes in it, so its images have no labels")
 
 
-def _check_classes(found: SplitFolders, level: _Level) -> None:
+def _check_classes(found: SplitFolders, level: FolderLevel) -> None:
     """Look at class folders whose names tell a split.
 
     Raises:
@@ -279,7 +177,7 @@ def _check_classes(found: SplitFolders, level: _Level) -> None:
         if os.fsdecode(name).lower() != TRAIN:
             raise UserError(
                 f"{level.path(name)}: names split '{level.named[name]}' and holds no class folders, beside "
-                f"{_some(level.others)}; images are expected as {level.path(name)}/CLASS/IMAGE: move it out of the "
+                f"{some(level.others)}; images are expected as {level.path(name)}/CLASS/IMAGE: move it out of the "
                 f"source, or, if it is a class, put all class folders into {TRAIN}/"
             )
     found.doubts += [
@@ -295,7 +193,7 @@ def _count_beside(found: SplitFolders, contents: Contents, beside: list[bytes], 
         count = count_files(folder / os.fsdecode(name))
         found.unused.add("folder beside those that are used", below + name, kind=os.fsdecode(name), count=count)
     if beside:
-        found.doubts.append(f"{folder}: not used: folders {_some(beside)}, beside those that are")
+        found.doubts.append(f"{folder}: not used: folders {some(beside)}, beside those that are")
     _count_files(found, contents, folder, source)
 
 
@@ -307,7 +205,7 @@ def _count_files(found: SplitFolders, contents: Contents, folder: Path, source: 
         name for name, reason in contents.skipped if reason == METADATA and (folder / os.fsdecode(name)).is_dir()
     ]
     if folders:
-        found.notes.append(f"{folder}: {METADATA}, not used: {_some(folders)}")
+        found.notes.append(f"{folder}: {METADATA}, not used: {some(folders)}")
     for name in contents.files:
         if os.fsdecode(name) not in MAPPING_FILES:
             found.unused.add("not an image", below + name)
@@ -320,35 +218,6 @@ def _count_files(found: SplitFolders, contents: Contents, folder: Path, source: 
         )
 
 
-def no_class_folders(root: Path) -> UserError:
-    """Return the error that a folder holds no class folders, with what it holds instead."""
-    contents = look(root)
-    holds = kinds_of([*contents.images, *contents.files])
-    found = f" but {holds}" if holds else ""
-    return UserError(f"{root}: no class folders in it{found}; images are expected as {root}/CLASS/IMAGE")
-
-
-def kinds_of(names: Iterable[bytes]) -> str:
-    """Describe files by the number of each suffix, with an example and what to do about archives; '' for none."""
-    listed = list(names)
-    suffixes = Counter(os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix" for name in listed)
-    if not suffixes:
-        return ""
-    kinds = ", ".join(
-        f"{count:,} {display_name(os.fsencode(suffix))}" for suffix, count in suffixes.most_common(_SHOWN)
-    )
-    remedies = {remedy for suffix in suffixes for of, remedy in _REMEDIES.items() if suffix in of}
-    advice = "".join(f" ({remedy})" for remedy in sorted(remedies))
-    return f"{kinds} such as {display_name(os.path.basename(listed[0]))}{advice}"
-
-
 def _below(folder: Path, source: Path) -> bytes:
     """Path below the source, with '/' at its end; empty for the source."""
     return b"" if folder == source else os.fsencode(folder.relative_to(source)) + b"/"
-
-
-def _some(names: Iterable[bytes], shown: int = _SHOWN) -> str:
-    """The first few of some names, and how many there are."""
-    listed = [display_name(name) for name in names]
-    more = f" and {len(listed) - shown:,} more" if len(listed) > shown else ""
-    return ", ".join(listed[:shown]) + more

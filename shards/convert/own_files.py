@@ -1,0 +1,128 @@
+"""The files that this project wrote, so that no other file of their names is ever replaced."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+from pydantic import TypeAdapter
+
+from shards.convert.records import Published, hash_file, load_record, save_record
+from shards.errors import UserError
+from shards.files.durable import durable_write, sync_folder
+from shards.format.index import Index, write_index
+from shards.format.tar import BLOCK, END, header
+
+_PUBLISHED = TypeAdapter(Published)
+
+
+class OwnFiles:
+    """The files of a set that this project wrote, by the records of them in the work folder.
+
+    Args:
+        out: folder of the set.
+        path: its work folder.
+    """
+
+    def __init__(self, out: Path, path: Path) -> None:
+        self.out, self.path = out, path
+
+    def refuse_foreign(self, names: Iterable[str]) -> None:
+        """Check that existing files of these names were created by this project and may be replaced.
+
+        Raises:
+            UserError: one is not what was recorded before it was published.
+        """
+        for name in names:
+            path = self.out / name
+            if mode_of(path) and not self._owns(path):
+                raise foreign_file(path, "not written by this command")
+
+    def publish(self, name: str, content: bytes) -> str:
+        """Write a file of the set, and replace an earlier one of this project; return its xxh3-64, 16 hex digits.
+
+        Raises:
+            UserError: a file of this name exists that this project did not create.
+        """
+        self.refuse_foreign([name])
+        digest = xxhash.xxh3_64_hexdigest(content)
+        self._claim(name, len(content), digest)
+        durable_write(self.out / name, content)
+        return digest
+
+    def publish_file(self, finished: Path, name: str, digest: str | None) -> None:
+        """Give a finished file in the work folder its name in the set; otherwise as `publish`."""
+        self.refuse_foreign([name])
+        self._claim(name, finished.stat().st_size, digest)
+        finished.rename(self.out / name)
+        sync_folder(self.out)
+
+    def has_published(self) -> bool:
+        """Whether a file of the set was published."""
+        return next(self.path.glob("*.published"), None) is not None
+
+    def publish_index(self, name: str, samples: int, shards: Iterable[Index]) -> str:
+        """Write an index of `samples` rows from those of its shards, as `publish`; returns its xxh3-64."""
+        digest = write_index(self.path / name, samples, shards)
+        self.publish_file(self.path / name, name, digest)
+        return digest
+
+    def withdraw(self, name: str) -> None:
+        """Remove a file that an earlier start published, if any.
+
+        Raises:
+            UserError: a file of this name exists that this project did not create.
+        """
+        self.refuse_foreign([name])
+        (self.out / name).unlink(missing_ok=True)
+
+    def _claim(self, name: str, size: int, digest: str | None) -> None:
+        save_record(self.path / f"{name}.published", _PUBLISHED, Published(bytes=size, hash=digest))
+
+    def _owns(self, path: Path) -> bool:
+        record = load_record(self.path / f"{path.name}.published", _PUBLISHED)
+        if record is None or not stat.S_ISREG(mode_of(path)) or path.stat().st_size != record.bytes:
+            return False
+        return record.hash is None or hash_file(path) == record.hash
+
+
+def foreign_file(path: Path, fact: str) -> UserError:
+    """Return the error that a file or folder is not ours."""
+    return UserError(f"{path}: {fact}, so it is left alone; move it away, or choose another folder for the set")
+
+
+def is_tar_of(path: Path, keys: set[str]) -> bool:
+    """Whether a tar begins as `SampleTar` writes it, with an image of one of these keys."""
+    with path.open("rb") as file:
+        head = file.read(BLOCK)
+    name = head[:100].rstrip(b"\0").decode("latin-1")
+    size = head[124:135]
+    if not name:
+        return path.stat().st_size == len(END) and head == bytes(BLOCK)  # all of its images were rejected
+    return name.removesuffix(".jpg") in keys and size.isdigit() and head == header(name, int(size, 8))
+
+
+def is_index_of(path: Path, keys: set[str]) -> bool:
+    """Whether a .idx file begins as `dali_index` writes it, with an image of one of these keys."""
+    with path.open("rb") as file:
+        first, second = (file.readline(2 * BLOCK).decode("latin-1").split() for _ in range(2))
+    if first == ["v1.2", "0"]:
+        return True
+    return first[:1] == ["v1.2"] and len(second) == 8 and second[3].removesuffix(".jpg") in keys
+
+
+def mode_of(path: Path) -> int:
+    """`st_mode`, of a link itself; 0 where there is nothing."""
+    try:
+        return os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+
+
+def size_of(path: Path) -> int | None:
+    """Bytes of a regular file; None where there is none."""
+    status = path.lstat() if mode_of(path) else None
+    return status.st_size if status and stat.S_ISREG(status.st_mode) else None

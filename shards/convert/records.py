@@ -1,0 +1,114 @@
+"""Records of a conversion: JSON files that carry a hash of themselves, and rows whose hash stands in one."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import xxhash
+from pydantic import TypeAdapter
+
+from shards.files.durable import durable_write
+from shards.files.regular import read_bounded
+from shards.format.index import INDEX_DTYPE, Index
+from shards.schema import Count, Digest, parse_json
+
+MAX_RECORD = 2**28
+"""Bytes of a JSON file of the work folder."""
+_CHUNK = 2**22
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardDone:
+    """What is recorded of a finished shard."""
+
+    samples: Count
+    bytes: Count
+    hash: Digest
+    repaired: dict[str, Count]
+    """Reason -> images."""
+    rejected: list[tuple[str, str]]
+    """Name and reason of each image left out."""
+    blank: Count = 0
+    """Images that are nearly black or of a single colour."""
+    rewritten: Count = 0
+    """Files that were written to between listing and reading, with the same size."""
+    rows_hash: str = ""
+    """xxh3-64 of the file of rows, set when it is saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentDone:
+    """What is recorded of a shard's part of a .beton."""
+
+    hash: Digest
+    rows_hash: Digest
+    """xxh3-64 of the file of rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A file of the set, recorded before it gets its name."""
+
+    bytes: Count
+    hash: Digest | None
+    """None for a .beton, which takes long to read."""
+
+
+def save_record(path: Path, schema: TypeAdapter[T], record: T) -> None:
+    """Write a record with the hash of its content, completely or not at all."""
+    content = schema.dump_python(record, mode="json")
+    digest = xxhash.xxh3_64_hexdigest(_dumps(content))
+    durable_write(path, _dumps({"content": content, "digest": digest}))
+
+
+def load_record(path: Path, schema: TypeAdapter[T]) -> T | None:
+    """Read a record; None where it is missing or damaged."""
+    try:
+        document = json.loads(read_bounded(path, MAX_RECORD))
+        content = _dumps(document["content"])
+        if document["digest"] != xxhash.xxh3_64_hexdigest(content):
+            return None
+        return parse_json(content, schema, limit=MAX_RECORD)
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, LookupError, RecursionError):
+        return None
+
+
+def save_rows(path: Path, rows: Index) -> str:
+    """Write `INDEX_DTYPE` [samples]; return the xxh3-64 of the file, 16 hex digits."""
+    out = io.BytesIO()
+    np.save(out, rows, allow_pickle=False)
+    durable_write(path, out.getvalue())
+    return xxhash.xxh3_64_hexdigest(out.getvalue())
+
+
+def load_rows(path: Path, digest: str) -> Index | None:
+    """Read `INDEX_DTYPE` [samples]; None where they are missing or damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    if xxhash.xxh3_64_hexdigest(content) != digest:
+        return None
+    rows: Index = np.load(io.BytesIO(content), allow_pickle=False)
+    assert rows.dtype == INDEX_DTYPE
+    return rows
+
+
+def hash_file(path: Path) -> str:
+    """xxh3-64 of a file, 16 hex digits."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _dumps(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
