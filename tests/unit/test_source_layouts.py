@@ -441,6 +441,14 @@ def test_class_tars_give_the_same_shards_as_class_folders(tmp_path: Path) -> Non
         assert (tmp_path / "tars-set" / name).read_bytes() == (tmp_path / "folders-set" / name).read_bytes()
 
 
+def test_a_class_tar_nearly_named_as_a_split_is_doubted_once(tmp_path: Path) -> None:
+    for name in ("cat", "tests"):
+        tar(tmp_path / "in" / f"{name}.tar", f"{name}_0.JPEG", f"{name}_1.JPEG")
+    found = scan(tmp_path / "in", ONE, tmp_path / "spool")
+    (line,) = [line for line in (*found.notes, *found.doubts) if "is near" in line or "near that" in line]
+    assert line.startswith("'tests': taken for a class, though its name is near that of split 'test'")
+
+
 def test_class_tars_say_what_they_do_not_use(tmp_path: Path) -> None:
     tar(tmp_path / "in/cat.tar", "0.jpg", "._0.jpg", "__MACOSX/0.jpg", ".1.jpg.part")
     tar(tmp_path / "in/dog.tar", "0.jpg")

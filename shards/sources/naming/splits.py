@@ -131,6 +131,7 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
     """
     splits: dict[Path, str] = {}
     unnamed: list[str] = []
+    near: dict[str, str] = {}
     places: dict[str, dict[str, None]] = {}
     for file in files:
         below = below_source(file, source)
@@ -139,6 +140,7 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
         splits[file] = named or TRAIN
         if named is None:
             unnamed += [below] if file != source else []
+            near |= {split: below for part in looked_at.split("/") for split in sorted(near_splits_in(part))}
         else:
             places.setdefault(named, {})[_place(looked_at, named)] = None
     notes, doubts = [], []
@@ -146,7 +148,6 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
         doubts += doubts_about_place(source)
     if unnamed:
         line = f"{_some(unnamed)}: no split named, so training"
-        near = {split: name for name in unnamed for part in name.split("/") for split in sorted(near_splits_in(part))}
         if TRAIN in places:
             doubts.append(f"{line}, beside {next(iter(places[TRAIN]))}, which is named so")
         elif near:
