@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -37,6 +36,7 @@ from PIL import Image
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from launch.machine.provenance import cpu_name
 from pipeline.augment import params as draws
 from pipeline.augment import reference
 from pipeline.augment.ops import Op
@@ -246,12 +246,8 @@ def pil_sample(photo: Image.Image, recipe: AugmentRecipe, params: SampleParams, 
 
 def machine(device: str) -> dict[str, Any]:
     """Where the figures come from."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": cores(),
         "load": round(os.getloadavg()[0], 1),
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else "cpu",

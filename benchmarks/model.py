@@ -39,6 +39,7 @@ import fat
 from fat.blocks import FASA
 from fat.layers import MapNorm
 from fat.model import Stem
+from launch.machine.provenance import cpu_name
 from shards.cores import cores
 
 ON_CUDA = ("torch", "graphs")  # what makes a difference there only
@@ -206,9 +207,7 @@ def machine() -> str:
     """The processor by name, with the cores that this process may use."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-    return f"{name}, {cores()} cores, {torch.get_num_threads()} threads"
+    return f"{cpu_name()}, {cores()} cores, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

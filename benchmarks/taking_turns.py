@@ -7,7 +7,6 @@ children: on a machine that is shared with others it says more.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from launch.machine.provenance import cpu_name
 from shards.cores import cores
 
 Maker = Callable[[], Iterator[int]]
@@ -70,11 +70,9 @@ def medians(turns: dict[str, list[Turn]]) -> dict[str, dict[str, float]]:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.machine())
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "cores": cores(),
         "load": os.getloadavg()[0],
         "gpu": gpu,
