@@ -27,7 +27,7 @@ class Progress:
     def __init__(self, what: str, items: int, unit: str = "images") -> None:
         self._what, self._total, self._unit = what, items, unit
         self._items = self._bytes = 0
-        self._started = self._said = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._bar: Bar | None = None
 
     def __enter__(self) -> Progress:
@@ -51,23 +51,23 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
         elif kind is None and self._total:
-            self._say()
+            self._log()
 
     def update(self, items: int, size: int) -> None:
         """Set what is done by now: items and bytes in all."""
         self._items, self._bytes = items, size
         if self._bar is not None:
             self._bar.update(self._task, completed=items, rate=self._rates())
-        elif time.monotonic() - self._said >= LOG_EVERY:
-            self._say()
+        elif time.monotonic() - self._logged >= LOG_EVERY:
+            self._log()
 
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
         return f"{self._unit}, {self._items / seconds:,.0f}/s, {self._bytes / seconds / 1e6:,.1f} MB/s"
 
-    def _say(self) -> None:
-        self._said = time.monotonic()
-        seconds = self._said - self._started
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        seconds = self._logged - self._started
         left = seconds / self._items * (self._total - self._items) if self._items else 0.0
         eta = f", {left:,.0f} s left" if self._items < self._total else f", {seconds:,.1f} s"
         print(

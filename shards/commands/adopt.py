@@ -14,9 +14,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.join import first_of, publish_manifest, say_notes, unused_records
+from shards.convert.join import first_of, print_notes, publish_manifest, unused_records
 from shards.convert.options import MAX_REJECTS
-from shards.convert.rejects import Reject, count_reasons, settle_rejects
+from shards.convert.rejects import Reject, count_reasons, write_rejects
 from shards.convert.work import Work
 from shards.convert.writer import index_row
 from shards.errors import ConversionFailed, UserError, explained, reading
@@ -114,7 +114,7 @@ def adopt(
         _check_folder(folder, work, jobs)
         remedy = f"an index lies beside its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
-        say_notes([*notes, *doubts])
+        print_notes([*notes, *doubts])
         if strict and doubts:  # before hours of reading tars
             raise UserError(_refusal(folder, doubts))
         work.make()
@@ -172,10 +172,10 @@ def _adopt(
         one.listed[:] = labels[one.listed]
     unused = merge(one.unused for one in found)
     late = [*incomplete_samples(unused), *_doubts(numbered.classes, found)]
-    say_notes(late)
+    print_notes(late)
     if strict and late:
         raise ConversionFailed(_refusal(work.out, late))
-    rejects_hash = settle_rejects(work, rejects, kept, max_rejects)
+    rejects_hash = write_rejects(work, rejects, kept, max_rejects)
     splits: dict[str, list[Adopted]] = {}
     for one in found:
         if len(one.rows):

@@ -112,15 +112,15 @@ class Shard:
             part = Part.parse(self.part) if self.part is not None else None
             outcome = convert(self.source, out, options, part)
             if outcome is None and part and not (out / MANIFEST_NAME).exists():
-                _say(
+                _print(
                     f"{out}: part {part} is done; when all are, run: pipeline shard {self.source} --out {out} --finish"
                 )
                 return 0
         if outcome is None:
             compared = f", and {self.source} is what it was made from" if self.source.exists() else ""
-            _say(f"{out}: already complete{compared}")
+            _print(f"{out}: already complete{compared}")
             return 0
-        return _say_summary(out)
+        return _print_summary(out)
 
     def _options(self) -> Options:
         from shards.sources.naming.classes import check_fraction
@@ -169,8 +169,8 @@ class Verify:
         path = _open(self.set, self.set_digest).path
         faults = verify(path, self.workers)
         for fault in faults:
-            _say(f"fault: {fault}")
-        _say(f"{path}: {f'{len(faults)} faults' if faults else 'every byte is as it should be'}")
+            _print(f"fault: {fault}")
+        _print(f"{path}: {f'{len(faults)} faults' if faults else 'every byte is as it should be'}")
         return 1 if faults else 0
 
 
@@ -234,7 +234,7 @@ class Index:
             self.workers,
             strict=self.strict,
         )
-        return _say_summary(self.tars[0].absolute().parent)
+        return _print_summary(self.tars[0].absolute().parent)
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class SampleDigits:
     def run(self) -> int:
         from shards.commands.samples import write_digits
 
-        return _say_written(self.out, write_digits(self.out))
+        return _print_written(self.out, write_digits(self.out))
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class SamplePhotos:
         from shards.commands.samples import write_photos
 
         check_ranges(self)
-        return _say_written(self.out, write_photos(self.out, self.count, self.seed))
+        return _print_written(self.out, write_photos(self.out, self.count, self.seed))
 
 
 def _open(location: Path, digest: str | None) -> ShardSet:
@@ -278,19 +278,19 @@ def _open(location: Path, digest: str | None) -> ShardSet:
     return ShardSet(path, digest=pin)
 
 
-def _say_written(out: Path, written: dict[str, int]) -> int:
-    _say(f"{out}: " + ", ".join(f"{n:,} {split} images" for split, n in sorted(written.items())))
+def _print_written(out: Path, written: dict[str, int]) -> int:
+    _print(f"{out}: " + ", ".join(f"{n:,} {split} images" for split, n in sorted(written.items())))
     return 0
 
 
-def _say_summary(out: Path) -> int:
+def _print_summary(out: Path) -> int:
     from shards.commands.summary import summarize
     from shards.format.dataset import ShardSet
 
     for line in summarize(ShardSet(out)):
-        _say(line)
+        _print(line)
     return 0
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(one_line(line))

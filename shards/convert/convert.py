@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shards.convert.join import Outcome, first_of, join, published_names, say_notes
+from shards.convert.join import Outcome, first_of, join, print_notes, published_names
 from shards.convert.options import MAX_REJECTS, Options
 from shards.convert.order import arrange
 from shards.convert.parts import WHOLE, Part, hold_part
@@ -26,8 +26,8 @@ from shards.convert.source_check import (
     check_finished,
     check_place,
     check_unchanged,
+    folder_times,
     source_name,
-    times_above,
 )
 from shards.convert.work import Work
 from shards.convert.writer import ShardJob, write_shard
@@ -77,7 +77,7 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         if begun:
             is_needed = partial(_is_unfinished, work, _jobs(plan, part or WHOLE))
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
-        say_notes((*plan.notes, *plan.doubts))
+        print_notes((*plan.notes, *plan.doubts))
         if options.strict:
             _refuse_doubts(source, plan.doubts)
         with hold_part(work, part or WHOLE):
@@ -161,7 +161,7 @@ def _plan(source: Path, work: Work, options: Options) -> Plan:
             try:
                 plan = _scan(source, work, options)
                 if options.strict and plan.doubts:
-                    say_notes(plan.doubts)
+                    print_notes(plan.doubts)
                     _refuse_doubts(source, plan.doubts)
             except UserError as error:
                 if error.exit_code == UserError.exit_code:  # another start would meet the same
@@ -209,7 +209,7 @@ def _scan(source: Path, work: Work, options: Options) -> Plan:
         unused=found.unused,
         notes=tuple(without_place(line, source)[:MAX_TEXT] for line in found.notes),
         doubts=tuple(without_place(line, source)[:MAX_TEXT] for line in found.doubts),
-        folders=times_above(found.splits, source.absolute(), work.out.absolute()),
+        folders=folder_times(found.splits, source.absolute(), work.out.absolute()),
         source_files=found.files,
         files=files,
     )

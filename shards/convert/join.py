@@ -14,7 +14,7 @@ from shards.convert.assemble import assemble
 from shards.convert.place import save_place
 from shards.convert.plan import Plan
 from shards.convert.records import ShardDone
-from shards.convert.rejects import Reject, count_reasons, settle_rejects
+from shards.convert.rejects import Reject, count_reasons, write_rejects
 from shards.convert.work import Work
 from shards.errors import ConversionFailed
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool
@@ -68,11 +68,11 @@ def join(
     ]
     late = _late_doubts(work, plan, done)
     if strict and late:
-        say_notes(late)
+        print_notes(late)
         raise ConversionFailed(
             f"{work.out}: --strict: {first_of(late)}; correct the source and give another --out, or leave --strict out"
         )
-    rejects_hash = settle_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
+    rejects_hash = write_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
     kept = {split: _drop_empty(work, split, done) for split in plan.shards}
     betons = assemble(work, kept, plan.beton, workers) if plan.beton else {}
     manifest = Manifest(
@@ -99,7 +99,7 @@ def join(
     rewritten = sum(shard.rewritten for shard in done.values())
     if rewritten:  # not kept in the manifest: where the same bytes were put back, the set is the same
         fact = f"{rewritten:,} files were written to after they were listed, with the same size"
-        say_notes([f"{fact}; the set has what they held when they were read"])
+        print_notes([f"{fact}; the set has what they held when they were read"])
     work.close()
     repaired = sum(sum(shard.repaired.values()) for shard in done.values())
     return Outcome(manifest, len(rejects), repaired)
@@ -110,7 +110,7 @@ def unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
     return [UnusedRecord(reason=one.reason, kind=one.kind, count=one.count, example=one.example) for one in entries]
 
 
-def say_notes(lines: Iterable[str]) -> None:
+def print_notes(lines: Iterable[str]) -> None:
     """Print what the person should see before the work begins."""
     for line in lines:
         print(f"note: {one_line(line)}", file=sys.stderr)

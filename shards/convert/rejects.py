@@ -22,7 +22,7 @@ class Reject(TypedDict):
     reason: str
 
 
-def settle_rejects(work: Work, rejects: list[Reject], kept: int, max_share: float) -> str | None:
+def write_rejects(work: Work, rejects: list[Reject], kept: int, max_share: float) -> str | None:
     """Write the list, and judge whether it is short enough.
 
     Args:

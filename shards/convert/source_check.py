@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.join import say_notes
+from shards.convert.join import print_notes
 from shards.convert.place import is_made_from
 from shards.convert.plan import Plan
 from shards.convert.work import Work
@@ -70,7 +70,7 @@ def check_finished(work: Work, manifest: Manifest, source: Path, layout: Layout 
                 f"{source}: no such file or folder, and not known as the source of the finished set {out}; give the "
                 "source that it was made from, or another --out"
             )
-        say_notes([f"{source}: not there any more, so the set was not compared with it"])
+        print_notes([f"{source}: not there any more, so the set was not compared with it"])
         return
     now = _identity_now(source, made)
     if isinstance(now, UserError) or now.digest != manifest.made.get("source_digest"):
@@ -122,7 +122,7 @@ def check_unchanged(
             f"{work.out}: was begun from {source}, which is not what it was then: {fact}; restore the source, or give "
             "another --out"
         )
-    say_notes([f"{source}: {fact}; all shards were made before, so the set is complete without them"])
+    print_notes([f"{source}: {fact}; all shards were made before, so the set is complete without them"])
 
 
 def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
@@ -135,11 +135,11 @@ def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
     if now.digest == plan.digest:
         return "", False
     if plan.layout == "parquet":
-        what, was, found = "file", _Things.of_files(plan.source_files), _Things.of_files(now.files)
+        what, was, found = "file", _Items.of_files(plan.source_files), _Items.of_files(now.files)
     else:
         split_off = bool(plan.options["val_fraction"])
         listed = {split: work.load_listing(split)[0] for split in plan.shards}
-        what, was, found = "image", _Things.of_images(listed, split_off), _Things.of_images(now.splits, split_off)
+        what, was, found = "image", _Items.of_images(listed, split_off), _Items.of_images(now.splits, split_off)
     came, gone, other = ~np.isin(found.keys, was.keys), ~np.isin(was.keys, found.keys), _differ(found, was)
     mark = "size" if what == "image" else "content"
     facts = [
@@ -187,7 +187,7 @@ def _holds_nothing_new(work: Work, plan: Plan, source: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Things:
+class _Items:
     """Images or files of a source."""
 
     keys: NDArray[np.uint64]
@@ -197,13 +197,13 @@ class _Things:
     name: Callable[[int], str]
 
     @classmethod
-    def of_files(cls, files: Mapping[str, str]) -> _Things:
+    def of_files(cls, files: Mapping[str, str]) -> _Items:
         names = list(files)
         keys = np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in names], dtype=np.uint64)
         return cls(keys, np.array([int(mark, 16) for mark in files.values()], dtype=np.uint64), names.__getitem__)
 
     @classmethod
-    def of_images(cls, splits: Mapping[str, Listing], split_off: bool) -> _Things:
+    def of_images(cls, splits: Mapping[str, Listing], split_off: bool) -> _Items:
         """Describe the images of all splits.
 
         Args:
@@ -231,7 +231,7 @@ class _Things:
         return cls(keys, sizes, name)
 
 
-def _differ(found: _Things, was: _Things) -> NDArray[np.bool_]:
+def _differ(found: _Items, was: _Items) -> NDArray[np.bool_]:
     """Which of the things found had another size or digest; bool [found]."""
     differ = np.zeros(len(found.keys), dtype=bool)
     _, here, there = np.intersect1d(found.keys, was.keys, return_indices=True)
@@ -260,7 +260,7 @@ def _look_changed(work: Work, plan: Plan) -> bool:
     return False
 
 
-def times_above(listings: Mapping[str, Listing], source: Path, out: Path) -> dict[str, int]:
+def folder_times(listings: Mapping[str, Listing], source: Path, out: Path) -> dict[str, int]:
     """Return the times of last change of the folders above those of a listing, in seconds since 1970.
 
     The one that the set is written to is left out: making that changes it. The paths are percent-encoded, as they may

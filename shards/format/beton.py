@@ -3,7 +3,7 @@
 FFCV's own writer places samples in the order in which its processes get to them, re-encodes every image, writes its
 header first and waits for ever for a process that died. Here the whole layout follows from the index: pages of a fixed
 size, the shards' images one after the other. So processes fill their shards' parts independently, always with the same
-bytes, and a killed run goes on where it was.
+bytes, and a killed run resumes.
 
     header | descriptors of two fields | metadata of every sample | pages of image bytes | allocation table
 

@@ -57,7 +57,7 @@ def run_jobs(
     *,
     isolated: bool = False,
 ) -> list[R]:
-    """Run `task(job, report)` for every job in worker processes (one per core unless told); results in their order.
+    """Run `task(job, report)` for every job in worker processes (one per core by default); results in their order.
 
     The first error ends the run: what runs is stopped at its next report, what has not started is dropped.
 
@@ -76,22 +76,22 @@ def run_jobs(
     prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", task.__module__])
-    crew: list[_Worker] = []
+    processes: list[_Worker] = []
     try:
         try:
             for _ in range(size):
-                crew.append(_Worker(context, task))
+                processes.append(_Worker(context, task))
         except (OSError, EOFError) as error:
             fact, action = cause("", error) if isinstance(error, OSError) else (str(error), "")
             raise ConversionFailed(
                 f"{size} worker processes cannot be started ({fact}); {f'{action}, or ' if action else ''}"
                 "run the same command with fewer --workers"
             ) from error
-        return _dispatch(crew, jobs, progress)
+        return _dispatch(processes, jobs, progress)
     finally:
-        for worker in crew:
+        for worker in processes:
             worker.pipe.close()
-        for worker in crew:
+        for worker in processes:
             worker.process.join()
 
 
@@ -139,15 +139,15 @@ class _Worker:
             self.pipe.send(jobs[self.job])
 
 
-def _dispatch(crew: list[_Worker], jobs: Sequence[Any], progress: Progress) -> list[Any]:
+def _dispatch(processes: list[_Worker], jobs: Sequence[Any], progress: Progress) -> list[Any]:
     todo = deque(range(len(jobs)))
     results: list[Any] = [None] * len(jobs)
     items = size = 0
-    worker = crew[0]
+    worker = processes[0]
     try:
-        for worker in crew:
+        for worker in processes:
             worker.take(todo, jobs)
-        while busy := [worker for worker in crew if worker.job is not None]:
+        while busy := [worker for worker in processes if worker.job is not None]:
             ready = wait([worker.pipe for worker in busy])
             for worker in busy:
                 if worker.pipe not in ready:

@@ -147,7 +147,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, tuple[str, int, int]]]:
     import pyarrow.parquet as pq
 
     with ExitStack() as stack:
-        with _judged(file):
+        with _readable_errors(file):
             source = stack.enter_context(os.fdopen(open_regular(file), "rb"))
             identity = _identity(file, os.fstat(source.fileno()))
             source.seek(max(0, identity[1] - 8))
@@ -164,8 +164,8 @@ def _opened(file: Path) -> Iterator[tuple[Any, tuple[str, int, int]]]:
 
 
 @contextmanager
-def _judged(file: Path) -> Iterator[None]:
-    """Turn whatever pyarrow raises in the block, which reads `file`, into one line.
+def _readable_errors(file: Path) -> Iterator[None]:
+    """Convert what pyarrow raises in the block, which reads `file`, into an error of one line.
 
     Raises:
         UserError: it is damaged.
@@ -185,7 +185,7 @@ def _judged(file: Path) -> Iterator[None]:
 def inspect(file: Path, report: Report) -> Contents:
     """Check the types and sizes that a file states, before any row is read."""
     report.start(os.fsencode(file))
-    with _opened(file) as (table, _), _judged(file):
+    with _opened(file) as (table, _), _readable_errors(file):
         columns = find_columns(table.schema_arrow, file)
         metadata = table.metadata
         for group in range(metadata.num_row_groups):
@@ -204,7 +204,7 @@ def inspect(file: Path, report: Report) -> Contents:
 
 
 def _rows(table: Any, file: Path) -> Iterator[tuple[Any, Any]]:
-    with _judged(file):
+    with _readable_errors(file):
         image, label = find_columns(table.schema_arrow, file)
         for batch in table.iter_batches(BATCH_ROWS, columns=[image, label], use_threads=False):
             yield from zip(batch.column(image).to_pylist(), batch.column(label).to_pylist(), strict=True)
