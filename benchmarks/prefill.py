@@ -122,10 +122,10 @@ def sweep(options: argparse.Namespace) -> Iterator[Work]:
 
 
 def tests(options: argparse.Namespace) -> Iterator[Work]:
-    from tests import kernel_checks as checks
-    from tests import training_loop
     from tests.gpu import test_kernels as cases
     from tests.gpu import test_training_step as steps
+    from tests.support import kernel_checks as checks
+    from tests.support import training_loop
 
     def run() -> None:
         draw = checks.Draw.seeded(0, "cpu")

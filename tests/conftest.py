@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.commands import run_pipeline
+
 # A shell that starts us in the background lets SIGINT be ignored, by us and by everything that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # What a user has measured on this machine is no part of a test.
@@ -30,13 +32,6 @@ def _switches_as_they_were() -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = value
-
-
-def run_pipeline(*args: str | Path) -> None:
-    from launch.cli import main as pipeline  # many libraries, which tests of kernels do without
-
-    status = pipeline([str(arg) for arg in args])
-    assert status == 0, f"pipeline {' '.join(map(str, args))}: exit status {status}"
 
 
 @pytest.fixture(scope="session")

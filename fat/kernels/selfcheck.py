@@ -10,8 +10,9 @@ write to is NaN beforehand. A result passes if it is within
 
 of the same in float64 (`fat.kernels.reference`). The first term is the rounding of the result. The second is for sums
 in float32 in another order, with approximated exponentials: 32 units in float32's last place, 4 times what the tests
-allow (tests/kernel_checks.py), because a false alarm costs speed, and a wrong kernel is wrong by far more. What an
-operator computes from its stored result (a map's statistics, a folded bias) is compared with the same of that result.
+allow (tests/support/kernel_checks.py), because a false alarm costs speed, and a wrong kernel is wrong by far more. What
+an operator computes from its stored result (a map's statistics, a folded bias) is compared with the same of that
+result.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.dist.forked import Launcher
+from tests.support.runs import STARTED, kill_everything
 
 PROGRAMS = ("engine_run", "host_waits_run", "kernel_check_run", "norm_run", "record_batches")
 # Imported by these when they need them.
@@ -19,3 +20,11 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     folder = tmp_path_factory.mktemp("launches")
     with Launcher(folder, *LIBRARIES, *(f"tests.dist.{name}" for name in PROGRAMS)) as launcher:
         yield launcher
+
+
+@pytest.fixture(autouse=True)
+def _no_run_outlives_its_test() -> Iterator[None]:
+    """Kill the runs that a test has started, also when it fails."""
+    yield
+    while STARTED:
+        kill_everything(STARTED.pop())

@@ -2,8 +2,8 @@
 
     python -m tests.dist.forked MODULE...
 
-Importing torch, accelerate and DeepSpeed takes each process four seconds of a core, which is most of a short test. Reads
-launches from its input, one JSON object a line: {"module": M, "arguments": [...], "ranks": N, "port": P,
+Importing torch, accelerate and DeepSpeed takes each process four seconds of a core, which is most of a short test.
+Reads launches from its input, one JSON object a line: {"module": M, "arguments": [...], "ranks": N, "port": P,
 "environment": {...}, "errors": FILE}. Forks N processes that call M.main() and answers with the list of their process
 ids; when one fails it ends all of them; at the end it answers with the list of their statuses (negative: a signal).
 """
@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tests.dist.launching import ROOT, environment, free_port
+from tests.support.launching import ROOT, environment, free_port
 
 SECONDS = 200.0
 
@@ -59,7 +59,7 @@ class Launcher:
         self._process.communicate()
 
     def __call__(self, module: str, *arguments: object, ranks: int = 1, **environment: str) -> str:
-        """Call `module.main()` on every rank and wait for all, which must succeed; returns what they wrote to stderr."""
+        """Call `module.main()` on every rank and wait for all, which must succeed; return their stderr."""
         self.start(module, *arguments, ranks=ranks, **environment)
         statuses = self.join()
         errors = self._errors.read_text(errors="replace")

@@ -15,7 +15,7 @@ import torch
 
 from launch.machine.world import connect, disconnect
 from tests.support.host_waits import HostWaits
-from tests.training_loop import training
+from tests.support.training_loop import training
 
 GLOBAL = 8
 WARM_UP = 4  # DeepSpeed's timers begin at the third step

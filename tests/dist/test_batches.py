@@ -8,14 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.dist.forked import Launcher
-from tests.dist.launching import ROOT, environment
 from tests.dist.ranks import Ranks, Record, Sequence
+from tests.support.launching import ROOT, environment
 
 WORLDS = (1, 2, 3, 4, 6, 8)
 GLOBAL = 96

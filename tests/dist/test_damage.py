@@ -21,8 +21,8 @@ from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.sources.scan import ScanOptions
 from tests.dist.forked import Launcher
-from tests.serving import serve
 from tests.support.damages import Damage, copied, damage, repair
+from tests.support.serving import serve
 
 QUICK = {"run": range(3), "set": range(10), "cache": range(10)}
 # 200 in all.

@@ -10,18 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import LAUNCHER, ROOT, TRAIN, environment, lines, python
-from tests.dist.test_interruptions import (
-    OPTIONS,
-    STARTED,
-    nothing_goes_on,
-    ranks_of,
-    start,
-    status,
-    wait_for_step,
-)
-
-__all__ = ["nothing_goes_on"]  # a fixture
+from tests.support.launching import LAUNCHER, ROOT, TRAIN, environment, lines, python
+from tests.support.runs import OPTIONS, STARTED, ranks_of, start, status, wait_for_step
 
 
 def test_a_trainer_whose_launcher_was_ended_keeps_its_folder_until_it_is_killed(tmp_path: Path, digits: Path) -> None:
@@ -88,6 +78,7 @@ def test_a_second_trainer_that_is_asked_for_nonsense_says_nothing_for_the_first(
     run = tmp_path / "run"
     first = start(tmp_path, "--data", digits, "--out", run)
     wait_for_step(run, 1, first)
+    first.send_signal(signal.SIGSTOP)  # lest it ends before the second one asks
     second = python(tmp_path, TRAIN, *OPTIONS, "--data", tmp_path / "none", "--out", run, "--lock-wait", "0")
     assert second.returncode == 2
     assert status(run)["status"] == "running"

@@ -12,11 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from launch.run.metrics_file import read_metrics
-from tests.dist.launching import ROOT, TRAIN, environment, python
-from tests.dist.test_interruptions import OPTIONS, nothing_goes_on, start, status, wait_for_step
 from tests.support.disks import fill, small_disk
-
-__all__ = ["nothing_goes_on"]  # a fixture
+from tests.support.launching import ROOT, TRAIN, environment, python
+from tests.support.runs import OPTIONS, start, status, wait_for_step
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -18,17 +18,8 @@ import pytest
 
 from shards.commands.command_line import SamplePhotos
 from shards.commands.verify import verify
+from tests.support.conversions import DRIVER, descendants, workers_of
 
-# What the console command does, without what the other verbs import.
-DRIVER = """
-import sys, tyro
-from shards.commands.command_line import Shard
-from shards.errors import UserError
-try:
-    sys.exit(tyro.cli(Shard).run())
-except UserError as error:
-    sys.exit(f"error: {error}")
-"""
 OPTIONS = ("--shard-size", "1", "--format", "both")
 
 
@@ -77,16 +68,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
 
 def some_shards(out: Path) -> int:
     return len(list(out.glob("train-*.tar")))
-
-
-def descendants(pid: int) -> list[int]:
-    children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return children + [below for child in children for below in descendants(child)]
-
-
-def workers_of(pid: int) -> list[int]:
-    """Those below the fork server, which is the one that has any."""
-    return [below for child in descendants(pid) for below in descendants(child)]
 
 
 def alive(pid: int) -> bool:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from shards.format.tar import END, header, padding
-from tests.dist.test_shards_kill import DRIVER, workers_of
+from tests.support.conversions import DRIVER, workers_of
 
 MAIN_MB, WORKER_MB = 500, 100
 CLASSES, EACH = 1000, 1000

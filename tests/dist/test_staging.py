@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from tests.dist.forked import Launcher
-from tests.dist.launching import ROOT, environment, free_port
 from tests.dist.ranks import Ranks, Sequence
-from tests.serving import Site, serve
 from tests.support.cached import cached
+from tests.support.launching import ROOT, environment, free_port
+from tests.support.serving import Site, serve
 
 STEPS = 14
 OPTIONS = ("--size", "32", "--augment", "fat", "--global-batch", "96", "--epochs", "3", "--warmup-epochs", "0")
@@ -178,10 +178,7 @@ def test_s3(
     digits: Path,
     tmp_path: Path,
     local: Sequence,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, value in s3.items():
-        monkeypatch.setenv(name, value)
     cache = tmp_path / "cache"
     ranks = Ranks(launch, tmp_path, "--data", "s3://bucket/digits", "--cache", cache, *OPTIONS, **s3)
     ranks.start(2, 0, STEPS, pace=0.1)
@@ -191,7 +188,7 @@ def test_s3(
         assert staged.read_bytes() == (digits / name).read_bytes()
     command = [sys.executable, "launch/train.py", "--data", "s3://bucket/nothing-here", "--cache", str(cache)]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60, check=False
+        command, cwd=ROOT, env=environment(tmp_path, **s3), capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 2
     assert "s3://bucket/nothing-here/dataset.json: not there" in result.stderr

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.dist.launching import accelerate, lines, python
+from tests.support.launching import accelerate, lines, python
 
 # A short training that reaches about 98 %: the demo's recipe at half the size and a quarter of the epochs.
 SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "5", "--warmup-epochs", "1")

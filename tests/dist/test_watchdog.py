@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.dist.launching import ROOT, environment, free_port
+from tests.support.launching import ROOT, environment, free_port
 
 pytestmark = [pytest.mark.timed, pytest.mark.timeout(240)]
 

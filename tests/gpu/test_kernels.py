@@ -23,7 +23,7 @@ from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
-from tests.kernel_checks import (
+from tests.support.kernel_checks import (
     BF16,
     FP16,
     FP32,

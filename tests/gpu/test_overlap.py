@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.launching import python
-from tests.training_loop import training
+from tests.support.launching import python
+from tests.support.training_loop import training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -16,8 +16,8 @@ from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams, draw, mix_params
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
-from tests.kernel_checks import poisoned_memory
-from tests.randaugment_checks import expect_torchs_bytes, parameters, pictures
+from tests.support.kernel_checks import poisoned_memory
+from tests.support.randaugment_checks import expect_torchs_bytes, parameters, pictures
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.kernel_checks import poisoned_memory
+from tests.support.kernel_checks import poisoned_memory
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fat import kernels
 from fat.kernels import ops
-from tests.kernel_checks import BF16, FP32, Draw, expect
+from tests.support.kernel_checks import BF16, FP32, Draw, expect
 
 SHAPE = (2, 20, 5, 4)
 KERNEL = 3

@@ -9,7 +9,7 @@ import torch
 
 from fat.kernels.impl import channel_sums as sums
 from fat.kernels.impl import norm_relu, tiles
-from tests.kernel_checks import (
+from tests.support.kernel_checks import (
     BF16,
     FP16,
     FP32,

@@ -14,7 +14,7 @@ from pipeline.augment.params import draw
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
 from pipeline.augment.triton_impl import randaugment
-from tests.randaugment_checks import FILL, expect_torchs_bytes, parameters, pictures
+from tests.support.randaugment_checks import FILL, expect_torchs_bytes, parameters, pictures
 
 MAGNITUDES = np.array([0.0, 3.3, 9.0, 10.0])
 each_op = pytest.mark.parametrize("op", Op, ids=lambda op: op.title)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.dist.launching import environment, free_port
+from tests.support.launching import environment, free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """\

@@ -24,8 +24,8 @@ from launch import submit
 from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.world import World
-from tests.dist.launching import ROOT
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
+from tests.support.launching import ROOT
 
 OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--global-batch", "16", "--log-every", "1")
 RECORDED = ROOT / "tests" / "slurm" / "recorded_train.py"

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from launch.slurm.script import TEMPLATE
-from tests.dist.launching import ROOT, lines
 from tests.slurm.cluster import DAEMONS, Cluster, wait_until
 from tests.slurm.conftest import OPTIONS, need, start_job, uninterrupted
+from tests.support.launching import ROOT, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import run_pipeline
-from tests.dist.launching import ROOT
 from tests.slurm.cluster import Cluster, command_of, wait_until
+from tests.support.commands import run_pipeline
+from tests.support.launching import ROOT
 
 OPTIONS = ("--shard-size", "1", "--max-side", "48")  # re-encoding, so that a task lasts for a while
 

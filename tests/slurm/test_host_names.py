@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import ROOT, environment, free_port
 from tests.slurm.conftest import need
 from tests.slurm.hosts import some_hosts
+from tests.support.launching import ROOT, environment, free_port
 
 JOIN = """
 import os, sys

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import LAUNCHER, ROOT, environment, free_port
 from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import OPTIONS, RECORDED, need
 from tests.slurm.hosts import Host, some_hosts
+from tests.support.launching import LAUNCHER, ROOT, environment, free_port
 
 STALL_SECONDS = 6
 # The explanation, and the launcher's own end on a busy machine.

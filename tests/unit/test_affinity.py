@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.machine.affinity import choose, numa_nodes, parse_list
-from tests.dist.launching import python_path
+from tests.support.launching import python_path
 
 TWO_SOCKETS = {0: frozenset(range(8)), 1: frozenset(range(8, 16))}
 ALL = frozenset(range(16))

@@ -13,10 +13,10 @@ import pytest
 from pipeline.storage.cache import Cache, CacheFull, DiskFull, Part
 from pipeline.storage.remote_set import RemoteSet, open_set
 from shards.format.dataset import ShardSet
-from tests.serving import Site
 from tests.support import disks
 from tests.support.cached import cached
 from tests.support.disks import fill
+from tests.support.serving import Site
 from tests.unit.test_staging import batches_of, impatient, put, same, site, train
 
 __all__ = ["impatient", "site"]  # fixtures

@@ -23,9 +23,9 @@ from pipeline.storage.remote_set import RemoteSet, open_set
 from shards.errors import StorageFailed
 from shards.files import waiting
 from shards.format.dataset import ShardSet
-from tests.dist.launching import ROOT, environment
-from tests.serving import Site
 from tests.support.cached import cached, own_folder
+from tests.support.launching import ROOT, environment
+from tests.support.serving import Site
 from tests.unit.test_staging import batches_of, impatient, same, shards_of, site, train
 
 __all__ = ["impatient", "site"]  # fixtures

@@ -23,7 +23,7 @@ from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
 from launch.run.files import FolderFailed
 from launch.run.progress import Progress
 from shards.errors import StorageFailed
-from tests.dist.launching import environment
+from tests.support.launching import environment
 
 FINGERPRINT = Fingerprint(fixed={"global_batch": 64}, free={"lr": 0.1})
 

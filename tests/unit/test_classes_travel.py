@@ -24,7 +24,7 @@ from launch.run.progress import Progress
 from launch.train import main as train
 from shards.errors import UserError
 from tests.support.damage import edit_manifest
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY
 
 SMALL = ("--size", "32", "--augment", "light", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0")
 QUICK = ("--batch", "64", "--limit", "64")

@@ -12,7 +12,7 @@ import pytest
 
 from launch.machine.affinity import choose
 from shards import cores
-from tests.dist.launching import python_path
+from tests.support.launching import python_path
 
 V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 

@@ -10,7 +10,7 @@ import pytest
 from nvidia.dali import fn
 
 from benchmarks import dali_check
-from tests.conftest import run_pipeline
+from tests.support.commands import run_pipeline
 
 CHECKS = [
     "decode a window",

@@ -17,10 +17,8 @@ from PIL import Image
 from pipeline.decode.job import DecodeJob
 from pipeline.decode.resize import Resizer
 from pipeline.jobs import MAX_ASPECT, eval_geometry, eval_windows
+from tests.support.dali_on_cpu import decoded, encoded
 from tests.support.measured import run_measured
-from tests.unit.test_dali_graph import decoded, encoded, on_a_cpu
-
-__all__ = ["on_a_cpu"]
 
 SIZE = 64
 SIZES = [(2, 900), (900, 2), (1, 400), (3, 777), (40, 500), (2000, 90), (33, 265), (80, 641), (300, 451)]
@@ -62,13 +60,12 @@ def test_the_cpu_gives_the_pixels_of_resize_then_crop(size: int, crop_pct: float
         assert difference.mean() < 0.4, sides
 
 
-@pytest.mark.usefixtures("on_a_cpu")
 def test_the_gpu_s_graph_gives_the_pixels_of_resize_then_crop() -> None:
     photos = [Image.fromarray(noise(*sides)).resize(sides[::-1]) for sides in SIZES]
     for some in (photos[:3], photos[3:6], photos[6:]):
         heights, widths = np.array([image.size[::-1] for image in some], np.int32).T
         window, region = eval_windows(heights, widths, SIZE)
-        found = decoded(True, some, window=window, region=region)
+        found = decoded(SIZE, some, evaluation=True, window=window, region=region)
         for row, photo in zip(found, some, strict=True):
             stored = Image.open(io.BytesIO(encoded(photo).tobytes())).convert("RGB")
             # DALI treats the ends of an image otherwise than Pillow does: compare with its own whole resize.

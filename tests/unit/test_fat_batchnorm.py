@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fat
 from fat.batchnorm import BatchNorm, folded, statistics, with_statistics
 from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, depthwise, folds, pointwise
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY
 
 BF16 = torch.bfloat16
 

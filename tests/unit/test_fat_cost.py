@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fat
-from tests.unit.test_fat_parity import PARAMETERS, TINY
+from tests.support.tiny_fat import PARAMETERS, TINY
 
 GMAC = {"fat_b0": 0.754, "fat_b1": 1.243, "fat_b2": 2.131, "fat_b3": 4.632}  # at 224, attention products included
 PAPER_GMAC = {"fat_b0": 0.7, "fat_b1": 1.2, "fat_b2": 2.0, "fat_b3": 4.4}  # without them, as printed

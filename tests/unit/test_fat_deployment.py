@@ -11,8 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import fat
 from fat.blocks import Block
-from tests.unit.test_fat_model import images, settle
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY, images, settle
 
 # A block of each kind, and no more: exporters and compilers take time for every operation.
 MINI = fat.FATConfig(

@@ -6,22 +6,9 @@ import pytest
 import torch
 
 import fat
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY, images
 
 SIZES = [(33, 33), (97, 65), (200, 264), (224, 224), (384, 384)]
-
-
-def images(batch: int = 2, size: tuple[int, int] = (64, 64), chans: int = 3) -> torch.Tensor:
-    return torch.randn(batch, chans, *size, generator=torch.Generator().manual_seed(0))
-
-
-def settle(model: torch.nn.Module) -> torch.nn.Module:
-    """Gives BatchNorm statistics of its own to a fresh model, so that eval mode is not at its initialisation."""
-    model.train()
-    with torch.no_grad():
-        for _ in range(3):
-            model(images(4, (96, 96)))
-    return model.eval()
 
 
 def check_size(name: str, size: tuple[int, int]) -> None:

@@ -12,8 +12,7 @@ from torch.func import functional_call
 import fat
 from fat.blocks import Block
 from fat.layers import DropPath, MapNorm, _group_norm, norm_rows
-from tests.unit.test_fat_model import images, settle
-from tests.unit.test_fat_parity import TINY, relative_error
+from tests.support.tiny_fat import TINY, images, relative_error, settle
 
 Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 

@@ -10,10 +10,9 @@ import torch
 
 import fat
 from fat.weights.released_names import from_released
+from tests.support.tiny_fat import PARAMETERS, TINY, relative_error
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "fat_tiny_official.npz"
-TINY = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 2, 2, 1), heads=(2, 4, 6, 8), num_classes=10)
-PARAMETERS = {"fat_b0": 4_494_488, "fat_b1": 7_819_720, "fat_b2": 13_466_728, "fat_b3": 29_196_264}
 MOMENTUM = 0.1  # of every BatchNorm's running statistics
 
 Group = dict[str, torch.Tensor]
@@ -51,10 +50,6 @@ def model(released: dict[str, Group]) -> fat.FAT:
     model = fat.FAT(TINY)
     model.load_state_dict(released["weight"])
     return model
-
-
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
 def test_eval_logits(model: fat.FAT, released: dict[str, Group]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fat
 from fat.account.roofline import Roofline, ceiling, roofline, traced
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY
 
 # GB of a step of 256 images under bf16 autocast, estimated by hand before any of this was counted.
 ESTIMATED = {"fat_b0": (127, 29), "fat_b3": (449, 111)}

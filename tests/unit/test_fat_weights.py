@@ -19,7 +19,7 @@ from fat.config import LIMITS
 from fat.weights.released_names import to_released
 from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
 from tests.support.measured import run_measured
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY
 
 
 @pytest.fixture

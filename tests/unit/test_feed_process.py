@@ -31,9 +31,9 @@ from pipeline.storage.remote_client import RemoteError
 from pipeline.storage.remote_set import open_set
 from shards.errors import ShardSetError, UserError
 from shards.format.dataset import ShardSet
-from tests.serving import serve
 from tests.support.damage import flip_a_bit
 from tests.support.leftovers import children, feed_buffers, nothing_is_left_behind
+from tests.support.serving import serve
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -29,8 +29,8 @@ from pipeline.storage.remote_set import open_set
 from shards.errors import ShardSetError, UserError
 from shards.format.beton import FIELD, HEADER, METADATA
 from shards.format.dataset import ShardSet
-from tests.conftest import run_pipeline
-from tests.serving import serve
+from tests.support.commands import run_pipeline
+from tests.support.serving import serve
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("ffcv")

@@ -21,7 +21,7 @@ from launch.machine.world import World
 from launch.resilience.heartbeat import MAX_BYTES, Beat, Heartbeat, Start, clear, read_beat
 from launch.resilience.rank_status import RankStatus, describe_failure, failing_hosts
 from launch.resilience.watchdog import OBSERVERS, is_observer
-from tests.dist.launching import ROOT
+from tests.support.launching import ROOT
 
 EARLIER = "fedcba9876543210"
 

@@ -30,8 +30,8 @@ from launch.tuning.command import tune
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
-from tests.unit.test_launch_commands import SMALL
-from tests.unit.test_launch_commands import run as run_command
+from tests.support.commands import SMALL
+from tests.support.commands import run as run_command
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, local_size=1, device=CPU)

@@ -9,7 +9,7 @@ import torch
 
 from fat import kernels
 from fat.kernels import families, ops, reference
-from tests.kernel_checks import (
+from tests.support.kernel_checks import (
     BF16,
     EPS,
     FP16,
@@ -56,7 +56,7 @@ def _all_families_are_off() -> Iterator[None]:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", CHECKS)
 def test_operators_in_torch_are_as_exact_as_the_kernels(name: str, dtype: torch.dtype) -> None:
-    """`tests.kernel_checks` computes what it expects with autograd in float64, not with `fat.kernels.reference`."""
+    """`kernel_checks` computes what it expects with autograd in float64, not with `fat.kernels.reference`."""
     CHECKS[name](dtype, Draw.seeded(1, "cpu"))
 
 

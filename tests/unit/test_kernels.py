@@ -18,7 +18,7 @@ from fat.kernels import ops
 from fat.kernels.impl import tiles
 from pipeline.augment.params import draw, mix_params
 from pipeline.augment.recipe import augment_recipe
-from tests.offline import OfflineDriver, launches_only_compile
+from tests.support.triton_offline import OfflineDriver, launches_only_compile
 
 pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,8 @@ from launch.evaluate import main as evaluate
 from launch.run.curves import draw_curves
 from launch.train import main as train
 from shards.errors import UserError
+from tests.support.commands import SMALL, run
 from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
-
-SMALL = ("--size", "32", "--augment", "light", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0")
-
-
-def run(main, *args: object) -> int:
-    """A command with these arguments."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["command", *map(str, args)])
-        return int(main())
 
 
 @pytest.fixture(scope="module")

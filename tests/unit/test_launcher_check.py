@@ -11,7 +11,7 @@ import pytest
 
 from launch.machine.launcher_check import check_launcher
 from shards.errors import UserError
-from tests.dist.launching import ROOT, python_path
+from tests.support.launching import ROOT, python_path
 
 # As SLURM 22.05 sets them: of the job, and of a step in it.
 BATCH = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_NPROCS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}

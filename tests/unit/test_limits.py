@@ -11,7 +11,8 @@ import torch
 import fat
 from launch.machine import device_peaks as limits
 from launch.machine.device_peaks import limits_of, measured_bandwidth, random_bytes, stated_arithmetic
-from tests.unit.test_launch_commands import SMALL, run, train
+from launch.train import main as train
+from tests.support.commands import SMALL, run
 
 CPU = torch.device("cpu")
 

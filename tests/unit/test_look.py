@@ -13,7 +13,7 @@ from launch.cli import main as pipeline
 from pipeline import look
 from pipeline.look import Cell, Look, contact_sheet
 from shards.format.dataset import ShardSet
-from tests.serving import serve
+from tests.support.serving import serve
 
 
 @pytest.fixture

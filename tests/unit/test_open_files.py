@@ -13,7 +13,7 @@ import pytest
 
 from shards.errors import StorageFailed, explained, lack_of_files, storage_error
 from shards.open_files import share
-from tests.dist.launching import python_path
+from tests.support.launching import python_path
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 FULL = OSError(errno.EMFILE, os.strerror(errno.EMFILE))

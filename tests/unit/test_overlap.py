@@ -19,7 +19,7 @@ import torch
 
 from pipeline.decode.dali import MOST_KEPT, StillRead
 from tests.support.host_waits import HostWaits
-from tests.training_loop import training
+from tests.support.training_loop import training
 
 STEPS = 50
 SMALL, LARGE = 4, 12

@@ -17,7 +17,7 @@ from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.format.manifest import Manifest
 from shards.format.pinned import ManifestDigest, split_pin
-from tests.serving import serve
+from tests.support.serving import serve
 
 
 def pins(path: Path) -> tuple[str, str]:

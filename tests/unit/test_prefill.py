@@ -31,7 +31,7 @@ from fat import kernels
 from fat.blocks import Block
 from fat.kernels.prefill import command, compile_ahead, launches
 from fat.kernels.prefill.work import evaluation, training_step
-from tests.offline import launches_only_compile
+from tests.support.triton_offline import launches_only_compile
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITY = (9, 0)

@@ -31,7 +31,7 @@ from pipeline.storage.remote_client import NoRanges, Remote, RemoteError, Server
 from pipeline.storage.remote_set import GIB, open_set
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from tests.serving import Site, serve
+from tests.support.serving import Site, serve
 
 FILE, SIZE = "data.tar", 3_000_000
 CONTENT = np.random.default_rng(0).bytes(SIZE)

@@ -30,7 +30,7 @@ from launch.run.status import RunFailed, read_content, read_status, write_status
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
-from tests.training_loop import CONFIG
+from tests.support.training_loop import CONFIG
 
 Folders = Callable[..., RunFolder]
 

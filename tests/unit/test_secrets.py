@@ -27,7 +27,7 @@ from launch.train import main as train
 from shards import redact as redaction
 from shards.errors import UserError, report
 from shards.redact import printable, protect_output, redact, redacted, redacted_traceback
-from tests.serving import serve
+from tests.support.serving import serve
 
 CANARY = "canary7f3a"
 URL = f"https://me:{CANARY}@host/set"

@@ -24,7 +24,7 @@ from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
 from shards.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, content_hash
 from shards.format.manifest_fields import MAX_CLASSES, BetonEntry, ClassEntry, ShardEntry, SplitEntry
-from tests.serving import serve
+from tests.support.serving import serve
 
 Edit = Callable[[dict[str, Any]], object]
 A, B, C = "0123456789abcdef", "00000000000000ff", "fedcba9876543210"

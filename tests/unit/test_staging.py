@@ -29,8 +29,8 @@ from pipeline.storage.remote_client import RemoteError
 from pipeline.storage.remote_set import GIB, RemoteSet, open_set
 from shards.errors import ShardSetError, UserError
 from shards.format.dataset import ShardSet
-from tests.serving import Site, serve
 from tests.support.cached import cached
+from tests.support.serving import Site, serve
 
 CPU = torch.device("cpu")
 RECIPE = augment_recipe("light", size=32)

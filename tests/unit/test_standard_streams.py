@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dist.launching import ROOT, environment
+from tests.support.launching import ROOT, environment
 
 CODE = """
 import sys

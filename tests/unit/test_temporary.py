@@ -11,7 +11,7 @@ import pytest
 
 from shards.errors import UserError
 from shards.files.temporary import prepare_caches
-from tests.dist.launching import python_path
+from tests.support.launching import python_path
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 VERB = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -14,8 +14,8 @@ import torch
 from launch.machine.world import World
 from launch.resilience.watchdog import Watchdog
 from shards.errors import UserError
-from tests.dist.launching import python_path
 from tests.support.hanging_mount import can_mount
+from tests.support.launching import python_path
 
 pytestmark = pytest.mark.timed
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 import fat
 from fat.weights.released_names import to_released
 from tests.support.hostile_weights import Claim, program, write_checkpoint
-from tests.unit.test_fat_parity import TINY
+from tests.support.tiny_fat import TINY
 
 State = dict[str, Tensor]
 

@@ -30,7 +30,7 @@ def python_path() -> str:
 
 
 def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
-    """Ours, without anything a launcher or a user's configuration could add, and without GPUs (tests/gpu asks for them)."""
+    """Ours, without what a launcher or a user's configuration could add, and without GPUs (tests/gpu asks for them)."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(STRIPPED)}
     hidden = {} if "tests/gpu" in os.environ.get("PYTEST_CURRENT_TEST", "") else {"CUDA_VISIBLE_DEVICES": ""}
     return kept | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": python_path()} | hidden | extra

@@ -20,7 +20,7 @@ from pipeline.augment.torch_impl import geometry
 from pipeline.augment.triton_impl import randaugment
 
 FILL = (124, 116, 104)
-PHOTO = Image.fromarray(np.load(Path(__file__).parent / "fixtures" / "timm_recipe.npz")["photo0"])
+PHOTO = Image.fromarray(np.load(Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz")["photo0"])
 GEOMETRIC = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
 
 

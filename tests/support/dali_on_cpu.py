@@ -1,0 +1,55 @@
+"""DALI's graph for a GPU, run on a CPU: the same operators and arguments, but for the device."""
+
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import Pipeline, fn
+from PIL import Image
+
+from pipeline.decode import dali
+from pipeline.decode.dali import DaliDecoder
+from pipeline.decode.job import DecodeJob
+
+_ONLY_ON_GPUS = ("hw_decoder_load", "preallocate_width_hint", "preallocate_height_hint")
+
+
+def decoded(size: int, photos: list[Image.Image], *, evaluation: bool, **job: Any) -> np.ndarray:
+    """Decode photos as on a GPU: uint8 [len(photos), size, size, 3].
+
+    Args:
+        job: other fields of the DecodeJob; the window is the whole photo unless given.
+    """
+    images = [encoded(photo) for photo in photos]
+    sizes = np.array([photo.size[::-1] for photo in photos], np.int32)
+    window = job.pop("window", np.concatenate([np.zeros_like(sizes), sizes], axis=1))
+    # A batch may be smaller than the largest.
+    whole = DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window, **job)  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fn.decoders, "image_slice", _image_slice(fn.decoders.image_slice))
+        patch.setattr(dali, "Pipeline", lambda device_id, **options: Pipeline(device_id=None, **options))
+        decoder = DaliDecoder(size=size, batch=4, device=torch.device("cuda", 0), threads=1, evaluation=evaluation)
+        (found,) = decoder._build(iter([decoder._inputs(whole)] * 4)).run()
+        return np.asarray(found.as_tensor())
+
+
+def encoded(photo: Image.Image) -> np.ndarray:
+    """Encode as JPEG: uint8 [bytes]."""
+    sink = io.BytesIO()
+    photo.save(sink, "JPEG", quality=95)
+    return np.frombuffer(sink.getvalue(), np.uint8)
+
+
+def _image_slice(decode: Any) -> Any:
+    def on_cpu(*inputs: Any, **options: Any) -> Any:
+        assert options.pop("device") == "mixed"
+        for name in _ONLY_ON_GPUS:
+            options.pop(name)
+        return decode(*inputs, device="cpu", **options)
+
+    return on_cpu

@@ -1,0 +1,85 @@
+"""Training runs as processes of their own: start one, wait for a step, see what it left, end it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launching import LAUNCHER, ROOT, TRAIN, environment, free_port, lines
+
+OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
+STARTED: list[subprocess.Popen[str]] = []
+"""Processes that the fixture `_no_run_outlives_its_test` of tests/dist ends."""
+
+
+def start(
+    tmp_path: Path, *args: str | Path, ranks: int = 1, launcher: bool = False, script: tuple[str, ...] = (TRAIN,)
+) -> subprocess.Popen[str]:
+    """Start a run in a process group of its own; one plain process, or several under `accelerate launch`."""
+    topology = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
+    command = [*LAUNCHER, *topology] if launcher else [sys.executable]
+    process = subprocess.Popen(
+        [*command, *script, *OPTIONS, *map(str, args)],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    STARTED.append(process)
+    return process
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until the run's metrics say that `step` optimiser steps are done."""
+    for _ in range(1200):
+        if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(run, "train")):
+            return
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.1)
+    pytest.fail(f"no step {step} within two minutes")
+
+
+def status(run: Path) -> dict[str, Any]:
+    return json.loads((run / "status").read_text())
+
+
+def ranks_of(run: Path) -> list[int]:
+    """Processes whose command line names this run."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                text = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(run).encode() in text:
+                found.append(int(entry.name))
+    return found
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    for pid in _descendants(process.pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """`pid` and all its children's children."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
