@@ -18,8 +18,8 @@ import xxhash
 
 from launch.config.command_line import parse
 from launch.feed import Feed
-from launch.train import begin
 from launch.machine.world import World, run_command
+from launch.train import begin
 from pipeline.batch import Batch
 
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2

@@ -1,10 +1,11 @@
-"""One rank of a small training on fixed random batches, BatchNorm frozen but for `--statistics`: what the engine does, without data loading.
+"""One rank of a small training on fixed random batches: what the engine does, without data loading.
 
     engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--poison STEP] [--statistics]
                   [--replay [--fails-on RANK]] [options of launch/train.py]
 
-Rank 0 writes the canonical state, the losses and gradient norms of all steps, and notes, to OUT.pt. With --replay
-training passes are captured and replayed by a stand-in for CUDA graphs, of which one rank's capture may fail.
+BatchNorm is frozen but for --statistics. Rank 0 writes the canonical state, the losses and gradient norms of all steps,
+and notes, to OUT.pt. With --replay training passes are captured and replayed by a stand-in for CUDA graphs, of which
+one rank's capture may fail.
 """
 
 from __future__ import annotations

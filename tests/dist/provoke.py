@@ -26,13 +26,13 @@ import torch
 import xxhash
 
 import launch.train
-from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
-from launch.run.checkpoint import Fingerprint
-from launch.run.progress import Progress
 from launch.config.command_line import parse
-from launch.engine.engine import Engine, StepResult
 from launch.engine.build import build_model
+from launch.engine.engine import Engine, StepResult
 from launch.machine.world import connect
+from launch.run.checkpoint import BackgroundWriter, CheckpointFolder, Fingerprint, Progress
+from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
+from launch.run.progress import Progress
 
 BAD_STEPS = {2, 5, 6, 7}
 original_step = Engine.step

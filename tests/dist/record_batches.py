@@ -30,10 +30,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     feed = Feed.of(parse(options), World(rank, size, rank, size, torch.device("cpu")))
-    record(feed, Path(out), kind, int(start), int(stop), float(pace))
+    record(feed, Path(out), kind, int(start), int(stop), pace=float(pace))
 
 
-def record(feed: Feed, out: Path, kind: str, start: int, stop: int, pace: float) -> None:
+def record(feed: Feed, out: Path, kind: str, start: int, stop: int, *, pace: float) -> None:
     with (out / f"rank-{feed.world.rank}.jsonl").open("w") as log:
 
         def write(content: object) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from launch.machine.world import connect, run_command
 from launch.resilience import watchdog
 from launch.resilience.watchdog import Watchdog
-from launch.machine.world import connect, run_command
 
 watchdog.ANSWER_SECONDS = 6.0  # half of what shared storage is given
 
