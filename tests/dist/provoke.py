@@ -30,7 +30,7 @@ from launch.config.command_line import parse
 from launch.engine.build import build_model
 from launch.engine.engine import Engine, StepResult
 from launch.machine.world import connect
-from launch.run.checkpoint import BackgroundWriter, CheckpointFolder, Fingerprint, Progress
+from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
 from launch.run.progress import Progress
 

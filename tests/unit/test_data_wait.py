@@ -6,7 +6,6 @@ The device is stood in for by a clock: an event has happened when the clock has 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -66,7 +65,6 @@ def test_a_host_that_waits_for_the_loader_far_ahead_of_the_device_waits_for_noth
 
     def slow() -> Iterator[Any]:
         for ready in (5.0, 40.0, 80.0):  # the host gets them late, the device has work until 110, 210
-            time.sleep(0.02)
             yield device.batch(ready)
 
     batches = slow()
@@ -108,19 +106,24 @@ def test_events_are_read_when_they_have_happened_and_not_kept_longer() -> None:
     assert before < wait.seconds() == pytest.approx(0.005 + 49 * 0.009)
 
 
-def test_on_a_cpu_it_is_the_time_that_taking_takes() -> None:
+def test_on_a_cpu_it_is_the_time_that_taking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("launch.run.data_wait.time.perf_counter", lambda: now)
     assert timed_event(CPU) is None
     wait = DataWait(CPU)
 
     def batches() -> Iterator[Any]:
+        nonlocal now
         while True:
-            time.sleep(0.02)
+            now += 0.25
             yield SimpleNamespace(ready=None)
 
     source = batches()
     assert len(wait.take(source, 2)) == 2
+    now += 10.0  # the step
     wait.ended()
-    assert 0.04 <= wait.seconds() < 0.4
+    wait.take(source)
+    assert wait.seconds() == 0.75
     wait.restart()
     assert wait.seconds() == 0.0
 

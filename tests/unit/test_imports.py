@@ -154,7 +154,7 @@ def _folder(module: str) -> str:
     return str((path if path.is_dir() else path.parent).relative_to(ROOT))
 
 
-# TODO: these import from test modules that are being rewritten; take them out one by one.
+# These import from test modules that are being rewritten; take them out one by one.
 AWAITING_REWRITE = {"test_cache_disk.py", "test_cache_waits.py", "test_choices.py", "test_tuning.py"}
 
 

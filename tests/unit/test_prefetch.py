@@ -32,16 +32,19 @@ def test_a_fault_surfaces_after_the_items_before_it_and_stays() -> None:
 
 
 def test_it_runs_no_further_ahead_than_its_depth() -> None:
-    made = 0
+    made, four = 0, threading.Event()
 
     def source() -> Iterator[int]:
         nonlocal made
         while True:
             made += 1
+            if made == 4:
+                four.set()
             yield made
 
     items = Prefetcher(source(), depth=3, name="t")
-    time.sleep(0.3)
+    assert four.wait(30)
+    time.sleep(0.05)  # for a fifth, which must not come
     assert made == 4  # three wait, one is in the thread's hands
     assert items.ready == 3
     items.close()

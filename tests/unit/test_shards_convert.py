@@ -9,11 +9,11 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from shards.convert.parts import Part, hold_part
 from shards.convert.work import Work
 from shards.convert.writer import ContainerReader
 from shards.errors import ConversionFailed, ShardSetError, UserError
-from shards.files.lock import Held, hold
+from shards.files import waiting
+from shards.files.lock import WAIT, Held, hold
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules
 from shards.sources.scan import Layout, ScanOptions
@@ -180,12 +181,21 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path, capsys: pyt
     assert lock.read_text() == ""
 
 
-def test_a_lock_is_waited_for_as_long_as_was_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lock, began = tmp_path / "part.lock", time.monotonic()
-    with hold(lock, "it"), pytest.raises(Held, match=f"process {os.getpid()} on"), hold(lock, "it", wait=0.3):
+def test_a_lock_is_waited_for_as_long_as_was_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, now, pauses = tmp_path / "part.lock", 0.0, list[float]()
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        pauses.append(seconds)
+
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    with hold(lock, "it"), pytest.raises(Held, match=f"process {os.getpid()} on"), hold(lock, "it", wait=7.5):
         pass
-    assert 0.3 <= time.monotonic() - began < 5
-    assert "waiting for it for up to 0.3 s" in capsys.readouterr().err
+    assert pauses == [WAIT] * 8, "until more than 7.5 s have passed"
+    assert "waiting for it for up to 7.5 s" in capsys.readouterr().err
 
 
 def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:

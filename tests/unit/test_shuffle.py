@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import resource
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from pipeline.plan import Position, TrainPlan
 from pipeline.storage.files import MAX_OPEN
 from pipeline.storage.placement import storage_of
-from pipeline.storage.quick_check import quick_check
+from pipeline.storage.quick_check import SHARDS_AT_ONCE, quick_check
 from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
 from shards.format.index import write_index
@@ -60,9 +60,9 @@ def few_descriptors() -> Iterator[None]:
 
 @pytest.mark.parametrize("shards", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_set_of_very_many_shards_opens_and_reads(
-    digits: Path, tmp_path: Path, few_descriptors: None, shards: int
+    digits: Path, tmp_path: Path, few_descriptors: None, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
-    source = ShardSet(digits)
+    source, real_open = ShardSet(digits), os.open
     entry = dataclasses.replace(source.split("train").shards[0], samples=2)
     rows = np.array(source.index("train")[:2])
     names = [f"train-{number:06d}.tar" for number in range(shards)]
@@ -80,11 +80,15 @@ def test_a_set_of_very_many_shards_opens_and_reads(
     expected = [
         SampleReader(storage_of(source, "train")).read(np.arange(2)).checked().images[i].tobytes() for i in (0, 1)
     ]
-    start = time.perf_counter()
+    opened: list[Path] = []
+    monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(path), real_open(path, *args))[1])
     with SampleReader(storage) as reader:
-        assert quick_check(dataset, "train", reader, seconds=0.5) > 100
+        assert quick_check(dataset, "train", reader, seconds=0.0) == SHARDS_AT_ONCE
+        assert len(opened) == SHARDS_AT_ONCE
+        opened.clear()
         ids = np.random.default_rng(0).permutation(2 * shards)[:2000]
         found = reader.read(ids).checked().images
         assert storage.files.open_now <= MAX_OPEN  # type: ignore[attr-defined]
-    assert time.perf_counter() - start < 10
+    assert set(opened) <= {tmp_path / names[shard] for shard in (ids // 2).tolist()}
+    assert len(opened) <= len(ids)
     assert [image.tobytes() for image in found] == [expected[i % 2] for i in ids.tolist()]
