@@ -8,9 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.cli import main as pipeline
+from launch.config.command_line import parse
+from launch.feed import Feed
+from launch.machine.world import World
 from launch.train import main as train
+from shards.errors import UserError
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -77,13 +82,13 @@ def test_fewer_images_than_one_batch(digits: Path, capsys: pytest.CaptureFixture
     assert "1437 training images are fewer than one global batch of 2048" in error_line(capsys)
 
 
-def test_a_world_size_that_does_not_fit(
-    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipeline.plan import BatchShape, PlanError
+def test_a_world_size_that_does_not_fit(digits: Path) -> None:
+    recipe = parse(["--data", str(digits), "--global-batch", "64"])
+    with pytest.raises(UserError, match=r"world size 3 .* global batch of 64.*: 2 and 4"):
+        Feed.of(recipe, World(0, 3, 0, 3, torch.device("cpu")))
 
-    with pytest.raises(PlanError, match=r"world size 3 .* global batch of 64.*: 2 and 4"):
-        BatchShape(global_batch=64, world=3)
+
+def test_a_micro_batch_that_does_not_fit(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_on(digits, "--micro-batch", "7") == 2
     assert "micro-batch 7 does not divide the 64 rows" in error_line(capsys)
 

@@ -19,15 +19,13 @@ ALLOWED = {
     "fat": set(),
     "launch": {"pipeline", "shards", "fat"},
 }
-# Files that may, inside a function only, reach further.
-LAZY_EXCEPTIONS = {"launch/cli.py": {"fat", "launch"}}
 TRITON_FILES = (
     "attention", "batchnorm", "channel_sums", "depthwise", "depthwise_weight_grad", "gate", "norm", "norm_relu",
 )  # fmt: skip
 # Heavy libraries that one room alone may touch.
 ONLY_IN = {
     "nvidia": {"pipeline/decode/dali.py"},
-    "ffcv": {"pipeline/decode/ffcv.py", "shards/format/beton.py"},
+    "ffcv": {"pipeline/decode/ffcv.py"},
     "triton": {
         *(f"fat/kernels/impl/{name}.py" for name in TRITON_FILES),
         *(f"fat/kernels/prefill/{room}.py" for room in ("compile_ahead", "compiler", "launches")),
@@ -37,6 +35,8 @@ ONLY_IN = {
     "accelerate": {"launch/engine/accelerate.py"},
     "deepspeed": {"launch/engine/zero_state.py", "launch/engine/accelerate.py"},
 }
+# Files that others import inside functions only.
+LAZY = ONLY_IN["triton"] | ONLY_IN["ffcv"]
 TORCH_FREE = ("shards",)
 # Packages in whose root lie files of several layers, which import the folders and are imported by them.
 ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "launch", "fat")
@@ -118,9 +118,9 @@ def test_imports_run_one_way(path: Path) -> None:
             assert module in sys.stdlib_module_names, f"{name} imports {module} at module level"
 
 
-def test_files_named_here_exist() -> None:
-    named = set().union(*ONLY_IN.values())
-    assert not [name for name in named if not (ROOT / name).is_file()]
+def test_files_named_here_import_what_they_alone_may() -> None:
+    for library, names in ONLY_IN.items():
+        assert [name for name in names if library not in dict(_imports(ROOT / name))] == [], library
 
 
 def test_no_folder_holds_more_than_14_source_files() -> None:
@@ -175,19 +175,13 @@ def test_no_test_module_is_imported_by_another() -> None:
     assert not {str(path.relative_to(ROOT)): found for path in paths if (found := _test_modules_imported(path))}
 
 
-def test_ffcv_is_imported_lazily() -> None:
-    for path in _sources():
-        if str(path.relative_to(ROOT)) == "shards/format/beton.py":
-            assert not any(module == "ffcv" and top for module, top in _imports(path))
-
-
 @pytest.mark.parametrize(
     "path",
-    [path for path in _sources() if str(path.relative_to(ROOT)) not in ONLY_IN["triton"]],
+    [path for path in _sources() if str(path.relative_to(ROOT)) not in LAZY],
     ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_files_that_import_triton_are_imported_lazily(path: Path) -> None:
-    rooms = {room.removesuffix(".py").replace("/", ".") for room in ONLY_IN["triton"]}
+def test_files_that_import_triton_or_ffcv_are_imported_lazily(path: Path) -> None:
+    rooms = {room.removesuffix(".py").replace("/", ".") for room in LAZY}
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):

@@ -44,8 +44,12 @@ def test_later_recipe_files_override_earlier_ones(tmp_path: Path) -> None:
     assert (recipe.compile.compile, recipe.compile.optimizer_impl) == ("off", "foreach")
 
 
-def test_a_recipe_survives_json(tmp_path: Path) -> None:
-    json.dumps(parse(["--data", "x"]).to_dict())
+def test_a_recipe_survives_json() -> None:
+    recipe = parse(["--data", "x", "--crop-scale", "0.1", "0.5"]).to_dict()
+    written = json.loads(json.dumps(recipe))
+    assert written["data"]["data"] == "x"
+    assert written["data"]["crop_scale"] == [0.1, 0.5]
+    assert written.keys() == recipe.keys()
 
 
 @pytest.mark.parametrize(
@@ -77,9 +81,12 @@ def test_unknown_options_end_with_status_2(args: list[str]) -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("args", [["--flip", "2"], ["--rand-augment", "rand-m99"], ["--crop-scale", "1", "0.5"]])
-def test_impossible_augmentation_is_refused(args: list[str]) -> None:
-    with pytest.raises(UserError):
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--flip", "2"], "flip"), (["--rand-augment", "rand-m99"], "rand-m99"), (["--crop-scale", "1", "0.5"], "scale")],
+)
+def test_impossible_augmentation_is_refused(args: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         parse(args).data.augmentation()
 
 
@@ -113,8 +120,13 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
     ("options", "seconds"),
     [([], 420), (["--hang-timeout", "60"], 180), (["--hang-timeout", "7200"], 1740), (["--lock-wait", "0"], 0)],
 )
-def test_a_start_outwaits_the_watchdog_of_a_stuck_trainer(options: list[str], seconds: float) -> None:
+def test_how_long_a_start_waits_for_the_lock(options: list[str], seconds: float) -> None:
     recipe = parse(options)
-    waits = recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout)
-    assert waits == seconds
-    assert options or waits > recipe.watchdog.hang_timeout + LAST_RESORT_SECONDS
+    assert recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout) == seconds
+
+
+@pytest.mark.parametrize("options", [[], ["--hang-timeout", "60"]])
+def test_a_start_outwaits_the_watchdog_of_a_stuck_trainer(options: list[str]) -> None:
+    recipe = parse(options)
+    timeout = recipe.watchdog.hang_timeout
+    assert recipe.checkpoint.lock_seconds(timeout) > timeout + LAST_RESORT_SECONDS

@@ -20,7 +20,10 @@ def test_every_rate_of_300_epochs_is_timms() -> None:
     np.testing.assert_allclose([rate(step) for step in range(3000)], expected, rtol=1e-12)
 
 
-def test_rates_scale_with_the_global_batch() -> None:
-    assert OptimConfig().rates(512) == pytest.approx((5e-7, 5e-4, 5e-6))
-    assert OptimConfig().rates(1024) == pytest.approx((1e-6, 1e-3, 1e-5))
-    assert OptimConfig(lr=0.1, warmup_lr=0.2, min_lr=0.3).rates(1024) == (0.2, 0.1, 0.3)
+@pytest.mark.parametrize(("global_batch", "scale"), [(1024, 2.0), (256, 0.5), (4096, 8.0)])
+def test_rates_scale_with_the_global_batch(global_batch: int, scale: float) -> None:
+    assert OptimConfig().rates(global_batch) == pytest.approx((5e-7 * scale, 5e-4 * scale, 5e-6 * scale))
+
+
+def test_given_rates_do_not_scale() -> None:
+    assert OptimConfig(warmup_lr=1.0, lr=3.0, min_lr=2.0).rates(4096) == (1.0, 3.0, 2.0)
