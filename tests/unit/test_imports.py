@@ -44,7 +44,6 @@ ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "launch", "fat")
 FOLDER_EXCEPTIONS = {
     "fat/kernels/ops": {"fat/kernels"},
     "fat/kernels/prefill": {"fat/account", "fat/kernels"},
-    "launch/tuning": {"launch/run"},
     "pipeline/augment/torch_impl": {"pipeline/augment"},
     "pipeline/augment/triton_impl": {"pipeline/augment"},
 }
