@@ -46,7 +46,8 @@ from shards.sources.naming.doubts import (
 from shards.sources.naming.labels import FileLabels, LabelReader, number_classes
 from shards.sources.naming.splits import split_files
 from shards.sources.unused import MAX_TEXT, UnusedEntry, merge
-from shards.workers.pool import Report, run_jobs
+from shards.workers.pool import run_jobs
+from shards.workers.worker import Report
 
 CHUNK = 2**22
 

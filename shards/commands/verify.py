@@ -25,7 +25,8 @@ from shards.format.tar import BLOCK, END, dali_index, header, index_line, paddin
 from shards.images.images import exceeded_limit
 from shards.images.jpeg import NotAJpeg, parse_header
 from shards.progress import Progress
-from shards.workers.pool import Report, run_jobs
+from shards.workers.pool import run_jobs
+from shards.workers.worker import Report
 
 CHUNK = 2**22
 

@@ -15,7 +15,7 @@ from shards.format.beton import BetonOptions, Layout, lay_out
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
 from shards.format.manifest_fields import BetonEntry
-from shards.workers.pool import Report
+from shards.workers.worker import Report
 
 CHUNK = 2**22
 

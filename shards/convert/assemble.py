@@ -18,7 +18,8 @@ from shards.format.beton import BetonOptions, Layout, lay_out
 from shards.format.index import Index
 from shards.format.manifest_fields import BetonEntry
 from shards.progress import Progress
-from shards.workers.pool import Report, run_jobs
+from shards.workers.pool import run_jobs
+from shards.workers.worker import Report
 
 
 @dataclass(frozen=True)

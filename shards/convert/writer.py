@@ -24,7 +24,7 @@ from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.open_files import share
 from shards.redact import display_name, one_line
 from shards.sources.listing import Container, Entry
-from shards.workers.pool import Report
+from shards.workers.worker import Report
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from shards.sources.naming.labels import (
     parse_label,
 )
 from shards.sources.scan import TEST, TRAIN, Scan, ScanOptions
-from shards.workers.pool import _Reporter
+from shards.workers.worker import Reporter
 
 ONE = Options(scan=ScanOptions(workers=1))
 
@@ -359,7 +359,7 @@ def test_a_test_split_may_have_no_labels(tmp_path: Path) -> None:
         read_tar(tar, LabelReader(), TRAIN)
     file = write_parquet(tmp_path / "test.parquet", [-1, 1, None])
     job = parquet_unpack.Unpack(file, tmp_path / "0.bin", unlabeled=True)
-    parquet_unpack.unpack(job, _Reporter(lambda items, size: None))
+    parquet_unpack.unpack(job, Reporter(lambda items, size: None))
     record = parquet_unpack.load_unpacked(job)
     assert record is not None
     assert ([label for *_, label in record.images], record.unlabeled) == ([1], 2)

@@ -46,7 +46,7 @@ from shards.sources.listing import Container, ListingBuilder
 from shards.sources.naming import classes
 from shards.sources.naming.labels import parse_label
 from shards.sources.scan import ScanOptions
-from shards.workers.pool import _Reporter
+from shards.workers.worker import Reporter
 
 ONE = Options(scan=ScanOptions(workers=1))
 CORPUS = Path(__file__).resolve().parents[1] / "fuzz/corpus"
@@ -353,8 +353,8 @@ def test_any_damage_to_a_parquet_file_is_a_user_error_or_none(seed: int, flips: 
     job = parquet_unpack.Unpack(path, tmp_path / "spool.bin")
     job.record.unlink(missing_ok=True)
     try:
-        parquet_unpack.inspect(path, _Reporter(lambda items, size: None))
-        parquet_unpack.unpack(job, _Reporter(lambda items, size: None))
+        parquet_unpack.inspect(path, Reporter(lambda items, size: None))
+        parquet_unpack.unpack(job, Reporter(lambda items, size: None))
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
@@ -372,7 +372,7 @@ def test_a_column_chunk_beyond_the_limit_is_refused_before_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_parquet(tmp_path / "in" / "train.parquet", {"image": IMAGES, "label": [0, 1, 0, 1]})
-    monkeypatch.setattr(parquet, "MAX_CHUNK", 500)
+    monkeypatch.setattr(parquet_unpack, "MAX_CHUNK", 500)
     monkeypatch.setattr(parquet, "unpack", None)
     refused(tmp_path / "in", tmp_path, r"row group 0 has [0-9,]+ bytes in column image, more than the 500 that")
 
@@ -381,7 +381,7 @@ def test_what_unpacks_to_many_times_its_size_is_refused(tmp_path: Path, monkeypa
     """One image of 64 KiB, 500 times: a dictionary page makes that a small file."""
     image = random.Random(0).randbytes(2**16)
     write_parquet(tmp_path / "in" / "train.parquet", {"image": [image] * 500, "label": [0] * 500})
-    monkeypatch.setattr(parquet, "_SMALL", 2**20)
+    monkeypatch.setattr(parquet_unpack, "_SMALL", 2**20)
     refused(tmp_path / "in", tmp_path, "row [0-9]+: unpacks to more than [0-9,]+ bytes, 100 times the file")
 
 

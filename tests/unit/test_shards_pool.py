@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import shards.workers.pool
+import shards.workers.worker
 from shards.errors import ConversionFailed
 from shards.progress import Progress
-from shards.workers.pool import Report, run_jobs
+from shards.workers.pool import run_jobs
+from shards.workers.worker import Report
 from tests.support.bombs import png
 from tests.support.measured import ROOT
 
@@ -37,7 +38,7 @@ def task(job: Job, report: Report) -> str:
     if how == "exits":
         os._exit(3)
     if how == "endless":
-        shards.workers.pool.MAX_IMAGE_SECONDS = 1  # in this process alone
+        shards.workers.worker.MAX_IMAGE_SECONDS = 1  # in this process alone
         report.start(os.fsencode(path))
         while True:
             pass

@@ -19,7 +19,7 @@ from shards.redact import display_name
 from shards.schema import Count, parse_json
 from shards.sources.layouts.parquet_columns import class_names, find_columns, other_columns
 from shards.sources.naming.labels import FileLabels, LabelReader, NoLabelError
-from shards.workers.pool import Report
+from shards.workers.worker import Report
 
 BATCH_ROWS = 64
 MAX_FOOTER = 2**26
