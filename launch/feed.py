@@ -56,7 +56,7 @@ class Feed:
             global_batch=data.global_batch,
             seed=recipe.run.seed,
             lanes=data.lanes,
-            window=data.window,
+            shuffle_block_size=data.shuffle_block_size,
             pairs=augment.mixes,
         )
         classes = len(dataset.manifest.classes)
@@ -110,7 +110,7 @@ class Feed:
             lines.append(
                 f"warning: {self.dataset.path} was not shuffled by 'pipeline shard'; its samples come in runs of "
                 f"{run:.1f} of one class on average (shuffled ones of about 1), mixed over {self.plan.lanes} lanes "
-                f"and windows of {self.plan.window}; if runs are long, shard the set anew"
+                f"and shuffle blocks of {self.plan.shuffle_block_size}; if runs are long, shard the set anew"
             )
         return lines
 

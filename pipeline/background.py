@@ -21,7 +21,7 @@ from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher
 from pipeline.storage.bad_samples import BadSamples
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
@@ -184,7 +184,7 @@ class BackgroundLoader(ABC):
             else:
                 yield from process.batches()
                 return
-        with stream.reader(Recycler(pinned=self._page_lock)) as reader:
+        with stream.reader(BufferPool(pinned=self._page_lock)) as reader:
             self._work_on(reader)
             yield from stream.run(reader, self._bad)
 

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from pipeline.jobs import JobStream, PreparedBatch
 from pipeline.storage.bad_samples import BadSamples
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.files import Interrupted
 from shards.errors import UserError, first_line
 from shards.redact import protect_output, redacted_traceback
@@ -288,7 +288,7 @@ class _MappedBuffer:
         self._locked_at: int | None = None
 
     def array(self) -> NDArray[np.uint8]:
-        """All of it, uint8 [size]. Views of the array refer to the array, see `Recycler.bytes`."""
+        """All of it, uint8 [size]. Views of the array refer to the array, see `BufferPool.bytes`."""
         return np.frombuffer(self._memory, np.uint8)
 
     def page_lock(self) -> None:
@@ -456,7 +456,7 @@ class _Feeder:
             os._exit(1)
 
 
-class SharedBuffers(Recycler):
+class SharedBuffers(BufferPool):
     """Buffers that another process can map."""
 
     def __init__(self) -> None:
@@ -511,7 +511,7 @@ def _with_images(batch: PreparedBatch, images: list[NDArray[np.uint8]]) -> Prepa
 
 
 def _lease_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The array made by `Recycler.bytes` that an image is a part of."""
+    """The array made by `BufferPool.bytes` that an image is a part of."""
     assert isinstance(image.base, np.ndarray)
     return image.base
 

@@ -16,9 +16,9 @@ from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.decode.job import DecodeJob
 from pipeline.options import LoaderOptions
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Ids, Need, Position, TrainPlan
+from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Ids, Position, ShardRequest, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
@@ -34,7 +34,7 @@ MIX_STEPS = 16
 
 
 @dataclass(frozen=True)
-class Portion:
+class BatchRequest:
     """What a rank delivers at once."""
 
     ids: Ids
@@ -48,7 +48,7 @@ class PreparedBatch:
     """A batch that is ready to be decoded and augmented."""
 
     job: DecodeJob
-    portion: Portion
+    request: BatchRequest
     params: SampleParams | None = None
     """Augmentation of each sample; None in an evaluation."""
     mixing: MixParams | None = None
@@ -59,19 +59,19 @@ class Jobs(ABC):
     """The batches of one loader, in order. Can be pickled."""
 
     @abstractmethod
-    def portions(self) -> Iterator[Portion]:
+    def requests(self) -> Iterator[BatchRequest]:
         """The batches, every row with a sample."""
 
     @abstractmethod
-    def needs(self) -> Iterator[Need]:
+    def shard_requests(self) -> Iterator[ShardRequest]:
         """The shards that these batches are read from."""
 
     @abstractmethod
     def step(self, position: Position) -> int:
-        """The step of a position, counted as `needs` counts."""
+        """The step of a position, counted as `shard_requests` counts."""
 
     @abstractmethod
-    def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
+    def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
         """Draw everything that is random about a batch that has been read."""
 
 
@@ -87,44 +87,44 @@ class TrainJobs(Jobs):
     _mix_block: int = field(default=-1, init=False, repr=False)
     _mixes: dict[int, list[MixParams]] = field(default_factory=dict, init=False, repr=False)
 
-    def portions(self) -> Iterator[Portion]:
+    def requests(self) -> Iterator[BatchRequest]:
         first = self.plan.steps_before(self.start)
         for step in range(first, self.epochs * self.plan.steps_per_epoch):
             position = self.plan.at(step)
             for micro in range(self.shape.accumulation):
-                yield Portion(self.plan.ids(position, self.shape.rows(micro)), position, micro)
+                yield BatchRequest(self.plan.ids(position, self.shape.rows(micro)), position, micro)
 
-    def needs(self) -> Iterator[Need]:
+    def shard_requests(self) -> Iterator[ShardRequest]:
         shape = self.shape
         rows = range(shape.rank * shape.rank_rows, (shape.rank + 1) * shape.rank_rows)
-        return self.plan.needs(self.start, rows, epochs=self.epochs)
+        return self.plan.shard_requests(self.start, rows, epochs=self.epochs)
 
     def step(self, position: Position) -> int:
         return self.plan.steps_before(position)
 
-    def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
+    def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
         params = draw(
             self.augment,
             seed=self.plan.seed,
-            epoch=portion.position.epoch,
+            epoch=request.position.epoch,
             ids=encoded.ids,
             heights=encoded.rows["height"],
             widths=encoded.rows["width"],
         )
         job = DecodeJob(encoded=encoded, window=params.windows, flip=params.flips)
-        return PreparedBatch(job, portion, params, self._mixing(portion))
+        return PreparedBatch(job, request, params, self._mixing(request))
 
-    def _mixing(self, portion: Portion) -> MixParams | None:
+    def _mixing(self, request: BatchRequest) -> MixParams | None:
         if not self.augment.mixes:
             return None
-        block, within = divmod(self.plan.steps_before(portion.position), MIX_STEPS)
+        block, within = divmod(self.plan.steps_before(request.position), MIX_STEPS)
         if block != self._mix_block:
             self._mix_block, self._mixes = block, {}
-        if portion.micro not in self._mixes:
-            lanes = self.plan.lane_of(self.shape.rows(portion.micro))
+        if request.micro not in self._mixes:
+            lanes = self.plan.lane_of(self.shape.rows(request.micro))
             steps = range(block * MIX_STEPS, (block + 1) * MIX_STEPS)
-            self._mixes[portion.micro] = mix_params_of(self.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
-        return self._mixes[portion.micro][within]
+            self._mixes[request.micro] = mix_params_of(self.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
+        return self._mixes[request.micro][within]
 
 
 @dataclass(kw_only=True)
@@ -137,24 +137,24 @@ class EvalJobs(Jobs):
     size: int
     crop_pct: float
 
-    def planned(self) -> Iterator[Portion]:
+    def planned(self) -> Iterator[BatchRequest]:
         """The batches as planned: `NO_SAMPLE` in rows that only fill up a batch."""
         for step in range(self.plan.steps):
-            yield Portion(self.plan.ids(step), Position(0, step))
+            yield BatchRequest(self.plan.ids(step), Position(0, step))
 
-    def portions(self) -> Iterator[Portion]:
-        return (Portion(_filled(portion.ids), portion.position) for portion in self.planned())
+    def requests(self) -> Iterator[BatchRequest]:
+        return (BatchRequest(_filled(request.ids), request.position) for request in self.planned())
 
-    def needs(self) -> Iterator[Need]:
-        return self.plan.needs(self.shard_samples)
+    def shard_requests(self) -> Iterator[ShardRequest]:
+        return self.plan.shard_requests(self.shard_samples)
 
     def step(self, position: Position) -> int:
         return position.step
 
-    def prepare(self, encoded: Encoded, portion: Portion) -> PreparedBatch:
+    def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
         heights, widths = encoded.rows["height"].astype(np.int32), encoded.rows["width"].astype(np.int32)
         window, region = eval_windows(heights, widths, self.size, self.crop_pct)
-        return PreparedBatch(DecodeJob(encoded=encoded, window=window, region=region), portion)
+        return PreparedBatch(DecodeJob(encoded=encoded, window=window, region=region), request)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class JobStream:
     beton: bool = False
     """Read the .beton, if there is one, even where there are tars."""
 
-    def reader(self, buffers: Recycler) -> SampleReader:
+    def reader(self, buffers: BufferPool) -> SampleReader:
         """A reader of the split.
 
         Args:
@@ -182,16 +182,16 @@ class JobStream:
         Raises:
             ShardSetError: a sample is damaged, and `bad` accepts no more of them.
         """
-        reader.expect(self.jobs.needs())
-        ordered = ((portion.ids, portion) for portion in self.jobs.portions())
-        for encoded, portion in reader.read_ahead(ordered, self.options.settings.read_ahead):
-            reader.reached(self.jobs.step(portion.position))
-            mended = bad.mend(encoded, reader, epoch=portion.position.epoch)
-            yield self.jobs.prepare(mended, portion)
+        reader.prefetch(self.jobs.shard_requests())
+        ordered = ((request.ids, request) for request in self.jobs.requests())
+        for encoded, request in reader.read_ahead(ordered, self.options.settings.read_ahead):
+            reader.advance(self.jobs.step(request.position))
+            mended = bad.replace_bad_samples(encoded, reader, epoch=request.position.epoch)
+            yield self.jobs.prepare(mended, request)
 
 
 def open_reader(
-    dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: Recycler | None = None, beton: bool = False
+    dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: BufferPool | None = None, beton: bool = False
 ) -> SampleReader:
     """A reader of a split, as the options say."""
     storage = storage_of(dataset, split, beton=beton)

@@ -86,7 +86,7 @@ class TrainLoader(BackgroundLoader):
         if self._loader == "synthetic":
             classes, mixed = len(self._dataset.manifest.classes), self._augment.mixes
             yield from synthetic_batches(
-                self._jobs().portions(), size=size, classes=classes, device=self._device, dtype=self._dtype, mixed=mixed
+                self._jobs().requests(), size=size, classes=classes, device=self._device, dtype=self._dtype, mixed=mixed
             )
             return
         augment = BatchAugment(self._augment, self._device, self._dtype)
@@ -94,7 +94,7 @@ class TrainLoader(BackgroundLoader):
         by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
         normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
         for pixels, batch in self._decoded(self._jobs(), size=size, rows=rows, normalisation=normalisation):
-            portion, encoded, mixing = batch.portion, batch.job.encoded, batch.mixing
+            request, encoded, mixing = batch.request, batch.job.encoded, batch.mixing
             if by_decoder:
                 images = self._channels_first(pixels)
                 images = images if mixing is None else mix(images, mixing)
@@ -105,11 +105,11 @@ class TrainLoader(BackgroundLoader):
                 images=images,
                 labels=self._labels(encoded),
                 ids=encoded.ids,
-                planned=portion.ids,
-                mask=torch.ones(len(portion.ids), dtype=torch.bool, device=self._device),
+                planned=request.ids,
+                mask=torch.ones(len(request.ids), dtype=torch.bool, device=self._device),
                 lam=None if mixing is None else self._to_device(mixing.lam),
-                position=portion.position,
-                micro=portion.micro,
+                position=request.position,
+                micro=request.micro,
                 ready=timed_event(self._device),
             )
 
@@ -190,7 +190,7 @@ class EvalLoader(BackgroundLoader):
         normalisation = Normalisation(self._mean, self._std) if by_decoder else None
         jobs = self._jobs()
         for pixels, batch in self._decoded(jobs, size=size, rows=rows, evaluation=True, normalisation=normalisation):
-            position, encoded = batch.portion.position, batch.job.encoded
+            position, encoded = batch.request.position, batch.job.encoded
             planned = self._plan.ids(position.step)
             # No other sample can stand in for a bad one here: its row is left out.
             ids = np.where(planned == encoded.ids, planned, NO_SAMPLE)

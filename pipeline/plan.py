@@ -6,10 +6,10 @@ An epoch's order is made in three moves, each from hashed keys (`pipeline.rng`):
    that an epoch leaves out are others every time;
 2. the stream is cut into `lanes` equal contiguous segments; global batch s takes the next G/lanes samples (its *share*)
    of each lane, so every batch mixes samples from all over the set while each lane reads its shards nearly in order;
-3. inside a lane, samples are permuted within windows of `window` samples.
+3. inside a lane, samples are permuted within shuffle blocks of `shuffle_block_size` samples.
 
 The rows of a global batch are lane-major and rank r of R owns rows [r G/R, (r+1) G/R): the global batch does
-not depend on R. Finding any position costs O(lanes of the rank x window), never O(samples).
+not depend on R. Finding any position costs O(lanes of the rank x block), never O(samples).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shards.errors import UserError
 Ids = NDArray[np.int64]
 
 MAX_LANES = 64
-DEFAULT_WINDOW = 4096
+DEFAULT_SHUFFLE_BLOCK_SIZE = 4096
 NO_SAMPLE = -1
 
 
@@ -44,7 +44,7 @@ class Position(NamedTuple):
     step: int
 
 
-class Need(NamedTuple):
+class ShardRequest(NamedTuple):
     """Shards that are read from one step to another, both included; steps are counted from the start."""
 
     first: int
@@ -179,7 +179,7 @@ class TrainPlan:
         global_batch: rows of a global batch (G).
         seed: of the run.
         lanes: parallel contiguous segments; divides G. None = `default_lanes(G)`, a function of G alone.
-        window: samples among which a lane shuffles. Larger mixes better and reads less in order.
+        shuffle_block_size: samples among which a lane shuffles. Larger mixes better and reads less in order.
         pairs: mixup or cutmix is on: each lane's share must be even.
 
     Raises:
@@ -193,7 +193,7 @@ class TrainPlan:
         global_batch: int,
         seed: int,
         lanes: int | None = None,
-        window: int = DEFAULT_WINDOW,
+        shuffle_block_size: int = DEFAULT_SHUFFLE_BLOCK_SIZE,
         pairs: bool = False,
     ) -> None:
         counts = np.asarray(shard_samples, dtype=np.int64)
@@ -201,9 +201,12 @@ class TrainPlan:
         self.global_batch = global_batch
         self.seed = seed
         self.lanes = default_lanes(global_batch) if lanes is None else lanes
-        self.window = window
-        if global_batch < 1 or self.lanes < 1 or window < 1:
-            raise PlanError(f"global batch {global_batch}, lanes {self.lanes}, window {window}: all must be at least 1")
+        self.shuffle_block_size = shuffle_block_size
+        if global_batch < 1 or self.lanes < 1 or shuffle_block_size < 1:
+            raise PlanError(
+                f"global batch {global_batch}, lanes {self.lanes}, shuffle block size {shuffle_block_size}: all "
+                "must be at least 1"
+            )
         check_enough_samples(self.samples, global_batch, lanes=lanes, pairs=pairs)
         self.steps_per_epoch = self.samples // global_batch
         if global_batch % self.lanes or (pairs and (global_batch // self.lanes) % 2):
@@ -218,7 +221,7 @@ class TrainPlan:
         self._counts = counts
         self._first_id = np.cumsum(counts) - counts
         self._orders: OrderedDict[int, _EpochOrder] = OrderedDict()
-        self._windows: OrderedDict[tuple[int, int, int], Ids] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int, int], Ids] = OrderedDict()
 
     def ids(self, position: Position, rows: range | None = None) -> Ids:
         """Sample ids of the global batch at `position`, int64 [len(rows)].
@@ -259,20 +262,20 @@ class TrainPlan:
         """Global batches before `position`, counted from the start of training."""
         return position.epoch * self.steps_per_epoch + position.step
 
-    def needs(self, position: Position, rows: range, *, epochs: int) -> Iterator[Need]:
-        """The shards that the rows of coming batches come from: window by window, for the lanes one after another.
+    def shard_requests(self, position: Position, rows: range, *, epochs: int) -> Iterator[ShardRequest]:
+        """The shards that the rows of coming batches come from: block by block, for the lanes one after another.
 
         Args:
             position: the first batch.
             epochs: to the end of which epoch, counted from the start.
         """
         lanes = range(rows.start // self.share, (rows.stop - 1) // self.share + 1)
-        first_window = position.step * self.share // self.window
+        first_block = position.step * self.share // self.shuffle_block_size
         for epoch in range(position.epoch, epochs):
             before = epoch * self.steps_per_epoch
             order = self._order(epoch)
-            for start in range(first_window * self.window, self.lane_samples, self.window):
-                stop = min(start + self.window, self.lane_samples)
+            for start in range(first_block * self.shuffle_block_size, self.lane_samples, self.shuffle_block_size):
+                stop = min(start + self.shuffle_block_size, self.lane_samples)
                 for lane in lanes:
                     ends = lane * self.lane_samples + np.array([start, stop - 1])
                     ends = (ends + order.offset) % self.samples
@@ -281,8 +284,8 @@ class TrainPlan:
                     wraps = ends[1] < ends[0]
                     places = [*range(low, len(order.shards)), *range(high + 1)] if wraps else range(low, high + 1)
                     shards = order.shards[np.unique(places)].tolist()
-                    yield Need(before + start // self.share, before + (stop - 1) // self.share, shards)
-            first_window = 0
+                    yield ShardRequest(before + start // self.share, before + (stop - 1) // self.share, shards)
+            first_block = 0
 
     def left_out(self, epoch: int) -> Ids:
         """The N mod G ids that sit this epoch out."""
@@ -293,28 +296,28 @@ class TrainPlan:
         """Ids at places [start, start + count) of a lane."""
         parts = []
         while count > 0:
-            number, within = divmod(start, self.window)
-            part = self._window(epoch, lane, number)[within : within + count]
+            number, within = divmod(start, self.shuffle_block_size)
+            part = self._block(epoch, lane, number)[within : within + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def _window(self, epoch: int, lane: int, number: int) -> Ids:
-        """Permuted ids of one window of a lane; kept while its lane is likely to come back to it."""
+    def _block(self, epoch: int, lane: int, number: int) -> Ids:
+        """Permuted ids of one shuffle block of a lane; kept while its lane is likely to come back to it."""
         key = (epoch, lane, number)
-        found = self._windows.get(key)
+        found = self._blocks.get(key)
         if found is not None:
-            self._windows.move_to_end(key)
+            self._blocks.move_to_end(key)
             return found
-        start = number * self.window
-        places = np.arange(start, min(start + self.window, self.lane_samples), dtype=np.int64)
+        start = number * self.shuffle_block_size
+        places = np.arange(start, min(start + self.shuffle_block_size, self.lane_samples), dtype=np.int64)
         order = np.argsort(bits(Stream.WINDOW_ORDER, self.seed, epoch, lane, places), kind="stable")
-        window = self._resolve(self._order(epoch), lane * self.lane_samples + places[order])
-        self._windows[key] = window
-        # Two windows per lane: a step may straddle a border, and the reader runs ahead of the consumer.
-        if len(self._windows) > 2 * self.lanes:
-            self._windows.popitem(last=False)
-        return window
+        block = self._resolve(self._order(epoch), lane * self.lane_samples + places[order])
+        self._blocks[key] = block
+        # Two blocks per lane: a step may straddle a border, and the reader runs ahead of the consumer.
+        if len(self._blocks) > 2 * self.lanes:
+            self._blocks.popitem(last=False)
+        return block
 
     def _order(self, epoch: int) -> _EpochOrder:
         found = self._orders.get(epoch)
@@ -376,7 +379,7 @@ class EvalPlan:
         ids[ids >= first + (self.rank + 1) * dealt // self.world] = NO_SAMPLE
         return ids
 
-    def needs(self, shard_samples: NDArray[np.integer] | list[int]) -> Iterator[Need]:
+    def shard_requests(self, shard_samples: NDArray[np.integer] | list[int]) -> Iterator[ShardRequest]:
         """The shards that the steps come from, one after another.
 
         Args:
@@ -387,7 +390,7 @@ class EvalPlan:
         for shard, (start, stop) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
             if stop > max(start, self.start):
                 first = (max(start, self.start) - self.start) // per_step
-                yield Need(first, (stop - 1 - self.start) // per_step, [shard])
+                yield ShardRequest(first, (stop - 1 - self.start) // per_step, [shard])
 
 
 def nearest(wanted: int, fits: list[int]) -> str:

@@ -7,12 +7,18 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from pipeline.batch import Batch, timed_event
-from pipeline.jobs import Portion
+from pipeline.jobs import BatchRequest
 from pipeline.plan import NO_SAMPLE
 
 
 def synthetic_batches(
-    work: Iterable[Portion], *, size: int, classes: int, device: torch.device, dtype: torch.dtype, mixed: bool = False
+    work: Iterable[BatchRequest],
+    *,
+    size: int,
+    classes: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    mixed: bool = False,
 ) -> Iterator[Batch]:
     """Batches with the plan's ids and positions, all of the same random images, which are on the device already.
 
@@ -23,8 +29,8 @@ def synthetic_batches(
     """
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator(device).manual_seed(0)
-    for portion in work:
-        n = len(portion.ids)
+    for request in work:
+        n = len(request.ids)
         if n not in made:
             images = torch.randn(n, 3, size, size, device=device, dtype=dtype, generator=generator)
             labels = torch.randint(classes, (n,), device=device, generator=generator)
@@ -33,11 +39,11 @@ def synthetic_batches(
         yield Batch(
             images=images,
             labels=labels,
-            ids=portion.ids,
-            planned=portion.ids,
-            mask=torch.from_numpy(portion.ids != NO_SAMPLE).to(device),
+            ids=request.ids,
+            planned=request.ids,
+            mask=torch.from_numpy(request.ids != NO_SAMPLE).to(device),
             lam=torch.full((n,), 0.5, device=device) if mixed else None,
-            position=portion.position,
-            micro=portion.micro,
+            position=request.position,
+            micro=request.micro,
             ready=timed_event(device),
         )

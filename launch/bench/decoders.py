@@ -19,7 +19,7 @@ from pipeline.augment.params import draw
 from pipeline.decode.choose import make_decoder
 from pipeline.decode.hardware import JpegEngine, engine_utilization, find_jpeg_engine
 from pipeline.decode.job import DecodeJob, Decoder
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader
 from shards.errors import first_line
@@ -128,7 +128,7 @@ def batch_of(feed: Feed) -> DecodeJob:
     """The first batch of training, encoded, with its crop windows and flips."""
     plan, ids = feed.plan, feed.plan.ids(feed.plan.at(0), feed.shape.rows(0))
     pinned = feed.world.device.type == "cuda"
-    with SampleReader(storage_of(feed.dataset, "train"), check=False, buffers=Recycler(pinned=pinned)) as reader:
+    with SampleReader(storage_of(feed.dataset, "train"), check=False, buffers=BufferPool(pinned=pinned)) as reader:
         encoded = reader.read(ids).checked()
     rows = encoded.rows
     drawn = draw(feed.augment, seed=plan.seed, epoch=0, ids=ids, heights=rows["height"], widths=rows["width"])

@@ -12,7 +12,7 @@ from annotated_types import Interval
 from launch.config.errors import RecipeError
 from pipeline.augment.recipe import Alpha, AugmentRecipe, CropShare, augment_recipe
 from pipeline.loader import CROP_PCT, LoaderOptions
-from pipeline.plan import DEFAULT_WINDOW
+from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE
 from pipeline.storage.remote_client import check_url, is_remote
 from pipeline.storage.remote_set import open_set
 from shards.format.dataset import ShardSet
@@ -54,8 +54,8 @@ class DataConfig:
     """Images per rank and evaluation step."""
     lanes: Annotated[Batch | None, default("the largest divisor of half the batch up to 64")] = None
     """Contiguous streams that every batch interleaves."""
-    window: Annotated[int, Interval(ge=1, le=10**9)] = DEFAULT_WINDOW
-    """Samples among which each stream shuffles."""
+    shuffle_block_size: Annotated[int, Interval(ge=1, le=10**9)] = DEFAULT_SHUFFLE_BLOCK_SIZE
+    """Samples among which each lane shuffles."""
     augment: Literal["fat", "light", "none"] = "fat"
     """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
     crop_scale: Annotated[tuple[CropShare, CropShare] | None, default("that of --augment")] = None

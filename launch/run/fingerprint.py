@@ -22,7 +22,7 @@ def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
             "variant": recipe.model.variant,
             "global_batch": plan.global_batch,
             "lanes": plan.lanes,
-            "window": plan.window,
+            "shuffle_block_size": plan.shuffle_block_size,
             "seed": plan.seed,
             "epochs": optim.epochs,
             "train_samples": plan.samples,

@@ -68,7 +68,7 @@ class DaliDecoder:
         source = feed()
         pipeline = self._build(source)
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
-        readers = None if stream is None else StillRead(stream)
+        readers = None if stream is None else InUseBuffers(stream)
         with Resizer(size=self.size, threads=self.threads, normalisation=self.normalisation) as resize:
             try:
                 while True:
@@ -170,7 +170,7 @@ class DaliDecoder:
         return DecodeError.of(in_flight[0][0].encoded.ids if in_flight else (), detail)
 
 
-class StillRead:
+class InUseBuffers:
     """Batches that were handed out and may not have been read yet, and what they are decoded from.
 
     DALI takes memory back in the order of its own streams: once nobody holds a batch, the next one may be written over

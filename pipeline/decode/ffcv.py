@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.augment.recipe import scale_and_offset
 from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 from shards.errors import UserError
 
 try:
@@ -60,7 +60,7 @@ class FfcvDecoder:
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
         under_way: deque[tuple[_Task, DecodeJob, T]] = deque()
-        buffers = Recycler()
+        buffers = BufferPool()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="ffcv") as pool:
             try:
                 for job, extra in jobs:
@@ -78,7 +78,7 @@ class FfcvDecoder:
 class _Task:
     """One batch in the works."""
 
-    def __init__(self, job: DecodeJob, decoder: FfcvDecoder, buffers: Recycler, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, job: DecodeJob, decoder: FfcvDecoder, buffers: BufferPool, pool: ThreadPoolExecutor) -> None:
         self._job, self._device = job, decoder.device
         n, size = len(job.encoded.ids), decoder.size
         dtype = torch.uint8 if decoder.normalisation is None else torch.float32

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from pipeline.augment.recipe import scale_and_offset
 from pipeline.decode.job import DecodeJob, Normalisation
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 
 IMAGES_PER_TASK = 8
 
@@ -39,7 +39,7 @@ class Resizer:
     def __init__(self, *, size: int, threads: int, normalisation: Normalisation | None) -> None:
         self._size = size
         self._row = None if normalisation is None else scale_and_offset(normalisation.mean, normalisation.std, size)
-        self._buffers = Recycler()
+        self._buffers = BufferPool()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def __call__(self, windows: Sequence[Pixels], job: DecodeJob) -> torch.Tensor:

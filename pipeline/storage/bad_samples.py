@@ -40,7 +40,7 @@ class BadSamples:
         """Different bad samples met so far."""
         return len(self.met)
 
-    def mend(self, encoded: Encoded, reader: SampleReader, *, epoch: int) -> Encoded:
+    def replace_bad_samples(self, encoded: Encoded, reader: SampleReader, *, epoch: int) -> Encoded:
         """The batch with all rows good; its `ids` are those of what it holds.
 
         Raises:

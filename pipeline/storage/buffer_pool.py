@@ -23,7 +23,7 @@ _KEPT = 8  # free buffers; more than a loader has on its hands at once
 _SIZES_PER_OCTAVE_BITS = 3  # sizes are rounded up to 4 in each octave, so that batches of about the same size share
 
 
-class Recycler:
+class BufferPool:
     """Tensors whose memory comes back when nobody refers to it any more: no tensor, view, array or autograd graph.
     Thread-safe.
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.plan import Need
+from pipeline.plan import ShardRequest
 from shards.errors import ShardSetError, storage_error
 from shards.files.retry import read_with_retries
 from shards.open_files import share
@@ -46,11 +46,11 @@ class ShardFiles(Protocol):
         """The same if it takes no waiting, as when the bytes are in the page cache; False otherwise."""
         ...
 
-    def expect(self, needs: Iterator[Need]) -> None:
+    def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """What will be read, file by file in order, to be fetched before it is."""
         ...
 
-    def reached(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """All batches before `step` have been read."""
         ...
 
@@ -98,10 +98,10 @@ class LocalFiles:
         handle = self._open.get(file)
         return handle is not None and read_cached(handle.number, target, offset)
 
-    def expect(self, needs: Iterator[Need]) -> None:
+    def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """It is here already."""
 
-    def reached(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """Files are closed when others are opened."""
 
     def name(self, file: int) -> str:

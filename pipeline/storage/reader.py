@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from pipeline.options import Settings
-from pipeline.plan import Ids, Need
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.plan import Ids, ShardRequest
+from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import Places, Storage
 from shards.errors import ShardSetError, StorageFailed
 
@@ -82,10 +82,10 @@ class SampleReader:
     """
 
     def __init__(
-        self, storage: Storage, *, threads: int | None = None, check: bool = True, buffers: Recycler | None = None
+        self, storage: Storage, *, threads: int | None = None, check: bool = True, buffers: BufferPool | None = None
     ) -> None:
         self._storage, self._check = storage, check
-        self._buffers = Recycler() if buffers is None else buffers
+        self._buffers = BufferPool() if buffers is None else buffers
         self._pool = ThreadPoolExecutor(threads or Settings.read_threads, thread_name_prefix="shard-reader")
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
@@ -112,13 +112,13 @@ class SampleReader:
         finally:
             self._cancel(started for started, _ in under_way)
 
-    def expect(self, needs: Iterator[Need]) -> None:
+    def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """Shards that will be read, in order; those on a server are then fetched beforehand. To be told once."""
-        self._storage.files.expect(needs)
+        self._storage.files.prefetch(requests)
 
-    def reached(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """All batches before `step` have been read."""
-        self._storage.files.reached(step)
+        self._storage.files.advance(step)
 
     def random_access(self) -> bool:
         """Return whether single samples can be read without the rest of their file."""

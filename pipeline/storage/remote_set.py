@@ -13,7 +13,8 @@ import xxhash
 
 from pipeline.storage.cache import Cache
 from pipeline.storage.remote_client import Remote, check_url, is_remote, warn_without_tls
-from pipeline.storage.staging import StagedFile, StagedFiles, stage_now, whole
+from pipeline.storage.staged_files import StagedFiles
+from pipeline.storage.staging import StagedFile, stage_now, whole
 from shards.errors import UserError
 from shards.files.temporary import temporary_folder
 from shards.format.dataset import ShardSet

@@ -22,7 +22,7 @@ STEPS = 24  # of 14 per epoch
 SAMPLES = 360  # to evaluate
 OPTIONS = (
     *("--size", "32", "--augment", "fat", "--global-batch", str(GLOBAL), "--epochs", "3", "--warmup-epochs", "0"),
-    *("--eval-batch", "10", "--window", "64"),
+    *("--eval-batch", "10", "--shuffle-block-size", "64"),
 )
 
 

@@ -47,7 +47,9 @@ def copied(photos: Path, tmp_path: Path) -> Path:
 
 
 def train(dataset: ShardSet, *, recipe: Any = LIGHT, micro: int = GLOBAL, batch: int = GLOBAL, **options: Any) -> Any:
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=5, window=16, pairs=recipe.mixes)
+    plan = TrainPlan(
+        dataset.shard_samples("train"), global_batch=batch, seed=5, shuffle_block_size=16, pairs=recipe.mixes
+    )
     shape = BatchShape(global_batch=batch, micro_batch=min(micro, batch), pairs=recipe.mixes)
     chosen = LoaderOptions(**{"feed_process": "on", **options})
     return TrainLoader(dataset, plan, shape, recipe, epochs=2, device=CPU, options=chosen)
@@ -71,7 +73,7 @@ def all_of(loader: TrainLoader | EvalLoader) -> list[list[Any]]:
 
 
 def job_stream(dataset: ShardSet, **options: Any) -> JobStream:
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, shuffle_block_size=16)
     shape = BatchShape(global_batch=GLOBAL)
     jobs = TrainJobs(plan=plan, shape=shape, augment=LIGHT, epochs=50, start=Position(0, 0))
     return JobStream(dataset=dataset, split="train", jobs=jobs, options=LoaderOptions(**options))
@@ -172,7 +174,9 @@ def test_what_is_known_of_bad_samples_outlives_the_process(copied: Path) -> None
 def test_more_new_buffers_than_one_message_can_carry(digits: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(digits, tmp_path / "set"))
     dataset, batch = ShardSet(path), 96
-    first = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=5, window=16).ids(Position(0, 0))
+    first = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=5, shuffle_block_size=16).ids(
+        Position(0, 0)
+    )
     for sample in first[:80].tolist():
         flip_a_bit(path, sample)
     batches = []

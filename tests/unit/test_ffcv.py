@@ -53,7 +53,9 @@ def sets(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 
 def train(path: Path | str, loader: LoaderName, recipe: AugmentRecipe, **options: Any) -> TrainLoader:
     dataset = open_set(path, cache=options.pop("cache", None))
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16, pairs=recipe.mixes)
+    plan = TrainPlan(
+        dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, shuffle_block_size=16, pairs=recipe.mixes
+    )
     shape = BatchShape(global_batch=GLOBAL, pairs=recipe.mixes)
     chosen = LoaderOptions(loader=loader, **options)
     return TrainLoader(dataset, plan, shape, recipe, epochs=2, device=CPU, options=chosen)
@@ -91,7 +93,7 @@ def test_dali_and_ffcv_are_asked_for_the_same_at_every_position(
         delivered[name] = batches_of(train(sets["both"], name, recipe))  # type: ignore[arg-type]
     assert len(asked["dali"]) == len(asked["ffcv"]) == len(delivered["dali"]) > 4
     for (one, batch), (other, other_batch) in zip(*asked.values(), strict=True):
-        assert batch.portion.position == other_batch.portion.position
+        assert batch.request.position == other_batch.request.position
         assert one.encoded.ids.tolist() == other.encoded.ids.tolist()
         assert np.array_equal(one.window, other.window)
         assert np.array_equal(one.flip, other.flip)

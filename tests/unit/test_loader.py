@@ -30,7 +30,9 @@ GLOBAL = 24
 
 def train_loader(path: Path, recipe: AugmentRecipe, *, epochs: int = 1, start: Position | None = None, **shape: int):
     dataset = ShardSet(path)
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16, pairs=recipe.mixes)
+    plan = TrainPlan(
+        dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, shuffle_block_size=16, pairs=recipe.mixes
+    )
     batch_shape = BatchShape(global_batch=GLOBAL, pairs=recipe.mixes, **shape)
     return plan, TrainLoader(dataset, plan, batch_shape, recipe, epochs=epochs, start=start, device=CPU)
 

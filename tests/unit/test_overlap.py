@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.decode.dali import MOST_KEPT, StillRead
+from pipeline.decode.dali import MOST_KEPT, InUseBuffers
 from tests.support.host_waits import HostWaits
 from tests.support.training_loop import training
 
@@ -127,7 +127,7 @@ class Event:
 def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
     events: list[Event] = []
     stream = SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1])
-    readers = StillRead(stream)
+    readers = InUseBuffers(stream)
     images = [torch.zeros(1) for _ in range(MOST_KEPT + 2)]
     held = [weakref.ref(one) for one in images]
     for number in range(MOST_KEPT):
@@ -147,7 +147,7 @@ def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
 
 def test_what_images_are_decoded_from_is_held_as_long_and_until_after_the_wait() -> None:
     events: list[Event] = []
-    readers = StillRead(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
+    readers = InUseBuffers(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
     for _ in range(MOST_KEPT + 1):
         images, inputs = torch.zeros(1), np.zeros(1)
         if not events:

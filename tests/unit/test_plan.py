@@ -21,9 +21,9 @@ def plans(draw: st.DrawFn) -> TrainPlan:
     sizes = draw(shard_sizes)
     global_batch = draw(st.integers(1, min(24, sum(sizes))))
     lanes = draw(st.sampled_from([d for d in range(1, global_batch + 1) if global_batch % d == 0]))
-    window = draw(st.integers(1, 20))
+    block = draw(st.integers(1, 20))
     return TrainPlan(
-        sizes, global_batch=global_batch, seed=draw(st.integers(-(2**63), 2**63)), lanes=lanes, window=window
+        sizes, global_batch=global_batch, seed=draw(st.integers(-(2**63), 2**63)), lanes=lanes, shuffle_block_size=block
     )
 
 
@@ -71,7 +71,11 @@ def test_seek_equals_iteration(plan: TrainPlan, epoch: int, data: st.DataObject)
     iterated = [plan.ids(Position(epoch, step)).tolist() for step in range(plan.steps_per_epoch)]
     step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
     fresh = TrainPlan(
-        plan._counts, global_batch=plan.global_batch, seed=plan.seed, lanes=plan.lanes, window=plan.window
+        plan._counts,
+        global_batch=plan.global_batch,
+        seed=plan.seed,
+        lanes=plan.lanes,
+        shuffle_block_size=plan.shuffle_block_size,
     )
     assert fresh.ids(Position(epoch, step)).tolist() == iterated[step]
 
@@ -84,7 +88,7 @@ def test_positions_count_steps_from_the_start_of_training(plan: TrainPlan, step:
 
 
 def test_a_lane_reads_a_contiguous_stretch_of_the_stream_and_shuffles_within_windows_only() -> None:
-    plan = TrainPlan([1000], global_batch=10, seed=3, lanes=2, window=50)
+    plan = TrainPlan([1000], global_batch=10, seed=3, lanes=2, shuffle_block_size=50)
     lane = np.concatenate([plan.ids(Position(0, step), range(5)) for step in range(plan.steps_per_epoch)])
     start = min(lane[:50], key=lambda i: (i - plan._order(0).offset) % 1000)
     for number in range(10):
@@ -110,7 +114,7 @@ GOLDEN = [
 
 @pytest.mark.parametrize(("position", "ids"), GOLDEN)
 def test_golden_values(position: tuple[int, int], ids: list[int]) -> None:
-    plan = TrainPlan([17, 0, 40, 31, 12], global_batch=12, seed=2026, window=8)
+    plan = TrainPlan([17, 0, 40, 31, 12], global_batch=12, seed=2026, shuffle_block_size=8)
     assert plan.lanes == 6
     assert plan.ids(Position(*position)).tolist() == ids
 
@@ -194,9 +198,9 @@ def test_a_billion_samples_open_at_once_and_any_position_takes_few_draws(monkeyp
     rows = BatchShape(global_batch=1024, world=8, rank=5).rows(0)
     ids = plan.ids(Position(2, 700_000), rows)
     lanes = plan.lanes // 8
-    assert sum(drawn) == shards + 1 + lanes * plan.window, "the order of the shards, its rotation, windows"
+    assert sum(drawn) == shards + 1 + lanes * plan.shuffle_block_size, "the order of the shards, its rotation, windows"
     drawn.clear()
     plan.ids(Position(2, 600_000), rows)
-    assert sum(drawn) == lanes * plan.window, "the order of the shards is kept"
+    assert sum(drawn) == lanes * plan.shuffle_block_size, "the order of the shards is kept"
     assert len(np.unique(ids)) == 128
     assert len(plan._windows) <= 2 * plan.lanes

@@ -60,7 +60,7 @@ def swap(path: Path) -> str:
 
 def train(path: Path, *, bad_samples: str, world: int = 1, rank: int = 0) -> TrainLoader:
     dataset = ShardSet(path)
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, shuffle_block_size=16)
     shape = BatchShape(global_batch=GLOBAL, world=world, rank=rank)
     options = LoaderOptions(bad_samples=bad_samples)
     return TrainLoader(dataset, plan, shape, RECIPE, epochs=2, device=CPU, options=options)

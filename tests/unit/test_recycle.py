@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.storage.buffer_pool import Recycler
+from pipeline.storage.buffer_pool import BufferPool
 
 
 def weighted_sum(tensor: torch.Tensor) -> Any:
@@ -31,7 +31,7 @@ def weighted_sum(tensor: torch.Tensor) -> Any:
     ],
 )
 def test_memory_is_used_again_when_nothing_refers_to_it_and_not_before(derive: Callable[[torch.Tensor], Any]) -> None:
-    buffers = Recycler()
+    buffers = BufferPool()
     tensor = buffers.empty((4, 3), torch.float32).fill_(2)
     place = tensor.data_ptr()
     kept = derive(tensor)
@@ -43,7 +43,7 @@ def test_memory_is_used_again_when_nothing_refers_to_it_and_not_before(derive: C
 
 
 def test_a_smaller_tensor_may_have_a_larger_one_s_memory_not_the_other_way_round() -> None:
-    buffers = Recycler()
+    buffers = BufferPool()
     place = buffers.empty((100,), torch.uint8).data_ptr()
     small = buffers.empty((10, 2), torch.int32)
     assert small.data_ptr() == place
@@ -53,14 +53,14 @@ def test_a_smaller_tensor_may_have_a_larger_one_s_memory_not_the_other_way_round
 
 
 def test_it_keeps_few_buffers() -> None:
-    buffers = Recycler()
+    buffers = BufferPool()
     tensors = [buffers.empty((10,), torch.uint8) for _ in range(50)]
     del tensors
     assert len(buffers._free) < 10
 
 
 def test_memory_that_the_garbage_collector_frees_inside_a_call_is_used_by_the_next() -> None:
-    buffers = Recycler()
+    buffers = BufferPool()
     tensors = [buffers.empty((10,), torch.uint8)]
     place = tensors[0].data_ptr()
 
@@ -88,7 +88,7 @@ def test_pinned_memory_is_asked_for_once_a_buffer_and_done_without_where_there_i
         return real(size, **options)
 
     monkeypatch.setattr(torch, "empty", empty)
-    buffers = Recycler(pinned=True)
+    buffers = BufferPool(pinned=True)
     first = buffers.empty((100,), torch.uint8).fill_(1)
     place = first.data_ptr()
     assert len(asked) == 1

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.plan import Need
+from pipeline.plan import ShardRequest
 from pipeline.storage import remote_client as remote
 from pipeline.storage import remote_set
 from pipeline.storage.files import Interrupted
@@ -369,7 +369,7 @@ def test_a_server_without_ranges_needs_room_for_what_is_read_at_a_time(
     dataset = open_set(plain_server, cache=tmp_path, cache_gib=room / GIB)
     with SampleReader(storage_of(dataset, "train")) as reader:
         reader.random_access()
-        reader.expect(iter([Need(0, 9, list(range(len(shards))))]))
+        reader.prefetch(iter([ShardRequest(0, 9, list(range(len(shards))))]))
         with pytest.raises(NoRanges, match=rf"bytes are needed at a time, the cache may hold {room:,}"):
             reader.read(np.arange(20))
     assert Counting.sent < sum(shard.bytes for shard in shards) / 2

@@ -20,7 +20,7 @@ from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.storage import remote_client as remote
-from pipeline.storage import staging
+from pipeline.storage import staged_files
 from pipeline.storage.cache import Busy, Cache, CacheFull, Part
 from pipeline.storage.files import Interrupted
 from pipeline.storage.placement import storage_of
@@ -40,7 +40,7 @@ GLOBAL = 24
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(staging, "_FULL_SECONDS", 0.2)
+    monkeypatch.setattr(staged_files, "FULL_CACHE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def site(photos: Path) -> Iterator[Site]:
 
 
 def train(dataset: ShardSet, *, world: int = 1, rank: int = 0, epochs: int = 2, **options: object) -> TrainLoader:
-    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, window=16)
+    plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, shuffle_block_size=16)
     shape = BatchShape(global_batch=GLOBAL, world=world, rank=rank)
     chosen = LoaderOptions(**options)  # type: ignore[arg-type]
     return TrainLoader(dataset, plan, shape, RECIPE, epochs=epochs, device=CPU, options=chosen)
@@ -377,12 +377,12 @@ def test_the_shards_said_to_be_needed_are_those_that_are_read(seed: int) -> None
         global_batch=12,
         seed=seed,
         lanes=int(draw.choice([1, 2, 3, 4, 6])),
-        window=int(draw.choice([4, 7, 16, 99])),
+        shuffle_block_size=int(draw.choice([4, 7, 16, 99])),
     )
     world = int(draw.choice([1, 2, 3, 4, 6, 12]))
     rows = BatchShape(global_batch=12, world=world, rank=int(draw.integers(world))).rows(0)
     start = int(draw.integers(plan.steps_per_epoch))
-    needs = list(plan.needs(plan.at(start), rows, epochs=3))
+    needs = list(plan.shard_requests(plan.at(start), rows, epochs=3))
     assert [need.last for need in needs] == sorted(need.last for need in needs)
     for step in range(start, 3 * plan.steps_per_epoch):
         read = set(np.searchsorted(ends, plan.ids(plan.at(step), rows), side="right").tolist())
@@ -392,7 +392,7 @@ def test_the_shards_said_to_be_needed_are_those_that_are_read(seed: int) -> None
         ids = split.ids(step)
         read = set(np.searchsorted(ends, ids[ids >= 0], side="right").tolist())
         assert read <= {
-            shard for need in split.needs(counts) if need.first <= step <= need.last for shard in need.shards
+            shard for need in split.shard_requests(counts) if need.first <= step <= need.last for shard in need.shards
         }
 
 
@@ -400,7 +400,10 @@ def test_a_large_plan_says_at_once_what_it_needs() -> None:
     plan = TrainPlan(np.full(100_000, 10_000), global_batch=1024, seed=0)
     plan.ids(Position(1, 500_000), range(1))  # the epoch's order
     start = time.perf_counter()
-    needs = [need for need, _ in zip(plan.needs(Position(1, 500_000), range(128), epochs=9), range(64), strict=False)]
+    needs = [
+        need
+        for need, _ in zip(plan.shard_requests(Position(1, 500_000), range(128), epochs=9), range(64), strict=False)
+    ]
     assert time.perf_counter() - start < 0.5
     assert all(len(need.shards) <= 2 for need in needs)
 

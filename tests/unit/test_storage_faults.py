@@ -119,7 +119,7 @@ def test_nothing_takes_the_place_of_a_sample_that_storage_failed_to_deliver(digi
     with reader_of(digits) as reader:
         fail(errno.EIO)
         with pytest.raises(StorageFailed, match=r"train-000000.tar.*\(sample \d+\)"):
-            bad.mend(reader.read(IDS), reader, epoch=0)
+            bad.replace_bad_samples(reader.read(IDS), reader, epoch=0)
     assert bad.count == 0
 
 
