@@ -16,6 +16,7 @@ from launch.feed import Feed
 from launch.machine.world import World
 from launch.train import main as train
 from shards.errors import UserError
+from tests.support.commands import SMALL, run
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -61,8 +62,8 @@ def test_what_is_no_shard_set(command: list[str], tmp_path: Path, capsys: pytest
 def test_a_manifest_of_another_version(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads((copied / "dataset.json").read_text())
     (copied / "dataset.json").write_text(json.dumps(manifest | {"version": 99}))
-    for run in (lambda: pipeline(["info", str(copied)]), lambda: train_on(copied)):
-        assert run() == 2
+    for command in (lambda: pipeline(["info", str(copied)]), lambda: train_on(copied)):
+        assert command() == 2
         line = error_line(capsys)
         assert "version 99" in line
         assert "dataset.json" in line
@@ -105,24 +106,7 @@ def train_on(data: Path, *args: str) -> int:
 
 
 def train_with(*args: str) -> int:
-    import sys
-
-    base = [
-        "train.py",
-        "--augment",
-        "light",
-        "--size",
-        "64",
-        "--global-batch",
-        "64",
-        "--epochs",
-        "1",
-        "--warmup-epochs",
-        "0",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*base, *args])
-        return train()
+    return run(train, *SMALL, "--size", "64", "--global-batch", "64", *args)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,7 @@ def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
         case ["python", "-m", "accelerate.commands.launch", "launch/train.py", *options]:
             after(command_line.parse)(options)
         case ["python", script, *options] if script.startswith("benchmarks/"):
+            patch.setattr(sys, "path", [*sys.path])  # to which scripts add the project's folder
             module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
             patch.setattr(sys, "argv", [script, *options])
             patch.setattr(argparse.ArgumentParser, "parse_args", after(argparse.ArgumentParser.parse_args))

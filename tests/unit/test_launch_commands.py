@@ -128,7 +128,7 @@ def test_fine_tuning_starts_from_the_weights_and_gives_other_classes_a_new_head(
         assert all(torch.equal(given[name], tuned[name]) for name in kept)
         assert tuned["head.weight"].shape[0] == classes
         head = [name for name in given if name.startswith("head.")]
-        assert [torch.equal(given[name], tuned[name]) for name in head] == [classes == 10] * len(head)
+        assert [torch.equal(given[name], tuned[name][:10]) for name in head] == [classes == 10] * len(head)
 
 
 def test_weights_that_do_not_fit_are_named(

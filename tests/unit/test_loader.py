@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -229,6 +229,15 @@ def test_nothing_is_left_behind(digits: Path) -> None:
             round_trip()
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(digits: Path) -> None:
     def seen_by_a_new_thread() -> int:
         found: list[int] = []
@@ -237,7 +246,6 @@ def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(di
         thread.join()
         return found[0]
 
-    torch.set_num_threads(3)
     used = []
 
     class Watching(TrainLoader):
@@ -252,7 +260,6 @@ def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(di
         next(loader)
         assert torch.get_num_threads() == seen_by_a_new_thread() == 3
     assert set(used) == {1}
-    torch.set_num_threads(2)
 
 
 def test_options_change_speed_only(digits: Path) -> None:
