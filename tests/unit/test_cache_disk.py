@@ -16,8 +16,8 @@ from shards.format.dataset import ShardSet
 from tests.support import disks
 from tests.support.cached import cached
 from tests.support.disks import fill
+from tests.support.remote_sets import batches_of, impatient, put, same, site, train
 from tests.support.serving import Site
-from tests.unit.test_staging import batches_of, impatient, put, same, site, train
 
 __all__ = ["impatient", "site"]  # fixtures
 

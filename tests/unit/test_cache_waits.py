@@ -25,8 +25,8 @@ from shards.files import waiting
 from shards.format.dataset import ShardSet
 from tests.support.cached import cached, own_folder
 from tests.support.launching import ROOT, environment
+from tests.support.remote_sets import batches_of, impatient, same, shards_of, site, train
 from tests.support.serving import Site
-from tests.unit.test_staging import batches_of, impatient, same, shards_of, site, train
 
 __all__ = ["impatient", "site"]  # fixtures
 

@@ -153,10 +153,6 @@ def _folder(module: str) -> str:
     return str((path if path.is_dir() else path.parent).relative_to(ROOT))
 
 
-# These import from test modules that are being rewritten; take them out one by one.
-AWAITING_REWRITE = {"test_cache_disk.py", "test_cache_waits.py", "test_choices.py", "test_tuning.py"}
-
-
 def _test_modules_imported(path: Path) -> set[str]:
     """The test modules that a test module imports anywhere."""
     names: set[str] = set()
@@ -170,7 +166,7 @@ def _test_modules_imported(path: Path) -> set[str]:
 
 def test_no_test_module_is_imported_by_another() -> None:
     """Other than from tests/support, a change of one test would break another."""
-    paths = [path for path in (ROOT / "tests").rglob("*.py") if path.name not in AWAITING_REWRITE]
+    paths = list((ROOT / "tests").rglob("*.py"))
     assert not {str(path.relative_to(ROOT)): found for path in paths if (found := _test_modules_imported(path))}
 
 
