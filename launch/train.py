@@ -65,7 +65,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
         feed.eval_loader(dtype=engine.input_dtype) as val_loader,
     ):
-        metrics.begin(*resumed, *messages, *engine.notes, *feed.advice(), resolved=resolved | train_loader.picks)
+        metrics.begin(*resumed, *messages, *engine.notes, *feed.advice(), resolved=resolved | train_loader.resolved)
         guards = Guards(engine, recipe.watchdog)
         lr = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
 

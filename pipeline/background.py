@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.decode.choose import chosen_loader, make_decoder
 from pipeline.decode.hardware import decoders_in_words, with_decoder
 from pipeline.decode.job import Normalisation
-from pipeline.feed_process import FeedProcess, FeedUnavailable
+from pipeline.feed.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher
@@ -64,8 +65,8 @@ class BackgroundLoader(ABC):
         return self._bad.count
 
     @property
-    def picks(self) -> dict[str, str]:
-        """What the loader works with, for people and the log."""
+    def resolved(self) -> dict[str, str]:
+        """The values to which open options were resolved, for the log."""
         settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
         if loader == "synthetic":
             return {"loader": "synthetic"}
@@ -129,16 +130,12 @@ class BackgroundLoader(ABC):
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
             yield from self._batches()
 
-    def _decoded(
-        self,
-        jobs: Jobs,
-        *,
-        size: int,
-        rows: int,
-        evaluation: bool = False,
-        normalisation: Normalisation | None = None,
-    ) -> Iterator[tuple[torch.Tensor, PreparedBatch]]:
-        """Read and decode: images [n, size, size, 3] on the device (see `Decoder`), and what they were decoded from."""
+    @contextlib.contextmanager
+    def _prepare(self, jobs: Jobs) -> Iterator[Iterator[PreparedBatch]]:
+        """plan -> read -> replace bad samples -> draw (`JobStream.run`), in a process of its own where there is one.
+
+        The process starts while the caller makes its decoder.
+        """
         stream = JobStream(
             dataset=self._dataset,
             split=self._split,
@@ -146,24 +143,35 @@ class BackgroundLoader(ABC):
             options=self._options,
             beton=self._loader == "ffcv",
         )
-        process = self._start_process(stream)  # starts while the decoder is made
+        process = self._start_process(stream)
         prepared = self._prepared(stream, process)
         try:
-            decoder = make_decoder(
-                self._loader,
-                self._options,
-                size=size,
-                batch=rows,
-                device=self._device,
-                evaluation=evaluation,
-                normalisation=normalisation,
-            )
-            for images, _, batch in decoder.decode((each.job, each) for each in prepared):
-                yield images, batch
+            yield prepared
         finally:
             prepared.close()
             if process is not None:
                 process.close()
+
+    def _decode(
+        self,
+        prepared: Iterator[PreparedBatch],
+        *,
+        size: int,
+        rows: int,
+        evaluation: bool = False,
+        normalisation: Normalisation | None = None,
+    ) -> Iterator[tuple[torch.Tensor, PreparedBatch]]:
+        """Decode, crop, resize and flip: images [n, size, size, 3] on the device (see `Decoder`)."""
+        decoder = make_decoder(
+            self._loader,
+            self._options,
+            size=size,
+            batch=rows,
+            device=self._device,
+            evaluation=evaluation,
+            normalisation=normalisation,
+        )
+        return ((images, batch) for images, _, batch in decoder.decode((each.job, each) for each in prepared))
 
     def _start_process(self, stream: JobStream) -> FeedProcess | None:
         if not self._in_process:

@@ -1,6 +1,6 @@
 """What is read and drawn for each batch: from the plan to a `DecodeJob` with its augmentation parameters.
 
-Nothing here imports torch: all of it can run in a process of its own (`pipeline.feed_process`).
+Nothing here imports torch: all of it can run in a process of its own (`pipeline.feed`).
 """
 
 from __future__ import annotations
@@ -177,17 +177,24 @@ class JobStream:
         return open_reader(self.dataset, self.split, self.options, buffers=buffers, beton=self.beton)
 
     def run(self, reader: SampleReader, bad: BadSamples) -> Iterator[PreparedBatch]:
-        """Read and draw, `options.read_ahead` batches before they are asked for.
+        """The first half of a loader: plan -> read -> replace bad samples -> draw.
+
+        Reads `options.read_ahead` batches before they are asked for.
 
         Raises:
             ShardSetError: a sample is damaged, and `bad` accepts no more of them.
         """
+        planned = self.jobs.requests()
+        read = self._read(planned, reader)
+        replaced = ((bad.replace_bad_samples(e, reader, epoch=r.position.epoch), r) for e, r in read)
+        return (self.jobs.prepare(encoded, request) for encoded, request in replaced)
+
+    def _read(self, planned: Iterator[BatchRequest], reader: SampleReader) -> Iterator[tuple[Encoded, BatchRequest]]:
         reader.prefetch(self.jobs.shard_requests())
-        ordered = ((request.ids, request) for request in self.jobs.requests())
-        for encoded, request in reader.read_ahead(ordered, self.options.settings.read_ahead):
+        work = ((request.ids, request) for request in planned)
+        for encoded, request in reader.read_ahead(work, self.options.settings.read_ahead):
             reader.advance(self.jobs.step(request.position))
-            mended = bad.replace_bad_samples(encoded, reader, epoch=request.position.epoch)
-            yield self.jobs.prepare(mended, request)
+            yield encoded, request
 
 
 def open_reader(

@@ -1,4 +1,7 @@
-"""Loaders: plan -> reader -> decoder -> augmentation -> batches on the device, all ahead of the consumer.
+"""Loaders: chains of generators in the order of the data, all run ahead of the consumer.
+
+    plan -> read -> replace bad samples -> draw    `pipeline.jobs.JobStream.run`; in a process of its own on GPUs
+    -> decode -> augment -> batch                  `_batches` of `TrainLoader` and `EvalLoader`
 
 A loader's state is the position of the last batch *delivered*; what it has prefetched beyond that does not count.
 """
@@ -9,13 +12,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch, timed_event
 from pipeline.decode.job import Normalisation
-from pipeline.jobs import CROP_PCT, EvalJobs, TrainJobs, eval_geometry
+from pipeline.jobs import CROP_PCT, EvalJobs, PreparedBatch, TrainJobs, eval_geometry
 from pipeline.options import DaliOptions, LoaderOptions
 from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
@@ -82,36 +86,52 @@ class TrainLoader(BackgroundLoader):
         )
 
     def _batches(self) -> Iterator[Batch]:
-        size, rows = self._augment.size, self._shape.micro_rows
         if self._loader == "synthetic":
             classes, mixed = len(self._dataset.manifest.classes), self._augment.mixes
             yield from synthetic_batches(
-                self._jobs().requests(), size=size, classes=classes, device=self._device, dtype=self._dtype, mixed=mixed
+                self._jobs().requests(),
+                size=self._augment.size,
+                classes=classes,
+                device=self._device,
+                dtype=self._dtype,
+                mixed=mixed,
             )
             return
-        augment = BatchAugment(self._augment, self._device, self._dtype)
+        size, rows = self._augment.size, self._shape.micro_rows
         # On a CPU a decoder that has the pixels in its cache normalises them at no cost, if nothing comes in between.
         by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
         normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
-        for pixels, batch in self._decoded(self._jobs(), size=size, rows=rows, normalisation=normalisation):
-            request, encoded, mixing = batch.request, batch.job.encoded, batch.mixing
-            if by_decoder:
-                images = self._channels_first(pixels)
-                images = images if mixing is None else mix(images, mixing)
-            else:
-                assert batch.params is not None
-                images = augment(pixels, batch.params, mixing)
-            yield Batch(
-                images=images,
-                labels=self._labels(encoded),
-                ids=encoded.ids,
-                planned=request.ids,
-                mask=torch.ones(len(request.ids), dtype=torch.bool, device=self._device),
-                lam=None if mixing is None else self._to_device(mixing.lam),
-                position=request.position,
-                micro=request.micro,
-                ready=timed_event(self._device),
-            )
+        with self._prepare(self._jobs()) as prepared:
+            decoded = self._decode(prepared, size=size, rows=rows, normalisation=normalisation)
+            augmented = self._mix(decoded) if by_decoder else self._augmented(decoded)
+            yield from (self._batch(images, batch) for images, batch in augmented)
+
+    def _mix(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
+        """Mixup and CutMix of images that the decoder has normalised: all augmentation that is left."""
+        for pixels, batch in decoded:
+            images = self._channels_first(pixels)
+            yield images if batch.mixing is None else mix(images, batch.mixing), batch
+
+    def _augmented(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
+        """RandAugment, normalisation, erasing and mixing on the device."""
+        augment = BatchAugment(self._augment, self._device, self._dtype)
+        for pixels, batch in decoded:
+            assert batch.params is not None
+            yield augment(pixels, batch.params, batch.mixing), batch
+
+    def _batch(self, images: Tensor, batch: PreparedBatch) -> Batch:
+        request, encoded, mixing = batch.request, batch.job.encoded, batch.mixing
+        return Batch(
+            images=images,
+            labels=self._labels(encoded),
+            ids=encoded.ids,
+            planned=request.ids,
+            mask=torch.ones(len(request.ids), dtype=torch.bool, device=self._device),
+            lam=None if mixing is None else self._to_device(mixing.lam),
+            position=request.position,
+            micro=request.micro,
+            ready=timed_event(self._device),
+        )
 
 
 class EvalLoader(BackgroundLoader):
@@ -188,20 +208,25 @@ class EvalLoader(BackgroundLoader):
             return
         by_decoder = self._device.type == "cpu"
         normalisation = Normalisation(self._mean, self._std) if by_decoder else None
-        jobs = self._jobs()
-        for pixels, batch in self._decoded(jobs, size=size, rows=rows, evaluation=True, normalisation=normalisation):
-            position, encoded = batch.request.position, batch.job.encoded
-            planned = self._plan.ids(position.step)
-            # No other sample can stand in for a bad one here: its row is left out.
-            ids = np.where(planned == encoded.ids, planned, NO_SAMPLE)
-            yield Batch(
-                images=self._channels_first(pixels)
-                if by_decoder
-                else normalise(pixels, self._mean, self._std, self._dtype),
-                labels=self._labels(encoded),
-                ids=ids,
-                planned=planned,
-                mask=self._to_device(ids != NO_SAMPLE),
-                position=position,
-                ready=timed_event(self._device),
-            )
+        with self._prepare(self._jobs()) as prepared:
+            decoded = self._decode(prepared, size=size, rows=rows, evaluation=True, normalisation=normalisation)
+            normalised = ((self._channels_first(p) if by_decoder else self._normalise(p), b) for p, b in decoded)
+            yield from (self._batch(images, batch) for images, batch in normalised)
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return normalise(pixels, self._mean, self._std, self._dtype)
+
+    def _batch(self, images: Tensor, batch: PreparedBatch) -> Batch:
+        position, encoded = batch.request.position, batch.job.encoded
+        planned = self._plan.ids(position.step)
+        # No other sample can stand in for a bad one here: its row is left out.
+        ids = np.where(planned == encoded.ids, planned, NO_SAMPLE)
+        return Batch(
+            images=images,
+            labels=self._labels(encoded),
+            ids=ids,
+            planned=planned,
+            mask=self._to_device(ids != NO_SAMPLE),
+            position=position,
+            ready=timed_event(self._device),
+        )

@@ -277,7 +277,7 @@ def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
 def _picks(feed: Feed, engine: Engine) -> dict[str, str]:
     with feed.train_loader(step=0, dtype=engine.input_dtype) as loader:
         assert isinstance(loader, TrainLoader)
-        return loader.picks
+        return loader.resolved
 
 
 def _memory(device: torch.device) -> dict[str, int]:

@@ -76,7 +76,7 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
         shape = BatchShape(global_batch=32)
         with TrainLoader(dataset, plan, shape, recipe, epochs=1, device=torch.device(device)) as loader:
             batches.append(next(loader))
-            picks = loader.picks
+            picks = loader.resolved
     on_cpu, on_gpu = batches
     assert on_cpu.ids.tolist() == on_gpu.ids.tolist()
     assert on_gpu.images.is_cuda

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
-from pipeline.feed_process import HANDED_AHEAD, FeedProcess, FeedProcessDied
+from pipeline.feed.process import FeedProcess, FeedProcessDied
+from pipeline.feed.worker import HANDED_AHEAD
 from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
@@ -385,7 +386,7 @@ def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) 
 
 
 def test_it_imports_no_torch() -> None:
-    command = "import pipeline.feed_process, sys; assert not {'torch', 'nvidia', 'numba'} & sys.modules.keys()"
+    command = "import pipeline.feed.worker, sys; assert not {'torch', 'nvidia', 'numba'} & sys.modules.keys()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT, env=environment)
 
@@ -463,4 +464,4 @@ def test_a_gpu_s_loader_uses_the_process_and_says_so(
 ) -> None:
     loader = train(ShardSet(photos), feed_process=choice)
     loader._device = torch.device(device)
-    assert loader.picks["feed"] == expected
+    assert loader.resolved["feed"] == expected

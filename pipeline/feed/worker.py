@@ -1,0 +1,179 @@
+"""The feed process's side: run a `JobStream` and hand over each `PreparedBatch`."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import logging
+import logging.handlers
+import mmap
+import os
+import signal
+import socket
+import sys
+import threading
+import weakref
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.feed.channel import (
+    HANDLES_PER_MESSAGE,
+    Channel,
+    End,
+    Handed,
+    NewBuffers,
+    Ready,
+    address_of,
+    portable,
+    with_images,
+)
+from pipeline.jobs import JobStream, PreparedBatch
+from pipeline.storage.bad_samples import BadSamples
+from pipeline.storage.buffer_pool import BufferPool
+from shards.redact import protect_output, redacted_traceback
+
+# Batches that wait to be taken: one is prepared while another is decoded.
+HANDED_AHEAD = 2
+_PR_SET_PDEATHSIG = 1
+
+
+def main(handle: int, parent: int) -> None:
+    """Be the process.
+
+    Args:
+        handle: file descriptor of the socket.
+        parent: id of the process that started this one.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before that
+        os._exit(1)
+    channel = Channel(socket.socket(fileno=handle))
+    try:
+        stream, bad, level = channel.receive()[0]
+        os.close(os.memfd_create("feed-process"))
+    except EOFError:
+        os._exit(1)
+    except Exception as error:
+        channel.send(portable(error))
+        os._exit(1)
+    channel.send(Ready())
+    protect_output()
+    logging.getLogger().setLevel(level)
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(_Records(channel)))  # type: ignore[arg-type]
+    _Feeder(channel).run(stream, bad)
+
+
+class _Feeder:
+    """The work of the process, and what it knows of the other side."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel, self._buffers = channel, SharedBuffers()
+        self._room = threading.Semaphore(HANDED_AHEAD)
+        self._lent: dict[int, NDArray[np.uint8]] = {}
+        self._listener = threading.Thread(target=self._listen, name="feed-returns", daemon=True)
+
+    def run(self, stream: JobStream, bad: BadSamples) -> None:
+        """Hand over all batches, then wait to be ended."""
+        self._listener.start()
+        error: BaseException | None = None
+        try:
+            for batch in stream.run(stream.reader(self._buffers), bad):
+                self._room.acquire()
+                self._hand_over(batch, bad)
+        except BaseException as raised:  # whatever it was, it belongs to the consumer
+            error = portable(raised)
+        with contextlib.suppress(OSError):
+            self._channel.send(End(error, bad.met))
+        self._listener.join()
+
+    def _hand_over(self, batch: PreparedBatch, bad: BadSamples) -> None:
+        # A substitute of a bad sample is in another buffer than its neighbours.
+        leases: dict[int, NDArray[np.uint8]] = {}
+        places = []
+        for image in batch.job.encoded.images:
+            lease = _lease_of(image)
+            number, start = self._buffers.place(lease)
+            leases[number] = lease
+            at = address_of(image) - start
+            places.append((number, at, at + image.size))
+        self._lent.update(leases)
+        new = self._buffers.new()
+        for some in (new[at : at + HANDLES_PER_MESSAGE] for at in range(0, len(new), HANDLES_PER_MESSAGE)):
+            handles = [handle for *_, handle in some]
+            self._channel.send(NewBuffers([(number, size) for number, size, _ in some]), handles)
+            for handle in handles:
+                os.close(handle)
+        dropped = self._buffers.dropped()
+        handed = Handed(with_images(batch, []), np.array(places, np.int64).reshape(-1, 3), bad.met, dropped)
+        self._channel.send(handed)
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                returned, _ = self._channel.receive()
+                for number in returned:
+                    del self._lent[number]
+                self._room.release()
+        except (OSError, EOFError):
+            os._exit(0)
+        except BaseException as error:  # otherwise the other process would wait forever
+            print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+class SharedBuffers(BufferPool):
+    """Buffers that another process can map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._numbers = itertools.count()
+        self._starts: dict[int, int] = {}
+        self._new: deque[tuple[int, int, int]] = deque()
+        self._dropped: deque[int] = deque()
+
+    def place(self, lease: NDArray[np.uint8]) -> tuple[int, int]:
+        """Number and address of the buffer that an array made by `bytes` is in."""
+        address = address_of(lease)
+        return next((number, start) for number, start in list(self._starts.items()) if start == address)
+
+    def new(self) -> list[tuple[int, int, int]]:
+        """Number, bytes and file descriptor, to be closed, of every buffer made since the last call."""
+        return [self._new.popleft() for _ in range(len(self._new))]
+
+    def dropped(self) -> list[int]:
+        """Numbers of the buffers given back to the system since the last call."""
+        return [self._dropped.popleft() for _ in range(len(self._dropped))]
+
+    def _fresh(self, size: int) -> NDArray[np.uint8]:
+        handle = os.memfd_create("encoded-images", os.MFD_CLOEXEC)
+        os.ftruncate(handle, size)
+        memory = np.frombuffer(mmap.mmap(handle, size), np.uint8)
+        number = next(self._numbers)
+        self._starts[number] = address_of(memory)
+        self._new.append((number, size, handle))
+        weakref.finalize(memory, self._drop, number).atexit = False
+        return memory
+
+    def _drop(self, number: int) -> None:
+        del self._starts[number]
+        self._dropped.append(number)
+
+
+class _Records:
+    """Where the process's log records go, as `QueueHandler` wants it."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def put_nowait(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):
+            self._channel.send(record)
+
+
+def _lease_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The array made by `BufferPool.bytes` that an image is a part of."""
+    assert isinstance(image.base, np.ndarray)
+    return image.base
