@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from pipeline.storage.cache import Cache
+from pipeline.storage.cache.cache import Cache
 from pipeline.storage.remote_client import Remote, check_url, is_remote, warn_without_tls
 from pipeline.storage.staged_files import StagedFiles
 from pipeline.storage.staging import StagedFile, stage_now, whole

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan import ShardRequest
-from pipeline.storage.cache import Busy, Cache, CacheFull, CacheLocked, ForeignFile
+from pipeline.storage.cache.cache import Busy, Cache, CacheFull, CacheLocked, ForeignFile
 from pipeline.storage.files import Interrupted, read_cached, read_fully
 from pipeline.storage.remote_client import NoRanges, Remote, no_ranges
 from pipeline.storage.staging import STALLED_SECONDS, OtherProcess, Progress, StagedFile, stage

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.storage.cache import Busy, Cache, Part, PartRemoved
+from pipeline.storage.cache.cache import Busy, Cache, Part, PartRemoved
 from pipeline.storage.remote_client import Remote, RemoteError
 from shards.errors import StorageFailed
 from shards.files.waiting import Wait

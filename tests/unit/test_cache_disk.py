@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.cache import Cache, CacheFull, DiskFull, Part
+from pipeline.storage.cache.cache import Cache, CacheFull, DiskFull, Part
 from pipeline.storage.remote_set import RemoteSet, open_set
 from shards.format.dataset import ShardSet
 from tests.support import disks

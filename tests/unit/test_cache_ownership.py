@@ -19,9 +19,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.storage.cache import Busy, Cache, CacheFull, ForeignFile, Part
-from pipeline.storage.cache_folder import LOCK, MARKER
-from pipeline.storage.cache_record import NAME as RECORD
+from pipeline.storage.cache.cache import Busy, Cache, CacheFull, ForeignFile, Part
+from pipeline.storage.cache.folder import LOCK, MARKER
+from pipeline.storage.cache.record import NAME as RECORD
 from pipeline.storage.remote_set import open_set, set_folder
 from shards.errors import UserError
 from shards.schema import plain_file_name
@@ -400,7 +400,7 @@ def test_a_disk_that_is_full_when_the_record_is_written_is_one_line(
 
 
 def test_the_record_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.cache_record._MAX_STALE", 20)
+    monkeypatch.setattr("pipeline.storage.cache.record._MAX_STALE", 20)
     cache, other = Cache(tmp_path, 250), Cache(tmp_path, 250)
     for number in range(40):
         for one in (cache, other):
@@ -413,7 +413,7 @@ def test_the_record_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_record_that_another_process_wrote_anew_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.storage.cache_record._MAX_STALE", 20)
+    monkeypatch.setattr("pipeline.storage.cache.record._MAX_STALE", 20)
     cache, other = Cache(tmp_path, 250), Cache(tmp_path, 250)
     for number in range(60):
         fetch(other, NAMES[number % 4])

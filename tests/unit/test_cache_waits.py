@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.storage import cache_folder, staging
-from pipeline.storage.cache import Cache, CacheLocked
-from pipeline.storage.cache_folder import LOCK
+from pipeline.storage import staging
+from pipeline.storage.cache import folder as cache_folder
+from pipeline.storage.cache.cache import Cache, CacheLocked
+from pipeline.storage.cache.folder import LOCK
 from pipeline.storage.remote_set import RemoteSet, open_set
 from shards.errors import StorageFailed
 from shards.files import waiting
@@ -34,7 +35,7 @@ __all__ = ["impatient", "site"]  # fixtures
 HOLDER = """
 import os, signal, sys
 from pathlib import Path
-from pipeline.storage.cache import Cache
+from pipeline.storage.cache.cache import Cache
 cache = Cache(Path(sys.argv[1]))
 if sys.argv[2] == "lock":
     held = cache._folder.locked(lambda: None)
@@ -153,7 +154,7 @@ def test_closing_a_loader_does_not_wait_for_the_lock(site: Site, tmp_path: Path)
 INTERRUPTED = """
 import sys
 from pathlib import Path
-from pipeline.storage.cache import Cache
+from pipeline.storage.cache.cache import Cache
 print("asks", flush=True)
 Cache(Path(sys.argv[1]))
 """

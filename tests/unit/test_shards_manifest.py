@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 from rich.console import Console
 
-from pipeline.storage import cache_record
-from pipeline.storage.cache_folder import LOCK, MARKER
+from pipeline.storage.cache import record as cache_record
+from pipeline.storage.cache.folder import LOCK, MARKER
 from pipeline.storage.remote_set import open_set
 from shards.commands.info import describe
 from shards.errors import ShardSetError

@@ -19,7 +19,7 @@ import xxhash
 from pipeline.plan import BatchShape, EvalPlan, Position, ShardRequest, TrainPlan
 from pipeline.storage import remote_client as remote
 from pipeline.storage import staged_files
-from pipeline.storage.cache import Busy, Cache, CacheFull, Part
+from pipeline.storage.cache.cache import Busy, Cache, CacheFull, Part
 from pipeline.storage.files import Interrupted
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader

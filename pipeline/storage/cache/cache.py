@@ -1,7 +1,7 @@
 """A bounded folder of fetched files that the processes of a node share; the least recently used one is evicted first.
 
-The cache works in a subfolder that it has made and marked (`pipeline.storage.cache_folder`), and counts and removes
-only files that it has recorded (`pipeline.storage.cache_record`). All coordination is by the kernel's file locks, which
+The cache works in a subfolder that it has made and marked (`pipeline.storage.cache.folder`), and counts and removes
+only files that it has recorded (`pipeline.storage.cache.record`). All coordination is by the kernel's file locks, which
 go when their holder dies, however it dies:
 
 - a process that uses a file holds a shared lock on it (a *lease*), and no process evicts it;
@@ -20,27 +20,26 @@ import logging
 import math
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from pipeline.storage.cache_folder import REMEDY, CacheFolder, CacheLocked
-from pipeline.storage.cache_record import Entry, Record, new_entry
-from shards.errors import StorageFailed, UserError
+from pipeline.storage.cache.errors import CacheFull, DiskFull, ForeignFile, PartRemoved, cache_errors, storage_failed
+from pipeline.storage.cache.eviction import Eviction, Stored, forget, status_of
+from pipeline.storage.cache.folder import REMEDY, CacheFolder, CacheLocked
+from pipeline.storage.cache.part import Busy, Part
+from pipeline.storage.cache.record import Entry, Record, new_entry
+from shards.errors import UserError
 from shards.files.private_folder import NotPrivate, open_file
-from shards.files.waiting import lock_holder
 from shards.schema import plain_file_name
 
 log = logging.getLogger(__name__)
 
 # Of what is free on the file system (or taken by the cache already), when no bound is given.
 DEFAULT_SHARE = 0.8
-# EFBIG is what a limit on the size of files says.
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The folder itself is at fault, and will be at the next start.
 _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT),
@@ -49,64 +48,6 @@ _UNUSABLE = (
 _CHUNK = 8 << 20
 
 __all__ = ["Busy", "Cache", "CacheFull", "CacheLocked", "DiskFull", "ForeignFile", "Part", "PartRemoved"]
-
-
-class CacheFull(UserError):
-    """All of the cache's room is in use, or too small altogether."""
-
-
-class DiskFull(CacheFull):
-    """The disk that the cache is on is full, whatever the cache may hold."""
-
-    exit_code = 1
-
-    @classmethod
-    def of(cls, folder: Path, reason: str) -> DiskFull:
-        return cls(f"--cache {folder}: {reason}; free some space there, or give another folder")
-
-
-class ForeignFile(UserError):
-    """A file that the cache did not create has the name of one of its files."""
-
-
-class PartRemoved(StorageFailed):
-    """A partial file, or its folder, was removed by something other than the cache."""
-
-
-@dataclass(frozen=True)
-class Busy:
-    """Another process fetches the file, or has just finished it."""
-
-    path: Path
-    """Path of the file."""
-    done: int
-    """Bytes fetched so far."""
-    part: Path | None = None
-    """The partial file; None = the file is complete."""
-
-    def holder(self) -> str:
-        """Describe the process (see `lock_holder`). Takes milliseconds where many locks are held on the machine."""
-        with contextlib.suppress(OSError):
-            if self.part is not None:
-                handle = os.open(self.part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-                try:
-                    return lock_holder(handle)
-                finally:
-                    os.close(handle)
-        return "another process"
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A recorded file that exists."""
-
-    entry: Entry
-    name: str
-    """Current file name."""
-    stored: int
-    """Current size in bytes."""
-    used: int
-    """Time of last use, in nanoseconds."""
 
 
 def _never() -> None:
@@ -131,16 +72,17 @@ class Cache:
         if limit is not None and not 0 < limit < math.inf:
             raise UserError(f"--cache-size: {limit} bytes, expected a finite size above 0")
         self.place, self._folder = place, CacheFolder(place, shared=shared)
+        self._eviction = Eviction(place, self._folder)
         # (path, device, inode, size, time of change) of files whose hash this process knows to be right.
         self._verified: set[tuple[Path, int, int, int, int]] = set()
         try:
             with self._locked(_never) as (root, record):
-                used = sum(stored.entry.size for stored in self._stored(root, record))
+                used = sum(stored.entry.size for stored in self._eviction.stored(root, record))
                 damaged = record.damaged
             share = (shutil.disk_usage(self.folder).free + used) * DEFAULT_SHARE
         except OSError as error:
             if error.errno not in _UNUSABLE:
-                raise _failed(self.place, error) from error
+                raise storage_failed(self.place, error) from error
             raise UserError(f"--cache {self.place}: cannot be used ({error.strerror}); give another folder") from error
         if damaged:
             log.warning(
@@ -174,7 +116,7 @@ class Cache:
             CacheLocked, StorageFailed: the cache cannot be read.
         """
         folder, _ = self._place_of(path)
-        with self._explained():
+        with cache_errors(self.place):
             try:
                 with self._folder.opened() as root, self._folder.set_folder(root, folder) as inside:
                     handle = self._open(path, os.O_RDONLY, inside)
@@ -210,20 +152,20 @@ class Cache:
         """
         folder, name = self._place_of(path)
         with (
-            self._explained(),
+            cache_errors(self.place),
             self._locked(check_interrupt) as (root, record),
             self._folder.set_folder(root, folder, create=True) as inside,
         ):
             entry = record.entries.get((folder, name))
-            if (found := _status(name, inside)) is not None:
+            if (found := status_of(name, inside)) is not None:
                 if entry is None or entry.state != "whole":
                     raise self._foreign_file(path)
                 return Busy(path, found.st_size)
             handle = None if entry is None or entry.size != size else self._open_part(entry, inside)
             if entry is None or handle is None:
-                if entry is not None and not self._evict(_Stored(entry, entry.part, 0, 0), root, record):
+                if entry is not None and not self._eviction.evict(Stored(entry, entry.part, 0, 0), root, record):
                     return Busy(path, 0)  # with another size; it will be found to be damaged
-                self._make_room(size, path, root, record)
+                self._eviction.make_room(size, path, root, record, limit=self.limit)
                 entry = new_entry(folder, name, size)
                 record.put(entry)
                 part = self.folder / folder / entry.part
@@ -245,10 +187,10 @@ class Cache:
             self._folder.set_folder(root, folder, create=True) as inside,
         ):
             mine = os.fstat(handle)
-            found = _status(part.entry.part, inside)
+            found = status_of(part.entry.part, inside)
             if found is None or found.st_ino != mine.st_ino:
                 raise PartRemoved(f"{path}: removed while it was fetched")
-            if _status(name, inside) is not None:
+            if status_of(name, inside) is not None:
                 raise self._foreign_file(path)
             # The folder's lock is held, so no process evicts the file between the two locks.
             fcntl.flock(handle, fcntl.LOCK_SH)
@@ -261,11 +203,11 @@ class Cache:
     def remove_part(self, part: Part) -> None:
         """For `Part.discard`."""
         folder, _ = part.entry.key
-        with self._explained(), self._locked(part.check_interrupt) as (root, record):
+        with cache_errors(self.place), self._locked(part.check_interrupt) as (root, record):
             if record.entries.get(part.entry.key) == part.entry:
                 with contextlib.suppress(FileNotFoundError), self._folder.set_folder(root, folder) as inside:
                     os.unlink(part.entry.part, dir_fd=inside)
-                _forget(part.entry, record)
+                forget(part.entry, record)
 
     @contextlib.contextmanager
     def _locked(self, check_interrupt: Callable[[], None]) -> Iterator[tuple[int, Record]]:
@@ -319,204 +261,19 @@ class Cache:
             self._folder.set_folder(root, folder) as inside,
         ):
             entry = record.entries.get((folder, name))
-            found = _status(name, inside)
+            found = status_of(name, inside)
             if found is None or found.st_ino != damaged.st_ino:
                 return
             if entry is None or entry.state != "whole":
                 raise self._foreign_file(path, fault)
             log.warning("%s: damaged in the cache (%s); removed, and fetched again", path, fault)
             os.unlink(name, dir_fd=inside)
-            _forget(entry, record)
+            forget(entry, record)
 
     def _foreign_file(self, path: Path, fault: str = "") -> ForeignFile:
         facts = f"not the set's file ({fault}), and " if fault else ""
         return ForeignFile(f"{path}: {facts}not recorded as made by this cache; move it away, or give another --cache")
 
-    def _make_room(self, size: int, path: Path, root: int, record: Record) -> None:
-        """Evict the least recently used files until `size` bytes fit; evict none if that is impossible."""
-        if size > self.limit:
-            raise CacheFull(
-                f"--cache {self.place}: {path.name} has {size:,} bytes, more than the {self.limit:,} that the "
-                "cache may hold; give a larger --cache-size"
-            )
-        files = sorted(self._stored(root, record), key=lambda file: file.used)
-        over = sum(file.entry.size for file in files) + size - self.limit
-        # Others write to the disk too; what parts still lack of their size is spoken for.
-        lacking = size + sum(file.entry.size - file.stored for file in files) - self._free()
-        evicted = []
-        for file in files:
-            if max(over, lacking) <= 0:
-                break
-            if self._evict(file, root, record, dry=True):
-                evicted.append(file)
-                over, lacking = over - file.entry.size, lacking - file.entry.size
-        for file in evicted if max(over, lacking) <= 0 else ():
-            if not self._evict(file, root, record):  # in use since a moment ago
-                over, lacking = over + file.entry.size, lacking + file.entry.size
-        if lacking > 0:
-            raise DiskFull.of(self.place, f"no space left on the device for the {size:,} bytes of {path.name}")
-        if over > 0:
-            raise CacheFull(
-                f"--cache {self.place}: no room for {path.name}: all of the {self.limit:,} bytes that it may hold "
-                "are in use; give a larger --cache-size"
-            )
-
-    def _evict(self, file: _Stored, root: int, record: Record, *, dry: bool = False) -> bool:
-        """Remove an unused file; return whether it was removed, or with `dry` whether it can be."""
-        path = self.folder / file.entry.folder / file.name
-        try:
-            with self._folder.set_folder(root, file.entry.folder) as inside:
-                handle = self._open(path, os.O_RDWR, inside)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if not dry:
-                        os.unlink(file.name, dir_fd=inside)
-                        _forget(file.entry, record)
-                    return True
-                finally:
-                    os.close(handle)
-        except FileNotFoundError:
-            return True
-        except (BlockingIOError, NotPrivate):  # in use, or replaced by a foreign file
-            return False
-
-    def _free(self) -> float:
-        """Bytes free on the file system; infinite where it does not say, as some in user space: writing will tell."""
-        usage = shutil.disk_usage(self.folder)
-        return usage.free if usage.total else math.inf
-
-    def _stored(self, root: int, record: Record) -> list[_Stored]:
-        """Return the recorded files that exist; remove all others from the record."""
-        stored: list[_Stored] = []
-        by_folder: dict[str, list[Entry]] = {}
-        for entry in record.entries.values():
-            by_folder.setdefault(entry.folder, []).append(entry)
-        for name, entries in by_folder.items():
-            try:
-                with self._folder.set_folder(root, name) as inside:
-                    found = [(entry, _find(entry, inside)) for entry in entries]
-            except FileNotFoundError:
-                found = [(entry, None) for entry in entries]
-            except NotPrivate:  # such as a symbolic link, whose target does not belong to the cache
-                continue
-            stored.extend(file for _, file in found if file is not None)
-            for entry, file in found:
-                if file is None:
-                    _forget(entry, record)
-        return stored
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except NotPrivate as error:
-            raise ForeignFile(str(error)) from error
-        except OSError as error:
-            raise _failed(self.place, error) from error
-
-
-class Part:
-    """What there is so far of a file that this process fetches."""
-
-    def __init__(
-        self, cache: Cache, handle: int, path: Path, entry: Entry, check_interrupt: Callable[[], None]
-    ) -> None:
-        self._cache, self.handle, self.path, self.entry, self.check_interrupt = (
-            cache,
-            handle,
-            path,
-            entry,
-            check_interrupt,
-        )
-        self.done = min(os.fstat(handle).st_size, entry.size)
-        """Current size in bytes."""
-
-    def read(self, start: int, stop: int) -> bytes:
-        return os.pread(self.handle, stop - start, start)
-
-    def append(self, content: bytes) -> None:
-        """Add to the end.
-
-        Raises:
-            DiskFull: the disk is full; what was there is removed, as it may be in others' way.
-            StorageFailed: the disk failed otherwise.
-        """
-        view = memoryview(content)
-        with self._explained():
-            while view:
-                written = os.pwrite(self.handle, view, self.done)
-                self.done, view = self.done + written, view[written:]
-
-    def restart(self) -> None:
-        """Throw away what is there."""
-        with self._explained():
-            os.ftruncate(self.handle, 0)
-        self.done = 0
-
-    def finish(self) -> int:
-        """Publish the whole file under its name; returns a lease of it.
-
-        Raises:
-            PartRemoved: the part was removed.
-            ForeignFile: its name is taken.
-            UserError: what `append` raises.
-        """
-        with self._explained():
-            os.ftruncate(self.handle, self.done)
-            os.fsync(self.handle)
-            return self._cache.publish(self)
-
-    def discard(self) -> None:
-        """Remove the part."""
-        self._cache.remove_part(self)
-
-    def __enter__(self) -> Part:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Release the part; if it is not finished, another process may resume it."""
-        os.close(self.handle)
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except NotPrivate as error:
-            raise ForeignFile(str(error)) from error
-        except OSError as error:
-            if error.errno in _FULL:
-                with contextlib.suppress(UserError):
-                    self.discard()
-            raise _failed(self._cache.place, error) from error
-
-
-def _find(entry: Entry, folder: int) -> _Stored | None:
-    """Find the complete file or its part."""
-    for name in (entry.name, entry.part) if entry.state == "whole" else (entry.part,):
-        found = _status(name, folder)
-        if found is not None and stat.S_ISREG(found.st_mode):
-            return _Stored(entry, name, found.st_size, max(found.st_atime_ns, found.st_mtime_ns))
-    return None
-
-
-def _status(name: str, folder: int) -> os.stat_result | None:
-    try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
-def _forget(entry: Entry, record: Record) -> None:
-    """Remove a missing file from the record. If that fails, as on a full disk, the next process tries again."""
-    with contextlib.suppress(OSError):
-        record.put(replace(entry, state="gone"), durable=False)
-
 
 def _identity(path: Path, found: os.stat_result) -> tuple[Path, int, int, int, int]:
     return path, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _failed(folder: Path, error: OSError) -> UserError:
-    if error.errno in _FULL:
-        return DiskFull.of(folder, str(error.strerror))
-    return StorageFailed(f"--cache {folder}: {error.strerror or error}; correct that, or give another folder")

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import StringConstraints, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from pipeline.storage.cache_record import Record
+from pipeline.storage.cache.record import Record
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary
 from shards.files.private_folder import open_file, open_folder, write_file

@@ -1,0 +1,1 @@
+"""A bounded cache of fetched files that the processes of a node share."""
