@@ -78,7 +78,7 @@ class Look:
     def run(self) -> int:
         from pipeline.augment.recipe import augment_recipe
         from pipeline.plan import Position, TrainPlan
-        from pipeline.storage.remote_set import open_set
+        from pipeline.storage.remote.shard_set import open_set
 
         check_output(self.out, "--out", FORMATS)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2

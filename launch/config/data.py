@@ -13,8 +13,8 @@ from launch.config.errors import RecipeError
 from pipeline.augment.recipe import Alpha, AugmentRecipe, CropShare, augment_recipe
 from pipeline.loader import CROP_PCT, LoaderOptions
 from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE
-from pipeline.storage.remote_client import check_url, is_remote
-from pipeline.storage.remote_set import open_set
+from pipeline.storage.remote.shard_set import open_set
+from pipeline.storage.remote.url import check_url, is_remote
 from shards.format.dataset import ShardSet
 from shards.format.pinned import ManifestDigest, split_pin
 from shards.option_help import default

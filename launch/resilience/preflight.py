@@ -22,7 +22,7 @@ from launch.machine.provenance import versions
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import unwritable
 from launch.run.status import write_status
-from pipeline.storage.remote_client import is_remote
+from pipeline.storage.remote.url import is_remote
 from shards.errors import UserError
 from shards.files.temporary import temporary_folder
 from shards.format.manifest import MANIFEST_NAME

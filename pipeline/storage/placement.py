@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.plan import Ids
 from pipeline.storage.files import LocalFiles, ShardFiles
-from pipeline.storage.remote_set import RemoteSet
-from pipeline.storage.staging import StagedFile, whole
+from pipeline.storage.remote.shard_set import RemoteSet
+from pipeline.storage.remote.staging import StagedFile, whole
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
 from shards.format.index import Index

@@ -64,13 +64,13 @@ def test_two_ranks_stage_each_shard_once(
 
 # In small pieces, so that there is something to be killed in the middle of.
 DOWNLOADER = """
-import sys, torch, pipeline.storage.remote_client
+import sys, torch, pipeline.storage.remote.client
 from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
-from pipeline.storage.remote_set import open_set
-pipeline.storage.remote_client.PIECE = int(sys.argv[3])
+from pipeline.storage.remote.shard_set import open_set
+pipeline.storage.remote.client.PIECE = int(sys.argv[3])
 dataset = open_set(sys.argv[1], cache=Path(sys.argv[2]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=96, seed=0)
 recipe, shape, device = augment_recipe("light", size=32), BatchShape(global_batch=96), torch.device("cpu")

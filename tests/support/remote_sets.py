@@ -13,9 +13,9 @@ import torch
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan
-from pipeline.storage import remote_client as remote
-from pipeline.storage import staged_files
 from pipeline.storage.cache.cache import Cache, Part
+from pipeline.storage.remote import client as remote
+from pipeline.storage.remote import staged_files
 from shards.format.dataset import ShardSet
 from tests.support.cached import cached
 from tests.support.serving import Site, serve

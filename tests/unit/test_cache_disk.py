@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage.cache.cache import Cache, CacheFull, DiskFull, Part
-from pipeline.storage.remote_set import RemoteSet, open_set
+from pipeline.storage.remote.shard_set import RemoteSet, open_set
 from shards.format.dataset import ShardSet
 from tests.support import disks
 from tests.support.cached import cached

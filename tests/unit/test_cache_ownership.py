@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.storage.cache.cache import Busy, Cache, CacheFull, ForeignFile, Part
 from pipeline.storage.cache.folder import LOCK, MARKER
 from pipeline.storage.cache.record import NAME as RECORD
-from pipeline.storage.remote_set import open_set, set_folder
+from pipeline.storage.remote.shard_set import open_set, set_folder
 from shards.errors import UserError
 from shards.schema import plain_file_name
 from tests.support.cached import own_folder

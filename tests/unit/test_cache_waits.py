@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.storage import staging
 from pipeline.storage.cache import folder as cache_folder
 from pipeline.storage.cache.cache import Cache, CacheLocked
 from pipeline.storage.cache.folder import LOCK
-from pipeline.storage.remote_set import RemoteSet, open_set
+from pipeline.storage.remote import staging
+from pipeline.storage.remote.shard_set import RemoteSet, open_set
 from shards.errors import StorageFailed
 from shards.files import waiting
 from shards.format.dataset import ShardSet

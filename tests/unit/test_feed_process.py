@@ -28,8 +28,8 @@ from pipeline.options import Settings
 from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
-from pipeline.storage.remote_client import RemoteError
-from pipeline.storage.remote_set import open_set
+from pipeline.storage.remote.errors import RemoteError
+from pipeline.storage.remote.shard_set import open_set
 from shards.errors import ShardSetError, UserError
 from shards.format.dataset import ShardSet
 from tests.support.damage import flip_a_bit

@@ -25,7 +25,7 @@ from pipeline.options import LoaderName
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader
-from pipeline.storage.remote_set import open_set
+from pipeline.storage.remote.shard_set import open_set
 from shards.errors import ShardSetError, UserError
 from shards.format.beton import FIELD, HEADER, METADATA
 from shards.format.dataset import ShardSet

@@ -39,7 +39,7 @@ ONLY_IN = {
 LAZY = ONLY_IN["triton"] | ONLY_IN["ffcv"]
 TORCH_FREE = ("shards",)
 # Packages in whose root lie files of several layers, which import the folders and are imported by them.
-ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "launch", "fat")
+ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "pipeline/storage", "launch", "fat")
 # Folder -> those that it imports although they import it.
 FOLDER_EXCEPTIONS = {
     "fat/kernels/ops": {"fat/kernels"},

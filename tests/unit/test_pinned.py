@@ -12,7 +12,7 @@ import xxhash
 
 from launch.cli import main
 from launch.config.data import DataConfig
-from pipeline.storage.remote_set import open_set
+from pipeline.storage.remote.shard_set import open_set
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.format.manifest import Manifest

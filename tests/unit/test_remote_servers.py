@@ -22,13 +22,15 @@ import numpy as np
 import pytest
 
 from pipeline.plan import ShardRequest
-from pipeline.storage import remote_client as remote
-from pipeline.storage import remote_set
 from pipeline.storage.files import Interrupted
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader
-from pipeline.storage.remote_client import NoRanges, Remote, RemoteError, ServerFailed, check_url, warn_without_tls
-from pipeline.storage.remote_set import GIB, open_set
+from pipeline.storage.remote import client as remote
+from pipeline.storage.remote import shard_set as remote_set
+from pipeline.storage.remote.client import Remote
+from pipeline.storage.remote.errors import NoRanges, RemoteError, ServerFailed
+from pipeline.storage.remote.shard_set import GIB, open_set
+from pipeline.storage.remote.url import check_url, warn_without_tls
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from tests.support.serving import Site, serve
@@ -406,7 +408,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
 OPEN = """
 import sys
 from pathlib import Path
-from pipeline.storage.remote_set import open_set
+from pipeline.storage.remote.shard_set import open_set
 from shards.errors import UserError
 try:
     print(open_set(sys.argv[1], cache=Path(sys.argv[2])).split("train").samples)

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pipeline.storage.cache import record as cache_record
 from pipeline.storage.cache.folder import LOCK, MARKER
-from pipeline.storage.remote_set import open_set
+from pipeline.storage.remote.shard_set import open_set
 from shards.commands.info import describe
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet

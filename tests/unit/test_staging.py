@@ -17,14 +17,14 @@ import pytest
 import xxhash
 
 from pipeline.plan import BatchShape, EvalPlan, Position, ShardRequest, TrainPlan
-from pipeline.storage import remote_client as remote
-from pipeline.storage import staged_files
 from pipeline.storage.cache.cache import Busy, Cache, CacheFull, Part
 from pipeline.storage.files import Interrupted
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader
-from pipeline.storage.remote_client import RemoteError
-from pipeline.storage.remote_set import GIB, RemoteSet, open_set
+from pipeline.storage.remote import client as remote
+from pipeline.storage.remote import shard_table
+from pipeline.storage.remote.errors import RemoteError
+from pipeline.storage.remote.shard_set import GIB, RemoteSet, open_set
 from shards.errors import ShardSetError, UserError
 from shards.format.dataset import ShardSet
 from tests.support.cached import cached
@@ -101,7 +101,7 @@ def test_a_run_of_a_million_epochs_looks_no_further_ahead_than_a_short_one(
     monkeypatch.setattr(TrainPlan, "shard_requests", counted)
     with train(open_set(site.url, cache=tmp_path), epochs=10**6) as loader:
         next(loader)
-    assert 0 < len(requested) < 2 * staged_files.MAX_REQUESTS
+    assert 0 < len(requested) < 2 * shard_table.MAX_REQUESTS
 
 
 def void(_: object) -> None:

@@ -7,15 +7,11 @@ of bytes. So a cache that is too small costs speed, and nothing else.
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import math
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +20,10 @@ from numpy.typing import NDArray
 from pipeline.plan import ShardRequest
 from pipeline.storage.cache.cache import Busy, Cache, CacheFull, CacheLocked, ForeignFile
 from pipeline.storage.files import Interrupted, read_cached, read_fully
-from pipeline.storage.remote_client import NoRanges, Remote, no_ranges
-from pipeline.storage.staging import STALLED_SECONDS, OtherProcess, Progress, StagedFile, stage
+from pipeline.storage.remote.client import Remote
+from pipeline.storage.remote.errors import NoRanges, no_ranges
+from pipeline.storage.remote.shard_table import ShardTable
+from pipeline.storage.remote.staging import STALLED_SECONDS, OtherProcess, StagedFile, stage
 from shards.files.retry import WarningThrottle
 
 log = logging.getLogger(__name__)
@@ -33,37 +31,8 @@ log = logging.getLogger(__name__)
 STAGING_THREADS = 4
 NO_ROOM_SECONDS = 60.0
 """How long a sample waits for room in the cache where it cannot be read past the cache."""
-# Shards that are local at once; each is a file descriptor. Others stay in the cache as long as there is room.
-MAX_LOCAL = 400
-# Looked ahead at once: a set of few shards requests the same ones again and again, to the last epoch.
-MAX_REQUESTS = 1024
 RETRY_SECONDS = 0.2
 FULL_CACHE_SECONDS = 5.0
-
-
-class ShardState(enum.Enum):
-    """Where a shard is, for this process."""
-
-    REMOTE = "on the server, from which its samples are read"
-    DOWNLOADING = "being staged by a thread of this process, or waited for while another process stages it"
-    LOCAL = "leased in the cache, from which its samples are read"
-
-
-@dataclass(slots=True)
-class _Shard:
-    """What this process knows of a shard. Every change is made with the lock held."""
-
-    state: ShardState = ShardState.REMOTE
-    lease: int = -1
-    """File descriptor, if LOCAL."""
-    requests: int = 0
-    """Requests that still ask for it."""
-    readers: int = 0
-    """Threads that read from it."""
-    retry_at: float = 0.0
-    """Earliest time (`time.monotonic`) of the next attempt to stage it."""
-    progress: Progress = field(default_factory=Progress)
-    """Of another process that stages it."""
 
 
 class StagedFiles:
@@ -74,14 +43,9 @@ class StagedFiles:
     """
 
     def __init__(self, files: Sequence[StagedFile], *, remote: Remote, cache: Cache, folder: Path, share: int) -> None:
-        self._files, self._remote, self._cache, self._folder, self._share = files, remote, cache, folder, share
+        self._files, self._remote, self._cache, self._folder = files, remote, cache, folder
         self._change = threading.Condition()
-        self._shards = [_Shard() for _ in files]
-        self._upcoming: Iterator[ShardRequest] = iter(())
-        self._next: ShardRequest | None = None
-        self._requests: deque[ShardRequest] = deque()
-        self._requested: dict[int, None] = {}  # shards of `_requests`, in the order of the first that asks for each
-        self._requested_bytes = 0
+        self._shards = ShardTable(files, share=share)  # used with the lock of `_change` held
         self._logged: set[str] = set()
         self._full_until = 0.0
         self._no_room = WarningThrottle()
@@ -93,7 +57,7 @@ class StagedFiles:
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """Begin to stage what will be read, in this order."""
-        self._upcoming = requests
+        self._shards.expect(requests)
         self.advance(-1)
         for thread in self._threads:
             thread.start()
@@ -101,9 +65,15 @@ class StagedFiles:
     def advance(self, step: int) -> None:
         """Release what only batches before `step` have read, and look further ahead."""
         with self._change:
-            while self._requests and self._requests[0].last < step:
-                self._drop(self._requests.popleft())
-            self._look_ahead()
+            self._shards.drop_before(step)
+            for needed in self._shards.look_ahead():
+                if self._remote.facts.sends_ranges is False and needed > self._cache.limit:
+                    # Otherwise each batch would fetch whole files that the previous batch has evicted.
+                    self._failure = NoRanges(
+                        f"{no_ranges(self._remote.url)}; {needed:,} bytes are needed at a time, the cache may hold "
+                        f"{self._cache.limit:,}"
+                    )
+                    break
             self._change.notify_all()
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
@@ -145,89 +115,24 @@ class StagedFiles:
             if thread.is_alive():
                 thread.join()
         with self._change:
-            while self._requests:
-                self._drop(self._requests.popleft())
-
-    # -- states; with the lock held ------------------------------------------------------------------------------
-
-    def _begin(self, file: int) -> bool:
-        """REMOTE -> DOWNLOADING; False if it is in another state."""
-        shard = self._shards[file]
-        if shard.state is not ShardState.REMOTE:
-            return False
-        shard.state = ShardState.DOWNLOADING
-        return True
-
-    def _end(self, file: int, lease: int | Busy | None, *, retry_at: float = 0.0) -> None:
-        """DOWNLOADING -> LOCAL with a lease, else back to REMOTE."""
-        shard = self._shards[file]
-        if isinstance(lease, int):
-            shard.state, shard.lease, shard.progress = ShardState.LOCAL, lease, Progress()
-            self._release(file)  # the reader may be past it
-        else:
-            shard.state, shard.retry_at = ShardState.REMOTE, retry_at
-
-    def _release(self, file: int) -> None:
-        """LOCAL -> REMOTE, unless the shard is still requested or read; its file stays in the cache while there is
-        room."""
-        shard = self._shards[file]
-        if shard.state is ShardState.LOCAL and not shard.requests and not shard.readers:
-            os.close(shard.lease)
-            shard.state, shard.lease = ShardState.REMOTE, -1
-
-    # -- requests; with the lock held ----------------------------------------------------------------------------
-
-    def _look_ahead(self) -> None:
-        """Accept the requests that come next, as far as the share of the cache goes."""
-        while len(self._requests) < MAX_REQUESTS:
-            self._next = self._next or next(self._upcoming, None)
-            if self._next is None:
-                return
-            needed = sum(self._files[file].bytes for file in self._next.shards)
-            if self._remote.facts.sends_ranges is False and needed > self._cache.limit:
-                # Otherwise each batch would fetch whole files that the previous batch has evicted.
-                self._failure = NoRanges(
-                    f"{no_ranges(self._remote.url)}; {needed:,} bytes are needed at a time, the cache may hold "
-                    f"{self._cache.limit:,}"
-                )
-                return
-            new = [file for file in self._next.shards if file not in self._requested]
-            size = sum(self._files[file].bytes for file in new)
-            full = self._requested_bytes + size > self._share or len(self._requested) + len(new) > MAX_LOCAL
-            if self._requested and full:
-                return
-            self._requested_bytes += size
-            for file in self._next.shards:
-                self._requested.setdefault(file)
-                self._shards[file].requests += 1
-            self._requests.append(self._next)
-            self._next = None
-
-    def _drop(self, request: ShardRequest) -> None:
-        for file in request.shards:
-            self._shards[file].requests -= 1
-            if not self._shards[file].requests:
-                del self._requested[file]
-                self._requested_bytes -= self._files[file].bytes
-                self._release(file)
+            self._shards.drop_before(math.inf)
 
     # -- reading -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _reading(self, file: int) -> Iterator[int | None]:
         """Yield the shard's lease, None if it is not LOCAL; no lease of it is given back while the block runs."""
-        shard = self._shards[file]
         with self._change:
             if self._failure is not None:
                 raise self._failure
-            lease = shard.lease if shard.state is ShardState.LOCAL else None
-            shard.readers += 1
+            self._shards[file].readers += 1
+            lease = self._shards.lease(file)
         try:
             yield lease
         finally:
             with self._change:
-                shard.readers -= 1
-                self._release(file)
+                self._shards[file].readers -= 1
+                self._shards.release(file)
 
     def _read_remote(self, entry: StagedFile, target: NDArray[np.uint8], offset: int) -> None:
         start = entry.start + offset
@@ -239,16 +144,16 @@ class StagedFiles:
         Raises:
             NoRanges: there is no room for it in the cache.
         """
-        entry, shard = self._files[file], self._shards[file]
+        entry = self._files[file]
         other, no_room_until = OtherProcess(entry), 0.0
         while True:
             with self._change:
                 if self._failure is not None:
                     raise self._failure
                 self._check_interrupt()
-                if shard.state is ShardState.LOCAL:
-                    return shard.lease
-                begun = self._begin(file)
+                if (local := self._shards.lease(file)) is not None:
+                    return local
+                begun = self._shards.begin(file)
             lease: int | Busy | None = None
             try:
                 lease = self._stage(file) if begun else None
@@ -262,7 +167,7 @@ class StagedFiles:
             finally:
                 if begun:
                     with self._change:
-                        self._end(file, lease)
+                        self._shards.end(file, lease)
             if isinstance(lease, Busy):
                 other.pause(lease, RETRY_SECONDS)
             elif lease is None:  # a staging thread is at it, and ends by itself; or there is no room yet
@@ -300,16 +205,16 @@ class StagedFiles:
                 )
                 retry_at = time.monotonic() + FULL_CACHE_SECONDS
             with self._change:
-                self._end(file, lease, retry_at=retry_at)
+                self._shards.end(file, lease, retry_at=retry_at)
 
     def _choose(self) -> int | None:
         """Wait for a shard to stage, the one that is read first; None when there is nothing more to do."""
         with self._change:
             while not self._closed and self._failure is None:
                 now = time.monotonic()
-                for file in self._requested if now > self._full_until else ():
-                    if self._shards[file].retry_at <= now and self._begin(file):
-                        return file
+                file = self._shards.next_to_stage(now) if now > self._full_until else None
+                if file is not None:
+                    return file
                 self._change.wait(RETRY_SECONDS)
             return None
 

@@ -12,9 +12,10 @@ from typing import Any
 import xxhash
 
 from pipeline.storage.cache.cache import Cache
-from pipeline.storage.remote_client import Remote, check_url, is_remote, warn_without_tls
-from pipeline.storage.staged_files import StagedFiles
-from pipeline.storage.staging import StagedFile, stage_now, whole
+from pipeline.storage.remote.client import Remote
+from pipeline.storage.remote.staged_files import StagedFiles
+from pipeline.storage.remote.staging import StagedFile, stage_now, whole
+from pipeline.storage.remote.url import check_url, is_remote, warn_without_tls
 from shards.errors import UserError
 from shards.files.temporary import temporary_folder
 from shards.format.dataset import ShardSet

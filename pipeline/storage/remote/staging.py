@@ -11,7 +11,8 @@ from pathlib import Path
 import xxhash
 
 from pipeline.storage.cache.cache import Busy, Cache, Part, PartRemoved
-from pipeline.storage.remote_client import Remote, RemoteError
+from pipeline.storage.remote.client import Remote
+from pipeline.storage.remote.errors import RemoteError
 from shards.errors import StorageFailed
 from shards.files.waiting import Wait
 

@@ -1,0 +1,252 @@
+"""Files of a folder on a web server or in an object store, by fsspec.
+
+Every answer is checked before its bytes are used, and no more is read than was asked for. What may pass (a server that
+restarts, a transfer that breaks off or stalls, a maintenance page) is repeated for `RETRY_SECONDS`.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies_environment
+
+from pipeline.storage.files import Interrupted
+from pipeline.storage.remote.body import STALL_BYTES, STALL_SECONDS, Body, ObjectBody, ServerFacts, WebBody
+from pipeline.storage.remote.errors import BadAnswer, NoRanges, RemoteError, ServerFailed, describe, permanent_failure
+from pipeline.storage.remote.url import check_url
+from shards.errors import UserError
+from shards.files.retry import WarningThrottle
+from shards.files.waiting import SILENT_SECONDS
+from shards.redact import redact
+
+log = logging.getLogger(__name__)
+
+RETRY_SECONDS = 60.0
+"""How long requests are repeated without progress."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests; doubled every time
+PIECE = 8 << 20  # bytes asked for, and handed over, at once
+_POLL_SECONDS = 0.1
+
+
+class Remote:
+    """A folder behind a URL that fsspec knows (s3://bucket/set, https://host/set, gs://, ...). Thread-safe.
+
+    Args:
+        facts: shared with others of the same URL.
+
+    Raises:
+        UserError: the URL carries credentials, its protocol is unknown, or a package for it is not installed.
+    """
+
+    def __init__(self, url: str, facts: ServerFacts | None = None) -> None:
+        import fsspec
+
+        check_url(url)
+        self.url = url.rstrip("/")
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(self.url, **_web_options(self.url))
+        except ImportError as error:
+            raise UserError(f"{self.url}: {error}; install it with: pip install 'fat-pipeline[remote]'") from error
+        except ValueError as error:
+            raise UserError(f"{self.url}: {error}; s3://, https:// and others that fsspec knows are read") from error
+        self._is_web = _is_web(self._fs)
+        self._interrupted = threading.Event()
+        self._retrying, self._waiting = WarningThrottle(), WarningThrottle()
+        self.facts = facts or ServerFacts(self.url)
+        if not self._is_web:
+            self.facts.sends_ranges = True
+        self._asking = threading.Lock()
+
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Return bytes [start, stop) of a file that has them.
+
+        Raises:
+            NoRanges: the server sends whole files only, and this is not the beginning of one.
+            RemoteError: the file is not there, ends before, or may not be read.
+            ServerFailed: the server failed for `RETRY_SECONDS`.
+            Interrupted: `interrupt` was called.
+        """
+        return b"".join(self.pieces(name, start, stop))
+
+    def pieces(self, name: str, start: int, stop: int, *, whole: bool = False) -> Iterator[bytes]:
+        """Yield bytes [start, stop) of a file in consecutive pieces of at most `PIECE` bytes.
+
+        A transfer that breaks off is resumed behind the last piece.
+
+        Args:
+            whole: of a server that sends whole files only, take one, and skip what is before `start`.
+
+        Raises:
+            What `read` raises.
+        """
+        patience, at = Retries(self, name), start
+        body: Body | None = None
+        try:
+            while at < stop:
+                try:
+                    if body is None:
+                        body = self._body(name, at, min(at + PIECE, stop), last=stop if whole else None)
+                    assert body.stop is not None
+                    piece = self._run(body, min(PIECE, body.stop - at), name)
+                    if not piece:
+                        raise BadAnswer(f"the answer ends at byte {at:,} of {body.stop:,}")
+                except Exception as error:
+                    if body is not None:
+                        body.close()
+                    body = None
+                    patience.failed(error)
+                    continue
+                patience.progress()
+                at += len(piece)
+                if at == body.stop:
+                    body.close()
+                    body = None
+                yield piece
+        finally:
+            if body is not None:
+                body.close()
+
+    def read_all(self, name: str, limit: int) -> bytes:
+        """Return a whole file of at most `limit` bytes.
+
+        Raises:
+            RemoteError: it has more; otherwise what `read` raises.
+        """
+        patience = Retries(self, name)
+        while True:
+            body = self._body(name, 0, None)
+            content = bytearray()
+            try:
+                while len(content) <= limit and (piece := self._run(body, min(PIECE, limit + 1 - len(content)), name)):
+                    content += piece
+                break
+            except Exception as error:
+                patience.failed(error)
+            finally:
+                body.close()
+        if len(content) > limit:
+            raise RemoteError(
+                f"{redact(self.url)}/{name}: more than {limit:,} bytes, the limit of such a file; check the URL"
+            )
+        return bytes(content)
+
+    def has_ranges(self, name: str) -> bool:
+        """Return whether the server sends parts of files; asks for a byte of a file where that is not known yet."""
+        if self.facts.sends_ranges is None:
+            with self._asking:  # one request, even from several threads
+                if self.facts.sends_ranges is None:
+                    with contextlib.suppress(NoRanges):
+                        self.read(name, 1, 2)
+        return self.facts.sends_ranges is not False
+
+    def interrupt(self) -> None:
+        """Make current and later calls raise `Interrupted`."""
+        self._interrupted.set()
+
+    def _body(self, name: str, start: int, stop: int | None, *, last: int | None = None) -> Body:
+        path = f"{self._root}/{name}"
+        if self._is_web:
+            return WebBody(self.facts, self._fs, path, start, stop, last=last)
+        return ObjectBody(self._fs, path, start, stop)
+
+    def _run(self, body: Body, size: int, name: str) -> bytes:
+        """Read from a body, and stop waiting when it makes no progress."""
+        if self._interrupted.is_set():
+            raise Interrupted
+        begun = moved = time.monotonic()
+        before = received = body.received
+        task = body.start(size)
+        patience = STALL_SECONDS + body.extra_seconds(size)
+        try:
+            while True:
+                concurrent.futures.wait([task], timeout=_POLL_SECONDS)
+                if task.done():
+                    return task.result()
+                if self._interrupted.is_set():
+                    raise Interrupted
+                now = time.monotonic()
+                if body.received - received >= STALL_BYTES:
+                    moved, received = now, body.received
+                if now - moved > patience:
+                    raise BadAnswer(f"stalled: {body.received - received:,} bytes in {now - moved:.0f} s")
+                if now - begun > SILENT_SECONDS and self._waiting.due():
+                    log.warning(
+                        "%s/%s: %s of %s bytes after %.0f s; a transfer of less than %s bytes in %.0f s is repeated",
+                        redact(self.url),
+                        name,
+                        f"{body.received - before:,}",
+                        f"{size:,}",
+                        now - begun,
+                        f"{STALL_BYTES:,}",
+                        patience,
+                    )
+        finally:
+            task.cancel()
+
+
+class Retries:
+    """Decides whether a failed request for a file is repeated, and for how long."""
+
+    def __init__(self, remote: Remote, name: str) -> None:
+        self._remote, self._where = remote, f"{redact(remote.url)}/{name}"
+        self.progress()
+
+    def progress(self) -> None:
+        """Note that bytes have arrived."""
+        self._since, self._failures, self._pause = time.monotonic(), 0, FIRST_PAUSE
+
+    def failed(self, error: Exception) -> None:
+        """Sleep before the next request, or raise.
+
+        Raises:
+            RemoteError: another request would meet the same.
+            ServerFailed: no progress for `RETRY_SECONDS`.
+            Interrupted: see `Remote.interrupt`.
+        """
+        if isinstance(error, Interrupted | RemoteError):
+            raise error
+        if final := permanent_failure(error):
+            raise RemoteError(f"{self._where}: {final}") from error
+        self._failures += 1
+        reason = describe(error)
+        spent = time.monotonic() - self._since
+        if spent >= RETRY_SECONDS:
+            raise ServerFailed(
+                f"{self._where}: failed {self._failures} times in {spent:.0f} s, the last time with {reason}; "
+                "check the server, and run the same command again: what was fetched is kept"
+            ) from error
+        level = logging.WARNING if self._remote._retrying.due() else logging.INFO
+        log.log(level, "%s: %s; asking again for at most %.0f s", self._where, reason, RETRY_SECONDS - spent)
+        # Random, so that the ranks of a job do not all repeat their requests at once.
+        pause = min(self._pause * random.uniform(0.5, 1.0), RETRY_SECONDS - spent)
+        if self._remote._interrupted.wait(pause):
+            raise Interrupted from error
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+
+
+def _is_web(fs: Any) -> bool:
+    try:
+        from fsspec.implementations.http import HTTPFileSystem
+    except ImportError:  # without aiohttp no file system is one
+        return False
+    return isinstance(fs, HTTPFileSystem)
+
+
+def _web_options(url: str) -> dict[str, Any]:
+    """Options for fsspec's web file system: use ~/.netrc and the proxies of the environment, if there are any."""
+    import fsspec
+
+    netrc = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    if urlsplit(url).scheme not in ("http", "https") or not (netrc.exists() or getproxies_environment()):
+        return {}
+    configured = {**fsspec.config.conf.get("http", {}), **fsspec.config.conf.get("https", {})}.get("client_kwargs", {})
+    return {"client_kwargs": {"trust_env": True, **configured}}
