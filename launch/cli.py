@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from annotated_types import Interval
 from tyro.conf import subcommand
 
 from pipeline.look import Look
-from pipeline.options import LoaderOptions
 from shards.commands.command_line import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
 from shards.cores import limit_openmp
 from shards.errors import UserError, lack_of_files, report
 from shards.files.output import check_output
 from shards.open_files import raise_limit
-from shards.ranges import MAX_BATCH, Batch, check_ranges
+from shards.option_help import default
+from shards.ranges import check_ranges
 from shards.redact import printable, protect_output
 
+if TYPE_CHECKING:
+    from launch.config.recipe import Recipe
+
 CHART_FORMATS = (".png", ".pdf", ".svg")
-ModelSide = Annotated[int, Interval(ge=32, le=8192)]
 
 
 @dataclass(frozen=True)
@@ -40,87 +43,44 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Training:
-    """What would be trained."""
+class Bench:
+    """Measure loader alone, model alone and both together: which of the two waits for the other, and what limits it.
+
+    Options of the training follow behind `--` ('launch/train.py --help' lists them): pipeline bench SET -- --variant b3
+    """
 
     dataset: tyro.conf.Positional[str]
     """Shard set: a folder or a URL."""
-    variant: Literal["b0", "b1", "b2", "b3"] = "b0"
-    """FAT variant to train."""
-    batch_size: Batch | None = None
-    """Images per step. None = 256 on a GPU, 16 on CPUs."""
-    size: ModelSide = 224
-    """Side of the images in pixels."""
-    augment: Literal["fat", "light", "none"] = "fat"
-    """Augmentation recipe."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto = bf16 autocast on GPUs, fp32 on CPUs."""
-    set_digest: str | None = None
-    """xxh3=HEX or sha256=HEX that the set's dataset.json must have, as 'pipeline info' prints them."""
-    cache: Path | None = None
-    """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
-    cache_shared: bool = False
-    """All users in the group of that folder use one cache, instead of one each."""
-    loader: LoaderOptions = field(default_factory=LoaderOptions)
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
-    def _recipe(self, *, zero: Any, compile: Any = None) -> Any:
-        """The recipe (`launch.config.recipe.Recipe`)."""
-        import dataclasses
-
-        import torch
-
-        from launch.config.recipe import VARIANTS
-
-        base = VARIANTS[self.variant]()
-        data = dataclasses.replace(
-            base.data,
-            data=self.dataset,
-            set_digest=self.set_digest,
-            cache=self.cache,
-            cache_shared=self.cache_shared,
-            size=self.size,
-            augment=self.augment,
-            global_batch=self.batch_size or (256 if torch.cuda.is_available() else 16),
-            loader=self.loader,
-        )
-        parallel = dataclasses.replace(base.parallel, precision=self.precision, zero=zero)
-        how = dataclasses.replace(base.compile, compile=compile)
-        return dataclasses.replace(base, data=data, parallel=parallel, compile=how)
-
-
-@dataclass(frozen=True)
-class Bench(_Training):
-    """Measure loader alone, model alone and both together: who waits for whom, and what limits."""
-
-    steps: Annotated[int, Interval(ge=1, le=1_000_000)] | None = None
-    """Steps per round of each measurement; there are three rounds. None = 30 on a GPU, 6 on CPUs."""
-    compile: Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"] | None = None
-    """cudagraphs, or a torch.compile mode. None = cudagraphs on GPUs and off on CPUs."""
-    zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; 0 = plain. auto = 0, as in training with one process."""
+    ranks: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
+    """Ranks that the training will have: one of them is measured, with its part of the global batch."""
+    steps: Annotated[Annotated[int, Interval(ge=1, le=1_000_000)] | None, default("30 on a GPU, 6 on CPUs")] = None
+    """Steps per round of each measurement; there are three rounds."""
     decoder_check: bool = True
     """On a GPU, also compare its JPEG engine with the CUDA decoder: pixels and speed; some seconds."""
-    json: Path | None = None
+    json: Annotated[Path | None, default("not written")] = None
     """File for all figures."""
     chart: Path = Path("bench.png")
     """Bar chart to write."""
 
-    def run(self) -> int:
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+    def run(self, training: Sequence[str] = ()) -> int:
         import torch
 
         from launch.bench.chart import write_chart
-        from launch.bench.run import bench, write_json
+        from launch.bench.run import bench, one_rank, write_json
         from launch.bench.verdict import table
 
         if self.json is not None:
             check_output(self.json, "--json")
         check_output(self.chart, "--chart", CHART_FORMATS)
-        steps = self.steps or (30 if torch.cuda.is_available() else 6)
-        recipe = self._recipe(compile=self.compile, zero=self.zero)
-        figures = bench(recipe, steps=steps, decoder_check=self.decoder_check)
+        cuda = torch.cuda.is_available()
+        # The recipe's batch of 1024 is that of many GPUs.
+        rows = {"global_batch": self.ranks * (256 if cuda else 16)}
+        recipe = one_rank(_training_recipe(self.dataset, training, rows), ranks=self.ranks)
+        steps = self.steps or (30 if cuda else 6)
+        figures = bench(recipe, ranks=self.ranks, steps=steps, decoder_check=self.decoder_check)
         print(*map(printable, table(figures).splitlines()), sep="\n")
         if self.json is not None:
             write_json(figures, self.json)
@@ -129,39 +89,58 @@ class Bench(_Training):
 
 
 @dataclass(frozen=True)
-class Tune(_Training):
-    """Measure how model and loader run fastest on this machine, and keep it: training then does so by itself.
+class Tune:
+    """Measure which performance options of model and loader are fastest here, and write them as a recipe file.
 
-    Give what training will have: variant, size, --batch-size (images of one process and forward pass), --ranks. What is
-    given of the loader's options is not tried otherwise.
+    Options of the training follow behind `--` ('launch/train.py --help' lists them); what is given there is not tried
+    otherwise: pipeline tune SET --ranks 8 -- --variant b3. Then train with: --recipe tuned.toml
     """
 
+    dataset: tyro.conf.Positional[str]
+    """Shard set: a folder or a URL."""
+    out: Path = Path("tuned.toml")
+    """Recipe file to write; an earlier one is replaced."""
     ranks: Annotated[int, Interval(ge=1, le=1024)] = 1
-    """Processes that training will have on this machine: each has its share of the cores."""
-    accumulation: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
-    """Micro-batches per optimiser step that training will have."""
-    zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage that training will have. auto = 1 with --ranks of several GPUs, else 0."""
+    """Ranks that the training will have on this machine: each has its share of the cores and of the global batch."""
     what: Literal["both", "model", "input"] = "both"
     """What to measure."""
     seconds: Annotated[float, Interval(gt=0, le=1_000_000)] = 60.0
     """About what model and input may take, each; compiling the model (on GPUs) takes minutes more."""
 
-    def run(self) -> int:
-        import dataclasses
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
+    def run(self, training: Sequence[str] = ()) -> int:
         from launch.tuning.command import PARTS, tune
+        from launch.tuning.fragment import check_fragment_output, write_fragment
 
-        recipe = self._recipe(zero=self.zero)
-        rows = recipe.data.global_batch
-        if self.accumulation * rows > MAX_BATCH:
-            raise UserError(
-                f"--accumulation {self.accumulation} of {rows} images: a global batch of at most {MAX_BATCH:,} expected"
-            )
-        data = dataclasses.replace(recipe.data, micro_batch=rows, global_batch=self.accumulation * rows)
+        check_fragment_output(self.out)
+        recipe = _training_recipe(self.dataset, training)
         parts = tuple(part for part in PARTS if self.what in ("both", part))
-        tune(dataclasses.replace(recipe, data=data), parts, ranks=self.ranks, seconds=self.seconds, say=_say)
+        options = f"--ranks {self.ranks} --what {self.what} --seconds {self.seconds:g}"
+        command = f"pipeline tune {shlex.quote(self.dataset)} {options} -- {shlex.join(training)}"
+        text = tune(recipe, parts, ranks=self.ranks, seconds=self.seconds, command=command, say=_say)
+        write_fragment(self.out, text)
+        _say(f"wrote {self.out}; train with --recipe {self.out}")
         return 0
+
+
+def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of training options, on a shard set.
+
+    Args:
+        training: options of launch/train.py.
+        data: defaults of [data] that differ from the recipe's.
+
+    Raises:
+        UserError: see `launch.config.command_line.parse`; or the options name another set.
+    """
+    from launch.config.command_line import parse
+
+    recipe = parse(training, defaults={"data": {"data": dataset, **(data or {})}}, prog="-- [training options]")
+    if recipe.data.data != dataset:
+        raise UserError(f"--data {recipe.data.data}: not the set {dataset} that was named first; leave --data out")
+    return recipe
 
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -189,10 +168,19 @@ def main(args: Sequence[str] | None = None) -> int:
     protect_output()
     limit_openmp()
     raise_limit()
+    args = list(sys.argv[1:] if args is None else args)
+    end = args.index("--") if "--" in args else len(args)
+    args, training = args[:end], args[end + 1 :]
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
         )
+        if isinstance(command, Bench | Tune):
+            return command.run(training)
+        if training:
+            raise UserError(
+                f"-- {' '.join(training)}: only 'bench' and 'tune' take training options behind --; leave them out"
+            )
         return int(command.run())
     except UserError as error:
         return report(error)

@@ -317,7 +317,7 @@ CRASHES_ON_CPU = "fastvit_t8"  # in torch 2.11's channels-last convolutions, at 
 FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # several test processes share the cores
 SMALL = ("--batch", "2", "--size", "64", "--rounds", "1")
 EAGER = ("--ways", "eager", "--batch", "2", "--rounds", "1", "--steps", "1")
-FEW = ("--batch-size", "4", "--size", "64", "--steps", "1")
+FEW = ("--global-batch", "4", "--size", "64")
 FEW_PHOTOS = ("--batch", "16", "--batches", "1")
 
 
@@ -342,8 +342,8 @@ def step(model: str, *more: str) -> Command:
 
 
 def bench(variant: str, *more: str, steps: int) -> Command:
-    options = ("--variant", variant, "--zero", "0", "--steps", str(steps), *more)
-    return pipeline("bench", "{data}/photos-shards", *options, "--json", "{out}", "--chart", "{run}/chart.png")
+    options = ("--steps", str(steps), *more, "--json", "{out}", "--chart", "{run}/chart.png")
+    return pipeline("bench", "{data}/photos-shards", *options, "--", "--variant", variant, "--zero", "0")
 
 
 def decode(*words: str) -> Command:

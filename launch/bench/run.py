@@ -7,11 +7,8 @@ import dataclasses
 import itertools
 import json
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ import torch
 import fat
 from fat.account.roofline import ceiling
 from launch.bench.decoders import DecoderFigures, compare_decoders
-from launch.bench.verdict import Figures, Phase, verdict
+from launch.bench.phases import MOST_STRETCHES, STRETCH, WARM_UP, OpenLoader, compare, predict, run
+from launch.bench.verdict import Figures, verdict
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.engine import Engine
@@ -29,39 +27,48 @@ from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
 from launch.jpeg_decoder import with_decoder
-from launch.machine.device_peaks import limits_of, settle
+from launch.machine.device_peaks import limits_of
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
 from launch.machine.world import connect, disconnect
-from launch.run.data_wait import DataWait
-from pipeline.batch import Batch, timed_event
+from pipeline.batch import Batch
 from pipeline.decode.choose import chosen_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
+from pipeline.plan import BatchShape
 from shards.cores import cores as usable_cores
 from shards.files.output import write_output
 from shards.redact import printable, redacted
 
 ROUNDS = 3
-CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
-WARM_UP = 3  # of the model: allocations, compilation; the engine itself captures CUDA graphs when it is made
-# A GPU that was idle takes its time to reach the speed that it holds: steps that are not timed, until some take as
-# long as those before.
-STRETCH, MOST_STRETCHES, STEADY = 3, 8, 0.02
-OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
 
 
-def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
+def one_rank(recipe: Recipe, *, ranks: int) -> Recipe:
+    """The recipe of a training by one rank, with the micro-batch that rank 0 of `ranks` has in `recipe`.
+
+    Raises:
+        PlanError: the global batch cannot be divided.
+    """
+    data = recipe.data
+    shape = BatchShape(
+        global_batch=data.global_batch, world=ranks, micro_batch=data.micro_batch, pairs=data.augmentation().mixes
+    )
+    data = dataclasses.replace(data, global_batch=shape.micro_rows, micro_batch=None, lanes=None)
+    return dataclasses.replace(recipe, data=data)
+
+
+def bench(recipe: Recipe, *, ranks: int = 1, steps: int, decoder_check: bool = True) -> Figures:
     """Measure a recipe on this machine, in this process alone.
 
     Args:
-        recipe: what would be trained; nothing is written.
+        recipe: what would be trained by one rank (`one_rank`); nothing is written.
+        ranks: among which the cores of this machine are divided.
         steps: optimiser steps per round of each measurement.
         decoder_check: also compare the GPU's two JPEG decoders.
 
     Raises:
         UserError: recipe and data do not fit together.
     """
-    world = connect()
+    world = connect(numa_binding=recipe.parallel.numa_binding, local_size=ranks)
     try:
         feed = Feed.of(recipe, world)
         check_batches_fit(feed)
@@ -80,105 +87,11 @@ def bench(recipe: Recipe, *, steps: int, decoder_check: bool = True) -> Figures:
         disconnect()
 
 
-def compare(
-    loader: OpenLoader,
-    resident: OpenLoader,
-    step: Callable[[Batch], object],
-    *,
-    batch: int,
-    steps: int,
-    ahead: int,
-    device: torch.device,
-    rounds: int,
-) -> tuple[Phase, Phase, Phase]:
-    """(loader alone, model alone, both): medians of rounds in which each has its turn.
-
-    Args:
-        loader: opens the loader afresh.
-        resident: opens batches that are on the device already.
-        step: trains on a batch.
-        batch, ahead: images of a batch, and batches that the loader holds when it has run as far ahead as it can.
-    """
-    turns: list[tuple[Phase, Phase, Phase]] = []
-    with resident() as batches:
-        for _ in range(WARM_UP):
-            step(next(batches))
-    for _ in range(rounds):
-        with loader() as batches:
-            for _ in range(ahead):
-                next(batches)
-            alone = run(batches, None, steps=steps, batch=batch, device=device)
-        with resident() as batches:
-            _reach_steady_rate(batches, step, batch=batch, device=device)
-            model = run(batches, step, steps=steps, batch=batch, device=device)
-        with loader() as batches:
-            step(next(batches))
-            # To a steady state: queues that surely run full beside the model may do so at once; any other find theirs.
-            if alone.rate > CLEARLY * model.rate:
-                time.sleep(ahead * batch / alone.rate)
-            else:
-                for _ in range(ahead):
-                    step(next(batches))
-            _reach_steady_rate(batches, step, batch=batch, device=device)
-            turns.append((alone, model, run(batches, step, steps=steps, batch=batch, device=device)))
-    alone, model, both = (_median([turn[which] for turn in turns]) for which in range(3))
-    return alone, model, both
-
-
-def run(
-    batches: Iterator[Batch], step: Callable[[Batch], object] | None, *, steps: int, batch: int, device: torch.device
-) -> Phase:
-    """Time some steps; without `step`, batches are only taken."""
-    settle(device)
-    # Without steps the device does nothing else, and it is the host that waits.
-    wait = DataWait(device if step is not None else torch.device("cpu"))
-    handing_over, marks = list[float](), [timed_event(device)]
-    start, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        (taken,) = wait.take(batches)
-        if step is not None:
-            asked = time.perf_counter()
-            step(taken)
-            handing_over.append(time.perf_counter() - asked)
-            wait.ended()
-            marks.append(timed_event(device))
-    cpu = time.process_time() - cpu  # waiting for the device keeps a core busy
-    settle(device)
-    seconds, images = time.perf_counter() - start, steps * batch
-    on_gpu = [mark for mark in marks if mark is not None]
-    return Phase(
-        rate=images / seconds,
-        cpu=cpu / images,
-        waiting=wait.seconds() / seconds,
-        # Not the median: a host that has filled the device's queue waits there for room.
-        host=sorted(handing_over)[len(handing_over) // 4] if len(on_gpu) > 1 else 0.0,
-        times=tuple(round(before.elapsed_time(after), 2) for before, after in itertools.pairwise(on_gpu)),
-    )
-
-
-def _reach_steady_rate(
-    batches: Iterator[Batch], step: Callable[[Batch], object], *, batch: int, device: torch.device
-) -> None:
-    """Take steps until a GPU's rate stays; nothing on a CPU, whose steps take seconds."""
-    before = 0.0
-    for _ in range(MOST_STRETCHES if device.type == "cuda" else 0):
-        rate = run(batches, step, steps=STRETCH, batch=batch, device=device).rate
-        if abs(rate - before) <= STEADY * before:
-            return
-        before = rate
-
-
 def _long_enough(feed: Feed, batches: int) -> Feed:
     """The same feed, of at least as many batches and those of the warm-up, however small the set and few its epochs."""
     recipe, needed = feed.recipe, WARM_UP + MOST_STRETCHES * STRETCH + batches
     epochs = max(recipe.optim.epochs, -(-needed // feed.plan.steps_per_epoch))
     return feed.with_recipe(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=epochs)))
-
-
-def _median(phases: list[Phase]) -> Phase:
-    names = [field.name for field in dataclasses.fields(Phase) if field.name != "times"]
-    medians = {name: statistics.median(getattr(phase, name) for phase in phases) for name in names}
-    return Phase(**medians, times=tuple(itertools.chain.from_iterable(phase.times for phase in phases)))
 
 
 def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
@@ -237,13 +150,6 @@ def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
         memory=memory,
     )
     return dataclasses.replace(figures, verdict=verdict(figures))
-
-
-def predict(loader: Phase, model: Phase, *, cores: int | None) -> float:
-    """Images per second that both together should reach: those of the slower, and where they share CPU cores (`cores`),
-    no more than there is CPU time for."""
-    seconds = max(1 / loader.rate, 1 / model.rate)
-    return 1 / (max(seconds, (loader.cpu + model.cpu) / cores) if cores else seconds)
 
 
 def _reading(feed: Feed, steps: int, ahead: int) -> float:

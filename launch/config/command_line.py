@@ -7,7 +7,7 @@ import json
 import sys
 import tomllib
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +42,14 @@ class _Start:
     recipe: RecipeFiles = ()
 
 
-def parse(args: Sequence[str] | None = None) -> Recipe:
+def parse(
+    args: Sequence[str] | None = None, *, defaults: Mapping[str, Any] | None = None, prog: str | None = None
+) -> Recipe:
     """Return the recipe of a command line: the variant's, then every `--recipe FILE` in order, then single options.
+
+    Args:
+        defaults: sections that replace the variant's defaults, as a recipe file has them.
+        prog: name of the command in messages; None = that of the process.
 
     Raises:
         RecipeError: an unreadable recipe file or contradictory options.
@@ -54,7 +60,7 @@ def parse(args: Sequence[str] | None = None) -> Recipe:
     start, _ = tyro.cli(
         _Start, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
     )
-    default = VARIANTS[start.variant]()
+    default = _merge(VARIANTS[start.variant](), dict(defaults or {}), "defaults")
     for path in start.recipe:
         default = with_file(default, path)
     full = dataclasses.make_dataclass(
@@ -65,7 +71,9 @@ def parse(args: Sequence[str] | None = None) -> Recipe:
         ],
         frozen=True,
     )
-    command: Any = tyro.cli(full, args=args, description="Train a FAT backbone from a shard set.", config=flat)
+    command: Any = tyro.cli(
+        full, args=args, prog=prog, description="Train a FAT backbone from a shard set.", config=flat
+    )
     return typing.cast(Recipe, command.all)
 
 

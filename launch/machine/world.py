@@ -49,11 +49,13 @@ class World:
             dist.barrier()
 
 
-def connect(*, numa_binding: bool = True) -> World:
+def connect(*, numa_binding: bool = True, local_size: int | None = None) -> World:
     """Join the other processes of this launch (by torchrun's environment variables, as accelerate sets them).
 
     Args:
         numa_binding: hold each rank to the cores near its GPU.
+        local_size: processes among which this machine's cores are divided. None = those of this launch; another number
+            lets one process measure what a rank of so many would have.
 
     Raises:
         UserError: one of several processes without a launcher, or no usable folder for caches.
@@ -65,7 +67,8 @@ def connect(*, numa_binding: bool = True) -> World:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if overruled and rank == 0:
         print(printable(overruled), file=sys.stderr, flush=True)
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = local_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     backend = "gloo"
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()

@@ -1,113 +1,91 @@
-"""`pipeline tune`: measure how model and loader run fastest on this machine, and keep it for every run to come."""
+"""Measure the performance options that a recipe leaves open, in one process: `pipeline tune`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from datetime import date
 from typing import Literal
 
 import torch
-from torch import nn
 
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.execution import Execution, alternatives, choose
 from launch.engine.kernel_check import check_recipe
 from launch.engine.memory import check_batches_fit
-from launch.engine.optimizers import OPTIMIZERS
-from launch.feed import Feed
+from launch.feed import Feed, feed_of_one_rank
+from launch.machine.provenance import device_name, versions
 from launch.machine.world import connect, disconnect
-from launch.tuning import loader as input_tuning
-from launch.tuning import model as tuning
-from launch.tuning.open_options import given, with_values
-from launch.tuning.trials import Choice, Value
-from shards.files.temporary import prepare_caches
+from launch.tuning.fragment import fragment
+from launch.tuning.loader import tune as tune_loader
+from launch.tuning.model import Bench
+from launch.tuning.model import tune as tune_model
+from launch.tuning.trials import Choice
 
 Part = Literal["model", "input"]
 PARTS: tuple[Part, ...] = ("model", "input")
 
 
 def tune(
-    recipe: Recipe, parts: tuple[Part, ...], *, ranks: int, seconds: float, say: Callable[[str], None]
-) -> dict[str, Value]:
-    """Measure in this process alone; returns the chosen values, by the names of the options.
+    recipe: Recipe, parts: Sequence[Part], *, ranks: int, seconds: float, command: str, say: Callable[[str], None]
+) -> str:
+    """Measure and return a recipe fragment with the fastest values (`launch.tuning.fragment`).
 
     Args:
-        recipe: what will be trained, with the rows of one rank as its global batch.
-        ranks: processes that training will have on this machine: this one takes its share of the cores and, under ZeRO,
-            of the optimiser's work.
-        seconds: about what each part may take, if nothing is compiled.
-        say: is told what was found, line by line.
+        recipe: of the training. Options that it gives are not tried.
+        ranks: that training will have on this machine: measured is one of them, with its share of the cores, of the
+            global batch and, under ZeRO, of the optimizer's work.
+        seconds: approximate duration of each part, without compilation.
+        command: command line, for the fragment.
+        say: receives lines about progress.
 
     Raises:
-        UserError: recipe and data do not fit together, or the file cannot be written.
+        UserError: recipe and data do not fit together, or the set is damaged.
     """
-    prepare_caches()
-    os.environ["LOCAL_WORLD_SIZE"] = str(ranks)
-    world = connect()
+    world = connect(numa_binding=recipe.parallel.numa_binding, local_size=ranks)
     try:
-        feed = Feed.of(recipe, world)
+        feed = feed_of_one_rank(recipe, world, ranks=ranks)
         check_batches_fit(feed)
-        check_recipe(recipe, feed, build_model(recipe, feed.classes))  # compiles kernels outside the time that is given
-        fixed, chosen = given(recipe), dict[str, Value]()
-        for part in parts:
-            model = build_model(recipe, feed.classes)
-            found = measure(part, recipe, feed, model, fixed=fixed, ranks=ranks, seconds=seconds, say=say)
-            chosen |= {name: choice.value for name, choice in found.items()}
-        with_values(recipe, chosen)  # the options' own checks
-        return chosen
+        model = build_model(recipe, feed.classes)
+        check_recipe(recipe, feed, model)  # compiles kernels, which the measurements shall not include
+        zero, precision = choose(recipe.parallel, world.device, ranks=ranks)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        found: dict[str, Choice] = {}
+        if "model" in parts:
+            side, shares = recipe.data.size, ranks if zero else 0
+            images = torch.randn((feed.shape.micro_rows, 3, side, side), device=world.device, dtype=dtype)
+            images = images.contiguous(memory_format=torch.channels_last)
+            bench = Bench(model.to(world.device), images, bf16=precision == "bf16", optim=recipe.optim, shares=shares)
+            found |= tune_model(bench, *_open_options(recipe, feed, ranks=ranks), seconds=seconds, say=say)
+        if "input" in parts:
+            found |= tune_loader(feed, dtype=dtype, seconds=seconds, say=say)
+        shape, data = feed.shape, recipe.data
+        conditions = (
+            f"command: {command}",
+            f"device: {device_name(world.device)}, {world.cores} cores per rank",
+            f"versions: {', '.join(f'{name} {version}' for name, version in versions().items() if version)}",
+            f"measured on {date.today()}: fat_{recipe.model.variant}, {shape.micro_rows} images of {data.size} pixels "
+            f"per forward pass, {shape.accumulation} forward passes per step, rank 0 of {ranks}, {precision}, "
+            f"ZeRO {zero}",
+        )
+        return fragment(found, conditions)
     finally:
         disconnect()
 
 
-def measure(
-    part: Part,
-    recipe: Recipe,
-    feed: Feed,
-    model: nn.Module,
-    *,
-    fixed: Mapping[str, Value | None],
-    ranks: int,
-    seconds: float,
-    say: Callable[[str], None],
-) -> dict[str, Choice]:
-    """Time what is open of a part, on this rank alone; see `launch.tuning.model` and `launch.tuning.loader`.
-
-    Args:
-        fixed: options which stay as they are; None = at the default.
-        ranks: of the training.
-
-    Raises:
-        UserError: the recipe cannot be, or the set is damaged.
-    """
-    zero, precision = choose(recipe.parallel, feed.world.device, ranks=ranks)
-    settled = with_values(recipe, fixed)
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    if part == "input":
-        return input_tuning.tune(feed.with_recipe(settled), fixed, dtype=dtype, seconds=seconds, say=say)
-    device, accumulation, optim = feed.world.device, feed.shape.accumulation, recipe.optim
-    shape = (feed.shape.micro_rows, 3, recipe.data.size, recipe.data.size)
-
-    def images() -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-
-    bench = tuning.Bench(
-        model.to(device),
-        images,
-        bf16=precision == "bf16",
-        optimizer=OPTIMIZERS[optim.optimizer],
-        betas=optim.betas,
-        eps=optim.eps,
-        shares=ranks if zero else 0,
-    )
-    possible = alternatives(device, zero=zero, accumulation=accumulation, ranks=ranks)
-    still_open = {name: values for name, values in possible.items() if name not in fixed}
+def _open_options(recipe: Recipe, feed: Feed, *, ranks: int) -> tuple[Execution, dict[str, tuple[str, ...]]]:
+    """What the recipe's [compile] amounts to, and the values to try of the options that it leaves open."""
+    device, accumulation = feed.world.device, feed.shape.accumulation
     start = Execution.of(
-        settled.compile,
-        settled.parallel,
+        recipe.compile,
+        recipe.parallel,
         device,
         accumulation=accumulation,
         ranks=ranks,
-        freeze_bn=settled.model.freeze_bn,
+        freeze_bn=recipe.model.freeze_bn,
     )
-    return tuning.tune(bench, start, still_open, seconds=seconds, say=say)
+    zero, _ = choose(recipe.parallel, device, ranks=ranks)
+    options = alternatives(device, zero=zero, accumulation=accumulation, ranks=ranks)
+    # $FAT_KERNELS may give a value too.
+    given = {n for n, v in options.items() if getattr(recipe.compile, n) is not None or getattr(start, n) != v[0]}
+    return start, {name: values for name, values in options.items() if name not in given}

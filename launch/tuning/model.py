@@ -1,6 +1,6 @@
-"""How a model runs fastest here: memory format, FAT's own kernels, optimiser, torch.compile mode, one after the other.
+"""Measure how a model runs fastest: memory format, FAT's own kernels, optimizer implementation, torch.compile mode.
 
-Not the full product: each is timed with the best of those before it, and a value must beat the default clearly.
+One option after the other, each with the best values of those before it; a value must beat the default clearly.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -18,117 +19,90 @@ from torch import Tensor, nn
 
 import fat.kernels
 from launch.config.engine import OptimizerImpl
+from launch.config.optim import OptimConfig
 from launch.engine.execution import AUGMENT_SWITCH, Execution
 from launch.engine.graph_recorder import RECORDERS
 from launch.engine.graphs import GraphedModel
-from launch.engine.optimizers import Kind, Updater, parameter_groups
+from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.machine.device_peaks import settle
-from launch.tuning.open_options import option_name
-from launch.tuning.trials import Choice, Trial, best_of, decided, take_turns
+from launch.tuning.trials import Choice, choose
 
 STEPS = 10
 SLICE = 1.0  # seconds that a turn may take beside its warm-up, if fewer steps are enough for that
 ROUNDS = 3
 WARM_UP = {"cuda": 3, "cpu": 1}  # a mode with CUDA graphs records at its second call
-# Compiling a model takes minutes, which no clock of ours can cut short.
-COMPILING_SECONDS = 600.0
-CLIP = 5.0
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What is timed."""
+    """What is measured."""
 
     model: nn.Module
-    """As it will train, on its device, neither compiled nor wrapped; comes back as it was."""
-    images: Callable[[], Tensor]
-    """Makes a micro-batch: float [B, 3, H, W], channels-last, as loaders give it."""
+    """As it will train, on its device, neither compiled nor wrapped; afterwards as before."""
+    images: Tensor
+    """A micro-batch: float [B, 3, H, W], channels-last, on the model's device."""
     bf16: bool
     """Run under autocast."""
-    optimizer: Kind
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    optim: OptimConfig
     shares: int = 0
-    """Ranks that share the optimiser's work (ZeRO), each holding flat parts; 0 = plain."""
+    """Ranks that share the optimizer's work (ZeRO), each with flat partitions; 0 = no ZeRO."""
 
 
 def tune(
     bench: Bench,
     start: Execution,
-    open_options: Mapping[str, Sequence[str]],
+    options: Mapping[str, Sequence[str]],
     *,
     seconds: float,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None],
 ) -> dict[str, Choice]:
-    """Choose the values of some options of `Execution`, in the order given, within about `seconds`; those that there is
-    no time for (torch.compile: of one mode), or that fail in every way, are left out.
+    """Choose the values of some options of `Execution`, in the order given.
 
     Args:
-        start: the values of all others, and the first to be tried of these.
-        open_options: name -> values, of which there are several; the first is the default.
-        say: is told each turn before it begins, and what was found, line by line.
+        seconds: approximate duration without `compile`, which takes minutes and is always measured.
+        start: values of all options at first.
+        options: name -> values, the default first. An option that has one value is not measured.
+        say: receives a line before each turn, and one with each result.
     """
-    deadline, chosen, now = time.monotonic() + seconds, dict[str, Choice](), start
-    stages = [(name, values) for name, values in open_options.items() if len(values) > 1]
-    while stages:
-        name, values = stages.pop(0)
-        end = deadline + COMPILING_SECONDS if "compile" in (name, *chosen) else deadline
-        if name == "optimizer_impl":
-            trials, unit = time_optimizer(bench, values, end, say), "updates/s"
-        else:
-            ways = [replace(now, **{name: value}) for value in values]  # type: ignore[arg-type]
-            trials, unit = measure(bench, ways, name, end, say), "images/s"
-        choice = best_of(trials, unit)
-        if not decided(trials, whole=name == "compile"):  # kept, it would never be measured again
-            say(f"{option_name(name)}: left open ({choice.reason})")
+    deadline, found, now = time.monotonic() + seconds, dict[str, Choice](), start
+    waiting = [name for name, values in options.items() if len(values) > 1]
+    while waiting:
+        name = waiting.pop(0)
+        until = math.inf if "compile" in (name, *found) else deadline
+        choice = _choose(bench, now, name, options[name], until=until, say=say)
+        if choice.value is None:
+            found.setdefault(name, choice)
             continue
-        say(f"{option_name(name)}: {choice.value} ({choice.reason})")
-        now, chosen[name] = replace(now, **{name: choice.value}), choice
-        if name == "compile" and now.uses_compiler and "kernels" in chosen:
-            stages.append(("kernels", open_options["kernels"]))  # the compiler may do better without them
-    return chosen
+        now, found[name] = replace(now, **{name: choice.value}), choice
+        if name == "compile" and now.uses_compiler and "kernels" in found:
+            waiting.append("kernels")  # a compiled model may be faster without them
+    return found
 
 
-def measure(
-    bench: Bench,
-    ways: Sequence[Execution],
-    name: str,
-    until: float = math.inf,
-    say: Callable[[str], None] = lambda line: None,
-) -> list[Trial]:
-    """Time forward and backward in each way. Weights, statistics, generators, switches and memory are put back.
-
-    Args:
-        name: of the option in which the ways differ.
-        until: no turn begins after this time (`time.monotonic`).
-    """
-    rounds = 1 if any(way.uses_compiler for way in ways) else ROUNDS  # each turn compiles anew
+def _choose(
+    bench: Bench, now: Execution, name: str, values: Sequence[str], *, until: float, say: Callable[[str], None]
+) -> Choice:
+    """Measure one option: clipping and update of the optimizer, or forward and backward of the model. The model, random
+    generators and memory are afterwards as before."""
+    label = name.replace("_", "-")
+    if name == "optimizer_impl":
+        rate = partial(_updates_per_second, bench)
+        return choose(label, values, rate, rounds=ROUNDS, until=until, say=say, unit="updates/s")
+    ways = {value: replace(now, **{name: value}) for value in values}  # type: ignore[arg-type]
+    rounds = 1 if any(way.uses_compiler for way in ways.values()) else ROUNDS  # each turn compiles anew
     with _unchanged(bench.model), torch.random.fork_rng(devices=_generators(bench.model)):
-        trials = take_turns(
-            ways,
-            lambda way: _images_per_second(bench, way),
+        return choose(
+            label,
+            values,
+            lambda value: _images_per_second(bench, ways[value]),
             rounds=rounds,
             until=until,
-            announce=lambda way, turn: say(f"trying {option_name(name)} {getattr(way, name)}, {turn}"),
+            say=say,
         )
-        return [replace(trial, value=getattr(trial.value, name)) for trial in trials]
-
-
-def time_optimizer(
-    bench: Bench, forms: Sequence[str], until: float = math.inf, say: Callable[[str], None] = lambda line: None
-) -> list[Trial]:
-    """Time clipping and update in each form, on stand-ins for what the optimiser would work on."""
-    return take_turns(
-        forms,
-        lambda form: _updates_per_second(bench, form),
-        rounds=ROUNDS,
-        until=until,
-        announce=lambda form, turn: say(f"trying optimizer-impl {form}, {turn}"),
-    )
 
 
 def _images_per_second(bench: Bench, way: Execution) -> float:
-    model, images = way.lay_out(bench.model).train(), bench.images()
+    model, images = way.lay_out(bench.model).train(), bench.images
     autocast = torch.autocast(images.device.type, torch.bfloat16) if bench.bf16 else nullcontext()
 
     def step() -> None:
@@ -155,8 +129,9 @@ def _images_per_second(bench: Bench, way: Execution) -> float:
             torch.cuda.empty_cache()
 
 
-def _updates_per_second(bench: Bench, form: str) -> float:
-    groups = parameter_groups(bench.model, weight_decay=0.05)
+def _updates_per_second(bench: Bench, impl: str) -> float:
+    """Of clipping and update, on stand-ins for what the optimizer of a rank works on."""
+    groups = parameter_groups(bench.model, weight_decay=bench.optim.weight_decay)
     for group in groups:
         owners = group["params"]
         if bench.shares:  # flat, and this rank's part of them only
@@ -166,9 +141,10 @@ def _updates_per_second(bench: Bench, form: str) -> float:
     stand_ins = [p for group in groups for p in group["params"]]
     for p in stand_ins:
         p.grad = torch.full_like(p, 1e-3)
-    optimizer = bench.optimizer.build(groups, bench.betas, bench.eps, cast(OptimizerImpl, form))
+    kind, optim = OPTIMIZERS[bench.optim.optimizer], bench.optim
+    optimizer = kind.build(groups, optim.betas, optim.eps, cast(OptimizerImpl, impl))
     update = Updater(optimizer, stand_ins)
-    return _rate(lambda: update(CLIP), stand_ins[0].device)
+    return _rate(lambda: update(optim.clip_grad), stand_ins[0].device)
 
 
 def _rate(step: Callable[[], object], device: torch.device) -> float:

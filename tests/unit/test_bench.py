@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from launch.bench.chart import draw
-from launch.bench.run import MOST_STRETCHES, STRETCH, _long_enough, _reading, compare, predict
+from launch.bench.phases import MOST_STRETCHES, STRETCH, compare, predict
+from launch.bench.run import _long_enough, _reading, one_rank
 from launch.bench.verdict import Figures, Phase, bottleneck, verdict
 from launch.cli import main as pipeline
 from launch.config.command_line import parse
@@ -31,10 +32,12 @@ CPU = torch.device("cpu")
 
 
 def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
-    sizes = ("--size", "32", "--batch-size", str(BATCH), "--steps", "3")
+    own = ("--steps", "3", "--json", tmp_path / "bench.json", "--chart", tmp_path / "bench.png", "--no-decoder-check")
+    own = own if "--no-decoder-check" in options else own[:-1]
+    sizes = ("--size", "32", "--global-batch", str(BATCH))
     shallow = ("--read-ahead", "1", "--decode-ahead", "1", "--ready", "1")
-    files = ("--json", tmp_path / "bench.json", "--chart", tmp_path / "bench.png")
-    assert pipeline([str(arg) for arg in ("bench", data, *sizes, *shallow, *files, *options)]) == 0
+    training = [option for option in options if option != "--no-decoder-check"]
+    assert pipeline([str(arg) for arg in ("bench", data, *own, "--", *sizes, *shallow, *training)]) == 0
     assert Image.open(tmp_path / "bench.png").width > 500
     return json.loads((tmp_path / "bench.json").read_text())
 
@@ -62,6 +65,13 @@ def test_the_check_of_decoders_can_be_left_out(tmp_path: Path, digits: Path, mon
     assert found["decoders"]["skipped"] == "--no-decoder-check"
 
 
+def test_the_micro_batch_of_one_rank_is_measured() -> None:
+    recipe = parse(["--data", "x", "--global-batch", "96", "--micro-batch", "8", "--lanes", "4"])
+    data = one_rank(recipe, ranks=4).data
+    assert (data.global_batch, data.micro_batch, data.lanes) == (8, None, None)
+    assert one_rank(parse(["--data", "x", "--global-batch", "96"]), ranks=4).data.global_batch == 24
+
+
 def test_reading_is_measured_without_decoding(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.decode.dali import DaliDecoder
 
@@ -75,8 +85,8 @@ class Host:
 
     def __init__(self, patch: pytest.MonkeyPatch, *, loading: float, training: float, ahead: int) -> None:
         self.now, self.loading, self.training, self.ahead = 0.0, loading, training, ahead
-        patch.setattr("launch.bench.run.time.perf_counter", lambda: self.now)
-        patch.setattr("launch.bench.run.time.sleep", lambda seconds: setattr(self, "now", self.now + seconds))
+        patch.setattr("launch.bench.phases.time.perf_counter", lambda: self.now)
+        patch.setattr("launch.bench.phases.time.sleep", lambda seconds: setattr(self, "now", self.now + seconds))
 
     @contextmanager
     def loader(self) -> Iterator[Iterator[Any]]:
@@ -182,11 +192,11 @@ class Gpu:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.done, self.number, self.batches = 0.0, 0.0, 0, 0
-        patch.setattr("launch.bench.run.settle", lambda _: self.settle())
-        patch.setattr("launch.bench.run.timed_event", lambda _: self.mark())
+        patch.setattr("launch.bench.phases.settle", lambda _: self.settle())
+        patch.setattr("launch.bench.phases.timed_event", lambda _: self.mark())
         patch.setattr("launch.run.data_wait.timed_event", lambda _: self.mark())
-        patch.setattr("launch.bench.run.time.perf_counter", lambda: self.now)
-        patch.setattr("launch.bench.run.time.sleep", lambda _: None)
+        patch.setattr("launch.bench.phases.time.perf_counter", lambda: self.now)
+        patch.setattr("launch.bench.phases.time.sleep", lambda _: None)
 
     def settle(self) -> None:
         self.now = max(self.now, self.done)

@@ -112,8 +112,8 @@ def train_with(*args: str) -> int:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("tune SET --read-threads 0", "--read-threads 0: a whole number from 1 to 1,024 expected"),
-        ("bench SET --hw-decoder-load 2", "--hw-decoder-load 2: a number from 0 to 1 expected"),
+        ("tune SET -- --read-threads 0", "--read-threads 0: a whole number from 1 to 1,024 expected"),
+        ("bench SET -- --hw-decoder-load 2", "--hw-decoder-load 2: a number from 0 to 1 expected"),
     ],
 )
 def test_options_of_the_pipeline_that_make_no_sense(

@@ -14,7 +14,7 @@ from launch.cli import main as pipeline
 from shards.files.output import OutputError, check_output_folder
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
-SMALL = ("--size", "32", "--batch-size", "2")
+SMALL = ("--", "--size", "32", "--global-batch", "2")
 # Verbs that write, and what the error must advise.
 COMMANDS = {
     "shard --out": (["shard", "{source}", "--out", "{ro}/new"], "name a folder of your own with --out"),
@@ -23,8 +23,9 @@ COMMANDS = {
     "sample digits": (["sample", "digits", "{ro}/digits"], "name another"),
     "sample photos": (["sample", "photos", "{ro}/photos"], "name another"),
     "look": (["look", "{set}", "--size", "32", "--out", "{ro}/x.png"], "name another file"),
-    "bench --json": (["bench", "{set}", *SMALL, "--json", "{ro}/x.json"], "name another file"),
-    "bench --chart": (["bench", "{set}", *SMALL, "--chart", "{ro}/x.png"], "name another file"),
+    "bench --json": (["bench", "{set}", "--json", "{ro}/x.json", *SMALL], "name another file"),
+    "bench --chart": (["bench", "{set}", "--chart", "{ro}/x.png", *SMALL], "name another file"),
+    "tune --out": (["tune", "{set}", "--out", "{ro}/tuned.toml", *SMALL], "name another file"),
 }
 
 

@@ -83,8 +83,10 @@ COMMANDS: dict[str, Callable[[str, str, Path], object]] = {
     "verify": lambda location, pin, out: main(["verify", location, "--set-digest", pin]),
     "info": lambda location, pin, out: main(["info", location, "--set-digest", pin]),
     "look": lambda location, pin, out: main(["look", location, "--set-digest", pin, "--out", str(out / "b.png")]),
-    "bench": lambda location, pin, out: main(["bench", location, "--set-digest", pin]),
-    "tune": lambda location, pin, out: main(["tune", location, "--set-digest", pin]),
+    "bench": lambda location, pin, out: main(["bench", location, "--", "--set-digest", pin]),
+    "tune": lambda location, pin, out: main(
+        ["tune", location, "--out", str(out / "tuned.toml"), "--", "--set-digest", pin]
+    ),
     "verify#": lambda location, pin, out: main(["verify", f"{location}#{pin}"]),
     "info#": lambda location, pin, out: main(["info", f"{location}#{pin}"]),
     "look#": lambda location, pin, out: main(["look", f"{location}#{pin}"]),

@@ -154,7 +154,6 @@ def test_training_refuses_in_one_line_before_it_writes(
         (pipeline, "look SET --flip nan", "--flip nan: a number from 0 to 1 expected"),
         (pipeline, "bench SET --steps 0", "--steps 0: a whole number from 1 to 1,000,000 expected"),
         (pipeline, "tune SET --seconds inf", "--seconds inf: a number above 0 to 1,000,000 expected"),
-        (pipeline, "tune SET --accumulation 1000000", "--accumulation 1000000 of 16 images: a global batch of at most"),
         (submit, "--warn-seconds 99999", "--warn-seconds 99999: a whole number from 0 to 65,535 expected"),
         (submit, "--nodes 1-100000", "--nodes 1-100000: a number as in 4, or MIN-MAX as in 2-8, up to 10,000 expected"),
         (submit, "--time soon", "--time soon: a time as sbatch has it, such as 24:00:00 or 2-12, expected"),

@@ -56,7 +56,7 @@ def found_in(folder: Path) -> list[Path]:
 
 TRAIN = ("--size", "32", "--augment", "light", "--global-batch", "16", "--epochs", "1", "--warmup-epochs", "0")
 STEPS = ("--stop-after", "2", "--log-every", "1", "--tracker", "tensorboard", "--read-threads", "2")
-BENCH = ("--size", "32", "--batch-size", "4", "--steps", "1", "--json", "b.json", "--chart", "b.png")
+BENCH = ("--steps", "1", "--json", "b.json", "--chart", "b.png", "--", "--size", "32", "--global-batch", "4")
 COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
     "train": (train, (*TRAIN, *STEPS, "--data", "URL", "--out", "run")),
     "dry run": (train, (*TRAIN, "--data", "URL", "--out", "run", "--dry-run")),
