@@ -1,6 +1,6 @@
 """The FAT family (Fully Adaptive Transformer, arXiv 2306.00396): `fat.create_model("fat_b0")`.
 
-Imports torch alone. Where timm is in use, `timm.create_model("fat_b0")` works too, whichever is imported first.
+Imports torch alone. `fat.register_with_timm()` makes `timm.create_model("fat_b0")` work too.
 """
 
 from fat.account.cost import Cost, count
@@ -9,12 +9,10 @@ from fat.export import export_onnx, export_program
 from fat.factory import create_model, list_models
 from fat.fusion import fuse
 from fat.model import FAT, FATFeatures
-from fat.timm_registry import register_with_timm, when_imported
+from fat.timm_registry import register_with_timm
 from fat.weights.classes import ClassList
 from fat.weights.header import WeightsInfo
 from fat.weights.load import load_model, load_weights, read_info, save_weights
-
-when_imported("timm", register_with_timm)
 
 __all__ = [
     "FAT",
@@ -32,5 +30,6 @@ __all__ = [
     "load_model",
     "load_weights",
     "read_info",
+    "register_with_timm",
     "save_weights",
 ]

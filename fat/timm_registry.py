@@ -1,12 +1,8 @@
-"""`timm.create_model("fat_b3")` for those who use timm, which is never imported for it."""
+"""Make the variants known to timm: `timm.create_model("fat_b3")`."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 from fat.config import VARIANTS
@@ -14,19 +10,15 @@ from fat.model import Trunk
 
 
 def register_with_timm() -> None:
-    """Adds the variants to timm's registry. Imports timm."""
+    """Add the variants to timm's registry. Imports timm, which importing fat does not.
+
+    Raises:
+        ModuleNotFoundError: timm is not installed.
+    """
     from timm.models import register_model
 
     for name in VARIANTS:
         register_model(_entry_point(name))
-
-
-def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Calls `action` as soon as the top-level module `name` is imported, by whomever; at once if it already is."""
-    if name in sys.modules:
-        action()
-    else:
-        sys.meta_path.insert(0, _Lookout(name, action))
 
 
 def _entry_point(name: str) -> Callable[..., Trunk]:
@@ -46,31 +38,3 @@ def _entry_point(name: str) -> Callable[..., Trunk]:
 
     create.__name__ = create.__qualname__ = name  # the registry goes by them
     return create
-
-
-class _Lookout(MetaPathFinder):
-    """Finds the module as the other finders do, and has the action follow its execution."""
-
-    def __init__(self, name: str, action: Callable[[], None]) -> None:
-        self.name = name
-        self.action = action
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != self.name:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-                self.action()
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec

@@ -1,16 +1,15 @@
-"""fat needs torch alone, and waits for others without importing them."""
+"""fat needs torch alone, and makes itself known to timm only when asked to."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from fat.timm_registry import when_imported
+import fat
 
 OPTIONAL = ("timm", "safetensors", "onnx", "onnxruntime", "onnxscript", "triton")
 
@@ -23,35 +22,21 @@ def test_importing_fat_imports_no_optional_package(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of a module that can be imported and has not been."""
-    (tmp_path / "seldom_imported.py").write_text("answer = 42")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "seldom_imported", raising=False)
-    return "seldom_imported"
+def test_importing_fat_leaves_the_import_system_alone() -> None:
+    program = "import sys, torch; before = list(sys.meta_path); import fat; assert sys.meta_path == before"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_the_action_follows_the_import(module: str) -> None:
-    calls = []
-    when_imported(module, lambda: calls.append(sys.modules[module].answer))
-    importlib.util.find_spec(module)  # asking whether it is installed is no import
-    assert calls == []
-    importlib.import_module(module)
-    assert calls == [42]
-    importlib.reload(sys.modules[module])
-    assert calls == [42]
-
-
-def test_the_action_is_immediate_after_the_import(module: str) -> None:
-    calls = []
-    importlib.import_module(module)
-    when_imported(module, lambda: calls.append(1))
-    assert calls == [1]
-
-
-def test_a_module_that_is_not_installed_is_still_not_found() -> None:
-    when_imported("no_such_module_anywhere", lambda: pytest.fail("never imported"))
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("no_such_module_anywhere")
-    sys.meta_path.pop(0)
+def test_registered_variants_are_made_with_timms_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the part of timm's registry that is used: a decorator that goes by the function's name."""
+    registry = {}
+    models = ModuleType("timm.models")
+    models.register_model = lambda function: registry.setdefault(function.__name__, function)
+    monkeypatch.setitem(sys.modules, "timm", ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.models", models)
+    fat.register_with_timm()
+    assert list(registry) == fat.list_models()
+    model = registry["fat_b0"](pretrained=False, num_classes=3, drop_path_rate=0.3)
+    assert (model.config.num_classes, model.config.drop_path) == (3, 0.3)
+    with pytest.raises(ValueError, match="no weights are published"):
+        registry["fat_b0"](pretrained=True)
