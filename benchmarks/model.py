@@ -6,7 +6,7 @@
 Compares, in one run and interleaved round by round (medians of the rounds, ratios of the same round):
 
   plain           NCHW memory, eager, as the released implementation runs
-  torch           channels-last activations (and here weights), eager, FAT_KERNELS=off
+  torch           channels-last activations (and here weights), eager, without our kernels
   channels-last   the model as it is: the same with our own kernels where there are any (on a CPU there are none)
   compiled        the same under torch.compile
   graphs          the same with CUDA graphs as well (mode reduce-overhead): no time between kernels
@@ -105,7 +105,7 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
     run: Callable[..., Any] = model
     if way.endswith("compiled") or way == "graphs":
         run = torch.compile(model, fullgraph=True, mode="reduce-overhead" if way == "graphs" else None)
-    switch = "off" if way in ("plain", "torch") else "auto"
+    switch: fat.kernels.Mode = "off" if way in ("plain", "torch") else "auto"
     images = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
     if way != "plain":
         images = images.contiguous(memory_format=torch.channels_last)
@@ -113,8 +113,8 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
     half = options.dtype == "bfloat16" and not way.startswith("fused")
 
     def once() -> None:
-        os.environ["FAT_KERNELS"] = switch
-        with torch.set_grad_enabled(training), torch.autocast(DEVICE, torch.bfloat16) if half else nullcontext():
+        autocast = torch.autocast(DEVICE, torch.bfloat16) if half else nullcontext()
+        with fat.kernels.use(switch), torch.set_grad_enabled(training), autocast:
             logits = run(images)
             loss = F.cross_entropy(logits.float(), labels) if training else None
         if loss is not None:

@@ -71,6 +71,7 @@ class Bench:
         from launch.bench.chart import write_chart
         from launch.bench.run import bench, one_rank, write_json
         from launch.bench.verdict import table
+        from launch.engine.execution import kernels_from_environment
 
         if self.json is not None:
             check_output(self.json, "--json")
@@ -80,7 +81,8 @@ class Bench:
         rows = {"global_batch": self.ranks * (256 if cuda else 16)}
         recipe = one_rank(_training_recipe(self.dataset, training, rows), ranks=self.ranks)
         steps = self.steps or (30 if cuda else 6)
-        figures = bench(recipe, ranks=self.ranks, steps=steps, decoder_check=self.decoder_check)
+        with kernels_from_environment():
+            figures = bench(recipe, ranks=self.ranks, steps=steps, decoder_check=self.decoder_check)
         print(*map(printable, table(figures).splitlines()), sep="\n")
         if self.json is not None:
             write_json(figures, self.json)
@@ -111,6 +113,7 @@ class Tune:
         check_ranges(self)
 
     def run(self, training: Sequence[str] = ()) -> int:
+        from launch.engine.execution import kernels_from_environment
         from launch.tuning.command import PARTS, tune
         from launch.tuning.fragment import check_fragment_output, write_fragment
 
@@ -119,7 +122,8 @@ class Tune:
         parts = tuple(part for part in PARTS if self.what in ("both", part))
         options = f"--ranks {self.ranks} --what {self.what} --seconds {self.seconds:g}"
         command = f"pipeline tune {shlex.quote(self.dataset)} {options} -- {shlex.join(training)}"
-        text = tune(recipe, parts, ranks=self.ranks, seconds=self.seconds, command=command, say=_say)
+        with kernels_from_environment():
+            text = tune(recipe, parts, ranks=self.ranks, seconds=self.seconds, command=command, say=_say)
         write_fragment(self.out, text)
         _say(f"wrote {self.out}; train with --recipe {self.out}")
         return 0

@@ -29,7 +29,7 @@ from fat.kernels.prefill.work import evaluation
 from launch.class_mapping import map_classes
 from launch.config.data import CropPct, DataConfig, ModelSide
 from launch.config.engine import ParallelConfig
-from launch.engine.execution import choose
+from launch.engine.execution import choose, kernels_from_environment
 from launch.engine.kernel_check import check_kernels
 from launch.engine.loss import count_batches
 from launch.evaluated_model import load_model
@@ -194,6 +194,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> int:
     """The command line; returns the exit status."""
 
+    @kernels_from_environment()
     def run() -> int:
         command = tyro.cli(Evaluate, description=__doc__)
         result = evaluate(command)

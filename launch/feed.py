@@ -133,6 +133,7 @@ class Feed:
             device=self.world.device,
             dtype=dtype,
             options=self.loader_options,
+            kernels=fat.kernels.mode() != "off",
         )
 
     @property

@@ -23,6 +23,7 @@ from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.dry_run import show_run
 from launch.engine.engine import Engine
+from launch.engine.execution import kernels_from_environment
 from launch.engine.kernel_check import check_recipe
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
@@ -152,7 +153,7 @@ def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
     ignore_failing_output()
     try:
-        return run_command(lambda: begin(parse()))
+        return run_command(kernels_from_environment()(lambda: begin(parse())))
     except KeyboardInterrupt:  # the training loop handles Ctrl-C itself
         print("interrupted before training began; nothing is lost", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT

@@ -53,8 +53,10 @@ class TrainLoader(BackgroundLoader):
         start: Position | None = None,
         split: str = "train",
         options: LoaderOptions | None = None,
+        kernels: bool = True,
     ) -> None:
         super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=plan.seed)
+        self._kernels = kernels
         self._plan, self._shape, self._augment, self._epochs = plan, shape, augment, epochs
         self._next = Position(0, 0) if start is None else start
 
@@ -114,7 +116,7 @@ class TrainLoader(BackgroundLoader):
 
     def _augmented(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
         """RandAugment, normalisation, erasing and mixing on the device."""
-        augment = BatchAugment(self._augment, self._device, self._dtype)
+        augment = BatchAugment(self._augment, self._device, self._dtype, kernels=self._kernels)
         for pixels, batch in decoded:
             assert batch.params is not None
             yield augment(pixels, batch.params, batch.mixing), batch

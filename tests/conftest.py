@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,25 +11,11 @@ from tests.support.commands import run_pipeline
 
 # A shell that starts us in the background lets SIGINT be ignored, by us and by everything that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# What a user has measured on this machine is no part of a test.
-os.environ["FAT_TUNED"] = "off"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest test first: with two processes, all others then run beside it."""
     items.sort(key=lambda item: not item.name.startswith("test_in_the_interpreter"))
-
-
-@pytest.fixture(autouse=True)
-def _switches_as_they_were() -> Iterator[None]:
-    """A run sets the kernels' switches for the rest of its process, which in a test is that of all others too."""
-    before = {name: os.environ.get(name) for name in ("FAT_KERNELS", "FAT_AUGMENT_KERNELS")}
-    yield
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@
         y = kernels.depthwise(x, weight, bias)
 
 They serve maps [B, C, H, W] in channels-last memory on CUDA devices of compute capability 8.0 and up, where Triton is
-installed; float32, bfloat16 and float16. All else, and all of it under `FAT_KERNELS=off`, is left to torch; so are
+installed; float32, bfloat16 and float16. All else, and all of it under `kernels.use("off")`, is left to torch; so are
 `torch.export` and ONNX. An operator whose family of kernels is switched off (`fat.kernels.families`) runs in torch.
 With TRITON_INTERPRET=1 they serve CPU maps, slowly: that is how they are tested.
 
@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,11 @@ __all__ = [
     "serves",
     "supported",
     "switched_off",
+    "use",
 ]
 
-SWITCH = "FAT_KERNELS"
 Mode = Literal["auto", "off", "unchecked"]
-MODES = ("auto", "off", "unchecked")
+MODES: tuple[Mode, ...] = ("auto", "off", "unchecked")
 MIN_CAPABILITY = (8, 0)  # bfloat16
 
 
@@ -79,7 +79,36 @@ def serves(*maps: Tensor) -> bool:
     )
 
 
+_mode: ContextVar[Mode] = ContextVar("mode", default="auto")
 _assumed = ContextVar("assumed", default=False)
+
+
+def mode() -> Mode:
+    """The mode that `use` has set, else "auto"."""
+    return _mode.get()
+
+
+@contextmanager
+def use(mode: Mode) -> Iterator[None]:
+    """Set whether forward passes inside use the kernels.
+
+    The mode is a context variable: it holds in this thread, and a new one starts with "auto". Backward passes, which
+    autograd runs in threads of its own, go by the mode of their forward pass.
+
+    Args:
+        mode: auto = use them; `launch` compares them with torch before it trains, measures or evaluates a model. off =
+            torch alone. unchecked = use them without that comparison.
+
+    Raises:
+        ValueError: another mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"{mode}: expected {', '.join(MODES[:-1])} or {MODES[-1]}")
+    token = _mode.set(mode)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
 
 
 @contextmanager
@@ -95,8 +124,7 @@ def assumed() -> Iterator[None]:
 def available(device: str) -> bool:
     """Whether there are kernels for that type of device, "cuda" or "cpu", here and now.
 
-    Raises ValueError when the variable FAT_KERNELS has no value that `mode` knows. A compiled model keeps the answer
-    that it was compiled with.
+    A compiled model keeps the answer that it was compiled with.
     """
     # Here, not in `serves`: the compiler of torch 2.11 takes is_exporting() to be true whatever it is asked in,
     # but calls this function as it is.
@@ -112,23 +140,8 @@ available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def supported(device: str) -> bool:
-    """Whether there are kernels for that type of device, whatever FAT_KERNELS says."""
+    """Whether there are kernels for that type of device, in any mode but "off"."""
     return _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def mode() -> Mode | None:
-    """The value of the variable FAT_KERNELS; None where it is not set, which counts as "auto".
-
-    auto: the kernels serve; `launch` compares them with torch before it trains, measures or evaluates a model. off:
-    torch alone. unchecked: the kernels serve without that comparison.
-
-    Raises:
-        ValueError: another value.
-    """
-    value = os.environ.get(SWITCH)
-    if value is not None and value not in MODES:
-        raise ValueError(f"{SWITCH}={value}: expected {', '.join(MODES[:-1])} or {MODES[-1]}")
-    return cast(Mode | None, value)
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False) -> Tensor:

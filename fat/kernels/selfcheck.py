@@ -445,8 +445,7 @@ def _expect_usable(device: torch.device, failure: Failure) -> None:
         _wait(device)
     except Exception as error:
         raise KernelFault(
-            f"the {failure.family} kernels have made {device} unusable for this process ({failure}); "
-            f"start again with {kernels.SWITCH}=off"
+            f"the {failure.family} kernels have made {device} unusable for this process ({failure})"
         ) from error
 
 

@@ -107,7 +107,8 @@ class Engine:
         self.notes: list[str] = []
         """Lines for the log about how the engine was set up."""
         if self._graphs is not None:
-            self._capture(self._graphs, micro_batch)
+            with fat.kernels.use(self.execution.kernels):
+                self._capture(self._graphs, micro_batch)
 
     @property
     def description(self) -> str:
@@ -121,12 +122,12 @@ class Engine:
         norms = batch_norms(self.model)
         ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
         over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
-        how = self.execution
+        how, device = self.execution, self.world.device.type
         return {
             "engine": self._kind,
             "compile": self._compile_mode,
             "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
-            "kernels": "FAT's own" if fat.kernels.available(self.world.device.type) else "torch's",
+            "kernels": "torch's" if how.kernels == "off" or not fat.kernels.supported(device) else "FAT's own",
             "optimiser": f"{how.optimizer_impl} {self._recipe.optim.optimizer}",
             "BatchNorm": "frozen" if self._frozen else over,
         }
@@ -161,7 +162,8 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._set_training_mode()
-        result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
+        with fat.kernels.use(self.execution.kernels):
+            result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
         self._state.update_average(step)
         return result
 
@@ -178,7 +180,7 @@ class Engine:
         # evaluation, would hold the run up for minutes.
         forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
-        with self._state.averaged() if average else contextlib.nullcontext():
+        with self._state.averaged() if average else contextlib.nullcontext(), fat.kernels.use(self.execution.kernels):
             for _, counts in count_batches(forward, batches, device=self.world.device, precision=self.precision):
                 totals += counts.sum(dim=0)
         if self.world.size > 1:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +26,7 @@ from shards.ownership import user_name
 Switch = fat.kernels.Mode
 Mode = Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"]
 
-AUGMENT_SWITCH = "FAT_AUGMENT_KERNELS"
+KERNELS_VARIABLE = "FAT_KERNELS"
 FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_format}
 GRAPHS = ("reduce-overhead", "max-autotune")  # of the compiler: neither with accumulation nor unasked on several ranks
 
@@ -96,17 +98,14 @@ class Execution:
             )
         return cls(
             memory_format=wanted.memory_format or ("contiguous" if zero else "channels-last"),
-            kernels=wanted.kernels or switch() or "auto",
+            kernels=wanted.kernels or fat.kernels.mode(),
             compile=mode,
             optimizer_impl=wanted.optimizer_impl or "fused",
             eager_because=obstacle if wanted.compile is None and device.type in RECORDERS else "",
         )
 
     def lay_out(self, model: nn.Module) -> nn.Module:
-        """The model with its weights in this memory format, in place, and the kernels' switch set for this process."""
-        if self.kernels != (wish := switch() or "auto"):
-            os.environ.setdefault(AUGMENT_SWITCH, wish)  # augmentation's kernel has nothing to do with the model's
-            os.environ[fat.kernels.SWITCH] = self.kernels
+        """The model with its weights in this memory format, in place."""
         return model.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
 
     def compile_whole(self, model: nn.Module) -> None:
@@ -153,16 +152,18 @@ def graph_obstacle(parallel: ParallelConfig, device: torch.device, *, ranks: int
     return ""
 
 
-def switch() -> Switch | None:
-    """What FAT_KERNELS says; None where it is not set.
+@contextmanager
+def kernels_from_environment() -> Iterator[None]:
+    """Run a command in the kernels' mode that the variable FAT_KERNELS names, "auto" where it is not set.
 
     Raises:
         RecipeError: a value that does not exist.
     """
-    try:
-        return fat.kernels.mode()
-    except ValueError as error:
-        raise RecipeError(str(error)) from None
+    value = os.environ.get(KERNELS_VARIABLE, "auto")
+    if value not in fat.kernels.MODES:
+        raise RecipeError(f"{KERNELS_VARIABLE}={value}: expected {', '.join(fat.kernels.MODES[:-1])} or unchecked")
+    with fat.kernels.use(value):
+        yield
 
 
 def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: int) -> dict[str, tuple[str, ...]]:

@@ -29,7 +29,7 @@ from fat.kernels.prefill.command import Progress
 from fat.kernels.prefill.work import evaluation, training_step
 from fat.kernels.selfcheck import Check, Failure, KernelFault
 from launch.config.recipe import Recipe
-from launch.engine.execution import AUGMENT_SWITCH, choose, switch
+from launch.engine.execution import KERNELS_VARIABLE, choose
 from launch.feed import Feed
 from launch.machine.provenance import device_name, driver_version, installed_version
 from launch.machine.world import World
@@ -151,18 +151,16 @@ def check_kernels(
         gradients: whether it is trained, or evaluated only.
         frozen_norms: BatchNorm stands still in training.
         augment: what the loader does on the device, if anything.
-        mode: the model's kernels; None = FAT_KERNELS, else auto. Augmentation goes by FAT_KERNELS alone.
+        mode: the model's kernels; None = `fat.kernels.mode()`, by which augmentation goes in any case.
         passes: what the model will run, for `fat.kernels.prefill`.
 
     Raises:
         KernelsUnusable: a kernel has made the device unusable.
-        UserError: FAT_KERNELS has a value that does not exist.
     """
-    wish = switch()
     mine: Verdict | None = None
     if world.local_rank == 0:
-        of_model = (mode or wish or "auto") if kernels.supported(world.device.type) else "off"
-        of_loader = _augment_mode(wish) if augment_kernels.available(world.device) else "off"
+        of_model = (mode or kernels.mode()) if kernels.supported(world.device.type) else "off"
+        of_loader = kernels.mode() if augment_kernels.available(world.device) else "off"
         what = _Comparison(
             model=model if of_model == "auto" else None,
             augment=augment if of_loader == "auto" else None,
@@ -235,7 +233,7 @@ class _Comparison:
             with augment_kernels.disabled():
                 failed = selfcheck.run(checks, self.device)
         except KernelFault as fault:
-            raise KernelsUnusable(str(fault)) from fault
+            raise KernelsUnusable(f"{fault}; start again with {KERNELS_VARIABLE}=off") from fault
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         checked = tuple(dict.fromkeys(check.families[-1] for check in checks))
@@ -333,11 +331,6 @@ def _together(mine: Verdict | None, world: World) -> Verdict:
         warnings=tuple(dict.fromkeys(line for verdict in verdicts for line in verdict.warnings)),
         compilation=verdicts[0].compilation,
     )
-
-
-def _augment_mode(wish: kernels.Mode | None) -> str:
-    """A run that sets FAT_KERNELS for its model keeps what it said before in another variable."""
-    return os.environ.get(AUGMENT_SWITCH) or wish or "auto"
 
 
 def _sources() -> list[bytes]:

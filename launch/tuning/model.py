@@ -6,7 +6,6 @@ One option after the other, each with the best values of those before it; a valu
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 import fat.kernels
 from launch.config.engine import OptimizerImpl
 from launch.config.optim import OptimConfig
-from launch.engine.execution import AUGMENT_SWITCH, Execution
+from launch.engine.execution import Execution
 from launch.engine.graph_recorder import RECORDERS
 from launch.engine.graphs import GraphedModel
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
@@ -102,6 +101,11 @@ def _choose(
 
 
 def _images_per_second(bench: Bench, way: Execution) -> float:
+    with fat.kernels.use(way.kernels):
+        return _trained_per_second(bench, way)
+
+
+def _trained_per_second(bench: Bench, way: Execution) -> float:
     model, images = way.lay_out(bench.model).train(), bench.images
     autocast = torch.autocast(images.device.type, torch.bfloat16) if bench.bf16 else nullcontext()
 
@@ -171,10 +175,10 @@ def _generators(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Whatever happens in here to the model and the kernels' switch, afterwards they are as before."""
+    """Whatever happens in here to the model, afterwards it is as before."""
     layouts = [(p, p.data) for p in model.parameters()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training, switches = model.training, {name: os.environ.get(name) for name in (fat.kernels.SWITCH, AUGMENT_SWITCH)}
+    training = model.training
     try:
         yield
     finally:
@@ -184,10 +188,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             for buffer, value in values:
                 buffer.copy_(value)
         model.train(training)
-        for name, wish in switches.items():
-            os.environ.pop(name, None)
-            if wish is not None:
-                os.environ[name] = wish
         if torch.cuda.is_available():  # trials' graphs would keep their memory, which may be most of the device's
             torch._dynamo.reset()
             torch.cuda.empty_cache()

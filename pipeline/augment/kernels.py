@@ -21,18 +21,10 @@ _off: frozenset[str] = frozenset()
 
 
 def available(device: torch.device) -> bool:
-    """Whether there are kernels for the device: on CUDA with Triton, unless FAT_KERNELS=off. With TRITON_INTERPRET=1
-    they serve on a CPU, for tests."""
-    # A run that finds the model's kernels slower sets FAT_KERNELS, and keeps in the other what it said before.
-    if os.environ.get("FAT_AUGMENT_KERNELS", os.environ.get("FAT_KERNELS")) == "off":
-        return False
+    """Whether there are kernels for the device: on CUDA with Triton. With TRITON_INTERPRET=1 they serve on a CPU, for
+    tests."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == ("cpu" if interpreted else "cuda") and _has_triton()
-
-
-def serve(family: str, device: torch.device) -> bool:
-    """Whether the kernels of a family are used on a device."""
-    return family not in _off and available(device)
 
 
 def switched_off() -> frozenset[str]:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.augment import kernels
+from pipeline.augment.kernels import FINISHING, RANDAUGMENT, available, switched_off
 from pipeline.augment.ops import Op
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
 from pipeline.augment.recipe import AugmentRecipe, Colour, scale_and_offset
@@ -65,12 +65,20 @@ class BatchAugment:
         device: where the images are.
         dtype: of the result, floating.
         flip: also do the horizontal flips, for decoders that have not.
+        kernels: use our own kernels where there are any for the device; else torch.
     """
 
     def __init__(
-        self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32, *, flip: bool = False
+        self,
+        recipe: AugmentRecipe,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        flip: bool = False,
+        kernels: bool = True,
     ) -> None:
         self._recipe, self._device, self._dtype, self._flip = recipe, device, dtype, flip
+        self._kernels = kernels and available(device)
         self._eraser = Eraser(device)
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None = None) -> Tensor:
@@ -88,7 +96,7 @@ class BatchAugment:
             ValueError: another shape or dtype, or an odd batch to mix.
         """
         recipe, images = self._recipe, self.operate(images, params)
-        if kernels.serve(kernels.FINISHING, images.device):
+        if self._launches(FINISHING):
             from pipeline.augment.triton_impl.finishing import finish
 
             return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
@@ -104,7 +112,7 @@ class BatchAugment:
             raise ValueError(
                 f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
             )
-        if kernels.serve(kernels.RANDAUGMENT, images.device):
+        if self._launches(RANDAUGMENT):
             from pipeline.augment.triton_impl import randaugment
 
             return randaugment.operate(images, params, self._recipe.fill, flip=self._flip)
@@ -120,6 +128,9 @@ class BatchAugment:
             # Gathered back as whole samples: several times faster than scattering bytes into place.
             images = torch.cat(results).index_select(0, next(tensors))
         return images
+
+    def _launches(self, family: str) -> bool:
+        return self._kernels and family not in switched_off()
 
     def _stages(self, params: SampleParams) -> list[Stage]:
         stages = []

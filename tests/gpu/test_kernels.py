@@ -214,7 +214,7 @@ def gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, dtype: torc
 
 
 @pytest.mark.parametrize("variant", ["fat_b0", "fat_b3"])
-def test_gradients_of_the_whole_net(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_the_whole_net(variant: str) -> None:
     """In fp32 as eager's; under bf16 autocast as near to those as eager's own are, nearly."""
     torch.manual_seed(0)
     model = fat.create_model(variant, drop_path=0.0).cuda().train()
@@ -222,9 +222,9 @@ def test_gradients_of_the_whole_net(variant: str, monkeypatch: pytest.MonkeyPatc
     labels = torch.arange(8, device="cuda")
     found: dict[tuple[str, torch.dtype], Tensor] = {}
     for switch in ("off", "auto"):
-        monkeypatch.setenv("FAT_KERNELS", switch)
         for dtype in (FP32, BF16):
-            found[switch, dtype] = gradient(model, images, labels, dtype)
+            with kernels.use(switch):
+                found[switch, dtype] = gradient(model, images, labels, dtype)
     exact = found["off", FP32]
     off = {key: ((vector - exact).norm() / exact.norm()).item() for key, vector in found.items()}
     assert off["auto", FP32] < 1e-3, off
@@ -279,7 +279,7 @@ def test_a_compiled_block_trains_as_an_eager_one() -> None:
 
 
 @pytest.mark.parametrize("mixes", [False, True])
-def test_augmentation_is_finished_as_in_torch(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_augmentation_is_finished_as_in_torch(mixes: bool) -> None:
     recipe = augment_recipe("fat", rand_augment=None, erase=0.5)
     sides = np.full(16, 400)
     for _ in range(INPUTS):
@@ -288,10 +288,9 @@ def test_augmentation_is_finished_as_in_torch(mixes: bool, monkeypatch: pytest.M
         mixing = mix_params(recipe, seed=seed, step=1, lanes=np.arange(16) // 2) if mixes else None
         images = torch.randint(256, (16, 224, 224, 3), dtype=torch.uint8, device="cuda")
         found = {}
-        for switch in ("auto", "off"):
-            monkeypatch.setenv("FAT_KERNELS", switch)
-            found[switch] = BatchAugment(recipe, torch.device("cuda"))(images, params, mixing)
-        torch.testing.assert_close(found["auto"], found["off"], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
+        for own in (True, False):
+            found[own] = BatchAugment(recipe, torch.device("cuda"), kernels=own)(images, params, mixing)
+        torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
 
 
 def test_weight_gradients_of_pointwise_convolutions_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

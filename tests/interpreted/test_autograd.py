@@ -242,14 +242,15 @@ def test_refused_weights() -> None:
         ops.gate(X, Y.to(BF16))
 
 
-def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAT_KERNELS", "off")
-    assert not kernels.serves(X)
-    monkeypatch.setenv("FAT_KERNELS", "unchecked")
+def test_the_mode_holds_inside() -> None:
+    with kernels.use("off"):
+        assert not kernels.serves(X)
+        with kernels.use("unchecked"):
+            assert kernels.serves(X)
+        assert not kernels.serves(X)
     assert kernels.serves(X)
-    monkeypatch.setenv("FAT_KERNELS", "no")
-    with pytest.raises(ValueError, match="FAT_KERNELS=no: expected auto, off or unchecked"):
-        kernels.serves(X)
+    with pytest.raises(ValueError, match="no: expected auto, off or unchecked"), kernels.use("no"):  # type: ignore[arg-type]
+        pass
 
 
 def test_empty_maps_are_left_to_torch() -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
-from fat import layers
+from fat import kernels, layers
 from fat.batchnorm import BatchNorm
 from fat.config import FATConfig
 from launch.engine.graphs import GraphedModel
@@ -68,12 +68,11 @@ def images() -> Tensor:
     return torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
 
 
-def test_training_equals_eager(model: fat.FAT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_equals_eager(model: fat.FAT, images: Tensor) -> None:
     cotangent = torch.randn(2, 3, generator=torch.Generator().manual_seed(3))
     with Called() as called:
         logits, gradients, statistics = run(model, images, cotangent)
-    monkeypatch.setenv("FAT_KERNELS", "off")
-    with Called() as silent:
+    with kernels.use("off"), Called() as silent:
         plain_logits, plain_gradients, plain_statistics = run(model, images, cotangent)
     assert not silent.count
     blocks, pools = 4, 2 + 1 + 1 + 0

@@ -277,19 +277,19 @@ def test_a_stage_trains_with_a_family_switched_off(
     off = {families.CONVOLUTION, families.INPUT_GRADIENT} if family == families.CONVOLUTION else {family}
     break_launches(off, monkeypatch)
     drawn = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(2))
-    expect_torchs_step(model.stages[0], drawn.contiguous(memory_format=torch.channels_last), monkeypatch)
+    expect_torchs_step(model.stages[0], drawn.contiguous(memory_format=torch.channels_last))
 
 
 def test_a_net_trains_with_all_families_switched_off(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
     break_launches(kernels.FAMILIES, monkeypatch)
     images = torch.randn(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
-    expect_torchs_step(model, images, monkeypatch)
+    expect_torchs_step(model, images)
 
 
-def expect_torchs_step(model: nn.Module, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def expect_torchs_step(model: nn.Module, inputs: Tensor) -> None:
     found = step(model, inputs)
-    monkeypatch.setenv("FAT_KERNELS", "off")
-    exact = step(model, inputs)
+    with kernels.use("off"):
+        exact = step(model, inputs)
     scale = max(float(t.abs().max()) for t in exact)
     for own, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5 * scale)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call
 
 import fat
+from fat import kernels
 from fat.blocks import Block
+from fat.checkpointing import recomputed
 from fat.layers import DropPath, MapNorm, _group_norm, norm_rows
 from tests.support.tiny_fat import TINY, images, relative_error, settle
 
@@ -118,10 +122,26 @@ def test_checkpointing_changes_memory_only(features_only: bool) -> None:
         sum(m.square().sum() for m in maps).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers())
 
-    for kept, recomputed in zip(run(False), run(True), strict=True):
-        assert kept.keys() == recomputed.keys()
+    for kept, again in zip(run(False), run(True), strict=True):
+        assert kept.keys() == again.keys()
         for name, tensor in kept.items():
-            torch.testing.assert_close(recomputed[name], tensor, msg=name, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(again[name], tensor, msg=name, rtol=1e-5, atol=1e-5)
+
+
+def test_recomputation_uses_the_kernels_as_its_forward_pass_did() -> None:
+    """On a GPU autograd recomputes in a thread of its own, where the context variable has its default."""
+    modes: list[kernels.Mode] = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        modes.append(kernels.mode())
+        return x.square()
+
+    with kernels.use("off"):
+        output = recomputed(block, torch.ones(2, requires_grad=True), nn.Identity())
+    thread = threading.Thread(target=output.sum().backward)
+    thread.start()
+    thread.join()
+    assert modes == ["off", "off"]
 
 
 def test_checkpointing_keeps_less() -> None:

@@ -125,9 +125,7 @@ def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
     match list(words):
         case ["python", "-m", "launch.cli", *options]:
             for verb in cli.VERBS.values():
-                patch.setattr(
-                    verb, "run", after(lambda self, *training: [*map(command_line.parse, training)])
-                )
+                patch.setattr(verb, "run", after(lambda self, *training: [*map(command_line.parse, training)]))
             cli.main(options)
         case ["python", "-m", "accelerate.commands.launch", "launch/train.py", *options]:
             after(command_line.parse)(options)

@@ -23,6 +23,7 @@ from fat.kernels.selfcheck import Failure, KernelFault, mismatch
 from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine import kernel_check
+from launch.engine.execution import kernels_from_environment
 from launch.engine.kernel_check import KernelsUnusable, Verdict, check_kernels
 from launch.machine.world import World
 from launch.train import main as train
@@ -48,7 +49,6 @@ def model() -> fat.FAT:
 
 @pytest.fixture(autouse=True)
 def _as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("FAT_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with kernels.disabled(), augment_kernels.disabled():
@@ -150,10 +150,10 @@ def test_a_lost_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatc
     line = str(caught.value)
     assert line == (
         "the gate kernels have made cpu unusable for this process (operator on map 1x2x3x4 float32: RuntimeError: CUDA "
-        "error: an illegal memory access was encountered); start again with FAT_KERNELS=off"
+        "error: an illegal memory access was encountered)"
     )
     serve(monkeypatch, failed=KernelFault(line))
-    with pytest.raises(KernelsUnusable, match="FAT_KERNELS=off") as told:
+    with pytest.raises(KernelsUnusable, match="start again with FAT_KERNELS=off") as told:
         check(model)
     assert told.value.exit_code == 1
 
@@ -404,38 +404,40 @@ def test_a_failed_family_is_switched_off_with_one_warning_now_and_later(
 
 
 @pytest.mark.parametrize(
-    ("variable", "mode", "compared"),
+    ("process", "mode", "compared"),
     [
-        (None, None, ("model", "loader")),
         ("auto", None, ("model", "loader")),
         ("unchecked", None, ()),
         ("off", None, ()),
-        (None, "unchecked", ("loader",)),
-        (None, "off", ("loader",)),
+        ("auto", "unchecked", ("loader",)),
+        ("auto", "off", ("loader",)),
         ("unchecked", "auto", ("model",)),
         ("off", "auto", ("model",)),
     ],
 )
 def test_what_is_not_used_or_asked_for_is_not_compared(
-    variable: str | None, mode: Any, compared: tuple[str, ...], model: fat.FAT, monkeypatch: pytest.MonkeyPatch
+    process: kernels.Mode, mode: Any, compared: tuple[str, ...], model: fat.FAT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = serve(monkeypatch)
-    if variable:
-        monkeypatch.setenv("FAT_KERNELS", variable)
-    monkeypatch.setattr(augment_kernels, "available", lambda device: variable != "off")
-    verdict = check(model, mode=mode, augment=augment_recipe("fat"))
+    with kernels.use(process):
+        verdict = check(model, mode=mode, augment=augment_recipe("fat"))
     expected = [*((families.CONVOLUTION, families.NORM) if "model" in compared else ())]
     expected += [augment_kernels.FINISHING] if "loader" in compared else []
     assert verdict.checked == tuple(expected)
     assert calls.made == ([tuple(expected)] if compared else [])
-    if variable == "unchecked" and not compared:
+    if process == "unchecked" and not compared:
         assert verdict.summary == "not compared; kernels are used unchecked, as asked for"
 
 
-def test_an_unknown_mode_is_one_line(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_read_at_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAT_KERNELS", "off")
+    assert kernels.mode() == "auto"
+    with kernels_from_environment():
+        assert kernels.mode() == "off"
+    assert kernels.mode() == "auto"
     monkeypatch.setenv("FAT_KERNELS", "maybe")
     with pytest.raises(RecipeError, match=r"^FAT_KERNELS=maybe: expected auto, off or unchecked$"):
-        check(model)
+        kernels_from_environment().__enter__()
 
 
 def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,19 +484,18 @@ def test_kernels_of_the_run_and_of_the_comparison_are_compiled_together(
         assert verdict.lines() == ["warning: one thing failed"]
 
 
-@pytest.mark.parametrize(("variable", "expected"), [("unchecked", [["step"]]), ("off", [])])
+@pytest.mark.parametrize(("mode", "expected"), [("unchecked", [["step"]]), ("off", [])])
 def test_unchecked_kernels_are_compiled_and_unused_ones_are_not(
     model: fat.FAT,
     monkeypatch: pytest.MonkeyPatch,
     compilations: list[list[Any]],
-    variable: str,
+    mode: kernels.Mode,
     expected: list[list[str]],
 ) -> None:
     serve(monkeypatch)
-    monkeypatch.setattr(kernels, "supported", lambda device: variable != "off")
     monkeypatch.setattr(augment_kernels, "available", lambda device: False)
-    monkeypatch.setenv("FAT_KERNELS", variable)
-    check(model, passes=[lambda: "step"])
+    with kernels.use(mode):
+        check(model, passes=[lambda: "step"])
     assert compilations == expected
 
 

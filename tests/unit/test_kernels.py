@@ -33,7 +33,7 @@ def test_in_the_interpreter(which: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/interpreted", "-m", which, "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "FAT_KERNELS": "auto"},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -6,6 +6,7 @@ import itertools
 import math
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from launch.cli import main as pipeline
 from launch.config.command_line import parse
 from launch.config.engine import CompileConfig, ParallelConfig
 from launch.config.optim import OptimConfig
-from launch.engine.execution import Execution
+from launch.engine.execution import Execution, alternatives
+from launch.engine.optimizers import OPTIMIZERS
 from launch.tuning.fragment import FIRST_LINE, check_fragment_output, fragment
 from launch.tuning.model import Bench
 from launch.tuning.model import tune as tune_model
@@ -27,6 +29,7 @@ from shards.errors import ShardSetError, UserError
 
 SMALL = ("--size", "32", "--global-batch", "4", "--augment", "light", "--epochs", "1", "--warmup-epochs", "0")
 CANARY = "hunter2"
+CPU = torch.device("cpu")
 
 
 def ignore(_: str) -> None:
@@ -109,9 +112,7 @@ def test_the_model_is_as_before_after_measuring_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("launch.tuning.model.STEPS", 2)
     bench = Bench(model, torch.randn(2, 3, 32, 32), bf16=False, optim=OptimConfig())
     torch.set_rng_state(state)
-    start = Execution.of(
-        CompileConfig(compile="off"), ParallelConfig(zero=0), torch.device("cpu"), accumulation=1, ranks=1
-    )
+    start = Execution.of(CompileConfig(compile="off"), ParallelConfig(zero=0), CPU, accumulation=1, ranks=1)
     options = {"memory_format": ("channels-last", "contiguous"), "optimizer_impl": ("fused", "foreach")}
     found = tune_model(bench, start, options, seconds=60.0, say=ignore)
     assert found.keys() == options.keys()
@@ -123,9 +124,80 @@ def test_the_model_is_as_before_after_measuring_it(monkeypatch: pytest.MonkeyPat
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_each_way_runs_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, str]] = []
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(1), nn.Linear(8 * 30 * 30, 4))
+
+    def look(module: nn.Module, *_: object) -> None:
+        layout = module[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index, operator]
+        seen.append((layout, fat.kernels.mode()))
+
+    model.register_forward_hook(look)
+    bench = Bench(model, torch.randn(2, 3, 32, 32), bf16=False, optim=OptimConfig())
+    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    monkeypatch.setattr("launch.tuning.model.STEPS", 1)
+    options = {"memory_format": ("channels-last", "contiguous"), "kernels": ("auto", "off")}
+    tune_model(bench, start, options, seconds=600.0, say=ignore)
+    assert {layout for layout, _ in seen} == {True, False}
+    assert {mode for _, mode in seen} == {"auto", "off"}
+    assert fat.kernels.mode() == "auto"
+
+
+@pytest.mark.parametrize(("best", "again"), [("cudagraphs", False), ("default", True)])
+def test_kernels_are_tried_again_only_for_a_compiled_model(
+    monkeypatch: pytest.MonkeyPatch, best: str, again: bool
+) -> None:
+    monkeypatch.setattr("launch.tuning.model._images_per_second", lambda _, way: 2.0 if way.compile == best else 1.0)
+    said: list[str] = []
+    bench = Bench(nn.Linear(1, 1), torch.zeros(1), bf16=False, optim=OptimConfig())
+    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    options = {"kernels": ("auto", "off"), "compile": ("off", "cudagraphs", "default")}
+    found = tune_model(bench, start, options, seconds=60.0, say=said.append)
+    assert found["compile"].value == best
+    assert sum(line.startswith("kernels: ") for line in said) == 1 + again
+
+
+@pytest.mark.parametrize("shares", [0, 2])
+def test_the_optimizer_is_timed_on_what_it_would_work_on(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 7))
+    sizes: list[list[int]] = []
+    kind = OPTIMIZERS["adamw"]
+
+    def build(groups: list[dict[str, Any]], *args: Any) -> torch.optim.Optimizer:
+        sizes.append([p.numel() for group in groups for p in group["params"]])
+        return kind.build(groups, *args)
+
+    monkeypatch.setitem(OPTIMIZERS, "adamw", replace(kind, build=build))
+    bench = Bench(model, torch.zeros(1, 5), bf16=False, optim=OptimConfig(), shares=shares)
+    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    tune_model(bench, start, {"optimizer_impl": ("fused", "foreach")}, seconds=60.0, say=ignore)
+    # 15 + 21 weights with decay, 3 + 7 biases without.
+    assert sorted(sizes[0]) == (sorted([15, 21, 3, 7]) if not shares else [5, 18])
+
+
+@pytest.mark.parametrize(
+    ("device", "training", "formats", "modes"),
+    [
+        ("cpu", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off",)),
+        ("cpu", {"zero": 1, "accumulation": 1, "ranks": 1}, 1, ("off",)),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("cudagraphs", "off", "default", "reduce-overhead")),
+        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 2}, 2, ("cudagraphs", "off", "default")),
+        ("cuda", {"zero": 1, "accumulation": 2, "ranks": 1}, 1, ("cudagraphs", "off", "default")),
+        ("cuda", {"zero": 3, "accumulation": 1, "ranks": 1}, 1, ("off",)),
+    ],
+)
+def test_only_possible_values_are_tried(
+    device: str, training: dict[str, int], formats: int, modes: tuple[str, ...]
+) -> None:
+    found = alternatives(torch.device(device), **training)
+    assert len(found["memory_format"]) == formats
+    assert found["compile"] == modes
+    assert found["optimizer_impl"] == ("fused", "foreach")
+
+
 def test_what_there_is_no_time_for_stays_open() -> None:
     bench = Bench(fat.create_model("fat_b0"), torch.zeros(1, 3, 32, 32), bf16=False, optim=OptimConfig())
-    start = Execution.of(CompileConfig(), ParallelConfig(), torch.device("cpu"), accumulation=1, ranks=1)
+    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
     found = tune_model(bench, start, {"optimizer_impl": ("fused", "foreach")}, seconds=-1.0, say=ignore)
     assert found["optimizer_impl"].value is None
 
