@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -15,9 +14,10 @@ from torch.nn import functional as F
 
 from fat.blocks import POOL_KERNEL
 from fat.config import VARIANTS
-from fat.kernels import SWITCH, ops
+from fat.fused_layers import convolve_fold
+from fat.kernels import Mode, ops, use
 from fat.kernels.impl import tiles
-from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, pointwise
+from fat.layers import ConvNorm, ResidualDepthwise, pointwise
 
 Ways = dict[str, Callable[[], object]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,13 +188,10 @@ def norm_of_the_batch_jobs(
     gradient = maps((shape[0], outputs, *shape[2:]), dtype)
     small = gradient.numel() * gradient.element_size()
 
-    def step(switch: str, x: Tensor, gradient: Tensor) -> None:
+    def step(mode: Mode, x: Tensor, gradient: Tensor) -> None:
         leaf = x.detach().requires_grad_()
-        with (
-            mock.patch.dict(os.environ, {SWITCH: switch}),
-            torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32),
-        ):
-            out = convolve_fold(unit, after, leaf, gelu=True)
+        with use(mode), torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            out = convolve_fold(unit, after, leaf, fuses=True, gelu=True)
         out.backward(gradient)
 
     yield Job(

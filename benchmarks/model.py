@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 import fat
 from fat.blocks import FASA
-from fat.layers import MapNorm
+from fat.layers import GroupNorm1
 from fat.model import Stem
 from launch.machine.provenance import cpu_name
 from shards.cores import cores
@@ -190,7 +190,7 @@ class PlainFASA(FASA):
         return super().attend(q, kv).contiguous()
 
 
-class PlainNorm(MapNorm):
+class PlainNorm(GroupNorm1):
     def forward(self, x: Tensor) -> Tensor:
         return F.group_norm(x, 1, self.weight, self.bias, self.eps)
 
@@ -201,6 +201,7 @@ def make_plain(model: nn.Module) -> None:
         for plain in (PlainStem, PlainFASA, PlainNorm):
             if type(module) is plain.__base__:
                 module.__class__ = plain
+    model.train(model.training)  # decides again what is fused
 
 
 def machine() -> str:

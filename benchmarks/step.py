@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -45,7 +44,7 @@ from torch.nn import functional as F
 import fat
 from benchmarks.model import DEVICE, free, interleave, machine, make_plain, reason
 from fat import layers
-from fat.kernels import SWITCH
+from fat.kernels import use
 
 WAYS = ("contiguous", "library", "channels-last", "graph", "graph conv1x1", "compiled", "compiled graph")
 OURS = ("library", "graph conv1x1")  # ways that differ for FAT only
@@ -178,7 +177,7 @@ def step(name: str, way: str, training: bool, options: argparse.Namespace) -> Ca
 @contextmanager
 def switched(way: str) -> Iterator[None]:
     """FAT's kernels and matrix products as the way has them."""
-    kernels = mock.patch.dict(os.environ, {SWITCH: "off"} if way == "library" else {})
+    kernels = use("off" if way == "library" else "auto")
     with kernels, mock.patch.object(layers, "MATRIX_PRODUCTS", way != "graph conv1x1"):
         yield
 

@@ -23,6 +23,8 @@ class BatchNorm(nn.BatchNorm2d):
 
     ranks = 1
     """Over how many ranks the statistics are taken."""
+    running_mean: Tensor  # None only where `folds` is false
+    running_var: Tensor
 
     @property
     def folds(self) -> bool:
@@ -38,7 +40,7 @@ class BatchNorm(nn.BatchNorm2d):
         return values
 
     @torch.no_grad()
-    def follow(self, drift: Tensor, var: Tensor, count: int) -> None:
+    def update_running_stats(self, drift: Tensor, var: Tensor, count: int) -> None:
         """Move the running statistics towards a batch's.
 
         Args:
@@ -47,8 +49,6 @@ class BatchNorm(nn.BatchNorm2d):
             count: as for `correction`.
         """
         correction = self.correction(count)
-        assert self.running_mean is not None
-        assert self.running_var is not None
         assert self.momentum is not None
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -100,13 +100,13 @@ class _Statistics(torch.autograd.Function):
         return x.view_as(x), mean, var
 
     @staticmethod
-    def backward(ctx: Any, by_x: Tensor, by_mean: Tensor, by_var: Tensor) -> Tensor:
+    def backward(ctx: Any, grad_x: Tensor, grad_mean: Tensor, grad_var: Tensor) -> Tensor:
         x, mean = ctx.saved_tensors
         count = x.numel() // x.shape[1]
-        slope = by_var * (2 / count)
-        shift = by_mean / count - slope * mean
+        slope = grad_var * (2 / count)
+        shift = grad_mean / count - slope * mean
         slope, shift = slope.view(-1, 1, 1), shift.view(-1, 1, 1)
-        return (by_x + (x * slope + shift)).to(x.dtype)
+        return (grad_x + (x * slope + shift)).to(x.dtype)
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,25 +10,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat import kernels
+from fat.fused_layers import add_norm, convolve_fold, convolve_gate, convolve_norm, leaves_norm, takes_norm
 from fat.layers import (
     ConvNorm,
+    Depthwise,
     DropPath,
-    MapNorm,
+    FusingModule,
+    GroupNorm1,
+    Pointwise,
     ResidualDepthwise,
-    add_norm,
-    convolve_fold,
-    convolve_gate,
-    convolve_norm,
     depthwise,
+    has_hooks,
+    is_unmodified,
     pointwise,
-    watched,
 )
 
 SHORTCUT_KERNEL = 5  # of the depthwise stride-2 convolution beside a reducing block
 POOL_KERNEL = 5  # of every depthwise stride-2 step from queries' to keys' resolution
 
 
-class Block(nn.Module):
+class Block(FusingModule):
     """`x + cpe(x)`, then `x + FASA(norm(x))`, then `shortcut(x) + ConvFFN(norm(x))` (paper, section 3.1).
 
     [B, dim, H, W] -> [B, out_dim, ceil(H / stride), ceil(W / stride)]. The shortcut is the identity unless the block
@@ -51,17 +52,22 @@ class Block(nn.Module):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
         self.cpe = ResidualDepthwise(dim, kernel)
-        self.norm1 = MapNorm(dim)
+        self.norm1 = GroupNorm1(dim)
         self.attn = FASA(dim, heads, kernel, window)
-        self.norm2 = MapNorm(dim)
+        self.norm2 = GroupNorm1(dim)
         self.ffn = ConvFFN(dim, dim * ffn_ratio, out_dim, ffn_kernel, stride)
         self.drop_path = DropPath(drop_path)
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or out_dim != dim:
             self.shortcut = Shortcut(dim, out_dim, stride)
+        self.construct()
+
+    def decide_fusion(self) -> None:
+        self._fuses_cpe = is_unmodified(self.cpe, ResidualDepthwise) and is_unmodified(self.norm1, GroupNorm1)
+        self._fuses_sum = is_unmodified(self.drop_path, DropPath) and is_unmodified(self.norm2, GroupNorm1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._feed(*add_norm(self.drop_path, self.norm2, *self._attend(x)))
+        return self._feed(*add_norm(self.drop_path, self.norm2, *self._attend(x), fuses=self._fuses_sum))
 
     def mix(self, x: Tensor) -> Tensor:
         """Position and attention: the last map at the block's own resolution, which features are taken from."""
@@ -73,25 +79,30 @@ class Block(nn.Module):
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The map with its position, and the branch that is to be added to it."""
-        x, normalised = convolve_norm(self.cpe, self.norm1, x)
+        x, normalised = convolve_norm(self.cpe, self.norm1, x, fuses=self._fuses_cpe)
         return x, self.attn(normalised)
 
     def _feed(self, x: Tensor, normalised: Tensor) -> Tensor:
         return self.drop_path(self.shortcut(x), self.ffn(normalised))
 
 
-class Shortcut(nn.Sequential):
+class Shortcut(FusingModule, nn.Sequential):
     """Beside a block that reduces: depthwise, BatchNorm, 1x1."""
 
     def __init__(self, dim: int, out_dim: int, stride: int) -> None:
         super().__init__(ConvNorm(depthwise(dim, SHORTCUT_KERNEL, stride)), pointwise(dim, out_dim))
+        self.construct()
+
+    def decide_fusion(self) -> None:
+        unit, after = self
+        self._fuses = leaves_norm(unit) and takes_norm(after)
 
     def forward(self, x: Tensor) -> Tensor:
         unit, after = self
-        return convolve_fold(unit, after, x)
+        return convolve_fold(unit, after, x, fuses=self._fuses)  # type: ignore[arg-type]
 
 
-class FASA(nn.Module):
+class FASA(FusingModule):
     """Fully adaptive self-attention: a local and a global branch that modulate each other (paper, section 3.2).
 
     The local branch is a depthwise convolution of the queries, the global one attends from every position to the
@@ -109,20 +120,26 @@ class FASA(nn.Module):
         self.pool = Pool(dim, window)
         self.local = depthwise(dim, kernel)
         self.proj = pointwise(dim, dim)
+        self.construct()
+
+    def decide_fusion(self) -> None:
+        self._fuses_gate = is_unmodified(self.local, Depthwise)
+        self._fuses_kv = takes_norm(self.kv)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
-        return self.proj(convolve_gate(self.local, q, self.attend(q, self.pool.project(x, self.kv))))
+        attended = self.attend(q, self.pool.project(x, self.kv, fuses=self._fuses_kv))
+        return self.proj(convolve_gate(self.local, q, attended, fuses=self._fuses_gate))
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; kv: [B, 2 C, h, w], keys first; returns [B, C, H, W]."""
         if kernels.attends(q, kv, self.heads):
             return kernels.attend(q, kv, self.heads, self.scale)
         k, v = kv.chunk(2, dim=1)
-        out = self.weigh(*(self._split(x) for x in (q, k, v)))
+        out = self.attention(*(self._split(x) for x in (q, k, v)))
         return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, q.shape[-2:])
 
-    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same of heads: q: [B, heads, H W, d]; k, v: [B, heads, h w, d]; returns q's shape."""
         if q.is_cuda:
             return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
@@ -135,7 +152,7 @@ class FASA(nn.Module):
         return x.flatten(2).transpose(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class Pool(nn.Sequential):
+class Pool(FusingModule, nn.Sequential):
     """The map that keys and values are taken from: each step halves the side by depthwise convolution and BatchNorm,
     with a 1x1 convolution between steps; no activation (paper's fine-grained downsampling). Identity at window 1.
     """
@@ -145,18 +162,22 @@ class Pool(nn.Sequential):
         for _ in range(window.bit_length() - 1):
             steps += [ConvNorm(depthwise(dim, POOL_KERNEL, stride=2)), pointwise(dim, dim)]
         super().__init__(*steps[:-1])
+        self.construct()
 
-    def project(self, x: Tensor, after: nn.Module) -> Tensor:
-        """after(self(x)), each BatchNorm together with the 1x1 convolution behind it."""
-        steps = [*self, after]
-        if watched(self) or len(steps) == 1:
+    def decide_fusion(self) -> None:
+        self._fuses = all(map(leaves_norm, [*self][::2])) and all(map(takes_norm, [*self][1::2]))
+
+    def project(self, x: Tensor, after: Pointwise, *, fuses: bool) -> Tensor:
+        """after(self(x)), each BatchNorm together with the 1x1 convolution behind it. fuses: of `after`."""
+        if not (fuses and self._fuses and len(self)) or has_hooks(self):
             return after(self(x))
+        steps = [*self, after]
         for unit, behind in zip(steps[::2], steps[1::2], strict=True):
-            x = convolve_fold(unit, behind, x)
+            x = convolve_fold(unit, behind, x, fuses=True)
         return x
 
 
-class ConvFFN(nn.Module):
+class ConvFFN(FusingModule):
     """1x1 to the hidden width, GELU, depthwise (with an inner residual unless it reduces), BatchNorm, 1x1."""
 
     def __init__(self, dim: int, hidden: int, out_dim: int, kernel: int, stride: int) -> None:
@@ -164,6 +185,10 @@ class ConvFFN(nn.Module):
         self.fc1 = pointwise(dim, hidden)
         self.dw = ConvNorm(ResidualDepthwise(hidden, kernel) if stride == 1 else depthwise(hidden, kernel, stride))
         self.fc2 = pointwise(hidden, out_dim)
+        self.construct()
+
+    def decide_fusion(self) -> None:
+        self._fuses = leaves_norm(self.dw) and takes_norm(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return convolve_fold(self.dw, self.fc2, self.fc1(x), gelu=True)
+        return convolve_fold(self.dw, self.fc2, self.fc1(x), fuses=self._fuses, gelu=True)

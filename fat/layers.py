@@ -1,15 +1,15 @@
-"""The layers that FAT's blocks share: convolutions by role, the map norm, stochastic depth."""
+"""The layers that FAT's blocks share: convolutions by role, GroupNorm with one group, stochastic depth."""
 
 from __future__ import annotations
 
-from typing import TypeGuard, TypeVar
+from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat import kernels
-from fat.batchnorm import BatchNorm, folded, with_statistics
+from fat.batchnorm import BatchNorm
 from fat.kernels.ops.channel_sums import as_map, as_rows
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -53,17 +53,15 @@ class Depthwise(nn.Conv2d):
 
     def __init__(self, dim: int, kernel: int, stride: int = 1) -> None:
         super().__init__(dim, dim, kernel, stride, padding=kernel // 2, groups=dim)
-
-    def served(self, x: Tensor) -> bool:
-        """Whether our own kernel takes x and has this size."""
-        return self.kernel_size[0] in kernels.SIZES and self.stride[0] in kernels.STRIDES and kernels.serves(x)
+        self.has_kernel = kernel in kernels.SIZES and stride in kernels.STRIDES
+        """Whether our own kernels have this size."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.convolve(input, self.bias)
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """With another bias than its own."""
-        if self.served(x):
+        if self.has_kernel and kernels.serves(x):
             return kernels.depthwise(x, self.weight, bias, stride=self.stride[0], residual=self.residual)
         output = self._conv_forward(x, self.weight, bias)
         return x + output if self.residual else output
@@ -78,19 +76,64 @@ class ResidualDepthwise(Depthwise):
     residual = True
 
 
-class ConvNorm(nn.Module):
+class FusingModule(nn.Module):
+    """A module that can run some of its children as one operator (`fat.fused_layers`).
+
+    Whether the children are of the kinds that the operator stands for is decided by the constructor, when a child is
+    replaced, and in train() and eval(), not at every call. What can change without them is checked at every call:
+    hooks, BatchNorm's mode, and whether the kernels take the input.
+    """
+
+    _constructed = False
+
+    def decide_fusion(self) -> None:
+        """Store which children can be fused."""
+        raise NotImplementedError
+
+    def construct(self) -> None:
+        """End the constructor: all children are there."""
+        self._constructed = True
+        self.decide_fusion()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.decide_fusion()
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and self._constructed:
+            self.decide_fusion()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        if self._constructed:
+            self.decide_fusion()
+
+
+class ConvNorm(FusingModule):
     """A convolution and its BatchNorm: one unit, since inference makes them one convolution (`fat.fuse`)."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
         self.bn = BatchNorm(conv.out_channels)
+        self._kind = Depthwise if isinstance(conv, Depthwise) else nn.Conv2d
+        self.construct()
+
+    def decide_fusion(self) -> None:
+        self._can_fold = is_unmodified(self.conv, self._kind) and isinstance(self.bn, BatchNorm)
+
+    @property
+    def folds(self) -> bool:
+        """Whether a neighbour can do BatchNorm's work now."""
+        return self._can_fold and self.bn.folds
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
 
 
-class MapNorm(nn.Module):
+class GroupNorm1(nn.Module):
     """GroupNorm with one group: statistics over C, H and W of each sample; affine in C.
 
     Works in fp32 at least, autocast or not, and returns the dtype of its weights; by our own kernel, the dtype of x, or
@@ -156,101 +199,13 @@ class DropPath(nn.Module):
         return f"drop={self.drop:.4f}"
 
 
-# Neighbours in one pass over memory, where our own kernels serve. `x` is read and the result written as by the modules
-# one after the other.
-
-
-def convolve_norm(conv: nn.Module, norm: MapNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = conv(x), and norm(y)."""
-    if plain(conv, ResidualDepthwise) and plain(norm, MapNorm) and conv.served(x) and not watched(conv, norm):
-        return kernels.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
-    y = conv(x)
-    return y, norm(y)
-
-
-def add_norm(drop_path: DropPath, norm: MapNorm, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
-    """y = drop_path(x, branch), and norm(y)."""
-    plainly = plain(drop_path, DropPath) and plain(norm, MapNorm)
-    if plainly and kernels.serves(x, branch) and not watched(drop_path, norm):
-        return kernels.add_norm(x, branch, drop_path.draw(x), norm.weight, norm.bias, norm.eps)
-    y = drop_path(x, branch)
-    return y, norm(y)
-
-
-def convolve_gate(conv: nn.Module, q: Tensor, other: Tensor) -> Tensor:
-    """SiLU(conv(q)) * SiLU(other)."""
-    if kernels.serves(q, other):
-        if plain(conv, Depthwise) and conv.served(q) and not watched(conv):
-            return kernels.depthwise_gate(q, conv.weight, conv.bias, other)
-        return kernels.gate(conv(q), other)
-    return F.silu(conv(q)) * F.silu(other)
-
-
-def convolve_relu(unit: nn.Module, x: Tensor) -> Tensor:
-    """ReLU(unit(x)), of a dense convolution with its BatchNorm."""
-    # The compiler joins what torch does by itself.
-    if torch.compiler.is_compiling() or not (
-        kernels.serves(x) and plain(unit, ConvNorm) and plain(unit.conv, nn.Conv2d)
-    ):
-        return F.relu(unit(x))
-    conv, norm = unit.conv, unit.bn
-    if not (isinstance(norm, BatchNorm) and norm.folds) or watched(unit, conv, norm):
-        return F.relu(unit(x))
-    y = conv._conv_forward(x, conv.weight, None)
-    return kernels.batch_norm_relu(y.contiguous(memory_format=torch.channels_last), conv.bias, norm)
-
-
-def convolve_fold(unit: nn.Module, after: nn.Module, x: Tensor, *, gelu: bool = False) -> Tensor:
-    """after(unit(x)), or after(unit(GELU(x))): a depthwise convolution with its BatchNorm, and a 1x1 convolution, whose
-    weights do BatchNorm's work while training (`fat.batchnorm`)."""
-    served = kernels.serves(x)
-    # Eager and without our kernels as many bytes would pass, by more launches.
-    pays = served or torch.compiler.is_compiling()
-    if not (pays and folds(unit, after)):
-        result: Tensor = after(unit(F.gelu(x) if gelu else x))
-        return result
-    assert isinstance(unit, ConvNorm)
-    assert isinstance(after, Pointwise)
-    conv, norm = unit.conv, unit.bn
-    assert isinstance(conv, Depthwise)
-    assert isinstance(norm, BatchNorm)
-    assert norm.running_mean is not None
-    bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    if conv.served(x):
-        y, mean, var = kernels.depthwise_moments(
-            x, conv.weight, bias, stride=conv.stride[0], residual=conv.residual, gelu=gelu
-        )
-    else:
-        y, mean, var = with_statistics(conv.convolve(F.gelu(x) if gelu else x, bias))
-    mean, var = norm.shared(mean, var)
-    count = y.numel() // y.shape[1]
-    if served:
-        kernels.follow(norm, mean, var, count)
-        return project(y, *kernels.fold(after, norm, mean, var, y.dtype))
-    norm.follow(mean, var, count)
-    return project(y, *folded(after, norm, mean, var, y.dtype))
-
-
-def folds(unit: nn.Module, after: nn.Module) -> bool:
-    """Whether `after` can do the work of the norm in `unit` now; other modules may stand in the place of either."""
-    return (
-        plain(unit, ConvNorm)
-        and plain(unit.conv, Depthwise)
-        and isinstance(unit.bn, BatchNorm)
-        and unit.bn.folds
-        and plain(after, Pointwise)
-        and after.bias is not None
-        and not watched(unit, unit.conv, unit.bn, after)
-    )
-
-
-def plain(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether it does what that kind of module does; another may stand in its place."""
+def is_unmodified(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a module computes what `kind` does; a module of another kind, or one derived from it, may replace it."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def watched(*modules: nn.Module) -> bool:
-    """Whether someone must be told when these are called: a user's hooks, or those by which ZeRO 3 gathers weights."""
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether a module has hooks, a user's or those by which ZeRO 3 gathers weights: it must be called as a module."""
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules

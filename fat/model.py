@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fat.blocks import Block
 from fat.checkpointing import recomputed
 from fat.config import STAGES, FATConfig
-from fat.layers import ConvNorm, MapNorm, convolve_relu, pointwise
+from fat.fused_layers import convolve_relu
+from fat.layers import ConvNorm, GroupNorm1, pointwise
 
 MIN_SIZE = 32  # the fourth stage has stride 32
 
@@ -47,7 +48,7 @@ class FAT(Trunk):
         super().__init__(config)
         self.num_features = config.widths[-1]
         self.num_classes = config.num_classes
-        self.norm = MapNorm(self.num_features)
+        self.norm = GroupNorm1(self.num_features)
         self.head: nn.Module = _classifier(self.num_features, config.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class Stem(nn.Module):
             ConvNorm(nn.Conv2d(ends[i], ends[i + 1], 3, stride, padding=1)) for i, stride in enumerate(strides)
         )
         self.proj = pointwise(width, width)
-        self.norm = MapNorm(width)
+        self.norm = GroupNorm1(width)
 
     def forward(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < MIN_SIZE:

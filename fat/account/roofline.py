@@ -20,7 +20,7 @@ from fat.account.cost import count
 from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
 from fat.config import VARIANTS
-from fat.layers import MapNorm, norm_rows
+from fat.layers import GroupNorm1, norm_rows
 from fat.model import FAT
 
 BATCH = 2  # BatchNorm cannot train on fewer values than that
@@ -162,11 +162,11 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 class _OnGpuFASA(FASA):
     """Attention as it is on a GPU, wherever it is counted."""
 
-    def weigh(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
-class _OnGpuNorm(MapNorm):
+class _OnGpuNorm(GroupNorm1):
     """The norm as it is on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,12 +178,13 @@ def traced(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: bool 
     our kernels, or without."""
     trace = Trace()
     with FakeTensorMode(), torch.device("cpu"):
-        twin = FAT(model.config).train()
+        twin = FAT(model.config)
         swaps: dict[type[nn.Module], type[nn.Module]] = {FASA: _OnGpuFASA}
         if not ours:
-            swaps |= {MapNorm: _OnGpuNorm, BatchNorm: nn.BatchNorm2d}
+            swaps |= {GroupNorm1: _OnGpuNorm, BatchNorm: nn.BatchNorm2d}
         for module in twin.modules():
             module.__class__ = swaps.get(type(module), type(module))
+        twin.train()  # decides again what is fused
         images = torch.empty(batch, model.config.in_chans, size, size, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.long)

@@ -51,7 +51,6 @@ __all__ = [
     "disable",
     "disabled",
     "fold",
-    "follow",
     "gate",
     "mode",
     "norm",
@@ -59,6 +58,7 @@ __all__ = [
     "serves",
     "supported",
     "switched_off",
+    "update_running_stats",
     "use",
 ]
 
@@ -182,25 +182,24 @@ def fold(
     return ops.fold(after.weight, after.bias, norm.weight, norm.bias, mean, var, norm.eps, dtype)
 
 
-def follow(norm: BatchNorm, drift: Tensor, var: Tensor, count: int) -> None:
-    """`BatchNorm.follow`, in one launch; in none where a forward pass is repeated for the backward one."""
+def update_running_stats(norm: BatchNorm, drift: Tensor, var: Tensor, count: int) -> None:
+    """`BatchNorm.update_running_stats`, in one launch; in none where the backward pass repeats the forward one."""
     batches, momentum = norm.num_batches_tracked, norm.momentum
     if torch.compiler.is_compiling():  # joins what there is to do
-        norm.follow(drift, var, count)
+        norm.update_running_stats(drift, var, count)
     elif momentum and batches is not None:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
         correction = norm.correction(count)
-        ops.follow(norm.running_mean, norm.running_var, batches, drift.detach(), var.detach(), momentum, correction)
+        ops.update_running_stats(
+            norm.running_mean, norm.running_var, batches, drift.detach(), var.detach(), momentum, correction
+        )
 
 
 def batch_norm_relu(x: Tensor, before: Tensor | None, norm: BatchNorm) -> Tensor:
     """ReLU(norm(x + before)) in training, with BatchNorm over the batch, whose running statistics are moved. x: without
     the bias `before` of the convolution behind it, which a norm takes out again; its gradient is zero."""
     result, mean, var = ops.batch_norm_relu(_cast(x), before, norm)
-    assert norm.running_mean is not None
     drift = mean - norm.running_mean if before is None else mean - norm.running_mean + before.detach()
-    follow(norm, drift, var, x.numel() // x.shape[1])
+    update_running_stats(norm, drift, var, x.numel() // x.shape[1])
     return result
 
 

@@ -223,7 +223,7 @@ def depthwise_moments_gradient(
     return _map(grad_y, y.dtype, own), *_weight_gradient(grad_y, x, kernel, stride, own)
 
 
-def follow(
+def update_running_stats(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor,

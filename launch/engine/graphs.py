@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from fat.layers import watched
+from fat.layers import has_hooks
 from fat.model import FAT
 from launch.engine.graph_recorder import Recorder, Results
 
@@ -78,7 +78,7 @@ class GraphedModel:
             Exception: something in the model cannot be captured, or memory does not suffice; call `discard` then.
         """
         for name, module in self._model.named_modules():
-            if name and watched(module):
+            if name and has_hooks(module):
                 raise RuntimeError(f"{name} has hooks, which a replay does not call")
         for name, parameter in self._model.named_parameters() if self.keeps_gradients else ():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:

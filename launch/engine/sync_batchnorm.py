@@ -123,7 +123,7 @@ class GlobalBatchNorm(BatchNorm):
             return super().forward(input)
         output, mean, var = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
         assert self.running_mean is not None
-        self.follow(mean - self.running_mean, var, input.numel() // input.shape[1])
+        self.update_running_stats(mean - self.running_mean, var, input.numel() // input.shape[1])
         return output
 
     def shared(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:

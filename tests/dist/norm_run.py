@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from fat import kernels
 from fat.batchnorm import BatchNorm, folded, with_statistics
-from fat.layers import ConvNorm, convolve_relu
+from fat.fused_layers import convolve_relu
+from fat.layers import ConvNorm
 from launch.engine.sync_batchnorm import GlobalBatchNorm, local_norms, synchronise_norms
 from launch.machine.world import World, connect, disconnect
 
@@ -46,7 +47,7 @@ def fold(model: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
     norm, after = model
     images, mean, var = with_statistics(images)
     mean, var = norm.shared(mean, var)
-    norm.follow(mean - norm.running_mean, var, images.numel() // CHANNELS)
+    norm.update_running_stats(mean - norm.running_mean, var, images.numel() // CHANNELS)
     return F.conv2d(images, *folded(after, norm, mean, var, images.dtype))
 
 

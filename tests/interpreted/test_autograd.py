@@ -155,7 +155,7 @@ OPERATORS = {
     "depthwise_moments": (X, None, WEIGHT, BIAS, 2, False),
     "depthwise_moments_gradient": (X, Y, X, BIAS, GAIN, SHIFT, KERNEL, 1),
     "fold": (MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square(), 1e-5, BF16),
-    "follow": (BIAS.clone(), GAIN.clone(), torch.tensor(3), SHIFT, GAIN, 0.1, 1.25),
+    "update_running_stats": (BIAS.clone(), GAIN.clone(), torch.tensor(3), SHIFT, GAIN, 0.1, 1.25),
     "fold_gradient": (MATRIX[:, :, 0, 0], BIAS[:6], MATRIX, GAIN, SHIFT, BIAS, SHIFT.square(), MATRIX, 1e-5),
     "channel_moments": (X,),
     "channel_sums": (X, BF16),

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
-from fat import kernels, layers
+from fat import fused_layers, kernels, layers
 from fat.batchnorm import BatchNorm
 from fat.config import FATConfig
 from launch.engine.graphs import GraphedModel
@@ -92,7 +92,7 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor) -> None:
         "depthwise_moments": norms,
         "depthwise_moments_gradient": norms,
         "fold": norms,
-        "follow": norms + 4,
+        "update_running_stats": norms + 4,
         "fold_gradient": norms,
         "depthwise_input_gradient": norms + 2 * blocks,
         "depthwise_weight_gradient": 2 * blocks,  # position and gate
@@ -121,7 +121,7 @@ def test_checkpointing_with_kernels_changes_memory_only() -> None:
         leaf = x.clone().requires_grad_()
         with Called() as called:
             stage(leaf).square().sum().backward()
-        assert called.count["follow"] == called.count["fold"] // (1 + checkpointing)
+        assert called.count["update_running_stats"] == called.count["fold"] // (1 + checkpointing)
         results.append([leaf.grad, *(p.grad for p in stage.parameters()), *stage.buffers()])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
 
@@ -195,7 +195,7 @@ def test_the_stems_norm_does_without_the_convolutions_bias(kind: type[BatchNorm]
     own.bn.__class__ = kind
     x = torch.randn(3, 3, 9, 12).contiguous(memory_format=torch.channels_last)
     results = []
-    for module, call in ((unit, lambda m, x: F.relu(m(x))), (own, layers.convolve_relu)):
+    for module, call in ((unit, lambda m, x: F.relu(m(x))), (own, fused_layers.convolve_relu)):
         leaf = x.clone().requires_grad_()
         with Called() as called:
             y = call(module, leaf)
@@ -221,7 +221,9 @@ def test_a_captured_stage_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> N
         with torch.autocast("cpu", torch.bfloat16), Called() as called:
             y = stage(x + 1)
         y.float().square().sum().backward()
-        assert called.count["depthwise_gate"] == called.count["add_norm"] == called.count["follow"] // 4 == 1
+        assert (
+            called.count["depthwise_gate"] == called.count["add_norm"] == called.count["update_running_stats"] // 4 == 1
+        )
     for ours, theirs in zip(captured.parameters(), eager.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
     for ours, theirs in zip(captured.buffers(), eager.buffers(), strict=True):
@@ -236,7 +238,7 @@ def test_a_captured_stem_trains_as_an_eager_one_bit_by_bit(model: fat.FAT) -> No
         with torch.autocast("cpu", torch.bfloat16), Called() as called:
             y = stem(images + 1)
         y.float().square().sum().backward()
-        assert called.count["norm_relu"] == called.count["follow"] == 4
+        assert called.count["norm_relu"] == called.count["update_running_stats"] == 4
     for ours, theirs in zip(captured.parameters(), eager.parameters(), strict=True):
         assert torch.equal(ours.grad, theirs.grad)
     for ours, theirs in zip(captured.buffers(), eager.buffers(), strict=True):

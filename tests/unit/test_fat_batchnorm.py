@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fat
+from fat import fused_layers
 from fat.batchnorm import BatchNorm, folded, statistics, with_statistics
-from fat.layers import ConvNorm, ResidualDepthwise, convolve_fold, depthwise, folds, pointwise
+from fat.blocks import ConvFFN
+from fat.fused_layers import convolve_fold
+from fat.layers import ConvNorm, ResidualDepthwise, depthwise, pointwise
 from tests.support.tiny_fat import TINY
 
 BF16 = torch.bfloat16
@@ -74,7 +79,8 @@ def test_half_precision_does_not_drown_in_a_large_mean(deviations: float) -> Non
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         own, own_after = copy.deepcopy(unit), copy.deepcopy(after)
-        call = torch.compile(convolve_fold, backend="aot_eager", fullgraph=True) if dtype == BF16 else convolve_fold
+        fold = partial(convolve_fold, fuses=True)
+        call = torch.compile(fold, backend="aot_eager", fullgraph=True) if dtype == BF16 else fold
         if dtype == torch.float64:
             own, own_after = own.double(), own_after.double()
         with torch.autocast("cpu", BF16, enabled=dtype == BF16):
@@ -102,7 +108,8 @@ def test_compiled_training_folds_and_computes_the_same(residual: bool) -> None:
         return graph.forward
 
     results = []
-    for call in (convolve_fold, torch.compile(convolve_fold, backend=record, fullgraph=True)):
+    fold = partial(convolve_fold, fuses=True)
+    for call in (fold, torch.compile(fold, backend=record, fullgraph=True)):
         own, own_after = copy.deepcopy(unit), copy.deepcopy(after)
         output = call(own, own_after, x)
         output.square().sum().backward()
@@ -112,29 +119,53 @@ def test_compiled_training_folds_and_computes_the_same(residual: bool) -> None:
     assert not any("batch_norm" in name for name in seen)
 
 
+def folds(module: nn.Module, x: Tensor) -> bool:
+    """Whether a pass leaves BatchNorm's work to the 1x1 convolution; either way it computes the same."""
+    expected = copy.deepcopy(module)(x)
+    with (
+        mock.patch("torch.compiler.is_compiling", return_value=True),
+        mock.patch.object(fused_layers, "folded", wraps=folded) as called,
+    ):
+        torch.testing.assert_close(module(x), expected)
+    return bool(called.called)
+
+
 def test_what_stands_in_for_batch_norm_is_left_to_itself() -> None:
-    """Frozen, replaced or watched norms are called as modules."""
-    torch._dynamo.reset()
-    unit, after, x = ConvNorm(depthwise(4, 3)), pointwise(4, 4), drawn(8, 2, 4, 5, 5, dtype=torch.float32)
-    assert folds(unit, after)
-    assert not folds(unit.eval(), after)
-    unit.train()
-    assert not folds(unit, nn.Sequential(after))  # an adapter about it
-    hook = after.register_forward_hook(lambda *_: None)
-    assert not folds(unit, after)
-    hook.remove()
-    unit.bn.momentum = None  # the running mean of all batches
-    assert not folds(unit, after)
-    unit.bn = nn.SyncBatchNorm(4)
-    assert not folds(unit, after)
-    unit.bn = nn.Identity()
-    torch.testing.assert_close(convolve_fold(unit, after, x), after(unit.conv(x)))
+    """Frozen, replaced or hooked norms are called as modules, whenever they change."""
+    ffn, x = ConvFFN(4, 8, 4, 3, 1).train(), drawn(8, 2, 4, 5, 5, dtype=torch.float32)
+    assert folds(ffn, x)
+    assert not folds(ffn.eval(), x)
+    assert folds(ffn.train(), x)
+    ffn.dw.bn.eval()  # frozen in training
+    assert not folds(ffn, x)
+    ffn.dw.bn.train()
+    for module in (ffn.dw, ffn.dw.conv, ffn.dw.bn, ffn.fc2):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert not folds(ffn, x)
+        hook.remove()
+    assert folds(ffn, x)
+    ffn.dw.bn.momentum = None  # the running mean of all batches
+    assert not folds(ffn, x)
+    ffn.dw.bn.momentum = 0.1
+    norm, after = ffn.dw.bn, ffn.fc2
+    ffn.fc2 = nn.Sequential(after)  # an adapter about it
+    assert not folds(ffn, x)
+    ffn.fc2 = after
+    assert folds(ffn, x)
+    ffn.dw.bn = nn.BatchNorm2d(8)
+    assert not folds(ffn, x)
+    ffn.dw.add_module("bn", norm)
+    assert folds(ffn, x)
+    ffn.dw.add_module("bn", nn.Identity())
+    assert not folds(ffn, x)
+    ffn.dw = nn.Conv2d(8, 8, 3, padding=1)
+    assert not folds(ffn, x)
 
 
 def test_a_single_value_is_refused() -> None:
     norm, _ = norm_and_pointwise(4, 4)
     with pytest.raises(ValueError, match="one value per channel"):
-        norm.follow(torch.zeros(4), torch.zeros(4), 1)
+        norm.update_running_stats(torch.zeros(4), torch.zeros(4), 1)
 
 
 def test_statistics_follow_as_torchs_do() -> None:
@@ -144,7 +175,7 @@ def test_statistics_follow_as_torchs_do() -> None:
         x = drawn(step, 4, 5, 3, 3) + step
         theirs(x)
         mean, var = statistics(x)
-        ours.follow(mean - ours.running_mean, var, 4 * 9)
+        ours.update_running_stats(mean - ours.running_mean, var, 4 * 9)
     torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
 
 

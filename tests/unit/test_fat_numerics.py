@@ -15,7 +15,7 @@ import fat
 from fat import kernels
 from fat.blocks import Block
 from fat.checkpointing import recomputed
-from fat.layers import DropPath, MapNorm, _group_norm, norm_rows
+from fat.layers import DropPath, GroupNorm1, _group_norm, norm_rows
 from tests.support.tiny_fat import TINY, images, relative_error, settle
 
 Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -36,7 +36,7 @@ def test_norms_work_in_fp32_under_autocast(norm: Norm, monkeypatch: pytest.Monke
     monkeypatch.setattr("fat.layers._group_norm", norm)
     x = (images(2, (32, 32), 8) + 100).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        found = MapNorm(8)(x)
+        found = GroupNorm1(8)(x)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.nn.functional.group_norm(x.float(), 1), rtol=1e-4, atol=1e-4)
 

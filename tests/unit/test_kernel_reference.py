@@ -60,13 +60,13 @@ def test_operators_in_torch_are_as_exact_as_the_kernels(name: str, dtype: torch.
     CHECKS[name](dtype, Draw.seeded(1, "cpu"))
 
 
-def test_follow() -> None:
+def test_update_running_stats() -> None:
     draw = Draw.seeded(2, "cpu")
     mean, drift = draw.tensor(20), draw.tensor(20)
     var, new = draw.tensor(20).square(), draw.tensor(20).square()
     batches = torch.tensor(3)
     own = [mean.clone(), var.clone(), batches.clone()]
-    ops.follow(*own, drift, new, 0.1, 1.25)
+    ops.update_running_stats(*own, drift, new, 0.1, 1.25)
     torch.testing.assert_close(own, [mean + 0.1 * drift, 0.9 * var + 0.1 * 1.25 * new, batches + 1])
 
 

@@ -137,7 +137,7 @@ def test_a_step_finds_all_its_kernels_in_the_cache(kind: str, cache: Path, monke
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    of_training = {"_patches", "_fold_gradient", "_follow"} if kind == "training" else set()
+    of_training = {"_patches", "_fold_gradient", "_update_running_stats"} if kind == "training" else set()
     assert {"_blocks", *of_training} <= set(found["launched"])
     assert [name for name, hit in found["hits"] if not hit] == []
     assert len(found["hits"]) == report.total
@@ -194,7 +194,7 @@ def test_frozen_norms_are_recorded_as_such() -> None:
     def names(**options: bool) -> set[str]:
         return {launch.name for launch in launches.record(training_step(block(), IMAGES, **options), TARGET)}
 
-    assert names() - names(freeze_bn=True) >= {"_join", "_fold", "_follow"}
+    assert names() - names(freeze_bn=True) >= {"_join", "_fold", "_update_running_stats"}
 
 
 def test_memory_that_is_not_aligned_makes_another_kernel() -> None:
@@ -388,7 +388,7 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
             "_spread_blocks",
             "_fold_gradient",
             "_sums",
-            "_follow",
+            "_update_running_stats",
             "_channel_sums",
         },
         "digits": {"_finish"},

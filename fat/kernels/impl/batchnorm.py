@@ -60,7 +60,9 @@ def _join(
 
 
 @triton.jit
-def _follow(running_mean, running_var, batches, drift, var, channels, momentum, correction, CHANNELS: tl.constexpr):
+def _update_running_stats(
+    running_mean, running_var, batches, drift, var, channels, momentum, correction, CHANNELS: tl.constexpr
+):
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
     old = tl.load(running_mean + c, mask=known)
@@ -182,7 +184,7 @@ def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
         moments, counts = out, counts_out
 
 
-def follow(
+def update_running_stats(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor,
@@ -193,7 +195,7 @@ def follow(
 ) -> None:
     """Moves the running statistics and counts a batch, in place."""
     channels = drift.numel()
-    _follow[(triton.cdiv(channels, tiles.FOLLOWED),)](
+    _update_running_stats[(triton.cdiv(channels, tiles.FOLLOWED),)](
         running_mean,
         running_var,
         batches,

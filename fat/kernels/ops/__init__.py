@@ -7,7 +7,13 @@ and returned in the weight's dtype. An operator that is called with another layo
 """
 
 from fat.kernels.ops.attention import attend, attend_gradient
-from fat.kernels.ops.batchnorm import depthwise_moments, depthwise_moments_gradient, fold, fold_gradient, follow
+from fat.kernels.ops.batchnorm import (
+    depthwise_moments,
+    depthwise_moments_gradient,
+    fold,
+    fold_gradient,
+    update_running_stats,
+)
 from fat.kernels.ops.channel_sums import channel_sums, pointwise
 from fat.kernels.ops.depthwise import (
     depthwise,
@@ -45,7 +51,6 @@ __all__ = [
     "depthwise_weight_gradient",
     "fold",
     "fold_gradient",
-    "follow",
     "gate",
     "gate_gradient",
     "norm",
@@ -55,4 +60,5 @@ __all__ = [
     "norm_relu_sums",
     "pointwise",
     "scaled",
+    "update_running_stats",
 ]

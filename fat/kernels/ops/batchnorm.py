@@ -93,9 +93,9 @@ def _moments_backward(ctx: Any, by_y: Tensor, by_mean: Tensor, by_var: Tensor) -
 depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
 
 
-@custom_op("fat::follow", mutates_args=("running_mean", "running_var", "batches"))
+@custom_op("fat::update_running_stats", mutates_args=("running_mean", "running_var", "batches"))
 @launches(BATCH_NORM)
-def follow(
+def update_running_stats(
     running_mean: Tensor,
     running_var: Tensor,
     batches: Tensor,
@@ -107,10 +107,10 @@ def follow(
     """Moves running statistics [C] by momentum * drift and towards var * correction, and counts the batch."""
     from fat.kernels.impl import batchnorm as kernels
 
-    kernels.follow(running_mean, running_var, batches, drift, var, momentum, correction)
+    kernels.update_running_stats(running_mean, running_var, batches, drift, var, momentum, correction)
 
 
-@follow.register_fake
+@update_running_stats.register_fake
 def _(*_: object) -> None:
     return None
 

@@ -86,7 +86,7 @@ def fake_twin(model: Module) -> Module:
         new.__dict__["_modules"] = {
             name: None if child is None else twin(child) for name, child in module._modules.items()
         }
-        if isinstance(module, FASA) and type(module).weigh is FASA.weigh:
+        if isinstance(module, FASA) and type(module).attention is FASA.attention:
             new.__class__ = _OnGpuFASA
         elif isinstance(module, BatchNorm):
             new.__class__ = BatchNorm  # statistics of this rank alone: a collective would wait for the other ranks
