@@ -12,7 +12,8 @@ from fat.model import FAT, FATFeatures
 from fat.timm_registry import register_with_timm
 from fat.weights.classes import ClassList
 from fat.weights.header import WeightsInfo
-from fat.weights.load import load_model, load_weights, read_info, save_weights
+from fat.weights.load import load_model, load_weights, read_info
+from fat.weights.save import save_weights
 
 __all__ = [
     "FAT",

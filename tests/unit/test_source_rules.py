@@ -13,7 +13,7 @@ PACKAGES = ("shards", "pipeline", "fat", "launch")
 WRITERS = {
     "fat/kernels/prefill/compile_ahead.py": "lock in the kernel cache",
     "fat/kernels/prefill/compiler.py": "in a new temporary folder",
-    "fat/weights/load.py": "path given by the caller; temporary name, then renamed",
+    "fat/weights/save.py": "path given by the caller; temporary name, then renamed",
     "launch/bench/chart.py": "into memory",
     "launch/run/checkpoint_folder.py": "in a new folder of RUN/checkpoints",
     "launch/resilience/heartbeat.py": "RUN/heartbeat; temporary name, then renamed",
