@@ -32,7 +32,7 @@ from nvidia.dali import Pipeline, fn, types
 from benchmarks.decode import RECIPE, SIZE, photos
 from benchmarks.model import reason
 from pipeline.decode.hardware import find_jpeg_engine
-from pipeline.options import decode_threads
+from shards.cores import cores
 
 WINDOW_START, WINDOW_SIDE = 8, 64  # pixels of the crop window, which every photo holds
 BATCHES, WARM_UP, TIMED = 3, 4, 24
@@ -175,7 +175,7 @@ class Checks:
 
         pipe = Pipeline(
             batch_size=batch,
-            num_threads=threads or decode_threads(),
+            num_threads=threads or cores(),
             device_id=0 if on_gpu else None,
             prefetch_queue_depth=2,
             seed=0,

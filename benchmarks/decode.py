@@ -40,7 +40,7 @@ from benchmarks.taking_turns import Maker, machine, medians, take_turns
 from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows
 from pipeline.augment.recipe import augment_recipe
-from pipeline.options import decode_threads
+from shards.cores import cores
 
 SIZE = 224
 RECIPE = augment_recipe("light", size=SIZE)
@@ -104,7 +104,7 @@ def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarr
 
     pipe = Pipeline(
         batch_size=options.batch,
-        num_threads=decode_threads(),
+        num_threads=cores(),
         device_id=0 if gpu else None,
         prefetch_queue_depth=AHEAD,
         seed=0,
@@ -163,7 +163,7 @@ def main() -> None:
         }
         units = options.batches * options.batch
         turns = take_turns(makers, rounds=options.rounds, units=units, warm_up=3 * options.batch)
-    settings = {"batch": options.batch, "rounds": options.rounds, "threads": decode_threads()}
+    settings = {"batch": options.batch, "rounds": options.rounds, "threads": cores()}
     result = {"machine": machine(device), "settings": settings, "medians": medians(turns)}
     for name, figures in sorted(result["medians"].items(), key=lambda item: -item[1]["rate"]):
         print(f"{name:24s} {figures['rate']:9,.0f} images/s  {figures['cpu'] * 1e6:6.0f} us of CPU per image")

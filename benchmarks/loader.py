@@ -38,8 +38,9 @@ from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import LoaderOptions, TrainLoader
-from pipeline.options import LoaderName, decode_threads
+from pipeline.options import LoaderName
 from pipeline.plan import BatchShape, TrainPlan
+from shards.cores import cores
 from shards.format.dataset import ShardSet
 
 BATCH, SIZE = 64, 224
@@ -104,7 +105,7 @@ def dali(dataset: ShardSet, device: torch.device) -> Iterator[int]:
         [tar.removesuffix(".tar") + ".idx" for tar in tars],
         "mixed" if gpu else "cpu",
         batch_size=BATCH,
-        num_threads=decode_threads(),
+        num_threads=cores(),
         device_id=0 if gpu else None,
     )
     while True:
@@ -124,7 +125,7 @@ def ffcv(dataset: ShardSet, device: torch.device) -> Iterator[int]:
     loader = Loader(
         str(dataset.path / beton.name),
         batch_size=BATCH,
-        num_workers=decode_threads(),
+        num_workers=cores(),
         order=OrderOption.RANDOM,
         os_cache=True,
         drop_last=True,
@@ -171,7 +172,7 @@ class PilPhotos(torch.utils.data.Dataset[torch.Tensor]):
 
 def pil(folder: Path) -> Iterator[int]:
     loader = torch.utils.data.DataLoader(
-        PilPhotos(folder), batch_size=BATCH, shuffle=False, num_workers=decode_threads(), prefetch_factor=4
+        PilPhotos(folder), batch_size=BATCH, shuffle=False, num_workers=cores(), prefetch_factor=4
     )
     for batch in loader:
         yield len(batch)

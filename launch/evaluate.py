@@ -7,8 +7,9 @@ accelerate launch --multi_gpu --num_processes 8 launch/evaluate.py weights.safet
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,7 +90,7 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     if command.json is not None:
         check_output(command.json, "--json")
     world = connect()
-    dataset = DataConfig(data=command.data, set_digest=command.set_digest).open()
+    dataset = DataConfig(data=command.data, set_digest=command.set_digest).open(local_ranks=world.local_size)
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
     found = load_model(command.model, average=command.average)
@@ -197,6 +198,7 @@ def main() -> int:
     @kernels_from_environment()
     def run() -> int:
         command = tyro.cli(Evaluate, description=__doc__)
+        command = replace(command, data=command.data or os.environ.get("FAT_DATA"))
         result = evaluate(command)
         if result is not None:
             show(result)

@@ -46,7 +46,7 @@ class Feed:
         """
         data = recipe.data
         augment = data.augmentation()
-        dataset = data.open()
+        dataset = data.open(local_ranks=world.local_size)
         how: dict[str, Any] = {"world": world.size, "micro_batch": data.micro_batch, "pairs": augment.mixes}
         # First, so that the global batch that it names fits everything else too.
         check_enough_samples(dataset.split("train").samples, data.global_batch, lanes=data.lanes, **how)

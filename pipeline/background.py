@@ -44,6 +44,8 @@ class BackgroundLoader(ABC):
         dtype: torch.dtype,
         options: LoaderOptions,
         seed: int,
+        rank: int,
+        world: int,
     ) -> None:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants a number
@@ -57,7 +59,7 @@ class BackgroundLoader(ABC):
         self._closing = False
         if self._loader != "synthetic":
             with open_reader(dataset, split, options, beton=self._loader == "ffcv") as reader:
-                quick_check(dataset, split, reader, one_fault_is_fine=options.skip_budget > 0)
+                quick_check(dataset, split, reader, rank=rank, world=world, one_fault_is_fine=options.skip_budget > 0)
 
     @property
     def bad_samples(self) -> int:

@@ -55,7 +55,16 @@ class TrainLoader(BackgroundLoader):
         options: LoaderOptions | None = None,
         kernels: bool = True,
     ) -> None:
-        super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=plan.seed)
+        super().__init__(
+            dataset,
+            split,
+            device=device,
+            dtype=dtype,
+            options=options or LoaderOptions(),
+            seed=plan.seed,
+            rank=shape.rank,
+            world=shape.world,
+        )
         self._kernels = kernels
         self._plan, self._shape, self._augment, self._epochs = plan, shape, augment, epochs
         self._next = Position(0, 0) if start is None else start
@@ -162,7 +171,16 @@ class EvalLoader(BackgroundLoader):
         crop_pct: float = CROP_PCT,
         options: LoaderOptions | None = None,
     ) -> None:
-        super().__init__(dataset, split, device=device, dtype=dtype, options=options or LoaderOptions(), seed=0)
+        super().__init__(
+            dataset,
+            split,
+            device=device,
+            dtype=dtype,
+            options=options or LoaderOptions(),
+            seed=0,
+            rank=plan.rank,
+            world=plan.world,
+        )
         self._plan, self._size, self._mean, self._std = plan, size, mean, std
         self._crop_pct, self._delivered = crop_pct, 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ class Look:
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
         needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)  # the sheet, and the batch as float32
         check_memory(f"--count {self.count}, --size {self.size}", needed, "draw fewer or smaller images")
-        dataset = open_set(self.dataset, cache=self.cache, cache_shared=self.cache_shared, digest=self.set_digest)
+        named = os.environ.get("FAT_CACHE")
+        cache = self.cache or (Path(named) if named else None)
+        dataset = open_set(self.dataset, cache=cache, cache_shared=self.cache_shared, digest=self.set_digest)
         overrides = {"flip": self.flip, "scale": self.crop_scale}
         recipe = augment_recipe(
             self.augment, size=self.size, mixup=0.0, cutmix=0.0, **{k: v for k, v in overrides.items() if v is not None}

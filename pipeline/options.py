@@ -6,7 +6,6 @@ defaults of `Settings`; `hw_decoder_load` is chosen by the device (`pipeline.dec
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Literal
@@ -30,12 +29,6 @@ MAX_PREALLOCATED = 1 << 27  # pixels; 0.4 GB
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
-def decode_threads(local_world: int | None = None) -> int:
-    """This rank's share of the cores that the process may use."""
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if local_world is None else local_world
-    return max(1, cores() // local_world)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What the options come to."""
@@ -43,7 +36,7 @@ class Settings:
     read_threads: int = 32
     """Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing."""
     read_ahead: int = 4
-    decode_threads: int = field(default_factory=decode_threads)
+    decode_threads: int = field(default_factory=cores)
     decode_ahead: int = 2
     ready: int = 2
     hw_decoder_load: float = 0.0

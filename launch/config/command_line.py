@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 import tomllib
 import typing
@@ -74,7 +75,8 @@ def parse(
     command: Any = tyro.cli(
         full, args=args, prog=prog, description="Train a FAT backbone from a shard set.", config=flat
     )
-    return typing.cast(Recipe, command.all)
+    recipe: Recipe = command.all
+    return dataclasses.replace(recipe, data=recipe.data.with_environment(os.environ))
 
 
 def with_file(recipe: Recipe, path: Path) -> Recipe:

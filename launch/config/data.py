@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,8 +96,16 @@ class DataConfig:
             overrides["rand_augment"] = self.rand_augment or None
         return augment_recipe(self.augment, size=self.size, **overrides)
 
-    def open(self) -> ShardSet:
+    def with_environment(self, environment: Mapping[str, str]) -> DataConfig:
+        """Fill `data` and `cache` from FAT_DATA and FAT_CACHE where they are None; for command lines."""
+        data, cache = environment.get("FAT_DATA"), environment.get("FAT_CACHE")
+        return replace(self, data=self.data or data or None, cache=self.cache or (Path(cache) if cache else None))
+
+    def open(self, *, local_ranks: int = 1) -> ShardSet:
         """Open the shard set, which may be on a server.
+
+        Args:
+            local_ranks: ranks of this machine, which share the cache of a remote set.
 
         Raises:
             UserError: no such set, another one than `set_digest` says, or a cache that cannot be used.
@@ -109,10 +117,11 @@ class DataConfig:
             cache_gib=self.cache_size,
             cache_shared=self.cache_shared,
             digest=str(pin) if pin else None,
+            local_ranks=local_ranks,
         )
 
     def location(self) -> Path | str:
-        """The shard set's folder or URL, without a digest behind it: `data`, else $FAT_DATA, else ./imagenet-shards.
+        """The shard set's folder or URL, without a digest behind it: `data`, else ./imagenet-shards.
 
         Raises:
             RecipeError: none was named and the defaults do not exist.
@@ -121,9 +130,8 @@ class DataConfig:
         return self._located()[0]
 
     def _located(self) -> tuple[Path | str, ManifestDigest | None]:
-        named = self.data or os.environ.get("FAT_DATA")
-        if named:
-            plain, pin = split_pin(named, self.set_digest)
+        if self.data:
+            plain, pin = split_pin(self.data, self.set_digest)
             if is_remote(plain):
                 check_url(plain)
                 return plain, pin

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import numpy as np
@@ -16,7 +15,14 @@ SHARDS_AT_ONCE = 32
 
 
 def quick_check(
-    dataset: ShardSet, split: str, reader: SampleReader, *, seconds: float = SECONDS, one_fault_is_fine: bool = False
+    dataset: ShardSet,
+    split: str,
+    reader: SampleReader,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    seconds: float = SECONDS,
+    one_fault_is_fine: bool = False,
 ) -> int:
     """Compare every file's size, then the first and the last sample of as many shards as there is time for.
 
@@ -41,7 +47,6 @@ def quick_check(
         return 0
     counts = dataset.shard_samples(split)
     shards = np.flatnonzero(counts)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     shards = np.roll(shards, -(rank * len(shards) // world))
     first = np.cumsum(counts) - counts
     end = time.monotonic() + seconds

@@ -36,16 +36,18 @@ def open_set(
     cache_gib: float | None = None,
     cache_shared: bool = False,
     digest: str | None = None,
+    local_ranks: int = 1,
 ) -> ShardSet:
     """Open a set in a folder, or behind a URL that fsspec knows (s3://bucket/set, https://host/set).
 
     Args:
         location: with #xxh3=HEX or #sha256=HEX behind it, the set's manifest must have that digest.
         cache: where the files of a remote set are staged, in a subfolder of its own, by all processes of a node.
-            None = $FAT_CACHE, else the folder for temporary files.
+            None = the folder for temporary files.
         cache_gib: size that the cache may have in GiB; None = four fifths of what is free there.
         cache_shared: all users in the group of `cache` use one cache.
         digest: xxh3=HEX or sha256=HEX that the set's manifest must have; another way to say the same.
+        local_ranks: ranks of this machine, each of which may hold an equal share of the cache.
 
     Raises:
         UserError: no such set, or another than the digest says, a server that cannot be reached, a URL with
@@ -58,10 +60,9 @@ def open_set(
     warn_without_tls(plain)
     if cache_gib is not None and not 0 < cache_gib < math.inf:
         raise UserError(f"--cache-size {cache_gib}: expected a finite number of GiB above 0")
-    named = os.environ.get("FAT_CACHE")
-    place = cache or (Path(named) if named else temporary_folder())
+    place = cache or temporary_folder()
     limit = None if cache_gib is None else int(cache_gib * GIB)
-    return RemoteSet(plain, Cache(place, limit, cache_shared), pin)
+    return RemoteSet(plain, Cache(place, limit, cache_shared), pin, local_ranks=local_ranks)
 
 
 class RemoteSet(ShardSet):
@@ -75,8 +76,8 @@ class RemoteSet(ShardSet):
         digest: that the manifest must have.
     """
 
-    def __init__(self, url: str, cache: Cache, digest: ManifestDigest | None = None) -> None:
-        self.url, self.cache = url.rstrip("/"), cache
+    def __init__(self, url: str, cache: Cache, digest: ManifestDigest | None = None, *, local_ranks: int = 1) -> None:
+        self.url, self.cache, self._local_ranks = url.rstrip("/"), cache, local_ranks
         self._remote = Remote(self.url)
         self._facts = self._remote.facts
         content = self._remote.read_all(MANIFEST_NAME, MAX_MANIFEST_BYTES)
@@ -112,8 +113,7 @@ class RemoteSet(ShardSet):
 
     def files(self, files: list[StagedFile]) -> StagedFiles:
         """Files of the set, to be staged as they are needed."""
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        share = int(self.cache.limit * SHARE_FOR_SHARDS) // ranks
+        share = int(self.cache.limit * SHARE_FOR_SHARDS) // self._local_ranks
         remote = Remote(self.url, self._facts)
         return StagedFiles(files, remote=remote, cache=self.cache, folder=self._folder, share=share)
 
