@@ -100,12 +100,12 @@ def attend_gradient(
 ) -> tuple[Tensor, Tensor]:
     wide = _wide(own)
     query, key, value = _heads(q, kv, heads, wide)
-    upper = _split(gradient.to(wide), heads)
+    grad_out = _split(gradient.to(wide), heads)
     weights = (query @ key.mT * scale).softmax(-1)
-    slopes = upper @ value.mT
+    slopes = grad_out @ value.mT
     slopes = weights * (slopes - (weights * slopes).sum(-1, keepdim=True)) * scale
-    by_keys, by_values = (_joined(product, kv) for product in (slopes.mT @ query, weights.mT @ upper))
-    return _map(_joined(slopes @ key, q), q.dtype, own), _map(torch.cat([by_keys, by_values], 1), kv.dtype, own)
+    grad_keys, grad_values = (_joined(product, kv) for product in (slopes.mT @ query, weights.mT @ grad_out))
+    return _map(_joined(slopes @ key, q), q.dtype, own), _map(torch.cat([grad_keys, grad_values], 1), kv.dtype, own)
 
 
 # GroupNorm with one group, and the residual add
@@ -208,8 +208,8 @@ def depthwise_moments_gradient(
     x: Tensor,
     y: Tensor,
     mean: Tensor,
-    by_mean: Tensor,
-    by_var: Tensor,
+    grad_mean: Tensor,
+    grad_var: Tensor,
     kernel: int,
     stride: int,
     *,
@@ -217,8 +217,8 @@ def depthwise_moments_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = _wide(own)
     count = y.numel() // y.shape[1]
-    slope = by_var.to(wide) * (2 / count)
-    shift = by_mean.to(wide) / count - slope * mean.to(wide)
+    slope = grad_var.to(wide) * (2 / count)
+    shift = grad_mean.to(wide) / count - slope * mean.to(wide)
     grad_y = _contiguous(gradient, wide) + (_contiguous(y, wide) * _channels(slope) + _channels(shift))
     return _map(grad_y, y.dtype, own), *_weight_gradient(grad_y, x, kernel, stride, own)
 
@@ -262,8 +262,8 @@ def fold(
 
 
 def fold_gradient(
-    by_folded: Tensor,
-    by_folded_bias: Tensor,
+    grad_folded: Tensor,
+    grad_folded_bias: Tensor,
     weight: Tensor,
     gain: Tensor,
     shift: Tensor,
@@ -276,16 +276,16 @@ def fold_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(own)
     outputs = weight.shape[0]
-    matrix, grad_bias = weight.flatten(1).to(wide), by_folded_bias.to(wide)[:, None]
+    matrix, grad_bias = weight.flatten(1).to(wide), grad_folded_bias.to(wide)[:, None]
     rstd = (var.to(wide) + eps).rsqrt()
-    upper = by_folded.reshape(outputs, -1).to(wide) - grad_bias * mean.to(wide)
-    by_scale = (upper * matrix).sum(0)
+    grad_out = grad_folded.reshape(outputs, -1).to(wide) - grad_bias * mean.to(wide)
+    grad_scale = (grad_out * matrix).sum(0)
     results = (
-        (upper * (gain.to(wide) * rstd) + grad_bias * shift.to(wide)).view(weight.shape),
-        by_scale * rstd,
+        (grad_out * (gain.to(wide) * rstd) + grad_bias * shift.to(wide)).view(weight.shape),
+        grad_scale * rstd,
         (grad_bias * matrix).sum(0),
         -(grad_bias * folded.reshape(outputs, -1).to(wide)).sum(0),
-        by_scale * gain.to(wide) * rstd**3 * -0.5,
+        grad_scale * gain.to(wide) * rstd**3 * -0.5,
     )
     if own is not None:
         return results
@@ -327,8 +327,8 @@ def norm_relu_sums(
     *,
     own: Tensor | None = None,
 ) -> Tensor:
-    upper, normal, _ = _norm_relu_parts(gradient, x, result, mean, var, eps, _wide(own))
-    return _numbers(torch.stack([upper.sum(dim=(0, 2, 3)), (upper * normal).sum(dim=(0, 2, 3))]), own)
+    grad_out, normal, _ = _norm_relu_parts(gradient, x, result, mean, var, eps, _wide(own))
+    return _numbers(torch.stack([grad_out.sum(dim=(0, 2, 3)), (grad_out * normal).sum(dim=(0, 2, 3))]), own)
 
 
 def norm_relu_gradient(
@@ -338,16 +338,16 @@ def norm_relu_gradient(
     weight: Tensor,
     mean: Tensor,
     var: Tensor,
-    by_bias: Tensor,
-    by_weight: Tensor,
+    grad_bias: Tensor,
+    grad_weight: Tensor,
     count: int,
     eps: float,
     *,
     own: Tensor | None = None,
 ) -> Tensor:
     wide = _wide(own)
-    upper, normal, rstd = _norm_relu_parts(gradient, x, result, mean, var, eps, wide)
-    found = upper - _channels(by_bias.to(wide) / count) - normal * _channels(by_weight.to(wide) / count)
+    grad_out, normal, rstd = _norm_relu_parts(gradient, x, result, mean, var, eps, wide)
+    found = grad_out - _channels(grad_bias.to(wide) / count) - normal * _channels(grad_weight.to(wide) / count)
     return _map(found * _channels(weight.to(wide) * rstd), x.dtype, own)
 
 
@@ -413,8 +413,10 @@ def _weight_gradient(
     grad_out: Tensor, x: Tensor, kernel: int, stride: int, own: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     weight = grad_out.new_zeros(x.shape[1], 1, kernel, kernel)
-    _, by_weight, by_bias = _backward(grad_out, _contiguous(x, grad_out.dtype), weight, stride, needed=(False, True))
-    return _numbers(by_weight, own).contiguous(), _numbers(by_bias, own)
+    _, grad_weight, grad_bias = _backward(
+        grad_out, _contiguous(x, grad_out.dtype), weight, stride, needed=(False, True)
+    )
+    return _numbers(grad_weight, own).contiguous(), _numbers(grad_bias, own)
 
 
 def _gate(local: Tensor, other: Tensor) -> Tensor:
@@ -422,8 +424,8 @@ def _gate(local: Tensor, other: Tensor) -> Tensor:
 
 
 def _gate_gradient(gradient: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    by_local = aten.silu_backward(gradient * aten.silu(other), local)
-    return by_local, aten.silu_backward(gradient * aten.silu(local), other)
+    grad_local = aten.silu_backward(gradient * aten.silu(other), local)
+    return grad_local, aten.silu_backward(gradient * aten.silu(local), other)
 
 
 def _heads(q: Tensor, kv: Tensor, heads: int, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

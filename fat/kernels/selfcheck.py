@@ -57,8 +57,8 @@ RESULTS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 SUMS = {  # arguments that are divided by the map's size
-    "depthwise_moments_gradient": ("by_mean", "by_var"),
-    "norm_relu_gradient": ("by_bias", "by_weight"),
+    "depthwise_moments_gradient": ("grad_mean", "grad_var"),
+    "norm_relu_gradient": ("grad_bias", "grad_weight"),
 }
 POSITIVE = ("var", "rstd", "running_var")  # arguments that are variances or their reciprocal roots
 

@@ -63,15 +63,15 @@ def check_depthwise(case: Case, draw: Draw) -> None:
     gradient = draw.like(out)
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, draw.tensor(case.channels))]
     exact = _convolve(*leaves, case.stride, case.residual)
-    by_x, by_weight, by_bias = torch.autograd.grad(exact, leaves, gradient.double())
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, gradient.double())
     size = case.height, case.width
     own = ops.depthwise_input_gradient(gradient, weight, None, *size, case.stride, case.residual)
-    expect("by x", own, by_x)
+    expect("by x", own, grad_x)
     before = draw.like(x)
     (slope,) = torch.autograd.grad(F.gelu(leaf := before.double().requires_grad_()).sum(), leaf)
     own = ops.depthwise_input_gradient(gradient, weight, before, *size, case.stride, case.residual)
-    expect("by what x is the GELU of", own, by_x * slope)
-    _check_weight_gradient(case, gradient, x, by_weight, by_bias)
+    expect("by what x is the GELU of", own, grad_x * slope)
+    _check_weight_gradient(case, gradient, x, grad_weight, grad_bias)
 
 
 def check_weight_gradient(case: Case, draw: Draw) -> None:
@@ -84,10 +84,10 @@ def check_weight_gradient(case: Case, draw: Draw) -> None:
     _check_weight_gradient(case, gradient, x, *torch.autograd.grad(exact, leaves, gradient.double()))
 
 
-def _check_weight_gradient(case: Case, gradient: Tensor, x: Tensor, by_weight: Tensor, by_bias: Tensor) -> None:
+def _check_weight_gradient(case: Case, gradient: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
     own, again = (ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride) for _ in range(2))
-    expect("by weight", own[0], by_weight)
-    expect("by bias", own[1], by_bias)
+    expect("by weight", own[0], grad_weight)
+    expect("by bias", own[1], grad_bias)
     assert torch.equal(own[0], again[0])
     assert torch.equal(own[1], again[1])
 
@@ -106,20 +106,20 @@ def check_depthwise_moments(case: Case, draw: Draw) -> None:
     expect("var", var, stored.var(dim=(0, 2, 3), correction=0), SUMMING * (1 + size.item()))
 
     count = out.numel() // case.channels
-    gradient, by_mean, by_var = draw.like(out), draw.tensor(case.channels), draw.tensor(case.channels)
+    gradient, grad_mean, grad_var = draw.like(out), draw.tensor(case.channels), draw.tensor(case.channels)
     leaf = stored.clone().requires_grad_()
     moments = leaf.mean(dim=(0, 2, 3)), leaf.var(dim=(0, 2, 3), correction=0)
-    scaled = count * by_mean, count * by_var  # as large as the gradient itself
+    scaled = count * grad_mean, count * grad_var  # as large as the gradient itself
     cotangents = [gradient.double(), *(cotangent.double() for cotangent in scaled)]
     (completed,) = torch.autograd.grad([leaf * 1, *moments], leaf, cotangents)
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, draw.tensor(case.channels))]
     exact = _convolve(*leaves, case.stride, case.residual)
-    _, by_weight, by_bias = torch.autograd.grad(exact, leaves, completed)
+    _, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, completed)
     found = [
         ops.depthwise_moments_gradient(gradient, x, out, mean, *scaled, case.kernel, case.stride) for _ in range(2)
     ]
     for name, own, again, wanted in zip(
-        ("gradient", "by weight", "by bias"), *found, (completed, by_weight, by_bias), strict=True
+        ("gradient", "by weight", "by bias"), *found, (completed, grad_weight, grad_bias), strict=True
     ):
         expect(name, own, wanted, 4 * SUMMING * (1 + size.item()))
         assert torch.equal(own, again)
@@ -139,9 +139,9 @@ def check_fold(outputs: int, channels: int, dtype: torch.dtype, draw: Draw) -> N
     exact_bias = bias.double() + (leaves[0].flatten(1) * leaves[2] - rounded.flatten(1) * leaves[3]).sum(1)
     expect("bias", folded_bias, exact_bias)
 
-    by_folded, by_bias = draw.tensor(outputs, channels, 1, 1).to(dtype), draw.tensor(outputs).to(dtype)
-    wanted = torch.autograd.grad([exact, exact_bias], leaves, [by_folded.double(), by_bias.double()])
-    found = ops.fold_gradient(by_folded, by_bias, weight, gain, shift, mean, var, folded, EPS)
+    grad_folded, grad_bias = draw.tensor(outputs, channels, 1, 1).to(dtype), draw.tensor(outputs).to(dtype)
+    wanted = torch.autograd.grad([exact, exact_bias], leaves, [grad_folded.double(), grad_bias.double()])
+    found = ops.fold_gradient(grad_folded, grad_bias, weight, gain, shift, mean, var, folded, EPS)
     for name, own, value in zip(("weight", "gain", "shift", "mean", "var"), found, wanted, strict=True):
         expect(f"by {name}", own, value, 2 * SUMMING)  # rsqrt is an approximation, and cubed in one of them
 
@@ -175,10 +175,10 @@ def _check_gate(
     out = forward()
     expect("out", out, exact)
     gradient = draw.like(out)
-    by_local, by_other = torch.autograd.grad(exact, leaves, gradient.double())
+    grad_local, grad_other = torch.autograd.grad(exact, leaves, gradient.double())
     own = backward(gradient)
-    expect("by local", own[0], by_local)
-    expect("by other", own[1], by_other)
+    expect("by local", own[0], grad_local)
+    expect("by other", own[1], grad_other)
 
 
 def check_attend(
@@ -210,18 +210,18 @@ def check_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: flo
 
     gradient, residual = draw.like(x), draw.like(x)
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, bias)]
-    by_x, by_weight, by_bias = torch.autograd.grad(_norm(*leaves), leaves, gradient.double())
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(_norm(*leaves), leaves, gradient.double())
     slack = SUMMING * (1 + offset)
     own, affine = ops.norm_gradient(gradient, x, mean, rstd, weight, None)
-    expect("by x", own, by_x, slack)
-    expect("by weight", affine[0], by_weight, slack)
-    expect("by bias", affine[1], by_bias)
+    expect("by x", own, grad_x, slack)
+    expect("by weight", affine[0], grad_weight, slack)
+    expect("by bias", affine[1], grad_bias)
     own, _ = ops.norm_gradient(gradient, x, mean, rstd, weight, residual)
-    expect("by x with residual", own, by_x + residual.double(), slack)
+    expect("by x with residual", own, grad_x + residual.double(), slack)
     scale = draw.scale(shape[0])
     total, branch, _ = ops.add_norm_gradient(gradient, x, mean, rstd, weight, residual, scale, FP32)
     assert torch.equal(total, own)
-    expect("by branch", branch, (by_x + residual.double()) * scale.double().view(-1, 1, 1, 1), slack)
+    expect("by branch", branch, (grad_x + residual.double()) * scale.double().view(-1, 1, 1, 1), slack)
 
 
 def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool, draw: Draw) -> None:
@@ -257,14 +257,14 @@ def check_norm_relu(shape: tuple[int, int, int, int], dtype: torch.dtype, offset
     expect("result", result, exact.clamp_min(0), slack)
     gradient = draw.like(x)
     passed = gradient.double() * (result > 0)  # not of the exact result, whose sign rounding may have changed
-    by_x, by_weight, by_bias = torch.autograd.grad(exact, leaves, passed)
+    grad_x, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, passed)
     sums, again = (ops.norm_relu_sums(gradient, x, result, mean, var, EPS) for _ in range(2))
-    expect("by bias", sums[0], by_bias)
-    expect("by weight", sums[1], by_weight, slack)
+    expect("by bias", sums[0], grad_bias)
+    expect("by weight", sums[1], grad_weight, slack)
     assert torch.equal(sums, again)
     count = x.numel() // shape[1]
     own = ops.norm_relu_gradient(gradient, x, result, weight, mean, var, *sums, count, EPS)
-    expect("by x", own, by_x, slack)
+    expect("by x", own, grad_x, slack)
 
 
 def check_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype, draw: Draw) -> None:

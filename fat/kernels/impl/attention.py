@@ -25,9 +25,9 @@ def _product(left, right, EXACT: tl.constexpr):
     """left @ right for fp32 left; right in the maps' dtype."""
     if EXACT:
         return tl.dot(left, right, input_precision="ieee")
-    upper = left.to(right.dtype)
-    lower = (left - upper.to(tl.float32)).to(right.dtype)
-    return tl.dot(lower, right, tl.dot(upper, right))
+    grad_out = left.to(right.dtype)
+    lower = (left - grad_out.to(tl.float32)).to(right.dtype)
+    return tl.dot(lower, right, tl.dot(grad_out, right))
 
 
 @triton.jit
@@ -39,12 +39,12 @@ def _scores(left, right, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _softmax(q, k_transposed, scale, known, EXACT: tl.constexpr):
+def _softmax(q, k_transposed, scale, mask, EXACT: tl.constexpr):
     """fp32 [rows, keys] of scale * q @ k^T over the known keys."""
     # log2(e), for exp2. Not a global constant: a kernel's key in Triton's cache would depend on whether another kernel
     # that calls this function was looked up before it.
     scores = _scores(q, k_transposed, EXACT) * (scale * 1.4426950408889634)
-    scores = tl.where(known[None, :], scores, float("-inf"))
+    scores = tl.where(mask[None, :], scores, float("-inf"))
     powers = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
     return powers / tl.sum(powers, axis=1)[:, None]
 
@@ -116,24 +116,24 @@ def _attend_gradient(
     k = tl.load(kv + at, mask=there, other=0.0)
     v = tl.load(kv + at + channels, mask=there, other=0.0)
     k_transposed, v_transposed = tl.trans(k), tl.trans(v)
-    by_k = tl.zeros((KEYS, WIDTH), tl.float32)
-    by_v = tl.zeros((KEYS, WIDTH), tl.float32)
+    grad_k = tl.zeros((KEYS, WIDTH), tl.float32)
+    grad_v = tl.zeros((KEYS, WIDTH), tl.float32)
     base = sample * queries * channels + head * depth
     for tile in range(row_tiles):
         row = tile * ROWS + tl.arange(0, ROWS)
         inside = (row < queries)[:, None] & (c < depth)[None, :]
         place = base + row[:, None] * channels + c[None, :]
         query = tl.load(q + place, mask=inside, other=0.0)
-        upper = tl.load(gradient + place, mask=inside, other=0.0)
+        grad_out = tl.load(gradient + place, mask=inside, other=0.0)
         weights = _softmax(query, k_transposed, scale, key < keys, EXACT)
-        slopes = _scores(upper, v_transposed, EXACT)
+        slopes = _scores(grad_out, v_transposed, EXACT)
         slopes = weights * (slopes - tl.sum(weights * slopes, axis=1)[:, None])
-        by_query = _product(slopes, k, EXACT) * scale
-        tl.store(q_out + place, by_query.to(q_out.dtype.element_ty), mask=inside)
-        by_k += _product(tl.trans(slopes), query, EXACT)
-        by_v += _product(tl.trans(weights), upper, EXACT)
-    tl.store(kv_out + at, (by_k * scale).to(kv_out.dtype.element_ty), mask=there)
-    tl.store(kv_out + at + channels, by_v.to(kv_out.dtype.element_ty), mask=there)
+        grad_query = _product(slopes, k, EXACT) * scale
+        tl.store(q_out + place, grad_query.to(q_out.dtype.element_ty), mask=inside)
+        grad_k += _product(tl.trans(slopes), query, EXACT)
+        grad_v += _product(tl.trans(weights), grad_out, EXACT)
+    tl.store(kv_out + at, (grad_k * scale).to(kv_out.dtype.element_ty), mask=there)
+    tl.store(kv_out + at + channels, grad_v.to(kv_out.dtype.element_ty), mask=there)
 
 
 def attend(q: Tensor, kv: Tensor, heads: int, scale: float, out: Tensor) -> None:

@@ -31,13 +31,13 @@ def _join(
     groups of `each` parts, 2 channels apart. The LAST, which has but one group, writes the variance for the sum."""
     group = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
+    mask = c < channels
     end = tl.minimum(group * each + each, parts)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     number = tl.zeros((ROWS,), tl.float32)
     for first in range(group * each, end, ROWS):
         part = first + tl.arange(0, ROWS)
-        inside = (part < end)[:, None] & known[None, :]
+        inside = (part < end)[:, None] & mask[None, :]
         count = tl.load(counts + part, mask=part < end, other=0.0)
         total += count[:, None] * tl.load(moments + part[:, None] * 2 * channels + c[None, :], mask=inside, other=0.0)
         number += count
@@ -46,7 +46,7 @@ def _join(
     squares = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(group * each, end, ROWS):
         part = first + tl.arange(0, ROWS)
-        inside = (part < end)[:, None] & known[None, :]
+        inside = (part < end)[:, None] & mask[None, :]
         count = tl.load(counts + part, mask=part < end, other=0.0)
         at = part[:, None] * 2 * channels + c[None, :]
         shift = tl.where(inside, tl.load(moments + at, mask=inside, other=0.0) - mean[None, :], 0.0)
@@ -54,8 +54,8 @@ def _join(
     result = tl.sum(squares, axis=0)
     if LAST:
         result /= count_all
-    tl.store(mean_out + group * 2 * channels + c, mean, mask=known)
-    tl.store(squares_out + group * 2 * channels + c, result, mask=known)
+    tl.store(mean_out + group * 2 * channels + c, mean, mask=mask)
+    tl.store(squares_out + group * 2 * channels + c, result, mask=mask)
     tl.store(counts_out + group, count_all)
 
 
@@ -64,11 +64,11 @@ def _update_running_stats(
     running_mean, running_var, batches, drift, var, channels, momentum, correction, CHANNELS: tl.constexpr
 ):
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
-    old = tl.load(running_mean + c, mask=known)
-    tl.store(running_mean + c, old + momentum * tl.load(drift + c, mask=known), mask=known)
-    old, new = tl.load(running_var + c, mask=known), tl.load(var + c, mask=known) * correction
-    tl.store(running_var + c, old + momentum * (new - old), mask=known)
+    mask = c < channels
+    old = tl.load(running_mean + c, mask=mask)
+    tl.store(running_mean + c, old + momentum * tl.load(drift + c, mask=mask), mask=mask)
+    old, new = tl.load(running_var + c, mask=mask), tl.load(var + c, mask=mask) * correction
+    tl.store(running_var + c, old + momentum * (new - old), mask=mask)
     if tl.program_id(0) == 0:
         tl.store(batches, tl.load(batches) + 1)
 
@@ -90,33 +90,33 @@ def _fold(
     """A row of a 1x1 convolution's weights [outputs, channels] and its bias, with the norm's work in them."""
     row = tl.program_id(0)
     c = tl.arange(0, CHANNELS)
-    known = c < channels
-    own = tl.load(weight + row * channels + c, mask=known, other=0.0).to(tl.float32)
-    scale = tl.load(gain + c, mask=known, other=0.0).to(tl.float32)
-    scale *= tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
+    mask = c < channels
+    own = tl.load(weight + row * channels + c, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(gain + c, mask=mask, other=0.0).to(tl.float32)
+    scale *= tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
     rounded = (own * scale).to(folded.dtype.element_ty)
-    tl.store(folded + row * channels + c, rounded, mask=known)
-    added = own * tl.load(shift + c, mask=known, other=0.0).to(tl.float32)
-    added -= rounded.to(tl.float32) * tl.load(mean + c, mask=known, other=0.0)
+    tl.store(folded + row * channels + c, rounded, mask=mask)
+    added = own * tl.load(shift + c, mask=mask, other=0.0).to(tl.float32)
+    added -= rounded.to(tl.float32) * tl.load(mean + c, mask=mask, other=0.0)
     total = tl.load(bias + row).to(tl.float32) + tl.sum(added, axis=0)
     tl.store(folded_bias + row, total.to(folded_bias.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=("outputs",))
 def _fold_gradient(
-    by_folded,
-    by_folded_bias,
+    grad_folded,
+    grad_folded_bias,
     weight,
     gain,
     shift,
     mean,
     var,
     folded,
-    by_weight,
-    by_gain,
-    by_shift,
-    by_mean,
-    by_var,
+    grad_weight,
+    grad_gain,
+    grad_shift,
+    grad_mean,
+    grad_var,
     outputs,
     channels,
     eps,
@@ -125,32 +125,32 @@ def _fold_gradient(
 ):
     """The gradients by weight [outputs, channels] and by what each channel has; a program takes some channels."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
-    own_mean = tl.load(mean + c, mask=known, other=0.0)
-    rstd = tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
-    own_gain = tl.load(gain + c, mask=known, other=0.0).to(tl.float32)
-    own_shift = tl.load(shift + c, mask=known, other=0.0).to(tl.float32)
+    mask = c < channels
+    own_mean = tl.load(mean + c, mask=mask, other=0.0)
+    rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
+    own_gain = tl.load(gain + c, mask=mask, other=0.0).to(tl.float32)
+    own_shift = tl.load(shift + c, mask=mask, other=0.0).to(tl.float32)
     scale_sum = tl.zeros((ROWS, CHANNELS), tl.float32)
     shift_sum = tl.zeros((ROWS, CHANNELS), tl.float32)
     mean_sum = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(0, outputs, ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < outputs)[:, None] & known[None, :]
+        inside = (row < outputs)[:, None] & mask[None, :]
         at = row[:, None] * channels + c[None, :]
         own = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-        upper = tl.load(by_folded + at, mask=inside, other=0.0).to(tl.float32)
-        upper_bias = tl.load(by_folded_bias + row, mask=row < outputs, other=0.0).to(tl.float32)[:, None]
+        grad_out = tl.load(grad_folded + at, mask=inside, other=0.0).to(tl.float32)
+        upper_bias = tl.load(grad_folded_bias + row, mask=row < outputs, other=0.0).to(tl.float32)[:, None]
         mean_sum -= upper_bias * tl.load(folded + at, mask=inside, other=0.0).to(tl.float32)
-        upper -= upper_bias * own_mean[None, :]
-        scale_sum += upper * own
+        grad_out -= upper_bias * own_mean[None, :]
+        scale_sum += grad_out * own
         shift_sum += upper_bias * own
-        result = upper * (own_gain * rstd)[None, :] + upper_bias * own_shift[None, :]
-        tl.store(by_weight + at, result.to(by_weight.dtype.element_ty), mask=inside)
-    by_scale = tl.sum(scale_sum, axis=0)
-    tl.store(by_gain + c, (by_scale * rstd).to(by_gain.dtype.element_ty), mask=known)
-    tl.store(by_shift + c, tl.sum(shift_sum, axis=0).to(by_shift.dtype.element_ty), mask=known)
-    tl.store(by_mean + c, tl.sum(mean_sum, axis=0), mask=known)
-    tl.store(by_var + c, by_scale * own_gain * rstd * rstd * rstd * -0.5, mask=known)
+        result = grad_out * (own_gain * rstd)[None, :] + upper_bias * own_shift[None, :]
+        tl.store(grad_weight + at, result.to(grad_weight.dtype.element_ty), mask=inside)
+    grad_scale = tl.sum(scale_sum, axis=0)
+    tl.store(grad_gain + c, (grad_scale * rstd).to(grad_gain.dtype.element_ty), mask=mask)
+    tl.store(grad_shift + c, tl.sum(shift_sum, axis=0).to(grad_shift.dtype.element_ty), mask=mask)
+    tl.store(grad_mean + c, tl.sum(mean_sum, axis=0), mask=mask)
+    tl.store(grad_var + c, grad_scale * own_gain * rstd * rstd * rstd * -0.5, mask=mask)
 
 
 def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,8 +240,8 @@ def fold(
 
 
 def fold_gradient(
-    by_folded: Tensor,
-    by_folded_bias: Tensor,
+    grad_folded: Tensor,
+    grad_folded_bias: Tensor,
     weight: Tensor,
     gain: Tensor,
     shift: Tensor,
@@ -254,8 +254,8 @@ def fold_gradient(
     outputs, channels = weight.shape[:2]
     results = tuple(torch.empty_like(tensor) for tensor in (weight, gain, shift, mean, var))
     _fold_gradient[(triton.cdiv(channels, tiles.FOLDED_CHANNELS),)](
-        by_folded,
-        by_folded_bias,
+        grad_folded,
+        grad_folded_bias,
         weight,
         gain,
         shift,

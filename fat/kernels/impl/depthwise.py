@@ -79,7 +79,7 @@ def _convolve(
     top = (rest % row_tiles) * ROWS
     sample = (rest // row_tiles).to(tl.int64)
     x += sample * height * width * channels
-    known = c < channels
+    mask = c < channels
 
     sums = ()
     for _ in tl.static_range(ROWS):
@@ -90,9 +90,9 @@ def _convolve(
             tap = tap_row * KERNEL + tap_col
             if FLIP:
                 tap = KERNEL * KERNEL - 1 - tap
-            weights = weights + (tl.load(taps + tap * channels + c, mask=known, other=0.0)[None, :],)
+            weights = weights + (tl.load(taps + tap * channels + c, mask=mask, other=0.0)[None, :],)
         source_col = col * STRIDE + (tap_col - pad)
-        here = ((source_col >= 0) & (source_col < width))[:, None] & known[None, :]
+        here = ((source_col >= 0) & (source_col < width))[:, None] & mask[None, :]
         offsets = source_col[:, None] * channels + c[None, :]
         for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
             row = top * STRIDE + (i - pad)
@@ -103,11 +103,11 @@ def _convolve(
                     sums = sums[:r] + (sums[r] + values * weights[i - r * STRIDE],) + sums[r + 1 :]
 
     out += sample * out_height * out_width * channels
-    known_here = (col < out_width)[:, None] & known[None, :]
+    known_here = (col < out_width)[:, None] & mask[None, :]
     offsets = col[:, None] * channels + c[None, :]
     shift = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
-        shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)[None, :]
+        shift = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)[None, :]
     total = tl.zeros((COLS, CHANNELS), tl.float32)
     rounded = ()
     for r in tl.static_range(ROWS):
@@ -125,10 +125,10 @@ def _convolve(
             if EPILOGUE == _GATE:
                 value = own * others
             else:
-                upper = tl.load(gradient + base + place, mask=inside, other=0.0).to(tl.float32)
+                grad_out = tl.load(gradient + base + place, mask=inside, other=0.0).to(tl.float32)
                 slope = tl.sigmoid(other) * (1 + other - others)
-                tl.store(gate_out + base + place, (upper * own * slope).to(gate_out.dtype.element_ty), mask=inside)
-                value = upper * others * (tl.sigmoid(value) * (1 + value - own))
+                tl.store(gate_out + base + place, (grad_out * own * slope).to(gate_out.dtype.element_ty), mask=inside)
+                value = grad_out * others * (tl.sigmoid(value) * (1 + value - own))
         if EPILOGUE == _GELU_GRADIENT:
             base = sample * out_height * out_width * channels
             value *= gelu_slope(tl.load(gate + base + place, mask=inside, other=0.0).to(tl.float32))
@@ -158,8 +158,8 @@ def _convolve(
         else:
             tile = (program // channel_tiles).to(tl.int64)
             slot = moments + tile * 2 * channels + c
-            tl.store(slot, tl.sum(mean, axis=0), mask=known)
-            tl.store(slot + channels, tl.sum(squares, axis=0), mask=known)
+            tl.store(slot, tl.sum(mean, axis=0), mask=mask)
+            tl.store(slot + channels, tl.sum(squares, axis=0), mask=mask)
             tl.store(counts + tile, count.to(tl.float32))
 
 
@@ -231,25 +231,25 @@ def _blocks(
     rest = rest // col_tiles
     top = (rest % row_tiles) * ROWS
     sample = (rest // row_tiles).to(tl.int64)
-    known = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
+    mask = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
     spread = tl.zeros((COLS, 1), tl.int32)  # gives what is read for each channel the shape of a tile
 
     weights = ()
     for t in tl.static_range(KERNEL * KERNEL):
         tap = KERNEL * KERNEL - 1 - t if FLIP else t
-        weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=known, other=0.0)
+        weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=mask, other=0.0)
         if RESIDUAL and t == KERNEL * KERNEL // 2:
             weight += 1.0  # x itself
         weights = weights + (weight,)
     shift = tl.zeros((COLS, CHANNELS), tl.float32)
     if bias is not None:
-        shift = tl.load(bias + (c[None, :] + spread), mask=known, other=0.0).to(tl.float32)
+        shift = tl.load(bias + (c[None, :] + spread), mask=mask, other=0.0).to(tl.float32)
     sums = _repeated(shift, ROWS * ACROSS)
 
     base = sample * out_height * out_width * channels
     start = left[:, None] * channels + c[None, :]
     next_others, next_uppers = _repeated(0.0, 0), _repeated(0.0, 0)
-    under = known & (top < out_height)
+    under = mask & (top < out_height)
     if EPILOGUE != _PLAIN:
         after = base + top * out_width * channels + start
         next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
@@ -266,7 +266,7 @@ def _blocks(
             line = source + row * width * channels + first
             values = ()
             for j in tl.static_range((ACROSS - 1) * STRIDE + KERNEL):
-                inside = known
+                inside = mask
                 if ROWS_FIT == _UNEVEN or i < pad or i >= pad + ROWS * STRIDE:
                     inside = inside & ((row >= 0) & (row < height))
                 if COLUMNS_FIT == _UNEVEN or j < pad or j >= pad + ACROSS * STRIDE:
@@ -298,14 +298,14 @@ def _blocks(
         others, uppers = next_others, next_uppers
         # Read before anything is written: a read does not pass a write in front of it.
         if r + 1 < ROWS:
-            under = known & (row + 1 < out_height) if ROWS_FIT == _UNEVEN else known
+            under = mask & (row + 1 < out_height) if ROWS_FIT == _UNEVEN else mask
             after = line + out_width * channels
             if EPILOGUE != _PLAIN:
                 next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
             if EPILOGUE == _GATE_GRADIENT:
                 next_uppers = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
         for q in tl.static_range(ACROSS):
-            inside = known
+            inside = mask
             if ROWS_FIT == _UNEVEN:
                 inside = inside & (row < out_height)
             if COLUMNS_FIT == _UNEVEN:
@@ -318,11 +318,11 @@ def _blocks(
                 if EPILOGUE == _GATE:
                     value = own * gated
                 else:
-                    upper = uppers[q].to(tl.float32)
+                    grad_out = uppers[q].to(tl.float32)
                     slope = tl.sigmoid(other) * (1 + other - gated)
-                    by_gate = (upper * own * slope).to(gate_out.dtype.element_ty)
-                    tl.store(gate_out + line + q * channels, by_gate, mask=inside)
-                    value = upper * gated * (tl.sigmoid(value) * (1 + value - own))
+                    grad_gate = (grad_out * own * slope).to(gate_out.dtype.element_ty)
+                    tl.store(gate_out + line + q * channels, grad_gate, mask=inside)
+                    value = grad_out * gated * (tl.sigmoid(value) * (1 + value - own))
             if EPILOGUE == _GELU_GRADIENT:
                 value *= gelu_slope(others[q].to(tl.float32))
             stored = value.to(out.dtype.element_ty)
@@ -414,7 +414,7 @@ def _spread(
     top = (rest % row_tiles) * ROWS
     sample = (rest // row_tiles).to(tl.int64)
     gradient += sample * grad_height * grad_width * channels
-    known = c < channels
+    mask = c < channels
     row_tap = (row_parity + pad) % 2
     col_tap = (col_parity + pad) % 2
     row_shift = (row_parity + pad - row_tap) // 2
@@ -428,10 +428,10 @@ def _spread(
         weights = ()
         for m in tl.static_range(half):
             tap_row = row_tap + 2 * m
-            real = known & (tap_row < KERNEL) & (tap_col < KERNEL)
+            real = mask & (tap_row < KERNEL) & (tap_col < KERNEL)
             weights = weights + (tl.load(taps + (tap_row * KERNEL + tap_col) * channels + c, mask=real, other=0.0),)
         source_col = a + (col_shift - n)
-        here = ((source_col >= 0) & (source_col < grad_width))[:, None] & known[None, :]
+        here = ((source_col >= 0) & (source_col < grad_width))[:, None] & mask[None, :]
         offsets = source_col[:, None] * channels + c[None, :]
         for i in tl.static_range(ROWS + half - 1):
             row = top + row_shift + (i - (half - 1))
@@ -445,7 +445,7 @@ def _spread(
     col = 2 * a + col_parity
     for r in tl.static_range(ROWS):
         row = 2 * (top + r) + row_parity
-        inside = (col < width)[:, None] & known[None, :] & (row < height)
+        inside = (col < width)[:, None] & mask[None, :] & (row < height)
         place = row * width * channels + col[:, None] * channels + c[None, :]
         if before is not None:
             slope = gelu_slope(tl.load(before + base + place, mask=inside, other=0.0).to(tl.float32))
@@ -490,19 +490,19 @@ def _spread_blocks(
     rest = rest // col_tiles
     top = (rest % row_tiles) * ROWS
     sample = (rest // row_tiles).to(tl.int64)
-    known = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
+    mask = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
     each = c[None, :] + tl.zeros((COLS, 1), tl.int32)
 
     weights = ()
     for t in tl.static_range(KERNEL * KERNEL):
-        weights = weights + (tl.load(taps + t * channels + each, mask=known, other=0.0),)
+        weights = weights + (tl.load(taps + t * channels + each, mask=mask, other=0.0),)
     sums = _repeated(tl.zeros((COLS, CHANNELS), tl.float32), 4 * ROWS * ACROSS)
 
     base = sample * height * width * channels
     start = (2 * left)[:, None] * channels + each
     following = _repeated(0.0, 0)
     if before is not None:
-        under = known & (2 * top < height)
+        under = mask & (2 * top < height)
         line = before + base + 2 * top * width * channels + start
         following = _read(line, under, 2 * left, width, channels, 2 * ACROSS, COLUMNS_FIT)
 
@@ -514,7 +514,7 @@ def _spread_blocks(
             line = source + row * grad_width * channels + first
             values = ()
             for j in tl.static_range(ACROSS + more):
-                inside = known
+                inside = mask
                 if ROWS_FIT == _UNEVEN or i < above or i >= above + ROWS:
                     inside = inside & ((row >= 0) & (row < grad_height))
                 if COLUMNS_FIT == _UNEVEN or j < above or j >= above + ACROSS:
@@ -549,12 +549,12 @@ def _spread_blocks(
         out_line = out + line
         others = following
         if before is not None and r + 1 < 2 * ROWS:
-            under = known & (row + 1 < height) if ROWS_FIT == _UNEVEN else known
+            under = mask & (row + 1 < height) if ROWS_FIT == _UNEVEN else mask
             following = _read(
                 before + line + width * channels, under, 2 * left, width, channels, 2 * ACROSS, COLUMNS_FIT
             )
         for q in tl.static_range(2 * ACROSS):
-            inside = known
+            inside = mask
             if ROWS_FIT == _UNEVEN:
                 inside = inside & (row < height)
             if COLUMNS_FIT == _UNEVEN:

@@ -34,10 +34,10 @@ def _completed(value, result, slope, shift, inside):
 
 
 @triton.jit
-def _from_statistics(mean, by_mean, by_var, c, known, count):
+def _from_statistics(mean, grad_mean, grad_var, c, mask, count):
     """(slope, shift) fp32 [channels]: what mean and variance add to the gradient by y is slope * y + shift."""
-    slope = tl.load(by_var + c, mask=known, other=0.0) * (2.0 / count)
-    shift = tl.load(by_mean + c, mask=known, other=0.0) / count - slope * tl.load(mean + c, mask=known, other=0.0)
+    slope = tl.load(grad_var + c, mask=mask, other=0.0) * (2.0 / count)
+    shift = tl.load(grad_mean + c, mask=mask, other=0.0) / count - slope * tl.load(mean + c, mask=mask, other=0.0)
     return slope, shift
 
 
@@ -49,8 +49,8 @@ def _strips(
     bias_out,
     y,
     mean,
-    by_mean,
-    by_var,
+    grad_mean,
+    grad_var,
     completed,
     batch,
     height,
@@ -82,7 +82,7 @@ def _strips(
     rest = program // groups
     c = (rest % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     part = rest // channel_tiles
-    known = c < channels
+    mask = c < channels
     first_tap = group * COLUMNS
 
     sums = ()
@@ -91,7 +91,7 @@ def _strips(
     bias_sum = tl.zeros((COLS, CHANNELS), tl.float32)
     slope, shift = 0.0, 0.0
     if y is not None:
-        slope, shift = _from_statistics(mean, by_mean, by_var, c, known, batch * grad_height * grad_width)
+        slope, shift = _from_statistics(mean, grad_mean, grad_var, c, mask, batch * grad_height * grad_width)
 
     start = part * tiles_each
     end = tl.minimum(start + tiles_each, batch * row_tiles * col_tiles)
@@ -103,23 +103,23 @@ def _strips(
         source = x + sample * height * width * channels
         uppers, results = (), ()
         for r in tl.static_range(ROWS):
-            inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
+            inside = (col < grad_width)[:, None] & mask[None, :] & (top + r < grad_height)
             place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
             uppers = uppers + (tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32),)
             if y is not None:
                 results = results + (tl.load(y + place, mask=inside, other=0.0),)
         if y is not None:  # only now: loads do not pass a store, which waits for its own
             for r in tl.static_range(ROWS):
-                inside = (col < grad_width)[:, None] & known[None, :] & (top + r < grad_height)
+                inside = (col < grad_width)[:, None] & mask[None, :] & (top + r < grad_height)
                 place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
-                upper = _completed(uppers[r], results[r], slope, shift, inside)
-                tl.store(completed + place, upper.to(completed.dtype.element_ty), mask=inside & (group == 0))
-                uppers = uppers[:r] + (upper,) + uppers[r + 1 :]
+                grad_out = _completed(uppers[r], results[r], slope, shift, inside)
+                tl.store(completed + place, grad_out.to(completed.dtype.element_ty), mask=inside & (group == 0))
+                uppers = uppers[:r] + (grad_out,) + uppers[r + 1 :]
         for r in tl.static_range(ROWS):
             bias_sum += uppers[r]
         for j in tl.static_range(COLUMNS):
             source_col = col * STRIDE + (first_tap + j - pad)
-            here = ((source_col >= 0) & (source_col < width))[:, None] & known[None, :]
+            here = ((source_col >= 0) & (source_col < width))[:, None] & mask[None, :]
             offsets = source_col[:, None] * channels + c[None, :]
             for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
                 row = top * STRIDE + (i - pad)
@@ -136,19 +136,19 @@ def _strips(
         for j in tl.static_range(COLUMNS):
             tap = tap_row * KERNEL + first_tap + j
             total = tl.sum(sums[tap_row * COLUMNS + j], axis=0)
-            tl.store(out + c * KERNEL * KERNEL + tap, total, mask=known & (first_tap + j < KERNEL))
-    tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=known & (group == 0))
+            tl.store(out + c * KERNEL * KERNEL + tap, total, mask=mask & (first_tap + j < KERNEL))
+    tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=mask & (group == 0))
 
 
 @triton.jit
 def _products(
-    total, values, upper, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr
+    total, values, grad_out, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr
 ):
     """total plus the products of one tap: column q of a row of the gradient and value q * STRIDE + FIRST of a row of x,
     as far as it is one of the READ values."""
     for q in tl.static_range(ACROSS):
         if q * STRIDE + FIRST >= 0 and q * STRIDE + FIRST < READ:
-            total += values[q * STRIDE + FIRST] * upper[q]
+            total += values[q * STRIDE + FIRST] * grad_out[q]
     return total
 
 
@@ -214,12 +214,12 @@ def _rows(
     values = ()
     for step in tl.static_range(TOGETHER):
         at = row + step
-        known = real & (at < stop)
+        mask = real & (at < stop)
         values = values + _upper_row(
-            gradient, y, place, at + ahead, known, left, grad_height, grad_width, channels, ACROSS, EVEN
+            gradient, y, place, at + ahead, mask, left, grad_height, grad_width, channels, ACROSS, EVEN
         )
         values = values + _lower_rows(
-            source, at, known, first, height, width, channels, STRIDE, ACROSS, READ, INNER, EVEN
+            source, at, mask, first, height, width, channels, STRIDE, ACROSS, READ, INNER, EVEN
         )
     return values
 
@@ -277,14 +277,14 @@ def _whole_row(
         line = completed + (place + row * grad_width * channels)
     for q in tl.static_range(ACROSS):
         if completed is None:
-            upper = values[q].to(tl.float32)
+            grad_out = values[q].to(tl.float32)
         else:
             within = inside
             if not EVEN:
                 within = inside & (left + q < grad_width)[:, None]
-            upper = _completed(values[q], values[ACROSS + q], slope, shift, within)
-            tl.store(line + q * channels, upper.to(completed.dtype.element_ty), mask=within & stored)
-        uppers = uppers + (upper,)
+            grad_out = _completed(values[q], values[ACROSS + q], slope, shift, within)
+            tl.store(line + q * channels, grad_out.to(completed.dtype.element_ty), mask=within & stored)
+        uppers = uppers + (grad_out,)
     return uppers
 
 
@@ -296,8 +296,8 @@ def _patches(
     bias_out,
     y,
     mean,
-    by_mean,
-    by_var,
+    grad_mean,
+    grad_var,
     completed,
     batch,
     height,
@@ -348,7 +348,7 @@ def _patches(
     rest = program // groups
     c = (rest % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     part = rest // channel_tiles
-    known = c < channels
+    mask = c < channels
     ahead = DEPTH - 1 - behind - group * TAP_ROWS  # the newest row of the gradient, less the row that is at work
 
     sums = ()
@@ -357,7 +357,7 @@ def _patches(
     bias_sum = tl.zeros((COLS, CHANNELS), tl.float32)
     slope, shift = 0.0, 0.0
     if y is not None:
-        slope, shift = _from_statistics(mean, by_mean, by_var, c, known, batch * grad_height * grad_width)
+        slope, shift = _from_statistics(mean, grad_mean, grad_var, c, mask, batch * grad_height * grad_width)
 
     start = part * tiles_each
     end = tl.minimum(start + tiles_each, row_tiles * tl.cdiv(batch * col_tiles, COLS))
@@ -366,7 +366,7 @@ def _patches(
         patch = (tile // row_tiles) * COLS + tl.arange(0, COLS)
         sample = patch // col_tiles
         left = (patch - sample * col_tiles) * ACROSS
-        real = (sample < batch)[:, None] & known[None, :]
+        real = (sample < batch)[:, None] & mask[None, :]
         sample = sample.to(tl.int64)
         first = left * STRIDE + (skipped - pad)
         place = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
@@ -524,33 +524,33 @@ def _patches(
         for j in tl.static_range(KERNEL):
             tap = (group * TAP_ROWS + i) * KERNEL + j
             total = tl.sum(sums[i * KERNEL + j], axis=0)
-            tl.store(out + c * KERNEL * KERNEL + tap, total, mask=known & (tap < KERNEL * KERNEL))
-    tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=known & (group == owner))
+            tl.store(out + c * KERNEL * KERNEL + tap, total, mask=mask & (tap < KERNEL * KERNEL))
+    tl.store(bias_out + part * channels + c, tl.sum(bias_sum, axis=0), mask=mask & (group == owner))
 
 
 @triton.jit
 def _column_sums(source, target, block, columns, parts, ROWS: tl.constexpr, WIDE: tl.constexpr):
     column = block * WIDE + tl.arange(0, WIDE)
-    known = column < columns
+    mask = column < columns
     sums = tl.zeros((ROWS, WIDE), tl.float32)
     for first in range(0, parts, ROWS):
         part = first + tl.arange(0, ROWS)
-        inside = (part < parts)[:, None] & known[None, :]
+        inside = (part < parts)[:, None] & mask[None, :]
         sums += tl.load(source + part[:, None] * columns + column[None, :], mask=inside, other=0.0)
-    tl.store(target + column, tl.sum(sums, axis=0), mask=known)
+    tl.store(target + column, tl.sum(sums, axis=0), mask=mask)
 
 
 @triton.jit(do_not_specialize=("parts",))
 def _add_parts(
-    out, bias_out, by_weight, by_bias, parts, channels, TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
+    out, bias_out, grad_weight, grad_bias, parts, channels, TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
 ):
     """out [parts, channels, TAPS] and bias_out [parts, channels] -> their sums over the parts, in one launch."""
     block = tl.program_id(0)
     blocks = tl.cdiv(channels * TAPS, WIDE)
     if block < blocks:
-        _column_sums(out, by_weight, block, channels * TAPS, parts, ROWS, WIDE)
+        _column_sums(out, grad_weight, block, channels * TAPS, parts, ROWS, WIDE)
     else:
-        _column_sums(bias_out, by_bias, block - blocks, channels, parts, ROWS, WIDE)
+        _column_sums(bias_out, grad_bias, block - blocks, channels, parts, ROWS, WIDE)
 
 
 @dataclass(frozen=True)
@@ -559,15 +559,15 @@ class Statistics:
 
     y: Tensor
     mean: Tensor
-    by_mean: Tensor
-    by_var: Tensor
+    grad_mean: Tensor
+    grad_var: Tensor
     completed: Tensor
     """Is filled with the whole gradient by y."""
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
         """As the kernels take them."""
-        return self.y, self.mean, self.by_mean, self.by_var, self.completed
+        return self.y, self.mean, self.grad_mean, self.grad_var, self.completed
 
 
 def weight_gradient(
@@ -606,14 +606,14 @@ def weight_gradient(
         **constants,
         num_warps=form.warps,
     )
-    by_weight = out.new_empty(channels, 1, kernel, kernel)
-    by_bias = bias_out.new_empty(channels)
+    grad_weight = out.new_empty(channels, 1, kernel, kernel)
+    grad_bias = bias_out.new_empty(channels)
     rows, wide, warps = tiles.added_parts(grid.parts)
     _add_parts[(triton.cdiv(channels * kernel * kernel, wide) + triton.cdiv(channels, wide),)](
         out,
         bias_out,
-        by_weight,
-        by_bias,
+        grad_weight,
+        grad_bias,
         grid.parts,
         channels,
         TAPS=kernel * kernel,
@@ -621,7 +621,7 @@ def weight_gradient(
         WIDE=wide,
         num_warps=warps,
     )
-    return by_weight, by_bias
+    return grad_weight, grad_bias
 
 
 def _fit(form: tiles.Patches, x: Tensor, gradient: Tensor, stride: int) -> dict[str, bool]:

@@ -26,15 +26,15 @@ def _gate(local, other, out, numel, BLOCK: tl.constexpr):
 def _gate_gradient(gradient, local, other, local_out, other_out, numel, BLOCK: tl.constexpr):
     """d SiLU(a) / da = sigmoid(a) (1 + a - SiLU(a))."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    upper = tl.load(gradient + at, mask=at < numel, other=0.0).to(tl.float32)
+    grad_out = tl.load(gradient + at, mask=at < numel, other=0.0).to(tl.float32)
     a = tl.load(local + at, mask=at < numel, other=0.0).to(tl.float32)
     b = tl.load(other + at, mask=at < numel, other=0.0).to(tl.float32)
     a_open, b_open = tl.sigmoid(a), tl.sigmoid(b)
     a_silu, b_silu = a * a_open, b * b_open
-    by_a = upper * b_silu * (a_open * (1 + a - a_silu))
-    by_b = upper * a_silu * (b_open * (1 + b - b_silu))
-    tl.store(local_out + at, by_a.to(local_out.dtype.element_ty), mask=at < numel)
-    tl.store(other_out + at, by_b.to(other_out.dtype.element_ty), mask=at < numel)
+    grad_a = grad_out * b_silu * (a_open * (1 + a - a_silu))
+    grad_b = grad_out * a_silu * (b_open * (1 + b - b_silu))
+    tl.store(local_out + at, grad_a.to(local_out.dtype.element_ty), mask=at < numel)
+    tl.store(other_out + at, grad_b.to(other_out.dtype.element_ty), mask=at < numel)
 
 
 def gate(local: Tensor, other: Tensor, out: Tensor) -> None:

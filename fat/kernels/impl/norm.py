@@ -22,22 +22,22 @@ def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
     moments of each part of what is stored, or of x, where there is room for them."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
-    known = at < numel
+    mask = at < numel
     if branch is None:
-        stored = tl.load(x + sample * numel + at, mask=known, other=0.0)
+        stored = tl.load(x + sample * numel + at, mask=mask, other=0.0)
     else:
-        total = tl.load(branch + sample * numel + at, mask=known, other=0.0).to(tl.float32)
+        total = tl.load(branch + sample * numel + at, mask=mask, other=0.0).to(tl.float32)
         if scale is not None:
             total *= tl.load(scale + sample)
         if x is not None:
-            total += tl.load(x + sample * numel + at, mask=known, other=0.0).to(tl.float32)
+            total += tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)
         stored = total.to(out.dtype.element_ty)
-        tl.store(out + sample * numel + at, stored, mask=known)
+        tl.store(out + sample * numel + at, stored, mask=mask)
     if moments is not None:
-        value = tl.where(known, stored.to(tl.float32), 0.0)
+        value = tl.where(mask, stored.to(tl.float32), 0.0)
         count = tl.minimum(numel - part * BLOCK, BLOCK)
         mean = tl.sum(value, axis=0) / count
-        deviation = tl.where(known, value - mean, 0.0)
+        deviation = tl.where(mask, value - mean, 0.0)
         slot = moments + (sample * tl.num_programs(0) + part) * 3
         tl.store(slot, count.to(tl.float32))
         tl.store(slot + 1, mean)
@@ -62,8 +62,8 @@ def _normalise(
 ):
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
-    known = at < numel
-    value = tl.load(x + sample * numel + at, mask=known, other=0.0).to(tl.float32)  # on its way while parts are joined
+    mask = at < numel
+    value = tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)  # on its way while parts are joined
 
     slots = moments + sample * parts * 3
     total = tl.zeros((PARTS,), tl.float32)
@@ -84,9 +84,9 @@ def _normalise(
         tl.store(rstd_out + sample, rstd)
 
     c = at % channels
-    gain = tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
-    shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
-    tl.store(out + sample * numel + at, ((value - mean) * rstd * gain + shift).to(out.dtype.element_ty), mask=known)
+    gain = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + sample * numel + at, ((value - mean) * rstd * gain + shift).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
@@ -108,7 +108,7 @@ def _sums(
     the same over all channels with the gradient times weight."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)
-    known = c < channels
+    mask = c < channels
     base = sample * positions * channels
     own_mean, own_rstd = tl.load(mean + sample), tl.load(rstd + sample)
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -116,19 +116,19 @@ def _sums(
     end = tl.minimum(part * each + each, positions)
     for first in range(part * each, end, ROWS):
         p = first + tl.arange(0, ROWS)
-        inside = (p < end)[:, None] & known[None, :]
+        inside = (p < end)[:, None] & mask[None, :]
         at = base + p[:, None] * channels + c[None, :]
-        upper = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        grad_out = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        products += upper * ((value - own_mean) * own_rstd)
-        plain += upper
-    by_weight, by_bias = tl.sum(products, axis=0), tl.sum(plain, axis=0)
+        products += grad_out * ((value - own_mean) * own_rstd)
+        plain += grad_out
+    grad_weight, grad_bias = tl.sum(products, axis=0), tl.sum(plain, axis=0)
     slot = sample * tl.num_programs(0) + part
-    tl.store(channel_sums + slot * 2 * channels + c, by_weight, mask=known)
-    tl.store(channel_sums + slot * 2 * channels + channels + c, by_bias, mask=known)
-    gain = tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
-    tl.store(sample_sums + slot * 2, tl.sum(gain * by_weight, axis=0))
-    tl.store(sample_sums + slot * 2 + 1, tl.sum(gain * by_bias, axis=0))
+    tl.store(channel_sums + slot * 2 * channels + c, grad_weight, mask=mask)
+    tl.store(channel_sums + slot * 2 * channels + channels + c, grad_bias, mask=mask)
+    gain = tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sample_sums + slot * 2, tl.sum(gain * grad_weight, axis=0))
+    tl.store(sample_sums + slot * 2 + 1, tl.sum(gain * grad_bias, axis=0))
 
 
 @triton.jit(do_not_specialize=("parts",))
@@ -152,10 +152,10 @@ def _input_gradient(
     """out = residual + rstd (g - mean(g) - xhat mean(g xhat)) with g = gradient * weight; branch_out = scale * out."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
-    known = at < numel
+    mask = at < numel
     at_sample = sample * numel + at
-    upper = tl.load(gradient + at_sample, mask=known, other=0.0).to(tl.float32)
-    value = tl.load(x + at_sample, mask=known, other=0.0).to(tl.float32)
+    grad_out = tl.load(gradient + at_sample, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(x + at_sample, mask=mask, other=0.0).to(tl.float32)
 
     products = tl.zeros((PARTS,), tl.float32)
     plain = tl.zeros((PARTS,), tl.float32)
@@ -166,16 +166,16 @@ def _input_gradient(
     mean_product, mean_plain = tl.sum(products, axis=0) / numel, tl.sum(plain, axis=0) / numel
 
     own_rstd = tl.load(rstd + sample)
-    gain = tl.load(weight + at % channels, mask=known, other=0.0).to(tl.float32)
+    gain = tl.load(weight + at % channels, mask=mask, other=0.0).to(tl.float32)
     normal = (value - tl.load(mean + sample)) * own_rstd
-    result = own_rstd * (upper * gain - mean_plain - normal * mean_product)
+    result = own_rstd * (grad_out * gain - mean_plain - normal * mean_product)
     if residual is not None:
-        result += tl.load(residual + at_sample, mask=known, other=0.0).to(tl.float32)
-    tl.store(out + at_sample, result.to(out.dtype.element_ty), mask=known)
+        result += tl.load(residual + at_sample, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + at_sample, result.to(out.dtype.element_ty), mask=mask)
     if branch_out is not None:
         if scale is not None:
             result *= tl.load(scale + sample)
-        tl.store(branch_out + at_sample, result.to(branch_out.dtype.element_ty), mask=known)
+        tl.store(branch_out + at_sample, result.to(branch_out.dtype.element_ty), mask=mask)
 
 
 def add(x: Tensor | None, branch: Tensor | None, scale: Tensor | None, out: Tensor, *, moments: bool) -> Tensor | None:

@@ -31,16 +31,16 @@ def _moments(x, moments, counts, positions, each, channels: tl.constexpr, ROWS: 
     """
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
+    mask = c < channels
     start = part.to(tl.int64) * each
     count = tl.minimum(positions - start, each).to(tl.int32)
     x += start * channels
-    origin = tl.load(x + c, mask=known, other=0.0).to(tl.float32)
+    origin = tl.load(x + c, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     squares = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & known[None, :]
+        inside = (row < count)[:, None] & mask[None, :]
         value = tl.load(x + row[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
         value = tl.where(inside, value - origin[None, :], 0.0)
         total += value
@@ -48,8 +48,8 @@ def _moments(x, moments, counts, positions, each, channels: tl.constexpr, ROWS: 
     shift = tl.sum(total, axis=0)
     mean = shift / count
     slot = moments + part * 2 * channels + c
-    tl.store(slot, origin + mean, mask=known)
-    tl.store(slot + channels, tl.sum(squares, axis=0) - shift * mean, mask=known)
+    tl.store(slot, origin + mean, mask=mask)
+    tl.store(slot + channels, tl.sum(squares, axis=0) - shift * mean, mask=mask)
     tl.store(counts + part, count.to(tl.float32))
 
 
@@ -69,19 +69,19 @@ def _norm_relu(
     CHANNELS: tl.constexpr,
 ):
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
+    mask = c < channels
     start = tl.program_id(0).to(tl.int64) * each
     count = tl.minimum(positions - start, each).to(tl.int32)
     x += start * channels
     out += start * channels
-    scale = tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
-    scale *= tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
-    shift = tl.load(bias + c, mask=known, other=0.0).to(tl.float32)
-    own_mean = tl.load(mean + c, mask=known, other=0.0)
+    scale = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
+    scale *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+    own_mean = tl.load(mean + c, mask=mask, other=0.0)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None] * channels + c[None, :]
-        inside = (row < count)[:, None] & known[None, :]
+        inside = (row < count)[:, None] & mask[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         value = (value - own_mean[None, :]) * scale[None, :] + shift[None, :]
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -107,29 +107,29 @@ def _norm_relu_sums(
     x."""
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
+    mask = c < channels
     start = part.to(tl.int64) * each
     count = tl.minimum(positions - start, each).to(tl.int32)
     gradient += start * channels
     x += start * channels
     result += start * channels
-    own_mean = tl.load(mean + c, mask=known, other=0.0)
+    own_mean = tl.load(mean + c, mask=mask, other=0.0)
     plain = tl.zeros((ROWS, CHANNELS), tl.float32)
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None] * channels + c[None, :]
-        inside = (row < count)[:, None] & known[None, :]
-        upper = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        inside = (row < count)[:, None] & mask[None, :]
+        grad_out = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         kept = tl.load(result + at, mask=inside, other=0.0).to(tl.float32)
-        upper = tl.where(kept <= 0, 0.0, upper)
-        plain += upper
-        products += upper * (value - own_mean[None, :])
-    rstd = tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
+        grad_out = tl.where(kept <= 0, 0.0, grad_out)
+        plain += grad_out
+        products += grad_out * (value - own_mean[None, :])
+    rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
     slot = out + part * 2 * channels + c
-    tl.store(slot, tl.sum(plain, axis=0), mask=known)
-    tl.store(slot + channels, tl.sum(products, axis=0) * rstd, mask=known)
+    tl.store(slot, tl.sum(plain, axis=0), mask=mask)
+    tl.store(slot + channels, tl.sum(products, axis=0) * rstd, mask=mask)
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
@@ -140,8 +140,8 @@ def _norm_relu_gradient(
     weight,
     mean,
     var,
-    by_bias,
-    by_weight,
+    grad_bias,
+    grad_weight,
     out,
     positions,
     each,
@@ -153,27 +153,27 @@ def _norm_relu_gradient(
 ):
     """share: one over how many values the statistics are of."""
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    known = c < channels
+    mask = c < channels
     start = tl.program_id(0).to(tl.int64) * each
     count = tl.minimum(positions - start, each).to(tl.int32)
     gradient += start * channels
     x += start * channels
     result += start * channels
     out += start * channels
-    rstd = tl.rsqrt(tl.load(var + c, mask=known, other=1.0) + eps)
-    scale = rstd * tl.load(weight + c, mask=known, other=0.0).to(tl.float32)
-    shift = tl.load(by_bias + c, mask=known, other=0.0) * share
-    slope = tl.load(by_weight + c, mask=known, other=0.0) * share * rstd
-    own_mean = tl.load(mean + c, mask=known, other=0.0)
+    rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
+    scale = rstd * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+    shift = tl.load(grad_bias + c, mask=mask, other=0.0) * share
+    slope = tl.load(grad_weight + c, mask=mask, other=0.0) * share * rstd
+    own_mean = tl.load(mean + c, mask=mask, other=0.0)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None] * channels + c[None, :]
-        inside = (row < count)[:, None] & known[None, :]
-        upper = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        inside = (row < count)[:, None] & mask[None, :]
+        grad_out = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         kept = tl.load(result + at, mask=inside, other=0.0).to(tl.float32)
-        upper = tl.where(kept <= 0, 0.0, upper)
-        found = scale[None, :] * (upper - shift[None, :] - (value - own_mean[None, :]) * slope[None, :])
+        grad_out = tl.where(kept <= 0, 0.0, grad_out)
+        found = scale[None, :] * (grad_out - shift[None, :] - (value - own_mean[None, :]) * slope[None, :])
         tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
 
 
@@ -244,8 +244,8 @@ def norm_relu_gradient(
     weight: Tensor,
     mean: Tensor,
     var: Tensor,
-    by_bias: Tensor,
-    by_weight: Tensor,
+    grad_bias: Tensor,
+    grad_weight: Tensor,
     count: int,
     eps: float,
     out: Tensor,
@@ -260,8 +260,8 @@ def norm_relu_gradient(
         weight,
         mean,
         var,
-        by_bias,
-        by_weight,
+        grad_bias,
+        grad_weight,
         out,
         positions,
         each,

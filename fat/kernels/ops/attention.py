@@ -38,9 +38,9 @@ def attend_gradient(gradient: Tensor, q: Tensor, kv: Tensor, heads: int, scale: 
 
     expect(gradient, q)
     _expect(q, kv, heads)
-    by_q, by_kv = torch.empty_like(q), torch.empty_like(kv)
-    kernels.attend_gradient(gradient, q, kv, heads, scale, by_q, by_kv)
-    return by_q, by_kv
+    grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
+    kernels.attend_gradient(gradient, q, kv, heads, scale, grad_q, grad_kv)
+    return grad_q, grad_kv
 
 
 @attend_gradient.register_fake

@@ -51,24 +51,24 @@ def _out(x: Tensor, stride: int) -> Tensor:
 @custom_op("fat::depthwise_moments_gradient", mutates_args=())
 @launches(WEIGHT_GRADIENT, BATCH_NORM)
 def depthwise_moments_gradient(
-    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, by_mean: Tensor, by_var: Tensor, kernel: int, stride: int
+    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradients by y and its statistics: the whole gradient by y, and those by weight and bias, fp32."""
     from fat.kernels.impl.depthwise_weight_grad import Statistics, weight_gradient
 
     expect(gradient, x, y)
     completed = torch.empty_like(y)
-    found = Statistics(y, mean, by_mean, by_var, completed)
+    found = Statistics(y, mean, grad_mean, grad_var, completed)
     return completed, *weight_gradient(gradient, x, kernel=kernel, stride=stride, statistics=found)
 
 
 @depthwise_moments_gradient.register_fake
 def _(
-    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, by_mean: Tensor, by_var: Tensor, kernel: int, stride: int
+    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
-    by_weight = x.new_empty(channels, 1, kernel, kernel, dtype=torch.float32)
-    return torch.empty_like(y), by_weight, x.new_empty(channels, dtype=torch.float32)
+    grad_weight = x.new_empty(channels, 1, kernel, kernel, dtype=torch.float32)
+    return torch.empty_like(y), grad_weight, x.new_empty(channels, dtype=torch.float32)
 
 
 def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -77,17 +77,17 @@ def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(x, before, weight, output[0], output[1])
 
 
-def _moments_backward(ctx: Any, by_y: Tensor, by_mean: Tensor, by_var: Tensor) -> tuple[Tensor | None, ...]:
+def _moments_backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
     x, before, weight, y, mean = ctx.saved_tensors
-    completed, by_weight, by_bias = depthwise_moments_gradient(
-        channels_last(by_y), x, y, mean, by_mean.contiguous(), by_var.contiguous(), weight.shape[-1], ctx.stride
+    completed, grad_weight, grad_bias = depthwise_moments_gradient(
+        channels_last(grad_y), x, y, mean, grad_mean.contiguous(), grad_var.contiguous(), weight.shape[-1], ctx.stride
     )
-    by_input = None
+    grad_input = None
     if ctx.needs_input_grad[0 if before is None else 1]:
-        by_input = depthwise_input_gradient(completed, weight, before, *x.shape[2:], ctx.stride, ctx.residual)
-    by_x, by_before = (by_input, None) if before is None else (None, by_input)
-    by_bias = None if ctx.bias_dtype is None else by_bias.to(ctx.bias_dtype)
-    return by_x, by_before, by_weight.to(weight.dtype), by_bias, None, None
+        grad_input = depthwise_input_gradient(completed, weight, before, *x.shape[2:], ctx.stride, ctx.residual)
+    grad_x, grad_before = (grad_input, None) if before is None else (None, grad_input)
+    grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
+    return grad_x, grad_before, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
 depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
@@ -151,8 +151,8 @@ def _folded_shape(weight: Tensor, bias: Tensor, *, dtype: torch.dtype) -> tuple[
 @custom_op("fat::fold_gradient", mutates_args=())
 @launches(BATCH_NORM)
 def fold_gradient(
-    by_folded: Tensor,
-    by_folded_bias: Tensor,
+    grad_folded: Tensor,
+    grad_folded_bias: Tensor,
     weight: Tensor,
     gain: Tensor,
     shift: Tensor,
@@ -164,8 +164,8 @@ def fold_gradient(
     """The gradients of `fold` by weight, gain, shift, mean and var (the one by bias is by_folded_bias)."""
     from fat.kernels.impl import batchnorm as kernels
 
-    _expect_pointwise(weight, by_folded_bias, gain, shift, mean, var)
-    return kernels.fold_gradient(by_folded, by_folded_bias, weight, gain, shift, mean, var, folded, eps)
+    _expect_pointwise(weight, grad_folded_bias, gain, shift, mean, var)
+    return kernels.fold_gradient(grad_folded, grad_folded_bias, weight, gain, shift, mean, var, folded, eps)
 
 
 @fold_gradient.register_fake
@@ -179,10 +179,10 @@ def _keep_fold(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.save_for_backward(weight, gain, shift, mean, var, output[0])
 
 
-def _fold_backward(ctx: Any, by_folded: Tensor, by_folded_bias: Tensor) -> tuple[Tensor | None, ...]:
-    by_folded, by_folded_bias = by_folded.flatten(1).contiguous(), by_folded_bias.contiguous()
-    by_weight, *others = fold_gradient(by_folded, by_folded_bias, *ctx.saved_tensors, ctx.eps)
-    return by_weight, by_folded_bias.to(ctx.bias_dtype), *others, None, None
+def _fold_backward(ctx: Any, grad_folded: Tensor, grad_folded_bias: Tensor) -> tuple[Tensor | None, ...]:
+    grad_folded, grad_folded_bias = grad_folded.flatten(1).contiguous(), grad_folded_bias.contiguous()
+    grad_weight, *others = fold_gradient(grad_folded, grad_folded_bias, *ctx.saved_tensors, ctx.eps)
+    return grad_weight, grad_folded_bias.to(ctx.bias_dtype), *others, None, None
 
 
 fold.register_autograd(_fold_backward, setup_context=_keep_fold)

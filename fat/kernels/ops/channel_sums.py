@@ -51,14 +51,14 @@ class _Pointwise(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         gradient = channels_last(gradient)
         rows = as_rows(gradient)
-        by_x = by_weight = by_bias = None
+        grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = as_map(rows @ weight.flatten(1), x)
+            grad_x = as_map(rows @ weight.flatten(1), x)
         if ctx.needs_input_grad[1]:
-            by_weight = (rows.t() @ as_rows(x)).view(weight.shape).to(ctx.weight_dtype)
+            grad_weight = (rows.t() @ as_rows(x)).view(weight.shape).to(ctx.weight_dtype)
         if ctx.needs_input_grad[2]:
-            by_bias = channel_sums(gradient, ctx.bias_dtype)
-        return by_x, by_weight, by_bias
+            grad_bias = channel_sums(gradient, ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias
 
 
 def as_rows(x: Tensor) -> Tensor:

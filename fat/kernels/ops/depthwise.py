@@ -79,10 +79,10 @@ def _keep_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _depthwise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    by_x, by_weight, by_bias = convolution_gradients(
+    grad_x, grad_weight, grad_bias = convolution_gradients(
         gradient, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], ctx.stride, ctx.residual
     )
-    return by_x, by_weight, by_bias, None, None
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 depthwise.register_autograd(_depthwise_backward, setup_context=_keep_depthwise)
@@ -99,14 +99,14 @@ def convolution_gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """By x, weight and bias, as far as needed."""
     gradient = channels_last(gradient)
-    by_x = by_weight = by_bias = None
+    grad_x = grad_weight = grad_bias = None
     if needed[0]:
-        by_x = depthwise_input_gradient(gradient, weight, None, *x.shape[2:], stride, residual)
+        grad_x = depthwise_input_gradient(gradient, weight, None, *x.shape[2:], stride, residual)
     if needed[1] or needed[2]:
-        by_weight, by_bias = depthwise_weight_gradient(gradient, x, weight.shape[-1], stride)
-        by_weight = by_weight.to(weight.dtype)
-        by_bias = None if bias_dtype is None else by_bias.to(bias_dtype)
-    return by_x, by_weight, by_bias
+        grad_weight, grad_bias = depthwise_weight_gradient(gradient, x, weight.shape[-1], stride)
+        grad_weight = grad_weight.to(weight.dtype)
+        grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
+    return grad_x, grad_weight, grad_bias
 
 
 # Depthwise convolution and FASA's gate: SiLU(depthwise(q)) * SiLU(other)
@@ -140,9 +140,9 @@ def depthwise_gate_gradient(
 
     expect(gradient, q, other)
     expect_weight(weight, q, 1, False)
-    by_local, by_other = torch.empty_like(q), torch.empty_like(other)
-    convolve(q, weight, bias, by_local, epilogue=GATE_GRADIENT, gate=other, gradient=gradient, gate_out=by_other)
-    return by_local, by_other
+    grad_local, grad_other = torch.empty_like(q), torch.empty_like(other)
+    convolve(q, weight, bias, grad_local, epilogue=GATE_GRADIENT, gate=other, gradient=gradient, gate_out=grad_other)
+    return grad_local, grad_other
 
 
 @depthwise_gate_gradient.register_fake
@@ -156,12 +156,12 @@ def _keep_depthwise_gate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 
 def _depthwise_gate_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     q, weight, bias, other = ctx.saved_tensors
-    by_local, by_other = depthwise_gate_gradient(channels_last(gradient), q, weight, bias, other)
+    grad_local, grad_other = depthwise_gate_gradient(channels_last(gradient), q, weight, bias, other)
     bias_dtype = None if bias is None else bias.dtype
-    by_q, by_weight, by_bias = convolution_gradients(
-        by_local, q, weight, bias_dtype, ctx.needs_input_grad[:3], 1, False
+    grad_q, grad_weight, grad_bias = convolution_gradients(
+        grad_local, q, weight, bias_dtype, ctx.needs_input_grad[:3], 1, False
     )
-    return by_q, by_weight, by_bias, by_other
+    return grad_q, grad_weight, grad_bias, grad_other
 
 
 depthwise_gate.register_autograd(_depthwise_gate_backward, setup_context=_keep_depthwise_gate)

@@ -35,9 +35,9 @@ def gate_gradient(gradient: Tensor, local: Tensor, other: Tensor) -> tuple[Tenso
     from fat.kernels.impl import gate as kernels
 
     expect(gradient, local, other)
-    by_local, by_other = torch.empty_like(local), torch.empty_like(other)
-    kernels.gate_gradient(gradient, local, other, by_local, by_other)
-    return by_local, by_other
+    grad_local, grad_other = torch.empty_like(local), torch.empty_like(other)
+    kernels.gate_gradient(gradient, local, other, grad_local, grad_other)
+    return grad_local, grad_other
 
 
 @gate_gradient.register_fake

@@ -179,8 +179,8 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _norm_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight = ctx.saved_tensors
-    by_x, affine = norm_gradient(channels_last(gradient), x, mean, rstd, weight, None)
-    return by_x, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
+    grad_x, affine = norm_gradient(channels_last(gradient), x, mean, rstd, weight, None)
+    return grad_x, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
 
 
 norm.register_autograd(_norm_backward, setup_context=_keep_norm)
@@ -195,8 +195,8 @@ def _keep_add(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _add_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     (scale,) = ctx.saved_tensors
     gradient = channels_last(gradient)
-    by_branch = gradient if scale is None else scaled(gradient, scale)
-    return gradient, by_branch.to(ctx.branch_dtype), None
+    grad_branch = gradient if scale is None else scaled(gradient, scale)
+    return gradient, grad_branch.to(ctx.branch_dtype), None
 
 
 add.register_autograd(_add_backward, setup_context=_keep_add)
@@ -216,13 +216,13 @@ def _add_norm_backward(
     total, mean, rstd, weight, scale = ctx.saved_tensors
     gradient, residual = _dense(gradient, total), _dense(residual, total)
     if scale is None and ctx.branch_dtype == total.dtype:
-        by_x, affine = norm_gradient(gradient, total, mean, rstd, weight, residual)
-        by_branch = by_x
+        grad_x, affine = norm_gradient(gradient, total, mean, rstd, weight, residual)
+        grad_branch = grad_x
     else:
-        by_x, by_branch, affine = add_norm_gradient(
+        grad_x, grad_branch, affine = add_norm_gradient(
             gradient, total, mean, rstd, weight, residual, scale, ctx.branch_dtype
         )
-    return by_x, by_branch, None, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
+    return grad_x, grad_branch, None, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
 
 
 add_norm.register_autograd(_add_norm_backward, setup_context=_keep_add_norm)
@@ -241,12 +241,12 @@ def _depthwise_norm_backward(
 ) -> tuple[Tensor | None, ...]:
     x, weight, total, mean, rstd, norm_weight = ctx.saved_tensors
     gradient, residual = _dense(gradient, total), _dense(residual, total)
-    by_total, affine = norm_gradient(gradient, total, mean, rstd, norm_weight, residual)
-    by_x, by_weight, by_bias = convolution_gradients(
-        by_total, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], 1, True
+    grad_total, affine = norm_gradient(gradient, total, mean, rstd, norm_weight, residual)
+    grad_x, grad_weight, grad_bias = convolution_gradients(
+        grad_total, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], 1, True
     )
-    by_norm_weight, by_norm_bias = affine[0].to(norm_weight.dtype), affine[1].to(ctx.norm_bias_dtype)
-    return by_x, by_weight, by_bias, by_norm_weight, by_norm_bias, None
+    grad_norm_weight, grad_norm_bias = affine[0].to(norm_weight.dtype), affine[1].to(ctx.norm_bias_dtype)
+    return grad_x, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias, None
 
 
 depthwise_norm.register_autograd(_depthwise_norm_backward, setup_context=_keep_depthwise_norm)

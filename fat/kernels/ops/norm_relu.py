@@ -70,20 +70,20 @@ def norm_relu_gradient(
     weight: Tensor,
     mean: Tensor,
     var: Tensor,
-    by_bias: Tensor,
-    by_weight: Tensor,
+    grad_bias: Tensor,
+    grad_weight: Tensor,
     count: int,
     eps: float,
 ) -> Tensor:
     """The gradient by x, through the statistics too, which are of `count` values per channel.
 
-    by_bias, by_weight: `norm_relu_sums`, over all of these values.
+    grad_bias, grad_weight: `norm_relu_sums`, over all of these values.
     """
     from fat.kernels.impl import norm_relu as kernels
 
     expect(gradient, x, result)
     out = torch.empty_like(x)
-    kernels.norm_relu_gradient(gradient, x, result, weight, mean, var, by_bias, by_weight, count, eps, out)
+    kernels.norm_relu_gradient(gradient, x, result, weight, mean, var, grad_bias, grad_weight, count, eps, out)
     return out
 
 
@@ -121,11 +121,11 @@ class _BatchNormReLU(torch.autograd.Function):
         x, result, weight, mean, var = ctx.saved_tensors
         gradient, norm = channels_last(gradient), ctx.norm
         sums = norm_relu_sums(gradient, x, result, mean, var, norm.eps)
-        by_x = None
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            by_bias, by_weight = norm.summed(sums).unbind()
+            grad_bias, grad_weight = norm.summed(sums).unbind()
             count = norm.ranks * (x.numel() // x.shape[1])
-            by_x = norm_relu_gradient(gradient, x, result, weight, mean, var, by_bias, by_weight, count, norm.eps)
-        by_before = None if ctx.before is None else torch.zeros_like(mean, dtype=ctx.before)
+            grad_x = norm_relu_gradient(gradient, x, result, weight, mean, var, grad_bias, grad_weight, count, norm.eps)
+        grad_before = None if ctx.before is None else torch.zeros_like(mean, dtype=ctx.before)
         # Those of this rank's rows: weights' gradients are averaged with all others afterwards.
-        return by_x, by_before, sums[1].to(weight.dtype), sums[0].to(ctx.bias_dtype), None
+        return grad_x, grad_before, sums[1].to(weight.dtype), sums[0].to(ctx.bias_dtype), None
