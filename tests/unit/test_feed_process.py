@@ -1,4 +1,4 @@
-"""The feed process (pipeline/feed_process.py): same batches, same errors, nothing left behind, never a hang."""
+"""The feed process (pipeline/feed/): same batches, same errors, nothing left behind, never a hang."""
 
 from __future__ import annotations
 
