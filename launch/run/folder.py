@@ -19,7 +19,7 @@ import fat
 from launch.config.recipe import Recipe
 from launch.engine.build import config_of
 from launch.engine.engine import Engine
-from launch.engine.kernel_check import Verdict
+from launch.engine.kernel_verdict import Verdict
 from launch.engine.zero_state import weights_of
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions

@@ -24,7 +24,8 @@ from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine import kernel_check
 from launch.engine.execution import kernels_from_environment
-from launch.engine.kernel_check import KernelsUnusable, Verdict, check_kernels
+from launch.engine.kernel_check import KernelsUnusable, check_kernels
+from launch.engine.kernel_verdict import Verdict, cache_folder
 from launch.machine.world import World
 from launch.train import main as train
 from launch.tuning.command import tune
@@ -285,7 +286,7 @@ def test_a_verdict_is_kept(model: fat.FAT, monkeypatch: pytest.MonkeyPatch, caps
     assert capsys.readouterr().err == ""
     assert len(calls.made) == 1
     assert again.summary == "2 families compared before; all agree with torch"
-    (file,) = kernel_check.cache_folder().iterdir()
+    (file,) = cache_folder().iterdir()
     assert set(json.loads(file.read_text())["key"]) == {
         *("device", "capability", "driver", "torch", "triton", "sources", "model", "use", "augmentation")
     }
@@ -334,7 +335,7 @@ def test_a_verdict_is_of_one_device_driver_version_and_model(
 def test_a_damaged_verdict_is_replaced(change: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = serve(monkeypatch, failed=[NORM])
     check(model)
-    (file,) = kernel_check.cache_folder().iterdir()
+    (file,) = cache_folder().iterdir()
     whole = file.read_text()
     content = json.loads(whole)
     match change:
@@ -369,7 +370,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(
 def test_a_verdict_that_others_may_have_written_is_not_used(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
     serve(monkeypatch)
     check(model)
-    kernel_check.cache_folder().chmod(0o777)
+    cache_folder().chmod(0o777)
     verdict = check(model)
     assert verdict.source == "compared now"
     (line,) = verdict.lines()
@@ -452,7 +453,7 @@ def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monke
     assert verdict.lines() == [
         "warning: kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
     ]
-    assert not list(kernel_check.cache_folder().iterdir())
+    assert not list(cache_folder().iterdir())
 
 
 # Compilation before the first launch
