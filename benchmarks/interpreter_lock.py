@@ -143,7 +143,9 @@ def host_pipeline(source: Iterator[tuple[Any, ...]], batch: int, threads: int, a
 class HostAugment:
     """`BatchAugment` on a GPU, up to its launches."""
 
-    def __init__(self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32, *, kernels: bool = True
+    ) -> None:
         self._size, self._images = recipe.size, torch.zeros(1, 3, 1, 1, dtype=dtype)
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None) -> Tensor:

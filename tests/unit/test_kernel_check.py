@@ -532,7 +532,7 @@ def test_every_launch_of_a_comparison_can_be_recorded(model: fat.FAT) -> None:
 def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In recipe.json, and in the log."""
     monkeypatch.setattr(
-        kernel_check, "_together", lambda mine, world: Verdict(("norm",), (NORM,), "compared now", 1.25)
+        kernel_check, "join_verdicts", lambda mine, world: Verdict(("norm",), (NORM,), "compared now", 1.25)
     )
     out = tmp_path / "run"
     assert run_command(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0

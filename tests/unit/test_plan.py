@@ -87,7 +87,7 @@ def test_positions_count_steps_from_the_start_of_training(plan: TrainPlan, step:
     assert plan.after(position) == plan.at(step + 1) > position
 
 
-def test_a_lane_reads_a_contiguous_stretch_of_the_stream_and_shuffles_within_windows_only() -> None:
+def test_a_lane_reads_a_contiguous_stretch_of_the_stream_and_shuffles_within_blocks_only() -> None:
     plan = TrainPlan([1000], global_batch=10, seed=3, lanes=2, shuffle_block_size=50)
     lane = np.concatenate([plan.ids(Position(0, step), range(5)) for step in range(plan.steps_per_epoch)])
     start = min(lane[:50], key=lambda i: (i - plan._order(0).offset) % 1000)
@@ -203,4 +203,4 @@ def test_a_billion_samples_open_at_once_and_any_position_takes_few_draws(monkeyp
     plan.ids(Position(2, 600_000), rows)
     assert sum(drawn) == lanes * plan.shuffle_block_size, "the order of the shards is kept"
     assert len(np.unique(ids)) == 128
-    assert len(plan._windows) <= 2 * plan.lanes
+    assert len(plan._blocks) <= 2 * plan.lanes
