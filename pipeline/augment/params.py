@@ -113,7 +113,7 @@ def crop_windows(
     """
     height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     if recipe.crop == "centre":
-        side = np.maximum(np.rint(np.minimum(height, width) * CENTRE_SHARE).astype(np.int64), 1)
+        side = np.maximum(np.rint(np.minimum(height, width) * CENTRE_SHARE), 1)
         return _centred(height, width, side, side)
     draw_area, draw_aspect = _tries(Stream.CROP, seed, epoch, ids)
     area = _between(recipe.scale, draw_area) * (height * width)[:, None]
@@ -122,12 +122,8 @@ def crop_windows(
     fits = (w > 0) & (h > 0) & (w <= width[:, None]) & (h <= height[:, None])
     windows = _placed((Stream.CROP, seed, epoch, ids), (h, w), (height, width), fits)
     low, high = recipe.ratio
-    wide, tall = width > high * height, width < low * height
     fallback = _centred(
-        height,
-        width,
-        np.where(tall, np.maximum(np.rint(width / low).astype(np.int64), 1), height),
-        np.where(wide, np.maximum(np.rint(height * high).astype(np.int64), 1), width),
+        height, width, np.clip(np.rint(width / low), 1, height), np.clip(np.rint(height * high), 1, width)
     )
     return np.where(fits.any(axis=1, keepdims=True), windows, fallback)
 
@@ -184,9 +180,9 @@ def cutmix_box(lam: Floats, centre: Ints, size: int) -> tuple[Boxes, Floats]:
     """
     side = (size * np.sqrt(1.0 - lam)).astype(np.int64)[:, None]
     start = centre - side // 2
-    low, high = np.clip(start, 0, size), np.clip(start + side, 0, size)
+    low, high = np.maximum(start, 0), np.minimum(start + side, size)
     box = np.concatenate([low, high - low], axis=1).astype(np.int32)
-    return box, 1.0 - box[:, 2] * box[:, 3].astype(np.float64) / (size * size)
+    return box, 1.0 - box[:, 2] * box[:, 3] / (size * size)
 
 
 def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tuple[Ints, Bools, Floats, Floats]:
@@ -227,7 +223,7 @@ def _tries(stream: Stream, seed: int, epoch: int, ids: Ints) -> Floats:
 
 
 def _placed(
-    key: tuple[Stream, int, int, Ints], sides: tuple[Ints, Ints], room: tuple[Ints | int, Ints | int], fits: Bools
+    key: tuple[Stream, int, int, Ints], sides: tuple[Floats, Floats], room: tuple[Ints | int, Ints | int], fits: Bools
 ) -> Boxes:
     """The first try that fits, put at a uniformly drawn place in the room; int32 [n, 4].
 
@@ -237,14 +233,13 @@ def _placed(
     rows, first = np.arange(len(fits)), fits.argmax(axis=1)
     h, w = (side[rows, first] for side in sides)
     height, width = room
-    u = rng.uniform(*key, first, np.arange(2, 4)[:, None])
+    down, right = rng.uniform(*key, first, np.arange(2, 4)[:, None])
     # An unfit first try gives nonsense here, which the caller replaces; the clip keeps it in range.
-    y = (u[0] * np.maximum(height - h + 1, 1)).astype(np.int64)
-    x = (u[1] * np.maximum(width - w + 1, 1)).astype(np.int64)
+    y, x = down * np.maximum(height - h + 1, 1), right * np.maximum(width - w + 1, 1)
     return np.stack([y, x, h, w], axis=1).astype(np.int32)
 
 
-def _centred(height: Ints, width: Ints, h: Ints, w: Ints) -> Boxes:
+def _centred(height: Ints, width: Ints, h: Floats, w: Floats) -> Boxes:
     return np.stack([(height - h) // 2, (width - w) // 2, h, w], axis=1).astype(np.int32)
 
 
@@ -256,5 +251,5 @@ def _log(ends: tuple[float, float]) -> tuple[float, float]:
     return float(rng.log(ends[0])), float(rng.log(ends[1]))
 
 
-def _rounded_root(area: Floats) -> Ints:
-    return np.rint(np.sqrt(area)).astype(np.int64)
+def _rounded_root(area: Floats) -> Floats:
+    return np.rint(np.sqrt(area))
