@@ -158,7 +158,7 @@ def divisors(number: int) -> list[int]:
 def default_lanes(global_batch: int) -> int:
     """The largest divisor of half the global batch (of all of it when odd) up to 64: 1024 -> 64, 96 -> 48."""
     base = global_batch // 2 if global_batch % 2 == 0 else global_batch
-    return max(d for d in range(1, min(base, MAX_LANES) + 1) if base % d == 0)
+    return max((d for d in range(1, min(base, MAX_LANES) + 1) if base % d == 0), default=1)
 
 
 @dataclass(frozen=True)
