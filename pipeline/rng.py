@@ -81,9 +81,8 @@ def uniform(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
 
 def integers(high: ArrayLike, stream: Stream, *key: ArrayLike) -> NDArray[np.int64]:
     """Integers in [0, high), int64; `high` up to 2^31 (the multiply-shift bias stays below 2^-32)."""
-    with np.errstate(over="ignore"):
-        top = bits(stream, *key) >> np.uint64(32)
-        return ((top * _as_u64(high)) >> np.uint64(32)).astype(np.int64)
+    top = bits(stream, *key) >> np.uint64(32)
+    return ((top * _as_u64(high)) >> np.uint64(32)).astype(np.int64)
 
 
 def normal(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:

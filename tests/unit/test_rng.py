@@ -62,6 +62,13 @@ def test_the_mixer_is_splitmix64() -> None:
     assert rng.mix64(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 
 
+@pytest.mark.filterwarnings("error")
+def test_scalar_keys_overflow_without_a_warning() -> None:
+    assert int(rng.mix64(np.uint64(2**64 - 1))) == 0xB4D055FCF2CBBD7B
+    assert int(rng.extend(np.uint64(2**64 - 1), 2**64 - 1)) == int(rng.mix64(rng.GOLDEN))
+    assert int(rng.integers(2**31, Stream.SHUFFLE)) == 0x943FF9FC99DE8F03 >> 33
+
+
 @settings(deadline=None)
 @given(st.sampled_from(Stream), st.lists(words, max_size=4), st.lists(words, min_size=1, max_size=8))
 def test_a_draw_depends_on_its_own_key_alone(stream: Stream, key: list[int], last: list[int]) -> None:
