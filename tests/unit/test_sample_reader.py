@@ -1,0 +1,169 @@
+"""Batches, faults and reading ahead of the sample reader, on hand-made files (pipeline/storage/reader.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from pipeline.storage.files import Interrupted, LocalFiles
+from pipeline.storage.placement import Storage
+from pipeline.storage.reader import SampleReader
+from shards.errors import ShardSetError, StorageFailed
+from shards.format.index import INDEX_DTYPE
+
+SAMPLES, PER_SHARD = 40, 20
+
+
+def content(sample: int) -> bytes:
+    return bytes([sample]) * (100 + sample)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """Two files of 20 samples each; sample i is 100 + i bytes of value i."""
+    index = np.zeros(SAMPLES, INDEX_DTYPE)
+    for shard in range(SAMPLES // PER_SHARD):
+        data = b""
+        for sample in range(shard * PER_SHARD, (shard + 1) * PER_SHARD):
+            index[sample]["shard"], index[sample]["offset"], index[sample]["label"] = shard, len(data), sample + 1000
+            index[sample]["size"], index[sample]["hash"] = len(content(sample)), xxh3_64_intdigest(content(sample))
+            data += content(sample)
+        (tmp_path / f"{shard}.bin").write_bytes(data)
+    return Storage(index, LocalFiles([tmp_path / "0.bin", tmp_path / "1.bin"]))
+
+
+def damage(storage: Storage, *samples: int) -> None:
+    for sample in samples:
+        row = storage.index[sample]
+        with open(storage.files.name(int(row["shard"])), "r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(b"\xff")
+
+
+def ids(*samples: int) -> NDArray[np.int64]:
+    return np.array(samples, np.int64)
+
+
+def test_a_batch_has_the_bytes_and_the_rows_of_its_samples(storage: Storage) -> None:
+    order = [39, 3, 3, 0, 21, *range(10, 30)]
+    with SampleReader(storage) as reader:
+        for _ in range(2):  # the second time from the page cache
+            batch = reader.read(ids(*order))
+            assert batch.checked() is batch
+            assert batch.ids.tolist() == order
+            assert [image.tobytes() for image in batch.images] == [content(sample) for sample in order]
+            assert batch.rows["label"].tolist() == [sample + 1000 for sample in order]
+            assert (batch.raw.tolist(), batch.faults) == ([False] * 25, [])
+        empty = reader.read(ids())
+        assert (len(empty.ids), empty.images, empty.faults) == (0, [], [])
+
+
+def test_bad_samples_are_faults_of_their_rows_and_all_others_are_read(storage: Storage) -> None:
+    bad = [*range(12), 25]
+    damage(storage, *bad)
+    order = [30, *bad, 31, 32, 33, 34, 35]
+    with SampleReader(storage, threads=3) as reader:
+        for _ in range(2):
+            batch = reader.read(ids(*order))
+            assert sorted((fault.row, fault.id) for fault in batch.faults) == [
+                (row, sample) for row, sample in enumerate(order) if sample in bad
+            ]
+            good = {row: sample for row, sample in enumerate(order) if sample not in bad}
+            assert {row: batch.images[row].tobytes() for row in good} == {r: content(s) for r, s in good.items()}
+
+
+def test_the_first_bad_row_is_named_with_its_file_place_and_sample(storage: Storage) -> None:
+    damage(storage, 25, 2)
+    with SampleReader(storage) as reader, pytest.raises(ShardSetError) as error:
+        reader.read(ids(7, 25, 2)).checked()
+    assert str(error.value) == (
+        f"{storage.files.name(1)}: the 125 bytes at offset 610 are not the ones that were sharded: their hash differs; "
+        "run 'pipeline verify' on the set (sample 25)"
+    )
+
+
+def test_bytes_that_are_right_at_the_second_reading_are_no_fault(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were damaged on the way here."""
+    readings, read = [], storage.files.read
+
+    def damaged_once(file: int, target: NDArray[np.uint8], offset: int) -> None:
+        read(file, target, offset)
+        readings.append(offset)
+        if len(readings) == 1:
+            target[0] ^= 1
+
+    monkeypatch.setattr(storage.files, "read", damaged_once)
+    with SampleReader(storage) as reader:
+        assert reader.read(ids(4)).checked().images[0].tobytes() == content(4)
+    assert readings == [406, 406]
+
+
+def test_without_the_check_damage_is_not_noticed(storage: Storage) -> None:
+    damage(storage, 5)
+    with SampleReader(storage, check=False) as reader:
+        assert reader.read(ids(4, 5)).checked().images[1].tobytes() == b"\xff" + content(5)[1:]
+
+
+def test_a_missing_file_is_a_fault_of_its_samples(storage: Storage) -> None:
+    Path(storage.files.name(1)).unlink()
+    with SampleReader(storage) as reader:
+        batch = reader.read(ids(30, 1, 20))
+    assert sorted((fault.row, fault.id) for fault in batch.faults) == [(0, 30), (2, 20)]
+    assert str(batch.faults[0].error).startswith(f"{storage.files.name(1)}: missing; copy it again")
+
+
+def test_a_storage_failure_ends_the_read_and_names_the_sample(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object) -> None:
+        raise StorageFailed("stale file handle")
+
+    monkeypatch.setattr(storage.files, "read", failing)
+    with SampleReader(storage) as reader, pytest.raises(StorageFailed, match=r"^stale file handle \(sample 33\)$"):
+        reader.read(ids(33))
+
+
+@pytest.mark.parametrize(("ahead", "taken"), [(0, [1, 2, 3, 4, 5, 5]), (2, [3, 4, 5, 5, 5, 5]), (9, [5] * 6)])
+def test_batches_are_taken_ahead_and_come_in_order(storage: Storage, ahead: int, taken: list[int]) -> None:
+    begun = []
+
+    def batches() -> Iterator[tuple[NDArray[np.int64], str]]:
+        for number in range(5):
+            begun.append(number)
+            yield ids(number, 30 + number), f"batch {number}"
+
+    found = []
+    with SampleReader(storage) as reader:
+        for number, (batch, extra) in enumerate(reader.read_ahead(batches(), ahead)):
+            assert (batch.ids.tolist(), extra) == ([number, 30 + number], f"batch {number}")
+            assert batch.checked().images[1].tobytes() == content(30 + number)
+            found.append(len(begun))
+    assert [*found, len(begun)] == taken
+
+
+def test_an_interrupted_reader_reads_no_more_and_a_closed_one_has_ended_its_threads(storage: Storage) -> None:
+    reader = SampleReader(storage)
+    reader.read(ids(0))
+    reader.interrupt()
+    with pytest.raises(Interrupted):
+        reader.read(ids(25))
+    reader.close()
+    assert storage.files.open_now == 0  # type: ignore[attr-defined]
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        next(reader.read_ahead([(ids(0), None)], 0))
+
+
+def test_files_are_named_by_shard(storage: Storage, tmp_path: Path) -> None:
+    with SampleReader(storage) as reader:
+        assert (reader.file_of(0), reader.file_of(1)) == (str(tmp_path / "0.bin"), str(tmp_path / "1.bin"))
+        assert reader.random_access()
+    one = Storage(storage.index[:PER_SHARD], LocalFiles([tmp_path / "0.bin"]), one_file=True)
+    with SampleReader(one) as reader:
+        assert reader.file_of(7) == str(tmp_path / "0.bin")
