@@ -1,0 +1,205 @@
+"""Golden values of a checkpoint's files, and what is said of damaged ones (launch/run/checkpoint.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import xxhash
+
+import fat
+from launch.run.checkpoint import (
+    CheckpointError,
+    DamagedCheckpoint,
+    Fingerprint,
+    hash_file,
+    open_checkpoint,
+    render_meta,
+)
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.progress import Progress
+from shards.errors import StorageFailed, UserError
+
+PROGRESS = Progress(
+    step=25, epoch=2, epoch_step=5, best=0.25, best_of="average", is_best=True, pending_evaluation=False, seconds=1.5
+)
+FINGERPRINT = Fingerprint(fixed={"global_batch": 64, "data": "s\u00e9t"}, free={"lr": 0.1, "note": None})
+STATE = {"model/w": torch.arange(6.0).view(2, 3), "ema/w": torch.ones(2, 3)}
+# Values of this implementation at its first release. A change here makes earlier checkpoints unreadable.
+META = """{
+ "version": 1,
+ "progress": {
+  "step": 25,
+  "epoch": 2,
+  "epoch_step": 5,
+  "best": 0.25,
+  "best_of": "average",
+  "is_best": true,
+  "pending_evaluation": false,
+  "seconds": 1.5
+ },
+ "fingerprint": {
+  "fixed": {
+   "global_batch": 64,
+   "data": "s\\u00e9t"
+  },
+  "free": {
+   "lr": 0.1,
+   "note": null
+  }
+ },
+ "files": {
+  "state.safetensors": {
+   "bytes": 200,
+   "xxh3": "30be464df6c8bbd1"
+  }
+ },
+ "hash": "70d3f436c99609af"
+}
+"""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    return CheckpointFolder(tmp_path).save(STATE, PROGRESS, FINGERPRINT)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change entries of the metadata, those of `progress` too, and give it the hash that fits."""
+    meta = json.loads((path / "meta.json").read_text())
+    del meta["hash"]
+    for name, value in changes.items():
+        (meta["progress"] if name in meta["progress"] else meta)[name] = value
+    (path / "meta.json").write_text(render_meta(meta))
+
+
+def test_golden_files(saved: Path) -> None:
+    assert (saved / "meta.json").read_text() == META
+    assert xxhash.xxh3_64_hexdigest((saved / "state.safetensors").read_bytes()) == "30be464df6c8bbd1"
+
+
+def test_files_of_several_chunks_are_hashed_whole(tmp_path: Path) -> None:
+    content = bytes(range(256)) * (9 << 12)
+    (tmp_path / "file").write_bytes(content)
+    assert hash_file(tmp_path / "file") == (9 << 20, xxhash.xxh3_64_hexdigest(content))
+    (tmp_path / "empty").touch()
+    assert hash_file(tmp_path / "empty") == (0, "2d06800538d394c2")
+
+
+def test_a_checkpoint_is_opened_by_its_path(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    for path in (saved, Path()):
+        found = open_checkpoint(path)
+        assert (found.path, found.progress, found.fingerprint) == (path, PROGRESS, FINGERPRINT)
+        loaded = found.load()
+        assert {name: tensor.tolist() for name, tensor in loaded.items()} == {
+            name: tensor.tolist() for name, tensor in STATE.items()
+        }
+    with pytest.raises(DamagedCheckpoint) as error:
+        open_checkpoint(saved / "step-25")
+    assert str(error.value) == f"{saved}/step-25: not the name of a checkpoint (step-00001234)"
+
+
+def test_the_state_tells_of_its_model(tmp_path: Path) -> None:
+    info = fat.WeightsInfo(size=64)
+    path = CheckpointFolder(tmp_path, info=info).save(STATE, PROGRESS, FINGERPRINT)
+    assert open_checkpoint(path).info() == info
+
+
+@pytest.mark.parametrize(
+    ("changes", "fact"),
+    [
+        ({"step": 26}, "meta.json: written for step 26"),
+        ({"epoch": 3}, "meta.json: step 25 cannot be step 5 of epoch 3"),
+        ({"epoch": 0}, "meta.json: step 25 cannot be step 5 of epoch 0"),
+        ({"epoch_step": 26}, "meta.json: step 25 cannot be step 26 of epoch 2"),
+        ({"epoch": 1, "epoch_step": 26}, "meta.json: step 25 cannot be step 26 of epoch 1"),
+        ({"best": 0.0}, "meta.json: marked as the best without an evaluation"),
+        ({"pending_evaluation": True}, "meta.json: marked as the best without an evaluation"),
+        ({"files": {}}, "meta.json: no state.safetensors"),
+    ],
+)
+def test_contradictions_in_the_metadata_are_named(saved: Path, changes: dict[str, Any], fact: str) -> None:
+    rewrite(saved, **changes)
+    with pytest.raises(DamagedCheckpoint) as error:
+        open_checkpoint(saved)
+    assert str(error.value) == f"{saved}: damaged ({fact}); skipped"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"epoch": 0, "epoch_step": 25},
+        {"epoch": 5, "epoch_step": 0},
+        {"epoch": 1},
+        {"is_best": False, "best": 0.0},
+        {"is_best": False, "pending_evaluation": True},
+    ],
+)
+def test_other_positions_and_evaluations_are_no_contradiction(saved: Path, changes: dict[str, Any]) -> None:
+    rewrite(saved, **changes)
+    progress = open_checkpoint(saved).progress
+    assert {name: getattr(progress, name) for name in changes} == changes
+
+
+def test_another_version_is_refused(saved: Path) -> None:
+    rewrite(saved, version=2)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(saved)
+    assert not isinstance(error.value, DamagedCheckpoint)
+    assert str(error.value) == (
+        f"{saved}: checkpoint version 2, this tool reads 1; resume with the tool that wrote it, or use another run "
+        "folder (--out)"
+    )
+
+
+def test_files_that_do_not_match_their_hash_are_named(saved: Path) -> None:
+    with open(saved / "state.safetensors", "ab") as file:
+        file.write(b"x")
+    with pytest.raises(DamagedCheckpoint) as error:
+        open_checkpoint(saved)
+    assert str(error.value) == f"{saved}: damaged (state.safetensors does not match its hash); skipped"
+    meta = (saved / "meta.json").read_text()
+    (saved / "meta.json").write_text(meta.replace("0.1", "0.2"))
+    with pytest.raises(DamagedCheckpoint) as error:
+        open_checkpoint(saved)
+    assert str(error.value) == f"{saved}: damaged (meta.json does not match its hash); skipped"
+
+
+@pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
+def test_missing_files_are_named(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    with pytest.raises(DamagedCheckpoint) as error:
+        open_checkpoint(saved)
+    assert str(error.value) == f"{saved}: damaged ({name}: No such file or directory); skipped"
+
+
+def test_a_state_that_changes_after_the_check_is_not_loaded(saved: Path) -> None:
+    found, path = open_checkpoint(saved), saved / "state.safetensors"
+    whole = path.read_bytes()
+    for content in (whole[:-1] + b"x", whole[:-1], whole + b"x"):
+        path.write_bytes(content)
+        with pytest.raises(StorageFailed) as error:
+            found.load()
+        assert str(error.value) == f"{path}: has changed since it was checked; start again"
+    path.unlink()
+    with pytest.raises(UserError) as error:
+        found.load()
+    assert str(error.value) == f"{path}: missing; the run folder (--out) must be on storage that all nodes share"
+
+
+def test_a_state_that_never_was_readable_is_refused(saved: Path) -> None:
+    """Its hash fits: it was written like that."""
+    (saved / "state.safetensors").write_bytes(b"no tensors")
+    size, digest = hash_file(saved / "state.safetensors")
+    rewrite(saved, files={"state.safetensors": {"bytes": size, "xxh3": digest}})
+    found = open_checkpoint(saved)
+    for read in (found.load, found.info):
+        with pytest.raises(CheckpointError) as error:
+            read()
+        message = str(error.value)
+        assert message.startswith(f"{saved}/state.safetensors: not a readable state (")
+        assert message.endswith(f"); remove {saved}, then start again")
