@@ -24,7 +24,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-fuzz test-dist test-slurm test-all lint audit bench gpu clean
+.PHONY: help install demo test test-unit test-fuzz test-dist test-slurm test-all mutants lint audit bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,10 @@ slurm-installed:
 
 test-all: lint $(FOR_TESTS) slurm-installed  ## every test, the long campaigns too
 	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests -m "not gpu"
+
+# Not part of `make test-all`: an hour on two cores. FILES="pipeline/plan.py ..." takes some of the files.
+mutants: $(FOR_TESTS)  ## mutation testing of the files in tests/mutation/campaign.toml: which changes of code no test notices
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation.campaign --workers $(TEST_WORKERS) $(FILES)
 
 lint: $(FOR_TESTS)  ## ruff and mypy
 	$(BIN)/ruff check .
