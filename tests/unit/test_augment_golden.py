@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from pipeline.augment.params import MixParams, SampleParams, draw, mix_params
+from pipeline.augment.params import MixParams, SampleParams, cutmix_box, draw, mix_params
 from pipeline.augment.recipe import augment_recipe
 
 
@@ -154,3 +154,12 @@ def test_golden_samples(options: dict[str, Any], expected: dict[str, str]) -> No
 @pytest.mark.parametrize(("options", "expected"), MIXES)
 def test_golden_mixes(options: dict[str, Any], expected: dict[str, str]) -> None:
     assert digests(mixes(**options)) == expected
+
+
+def test_golden_boxes_of_cutmix() -> None:
+    """Inside the image, over its upper left and its lower right corner, all of it, nothing."""
+    lam = np.array([0.75, 0.75, 0.75, 0.0, 1.0])
+    box, kept = cutmix_box(lam, np.array([[5, 4], [1, 2], [9, 8], [5, 5], [3, 3]]), 10)
+    assert box.dtype == np.int32
+    assert box.tolist() == [[3, 2, 5, 5], [0, 0, 4, 5], [7, 6, 3, 4], [0, 0, 10, 10], [3, 3, 0, 0]]
+    assert kept.tolist() == [0.75, 0.8, 0.88, 0.0, 1.0]

@@ -157,6 +157,12 @@ def test_evaluation_takes_each_sample_exactly_once_at_every_world_size() -> None
                 assert ids[ids != NO_SAMPLE].tolist() == list(range(samples))
 
 
+def test_an_evaluation_takes_no_more_steps_than_it_needs() -> None:
+    starts = (0, 10, 11, 57, 99, 100)
+    assert [EvalPlan(100, batch=5, world=3, start=start).steps for start in starts] == [7, 6, 6, 3, 1, 0]
+    assert EvalPlan(100, batch=5).steps == 20
+
+
 def test_an_evaluation_that_was_broken_off_is_ended_by_another_number_of_ranks() -> None:
     for samples in (1, 50, 199):
         for world, batch, most in ((1, 7, 2), (3, 4, 1), (8, 64, 0), (9, 30, 1)):
