@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from tests.support.commands import run_pipeline
 
 # A shell that starts us in the background lets SIGINT be ignored, by us and by everything that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+with contextlib.suppress(ImportError):  # tests of kernels run where it is not installed
+    from hypothesis import settings
+
+    # A shared machine may take longer for an example than the default of 200 ms.
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
