@@ -1,0 +1,23 @@
+"""Numbers of the random streams, which are part of every key (pipeline/rng.py)."""
+
+from __future__ import annotations
+
+from pipeline.rng import Stream
+
+
+def test_streams_are_never_renumbered() -> None:
+    assert {stream.name: stream.value for stream in Stream} == {
+        "SHARD_ORDER": 1,
+        "ROTATION": 2,
+        "WINDOW_ORDER": 3,
+        "CROP": 4,
+        "FLIP": 5,
+        "RAND_AUGMENT": 6,
+        "ERASE": 7,
+        "ERASE_NOISE": 8,
+        "MIX": 9,
+        "DROP_PATH": 10,
+        "SUBSTITUTE": 11,
+        "SHUFFLE": 12,
+        "INIT": 13,
+    }
