@@ -92,6 +92,13 @@ def test_meta_json_is_indented_and_ends_with_a_line_end(tmp_path: Path) -> None:
     assert json.loads(text)["progress"] == asdict(Progress(step=20, epoch=2))
 
 
+def test_the_order_of_keys_is_not_part_of_the_hash(tmp_path: Path) -> None:
+    path = saved(tmp_path, Progress(step=20, epoch=2))
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps(dict(reversed(meta.items()))))
+    assert open_checkpoint(path).progress.step == 20
+
+
 def test_metadata_of_up_to_a_mebibyte_is_read(tmp_path: Path) -> None:
     """White space is not part of the hash, so it can fill meta.json to the limit."""
     path = saved(tmp_path, Progress(step=20, epoch=2))
