@@ -60,6 +60,8 @@ class Evaluate:
     behind the set's location."""
     split: str = "val"
     """Split to evaluate."""
+    cache: Path | None = None
+    """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
     size: ModelSide | None = None
     """Side of the images in pixels. None = that of the training, else 224."""
     crop_pct: CropPct | None = None
@@ -90,7 +92,8 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     if command.json is not None:
         check_output(command.json, "--json")
     world = connect()
-    dataset = DataConfig(data=command.data, set_digest=command.set_digest).open(local_ranks=world.local_size)
+    data = DataConfig(data=command.data, set_digest=command.set_digest, cache=command.cache)
+    dataset = data.open(local_ranks=world.local_size)
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
     found = load_model(command.model, average=command.average)
@@ -198,8 +201,8 @@ def main() -> int:
     @kernels_from_environment()
     def run() -> int:
         command = tyro.cli(Evaluate, description=__doc__)
-        command = replace(command, data=command.data or os.environ.get("FAT_DATA"))
-        result = evaluate(command)
+        data = DataConfig(data=command.data, cache=command.cache).with_environment(os.environ)
+        result = evaluate(replace(command, data=data.data, cache=data.cache))
         if result is not None:
             show(result)
             if command.json is not None:
