@@ -129,7 +129,7 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         device=world.device,
         dtype=dtype,
         split=command.split,
-        options=LoaderOptions(),
+        options=LoaderOptions(decode_threads=world.cores),
     )
     outputs = None if mapping.outputs is None else torch.tensor(mapping.outputs, device=world.device)
     with loader:
