@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from benchmarks.taking_turns import machine, medians, ratio, take_turns
 from launch.cli import main as pipeline
-from pipeline import background
+from pipeline import jobs
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import TrainLoader
 from pipeline.plan import BatchShape, TrainPlan
@@ -128,7 +128,7 @@ def slow_storage(dataset: ShardSet, split: str, **options: Any) -> Storage:
 
 def loader(dataset: ShardSet, *, slow: bool) -> Iterator[int]:
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=BATCH, seed=0)
-    background.storage_of = slow_storage if slow else storage_of
+    jobs.storage_of = slow_storage if slow else storage_of
     with TrainLoader(
         dataset, plan, BatchShape(global_batch=BATCH), augment_recipe("light"), epochs=1000, device=CPU
     ) as images:

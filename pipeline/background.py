@@ -162,7 +162,7 @@ class BackgroundLoader(ABC):
         rows: int,
         evaluation: bool = False,
         normalisation: Normalisation | None = None,
-    ) -> Iterator[tuple[torch.Tensor, PreparedBatch]]:
+    ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
         """Decode, crop, resize and flip: images [n, size, size, 3] on the device (see `Decoder`)."""
         decoder = make_decoder(
             self._loader,
@@ -173,7 +173,12 @@ class BackgroundLoader(ABC):
             evaluation=evaluation,
             normalisation=normalisation,
         )
-        return ((images, batch) for images, _, batch in decoder.decode((each.job, each) for each in prepared))
+        decoded = decoder.decode((each.job, each) for each in prepared)
+        try:
+            for images, _, batch in decoded:
+                yield images, batch
+        finally:
+            decoded.close()
 
     def _start_process(self, stream: JobStream) -> FeedProcess | None:
         if not self._in_process:

@@ -9,6 +9,7 @@ A loader's state is the position of the last batch *delivered*; what it has pref
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import torch
@@ -112,8 +113,11 @@ class TrainLoader(BackgroundLoader):
         # On a CPU a decoder that has the pixels in its cache normalises them at no cost, if nothing comes in between.
         by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
         normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
-        with self._prepare(self._jobs()) as prepared:
-            decoded = self._decode(prepared, size=size, rows=rows, normalisation=normalisation)
+        with (
+            self._prepare(self._jobs()) as prepared,
+            # Closed here: an error of a later stage keeps the generators alive that it came through.
+            closing(self._decode(prepared, size=size, rows=rows, normalisation=normalisation)) as decoded,
+        ):
             augmented = self._mix(decoded) if by_decoder else self._augmented(decoded)
             yield from (self._batch(images, batch) for images, batch in augmented)
 
@@ -228,8 +232,12 @@ class EvalLoader(BackgroundLoader):
             return
         by_decoder = self._device.type == "cpu"
         normalisation = Normalisation(self._mean, self._std) if by_decoder else None
-        with self._prepare(self._jobs()) as prepared:
-            decoded = self._decode(prepared, size=size, rows=rows, evaluation=True, normalisation=normalisation)
+        with (
+            self._prepare(self._jobs()) as prepared,
+            closing(
+                self._decode(prepared, size=size, rows=rows, evaluation=True, normalisation=normalisation)
+            ) as decoded,
+        ):
             normalised = ((self._channels_first(p) if by_decoder else self._normalise(p), b) for p, b in decoded)
             yield from (self._batch(images, batch) for images, batch in normalised)
 

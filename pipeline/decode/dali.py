@@ -51,7 +51,7 @@ class DaliDecoder:
     normalisation: Normalisation | None = None
     settings: Settings = field(default_factory=Settings)
 
-    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
+    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
         """Decode jobs in order.
 
         Raises:

@@ -8,7 +8,7 @@ and OpenCV behind one call each, without Python in between); that works here, on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -58,7 +58,7 @@ class FfcvDecoder:
     ahead: int = 2
     normalisation: Normalisation | None = None
 
-    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
+    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
         under_way: deque[tuple[_Task, DecodeJob, T]] = deque()
         buffers = BufferPool()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="ffcv") as pool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -76,7 +76,7 @@ class Normalisation:
 class Decoder(Protocol):
     """Turns a stream of jobs into a stream of batches, in order."""
 
-    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Iterator[tuple[torch.Tensor, DecodeJob, T]]:
+    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
         """Decode jobs.
 
         Yields:

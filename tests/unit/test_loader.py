@@ -238,6 +238,25 @@ def three_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("three_threads")
+def test_an_error_behind_the_decoder_ends_the_decoder_too(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the error is kept, and with it the frames that it came through."""
+
+    def fails(*_: object) -> None:
+        raise ArithmeticError
+
+    before = set(threading.enumerate())
+    monkeypatch.setattr("pipeline.loader.BatchAugment", lambda *_, **__: fails)
+    _, loader = train_loader(digits, augment_recipe("fat", size=32))
+    with pytest.raises(ArithmeticError):
+        next(loader)
+    assert loader._prefetcher is not None
+    loader._prefetcher._thread.join()
+    with pytest.raises(ArithmeticError):
+        next(loader)
+    assert not set(threading.enumerate()) - before
+    loader.close()
+
+
 def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(digits: Path) -> None:
     def seen_by_a_new_thread() -> int:
         found: list[int] = []
