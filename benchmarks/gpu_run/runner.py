@@ -63,7 +63,6 @@ class Runner:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH", "")])),
             "PYTHONUNBUFFERED": "1",  # what a killed part had said is not lost
             "PYTHONDONTWRITEBYTECODE": "",  # later parts import the kit faster
-            "FAT_TUNED": "off",
             "DS_IGNORE_CUDA_DETECTION": "1",  # DeepSpeed looks for nvcc otherwise
         } | ({"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"} if on_cpu else {})
 

@@ -56,7 +56,7 @@ class Starter:
         self._launcher, self._folder = launcher, folder
 
     def __call__(self, *arguments: object, **environment: str) -> Started:
-        environment = {"FAT_TUNED": "off", "OMP_NUM_THREADS": "1"} | environment
+        environment = {"OMP_NUM_THREADS": "1"} | environment
         self._launcher.start("tests.dist.damage_run", *arguments, **environment)
         (status,) = self._launcher.join()
         return Started(status, (self._folder / "errors.txt").read_text(errors="replace"))

@@ -488,7 +488,7 @@ def test_parts_have_their_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["TRITON_CACHE_DIR"] == str(tmp_path / "triton-cache")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
     assert found["XDG_CACHE_HOME"] == str(work / "cache")
-    assert (found["HF_HOME"], found["OMP_NUM_THREADS"], found["FAT_TUNED"]) == ("/its/own", "3", "off")
+    assert (found["HF_HOME"], found["OMP_NUM_THREADS"]) == ("/its/own", "3")
     assert found["DS_IGNORE_CUDA_DETECTION"] == "1"
 
 
