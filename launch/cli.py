@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from launch.config.recipe import Recipe
 
 CHART_FORMATS = (".png", ".pdf", ".svg")
+MODERATE_BATCH = {"cuda": 256, "cpu": 16}  # images per forward pass: the default of 1024 is that of several GPUs
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Bench:
         import torch
 
         from launch.bench.chart import write_chart
-        from launch.bench.run import bench, one_rank, write_json
+        from launch.bench.run import bench, write_json
         from launch.bench.verdict import table
         from launch.engine.execution import kernels_from_environment
 
@@ -77,9 +78,7 @@ class Bench:
             check_output(self.json, "--json")
         check_output(self.chart, "--chart", CHART_FORMATS)
         cuda = torch.cuda.is_available()
-        # The recipe's batch of 1024 is that of many GPUs.
-        rows = {"global_batch": self.ranks * (256 if cuda else 16)}
-        recipe = one_rank(_training_recipe(self.dataset, training, rows), ranks=self.ranks)
+        recipe = self._recipe(training, MODERATE_BATCH["cuda" if cuda else "cpu"])
         steps = self.steps or (30 if cuda else 6)
         with kernels_from_environment():
             figures = bench(recipe, ranks=self.ranks, steps=steps, decoder_check=self.decoder_check)
@@ -88,6 +87,21 @@ class Bench:
             write_json(figures, self.json)
         write_chart(figures, self.chart)
         return 0
+
+    def _recipe(self, training: Sequence[str], rows: int) -> Recipe:
+        """The recipe of the training options; where they give no batch size, with at most `rows` per forward pass."""
+        from pipeline.plan import BatchShape
+
+        recipe = _training_recipe(self.dataset, training)
+        data = recipe.data
+        pairs = data.augmentation().mixes
+        shape = BatchShape(global_batch=data.global_batch, world=self.ranks, micro_batch=data.micro_batch, pairs=pairs)
+        if data.micro_batch is not None or shape.micro_rows <= rows:
+            return recipe
+        smaller = _training_recipe(self.dataset, training, {"global_batch": rows * self.ranks})
+        if smaller != recipe:
+            _say(f"no --global-batch or --micro-batch is given: {rows} images per forward pass are measured")
+        return smaller
 
 
 @dataclass(frozen=True)

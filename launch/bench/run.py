@@ -22,10 +22,11 @@ from launch.bench.verdict import Figures, verdict
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.engine import Engine
+from launch.engine.execution import Execution, choose
 from launch.engine.kernel_check import check_recipe
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
-from launch.feed import Feed
+from launch.feed import Feed, feed_of_one_rank
 from launch.jpeg_decoder import with_decoder
 from launch.machine.device_peaks import limits_of
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
@@ -34,7 +35,6 @@ from pipeline.batch import Batch
 from pipeline.decode.choose import chosen_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
-from pipeline.plan import BatchShape
 from shards.cores import cores as usable_cores
 from shards.files.output import write_output
 from shards.redact import printable, redacted
@@ -42,46 +42,44 @@ from shards.redact import printable, redacted
 ROUNDS = 3
 
 
-def one_rank(recipe: Recipe, *, ranks: int) -> Recipe:
-    """The recipe of a training by one rank, with the micro-batch that rank 0 of `ranks` has in `recipe`.
-
-    Raises:
-        PlanError: the global batch cannot be divided.
-    """
-    data = recipe.data
-    shape = BatchShape(
-        global_batch=data.global_batch, world=ranks, micro_batch=data.micro_batch, pairs=data.augmentation().mixes
-    )
-    data = dataclasses.replace(data, global_batch=shape.micro_rows, micro_batch=None, lanes=None)
-    return dataclasses.replace(recipe, data=data)
-
-
 def bench(recipe: Recipe, *, ranks: int = 1, steps: int, decoder_check: bool = True) -> Figures:
-    """Measure a recipe on this machine, in this process alone.
+    """Measure what one of `ranks` ranks of a training does, in this process alone.
 
     Args:
-        recipe: what would be trained by one rank (`one_rank`); nothing is written.
-        ranks: among which the cores of this machine are divided.
+        recipe: of the training; nothing is written.
+        ranks: that the training will have on this machine. Measured are the micro-batch of one, with the ZeRO stage and
+            the options that so many have, on its share of the cores; neither accumulation nor communication.
         steps: optimiser steps per round of each measurement.
         decoder_check: also compare the GPU's two JPEG decoders.
 
     Raises:
-        UserError: recipe and data do not fit together.
+        UserError: recipe, data and ranks do not fit together.
     """
     world = connect(numa_binding=recipe.parallel.numa_binding, local_size=ranks)
     try:
-        feed = Feed.of(recipe, world)
+        feed = feed_of_one_rank(recipe, world, ranks=ranks)
         check_batches_fit(feed)
-        model, shape = build_model(recipe, feed.classes), feed.shape
+        shape, parallel = feed.shape, recipe.parallel
+        # Reject what training on so many ranks would reject.
+        Execution.of(
+            recipe.compile,
+            parallel,
+            world.device,
+            accumulation=shape.accumulation,
+            ranks=ranks,
+            freeze_bn=recipe.model.freeze_bn,
+        )
+        zero, _ = choose(parallel, world.device, ranks=ranks)
+        feed = feed.with_recipe(dataclasses.replace(recipe, parallel=dataclasses.replace(parallel, zero=zero)))
+        model = build_model(recipe, feed.classes)
         verdict = check_recipe(recipe, feed, model)
         feed, decoder = with_decoder(feed, began=None)
-        recipe = feed.recipe
-        engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+        engine = Engine(model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=1)
         for note in (*(decoder.messages if decoder else ()), *engine.notes):
             print(printable(note), file=sys.stderr)
-        figures = _figures(recipe, feed, engine, steps)
+        figures = _figures(feed, engine, steps)
         decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
-        settings = figures.settings | verdict.resolved
+        settings = figures.settings | {"ranks": ranks} | verdict.resolved
         return dataclasses.replace(figures, settings=settings, decoders=decoders)
     finally:
         disconnect()
@@ -94,18 +92,15 @@ def _long_enough(feed: Feed, batches: int) -> Feed:
     return feed.with_recipe(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=epochs)))
 
 
-def _figures(recipe: Recipe, feed: Feed, engine: Engine, steps: int) -> Figures:
-    device, shape = engine.world.device, feed.shape
-    rate, number = (
-        rate_of(recipe.optim, global_batch=feed.plan.global_batch, steps_per_epoch=feed.plan.steps_per_epoch),
-        itertools.count(),
-    )
+def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
+    recipe, plan, device, number = feed.recipe, feed.plan, engine.world.device, itertools.count()
+    rate = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
 
     def step(batch: Batch) -> None:
         at = next(number)
         engine.step([batch], step=at, lr=rate(at))
 
-    batch, ahead = shape.micro_rows, feed.loader_options.settings.ahead
+    batch, ahead = feed.shape.micro_rows, feed.loader_options.settings.ahead
 
     def opener(what: Feed) -> OpenLoader:
         longer = _long_enough(what, ahead + steps)

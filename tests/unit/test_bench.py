@@ -20,7 +20,7 @@ from PIL import Image
 
 from launch.bench.chart import draw
 from launch.bench.phases import MOST_STRETCHES, STRETCH, compare, predict
-from launch.bench.run import _long_enough, _reading, one_rank
+from launch.bench.run import _long_enough, _reading
 from launch.bench.verdict import Figures, Phase, bottleneck, verdict
 from launch.cli import main as pipeline
 from launch.config.command_line import parse
@@ -65,11 +65,48 @@ def test_the_check_of_decoders_can_be_left_out(tmp_path: Path, digits: Path, mon
     assert found["decoders"]["skipped"] == "--no-decoder-check"
 
 
-def test_the_micro_batch_of_one_rank_is_measured() -> None:
-    recipe = parse(["--data", "x", "--global-batch", "96", "--micro-batch", "8", "--lanes", "4"])
-    data = one_rank(recipe, ranks=4).data
-    assert (data.global_batch, data.micro_batch, data.lanes) == (8, None, None)
-    assert one_rank(parse(["--data", "x", "--global-batch", "96"]), ranks=4).data.global_batch == 24
+@pytest.mark.parametrize(
+    ("ranks", "batch", "rows", "said"),
+    [
+        (2, ("--global-batch", "32", "--micro-batch", "8", "--lanes", "16"), 8, False),
+        (4, ("--global-batch", "96"), 24, False),
+        (1, ("--global-batch", "1024"), 1024, False),
+        (2, (), 16, True),
+        (128, (), 8, False),
+    ],
+)
+def test_the_micro_batch_of_one_rank_is_measured(
+    *,
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    ranks: int,
+    batch: tuple[str, ...],
+    rows: int,
+    said: bool,
+) -> None:
+    seen: list[Feed] = []
+    resolved: list[dict[str, Any]] = []
+
+    def measured(feed: Feed, *_: object) -> Figures:
+        seen.append(feed)
+        return figures()
+
+    # What depends on the number of ranks needs a GPU.
+    monkeypatch.setattr("launch.bench.run.Execution.of", lambda *_, **options: resolved.append(options))
+    monkeypatch.setattr("launch.bench.run._figures", measured)
+    monkeypatch.setattr("launch.bench.run.Engine", lambda *_, **__: SimpleNamespace(notes=[]))
+    monkeypatch.setattr("launch.bench.chart.write_chart", lambda *_: None)
+    arguments = ("bench", str(digits), "--ranks", str(ranks), "--", "--size", "32", "--augment", "light", *batch)
+    assert pipeline(arguments) == 0
+    assert seen[0].shape.micro_rows == rows
+    assert (resolved[0]["ranks"], resolved[0]["accumulation"]) == (ranks, seen[0].shape.accumulation)
+    assert (f"{rows} images per forward pass are measured" in capsys.readouterr().out) is said
+
+
+def test_a_batch_that_ranks_cannot_divide_is_refused(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert pipeline(["bench", str(digits), "--ranks", "3", "--", "--global-batch", "100"]) == 2
+    assert "world size 3 does not divide the global batch of 100" in capsys.readouterr().err
 
 
 def test_reading_is_measured_without_decoding(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
