@@ -46,6 +46,11 @@ Answer = Callable[[BaseHTTPRequestHandler, int, int, bytes], None]
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests whose server never recovers; in others, a slow machine would have no time for a second request."""
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.1)
 
 
@@ -131,10 +136,11 @@ def test_a_fault_that_passes_is_repeated(site: Site, fault: str, caplog: pytest.
     assert "asking again for at most" in line
 
 
+@pytest.mark.usefixtures("gives_up")
 @pytest.mark.parametrize("fault", TRANSIENT)
 def test_a_fault_that_stays_ends_as_a_failure_of_the_server(site: Site, fault: str) -> None:
     answers(site, TRANSIENT[fault][0])
-    with pytest.raises(ServerFailed, match=rf"{FILE}: failed \d+ times in 0 s.*{TRANSIENT[fault][1]}") as raised:
+    with pytest.raises(ServerFailed, match=rf"{FILE}: failed \d+ times in \d+ s.*{TRANSIENT[fault][1]}") as raised:
         Remote(site.url).read(FILE, START, STOP)
     assert raised.value.exit_code == 1
 
@@ -228,19 +234,20 @@ def drip(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes)
         handler.close_connection = True
 
 
+@pytest.mark.usefixtures("gives_up")
 def test_a_stalled_transfer_is_announced_and_ends(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
     monkeypatch.setattr(remote, "SILENT_SECONDS", 0.2)
     answers(site, drip)
-    with caplog.at_level(logging.WARNING), pytest.raises(ServerFailed, match=r"stalled: [0-9]+ bytes in [01] s"):
+    with caplog.at_level(logging.WARNING), pytest.raises(ServerFailed, match=r"stalled: \d+ bytes in \d+ s"):
         Remote(site.url).read(FILE, START, STOP)
     assert sum("is repeated" in line for line in caplog.messages) == 1
 
 
 def test_a_slow_transfer_that_makes_progress_may_take_longer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "STALL_SECONDS", 0.6)
+    monkeypatch.setattr(remote, "STALL_SECONDS", 1.5)
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
 
     def slow(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) -> None:
@@ -250,7 +257,7 @@ def test_a_slow_transfer_that_makes_progress_may_take_longer(site: Site, monkeyp
         handler.end_headers()
         for at in range(start, stop, 100_000):
             handler.wfile.write(content[at : min(at + 100_000, stop)])
-            time.sleep(0.12)
+            time.sleep(0.2)
 
     answers(site, slow)
     assert Remote(site.url).read(FILE, START, STOP) == CONTENT[START:STOP]
