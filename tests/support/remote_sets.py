@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from pipeline.storage.remote import staged_files
 from shards.format.dataset import ShardSet
 from tests.support.cached import cached
 from tests.support.serving import Site, serve
+from tests.support.waiting import wait_until
 
 CPU = torch.device("cpu")
 RECIPE = augment_recipe("light", size=32)
@@ -62,12 +62,9 @@ def same(found: list[Batch], expected: list[Batch]) -> bool:
     )
 
 
-def staged(loader: TrainLoader | EvalLoader, cache: Path, files: int, seconds: float = 20) -> None:
+def wait_until_staged(cache: Path, files: int) -> None:
     """Wait until that many tars are whole in the cache."""
-    end = time.monotonic() + seconds
-    while len(cached(cache, "*.tar")) < files:
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+    wait_until(lambda: len(cached(cache, "*.tar")) >= files)
 
 
 def size_of(cache: Path) -> int:

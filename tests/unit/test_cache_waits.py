@@ -26,8 +26,9 @@ from shards.files import waiting
 from shards.format.dataset import ShardSet
 from tests.support.cached import cached, own_folder
 from tests.support.launching import ROOT, environment
-from tests.support.remote_sets import batches_of, impatient, same, shards_of, site, train
+from tests.support.remote_sets import batches_of, impatient, same, shards_of, site, train, wait_until_staged
 from tests.support.serving import Site
+from tests.support.waiting import wait_until
 
 __all__ = ["impatient", "site"]  # fixtures
 
@@ -100,10 +101,8 @@ def test_samples_of_a_shard_that_a_suspended_process_fetches_come_from_the_serve
         loader = train(dataset, epochs=2)
         with loader, caplog.at_level(logging.WARNING):
             found = [next(loader)]
-            end = time.monotonic() + 20
-            while f"process {pid}" not in caplog.text or len(cached(tmp_path / "cache", "*.tar")) < len(others):
-                assert time.monotonic() < end
-                time.sleep(0.05)
+            wait_until(lambda: f"process {pid}" in caplog.text)
+            wait_until_staged(tmp_path / "cache", len(others))
             time.sleep(0.5)
             found += list(loader)
         assert same(found, batches_of(train(ShardSet(photos))))
@@ -128,10 +127,7 @@ def test_a_suspended_process_that_holds_the_lock_is_named_and_costs_speed_alone(
         loader = train(dataset)
         with loader:
             found = [next(loader)]
-            end = time.monotonic() + 20
-            while "one by one" not in caplog.text:
-                assert time.monotonic() < end
-                time.sleep(0.05)
+            wait_until(lambda: "one by one" in caplog.text)
             found += list(loader)
         assert same(found, batches_of(train(ShardSet(photos))))
         assert not cached(tmp_path / "cache", "*.tar")
@@ -182,10 +178,7 @@ def test_a_shard_whose_name_is_taken_is_read_from_the_server(
     victim.write_bytes(b"mine")
     with train(dataset) as loader:
         found = [next(loader)]
-        end = time.monotonic() + 20
-        while len(cached(tmp_path, "*.tar")) < len(shards_of(photos)):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until_staged(tmp_path, len(shards_of(photos)))
         found += list(loader)
     assert same(found, batches_of(train(ShardSet(photos))))
     assert victim.read_bytes() == b"mine"
@@ -222,10 +215,7 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(
     assert np.array_equal(again.index("train"), ShardSet(photos).index("train"))
     with train(again) as loader:
         found = [next(loader)]
-        end = time.monotonic() + 20
-        while not cached(tmp_path, "train-000000.tar") or path.read_bytes() != (photos / name).read_bytes():
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_until(lambda: cached(tmp_path, "train-000000.tar") and path.read_bytes() == (photos / name).read_bytes())
         found += list(loader)
     assert same(found, batches_of(train(ShardSet(photos))))
     assert f"{name}: damaged in the cache (" in caplog.text

@@ -37,8 +37,8 @@ from tests.support.remote_sets import (
     shards_of,
     site,
     size_of,
-    staged,
     train,
+    wait_until_staged,
 )
 from tests.support.serving import Site, serve
 
@@ -54,7 +54,7 @@ def test_the_batches_are_those_of_the_local_set_and_each_shard_is_fetched_once(
         loader = train(dataset, world=world, rank=rank)
         with loader:
             found = [next(loader)]
-            staged(loader, tmp_path, 1)
+            wait_until_staged(tmp_path, 1)
             found += list(loader)
         assert same(found, batches_of(train(ShardSet(photos), world=world, rank=rank)))
     assert same(batches_of(evaluation(dataset)), batches_of(evaluation(ShardSet(photos))))
@@ -66,7 +66,7 @@ def test_a_second_run_fetches_no_shard(site: Site, photos: Path, tmp_path: Path)
     expected = batches_of(train(ShardSet(photos)))
     with train(open_set(site.url, cache=tmp_path)) as loader:
         next(loader)
-        staged(loader, tmp_path, len(shards_of(photos)))
+        wait_until_staged(tmp_path, len(shards_of(photos)))
     site.log.clear()
     loader = train(open_set(site.url, cache=tmp_path))
     time.sleep(0.3)
@@ -125,7 +125,7 @@ def test_what_was_damaged_on_the_way_is_fetched_anew(site: Site, photos: Path, t
     damage_downloads(site, victim, times=2)
     with train(open_set(site.url, cache=tmp_path)) as loader:
         found = [next(loader)]
-        staged(loader, tmp_path, len(shards_of(photos)))
+        wait_until_staged(tmp_path, len(shards_of(photos)))
         found += list(loader)
     assert same(found, batches_of(train(ShardSet(photos))))
     assert site.whole_reads()[victim] == 3
@@ -221,7 +221,7 @@ def test_an_interrupted_download_is_resumed(site: Site, photos: Path, tmp_path: 
         part.append((photos / victim.name).read_bytes()[:700_000])
     with train(dataset) as loader:
         next(loader)
-        staged(loader, tmp_path, len(shards_of(photos)))
+        wait_until_staged(tmp_path, len(shards_of(photos)))
     assert (victim.name, 700_000, victim.bytes) in site.log
     assert site.whole_reads()[victim.name] == 0
     assert (dataset.path / victim.name).read_bytes() == (photos / victim.name).read_bytes()
