@@ -168,7 +168,7 @@ def measure_decoders(
         rates[f"{load:g}"] = taken / (now() - begun)
         if load == 1:
             busy = utilization()
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
     difference = np.abs(pixels[1.0].numpy().astype(np.int16) - pixels[0.0].numpy().astype(np.int16))
     return DecoderFigures(
         engine=engine,

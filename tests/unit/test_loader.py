@@ -237,7 +237,6 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.usefixtures("three_threads")
 def test_an_error_behind_the_decoder_ends_the_decoder_too(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the error is kept, and with it the frames that it came through."""
 
@@ -257,6 +256,7 @@ def test_an_error_behind_the_decoder_ends_the_decoder_too(digits: Path, monkeypa
     loader.close()
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(digits: Path) -> None:
     def seen_by_a_new_thread() -> int:
         found: list[int] = []
