@@ -12,7 +12,8 @@ import torch
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, EvalPlan, TrainPlan
-from pipeline.storage.cache.cache import Cache, Part
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.part import Part
 from pipeline.storage.remote import client as remote
 from pipeline.storage.remote import staged_files
 from shards.format.dataset import ShardSet

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.storage.cache.cache import Cache, CacheFull, DiskFull, Part
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.errors import CacheFull, DiskFull
+from pipeline.storage.cache.part import Part
 from pipeline.storage.remote.shard_set import RemoteSet, open_set
 from shards.format.dataset import ShardSet
 from tests.support import disks

@@ -19,8 +19,10 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.storage.cache.cache import Busy, Cache, CacheFull, ForeignFile, Part
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.errors import CacheFull, ForeignFile
 from pipeline.storage.cache.folder import LOCK, MARKER
+from pipeline.storage.cache.part import Busy, Part
 from pipeline.storage.cache.record import NAME as RECORD
 from pipeline.storage.remote.shard_set import open_set, set_folder
 from shards.errors import UserError

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from pipeline.storage.cache import folder as cache_folder
-from pipeline.storage.cache.cache import Cache, CacheLocked
-from pipeline.storage.cache.folder import LOCK
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.folder import LOCK, CacheLocked
 from pipeline.storage.remote import staging
 from pipeline.storage.remote.shard_set import RemoteSet, open_set
 from shards.errors import StorageFailed

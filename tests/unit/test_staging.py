@@ -17,7 +17,9 @@ import pytest
 import xxhash
 
 from pipeline.plan import BatchShape, EvalPlan, Position, ShardRequest, TrainPlan
-from pipeline.storage.cache.cache import Busy, Cache, CacheFull, Part
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.errors import CacheFull
+from pipeline.storage.cache.part import Busy, Part
 from pipeline.storage.files import Interrupted
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader

@@ -21,17 +21,17 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import xxhash
 
-from pipeline.storage.cache.errors import CacheFull, DiskFull, ForeignFile, PartRemoved, cache_errors, storage_failed
+from pipeline.storage.cache.errors import ForeignFile, PartRemoved, cache_errors, storage_failed
 from pipeline.storage.cache.eviction import Eviction, Stored, forget, status_of
-from pipeline.storage.cache.folder import REMEDY, CacheFolder, CacheLocked
+from pipeline.storage.cache.folder import REMEDY, CacheFolder
 from pipeline.storage.cache.part import Busy, Part
-from pipeline.storage.cache.record import Entry, Record, new_entry
+from pipeline.storage.cache.record import Entry, new_entry
 from shards.errors import UserError
 from shards.files.private_folder import NotPrivate, open_file
 from shards.schema import plain_file_name
@@ -46,8 +46,6 @@ _UNUSABLE = (
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
 )
 _CHUNK = 8 << 20
-
-__all__ = ["Busy", "Cache", "CacheFull", "CacheLocked", "DiskFull", "ForeignFile", "Part", "PartRemoved"]
 
 
 def _never() -> None:
@@ -76,7 +74,7 @@ class Cache:
         # (path, device, inode, size, time of change) of files whose hash this process knows to be right.
         self._verified: set[tuple[Path, int, int, int, int]] = set()
         try:
-            with self._locked(_never) as (root, record):
+            with self._folder.locked(_never) as (root, record):
                 used = sum(stored.entry.size for stored in self._eviction.stored(root, record))
                 damaged = record.damaged
             share = (shutil.disk_usage(self.folder).free + used) * DEFAULT_SHARE
@@ -153,7 +151,7 @@ class Cache:
         folder, name = self._place_of(path)
         with (
             cache_errors(self.place),
-            self._locked(check_interrupt) as (root, record),
+            self._folder.locked(check_interrupt) as (root, record),
             self._folder.set_folder(root, folder, create=True) as inside,
         ):
             entry = record.entries.get((folder, name))
@@ -183,7 +181,7 @@ class Cache:
         folder, name = part.entry.key
         handle, path = part.handle, part.path
         with (
-            self._locked(part.check_interrupt) as (root, record),
+            self._folder.locked(part.check_interrupt) as (root, record),
             self._folder.set_folder(root, folder, create=True) as inside,
         ):
             mine = os.fstat(handle)
@@ -203,16 +201,11 @@ class Cache:
     def remove_part(self, part: Part) -> None:
         """For `Part.discard`."""
         folder, _ = part.entry.key
-        with cache_errors(self.place), self._locked(part.check_interrupt) as (root, record):
+        with cache_errors(self.place), self._folder.locked(part.check_interrupt) as (root, record):
             if record.entries.get(part.entry.key) == part.entry:
                 with contextlib.suppress(FileNotFoundError), self._folder.set_folder(root, folder) as inside:
                     os.unlink(part.entry.part, dir_fd=inside)
                 forget(part.entry, record)
-
-    @contextlib.contextmanager
-    def _locked(self, check_interrupt: Callable[[], None]) -> Iterator[tuple[int, Record]]:
-        with self._folder.locked(check_interrupt) as (root, record):
-            yield root, record
 
     def _place_of(self, path: Path) -> tuple[str, str]:
         folder, name = path.parent.name, path.name
@@ -257,7 +250,7 @@ class Cache:
         folder, name = self._place_of(path)
         with (
             contextlib.suppress(FileNotFoundError),
-            self._locked(check_interrupt) as (root, record),
+            self._folder.locked(check_interrupt) as (root, record),
             self._folder.set_folder(root, folder) as inside,
         ):
             entry = record.entries.get((folder, name))

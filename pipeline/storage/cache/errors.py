@@ -56,6 +56,7 @@ def cache_errors(place: Path, when_full: Callable[[], object] = lambda: None) ->
 
 
 def storage_failed(folder: Path, error: OSError) -> UserError:
+    """Return the error of a cache whose disk is full (`DiskFull`) or failed (`StorageFailed`)."""
     if error.errno in _FULL:
         return DiskFull.of(folder, str(error.strerror))
     return StorageFailed(f"--cache {folder}: {error.strerror or error}; correct that, or give another folder")

@@ -127,6 +127,7 @@ def _find(entry: Entry, folder: int) -> Stored | None:
 
 
 def status_of(name: str, folder: int) -> os.stat_result | None:
+    """Return the status of what has this name, be it a symbolic link; None = nothing."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:

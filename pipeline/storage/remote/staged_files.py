@@ -18,7 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.plan import ShardRequest
-from pipeline.storage.cache.cache import Busy, Cache, CacheFull, CacheLocked, ForeignFile
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.errors import CacheFull, ForeignFile
+from pipeline.storage.cache.folder import CacheLocked
+from pipeline.storage.cache.part import Busy
 from pipeline.storage.files import Interrupted, read_cached, read_fully
 from pipeline.storage.remote.client import Remote
 from pipeline.storage.remote.errors import NoRanges, no_ranges

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import xxhash
 
-from pipeline.storage.cache.cache import Busy, Cache, Part, PartRemoved
+from pipeline.storage.cache.cache import Cache
+from pipeline.storage.cache.errors import PartRemoved
+from pipeline.storage.cache.part import Busy, Part
 from pipeline.storage.remote.client import Remote
 from pipeline.storage.remote.errors import RemoteError
 from shards.errors import StorageFailed
@@ -18,7 +20,6 @@ from shards.files.waiting import Wait
 
 log = logging.getLogger(__name__)
 
-STAGING_THREADS = 4
 CHUNK = 8 << 20  # bytes of an interrupted download that are hashed at once
 VERSIONS = 3  # times that a file is fetched anew when its bytes do not match its hash
 # Waiting for another process that fetches a file ends when no byte has come for this long, which leaves it time to
