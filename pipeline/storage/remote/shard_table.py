@@ -19,10 +19,10 @@ MAX_REQUESTS = 1024
 
 
 class ShardState(enum.Enum):
-    """Where a shard is, for this process."""
+    """Where a shard is, for this process: REMOTE -> DOWNLOADING -> LOCAL -> REMOTE, or back when staging fails."""
 
-    REMOTE = "on the server, from which its samples are read"
-    DOWNLOADING = "being staged by a thread of this process, or waited for while another process stages it"
+    REMOTE = "on the server, from which its samples are read; also while another process stages it"
+    DOWNLOADING = "being staged by a thread of this process; its samples are still read from the server"
     LOCAL = "leased in the cache, from which its samples are read"
 
 
@@ -101,7 +101,7 @@ class ShardTable:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def expect(self, requests: Iterator[ShardRequest]) -> None:
+    def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """Take requests from here, in order, as `look_ahead` finds room for them."""
         self._upcoming = requests
 

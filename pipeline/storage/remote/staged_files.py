@@ -60,7 +60,7 @@ class StagedFiles:
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """Begin to stage what will be read, in this order."""
-        self._shards.expect(requests)
+        self._shards.prefetch(requests)
         self.advance(-1)
         for thread in self._threads:
             thread.start()
