@@ -1,4 +1,4 @@
-"""A second's look at a set before training: are its files the ones that its manifest and its index describe?"""
+"""Check in about a second, before training, that the files of a set are those that its manifest and index describe."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def quick_check(
     """Compare every file's size, then the first and the last sample of as many shards as there is time for.
 
     A truncated shard has another size; one that is stale, or has changed places with another, has other samples.
-    Ranks begin at different shards, so that together they look at more of them.
 
     Args:
         reader: of the split.
+        rank, world: this rank among all. Each begins at another shard, so that together they look at more of them.
         seconds: to spend on samples, at least one look at some.
         one_fault_is_fine: a shard with one bad sample of two is left to whoever reads it.
 

@@ -88,7 +88,7 @@ class Remote:
         Raises:
             What `read` raises.
         """
-        patience, at = Retries(self, name), start
+        retries, at = Retries(self, name), start
         body: Body | None = None
         try:
             while at < stop:
@@ -103,9 +103,9 @@ class Remote:
                     if body is not None:
                         body.close()
                     body = None
-                    patience.failed(error)
+                    retries.failed(error)
                     continue
-                patience.progress()
+                retries.progress()
                 at += len(piece)
                 if at == body.stop:
                     body.close()
@@ -121,7 +121,7 @@ class Remote:
         Raises:
             RemoteError: it has more; otherwise what `read` raises.
         """
-        patience = Retries(self, name)
+        retries = Retries(self, name)
         while True:
             body = self._body(name, 0, None)
             content = bytearray()
@@ -130,7 +130,7 @@ class Remote:
                     content += piece
                 break
             except Exception as error:
-                patience.failed(error)
+                retries.failed(error)
             finally:
                 body.close()
         if len(content) > limit:
@@ -165,7 +165,7 @@ class Remote:
         begun = moved = time.monotonic()
         before = received = body.received
         task = body.start(size)
-        patience = STALL_SECONDS + body.extra_seconds(size)
+        limit = STALL_SECONDS + body.extra_seconds(size)
         try:
             while True:
                 concurrent.futures.wait([task], timeout=_POLL_SECONDS)
@@ -176,7 +176,7 @@ class Remote:
                 now = time.monotonic()
                 if body.received - received >= STALL_BYTES:
                     moved, received = now, body.received
-                if now - moved > patience:
+                if now - moved > limit:
                     raise BadAnswer(f"stalled: {body.received - received:,} bytes in {now - moved:.0f} s")
                 if now - begun > SILENT_SECONDS and self._waiting.due():
                     log.warning(
@@ -187,7 +187,7 @@ class Remote:
                         f"{size:,}",
                         now - begun,
                         f"{STALL_BYTES:,}",
-                        patience,
+                        limit,
                     )
         finally:
             task.cancel()
@@ -245,6 +245,7 @@ def _web_options(url: str) -> dict[str, Any]:
     """Options for fsspec's web file system: use ~/.netrc and the proxies of the environment, if there are any."""
     import fsspec
 
+    # Not an option of ours: curl, requests and aiohttp look for the file in the same way.
     netrc = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     if urlsplit(url).scheme not in ("http", "https") or not (netrc.exists() or getproxies_environment()):
         return {}

@@ -52,6 +52,7 @@ def no_ranges(url: str) -> str:
 
 
 def too_short(url: str, expected: int, found: int) -> str:
+    """Return the message for a file that ends before the bytes that the manifest promises."""
     return (
         f"{redact(url)}: {expected:,} bytes or more expected by the manifest, {found:,} there: truncated; "
         "copy it there again"
@@ -88,5 +89,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def describe(error: BaseException) -> str:
+    """Return an error's class and first line, without credentials."""
     text = redact(first_line(error))
     return text if isinstance(error, BadAnswer) else f"{type(error).__name__}: {text}".rstrip(": ")
