@@ -121,17 +121,21 @@ def test_killed_while_it_downloads_a_run_goes_on_where_it_was(site: Site, digits
 
 
 def test_ctrl_c_ends_a_run_whose_server_hangs(site: Site, tmp_path: Path) -> None:
-    hangs = threading.Event()
-    site.before = lambda name, start, stop: time.sleep(15 if hangs.is_set() or stop - start == PIECE else 0)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(name: str, start: int, stop: int) -> None:
+        if hangs.is_set() or stop - start == PIECE:
+            goes_on.wait(120)
+
+    site.before = hang
     process = downloader(tmp_path, site, 99)
     assert process.stdout is not None
     assert process.stdout.readline() == "first\n", "samples were sent, no shard was"
     hangs.set()
     time.sleep(0.5)
-    began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert time.monotonic() - began < 12, "it waited for the server, which takes 15 s"
+    _, stderr = process.communicate(timeout=60)  # the server hangs for longer
+    goes_on.set()
     assert "KeyboardInterrupt" in stderr
 
 
