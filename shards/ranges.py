@@ -59,14 +59,6 @@ def check_ranges(options: Any) -> None:
             raise UserError(f"--{name.replace('_', '-')} {given}: {allowed} expected")
 
 
-def allows(options: type, name: str, value: Any) -> bool:
-    """Whether a value, such as one from a file, is a number of a field's type and within its range."""
-    hint = dict(_numeric_fields(options))[name]
-    kinds = tuple(kind for kind, _ in ranges_of(hint))
-    whole = not isinstance(value, bool) and isinstance(value, (int, float) if float in kinds else int)
-    return whole and _first_refused(value, hint) is None
-
-
 def ranges_of(hint: Any) -> Iterator[tuple[type, Interval | None]]:
     """Every number in a type, as (int or float, its range); None where it has no range."""
     origin = typing.get_origin(hint)

@@ -9,7 +9,6 @@ from functools import cache
 
 import torch
 
-GIGA = 10**9
 # Dense bf16 FLOP/s of tensor cores with fp32 sums, from NVIDIA's data sheets, by what the device's name contains; the
 # first that fits counts. MFU is customarily a share of these.
 STATED: tuple[tuple[str, float], ...] = (
