@@ -10,7 +10,7 @@ from rich.text import Text
 
 import fat
 from launch.config.recipe import Recipe
-from launch.engine.execution import Execution, choose
+from launch.engine.execution import Execution, zero_and_precision
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
@@ -51,7 +51,7 @@ def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
     Reads the data set's manifest and the run folder, writes nothing.
     """
     recipe, plan, shape, world = feed.recipe, feed.plan, feed.shape, feed.world
-    zero, precision = choose(recipe.parallel, world.device, ranks=world.size)
+    zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
     cost = fat.count(model, recipe.data.size)
     state = 4 * cost.parameters

@@ -30,7 +30,7 @@ from fat.kernels.prefill.work import evaluation
 from launch.class_mapping import map_classes
 from launch.config.data import CropPct, DataConfig, ModelSide
 from launch.config.engine import ParallelConfig
-from launch.engine.execution import choose, kernels_from_environment
+from launch.engine.execution import kernels_from_environment, zero_and_precision
 from launch.engine.kernel_check import check_kernels
 from launch.engine.loss import count_batches
 from launch.evaluated_model import load_model
@@ -114,7 +114,7 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     model = model.eval().to(world.device)
     if command.fuse:
         model = fat.fuse(model)
-    _, precision = choose(ParallelConfig(precision=command.precision), world.device, ranks=world.size)
+    _, precision = zero_and_precision(ParallelConfig(precision=command.precision), world.device, ranks=world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     passes = [evaluation(model, (command.batch, 3, size, size), dtype=dtype)]
     check_kernels(model, world, size=size, dtype=dtype, gradients=False, passes=passes)

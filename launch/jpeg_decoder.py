@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch.distributed as dist
-
 from launch.feed import Feed
 from launch.machine.world import World
 from pipeline.decode.choose import chosen_loader
@@ -50,12 +48,7 @@ def decodes_on_gpu(feed: Feed) -> bool:
 
 def engines_of(world: World) -> list[JpegEngine]:
     """What every rank found out about its GPU's JPEG engine, in the order of ranks. Collective."""
-    mine = find_jpeg_engine(world.device)
-    if world.size == 1:
-        return [mine]
-    everyone: list[JpegEngine] = [mine] * world.size
-    dist.all_gather_object(everyone, mine)
-    return everyone
+    return world.gather(find_jpeg_engine(world.device))
 
 
 def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: float | None) -> DecoderChoice:

@@ -56,14 +56,7 @@ def set_up(recipe: Recipe, world: World, *, check_memory: Callable[[Feed], objec
     feed = Feed.of(recipe, world)
     check_memory(feed)
     check_values_per_channel(recipe, feed.shape.micro_rows, world)
-    execution = Execution.of(
-        recipe.compile,
-        recipe.parallel,
-        world.device,
-        accumulation=feed.shape.accumulation,
-        ranks=world.size,
-        freeze_bn=recipe.model.freeze_bn,
-    )
+    execution = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     loaded = load_initial_weights(model, recipe, feed.class_list)
     return Setup(feed, model, execution, resumes, decoder_before, (*messages, *(() if resumes else loaded)))

@@ -22,7 +22,7 @@ from launch.bench.verdict import Figures, verdict
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.engine import Engine
-from launch.engine.execution import Execution, choose
+from launch.engine.execution import Execution, zero_and_precision
 from launch.engine.kernel_check import check_recipe
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
@@ -61,15 +61,8 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int, decoder_check: bool = T
         check_batches_fit(feed)
         shape, parallel = feed.shape, recipe.parallel
         # Reject what training on so many ranks would reject.
-        Execution.of(
-            recipe.compile,
-            parallel,
-            world.device,
-            accumulation=shape.accumulation,
-            ranks=ranks,
-            freeze_bn=recipe.model.freeze_bn,
-        )
-        zero, _ = choose(parallel, world.device, ranks=ranks)
+        Execution.of(recipe, world.device, accumulation=shape.accumulation, ranks=ranks)
+        zero, _ = zero_and_precision(parallel, world.device, ranks=ranks)
         feed = feed.with_recipe(dataclasses.replace(recipe, parallel=dataclasses.replace(parallel, zero=zero)))
         model = build_model(recipe, feed.classes)
         verdict = check_recipe(recipe, feed, model)

@@ -19,7 +19,7 @@ import fat.kernels
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine.accelerate import wrap
-from launch.engine.execution import Execution, choose
+from launch.engine.execution import Execution, zero_and_precision
 from launch.engine.graph_recorder import RECORDERS
 from launch.engine.graphs import GraphedModel
 from launch.engine.loss import autocast, count_batches, soft_cross_entropy
@@ -30,8 +30,6 @@ from launch.machine.world import World
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
 from shards.errors import first_line
-
-__all__ = ["Engine", "StepResult", "choose", "seed_generators"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +61,8 @@ class Engine:
         self.world = world
         # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        self.zero, self.precision = choose(recipe.parallel, world.device, ranks=world.size)
-        self.execution = Execution.of(
-            recipe.compile,
-            recipe.parallel,
-            world.device,
-            accumulation=accumulation,
-            ranks=world.size,
-            freeze_bn=recipe.model.freeze_bn,
-        )
+        self.zero, self.precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
+        self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
         model = self.execution.lay_out(model.to(world.device))
         model = synchronise_norms(model, recipe.parallel.sync_bn, world)
@@ -267,10 +258,7 @@ class Engine:
             graphs.capture(images, autocast)
         except Exception as error:
             failure = f"{type(error).__name__}: {first_line(error)}"
-        failures = [failure]
-        if self.world.size > 1:
-            failures *= self.world.size
-            dist.all_gather_object(failures, failure)
+        failures = self.world.gather(failure)
         if not any(failures):
             return
         rank, reason = next((rank, reason) for rank, reason in enumerate(failures) if reason)

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 import fat.kernels
-from launch.config.engine import CompileConfig, MemoryFormat, OptimizerImpl, ParallelConfig
+from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
+from launch.config.recipe import Recipe
 from launch.engine.graph_recorder import RECORDERS
 from launch.engine.sync_batchnorm import over_ranks
 from shards.errors import UserError
@@ -31,7 +32,7 @@ FORMATS = {"channels-last": torch.channels_last, "contiguous": torch.contiguous_
 GRAPHS = ("reduce-overhead", "max-autotune")  # of the compiler: neither with accumulation nor unasked on several ranks
 
 
-def choose(
+def zero_and_precision(
     parallel: ParallelConfig, device: torch.device, *, ranks: int
 ) -> tuple[Literal[0, 1, 2, 3], Literal["bf16", "fp32"]]:
     """Return the ZeRO stage and the precision on `ranks` processes with such a device.
@@ -60,15 +61,13 @@ class Execution:
     @classmethod
     def of(
         cls,
-        wanted: CompileConfig,
-        parallel: ParallelConfig,
+        recipe: Recipe,
         device: torch.device,
         *,
         accumulation: int,
         ranks: int,
-        freeze_bn: bool = False,
     ) -> Execution:
-        """Resolve the options, with defaults where they are left open.
+        """Resolve the recipe's options, with defaults where they are left open.
 
         Args:
             accumulation: micro-batches per step.
@@ -77,8 +76,9 @@ class Execution:
         Raises:
             RecipeError: the options cannot be combined.
         """
-        zero, _ = choose(parallel, device, ranks=ranks)
-        obstacle = graph_obstacle(parallel, device, ranks=ranks, freeze_bn=freeze_bn)
+        wanted = recipe.compile
+        zero, _ = zero_and_precision(recipe.parallel, device, ranks=ranks)
+        obstacle = graph_obstacle(recipe, device, ranks=ranks)
         mode: Mode = wanted.compile or ("off" if obstacle else "cudagraphs")
         if mode == "cudagraphs" and obstacle:
             raise RecipeError(f"--compile cudagraphs: {obstacle}; use --compile off")
@@ -138,14 +138,14 @@ def _check_compiler_cache() -> None:
         raise UserError(f"{folder}: cannot be used ({error.strerror}); {remedy}") from error
 
 
-def graph_obstacle(parallel: ParallelConfig, device: torch.device, *, ranks: int, freeze_bn: bool = False) -> str:
+def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
     """Return why the training passes cannot be captured as CUDA graphs; empty where they can. After `connect`."""
-    zero, _ = choose(parallel, device, ranks=ranks)
+    zero, _ = zero_and_precision(recipe.parallel, device, ranks=ranks)
     if device.type not in RECORDERS:
         return f"needs a CUDA device, and this is {device.type}"
     if zero == 3:
         return "ZeRO 3 gathers weights in hooks, which a CUDA graph does not call"
-    synchronised = over_ranks(parallel.sync_bn, ranks, device) and not freeze_bn
+    synchronised = over_ranks(recipe.parallel.sync_bn, ranks, device) and not recipe.model.freeze_bn
     # `pipeline tune --ranks N` asks for several ranks in one process, without a process group.
     if synchronised and dist.is_initialized() and dist.get_backend() != "nccl":
         return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"

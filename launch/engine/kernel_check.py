@@ -27,7 +27,7 @@ from fat.kernels.prefill.command import Progress
 from fat.kernels.prefill.work import evaluation, training_step
 from fat.kernels.selfcheck import Check, KernelFault
 from launch.config.recipe import Recipe
-from launch.engine.execution import KERNELS_VARIABLE, choose
+from launch.engine.execution import KERNELS_VARIABLE, zero_and_precision
 from launch.engine.kernel_verdict import Verdict, cache_folder, join_verdicts, read_verdict
 from launch.feed import Feed
 from launch.machine.provenance import device_name, driver_version, installed_version
@@ -52,7 +52,7 @@ class KernelsUnusable(UserError):
 
 def check_recipe(recipe: Recipe, feed: Feed, model: fat.FAT) -> Verdict:
     """`check_kernels` for a training run."""
-    _, precision = choose(recipe.parallel, feed.world.device, ranks=feed.world.size)
+    _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen, sides = recipe.model.freeze_bn, (3, recipe.data.size, recipe.data.size)
     return check_kernels(

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch.distributed as dist
-
 from fat.kernels.selfcheck import Failure
 from launch.machine.world import World
 
@@ -92,11 +90,7 @@ def read_verdict(path: Path, key: dict[str, Any]) -> Verdict | None:
 
 def join_verdicts(mine: Verdict | None, world: World) -> Verdict:
     """One verdict for all ranks: what failed on any of them. Collective."""
-    found = [mine]
-    if world.size > 1:
-        found = [None] * world.size
-        dist.all_gather_object(found, mine)
-    verdicts = [verdict for verdict in found if verdict is not None]
+    verdicts = [verdict for verdict in world.gather(mine) if verdict is not None]
     failed: dict[str, Failure] = {}
     for verdict in verdicts:
         for failure in verdict.failed:

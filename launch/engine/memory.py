@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from launch.engine.execution import choose
+from launch.engine.execution import zero_and_precision
 from launch.feed import Feed
 from shards.memory import check_memory
 
@@ -25,7 +25,7 @@ def check_batches_fit(feed: Feed) -> None:
     """
     data, settings, world = feed.recipe.data, feed.loader_options.settings, feed.world
     rows, pixels = feed.shape.micro_rows, data.size**2
-    _, precision = choose(feed.recipe.parallel, world.device, ranks=world.size)
+    _, precision = zero_and_precision(feed.recipe.parallel, world.device, ranks=world.size)
     itemsize = 2 if precision == "bf16" else 4
     # All micro-batches of the step in use, those that are ready, and those that are being decoded (as bytes);
     # evaluation has its own.

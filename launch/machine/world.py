@@ -43,6 +43,13 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in the order of ranks. Collective; pickles them."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:

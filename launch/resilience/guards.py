@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from launch.config.resilience import WatchdogConfig
 from launch.engine.engine import Engine, StepResult
@@ -82,10 +81,7 @@ class Guards:
         """Name the ranks whose loss is not finite, and the samples of their step. Collective."""
         world = self._engine.world
         ids = [int(i) for micro_batch in micro_batches for i in micro_batch]
-        own = (world.rank, bool(result.loss.isfinite()), ids)
-        everyone: list[tuple[int, bool, list[int]]] = [own] * world.size
-        if world.size > 1:
-            dist.all_gather_object(everyone, own)
+        everyone = world.gather((world.rank, bool(result.loss.isfinite()), ids))
         failing_ranks = "; ".join(
             f"rank {rank}: samples {', '.join(map(str, ids[:SHOWN_IDS]))}, ..."
             for rank, finite, ids in everyone

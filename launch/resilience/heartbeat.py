@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import torch.distributed as dist
 from pydantic import Field, TypeAdapter
 
 from launch.machine.network import is_reachable
@@ -215,9 +214,7 @@ def new_start(folder: Path, world: World) -> Start:
         UserError: the folder cannot be written.
     """
     start = broadcast_from_rank0(lambda: clear(folder), world)
-    hosts = [world.host] * world.size
-    dist.all_gather_object(hosts, world.host)
-    return Start(start, tuple(hosts))
+    return Start(start, tuple(world.gather(world.host)))
 
 
 def clear(folder: Path) -> str:

@@ -14,7 +14,6 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.distributed as dist
 import xxhash
 
 from launch.config.recipe import Recipe
@@ -72,9 +71,7 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     run = recipe.run.out
     token = broadcast_from_rank0(lambda: write_token(run), world)
     own = collect_facts(recipe, world, token) if world.local_rank == 0 else None
-    everyone: list[Facts | None] = [own] * world.size
-    dist.all_gather_object(everyone, own)
-    nodes = [facts for facts in everyone if facts is not None]
+    nodes = [facts for facts in world.gather(own) if facts is not None]
     if world.is_main:
         token_file(run).unlink(missing_ok=True)
     bad = differences(nodes)

@@ -10,7 +10,7 @@ import torch
 
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
-from launch.engine.execution import Execution, alternatives, choose
+from launch.engine.execution import Execution, alternatives, zero_and_precision
 from launch.engine.kernel_check import check_recipe
 from launch.engine.memory import check_batches_fit
 from launch.feed import Feed, feed_of_one_rank
@@ -48,7 +48,7 @@ def tune(
         check_batches_fit(feed)
         model = build_model(recipe, feed.classes)
         check_recipe(recipe, feed, model)  # compiles kernels, which the measurements shall not include
-        zero, precision = choose(recipe.parallel, world.device, ranks=ranks)
+        zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=ranks)
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         found: dict[str, Choice] = {}
         if "model" in parts:
@@ -76,15 +76,8 @@ def tune(
 def _open_options(recipe: Recipe, feed: Feed, *, ranks: int) -> tuple[Execution, dict[str, tuple[str, ...]]]:
     """What the recipe's [compile] amounts to, and the values to try of the options that it leaves open."""
     device, accumulation = feed.world.device, feed.shape.accumulation
-    start = Execution.of(
-        recipe.compile,
-        recipe.parallel,
-        device,
-        accumulation=accumulation,
-        ranks=ranks,
-        freeze_bn=recipe.model.freeze_bn,
-    )
-    zero, _ = choose(recipe.parallel, device, ranks=ranks)
+    start = Execution.of(recipe, device, accumulation=accumulation, ranks=ranks)
+    zero, _ = zero_and_precision(recipe.parallel, device, ranks=ranks)
     options = alternatives(device, zero=zero, accumulation=accumulation, ranks=ranks)
     # $FAT_KERNELS may give a value too.
     given = {n for n, v in options.items() if getattr(recipe.compile, n) is not None or getattr(start, n) != v[0]}

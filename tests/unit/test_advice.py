@@ -46,14 +46,7 @@ def checked(data: Path, options: Sequence[str], ranks: int) -> None:
     world = World(0, ranks, 0, ranks, torch.device("cpu"))
     feed = Feed.of(recipe, world)
     check_values_per_channel(recipe, feed.shape.micro_rows, world)
-    Execution.of(
-        recipe.compile,
-        recipe.parallel,
-        world.device,
-        accumulation=feed.shape.accumulation,
-        ranks=ranks,
-        freeze_bn=recipe.model.freeze_bn,
-    )
+    Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=ranks)
 
 
 def put(options: Sequence[str], name: str, *values: str) -> list[str]:

@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fat
 from launch.config.command_line import parse
-from launch.config.engine import ParallelConfig
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine import graph_recorder
@@ -350,7 +349,7 @@ def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
-    assert graph_obstacle(ParallelConfig(sync_bn="on"), CPU, ranks=2, freeze_bn=True) == ""
+    assert graph_obstacle(parse(["--sync-bn", "on", "--freeze-bn"]), CPU, ranks=2) == ""
 
 
 def test_cpus_train_eagerly_without_a_word() -> None:
@@ -456,4 +455,4 @@ def test_seeding_is_torch_s_own_without_a_look_at_the_callers(monkeypatch: pytes
 
 
 def resolved(recipe: Recipe, device: torch.device, *, accumulation: int, ranks: int) -> Execution:
-    return Execution.of(recipe.compile, recipe.parallel, device, accumulation=accumulation, ranks=ranks)
+    return Execution.of(recipe, device, accumulation=accumulation, ranks=ranks)

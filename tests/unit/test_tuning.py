@@ -19,6 +19,7 @@ from launch.cli import main as pipeline
 from launch.config.command_line import parse
 from launch.config.engine import CompileConfig, ParallelConfig
 from launch.config.optim import OptimConfig
+from launch.config.recipe import Recipe
 from launch.engine.execution import Execution, alternatives
 from launch.engine.optimizers import OPTIMIZERS
 from launch.tuning.fragment import FIRST_LINE, check_fragment_output, fragment
@@ -112,7 +113,12 @@ def test_the_model_is_as_before_after_measuring_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("launch.tuning.model.STEPS", 2)
     bench = Bench(model, torch.randn(2, 3, 32, 32), bf16=False, optim=OptimConfig())
     torch.set_rng_state(state)
-    start = Execution.of(CompileConfig(compile="off"), ParallelConfig(zero=0), CPU, accumulation=1, ranks=1)
+    start = Execution.of(
+        replace(Recipe(), compile=CompileConfig(compile="off"), parallel=ParallelConfig(zero=0)),
+        CPU,
+        accumulation=1,
+        ranks=1,
+    )
     options = {"memory_format": ("channels-last", "contiguous"), "optimizer_impl": ("fused", "foreach")}
     found = tune_model(bench, start, options, seconds=60.0, say=ignore)
     assert found.keys() == options.keys()
@@ -134,7 +140,7 @@ def test_each_way_runs_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
 
     model.register_forward_hook(look)
     bench = Bench(model, torch.randn(2, 3, 32, 32), bf16=False, optim=OptimConfig())
-    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
     monkeypatch.setattr("launch.tuning.model.STEPS", 1)
     options = {"memory_format": ("channels-last", "contiguous"), "kernels": ("auto", "off")}
     tune_model(bench, start, options, seconds=600.0, say=ignore)
@@ -150,7 +156,7 @@ def test_kernels_are_tried_again_only_for_a_compiled_model(
     monkeypatch.setattr("launch.tuning.model._images_per_second", lambda _, way: 2.0 if way.compile == best else 1.0)
     said: list[str] = []
     bench = Bench(nn.Linear(1, 1), torch.zeros(1), bf16=False, optim=OptimConfig())
-    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
     options = {"kernels": ("auto", "off"), "compile": ("off", "cudagraphs", "default")}
     found = tune_model(bench, start, options, seconds=60.0, say=said.append)
     assert found["compile"].value == best
@@ -169,7 +175,7 @@ def test_the_optimizer_is_timed_on_what_it_would_work_on(shares: int, monkeypatc
 
     monkeypatch.setitem(OPTIMIZERS, "adamw", replace(kind, build=build))
     bench = Bench(model, torch.zeros(1, 5), bf16=False, optim=OptimConfig(), shares=shares)
-    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
     tune_model(bench, start, {"optimizer_impl": ("fused", "foreach")}, seconds=60.0, say=ignore)
     # 15 + 21 weights with decay, 3 + 7 biases without.
     assert sorted(sizes[0]) == (sorted([15, 21, 3, 7]) if not shares else [5, 18])
@@ -197,7 +203,7 @@ def test_only_possible_values_are_tried(
 
 def test_what_there_is_no_time_for_stays_open() -> None:
     bench = Bench(fat.create_model("fat_b0"), torch.zeros(1, 3, 32, 32), bf16=False, optim=OptimConfig())
-    start = Execution.of(CompileConfig(), ParallelConfig(), CPU, accumulation=1, ranks=1)
+    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
     found = tune_model(bench, start, {"optimizer_impl": ("fused", "foreach")}, seconds=-1.0, say=ignore)
     assert found["optimizer_impl"].value is None
 
