@@ -59,7 +59,7 @@ from pipeline.augment.transfer import upload
 from pipeline.augment.triton_impl import rounds
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.job import DecodeJob
-from pipeline.feed.process import FeedProcess
+from pipeline.feed_process.process import FeedProcess
 from pipeline.jobs import MIX_STEPS, JobStream, TrainJobs
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import BatchShape, TrainPlan

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fat.activation_checkpointing import recomputed
 from fat.blocks import Block
-from fat.checkpointing import recomputed
 from fat.config import STAGES, FATConfig
 from fat.fused_layers import convolve_relu
 from fat.layers import ConvNorm, GroupNorm1, pointwise

@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.decode.choose import chosen_loader, make_decoder
 from pipeline.decode.hardware import decoders_in_words, with_decoder
 from pipeline.decode.job import Normalisation
-from pipeline.feed.process import FeedProcess, FeedUnavailable
+from pipeline.feed_process.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
 from pipeline.options import LoaderOptions
 from pipeline.prefetch import Prefetcher

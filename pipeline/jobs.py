@@ -1,6 +1,6 @@
 """What is read and drawn for each batch: from the plan to a `DecodeJob` with its augmentation parameters.
 
-Nothing here imports torch: all of it can run in a process of its own (`pipeline.feed`).
+Nothing here imports torch: all of it can run in a process of its own (`pipeline.feed_process`).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from shards.files.regular import open_regular
 from shards.format.index import INDEX_DTYPE, Index
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool
 from shards.format.manifest_fields import ClassEntry, ShardEntry, SplitEntry
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.limits import MAX_ENCODED
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.progress import Progress

@@ -22,7 +22,7 @@ from shards.format.index import Index
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest
 from shards.format.manifest_fields import ShardEntry
 from shards.format.tar import BLOCK, END, dali_index, header, index_line, padding
-from shards.images.images import exceeded_limit
+from shards.images.accept import exceeded_limit
 from shards.images.jpeg import NotAJpeg, parse_header
 from shards.progress import Progress
 from shards.workers.pool import run_jobs

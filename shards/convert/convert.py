@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shards.convert.conversion_plan import ConversionPlan
 from shards.convert.join import Outcome, first_of, join, print_notes, published_names
 from shards.convert.options import MAX_REJECTS, Options
 from shards.convert.order import arrange
 from shards.convert.parts import WHOLE, Part, hold_part
-from shards.convert.plan import Plan
 from shards.convert.source_check import (
     check_exists,
     check_finished,
@@ -150,7 +150,7 @@ def default_out(source: Path) -> Path:
     return of_file if source.is_file() or removed else of_folder
 
 
-def _plan(source: Path, work: Work, options: Options) -> Plan:
+def _plan(source: Path, work: Work, options: Options) -> ConversionPlan:
     """Scan, arrange and remember; of several processes that begin together one does it, the others wait for it."""
     if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
         raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
@@ -185,7 +185,7 @@ def _check_outside(out: Path, source: Path) -> None:
 
 
 @each_folder_once()
-def _scan(source: Path, work: Work, options: Options) -> Plan:
+def _scan(source: Path, work: Work, options: Options) -> ConversionPlan:
     key = json.dumps([tool(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
     spool = work.begin_scan(key)  # first: its time tells later whether a folder has changed since
     layout = recognise(source.absolute())
@@ -198,7 +198,7 @@ def _scan(source: Path, work: Work, options: Options) -> Plan:
         arranged, bounds = arrange(listing, split, options.scan.seed, options.shard_bytes)
         files |= work.save_listing(split, arranged, bounds)
         shards[split] = len(bounds) - 1
-    return Plan(
+    return ConversionPlan(
         tool=tool(),
         options=options.changing_bytes,
         source=source_name(source),
@@ -254,7 +254,7 @@ def _accept_finished(
     work.close()
 
 
-def _check_plan(work: Work, plan: Plan, source: Path | None, layout: Layout | None = None) -> None:
+def _check_plan(work: Work, plan: ConversionPlan, source: Path | None, layout: Layout | None = None) -> None:
     """Check that a plan is of this place and this tool, that its listing is whole, and its files are our own."""
     if source is not None:
         check_place(work.out, plan, source, layout)
@@ -264,7 +264,7 @@ def _check_plan(work: Work, plan: Plan, source: Path | None, layout: Layout | No
     work.refuse_foreign(published_names(work, plan))
 
 
-def _jobs(plan: Plan, part: Part) -> list[tuple[str, int]]:
+def _jobs(plan: ConversionPlan, part: Part) -> list[tuple[str, int]]:
     """Return the shards of a part."""
     return plan.jobs[part.number - 1 :: part.of]
 
@@ -273,7 +273,7 @@ def _is_unfinished(work: Work, jobs: Sequence[tuple[str, int]]) -> bool:
     return not all(work.is_done(split, shard) for split, shard in jobs)
 
 
-def _write_shards(work: Work, plan: Plan, options: Options, part: Part) -> None:
+def _write_shards(work: Work, plan: ConversionPlan, options: Options, part: Part) -> None:
     mine = _jobs(plan, part)
     todo = [ShardJob(work, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
     for job in todo:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from shards.convert.assemble import assemble
+from shards.convert.conversion_plan import ConversionPlan
 from shards.convert.place import save_place
-from shards.convert.plan import Plan
 from shards.convert.records import ShardDone
 from shards.convert.rejects import Reject, count_reasons, write_rejects
 from shards.convert.work import Work
@@ -35,7 +35,7 @@ class Outcome:
     repaired: int
 
 
-def published_names(work: Work, plan: Plan) -> list[str]:
+def published_names(work: Work, plan: ConversionPlan) -> list[str]:
     """Names of the files that `join` writes, the manifest apart."""
     paths = [work.index(split) for split in plan.shards]
     for split in plan.shards if plan.beton else ():
@@ -45,7 +45,7 @@ def published_names(work: Work, plan: Plan) -> list[str]:
 
 def join(
     work: Work,
-    plan: Plan,
+    plan: ConversionPlan,
     max_rejects: float,
     workers: int | None,
     *,
@@ -121,7 +121,7 @@ def first_of(doubts: Sequence[str]) -> str:
     return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
 
 
-def _late_doubts(work: Work, plan: Plan, done: Done) -> list[str]:
+def _late_doubts(work: Work, plan: ConversionPlan, done: Done) -> list[str]:
     """Return the doubts that only the images themselves give."""
     classes = len(plan.classes)
     lines: list[str] = []

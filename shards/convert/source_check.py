@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from shards.convert.conversion_plan import ConversionPlan
 from shards.convert.join import print_notes
 from shards.convert.place import is_made_from
-from shards.convert.plan import Plan
 from shards.convert.work import Work
 from shards.errors import UserError
 from shards.format.manifest import Manifest
@@ -81,7 +81,7 @@ def check_finished(work: Work, manifest: Manifest, source: Path, layout: Layout 
         )
 
 
-def check_place(out: Path, plan: Plan, source: Path, layout: Layout | None = None) -> None:
+def check_place(out: Path, plan: ConversionPlan, source: Path, layout: Layout | None = None) -> None:
     """Refuse to resume from another place than that with which the conversion began.
 
     Raises:
@@ -97,7 +97,7 @@ def check_place(out: Path, plan: Plan, source: Path, layout: Layout | None = Non
 
 
 def check_unchanged(
-    work: Work, plan: Plan, source: Path, is_needed: Callable[[], bool], *, times_first: bool = False
+    work: Work, plan: ConversionPlan, source: Path, is_needed: Callable[[], bool], *, times_first: bool = False
 ) -> None:
     """Refuse to resume from a source that is not what it was when it was listed.
 
@@ -125,7 +125,7 @@ def check_unchanged(
     print_notes([f"{source}: {fact}; all shards were made before, so the set is complete without them"])
 
 
-def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
+def _difference(work: Work, plan: ConversionPlan, source: Path) -> tuple[str, bool]:
     """Return how a source differs from what was listed, '' where it does not; and whether it only lacks something."""
     if not source.exists():
         return "it is not there any more", True
@@ -156,7 +156,7 @@ def _difference(work: Work, plan: Plan, source: Path) -> tuple[str, bool]:
     return ", ".join(facts), not came.any() and not other.any()
 
 
-def _holds_nothing_new(work: Work, plan: Plan, source: Path) -> bool:
+def _holds_nothing_new(work: Work, plan: ConversionPlan, source: Path) -> bool:
     """Whether all images or archives of a source that cannot be scanned any more were listed, with the same sizes.
 
     Of Parquet files that are left this is not known, as what was listed is what was unpacked.
@@ -239,7 +239,7 @@ def _differ(found: _Items, was: _Items) -> NDArray[np.bool_]:
     return differ
 
 
-def _look_changed(work: Work, plan: Plan) -> bool:
+def _look_changed(work: Work, plan: ConversionPlan) -> bool:
     """Whether a folder or an archive that was listed, or a folder above one, may have changed since.
 
     One whose time of last change is not before the listing counts too: within a second, times tell nothing.

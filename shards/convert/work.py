@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
+from shards.convert.conversion_plan import ConversionPlan
 from shards.convert.own_files import OwnFiles, foreign_file, is_index_of, is_tar_of, mode_of, size_of
-from shards.convert.plan import Plan
 from shards.convert.records import (
     MAX_RECORD,
     SegmentDone,
@@ -46,7 +46,7 @@ _WRITTEN = r"(train|val|test)(-\d{6}\.(tar|idx)|(\.beton)?\.index\.npy|\.beton)|
 T = TypeVar("T")
 
 
-_PLAN, _SHARD = TypeAdapter(Plan), TypeAdapter(ShardDone)
+_PLAN, _SHARD = TypeAdapter(ConversionPlan), TypeAdapter(ShardDone)
 _SEGMENT = TypeAdapter(SegmentDone)
 
 
@@ -142,11 +142,11 @@ class Work(OwnFiles):
 
     # -- the plan
 
-    def save_plan(self, plan: Plan) -> None:
+    def save_plan(self, plan: ConversionPlan) -> None:
         """The last thing that a scan writes."""
         save_record(self.path / "plan.json", _PLAN, plan)
 
-    def load_plan(self) -> Plan | None:
+    def load_plan(self) -> ConversionPlan | None:
         """The plan; None where none was made yet.
 
         Raises:
@@ -159,7 +159,7 @@ class Work(OwnFiles):
             raise self._damaged("plan.json")
         return plan
 
-    def check_listing(self, plan: Plan) -> None:
+    def check_listing(self, plan: ConversionPlan) -> None:
         """Compare the files of the listing with what was written; once in a start, before processes map them.
 
         Raises:

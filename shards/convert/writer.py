@@ -18,7 +18,7 @@ from shards.files.durable import durable_file, durable_write
 from shards.files.regular import NotRegular, open_with_status, read_up_to
 from shards.format.index import INDEX_DTYPE
 from shards.format.tar import SampleTar, dali_index
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.limits import MAX_ENCODED
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.open_files import share

@@ -36,7 +36,7 @@ INDEX_DTYPE = np.dtype(
 
 Index = NDArray[np.void]
 
-# What an image may be. shards.images.images rejects all others.
+# What an image may be. shards.images.accept rejects all others.
 
 PRIVATE_BYTES = 1 << 30
 """Indexes up to this size (31 million samples) are copied into the process's memory, larger ones are mapped."""

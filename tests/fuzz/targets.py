@@ -39,7 +39,7 @@ from shards.errors import UserError
 from shards.format.beton import BetonOptions
 from shards.format.dataset import ShardSet
 from shards.format.manifest import MANIFEST_NAME
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.rules import ImageRules, Rejected
 from shards.sources.layouts.recognise import scan
 from shards.sources.naming.classes import read_classes

@@ -21,7 +21,7 @@ from shards.convert.parts import Part
 from shards.errors import ConversionFailed, UserError
 from shards.format.manifest import Manifest
 from shards.format.manifest_fields import ClassEntry
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.rules import ImageRules
 from shards.sources.layouts.recognise import scan
 from shards.sources.naming.classes import class_order

@@ -13,8 +13,8 @@ from torch.func import functional_call
 
 import fat
 from fat import kernels
+from fat.activation_checkpointing import recomputed
 from fat.blocks import Block
-from fat.checkpointing import recomputed
 from fat.layers import DropPath, GroupNorm1, _group_norm, norm_rows
 from tests.support.tiny_fat import TINY, images, relative_error, settle
 

@@ -1,4 +1,4 @@
-"""The feed process (pipeline/feed/): same batches, same errors, nothing left behind, never a hang."""
+"""The feed process (pipeline/feed_process/): same batches, same errors, nothing left behind, never a hang."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
-from pipeline.feed.process import FeedProcess, FeedProcessDied
-from pipeline.feed.worker import HANDED_AHEAD
+from pipeline.feed_process.process import FeedProcess, FeedProcessDied
+from pipeline.feed_process.worker import HANDED_AHEAD
 from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
@@ -386,7 +386,7 @@ def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) 
 
 
 def test_it_imports_no_torch() -> None:
-    command = "import pipeline.feed.worker, sys; assert not {'torch', 'nvidia', 'numba'} & sys.modules.keys()"
+    command = "import pipeline.feed_process.worker, sys; assert not {'torch', 'nvidia', 'numba'} & sys.modules.keys()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", command], check=True, cwd=ROOT, env=environment)
 

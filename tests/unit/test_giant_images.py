@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.images import images
-from shards.images.images import accept
+from shards.images import limits
+from shards.images.accept import accept
 from shards.images.rules import ImageRules, Rejected
 from tests.support.bombs import png, progressive_jpeg
 from tests.support.measured import run_measured
@@ -20,9 +20,9 @@ SMALL = 100_000  # pixels that a kept image may have in these tests
 
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("images", "decode_limits"):
+    for module in ("accept", "header_checks"):
         monkeypatch.setattr(f"shards.images.{module}.MAX_PIXELS", SMALL)
-    monkeypatch.setattr("shards.images.decode_limits.MAX_SHRUNK_PIXELS", 10 * SMALL)
+    monkeypatch.setattr("shards.images.header_checks.MAX_SHRUNK_PIXELS", 10 * SMALL)
 
 
 def waves(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -90,7 +90,7 @@ def test_shrinking_takes_memory_for_the_smaller_image_alone() -> None:
     code = """
         import io, json
         from PIL import Image
-        from shards.images.images import ImageRules, accept
+        from shards.images.accept import ImageRules, accept
         from tests.support.bombs import comment
         sink = io.BytesIO()
         Image.new("L", (12_000, 10_000), 200).save(sink, "JPEG")
@@ -103,4 +103,4 @@ def test_shrinking_takes_memory_for_the_smaller_image_alone() -> None:
     grown, *size = json.loads(run_measured(code))
     assert size == [512, 427]
     assert grown < 32 * 2**20
-    assert images.MAX_PIXELS < 12_000 * 10_000
+    assert limits.MAX_PIXELS < 12_000 * 10_000

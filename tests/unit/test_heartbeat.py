@@ -310,7 +310,7 @@ def test_an_address_that_is_not_set_or_not_known_is_none(host: str, port: str) -
 
 
 def test_no_code_of_ours_listens_on_a_port() -> None:
-    """torch and NCCL do, which docs/security.md has a section on; pipeline/feed/ uses a socket pair."""
+    """torch and NCCL do, which docs/security.md has a section on; pipeline/feed_process/ uses a socket pair."""
     listening = re.compile(
         r"\.(listen|create_server|start_server)\(|\bsock\w*\.bind\(|\b\w*(TCP|UDP|HTTP|Manager)Server\("
     )

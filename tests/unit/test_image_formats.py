@@ -17,9 +17,9 @@ from PIL import Image
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import ConversionFailed
+from shards.images.accept import accept
 from shards.images.canvas import jxl_size
 from shards.images.formats import MAGIC_BYTES, looks_like_image, named_as_image
-from shards.images.images import accept
 from shards.images.jpeg import parse_header
 from shards.images.rules import ImageRules, Rejected
 from shards.sources.scan import ScanOptions

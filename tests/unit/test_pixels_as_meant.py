@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.rules import Accepted, ImageRules, Rejected
 from tests.support.bombs import LONG, SHORT, tiff
 

@@ -22,7 +22,7 @@ from shards.commands.verify import verify
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.format.dataset import ShardSet
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.jpeg import count_scans, parse_header
 from shards.images.limits import MAX_PIXELS
 from shards.images.rules import ImageRules, Rejected
@@ -174,7 +174,7 @@ def test_bombs_are_rejected_by_name_before_they_cost_memory_or_time() -> None:
     """Every kind, in a process that may take 30 s of CPU time and 100 MiB beyond what its imports take."""
     code = """
         import json, resource
-        from shards.images.images import ImageRules, Rejected, accept
+        from shards.images.accept import ImageRules, Rejected, accept
         from tests.support.bombs import IMAGES
         bombs = {name: bomb.make() for name, bomb in IMAGES.items()}
         resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
@@ -197,7 +197,7 @@ def test_bombs_are_rejected_by_name_before_they_cost_memory_or_time() -> None:
 def test_decoding_takes_no_more_memory_than_is_stated() -> None:
     """Nine bytes a pixel, where copies of the whole image once took thirty."""
     code = """
-        from shards.images.images import ImageRules, accept
+        from shards.images.accept import ImageRules, accept
         from tests.support.bombs import png
         for color_type, depth in ((0, 16), (6, 16), (2, 8)):
             data = png(2500, 2500, color_type, depth)
@@ -225,7 +225,7 @@ def test_newer_formats_take_no_more_memory_than_is_estimated(
     (tmp_path / "image").write_bytes(encoded(photo("RGBA").resize((1600, 1000)), kind, **options))
     code = f"""
         from pathlib import Path
-        from shards.images.images import ImageRules, accept
+        from shards.images.accept import ImageRules, accept
         data = Path("{tmp_path}/image").read_bytes()
         measure()
         accept(data, ImageRules())
@@ -259,7 +259,7 @@ def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
             (tmp_path / made).unlink()
     with monkeypatch.context() as patched:
         for name in ("MAX_SCANS", "MAX_SCAN_PIXELS"):
-            patched.setattr(f"shards.images.images.{name}", 10**15)
+            patched.setattr(f"shards.images.accept.{name}", 10**15)
         assert adopt([tar], ImageRules(check="header")).splits["train"].samples == 2
     (fault,) = verify(tmp_path)
     assert re.search(r"train-0\.tar: offset \d+: no image .* more than 20 scans of 9990x9990", fault)
@@ -287,7 +287,7 @@ def test_large_images_are_converted_in_bands_to_the_same_pixels(monkeypatch: pyt
     rules = [ImageRules(max_side=side) for side in (1, 17, 99, 159)]
     images = [*(REPAIRED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
     shrunk = [accept(data, rule).data for data in images for rule in rules]
-    for module in ("images", "pixels"):
+    for module in ("accept", "pixels"):
         monkeypatch.setattr(f"shards.images.{module}.BAND_PIXELS", 1000)
     assert [accept(REPAIRED[name], RULES).data for name in names] == whole
     assert [accept(data, rule).data for data in images for rule in rules] == shrunk

@@ -7,7 +7,7 @@ import io
 import pytest
 from PIL import Image
 
-from shards.images.images import accept
+from shards.images.accept import accept
 from shards.images.rules import ImageRules
 from shards.images.tiff import has_second_page
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.feed.channel import Channel, End, Handed, NewBuffers, Ready, address_of, with_images
+from pipeline.feed_process.channel import Channel, End, Handed, NewBuffers, Ready, address_of, with_images
 from pipeline.jobs import JobStream, PreparedBatch
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
@@ -74,7 +74,7 @@ class FeedProcess:
         except Exception as error:  # of whatever cannot be pickled
             raise FeedUnavailable(f"--feed-process: {type(error).__name__}: {first_line(error)}") from error
         self._channel = Channel(own)
-        start = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.feed.worker import main; "
+        start = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.feed_process.worker import main; "
         # Blocked signals stay blocked in the new process: there is no moment at which it could be ended by them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:

@@ -21,14 +21,14 @@ import simplejpeg
 from PIL import AvifImagePlugin, Image
 
 from shards.errors import first_line
-from shards.images.decode_limits import (
+from shards.images.formats import PILLOW_FORMATS
+from shards.images.header_checks import (
     check_before_decoding,
     check_before_opening,
     check_extent,
     check_scaled,
     too_many_pixels,
 )
-from shards.images.formats import PILLOW_FORMATS
 from shards.images.jpeg import (
     EXIF_SEGMENT,
     HeaderTooLong,

@@ -13,7 +13,7 @@ from shards.sources.unused import UnusedEntry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class ConversionPlan:
     """The decisions of a conversion, which a resumed one keeps."""
 
     tool: str

@@ -19,7 +19,7 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.feed.channel import (
+from pipeline.feed_process.channel import (
     HANDLES_PER_MESSAGE,
     Channel,
     End,
