@@ -177,7 +177,7 @@ class OnGpu:
             "RandAugment": lambda augment: augment.operate(self.bench.images, self.params),
             "all": lambda augment: augment(self.bench.images, self.params, self.mixing),
         }
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"part": part, "way": way, **self.figures(functools.partial(work, augment), step)}
             for part, work in parts.items()
             for way, augment in ways.items()

@@ -123,9 +123,8 @@ def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarr
                 encoded, start=start, shape=shape, axis_names="HW", adjust_orientation=False, **decoder
             )
         elif operator in {"whole", *FROM_FILES}:
-            out = fn.decoders.image(
-                encoded, adjust_orientation=False, **decoder, **(CACHE if operator == "cached" else {})
-            )
+            cache: dict[str, Any] = CACHE if operator == "cached" else {}
+            out = fn.decoders.image(encoded, adjust_orientation=False, **decoder, **cache)
             out = fn.slice(out, start=window[0], shape=window[1], axis_names="HW")
         else:
             out = fn.decoders.image_random_crop(

@@ -37,10 +37,10 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -48,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 import tyro
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 from torch import Tensor
 
@@ -75,6 +76,7 @@ WARM_UP = 24  # batches: queues are full then, and every buffer has been used on
 LAUNCH = 30e-6  # seconds of a Triton launch from Python
 PERIOD = 1e-3  # seconds in which a main thread takes the lock once
 NEEDED = 15_000  # images/s of one GPU
+T = TypeVar("T")
 Work = Literal["feed", "host", "pixels"]
 Feed = Literal["threads", "process"]
 TAKING = "taking a batch from the feed process"
@@ -108,8 +110,8 @@ class Options:
 class HostDecoder(DaliDecoder):
     """DALI fed as on a GPU. It hands the windows through; the images are always the same."""
 
-    def decode(self, jobs: Iterable[tuple[DecodeJob, Any]]) -> Iterator[tuple[Tensor, DecodeJob, Any]]:
-        in_flight: deque[tuple[DecodeJob, Any, tuple[Any, ...]]] = deque()
+    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[Tensor, DecodeJob, T], None, None]:
+        in_flight: deque[tuple[DecodeJob, T, tuple[Any, ...]]] = deque()
 
         def feed() -> Iterator[tuple[Any, ...]]:
             for job, extra in jobs:
@@ -158,7 +160,7 @@ def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> N
     upload([array for each in todo for array in each.arrays()], CPU)
     for _ in todo:
         hold(2 * LAUNCH)  # measure, apply
-    mixed = [] if mixing is None else [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
+    mixed: list[NDArray[Any]] = [] if mixing is None else [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
     upload([params.erase_boxes, params.erase_keys, *mixed], CPU)
     hold(LAUNCH)
 
@@ -166,7 +168,7 @@ def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> N
 class NoDecoder(HostDecoder):
     """Discards the encoded images."""
 
-    def decode(self, jobs: Iterable[tuple[DecodeJob, Any]]) -> Iterator[tuple[Tensor, DecodeJob, Any]]:
+    def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[Tensor, DecodeJob, T], None, None]:
         images = torch.zeros(self.batch, self.size, self.size, 3, dtype=torch.uint8)
         for job, extra in jobs:
             yield images, job, extra

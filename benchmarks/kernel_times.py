@@ -21,7 +21,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -81,7 +81,7 @@ def kernel_times(model: str, way: str, options: argparse.Namespace) -> dict[str,
     return profiled(model, way, step(model, way, True, options), options.steps, options)
 
 
-def loader_times(model: str, augment: str, options: argparse.Namespace) -> dict[str, Any]:
+def loader_times(model: str, augment: Literal["fat", "light", "none"], options: argparse.Namespace) -> dict[str, Any]:
     """The training loader alone: kernels of a batch by time, most first. It runs ahead, by as much when it ends."""
     data = DataConfig(data=options.loader, global_batch=options.batch, size=options.size, augment=augment)
     device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu")
@@ -113,7 +113,7 @@ def profiled(
             spent[event.key][1] += event.count / steps
     if not spent and (DEVICE == "cuda" or model != "loader"):  # a CPU's profiler does not see the loader's threads
         raise RuntimeError("the profiler saw no kernel: CUPTI may not be permitted on this machine")
-    kernels = [
+    kernels: list[dict[str, Any]] = [
         {"kernel": name, "ms": round(ms, 4), "launches": round(count, 1)}
         for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])
     ]

@@ -76,7 +76,7 @@ def ours(dataset: ShardSet, device: torch.device, loader: LoaderName, recipe: st
 
 @pipeline_def
 def dali_pipeline(tars: list[str], indexes: list[str], device: str) -> Any:
-    encoded, _ = fn.readers.webdataset(
+    encoded, _ = fn.readers.webdataset(  # type: ignore[misc]
         paths=tars, index_paths=indexes, ext=["jpg", "cls"], random_shuffle=True, initial_fill=1024, dont_use_mmap=True
     )
     images = fn.decoders.image_random_crop(
@@ -160,7 +160,7 @@ class PilPhotos(torch.utils.data.Dataset[torch.Tensor]):
     def __getitem__(self, item: int) -> torch.Tensor:
         epoch, number = divmod(item, len(self.paths))
         ids = np.array([number])
-        image = Image.open(self.paths[number])
+        image: Image.Image = Image.open(self.paths[number])
         sizes = {"heights": np.array([image.height]), "widths": np.array([image.width])}
         y, x, height, width = crop_windows(RECIPE, seed=0, epoch=epoch, ids=ids, **sizes)[0].tolist()
         image = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, (x, y, x + width, y + height))

@@ -20,6 +20,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -168,7 +169,7 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
         yield training_step(model(training_loop.CONFIG), (rows, 3, training_loop.SIZE, training_loop.SIZE))
 
 
-def model(name: str | fat.FATConfig, **config: float) -> fat.FAT:
+def model(name: str | fat.FATConfig, **config: Any) -> fat.FAT:
     with torch.device("meta"):
         return fat.create_model(name, **config)
 

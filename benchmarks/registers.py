@@ -42,7 +42,7 @@ from fat.kernels.impl import tiles
 from fat.kernels.prefill.launches import cuda_target, record
 
 WARP, REGISTERS, SHARED, WARPS, PROGRAMS = 32, 1 << 16, 227 << 10, 64, 32  # of a Hopper multiprocessor
-FORMS = {"strips": tiles.strips, "patches": tiles.patches}
+FORMS: dict[str, Callable[..., tiles.Strips | tiles.Patches]] = {"strips": tiles.strips, "patches": tiles.patches}
 KERNELS = ("_strips", "_patches")
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     print("| kernel | map | form | " + " | ".join(columns) + " |")
     print("|-|-|-|" + "-|" * len(columns))
     for shape in shapes(options.variants, options.size):
-        forms = [(form, form, None) for form in FORMS]
+        forms: list[tuple[str, str, tiles.Walk | None]] = [(form, form, None) for form in FORMS]
         if options.walks:
             forms = [(str(walk), "patches", walk) for walk in tiles.walks(shape.kernel, shape.stride)]
         for name, form, walk in forms:
