@@ -19,9 +19,9 @@ import fat.kernels
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine.accelerate import wrap
+from launch.engine.cuda_graph_capture import RECORDERS
+from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.execution import Execution, zero_and_precision
-from launch.engine.graph_recorder import RECORDERS
-from launch.engine.graphs import GraphedModel
 from launch.engine.loss import autocast, count_batches, soft_cross_entropy
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, synchronise_norms

@@ -17,7 +17,7 @@ import fat.kernels
 from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
-from launch.engine.graph_recorder import RECORDERS
+from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.sync_batchnorm import over_ranks
 from shards.errors import UserError
 from shards.files.private_folder import make_private

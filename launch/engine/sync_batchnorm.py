@@ -43,8 +43,9 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
             f"{nearest(size, divisors(world.size))}"
         )
     # Groups of their own, not the default one that reduces gradients: on one communicator these small all-reduces would
-    # queue behind buckets of gradients in the backward pass, and captured collectives (`launch.engine.graphs`) would
-    # mix with eager ones, which depends on NCCL_GRAPH_MIXING_SUPPORT. Every rank takes part in making every group.
+    # queue behind buckets of gradients in the backward pass, and captured collectives (`launch.engine.cuda_graphs`)
+    # would mix with eager ones, which depends on NCCL_GRAPH_MIXING_SUPPORT. Every rank takes part in making every
+    # group.
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
     group = groups[world.rank // size]
     assert group is not None

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import fat.kernels
 from launch.config.engine import OptimizerImpl
 from launch.config.optim import OptimConfig
+from launch.engine.cuda_graph_capture import RECORDERS
+from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.execution import Execution
-from launch.engine.graph_recorder import RECORDERS
-from launch.engine.graphs import GraphedModel
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.machine.device_peaks import settle
 from launch.tuning.trials import Choice, choose

@@ -18,8 +18,8 @@ import torch
 
 import fat
 from launch.config.command_line import parse
+from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.engine import Engine
-from launch.engine.graph_recorder import RECORDERS
 from launch.machine.world import connect, disconnect
 from pipeline.loader import Batch
 from pipeline.plan import BatchShape, Position

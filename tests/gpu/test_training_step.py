@@ -1,4 +1,7 @@
-"""Captured training on a CUDA device: `make gpu`. tests/unit/test_graphs.py has the same with a stand-in for CUDA."""
+"""Captured training on a CUDA device: `make gpu`.
+
+tests/unit/test_cuda_graphs.py has the same with a stand-in for CUDA.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from torch import nn
 
 import fat
 from launch.config.command_line import parse
+from launch.engine.cuda_graph_capture import CudaRecorder
+from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.engine import Engine
-from launch.engine.graph_recorder import CudaRecorder
-from launch.engine.graphs import GraphedModel
 from launch.machine.world import World
 from tests.support.batches import CLASSES, random_batch
 

@@ -16,7 +16,7 @@ import fat
 from fat import fused_layers, kernels, layers
 from fat.batchnorm import BatchNorm
 from fat.config import FATConfig
-from launch.engine.graphs import GraphedModel
+from launch.engine.cuda_graphs import GraphedModel
 from tests.support.recorders import ReplayOnCpu
 
 TINY = FATConfig(

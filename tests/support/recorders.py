@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.engine.graph_recorder import Results, Work
+from launch.engine.cuda_graph_capture import Results, Work
 
 
 class ReplayOnCpu:

@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from fat.layers import has_hooks
 from fat.model import FAT
-from launch.engine.graph_recorder import Recorder, Results
+from launch.engine.cuda_graph_capture import Recorder, Results
 
 
 class GraphedModel:

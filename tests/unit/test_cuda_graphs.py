@@ -23,11 +23,11 @@ import fat
 from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
-from launch.engine import graph_recorder
+from launch.engine import cuda_graph_capture
+from launch.engine.cuda_graph_capture import CudaRecorder, Results, Work
+from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.engine import Engine, seed_generators
 from launch.engine.execution import Execution, graph_obstacle
-from launch.engine.graph_recorder import CudaRecorder, Results, Work
-from launch.engine.graphs import GraphedModel
 from launch.machine.world import World
 from tests.support.batches import CLASSES, SIZE, random_batch
 from tests.support.recorders import FailsAt, ReplayOnCpu
@@ -48,7 +48,7 @@ def recorders(monkeypatch: pytest.MonkeyPatch) -> list[ReplayOnCpu]:
         made.append(ReplayOnCpu(device))
         return made[-1]
 
-    monkeypatch.setitem(graph_recorder.RECORDERS, "cpu", make)
+    monkeypatch.setitem(cuda_graph_capture.RECORDERS, "cpu", make)
     return made
 
 
@@ -151,7 +151,7 @@ def test_a_failed_capture_leaves_eager_training_as_it_was(monkeypatch: pytest.Mo
         made.append(FailsAt(device, number))
         return made[-1]
 
-    monkeypatch.setitem(graph_recorder.RECORDERS, "cpu", make)
+    monkeypatch.setitem(cuda_graph_capture.RECORDERS, "cpu", make)
     eager = train(engine_of("--compile", "off", "--ema", "0.9"))
     engine = engine_of("--compile", "cudagraphs", "--ema", "0.9")
     assert engine.notes == [
@@ -419,7 +419,7 @@ def cost_of_step(engine: Engine) -> tuple[int, int]:
 
 def test_a_captured_step_costs_the_host_next_to_nothing_per_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few lists are gone through; nothing is called for each parameter but for its address, which must not change."""
-    monkeypatch.setitem(graph_recorder.RECORDERS, "cpu", DoesNothing)
+    monkeypatch.setitem(cuda_graph_capture.RECORDERS, "cpu", DoesNothing)
     engine = engine_of("--ema", "0")
     parameters = len(list(engine.model.parameters()))
     calls, operators = cost_of_step(engine)
