@@ -56,7 +56,6 @@ class Runner:
             "TRITON_CACHE_DIR": self.cache,
             "TORCHINDUCTOR_CACHE_DIR": work / "inductor",
             "HF_HOME": work / "hf",
-            "XDG_CACHE_HOME": work / "cache",  # a run's kernel check serves the later ones, even without a home folder
         }
         self.environment = {name: str(path) for name, path in kept.items()} | os.environ
         self.environment |= {

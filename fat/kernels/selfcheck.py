@@ -21,7 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -80,9 +80,6 @@ class Failure:
 
     def __str__(self) -> str:
         return f"{self.operator} on {self.shape} {self.dtype}: {self.reason}"
-
-    def to_dict(self) -> dict[str, str]:
-        return asdict(self)
 
 
 class Check(Protocol):

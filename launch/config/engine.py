@@ -40,8 +40,8 @@ class CompileConfig:
     """Memory format of the weights; with ZeRO only contiguous is possible. Images and activations are channels-last
     either way."""
     kernels: Annotated[Literal["auto", "off", "unchecked"] | None, default("$FAT_KERNELS, else auto")] = None
-    """FAT's own kernels, where there are any (docs/kernels.md). auto = compared with torch first, on a device and
-    versions seen for the first time; unchecked = without that."""
+    """FAT's own kernels, where there are any (docs/kernels.md). auto = compared with torch at every start, and switched
+    off where they do not agree; unchecked = without that."""
     compile: Annotated[
         Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"] | None,
         default("cudagraphs on GPUs where they can be captured, else off"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import re
 import subprocess
 from pathlib import Path
 
@@ -28,16 +27,6 @@ def cpu_name() -> str:
 def device_name(device: torch.device) -> str:
     """The GPU's, or the processor's, as it calls itself."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def driver_version() -> str | None:
-    """The NVIDIA driver's version; None where there is none."""
-    try:
-        loaded = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
-    except OSError:
-        return None
-    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", loaded)
-    return found[0] if found else None
 
 
 def git_state() -> str | None:

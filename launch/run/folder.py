@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, TypeVar
@@ -19,7 +19,7 @@ import fat
 from launch.config.recipe import Recipe
 from launch.engine.build import config_of
 from launch.engine.engine import Engine
-from launch.engine.kernel_verdict import Verdict
+from launch.engine.kernel_check import Verdict
 from launch.engine.zero_state import weights_of
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
@@ -257,7 +257,7 @@ class RunFolder:
                 "device": device_name(engine.world.device),
                 "cores": engine.world.cores,
             },
-            "kernels": self._kernels.to_dict(),
+            "kernels": asdict(self._kernels),
             "versions": versions(),
             "git": git_state(),
         }

@@ -479,15 +479,13 @@ def test_checkpoints_are_not_in_the_archive(tmp_path: Path, monkeypatch: pytest.
 def test_parts_have_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/the/callers")
     monkeypatch.setenv("HF_HOME", "/its/own")
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     show = "import json, os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(json.dumps(dict(os.environ)))"
     _, results = run(monkeypatch, tmp_path, [part("env", "-c", show, "{out}", environment={"OMP_NUM_THREADS": "3"})])
     found, work = results["env"]["figures"], tmp_path / "work"
     assert found["PYTHONPATH"].split(os.pathsep) == [str(gpu.ROOT), str(work / "site"), "/the/callers"]
     assert found["TRITON_CACHE_DIR"] == str(tmp_path / "triton-cache")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(work / "inductor")
-    assert found["XDG_CACHE_HOME"] == str(work / "cache")
     assert (found["HF_HOME"], found["OMP_NUM_THREADS"]) == ("/its/own", "3")
     assert found["DS_IGNORE_CUDA_DETECTION"] == "1"
 

@@ -1,11 +1,11 @@
-"""Verdicts on kernels: what is compared, how a failure is told, when a verdict is kept, and who hears of it."""
+"""Verdicts on kernels: what is compared, how a failure is told, and who hears of it."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,13 @@ from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine import kernel_check
 from launch.engine.execution import kernels_from_environment
-from launch.engine.kernel_check import KernelsUnusable, check_kernels
-from launch.engine.kernel_verdict import Verdict, cache_folder
+from launch.engine.kernel_check import KernelsUnusable, Verdict, check_kernels
 from launch.machine.world import World
 from launch.train import main as train
 from launch.tuning.command import tune
 from pipeline.augment import kernels as augment_kernels
 from pipeline.augment import selfcheck as augment_selfcheck
-from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.augment.recipe import augment_recipe
 from tests.support.commands import SMALL
 from tests.support.commands import run as run_command
 
@@ -49,9 +48,8 @@ def model() -> fat.FAT:
 
 
 @pytest.fixture(autouse=True)
-def _as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with kernels.disabled(), augment_kernels.disabled():
         yield
 
@@ -232,19 +230,12 @@ def test_odd_maps_are_cut_into_the_tiles_of_the_real_ones(size: int) -> None:
 # Verdicts
 
 
-class Calls:
-    """What `serve` counts."""
-
-    def __init__(self) -> None:
-        self.made: list[tuple[Any, ...]] = []
-
-
-def serve(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> Calls:
-    """Let kernels serve on the CPU; comparing them ends as given."""
-    calls = Calls()
+def serve(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> list[str]:
+    """Let kernels serve on the CPU; comparing them ends as given. Returns a list of the families compared so far."""
+    compared: list[str] = []
 
     def run(checks: list[Any], device: torch.device) -> list[Failure]:
-        calls.made.append(tuple(check.family for check in checks))
+        compared.extend(check.family for check in checks)
         if isinstance(failed, Exception):
             raise failed
         return list(failed)
@@ -260,7 +251,7 @@ def serve(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> Calls:
     monkeypatch.setattr(kernel_check.selfcheck, "run", run)
     monkeypatch.setattr(kernel_check.selfcheck, "cases", cases)
     monkeypatch.setattr(kernel_check.augment_selfcheck, "cases", augmented)
-    return calls
+    return compared
 
 
 def check(model: fat.FAT, **options: Any) -> Verdict:
@@ -268,140 +259,46 @@ def check(model: fat.FAT, **options: Any) -> Verdict:
     return check_kernels(model, settings.pop("world", ALONE), **settings)
 
 
-def test_without_kernels_nothing_is_compared_or_kept(model: fat.FAT, tmp_path: Path) -> None:
+def test_without_kernels_nothing_is_compared(model: fat.FAT, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = check(model, augment=augment_recipe("fat"))
-    assert verdict == Verdict(notes=("no kernels are used here",))
-    assert verdict.lines() == []
-    assert verdict.summary == "not compared; no kernels are used here"
+    assert verdict == Verdict()
+    assert verdict.resolved == {"kernel check": "not compared"}
+    assert capsys.readouterr().err == ""
+
+
+def test_every_start_compares_and_writes_nothing(
+    model: fat.FAT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared = serve(monkeypatch)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(tmp_path))
+    for _ in range(2):
+        verdict = check(model)
+        assert (verdict.checked, verdict.failed) == ((families.CONVOLUTION, families.NORM), ())
+        assert verdict.resolved["kernel check"] == (
+            f"2 families compared in {verdict.seconds:.1f} s; all agree with torch"
+        )
+    assert compared == [families.CONVOLUTION, families.NORM] * 2
+    assert capsys.readouterr().err == ""
     assert not list(tmp_path.iterdir())
 
 
-def test_a_verdict_is_kept(model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    calls = serve(monkeypatch)
-    first = check(model)
-    assert (first.checked, first.failed, first.source) == ((families.CONVOLUTION, families.NORM), (), "compared now")
-    assert capsys.readouterr().err.startswith("comparing kernels with torch, once for ")
-    again = check(model)
-    assert again == replace(first, source="compared before", seconds=round(first.seconds, 2))
-    assert capsys.readouterr().err == ""
-    assert len(calls.made) == 1
-    assert again.summary == "2 families compared before; all agree with torch"
-    (file,) = cache_folder().iterdir()
-    assert set(json.loads(file.read_text())["key"]) == {
-        *("device", "capability", "driver", "torch", "triton", "sources", "model", "use", "augmentation")
-    }
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["device", "driver", "torch", "triton", "sources", "model", "size", "dtype", "gradients", "frozen", "augment"],
-)
-def test_a_verdict_is_of_one_device_driver_version_and_model(
-    what: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = serve(monkeypatch)
-    check(model, augment=AugmentRecipe())
-    options: dict[str, Any] = {"augment": AugmentRecipe()}
-    other = model
-    match what:
-        case "device":
-            monkeypatch.setattr(kernel_check, "device_name", lambda device: "another")
-        case "driver":
-            monkeypatch.setattr(kernel_check, "driver_version", lambda: "999.1")
-        case "torch":
-            monkeypatch.setattr(torch, "__version__", "9.9")
-        case "triton":
-            monkeypatch.setattr(kernel_check, "installed_version", lambda library: "9.9")
-        case "sources":
-            monkeypatch.setattr(kernel_check, "_sources", lambda: [b"changed"])
-        case "model":
-            other = fat.create_model(replace(NET, kernels=(3, 5, 7, 7)))
-        case "size":
-            options["size"] = 96
-        case "dtype":
-            options["dtype"] = torch.float32
-        case "gradients":
-            options["gradients"] = False
-        case "frozen":
-            options["frozen_norms"] = True
-        case "augment":
-            options["augment"] = augment_recipe("fat")
-    assert check(other, **options).source == "compared now"
-    assert check(other, **options).source == "compared before"
-    assert len(calls.made) == 2
-
-
-@pytest.mark.parametrize("change", ["no JSON", "another key", "a part is missing", "no families", "a list"])
-def test_a_damaged_verdict_is_replaced(change: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = serve(monkeypatch, failed=[NORM])
-    check(model)
-    (file,) = cache_folder().iterdir()
-    whole = file.read_text()
-    content = json.loads(whole)
-    match change:
-        case "no JSON":
-            file.write_text(whole[:-20])
-        case "another key":
-            file.write_text(json.dumps(content | {"key": {}}))
-        case "a part is missing":
-            del content["checked"]
-            file.write_text(json.dumps(content))
-        case "no families":
-            file.write_text(json.dumps(content | {"checked": [1]}))
-        case "a list":
-            file.write_text("[]")
-    assert check(model).source == "compared now"
-    assert len(calls.made) == 2
-    assert check(model).source == "compared before"
-
-
-def test_a_cache_that_cannot_be_written_is_told_in_a_line(
-    model: fat.FAT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    serve(monkeypatch)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    verdict = check(model)
-    assert verdict.source == "compared now"
-    (line,) = verdict.lines()
-    assert "kernel-checks cannot be written (Not a directory), so the next run compares kernels again" in line
-
-
-def test_a_verdict_that_others_may_have_written_is_not_used(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve(monkeypatch)
-    check(model)
-    cache_folder().chmod(0o777)
-    verdict = check(model)
-    assert verdict.source == "compared now"
-    (line,) = verdict.lines()
-    assert "kernel-checks is not used (" in line
-    assert "others may write to it (mode 0777)" in line
-    assert "set XDG_CACHE_HOME to a folder of your own" in line
-
-
-def test_a_failed_family_is_switched_off_with_one_warning_now_and_later(
+def test_a_failed_family_is_switched_off_with_one_warning(
     model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = Failure(augment_kernels.FINISHING, "batch finishing", "images of 64x64", "bfloat16", "1 of 9 are NaN")
     serve(monkeypatch, failed=[NORM, failed])
-    for again in ("", " (found by an earlier comparison)"):
-        with kernels.disabled(), augment_kernels.disabled():
-            verdict = check(model, augment=augment_recipe("fat"))
-            assert kernels.switched_off() == {families.NORM}
-            assert augment_kernels.switched_off() == {augment_kernels.FINISHING}
-        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-        assert said == verdict.lines()
-        assert said == [
-            f"warning: the norm kernels do not agree with torch{again} and are switched off: add_norm on map 2x8x9x9 "
-            "bfloat16: mean: off by 0.5 where the bound is 0.01",
-            f"warning: the batch finishing kernels do not agree with torch{again} and are switched off: batch "
-            "finishing on images of 64x64 bfloat16: 1 of 9 are NaN",
-        ]
-    assert verdict.summary == "3 families compared before; switched off: norm, batch finishing"
-    assert verdict.to_dict()["failed"][0] == {
-        **{"family": "norm", "operator": "add_norm", "shape": "map 2x8x9x9", "dtype": "bfloat16"},
-        "reason": "mean: off by 0.5 where the bound is 0.01",
-    }
+    verdict = check(model, augment=augment_recipe("fat"))
+    assert kernels.switched_off() == {families.NORM}
+    assert augment_kernels.switched_off() == {augment_kernels.FINISHING}
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: the norm kernels do not agree with torch and are switched off: add_norm on map 2x8x9x9 bfloat16: "
+        "mean: off by 0.5 where the bound is 0.01",
+        "warning: the batch finishing kernels do not agree with torch and are switched off: batch finishing on images "
+        "of 64x64 bfloat16: 1 of 9 are NaN",
+    ]
+    assert verdict.failed == (NORM, failed)
+    assert verdict.resolved["kernel check"].endswith("; switched off: norm, batch finishing")
 
 
 @pytest.mark.parametrize(
@@ -419,15 +316,15 @@ def test_a_failed_family_is_switched_off_with_one_warning_now_and_later(
 def test_what_is_not_used_or_asked_for_is_not_compared(
     process: kernels.Mode, mode: Any, compared: tuple[str, ...], model: fat.FAT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = serve(monkeypatch)
+    made = serve(monkeypatch)
     with kernels.use(process):
         verdict = check(model, mode=mode, augment=augment_recipe("fat"))
     expected = [*((families.CONVOLUTION, families.NORM) if "model" in compared else ())]
     expected += [augment_kernels.FINISHING] if "loader" in compared else []
     assert verdict.checked == tuple(expected)
-    assert calls.made == ([tuple(expected)] if compared else [])
-    if process == "unchecked" and not compared:
-        assert verdict.summary == "not compared; kernels are used unchecked, as asked for"
+    assert made == expected
+    if not compared:
+        assert verdict.resolved == {"kernel check": "not compared"}
 
 
 def test_the_environment_is_read_at_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +338,9 @@ def test_the_environment_is_read_at_the_command_line(monkeypatch: pytest.MonkeyP
         kernels_from_environment().__enter__()
 
 
-def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_cannot_be_made_does_not_stop_the_run(
+    model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     serve(monkeypatch)
 
     def cases(*args: Any, **options: Any) -> list[Stub]:
@@ -449,11 +348,10 @@ def test_a_check_that_cannot_be_made_does_not_stop_the_run(model: fat.FAT, monke
 
     monkeypatch.setattr(kernel_check.selfcheck, "cases", cases)
     verdict = check(model)
-    assert verdict.source == "not compared"
-    assert verdict.lines() == [
-        "warning: kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
-    ]
-    assert not list(cache_folder().iterdir())
+    line = "kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
+    assert verdict == Verdict(warnings=(line,))
+    assert verdict.resolved == {"kernel check": f"not compared; {line}"}
+    assert capsys.readouterr().err == f"warning: {line}\n"
 
 
 # Compilation before the first launch
@@ -473,16 +371,16 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
 
 
 def test_kernels_of_the_run_and_of_the_comparison_are_compiled_together(
-    model: fat.FAT, monkeypatch: pytest.MonkeyPatch, compilations: list[list[Any]]
+    model: fat.FAT,
+    monkeypatch: pytest.MonkeyPatch,
+    compilations: list[list[Any]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Before the comparison; on later starts, which compare nothing, those of the run alone."""
-    calls = serve(monkeypatch)
-    first, second = (check(model, passes=[lambda: "step"]) for _ in range(2))
-    assert compilations == [["step", families.CONVOLUTION, families.NORM], ["step"]]
-    assert len(calls.made) == 1
-    for verdict in (first, second):
-        assert verdict.resolved["kernel compilation"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
-        assert verdict.lines() == ["warning: one thing failed"]
+    serve(monkeypatch)
+    verdict = check(model, passes=[lambda: "step"])
+    assert compilations == [["step", families.CONVOLUTION, families.NORM]]
+    assert verdict.resolved["kernel compilation"] == "3 kernels: 2 compiled, 1 in the cache, 1.0 s"
+    assert capsys.readouterr().err == "warning: one thing failed\n"
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("unchecked", [["step"]]), ("off", [])])
@@ -502,8 +400,10 @@ def test_unchecked_kernels_are_compiled_and_unused_ones_are_not(
 
 def test_another_version_of_triton_is_a_warning_and_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fat.kernels.prefill.compile_ahead", None)
-    (line,) = kernel_check.compiled([lambda: None], tell=False).warnings
-    assert line.startswith("kernels not compiled ahead, but by their first launch: import of fat.kernels.prefill.")
+    summary, problem = kernel_check.compile_kernels([lambda: None], tell=False)
+    assert summary == ""
+    assert problem is not None
+    assert problem.startswith("kernels not compiled ahead, but by their first launch: import of fat.kernels.prefill.")
 
 
 def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,19 +431,18 @@ def test_every_launch_of_a_comparison_can_be_recorded(model: fat.FAT) -> None:
 
 def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In recipe.json, and in the log."""
-    monkeypatch.setattr(
-        kernel_check, "join_verdicts", lambda mine, world: Verdict(("norm",), (NORM,), "compared now", 1.25)
-    )
+    monkeypatch.setattr(kernel_check, "check_kernels", lambda *_, **__: Verdict(("norm",), (NORM,), 1.25))
     out = tmp_path / "run"
     assert run_command(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
     kept = json.loads((out / "recipe.json").read_text())["kernels"]
-    assert kept == {
-        **{"checked": ["norm"], "failed": [NORM.to_dict()], "source": "compared now", "seconds": 1.25, "notes": []},
-        "compilation": "",
+    failed = {
+        **{"family": "norm", "operator": "add_norm", "shape": "map 2x8x9x9", "dtype": "bfloat16"},
+        "reason": "mean: off by 0.5 where the bound is 0.01",
     }
+    assert kept == {"checked": ["norm"], "failed": [failed], "seconds": 1.25, "warnings": [], "compilation": ""}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     (picks,) = (line for line in lines if line["kind"] == "resolved")
-    assert picks["kernel check"] == "1 families compared now in 1.2 s; switched off: norm"
+    assert picks["kernel check"] == "1 families compared in 1.2 s; switched off: norm"
 
 
 def test_an_operator_of_a_family_that_is_off_needs_no_kernels() -> None:

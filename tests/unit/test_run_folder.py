@@ -18,7 +18,7 @@ import fat
 from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine.engine import Engine
-from launch.engine.kernel_verdict import Verdict
+from launch.engine.kernel_check import Verdict
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.run import checkpoint
