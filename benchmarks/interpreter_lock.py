@@ -58,12 +58,13 @@ from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.transfer import upload
 from pipeline.augment.triton_impl import rounds
+from pipeline.batch_shape import BatchShape
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.job import DecodeJob
 from pipeline.feed_process.process import FeedProcess
 from pipeline.jobs import MIX_STEPS, JobStream, TrainJobs
 from pipeline.loader import LoaderOptions, TrainLoader
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.plan import TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader

@@ -37,9 +37,10 @@ from benchmarks.taking_turns import Maker, machine, medians, ratio, take_turns
 from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.options import LoaderName
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.plan import TrainPlan
 from shards.cores import cores
 from shards.format.dataset import ShardSet
 

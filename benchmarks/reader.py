@@ -35,8 +35,9 @@ from benchmarks.taking_turns import machine, medians, ratio, take_turns
 from launch.cli import main as pipeline
 from pipeline import jobs
 from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import TrainLoader
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.plan import TrainPlan
 from pipeline.storage.files import LocalFiles
 from pipeline.storage.placement import Storage, storage_of
 from pipeline.storage.reader import SampleReader

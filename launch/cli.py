@@ -90,7 +90,7 @@ class Bench:
 
     def _recipe(self, training: Sequence[str], rows: int) -> Recipe:
         """The recipe of the training options; where they give no batch size, with at most `rows` per forward pass."""
-        from pipeline.plan import BatchShape
+        from pipeline.batch_shape import BatchShape
 
         recipe = _training_recipe(self.dataset, training)
         data = recipe.data

@@ -14,8 +14,9 @@ from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.machine.world import World
 from pipeline.augment.recipe import AugmentRecipe
+from pipeline.batch_shape import BatchShape, check_enough_samples
 from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
-from pipeline.plan import BatchShape, EvalPlan, TrainPlan, check_enough_samples
+from pipeline.plan import EvalPlan, TrainPlan
 from shards.format.dataset import ShardSet
 
 # More rows than this make an evaluation no faster, only larger.

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe
+from pipeline.batch_shape import BatchShape
 from pipeline.decode.job import DecodeJob
 from pipeline.options import LoaderOptions
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Ids, Position, ShardRequest, TrainPlan
+from pipeline.plan import NO_SAMPLE, EvalPlan, Ids, Position, ShardRequest, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import storage_of

@@ -19,10 +19,11 @@ from pipeline.augment.pixels import BatchAugment, mix, normalise
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.background import BackgroundLoader
 from pipeline.batch import Batch, timed_event
+from pipeline.batch_shape import BatchShape
 from pipeline.decode.job import Normalisation
 from pipeline.jobs import CROP_PCT, EvalJobs, PreparedBatch, TrainJobs, eval_geometry
 from pipeline.options import DaliOptions, LoaderOptions
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.synthetic import synthetic_batches
 from shards.format.dataset import ShardSet
 

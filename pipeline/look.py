@@ -158,8 +158,8 @@ def first_batch(
     """The global batch of a position, as training gets it."""
     import torch
 
+    from pipeline.batch_shape import BatchShape
     from pipeline.loader import TrainLoader
-    from pipeline.plan import BatchShape
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = BatchShape(global_batch=plan.global_batch)

@@ -15,7 +15,7 @@ from fat.batchnorm import BatchNorm, statistics
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.machine.world import World
-from pipeline.plan import divisors, nearest
+from pipeline.batch_shape import divisors, nearest
 
 # Attention pools to a 32nd of the image's side, rounded up.
 MIN_SIZE_OF_ONE_IMAGE = 33

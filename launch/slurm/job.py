@@ -11,7 +11,7 @@ import tyro
 from annotated_types import Interval
 
 from launch.config.recipe import Recipe
-from pipeline.plan import BatchShape, PlanError, divisors
+from pipeline.batch_shape import BatchShape, PlanError, divisors
 from shards.errors import UserError
 from shards.ranges import check_ranges
 

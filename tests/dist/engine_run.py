@@ -21,8 +21,9 @@ from launch.config.command_line import parse
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.engine import Engine
 from launch.machine.world import connect, disconnect
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch
-from pipeline.plan import BatchShape, Position
+from pipeline.plan import Position
 from tests.support.recorders import FailsAt, ReplayOnCpu
 
 GLOBAL, CLASSES, SIZE = 8, 10, 32

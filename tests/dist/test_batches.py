@@ -154,7 +154,8 @@ import sys, torch
 from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import TrainLoader
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.batch_shape import BatchShape
+from pipeline.plan import TrainPlan
 from shards.format.dataset import ShardSet
 dataset = ShardSet(Path(sys.argv[1]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=64, seed=0)

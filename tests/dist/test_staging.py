@@ -68,7 +68,8 @@ import sys, torch, pipeline.storage.remote.client
 from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import TrainLoader
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.batch_shape import BatchShape
+from pipeline.plan import TrainPlan
 from pipeline.storage.remote.shard_set import open_set
 pipeline.storage.remote.client.PIECE = int(sys.argv[3])
 dataset = open_set(sys.argv[1], cache=Path(sys.argv[2]))

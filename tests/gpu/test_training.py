@@ -65,8 +65,9 @@ def test_a_compiled_model_learns_the_same(tmp_path: Path, digits: Path, mode: st
 
 def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     from pipeline.augment.recipe import augment_recipe
+    from pipeline.batch_shape import BatchShape
     from pipeline.loader import TrainLoader
-    from pipeline.plan import BatchShape, TrainPlan
+    from pipeline.plan import TrainPlan
     from shards.format.dataset import ShardSet
 
     dataset = ShardSet(photos)

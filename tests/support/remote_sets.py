@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
-from pipeline.plan import BatchShape, EvalPlan, TrainPlan
+from pipeline.plan import EvalPlan, TrainPlan
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.part import Part
 from pipeline.storage.remote import client as remote

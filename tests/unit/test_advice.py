@@ -16,7 +16,7 @@ from launch.engine.schedule import rate_of
 from launch.engine.sync_batchnorm import check_values_per_channel, synchronise_norms
 from launch.feed import Feed
 from launch.machine.world import World
-from pipeline.plan import BatchShape, PlanError, check_enough_samples
+from pipeline.batch_shape import BatchShape, PlanError, check_enough_samples
 from shards.errors import UserError
 
 IMAGES = 37

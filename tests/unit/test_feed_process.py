@@ -19,13 +19,14 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.feed_process.process import FeedProcess, FeedProcessDied
 from pipeline.feed_process.worker import HANDED_AHEAD
 from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
 from pipeline.options import Settings
-from pipeline.plan import BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.plan import EvalPlan, Position, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
 from pipeline.storage.remote.errors import RemoteError
@@ -284,7 +285,8 @@ import os, sys, time, torch
 from pathlib import Path
 from pipeline.augment.recipe import augment_recipe
 from pipeline.loader import LoaderOptions, TrainLoader
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.batch_shape import BatchShape
+from pipeline.plan import TrainPlan
 from shards.format.dataset import ShardSet
 dataset = ShardSet(Path(sys.argv[1]))
 plan = TrainPlan(dataset.shard_samples("train"), global_batch=24, seed=0)

@@ -18,11 +18,12 @@ from PIL import Image, ImageOps
 
 from pipeline import background
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.decode.choose import make_decoder
 from pipeline.decode.job import DecodeError, DecodeJob
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import LoaderName
-from pipeline.plan import BatchShape, EvalPlan, TrainPlan
+from pipeline.plan import EvalPlan, TrainPlan
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import SampleReader
 from pipeline.storage.remote.shard_set import open_set

@@ -15,9 +15,10 @@ from PIL import Image
 
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
 from pipeline.options import DaliOptions, Settings
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan
+from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.storage.placement import storage_of
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.errors import UserError

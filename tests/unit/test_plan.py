@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import ArrayLike, NDArray
 
 import pipeline.plan
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, Position, TrainPlan, default_lanes
+from pipeline.batch_shape import BatchShape
+from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan, default_lanes
 from pipeline.rng import Stream, bits
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 0)
@@ -17,7 +18,7 @@ shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambd
 
 @st.composite
 def plans(draw: st.DrawFn) -> TrainPlan:
-    """Small sets with every awkwardness: empty shards, windows that do not divide, one lane to many."""
+    """Small sets with every awkwardness: empty shards, shuffle blocks that do not divide, one lane to many."""
     sizes = draw(shard_sizes)
     global_batch = draw(st.integers(1, min(24, sum(sizes))))
     lanes = draw(st.sampled_from([d for d in range(1, global_batch + 1) if global_batch % d == 0]))
@@ -92,8 +93,8 @@ def test_a_lane_reads_a_contiguous_stretch_of_the_stream_and_shuffles_within_blo
     lane = np.concatenate([plan.ids(Position(0, step), range(5)) for step in range(plan.steps_per_epoch)])
     start = min(lane[:50], key=lambda i: (i - plan._order(0).offset) % 1000)
     for number in range(10):
-        window = (np.sort((lane[number * 50 : number * 50 + 50] - start) % 1000)).tolist()
-        assert window == list(range(number * 50, number * 50 + 50))
+        block = (np.sort((lane[number * 50 : number * 50 + 50] - start) % 1000)).tolist()
+        assert block == list(range(number * 50, number * 50 + 50))
     assert (np.diff(lane[:50]) != 1).sum() > 40  # shuffled, not in storage order
 
 
@@ -220,7 +221,7 @@ def test_a_billion_samples_open_at_once_and_any_position_takes_few_draws(draws: 
     ids = plan.ids(Position(2, 700_000), rows)
     lanes = plan.lanes // 8
     assert sum(size for _, size in draws) == shards + 1 + lanes * plan.shuffle_block_size, (
-        "the order of the shards, its rotation, windows"
+        "the order of the shards, its rotation, shuffle blocks"
     )
     draws.clear()
     plan.ids(Position(2, 600_000), rows)

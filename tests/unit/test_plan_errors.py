@@ -1,4 +1,4 @@
-"""Sizes that do not fit are rejected with the reason and the nearest sizes that fit (pipeline/plan.py)."""
+"""Sizes that do not fit are rejected, and the nearest that fit named (pipeline/batch_shape.py, pipeline/plan.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.plan import BatchShape, EvalPlan, PlanError, Position, TrainPlan, check_enough_samples, nearest
+from pipeline.batch_shape import BatchShape, PlanError, check_enough_samples, nearest
+from pipeline.plan import EvalPlan, Position, TrainPlan
 
 
 @pytest.mark.parametrize(

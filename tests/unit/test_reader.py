@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
-from pipeline.plan import NO_SAMPLE, BatchShape, EvalPlan, TrainPlan
+from pipeline.plan import NO_SAMPLE, EvalPlan, TrainPlan
 from pipeline.storage.files import LocalFiles
 from pipeline.storage.placement import storage_of, tar_key
 from pipeline.storage.quick_check import quick_check

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from pipeline.plan import BatchShape, EvalPlan, Position, ShardRequest, TrainPlan
+from pipeline.batch_shape import BatchShape
+from pipeline.plan import EvalPlan, Position, ShardRequest, TrainPlan
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull
 from pipeline.storage.cache.part import Busy, Part

@@ -17,8 +17,9 @@ import torch
 
 from launch.run import files as run_files
 from pipeline.augment.recipe import augment_recipe
+from pipeline.batch_shape import BatchShape
 from pipeline.loader import LoaderOptions, TrainLoader
-from pipeline.plan import BatchShape, TrainPlan
+from pipeline.plan import TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import LocalFiles
 from pipeline.storage.placement import storage_of
