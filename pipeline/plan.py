@@ -203,7 +203,7 @@ class TrainPlan:
             return found
         start = number * self.shuffle_block_size
         places = np.arange(start, min(start + self.shuffle_block_size, self.lane_samples), dtype=np.int64)
-        order = np.argsort(bits(Stream.WINDOW_ORDER, self.seed, epoch, lane, places), kind="stable")
+        order = np.argsort(bits(Stream.SHUFFLE_BLOCK_ORDER, self.seed, epoch, lane, places), kind="stable")
         block = self._resolve(self._order(epoch), lane * self.lane_samples + places[order])
         self._blocks[key] = block
         # Two blocks per lane: a step may straddle a border, and the reader runs ahead of the consumer.

@@ -26,7 +26,7 @@ class Stream(IntEnum):
 
     SHARD_ORDER = 1
     ROTATION = 2
-    WINDOW_ORDER = 3
+    SHUFFLE_BLOCK_ORDER = 3
     CROP = 4
     FLIP = 5
     RAND_AUGMENT = 6

@@ -68,7 +68,7 @@ class DaliDecoder:
         source = feed()
         pipeline = self._build(source)
         stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
-        readers = None if stream is None else InUseBuffers(stream)
+        in_use = None if stream is None else InUseBuffers(stream)
         with Resizer(size=self.size, threads=self.threads, normalisation=self.normalisation) as resize:
             try:
                 while True:
@@ -81,17 +81,17 @@ class DaliDecoder:
                     except RuntimeError as error:
                         raise self._explain(error, in_flight) from error
                     job, extra, inputs = in_flight.popleft()
-                    if readers is not None:
+                    if in_use is not None:
                         pixels = torch.from_dlpack(images.as_tensor())
                         yield pixels, job, extra
-                        readers.keep(pixels, inputs)
+                        in_use.keep(pixels, inputs)
                         del pixels, inputs
                     else:  # DALI writes to its images again after the next run, decoding goes on meanwhile
                         yield resize([np.asarray(image) for image in images], job), job, extra
             finally:
                 source.close()
-                if readers is not None:
-                    readers.close()
+                if in_use is not None:
+                    in_use.close()
                 del pipeline
 
     @property

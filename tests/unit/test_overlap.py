@@ -127,32 +127,32 @@ class Event:
 def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
     events: list[Event] = []
     stream = SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1])
-    readers = InUseBuffers(stream)
+    in_use = InUseBuffers(stream)
     images = [torch.zeros(1) for _ in range(MOST_KEPT + 2)]
     held = [weakref.ref(one) for one in images]
     for number in range(MOST_KEPT):
-        readers.keep(images[number])
+        in_use.keep(images[number])
     images[:MOST_KEPT] = [None] * MOST_KEPT
     assert all(one() is not None for one in held)
     events[0].happened = True
-    readers.keep(images.pop())
+    in_use.keep(images.pop())
     assert [one() is None for one in held[:2]] == [True, False]
-    readers.keep(images.pop())  # too many: the oldest is waited for
+    in_use.keep(images.pop())  # too many: the oldest is waited for
     assert held[1]() is None
     assert [event.waited for event in events] == [False, True, *[False] * MOST_KEPT]
-    readers.close()
+    in_use.close()
     assert all(one() is None for one in held)
     assert events[-1].waited
 
 
 def test_what_images_are_decoded_from_is_held_as_long_and_until_after_the_wait() -> None:
     events: list[Event] = []
-    readers = InUseBuffers(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
+    in_use = InUseBuffers(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
     for _ in range(MOST_KEPT + 1):
         images, inputs = torch.zeros(1), np.zeros(1)
         if not events:
             first = [weakref.ref(images), weakref.ref(inputs)]
-        readers.keep(images, (inputs,))
+        in_use.keep(images, (inputs,))
         events[0].guarded = first
         del images, inputs
     assert events[0].waited

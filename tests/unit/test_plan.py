@@ -203,7 +203,7 @@ def test_two_shuffle_blocks_per_lane_and_two_epochs_are_kept(draws: list[tuple[S
             plan.ids(position)
         streams = [stream for stream, _ in draws]
         assert streams.count(Stream.ROTATION) == streams.count(Stream.SHARD_ORDER)
-        return streams.count(Stream.WINDOW_ORDER), streams.count(Stream.ROTATION)
+        return streams.count(Stream.SHUFFLE_BLOCK_ORDER), streams.count(Stream.ROTATION)
 
     assert drawn(Position(0, 0), Position(0, 2)) == (6, 1)
     assert drawn(Position(0, 0), Position(0, 1)) == (0, 0)

@@ -28,7 +28,7 @@ def test_golden_values() -> None:
     ]
     assert int(rng.bits(Stream.SHUFFLE)) == 0x943FF9FC99DE8F03
     assert hexed(rng.uniform(Stream.ERASE, 0, np.arange(2))) == ["0x1.38028f22c378bp-1", "0x1.ed3c6fde286e0p-1"]
-    assert rng.integers(1000, Stream.WINDOW_ORDER, 5, np.arange(5)).tolist() == [342, 523, 492, 87, 671]
+    assert rng.integers(1000, Stream.SHUFFLE_BLOCK_ORDER, 5, np.arange(5)).tolist() == [342, 523, 492, 87, 671]
     assert hexed(rng.normal(Stream.RAND_AUGMENT, 0, np.arange(2))) == ["0x1.be75a65a764ebp-1", "0x1.b7dbb3488564ap-1"]
     assert hexed(rng.beta(0.8, Stream.MIX, 0, np.arange(2))) == ["0x1.fcfa8274fb75ap-1", "0x1.38c12b7dd481bp-1"]
     assert rng.seed64(Stream.DROP_PATH, 1, 2, 3) == 3509227765423030000
@@ -118,7 +118,7 @@ def test_integers_cover_their_range_evenly(high: int) -> None:
 
 def test_integers_take_an_array_of_bounds() -> None:
     high = np.arange(1, 1000)
-    values = rng.integers(high, Stream.WINDOW_ORDER, 3, np.arange(999))
+    values = rng.integers(high, Stream.SHUFFLE_BLOCK_ORDER, 3, np.arange(999))
     assert ((values >= 0) & (values < high)).all()
 
 

@@ -9,7 +9,7 @@ def test_streams_are_never_renumbered() -> None:
     assert {stream.name: stream.value for stream in Stream} == {
         "SHARD_ORDER": 1,
         "ROTATION": 2,
-        "WINDOW_ORDER": 3,
+        "SHUFFLE_BLOCK_ORDER": 3,
         "CROP": 4,
         "FLIP": 5,
         "RAND_AUGMENT": 6,
