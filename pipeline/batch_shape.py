@@ -41,7 +41,8 @@ class BatchShape:
         if not 0 <= self.rank < self.world:
             raise PlanError(f"rank {self.rank} does not exist in a world of {self.world}")
         if self.global_batch % (self.world * unit):
-            fits = [world for world in divisors(self.global_batch // unit) if self._cuts(self.global_batch // world)]
+            micro = self.micro_batch or 1
+            fits = [world for world in divisors(self.global_batch // unit) if self.global_batch % (world * micro) == 0]
             raise PlanError(
                 f"world size {self.world} does not divide the global batch of {self.global_batch}"
                 f"{' into pairs' if self.pairs else ''}; the nearest world sizes that do: {nearest(self.world, fits)}"
@@ -52,10 +53,6 @@ class BatchShape:
                 f"micro-batch {self.micro_rows} does not divide the {self.rank_rows} rows of a rank"
                 f"{' into pairs' if self.pairs else ''}; the nearest that do: {nearest(self.micro_rows, fits)}"
             )
-
-    def _cuts(self, rank_rows: int) -> bool:
-        """Whether the micro-batch, if one is given, divides the rows of a rank."""
-        return self.micro_batch is None or rank_rows % self.micro_batch == 0
 
     @property
     def rank_rows(self) -> int:

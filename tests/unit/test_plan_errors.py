@@ -33,7 +33,11 @@ from pipeline.plan import EvalPlan, Position, TrainPlan
         ({"global_batch": 8, "world": 2, "rank": 2}, "rank 2 does not exist in a world of 2"),
         ({"global_batch": 8, "world": 2, "rank": -1}, "rank -1 does not exist in a world of 2"),
         (
-            {"global_batch": 60, "world": 7},
+            {"global_batch": 60, "world": 11},
+            "world size 11 does not divide the global batch of 60; the nearest world sizes that do: 10 and 12",
+        ),
+        (
+            {"global_batch": 60, "world": 7, "micro_batch": 0},
             "world size 7 does not divide the global batch of 60; the nearest world sizes that do: 6 and 10",
         ),
         (
