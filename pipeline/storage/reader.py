@@ -82,11 +82,16 @@ class SampleReader:
     """
 
     def __init__(
-        self, storage: Storage, *, threads: int | None = None, check: bool = True, buffers: BufferPool | None = None
+        self,
+        storage: Storage,
+        *,
+        threads: int = Settings.read_threads,
+        check: bool = True,
+        buffers: BufferPool | None = None,
     ) -> None:
         self._storage, self._check = storage, check
         self._buffers = BufferPool() if buffers is None else buffers
-        self._pool = ThreadPoolExecutor(threads or Settings.read_threads, thread_name_prefix="shard-reader")
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-reader")
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
     def read(self, ids: Ids) -> Encoded:
@@ -98,19 +103,19 @@ class SampleReader:
         return _gather(*self._start(ids))
 
     def read_ahead(self, batches: Iterable[tuple[Ids, T]], ahead: int) -> Iterator[tuple[Encoded, T]]:
-        """Read a stream of (ids, anything) in order, up to `ahead` batches before they are asked for."""
+        """Read a stream of (ids, anything) in order, up to `ahead` batches before they are asked for.
+
+        Reads that are still under way when the consumer leaves end when the reader is closed.
+        """
         under_way: deque[tuple[Future[Started], T]] = deque()
-        try:
-            for ids, extra in batches:
-                under_way.append((self._batches.submit(self._start, ids), extra))
-                if len(under_way) > ahead:
-                    started, first = under_way.popleft()
-                    yield _gather(*started.result()), first
-            while under_way:
+        for ids, extra in batches:
+            under_way.append((self._batches.submit(self._start, ids), extra))
+            if len(under_way) > ahead:
                 started, first = under_way.popleft()
                 yield _gather(*started.result()), first
-        finally:
-            self._cancel(started for started, _ in under_way)
+        while under_way:
+            started, first = under_way.popleft()
+            yield _gather(*started.result()), first
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
         """Shards that will be read, in order; those on a server are then fetched beforehand. To be told once."""
@@ -134,8 +139,8 @@ class SampleReader:
 
     def close(self) -> None:
         self.interrupt()
-        self._batches.shutdown(wait=True, cancel_futures=True)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._batches.shutdown()
+        self._pool.shutdown()
         self._storage.files.close()
 
     def __enter__(self) -> SampleReader:
@@ -143,13 +148,6 @@ class SampleReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @staticmethod
-    def _cancel(unwanted: Iterable[Future[Started]]) -> None:
-        for started in unwanted:
-            if not started.cancel():
-                for task in started.result()[1] if started.exception() is None else ():
-                    task.cancel()
 
     def _start(self, ids: Ids) -> Started:
         """Read what is in the page cache at once, and have the threads read the rest.

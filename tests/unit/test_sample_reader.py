@@ -87,22 +87,25 @@ def test_the_first_bad_row_is_named_with_its_file_place_and_sample(storage: Stor
     )
 
 
-def test_bytes_that_are_right_at_the_second_reading_are_no_fault(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("damaged", "faults"), [(1, 0), (2, 1)])
+def test_a_sample_whose_bytes_are_wrong_is_read_once_more(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, damaged: int, faults: int
 ) -> None:
-    """They were damaged on the way here."""
+    """They may have been damaged on the way here."""
     readings, read = [], storage.files.read
 
-    def damaged_once(file: int, target: NDArray[np.uint8], offset: int) -> None:
+    def damage_the_first(file: int, target: NDArray[np.uint8], offset: int) -> None:
         read(file, target, offset)
         readings.append(offset)
-        if len(readings) == 1:
+        if len(readings) <= damaged:
             target[0] ^= 1
 
-    monkeypatch.setattr(storage.files, "read", damaged_once)
+    monkeypatch.setattr(storage.files, "read", damage_the_first)
     with SampleReader(storage) as reader:
-        assert reader.read(ids(4)).checked().images[0].tobytes() == content(4)
-    assert readings == [406, 406]
+        batch = reader.read(ids(4))
+    assert len(batch.faults) == faults
+    assert readings[:2] == [406, 406]
+    assert faults or batch.images[0].tobytes() == content(4)
 
 
 def test_without_the_check_damage_is_not_noticed(storage: Storage) -> None:
