@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +51,7 @@ class ShardRequest(NamedTuple):
 def default_lanes(global_batch: int) -> int:
     """The largest divisor of half the global batch (of all of it when odd) up to 64: 1024 -> 64, 96 -> 48."""
     base = global_batch // 2 if global_batch % 2 == 0 else global_batch
-    return max((d for d in range(1, min(base, MAX_LANES) + 1) if base % d == 0), default=1)
+    return max((d for d in range(2, min(base, MAX_LANES) + 1) if base % d == 0), default=1)
 
 
 @dataclass(frozen=True)
@@ -120,31 +121,30 @@ class TrainPlan:
 
         Args:
             position: epoch >= 0, 0 <= step < steps_per_epoch.
-            rows: which rows of the global batch (step 1); None = all of them.
+            rows: which rows of the global batch (step 1, at least one); None = all of them.
 
         Raises:
-            IndexError: no such step or row.
+            IndexError: no such step or rows.
         """
         if not (position.epoch >= 0 and 0 <= position.step < self.steps_per_epoch):
             raise IndexError(f"no {position} in a plan of {self.steps_per_epoch} steps per epoch")
         rows = range(self.global_batch) if rows is None else rows
-        if rows.step != 1 or rows.start < 0 or rows.stop > self.global_batch:
+        if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.global_batch:
             raise IndexError(f"no {rows} in a global batch of {self.global_batch}")
-        parts, row = [], rows.start
-        while row < rows.stop:
-            lane, within = divmod(row, self.share)
-            count = min(self.share - within, rows.stop - row)
-            parts.append(self._lane_ids(position.epoch, lane, position.step * self.share + within, count))
-            row += count
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        parts = []
+        for lane in self._lanes(rows):
+            start, stop = max(rows.start, lane * self.share), min(rows.stop, (lane + 1) * self.share)
+            shift = (position.step - lane) * self.share  # from rows of the batch to places in the lane
+            parts.append(self._lane_ids(position.epoch, lane, start + shift, stop + shift))
+        return np.concatenate(parts)
 
     def lane_of(self, rows: range) -> Ids:
         """The lane of each row, int64 [len(rows)]."""
         return np.arange(rows.start, rows.stop, dtype=np.int64) // self.share
 
-    def after(self, position: Position, steps: int = 1) -> Position:
-        """The position `steps` global batches later."""
-        return self.at(self.steps_before(position) + steps)
+    def after(self, position: Position) -> Position:
+        """The position one global batch later."""
+        return self.at(self.steps_before(position) + 1)
 
     def at(self, step: int) -> Position:
         """The position with `step` global batches behind it, counted from the start of training."""
@@ -161,14 +161,13 @@ class TrainPlan:
             position: the first batch.
             epochs: to the end of which epoch, counted from the start.
         """
-        lanes = range(rows.start // self.share, (rows.stop - 1) // self.share + 1)
         first_block = position.step * self.share // self.shuffle_block_size
         for epoch in range(position.epoch, epochs):
             before = epoch * self.steps_per_epoch
             order = self._order(epoch)
             for start in range(first_block * self.shuffle_block_size, self.lane_samples, self.shuffle_block_size):
                 stop = min(start + self.shuffle_block_size, self.lane_samples)
-                for lane in lanes:
+                for lane in self._lanes(rows):
                     ends = lane * self.lane_samples + np.array([start, stop - 1])
                     ends = (ends + order.offset) % self.samples
                     low, high = np.searchsorted(order.stream_start, ends, side="right") - 1
@@ -179,20 +178,20 @@ class TrainPlan:
                     yield ShardRequest(before + start // self.share, before + (stop - 1) // self.share, shards)
             first_block = 0
 
-    def left_out(self, epoch: int) -> Ids:
-        """The N mod G ids that sit this epoch out."""
-        stream = np.arange(self.steps_per_epoch * self.global_batch, self.samples, dtype=np.int64)
-        return self._resolve(self._order(epoch), stream)
+    def _lanes(self, rows: range) -> range:
+        """The lanes that rows of a global batch come from."""
+        return range(rows.start // self.share, (rows.stop - 1) // self.share + 1)
 
-    def _lane_ids(self, epoch: int, lane: int, start: int, count: int) -> Ids:
-        """Ids at places [start, start + count) of a lane."""
-        parts = []
-        while count > 0:
-            number, within = divmod(start, self.shuffle_block_size)
-            part = self._block(epoch, lane, number)[within : within + count]
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def _lane_ids(self, epoch: int, lane: int, start: int, stop: int) -> Ids:
+        """Ids at places [start, stop) of a lane."""
+        size = self.shuffle_block_size
+        blocks = range(start // size, (stop - 1) // size + 1)
+        return np.concatenate(
+            [
+                self._block(epoch, lane, number)[max(start - number * size, 0) : stop - number * size]
+                for number in blocks
+            ]
+        )
 
     def _block(self, epoch: int, lane: int, number: int) -> Ids:
         """Permuted ids of one shuffle block of a lane; kept while its lane is likely to come back to it."""
@@ -277,9 +276,9 @@ class EvalPlan:
         Args:
             shard_samples: samples of each shard of the split.
         """
-        ends = np.cumsum(np.asarray(shard_samples, dtype=np.int64))
+        ends = np.cumsum(shard_samples).tolist()
         per_step = self.batch * self.world
-        for shard, (start, stop) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+        for shard, (start, stop) in enumerate(pairwise([0, *ends])):
             if stop > max(start, self.start):
                 first = (max(start, self.start) - self.start) // per_step
                 yield ShardRequest(first, (stop - 1 - self.start) // per_step, [shard])

@@ -14,11 +14,13 @@ from tests.support.commands import run_pipeline
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 with contextlib.suppress(ImportError):  # tests of kernels run where it is not installed
-    from hypothesis import settings
+    from hypothesis import Phase, settings
 
     # A shared machine may take longer for an example than the default of 200 ms.
     settings.register_profile("no deadline", deadline=None)
     settings.load_profile("no deadline")
+    # For tests/mutation/: the same examples every time, and no search for the smallest one that fails.
+    settings.register_profile("mutation", settings.get_profile("ci"), phases=[Phase.explicit, Phase.generate])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

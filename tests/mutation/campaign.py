@@ -21,10 +21,9 @@ ROOT = Path(__file__).parents[2]
 SCRATCH = ROOT / "build" / "mutants"
 PACKAGES = ("shards", "pipeline", "fat", "launch")
 MUTMUT = (sys.executable, "-m", "mutmut")
-# hypothesis' profile "ci" has no deadlines and draws the same examples every time.
 PYTEST_OPTIONS = (
     "-n0",
-    "--hypothesis-profile=ci",
+    "--hypothesis-profile=mutation",
     "-p",
     "no:cacheprovider",
     "-m",

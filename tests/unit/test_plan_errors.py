@@ -162,6 +162,7 @@ def test_evaluations_that_do_not_exist(arguments: dict[str, Any], message: str) 
         (Position(0, 0), range(0, 10, 2), "no range(0, 10, 2) in a global batch of 10"),
         (Position(0, 0), range(-1, 3), "no range(-1, 3) in a global batch of 10"),
         (Position(0, 0), range(3, 11), "no range(3, 11) in a global batch of 10"),
+        (Position(0, 0), range(4, 4), "no range(4, 4) in a global batch of 10"),
     ],
 )
 def test_batches_outside_the_epoch_and_rows_outside_the_batch(

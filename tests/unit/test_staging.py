@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from pipeline.batch_shape import BatchShape
-from pipeline.plan import EvalPlan, Position, ShardRequest, TrainPlan
+from pipeline.plan import Position, ShardRequest, TrainPlan
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull
 from pipeline.storage.cache.part import Busy, Part
@@ -320,36 +319,6 @@ def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Pat
     consumer.join(20)
     assert [type(end) for end in ends] in ([Interrupted], [StopIteration])
     assert not [t for t in threading.enumerate() if t.name.startswith(("staging", "shard-reader", "train-loader"))]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_shards_said_to_be_needed_are_those_that_are_read(seed: int) -> None:
-    draw = np.random.default_rng(seed)
-    counts = draw.integers(0, 40, draw.integers(1, 9))
-    counts[0] += 12
-    ends = np.cumsum(counts)
-    plan = TrainPlan(
-        counts,
-        global_batch=12,
-        seed=seed,
-        lanes=int(draw.choice([1, 2, 3, 4, 6])),
-        shuffle_block_size=int(draw.choice([4, 7, 16, 99])),
-    )
-    world = int(draw.choice([1, 2, 3, 4, 6, 12]))
-    rows = BatchShape(global_batch=12, world=world, rank=int(draw.integers(world))).rows(0)
-    start = int(draw.integers(plan.steps_per_epoch))
-    needs = list(plan.shard_requests(plan.at(start), rows, epochs=3))
-    assert [need.last for need in needs] == sorted(need.last for need in needs)
-    for step in range(start, 3 * plan.steps_per_epoch):
-        read = set(np.searchsorted(ends, plan.ids(plan.at(step), rows), side="right").tolist())
-        assert read <= {shard for need in needs if need.first <= step <= need.last for shard in need.shards}
-    split = EvalPlan(int(counts.sum()), batch=5, world=3, rank=1, start=int(draw.integers(counts.sum())))
-    for step in range(split.steps):
-        ids = split.ids(step)
-        read = set(np.searchsorted(ends, ids[ids >= 0], side="right").tolist())
-        assert read <= {
-            shard for need in split.shard_requests(counts) if need.first <= step <= need.last for shard in need.shards
-        }
 
 
 def test_a_large_plan_requests_shards_without_permuting_samples(monkeypatch: pytest.MonkeyPatch) -> None:
