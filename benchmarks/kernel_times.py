@@ -33,7 +33,7 @@ from benchmarks.step import WAYS, step
 from launch.config.data import DataConfig
 from launch.config.recipe import Recipe
 from launch.feed import Feed
-from launch.machine.device_peaks import settle
+from launch.machine.device_peaks import synchronize
 from launch.machine.world import World
 
 WARM_UP = 3  # steps: allocations, kernels' choice
@@ -103,7 +103,7 @@ def profiled(
         start = time.perf_counter()
         for _ in range(steps):
             once()
-        settle(torch.device(DEVICE))
+        synchronize(torch.device(DEVICE))
         seconds = time.perf_counter() - start
     spent: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0])
     for event in profiler.key_averages():

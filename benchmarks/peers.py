@@ -42,7 +42,7 @@ from launch.config.data import DataConfig
 from launch.config.engine import CompileConfig, ParallelConfig
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine
-from launch.machine.device_peaks import settle
+from launch.machine.device_peaks import synchronize
 from launch.machine.provenance import versions
 from launch.machine.world import World, connect
 from pipeline.batch import Batch
@@ -130,7 +130,7 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
 
     for _ in range(WARM_UP):
         step()
-    settle(world.device)
+    synchronize(world.device)
     warm = time.perf_counter() - start
     seconds = [seconds_of(step, options.steps, world.device) for _ in range(options.rounds)]
     # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
@@ -170,11 +170,11 @@ def random_batch(rows: int, size: int, dtype: torch.dtype, device: torch.device)
 
 def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> float:
     """Of some steps, from an idle device to an idle device."""
-    settle(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    settle(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

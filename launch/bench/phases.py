@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from launch.bench.verdict import Phase
-from launch.machine.device_peaks import settle
+from launch.machine.device_peaks import synchronize
 from launch.run.data_wait import DataWait
 from pipeline.batch import Batch, timed_event
 
@@ -73,7 +73,7 @@ def run(
     batches: Iterator[Batch], step: Callable[[Batch], object] | None, *, steps: int, batch: int, device: torch.device
 ) -> Phase:
     """Time some steps; without `step`, batches are only taken."""
-    settle(device)
+    synchronize(device)
     # Without steps the device does nothing else, and it is the host that waits.
     wait = DataWait(device if step is not None else torch.device("cpu"))
     handing_over, marks = list[float](), [timed_event(device)]
@@ -87,7 +87,7 @@ def run(
             wait.ended()
             marks.append(timed_event(device))
     cpu = time.process_time() - cpu  # waiting for the device keeps a core busy
-    settle(device)
+    synchronize(device)
     seconds, images = time.perf_counter() - start, steps * batch
     on_gpu = [mark for mark in marks if mark is not None]
     return Phase(

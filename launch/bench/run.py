@@ -28,7 +28,7 @@ from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed, feed_of_one_rank
 from launch.jpeg_decoder import with_decoder
-from launch.machine.device_peaks import limits_of
+from launch.machine.device_peaks import device_peaks
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
 from launch.machine.world import connect, disconnect
 from pipeline.batch import Batch
@@ -109,7 +109,7 @@ def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
     picks = engine.resolved | _picks(feed, engine)
     with torch.device("meta"):
         cost = fat.count(fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size)
-    limits = limits_of(device, engine.precision)
+    peaks = device_peaks(device, engine.precision)
     flops, passed = cost.training_flops, cost.fused_bytes(engine.input_dtype.itemsize)
     cores = usable_cores()
     figures = Figures(
@@ -128,13 +128,13 @@ def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
         loader=alone,
         model=model,
         both=both,
-        roofline=ceiling(flops, passed, bandwidth=limits.bandwidth, arithmetic=limits.arithmetic),
+        roofline=ceiling(flops, passed, bandwidth=peaks.bandwidth, arithmetic=peaks.arithmetic),
         predicted=predict(alone, model, cores=cores if device.type == "cpu" else None),
-        mfu=model.rate * flops / limits.arithmetic,
-        peak=limits.arithmetic,
-        peak_stated=limits.stated,
+        mfu=model.rate * flops / peaks.arithmetic,
+        peak=peaks.arithmetic,
+        peak_stated=peaks.stated,
         bytes_per_second=model.rate * passed,
-        bandwidth=limits.bandwidth,
+        bandwidth=peaks.bandwidth,
         memory=memory,
     )
     return dataclasses.replace(figures, verdict=verdict(figures))

@@ -1,4 +1,4 @@
-"""What a device can do at most: the arithmetic and the memory bandwidth that a run is measured against."""
+"""Return the peak arithmetic and memory bandwidth of a device, which the speed of a run is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 # Dense bf16 FLOP/s of tensor cores with fp32 sums, from NVIDIA's data sheets, by what the device's name contains; the
 # first that fits counts. MFU is customarily a share of these.
-STATED: tuple[tuple[str, float], ...] = (
+PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H200", 989e12),
     ("GH200", 989e12),
@@ -34,7 +34,7 @@ COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes, more than any cache holds
 
 
 @dataclass(frozen=True)
-class Limits:
+class DevicePeaks:
     """Of one device, at one precision."""
 
     arithmetic: float
@@ -45,8 +45,8 @@ class Limits:
     """bytes/s of a copy on the device, measured: bytes read plus bytes written."""
 
 
-def limits_of(device: torch.device, precision: str) -> Limits:
-    """The limits of a device; the first call measures for some tenths of a second.
+def device_peaks(device: torch.device, precision: str) -> DevicePeaks:
+    """Return the peaks of a device; the first call measures for some tenths of a second.
 
     Args:
         precision: bf16 or fp32 (with whatever torch.backends allows for it).
@@ -56,12 +56,12 @@ def limits_of(device: torch.device, precision: str) -> Limits:
         stated = None
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     arithmetic = measured_arithmetic(device, dtype) if stated is None else stated
-    return Limits(arithmetic=arithmetic, stated=stated is not None, bandwidth=measured_bandwidth(device))
+    return DevicePeaks(arithmetic=arithmetic, stated=stated is not None, bandwidth=measured_bandwidth(device))
 
 
 def stated_arithmetic(name: str) -> float | None:
     """The maker's figure for a device of this name, if it is known."""
-    return next((flops for part, flops in STATED if part in name), None)
+    return next((flops for part, flops in PEAK_FLOPS if part in name), None)
 
 
 @cache
@@ -94,15 +94,15 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     times = []
     for _ in range(REPEATS):
-        settle(device)
+        synchronize(device)
         start = time.perf_counter()
         work()
-        settle(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times)  # a limit: whatever disturbed the others is not the device's
+    return min(times)  # a peak: whatever disturbed the others is not the device's
 
 
-def settle(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all queued work; on a CPU there is none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

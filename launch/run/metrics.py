@@ -22,7 +22,7 @@ import fat
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
-from launch.machine.device_peaks import Limits, limits_of
+from launch.machine.device_peaks import DevicePeaks, device_peaks
 from launch.run.data_wait import DataWait
 from launch.run.metrics_file import MetricsLog
 from launch.run.progress import Progress, Scored
@@ -168,7 +168,7 @@ class Yardstick:
     """Floating-point operations of an image, forward and backward."""
     passed: int
     """Bytes that an image must pass through memory in perfectly fused blocks."""
-    limits: Limits
+    peaks: DevicePeaks
     """Of one device."""
     devices: int
 
@@ -182,7 +182,7 @@ class Yardstick:
         return cls(
             flops=cost.training_flops,
             passed=cost.fused_bytes(engine.input_dtype.itemsize),
-            limits=limits_of(engine.world.device, engine.precision),
+            peaks=device_peaks(engine.world.device, engine.precision),
             devices=engine.world.size,
         )
 
@@ -191,8 +191,8 @@ class Yardstick:
         over all devices."""
         each = rate / self.devices
         return {
-            "mfu": round(each * self.flops / self.limits.arithmetic, 4),
-            "bandwidth": round(each * self.passed / self.limits.bandwidth, 4),
+            "mfu": round(each * self.flops / self.peaks.arithmetic, 4),
+            "bandwidth": round(each * self.passed / self.peaks.bandwidth, 4),
         }
 
 

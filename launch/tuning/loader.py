@@ -16,7 +16,7 @@ import torch
 
 from launch.feed import Feed
 from launch.jpeg_decoder import decodes_on_gpu
-from launch.machine.device_peaks import settle
+from launch.machine.device_peaks import synchronize
 from launch.tuning.trials import Choice, choose
 from pipeline.decode.choose import chosen_loader
 
@@ -76,12 +76,12 @@ def rate(feed: Feed, number: int, *, dtype: torch.dtype, seconds: float) -> floa
             if time.monotonic() - begun > seconds / 2:
                 break
             next(loader)
-        settle(device)
+        synchronize(device)
         taken, from_here = 0, time.perf_counter()
         while taken < FEWEST_BATCHES or time.monotonic() - begun < seconds:
             next(loader)
             taken += 1
-        settle(device)
+        synchronize(device)
         return taken * rows / (time.perf_counter() - from_here)
 
 

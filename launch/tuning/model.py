@@ -23,7 +23,7 @@ from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.execution import Execution
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
-from launch.machine.device_peaks import settle
+from launch.machine.device_peaks import synchronize
 from launch.tuning.trials import Choice, choose
 
 STEPS = 10
@@ -160,11 +160,11 @@ def _rate(step: Callable[[], object], device: torch.device) -> float:
 
 
 def _seconds(step: Callable[[], object], steps: int, device: torch.device) -> float:
-    settle(device)
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
         step()
-    settle(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

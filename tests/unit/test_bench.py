@@ -229,13 +229,13 @@ class Gpu:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.done, self.number, self.batches = 0.0, 0.0, 0, 0
-        patch.setattr("launch.bench.phases.settle", lambda _: self.settle())
+        patch.setattr("launch.bench.phases.synchronize", lambda _: self.synchronize())
         patch.setattr("launch.bench.phases.timed_event", lambda _: self.mark())
         patch.setattr("launch.run.data_wait.timed_event", lambda _: self.mark())
         patch.setattr("launch.bench.phases.time.perf_counter", lambda: self.now)
         patch.setattr("launch.bench.phases.time.sleep", lambda _: None)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self.now = max(self.now, self.done)
 
     def mark(self) -> Any:

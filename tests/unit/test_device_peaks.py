@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import fat
-from launch.machine import device_peaks as limits
-from launch.machine.device_peaks import limits_of, measured_bandwidth, random_bytes, stated_arithmetic
+from launch.machine.device_peaks import COPIED, device_peaks, measured_bandwidth, random_bytes, stated_arithmetic
 from launch.train import main as train
 from tests.support.commands import SMALL, run
 
@@ -36,10 +35,10 @@ def test_makers_figures_are_found_by_name(name: str, tera: float | None) -> None
 
 
 def test_a_cpu_is_measured_once() -> None:
-    limits = limits_of(CPU, "fp32")
-    assert not limits.stated
-    assert 1e9 < limits.arithmetic < 1e14
-    assert 1e8 < limits.bandwidth < 1e13
+    peaks = device_peaks(CPU, "fp32")
+    assert not peaks.stated
+    assert 1e9 < peaks.arithmetic < 1e14
+    assert 1e8 < peaks.bandwidth < 1e13
     assert measured_bandwidth(CPU) is measured_bandwidth(CPU)
 
 
@@ -52,9 +51,9 @@ def test_the_bandwidth_is_that_of_random_data(monkeypatch: pytest.MonkeyPatch) -
         sizes.append(count)
         return random_bytes(count, device)
 
-    monkeypatch.setattr(limits, "random_bytes", recorded)
+    monkeypatch.setattr("launch.machine.device_peaks.random_bytes", recorded)
     assert measured_bandwidth.__wrapped__(CPU) > 1e8
-    assert sizes == [limits.COPIED["cpu"]]
+    assert sizes == [COPIED["cpu"]]
 
 
 def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) -> None:
@@ -66,8 +65,8 @@ def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) 
     assert picks["channels-last"] == "weights and activations"
     assert picks["loader"] == "dali on CPUs"
     line = [line for line in lines if line["kind"] == "train"][-1]
-    cost, limits = fat.count(fat.create_model("fat_b0", num_classes=10), 32), limits_of(CPU, "fp32")
+    cost, peaks = fat.count(fat.create_model("fat_b0", num_classes=10), 32), device_peaks(CPU, "fp32")
     rate = line["images_per_second"]
     bounds = {"rel": 0.02 + 0.05 / rate, "abs": 1e-4}  # the rate is logged to one decimal
-    assert line["mfu"] == pytest.approx(6 * cost.macs * rate / limits.arithmetic, **bounds)
-    assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / limits.bandwidth, **bounds)
+    assert line["mfu"] == pytest.approx(6 * cost.macs * rate / peaks.arithmetic, **bounds)
+    assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / peaks.bandwidth, **bounds)
