@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-import fat
-from fat.account.roofline import ceiling
 from launch.bench.decoders import DecoderFigures, compare_decoders
 from launch.bench.phases import MOST_STRETCHES, STRETCH, WARM_UP, OpenLoader, compare, predict, run
 from launch.bench.verdict import Figures, verdict
@@ -28,9 +26,9 @@ from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed, feed_of_one_rank
 from launch.jpeg_decoder import with_decoder
-from launch.machine.device_peaks import device_peaks
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
 from launch.machine.world import connect, disconnect
+from launch.roofline import Roofline
 from pipeline.batch import Batch
 from pipeline.decode.choose import chosen_loader
 from pipeline.jobs import open_reader
@@ -107,10 +105,6 @@ def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
     )
     memory = _memory(device)
     picks = engine.resolved | _picks(feed, engine)
-    with torch.device("meta"):
-        cost = fat.count(fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size)
-    peaks = device_peaks(device, engine.precision)
-    flops, passed = cost.training_flops, cost.fused_bytes(engine.input_dtype.itemsize)
     cores = usable_cores()
     figures = Figures(
         machine=_machine(device, cores),
@@ -128,13 +122,8 @@ def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
         loader=alone,
         model=model,
         both=both,
-        roofline=ceiling(flops, passed, bandwidth=peaks.bandwidth, arithmetic=peaks.arithmetic),
+        roofline=Roofline.of(feed, engine),
         predicted=predict(alone, model, cores=cores if device.type == "cpu" else None),
-        mfu=model.rate * flops / peaks.arithmetic,
-        peak=peaks.arithmetic,
-        peak_stated=peaks.stated,
-        bytes_per_second=model.rate * passed,
-        bandwidth=peaks.bandwidth,
         memory=memory,
     )
     return dataclasses.replace(figures, verdict=verdict(figures))

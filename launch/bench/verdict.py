@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.bench.decoders import DecoderFigures
+from launch.roofline import Roofline
 
 # Less waiting than this is noise: both together then count as fast as the model alone.
 SATURATED = 0.98
@@ -61,18 +62,8 @@ class Figures:
     """Training."""
     predicted: float
     """Images per second that both should reach, from each alone."""
-    roofline: float
-    """Images per second that memory and arithmetic of the device allow, the model's blocks perfectly fused."""
-    mfu: float
-    """Share of the device's arithmetic that the model alone uses."""
-    peak: float
-    """FLOP/s that `mfu` is a share of."""
-    peak_stated: bool
-    """Whether that is the maker's figure, or was measured."""
-    bytes_per_second: float
-    """What perfectly fused blocks would move at the model's speed."""
-    bandwidth: float
-    """bytes/s that a copy on the device moves."""
+    roofline: Roofline
+    """What the device allows, the model's blocks perfectly fused."""
     memory: dict[str, int]
     """Bytes of GPU memory; empty on a CPU."""
     decoders: DecoderFigures = field(default_factory=lambda: DecoderFigures(skipped="not asked for"))
@@ -87,7 +78,12 @@ class Figures:
     @property
     def model_of_roofline(self) -> float:
         """How much of the device the model itself uses."""
-        return self.model.rate / self.roofline
+        return self.model.rate / self.roofline.rate
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilization of the model alone."""
+        return self.roofline.mfu(self.model.rate)
 
     @property
     def taking_turns(self) -> float:
@@ -104,7 +100,8 @@ class Figures:
         return self.both.rate / self.predicted
 
     def to_dict(self) -> dict[str, Any]:
-        ratios = {name: getattr(self, name) for name in ("both_of_model", "model_of_roofline", "both_of_predicted")}
+        names = ("both_of_model", "model_of_roofline", "both_of_predicted", "mfu")
+        ratios = {name: getattr(self, name) for name in names}
         return {"verdict": self.verdict, **ratios, **dataclasses.asdict(self)}
 
 
@@ -167,16 +164,18 @@ def table(figures: Figures) -> str:
             f.both.rate,
             f"waiting for data {f.both.waiting:.1%}, {1e3 * f.both.cpu:.2f} ms of CPU per image{_step(f.both)}",
         ),
-        ("roofline of the model", f.roofline, "perfectly fused blocks"),
+        ("roofline of the model", f.roofline.rate, "perfectly fused blocks"),
     )
-    peak = f"{f.peak / 1e12:,.3g} TFLOP/s {'as stated by the maker' if f.peak_stated else 'measured'}"
+    peaks = f.roofline.peaks
+    peak = f"{peaks.arithmetic / 1e12:,.3g} TFLOP/s {'as stated by the maker' if peaks.stated else 'measured'}"
+    moved = f.model.rate * f.roofline.bytes / 1e9
     lines = [
         f"{f.machine['device']}, {f.machine['cores']} cores, load {f.machine['load']}",
         ", ".join(f"{name} {value}" for name, value in f.settings.items()),
         *(f"{name:24s}{rate:12,.1f} images/s   {note}".rstrip() for name, rate, note in speeds),
         f"both/model {f.both_of_model:.3f}   model/roofline {f.model_of_roofline:.3f}   both/predicted "
         f"{f.both_of_predicted:.3f}",
-        f"MFU {f.mfu:.1%} of {peak}; {f.bytes_per_second / 1e9:,.1f} GB/s of {f.bandwidth / 1e9:,.1f} GB/s copied",
+        f"MFU {f.mfu:.1%} of {peak}; {moved:,.1f} GB/s of {peaks.bandwidth / 1e9:,.1f} GB/s copied",
     ]
     if f.memory:
         peak_gib, used_gib, total_gib = (f.memory[name] / 2**30 for name in ("torch_peak", "in_use", "total"))

@@ -9,7 +9,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-import fat
 from launch.config.recipe import Recipe
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
-from launch.machine.device_peaks import DevicePeaks, device_peaks
+from launch.roofline import Roofline
 from launch.run.data_wait import DataWait
 from launch.run.metrics_file import MetricsLog
 from launch.run.progress import Progress, Scored
@@ -48,7 +46,7 @@ class Metrics:
         main = self._world.is_main
         self._log = MetricsLog(recipe.run.out if main else None, trackers)
         self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
-        self._yardstick = Yardstick.of(recipe, feed, engine) if main else None
+        self._roofline = Roofline.of(feed, engine) if main else None
         self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
         self._rate, self._wait = 0.0, DataWait(self._world.device)
@@ -111,7 +109,7 @@ class Metrics:
             "loss": round(loss / count, 5) if count else None,
             "grad_norm": round(sum(norms) / len(norms), 4) if norms else None,
             "images_per_second": round(rate, 1),
-            **(self._yardstick.shares(rate) if self._yardstick else {}),
+            **self._utilization(rate / self._world.size),
             "data_wait": round(self._wait.seconds() / seconds, 4),
             # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
@@ -122,6 +120,12 @@ class Metrics:
         self._write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
         self._display.interval(self._step + 1, epoch, self._rate, values)
         self.restart_interval()
+
+    def _utilization(self, rate: float) -> dict[str, float]:
+        """What `rate` images per second use of each device, where rank 0 logs it."""
+        if self._roofline is None:
+            return {}
+        return {"mfu": round(self._roofline.mfu(rate), 4), "bandwidth": round(self._roofline.bandwidth(rate), 4)}
 
     def begin(self, *messages: str, resolved: dict[str, str]) -> None:
         """Log how the run starts, and the values to which engine and loader have resolved open options."""
@@ -158,42 +162,6 @@ class Metrics:
                 f"{SCORED_NAMES[name]} {top1:.2%}" for name, top1 in self._last.items()
             )
         self.say(text)
-
-
-@dataclass(frozen=True)
-class Yardstick:
-    """What the run's speed is compared with."""
-
-    flops: int
-    """Floating-point operations of an image, forward and backward."""
-    passed: int
-    """Bytes that an image must pass through memory in perfectly fused blocks."""
-    peaks: DevicePeaks
-    """Of one device."""
-    devices: int
-
-    @classmethod
-    def of(cls, recipe: Recipe, feed: Feed, engine: Engine) -> Yardstick:
-        """Counts the recipe's model and measures this rank's device: some tenths of a second."""
-        with torch.device("meta"):
-            cost = fat.count(
-                fat.create_model(f"fat_{recipe.model.variant}", num_classes=feed.classes), recipe.data.size
-            )
-        return cls(
-            flops=cost.training_flops,
-            passed=cost.fused_bytes(engine.input_dtype.itemsize),
-            peaks=device_peaks(engine.world.device, engine.precision),
-            devices=engine.world.size,
-        )
-
-    def shares(self, rate: float) -> dict[str, float]:
-        """Model FLOP utilisation, and the share of the copy bandwidth that fused blocks would need; of `rate` images/s
-        over all devices."""
-        each = rate / self.devices
-        return {
-            "mfu": round(each * self.flops / self.peaks.arithmetic, 4),
-            "bandwidth": round(each * self.passed / self.peaks.bandwidth, 4),
-        }
 
 
 class Display:

@@ -31,7 +31,7 @@ Make = Callable[[], Metrics]
 @pytest.fixture
 def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Make a tracker of a run in `tmp_path`; it writes to the standard error of the moment."""
-    monkeypatch.setattr(metrics.Yardstick, "of", lambda *_: None)
+    monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
     return lambda: Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]

@@ -25,7 +25,9 @@ from launch.config.model import ModelConfig
 from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.evaluate import show
+from launch.machine.device_peaks import DevicePeaks
 from launch.report import main as report_main
+from launch.roofline import Roofline
 from launch.run.checkpoint import Fingerprint
 from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.metrics import Display
@@ -101,12 +103,12 @@ def test_lines_of_training_stay_lines(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_device_s_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
     phase = Phase(rate=1.0, cpu=1.0, waiting=0.0)
-    numbers = dict.fromkeys(("reading", "decoding", "predicted", "roofline", "mfu", "peak", "bytes_per_second"), 1.0)
+    roofline = Roofline(1, 1, DevicePeaks(arithmetic=1.0, stated=True, bandwidth=1.0))
     machine = {"device": r"GPU $\frac$", "cores": 1, "load": 0}
     settings = {"variant": "b0", "batch": 1}
     figures = Figures(
-        machine=machine, settings=settings, loader=phase, model=phase, both=phase, peak_stated=True, bandwidth=1.0,
-        memory={}, verdict="$x_{", **numbers,
+        machine=machine, settings=settings, reading=1.0, decoding=1.0, loader=phase, model=phase, both=phase,
+        predicted=1.0, roofline=roofline, memory={}, verdict="$x_{",
     )  # fmt: skip
     write_chart(figures, tmp_path / "chart.svg")
     assert r"GPU $\frac$" in (tmp_path / "chart.svg").read_text()
