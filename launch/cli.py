@@ -56,8 +56,6 @@ class Bench:
     """Ranks that the training will have: one of them is measured, with its part of the global batch."""
     steps: Annotated[Annotated[int, Interval(ge=1, le=1_000_000)] | None, default("30 on a GPU, 6 on CPUs")] = None
     """Steps per round of each measurement; there are three rounds."""
-    decoder_check: bool = True
-    """On a GPU, also compare its JPEG engine with the CUDA decoder: pixels and speed; some seconds."""
     json: Annotated[Path | None, default("not written")] = None
     """File for all figures."""
     chart: Path = Path("bench.png")
@@ -81,7 +79,7 @@ class Bench:
         recipe = self._recipe(training, MODERATE_BATCH["cuda" if cuda else "cpu"])
         steps = self.steps or (30 if cuda else 6)
         with kernels_from_environment():
-            figures = bench(recipe, ranks=self.ranks, steps=steps, decoder_check=self.decoder_check)
+            figures = bench(recipe, ranks=self.ranks, steps=steps)
         print(*map(printable, table(figures).splitlines()), sep="\n")
         if self.json is not None:
             write_json(figures, self.json)

@@ -39,10 +39,13 @@ def show_run(recipe: Recipe, world: World) -> None:
                 print(printable(f"warning: not on this machine: {error}"))
 
     setup = set_up(recipe, world, check_memory=warn_of_memory)
-    feed, decoder = with_decoder(setup.feed, began=setup.decoder_before)
+    feed, decoder_messages = with_decoder(setup.feed, began=setup.decoder_before)
     if world.is_main:
-        messages = (*setup.messages, *(decoder.messages if decoder else ()))
-        print(*map(printable, messages), describe_run(feed, setup.model, setup.execution), sep="\n")
+        print(
+            *map(printable, (*setup.messages, *decoder_messages)),
+            describe_run(feed, setup.model, setup.execution),
+            sep="\n",
+        )
 
 
 def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:

@@ -6,27 +6,15 @@ Two decoders round differently (`pipeline.decode.hardware`), so what a run is fe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from launch.feed import Feed
-from launch.machine.world import World
 from pipeline.decode.choose import chosen_loader
 from pipeline.decode.hardware import JpegEngine, decoders_in_words, find_jpeg_engine, sharing_warning
 
-ROUNDING = "pixels may differ in rounding"
 
-
-@dataclass(frozen=True)
-class DecoderChoice:
-    """The share of each batch that JPEG engines decode, and lines for people."""
-
-    load: float
-    reason: str
-    messages: list[str]
-
-
-def with_decoder(feed: Feed, *, began: float | None) -> tuple[Feed, DecoderChoice | None]:
-    """Choose `hw_decoder_load` for all ranks, and return the feed with it; None where DALI does not decode on a GPU.
+def with_decoder(feed: Feed, *, began: float | None) -> tuple[Feed, list[str]]:
+    """Choose `hw_decoder_load` for all ranks where DALI decodes on GPUs; returns the feed with it, and warnings.
 
     Collective.
 
@@ -34,10 +22,11 @@ def with_decoder(feed: Feed, *, began: float | None) -> tuple[Feed, DecoderChoic
         began: what the run began with, if this start resumes it.
     """
     if not decodes_on_gpu(feed):
-        return feed, None
+        return feed, []
     loader = feed.recipe.data.loader
-    choice = choose_load(engines_of(feed.world), given=loader.dali.hw_decoder_load, began=began)
-    return feed.with_loader(dali=replace(loader.dali, hw_decoder_load=choice.load)), choice
+    engines = feed.world.gather(find_jpeg_engine(feed.world.device))
+    load, messages = choose_load(engines, given=loader.dali.hw_decoder_load, began=began)
+    return feed.with_loader(dali=replace(loader.dali, hw_decoder_load=load)), messages
 
 
 def decodes_on_gpu(feed: Feed) -> bool:
@@ -46,13 +35,8 @@ def decodes_on_gpu(feed: Feed) -> bool:
     return feed.world.device.type == "cuda" and loader == "dali"
 
 
-def engines_of(world: World) -> list[JpegEngine]:
-    """What every rank found out about its GPU's JPEG engine, in the order of ranks. Collective."""
-    return world.gather(find_jpeg_engine(world.device))
-
-
-def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: float | None) -> DecoderChoice:
-    """Choose `hw_decoder_load` for all ranks.
+def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: float | None) -> tuple[float, list[str]]:
+    """Choose `hw_decoder_load` for all ranks; returns warnings too.
 
     Args:
         engines: of each rank. All of them decode by CUDA where one has no engine: ranks must round alike.
@@ -64,23 +48,19 @@ def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: fl
     lacking = f"rank {without[0]} cannot use a JPEG engine ({without[1]})" if without else ""
     messages = []
     if given is not None:
-        load, reason = given, "given"
+        load = given
         if load > 0 and not able:
             messages.append(f"warning: --hw-decoder-load {load:g}: {lacking}; the CUDA decoder decodes its images")
-    elif began is None:
-        load, reason = (1.0 if able else 0.0), (engines[0].found if able else lacking)
-        if not able and any(engine.usable for engine in engines):
-            messages.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
-    elif began > 0 and not able:
-        load, reason = 0.0, lacking
     else:
-        load, reason = began, "as the run began"
+        load = (1.0 if began is None else began) if able else 0.0
+        if began is None and not able and any(engine.usable for engine in engines):
+            messages.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
     if began is not None and load != began:
         why = f" ({lacking})" if lacking and given is None else ""
         messages.append(
             f"warning: JPEGs were decoded by the {decoders_in_words(began)} when the run began, and now are by the "
-            f"{decoders_in_words(load)}{why}: {ROUNDING}"
+            f"{decoders_in_words(load)}{why}: pixels may differ in rounding"
         )
     if shared := sharing_warning(load):
         messages.append(shared)
-    return DecoderChoice(load, reason, messages)
+    return load, messages

@@ -141,11 +141,11 @@ def prepare(recipe: Recipe, world: World, lock: FolderLock) -> Prepared:
     trackers = start_trackers(setup.recipe, world, goes_on=setup.resumes)
     lock.take(world, make=True)
     verdict = check_recipe(setup.recipe, setup.feed, setup.model)  # before anything is compiled or captured
-    feed, decoder = with_decoder(setup.feed, began=setup.decoder_before)
+    feed, decoder_messages = with_decoder(setup.feed, began=setup.decoder_before)
     shape = feed.shape
     engine = Engine(setup.model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
     folder = RunFolder(feed.recipe, feed, engine, verdict)
-    messages = (*setup.messages, *(decoder.messages if decoder else ()))
+    messages = (*setup.messages, *decoder_messages)
     return Prepared(feed, engine, folder, trackers, messages, engine.resolved | verdict.resolved)
 
 

@@ -40,6 +40,10 @@ def of_augmentation(found: dict[str, Any]) -> str:
     )
 
 
+def of_decoders(found: dict[str, Any]) -> str:
+    return str(found["decoders"])
+
+
 def of_decoding(found: dict[str, Any]) -> str:
     rates = sorted(((name, row["rate"]) for name, row in found["medians"].items()), key=lambda row: -row[1])
     return "; ".join(f"{name} {rate:,.0f}/s" for name, rate in rates)
@@ -91,6 +95,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipes": of_augmentation,
     "training": of_training,
     "facts": of_facts,
+    "decoders": of_decoders,
     "medians": of_decoding,
     "copy GB/s": of_kernels,
     "results": of_rows,

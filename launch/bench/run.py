@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from launch.bench.decoders import DecoderFigures, compare_decoders
 from launch.bench.phases import MOST_STRETCHES, STRETCH, WARM_UP, OpenLoader, compare, predict, run
 from launch.bench.verdict import Figures, verdict
 from launch.config.recipe import Recipe
@@ -40,7 +39,7 @@ from shards.redact import printable, redacted
 ROUNDS = 3
 
 
-def bench(recipe: Recipe, *, ranks: int = 1, steps: int, decoder_check: bool = True) -> Figures:
+def bench(recipe: Recipe, *, ranks: int = 1, steps: int) -> Figures:
     """Measure what one of `ranks` ranks of a training does, in this process alone.
 
     Args:
@@ -48,7 +47,6 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int, decoder_check: bool = T
         ranks: that the training will have on this machine. Measured are the micro-batch of one, with the ZeRO stage and
             the options that so many have, on its share of the cores; neither accumulation nor communication.
         steps: optimiser steps per round of each measurement.
-        decoder_check: also compare the GPU's two JPEG decoders.
 
     Raises:
         UserError: recipe, data and ranks do not fit together.
@@ -64,14 +62,13 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int, decoder_check: bool = T
         feed = feed.with_recipe(dataclasses.replace(recipe, parallel=dataclasses.replace(parallel, zero=zero)))
         model = build_model(recipe, feed.classes)
         verdict = check_recipe(recipe, feed, model)
-        feed, decoder = with_decoder(feed, began=None)
+        feed, messages = with_decoder(feed, began=None)
         engine = Engine(model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=1)
-        for note in (*(decoder.messages if decoder else ()), *engine.notes):
+        for note in (*messages, *engine.notes):
             print(printable(note), file=sys.stderr)
         figures = _figures(feed, engine, steps)
-        decoders = compare_decoders(feed) if decoder_check else DecoderFigures(skipped="--no-decoder-check")
         settings = figures.settings | {"ranks": ranks} | verdict.resolved
-        return dataclasses.replace(figures, settings=settings, decoders=decoders)
+        return dataclasses.replace(figures, settings=settings)
     finally:
         disconnect()
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from launch.bench.decoders import DecoderFigures
 from launch.roofline import Roofline
 
 # Less waiting than this is noise: both together then count as fast as the model alone.
@@ -66,8 +65,6 @@ class Figures:
     """What the device allows, the model's blocks perfectly fused."""
     memory: dict[str, int]
     """Bytes of GPU memory; empty on a CPU."""
-    decoders: DecoderFigures = field(default_factory=lambda: DecoderFigures(skipped="not asked for"))
-    """The GPU's two JPEG decoders against each other."""
     verdict: str = ""
 
     @property
@@ -180,7 +177,7 @@ def table(figures: Figures) -> str:
     if f.memory:
         peak_gib, used_gib, total_gib = (f.memory[name] / 2**30 for name in ("torch_peak", "in_use", "total"))
         lines.append(f"GPU memory: {peak_gib:.1f} GiB by torch at most, {used_gib:.1f} of {total_gib:.1f} GiB in use")
-    return "\n".join([*lines, *f.decoders.lines(), f.verdict])
+    return "\n".join([*lines, f.verdict])
 
 
 def _step(phase: Phase) -> str:

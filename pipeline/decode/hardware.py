@@ -17,10 +17,9 @@ decodes all of that batch.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,37 +130,6 @@ def sharing_warning(load: float) -> str | None:
         f"warning: --hw-decoder-load {load:g}: two decoders that round differently share each batch; pixels then "
         "depend on a sample's place in its batch, and so on the number of GPUs (at 0 or 1 they do not)"
     )
-
-
-@contextlib.contextmanager
-def engine_utilization(device: torch.device) -> Iterator[Callable[[], int | None]]:
-    """Open the driver's counters; yields a function that returns how busy the JPEG engines are, in percent.
-
-    It averages over the driver's sampling period, up to a second. None = the driver does not say.
-    """
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-        if nvml.nvmlInit_v2():
-            raise OSError("NVML does not start")
-    except OSError:
-        yield lambda: None
-        return
-    found: Any = torch.cuda.get_device_properties(device)
-    address = f"{found.pci_domain_id:08x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-    handle, percent, period = ctypes.c_void_p(), ctypes.c_uint(), ctypes.c_uint()
-
-    def read() -> int | None:
-        try:
-            status = nvml.nvmlDeviceGetHandleByPciBusId_v2(address.encode(), ctypes.byref(handle))
-            status = status or nvml.nvmlDeviceGetJpgUtilization(handle, ctypes.byref(percent), ctypes.byref(period))
-        except AttributeError:  # a driver from before CUDA 12.1
-            return None
-        return None if status else percent.value
-
-    try:
-        yield read
-    finally:
-        nvml.nvmlShutdown()
 
 
 def _first(load: Load, paths: list[str]) -> Any:

@@ -34,12 +34,10 @@ CPU = torch.device("cpu")
 
 
 def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
-    own = ("--steps", "3", "--json", tmp_path / "bench.json", "--chart", tmp_path / "bench.png", "--no-decoder-check")
-    own = own if "--no-decoder-check" in options else own[:-1]
+    own = ("--steps", "3", "--json", tmp_path / "bench.json", "--chart", tmp_path / "bench.png")
     sizes = ("--size", "32", "--global-batch", str(BATCH))
     shallow = ("--read-ahead", "1", "--decode-ahead", "1", "--ready", "1")
-    training = [option for option in options if option != "--no-decoder-check"]
-    assert pipeline([str(arg) for arg in ("bench", data, *own, "--", *sizes, *shallow, *training)]) == 0
+    assert pipeline([str(arg) for arg in ("bench", data, *own, "--", *sizes, *shallow, *options)]) == 0
     assert Image.open(tmp_path / "bench.png").width > 500
     return json.loads((tmp_path / "bench.json").read_text())
 
@@ -52,19 +50,12 @@ def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bench_shows_and_writes_its_figures(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(tmp_path, digits, "--augment", "light")
     assert found["verdict"] in capsys.readouterr().out
-    assert found["decoders"]["skipped"] == "only a GPU has two, and only DALI uses them"
     assert (
         min(found["reading"], found["decoding"], *(found[phase]["rate"] for phase in ("loader", "model", "both"))) > 0
     )
     assert found["both_of_model"] == pytest.approx(found["both"]["rate"] / found["model"]["rate"], rel=0.01)
     assert 0 < found["model_of_roofline"] < 1
     assert 0 < found["mfu"] < 1
-
-
-def test_the_check_of_decoders_can_be_left_out(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.bench.run._figures", lambda *_: figures())
-    found = run(tmp_path, digits, "--augment", "light", "--no-decoder-check")
-    assert found["decoders"]["skipped"] == "--no-decoder-check"
 
 
 @pytest.mark.parametrize(

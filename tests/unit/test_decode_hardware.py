@@ -1,19 +1,14 @@
-"""Which decoder decodes JPEGs on a GPU: found out, chosen once per run, and compared."""
+"""Which decoder decodes JPEGs on a GPU: found out, and chosen once per run."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from launch import jpeg_decoder
-from launch.bench.decoders import DecoderFigures, batch_of, compare_decoders, measure_decoders
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.feed import Feed
@@ -112,10 +107,9 @@ CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[st
 def test_all_ranks_decode_alike_and_what_differs_is_said_in_a_line(
     engines: list[JpegEngine], given: float | None, began: float | None, load: float, said: list[str]
 ) -> None:
-    chosen = choose_load(engines, given=given, began=began)
-    assert chosen.load == load
-    assert len(chosen.messages) == len(said)
-    for note, expected in zip(chosen.messages, said, strict=True):
+    chosen, messages = choose_load(engines, given=given, began=began)
+    assert chosen == load
+    for note, expected in zip(messages, said, strict=True):
         assert expected in note
         assert "\n" not in note
 
@@ -133,95 +127,8 @@ def test_a_run_records_its_decoder_and_a_resumed_one_keeps_it(
     """As on a GPU, which the device is made to look like; case: began with, given, used."""
     began, given, load = case
     monkeypatch.setattr(jpeg_decoder, "decodes_on_gpu", lambda _: True)
-    monkeypatch.setattr(jpeg_decoder, "engines_of", lambda _: [ENGINE])
+    monkeypatch.setattr(jpeg_decoder, "find_jpeg_engine", lambda _: ENGINE)
     options = [] if given is None else ["--hw-decoder-load", str(given)]
     _, feed = feed_of(digits, *options)
-    feed, choice = jpeg_decoder.with_decoder(feed, began=began)
+    feed, _ = jpeg_decoder.with_decoder(feed, began=began)
     assert feed.recipe.data.loader.dali.hw_decoder_load == load
-    assert choice is not None
-    if given is None:
-        assert choice.reason == (ENGINE.found if began is None else "as the run began")
-
-
-class Rounding:
-    """A decoder whose engine rounds the blue of its part of the batch up; its clock runs with the images decoded."""
-
-    def __init__(self, clock: list[float], load: float) -> None:
-        self._clock, self._load = clock, load
-
-    def decode(self, jobs: Iterable[tuple[Any, None]]) -> Iterator[tuple[torch.Tensor, Any, None]]:
-        images_per_second = {0.0: 100.0, 0.5: 220.0, 1.0: 200.0}[self._load]
-        for job, extra in jobs:
-            images = torch.full((8, 4, 4, 3), 100, dtype=torch.uint8)
-            images[: round(8 * self._load), :, :, 2] += 2
-            self._clock[0] += len(images) / images_per_second
-            yield images, job, extra
-
-
-@pytest.mark.parametrize("utilization", [None, 0, 70])
-def test_the_decoders_are_compared(utilization: int | None) -> None:
-    clock = [0.0]
-    found = measure_decoders(
-        lambda load: Rounding(clock, load),
-        SimpleNamespace(),  # type: ignore[arg-type]
-        engine=ENGINE.found,
-        utilization=lambda: utilization,
-        loads=(0.0, 1.0, 0.5),
-        seconds=10,
-        now=lambda: clock[0],
-    )
-    assert (found.images, found.mean, found.max) == (8, pytest.approx(2 / 3), 2)
-    assert found.differing == pytest.approx(1 / 3)
-    assert found.rates == pytest.approx({"0": 100, "1": 200, "0.5": 220})
-    assert found.gain == pytest.approx(1.1)
-    pixels, speeds, *rest = found.lines()
-    assert "mean 0.667, max 2 levels, 33.3% of the values differ" in pixels
-    assert "0: 100, 1: 200, 0.5: 220; sharing gains +10%" in speeds
-    assert ("70 % busy" in speeds) is (utilization == 70)
-    assert bool(rest) is (utilization == 0)
-
-
-def test_equal_pixels_at_equal_speed_mean_that_the_engine_is_not_used() -> None:
-    equal = DecoderFigures(engine="1", images=8, rates={"0": 100.0, "1": 101.0, "0.9": 99.0})
-    assert "no difference" in equal.lines()[0]
-    assert "seems to decode nothing" in equal.lines()[-1]
-    faster = DecoderFigures(engine="1", images=8, rates={"0": 100.0, "1": 150.0, "0.9": 99.0})
-    assert faster.unused == ""
-
-
-def test_without_two_decoders_the_reason_is_told(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, feed = feed_of(digits)
-    assert compare_decoders(feed).lines() == ["JPEG decoders not compared: only a GPU has two, and only DALI uses them"]
-    monkeypatch.setattr("launch.bench.decoders.decodes_on_gpu", lambda _: True)
-    missing = JpegEngine(usable=False, found="the driver's libnvcuvid.so.1 cannot be loaded")
-    assert compare_decoders(feed, engine=missing).skipped == missing.found
-
-    for kind in (RuntimeError, AttributeError):  # the other figures of the benchmark are not lost
-
-        def fail(*_: object, kind: type[Exception] = kind, **__: object) -> None:
-            raise kind("no kernel image\nis available")
-
-        monkeypatch.setattr("launch.bench.decoders.make_decoder", fail)
-        assert compare_decoders(feed, engine=ENGINE).skipped == f"failed ({kind.__name__}: no kernel image)"
-
-
-def test_the_batch_that_is_compared_is_the_first_of_training(digits: Path) -> None:
-    """With the decoder of CPUs in both decoders' places."""
-    _, feed = feed_of(digits)
-    job = batch_of(feed)
-    assert job.encoded.ids.tolist() == feed.plan.ids(feed.plan.at(0)).tolist()
-    from pipeline.decode.dali import DaliDecoder
-
-    found = measure_decoders(
-        lambda _: DaliDecoder(size=32, batch=16, device=CPU, threads=1), job, engine="none", seconds=0.05
-    )
-    assert (found.images, found.max) == (16, 0)
-    assert set(found.rates) == {"0", "1", "0.9"}
-    with feed.train_loader(step=0, dtype=torch.float32) as loader:
-        batch = next(loader)
-    stream = DaliDecoder(size=32, batch=16, device=CPU, threads=1).decode((job, None) for _ in itertools.count())
-    images, _, _ = next(stream)
-    stream.close()  # type: ignore[attr-defined]
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (feed.augment.mean, feed.augment.std))
-    shown = ((batch.images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
-    assert np.abs(shown - images.numpy()).max() < 1e-3

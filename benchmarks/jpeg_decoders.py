@@ -1,0 +1,161 @@
+"""Compare the two JPEG decoders of a GPU on the first training batch of a shard set: pixels and images/s.
+
+    python benchmarks/jpeg_decoders.py SET [--batch 256] [--size 224] [--seconds 1] [--out FILE.json]
+
+DALI decodes, crops and resizes the same batch at `--hw-decoder-load` 0 (CUDA decoder), 1 (JPEG engine) and 0.9 (both
+share the batch). Printed are the rate of each, and how far the pixels of engine and CUDA decoder are apart, in levels
+of 0..255. Equal pixels at equal speed mean that the engine decodes nothing. Without a usable engine nothing is
+compared, and the reason is printed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+
+from launch.config.data import DataConfig
+from launch.config.recipe import Recipe
+from launch.feed import Feed
+from launch.machine.world import World
+from pipeline.augment.params import draw
+from pipeline.decode.dali import DaliDecoder
+from pipeline.decode.hardware import find_jpeg_engine
+from pipeline.decode.job import DecodeJob, Decoder
+from pipeline.options import Settings
+from pipeline.storage.buffer_pool import BufferPool
+from pipeline.storage.placement import storage_of
+from pipeline.storage.reader import SampleReader
+
+LOADS = (0.0, 1.0, 0.9)
+WARM_UP = 3  # batches; the decoder allocates its buffers meanwhile
+EQUAL = 1.02  # rates that differ by less are equal
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare a GPU's JPEG engine with its CUDA decoder."""
+
+    dataset: tyro.conf.Positional[str]
+    """Shard set: a folder or a URL."""
+    batch: int = 256
+    """Images per batch."""
+    size: int = 224
+    """Side of the decoded images in pixels."""
+    seconds: float = 1.0
+    """Per load, after a warm-up."""
+    out: Path | None = None
+    """JSON file for the figures."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How the JPEG engine and the CUDA decoder differ."""
+
+    images: int
+    mean: float
+    """Absolute difference in pixel levels of 0..255, over all values."""
+    max: int
+    differing: float
+    """Share of the values that differ."""
+    rates: dict[str, float]
+    """Images per second of decoding, by `hw_decoder_load`."""
+
+    @property
+    def unused(self) -> bool:
+        """Whether the engine seems to decode nothing."""
+        cuda, engine = self.rates["0"], self.rates["1"]
+        return self.max == 0 and max(cuda, engine) < EQUAL * min(cuda, engine)
+
+    def __str__(self) -> str:
+        rates = ", ".join(f"{load}: {rate:,.0f}" for load, rate in self.rates.items())
+        return (
+            f"engine against CUDA over {self.images} images: mean {self.mean:.3f}, max {self.max} levels, "
+            f"{self.differing:.1%} of the values differ; decoding, images/s by --hw-decoder-load: {rates}"
+            + ("; the JPEG engine seems to decode nothing" if self.unused else "")
+        )
+
+
+def first_batch(feed: Feed) -> DecodeJob:
+    """The first batch of training, encoded, with its crop windows and flips."""
+    plan, ids = feed.plan, feed.plan.ids(feed.plan.at(0), feed.shape.rows(0))
+    pinned = feed.world.device.type == "cuda"
+    with SampleReader(storage_of(feed.dataset, "train"), check=False, buffers=BufferPool(pinned=pinned)) as reader:
+        encoded = reader.read(ids).checked()
+    rows = encoded.rows
+    drawn = draw(feed.augment, seed=plan.seed, epoch=0, ids=ids, heights=rows["height"], widths=rows["width"])
+    return DecodeJob(encoded=encoded, window=drawn.windows, flip=drawn.flips)
+
+
+def compare(
+    decoder: Callable[[float], Decoder],
+    job: DecodeJob,
+    *,
+    seconds: float,
+    now: Callable[[], float] = time.perf_counter,
+) -> Comparison:
+    """Decode `job` again and again at each load.
+
+    Args:
+        decoder: makes a decoder that gives a share of the batch to the engine.
+        seconds: per load.
+        now: the clock, in seconds.
+    """
+    pixels, rates = dict[float, torch.Tensor](), dict[str, float]()
+    for load in LOADS:
+        stream = decoder(load).decode((job, None) for _ in itertools.count())
+        for _ in range(WARM_UP):
+            images, _, _ = next(stream)
+        pixels[load] = images.cpu().short()
+        begun, taken = now(), 0
+        while now() - begun < seconds:
+            images, _, _ = next(stream)
+            images[0, 0, 0, 0].item()  # waits until the batch is decoded
+            taken += len(images)
+        rates[f"{load:g}"] = taken / (now() - begun)
+        stream.close()
+    difference = (pixels[1.0] - pixels[0.0]).abs()
+    return Comparison(
+        images=len(difference),
+        mean=difference.double().mean().item(),
+        max=int(difference.max()),
+        differing=(difference > 0).double().mean().item(),
+        rates=rates,
+    )
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    engine = find_jpeg_engine(device)
+    found: dict[str, object] = {"engine": engine.found}
+    if engine.usable:
+        recipe = Recipe(data=DataConfig(data=options.dataset, global_batch=options.batch, size=options.size))
+        feed = Feed.of(recipe, World(0, 1, 0, 1, device))
+
+        def decoder(load: float) -> DaliDecoder:
+            settings = Settings(hw_decoder_load=load)
+            return DaliDecoder(options.size, options.batch, device, threads=settings.decode_threads, settings=settings)
+
+        own = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with torch.cuda.stream(own):  # as loaders do
+            comparison = compare(decoder, first_batch(feed), seconds=options.seconds)
+        found |= {"decoders": str(comparison)} | asdict(comparison)
+    else:
+        found["decoders"] = f"not compared: {engine.found}"
+    print(f"JPEG decoders ({engine.found}): {found['decoders']}")
+    if options.out is not None:
+        options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
