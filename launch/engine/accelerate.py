@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -60,8 +59,6 @@ def wrap(
             os.environ.setdefault(name, str(value))
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
-    # DeepSpeed before 0.19.8 looks for nvcc when it is imported, though nothing of ours needs it.
-    os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
@@ -71,16 +68,15 @@ def wrap(
         handlers.append(InitProcessGroupKwargs(backend=dist.get_backend()))
     plugin = None
     if zero:
-        config: dict[str, Any] = json.loads((FOLDER / f"zero{zero}.json").read_text(encoding="utf-8"))
-        config["train_micro_batch_size_per_gpu"] = micro_batch
-        config["gradient_accumulation_steps"] = accumulation
-        config["gradient_clipping"] = clip_grad
-        config["torch_autocast"]["enabled"] = bf16
-        config["zero_optimization"]["overlap_comm"] &= cuda
-        if zero < 3:
-            _adapt_to_model(config, model)
-            if optimizer.defaults["fused"]:
-                _leave_norm_to_caller(config, world)
+        config = deepspeed_config(
+            zero,
+            model,
+            fused=optimizer.defaults["fused"],
+            bf16=bf16,
+            micro_batch=micro_batch,
+            accumulation=accumulation,
+            clip_grad=clip_grad,
+        )
         plugin = DeepSpeedPlugin(hf_ds_config=config)
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     _check_agreement(accelerator, world)
@@ -94,28 +90,29 @@ def wrap(
     return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
 
 
-def _adapt_to_model(config: dict[str, Any], model: nn.Module) -> None:
-    """Make DeepSpeed's reduction buffer no larger than the gradients: it is allocated whole in every backward pass."""
+def deepspeed_config(
+    zero: int, model: nn.Module, *, fused: bool, bf16: bool, micro_batch: int, accumulation: int, clip_grad: float
+) -> dict[str, Any]:
+    """`launch/zero/zeroN.json`, completed for this model and training; see `wrap`.
+
+    Args:
+        fused: whether the optimiser is.
+    """
+    config: dict[str, Any] = json.loads((FOLDER / f"zero{zero}.json").read_text(encoding="utf-8"))
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config["torch_autocast"]["enabled"] = bf16
     settings = config["zero_optimization"]
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    settings["reduce_bucket_size"] = min(settings["reduce_bucket_size"], trained)
-
-
-def _leave_norm_to_caller(config: dict[str, Any], world: World) -> None:
-    """Make DeepSpeed neither compute the gradient norm nor clip by it, if this version can be told so."""
-    from deepspeed import __version__
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    if "compute_grad_norm" in DeepSpeedZeroConfig.model_fields:
-        config["zero_optimization"]["compute_grad_norm"] = False
-        config["gradient_clipping"] = 0.0
-    elif world.is_main:
-        print(
-            f"note: DeepSpeed {__version__} reads the gradient norm on the host at every step; "
-            "0.19.8 does not have to ('pip install -U deepspeed')",
-            file=sys.stderr,
-            flush=True,
-        )
+    if zero == 3:
+        settings["overlap_comm"] &= next(model.parameters()).is_cuda
+    else:
+        # The buffer is allocated whole in every backward pass: it is no larger than the gradients.
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        settings["reduce_bucket_size"] = min(settings["reduce_bucket_size"], trained)
+    caller_clips = zero < 3 and fused
+    settings |= {"compute_grad_norm": False} if caller_clips else {}
+    config["gradient_clipping"] = 0.0 if caller_clips else clip_grad
+    return config
 
 
 def _check_agreement(accelerator: Any, world: World) -> None:

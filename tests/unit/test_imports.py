@@ -33,7 +33,7 @@ ONLY_IN = {
         "pipeline/augment/triton_impl/randaugment.py",
     },
     "accelerate": {"launch/engine/accelerate.py"},
-    "deepspeed": {"launch/engine/zero_state.py", "launch/engine/accelerate.py"},
+    "deepspeed": {"launch/engine/zero_state.py"},
 }
 # Files that others import inside functions only.
 LAZY = ONLY_IN["triton"] | ONLY_IN["ffcv"]

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
-from launch.engine.accelerate import _adapt_to_model, _leave_norm_to_caller
-from launch.machine.world import World
-
-CPU = torch.device("cpu")
+from launch.engine.accelerate import deepspeed_config
 
 
-@pytest.mark.parametrize(("fields", "left"), [({"compute_grad_norm": None}, True), ({}, False)])
-def test_a_deepspeed_that_cannot_leave_the_norm_to_us_keeps_it_with_a_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fields: dict[str, None], left: bool
+def config_of(zero: int, model: nn.Module, *, fused: bool = True) -> dict[str, Any]:
+    return deepspeed_config(zero, model, fused=fused, bf16=False, micro_batch=4, accumulation=2, clip_grad=5.0)
+
+
+@pytest.mark.parametrize(
+    ("zero", "fused", "ours"), [(1, True, True), (2, True, True), (3, True, False), (1, False, False)]
+)
+def test_deepspeed_computes_the_norm_where_the_update_cannot_be_skipped_on_the_device(
+    zero: int, fused: bool, ours: bool
 ) -> None:
-    fake = SimpleNamespace(model_fields=fields)
-    monkeypatch.setattr("deepspeed.runtime.zero.config.DeepSpeedZeroConfig", fake)
-    config = {"zero_optimization": {"stage": 1}, "gradient_clipping": 5.0}
-    for rank in range(2):
-        _leave_norm_to_caller(config, World(rank, 2, rank, 2, CPU))
-    assert ("compute_grad_norm" in config["zero_optimization"]) is left
-    assert config["gradient_clipping"] == (0.0 if left else 5.0)
-    assert capsys.readouterr().err.count("reads the gradient norm on the host at every step") == (0 if left else 1)
+    config = config_of(zero, nn.Linear(3, 4), fused=fused)
+    assert config["zero_optimization"].get("compute_grad_norm", True) is not ours
+    assert config["gradient_clipping"] == (0.0 if ours else 5.0)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(10, 10), (50_000_000, 12)])
-def test_the_reduction_buffer_is_no_larger_than_the_gradients(most: int, expected: int) -> None:
-    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 9))
+@pytest.mark.parametrize(("width", "expected"), [(3, 12), (30_000_000, 50_000_000)])
+def test_the_reduction_buffer_is_no_larger_than_the_gradients(width: int, expected: int) -> None:
+    model = nn.Sequential(nn.Linear(width, 4, bias=False, device="meta"), nn.Linear(4, 9, device="meta"))
     model[1].requires_grad_(False)
-    config = {"zero_optimization": {"reduce_bucket_size": most}}
-    _adapt_to_model(config, model)
-    assert config["zero_optimization"]["reduce_bucket_size"] == expected
+    assert config_of(1, model)["zero_optimization"]["reduce_bucket_size"] == expected
