@@ -95,6 +95,7 @@ class Engine:
             self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema
         )
         self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
+        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # as `wrap` has told DeepSpeed
         self.notes: list[str] = []
         """Lines for the log about how the engine was set up."""
         if self._graphs is not None:
@@ -305,7 +306,7 @@ class Engine:
             self._wrapped.set_gradient_accumulation_boundary(last)
             loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
             self._wrapped.backward(loss)  # divides by the number of micro-batches itself
-            if last and self._state.clips_gradients:
+            if last and self._clips:
                 norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
             self._wrapped.step()
             total += loss.detach() / len(batches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,18 +37,16 @@ class Updater:
     at every parameter a dozen times in every step: hooks of the optimiser are not called.
 
     Args:
-        optimizer: of this module's `OPTIMIZERS`.
-        parameters: all of its parameters, in the order of their norms.
+        optimizer: AdamW of `OPTIMIZERS`, with state (`create_state`), of which only the values change later.
+        parameters: all of its parameters, in the order of their norms. Each gets a gradient in every step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
         self._optimizer, self._parameters = optimizer, list(parameters)
-        kinds = {(parameter.device, parameter.dtype) for parameter in parameters}
-        plain = type(optimizer) is torch.optim.AdamW  # DeepSpeed's has no defaults
-        options = optimizer.defaults if plain else {}
-        usual = plain and options["fused"] and not (options["amsgrad"] or options["maximize"])
-        self._direct = usual and len(kinds) == 1 and all(dtype == torch.float32 for _, dtype in kinds)
-        self._groups: list[_Group] = []
+        self._fused: bool = optimizer.defaults["fused"]
+        states = [[optimizer.state[p] for p in group["params"]] for group in optimizer.param_groups]
+        names = ("exp_avg", "exp_avg_sq", "step")
+        self._states = [[[state[name] for state in group] for name in names] for group in states]
 
     @torch.no_grad()
     def __call__(self, max_norm: float) -> torch.Tensor:
@@ -58,82 +55,57 @@ class Updater:
         Args:
             max_norm: 0 = no clipping.
         """
-        gradients = [gradient for parameter in self._parameters if (gradient := parameter.grad) is not None]
-        if not (self._direct and len(gradients) == len(self._parameters) and self._find_state()):
-            norm = nn.utils.clip_grad_norm_(self._parameters, max_norm or math.inf).float()
-            _step(self._optimizer, norm)
-            return norm
+        gradients: list[torch.Tensor] = [parameter.grad for parameter in self._parameters]  # type: ignore[misc]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if max_norm:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        clip_by_norm(gradients, norm, max_norm)
+        if not self._fused:
+            if norm.isfinite():
+                self._optimizer.step()
+            return norm
         skip = _not_finite(norm)
-        for group in self._groups:
-            group.step(skip)
+        for options, (averages, squares, steps) in zip(self._optimizer.param_groups, self._states, strict=True):
+            if not steps:
+                continue
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                options["params"],
+                [parameter.grad for parameter in options["params"]],
+                averages,
+                squares,
+                [],
+                steps,
+                lr=options["lr"],
+                beta1=options["betas"][0],
+                beta2=options["betas"][1],
+                weight_decay=options["weight_decay"],
+                eps=options["eps"],
+                amsgrad=False,
+                maximize=False,
+                found_inf=skip,
+            )
+            torch._foreach_sub_(steps, [skip] * len(steps))
         return norm
 
-    def _find_state(self) -> bool:
-        """Look for the optimiser's present state; False where it has none before its first step."""
-        if not self._groups or not all(group.is_current(self._optimizer) for group in self._groups):
-            state = self._optimizer.state
-            if not all(state.get(parameter) for parameter in self._parameters):
-                return False
-            self._groups = [_Group.of(self._optimizer, options) for options in self._optimizer.param_groups]
-        return True
+
+def create_state(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], moments: Sequence[str]) -> None:
+    """Give an optimiser the state that it would make at its first step, so that a checkpoint can be loaded before."""
+    fused = optimizer.defaults["fused"]  # else the host reads the number of steps at every step
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.tensor(0.0, device=parameter.device if fused else "cpu"),
+            **{moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in moments},
+        }
 
 
-@dataclass(frozen=True)
-class _Group:
-    """What the fused AdamW of a parameter group works on."""
+def clip_by_norm(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
+    """Scale gradients down so that their global norm is at most `max_norm`, on the device alone.
 
-    options: dict[str, Any]
-    parameters: list[torch.Tensor]
-    averages: list[torch.Tensor]
-    squares: list[torch.Tensor]
-    steps: list[torch.Tensor]
-
-    @classmethod
-    def of(cls, optimizer: torch.optim.Optimizer, options: dict[str, Any]) -> _Group:
-        states = [optimizer.state[parameter] for parameter in options["params"]]
-        lists = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
-        return cls(options, list(options["params"]), *lists)
-
-    def is_current(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether the optimiser still has this state: a loaded checkpoint brings another, of all parameters."""
-        if not self.parameters:
-            return True
-        state = optimizer.state[self.parameters[0]]
-        return state["step"] is self.steps[0] and state["exp_avg"] is self.averages[0]
-
-    def step(self, skip: torch.Tensor) -> None:
-        if not self.parameters:
-            return
-        options, (beta1, beta2) = self.options, self.options["betas"]
-        torch._foreach_add_(self.steps, 1)
-        torch._fused_adamw_(
-            self.parameters,
-            [parameter.grad for parameter in self.parameters],  # type: ignore[misc]
-            self.averages,
-            self.squares,
-            [],
-            self.steps,
-            lr=options["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            amsgrad=False,
-            maximize=False,
-            found_inf=skip,
-        )
-        torch._foreach_sub_(self.steps, [skip] * len(self.steps))
-
-
-def _step(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    if optimizer.defaults["fused"]:
-        skip_if_not_finite(optimizer, norm)
-        optimizer.step()
-    elif norm.isfinite():
-        optimizer.step()
+    Args:
+        norm: float32 scalar, their present global norm.
+        max_norm: 0 = no clipping.
+    """
+    if max_norm:
+        torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.engine.optimizers import skip_if_not_finite
+from launch.engine.optimizers import clip_by_norm, create_state, skip_if_not_finite
 from launch.machine.world import World
 
 AVERAGE = "ema"
@@ -38,18 +38,15 @@ class OptimizerState:
         self._outer, self._moments = optimizer, moments
         self._inner = optimizer.optimizer if zero else optimizer
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._create_moments(steps=0)
-        self._shadow = [owner.detach().clone() for owner in self._owners()] if decay else []
-        self._shadow_buffers = [b.clone() for b in self._buffers()] if decay else []
+        # BatchNorm's running means and variances, live.
+        self._statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+        self._create_moments()
+        self._ema = [owner.detach().clone() for owner in self._owners()] if decay else []
+        self._ema_buffers = [buffer.clone() for buffer in self._statistics.values()] if decay else []
 
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self._names.values())
-
-    @property
-    def clips_gradients(self) -> bool:
-        """Whether `clip_gradients` must be called before the optimiser steps: DeepSpeed was told not to do it."""
-        return not getattr(self._outer, "compute_grad_norm", True)
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> Tensor:
@@ -70,8 +67,7 @@ class OptimizerState:
             squares = norm.double().square()  # float32 overflows at norms above 1.8e19
             dist.all_reduce(squares)
             norm = squares.sqrt().float()
-        if max_norm:
-            torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        clip_by_norm(gradients, norm, max_norm)
         skip_if_not_finite(self._inner, norm)
         return norm
 
@@ -84,50 +80,49 @@ class OptimizerState:
         """
         if self._decay:
             share = 1 - average_decay(self._decay, step + 1)
-            torch._foreach_lerp_(self._shadow, [owner.detach() for owner in self._owners()], share)
-            for shadow, buffer in zip(self._shadow_buffers, self._buffers(), strict=True):
+            torch._foreach_lerp_(self._ema, [owner.detach() for owner in self._owners()], share)
+            for average, buffer in zip(self._ema_buffers, self._statistics.values(), strict=True):
                 # A bad forward pass leaves statistics that are not finite until the guards mend them.
-                shadow.lerp_(torch.where(buffer.isfinite(), buffer, shadow), share)
+                average.lerp_(torch.where(buffer.isfinite(), buffer, average), share)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
         """The module holds the moving average in here."""
-        with self._swapped_buffers():
-            with self._swapped_owners():
-                average = {name: self._full(parameter) for name, parameter in self._names.items()}
-                average = {name: value.clone() for name, value in average.items()}
-            present = {name: self._full(parameter).clone() for name, parameter in self._names.items()}
-            self._write_module(average)
-            try:
-                yield
-            finally:
-                self._write_module(present)
+        # With ZeRO the module has weights of its own. They are gathered here, not when they are put back: a rank that
+        # fails in between must not wait for the others.
+        present = self._gathered() if self._zero else {}
+        self._exchange_average()
+        self._write_module(self._gathered() if self._zero else {})
+        try:
+            yield
+        finally:
+            self._exchange_average()
+            self._write_module(present)
 
     @property
     def averaged_statistics(self) -> list[Tensor]:
         """BatchNorm's running means and variances in the moving average, live."""
-        return self._shadow_buffers
+        return self._ema_buffers
 
     def state_dict(self) -> dict[str, Tensor]:
         """`model/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, buffers, and with an average `ema/NAME`.
 
         Tensors may be views of live ones: copy before the next step.
         """
-        self._link_moments()
-        state = {f"model/{name}": self._full(parameter) for name, parameter in self._names.items()}
+        state = {f"model/{name}": value for name, value in self._gathered().items()}
         for moment in self._moments:
-            state |= {f"{moment}/{name}": self._moment(parameter, moment) for name, parameter in self._names.items()}
+            state |= {f"{moment}/{name}": value for name, value in self._gathered(moment).items()}
         state |= {f"model/{name}": buffer for name, buffer in self._model.named_buffers()}
         if self._decay:
-            with self._swapped_owners():
-                state |= {f"{AVERAGE}/{name}": self._full(p).clone() for name, p in self._names.items()}
-            floats = [name for name, buffer in self._model.named_buffers() if buffer.is_floating_point()]
-            state |= {f"{AVERAGE}/{name}": value for name, value in zip(floats, self._shadow_buffers, strict=True)}
+            self._exchange_average()
+            average = self._gathered() | self._statistics
+            state |= {f"{AVERAGE}/{name}": value.detach().clone() for name, value in average.items()}
+            self._exchange_average()
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], *, steps: int) -> None:
-        """Take back what `state_dict` gave, on every rank alike; `steps` optimiser steps lie behind it.
+        """Load a `state_dict` after `steps` optimiser steps. Collective: every rank passes the same state.
 
         An average that the state lacks starts from its parameters.
 
@@ -136,36 +131,30 @@ class OptimizerState:
         """
         if faults := self._faults(state):
             raise ValueError(faults)
-        buffers = dict(self._model.named_buffers())
         if self._decay:
-            kind = AVERAGE if f"{AVERAGE}/{next(iter(self._names))}" in state else "model"
-            self._write_masters({name: state[f"{kind}/{name}"] for name in self._names})
-            for shadow, owner in zip(self._shadow, self._owners(), strict=True):
-                shadow.copy_(owner)
-            floats = [name for name, buffer in buffers.items() if buffer.is_floating_point()]
-            for name, shadow in zip(floats, self._shadow_buffers, strict=True):
-                shadow.copy_(state[f"{kind}/{name}"])
-        for name, buffer in buffers.items():
-            buffer.copy_(state[f"model/{name}"])
-        values = {name: state[f"model/{name}"] for name in self._names}
-        self._write_module(values)
-        self._write_masters(values)
-        self._create_moments(steps)
-        self._link_moments()
-        for name, parameter in self._names.items():
-            for moment in self._moments:
-                self._set_moment(parameter, moment, state[f"{moment}/{name}"].to(self._world.device))
+            average = weights_of(state, average=True) or weights_of(state)
+            self._write_owners(average)
+            torch._foreach_copy_(self._ema, self._owners())
+            for name, buffer in zip(self._statistics, self._ema_buffers, strict=True):
+                buffer.copy_(average[name])
+        weights = weights_of(state)
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(weights[name])
+        self._write_module({name: weights[name] for name in self._names})
+        self._write_owners(weights)
+        for moment in self._moments:
+            self._write_owners({name: state[f"{moment}/{name}"] for name in self._names}, moment)
+        for owner in self._owners():
+            self._inner.state[owner]["step"].fill_(steps)
 
     def _faults(self, state: dict[str, Tensor]) -> str:
         """What is wrong with a state; empty where it fits."""
-        buffers = dict(self._model.named_buffers())
         shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
         parameters = {name: (shape, torch.float32) for name, shape in shapes.items()}
-        statistics = {name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()}
-        averaged = parameters | {name: entry for name, entry in statistics.items() if entry[1].is_floating_point}
-        kinds = {"model": parameters | statistics} | dict.fromkeys(self._moments, parameters)
+        buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in self._model.named_buffers()}
+        kinds = {"model": parameters | buffers} | dict.fromkeys(self._moments, parameters)
         if any(key.startswith(f"{AVERAGE}/") for key in state):
-            kinds[AVERAGE] = averaged
+            kinds[AVERAGE] = parameters | {name: buffers[name] for name in self._statistics}
         expected = {f"{kind}/{name}": entry for kind, entries in kinds.items() for name, entry in entries.items()}
         differing = [
             f"{key} is {list(state[key].shape)} {state[key].dtype}, expected {list(shape)} {dtype}"
@@ -188,41 +177,36 @@ class OptimizerState:
             return list(self._outer.fp32_partitioned_groups_flat)
         return list(self._outer.single_partition_of_fp32_groups)
 
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+    def _create_moments(self) -> None:
+        create_state(self._inner, self._owners(), self._moments)
+        if self._zero in (1, 2):
+            from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
-    @contextlib.contextmanager
-    def _swapped_owners(self) -> Iterator[None]:
-        """The owners hold the average in here, so that what gathers parameters gathers the average."""
-        _exchange(self._owners(), self._shadow)
-        try:
-            yield
-        finally:
-            _exchange(self._owners(), self._shadow)
+            for parameters, owner in zip(self._outer.bit16_groups, self._owners(), strict=True):
+                lazy_init_hp_params_optimizer_state(parameters, owner, self._inner.state)
 
-    @contextlib.contextmanager
-    def _swapped_buffers(self) -> Iterator[None]:
-        _exchange(self._buffers(), self._shadow_buffers)
-        try:
-            yield
-        finally:
-            _exchange(self._buffers(), self._shadow_buffers)
+    @torch.no_grad()
+    def _exchange_average(self) -> None:
+        """Let average and present values trade places, so that what gathers parameters gathers the average."""
+        average = [*self._ema, *self._ema_buffers]
+        for x, y in zip([*self._owners(), *self._statistics.values()], average, strict=True):
+            kept = x.detach().clone()
+            x.copy_(y)
+            y.copy_(kept)
 
     # -- full tensors --------------------------------------------------------------------------------------------
 
-    def _full(self, parameter: nn.Parameter) -> Tensor:
+    def _gathered(self, moment: str = "") -> dict[str, Tensor]:
+        """Full float32 values of the parameters, or of a moment of theirs, by name."""
         if not self._zero:
-            return parameter.detach()
-        from deepspeed.utils import safe_get_full_fp32_param
+            states = self._inner.state
+            return {name: states[p][moment] if moment else p.detach() for name, p in self._names.items()}
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        return safe_get_full_fp32_param(parameter)
-
-    def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
-        if not self._zero:
-            return self._inner.state[parameter][moment]
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        return safe_get_full_optimizer_state(parameter, moment)
+        return {
+            name: safe_get_full_optimizer_state(p, moment) if moment else safe_get_full_fp32_param(p)
+            for name, p in self._names.items()
+        }
 
     @torch.no_grad()
     def _write_module(self, values: dict[str, Tensor]) -> None:
@@ -233,33 +217,30 @@ class OptimizerState:
 
             gathered = GatheredParameters(list(self._names.values()), modifier_rank=0)
         with gathered:
-            for name, parameter in self._names.items():
-                parameter.copy_(values[name])
+            for name, value in values.items():
+                self._names[name].copy_(value)
 
-    def _write_masters(self, values: dict[str, Tensor]) -> None:
-        """Put full values into the float32 masters that the optimiser works on."""
+    def _write_owners(self, values: dict[str, Tensor], moment: str = "") -> None:
+        """Put full values into the float32 parameters that the optimiser works on, or into a moment of theirs."""
         if not self._zero:
-            self._write_module(values)
+            for name, target in self._gathered(moment).items():
+                target.copy_(values[name])
             return
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
 
         for name, parameter in self._names.items():
             value = values[name].to(self._world.device)
             if self._zero == 3:
-                safe_set_local_fp32_param(parameter, self._own_partition(parameter, value))
+                value = self._own_partition(parameter, value)
+                write, write_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
             else:
-                safe_set_full_fp32_param(parameter, value)
-
-    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-        if not self._zero:
-            self._inner.state[parameter][moment].copy_(value)
-            return
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
-
-        if self._zero == 3:
-            safe_set_local_optimizer_state(parameter, self._own_partition(parameter, value), moment)
-        else:
-            safe_set_full_optimizer_state(parameter, value, moment)
+                write, write_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+            write_moment(parameter, value, moment) if moment else write(parameter, value)
 
     def _own_partition(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's slice of a ZeRO-3 parameter, padded (which DeepSpeed's own full setters forget)."""
@@ -267,24 +248,6 @@ class OptimizerState:
         flat = value.flatten()
         padded = nn.functional.pad(flat, (0, size * self._world.size - flat.numel()))
         return padded.narrow(0, size * self._world.rank, size)
-
-    def _create_moments(self, steps: int) -> None:
-        """Give the optimiser the state that it makes at its first step, moments zero, `steps` steps on."""
-        fused = self._inner.defaults["fused"]  # else the host reads the number of steps at every step
-        for owner in self._owners():
-            self._inner.state[owner] = {
-                "step": torch.tensor(float(steps), device=owner.device if fused else "cpu"),
-                **{moment: torch.zeros_like(owner, memory_format=torch.preserve_format) for moment in self._moments},
-            }
-
-    def _link_moments(self) -> None:
-        """ZeRO 1 and 2 find a parameter's moments by links, which they make for the first parameter group only."""
-        if self._zero not in (1, 2):
-            return
-        for parameters, owner in zip(self._outer.bit16_groups, self._owners(), strict=True):
-            for parameter in parameters:
-                if parameter._hp_mapping is not None:
-                    parameter._hp_mapping.set_optim_state_fragment(owner, self._inner.state[owner])
 
 
 def weights_of(state: dict[str, Tensor], *, average: bool = False) -> dict[str, Tensor]:
@@ -310,11 +273,3 @@ def average_decay(decay: float, updates: int) -> float:
     TensorFlow, `tf.train.ExponentialMovingAverage` with `num_updates`.
     """
     return min(decay, (1 + updates) / (10 + updates))
-
-
-@torch.no_grad()
-def _exchange(a: list[Tensor], b: list[Tensor]) -> None:
-    for x, y in zip(a, b, strict=True):
-        kept = x.detach().clone()
-        x.copy_(y)
-        y.copy_(kept)

@@ -22,7 +22,7 @@ from launch.config.optim import OptimConfig
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.execution import Execution
-from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
+from launch.engine.optimizers import OPTIMIZERS, Updater, create_state, parameter_groups
 from launch.machine.device_peaks import synchronize
 from launch.tuning.trials import Choice, choose
 
@@ -147,6 +147,7 @@ def _updates_per_second(bench: Bench, impl: str) -> float:
         p.grad = torch.full_like(p, 1e-3)
     kind, optim = OPTIMIZERS[bench.optim.optimizer], bench.optim
     optimizer = kind.build(groups, optim.betas, optim.eps, cast(OptimizerImpl, impl))
+    create_state(optimizer, stand_ins, kind.moments)
     update = Updater(optimizer, stand_ins)
     return _rate(lambda: update(optim.clip_grad), stand_ins[0].device)
 
