@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from launch.config.recipe import Recipe
 from launch.engine.accelerate import wrap
 from launch.engine.cuda_graph_capture import RECORDERS
 from launch.engine.cuda_graphs import GraphedModel
-from launch.engine.execution import Execution, zero_and_precision
+from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
 from launch.engine.loss import autocast, count_batches, soft_cross_entropy
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
 from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, synchronise_norms
@@ -29,7 +28,6 @@ from launch.engine.zero_state import OptimizerState
 from launch.machine.world import World
 from pipeline.loader import Batch
 from pipeline.rng import Stream, seed64
-from shards.errors import first_line
 
 
 @dataclass(frozen=True)
@@ -99,42 +97,7 @@ class Engine:
         self.notes: list[str] = []
         """Lines for the log about how the engine was set up."""
         if self._graphs is not None:
-            with fat.kernels.use(self.execution.kernels):
-                self._capture(self._graphs, micro_batch)
-
-    @property
-    def description(self) -> str:
-        """For people: engine and precision."""
-        compiled = f", compiled ({self.execution.compile})" if self.execution.uses_compiler else ""
-        return f"{self._kind}{', CUDA graphs' if self._graphs else compiled}"
-
-    @property
-    def resolved(self) -> dict[str, str]:
-        """What the engine works with, for people and the log."""
-        norms = batch_norms(self.model)
-        ranks = {norm.ranks for norm in norms if isinstance(norm, GlobalBatchNorm)}
-        over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
-        how, device = self.execution, self.world.device.type
-        return {
-            "engine": self._kind,
-            "compile": self._compile_mode,
-            "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
-            "kernels": "torch's" if how.kernels == "off" or not fat.kernels.supported(device) else "FAT's own",
-            "optimiser": f"{how.optimizer_impl} {self._recipe.optim.optimizer}",
-            "BatchNorm": "frozen" if self._frozen else over,
-        }
-
-    @property
-    def _compile_mode(self) -> str:
-        """The mode of --compile, and what has become of it."""
-        if self._graphs is not None:
-            return f"cudagraphs: forward and backward of {self._graphs.parts} parts"
-        why = self.execution.eager_because
-        return f"{self.execution.compile} ({why})" if why else self.execution.compile
-
-    @property
-    def _kind(self) -> str:
-        return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}"
+            self._capture(self._graphs, micro_batch)
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -155,9 +118,47 @@ class Engine:
             group["lr"] = lr
         self._set_training_mode()
         with fat.kernels.use(self.execution.kernels):
-            result = self._deepspeed_step(batches) if self.zero else self._plain_step(batches)
+            result = self._plain_step(batches, self._update) if self._update else self._deepspeed_step(batches)
         self._state.update_average(step)
         return result
+
+    def _plain_step(self, batches: Sequence[Batch], update: Updater) -> StepResult:
+        total = torch.zeros((), device=self.world.device)
+        for number, batch in enumerate(batches):
+            # DDP exchanges gradients at the last micro-batch only.
+            local = self.world.size > 1 and number < len(batches) - 1
+            with self._wrapped.no_sync() if local else contextlib.nullcontext():
+                with autocast(self.world.device, self.precision):
+                    logits = self._wrapped(batch.images)
+                loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
+                loss.backward()
+            total += loss.detach()
+        norm = update(self._recipe.optim.clip_grad)
+        if not (self._graphs and self._graphs.keeps_gradients):
+            self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(total, norm)
+
+    def _deepspeed_step(self, batches: Sequence[Batch]) -> StepResult:
+        total, norm = torch.zeros((), device=self.world.device), None
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            self._wrapped.set_gradient_accumulation_boundary(last)
+            loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
+            self._wrapped.backward(loss)  # divides by the number of micro-batches itself
+            if last and self._clips:
+                norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
+            self._wrapped.step()
+            total += loss.detach() / len(batches)
+        if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite
+            norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
+        return StepResult(total, norm)
+
+    def _set_training_mode(self) -> None:
+        if self.model.training:  # setting the mode of all layers costs the host a millisecond or two
+            return
+        self._wrapped.train()
+        for norm in self._frozen:
+            norm.eval()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, average: bool = False) -> dict[str, float]:
@@ -242,77 +243,44 @@ class Engine:
             total = total * 31 + (words.to(torch.int64) * (number + 1)).sum()
         return int(total) & (2**63 - 1)
 
-    # -- CUDA graphs -------------------------------------------------------------------------------------------------
+    @property
+    def description(self) -> str:
+        """For people: engine and precision."""
+        return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}"
+
+    @property
+    def resolved(self) -> dict[str, str]:
+        """What the engine works with, for people and the log."""
+        ranks = {norm.ranks for norm in batch_norms(self.model) if isinstance(norm, GlobalBatchNorm)}
+        over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
+        how, device = self.execution, self.world.device.type
+        detail = f": forward and backward of {self._graphs.parts} parts" if self._graphs else ""
+        detail = f" ({how.eager_because})" if how.eager_because else detail
+        return {
+            "engine": self.description,
+            "compile": how.compile + detail,
+            "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
+            "kernels": "torch's" if how.kernels == "off" or not fat.kernels.supported(device) else "FAT's own",
+            "optimiser": f"{how.optimizer_impl} {self._recipe.optim.optimizer}",
+            "BatchNorm": "frozen" if self._frozen else over,
+        }
 
     def _capture(self, graphs: GraphedModel, rows: int) -> None:
-        """Capture the training passes on all ranks, or on none if a rank cannot. Collective."""
+        """Capture the training passes as CUDA graphs; else training is eager. Collective."""
         self._set_training_mode()
-        device, size = self.world.device, self._recipe.data.size
+        size, device = self._recipe.data.size, self.world.device
         generator = torch.Generator(device).manual_seed(0)
         images = torch.randn((rows, 3, size, size), generator=generator, device=device).to(self.input_dtype)
         images = images.contiguous(memory_format=torch.channels_last)
-        autocast = torch.bfloat16 if self.precision == "bf16" else None
-        # Not caught: what fails eagerly fails in training too, and other ranks wait in BatchNorm's collectives.
-        graphs.warm_up(images, autocast)
-        failure = ""
-        try:
-            graphs.capture(images, autocast)
-        except Exception as error:
-            failure = f"{type(error).__name__}: {first_line(error)}"
-        failures = self.world.gather(failure)
-        if not any(failures):
-            return
-        rank, reason = next((rank, reason) for rank, reason in enumerate(failures) if reason)
-        reason = f"rank {rank}: {reason}" if self.world.size > 1 else reason
-        graphs.discard()
-        self._graphs = None
-        self.execution = replace(self.execution, compile="off", eager_because=f"capture failed: {reason}")
-        self.notes.append(f"warning: CUDA graph capture failed ({reason}); training continues eagerly, without graphs")
-
-    def _set_training_mode(self) -> None:
-        if self.model.training:  # setting the mode of all layers costs the host a millisecond or two
-            return
-        self._wrapped.train()
-        for norm in self._frozen:
-            norm.eval()
-
-    # -- plain ---------------------------------------------------------------------------------------------------
-
-    def _plain_step(self, batches: Sequence[Batch]) -> StepResult:
-        total = torch.zeros((), device=self.world.device)
-        for number, batch in enumerate(batches):
-            with self._gradients_stay_here(number < len(batches) - 1):
-                with autocast(self.world.device, self.precision):
-                    logits = self._wrapped(batch.images)
-                loss = soft_cross_entropy(logits, batch, self._recipe.optim.label_smoothing) / len(batches)
-                loss.backward()
-            total += loss.detach()
-        assert self._update is not None
-        norm = self._update(self._recipe.optim.clip_grad)
-        if not (self._graphs and self._graphs.keeps_gradients):
-            self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(total, norm)
-
-    def _gradients_stay_here(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
-        """DDP exchanges gradients at the last micro-batch only."""
-        return self._wrapped.no_sync() if wanted and self.world.size > 1 else contextlib.nullcontext()
-
-    # -- DeepSpeed -----------------------------------------------------------------------------------------------
-
-    def _deepspeed_step(self, batches: Sequence[Batch]) -> StepResult:
-        total, norm = torch.zeros((), device=self.world.device), None
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            self._wrapped.set_gradient_accumulation_boundary(last)
-            loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
-            self._wrapped.backward(loss)  # divides by the number of micro-batches itself
-            if last and self._clips:
-                norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
-            self._wrapped.step()
-            total += loss.detach() / len(batches)
-        if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite
-            norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
-        return StepResult(total, norm)
+        with fat.kernels.use(self.execution.kernels):
+            cast_to = torch.bfloat16 if self.precision == "bf16" else None
+            reason = capture_on_all_ranks(graphs, images, cast_to, self.world)
+        if reason:
+            self._graphs = None
+            self.execution = replace(self.execution, compile="off", eager_because=f"capture failed: {reason}")
+            self.notes.append(
+                f"warning: CUDA graph capture failed ({reason}); training continues eagerly, without graphs"
+            )
 
 
 def seed_generators(device: torch.device, value: int) -> None:
@@ -321,9 +289,6 @@ def seed_generators(device: torch.device, value: int) -> None:
     `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it
     looks at the source files of all callers, to remember where it was asked.
     """
-    if device.type not in ("cpu", "cuda"):
-        torch.manual_seed(value)
-        return
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":
         torch.cuda.manual_seed(value)

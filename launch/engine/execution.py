@@ -18,8 +18,10 @@ from launch.config.engine import MemoryFormat, OptimizerImpl, ParallelConfig
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from launch.engine.cuda_graph_capture import RECORDERS
+from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.sync_batchnorm import over_ranks
-from shards.errors import UserError
+from launch.machine.world import World
+from shards.errors import UserError, first_line
 from shards.files.private_folder import make_private
 from shards.files.temporary import temporary_folder
 from shards.ownership import user_name
@@ -150,6 +152,25 @@ def graph_obstacle(recipe: Recipe, device: torch.device, *, ranks: int) -> str:
     if synchronised and dist.is_initialized() and dist.get_backend() != "nccl":
         return f"BatchNorm's collectives over ranks go by {dist.get_backend()}, and only NCCL's can be captured"
     return ""
+
+
+def capture_on_all_ranks(graphs: GraphedModel, images: torch.Tensor, autocast: torch.dtype | None, world: World) -> str:
+    """Capture the training passes on all ranks, or on none if a rank cannot; returns why not. Collective.
+
+    For the arguments see `GraphedModel.warm_up`.
+    """
+    # Not caught: what fails eagerly fails in training too, and other ranks wait in BatchNorm's collectives.
+    graphs.warm_up(images, autocast)
+    failure = ""
+    try:
+        graphs.capture(images, autocast)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {first_line(error)}"
+    failures = [f"rank {rank}: {reason}" for rank, reason in enumerate(world.gather(failure)) if reason]
+    if not failures:
+        return ""
+    graphs.discard()
+    return failures[0] if world.size > 1 else failure
 
 
 @contextmanager
