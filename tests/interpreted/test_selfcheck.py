@@ -17,7 +17,9 @@ from fat import kernels
 from fat.config import FATConfig
 from fat.kernels import families, selfcheck
 from fat.kernels.impl import attention, batchnorm, channel_sums, depthwise, depthwise_weight_grad, gate, norm, norm_relu
-from fat.kernels.selfcheck import Case, Spec
+from fat.kernels.selfcheck import Case
+from fat.kernels.selfcheck.case import Spec
+from fat.kernels.selfcheck.trace import BATCH
 from launch.engine.kernel_check import check_kernels
 from launch.machine.world import World
 from pipeline.augment import kernels as augment_kernels
@@ -85,7 +87,7 @@ def test_right_kernels_pass(every_case: list[Case]) -> None:
 def test_moments_of_many_tiles_are_joined_in_two_rounds(
     every_case: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (case,) = (case for case in every_case if case.map_rows() and case.arguments[0].shape[0] > selfcheck.BATCH)
+    (case,) = (case for case in every_case if case.map_rows() and case.arguments[0].shape[0] > BATCH)
     rounds: list[int] = []
     launch = batchnorm._join.run
 

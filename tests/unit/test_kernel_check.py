@@ -19,7 +19,8 @@ from fat.config import FATConfig
 from fat.kernels import families, selfcheck
 from fat.kernels.impl import tiles
 from fat.kernels.prefill.compile_ahead import Report
-from fat.kernels.selfcheck import Failure, KernelFault, mismatch
+from fat.kernels.selfcheck import Failure, KernelFault, comparison, trace
+from fat.kernels.selfcheck.comparison import mismatch
 from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine import kernel_check
@@ -143,7 +144,7 @@ def test_a_lost_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatc
     def lost(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
-    monkeypatch.setattr(selfcheck, "_wait", lost)
+    monkeypatch.setattr(comparison, "_wait", lost)
     with pytest.raises(KernelFault) as caught:
         selfcheck.run([stub(families.GATE)], CPU)
     line = str(caught.value)
@@ -160,7 +161,7 @@ def test_a_lost_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_bound_is_a_unit_in_the_last_place_and_a_share_of_the_largest_result(dtype: torch.dtype) -> None:
     exact = torch.tensor([1.0, 0.0, -8.0], dtype=torch.float64)
-    unit, share = torch.finfo(dtype).eps, 8 * selfcheck.SUMMING
+    unit, share = torch.finfo(dtype).eps, 8 * comparison.SUMMING
     assert mismatch(exact.to(dtype), exact) is None
     assert mismatch(exact.to(dtype), exact - 0.99 * torch.tensor([unit + share, share, 8 * unit + share])) is None
     for place, bound in enumerate((unit + share, share, 8 * unit + share)):
@@ -193,7 +194,7 @@ def test_cases_are_the_models_calls_in_the_order_of_families(model: fat.FAT) -> 
     # Each stage's own map and kernel, odd ones cut into the same tiles, and channels that fill no tile.
     assert {f"map 2x8x{n}x{n}, kernel {k}x{k}" for n, k in ((56, 3), (28, 5), (14, 7), (7, 9))} < shapes
     assert "map 2x8x27x33, kernel 3x3" in shapes
-    assert any(shape.startswith(f"map 2x{selfcheck.ODD_CHANNELS}x") for shape in shapes)
+    assert any(shape.startswith(f"map 2x{trace.ODD_CHANNELS}x") for shape in shapes)
     assert {case.dtype for case in found if case.map_rows()} == {"bfloat16"}
     assert {case.dtype for case in selfcheck.cases(model, 64, torch.float32)} == {"float32"}
 
@@ -221,7 +222,7 @@ def test_frozen_norms_are_not_folded(model: fat.FAT) -> None:
 
 @pytest.mark.parametrize("size", [32, 64, 160, 224, 384])
 def test_odd_maps_are_cut_into_the_tiles_of_the_real_ones(size: int) -> None:
-    rows = selfcheck.odd_rows(size)
+    rows = trace.odd_rows(size)
     assert rows % 2
     assert 4 * rows >= 32
     assert size < 64 or tiles.best(rows) == tiles.best(size // 4)
