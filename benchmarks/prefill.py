@@ -5,7 +5,7 @@
 
   step, eval   a training step of each model, and its evaluation
   augment      augmentation by the recipe `fat`
-  check        the comparison of kernels with torch before a first run of each model with that augmentation
+  check        the comparison of kernels with torch at the start of a run of each model with that augmentation
   digits       the demo's run: FAT-B0 on 64 pixels, recipe `light`, its evaluation and its comparison with torch
   benchmarks   what benchmarks/kernels.py compares
   sweep        what benchmarks/sweep.py tries
