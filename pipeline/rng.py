@@ -40,13 +40,10 @@ class Stream(IntEnum):
 
 
 def mix64(x: U64) -> U64:
-    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit."""
-    with np.errstate(over="ignore"):
-        return _mixed(x)
+    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit.
 
-
-def _mixed(x: U64) -> U64:
-    """`mix64` for callers that have silenced numpy's overflow warnings: to do so costs as much as the arithmetic."""
+    The caller silences numpy's overflow warnings: to do so here would cost as much as the arithmetic.
+    """
     x = (x ^ (x >> np.uint64(30))) * MIX1
     x = (x ^ (x >> np.uint64(27))) * MIX2
     return x ^ (x >> np.uint64(31))
@@ -63,14 +60,14 @@ def bits(stream: Stream, *key: ArrayLike) -> U64:
         uint64, of the key's broadcast shape.
     """
     with np.errstate(over="ignore"):
-        return extend(_mixed(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
+        return extend(mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
 
 
 def extend(state: U64, *key: ArrayLike) -> U64:
     """What `bits` gives for a longer key: `extend(bits(s, a), b)` is `bits(s, a, b)`."""
     with np.errstate(over="ignore"):
         for word in key:
-            state = _mixed((state ^ _as_u64(word)) + GOLDEN)
+            state = mix64((state ^ _as_u64(word)) + GOLDEN)
     return state
 
 
