@@ -102,8 +102,8 @@ class TrainPlan:
             )
         check_enough_samples(self.samples, global_batch, lanes=lanes, pairs=pairs)
         self.steps_per_epoch = self.samples // global_batch
-        if global_batch % self.lanes or (pairs and (global_batch // self.lanes) % 2):
-            unit = 2 if pairs else 1
+        unit = 2 if pairs else 1
+        if global_batch % (self.lanes * unit):
             fits = divisors(global_batch // unit)
             raise PlanError(
                 f"{self.lanes} lanes do not divide the global batch of {global_batch}{' into pairs' if pairs else ''}; "

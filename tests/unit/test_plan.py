@@ -191,7 +191,8 @@ def test_two_shuffle_blocks_per_lane_and_two_epochs_are_kept(draws: list[tuple[S
     assert drawn(Position(0, 0), Position(0, 4)) == (3, 0), "the latest two are kept"
     assert drawn(Position(0, 0), Position(0, 2), Position(0, 4)) == (15, 0), "three blocks per lane are not"
     assert drawn(Position(1, 0), Position(2, 0)) == (6, 2)
-    assert drawn(Position(1, 1), Position(2, 1), Position(3, 0)) == (12, 4)
+    assert drawn(Position(1, 0), Position(2, 0), Position(1, 2), Position(2, 2)) == (18, 0)
+    assert drawn(Position(1, 1), Position(2, 1), Position(3, 0)) == (18, 4)
 
 
 def test_a_billion_samples_open_at_once_and_any_position_takes_few_draws(draws: list[tuple[Stream, int]]) -> None:
