@@ -119,7 +119,8 @@ class Tune:
     what: Literal["both", "model", "input"] = "both"
     """What to measure."""
     seconds: Annotated[float, Interval(gt=0, le=1_000_000)] = 60.0
-    """About what model and input may take, each; compiling the model (on GPUs) takes minutes more."""
+    """About what model and input may take, each; every value is measured once at least, and compiling the model (on
+    GPUs) takes minutes."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -142,7 +143,7 @@ class Tune:
 
 
 def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of training options, on a shard set.
+    """Return the recipe of training options, on a shard set, whatever set a recipe file names.
 
     Args:
         training: options of launch/train.py.
@@ -153,7 +154,7 @@ def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, A
     """
     from launch.config.command_line import parse
 
-    recipe = parse(training, defaults={"data": {"data": dataset, **(data or {})}}, prog="-- [training options]")
+    recipe = parse(["--data", dataset, *training], defaults={"data": data or {}}, prog="-- [training options]")
     if recipe.data.data != dataset:
         raise UserError(f"--data {recipe.data.data}: not the set {dataset} that was named first; leave --data out")
     return recipe

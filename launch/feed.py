@@ -174,12 +174,3 @@ class Feed:
             dtype=dtype,
             options=self.loader_options,
         )
-
-
-def feed_of_one_rank(recipe: Recipe, world: World, *, ranks: int) -> Feed:
-    """Return what rank 0 of `ranks` is fed, for a process that measures alone.
-
-    Raises:
-        UserError: see `Feed.of`.
-    """
-    return replace(Feed.of(recipe, replace(world, size=ranks)), world=world)

@@ -12,22 +12,36 @@ from contextlib import AbstractContextManager
 import torch
 
 from launch.bench.verdict import Phase
+from launch.engine.engine import Engine
+from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
 from launch.run.data_wait import DataWait
 from pipeline.batch import Batch, timed_event
 
 CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
-WARM_UP = 3  # of the model: allocations, compilation; the engine itself captures CUDA graphs when it is made
 # A GPU that was idle takes its time to reach the speed that it holds: steps that are not timed, until some take as
 # long as those before.
 STRETCH, MOST_STRETCHES, STEADY = 3, 8, 0.02
 OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
+Step = Callable[[Batch], object]
+"""Trains on a batch."""
+
+
+def training_step(feed: Feed, engine: Engine, *, accumulation: int = 1) -> Step:
+    """Return the optimizer step of an engine, whose micro-batches are all the same batch."""
+    numbers, (rate, _, _) = itertools.count(), feed.recipe.optim.rates(feed.plan.global_batch)
+    return lambda batch: engine.step([batch] * accumulation, step=next(numbers), lr=rate)
+
+
+def resident_batches(feed: Feed, engine: Engine) -> OpenLoader:
+    """Return an opener of batches that are on the device already."""
+    return lambda: feed.with_loader(loader="synthetic").train_loader(step=0, dtype=engine.input_dtype)
 
 
 def compare(
     loader: OpenLoader,
     resident: OpenLoader,
-    step: Callable[[Batch], object],
+    step: Step,
     *,
     batch: int,
     steps: int,
@@ -40,21 +54,15 @@ def compare(
     Args:
         loader: opens the loader afresh.
         resident: opens batches that are on the device already.
-        step: trains on a batch.
         batch, ahead: images of a batch, and batches that the loader holds when it has run as far ahead as it can.
     """
     turns: list[tuple[Phase, Phase, Phase]] = []
-    with resident() as batches:
-        for _ in range(WARM_UP):
-            step(next(batches))
     for _ in range(rounds):
         with loader() as batches:
             for _ in range(ahead):
                 next(batches)
             alone = run(batches, None, steps=steps, batch=batch, device=device)
-        with resident() as batches:
-            _reach_steady_rate(batches, step, batch=batch, device=device)
-            model = run(batches, step, steps=steps, batch=batch, device=device)
+        model = model_alone(resident, step, steps=steps, batch=batch, device=device)
         with loader() as batches:
             step(next(batches))
             # To a steady state: queues that surely run full beside the model may do so at once; any other find theirs.
@@ -69,9 +77,15 @@ def compare(
     return alone, model, both
 
 
-def run(
-    batches: Iterator[Batch], step: Callable[[Batch], object] | None, *, steps: int, batch: int, device: torch.device
-) -> Phase:
+def model_alone(resident: OpenLoader, step: Step, *, steps: int, batch: int, device: torch.device) -> Phase:
+    """Time training steps on batches that are on the device already."""
+    with resident() as batches:
+        step(next(batches))  # allocates, compiles
+        _reach_steady_rate(batches, step, batch=batch, device=device)
+        return run(batches, step, steps=steps, batch=batch, device=device)
+
+
+def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, device: torch.device) -> Phase:
     """Time some steps; without `step`, batches are only taken."""
     synchronize(device)
     # Without steps the device does nothing else, and it is the host that waits.
@@ -100,9 +114,7 @@ def run(
     )
 
 
-def _reach_steady_rate(
-    batches: Iterator[Batch], step: Callable[[Batch], object], *, batch: int, device: torch.device
-) -> None:
+def _reach_steady_rate(batches: Iterator[Batch], step: Step, *, batch: int, device: torch.device) -> None:
     """Take steps until a GPU's rate stays; nothing on a CPU, whose steps take seconds."""
     before = 0.0
     for _ in range(MOST_STRETCHES if device.type == "cuda" else 0):

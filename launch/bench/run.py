@@ -14,21 +14,15 @@ from typing import Any
 
 import torch
 
-from launch.bench.phases import MOST_STRETCHES, STRETCH, WARM_UP, OpenLoader, compare, predict, run
-from launch.bench.verdict import Figures, verdict
+from launch.bench.one_rank import one_rank
+from launch.bench.phases import compare, predict, resident_batches, run, training_step
+from launch.bench.verdict import Figures
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.engine import Engine
-from launch.engine.execution import Execution, zero_and_precision
-from launch.engine.kernel_check import check_recipe
-from launch.engine.memory import check_batches_fit
-from launch.engine.schedule import rate_of
-from launch.feed import Feed, feed_of_one_rank
-from launch.jpeg_decoder import with_decoder
+from launch.feed import Feed
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
-from launch.machine.world import connect, disconnect
 from launch.roofline import Roofline
-from pipeline.batch import Batch
 from pipeline.decode.choose import chosen_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
@@ -51,59 +45,31 @@ def bench(recipe: Recipe, *, ranks: int = 1, steps: int) -> Figures:
     Raises:
         UserError: recipe, data and ranks do not fit together.
     """
-    world = connect(numa_binding=recipe.parallel.numa_binding, local_size=ranks)
-    try:
-        feed = feed_of_one_rank(recipe, world, ranks=ranks)
-        check_batches_fit(feed)
-        shape, parallel = feed.shape, recipe.parallel
-        # Reject what training on so many ranks would reject.
-        Execution.of(recipe, world.device, accumulation=shape.accumulation, ranks=ranks)
-        zero, _ = zero_and_precision(parallel, world.device, ranks=ranks)
-        feed = feed.with_recipe(dataclasses.replace(recipe, parallel=dataclasses.replace(parallel, zero=zero)))
-        model = build_model(recipe, feed.classes)
-        verdict = check_recipe(recipe, feed, model)
-        feed, messages = with_decoder(feed, began=None)
-        engine = Engine(model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=1)
-        for note in (*messages, *engine.notes):
+    with one_rank(recipe, ranks=ranks) as (feed, kernels):
+        model = build_model(feed.recipe, feed.classes)
+        engine = Engine(model, feed.recipe, feed.world, micro_batch=feed.shape.micro_rows, accumulation=1)
+        for note in engine.notes:
             print(printable(note), file=sys.stderr)
-        figures = _figures(feed, engine, steps)
-        settings = figures.settings | {"ranks": ranks} | verdict.resolved
-        return dataclasses.replace(figures, settings=settings)
-    finally:
-        disconnect()
+        return _figures(feed, engine, steps, {"ranks": ranks, **engine.resolved, **kernels.resolved})
 
 
-def _long_enough(feed: Feed, batches: int) -> Feed:
-    """The same feed, of at least as many batches and those of the warm-up, however small the set and few its epochs."""
-    recipe, needed = feed.recipe, WARM_UP + MOST_STRETCHES * STRETCH + batches
-    epochs = max(recipe.optim.epochs, -(-needed // feed.plan.steps_per_epoch))
-    return feed.with_recipe(dataclasses.replace(recipe, optim=dataclasses.replace(recipe.optim, epochs=epochs)))
+def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any]) -> Figures:
+    recipe, device = feed.recipe, engine.world.device
+    batch, ahead, cores = feed.shape.micro_rows, feed.loader_options.settings.ahead, usable_cores()
 
-
-def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
-    recipe, plan, device, number = feed.recipe, feed.plan, engine.world.device, itertools.count()
-    rate = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
-
-    def step(batch: Batch) -> None:
-        at = next(number)
-        engine.step([batch], step=at, lr=rate(at))
-
-    batch, ahead = feed.shape.micro_rows, feed.loader_options.settings.ahead
-
-    def opener(what: Feed) -> OpenLoader:
-        longer = _long_enough(what, ahead + steps)
-        return lambda: longer.train_loader(step=0, dtype=engine.input_dtype)
+    def loader() -> TrainLoader:
+        return feed.train_loader(step=0, dtype=engine.input_dtype)
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    synthetic = feed.with_loader(loader="synthetic")
+    resident, step = resident_batches(feed, engine), training_step(feed, engine)
     alone, model, both = compare(
-        opener(feed), opener(synthetic), step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
+        loader, resident, step, batch=batch, steps=steps, ahead=ahead, device=device, rounds=ROUNDS
     )
     memory = _memory(device)
-    picks = engine.resolved | _picks(feed, engine)
-    cores = usable_cores()
-    figures = Figures(
+    with loader() as batches:
+        resolved = resolved | batches.resolved
+    return Figures(
         machine=_machine(device, cores),
         settings={
             "variant": recipe.model.variant,
@@ -112,7 +78,7 @@ def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
             "augment": recipe.data.augment,
             "steps": steps,
             "rounds": ROUNDS,
-            **picks,
+            **resolved,
         },
         reading=_reading(feed, steps, ahead),
         decoding=_decoding(feed, engine, steps, ahead),
@@ -123,7 +89,6 @@ def _figures(feed: Feed, engine: Engine, steps: int) -> Figures:
         predicted=predict(alone, model, cores=cores if device.type == "cpu" else None),
         memory=memory,
     )
-    return dataclasses.replace(figures, verdict=verdict(figures))
 
 
 def _reading(feed: Feed, steps: int, ahead: int) -> float:
@@ -152,12 +117,6 @@ def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
         for _ in range(ahead):
             next(batches)
         return run(batches, None, steps=steps, batch=feed.shape.micro_rows, device=engine.world.device).rate
-
-
-def _picks(feed: Feed, engine: Engine) -> dict[str, str]:
-    with feed.train_loader(step=0, dtype=engine.input_dtype) as loader:
-        assert isinstance(loader, TrainLoader)
-        return loader.resolved
 
 
 def _memory(device: torch.device) -> dict[str, int]:

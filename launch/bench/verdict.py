@@ -65,7 +65,6 @@ class Figures:
     """What the device allows, the model's blocks perfectly fused."""
     memory: dict[str, int]
     """Bytes of GPU memory; empty on a CPU."""
-    verdict: str = ""
 
     @property
     def both_of_model(self) -> float:
@@ -96,44 +95,47 @@ class Figures:
     def both_of_predicted(self) -> float:
         return self.both.rate / self.predicted
 
+    @property
+    def verdict(self) -> str:
+        """One line: what limits training here, by how much, and what to try."""
+        ratio, waiting = self.both_of_model, self.both.waiting
+        used = f"the model uses {self.model_of_roofline:.0%} of what the device allows"
+        if self.memory and ratio > UNSTEADY:
+            return (
+                f"unsteady: training was faster than the model alone (both/model {ratio:.2f}), which cannot be: the "
+                "device has changed its speed, or does other work; see the times of the steps (--json), and use more "
+                "--steps"
+            )
+        if ratio >= SATURATED:
+            return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
+        stage = bottleneck(self)
+        # Loader and model contend for the device, where there are cores enough and they are no slower than by turns.
+        idle = self.both.cpu * self.both.rate < self.machine["cores"] / 2
+        on_device = self.memory and idle and self.both.rate >= SATURATED * self.taking_turns
+        if waiting > 1 - SATURATED and not (stage == "contention" and on_device):
+            return (
+                f"input-bound: {stage}, {waiting:.0%} of the time spent waiting (both/model {ratio:.2f}); {TRY[stage]}"
+            )
+        if self.memory and self.host_share >= HOST_BOUND:
+            return (
+                f"host-bound: batches are ready, but beside the loader the host starts kernels too slowly "
+                f"(both/model {ratio:.2f}); try fewer --decode-threads, and --compile cudagraphs if it is off"
+            )
+        if self.memory:
+            return (
+                f"device-bound: the loader's work on the GPU takes {1 - ratio:.0%} of the device "
+                f"(both/model {ratio:.2f}); smaller images (pipeline shard --short-side 256) and --augment light take "
+                f"less; {used}"
+            )
+        return (
+            f"model-bound: batches are always ready; loader and model share {self.machine['cores']} cores "
+            f"(both/model {ratio:.2f}, {self.both_of_predicted:.2f} of what their CPU times predict); {used}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         names = ("both_of_model", "model_of_roofline", "both_of_predicted", "mfu")
         ratios = {name: getattr(self, name) for name in names}
         return {"verdict": self.verdict, **ratios, **dataclasses.asdict(self)}
-
-
-def verdict(figures: Figures) -> str:
-    """One line: what limits training here, by how much, and what to try."""
-    ratio, waiting = figures.both_of_model, figures.both.waiting
-    used = f"the model uses {figures.model_of_roofline:.0%} of what the device allows"
-    if figures.memory and ratio > UNSTEADY:
-        return (
-            f"unsteady: training was faster than the model alone (both/model {ratio:.2f}), which cannot be: the device "
-            "has changed its speed, or does other work; see the times of the steps (--json), and use more --steps"
-        )
-    if ratio >= SATURATED:
-        return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
-    stage = bottleneck(figures)
-    # What loader and model contend for: the device, where there are cores enough and they are no slower than by turns.
-    idle = figures.both.cpu * figures.both.rate < figures.machine["cores"] / 2
-    on_device = figures.memory and idle and figures.both.rate >= SATURATED * figures.taking_turns
-    if waiting > 1 - SATURATED and not (stage == "contention" and on_device):
-        return f"input-bound: {stage}, {waiting:.0%} of the time spent waiting (both/model {ratio:.2f}); {TRY[stage]}"
-    if figures.memory and figures.host_share >= HOST_BOUND:
-        return (
-            f"host-bound: batches are ready, but beside the loader the host starts kernels too slowly "
-            f"(both/model {ratio:.2f}); try fewer --decode-threads, and --compile cudagraphs if it is off"
-        )
-    if figures.memory:
-        return (
-            f"device-bound: the loader's work on the GPU takes {1 - ratio:.0%} of the device "
-            f"(both/model {ratio:.2f}); smaller images (pipeline shard --short-side 256) and --augment light take "
-            f"less; {used}"
-        )
-    return (
-        f"model-bound: batches are always ready; loader and model share {figures.machine['cores']} cores "
-        f"(both/model {ratio:.2f}, {figures.both_of_predicted:.2f} of what their CPU times predict); {used}"
-    )
 
 
 def bottleneck(figures: Figures) -> str:

@@ -60,6 +60,7 @@ def wrap(
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
 
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
     # Buffers are averaged when they matter (`Engine.average_statistics`), not broadcast at every step.
@@ -78,6 +79,9 @@ def wrap(
             clip_grad=clip_grad,
         )
         plugin = DeepSpeedPlugin(hf_ds_config=config)
+    # Accelerate keeps the settings of a process's first engine, and `pipeline tune` makes several.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     _check_agreement(accelerator, world)
     with warnings.catch_warnings():

@@ -233,6 +233,11 @@ class Engine:
                 f"the checkpoint is of another model: {error}; use its recipe, or another run folder (--out)"
             ) from None
 
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks, which would keep the model in memory when this process makes another engine."""
+        if self.zero:
+            self._wrapped.destroy()
+
     def digest(self) -> int:
         """A 63-bit digest of the parameters as this rank holds them, to compare with other ranks'. Reads the device."""
         if self.zero == 3:

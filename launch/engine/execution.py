@@ -185,24 +185,3 @@ def kernels_from_environment() -> Iterator[None]:
         raise RecipeError(f"{KERNELS_VARIABLE}={value}: expected {', '.join(fat.kernels.MODES[:-1])} or unchecked")
     with fat.kernels.use(value):
         yield
-
-
-def alternatives(device: torch.device, *, zero: int, accumulation: int, ranks: int) -> dict[str, tuple[str, ...]]:
-    """What is worth trying, by the name of the option; the default first.
-
-    Args:
-        accumulation: micro-batches per step.
-    """
-    modes: tuple[Mode, ...] = ("cudagraphs", "off", "default", "reduce-overhead")
-    if device.type != "cuda" or zero == 3:
-        modes = ("off",)  # on CPUs compiled training is no faster, and ZeRO 3's cannot be compiled whole
-    elif accumulation > 1 or ranks > 1:
-        # The compiler's CUDA graphs: of micro-batches that are added up they would overwrite gradients, and beside the
-        # collectives of several ranks one rank's measurement does not show that they can be.
-        modes = ("cudagraphs", "off", "default")
-    return {
-        "memory_format": ("contiguous",) if zero else ("channels-last", "contiguous"),
-        "kernels": ("auto", "off") if fat.kernels.available(device.type) else ("auto",),
-        "optimizer_impl": ("fused", "foreach"),
-        "compile": modes,
-    }

@@ -3,7 +3,6 @@ figures, verdict and chart must say so."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import statistics
@@ -19,9 +18,10 @@ import torch
 from PIL import Image
 
 from launch.bench.chart import draw
-from launch.bench.phases import MOST_STRETCHES, STRETCH, compare, predict
-from launch.bench.run import _long_enough, _reading
-from launch.bench.verdict import Figures, Phase, bottleneck, verdict
+from launch.bench.one_rank import one_rank
+from launch.bench.phases import compare, predict
+from launch.bench.run import _reading
+from launch.bench.verdict import Figures, Phase, bottleneck
 from launch.cli import main as pipeline
 from launch.config.command_line import parse
 from launch.feed import Feed
@@ -86,9 +86,9 @@ def test_the_micro_batch_of_one_rank_is_measured(
         return figures()
 
     # What depends on the number of ranks needs a GPU.
-    monkeypatch.setattr("launch.bench.run.Execution.of", lambda *_, **options: resolved.append(options))
+    monkeypatch.setattr("launch.bench.one_rank.Execution.of", lambda *_, **options: resolved.append(options))
     monkeypatch.setattr("launch.bench.run._figures", measured)
-    monkeypatch.setattr("launch.bench.run.Engine", lambda *_, **__: SimpleNamespace(notes=[]))
+    monkeypatch.setattr("launch.bench.run.Engine", lambda *_, **__: SimpleNamespace(notes=[], resolved={}))
     monkeypatch.setattr("launch.bench.chart.write_chart", lambda *_: None)
     arguments = ("bench", str(digits), "--ranks", str(ranks), "--", "--size", "32", "--augment", "light", *batch)
     assert pipeline(arguments) == 0
@@ -157,7 +157,7 @@ def test_the_slower_one_is_found_out(
     assert both.waiting == pytest.approx(waiting)
     assert model.waiting == 0
     assert predict(loader, model, cores=None) == pytest.approx(both.rate)
-    assert verdict(figures(loader=loader, model=model, both=both)).startswith(expected)
+    assert figures(loader=loader, model=model, both=both).verdict.startswith(expected)
 
 
 def test_sizes_that_make_no_sense_are_refused(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,7 +211,7 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
     ],
 )
 def test_the_verdict_names_what_limits(changes: dict[str, Any], expected: str) -> None:
-    assert verdict(figures(**changes)).startswith(expected)
+    assert figures(**changes).verdict.startswith(expected)
 
 
 class Gpu:
@@ -268,12 +268,11 @@ def test_steps_of_a_gpu_are_timed_when_they_have_become_steady(monkeypatch: pyte
 def test_decoding_on_cpus_has_other_remedies() -> None:
     on_cpu = figures(settings={"loader": "dali on CPUs"})
     assert bottleneck(on_cpu) == "decode"
-    assert "--decode-threads" in verdict(on_cpu)
+    assert "--decode-threads" in on_cpu.verdict
 
 
 def test_the_chart_shows_the_figures() -> None:
-    found = dataclasses.replace(figures(), verdict="input-bound: decode")
-    speeds, shares = draw(found).axes
+    speeds, shares = draw(figures()).axes
     assert [bar.get_width() for bar in speeds.patches] == [5_000, 8_000, 5_000, 4_900]
     assert [bar.get_width() for bar in shares.patches] == pytest.approx([4_900 / 8_000, 0.31, 0.2, 0.1])
 
@@ -292,11 +291,8 @@ def test_predictions_share_out_the_cores(cores: int | None, expected: float) -> 
 
 
 def test_the_loader_lasts_however_small_the_set(digits: Path) -> None:
-    recipe = parse(
-        ["--data", str(digits), "--size", "32", "--global-batch", "512", "--epochs", "1", "--warmup-epochs", "0"]
-    )
-    feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
-    assert feed.plan.steps_per_epoch < 5
-    longer = _long_enough(feed, 40)
-    assert longer.last_step >= 40 + MOST_STRETCHES * STRETCH
-    assert longer.plan == feed.plan
+    epoch = ("--size", "32", "--global-batch", "512", "--epochs", "1", "--warmup-epochs", "0", "--augment", "light")
+    with one_rank(parse(["--data", str(digits), *epoch, "--stop-after", "1"]), ranks=1) as (feed, _):
+        assert feed.plan.steps_per_epoch == 2
+        with feed.train_loader(step=0, dtype=torch.float32) as loader:
+            assert [next(loader).position.epoch for _ in range(5)] == [0, 0, 1, 1, 2]

@@ -410,7 +410,7 @@ def test_another_version_of_triton_is_a_warning_and_no_error(monkeypatch: pytest
 def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And compiled: that would use up the time of 'pipeline tune'."""
     done: list[str] = []
-    monkeypatch.setattr("launch.tuning.command.check_recipe", lambda *_: done.append("checked"))
+    monkeypatch.setattr("launch.bench.one_rank.check_recipe", lambda *_: done.append("checked"))
     monkeypatch.setattr("launch.tuning.command.tune_model", lambda *_, **__: done.append("measured") or {})
     tune(parse([*SMALL, "--data", str(digits)]), ("model",), ranks=1, seconds=1.0, command="", say=done.append)
     assert done == ["checked", "measured"]

@@ -108,7 +108,7 @@ def test_a_device_s_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
     settings = {"variant": "b0", "batch": 1}
     figures = Figures(
         machine=machine, settings=settings, reading=1.0, decoding=1.0, loader=phase, model=phase, both=phase,
-        predicted=1.0, roofline=roofline, memory={}, verdict="$x_{",
+        predicted=1.0, roofline=roofline, memory={},
     )  # fmt: skip
     write_chart(figures, tmp_path / "chart.svg")
     assert r"GPU $\frac$" in (tmp_path / "chart.svg").read_text()

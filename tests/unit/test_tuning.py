@@ -5,32 +5,33 @@ from __future__ import annotations
 import itertools
 import math
 import tomllib
-from collections.abc import Callable
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import fat
+from launch.bench.one_rank import one_rank
+from launch.cli import _training_recipe
 from launch.cli import main as pipeline
 from launch.config.command_line import parse
-from launch.config.engine import CompileConfig, ParallelConfig
-from launch.config.optim import OptimConfig
-from launch.config.recipe import Recipe
-from launch.engine.execution import Execution, alternatives
-from launch.engine.optimizers import OPTIMIZERS
+from launch.config.engine import CompileConfig
+from launch.engine.engine import Engine, StepResult
+from launch.feed import Feed
+from launch.machine.world import World
 from launch.tuning.fragment import FIRST_LINE, check_fragment_output, fragment
-from launch.tuning.model import Bench
-from launch.tuning.model import tune as tune_model
-from launch.tuning.trials import Choice, Trial, choose, fastest, take_turns
+from launch.tuning.model import candidates, tune_model
+from launch.tuning.trials import Choice, Trial, Values, fastest, tune
+from pipeline.batch import Batch
 from shards.errors import ShardSetError, UserError
+from tests.support.training_loop import CONFIG
 
 SMALL = ("--size", "32", "--global-batch", "4", "--augment", "light", "--epochs", "1", "--warmup-epochs", "0")
 CANARY = "hunter2"
-CPU = torch.device("cpu")
 
 
 def ignore(_: str) -> None:
@@ -40,179 +41,170 @@ def ignore(_: str) -> None:
 # -- trials ----
 
 
+def choose(stages: Sequence[Sequence[Values]], rate: Callable[[Values], float], **changes: Any) -> dict[str, Choice]:
+    how: dict[str, Any] = {"rounds": 2, "margin": 1.02, "seconds": 60.0, "say": ignore}
+    return tune(stages, rate, **(how | changes))
+
+
 @pytest.mark.parametrize(
     ("rates", "expected"),
     [
-        ({"a": (10, 10), "b": (12, 12), "c": (11, 11)}, "b"),
-        ({"a": (10, 10), "b": (10.1, 10.1)}, "a"),  # within the margin
-        ({"a": (10, 20), "b": (12, 15), "c": (11, 22)}, "c"),  # by ratios within a round
-        ({"a": (), "b": (3, 3), "c": (4, 4)}, "c"),  # the default has failed
-        ({"a": (10, 10), "b": ()}, "a"),
+        ({"a": [10, 10], "b": [12, 12], "c": [11, 11]}, "b"),
+        ({"a": [10, 10], "b": [10.1, 10.1]}, "a"),  # within the margin
+        ({"a": [10, 20], "b": [12, 15], "c": [11, 22]}, "c"),  # by ratios within a round
+        ({"a": [], "b": [3, 3], "c": [4, 4]}, "c"),  # the default has failed
+        ({"a": [10, 10], "b": []}, "a"),
+        ({"a": [], "b": []}, None),
     ],
 )
 def test_the_fastest_beats_the_default_clearly_in_most_rounds(
-    rates: dict[str, tuple[float, ...]], expected: str
+    rates: dict[str, list[float]], expected: str | None
 ) -> None:
-    best = fastest([Trial(value, measured) for value, measured in rates.items()])
-    assert best is not None
-    assert best.value == expected
-
-
-def test_without_a_measurement_nothing_is_chosen() -> None:
-    assert fastest([Trial("a", (), "failed"), Trial("b")]) is None
+    trials = [Trial({"x": value}, measured, "" if measured else "failed") for value, measured in rates.items()]
+    best = fastest(trials, margin=1.02)
+    assert (best and best.values["x"]) == expected
 
 
 def test_values_take_turns_and_a_failure_ends_that_value_alone() -> None:
     turns: list[str] = []
 
-    def rate(value: str) -> float:
-        turns.append(value)
-        if value == "b":
+    def rate(values: Values) -> float:
+        turns.append(values["x"])
+        if values["x"] == "b":
             raise MemoryError("none left")
         return 1.0
 
-    trials = take_turns("abc", rate, rounds=2)
+    found = choose([[{"x": value} for value in "abc"]], rate)
     assert turns == ["a", "b", "c", "a", "c"]
-    assert [trial.rates for trial in trials] == [(1.0, 1.0), (), (1.0, 1.0)]
-    assert trials[1].failure == "failed (MemoryError: none left)"
+    assert found == {"x": Choice("a", "a 1 images/s, b failed (MemoryError: none left), c 1 images/s")}
 
 
-def test_no_round_begins_when_time_is_up() -> None:
-    trials = take_turns("ab", lambda _: pytest.fail("measured"), rounds=2, until=-math.inf)
-    assert fastest(trials) is None
+def test_where_every_value_fails_the_option_stays_open() -> None:
+    def rate(_: Values) -> float:
+        raise RuntimeError("no")
+
+    assert choose([[{"x": "a"}]], rate) == {"x": Choice(None, "a failed (RuntimeError: no)")}
+
+
+def test_when_time_is_up_every_value_has_been_measured_once() -> None:
+    turns: list[Values] = []
+
+    def rate(values: Values) -> float:
+        turns.append(values)
+        return 1.0
+
+    choose([[{"x": 1}, {"x": 2}], [{"y": 1}, {"y": 2}]], rate, seconds=-math.inf)
+    assert turns == [{"x": 1}, {"x": 2}, {"x": 1, "y": 1}, {"x": 1, "y": 2}]
 
 
 def test_damaged_data_ends_the_measurement() -> None:
-    def rate(_: str) -> float:
+    def rate(_: Values) -> float:
         raise ShardSetError("damaged")
 
     with pytest.raises(ShardSetError):
-        take_turns("ab", rate, rounds=1)
+        choose([[{"x": "a"}]], rate)
 
 
 def test_a_choice_says_what_was_measured() -> None:
     said: list[str] = []
-    rates = {"a": 10.0, "b": 20.0}
-    choice = choose("read-threads", "ab", rates.__getitem__, rounds=1, until=math.inf, say=said.append)
-    assert choice == Choice("b", "a 10 images/s, b 20 images/s")
+    stage = [{"width": 0, "height": 0}, {"width": 640, "height": 480}]
+    found = choose([stage], lambda values: 10.0 + values["width"], rounds=1, say=said.append)
+    figures = "0 x 0 10 images/s, 640 x 480 650 images/s"
+    assert found == {"width": Choice(640, figures), "height": Choice(480, figures)}
     assert said == [
-        "trying read-threads a, round 1 of 1",
-        "trying read-threads b, round 1 of 1",
-        "read-threads: b (a 10 images/s, b 20 images/s)",
+        "trying width, height 0 x 0, round 1 of 1",
+        "trying width, height 640 x 480, round 1 of 1",
+        f"width, height: 640 x 480 ({figures})",
     ]
 
 
 # -- the model ----
 
 
-def test_the_model_is_as_before_after_measuring_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(1), nn.Linear(8 * 30 * 30, 4))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    strides = [p.stride() for p in model.parameters()]
-    state = torch.get_rng_state()
-    monkeypatch.setattr("launch.tuning.model.STEPS", 2)
-    bench = Bench(model, torch.randn(2, 3, 32, 32), bf16=False, optim=OptimConfig())
-    torch.set_rng_state(state)
-    start = Execution.of(
-        replace(Recipe(), compile=CompileConfig(compile="off"), parallel=ParallelConfig(zero=0)),
-        CPU,
-        accumulation=1,
-        ranks=1,
-    )
-    options = {"memory_format": ("channels-last", "contiguous"), "optimizer_impl": ("fused", "foreach")}
-    found = tune_model(bench, start, options, seconds=60.0, say=ignore)
-    assert found.keys() == options.keys()
-    assert all(found[name].value in values for name, values in options.items())
-    assert "updates/s" in found["optimizer_impl"].reason
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [p.stride() for p in model.parameters()] == strides
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in model.parameters())
+@contextmanager
+def feed_of(data: Path, *options: str) -> Iterator[Feed]:
+    threads = torch.get_num_threads()
+    try:
+        with one_rank(parse(["--data", str(data), *SMALL, *options]), ranks=1) as (feed, _):
+            torch.set_num_threads(1)  # several wait for one another where other processes use the cores too
+            yield feed
+    finally:
+        torch.set_num_threads(threads)
 
 
-def test_each_way_runs_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[bool, str]] = []
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(1), nn.Linear(8 * 30 * 30, 4))
-
-    def look(module: nn.Module, *_: object) -> None:
-        layout = module[0].weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[index, operator]
-        seen.append((layout, fat.kernels.mode()))
-
-    model.register_forward_hook(look)
-    bench = Bench(model, torch.randn(2, 3, 32, 32), bf16=False, optim=OptimConfig())
-    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
-    monkeypatch.setattr("launch.tuning.model.STEPS", 1)
-    options = {"memory_format": ("channels-last", "contiguous"), "kernels": ("auto", "off")}
-    tune_model(bench, start, options, seconds=600.0, say=ignore)
-    assert {layout for layout, _ in seen} == {True, False}
-    assert {mode for _, mode in seen} == {"auto", "off"}
-    assert fat.kernels.mode() == "auto"
-
-
-@pytest.mark.parametrize(("best", "again"), [("cudagraphs", False), ("default", True)])
-def test_kernels_are_tried_again_only_for_a_compiled_model(
-    monkeypatch: pytest.MonkeyPatch, best: str, again: bool
+@pytest.mark.parametrize(("zero", "formats"), [(0, ["channels-last", "contiguous"]), (1, ["contiguous"])])
+def test_each_value_is_measured_by_the_engine_of_training(
+    digits: Path, monkeypatch: pytest.MonkeyPatch, zero: int, formats: list[str]
 ) -> None:
-    monkeypatch.setattr("launch.tuning.model._images_per_second", lambda _, way: 2.0 if way.compile == best else 1.0)
-    said: list[str] = []
-    bench = Bench(nn.Linear(1, 1), torch.zeros(1), bf16=False, optim=OptimConfig())
-    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
-    options = {"kernels": ("auto", "off"), "compile": ("off", "cudagraphs", "default")}
-    found = tune_model(bench, start, options, seconds=60.0, say=said.append)
-    assert found["compile"].value == best
-    assert sum(line.startswith("kernels: ") for line in said) == 1 + again
+    """Several engines in one process, and none of them stays."""
+    engines: list[weakref.ref[Any]] = []
+    seen: list[tuple[int, str, str, int]] = []
+    real = Engine.step
+
+    def step(self: Engine, batches: Sequence[Batch], **how: Any) -> StepResult:
+        engines.append(weakref.ref(self.model))
+        seen.append((self.zero, self.execution.memory_format, self.execution.optimizer_impl, len(batches)))
+        return real(self, batches, **how)
+
+    monkeypatch.setattr(Engine, "step", step)
+    monkeypatch.setattr("launch.tuning.model.build_model", lambda _, classes: fat.create_model(CONFIG))
+    monkeypatch.setattr("launch.tuning.model.STEPS", {"cpu": 1})
+    monkeypatch.setattr("launch.tuning.model.ROUNDS", 1)
+    with feed_of(digits, "--zero", str(zero), "--micro-batch", "2") as feed:
+        found = tune_model(feed, ranks=1, seconds=60.0, say=ignore)
+        reasons = {name: choice.reason for name, choice in found.items()}
+        best = found["memory_format"].value
+        expected = [(name, "fused") for name in formats] + [(best, "fused"), (best, "foreach")]
+        assert list(dict.fromkeys(seen)) == list(dict.fromkeys((zero, *how, 2) for how in expected))
+        assert best in formats
+        assert ("channels-last failed (RecipeError: --memory-format" in reasons["memory_format"]) is bool(zero)
+        assert reasons["optimizer_impl"].count("images/s") == 2
+        assert not any(model() for model in engines)
 
 
-@pytest.mark.parametrize("shares", [0, 2])
-def test_the_optimizer_is_timed_on_what_it_would_work_on(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 7))
-    sizes: list[list[int]] = []
-    kind = OPTIMIZERS["adamw"]
-
-    def build(groups: list[dict[str, Any]], *args: Any) -> torch.optim.Optimizer:
-        sizes.append([p.numel() for group in groups for p in group["params"]])
-        return kind.build(groups, *args)
-
-    monkeypatch.setitem(OPTIMIZERS, "adamw", replace(kind, build=build))
-    bench = Bench(model, torch.zeros(1, 5), bf16=False, optim=OptimConfig(), shares=shares)
-    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
-    tune_model(bench, start, {"optimizer_impl": ("fused", "foreach")}, seconds=60.0, say=ignore)
-    # 15 + 21 weights with decay, 3 + 7 biases without.
-    assert sorted(sizes[0]) == (sorted([15, 21, 3, 7]) if not shares else [5, 18])
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.mark.parametrize(
-    ("device", "training", "formats", "modes"),
+    ("device", "options", "ranks", "expected"),
     [
-        ("cpu", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("off",)),
-        ("cpu", {"zero": 1, "accumulation": 1, "ranks": 1}, 1, ("off",)),
-        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 1}, 2, ("cudagraphs", "off", "default", "reduce-overhead")),
-        ("cuda", {"zero": 0, "accumulation": 1, "ranks": 2}, 2, ("cudagraphs", "off", "default")),
-        ("cuda", {"zero": 1, "accumulation": 2, "ranks": 1}, 1, ("cudagraphs", "off", "default")),
-        ("cuda", {"zero": 3, "accumulation": 1, "ranks": 1}, 1, ("off",)),
+        (CPU, (), 1, {"memory_format": "channels-last contiguous", "optimizer_impl": "fused foreach"}),
+        (CPU, ("--optimizer-impl", "foreach"), 1, {"memory_format": "channels-last contiguous"}),
+        (
+            GPU,
+            ("--memory-format", "contiguous", "--optimizer-impl", "fused"),
+            1,
+            {"compile": "cudagraphs off default reduce-overhead", "kernels": "auto off"},
+        ),
+        (
+            GPU,
+            ("--optimizer-impl", "fused", "--kernels", "off"),
+            2,
+            {"memory_format": "contiguous channels-last", "compile": "cudagraphs off default"},
+        ),
     ],
 )
-def test_only_possible_values_are_tried(
-    device: str, training: dict[str, int], formats: int, modes: tuple[str, ...]
+def test_the_values_to_try_are_those_of_open_options(
+    *,
+    digits: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+    options: tuple[str, ...],
+    ranks: int,
+    expected: dict[str, str],
 ) -> None:
-    found = alternatives(torch.device(device), **training)
-    assert len(found["memory_format"]) == formats
-    assert found["compile"] == modes
-    assert found["optimizer_impl"] == ("fused", "foreach")
-
-
-def test_what_there_is_no_time_for_stays_open() -> None:
-    bench = Bench(fat.create_model("fat_b0"), torch.zeros(1, 3, 32, 32), bf16=False, optim=OptimConfig())
-    start = Execution.of(Recipe(), CPU, accumulation=1, ranks=1)
-    found = tune_model(bench, start, {"optimizer_impl": ("fused", "foreach")}, seconds=-1.0, say=ignore)
-    assert found["optimizer_impl"].value is None
+    monkeypatch.setattr("fat.kernels.available", lambda kind: kind == "cuda")
+    recipe = parse(["--data", str(digits), *SMALL, *options])
+    feed = Feed.of(recipe, World(0, 1, 0, 1, device))
+    found = candidates(feed, ranks=ranks)
+    assert {name: " ".join(values[name] for values in stage) for stage in found for name in stage[0]} == expected
 
 
 # -- the file ----
 
 CHOICES = {
     "memory_format": Choice("contiguous", "channels-last 1 images/s, contiguous 2 images/s"),
-    "compile": Choice(None, "off no time"),
+    "compile": Choice(None, "off failed (RuntimeError: no)"),
     "read_threads": Choice(8, "32 1 images/s, 8 2 images/s"),
     "preallocate_width": Choice(640, "0 x 0 1 images/s, 640 x 480 2 images/s"),
     "preallocate_height": Choice(480, "0 x 0 1 images/s, 640 x 480 2 images/s"),
@@ -273,16 +265,22 @@ def test_tune_writes_what_training_takes(digits: Path, tmp_path: Path, monkeypat
 def test_the_micro_batch_of_a_rank_is_measured(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    seen: list[Any] = []
+    seen: list[Feed] = []
 
-    def measured(*args: Any, **_: Any) -> dict[str, Choice]:
-        seen.append(args[0])
+    def measured(feed: Feed, **_: Any) -> dict[str, Choice]:
+        seen.append(feed)
         return {}
 
     monkeypatch.setattr("launch.tuning.command.tune_model", measured)
     assert run("tune", digits, "--what", "model", "--ranks", ranks, "--out", tmp_path / "t.toml", "--", *SMALL) == 0
-    (bench,) = seen
-    assert bench.images.shape == (4 // ranks, 3, 32, 32)
+    assert seen[0].shape.micro_rows == 4 // ranks
+
+
+def test_the_set_that_is_named_first_wins_over_a_recipe_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('[data]\ndata = "other"\nsize = 32\nglobal_batch = 8\n')
+    recipe = _training_recipe("SET", ["--recipe", str(file)], {"global_batch": 4})
+    assert (recipe.data.data, recipe.data.size, recipe.data.global_batch) == ("SET", 32, 8)
 
 
 @pytest.mark.parametrize(
