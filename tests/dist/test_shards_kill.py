@@ -19,6 +19,7 @@ import pytest
 from shards.commands.command_line import SamplePhotos
 from shards.commands.verify import verify
 from tests.support.conversions import DRIVER, descendants, workers_of
+from tests.support.waiting import is_running, wait_until
 
 OPTIONS = ("--shard-size", "1", "--format", "both")
 
@@ -59,22 +60,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-
-
 def some_shards(out: Path) -> int:
     return len(list(out.glob("train-*.tar")))
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes], float], kills: int) -> None:
@@ -140,7 +127,7 @@ def test_a_second_process_is_refused_and_takes_over_from_a_dead_one(
 ) -> None:
     out = tmp_path / "set"
     first = start(photos, out)
-    wait_for(lambda: some_shards(out) > 0)
+    wait_until(lambda: some_shards(out) > 0)
     os.killpg(first.pid, signal.SIGSTOP)  # lest it ends before the second one asks
     second = run(photos, out)
     assert second.returncode == 1
@@ -159,11 +146,11 @@ def test_workers_leave_with_a_killed_parent(
 ) -> None:
     out = tmp_path / "set"
     process = start(photos, out, "--workers", "2")
-    wait_for(lambda: some_shards(out) > 0)
+    wait_until(lambda: some_shards(out) > 0)
     everything = descendants(process.pid)
     assert len(workers_of(process.pid)) == 2
     process.kill()  # the parent alone
-    wait_for(lambda: not any(map(alive, everything)), seconds=10)
+    wait_until(lambda: not any(map(is_running, everything)))
     process.communicate()
     assert run(photos, out).returncode == 0
     assert contents(out) == reference[0]
@@ -174,7 +161,7 @@ def test_a_dead_worker_ends_the_run_with_one_line(
 ) -> None:
     out = tmp_path / "set"
     process = start(photos, out, "--workers", "2")
-    wait_for(lambda: some_shards(out) > 0)
+    wait_until(lambda: some_shards(out) > 0)
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
@@ -189,7 +176,7 @@ def test_an_interrupt_leaves_at_once_and_leaves_nothing_half_written(
 ) -> None:
     out = tmp_path / "set"
     process = start(photos, out, "--workers", "2")
-    wait_for(lambda: some_shards(out) > 0)
+    wait_until(lambda: some_shards(out) > 0)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of the group
     _, stderr = process.communicate(timeout=10)
     assert process.returncode != 0

@@ -20,6 +20,7 @@ from tests.dist.ranks import Ranks, Sequence
 from tests.support.cached import cached
 from tests.support.launching import ROOT, environment, free_port
 from tests.support.serving import Site, serve
+from tests.support.waiting import wait_until
 
 STEPS = 14
 OPTIONS = ("--size", "32", "--augment", "fat", "--global-batch", "96", "--epochs", "3", "--warmup-epochs", "0")
@@ -150,7 +151,7 @@ def s3(digits: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     command = [sys.executable, "-m", "moto.server", "-p", url.rpartition(":")[2]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            wait_for(url)
+            wait_until(lambda: answers(url), "moto", interval=0.1)
             client = boto3.client(
                 "s3",
                 endpoint_url=url,
@@ -166,15 +167,12 @@ def s3(digits: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
             server.kill()
 
 
-def wait_for(url: str) -> None:
-    end = time.monotonic() + 30
-    while True:
-        try:
-            urllib.request.urlopen(url, timeout=1).close()
-            return
-        except OSError:
-            assert time.monotonic() < end, "moto does not start"
-            time.sleep(0.1)
+def answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def test_s3(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from tests.support import waiting
 from tests.support.launching import environment, free_port
+
+# A condition asks SLURM, which takes a process.
+wait_until = functools.partial(waiting.wait_until, interval=0.2)
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
 CONFIG = """\
@@ -202,15 +205,3 @@ def parent_of(pid: int) -> int:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
-    """Wait for a fact.
-
-    Raises:
-        AssertionError: it has not come true in time.
-    """
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"no {what} within {seconds:.0f} s"
-        time.sleep(0.2)

@@ -36,6 +36,7 @@ from shards.format.dataset import ShardSet
 from tests.support.damage import flip_a_bit
 from tests.support.leftovers import children, feed_buffers, nothing_is_left_behind
 from tests.support.serving import serve
+from tests.support.waiting import is_running, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -92,13 +93,6 @@ def process(photos: Path) -> Iterator[FeedProcess]:
         process.close()
 
 
-def wait_for(holds: Callable[[], bool], what: str, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("options", [{}, {"read_ahead": 0, "ready": 1}, {"read_threads": 1, "check_hashes": False}])
 @pytest.mark.parametrize(("recipe", "micro"), [(LIGHT, GLOBAL), (FAT, GLOBAL), (FAT, 8)])
 def test_same_training_batches_with_and_without_the_process(
@@ -138,7 +132,7 @@ def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path
         with train(open_set(site.url, cache=tmp_path)) as loader:
             found = [contents(next(loader))]
             tars = len(ShardSet(photos).split("train").shards)
-            wait_for(lambda: len(list(tmp_path.rglob("*.tar"))) >= tars, "staged shards")
+            wait_until(lambda: len(list(tmp_path.rglob("*.tar"))) >= tars, "staged shards")
             found += [contents(batch) for batch in loader]
         assert found == expected
         assert site.whole_reads()["train.index.npy"] <= 2, "to check the set and to stage it, not by the process"
@@ -316,14 +310,7 @@ def test_it_ends_with_the_training_process(photos: Path, end: str) -> None:
         if end != "return":
             consumer.send_signal(getattr(signal, end.split(maxsplit=1)[0]))
         consumer.wait(timeout=30)
-    wait_for(lambda: not alive(pid), "the end of the feed process")
-
-
-def alive(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    wait_until(lambda: not is_running(pid), "the end of the feed process")
 
 
 def test_nothing_is_left_behind(digits: Path) -> None:
@@ -382,7 +369,7 @@ def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) 
         time.sleep(0.3)
         return seconds() == before
 
-    wait_for(rests, "a process that waits for its consumer")
+    wait_until(rests, "a process that waits for its consumer")
     # Those read ahead, the one being read or prepared, those handed over, and the one that was taken.
     assert feed_buffers(process.pid) <= Settings().read_ahead + 2 + HANDED_AHEAD + 2
 

@@ -6,7 +6,6 @@ import io
 import os
 import shutil
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from shards.format.beton import FIELD, HEADER, METADATA
 from shards.format.dataset import ShardSet
 from tests.support.commands import run_pipeline
 from tests.support.serving import serve
+from tests.support.waiting import wait_until
 
 if os.environ.get("CI") != "true":
     pytest.importorskip("ffcv")
@@ -234,10 +234,7 @@ def test_a_beton_on_a_server_is_staged_shard_by_shard(sets: dict[str, Path], tmp
     shards = len(ShardSet(sets[name]).split("train").shards)
     with serve(sets[name]) as site, train(site.url, "ffcv", recipe, cache=tmp_path) as loader:
         found = [next(loader)]
-        end = time.monotonic() + 20
-        while len(list(tmp_path.rglob("train.beton.??????"))) < shards:
-            assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.02)
+        wait_until(lambda: len(list(tmp_path.rglob("train.beton.??????"))) >= shards)
         found += list(loader)
     for one, other in zip(found, batches_of(train(sets[name], "ffcv", recipe)), strict=True):
         assert one.ids.tolist() == other.ids.tolist()

@@ -22,6 +22,7 @@ from launch.resilience.heartbeat import MAX_BYTES, Beat, Heartbeat, Start, clear
 from launch.resilience.rank_status import RankStatus, describe_failure, failing_hosts
 from launch.resilience.watchdog import OBSERVERS, is_observer
 from tests.support.launching import ROOT
+from tests.support.waiting import wait_until
 
 EARLIER = "fedcba9876543210"
 
@@ -36,13 +37,6 @@ def beat(start: str, **changes: Any) -> Beat:
 
 def encoded(content: Beat, **changes: Any) -> bytes:
     return json.dumps(dataclasses.asdict(content) | changes).encode()
-
-
-def until(condition: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not come true"
-        time.sleep(0.01)
 
 
 # -- messages and hosts to exclude -------------------------------------------------------------------------------------
@@ -164,7 +158,7 @@ class Publisher:
     def wait_for_beats(self, count: int = 1) -> None:
         for _ in range(count):
             last = self.beat["time"]
-            until(lambda last=last: self.beat["time"] != last)  # type: ignore[misc]
+            wait_until(lambda last=last: self.beat["time"] != last)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -224,16 +218,16 @@ def test_a_rank_is_alive_if_its_heartbeat_changes_while_it_is_watched(tmp_path: 
 def test_a_rank_that_was_not_watched_for_long_enough_is_not_called_silent(tmp_path: Path) -> None:
     with publishing(tmp_path / "heartbeat", ranks=2, interval=3600) as publisher:
         publisher.heartbeat.ask_for_stacks()  # looks every second from now on
-        until(lambda: publisher.heartbeat.pending() == [0])
+        wait_until(lambda: publisher.heartbeat.pending() == [0])
         assert not any(status.silent_seconds for status in publisher.heartbeat.ranks())
 
 
 def test_what_was_seen_is_forgotten_when_training_continues(publisher: Publisher) -> None:
     publisher.write(0)
     publisher.heartbeat.observes = True
-    until(lambda: publisher.heartbeat.ranks()[0].silent_seconds)
+    wait_until(lambda: publisher.heartbeat.ranks()[0].silent_seconds)
     publisher.heartbeat.observes = False
-    until(lambda: publisher.heartbeat.ranks()[0].step is None)
+    wait_until(lambda: publisher.heartbeat.ranks()[0].step is None)
     assert not publisher.heartbeat.ranks()[0].silent_seconds
 
 
@@ -244,7 +238,7 @@ def test_stacks_are_written_once_for_a_request_of_this_start(publisher: Publishe
         publisher.wait_for_beats(2)
     assert not publisher.dumps
     publisher.request_stacks()
-    until(lambda: publisher.beat["stacks"])
+    wait_until(lambda: publisher.beat["stacks"])
     publisher.request_stacks()
     publisher.wait_for_beats(2)
     assert len(publisher.dumps) == 1
@@ -253,13 +247,13 @@ def test_stacks_are_written_once_for_a_request_of_this_start(publisher: Publishe
 def test_stacks_that_cannot_be_written_do_not_silence_a_rank(publisher: Publisher) -> None:
     publisher.error = OSError(28, "No space left on device")
     publisher.request_stacks()
-    until(lambda: publisher.beat["stacks"])
+    wait_until(lambda: publisher.beat["stacks"])
     publisher.wait_for_beats()
 
 
 def test_a_rank_that_asks_writes_its_own_stacks_itself(publisher: Publisher) -> None:
     publisher.heartbeat.ask_for_stacks()
-    until(lambda: publisher.beat["stacks"])
+    wait_until(lambda: publisher.beat["stacks"])
     assert (publisher.folder / "stacks").read_text() == publisher.start.id
     assert not publisher.dumps
 
@@ -267,10 +261,10 @@ def test_a_rank_that_asks_writes_its_own_stacks_itself(publisher: Publisher) -> 
 def test_heartbeats_resume_when_the_file_system_works_again(publisher: Publisher) -> None:
     publisher.wait_for_beats()
     publisher.folder.rename(publisher.folder.with_name("elsewhere"))
-    until(lambda: "No such file" in publisher.heartbeat.failure)
+    wait_until(lambda: "No such file" in publisher.heartbeat.failure)
     publisher.folder.with_name("elsewhere").rename(publisher.folder)
     publisher.wait_for_beats()
-    until(lambda: not publisher.heartbeat.failure)
+    wait_until(lambda: not publisher.heartbeat.failure)
 
 
 def test_a_start_removes_the_heartbeats_and_the_request_of_an_earlier_one(tmp_path: Path) -> None:

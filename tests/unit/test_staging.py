@@ -64,18 +64,31 @@ def test_the_batches_are_those_of_the_local_set_and_each_shard_is_fetched_once(
     assert {name: n for name, n in site.whole_reads().items() if name.endswith("tar") and n > 1} == {}
 
 
-def test_a_second_run_fetches_no_shard(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_a_second_run_fetches_no_shard(
+    site: Site, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = batches_of(train(ShardSet(photos)))
     with train(open_set(site.url, cache=tmp_path)) as loader:
         next(loader)
         wait_until_staged(tmp_path, len(shards_of(photos)))
+    not_found, lease = set(shards_of(photos)), Cache.lease
+    looked_through = threading.Event()
+
+    def watched(cache: Cache, path: Path, *args: Any, **options: Any) -> int | None:
+        found = lease(cache, path, *args, **options)
+        not_found.difference_update({path.name} if found is not None else ())
+        if not not_found:
+            looked_through.set()
+        return found
+
+    monkeypatch.setattr(Cache, "lease", watched)
     site.log.clear()
-    loader = train(open_set(site.url, cache=tmp_path))
-    time.sleep(0.3)
+    loader = train(open_set(site.url, cache=tmp_path), read_threads=1)
+    # The loader has asked for some samples to try them, and asks for one while it looks through the cache.
+    site.before = lambda name, start, stop: void(looked_through.wait(20))
     assert same(batches_of(loader), expected)
     assert site.whole_reads().keys() <= {"dataset.json", "train.index.npy"}
-    # Samples may be asked for while the cache is looked through.
-    assert sum(site.bytes_read(name) for name in shards_of(photos)) < size_of(tmp_path) / 2
+    assert sum(site.bytes_read(name) for name in shards_of(photos)) < size_of(tmp_path) / 4
 
 
 def test_the_first_batch_waits_for_no_shard(site: Site, photos: Path, tmp_path: Path) -> None:
