@@ -7,19 +7,34 @@ from collections.abc import Iterator
 import pytest
 
 from tests.dist.forked import Launcher
+from tests.dist.trainings import Trainer
 from tests.support.runs import STARTED, kill_everything
 
-PROGRAMS = ("engine_run", "host_waits_run", "kernel_check_run", "norm_run", "record_batches")
+PROGRAMS = (
+    *(f"tests.dist.{name}" for name in ("damage_run", "engine_run", "host_waits_run", "kernel_check_run", "norm_run")),
+    *("tests.dist.provoke", "tests.dist.record_batches", "launch.train"),
+)
 # Imported by these when they need them.
-LIBRARIES = ("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "pipeline.decode.dali")
+LIBRARIES = (
+    *("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "pipeline.decode.dali"),
+    *("aiohttp", "fsspec.implementations.http", "matplotlib.pyplot"),
+)
 
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     """Launches one of PROGRAMS on several ranks."""
     folder = tmp_path_factory.mktemp("launches")
-    with Launcher(folder, *LIBRARIES, *(f"tests.dist.{name}" for name in PROGRAMS)) as launcher:
+    with Launcher(folder, *LIBRARIES, *PROGRAMS) as launcher:
         yield launcher
+
+
+@pytest.fixture
+def train(launch: Launcher) -> Iterator[Trainer]:
+    """Starts trainings, one at a time."""
+    trainer = Trainer(launch)
+    yield trainer
+    trainer.kill()
 
 
 @pytest.fixture(autouse=True)

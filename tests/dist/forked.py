@@ -4,8 +4,9 @@
 
 Importing torch, accelerate and DeepSpeed takes each process four seconds of a core, which is most of a short test.
 Reads launches from its input, one JSON object a line: {"module": M, "arguments": [...], "ranks": N, "port": P,
-"environment": {...}, "errors": FILE}. Forks N processes that call M.main() and answers with the list of their process
-ids; when one fails it ends all of them; at the end it answers with the list of their statuses (negative: a signal).
+"environment": {...}, "errors": FILE}. Forks N processes that exit with what M.main() returns, and answers with the list
+of their process ids; when one fails it ends all of them; at the end it answers with the list of their statuses
+(negative: a signal).
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ class Launcher:
     """
 
     def __init__(self, folder: Path, *modules: str) -> None:
-        self._errors, self._modules = folder / "errors.txt", modules
-        self._running: list[int] = []
+        self._modules = modules
+        self.errors = folder / "errors.txt"
+        """What the ranks of the last launch have written on their standard output and error."""
+        self.running: list[int] = []
+        """Process ids of the ranks whose end nobody has waited for."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.dist.forked", *modules],
             cwd=ROOT,
@@ -62,7 +66,7 @@ class Launcher:
         """Call `module.main()` on every rank and wait for all, which must succeed; return their stderr."""
         self.start(module, *arguments, ranks=ranks, **environment)
         statuses = self.join()
-        errors = self._errors.read_text(errors="replace")
+        errors = self.errors.read_text(errors="replace")
         assert statuses == [0] * ranks, errors
         return errors
 
@@ -72,29 +76,31 @@ class Launcher:
         assert self._process.stdin is not None
         self.kill()
         launch = {"module": module, "arguments": list(map(str, arguments)), "ranks": ranks, "port": free_port()}
-        launch |= {"environment": environment, "errors": str(self._errors)}
-        self._errors.write_text("")
+        launch |= {"environment": environment, "errors": str(self.errors)}
+        self.errors.write_text("")
         self._process.stdin.write(json.dumps(launch).encode() + b"\n")
-        self._running = self._answer()
+        self.running = self._answer()
 
-    def join(self) -> list[int]:
+    def have_ended(self, seconds: float = 0.0) -> bool:
+        """Wait for the end of the ranks; whether it has come within so many seconds."""
+        return bool(select.select([self._process.stdout], [], [], seconds)[0])
+
+    def join(self, seconds: float = SECONDS) -> list[int]:
         """Wait for the end of the ranks; their statuses. AssertionError if it takes too long."""
-        assert self._process.stdout is not None
-        ended, _, _ = select.select([self._process.stdout], [], [], SECONDS)
-        if not ended:
+        if not self.have_ended(seconds):
             self.kill()
-            raise AssertionError(f"no end after {SECONDS:.0f} s\n{self._errors.read_text(errors='replace')}")
-        self._running = []
+            raise AssertionError(f"no end after {seconds:.0f} s\n{self.errors.read_text(errors='replace')}")
+        self.running = []
         return self._answer()
 
     def kill(self) -> None:
         """Kill the ranks that are running, if any."""
-        for pid in self._running:
+        for pid in self.running:
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.kill(pid, signal.SIGKILL)
-        if self._running:
+        if self.running:
             self._answer()
-        self._running = []
+        self.running = []
 
     def _answer(self) -> list[int]:
         assert self._process.stdout is not None
@@ -131,8 +137,7 @@ def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
         os.environ |= {"RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch["port"]), **launch["environment"]}
         sys.argv = [module.__file__, *launch["arguments"]]
-        module.main()
-        status = 0
+        status = module.main() or 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(bool(end.code))
     except BaseException:

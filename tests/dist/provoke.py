@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import xxhash
 
+import launch.run.folder
 import launch.train
 from launch.config.command_line import parse
 from launch.engine.build import build_model
@@ -59,9 +60,20 @@ def step_on_a_full_disk(engine: Engine, batches: Any, *, step: int, lr: float) -
     full = step in (3, 4)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     result = original_step(engine, batches, step=step, lr=lr)
-    if step in (2, 4):
-        time.sleep(3)  # lets the background saves of steps 2 (well) and 4 (on the full disk) end
+    if step in (2, 4):  # the saves of steps 2 (well) and 4 (on the full disk) end now
+        writers[-1].wait()
     return result
+
+
+writers: list[BackgroundWriter] = []
+
+
+class KnownWriter(BackgroundWriter):
+    """Is the last of `writers`."""
+
+    def __init__(self, folder: CheckpointFolder) -> None:
+        super().__init__(folder)
+        writers.append(self)
 
 
 def slow_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
@@ -114,11 +126,11 @@ def measure_stall() -> None:
     print(json.dumps({"megabytes": size, "milliseconds_per_100_megabytes": milliseconds}))
 
 
-if __name__ == "__main__":
+def main() -> int:
     kind = sys.argv.pop(1)
     if kind == "stall":
         measure_stall()
-        sys.exit(0)
+        return 0
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead
     steps = {
         "nan": nan_step,
@@ -129,6 +141,12 @@ if __name__ == "__main__":
         "record": recorded_step,
     }
     Engine.step = steps[kind]  # type: ignore[method-assign]
+    if kind == "disk":
+        launch.run.folder.BackgroundWriter = KnownWriter  # type: ignore[misc]
     if kind == "ask":
         Engine.evaluate = interrupted_evaluation  # type: ignore[method-assign]
-    sys.exit(launch.train.main())
+    return launch.train.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -52,29 +51,19 @@ class Started:
 class Starter:
     """Starts damage_run.py again and again."""
 
-    def __init__(self, launcher: Launcher, folder: Path) -> None:
-        self._launcher, self._folder = launcher, folder
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
 
     def __call__(self, *arguments: object, **environment: str) -> Started:
         environment = {"OMP_NUM_THREADS": "1"} | environment
         self._launcher.start("tests.dist.damage_run", *arguments, **environment)
         (status,) = self._launcher.join()
-        return Started(status, (self._folder / "errors.txt").read_text(errors="replace"))
+        return Started(status, self._launcher.errors.read_text(errors="replace"))
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
-    folder = tmp_path_factory.mktemp("starts")
-    libraries = (
-        "accelerate",
-        "deepspeed",
-        "torch._dynamo",
-        "pipeline.decode.dali",
-        "aiohttp",
-        "fsspec.implementations.http",
-    )
-    with Launcher(folder, *libraries, "tests.dist.damage_run") as launcher:
-        yield Starter(launcher, folder)
+def start(launch: Launcher) -> Starter:
+    return Starter(launch)
 
 
 @pytest.fixture(scope="module")

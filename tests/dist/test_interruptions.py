@@ -14,15 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.launching import TRAIN, free_port, lines, python
-from tests.support.runs import OPTIONS, kill_everything, ranks_of, start, status, wait_for_step
+from tests.dist.trainings import TRAIN, Trainer
+from tests.support.launching import lines, python
+from tests.support.runs import OPTIONS, ranks_of, start, status, wait_for_step
+from tests.support.waiting import wait_until
+
+PROVOKE = "tests.dist.provoke"
 
 
 def test_sigterm_under_the_launcher_saves_once_leaves_no_orphans_and_resumes_at_the_next_step(
-    tmp_path: Path, digits: Path
+    train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
     run = tmp_path / "run"
-    process = start(tmp_path, "--data", digits, "--out", run, ranks=2, launcher=True)
+    process = start(tmp_path, "--data", digits, "--out", run, ranks=2)
     wait_for_step(run, 3, process)
     for pid in ranks_of(run):  # as SLURM does: every process, and the launcher passes it on as well
         os.kill(pid, signal.SIGTERM)
@@ -35,7 +39,7 @@ def test_sigterm_under_the_launcher_saves_once_leaves_no_orphans_and_resumes_at_
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
     assert saved == [f"step-{left['step']:08d}"]
 
-    done = python(tmp_path, TRAIN, *OPTIONS, "--data", digits, "--out", run, "--stop-after", str(left["step"] + 1))
+    done = train(*OPTIONS, "--data", digits, "--out", run, "--stop-after", str(left["step"] + 1))
     assert done.returncode == 0, done.stderr
     assert lines(run, "start")[-1]["step"] == left["step"]
     ended = status(run)
@@ -45,10 +49,12 @@ def test_sigterm_under_the_launcher_saves_once_leaves_no_orphans_and_resumes_at_
 @pytest.mark.parametrize(
     ("how", "reason"), [("file", "the file PREEMPT"), ("usr2", "SIGUSR2"), ("deadline", "the deadline")]
 )
-def test_other_ways_of_asking_end_with_the_reserved_status(tmp_path: Path, digits: Path, how: str, reason: str) -> None:
+def test_other_ways_of_asking_end_with_the_reserved_status(
+    train: Trainer, tmp_path: Path, digits: Path, how: str, reason: str
+) -> None:
     run = tmp_path / "run"
-    limit = ("--time-limit", "0.2") if how == "deadline" else ()
-    process = start(tmp_path, "--data", digits, "--out", run, *limit)
+    limit = ("--time-limit", "0.05") if how == "deadline" else ()
+    process = train.start(*OPTIONS, "--data", digits, "--out", run, *limit)
     if how != "deadline":
         wait_for_step(run, 1, process)
     if how == "file":
@@ -60,17 +66,14 @@ def test_other_ways_of_asking_end_with_the_reserved_status(tmp_path: Path, digit
     assert not (run / "PREEMPT").exists()
 
 
-def test_a_save_on_request_lets_the_run_go_on(tmp_path: Path, digits: Path) -> None:
+def test_a_save_on_request_lets_the_run_go_on(train: Trainer, tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
-    process = start(tmp_path, "--data", digits, "--out", run)
+    process = train.start(*OPTIONS, "--data", digits, "--out", run)
     wait_for_step(run, 1, process)
     process.send_signal(signal.SIGUSR1)
-    for _ in range(300):
-        if list((run / "checkpoints").glob("step-*")):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: list((run / "checkpoints").glob("step-*")))
     assert process.poll() is None
-    kill_everything(process)
+    train.kill()
     step = int(next((run / "checkpoints").glob("step-*")).name.removeprefix("step-"))
     assert step % 22 != 0  # not one of the saves at epoch ends
 
@@ -92,58 +95,53 @@ def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digi
 
 
 def test_asked_to_leave_during_an_evaluation_the_run_saves_and_evaluates_when_it_is_back(
-    tmp_path: Path, digits: Path
+    train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
     run = tmp_path / "run"
     options = ("--data", digits, "--out", run, "--stop-after", "2", "--eval-batch", "4")
-    process = start(tmp_path, *options, script=("tests/dist/provoke.py", "ask"))
-    assert process.wait(timeout=120) == 75
+    assert train("ask", *OPTIONS, *options, program=PROVOKE).returncode == 75
     assert lines(run, "eval") == []
     assert status(run)["step"] == 2
-    done = python(tmp_path, TRAIN, *OPTIONS, *options)
+    done = train(*OPTIONS, *options)
     assert done.returncode == 0, done.stderr
     assert [(line["step"], line["samples"]) for line in lines(run, "eval")] == [(2, 360)]
 
 
-def test_a_run_that_starts_afresh_sets_the_old_one_aside(tmp_path: Path, digits: Path) -> None:
+def test_a_run_that_starts_afresh_sets_the_old_one_aside(train: Trainer, tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     for steps, resume in (("4", "auto"), ("2", "never")):
         options = ("--data", digits, "--out", run, "--stop-after", steps, "--save-every", "1", "--resume", resume)
-        done = python(tmp_path, TRAIN, *OPTIONS, *options)
+        done = train(*OPTIONS, *options)
         assert done.returncode == 0, done.stderr
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     assert (run / "checkpoints-before-1" / "step-00000004").is_dir()
     assert [line["step"] for line in lines(run, "train")] == [1, 2]
 
 
-RECORD = ("tests/dist/provoke.py", "record")
-
-
 def killed_and_resumed(
-    tmp_path: Path,
+    train: Trainer,
+    run: Path,
     digits: Path,
     *options: str,
     kills: int,
     seed: int,
     steps: int,
     worlds: tuple[int, ...],
-    script: tuple[str, ...] = (TRAIN,),
+    recorded: bool = False,
 ) -> Path:
-    """A run of `steps` steps that is killed `kills` times at random moments and each time resumed."""
-    chance, run = random.Random(seed), tmp_path / "run"
-    goal = ("--stop-after", str(steps), "--save-every", "2", "--data", digits, "--out", run, *options)
+    """A run of `steps` steps in the folder `run` that is killed `kills` times at random moments and resumed."""
+    chance = random.Random(seed)
+    goal = (*OPTIONS, "--data", digits, "--out", run, "--stop-after", str(steps), "--save-every", "2", *options)
+    program, kind = (PROVOKE, ("record",)) if recorded else (TRAIN, ())
     for number in range(kills):
-        world = worlds[number % len(worlds)]
-        process = start(tmp_path, *goal, ranks=world, launcher=world > 1, script=script)
+        process = train.start(*kind, *goal, program=program, ranks=worlds[number % len(worlds)])
         begun = max([0, *(line["step"] for line in lines(run, "train"))]) if (run / "metrics.jsonl").exists() else 0
         if begun < steps:
             wait_for_step(run, min(begun + 1, steps), process)
             time.sleep(chance.uniform(0, 2))
-        kill_everything(process)
-        for pid in ranks_of(run):
-            os.kill(pid, signal.SIGKILL)
-    process = start(tmp_path, *goal, ranks=worlds[0], launcher=worlds[0] > 1, script=script)
-    assert process.wait(timeout=250) == 0, process.stderr and process.stderr.read()
+        train.kill()
+    done = train(*kind, *goal, program=program, ranks=worlds[0])
+    assert done.returncode == 0, done.stderr
     return run
 
 
@@ -153,38 +151,33 @@ def assert_bit_identical(a: Path, b: Path) -> None:
     assert all(torch.equal(x[name], y[name]) for name in x)
 
 
-def test_a_run_killed_again_and_again_ends_at_the_same_weights(tmp_path: Path, digits: Path) -> None:
-    whole = tmp_path / "whole"
-    done = python(tmp_path, TRAIN, *OPTIONS, "--data", digits, "--out", whole, "--stop-after", "8", "--save-every", "2")
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "killed").mkdir()
-    assert_bit_identical(whole, killed_and_resumed(tmp_path / "killed", digits, kills=2, seed=1, steps=8, worlds=(1,)))
+def test_a_run_killed_again_and_again_ends_at_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:
+    how: dict[str, Any] = {"seed": 1, "steps": 8, "worlds": (1,)}
+    whole = killed_and_resumed(train, tmp_path / "whole", digits, kills=0, **how)
+    assert_bit_identical(whole, killed_and_resumed(train, tmp_path / "killed", digits, kills=2, **how))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("worlds", [(1,), (2,)])
-def test_ten_kills_at_one_world_size_change_no_bit(tmp_path: Path, digits: Path, worlds: tuple[int, ...]) -> None:
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    whole = killed_and_resumed(tmp_path / "whole", digits, kills=0, seed=0, steps=30, worlds=worlds)
-    assert_bit_identical(
-        whole, killed_and_resumed(tmp_path / "killed", digits, kills=10, seed=7, steps=30, worlds=worlds)
-    )
+def test_ten_kills_at_one_world_size_change_no_bit(
+    train: Trainer, tmp_path: Path, digits: Path, worlds: tuple[int, ...]
+) -> None:
+    how: dict[str, Any] = {"seed": 7, "steps": 30, "worlds": worlds}
+    whole = killed_and_resumed(train, tmp_path / "whole", digits, kills=0, **how)
+    assert_bit_identical(whole, killed_and_resumed(train, tmp_path / "killed", digits, kills=10, **how))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_ten_kills_with_changing_world_sizes_change_neither_what_is_fed_nor_where_it_leads(
-    tmp_path: Path, digits: Path
+    train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
     """Float32, constant rate, BatchNorm frozen and no drop path: what remains is the order of floating-point sums."""
     constant = ("--lr", "1e-3", "--min-lr", "1e-3", "--warmup-epochs", "0", "--freeze-bn", "--augment", "fat")
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "killed").mkdir()
-    options: dict[str, Any] = {"steps": 50, "script": RECORD}
-    whole = killed_and_resumed(tmp_path / "whole", digits, *constant, kills=0, seed=0, worlds=(1,), **options)
-    killed = killed_and_resumed(tmp_path / "killed", digits, *constant, kills=10, seed=3, worlds=(2, 1, 4), **options)
+    how: dict[str, Any] = {"seed": 3, "steps": 50, "recorded": True}
+    whole = killed_and_resumed(train, tmp_path / "whole", digits, *constant, kills=0, worlds=(1,), **how)
+    killed = killed_and_resumed(train, tmp_path / "killed", digits, *constant, kills=10, worlds=(2, 1, 4), **how)
 
     reference = {entry["step"]: entry for entry in map(json.loads, (whole / "fed-0.jsonl").read_text().splitlines())}
     fed = [json.loads(line) for path in killed.glob("fed-*.jsonl") for line in path.read_text().splitlines()]
@@ -204,9 +197,11 @@ def test_ten_kills_with_changing_world_sizes_change_neither_what_is_fed_nor_wher
     assert float((a - b).norm() / a.norm()) < 1e-4
 
 
-def test_nan_images_are_skipped_counted_and_at_last_refused_by_name(tmp_path: Path, digits: Path) -> None:
-    done = python(tmp_path, "tests/dist/provoke.py", "nan", *OPTIONS, "--data", digits, "--out", tmp_path / "run",
-                  "--max-bad-steps", "3", "--stop-after", "9")  # fmt: skip
+def test_nan_images_are_skipped_counted_and_at_last_refused_by_name(
+    train: Trainer, tmp_path: Path, digits: Path
+) -> None:
+    options = (*OPTIONS, "--data", digits, "--out", tmp_path / "run", "--max-bad-steps", "3", "--stop-after", "9")
+    done = train("nan", *options, program=PROVOKE)
     assert done.returncode == 1
     assert "step 3: gradients are not finite; the update was skipped" in done.stderr
     assert "error: 3 steps in a row, up to step 8, had gradients that are not finite (rank 0: samples" in done.stderr
@@ -214,19 +209,18 @@ def test_nan_images_are_skipped_counted_and_at_last_refused_by_name(tmp_path: Pa
     assert [line["skipped"] for line in lines(tmp_path / "run", "train")] == [0, 0, 1, 1, 1, 2, 3]
 
 
-def test_ranks_that_drift_apart_are_noticed(tmp_path: Path, digits: Path) -> None:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = python(tmp_path, *launcher, "tests/dist/provoke.py", "drift", *OPTIONS, "--data", digits,
-                  "--out", tmp_path / "run", "--compare-every", "2", "--stop-after", "6")  # fmt: skip
+def test_ranks_that_drift_apart_are_noticed(train: Trainer, tmp_path: Path, digits: Path) -> None:
+    options = (*OPTIONS, "--data", digits, "--out", tmp_path / "run", "--compare-every", "2", "--stop-after", "6")
+    done = train("drift", *options, program=PROVOKE, ranks=2)
     assert done.returncode != 0
     assert "error: step 4: the ranks hold different weights" in done.stderr
 
 
-def test_a_full_disk_leaves_the_run_and_its_checkpoints_alive(tmp_path: Path, digits: Path) -> None:
+def test_a_full_disk_leaves_the_run_and_its_checkpoints_alive(train: Trainer, tmp_path: Path, digits: Path) -> None:
     """A file-size limit stands for a full disk: the write fails in the same place with another errno."""
     run = tmp_path / "run"
-    done = python(tmp_path, "tests/dist/provoke.py", "disk", *OPTIONS, "--data", digits, "--out", run,
-                  "--save-every", "2", "--stop-after", "6")  # fmt: skip
+    options = (*OPTIONS, "--data", digits, "--out", run, "--save-every", "2", "--stop-after", "6")
+    done = train("disk", *options, program=PROVOKE)
     assert done.returncode == 0, done.stderr
     assert "warning: " in done.stderr
     assert "step-00000004: checkpoint not written" in done.stderr
@@ -234,9 +228,9 @@ def test_a_full_disk_leaves_the_run_and_its_checkpoints_alive(tmp_path: Path, di
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
 
 
-def test_an_unwritable_run_folder_is_refused_at_once(tmp_path: Path, digits: Path) -> None:
+def test_an_unwritable_run_folder_is_refused_at_once(train: Trainer, tmp_path: Path, digits: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    done = python(tmp_path, TRAIN, *OPTIONS, "--data", digits, "--out", tmp_path / "file" / "run")
+    done = train(*OPTIONS, "--data", digits, "--out", tmp_path / "file" / "run")
     assert done.returncode == 2
     assert "the run folder cannot be written" in done.stderr
     assert "Traceback" not in done.stderr

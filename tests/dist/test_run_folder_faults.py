@@ -12,17 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 from launch.run.metrics_file import read_metrics
+from tests.dist.trainings import Trainer
 from tests.support.disks import fill, small_disk
-from tests.support.launching import ROOT, TRAIN, environment, python
+from tests.support.launching import ROOT, TRAIN, environment
 from tests.support.runs import OPTIONS, start, status, wait_for_step
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_disk_that_others_fill_ends_the_run_in_good_order(tmp_path: Path, digits: Path, ranks: int) -> None:
+def test_a_disk_that_others_fill_ends_the_run_in_good_order(
+    train: Trainer, tmp_path: Path, digits: Path, ranks: int
+) -> None:
     with small_disk(tmp_path / "disk", "200m") as disk:
         run = disk / "run"
         options = ("--data", digits, "--out", run, "--save-every", "2")
-        process = start(tmp_path, *options, ranks=ranks, launcher=ranks > 1)
+        process = start(tmp_path, *options, ranks=ranks) if ranks > 1 else train.start(*OPTIONS, *options)
         wait_for_step(run, 5, process)
         filler = fill(disk)
         assert process.wait(timeout=240) == 1
@@ -35,7 +38,7 @@ def test_a_disk_that_others_fill_ends_the_run_in_good_order(tmp_path: Path, digi
         newest = max(path.name for path in (run / "checkpoints").iterdir())
         assert newest == f"step-{left['step']:08d}"
         filler.unlink()
-        done = python(tmp_path, TRAIN, *OPTIONS, *options, "--stop-after", str(left["step"] + 3))
+        done = train(*OPTIONS, *options, "--stop-after", str(left["step"] + 3))
         assert done.returncode == 0, done.stderr
         assert f"going on from {run / 'checkpoints' / newest}" in done.stderr
         steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
@@ -43,11 +46,11 @@ def test_a_disk_that_others_fill_ends_the_run_in_good_order(tmp_path: Path, digi
         assert sorted(set(steps) | set(range(1, left["step"] + 4))) == sorted(steps)
 
 
-def test_a_damaged_run_folder_costs_the_damaged_files_alone(tmp_path: Path, digits: Path) -> None:
+def test_a_damaged_run_folder_costs_the_damaged_files_alone(train: Trainer, tmp_path: Path, digits: Path) -> None:
     """Everything that is not a whole checkpoint is damaged, and nobody reads what the run says."""
     run = tmp_path / "run"
     options = ("--data", digits, "--out", run, "--save-every", "2")
-    done = python(tmp_path, TRAIN, *OPTIONS, *options, "--stop-after", "4")
+    done = train(*OPTIONS, *options, "--stop-after", "4")
     assert done.returncode == 0, done.stderr
     # A copy: `load_file` may map the file, which is damaged below.
     weights = {name: tensor.clone() for name, tensor in load_file(run / "weights.safetensors").items()}

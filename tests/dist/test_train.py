@@ -1,4 +1,4 @@
-"""Whole runs, started the way a user starts them (README, "Several processes")."""
+"""Whole runs, the first of them started the way a user starts them (README, "Several processes")."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.launching import accelerate, lines, python
+from tests.dist.trainings import Trainer
+from tests.support.launching import accelerate, lines
 
 # A short training that reaches about 98 %: the demo's recipe at half the size and a quarter of the epochs.
 SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "5", "--warmup-epochs", "1")
@@ -70,11 +71,11 @@ def test_zero_1_with_bf16_as_on_gpus(tmp_path: Path, digits: Path) -> None:
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path, digits: Path) -> None:
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(train: Trainer, tmp_path: Path, digits: Path) -> None:
     def weights(name: str, *stops: int) -> dict[str, torch.Tensor]:
         for stop in stops:
             options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / name, "--stop-after", str(stop))
-            done = python(tmp_path, "launch/train.py", *options, "--augment", "fat", "--drop-path", "0.1")
+            done = train(*options, "--augment", "fat", "--drop-path", "0.1")
             assert done.returncode == 0, done.stderr
         return load_file(tmp_path / name / "weights.safetensors")
 
@@ -84,10 +85,10 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path: Path,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_run_is_not_resumed_as_another(tmp_path: Path, digits: Path) -> None:
+def test_a_run_is_not_resumed_as_another(train: Trainer, tmp_path: Path, digits: Path) -> None:
     options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / "run")
-    assert python(tmp_path, "launch/train.py", *options, "--stop-after", "1").returncode == 0
-    done = python(tmp_path, "launch/train.py", *options, "--stop-after", "2", "--global-batch", "32")
+    assert train(*options, "--stop-after", "1").returncode == 0
+    done = train(*options, "--stop-after", "2", "--global-batch", "32")
     assert done.returncode == 2
     assert "global_batch was 64, is 32" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import pytest
 
@@ -22,11 +22,11 @@ STARTED: list[subprocess.Popen[str]] = []
 
 
 def start(
-    tmp_path: Path, *args: str | Path, ranks: int = 1, launcher: bool = False, script: tuple[str, ...] = (TRAIN,)
+    tmp_path: Path, *args: str | Path, ranks: int = 1, script: tuple[str, ...] = (TRAIN,)
 ) -> subprocess.Popen[str]:
     """Start a run in a process group of its own; one plain process, or several under `accelerate launch`."""
     topology = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
-    command = [*LAUNCHER, *topology] if launcher else [sys.executable]
+    command = [*LAUNCHER, *topology] if ranks > 1 else [sys.executable]
     process = subprocess.Popen(
         [*command, *script, *OPTIONS, *map(str, args)],
         cwd=ROOT,
@@ -40,7 +40,15 @@ def start(
     return process
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+class Process(Protocol):
+    """A run that can be asked whether it has ended, and what it has said."""
+
+    stderr: IO[str] | None
+
+    def poll(self) -> int | None: ...
+
+
+def wait_for_step(run: Path, step: int, process: Process) -> None:
     """Until the run's metrics say that `step` optimiser steps are done."""
     for _ in range(1200):
         if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(run, "train")):
