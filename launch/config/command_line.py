@@ -7,9 +7,8 @@ import json
 import os
 import sys
 import tomllib
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +16,12 @@ import tyro
 from pydantic import TypeAdapter, ValidationError
 
 from launch.config.errors import RecipeError
-from launch.config.model import Variant
-from launch.config.recipe import VARIANTS, Recipe
+from launch.config.recipe import Recipe
 from shards.errors import UserError
 from shards.schema import first_fact
 
 MAX_BYTES = 1 << 20  # of a recipe file
-
+_SCHEMA = TypeAdapter(Recipe)
 
 RecipeFiles = Annotated[
     tyro.conf.UseAppendAction[tuple[Path, ...]],
@@ -36,20 +34,26 @@ RecipeFiles = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Start:
-    """Read before the rest: they choose the defaults that the other options override."""
+class _Files:
+    """Parsed before the rest: they give the defaults that the other options override."""
 
-    variant: Variant = "b0"
     recipe: RecipeFiles = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainCommand(_Files):
+    """All options of the command line."""
+
+    all: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
 
 def parse(
     args: Sequence[str] | None = None, *, defaults: Mapping[str, Any] | None = None, prog: str | None = None
 ) -> Recipe:
-    """Return the recipe of a command line: the variant's, then every `--recipe FILE` in order, then single options.
+    """Return the recipe of a command line: the defaults, then every `--recipe FILE` in order, then single options.
 
     Args:
-        defaults: sections that replace the variant's defaults, as a recipe file has them.
+        defaults: sections that replace defaults, as a recipe file has them.
         prog: name of the command in messages; None = that of the process.
 
     Raises:
@@ -58,24 +62,20 @@ def parse(
     """
     args = list(sys.argv[1:] if args is None else args)
     flat = (tyro.conf.OmitArgPrefixes,)
-    start, _ = tyro.cli(
-        _Start, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
+    files, _ = tyro.cli(
+        _Files, args=[a for a in args if a not in ("-h", "--help")], return_unknown_args=True, config=flat
     )
-    default = _merge(VARIANTS[start.variant](), dict(defaults or {}), "defaults")
-    for path in start.recipe:
-        default = with_file(default, path)
-    full = dataclasses.make_dataclass(
-        "TrainCommand",
-        [
-            ("recipe", RecipeFiles, ()),
-            ("all", Annotated[Recipe, tyro.conf.arg(name="")], default),
-        ],
-        frozen=True,
-    )
-    command: Any = tyro.cli(
-        full, args=args, prog=prog, description="Train a FAT backbone from a shard set.", config=flat
-    )
-    recipe: Recipe = command.all
+    recipe = _with_values(Recipe(), defaults or {})
+    for path in files.recipe:
+        recipe = with_file(recipe, path)
+    recipe = tyro.cli(
+        _TrainCommand,
+        args=args,
+        default=_TrainCommand(all=recipe),
+        prog=prog,
+        description="Train a FAT backbone from a shard set.",
+        config=flat,
+    ).all
     return dataclasses.replace(recipe, data=recipe.data.with_environment(os.environ))
 
 
@@ -96,34 +96,27 @@ def with_file(recipe: Recipe, path: Path) -> Recipe:
     except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number without end
         raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
     try:
-        return typing.cast(Recipe, _merge(recipe, values, str(path)))
+        return _with_values(recipe, values)
     except UserError as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise RecipeError(f"{path}: {error}") from error  # of a section's own checks, which do not know the file
+        raise RecipeError(f"{path}: {error}; --help lists the options of each section") from error
 
 
-def _merge(base: Any, values: dict[str, Any], where: str) -> Any:
-    types = typing.get_type_hints(type(base), include_extras=True)
-    changes = {}
-    for name, value in values.items():
-        if name not in types:
-            raise RecipeError(f"{where}: unknown entry '{name}'; there are: {', '.join(sorted(types))}")
-        current = getattr(base, name)
-        if dataclasses.is_dataclass(current):
-            if not isinstance(value, dict):
-                raise RecipeError(f"{where}: '{name}' is a section of its own: write [{name}] and its fields below")
-            changes[name] = _merge(current, value, f"{where} [{name}]")
-        else:
-            changes[name] = _convert(value, types[name], f"{where}: {name}")
-    return dataclasses.replace(base, **changes)
+def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """`recipe` with some values replaced, which are nested as in TOML, within the fields' types and ranges.
 
-
-def _convert(value: Any, wanted: Any, where: str) -> Any:
-    """A TOML value as the field's type, within the field's range."""
+    Raises:
+        UserError: names the section and the field, what was found and what was expected.
+    """
     try:
-        return TypeAdapter(wanted).validate_json(json.dumps(value), strict=True)
+        merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)  # TOML has dates
+        return _SCHEMA.validate_json(merged, strict=True, extra="forbid")
     except ValidationError as error:
-        raise RecipeError(f"{where}: {first_fact(error)}") from None
-    except (TypeError, ValueError):  # dates
-        raise RecipeError(f"{where}: {value!r} is not a value of an option") from None
+        raise RecipeError(first_fact(error)) from None
+
+
+def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+        merged[name] = _merged(base[name], value) if nested else value
+    return merged

@@ -19,7 +19,7 @@ class ModelConfig:
     """The model."""
 
     variant: Variant = "b0"
-    """FAT variant."""
+    """FAT variant. Million parameters: 4.5, 7.8, 13.5, 29.2; top-1 in the paper: 77.6, 80.1, 81.9, 83.6 %."""
     drop_path: Annotated[Decay | None, default("the variant's own")] = None
     """Stochastic depth of the last block, rising linearly from 0 at the first."""
     weights: Annotated[Path | None, default("random initialization")] = None

@@ -175,11 +175,14 @@ def test_every_command_refuses_in_one_line(
 def test_a_recipe_file_is_held_to_the_same_ranges(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     for text, message in (
-        ("[optim]\nlr = nan", r"r.toml \[optim\]: lr: Input should be .* found nan"),
-        ("[data]\nglobal_batch = 10000000000", r"r.toml \[data\]: global_batch: Input should be less than or equal to"),
+        ("[optim]\nlr = nan", r"r.toml: optim.lr: Input should be .* found nan"),
+        ("[data]\nglobal_batch = 10000000000", r"r.toml: data.global_batch: Input should be less than or equal to"),
         ("[data.loader]\nread_threads = 1.5", r"read_threads: Input should be a valid integer.*, found 1.5"),
         ("[optim]\nepochs = 5\nwarmup_epochs = 20", r"r.toml: --warmup-epochs 20 of --epochs 5"),
-        ("[preempt]\ntime_limit = 1979-05-27", r"time_limit: datetime.date\(1979, 5, 27\) is not a value of an option"),
+        (
+            "[preempt]\ntime_limit = 1979-05-27",
+            r"preempt.time_limit: Input should be a valid number, found .1979-05-27",
+        ),
         ("x = " + "[" * 5000, "not a readable TOML file"),
         ("x = " + "9" * 5000, "not a readable TOML file"),
         ("#" * (2 << 20), "more than 1 MiB"),
