@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
     group = groups[world.rank // size]
     assert group is not None
-    return _replace(model, lambda norm: GlobalBatchNorm.of(norm, group))
+    return _replace(model, group)
 
 
 def over_ranks(wanted: str, ranks: int, device: torch.device) -> bool:
@@ -75,17 +74,9 @@ def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
         )
 
 
-def local_norms(model: nn.Module) -> nn.Module:
-    """The way back: every norm per rank again. The parameters and buffers are the same tensors."""
-    return _replace(model, lambda norm: norm.local() if isinstance(norm, GlobalBatchNorm) else norm)
-
-
 def batch_norms(model: nn.Module) -> list[nn.Module]:
     """All BatchNorm layers, synchronised or not."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-
-
-Tensors = tuple[Tensor, ...]
 
 
 class GlobalBatchNorm(BatchNorm):
@@ -99,25 +90,14 @@ class GlobalBatchNorm(BatchNorm):
     where the mean of squares less the square of the mean keeps its digits.
     """
 
-    def __init__(self, num_features: int, group: dist.ProcessGroup, *, eps: float, momentum: float) -> None:
-        super().__init__(num_features, eps=eps, momentum=momentum)
+    def __init__(self, norm: nn.BatchNorm2d, group: dist.ProcessGroup) -> None:
+        """Take over the parameters and buffers of `norm`."""
+        super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
+        self._parameters.update(norm._parameters)
+        self._buffers.update(norm._buffers)
+        self.train(norm.training)
         self.group = group
         self.ranks = dist.get_world_size(group)
-
-    @classmethod
-    def of(cls, norm: nn.BatchNorm2d, group: dist.ProcessGroup) -> GlobalBatchNorm:
-        """A twin on the same parameters and buffers."""
-        assert norm.momentum is not None
-        with torch.device("meta"):
-            twin = cls(norm.num_features, group, eps=norm.eps, momentum=norm.momentum)
-        return _adopt(twin, norm)
-
-    def local(self) -> BatchNorm:
-        """An ordinary BatchNorm on the same parameters and buffers."""
-        assert self.momentum is not None
-        with torch.device("meta"):
-            twin = BatchNorm(self.num_features, eps=self.eps, momentum=self.momentum)
-        return _adopt(twin, self)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -169,17 +149,33 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        kept = input, weight, _, inverse = ctx.saved_tensors
-        reduce, apply = (_reduce_fused, _apply_fused) if _has_kernels(input) else (_reduce, _apply)
-        sums = reduce(grad, kept)  # of the gradient, and of gradient x (input - mean)
+        input, weight, mean, inverse = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=_layout(input))  # kernels walk both alike
+        # torch has kernels for the parts, but the compiler fuses plain operations better.
+        fused = input.is_cuda and not torch.compiler.is_compiling()
+        if fused:
+            sums = torch.batch_norm_backward_reduce(grad, input, mean, inverse, weight, True, False, False)[:2]
+        else:
+            grads, centred = grad.float(), input.float() - _per_channel(mean)
+            sums = grads.sum(dim=(0, 2, 3)), (grads * centred).sum(dim=(0, 2, 3))
         # Weights' gradients are averaged with all others afterwards: those of this rank's rows are wanted here.
         grad_weight, grad_bias = (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype)
-        total = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
+        total, total_centred = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
         count = ctx.ranks * (input.numel() // input.shape[1])
-        return apply(grad, kept, total, count), grad_weight, grad_bias, None, None, None
+        if fused:
+            counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
+            grad_input = torch.batch_norm_backward_elemt(
+                grad, input, mean, inverse, weight, total, total_centred, counts
+            )
+        else:
+            slope = inverse * weight
+            towards = total_centred * inverse * inverse * slope / count
+            shift = total * slope / count - mean * towards
+            grad_input = grads * _per_channel(slope) - input.float() * _per_channel(towards) - _per_channel(shift)
+        return grad_input.to(input.dtype), grad_weight, grad_bias, None, None, None
 
 
-def _over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensors:
+def _over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
     dtype, mean, var = mean.dtype, mean.double(), var.double()
     mean, second = (_sum_over_ranks(torch.cat([mean, var + mean * mean]), group) / ranks).chunk(2)
     return mean.to(dtype), (second - mean * mean).clamp_(min=0).to(dtype)
@@ -187,40 +183,6 @@ def _over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int)
 
 def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
-
-
-def _has_kernels(input: Tensor) -> bool:
-    """Whether torch has kernels of its own for the parts; the compiler fuses plain operations better."""
-    return input.is_cuda and not torch.compiler.is_compiling()
-
-
-def _reduce(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:
-    input, _, mean, _ = kept
-    grad, centred = grad.float(), input.float() - _per_channel(mean)
-    return grad.sum(dim=(0, 2, 3)), (grad * centred).sum(dim=(0, 2, 3))
-
-
-def _reduce_fused(grad: Tensor, kept: Tensors) -> tuple[Tensor, Tensor]:
-    input, weight, mean, inverse = kept
-    grad = grad.contiguous(memory_format=_layout(input))  # kernels walk both alike
-    sums = torch.batch_norm_backward_reduce(grad, input, mean, inverse, weight, True, False, False)
-    return sums[0], sums[1]
-
-
-def _apply(grad: Tensor, kept: Tensors, total: Tensors, count: int) -> Tensor:
-    input, weight, mean, inverse = kept
-    slope = inverse * weight
-    towards = total[1] * inverse * inverse * slope / count
-    shift = total[0] * slope / count - mean * towards
-    result = grad.float() * _per_channel(slope) - input.float() * _per_channel(towards) - _per_channel(shift)
-    return result.to(input.dtype)
-
-
-def _apply_fused(grad: Tensor, kept: Tensors, total: Tensors, count: int) -> Tensor:
-    input, weight, mean, inverse = kept
-    grad = grad.contiguous(memory_format=_layout(input))
-    counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
-    return torch.batch_norm_backward_elemt(grad, input, mean, inverse, weight, total[0], total[1], counts)
 
 
 def _layout(input: Tensor) -> torch.memory_format:
@@ -232,18 +194,10 @@ def _per_channel(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1)
 
 
-def _adopt(twin: Any, norm: nn.BatchNorm2d) -> Any:
-    for name, parameter in norm.named_parameters():
-        setattr(twin, name, parameter)
-    for name, buffer in norm.named_buffers():
-        setattr(twin, name, buffer)
-    return twin.train(norm.training)
-
-
-def _replace(model: nn.Module, make: Callable[[nn.BatchNorm2d], nn.Module]) -> nn.Module:
-    """Put `make(norm)` in the place of every BatchNorm2d; the model itself is changed and returned."""
+def _replace(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
+    """Put a `GlobalBatchNorm` in the place of every BatchNorm2d; the model itself is changed and returned."""
     if isinstance(model, nn.BatchNorm2d):
-        return make(model)
+        return GlobalBatchNorm(model, group)
     for name, child in model.named_children():
-        setattr(model, name, _replace(child, make))
+        setattr(model, name, _replace(child, group))
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 
 import pytest
@@ -35,8 +36,7 @@ def test_it_is_batch_norm(
     cotangent = torch.randn_like(images)
     plain = nn.BatchNorm2d(48).cuda()
     nn.init.normal_(plain.weight)
-    wide = GlobalBatchNorm(48, group, eps=plain.eps, momentum=0.1).cuda()
-    wide.load_state_dict(plain.state_dict())
+    wide = GlobalBatchNorm(copy.deepcopy(plain), group)
     found = []
     for norm in (plain, torch.compile(wide, fullgraph=True) if compiled else wide):
         x = images.clone().requires_grad_()
@@ -50,7 +50,7 @@ def test_it_is_batch_norm(
 
 
 def test_it_does_not_wait_for_the_device(group: dist.ProcessGroup) -> None:
-    norm = GlobalBatchNorm(48, group, eps=1e-5, momentum=0.1).cuda()
+    norm = GlobalBatchNorm(nn.BatchNorm2d(48).cuda(), group)
     images = torch.randn(16, 48, 28, 28, device="cuda", requires_grad=True)
     norm(images).sum().backward()
     torch.cuda.synchronize()
