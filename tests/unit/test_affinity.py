@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch.machine.affinity import choose, numa_nodes, parse_list
+from launch.machine.affinity import choose, cores_near, parse_list
 from tests.support.launching import python_path
 
-TWO_SOCKETS = {0: frozenset(range(8)), 1: frozenset(range(8, 16))}
 ALL = frozenset(range(16))
+NODES = {0: frozenset(range(8)), 1: frozenset(range(8, 16)), None: frozenset[int](), "all": ALL}
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,13 @@ ALL = frozenset(range(16))
         ("the mask has too little near some GPU", frozenset(range(9)), [0, 0, 1, 1], 0, (range(9), 2)),
         ("more ranks than cores", frozenset({5}), [None] * 4, 1, ({5}, 1)),
         ("one GPU's place is unknown", ALL, [0, None], 0, (ALL, 8)),
+        ("a machine without NUMA nodes", ALL, ["all"] * 4, 0, (ALL, 4)),
     ],
 )
 def test_a_rank_takes_the_cores_near_its_gpu(
-    what: str, allowed: frozenset[int], near: list[int | None], rank: int, expected: tuple[set[int], int]
+    what: str, allowed: frozenset[int], near: list[int | str | None], rank: int, expected: tuple[set[int], int]
 ) -> None:
-    found = choose(allowed, TWO_SOCKETS, near, rank)
+    found = choose(allowed, [NODES[node] for node in near], rank)
     assert (found.allowed, found.threads) == (frozenset(expected[0]), expected[1]), what
 
 
@@ -42,13 +44,14 @@ def test_the_kernels_lists_are_read() -> None:
     assert parse_list("\n") == set()
 
 
-def test_the_kernels_nodes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.machine.affinity.NODES", tmp_path)
-    assert numa_nodes() == {}, "not every virtual machine tells"
-    for name, cores in {"node0": "0-3,8-11\n", "node12": "4-7\n", "possible": "0-1\n"}.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "cpulist").write_text(cores)
-    assert numa_nodes() == {0: {0, 1, 2, 3, 8, 9, 10, 11}, 12: {4, 5, 6, 7}}
+def test_the_kernel_says_which_cores_are_near_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xAF, pci_device_id=1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("launch.machine.affinity.PCI_DEVICES", tmp_path)
+    assert cores_near(0) == frozenset(), "not every virtual machine tells"
+    (tmp_path / "0000:af:01.0").mkdir()
+    (tmp_path / "0000:af:01.0" / "local_cpulist").write_text("8-9,24-25\n")
+    assert cores_near(0) == {8, 9, 24, 25}
 
 
 MASKED = """
