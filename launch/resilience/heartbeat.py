@@ -18,18 +18,17 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from launch.machine.network import is_reachable
 from launch.machine.world import World, broadcast_from_rank0
-from launch.resilience.rank_status import RankStatus
+from launch.resilience.rank_status import Beat, RankStatus
 from launch.run.files import read_regular, unwritable
 from shards.files.durable import durable_write, temporary_name
-from shards.schema import Count, Digest, Finite, parse_json
+from shards.schema import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -37,28 +36,6 @@ FOLDER = "heartbeat"
 REQUEST = "stacks"
 MAX_BYTES = 1024  # of a heartbeat file, which has about 200 bytes
 CLOSE_SECONDS = 2.0  # limit of the wait for the last heartbeat at the end of a run
-
-
-@dataclass(frozen=True)
-class Beat:
-    """Content of RUN/heartbeat/rank-N."""
-
-    start: Digest
-    """Random id of this start of the run; files of earlier starts are ignored."""
-    time: Finite
-    """Wall-clock time of the rank's host, for people and to tell heartbeats apart."""
-    step: Count
-    """Optimizer steps done."""
-    idle: Annotated[Finite, Field(ge=0)]
-    """Seconds since the last sign of progress, by the rank's own monotonic clock."""
-    host: Annotated[str, Field(max_length=255)]
-    pid: Count
-    stacks: bool
-    """Whether the rank has written its stacks because a rank asked for them."""
-    reaches_rank0: bool | None
-    """Whether it could connect to the host of rank 0 when it wrote its stacks; None = not tried."""
-    ended: bool
-    """Whether this is the last heartbeat: the rank has left its training loop, or its watchdog ends it."""
 
 
 _BEAT = TypeAdapter(Beat)
@@ -73,9 +50,7 @@ class Start:
 
 
 class Heartbeat:
-    """Publishes one rank's heartbeats and reads those of the others, in a thread of its own.
-
-    If the file system hangs, that thread alone hangs: only `ask_for_stacks` of the methods touches a file.
+    """Publishes one rank's heartbeats in a thread of its own, and writes its stacks when a rank asks for them.
 
     Args:
         folder: RUN/heartbeat.
@@ -100,11 +75,6 @@ class Heartbeat:
         self._temporary = temporary_name(folder / f"rank-{world.rank}")
         self._asks = self._answered = self._ended = False
         self._reaches_rank0: bool | None = None
-        self._first: dict[int, tuple[float, float | None]] = {}  # when each rank was first read, and its `Beat.time`
-        self._last: dict[int, Beat] = {}
-        self._alive: set[int] = set()
-        self.observes = False
-        """Whether the thread reads the heartbeats of all ranks; set by the watchdog."""
         self.failure = ""
         """Why the last heartbeat could not be published."""
         self._wake = threading.Event()
@@ -117,31 +87,36 @@ class Heartbeat:
         Raises:
             OSError: the request cannot be written.
         """
-        self.observes = self._asks = True
+        self._asks = True
         self._wake.set()
         durable_write(self.folder / REQUEST, self._start.id.encode())
 
-    def pending(self) -> list[int]:
-        """Return the ranks that have shown no sign of life, or not written their stacks, since they were watched."""
-        return [
-            rank
-            for rank in range(len(self._start.hosts))
-            if (beat := self._last.get(rank)) is None or not (beat.ended or (beat.stacks and rank in self._alive))
-        ]
+    def watch(self, seconds: float) -> list[RankStatus]:
+        """Read the heartbeats of all ranks until each has shown a sign of life and written its stacks.
 
-    def ranks(self) -> list[RankStatus]:
-        """Return what is known of every rank. One that was watched for less than two intervals counts as alive."""
-        now, statuses = time.monotonic(), []
-        for rank, host in enumerate(self._start.hosts):
-            beat = self._last.get(rank)
-            watched = now - self._first.get(rank, (now, None))[0]
-            alive = rank in self._alive or watched < 2 * self.interval or (beat is not None and beat.ended)
-            status = RankStatus(rank, host, silent_seconds=0.0 if alive else watched)
-            if beat is not None:
-                reached = not alive or beat.reaches_rank0 is not False
-                status = replace(status, pid=beat.pid, step=beat.step, idle_seconds=beat.idle, disconnected=not reached)
-            statuses.append(status)
-        return statuses
+        Reads files in the calling thread.
+
+        Args:
+            seconds: limit of the wait. Ranks that were watched for less than two intervals count as alive.
+        """
+        ranks, end = range(len(self._start.hosts)), time.monotonic() + seconds
+        first = [self._read(rank) for rank in ranks]
+        began, last = time.monotonic(), list(first)
+        while time.monotonic() < end:
+            pending = [rank for rank in ranks if not (is_alive(first[rank], last[rank]) and is_complete(last[rank]))]
+            if not pending:
+                break
+            time.sleep(min(1.0, self.interval))
+            for rank in pending:
+                last[rank] = self._read(rank) or last[rank]
+        watched = time.monotonic() - began
+        silent = [
+            0.0 if is_alive(first[rank], last[rank]) or watched < 2 * self.interval else watched for rank in ranks
+        ]
+        return [RankStatus(rank, self._start.hosts[rank], last[rank], silent[rank]) for rank in ranks]
+
+    def _read(self, rank: int) -> Beat | None:
+        return read_beat(self.folder / f"rank-{rank}", self._start.id)
 
     def close(self) -> None:
         """Publish the last heartbeat; waits for it `CLOSE_SECONDS` at most. Idempotent."""
@@ -156,7 +131,6 @@ class Heartbeat:
                 if self._asks or is_requested(self.folder / REQUEST, self._start.id):
                     self._answer()
                 self._publish(last)
-                self._observe()
                 self.failure = ""
             except Exception as error:  # the thread must survive all errors of the file system
                 if not self.failure:
@@ -164,7 +138,7 @@ class Heartbeat:
                 self.failure = str(error) or type(error).__name__
             if last:
                 return
-            self._wake.wait(min(1.0, self.interval) if self._asks else self.interval)
+            self._wake.wait(self.interval)
             self._wake.clear()
 
     def _answer(self) -> None:
@@ -192,19 +166,15 @@ class Heartbeat:
         self._temporary.write_text(json.dumps(asdict(beat)))  # not durable: the next one follows in seconds
         self._temporary.replace(self.folder / f"rank-{self._world.rank}")
 
-    def _observe(self) -> None:
-        """Read the heartbeats of ranks from which something is still to come, and remember which of them change."""
-        if not self.observes:
-            self._first, self._last, self._alive = {}, {}, set()
-            return
-        for rank in self.pending():
-            beat = read_beat(self.folder / f"rank-{rank}", self._start.id)
-            published = None if beat is None else beat.time
-            _, first = self._first.setdefault(rank, (time.monotonic(), published))
-            if beat is not None:
-                self._last[rank] = beat
-            if published not in (None, first):
-                self._alive.add(rank)
+
+def is_alive(first: Beat | None, last: Beat | None) -> bool:
+    """Whether a heartbeat has changed between two looks, or says that the rank has ended."""
+    return last is not None and (last.ended or first is None or last.time != first.time)
+
+
+def is_complete(beat: Beat | None) -> bool:
+    """Whether nothing more is to come from a rank."""
+    return beat is not None and (beat.stacks or beat.ended)
 
 
 def new_start(folder: Path, world: World) -> Start:

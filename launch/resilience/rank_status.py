@@ -4,8 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from shards.schema import Count, Digest, Finite
 
 MAX_RANKS_IN_MESSAGE = 16
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Content of RUN/heartbeat/rank-N."""
+
+    start: Digest
+    """Random id of this start of the run; files of earlier starts are ignored."""
+    time: Finite
+    """Wall-clock time of the rank's host, for people and to tell heartbeats apart."""
+    step: Count
+    """Optimizer steps done."""
+    idle: Annotated[Finite, Field(ge=0)]
+    """Seconds since the last sign of progress, by the rank's own monotonic clock."""
+    host: Annotated[str, Field(max_length=255)]
+    pid: Count
+    stacks: bool
+    """Whether the rank has written its stacks because a rank asked for them."""
+    reaches_rank0: bool | None
+    """Whether it could connect to the host of rank 0 when it wrote its stacks; None = not tried."""
+    ended: bool
+    """Whether this is the last heartbeat: the rank has left its training loop, or its watchdog ends it."""
 
 
 @dataclass(frozen=True)
@@ -14,19 +41,18 @@ class RankStatus:
 
     rank: int
     host: str
-    pid: int | None = None
-    """Process id; None = no heartbeat could be read."""
-    step: int | None = None
-    """Optimizer steps done at its last heartbeat; None = no heartbeat could be read."""
-    idle_seconds: float = 0.0
-    """Seconds without progress at its last heartbeat."""
+    beat: Beat | None
+    """Its last heartbeat; None = none could be read."""
     silent_seconds: float = 0.0
     """Seconds without a new heartbeat; 0 = one appeared, the rank has ended, or it was not watched for long enough."""
-    disconnected: bool = False
-    """Whether the rank is alive, but its host cannot connect to the host of rank 0."""
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the rank is alive, but its host cannot connect to the host of rank 0."""
+        return not self.silent_seconds and self.beat is not None and self.beat.reaches_rank0 is False
 
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host}" + ("" if self.pid is None else f" (process {self.pid})")
+        return f"rank {self.rank} on {self.host}" + ("" if self.beat is None else f" (process {self.beat.pid})")
 
 
 def describe_failure(ranks: Sequence[RankStatus], own: int, step: int) -> str:
@@ -41,14 +67,14 @@ def describe_failure(ranks: Sequence[RankStatus], own: int, step: int) -> str:
         if status.disconnected:
             disconnected.append(str(status))
         if status.silent_seconds:
-            last = "no heartbeat at all" if status.step is None else f"last at step {status.step}"
+            last = "no heartbeat at all" if status.beat is None else f"last at step {status.beat.step}"
             silent.append(f"{status}, {last}")
-        elif status.rank == own or status.step is None:
+        elif status.rank == own or status.beat is None:
             continue
-        elif status.step < step:
-            behind.append(f"{status}, at step {status.step} for {status.idle_seconds:.0f} s")
-        elif status.step > step:
-            ahead.append(f"{status}, at step {status.step}")
+        elif status.beat.step < step:
+            behind.append(f"{status}, at step {status.beat.step} for {status.beat.idle:.0f} s")
+        elif status.beat.step > step:
+            ahead.append(f"{status}, at step {status.beat.step}")
     seconds = max(status.silent_seconds for status in ranks)
     parts = [
         f"no heartbeat for {seconds:.0f} s from: {_shortened(silent)}" if silent else "",

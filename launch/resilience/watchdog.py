@@ -35,11 +35,9 @@ log = logging.getLogger(__name__)
 INTERVAL_SECONDS = 5.0
 # Smallest number of intervals in the timeout.
 INTERVALS_IN_TIMEOUT = 15
-# Number of intervals for which ranks are watched before the timeout.
-WATCHED_INTERVALS = 3
 # Ranks that read the heartbeats of all: enough to outlive the loss of several hosts, few enough for shared storage.
 OBSERVERS = 16
-# How long to wait for the stacks and heartbeats of other ranks after the timeout.
+# How long to watch the heartbeats of all ranks, and wait for their stacks, after the timeout: above two intervals.
 ANSWER_SECONDS = 12.0
 # Limit for `_report`, which reads and writes files. With the rest of `_end` it takes less than the 30 s after which the
 # collective that hangs times out (`AFTER_WATCHDOG`).
@@ -70,7 +68,6 @@ class Watchdog:
         self._ends = threading.Event()
         self._dumping = threading.Lock()
         self._heartbeat: Heartbeat | None = None
-        self._warned = False
         self.stacks = run / f"stacks-rank{world.rank}.txt"
         """File of this rank's stacks; removed at the end if nothing was written."""
 
@@ -151,30 +148,18 @@ class Watchdog:
         return self._steps, time.monotonic() - self._beat_at
 
     def _watch(self) -> None:
-        interval = min(1.0, self._timeout / 10)
+        interval, warned = min(1.0, self._timeout / 10), False
         while not self._ends.wait(interval):
-            self._survive(self._arm_last_resort)
-            self._survive(self._check_clock)
+            try:
+                _, idle = self._progress()
+                if idle > self._limit:
+                    self._end()
+                faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, file=self._file, exit=True)
+            except Exception as error:  # the thread must survive all exceptions
+                if not warned:
+                    warned = True
+                    log.warning("watchdog: %s: %s; continuing", type(error).__name__, error)
         faulthandler.cancel_dump_traceback_later()
-
-    def _survive(self, task: Callable[[], None]) -> None:
-        """Run a part of the thread's loop, which must go on after any exception; log the first one."""
-        try:
-            task()
-        except Exception as error:
-            if not self._warned:
-                self._warned = True
-                log.warning("watchdog: %s: %s; continuing", type(error).__name__, error)
-
-    def _arm_last_resort(self) -> None:
-        faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, file=self._file, exit=True)
-
-    def _check_clock(self) -> None:
-        _, idle = self._progress()
-        if idle > self._limit:
-            self._end()
-        if self._heartbeat is not None and is_observer(self._world.rank, self._world.size):
-            self._heartbeat.observes = idle > self._limit - WATCHED_INTERVALS * self._heartbeat.interval
 
     def _end(self) -> None:
         """Report the hang, and end the process without destroying the process group, which might hang as well."""
@@ -216,16 +201,13 @@ class Watchdog:
 
     def _find_cause(self, heartbeat: Heartbeat, steps: int) -> tuple[str, list[str]]:
         """Return a description of the ranks at fault, and the hosts that the next start should exclude."""
-        end = time.monotonic() + ANSWER_SECONDS
         try:
             heartbeat.ask_for_stacks()
         except OSError as error:
             return f"{heartbeat.folder} cannot be written ({error}): nothing is known of the other ranks", []
-        while heartbeat.pending() and time.monotonic() < end:
-            time.sleep(min(1.0, heartbeat.interval))
-        ranks = heartbeat.ranks()
+        ranks = heartbeat.watch(ANSWER_SECONDS)
         own = ranks[self._world.rank]
-        if own.silent_seconds or own.step is None:
+        if own.silent_seconds or own.beat is None:
             cause = heartbeat.failure or "the file system hangs"
             return f"no heartbeat written to {heartbeat.folder} ({cause}): nothing is known of the other ranks", []
         return describe_failure(ranks, self._world.rank, steps), failing_hosts(ranks)

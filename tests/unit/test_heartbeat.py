@@ -10,6 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch
 
 from launch.machine import network
 from launch.machine.world import World
-from launch.resilience.heartbeat import MAX_BYTES, Beat, Heartbeat, Start, clear, read_beat
-from launch.resilience.rank_status import RankStatus, describe_failure, failing_hosts
+from launch.resilience.heartbeat import MAX_BYTES, Heartbeat, Start, clear, read_beat
+from launch.resilience.rank_status import Beat, RankStatus, describe_failure, failing_hosts
 from launch.resilience.watchdog import OBSERVERS, is_observer
 from tests.support.launching import ROOT
 from tests.support.waiting import wait_until
 
-EARLIER = "fedcba9876543210"
+ID, EARLIER = "0123456789abcdef", "fedcba9876543210"
 
 
 def beat(start: str, **changes: Any) -> Beat:
@@ -44,15 +45,17 @@ def encoded(content: Beat, **changes: Any) -> bytes:
 
 def ranks_of(count: int, per_host: int = 1, **by_rank: dict[str, Any]) -> list[RankStatus]:
     """Return ranks that are alive at step 5, but for those with changes, as in r1={"step": 4}."""
-    return [
-        RankStatus(**{"rank": rank, "host": f"h{rank // per_host}", "pid": 100 + rank, "step": 5}
-                   | by_rank.get(f"r{rank}", {}))
-        for rank in range(count)
-    ]  # fmt: skip
+    ranks = []
+    for rank in range(count):
+        changes = by_rank.get(f"r{rank}", {})
+        own = {name: changes[name] for name in ("silent_seconds", "beat") if name in changes}
+        last = beat(ID, pid=100 + rank, **{name: value for name, value in changes.items() if name not in own})
+        ranks.append(RankStatus(**{"rank": rank, "host": f"h{rank // per_host}", "beat": last} | own))
+    return ranks
 
 
-SILENT, CUT_OFF = {"silent_seconds": 9.0}, {"disconnected": True}
-UNREAD = SILENT | {"pid": None, "step": None}
+SILENT, CUT_OFF = {"silent_seconds": 9.0}, {"reaches_rank0": False}
+UNREAD = SILENT | {"beat": None}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +71,7 @@ UNREAD = SILENT | {"pid": None, "step": None}
         (ranks_of(4, r1=SILENT, r2=SILENT), "no heartbeat for 9 s from: rank 1 on h1", []),
         (ranks_of(2, r1=SILENT), "no heartbeat for 9 s from: rank 1 on h1", []),
         (
-            ranks_of(4, r1={"step": 4, "idle_seconds": 33.0}, r2={"step": 6}),
+            ranks_of(4, r1={"step": 4, "idle": 33.0}, r2={"step": 6}),
             "behind: rank 1 on h1 (process 101), at step 4 for 33 s; ahead: rank 2 on h2 (process 102), at step 6",
             [],
         ),
@@ -77,6 +80,8 @@ UNREAD = SILENT | {"pid": None, "step": None}
         (ranks_of(4, r1=CUT_OFF, r2=CUT_OFF), "no connection to the host of rank 0 from: rank 1 on h1", []),
         (ranks_of(2, r1=CUT_OFF), "no connection to the host of rank 0 from: rank 1 on h1", []),
         (ranks_of(4, r1=SILENT, r2=CUT_OFF), "no heartbeat for 9 s from: rank 1", ["h1"]),
+        # What a silent rank said last of its network counts no more.
+        (ranks_of(4, r1=SILENT | CUT_OFF), "no heartbeat for 9 s from: rank 1", ["h1"]),
         (ranks_of(40, **{f"r{rank}": SILENT for rank in range(1, 40)}), "and 23 more", []),
     ],
 )  # fmt: skip
@@ -99,7 +104,6 @@ def regular(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
-ID = "0123456789abcdef"
 NO_HEARTBEAT: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
     "empty": regular(b""),
@@ -192,43 +196,50 @@ def test_heartbeats_are_published_until_the_last_one_says_so(publisher: Publishe
     assert (publisher.folder / "rank-1").stat().st_size < MAX_BYTES // 2
 
 
+def watched(publisher: Publisher, while_watched: Callable[[], object] = lambda: None) -> list[RankStatus]:
+    """What is known of all ranks after two seconds, in which something happens to their files."""
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(publisher.heartbeat.watch, 2.0)
+        publisher.wait_for_beats(5)  # each rank is read at least once
+        while_watched()
+        return found.result()
+
+
 def test_a_rank_is_alive_if_its_heartbeat_changes_while_it_is_watched(tmp_path: Path) -> None:
-    with publishing(tmp_path / "heartbeat", ranks=6) as publisher:
-        for rank in (0, 2, 3, 4):
+    with publishing(tmp_path / "heartbeat", ranks=7) as publisher:
+        for rank in (0, 2, 3, 4, 6):
             publisher.write(rank)
-        publisher.heartbeat.observes = True
-        publisher.wait_for_beats(3)  # each rank is read at least once, rank 5 in vain
-        publisher.write(2, time=0.5)  # also back: what counts is the change
-        publisher.write(3, ended=True)
-        (publisher.folder / "rank-4").write_bytes(b"garbage")
-        publisher.write(5)  # late
-        publisher.wait_for_beats(3)
-        statuses = publisher.heartbeat.ranks()
+
+        def change() -> None:
+            publisher.write(2, time=0.5)  # also back: what counts is the change
+            publisher.write(3, ended=True)
+            (publisher.folder / "rank-4").write_bytes(b"garbage")
+            publisher.write(5)  # late
+            publisher.write(6, time=2.0, reaches_rank0=False)
+
+        statuses = watched(publisher, change)
         assert [status.rank for status in statuses if status.silent_seconds] == [0, 4]
-        assert [(status.host, status.step) for status in statuses] == [
-            ("h0", 5), ("h1", 3), ("h2", 5), ("h3", 5), ("h4", 5), ("h5", 5)
+        assert [(status.host, status.beat and status.beat.step) for status in statuses] == [
+            ("h0", 5), ("h1", 3), ("h2", 5), ("h3", 5), ("h4", 5), ("h5", 5), ("h6", 5)
         ]  # fmt: skip
-        assert publisher.heartbeat.pending() == [0, 1, 2, 4, 5]
-        publisher.write(2, time=2.0, stacks=True, reaches_rank0=False)
-        publisher.wait_for_beats(2)
-        assert publisher.heartbeat.pending() == [0, 1, 4, 5]
-        assert [status.rank for status in publisher.heartbeat.ranks() if status.disconnected] == [2]
+        assert [status.rank for status in statuses if status.disconnected] == [6]
+
+
+def test_ranks_are_watched_until_all_have_written_their_stacks(tmp_path: Path) -> None:
+    with publishing(tmp_path / "heartbeat", ranks=3) as publisher, ThreadPoolExecutor(1) as pool:
+        publisher.heartbeat.ask_for_stacks()
+        publisher.write(0, ended=True)
+        publisher.write(2, stacks=True)
+        found = pool.submit(publisher.heartbeat.watch, 3600)
+        publisher.wait_for_beats(5)
+        assert not found.done()  # rank 2 may be dead since
+        publisher.write(2, stacks=True, time=2.0)
+        assert [status.beat and status.beat.stacks for status in found.result(60)] == [False, True, True]
 
 
 def test_a_rank_that_was_not_watched_for_long_enough_is_not_called_silent(tmp_path: Path) -> None:
     with publishing(tmp_path / "heartbeat", ranks=2, interval=3600) as publisher:
-        publisher.heartbeat.ask_for_stacks()  # looks every second from now on
-        wait_until(lambda: publisher.heartbeat.pending() == [0])
-        assert not any(status.silent_seconds for status in publisher.heartbeat.ranks())
-
-
-def test_what_was_seen_is_forgotten_when_training_continues(publisher: Publisher) -> None:
-    publisher.write(0)
-    publisher.heartbeat.observes = True
-    wait_until(lambda: publisher.heartbeat.ranks()[0].silent_seconds)
-    publisher.heartbeat.observes = False
-    wait_until(lambda: publisher.heartbeat.ranks()[0].step is None)
-    assert not publisher.heartbeat.ranks()[0].silent_seconds
+        assert not any(status.silent_seconds for status in publisher.heartbeat.watch(0.0))
 
 
 def test_stacks_are_written_once_for_a_request_of_this_start(publisher: Publisher) -> None:
