@@ -17,7 +17,7 @@ from launch.engine.engine import StepResult
 from launch.machine.world import World
 from launch.run import metrics
 from launch.run.curves import draw_curves
-from launch.run.metrics_file import METRICS_NAME, MetricsLog, read_metrics
+from launch.run.metrics_file import METRICS_NAME, MetricsLog, check_metrics, read_metrics
 from launch.run.progress import Progress
 from pipeline.plan import Position
 from shards.errors import UserError
@@ -40,7 +40,8 @@ def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(
             log.write("train", step=step, **TRAIN)
         (warning,) = log.messages()
         assert "cannot be written (No space left on device); its lines are kept in memory" in warning
-        assert not (disk / METRICS_NAME).read_bytes().endswith(b"\n")  # torn, as the page is full
+        content = (disk / METRICS_NAME).read_bytes()
+        assert content.endswith(b"}\n")  # the line that filled the page was cut off again
         filler.unlink()
         log.write("train", step=102, **TRAIN)
         (note,) = log.messages()
@@ -48,22 +49,6 @@ def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(
         assert log.close() == []
         assert steps_of(disk) == list(range(1, 103))
         assert [line["step"] for line in read_metrics(disk)] == list(range(1, 103))
-
-
-def test_a_line_that_was_written_in_part_is_whole_in_the_next_file(tmp_path: Path) -> None:
-    with small_disk(tmp_path / "disk", "64k") as disk:
-        log = MetricsLog(disk)
-        log.write("train", step=1, **TRAIN)
-        filler = fill(disk)
-        for step in range(2, 102):
-            log.write("train", step=step, **TRAIN)
-        content = (disk / METRICS_NAME).read_bytes()
-        assert not content.endswith(b"\n")
-        filler.unlink()
-        (disk / METRICS_NAME).unlink()
-        log.write("train", step=102, **TRAIN)
-        log.close()
-        assert steps_of(disk) == list(range(content.count(b"\n") + 1, 103))
 
 
 def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> None:
@@ -76,9 +61,7 @@ def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> Non
     assert "3 lines were not written (No such file or directory)" in last
 
 
-def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only so many lines are kept, the newest."""
-    monkeypatch.setattr("launch.run.metrics_file.KEPT_LINES", 4)
+def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path) -> None:
     run = tmp_path / "run"
     log = MetricsLog(run)
     for step in range(6):
@@ -87,9 +70,9 @@ def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path, monk
     run.mkdir()
     log.write("train", step=6, **TRAIN)
     (note,) = log.messages()
-    assert note.endswith("can be written again, 4 lines have been; 3 older ones are lost")
+    assert note.endswith("can be written again, 7 lines have been")
     assert log.close() == []
-    assert steps_of(run) == [3, 4, 5, 6]
+    assert steps_of(run) == list(range(7))
 
 
 def test_a_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
@@ -154,7 +137,7 @@ def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path, damage: bytes
 def test_what_is_no_file_is_refused_at_the_start(tmp_path: Path, make) -> None:
     make(tmp_path / METRICS_NAME)
     with pytest.raises(UserError, match=r"metrics\.jsonl: not a regular file; move it away") as refused:
-        MetricsLog(tmp_path)
+        check_metrics(tmp_path)
     assert refused.value.exit_code == 2
     with pytest.raises(UserError, match="not a regular file"):
         draw_curves(tmp_path)
