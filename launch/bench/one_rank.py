@@ -10,8 +10,7 @@ from dataclasses import replace
 from launch.config.recipe import Recipe
 from launch.engine.build import build_model
 from launch.engine.execution import Execution, zero_and_precision
-from launch.engine.kernel_check import check_recipe
-from launch.engine.kernel_verdict import Verdict
+from launch.engine.kernel_check import Verdict, check_recipe
 from launch.engine.memory import check_batches_fit
 from launch.feed import Feed
 from launch.jpeg_decoder import with_decoder
