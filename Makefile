@@ -5,7 +5,7 @@ VENV        ?= .venv
 TORCH_INDEX ?=
 DEMO        ?= demo
 OUT         ?= benchmarks/results
-# Processes that share the unit tests.
+# Processes that share the tests.
 TEST_WORKERS ?= 2
 # Of `make gpu`: profiles in order, and the seconds of one call.
 PROFILES    ?= contact measure
@@ -61,7 +61,8 @@ test-fuzz: $(FOR_TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m "not slow"
 
 test-dist: $(FOR_TESTS)
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "not gpu and not slow and not timed" -n $(TEST_WORKERS) --dist worksteal
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/dist -m "timed and not gpu and not slow"
 
 test-slurm: $(FOR_TESTS) slurm-installed
 	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests/slurm -m "not gpu and not slow"

@@ -167,6 +167,7 @@ with TrainLoader(dataset, plan, BatchShape(global_batch=64), recipe, epochs=9999
 """
 
 
+@pytest.mark.timed
 def test_ctrl_c_ends_a_loader_within_two_seconds(photos: Path, tmp_path: Path) -> None:
     before = set(os.listdir("/dev/shm"))
     command = [sys.executable, "-c", CONSUMER, str(photos)]
