@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +43,7 @@ from launch.run.progress import SCORED, Progress
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from launch.run.trackers import Trackers, start_trackers
 from launch.setup import set_up
+from shards.errors import UserError, lack_of_files
 from shards.redact import printable
 
 
@@ -162,8 +165,7 @@ def main() -> int:
 def begin(recipe: Recipe) -> int:
     """The run of a recipe; returns the exit status."""
     lock = FolderLock(recipe.run.out, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
-
-    def run() -> int:
+    with lock, failure_in_status(recipe.run.out, lock):
         world = connect(numa_binding=recipe.parallel.numa_binding)
         if recipe.run.dry_run:
             show_run(recipe, world)
@@ -181,15 +183,21 @@ def begin(recipe: Recipe) -> int:
             return EXIT_STATUS
         return 0
 
-    def failed(reason: str, *, refused: bool) -> None:
-        if lock.taken and read_status(recipe.run.out) == "running":  # the run folder says more, if it can
-            # With the step: rank 0, which knows it, may write at the same time, and must not lose it to another rank.
-            step = CheckpointFolder(recipe.run.out / CHECKPOINTS).newest_step()
-            write_status(recipe.run.out, "refused" if refused else "failed", step=step, reason=reason)
-        lock.release()
 
-    with lock:
-        return run_command(run, failed)
+@contextmanager
+def failure_in_status(run: Path, lock: FolderLock) -> Iterator[None]:
+    """Say in RUN/status how a start failed, unless the run folder, which knows more, has done so."""
+    try:
+        yield
+    except Exception as error:
+        if lock.taken and read_status(run) == "running":
+            # With the step: rank 0, which knows it, may write at the same time, and must not lose it to another rank.
+            step = CheckpointFolder(run / CHECKPOINTS).newest_step()
+            known = error if isinstance(error, UserError) else lack_of_files(error)
+            refused = known is not None and known.exit_code == UserError.exit_code
+            reason = str(known) if known else f"{type(error).__name__}: {error}"
+            write_status(run, "refused" if refused else "failed", step=step, reason=reason)
+        raise
 
 
 if __name__ == "__main__":

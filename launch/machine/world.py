@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -49,11 +49,6 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier()
 
 
 def connect(*, numa_binding: bool = True, local_size: int | None = None) -> World:
@@ -100,15 +95,6 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
     return World(rank, size, local_rank, local_size, device, share_of_cores.threads, rank0=rank0)
 
 
-def all_equal(value: int, world: World) -> bool:
-    """Whether all ranks hold the same 63-bit value. Collective."""
-    if world.size == 1:
-        return True
-    ends = torch.tensor([value, -value], dtype=torch.int64, device=world.device)
-    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
-    return int(ends[0]) == -int(ends[1])
-
-
 def broadcast_from_rank0(make: Callable[[], T], world: World) -> T:
     """Call `make` on rank 0 and return its result on every rank; its exception is raised on all. Collective."""
     if world.size == 1:
@@ -132,20 +118,11 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-class Failed(Protocol):
-    """Is told how a command failed."""
-
-    def __call__(self, reason: str, *, refused: bool) -> None: ...
-
-
-def run_command(command: Callable[[], int], failed: Failed = lambda reason, *, refused: None) -> int:
+def run_command(command: Callable[[], int]) -> int:
     """Run a command of one rank; returns its exit status and prints one line for bad input.
 
-    A rank that fails while others run on must go without ceremony: leaving NCCL's group waits for the peers, which wait
-    for this rank, and the launcher, which would end them, waits for it to exit.
-
-    Args:
-        failed: told the reason of a failure, and whether it was bad input, before the end.
+    A rank that fails while others run on must call `os._exit`: leaving NCCL's group waits for the peers, which wait for
+    this rank, and the launcher, which would end them, waits for it to exit.
     """
     protect_output()
     raise_limit()
@@ -157,13 +134,11 @@ def run_command(command: Callable[[], int], failed: Failed = lambda reason, *, r
         return status
     except UserError as error:
         status = report(error, prefix=prefix)
-        failed(str(error), refused=status == UserError.exit_code)
     except Exception as error:
         if (judged := lack_of_files(error)) is not None:
             report(judged, prefix=prefix)
         else:
             print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
-        failed(str(judged) if judged else f"{type(error).__name__}: {error}", refused=False)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush()
         sys.stderr.flush()

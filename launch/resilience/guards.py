@@ -12,7 +12,6 @@ import torch
 
 from launch.config.resilience import WatchdogConfig
 from launch.engine.engine import Engine, StepResult
-from launch.machine.world import all_equal
 from launch.run.status import RunFailed
 from pipeline.loader import Batch
 from pipeline.plan import Ids
@@ -62,7 +61,7 @@ class Guards:
         self._steps = []
         if self._compare_every and last - self._compared_at >= self._compare_every:
             self._compared_at = last
-            if not all_equal(self._engine.digest(), self._engine.world):
+            if len(set(self._engine.world.gather(self._engine.digest()))) > 1:
                 raise RunFailed(
                     f"step {last}: the ranks hold different weights; resume from the last checkpoint, and look for a "
                     "faulty device, or a rank with other input or another seed"
