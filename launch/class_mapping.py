@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 
 import fat
@@ -11,21 +10,9 @@ from fat.weights.entries import listed
 from shards.errors import UserError
 
 
-@dataclass(frozen=True)
-class ClassMapping:
-    """Which output of a model stands for which class of a data set."""
-
-    classes: int
-    """Of the data set."""
-    outputs: tuple[int, ...] | None = None
-    """Output of each class; None = output i is class i, and further outputs take part as in training."""
-    note: str = ""
-    """What a person must know to read the figures; empty where model and set have the same classes in one order."""
-
-
 def map_classes(
     known: fat.ClassList | None, outputs: int, wanted: fat.ClassList, *, model: Path, data: Path
-) -> ClassMapping:
+) -> tuple[list[int] | None, list[str]]:
     """Find the output of each class of a data set.
 
     Args:
@@ -33,6 +20,10 @@ def map_classes(
         outputs: of the model.
         wanted: classes of the data set.
         model, data: for messages.
+
+    Returns:
+        The output of each class, None = output i is class i, and further outputs take part as in training; and what a
+        person must know to read the figures, nothing where model and set have the same classes in one order.
 
     Raises:
         UserError: the set has classes that the model does not know, or that cannot be compared.
@@ -44,15 +35,14 @@ def map_classes(
                 f"{model}: a model of {outputs:,} classes without class names, and {data} has {wanted.count:,} "
                 "classes; give the data set that it was trained on"
             )
-        return ClassMapping(
-            wanted.count,
-            note=f"{model} holds no class names: nothing shows that its {outputs:,} outputs are the classes of {data}, "
-            "in their order; if they are not, the accuracy means nothing",
-        )
+        return None, [
+            f"{model} holds no class names: nothing shows that its {outputs:,} outputs are the classes of {data}, "
+            "in their order; if they are not, the accuracy means nothing"
+        ]
     if known.count > outputs:
         raise UserError(f"{model}: {known.count:,} class names for {outputs:,} outputs; export the weights again")
     if known.digest == wanted.digest:
-        return ClassMapping(wanted.count)
+        return None, []
     if known.folders is None or wanted.folders is None:
         raise UserError(
             f"{model}: not trained on the classes of {data}, or on these in another order: it holds only a digest of "
@@ -66,17 +56,13 @@ def map_classes(
             f"{model}: does not know {len(unknown):,} of the {wanted.count:,} classes of {data}: {listed(unknown)}; "
             f"its own {known.count:,} are {listed(known.folders)}; give a data set whose class folders have these names"
         )
-    mapped = tuple(output_of[folder] for folder in wanted.folders)
+    mapped = [output_of[folder] for folder in wanted.folders]
     if wanted.count == known.count:
-        return ClassMapping(
-            wanted.count, mapped, f"{data} has the model's classes in another order; mapped by folder name"
-        )
-    return ClassMapping(
-        wanted.count,
-        mapped,
+        return mapped, [f"{data} has the model's classes in another order; mapped by folder name"]
+    return mapped, [
         f"{data} has {wanted.count:,} of the model's {known.count:,} classes: only their outputs are compared, so the "
-        "accuracy is higher than among all classes",
-    )
+        "accuracy is higher than among all classes"
+    ]
 
 
 def _check_unique(classes: fat.ClassList, where: Path) -> None:

@@ -33,13 +33,13 @@ from launch.config.engine import ParallelConfig
 from launch.engine.execution import kernels_from_environment, zero_and_precision
 from launch.engine.kernel_check import check_kernels
 from launch.engine.loss import count_batches
+from launch.engine.memory import check_device_memory
 from launch.evaluated_model import load_model
-from launch.machine.world import World, connect, run_command
+from launch.machine.world import connect, run_command
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
 from shards.files.output import check_output, write_output
-from shards.memory import check_memory
 from shards.ranges import check_ranges
 from shards.redact import printable
 
@@ -100,9 +100,11 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     entries = dataset.manifest.classes
     classes = fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
     model = found.model
-    mapping = map_classes(found.classes, model.config.num_classes, classes, model=command.model, data=dataset.path)
+    mapped, doubts = map_classes(
+        found.classes, model.config.num_classes, classes, model=command.model, data=dataset.path
+    )
     size, crop_pct = command.size or found.size, command.crop_pct or found.crop_pct
-    notes = [*found.notes, *filter(None, [mapping.note])]
+    notes = [*found.notes, *doubts]
     if world.is_main:
         step = "" if found.step is None else f", step {found.step:,}"
         kind = ", moving average" if command.average else ""
@@ -110,7 +112,8 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         print(printable(f"{found.source}{step}{kind}: {what}"), flush=True)
         for note in notes:
             print(f"note: {printable(note)}", file=sys.stderr, flush=True)
-    _check_memory(command, size, world)
+    images = 4.0 * 3 * size**2 * command.batch  # bytes, as float32
+    check_device_memory(f"--batch {command.batch}, --size {size}", images, "use a smaller --batch", world)
     model = model.eval().to(world.device)
     if command.fuse:
         model = fat.fuse(model)
@@ -131,10 +134,10 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         split=command.split,
         options=LoaderOptions(decode_threads=world.cores),
     )
-    outputs = None if mapping.outputs is None else torch.tensor(mapping.outputs, device=world.device)
+    outputs = None if mapped is None else torch.tensor(mapped, device=world.device)
     with loader:
         counted = count_batches(model, loader, device=world.device, precision=precision, outputs=outputs)
-        counts = torch.zeros(mapping.classes, 4, dtype=torch.float64, device=world.device)
+        counts = torch.zeros(len(entries), 4, dtype=torch.float64, device=world.device)
         for labels, rows in counted:
             counts.index_add_(0, labels, rows)
     if world.size > 1:
@@ -164,17 +167,6 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
         "loss": loss / seen,
         "classes": by_folder,
     }
-
-
-def _check_memory(command: Evaluate, size: int, world: World) -> None:
-    """Compare what the images of a batch take, as float32, with what there is."""
-    needed = 4.0 * 3 * size**2 * command.batch
-    what, remedy = f"--batch {command.batch}, --size {size}", "use a smaller --batch"
-    if world.device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(world.device)
-        check_memory(what, needed, remedy, available=total, of="this GPU")
-    else:
-        check_memory(what, needed * world.local_size, remedy)
 
 
 def show(result: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from launch.run.saved_recipe import RECIPE_NAME, full_classes, read_saved_run
 from shards.errors import UserError
 from shards.redact import printable
 
+MAX_FAULT = 200  # characters: torch lists all tensors that do not fit
+
 
 @dataclass(frozen=True)
 class EvaluatedModel:
@@ -93,9 +95,14 @@ def _of_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
         raise UserError(f"{found.path}: holds no classifier (head.bias); give another run folder")
     config = dataclasses.replace(config, num_classes=len(values["head.bias"]))
     with torch.device("meta"):  # a config may ask for more memory than there are tensors for
-        _check(fat.FAT(config), values, found.path, what)
-    model = fat.FAT(config)
-    model.load_state_dict(values)
+        model = fat.FAT(config)
+    try:
+        model.load_state_dict(values, assign=True)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[-1].strip()[:MAX_FAULT]
+        raise UserError(
+            f"{found.path}: its tensors do not fit {what} ({fault}); restore recipe.json, or evaluate the weights file"
+        ) from error
     classes = None if info.classes is None else full_classes(run, info.classes)
     return EvaluatedModel(model, found.path, classes, size, crop_pct, found.progress.step, notes)
 
@@ -117,18 +124,3 @@ def _checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:
     if best is None or best == found.path:
         return path, found, ()
     return path, found, (f"{found.path} is the newest checkpoint; the best is {best}",)
-
-
-def _check(model: fat.FAT, values: dict[str, torch.Tensor], checkpoint: Path, what: str) -> None:
-    """Raise a `UserError` if a checkpoint's tensors do not fit the model."""
-    expected = model.state_dict()
-    unlike = [
-        n
-        for n in {**expected, **values}
-        if n not in values or n not in expected or values[n].shape != expected[n].shape
-    ]
-    if unlike:
-        raise UserError(
-            f"{checkpoint}: {len(unlike)} tensors do not fit {what}, such as {unlike[0]}; restore recipe.json, or "
-            "evaluate the weights file"
-        )

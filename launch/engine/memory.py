@@ -6,6 +6,7 @@ import torch
 
 from launch.engine.execution import zero_and_precision
 from launch.feed import Feed
+from launch.machine.world import World
 from shards.memory import check_memory
 
 # What FAT-B0 keeps of an image between forward and backward, per pixel in float32, is 1,354 bytes (`fat.count`); the
@@ -41,8 +42,20 @@ def check_batches_fit(feed: Feed) -> None:
     )
     remedy = "use a smaller --size, --global-batch, --micro-batch or --eval-batch, or fewer batches ahead"
     if world.device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(world.device)
-        check_memory(what, batches, remedy, available=total, of="this GPU")
         check_memory(what, encoded * world.local_size, remedy)
     else:
-        check_memory(what, (batches + encoded + activations) * world.local_size, remedy)
+        batches += encoded + activations
+    check_device_memory(what, batches, remedy, world)
+
+
+def check_device_memory(what: str, needed: float, remedy: str, world: World) -> None:
+    """Compare what each rank needs on its device with what there is: on CPUs, all ranks of this machine share it.
+
+    Raises:
+        UserError: see `shards.memory.check_memory`.
+    """
+    if world.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(world.device)
+        check_memory(what, needed, remedy, available=total, of="this GPU")
+    else:
+        check_memory(what, needed * world.local_size, remedy)

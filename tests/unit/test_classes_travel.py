@@ -344,7 +344,7 @@ def test_a_digest_alone_is_enough_for_the_same_classes_and_refused_for_others() 
     model, data = Path("w.safetensors"), Path("set")
     full = classes_of("a", "b", "c")
     short = fat.ClassList.loads(full.dumps(limit=0))
-    assert map_classes(short, 3, full, model=model, data=data).outputs is None
+    assert map_classes(short, 3, full, model=model, data=data) == (None, [])
     with pytest.raises(UserError, match="only a digest of its 3 class names, which differs; evaluate the run folder"):
         map_classes(short, 3, classes_of("a", "b"), model=model, data=data)
 
