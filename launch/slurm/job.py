@@ -92,61 +92,33 @@ class Submit:
         return self.gpus_per_node if self.processes_per_node is None else self.processes_per_node
 
 
-@dataclass(frozen=True)
-class Fit:
-    """What is used of a number of nodes."""
+def fits(recipe: Recipe, job: Submit) -> list[tuple[int, int, int]]:
+    """For each number of nodes that may be given, find the largest world size on them that the global batch allows.
 
-    given: int
-    used: int
-    processes: int
-    """Per node."""
-
-    @property
-    def world(self) -> int:
-        return self.used * self.processes
-
-
-def fits(recipe: Recipe, job: Submit) -> list[Fit]:
-    """For each number of nodes that may be given, the largest world size on them that the global batch allows.
+    Returns:
+        (nodes given, nodes used, processes per node): as few nodes as hold the world, which means less traffic.
 
     Raises:
-        SubmitError: a fixed number of nodes does not fit; the message names what would.
+        SubmitError: a fixed number of nodes does not fit; the message names what would. Or not even one process does.
     """
     low, high = job.bounds
-    if low == high:
-        try:
-            _shape(recipe, high * job.processes)
-        except PlanError as error:
-            raise SubmitError(f"--nodes {high} x {job.processes} processes: {error}") from None
-    return _largest(recipe, range(low, high + 1), job.processes)
-
-
-def _largest(recipe: Recipe, counts: range, per_node: int) -> list[Fit]:
-    """The largest possible world on each number of nodes, and on as few of them as hold it: less traffic."""
+    if error := _obstacle(recipe, high * job.processes if low == high else 1):
+        raise SubmitError(f"--nodes {job.nodes} x {job.processes} processes: {error}")
     possible = []
     for world in reversed(divisors(recipe.data.global_batch)):
-        used = next((nodes for nodes in divisors(world) if world // nodes <= per_node), world)
-        if used > counts[-1]:
-            continue
-        try:
-            _shape(recipe, world)
-        except PlanError:
-            continue
-        possible.append((used, world))
-    found = []
-    for nodes in counts:
-        fit = next((fit for fit in possible if fit[0] <= nodes), None)
-        if fit is None:
-            raise SubmitError(
-                f"--global-batch {recipe.data.global_batch}: no number of processes up to {nodes * per_node} fits"
-            )
-        used, world = fit
-        found.append(Fit(nodes, used, world // used))
-    return found
+        used = next(nodes for nodes in divisors(world) if world // nodes <= job.processes)
+        if used <= high and not _obstacle(recipe, world):
+            possible.append((used, world // used))
+    largest = [next(fit for fit in possible if fit[0] <= given) for given in range(low, high + 1)]
+    return [(given, *fit) for given, fit in enumerate(largest, start=low)]
 
 
-def _shape(recipe: Recipe, world: int) -> BatchShape:
+def _obstacle(recipe: Recipe, world: int) -> PlanError | None:
+    """Return why the global batch cannot be dealt out to so many processes; None if it can."""
     data = recipe.data
-    return BatchShape(
-        global_batch=data.global_batch, world=world, micro_batch=data.micro_batch, pairs=data.augmentation().mixes
-    )
+    pairs = data.augmentation().mixes
+    try:
+        BatchShape(global_batch=data.global_batch, world=world, micro_batch=data.micro_batch, pairs=pairs)
+    except PlanError as error:
+        return error
+    return None

@@ -42,7 +42,7 @@ def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
         f"PYTHON={shlex.quote(job.python or ('python3' if job.container else sys.executable))}",
         f"SCRIPT={shlex.quote(str(job.script.absolute()))}",
         f"PROCESSES={job.processes}",
-        f"FITS=({shlex.join(f'{fit.given}:{fit.used}:{fit.processes}' for fit in fits(recipe, job))})",
+        f"FITS=({shlex.join(':'.join(map(str, fit)) for fit in fits(recipe, job))})",
         f"RESTARTS={job.restarts}",
         f"SETUP={shlex.quote(job.setup)}",
         f"SRUN=({shlex.join(runner if runner and runner[0].startswith('--') else [])})",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.config.command_line import parse
-from launch.slurm.job import Fit, Submit, SubmitError, fits
+from launch.slurm.job import Submit, SubmitError, fits
 from launch.slurm.script import END_OF_SETTINGS, TEMPLATE, render
 from launch.submit import main
 
@@ -37,7 +37,7 @@ def test_the_largest_world_size_that_the_batch_can_be_dealt_out_to(
         with pytest.raises(SubmitError, match="nearest world sizes that do: 24 and 32"):
             fits(recipe, job)
     else:
-        assert fits(recipe, job) == [Fit(*fit) for fit in expected]
+        assert fits(recipe, job) == expected
 
 
 def test_a_rendered_script_differs_from_the_template_in_its_head_only(tmp_path: Path) -> None:
