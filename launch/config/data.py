@@ -124,21 +124,16 @@ class DataConfig:
         """The shard set's folder or URL, without a digest behind it: `data`, else ./imagenet-shards.
 
         Raises:
-            RecipeError: none was named and the defaults do not exist.
-            UserError: a URL with credentials, or a malformed digest.
+            RecipeError: none was named and the default does not exist.
         """
         return self._located()[0]
 
     def _located(self) -> tuple[Path | str, ManifestDigest | None]:
-        if self.data:
-            plain, pin = split_pin(self.data, self.set_digest)
-            if is_remote(plain):
-                check_url(plain)
-                return plain, pin
-            return Path(plain), pin
-        if DEFAULT_DATA.exists():
-            return DEFAULT_DATA, split_pin(DEFAULT_DATA, self.set_digest)[1]
-        raise RecipeError(
-            f"no data: give --data SET, set FAT_DATA, or make ./{DEFAULT_DATA} with 'pipeline shard imagenet/' "
-            f"(neither FAT_DATA nor ./{DEFAULT_DATA} exists)"
-        )
+        data = self.data or (DEFAULT_DATA if DEFAULT_DATA.exists() else None)
+        if data is None:
+            raise RecipeError(
+                f"no data: give --data SET, set FAT_DATA, or make ./{DEFAULT_DATA} with 'pipeline shard imagenet/' "
+                f"(neither FAT_DATA nor ./{DEFAULT_DATA} exists)"
+            )
+        location, pin = split_pin(data, self.set_digest)
+        return location if is_remote(location) else Path(location), pin

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +20,34 @@ from shards.cores import quota
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
-@dataclass(frozen=True)
-class Cores:
-    """What one rank has."""
-
-    allowed: frozenset[int]
-    """Logical CPUs that it may run on."""
-    threads: int
-    """Its fair share of them: how many threads the decoder, torch and OpenMP each use."""
-
-
-def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> Cores:
+def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
     """Hold this process, with the threads it has already, to its cores, and set torch's and OpenMP's thread counts.
 
     Args:
         gpus: CUDA device of each local rank; None = they have none.
+
+    Returns:
+        How many threads the decoder, torch and OpenMP each use.
     """
     allowed = frozenset(os.sched_getaffinity(0))
     near = [cores_near(gpu) for gpu in gpus] if gpus else [frozenset[int]()] * local_size
-    cores = choose(allowed, near, local_rank, quota())
-    if cores.allowed != allowed:
+    cores, threads = choose(allowed, near, local_rank, quota())
+    if cores != allowed:
         for thread in Path("/proc/self/task").iterdir():
             try:
-                os.sched_setaffinity(int(thread.name), cores.allowed)
+                os.sched_setaffinity(int(thread.name), cores)
             except ProcessLookupError:  # it has ended meanwhile
                 continue
     # Launchers set OMP_NUM_THREADS=1 whatever the machine; libraries that are loaded from here on read this.
-    os.environ["OMP_NUM_THREADS"] = str(cores.threads)
-    torch.set_num_threads(cores.threads)
-    return cores
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+    return threads
 
 
-def choose(allowed: frozenset[int], near: Sequence[frozenset[int]], local_rank: int, quota: int | None = None) -> Cores:
-    """Choose the cores of a local rank.
+def choose(
+    allowed: frozenset[int], near: Sequence[frozenset[int]], local_rank: int, quota: int | None = None
+) -> tuple[frozenset[int], int]:
+    """Return the logical CPUs that a local rank may run on, and its fair share of them as a number of threads.
 
     Args:
         allowed: what the process was given.
@@ -68,7 +62,7 @@ def choose(allowed: frozenset[int], near: Sequence[frozenset[int]], local_rank: 
     if sharing > 1 and all(len(cpus) >= nearby.count(cpus) for cpus in nearby):
         allowed, sharing = nearby[local_rank], nearby.count(nearby[local_rank])
     paid = math.inf if quota is None else quota / len(near)
-    return Cores(allowed, max(1, int(min(len(allowed) / sharing, paid))))
+    return allowed, max(1, int(min(len(allowed) / sharing, paid)))
 
 
 def cores_near(device: int) -> frozenset[int]:

@@ -43,12 +43,6 @@ Address = tuple[socket.AddressFamily, Any]
 """As `socket.getaddrinfo` has it."""
 
 
-def set_defaults() -> None:
-    """Set the variables of `DEFAULTS` that are not set. NCCL reads them when the process group is created."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-
-
 def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
     """Create the process group. Collective.
 
@@ -58,7 +52,8 @@ def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
     Raises:
         NotJoined: a port is taken, or the processes cannot reach one another.
     """
-    set_defaults()
+    for name, value in DEFAULTS.items():  # NCCL reads them when the process group is created
+        os.environ.setdefault(name, value)
     if several_hosts:
         name_interface(rank0)
     try:

@@ -86,13 +86,13 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
         gpus = 0
         device = torch.device("cpu")
     placed = [rank % gpus for rank in range(local_size)] if gpus and numa_binding else None
-    share_of_cores = affinity.bind(local_rank, local_size, placed)
+    threads = affinity.bind(local_rank, local_size, placed)
     rank0 = None
     if size > 1:
         rank0 = network.rank0_address(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
     if size > 1 and not dist.is_initialized():
         network.join(backend, rank0, several_hosts=local_size < size)
-    return World(rank, size, local_rank, local_size, device, share_of_cores.threads, rank0=rank0)
+    return World(rank, size, local_rank, local_size, device, threads, rank0=rank0)
 
 
 def broadcast_from_rank0(make: Callable[[], T], world: World) -> T:

@@ -11,6 +11,7 @@ Clocks of different hosts are never compared: a rank is alive if its heartbeat c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -82,14 +83,11 @@ class Heartbeat:
         self._thread.start()
 
     def ask_for_stacks(self) -> None:
-        """Ask every other rank for its stacks.
-
-        Raises:
-            OSError: the request cannot be written.
-        """
+        """Ask every other rank for its stacks."""
         self._asks = True
         self._wake.set()
-        durable_write(self.folder / REQUEST, self._start.id.encode())
+        with contextlib.suppress(OSError):  # then this rank cannot publish heartbeats either, which `failure` says
+            durable_write(self.folder / REQUEST, self._start.id.encode())
 
     def watch(self, seconds: float) -> list[RankStatus]:
         """Read the heartbeats of all ranks until each has shown a sign of life and written its stacks.

@@ -79,27 +79,23 @@ class Preemption:
             signal.signal(number, handler)
 
     def save_requested(self) -> bool:
-        """Whether all ranks write a checkpoint now. Every rank calls it at the same places.
+        """Whether all ranks write a checkpoint now. Collective.
 
         Raises:
             LeaveRequested: all ranks save and leave now.
         """
-        decision = self._agreed()
+        asked = self._asked()
+        if self._group is None:
+            decision = asked
+        else:  # what was asked for until the last call
+            if self._pending is not None:
+                self._pending.wait()
+            decision = Request(int(self._flag))
+            self._flag.fill_(asked)
+            self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         if decision is Request.LEAVE:
             raise LeaveRequested(self._reason or "another rank's request")
         return decision is Request.SAVE
-
-    def _agreed(self) -> Request:
-        """What all ranks do now: what was asked for until the last call. Collective."""
-        asked = self._asked()
-        if self._group is None:
-            return asked
-        if self._pending is not None:
-            self._pending.wait()
-        decision = Request(int(self._flag))
-        self._flag.fill_(asked)
-        self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        return decision
 
     def until_leave(self, items: Iterable[T]) -> Iterator[T]:
         """Yield `items`, of which every rank has equally many.
@@ -109,8 +105,7 @@ class Preemption:
         """
         for item in items:
             yield item
-            if self._agreed() is Request.LEAVE:  # a checkpoint is written after the evaluation anyway
-                raise LeaveRequested(self._reason or "another rank's request")
+            self.save_requested()  # a checkpoint is written after the evaluation anyway
 
     def _asked(self) -> Request:
         save, self._save = self._save, False

@@ -201,10 +201,7 @@ class Watchdog:
 
     def _find_cause(self, heartbeat: Heartbeat, steps: int) -> tuple[str, list[str]]:
         """Return a description of the ranks at fault, and the hosts that the next start should exclude."""
-        try:
-            heartbeat.ask_for_stacks()
-        except OSError as error:
-            return f"{heartbeat.folder} cannot be written ({error}): nothing is known of the other ranks", []
+        heartbeat.ask_for_stacks()
         ranks = heartbeat.watch(ANSWER_SECONDS)
         own = ranks[self._world.rank]
         if own.silent_seconds or own.beat is None:
@@ -220,21 +217,14 @@ def is_observer(rank: int, ranks: int) -> bool:
 
 def finishes(task: Callable[[], None], seconds: float) -> bool:
     """Run `task` in a thread, and return whether it ended within `seconds`. A thread that hangs is abandoned."""
-    done = threading.Event()
-
-    def run() -> None:
-        try:
-            task()
-        except Exception as error:
-            log.warning("watchdog: %s: %s", type(error).__name__, error)
-        finally:
-            done.set()
-
+    thread = threading.Thread(target=task, name="watchdog-task", daemon=True)
     try:
-        threading.Thread(target=run, name="watchdog-task", daemon=True).start()
+        thread.start()
     except RuntimeError:  # no more threads; if the task hangs, the timer in C ends the process
-        run()
-    return done.wait(seconds)
+        task()
+        return True
+    thread.join(seconds)
+    return not thread.is_alive()
 
 
 def dump_to_stderr() -> None:

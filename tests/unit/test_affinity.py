@@ -35,8 +35,7 @@ NODES = {0: frozenset(range(8)), 1: frozenset(range(8, 16)), None: frozenset[int
 def test_a_rank_takes_the_cores_near_its_gpu(
     what: str, allowed: frozenset[int], near: list[int | str | None], rank: int, expected: tuple[set[int], int]
 ) -> None:
-    found = choose(allowed, [NODES[node] for node in near], rank)
-    assert (found.allowed, found.threads) == (frozenset(expected[0]), expected[1]), what
+    assert choose(allowed, [NODES[node] for node in near], rank) == (frozenset(expected[0]), expected[1]), what
 
 
 def test_the_kernels_lists_are_read() -> None:
