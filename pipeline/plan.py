@@ -140,7 +140,7 @@ class TrainPlan:
 
     def lane_of(self, rows: range) -> Ids:
         """The lane of each row, int64 [len(rows)]."""
-        return np.arange(rows.start, rows.stop, dtype=np.int64) // self.share
+        return np.arange(rows.start, rows.stop) // self.share
 
     def after(self, position: Position) -> Position:
         """The position one global batch later."""
@@ -201,7 +201,7 @@ class TrainPlan:
             self._blocks.move_to_end(key)
             return found
         start = number * self.shuffle_block_size
-        places = np.arange(start, min(start + self.shuffle_block_size, self.lane_samples), dtype=np.int64)
+        places = np.arange(start, min(start + self.shuffle_block_size, self.lane_samples))
         order = np.argsort(bits(Stream.SHUFFLE_BLOCK_ORDER, self.seed, epoch, lane, places), kind="stable")
         block = self._resolve(self._order(epoch), lane * self.lane_samples + places[order])
         self._blocks[key] = block
@@ -214,7 +214,7 @@ class TrainPlan:
         found = self._orders.get(epoch)
         if found is not None:
             return found
-        shards = np.arange(len(self._counts), dtype=np.int64)
+        shards = np.arange(len(self._counts))
         permutation = np.argsort(bits(Stream.SHARD_ORDER, self.seed, epoch, shards), kind="stable")
         counts = self._counts[permutation]
         order = _EpochOrder(
@@ -266,7 +266,7 @@ class EvalPlan:
             raise IndexError(f"no step {step} in an evaluation of {self.steps} steps")
         first = self.done(step)
         dealt = self.done(step + 1) - first
-        ids = first + self.rank * dealt // self.world + np.arange(self.batch, dtype=np.int64)
+        ids = first + self.rank * dealt // self.world + np.arange(self.batch)
         ids[ids >= first + (self.rank + 1) * dealt // self.world] = NO_SAMPLE
         return ids
 
