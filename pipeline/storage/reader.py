@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -156,9 +157,8 @@ class SampleReader:
         cache is not worth handing out.
         """
         places = self._storage.locate(ids)
-        ends = np.cumsum(places.sizes)
-        buffer = self._buffers.bytes(int(ends[-1]) if len(ends) else 0)
-        images = [buffer[end - size : end] for end, size in zip(ends.tolist(), places.sizes.tolist(), strict=True)]
+        buffer = self._buffers.bytes(int(places.sizes.sum()))
+        images = [buffer[start:end] for start, end in pairwise([0, *np.cumsum(places.sizes).tolist()])]
         batch = Encoded(ids=ids, images=images, rows=places.rows, raw=places.raw)
         read_now = self._storage.files.read_now
         # Neighbours in storage are read by one task: sorting by place makes them neighbours here.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +14,8 @@ import pytest
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from pipeline.plan import ShardRequest
+from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.files import Interrupted, LocalFiles
 from pipeline.storage.placement import Storage
 from pipeline.storage.reader import SampleReader
@@ -63,6 +69,28 @@ def test_a_batch_has_the_bytes_and_the_rows_of_its_samples(storage: Storage) -> 
         assert (len(empty.ids), empty.images, empty.faults) == (0, [], [])
 
 
+def test_what_can_be_read_without_waiting_is_not_read_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, waited = storage.files.read, []
+
+    def read_later(file: int, target: NDArray[np.uint8], offset: int) -> None:
+        waited.append((file, offset))
+        read(file, target, offset)
+
+    def read_now(file: int, target: NDArray[np.uint8], offset: int) -> bool:
+        read(file, target, offset)
+        return offset > 0
+
+    monkeypatch.setattr(storage.files, "read", read_later)
+    monkeypatch.setattr(storage.files, "read_now", read_now)
+    damage(storage, 25)
+    with SampleReader(storage) as reader:
+        batch = reader.read(ids(25, 0, 39))
+    assert [fault.id for fault in batch.faults] == [25]
+    assert [image.tobytes() for image in batch.images[1:]] == [content(0), content(39)]
+    places = [(int(row["shard"]), int(row["offset"])) for row in storage.index[[25, 0, 39]]]
+    assert [place in waited for place in places] == [True, True, False], "damaged, not there yet, there"
+
+
 def test_bad_samples_are_faults_of_their_rows_and_all_others_are_read(storage: Storage) -> None:
     bad = [*range(12), 25]
     damage(storage, *bad)
@@ -85,6 +113,17 @@ def test_the_first_bad_row_is_named_with_its_file_place_and_sample(storage: Stor
         f"{storage.files.name(1)}: the 125 bytes at offset 610 are not the ones that were sharded: their hash differs; "
         "run 'pipeline verify' on the set (sample 25)"
     )
+
+
+def test_a_bad_sample_of_a_tar_is_named_by_its_key(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("n01/image.7.jpg")
+    member.size = 5
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        tar.addfile(member, io.BytesIO(b"bytes"))
+    index = np.zeros(1, INDEX_DTYPE)
+    index["offset"], index["size"] = 512, 5
+    with SampleReader(Storage(index, LocalFiles([tmp_path / "shard.tar"]))) as reader:
+        assert str(reader.read(ids(0)).faults[0].error).endswith("(sample 0, key n01/image)")
 
 
 @pytest.mark.parametrize(("damaged", "faults"), [(1, 0), (2, 1)])
@@ -151,6 +190,52 @@ def test_batches_are_taken_ahead_and_come_in_order(storage: Storage, ahead: int,
     assert [*found, len(begun)] == taken
 
 
+def test_batches_are_read_by_the_threads_that_are_asked_for(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches of one task each, two threads of each kind: every read waits for one of the other thread."""
+    read, looked, names = storage.files.read, itertools.count(1), set()
+    all_taken, all_started = threading.Event(), threading.Event()
+    starts, reads = threading.Barrier(2, timeout=30), threading.Barrier(2, timeout=30)
+
+    def batches() -> Iterator[tuple[NDArray[np.int64], None]]:
+        for number in range(4):
+            if number == 3:
+                all_taken.set()
+            yield ids(*range(8 * number, 8 * number + 8)), None
+
+    def read_now(_file: int, _target: NDArray[np.uint8], offset: int) -> bool:
+        names.add(threading.current_thread().name)
+        all_taken.wait(30)
+        starts.wait()
+        if next(looked) == 32:
+            all_started.set()
+        return False
+
+    def read_later(file: int, target: NDArray[np.uint8], offset: int) -> None:
+        names.add(threading.current_thread().name)
+        all_started.wait(30)
+        reads.wait()
+        read(file, target, offset)
+
+    monkeypatch.setattr(storage.files, "read_now", read_now)
+    monkeypatch.setattr(storage.files, "read", read_later)
+    with SampleReader(storage, threads=2) as reader:
+        assert [len(batch.checked().ids) for batch, _ in reader.read_ahead(batches(), 3)] == [8] * 4
+    assert names == {"batch-reader_0", "batch-reader_1", "shard-reader_0", "shard-reader_1"}
+
+
+def test_images_are_read_into_the_buffers_that_are_given(storage: Storage) -> None:
+    class Recorded(BufferPool):
+        def bytes(self, size: int) -> NDArray[np.uint8]:
+            made.append(super().bytes(size))
+            return made[-1]
+
+    made: list[NDArray[np.uint8]] = []
+    with SampleReader(storage, buffers=Recorded()) as reader:
+        images = reader.read(ids(3, 30)).checked().images
+    assert [buffer.tobytes() for buffer in made] == [content(3) + content(30)]
+    assert all(np.shares_memory(image, made[0]) for image in images)
+
+
 def test_an_interrupted_reader_reads_no_more_and_a_closed_one_has_ended_its_threads(storage: Storage) -> None:
     reader = SampleReader(storage)
     reader.read(ids(0))
@@ -161,6 +246,17 @@ def test_an_interrupted_reader_reads_no_more_and_a_closed_one_has_ended_its_thre
     assert storage.files.open_now == 0  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="after shutdown"):
         next(reader.read_ahead([(ids(0), None)], 0))
+
+
+def test_what_will_be_read_and_what_has_been_is_passed_on(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(storage.files, "prefetch", told.append)
+    monkeypatch.setattr(storage.files, "advance", told.append)
+    requests = iter([ShardRequest(0, 3, [1])])
+    with SampleReader(storage) as reader:
+        reader.prefetch(requests)
+        reader.advance(3)
+    assert told == [requests, 3]
 
 
 def test_files_are_named_by_shard(storage: Storage, tmp_path: Path) -> None:
