@@ -73,7 +73,7 @@ def extend(state: U64, *key: ArrayLike) -> U64:
 
 def uniform(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
     """Uniform float64 in [0, 1) with 53 random bits, of the key's broadcast shape."""
-    return (bits(stream, *key) >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
+    return (bits(stream, *key) >> np.uint64(11)) * np.float64(1.0 / (1 << 53))
 
 
 def integers(high: ArrayLike, stream: Stream, *key: ArrayLike) -> NDArray[np.int64]:
@@ -84,7 +84,7 @@ def integers(high: ArrayLike, stream: Stream, *key: ArrayLike) -> NDArray[np.int
 
 def normal(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
     """Standard normal float64, of the key's broadcast shape: the quantile of a 52-bit uniform."""
-    u = ((bits(stream, *key) >> np.uint64(12)).astype(np.float64) + 0.5) * (1.0 / (1 << 52))
+    u = ((bits(stream, *key) >> np.uint64(12)) + np.float64(0.5)) * (1.0 / (1 << 52))
     return normal_quantile(u)
 
 
@@ -92,8 +92,8 @@ def beta(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
     """Beta(alpha, alpha) float64, of the key's broadcast shape: G1 / (G1 + G2) of two gamma draws, each with a further
     word of the key. Taken through logarithms, so that a small alpha does not underflow."""
     words = (_as_u64(word)[..., None] for word in key)
-    draws = _log_gamma_draw(alpha, stream, *words, np.arange(2))
-    return 1.0 / (1.0 + exp(draws[..., 1] - draws[..., 0]))
+    first, second = np.moveaxis(_log_gamma_draw(alpha, stream, *words, np.arange(2)), -1, 0)
+    return 1.0 / (1.0 + exp(second - first))
 
 
 def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
@@ -111,13 +111,15 @@ def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np
         v = root * root * root
         log_v = 3.0 * log(np.maximum(root, 1e-300))
         log_u = log(1.0 - uniform(stream, *numbered, 1))
-        return log_v, (root > 0) & (log_u < 0.5 * x * x + d - d * v + d * log_v)
+        # A root that is not positive is never accepted: its log_v is too low.
+        return log_v, log_u < 0.5 * x * x + d - d * v + d * log_v
 
     words = np.broadcast_arrays(*map(_as_u64, key))
     log_v, accepted = attempt(*words, 0)
     if not accepted.all():  # nearly all first tries are accepted: the other fifteen are made where one was not
         log_vs, others = attempt(*(word[~accepted][:, None] for word in words), np.arange(16))
-        log_v[~accepted] = np.take_along_axis(log_vs, others.argmax(axis=-1)[:, None], axis=-1)[:, 0]
+        first = others.argmax(axis=1)
+        log_v[~accepted] = log_vs[np.arange(len(first)), first]
     log_power = log(1.0 - uniform(stream, *key, 16)) / alpha
     return log(d) + log_v + log_power
 
@@ -133,7 +135,7 @@ def _as_u64(word: ArrayLike) -> U64:
     array = np.asarray(word)
     if array.dtype == np.uint64:
         return array
-    if array.dtype.kind not in "iub":
+    if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"integer key expected, {array.dtype} found")
     return array.astype(np.int64).view(np.uint64)
 
@@ -147,31 +149,30 @@ _LOG2_E = 1.4426950408889634
 _SQRT_HALF = 0.7071067811865476
 
 
-def exp(x: ArrayLike) -> NDArray[np.float64]:
+def exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """e^x, float64: Taylor's series about the nearest multiple of ln 2. Above 709 it overflows to infinity."""
-    x = np.clip(np.asarray(x, dtype=np.float64), -800.0, 800.0)
+    x = np.clip(x, -800.0, 800.0)
     power = np.rint(x * _LOG2_E)
     rest = (x - power * _LN2_HIGH) - power * _LN2_LOW
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore"):
         return np.ldexp(_horner(rest, _EXP), power.astype(np.int32))
 
 
-def log(x: ArrayLike) -> NDArray[np.float64]:
+def log(x: NDArray[np.float64] | float) -> NDArray[np.float64]:
     """Natural logarithm of a positive normal float64: the series of 2 atanh((m - 1) / (m + 1)), m the mantissa."""
-    mantissa, exponent = np.frexp(np.asarray(x, dtype=np.float64))
+    mantissa, exponent = np.frexp(x)
     low = mantissa < _SQRT_HALF
     mantissa = np.where(low, mantissa * 2.0, mantissa)
-    power = exponent.astype(np.float64) - low
+    power = exponent - low
     s = (mantissa - 1.0) / (mantissa + 1.0)
     return power * _LN2_HIGH + (2.0 * s * _horner(s * s, _ATANH) + power * _LN2_LOW)
 
 
-def normal_quantile(p: ArrayLike) -> NDArray[np.float64]:
+def normal_quantile(p: NDArray[np.float64]) -> NDArray[np.float64]:
     """The standard normal's inverse distribution function at p in (0, 1), float64.
 
     Source: Wichura 1988, "Algorithm AS 241: the percentage points of the normal distribution", PPND16.
     """
-    p = np.asarray(p, dtype=np.float64)
     q = p - 0.5
     r = 0.180625 - q * q
     middle = q * _horner(r, _AS241_MIDDLE[0]) / _horner(r, _AS241_MIDDLE[1])

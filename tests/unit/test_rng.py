@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -42,11 +43,14 @@ def test_golden_values() -> None:
     [
         (rng.exp, [-1.0, 0.5, 100.0], ["0x1.78b56362cef38p-2", "0x1.a61298e1e069cp+0", "0x1.3494a9b171bf5p+144"]),
         (rng.log, [0.1, 3.0, 1e10], ["-0x1.26bb1bbb55515p+1", "0x1.193ea7aad030bp+0", "0x1.7069e2aa2aa5bp+4"]),
+        (rng.log, [math.sqrt(0.5)], ["-0x1.62e42fefa39eep-2"]),  # where the mantissa's range ends
         (
             rng.normal_quantile,
             [1e-9, 0.025, 0.6],
             ["-0x1.7fdc11f44b5a7p+2", "-0x1.f5c0331eeff83p+0", "0x1.036d6c4a04b5ap-2"],
         ),
+        # Where one rational approximation takes over from another: sqrt(-log p) = 5 and |p - 1/2| = 0.425.
+        (rng.normal_quantile, [1.3887943864964021e-11, 0.075], ["-0x1.aa1b1c13ee525p+2", "-0x1.7085226d3e523p+0"]),
     ],
 )
 def test_elementary_functions_give_the_same_bits_everywhere(
@@ -86,10 +90,11 @@ def test_streams_words_and_their_order_all_matter() -> None:
     assert len({int(rng.bits(*key)) for key in keys}) == len(keys)
 
 
-def test_keys_broadcast() -> None:
-    table = rng.bits(Stream.CROP, np.arange(3)[:, None], np.arange(4))
-    assert table.shape == (3, 4)
-    assert table[2, 1] == rng.bits(Stream.CROP, 2, 1)
+@pytest.mark.parametrize("draw", [rng.bits, rng.uniform, rng.normal, partial(rng.beta, 0.8), partial(rng.integers, 9)])
+def test_keys_broadcast(draw: Callable[..., NDArray[np.generic]]) -> None:
+    table = draw(Stream.CROP, np.arange(3)[:, None], np.arange(40))
+    assert table.shape == (3, 40)
+    assert table.tolist() == [[draw(Stream.CROP, a, b) for b in range(40)] for a in range(3)]
 
 
 def test_a_float_key_is_refused() -> None:
@@ -128,8 +133,10 @@ def test_exp_and_log_are_accurate_to_two_units_in_the_last_place() -> None:
     np.testing.assert_array_max_ulp(rng.log(y), np.array([math.log(v) for v in y]), maxulp=2)
 
 
+@pytest.mark.filterwarnings("error")
 def test_exp_beyond_the_range_is_zero_or_infinite() -> None:
-    assert rng.exp(np.array([-1e9, -800.0, 800.0, 1e9])).tolist() == [0.0, 0.0, math.inf, math.inf]
+    x = np.array([-math.inf, -1e9, -800.0, 800.0, 1e9, math.inf])
+    assert rng.exp(x).tolist() == [0.0, 0.0, 0.0, math.inf, math.inf, math.inf]
 
 
 def test_normal_quantile_is_accurate_from_tail_to_tail() -> None:
@@ -140,7 +147,7 @@ def test_normal_quantile_is_accurate_from_tail_to_tail() -> None:
 
 def test_normal_has_the_normals_quantiles() -> None:
     z = rng.normal(Stream.RAND_AUGMENT, 1, np.arange(200_000))
-    share = [0.001, 0.05, 0.25, 0.5, 0.75, 0.95, 0.999]
+    share = np.array([0.001, 0.05, 0.25, 0.5, 0.75, 0.95, 0.999])
     np.testing.assert_allclose(np.quantile(z, share), rng.normal_quantile(share), atol=0.05)
     assert abs(z.mean()) < 0.01
     assert abs(z.std() - 1) < 0.01
