@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.augment.describe import describe
@@ -74,6 +74,8 @@ unit = st.floats(0.01, 1.0)
     ratio=st.tuples(st.floats(0.1, 10), st.floats(0.1, 10)),
     crop=st.sampled_from(["random", "centre"]),
 )
+@example(heights=[100], width=1, scale=(1.0, 1.0), ratio=(3.0, 4.0), crop="random")
+@example(heights=[1], width=100, scale=(1.0, 1.0), ratio=(0.25, 0.3), crop="random")
 def test_every_window_lies_in_its_image(
     heights: list[int], width: int, scale: tuple[float, float], ratio: tuple[float, float], crop: str
 ) -> None:
