@@ -17,11 +17,8 @@ def open_missing_streams() -> None:
         try:
             os.fstat(number)
         except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
             mode = "r" if number == 0 else "w"
-            handle = os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
-            if handle != number:
-                os.dup2(handle, number)
-                os.close(handle)
             stream = open(number, mode, encoding="utf-8", closefd=False)  # noqa: SIM115 - as long as the process
             setattr(sys, name, stream)
             setattr(sys, f"__{name}__", stream)

@@ -21,7 +21,6 @@ from launch.machine.provenance import versions
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import unwritable
 from launch.run.status import write_status
-from pipeline.storage.remote.url import is_remote
 from shards.errors import UserError
 from shards.files.temporary import temporary_folder
 from shards.format.manifest import MANIFEST_NAME
@@ -138,8 +137,8 @@ def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:
 def data_hash(recipe: Recipe) -> str:
     """Hash the manifest of the shard set, which holds the hashes of all other files, and the sizes of the indexes."""
     location = recipe.data.location()
-    if not isinstance(location, Path) or is_remote(str(location)):
-        return str(location)
+    if not isinstance(location, Path):
+        return location
     try:
         digest = xxhash.xxh3_64((location / MANIFEST_NAME).read_bytes())
         for index in sorted(location.glob("*.index.npy")):

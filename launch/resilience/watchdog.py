@@ -194,20 +194,18 @@ class Watchdog:
         elif not is_observer(self._world.rank, self._world.size):
             time.sleep(ANSWER_SECONDS)  # until then observers read this rank's heartbeat and need its connections
         else:
-            cause, nodes = self._find_cause(self._heartbeat, steps)
-            self._reason += f"; {cause}"
+            heartbeat = self._heartbeat
+            heartbeat.ask_for_stacks()
+            ranks = heartbeat.watch(ANSWER_SECONDS)
+            own = ranks[self._world.rank]
+            if own.silent_seconds or own.beat is None:
+                cause = f"no heartbeat written to {heartbeat.folder} ({heartbeat.failure or 'the file system hangs'})"
+                self._reason += f"; {cause}: nothing is known of the other ranks"
+            else:
+                self._reason += f"; {describe_failure(ranks, self._world.rank, steps)}"
+                nodes = failing_hosts(ranks)
         if nodes or read_status(self._run) != "stalled":
             write_status(self._run, "stalled", reason=self._reason, nodes=nodes)
-
-    def _find_cause(self, heartbeat: Heartbeat, steps: int) -> tuple[str, list[str]]:
-        """Return a description of the ranks at fault, and the hosts that the next start should exclude."""
-        heartbeat.ask_for_stacks()
-        ranks = heartbeat.watch(ANSWER_SECONDS)
-        own = ranks[self._world.rank]
-        if own.silent_seconds or own.beat is None:
-            cause = heartbeat.failure or "the file system hangs"
-            return f"no heartbeat written to {heartbeat.folder} ({cause}): nothing is known of the other ranks", []
-        return describe_failure(ranks, self._world.rank, steps), failing_hosts(ranks)
 
 
 def is_observer(rank: int, ranks: int) -> bool:
