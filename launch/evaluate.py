@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -83,7 +83,7 @@ class Evaluate:
         check_ranges(self)
 
 
-def evaluate(command: Evaluate) -> dict[str, Any] | None:
+def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     """Run the evaluation; collective. Rank 0 gets samples, top1, top5, loss (shares), and top-1 by class folder.
 
     Raises:
@@ -92,7 +92,6 @@ def evaluate(command: Evaluate) -> dict[str, Any] | None:
     if command.json is not None:
         check_output(command.json, "--json")
     world = connect()
-    data = DataConfig(data=command.data, set_digest=command.set_digest, cache=command.cache)
     dataset = data.open(local_ranks=world.local_size)
     samples = dataset.split(command.split).samples
     samples = samples if command.limit is None else min(samples, command.limit)
@@ -193,8 +192,8 @@ def main() -> int:
     @kernels_from_environment()
     def run() -> int:
         command = tyro.cli(Evaluate, description=__doc__)
-        data = DataConfig(data=command.data, cache=command.cache).with_environment(os.environ)
-        result = evaluate(replace(command, data=data.data, cache=data.cache))
+        data = DataConfig(data=command.data, set_digest=command.set_digest, cache=command.cache)
+        result = evaluate(command, data.with_environment(os.environ))
         if result is not None:
             show(result)
             if command.json is not None:

@@ -71,20 +71,16 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
         print(printable(overruled), file=sys.stderr, flush=True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = local_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    backend = "gloo"
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        # More local ranks than GPUs share them, which NCCL refuses and gloo allows (tests of several ranks on one GPU).
-        device = torch.device("cuda", local_rank % gpus)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
+    if gpus:
         torch.cuda.set_device(device)
-        backend = "nccl" if local_size <= gpus else "gloo"
-        if local_size > gpus:
-            # accelerate and DeepSpeed take the device of this number, and would look for one GPU per rank.
-            os.environ["LOCAL_RANK"] = str(device.index)
-            os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    else:
-        gpus = 0
-        device = torch.device("cpu")
+    # More local ranks than GPUs share them, which NCCL refuses and gloo allows (tests of several ranks on one GPU).
+    backend = "nccl" if gpus and local_size <= gpus else "gloo"
+    if gpus and backend == "gloo":
+        # accelerate and DeepSpeed take the device of this number, and would look for one GPU per rank.
+        os.environ["LOCAL_RANK"] = str(device.index)
+        os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     placed = [rank % gpus for rank in range(local_size)] if gpus and numa_binding else None
     threads = affinity.bind(local_rank, local_size, placed)
     rank0 = None
