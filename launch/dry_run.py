@@ -16,7 +16,7 @@ from launch.engine.schedule import rate_of
 from launch.feed import Feed
 from launch.jpeg_decoder import with_decoder
 from launch.machine.world import World
-from launch.setup import set_up
+from launch.prepare import set_up
 from shards.errors import UserError
 from shards.redact import printable
 

@@ -31,6 +31,7 @@ from launch.engine.schedule import rate_of
 from launch.feed import Feed
 from launch.jpeg_decoder import with_decoder
 from launch.machine.world import World, connect, run_command
+from launch.prepare import set_up
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import LeaveRequested, Preemption, deadline
 from launch.resilience.preflight import preflight
@@ -42,7 +43,6 @@ from launch.run.metrics import Metrics
 from launch.run.progress import SCORED, Progress
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from launch.run.trackers import Trackers, start_trackers
-from launch.setup import set_up
 from shards.errors import UserError, lack_of_files
 from shards.redact import printable
 
