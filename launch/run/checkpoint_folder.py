@@ -108,12 +108,13 @@ class CheckpointFolder:
             temporary.rename(final)
             sync_folder(self.folder)
         except (OSError, SafetensorError) as error:
+            fact = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise CheckpointError(f"{final}: checkpoint not written ({fact})") from error
+        finally:  # after an error of any kind
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 if not os.path.lexists(final):
                     replaced.rename(final)
-            fact = error.strerror if isinstance(error, OSError) and error.strerror else error
-            raise CheckpointError(f"{final}: checkpoint not written ({fact})") from error
         self._damaged.discard(final)
         with contextlib.suppress(OSError, UserError):  # removing old checkpoints is not essential
             self._drop_old(progress.step)

@@ -143,6 +143,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         folder.prepare()
 
 
+def test_a_state_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 2)
+    with pytest.raises(ValueError, match="non contiguous"):
+        folder.save({"w": torch.zeros(2, 3).T}, Progress(step=2, epoch_step=2), FINGERPRINT)
+    assert names(tmp_path) == ["step-00000002"]
+
+
 def test_a_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     writer = BackgroundWriter(folder)
