@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 
 import fat
-from fat.config import VARIANTS
 from launch.config.data import DataConfig
 from launch.engine.zero_state import weights_of
 from launch.run.checkpoint import META, Checkpoint, open_checkpoint
 from launch.run.checkpoint_folder import CheckpointFolder
-from launch.run.saved_recipe import RECIPE_NAME, full_classes, read_saved_run
+from launch.run.saved_recipe import full_classes
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -81,19 +80,15 @@ def _of_weights(path: Path) -> EvaluatedModel:
 def _of_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
     run, found, notes = _checkpoint(path)
     info = found.info()
-    config, size, crop_pct = info.config, info.size, info.crop_pct
-    what = f"the model that {found.path} names"
-    if config is None or size is None or crop_pct is None:
-        recipe = read_saved_run(run).recipe
-        config, size, crop_pct = VARIANTS[f"fat_{recipe.model.variant}"], recipe.data.size, recipe.data.crop_pct
-        what = f"fat_{recipe.model.variant}, the model of {run / RECIPE_NAME}"
+    if info.config is None or info.size is None or info.crop_pct is None:
+        raise UserError(f"{found.path}: does not say of which model it is; evaluate a weights file of the run")
     state = found.load()
     values = weights_of(state, average=average)
     if average and not values:
         raise UserError(f"{found.path}: trained without a moving average (--ema); leave --average out")
     if "head.bias" not in values:
         raise UserError(f"{found.path}: holds no classifier (head.bias); give another run folder")
-    config = dataclasses.replace(config, num_classes=len(values["head.bias"]))
+    config = dataclasses.replace(info.config, num_classes=len(values["head.bias"]))
     with torch.device("meta"):  # a config may ask for more memory than there are tensors for
         model = fat.FAT(config)
     try:
@@ -101,10 +96,11 @@ def _of_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
     except RuntimeError as error:
         fault = str(error).splitlines()[-1].strip()[:MAX_FAULT]
         raise UserError(
-            f"{found.path}: its tensors do not fit {what} ({fault}); restore recipe.json, or evaluate the weights file"
+            f"{found.path}: its tensors do not fit the model that it names ({fault}); evaluate another checkpoint, or a "
+            "weights file of the run"
         ) from error
     classes = None if info.classes is None else full_classes(run, info.classes)
-    return EvaluatedModel(model, found.path, classes, size, crop_pct, found.progress.step, notes)
+    return EvaluatedModel(model, found.path, classes, info.size, info.crop_pct, found.progress.step, notes)
 
 
 def _checkpoint(path: Path) -> tuple[Path, Checkpoint, tuple[str, ...]]:

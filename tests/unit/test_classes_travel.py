@@ -238,6 +238,7 @@ def test_the_newest_checkpoint_says_which_one_is_the_best(
     folder = CheckpointFolder(Path(shutil.copytree(trained, tmp_path / "run")) / "checkpoints")
     best, _ = folder.newest()
     assert best is not None
+    folder = CheckpointFolder(folder.folder, info=best.info())
     newest = folder.save(best.load(), Progress(step=3, epoch_step=3, best=best.progress.best), best.fingerprint)
     for model in (tmp_path / "run", best.path):
         assert run(evaluate, model, "--data", digits, *QUICK, "--size", "32") == 0

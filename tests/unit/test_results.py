@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -18,11 +17,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fat
+from fat.config import VARIANTS
 from launch.bench.chart import write_chart
 from launch.bench.verdict import Figures, Phase
 from launch.cli import main as pipeline
-from launch.config.model import ModelConfig
-from launch.config.recipe import Recipe
 from launch.evaluate import main as evaluate
 from launch.evaluate import show
 from launch.machine.device_peaks import DevicePeaks
@@ -218,26 +216,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = fat.create_model("fat_b0", num_classes=10)
     run = tmp_path_factory.mktemp("run")
     state = {f"model/{name}": value for name, value in model.state_dict().items()}
-    CheckpointFolder(run / "checkpoints", keep=1).save(state, Progress(step=1, epoch_step=1), Fingerprint({}, {}))
-    (run / "recipe.json").write_text(json.dumps(description(Recipe())))
+    info = fat.WeightsInfo(config=model.config, size=32, crop_pct=0.9)
+    folder = CheckpointFolder(run / "checkpoints", keep=1, info=info)
+    folder.save(state, Progress(step=1, epoch_step=1), Fingerprint({}, {}))
     fat.save_weights(model, run / "weights.safetensors")
     return run
-
-
-def description(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "recipe": recipe.to_dict(),
-        "engine": {"zero": 0, "precision": "fp32", "world": 1, "device": "cpu", "cores": 2},
-    }
-
-
-def changed(*path: str, value: Any) -> str:
-    content = description(Recipe())
-    place = content
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    return json.dumps(content)
 
 
 EVALUATE = ("--size", "32", "--limit", "4", "--batch", "4")
@@ -248,36 +231,19 @@ def test_a_run_is_evaluated(finished: Path, digits: Path, capsys: pytest.Capture
     assert "over 4 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("content", "fact"),
-    [
-        ("{}", "Field required"),
-        ("[]", "should be an object"),
-        ("", "Invalid JSON"),
-        ("{" * 100_000, "Invalid JSON"),
-        ("x" * (2 << 20), "more than the 1,048,576"),
-        (changed("recipe", "model", "variant", value="b9"), "recipe.model.variant: Input should be 'b0'"),
-        (changed("recipe", "data", "size", value=-3), "recipe.data.size: Input should be greater than or equal to 32"),
-        (changed("recipe", "data", "size", value=1e300), "recipe.data.size"),
-        (changed("recipe", "data", "crop_pct", value="x"), "recipe.data.crop_pct"),
-        (changed("recipe", "optim", "warmup_epochs", value=300), "--warmup-epochs 300 of --epochs 300"),
-        (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
-        (json.dumps(description(Recipe(model=ModelConfig(variant="b1")))), "tensors do not fit fat_b1, the model of"),
-    ],
-)
-def test_a_recipe_of_another_shape_is_refused_in_one_line(
-    *, content: str, fact: str, finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    (folder / "recipe.json").write_text(content)
-    assert run(evaluate, folder, "--data", digits, *EVALUATE) == 2
-    shown = capsys.readouterr().err
-    assert fact in shown
-    assert str(folder) in shown
-    assert shown.count("\n") == 1
-    (folder / "recipe.json").unlink()
-    assert run(evaluate, folder, "--data", digits, *EVALUATE) == 2
-    assert "recipe.json: cannot be read (No such file" in capsys.readouterr().err
+def test_a_checkpoint_that_does_not_fit_the_model_that_it_names_is_refused(
+    finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, _ = CheckpointFolder(finished / "checkpoints").newest()
+    assert found is not None
+    other = fat.WeightsInfo(config=VARIANTS["fat_b1"], size=32, crop_pct=0.9)
+    for info, fact in ((other, "tensors do not fit the model that it names"), (fat.WeightsInfo(), "of which model")):
+        CheckpointFolder(tmp_path, info=info).save(found.load(), found.progress, found.fingerprint)
+        assert run(evaluate, tmp_path / found.path.name, "--data", digits, *EVALUATE) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"error: {tmp_path / found.path.name}: ")
+        assert fact in shown
+        assert shown.count("\n") == 1
 
 
 def test_what_is_not_a_model_is_refused_in_one_line(
@@ -285,7 +251,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(
 ) -> None:
     (tmp_path / "empty").mkdir()
     save_file({"x": torch.zeros(2)}, tmp_path / "other.safetensors")
-    for path in (tmp_path / "empty", tmp_path / "none", tmp_path / "other.safetensors", finished / "recipe.json"):
+    for path in (tmp_path / "empty", tmp_path / "none", tmp_path / "other.safetensors", digits / "manifest.json"):
         assert run(evaluate, path, "--data", digits, *EVALUATE) == 2
         shown = capsys.readouterr().err
         assert shown.startswith("error: ")

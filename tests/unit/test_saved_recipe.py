@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from launch.config.command_line import parse
 from launch.config.recipe import Recipe
 from launch.machine.world import World
 from launch.run.saved_recipe import SavedRun, inherit_options, read_previous_start, read_saved_run
+from shards.errors import UserError
 
 HERE, CORES = "a GPU", 8
 GIVEN = ("--compile", "off", "--optimizer-impl", "foreach", "--read-threads", "7", "--preallocate-width", "640")
@@ -77,3 +80,49 @@ def test_a_damaged_recipe_is_a_warning(tmp_path: Path) -> None:
     assert found is None
     assert len(messages) == 1
     assert messages[0].startswith(f"warning: {tmp_path}/recipe.json: not the recipe of a run")
+
+
+DESCRIPTION: dict[str, Any] = {
+    "recipe": Recipe().to_dict(),
+    "engine": {"zero": 0, "precision": "fp32", "world": 1, "device": "cpu", "cores": 2},
+}
+
+
+def changed(*path: str, value: Any) -> str:
+    content = copy.deepcopy(DESCRIPTION)
+    place = content
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "fact"),
+    [
+        ("{}", "Field required"),
+        ("[]", "should be an object"),
+        ("", "Invalid JSON"),
+        ("{" * 100_000, "Invalid JSON"),
+        ("x" * (2 << 20), "more than the 1,048,576"),
+        (changed("recipe", "model", "variant", value="b9"), "recipe.model.variant: Input should be 'b0'"),
+        (changed("recipe", "data", "size", value=-3), "recipe.data.size: Input should be greater than or equal to 32"),
+        (changed("recipe", "data", "size", value=1e300), "recipe.data.size"),
+        (changed("recipe", "data", "crop_pct", value="x"), "recipe.data.crop_pct"),
+        (changed("recipe", "optim", "warmup_epochs", value=300), "--warmup-epochs 300 of --epochs 300"),
+        (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
+    ],
+)
+def test_a_recipe_of_another_shape_is_refused_in_one_line(tmp_path: Path, content: str, fact: str) -> None:
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(UserError) as refused:
+        read_saved_run(tmp_path)
+    shown = str(refused.value)
+    assert fact in shown
+    assert shown.startswith(f"{tmp_path}/recipe.json: not the recipe of a run (")
+    assert "\n" not in shown
+
+
+def test_a_folder_without_a_recipe_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"recipe\.json: cannot be read \(No such file.*\); give a run folder"):
+        read_saved_run(tmp_path)
