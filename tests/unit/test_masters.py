@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,19 @@ def test_the_average_is_the_exponential_one_of_weights_and_statistics() -> None:
             if value.is_floating_point():
                 torch.testing.assert_close(model.state_dict()[name], value)
     assert all(torch.equal(live[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_evaluation_of_the_average_that_is_broken_off_leaves_the_weights_as_they_were() -> None:
+    model, masters = made(decay=0.9)
+    for value in (*model.parameters(), model[1].running_mean, model[1].running_var):
+        value.data.add_(1.0)
+    masters.update_average(0)
+    before = {name: value.clone() for name, value in masters.state_dict().items()}
+    with contextlib.suppress(KeyboardInterrupt), masters.averaged():
+        assert torch.equal(model[0].weight, before["ema/0.weight"])
+        raise KeyboardInterrupt
+    assert all(torch.equal(before[name], value) for name, value in masters.state_dict().items())
+    assert torch.equal(model[1].running_mean, before["model/1.running_mean"])
 
 
 def test_statistics_that_are_not_finite_do_not_enter_the_average() -> None:
