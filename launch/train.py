@@ -164,6 +164,9 @@ def main() -> int:
 
 def begin(recipe: Recipe) -> int:
     """The run of a recipe; returns the exit status."""
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+        # 'never' is about the run as it was when the job was submitted, not about the job's own earlier starts.
+        recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     lock = FolderLock(recipe.run.out, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
     with lock, failure_in_status(recipe.run.out, lock):
         world = connect(numa_binding=recipe.parallel.numa_binding)

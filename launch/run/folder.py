@@ -101,7 +101,7 @@ class RunFolder:
         check_metrics(self.path)
         self._tidy_up()
         self._checkpoints.prepare()
-        if starts_afresh(self._recipe):
+        if self._recipe.checkpoint.resume == "never":
             aside = self._set_aside()
             return None, [f"the earlier run's checkpoints and metrics are now in {aside}"] if aside else []
         found, complaints = self._checkpoints.newest()
@@ -269,12 +269,6 @@ class RunFolder:
             raise unwritable(self.path, error) from error
 
 
-def starts_afresh(recipe: Recipe) -> bool:
-    """Whether checkpoints in the run folder are another run's: 'never' is about the run as it was when the job was
-    submitted, not about the job's own earlier starts."""
-    return recipe.checkpoint.resume == "never" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0"
-
-
 def goes_on(recipe: Recipe) -> bool:
     """Whether the run folder holds a part of this run.
 
@@ -282,4 +276,4 @@ def goes_on(recipe: Recipe) -> bool:
         StorageFailed: the checkpoints cannot be listed.
     """
     out = recipe.run.out
-    return out.is_dir() and not starts_afresh(recipe) and not CheckpointFolder(out / CHECKPOINTS).is_empty()
+    return out.is_dir() and recipe.checkpoint.resume == "auto" and not CheckpointFolder(out / CHECKPOINTS).is_empty()

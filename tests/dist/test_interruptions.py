@@ -94,17 +94,23 @@ def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digi
     assert not list((run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize("average", [(), ("--ema", "0.9")], ids=["weights", "average"])
 def test_asked_to_leave_during_an_evaluation_the_run_saves_and_evaluates_when_it_is_back(
-    train: Trainer, tmp_path: Path, digits: Path
+    train: Trainer, tmp_path: Path, digits: Path, average: tuple[str, ...]
 ) -> None:
     run = tmp_path / "run"
-    options = ("--data", digits, "--out", run, "--stop-after", "2", "--eval-batch", "4")
+    options = ("--data", digits, "--out", run, "--stop-after", "2", "--eval-batch", "40", *average)
     assert train("ask", *OPTIONS, *options, program=PROVOKE).returncode == 75
-    assert lines(run, "eval") == []
+    assert lines(run, "eval") == lines(run, "eval-ema") == []
     assert status(run)["step"] == 2
+    saved = load_file(run / "checkpoints" / "step-00000002" / "state.safetensors")
     done = train(*OPTIONS, *options)
     assert done.returncode == 0, done.stderr
-    assert [(line["step"], line["samples"]) for line in lines(run, "eval")] == [(2, 360)]
+    kinds = {"eval": ("model", "weights")} | ({"eval-ema": ("ema", "weights-ema")} if average else {})
+    for kind, (key, name) in kinds.items():
+        assert [(line["step"], line["samples"]) for line in lines(run, kind)] == [(2, 360)]
+        weights = load_file(run / f"{name}.safetensors")
+        assert all(torch.equal(saved[f"{key}/{n}"], w) for n, w in weights.items() if w.is_floating_point())
 
 
 def test_a_run_that_starts_afresh_sets_the_old_one_aside(train: Trainer, tmp_path: Path, digits: Path) -> None:
@@ -116,6 +122,10 @@ def test_a_run_that_starts_afresh_sets_the_old_one_aside(train: Trainer, tmp_pat
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000001", "step-00000002"]
     assert (run / "checkpoints-before-1" / "step-00000004").is_dir()
     assert [line["step"] for line in lines(run, "train")] == [1, 2]
+    # The same job again, put back into the queue by SLURM: 'never' was about the run as it was before the job.
+    done = python(tmp_path, "launch/train.py", *OPTIONS, *options, "--stop-after", "3", SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in lines(run, "start")] == [0, 2]
 
 
 def killed_and_resumed(
