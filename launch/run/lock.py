@@ -21,17 +21,16 @@ class FolderInUse(UserError):
     """Another trainer works in the run folder."""
 
 
-class FolderLock:
-    """The lock of a run folder; a context manager, which releases it. `shards.files.lock` says what a killed holder
-    leaves.
+class FolderLock(contextlib.ExitStack):
+    """The lock of a run folder, released by `close`. `shards.files.lock` says what a killed holder leaves.
 
     Args:
         wait: seconds to wait for an earlier trainer, which may be saving.
     """
 
     def __init__(self, run: Path, *, wait: float) -> None:
+        super().__init__()
         self._run, self._wait = run, wait
-        self._held = contextlib.ExitStack()
         self.taken = False
         """Whether this launch has the folder to itself; known on every rank."""
 
@@ -48,23 +47,13 @@ class FolderLock:
         if not self.taken:
             self.taken = broadcast_from_rank0(lambda: self._take(make), world)
 
-    def release(self) -> None:
-        """Let the next one in. Idempotent."""
-        self._held.close()
-
-    def __enter__(self) -> FolderLock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
     def _take(self, make: bool) -> bool:
         try:
             if make:
                 self._run.mkdir(parents=True, exist_ok=True)
             elif not self._run.is_dir():
                 return False
-            self._held.enter_context(hold(self._run / LOCK_NAME, f"run folder {self._run}", wait=self._wait))
+            self.enter_context(hold(self._run / LOCK_NAME, f"run folder {self._run}", wait=self._wait))
         except Held as error:
             raise FolderInUse(f"{error}, or give this run another --out") from None
         except OSError as error:
