@@ -90,14 +90,16 @@ class Heartbeat:
             durable_write(self.folder / REQUEST, self._start.id.encode())
 
     def watch(self, seconds: float) -> list[RankStatus]:
-        """Read the heartbeats of all ranks until each has shown a sign of life and written its stacks.
+        """Ask every rank for its stacks, and read heartbeats until each has shown a sign of life and written them.
 
-        Reads files in the calling thread.
+        Reads and writes files in the calling thread.
 
         Args:
-            seconds: limit of the wait. Ranks that were watched for less than two intervals count as alive.
+            seconds: limit of all this, since ranks that are alive should end together. Ranks that were watched for less
+                than two intervals count as alive.
         """
         ranks, end = range(len(self._start.hosts)), time.monotonic() + seconds
+        self.ask_for_stacks()
         first = [self._read(rank) for rank in ranks]
         began, last = time.monotonic(), list(first)
         while time.monotonic() < end:

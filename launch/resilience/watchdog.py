@@ -195,7 +195,6 @@ class Watchdog:
             time.sleep(ANSWER_SECONDS)  # until then observers read this rank's heartbeat and need its connections
         else:
             heartbeat = self._heartbeat
-            heartbeat.ask_for_stacks()
             ranks = heartbeat.watch(ANSWER_SECONDS)
             own = ranks[self._world.rank]
             if own.silent_seconds or own.beat is None:
