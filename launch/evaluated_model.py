@@ -96,8 +96,8 @@ def _of_checkpoint(path: Path, *, average: bool) -> EvaluatedModel:
     except RuntimeError as error:
         fault = str(error).splitlines()[-1].strip()[:MAX_FAULT]
         raise UserError(
-            f"{found.path}: its tensors do not fit the model that it names ({fault}); evaluate another checkpoint, or a "
-            "weights file of the run"
+            f"{found.path}: its tensors do not fit the model that it names ({fault}); evaluate another checkpoint, or "
+            "a weights file of the run"
         ) from error
     classes = None if info.classes is None else full_classes(run, info.classes)
     return EvaluatedModel(model, found.path, classes, info.size, info.crop_pct, found.progress.step, notes)

@@ -17,7 +17,7 @@ from shards.errors import UserError, first_line
 # Until the first step is done, ranks wait for compilation, cold file systems and each other's imports.
 START_TIMEOUT = timedelta(minutes=30)
 # A collective's own timeout comes after the watchdog's, because the watchdog reports which ranks are at fault.
-AFTER_WATCHDOG = timedelta(seconds=30)
+AFTER_WATCHDOG = timedelta(seconds=45)
 CONNECT_SECONDS = 3.0
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 _ELSEWHERE = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): packets to it take the default route

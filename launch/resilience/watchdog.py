@@ -37,9 +37,10 @@ INTERVAL_SECONDS = 5.0
 INTERVALS_IN_TIMEOUT = 15
 # Ranks that read the heartbeats of all: enough to outlive the loss of several hosts, few enough for shared storage.
 OBSERVERS = 16
-# How long to watch the heartbeats of all ranks, and wait for their stacks, after the timeout: above two intervals.
-ANSWER_SECONDS = 12.0
-# Limit for `_report`, which reads and writes files. With the rest of `_end` it takes less than the 30 s after which the
+# How long to watch the heartbeats of all ranks, and wait for their stacks, after the timeout: four intervals, as shared
+# storage may be slow. All of it is waited for only where a rank is silent.
+ANSWER_SECONDS = 20.0
+# Limit for `_report`, which reads and writes files. With the rest of `_end` it takes less than the 45 s after which the
 # collective that hangs times out (`AFTER_WATCHDOG`).
 REPORT_SECONDS = ANSWER_SECONDS + 5.0
 # Time to write to standard error, which may be a pipe without a reader.

@@ -18,7 +18,7 @@ from launch.machine.world import connect, run_command
 from launch.resilience import watchdog
 from launch.resilience.watchdog import Watchdog
 
-watchdog.ANSWER_SECONDS = 6.0  # half of what shared storage is given
+watchdog.ANSWER_SECONDS = 6.0  # less than shared storage is given
 
 
 def main() -> int:
