@@ -15,8 +15,8 @@ from launch.bench.verdict import Phase
 from launch.engine.engine import Engine
 from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
-from launch.run.data_wait import DataWait
 from pipeline.batch import Batch, timed_event
+from pipeline.data_wait import DataWait
 
 CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
 # A GPU that was idle takes its time to reach the speed that it holds: steps that are not timed, until some take as

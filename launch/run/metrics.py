@@ -21,11 +21,11 @@ from launch.config.recipe import Recipe
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
 from launch.roofline import Roofline
-from launch.run.data_wait import DataWait
 from launch.run.metrics_file import MetricsLog
 from launch.run.progress import Progress, Scored
 from launch.run.trackers import Trackers
 from pipeline.batch import Batch
+from pipeline.data_wait import DataWait
 from shards.redact import printable
 
 # Kinds of the lines about evaluations, and what people call what they are of.

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.run.data_wait import DataWait
 from pipeline.batch import timed_event
+from pipeline.data_wait import DataWait
 
 CPU = torch.device("cpu")
 
