@@ -25,7 +25,8 @@ from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
 from launch.machine.world import broadcast_from_rank0
 from launch.run.checkpoint import Checkpoint
-from launch.run.checkpoint_folder import MAX_FAILURES, BackgroundWriter, CheckpointFolder
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.checkpoint_writer import MAX_FAILURES, BackgroundWriter
 from launch.run.curves import draw_curves
 from launch.run.files import check_writable, unwritable
 from launch.run.fingerprint import check_classes, check_fingerprint, check_position, fingerprint

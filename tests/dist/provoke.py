@@ -33,7 +33,8 @@ from launch.engine.build import build_model
 from launch.engine.engine import Engine, StepResult
 from launch.machine.world import connect
 from launch.run.checkpoint import Fingerprint
-from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.progress import Progress
 
 BAD_STEPS = {2, 5, 6, 7}

@@ -19,7 +19,8 @@ import torch
 
 from launch.run import checkpoint
 from launch.run.checkpoint import Checkpoint, CheckpointError, DamagedCheckpoint, Fingerprint
-from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.files import FolderFailed
 from launch.run.progress import Progress
 from shards.errors import StorageFailed

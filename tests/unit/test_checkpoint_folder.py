@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from launch.run.checkpoint import CheckpointError, Fingerprint
-from launch.run.checkpoint_folder import BackgroundWriter, CheckpointFolder
+from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.progress import Progress
 from shards.errors import UserError
 

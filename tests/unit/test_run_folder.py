@@ -23,7 +23,7 @@ from launch.feed import Feed
 from launch.machine.world import World
 from launch.run import checkpoint
 from launch.run.checkpoint import CheckpointError
-from launch.run.checkpoint_folder import MAX_FAILURES
+from launch.run.checkpoint_writer import MAX_FAILURES
 from launch.run.folder import RunFolder, goes_on
 from launch.run.progress import Progress
 from launch.run.status import RunFailed, read_content, read_status, write_status
