@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import tomllib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -124,8 +126,9 @@ def test_a_choice_says_what_was_measured() -> None:
 @contextmanager
 def feed_of(data: Path, *options: str) -> Iterator[Feed]:
     threads = torch.get_num_threads()
+    environment = mock.patch.dict(os.environ)  # where one process of DeepSpeed leaves RANK and WORLD_SIZE
     try:
-        with one_rank(parse(["--data", str(data), *SMALL, *options]), ranks=1) as (feed, _):
+        with environment, one_rank(parse(["--data", str(data), *SMALL, *options]), ranks=1) as (feed, _):
             torch.set_num_threads(1)  # several wait for one another where other processes use the cores too
             yield feed
     finally:
