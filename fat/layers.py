@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from typing import Any, Self, TypeGuard, TypeVar
 
 import torch
@@ -76,7 +77,7 @@ class ResidualDepthwise(Depthwise):
     residual = True
 
 
-class FusingModule(nn.Module):
+class FusingModule(nn.Module, abc.ABC):
     """A module that can run some of its children as one operator (`fat.fused_layers`).
 
     Whether the children are of the kinds that the operator stands for is decided by the constructor, when a child is
@@ -86,9 +87,9 @@ class FusingModule(nn.Module):
 
     _constructed = False
 
+    @abc.abstractmethod
     def decide_fusion(self) -> None:
         """Store which children can be fused."""
-        raise NotImplementedError
 
     def construct(self) -> None:
         """End the constructor: all children are there."""
