@@ -16,7 +16,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import safetensors.torch
 import xxhash
@@ -136,38 +136,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
     found = NAME.fullmatch(path.absolute().name)
     if found is None:
         raise DamagedCheckpoint(f"{path}: not the name of a checkpoint (step-00001234)")
-    return read_checkpoint(Entry(int(found[1]), True, path))
+    return read_checkpoint(path, int(found[1]))
 
 
-class Entry(NamedTuple):
-    """A name in the folder that may be a checkpoint. Ordered by step; one that was being replaced comes first."""
-
-    step: int
-    in_place: bool
-    path: Path
-
-
-def read_checkpoint(entry: Entry) -> Checkpoint:
-    meta = read_meta(entry)
+def read_checkpoint(path: Path, step: int) -> Checkpoint:
+    """Read the checkpoint of step `step`. Raises what `open_checkpoint` does."""
+    meta = read_meta(path, step)
     for name, file in meta.files.items():
         try:
-            found = FileEntry(*hash_file(entry.path / name))
+            found = FileEntry(*hash_file(path / name))
         except OSError as error:
-            _judge(entry.path, name, error)
+            _judge(path, name, error)
         if found != file:
-            raise _damaged(entry.path, f"{name} does not match its hash")
-    return Checkpoint(entry.path, meta.progress, meta.fingerprint, meta.files[STATE])
+            raise _damaged(path, f"{name} does not match its hash")
+    return Checkpoint(path, meta.progress, meta.fingerprint, meta.files[STATE])
 
 
-def read_meta(entry: Entry) -> Meta:
-    """Read and check meta.json.
+def read_meta(path: Path, step: int) -> Meta:
+    """Read and check meta.json of the checkpoint of step `step`.
 
     Raises:
         DamagedCheckpoint: it is missing, or not what was written.
         StorageFailed: it cannot be read.
         CheckpointError: another version wrote it.
     """
-    path = entry.path
     try:
         content = read_regular(path / META, limit=_META_LIMIT)
     except OSError as error:
@@ -182,7 +174,7 @@ def read_meta(entry: Entry) -> Meta:
                 "that wrote it, or use another run folder (--out)"
             )
         meta = parse_json(_canonical(values), _SCHEMA, limit=_META_LIMIT)
-        if fault := _fault(meta, entry.step):
+        if fault := _fault(meta, step):
             raise ValueError(f"{META}: {fault}")
     except ValueError as error:
         raise _damaged(path, str(error)) from None

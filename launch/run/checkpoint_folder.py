@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -25,7 +26,6 @@ from launch.run.checkpoint import (
     Checkpoint,
     CheckpointError,
     DamagedCheckpoint,
-    Entry,
     FileEntry,
     Fingerprint,
     Meta,
@@ -41,6 +41,14 @@ from shards.files.durable import sync_folder
 
 # Of a save under way, and of a checkpoint that is being replaced by another of the same step.
 UNFINISHED = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]{8}\.(tmp|replaced)")
+
+
+class Entry(NamedTuple):
+    """A name in the folder that may be a checkpoint. Ordered by step; one that was being replaced comes first."""
+
+    step: int
+    in_place: bool
+    path: Path
 
 
 class CheckpointFolder:
@@ -91,7 +99,7 @@ class CheckpointFolder:
             safetensors.torch.save_file(state, temporary / STATE, self._header)
             size, digest = hash_file(temporary / STATE)
             meta = Meta(VERSION, progress, fingerprint, {STATE: FileEntry(size, digest)})
-            (temporary / META).write_text(render_meta(asdict(meta)), encoding="utf-8")
+            (temporary / META).write_bytes(render_meta(asdict(meta)).encode())
             # safetensors creates files with mode 0600, whatever the umask is.
             os.chmod(temporary / STATE, os.stat(temporary / META).st_mode & 0o777)
             for path in (temporary / STATE, temporary / META, temporary):
@@ -125,7 +133,7 @@ class CheckpointFolder:
         complaints: list[str] = []
         for entry in reversed(self._entries()):
             try:
-                return read_checkpoint(entry), complaints
+                return read_checkpoint(entry.path, entry.step), complaints
             except DamagedCheckpoint as error:
                 complaints.append(str(error))
                 self._damaged.add(entry.path)
@@ -139,7 +147,7 @@ class CheckpointFolder:
         """
         for entry in reversed(self._entries()):
             with contextlib.suppress(UserError):
-                if entry.in_place and read_meta(entry).progress.is_best:
+                if entry.in_place and read_meta(entry.path, entry.step).progress.is_best:
                     return entry.path
         return None
 
@@ -216,7 +224,7 @@ class CheckpointFolder:
         whole, best, unread = [], [], []
         for entry in entries:
             try:
-                meta = read_meta(entry)  # not the state: hashing all of them takes too long
+                meta = read_meta(entry.path, entry.step)  # not the state: hashing all of them takes too long
             except DamagedCheckpoint:
                 continue
             except UserError:

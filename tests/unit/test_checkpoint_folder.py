@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.run.checkpoint import CheckpointError, Fingerprint
-from launch.run.checkpoint_folder import CheckpointFolder
+from launch.run.checkpoint import CheckpointError, Fingerprint, Meta, read_meta
+from launch.run.checkpoint_folder import UNFINISHED, CheckpointFolder
 from launch.run.checkpoint_writer import BackgroundWriter
 from launch.run.progress import Progress
-from shards.errors import UserError
+from shards.errors import StorageFailed, UserError
 
 FINGERPRINT = Fingerprint(fixed={}, free={})
 STATE = {"w": torch.zeros(1)}
@@ -150,6 +152,91 @@ def test_a_state_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="non contiguous"):
         folder.save({"w": torch.zeros(2, 3).T}, Progress(step=2, epoch_step=2), FINGERPRINT)
     assert names(tmp_path) == ["step-00000002"]
+
+
+def unfinished(name: str) -> tuple[str, str]:
+    """(checkpoint, tmp or replaced) of the name of something unfinished."""
+    found = UNFINISHED.fullmatch(name)
+    assert found is not None, name
+    return found[1], found[2]
+
+
+def test_what_a_killed_save_leaves_has_a_name_that_the_next_start_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def killed(state: object, path: Path, header: object) -> None:
+        written.append(path)
+        (path.parent / ".state.safetensors.tmp123").write_bytes(b"half")  # safetensors has such files of its own
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    folder = CheckpointFolder(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, 7)
+    assert unfinished(written[0].parent.name) == ("step-00000007", "tmp")
+    monkeypatch.undo()
+    folder.prepare()
+    assert names(tmp_path) == []
+
+
+def test_what_is_removed_gives_up_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill during the removal must not leave a partial checkpoint under the name of a whole one."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    replaced = save(folder, 1)
+    replaced.rename(tmp_path / ".step-00000001.0123abcd.replaced")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        save(folder, 2)
+        save(folder, 3)
+    left = [unfinished(name) for name in names(tmp_path) if name != "step-00000003"]
+    assert left == [("step-00000001", "tmp"), ("step-00000002", "tmp")]
+
+
+def test_a_replaced_checkpoint_with_a_file_of_the_user_stays(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    kept = save(folder, 1).rename(tmp_path / ".step-00000001.0123abcd.replaced")
+    (kept / "notes.txt").write_text("mine")
+    save(folder, 1)
+    assert names(tmp_path) == [kept.name, "step-00000001"]
+
+
+def test_what_cannot_be_removed_does_not_end_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".step-00000001.0123abcd.tmp").mkdir()
+    monkeypatch.setattr("os.rmdir", raise_eio)
+    CheckpointFolder(tmp_path).prepare()
+    assert names(tmp_path) == [".step-00000001.0123abcd.tmp"]
+
+
+def test_a_checkpoint_that_cannot_be_read_stays_and_the_others_are_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for step in (1, 2, 3, 4):
+        CheckpointFolder(tmp_path, keep=9).save(STATE, Progress(step=step, epoch_step=step), FINGERPRINT)
+
+    def read_some(path: Path, step: int) -> Meta:
+        if step == 2:  # it may be the best
+            raise StorageFailed("an I/O error")
+        return read_meta(path, step)
+
+    monkeypatch.setattr("launch.run.checkpoint_folder.read_meta", read_some)
+    save(folder, 5)
+    assert steps(folder) == [2, 5]
+
+
+def test_checkpoints_that_cannot_be_set_aside_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints")
+    save(folder, 1)
+    monkeypatch.setattr(Path, "rename", raise_eio)
+    with pytest.raises(UserError, match=rf"^{folder.folder}: the run folder cannot be written \(Input/output error\)"):
+        folder.set_aside()
+
+
+def raise_eio(*_: object, **__: object) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_a_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Path) -> None:

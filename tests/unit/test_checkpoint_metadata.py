@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import xxhash
 
 import fat
+from launch.run import checkpoint
 from launch.run.checkpoint import (
     CheckpointError,
     DamagedCheckpoint,
@@ -203,3 +206,19 @@ def test_a_state_that_never_was_readable_is_refused(saved: Path) -> None:
         message = str(error.value)
         assert message.startswith(f"{saved}/state.safetensors: not a readable state (")
         assert message.endswith(f"); remove {saved}, then start again")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
+def test_files_that_cannot_be_read_are_no_damage(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be whole, so that the run must not go on from an older checkpoint."""
+    real = checkpoint.open_regular
+
+    def denied(path: Path, *flags: int) -> int:
+        if path.name == name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *flags)
+
+    monkeypatch.setattr("launch.run.files.open_regular", denied)
+    monkeypatch.setattr(checkpoint, "open_regular", denied)
+    with pytest.raises(StorageFailed, match=f"{saved / name}: cannot be read .*Permission denied"):
+        open_checkpoint(saved)
