@@ -27,6 +27,7 @@ from launch.run.checkpoint_writer import MAX_FAILURES
 from launch.run.folder import RunFolder, goes_on
 from launch.run.progress import Progress
 from launch.run.status import RunFailed, read_content, read_status, write_status
+from launch.train import begin
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
@@ -127,6 +128,23 @@ def test_checkpoints_that_cannot_be_read_are_never_begun_over(
         with pytest.raises(StorageFailed, match="checkpoints: cannot be read"):
             goes_on(folders()._recipe)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000014", "step-00000021"]
+
+
+@pytest.mark.parametrize(
+    ("option", "restarts", "resume"),
+    [("never", "0", "never"), ("never", "1", "auto"), ("never", None, "never"), ("auto", "2", "auto")],
+)
+def test_a_job_that_slurm_starts_again_resumes_its_own_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, restarts: str | None, resume: str
+) -> None:
+    """--resume never is about the run as it was when the job was submitted."""
+    seen: list[str] = []
+    monkeypatch.setattr("launch.train.show_run", lambda recipe, _: seen.append(recipe.checkpoint.resume))
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    if restarts is not None:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert begin(parse(["--data", "x", "--out", str(tmp_path), "--resume", option, "--dry-run"])) == 0
+    assert seen == [resume]
 
 
 def renamed(state: dict[str, torch.Tensor], name: str) -> None:
