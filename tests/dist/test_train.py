@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests.dist.trainings import Trainer
 from tests.support.launching import accelerate, lines
 
-# A short training that reaches about 98 %: the demo's recipe at half the size and a quarter of the epochs.
-SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "5", "--warmup-epochs", "1")
+# A short training that reaches about 98 %: the demo's recipe at half the size and a fifth of the epochs.
+SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "4", "--warmup-epochs", "1")
 FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1")
 
 
