@@ -172,7 +172,10 @@ def test_patches_are_resident_as_planned_and_read_each_value_once(shape: Shape, 
     assert found["bytes"] == round(2 * loads / lanes, 1)
 
 
-@pytest.mark.parametrize("shape", [Shape(3, 1, 56, 32, False), Shape(5, 1, 56, 128, True)], ids=str)
+COMPILES_FOR_A_MINUTE = pytest.param(Shape(5, 1, 56, 128, True), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 1, 56, 32, False), COMPILES_FOR_A_MINUTE], ids=str)
 def test_every_walk_is_resident_as_planned(shape: Shape) -> None:
     for walk in tiles.walks(shape.kernel, shape.stride):
         found = measure(shape, "patches", 90, walk)
