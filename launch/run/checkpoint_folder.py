@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import secrets
@@ -106,7 +105,7 @@ class CheckpointFolder:
                 sync_folder(path)
             if os.path.lexists(final):  # the same step again: a complete one must exist at all times
                 if final.is_symlink() or not final.is_dir():
-                    raise FileExistsError(errno.EEXIST, "another file has this name; move it away")
+                    raise FileExistsError("another file has this name; move it away")
                 final.rename(replaced)
             temporary.rename(final)
             sync_folder(self.folder)
@@ -182,7 +181,7 @@ class CheckpointFolder:
 
     def _make(self) -> None:
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True)
             sync_folder(self.folder.parent)
 
     def newest_step(self) -> int | None:

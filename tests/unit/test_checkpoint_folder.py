@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from launch.run.checkpoint import CheckpointError, Fingerprint, Meta, read_meta
 from launch.run.checkpoint_folder import UNFINISHED, CheckpointFolder
@@ -225,6 +226,21 @@ def test_a_checkpoint_that_cannot_be_read_stays_and_the_others_are_judged(
     monkeypatch.setattr("launch.run.checkpoint_folder.read_meta", read_some)
     save(folder, 5)
     assert steps(folder) == [2, 5]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(UserError, match=f"^{tmp_path / 'checkpoints'}: Not a directory; move it away"):
+        CheckpointFolder(tmp_path / "checkpoints").newest()
+
+
+def test_a_fault_of_safetensors_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"step-00000001: checkpoint not written \(Error while serializing: I/O"):
+        save(CheckpointFolder(tmp_path), 1)
 
 
 def test_checkpoints_that_cannot_be_set_aside_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
