@@ -74,7 +74,7 @@ slurm-installed:
 	@export PATH=$$PATH:/usr/sbin; $(HAVE_SLURM) || echo "note: no SLURM here, its tests will be skipped; install $(SLURM_NEEDS)"
 
 test-all: lint $(FOR_TESTS) slurm-installed  ## every test, the long campaigns too
-	PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests -m "not gpu"
+	OMP_WAIT_POLICY=PASSIVE PATH=$$PATH:/usr/sbin $(BIN)/python -m pytest tests -m "not gpu"
 
 # Not part of `make test-all`: an hour on two cores. FILES="pipeline/plan.py ..." takes some of the files.
 mutants: $(FOR_TESTS)  ## mutation testing of the files in tests/mutation/campaign.toml: which changes of code no test notices
