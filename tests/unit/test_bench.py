@@ -221,7 +221,7 @@ class Gpu:
         self.now, self.done, self.number, self.batches = 0.0, 0.0, 0, 0
         patch.setattr("launch.bench.phases.synchronize", lambda _: self.synchronize())
         patch.setattr("launch.bench.phases.timed_event", lambda _: self.mark())
-        patch.setattr("launch.run.data_wait.timed_event", lambda _: self.mark())
+        patch.setattr("pipeline.data_wait.timed_event", lambda _: self.mark())
         patch.setattr("launch.bench.phases.time.perf_counter", lambda: self.now)
         patch.setattr("launch.bench.phases.time.sleep", lambda _: None)
 

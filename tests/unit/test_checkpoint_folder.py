@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -243,6 +244,35 @@ def test_a_fault_of_safetensors_is_told_as_it_is(tmp_path: Path, monkeypatch: py
         save(CheckpointFolder(tmp_path), 1)
 
 
+def test_a_checkpoint_that_was_being_replaced_is_put_back_if_the_new_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = CheckpointFolder(tmp_path)
+    save(folder, 1)
+    rename = Path.rename
+
+    def fail_once(path: Path, target: Path) -> Path:
+        return raise_eio() if path.suffix == ".tmp" else rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_once)
+        with pytest.raises(CheckpointError, match="step-00000001: checkpoint not written"):
+            save(folder, 1)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "fault"), UserError("fault")])
+def test_a_fault_while_old_checkpoints_are_removed_is_no_failed_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    folder = CheckpointFolder(tmp_path)
+    monkeypatch.setattr(folder, "_drop_old", fail)
+    assert save(folder, 1) == tmp_path / "step-00000001"
+
+
 def test_checkpoints_that_cannot_be_set_aside_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     save(folder, 1)
@@ -251,7 +281,7 @@ def test_checkpoints_that_cannot_be_set_aside_are_named(tmp_path: Path, monkeypa
         folder.set_aside()
 
 
-def raise_eio(*_: object, **__: object) -> None:
+def raise_eio(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 

@@ -1,4 +1,4 @@
-"""The time that training waits for its data (launch/run/data_wait.py): on a GPU the device's, by events that have
+"""The time that training waits for its data (pipeline/data_wait.py): on a GPU the device's, by events that have
 happened.
 
 The device is stood in for by a clock: an event has happened when the clock has come to its time.
@@ -108,7 +108,7 @@ def test_events_are_read_when_they_have_happened_and_not_kept_longer() -> None:
 
 def test_on_a_cpu_it_is_the_time_that_taking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("launch.run.data_wait.time.perf_counter", lambda: now)
+    monkeypatch.setattr("pipeline.data_wait.time.perf_counter", lambda: now)
     assert timed_event(CPU) is None
     wait = DataWait(CPU)
 

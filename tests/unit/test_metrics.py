@@ -152,7 +152,7 @@ def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: py
         start = next(at)
         return moment(at=start, elapsed_time=lambda end: 1000 * (end.at - start))
 
-    monkeypatch.setattr("launch.run.data_wait.timed_event", mark)
+    monkeypatch.setattr("pipeline.data_wait.timed_event", mark)
     monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
     world = World(0, 1, 0, 1, torch.device("cpu"))
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
