@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import concurrent.futures
 import errno
@@ -41,7 +42,7 @@ class ServerFacts:
     """Whether it sends parts of files; None = not known yet."""
 
 
-class Body:
+class Body(abc.ABC):
     """The bytes [start, stop) of one file, as they arrive; `stop` None = to its end."""
 
     received = 0
@@ -50,15 +51,15 @@ class Body:
     def __init__(self, stop: int | None) -> None:
         self.stop = stop
 
+    @abc.abstractmethod
     def start(self, size: int) -> concurrent.futures.Future[bytes]:
         """Begin to read the next bytes: `size`, or fewer where the answer ends or breaks off."""
-        raise NotImplementedError
 
     def extra_seconds(self, size: int) -> float:
         """Seconds that `size` bytes may take beyond `STALL_SECONDS` where `received` says nothing meanwhile."""
         return 0.0
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - by default there is nothing to release
         """Release the connection."""
 
 
