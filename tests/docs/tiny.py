@@ -1,0 +1,39 @@
+"""Run a command of the documentation on tiny data: python tiny.py accelerate|python|pipeline ARGUMENTS...
+
+Options that are added last override those of the page: 32 pixels, 8 images per step, two steps. Commands that train
+nothing run unchanged.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+DATA = ["--size", "32", "--global-batch", "8"]
+TRAINING = [*DATA, "--warmup-epochs", "0", "--stop-after", "2", "--log-every", "1"]
+PROCESSES = {"8": "2", "16": "2"}
+
+
+def shortened(name: str, arguments: list[str]) -> list[str]:
+    """Return the arguments with those of a short run added."""
+    if name == "accelerate":
+        arguments = [PROCESSES.get(word, word) for word in arguments]
+    script = next((word for word in arguments if word.endswith((".py", "launch.submit"))), "")
+    if script == "launch/train.py":
+        return arguments + TRAINING
+    if name == "pipeline" and arguments[:1] in (["bench"], ["tune"]):
+        own, _, training = (
+            (arguments[: arguments.index("--")], "--", arguments[arguments.index("--") + 1 :])
+            if "--" in arguments
+            else (arguments, "--", [])
+        )
+        own += ["--steps", "2"] if own[0] == "bench" else ["--seconds", "1"]
+        return [*own, "--", *training, *DATA]
+    if name == "pipeline" and arguments[:2] == ["sample", "photos"] and "60" not in arguments:
+        return [*arguments, "--count", "40"]
+    return arguments
+
+
+if __name__ == "__main__":
+    _, name, *arguments = sys.argv
+    os.execv(BIN / name, [name, *shortened(name, arguments)])
