@@ -127,16 +127,16 @@ class Tune:
 
     def run(self, training: Sequence[str] = ()) -> int:
         from launch.engine.execution import kernels_from_environment
-        from launch.tuning.command import PARTS, tune
-        from launch.tuning.fragment import check_fragment_output, write_fragment
+        from launch.tuning.command import TARGETS, tune
+        from launch.tuning.recipe_fragment import check_fragment_output, write_fragment
 
         check_fragment_output(self.out)
         recipe = _training_recipe(self.dataset, training)
-        parts = tuple(part for part in PARTS if self.what in ("both", part))
+        targets = tuple(target for target in TARGETS if self.what in ("both", target))
         options = f"--ranks {self.ranks} --what {self.what} --seconds {self.seconds:g}"
         command = f"pipeline tune {shlex.quote(self.dataset)} {options} -- {shlex.join(training)}"
         with kernels_from_environment():
-            text = tune(recipe, parts, ranks=self.ranks, seconds=self.seconds, command=command, say=_say)
+            text = tune(recipe, targets, ranks=self.ranks, seconds=self.seconds, command=command, say=_say)
         write_fragment(self.out, text)
         _say(f"wrote {self.out}; train with --recipe {self.out}")
         return 0

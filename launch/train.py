@@ -33,7 +33,7 @@ from launch.jpeg_decoder import with_decoder
 from launch.machine.world import World, connect, run_command
 from launch.prepare import set_up
 from launch.resilience.guards import Guards
-from launch.resilience.preempt import LeaveRequested, Preemption, deadline
+from launch.resilience.preempt import Preemption, StopRequested, deadline
 from launch.resilience.preflight import preflight
 from launch.resilience.watchdog import Watchdog
 from launch.run.checkpoint_folder import CheckpointFolder
@@ -57,14 +57,14 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
         Preempted: the run was asked to leave, and has been saved.
     """
-    leave_at = deadline(recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", ""))
+    stop_at = deadline(recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", ""))
     feed, engine, folder, trackers, messages, resolved = prepare(recipe, world, lock)
     recipe, plan = feed.recipe, feed.plan
     state, resumed = folder.resume()
     with (
         folder,
         Metrics(recipe, feed, engine, state, trackers) as metrics,
-        Preemption(folder.path, world, deadline=leave_at) as preemption,
+        Preemption(folder.path, world, deadline=stop_at) as preemption,
         Watchdog(folder.path, world, timeout=recipe.watchdog.hang_timeout) as watchdog,
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
         feed.eval_loader(dtype=engine.input_dtype) as val_loader,
@@ -84,7 +84,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         def evaluate() -> Progress:
             results = {}
             for scored in SCORED if recipe.optim.ema else SCORED[:1]:
-                batches = watchdog.watched(preemption.until_leave(val_loader or ()))
+                batches = watchdog.beat_on_each(preemption.until_stop(val_loader or ()))
                 results[scored] = engine.evaluate(batches, average=scored == "average")
             return state.evaluated(metrics.evaluation(state.step, results))
 
@@ -114,9 +114,9 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
                 if saves:
                     state = save()
                     metrics.restart_interval()
-        except LeaveRequested as request:
+        except StopRequested as request:
             log()
-            folder.leave(replace(state, seconds=metrics.seconds), str(request))
+            folder.save_and_stop(replace(state, seconds=metrics.seconds), str(request))
         metrics.say(*folder.finish(state))
         metrics.finish(state)
 

@@ -31,7 +31,7 @@ _SAYS_YES = ("true", "1", "yes", "on", "y", "t")
 _SAYS_NOTHING = ("", "no", "none", "false", "0", "off", "auto")
 
 
-def overrule_accelerate(environ: MutableMapping[str, str], *, cuda: bool) -> str:
+def override_accelerate(environ: MutableMapping[str, str], *, cuda: bool) -> str:
     """Remove from `environ` what accelerate would do beside the recipe; call it before accelerate is imported.
 
     Args:

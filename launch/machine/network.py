@@ -33,7 +33,7 @@ DEFAULTS = {
 }
 
 
-class NotJoined(UserError):
+class RendezvousError(UserError):
     """The ranks could not connect to one another; another start may succeed."""
 
     exit_code = 1
@@ -50,7 +50,7 @@ def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
         rank0: from `rank0_address`.
 
     Raises:
-        NotJoined: a port is taken, or the processes cannot reach one another.
+        RendezvousError: a port is taken, or the processes cannot reach one another.
     """
     for name, value in DEFAULTS.items():  # NCCL reads them when the process group is created
         os.environ.setdefault(name, value)
@@ -61,7 +61,7 @@ def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
     except RuntimeError as error:
         if (reason := _why_not_joined(str(error))) is None:
             raise
-        raise NotJoined(f"{reason} ({first_line(error)})") from error
+        raise RendezvousError(f"{reason} ({first_line(error)})") from error
 
 
 def name_interface(rank0: Address | None) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launch.machine import affinity, network
-from launch.machine.accelerate_settings import overrule_accelerate
+from launch.machine.accelerate_settings import override_accelerate
 from launch.machine.launcher_check import check_launcher
 from shards.cores import cores
 from shards.errors import UserError, lack_of_files, report
@@ -61,10 +61,10 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
 
     Raises:
         UserError: one of several processes without a launcher, or no usable folder for caches.
-        NotJoined: the processes do not find one another.
+        RendezvousError: the processes do not find one another.
     """
     check_launcher()
-    overruled = overrule_accelerate(os.environ, cuda=torch.cuda.is_available())
+    overruled = override_accelerate(os.environ, cuda=torch.cuda.is_available())
     prepare_caches()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if overruled and rank == 0:

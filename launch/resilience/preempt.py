@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-LEAVE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SAVE = (signal.SIGUSR1,)
 # One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher passes it on as well.
 SAME_REQUEST_SECONDS = 5.0
@@ -41,10 +41,10 @@ class Request(IntEnum):
 
     NOTHING = 0
     SAVE = 1
-    LEAVE = 2
+    STOP = 2
 
 
-class LeaveRequested(Exception):
+class StopRequested(Exception):
     """All ranks have agreed to save and leave; the message says who asked for it."""
 
 
@@ -58,10 +58,10 @@ class Preemption:
 
     def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
         self._run, self._world, self._deadline = run, world, deadline
-        # Set by handlers, which may run between any two instructions: `_leave` is never cleared, `_save` before a look.
-        self._leave = False
+        # Set by handlers, which may run between any two instructions: `_stop` is never cleared, `_save` before a look.
+        self._stop = False
         self._save = False
-        self._first_leave = 0.0
+        self._stop_requested_at = 0.0
         self._old: dict[int, Any] = {}
         self._ignored: set[str] = set()
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
@@ -70,7 +70,7 @@ class Preemption:
         self._reason = ""  # what asked this rank
 
     def __enter__(self) -> Preemption:
-        for number in (*LEAVE, *SAVE):
+        for number in (*STOP, *SAVE):
             self._old[number] = signal.signal(number, self._handle)
         return self
 
@@ -82,7 +82,7 @@ class Preemption:
         """Whether all ranks write a checkpoint now. Collective.
 
         Raises:
-            LeaveRequested: all ranks save and leave now.
+            StopRequested: all ranks save and leave now.
         """
         asked = self._asked()
         if self._group is None:
@@ -93,15 +93,15 @@ class Preemption:
             decision = Request(int(self._flag))
             self._flag.fill_(asked)
             self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
-        if decision is Request.LEAVE:
-            raise LeaveRequested(self._reason or "another rank's request")
+        if decision is Request.STOP:
+            raise StopRequested(self._reason or "another rank's request")
         return decision is Request.SAVE
 
-    def until_leave(self, items: Iterable[T]) -> Iterator[T]:
+    def until_stop(self, items: Iterable[T]) -> Iterator[T]:
         """Yield `items`, of which every rank has equally many.
 
         Raises:
-            LeaveRequested: after the same item on all ranks.
+            StopRequested: after the same item on all ranks.
         """
         for item in items:
             yield item
@@ -112,11 +112,11 @@ class Preemption:
         if self._world.is_main:  # one rank's look at files and the clock is enough
             save |= self._found("SAVE")
             if self._found("PREEMPT"):
-                self._leave = True
+                self._stop = True
             elif self._deadline is not None and time.monotonic() > self._deadline:
-                self._leave, self._reason = True, "the deadline"
-        if self._leave:
-            return Request.LEAVE
+                self._stop, self._reason = True, "the deadline"
+        if self._stop:
+            return Request.STOP
         return Request.SAVE if save else Request.NOTHING
 
     def _found(self, name: str) -> bool:
@@ -144,9 +144,9 @@ class Preemption:
             self._save = True
             return
         now = time.monotonic()
-        if not self._leave:
-            self._leave, self._first_leave, self._reason = True, now, signal.Signals(number).name
-        elif now - self._first_leave > SAME_REQUEST_SECONDS:
+        if not self._stop:
+            self._stop, self._stop_requested_at, self._reason = True, now, signal.Signals(number).name
+        elif now - self._stop_requested_at > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 
 

@@ -124,7 +124,7 @@ class Watchdog:
                     shorten_timeouts(self._timeout)
         self._beat_at = time.monotonic()
 
-    def watched(self, items: Iterable[T]) -> Iterator[T]:
+    def beat_on_each(self, items: Iterable[T]) -> Iterator[T]:
         """Yield `items`, each of which is a sign of progress. The first may have to compile, as the first step does."""
         for item in items:
             self.beat()

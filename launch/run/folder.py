@@ -155,7 +155,7 @@ class RunFolder:
             self._writer.save(state, progress, self._fingerprint)
         return progress
 
-    def leave(self, progress: Progress, reason: str) -> NoReturn:
+    def save_and_stop(self, progress: Progress, reason: str) -> NoReturn:
         """Save, wait for it, and end the run in good order. Collective.
 
         Raises:

@@ -12,19 +12,19 @@ from launch.bench.one_rank import one_rank
 from launch.config.recipe import Recipe
 from launch.engine.execution import zero_and_precision
 from launch.machine.provenance import device_name, versions
-from launch.tuning.fragment import fragment
 from launch.tuning.loader import tune_loader
 from launch.tuning.model import tune_model
+from launch.tuning.recipe_fragment import recipe_fragment
 from launch.tuning.trials import Choice
 
-Part = Literal["model", "input"]
-PARTS: tuple[Part, ...] = ("model", "input")
+Target = Literal["model", "input"]
+TARGETS: tuple[Target, ...] = ("model", "input")
 
 
 def tune(
-    recipe: Recipe, parts: Sequence[Part], *, ranks: int, seconds: float, command: str, say: Callable[[str], None]
+    recipe: Recipe, targets: Sequence[Target], *, ranks: int, seconds: float, command: str, say: Callable[[str], None]
 ) -> str:
-    """Measure and return a recipe fragment with the fastest values (`launch.tuning.fragment`).
+    """Measure and return a recipe fragment with the fastest values (`launch.tuning.recipe_fragment`).
 
     Args:
         recipe: of the training. Options that it gives are not tried.
@@ -41,9 +41,9 @@ def tune(
         world, shape, data = feed.world, feed.shape, recipe.data
         zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=ranks)
         found: dict[str, Choice] = {}
-        if "model" in parts:
+        if "model" in targets:
             found |= tune_model(feed, ranks=ranks, seconds=seconds, say=say)
-        if "input" in parts:
+        if "input" in targets:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
             found |= tune_loader(feed, dtype=dtype, seconds=seconds, say=say)
         conditions = (
@@ -54,4 +54,4 @@ def tune(
             f"per forward pass, {shape.accumulation} forward passes per step, rank 0 of {ranks}, {precision}, "
             f"ZeRO {zero}",
         )
-        return fragment(found, conditions)
+        return recipe_fragment(found, conditions)

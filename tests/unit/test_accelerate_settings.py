@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.machine.accelerate_settings import overrule_accelerate
+from launch.machine.accelerate_settings import override_accelerate
 from shards.errors import UserError
 
 BASE = "compute_environment: LOCAL_MACHINE\nmachine_rank: 0\nnum_machines: 1\nnum_processes: 1\nrdzv_backend: static\n"
@@ -72,13 +72,13 @@ def test_a_saved_configuration_is_overruled_in_one_line(tmp_path: Path, name: st
 @pytest.mark.parametrize("value", ["true", "True", "1", "yes"])
 def test_a_configuration_for_the_cpu_is_refused_where_a_gpu_trains(value: str) -> None:
     with pytest.raises(UserError, match=r"told to use the CPU .* here is a GPU.* CUDA_VISIBLE_DEVICES=''"):
-        overrule_accelerate({"ACCELERATE_USE_CPU": value}, cuda=True)
-    assert overrule_accelerate({"ACCELERATE_USE_CPU": value}, cuda=False) == ""
+        override_accelerate({"ACCELERATE_USE_CPU": value}, cuda=True)
+    assert override_accelerate({"ACCELERATE_USE_CPU": value}, cuda=False) == ""
 
 
 def test_the_launcher_s_own_options_are_overruled_too() -> None:
     environ = {"ACCELERATE_CPU_AFFINITY": "1", "ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}
-    line = overrule_accelerate(environ, cuda=False)
+    line = override_accelerate(environ, cuda=False)
     assert line.endswith(": Megatron-LM (--zero), enable_cpu_affinity (--numa-binding)")
     assert environ == {}
 
@@ -86,5 +86,5 @@ def test_the_launcher_s_own_options_are_overruled_too() -> None:
 def test_what_is_not_accelerate_s_stays() -> None:
     kept = {"PATH": "/bin", "RANK": "1", "ACCELERATE_LOG_LEVEL": "debug", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
     environ = kept | {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "FSDP_X": "1"}
-    assert overrule_accelerate(environ, cuda=False) == ""
+    assert override_accelerate(environ, cuda=False) == ""
     assert environ == kept

@@ -12,7 +12,7 @@ import torch
 
 from launch.config.resilience import PreemptConfig
 from launch.machine.world import World
-from launch.resilience.preempt import LeaveRequested, Preemption, deadline
+from launch.resilience.preempt import Preemption, StopRequested, deadline
 
 HOUR = 3600.0
 
@@ -48,13 +48,13 @@ def test_a_clock_that_is_set_moves_no_deadline(world: World, clocks: Clocks, jum
         config, end = PreemptConfig(preempt_margin=120), clocks.wall + HOUR + 120
     else:
         config, end = PreemptConfig(time_limit=60), clocks.wall
-    leave_at = deadline(config, started=clocks.steady, job_end=str(int(end)))
-    preemption = Preemption(Path("nowhere"), world, deadline=leave_at)
+    stop_at = deadline(config, started=clocks.steady, job_end=str(int(end)))
+    preemption = Preemption(Path("nowhere"), world, deadline=stop_at)
     clocks.wall += jump
     clocks.pass_by(HOUR - 5)
     assert not preemption.save_requested()
     clocks.pass_by(10)
-    with pytest.raises(LeaveRequested, match="the deadline"):
+    with pytest.raises(StopRequested, match="the deadline"):
         preemption.save_requested()
 
 
@@ -87,12 +87,12 @@ def test_an_iteration_ends_when_asked_to_leave(tmp_path: Path, world: World) -> 
     preemption, seen = Preemption(tmp_path, world, deadline=None), []
 
     def ask_at_2() -> None:
-        for item in preemption.until_leave(range(5)):
+        for item in preemption.until_stop(range(5)):
             seen.append(item)
             if item == 2:
                 (tmp_path / "PREEMPT").touch()
 
-    with pytest.raises(LeaveRequested, match="the file PREEMPT"):
+    with pytest.raises(StopRequested, match="the file PREEMPT"):
         ask_at_2()
     assert seen == [0, 1, 2]
-    assert list(Preemption(tmp_path, world, deadline=None).until_leave(range(3))) == [0, 1, 2]
+    assert list(Preemption(tmp_path, world, deadline=None).until_stop(range(3))) == [0, 1, 2]

@@ -25,8 +25,8 @@ from launch.config.engine import CompileConfig
 from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
 from launch.machine.world import World
-from launch.tuning.fragment import FIRST_LINE, check_fragment_output, fragment
 from launch.tuning.model import candidates, tune_model
+from launch.tuning.recipe_fragment import FIRST_LINE, check_fragment_output, recipe_fragment
 from launch.tuning.trials import Choice, Trial, Values, fastest, tune
 from pipeline.batch import Batch
 from shards.errors import ShardSetError, UserError
@@ -216,7 +216,7 @@ CHOICES = {
 
 def test_a_fragment_is_a_recipe_with_the_values_that_were_chosen(tmp_path: Path) -> None:
     file = tmp_path / "tuned.toml"
-    file.write_text(fragment(CHOICES, ["device: a GPU"]))
+    file.write_text(recipe_fragment(CHOICES, ["device: a GPU"]))
     recipe = parse(["--recipe", str(file)])
     assert recipe.compile == CompileConfig(memory_format="contiguous")
     loader = recipe.data.loader
@@ -228,7 +228,7 @@ def test_a_fragment_is_a_recipe_with_the_values_that_were_chosen(tmp_path: Path)
 
 
 def test_a_fragment_holds_no_credentials_and_no_second_line() -> None:
-    text = fragment({}, [f"command: pipeline tune https://me:{CANARY}@host/set\nevil = 1"])
+    text = recipe_fragment({}, [f"command: pipeline tune https://me:{CANARY}@host/set\nevil = 1"])
     assert CANARY not in text
     assert not tomllib.loads(text)
 
@@ -236,7 +236,7 @@ def test_a_fragment_holds_no_credentials_and_no_second_line() -> None:
 def test_only_an_earlier_fragment_is_replaced(tmp_path: Path) -> None:
     file = tmp_path / "tuned.toml"
     check_fragment_output(file)
-    file.write_text(fragment({}, []))
+    file.write_text(recipe_fragment({}, []))
     check_fragment_output(file)
     file.write_text("[optim]\nepochs = 3\n")
     with pytest.raises(UserError, match="exists and was not written by 'pipeline tune'; name another file"):

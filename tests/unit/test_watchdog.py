@@ -40,7 +40,7 @@ with watchdog.Watchdog(run, World(0, ranks, 0, 1, torch.device("cpu")), timeout=
     for step in range(1, 4):
         dog.beat(step)
         time.sleep(0.4)
-    for _ in dog.watched(range(4)):
+    for _ in dog.beat_on_each(range(4)):
         time.sleep(0.4)
     if how == "hang":
         mount_hanging(run)

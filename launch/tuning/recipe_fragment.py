@@ -17,7 +17,7 @@ FIRST_LINE = "# Performance options measured by 'pipeline tune'; training takes 
 SECTIONS = {"compile": CompileConfig, "data.loader": LoaderOptions, "data.loader.dali": DaliOptions}
 
 
-def fragment(choices: Mapping[str, Choice], conditions: Sequence[str]) -> str:
+def recipe_fragment(choices: Mapping[str, Choice], conditions: Sequence[str]) -> str:
     """Return the TOML text: the options that have a value, each below what was measured.
 
     Args:
