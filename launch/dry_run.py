@@ -14,7 +14,7 @@ from launch.engine.execution import Execution, zero_and_precision
 from launch.engine.memory import check_batches_fit
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
-from launch.jpeg_decoder import with_decoder
+from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World
 from launch.prepare import set_up
 from shards.errors import UserError
@@ -39,7 +39,7 @@ def show_run(recipe: Recipe, world: World) -> None:
                 print(printable(f"warning: not on this machine: {error}"))
 
     setup = set_up(recipe, world, check_memory=warn_of_memory)
-    feed, decoder_messages = with_decoder(setup.feed, began=setup.decoder_before)
+    feed, decoder_messages = choose_jpeg_decoder(setup.feed, previous=setup.decoder_before)
     if world.is_main:
         print(
             *map(printable, (*setup.messages, *decoder_messages)),

@@ -13,19 +13,19 @@ from pipeline.decode.choose import chosen_loader
 from pipeline.decode.hardware import JpegEngine, decoders_in_words, find_jpeg_engine, sharing_warning
 
 
-def with_decoder(feed: Feed, *, began: float | None) -> tuple[Feed, list[str]]:
+def choose_jpeg_decoder(feed: Feed, *, previous: float | None) -> tuple[Feed, list[str]]:
     """Choose `hw_decoder_load` for all ranks where DALI decodes on GPUs; returns the feed with it, and warnings.
 
     Collective.
 
     Args:
-        began: what the run began with, if this start resumes it.
+        previous: what the run began with, if this start resumes it.
     """
     if not decodes_on_gpu(feed):
         return feed, []
     loader = feed.recipe.data.loader
     engines = feed.world.gather(find_jpeg_engine(feed.world.device))
-    load, messages = choose_load(engines, given=loader.dali.hw_decoder_load, began=began)
+    load, messages = choose_load(engines, requested=loader.dali.hw_decoder_load, previous=previous)
     return feed.with_loader(dali=replace(loader.dali, hw_decoder_load=load)), messages
 
 
@@ -35,30 +35,32 @@ def decodes_on_gpu(feed: Feed) -> bool:
     return feed.world.device.type == "cuda" and loader == "dali"
 
 
-def choose_load(engines: Sequence[JpegEngine], *, given: float | None, began: float | None) -> tuple[float, list[str]]:
+def choose_load(
+    engines: Sequence[JpegEngine], *, requested: float | None, previous: float | None
+) -> tuple[float, list[str]]:
     """Choose `hw_decoder_load` for all ranks; returns warnings too.
 
     Args:
         engines: of each rank. All of them decode by CUDA where one has no engine: ranks must round alike.
-        given: by the user.
-        began: what the run began with, if this start resumes it.
+        requested: by the user.
+        previous: what the run began with, if this start resumes it.
     """
     without = next(((rank, engine.found) for rank, engine in enumerate(engines) if not engine.usable), None)
     able = without is None
     lacking = f"rank {without[0]} cannot use a JPEG engine ({without[1]})" if without else ""
     messages = []
-    if given is not None:
-        load = given
+    if requested is not None:
+        load = requested
         if load > 0 and not able:
             messages.append(f"warning: --hw-decoder-load {load:g}: {lacking}; the CUDA decoder decodes its images")
     else:
-        load = (1.0 if began is None else began) if able else 0.0
-        if began is None and not able and any(engine.usable for engine in engines):
+        load = (1.0 if previous is None else previous) if able else 0.0
+        if previous is None and not able and any(engine.usable for engine in engines):
             messages.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
-    if began is not None and load != began:
-        why = f" ({lacking})" if lacking and given is None else ""
+    if previous is not None and load != previous:
+        why = f" ({lacking})" if lacking and requested is None else ""
         messages.append(
-            f"warning: JPEGs were decoded by the {decoders_in_words(began)} when the run began, and now are by the "
+            f"warning: JPEGs were decoded by the {decoders_in_words(previous)} when the run began, and now are by the "
             f"{decoders_in_words(load)}{why}: pixels may differ in rounding"
         )
     if shared := sharing_warning(load):

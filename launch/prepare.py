@@ -14,7 +14,7 @@ from launch.engine.sync_batchnorm import check_values_per_channel
 from launch.feed import Feed
 from launch.machine.provenance import device_name
 from launch.machine.world import World, broadcast_from_rank0
-from launch.run.folder import goes_on
+from launch.run.folder import will_resume
 from launch.run.saved_recipe import inherit_options, read_previous_start
 
 
@@ -44,7 +44,7 @@ def set_up(recipe: Recipe, world: World, *, check_memory: Callable[[Feed], objec
     Raises:
         UserError: recipe, data and world do not fit together.
     """
-    resumes = broadcast_from_rank0(lambda: goes_on(recipe), world)
+    resumes = broadcast_from_rank0(lambda: will_resume(recipe), world)
     saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])
     decoder_before = None
     if saved is not None:

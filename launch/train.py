@@ -26,10 +26,10 @@ from launch.config.recipe import Recipe
 from launch.dry_run import show_run
 from launch.engine.engine import Engine
 from launch.engine.execution import kernels_from_environment
-from launch.engine.kernel_check import check_recipe
+from launch.engine.kernel_check import check_training_kernels
 from launch.engine.schedule import rate_of
 from launch.feed import Feed
-from launch.jpeg_decoder import with_decoder
+from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World, connect, run_command
 from launch.prepare import set_up
 from launch.resilience.guards import Guards
@@ -141,10 +141,10 @@ class Prepared(NamedTuple):
 def prepare(recipe: Recipe, world: World, lock: FolderLock) -> Prepared:
     """Validate everything, then take the run folder and build the engine. Collective."""
     setup = set_up(recipe, world)
-    trackers = start_trackers(setup.recipe, world, goes_on=setup.resumes)
+    trackers = start_trackers(setup.recipe, world, resumes=setup.resumes)
     lock.take(world, make=True)
-    verdict = check_recipe(setup.recipe, setup.feed, setup.model)  # before anything is compiled or captured
-    feed, decoder_messages = with_decoder(setup.feed, began=setup.decoder_before)
+    verdict = check_training_kernels(setup.recipe, setup.feed, setup.model)  # before anything is compiled or captured
+    feed, decoder_messages = choose_jpeg_decoder(setup.feed, previous=setup.decoder_before)
     shape = feed.shape
     engine = Engine(setup.model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
     folder = RunFolder(feed.recipe, feed, engine, verdict)
@@ -156,13 +156,13 @@ def main() -> int:
     """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
     ignore_failing_output()
     try:
-        return run_command(kernels_from_environment()(lambda: begin(parse())))
+        return run_command(kernels_from_environment()(lambda: run_recipe(parse())))
     except KeyboardInterrupt:  # the training loop handles Ctrl-C itself
         print("interrupted before training began; nothing is lost", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 
-def begin(recipe: Recipe) -> int:
+def run_recipe(recipe: Recipe) -> int:
     """The run of a recipe; returns the exit status."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
         # 'never' is about the run as it was when the job was submitted, not about the job's own earlier starts.

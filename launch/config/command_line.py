@@ -67,7 +67,7 @@ def parse(
     )
     recipe = _with_values(Recipe(), defaults or {})
     for path in files.recipe:
-        recipe = with_file(recipe, path)
+        recipe = apply_file(recipe, path)
     recipe = tyro.cli(
         _TrainCommand,
         args=args,
@@ -79,7 +79,7 @@ def parse(
     return dataclasses.replace(recipe, data=recipe.data.with_environment(os.environ))
 
 
-def with_file(recipe: Recipe, path: Path) -> Recipe:
+def apply_file(recipe: Recipe, path: Path) -> Recipe:
     """`recipe` with the values of a TOML file put in.
 
     Raises:

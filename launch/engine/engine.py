@@ -23,7 +23,7 @@ from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.execution import Execution, capture_on_all_ranks, zero_and_precision
 from launch.engine.loss import autocast, count_batches, soft_cross_entropy
 from launch.engine.optimizers import OPTIMIZERS, Updater, parameter_groups
-from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, synchronise_norms
+from launch.engine.sync_batchnorm import GlobalBatchNorm, batch_norms, convert_sync_batchnorm
 from launch.engine.zero_state import OptimizerState
 from launch.machine.world import World
 from pipeline.loader import Batch
@@ -62,9 +62,9 @@ class Engine:
         self.zero, self.precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
         self._recipe = recipe
-        model = self.execution.lay_out(model.to(world.device))
-        model = synchronise_norms(model, recipe.parallel.sync_bn, world)
-        self.execution.compile_whole(model)
+        model = self.execution.apply_memory_format(model.to(world.device))
+        model = convert_sync_batchnorm(model, recipe.parallel.sync_bn, world)
+        self.execution.compile_model(model)
         # Before wrapping: wrappers call `model.forward` as they find it.
         graphed = self.execution.compile == "cudagraphs"
         # Nobody else looks at the gradients of one process's whole batch.

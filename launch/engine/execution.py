@@ -106,11 +106,11 @@ class Execution:
             eager_because=obstacle if wanted.compile is None and device.type in RECORDERS else "",
         )
 
-    def lay_out(self, model: nn.Module) -> nn.Module:
+    def apply_memory_format(self, model: nn.Module) -> nn.Module:
         """The model with its weights in this memory format, in place."""
         return model.to(memory_format=FORMATS[self.memory_format])  # type: ignore[call-overload]
 
-    def compile_whole(self, model: nn.Module) -> None:
+    def compile_model(self, model: nn.Module) -> None:
         """In place, before wrapping: names, wrappers and checkpoints do not change."""
         if self.uses_compiler:
             _check_compiler_cache()

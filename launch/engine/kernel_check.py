@@ -38,7 +38,7 @@ class KernelsUnusable(UserError):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class KernelCheckResult:
     """What the comparison has found, the same on every rank. Written to recipe.json."""
 
     checked: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class Verdict:
         return {"kernel check": check} | ({"kernel compilation": self.compilation} if self.compilation else {})
 
 
-def check_recipe(recipe: Recipe, feed: Feed, model: fat.FAT) -> Verdict:
+def check_training_kernels(recipe: Recipe, feed: Feed, model: fat.FAT) -> KernelCheckResult:
     """`check_kernels` for a training run."""
     _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -94,7 +94,7 @@ def check_kernels(
     augment: AugmentRecipe | None = None,
     mode: kernels.Mode | None = None,
     passes: Sequence[Work] = (),
-) -> Verdict:
+) -> KernelCheckResult:
     """Compile the kernels that a model and its loader will use, compare them with torch, and switch off the families
     that fail.
 
@@ -129,7 +129,7 @@ def check_kernels(
     work = list(passes) if of_model != "off" else []
     if augment is not None and of_loader != "off":
         work.append(lambda: launch_all(augment, dtype))
-    mine: Verdict | None = None
+    mine: KernelCheckResult | None = None
     if world.local_rank == 0:
         mine = _check_on_this_node(cases, work, world)
     elif work:
@@ -151,7 +151,7 @@ def check_kernels(
     return replace(nodes[0], failed=tuple(failed.values()), warnings=tuple(warnings))
 
 
-def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], world: World) -> Verdict:
+def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], world: World) -> KernelCheckResult:
     """Compile the kernels of `work` and of the comparison, and compare."""
     checks: list[Check] = []
     warnings: list[str] = []
@@ -162,7 +162,7 @@ def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], 
         warnings.append(f"kernels: the comparison could not be made ({why}); they are used unchecked")
     launches = [*work, *(check.launch for check in checks)]
     if not launches:
-        return Verdict(warnings=tuple(warnings))
+        return KernelCheckResult(warnings=tuple(warnings))
     compilation, problem = compile_kernels(launches, tell=world.is_main)
     if problem is not None:
         warnings.append(problem)
@@ -174,7 +174,7 @@ def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], 
         raise KernelsUnusable(f"{fault}; start again with {KERNELS_VARIABLE}=off") from fault
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return Verdict(
+    return KernelCheckResult(
         checked=tuple(dict.fromkeys(check.families[-1] for check in checks)),
         failed=tuple(failed),
         seconds=round(time.perf_counter() - start, 2),

@@ -20,7 +20,7 @@ from pipeline.batch_shape import divisors, nearest
 MIN_SIZE_OF_ONE_IMAGE = 33
 
 
-def synchronise_norms(model: nn.Module, wanted: str, world: World) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module, wanted: str, world: World) -> nn.Module:
     """BatchNorm's statistics over all ranks, or over groups of N neighbours (`group:N`), where there are several ranks.
 
     Each layer then costs a small collective forward and one backward; groups inside a node keep those off the network.

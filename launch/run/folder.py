@@ -19,7 +19,7 @@ import fat
 from launch.config.recipe import Recipe
 from launch.engine.build import config_of
 from launch.engine.engine import Engine
-from launch.engine.kernel_check import Verdict
+from launch.engine.kernel_check import KernelCheckResult
 from launch.engine.zero_state import weights_of
 from launch.feed import Feed
 from launch.machine.provenance import device_name, git_state, versions
@@ -54,7 +54,7 @@ class RunFolder:
     step and reason.
     """
 
-    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, kernels: Verdict) -> None:
+    def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, kernels: KernelCheckResult) -> None:
         self.path = recipe.run.out
         self._recipe, self._feed, self._engine = recipe, feed, engine
         self._kernels = kernels
@@ -270,7 +270,7 @@ class RunFolder:
             raise unwritable(self.path, error) from error
 
 
-def goes_on(recipe: Recipe) -> bool:
+def will_resume(recipe: Recipe) -> bool:
     """Whether the run folder holds a part of this run.
 
     Raises:

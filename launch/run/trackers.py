@@ -45,15 +45,15 @@ class Trackers:
     the first of each, and the tracker is tried again at the next line.
 
     Args:
-        goes_on: the run has begun before, in its run folder.
+        resumes: the run has begun before, in its run folder.
 
     Raises:
         RecipeError: a library is not installed; for a new run, one cannot be imported, or the server cannot be logged
             in to.
     """
 
-    def __init__(self, recipe: Recipe, *, goes_on: bool = False) -> None:
-        self._recipe, self._goes_on = recipe, goes_on
+    def __init__(self, recipe: Recipe, *, resumes: bool = False) -> None:
+        self._recipe, self._resumes = recipe, resumes
         self._trackers: dict[str, Any] = {}
         self._failing: set[str] = set()
         self._messages: list[str] = []
@@ -68,7 +68,7 @@ class Trackers:
             try:
                 self._try_out(name)
             except Exception as error:  # a tracker may raise anything
-                if not goes_on:
+                if not resumes:
                     fact = first_line(error) or type(error).__name__
                     passing = isinstance(error, OSError) or any(word in type(error).__name__ for word in _PASSING)
                     kind = TrackerFailed if passing else RecipeError
@@ -86,7 +86,7 @@ class Trackers:
         import wandb
 
         run = self._recipe.run
-        self._wandb_id = (_saved_id(run.out) if self._goes_on else "") or secrets.token_hex(4)
+        self._wandb_id = (_saved_id(run.out) if self._resumes else "") or secrets.token_hex(4)
         self._trackers[name] = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or PROJECT,
             name=run.out.resolve().name,
@@ -141,14 +141,14 @@ class Trackers:
             self._messages.append(f"warning: --tracker {name} failed ({fact}); the run continues without it")
 
 
-def start_trackers(recipe: Recipe, world: World, *, goes_on: bool) -> Trackers | None:
+def start_trackers(recipe: Recipe, world: World, *, resumes: bool) -> Trackers | None:
     """Make the trackers of rank 0. Collective: what refuses them is raised on every rank.
 
     Raises:
         RecipeError: see `Trackers`.
     """
     made: list[Trackers] = []
-    broadcast_from_rank0(lambda: made.append(Trackers(recipe, goes_on=goes_on)), world)
+    broadcast_from_rank0(lambda: made.append(Trackers(recipe, resumes=resumes)), world)
     return made[0] if made else None
 
 

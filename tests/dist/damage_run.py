@@ -19,7 +19,7 @@ import xxhash
 from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.world import World, run_command
-from launch.train import begin
+from launch.train import run_recipe
 from pipeline.batch import Batch
 
 _DAC_OVERRIDE, _DAC_READ_SEARCH = 1, 2
@@ -30,8 +30,11 @@ def main() -> None:
     become_a_user()
     torch.set_num_threads(1)
     mode, *arguments = sys.argv[1:]
-    command = {"train": lambda: begin(parse(arguments)), "read": lambda: read(Path(arguments[0]), arguments[1:])}[mode]
-    sys.exit(run_command(command))
+    commands = {
+        "train": lambda: run_recipe(parse(arguments)),
+        "read": lambda: read(Path(arguments[0]), arguments[1:]),
+    }
+    sys.exit(run_command(commands[mode]))
 
 
 def read(out: Path, options: list[str]) -> int:

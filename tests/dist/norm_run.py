@@ -18,7 +18,7 @@ from fat import kernels
 from fat.batchnorm import folded, with_statistics
 from fat.fused_layers import convolve_relu
 from fat.layers import ConvNorm
-from launch.engine.sync_batchnorm import GlobalBatchNorm, synchronise_norms
+from launch.engine.sync_batchnorm import GlobalBatchNorm, convert_sync_batchnorm
 from launch.machine.world import World, connect, disconnect
 
 RANKS = 4
@@ -58,7 +58,7 @@ def stem() -> ConvNorm:
 
 def rectify(group: int, world: World, images: torch.Tensor, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
     """The parts of a norm and ReLU by `fat.kernels`, in plain torch."""
-    unit = synchronise_norms(stem(), f"group:{group}", world)
+    unit = convert_sync_batchnorm(stem(), f"group:{group}", world)
     images = images.detach().requires_grad_()
     with kernels.assumed(), kernels.disabled(*kernels.FAMILIES):
         output = convolve_relu(unit, images)
@@ -76,7 +76,7 @@ def rectify(group: int, world: World, images: torch.Tensor, cotangent: torch.Ten
 
 def run(group: int, compiled: bool, folds: bool, world: World) -> list[dict[str, torch.Tensor]]:
     """What every rank has found."""
-    model = synchronise_norms(layer(), f"group:{group}", world)
+    model = convert_sync_batchnorm(layer(), f"group:{group}", world)
     assert isinstance(model[0], GlobalBatchNorm)
     call = partial(fold, model) if folds else model
     if compiled:

@@ -21,7 +21,7 @@ import xxhash
 from PIL import Image, ImageCms
 
 import fat
-from launch.config.command_line import with_file
+from launch.config.command_line import apply_file
 from launch.config.recipe import Recipe
 from launch.resilience import heartbeat
 from launch.run.checkpoint import META, Fingerprint
@@ -421,7 +421,7 @@ TARGETS: tuple[Target, ...] = (
         errors=(Rejected,),
     ),
     _target("checkpoint", CheckpointTarget(), _sealed_meta),
-    _target("recipe-toml", TextTarget("r.toml", lambda: RECIPE, lambda path: with_file(Recipe(), path))),
+    _target("recipe-toml", TextTarget("r.toml", lambda: RECIPE, lambda path: apply_file(Recipe(), path))),
     _target("recipe-json", TextTarget(RECIPE_NAME, _saved_run, lambda path: read_saved_run(path.parent)), dumps),
     _target("metrics", TextTarget(METRICS_NAME, _metrics, lambda path: read_metrics(path.parent)), tolerant=True),
     _target(

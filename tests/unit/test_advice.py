@@ -13,7 +13,7 @@ import torch
 from launch.config.command_line import parse
 from launch.engine.execution import Execution
 from launch.engine.schedule import rate_of
-from launch.engine.sync_batchnorm import check_values_per_channel, synchronise_norms
+from launch.engine.sync_batchnorm import check_values_per_channel, convert_sync_batchnorm
 from launch.feed import Feed
 from launch.machine.world import World
 from pipeline.batch_shape import BatchShape, PlanError, check_enough_samples
@@ -116,7 +116,7 @@ def test_what_no_global_batch_can_satisfy_is_said() -> None:
 def test_groups_of_ranks_that_are_named_divide_the_world(world: int) -> None:
     ranks = World(0, world, 0, world, torch.device("cpu"))
     with pytest.raises(UserError, match="nearest that do") as refused:
-        synchronise_norms(torch.nn.Identity(), "group:5", ranks)
+        convert_sync_batchnorm(torch.nn.Identity(), "group:5", ranks)
     for size in re.findall(r"\d+", str(refused.value).rpartition(":")[2]):
         assert world % int(size) == 0
 

@@ -107,7 +107,7 @@ CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[st
 def test_all_ranks_decode_alike_and_what_differs_is_said_in_a_line(
     engines: list[JpegEngine], given: float | None, began: float | None, load: float, said: list[str]
 ) -> None:
-    chosen, messages = choose_load(engines, given=given, began=began)
+    chosen, messages = choose_load(engines, requested=given, previous=began)
     assert chosen == load
     for note, expected in zip(messages, said, strict=True):
         assert expected in note
@@ -130,5 +130,5 @@ def test_a_run_records_its_decoder_and_a_resumed_one_keeps_it(
     monkeypatch.setattr(jpeg_decoder, "find_jpeg_engine", lambda _: ENGINE)
     options = [] if given is None else ["--hw-decoder-load", str(given)]
     _, feed = feed_of(digits, *options)
-    feed, _ = jpeg_decoder.with_decoder(feed, began=began)
+    feed, _ = jpeg_decoder.choose_jpeg_decoder(feed, previous=began)
     assert feed.recipe.data.loader.dali.hw_decoder_load == load

@@ -25,7 +25,7 @@ from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine import kernel_check
 from launch.engine.execution import kernels_from_environment
-from launch.engine.kernel_check import KernelsUnusable, Verdict, check_kernels
+from launch.engine.kernel_check import KernelCheckResult, KernelsUnusable, check_kernels
 from launch.machine.world import World
 from launch.train import main as train
 from launch.tuning.command import tune
@@ -255,14 +255,14 @@ def serve(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> list[str]:
     return compared
 
 
-def check(model: fat.FAT, **options: Any) -> Verdict:
+def check(model: fat.FAT, **options: Any) -> KernelCheckResult:
     settings: dict[str, Any] = {"size": 64, "dtype": torch.bfloat16, **options}
     return check_kernels(model, settings.pop("world", ALONE), **settings)
 
 
 def test_without_kernels_nothing_is_compared(model: fat.FAT, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = check(model, augment=augment_recipe("fat"))
-    assert verdict == Verdict()
+    assert verdict == KernelCheckResult()
     assert verdict.resolved == {"kernel check": "not compared"}
     assert capsys.readouterr().err == ""
 
@@ -350,7 +350,7 @@ def test_a_check_that_cannot_be_made_does_not_stop_the_run(
     monkeypatch.setattr(kernel_check.selfcheck, "cases", cases)
     verdict = check(model)
     line = "kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
-    assert verdict == Verdict(warnings=(line,))
+    assert verdict == KernelCheckResult(warnings=(line,))
     assert verdict.resolved == {"kernel check": f"not compared; {line}"}
     assert capsys.readouterr().err == f"warning: {line}\n"
 
@@ -410,7 +410,7 @@ def test_another_version_of_triton_is_a_warning_and_no_error(monkeypatch: pytest
 def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And compiled: that would use up the time of 'pipeline tune'."""
     done: list[str] = []
-    monkeypatch.setattr("launch.bench.one_rank.check_recipe", lambda *_: done.append("checked"))
+    monkeypatch.setattr("launch.bench.one_rank.check_training_kernels", lambda *_: done.append("checked"))
     monkeypatch.setattr("launch.tuning.command.tune_model", lambda *_, **__: done.append("measured") or {})
     tune(parse([*SMALL, "--data", str(digits)]), ("model",), ranks=1, seconds=1.0, command="", say=done.append)
     assert done == ["checked", "measured"]
@@ -432,7 +432,7 @@ def test_every_launch_of_a_comparison_can_be_recorded(model: fat.FAT) -> None:
 
 def test_a_run_keeps_its_verdict(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In recipe.json, and in the log."""
-    monkeypatch.setattr(kernel_check, "check_kernels", lambda *_, **__: Verdict(("norm",), (NORM,), 1.25))
+    monkeypatch.setattr(kernel_check, "check_kernels", lambda *_, **__: KernelCheckResult(("norm",), (NORM,), 1.25))
     out = tmp_path / "run"
     assert run_command(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
     kept = json.loads((out / "recipe.json").read_text())["kernels"]

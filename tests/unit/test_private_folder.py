@@ -153,10 +153,10 @@ def test_the_compilers_cache_is_refused_where_others_may_put_code(
             (folder,) = tmp_path.iterdir()
             folder.chmod(0o777)
             with pytest.raises(NotPrivate, match=r"torchinductor_\w+: others may .*set TORCHINDUCTOR_CACHE_DIR to a"):
-                execution.compile_whole(torch.nn.Identity())
+                execution.compile_model(torch.nn.Identity())
         else:
-            execution.compile_whole(torch.nn.Identity())
+            execution.compile_model(torch.nn.Identity())
             (folder,) = tmp_path.iterdir()
             assert mode_of(folder) == 0o700
             folder.chmod(0o775)  # as torch makes it under a umask of 002
-            execution.compile_whole(torch.nn.Identity())
+            execution.compile_model(torch.nn.Identity())

@@ -18,16 +18,16 @@ import fat
 from launch.config.command_line import parse
 from launch.config.errors import RecipeError
 from launch.engine.engine import Engine
-from launch.engine.kernel_check import Verdict
+from launch.engine.kernel_check import KernelCheckResult
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.run import checkpoint
 from launch.run.checkpoint import CheckpointError
 from launch.run.checkpoint_writer import MAX_FAILURES
-from launch.run.folder import RunFolder, goes_on
+from launch.run.folder import RunFolder, will_resume
 from launch.run.progress import Progress
 from launch.run.status import RunFailed, read_content, read_status, write_status
-from launch.train import begin
+from launch.train import run_recipe
 from shards.errors import StorageFailed, UserError
 from shards.files.durable import is_temporary, temporary_name
 from tests.support.disks import fill, small_disk
@@ -47,7 +47,7 @@ def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
         model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
         engine = Engine(model, recipe, feed.world, micro_batch=64, accumulation=1)
         out.mkdir(parents=True, exist_ok=True)
-        return RunFolder(recipe, feed, engine, Verdict())
+        return RunFolder(recipe, feed, engine, KernelCheckResult())
 
     return make
 
@@ -126,7 +126,7 @@ def test_checkpoints_that_cannot_be_read_are_never_begun_over(
     with monkeypatch.context() as patch:
         patch.setattr(os, "listdir", failing)
         with pytest.raises(StorageFailed, match="checkpoints: cannot be read"):
-            goes_on(folders()._recipe)
+            will_resume(folders()._recipe)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000014", "step-00000021"]
 
 
@@ -143,7 +143,7 @@ def test_a_job_that_slurm_starts_again_resumes_its_own_run(
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     if restarts is not None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
-    assert begin(parse(["--data", "x", "--out", str(tmp_path), "--resume", option, "--dry-run"])) == 0
+    assert run_recipe(parse(["--data", "x", "--out", str(tmp_path), "--resume", option, "--dry-run"])) == 0
     assert seen == [resume]
 
 

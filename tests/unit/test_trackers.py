@@ -112,7 +112,7 @@ def test_a_tensorboard_that_cannot_be_imported_is_refused(tmp_path: Path, monkey
 
 def test_a_run_that_goes_on_leaves_out_what_does_not_start(tmp_path: Path, wandb: Any) -> None:
     wandb.failing.add("init")
-    trackers = Trackers(recipe("wandb", tmp_path), goes_on=True)
+    trackers = Trackers(recipe("wandb", tmp_path), resumes=True)
     trackers.open(tmp_path)
     (warning,) = trackers.messages()
     assert warning.startswith("warning: --tracker wandb failed (No API key configured.")
@@ -146,5 +146,5 @@ def test_a_resumed_run_continues_the_same_run_of_one_project(tmp_path: Path, wan
     first = start(lambda: Trackers(recipe("wandb", out)))
     assert (first["project"], first["name"]) == ("fat-pipeline", "b3")
     assert (out / WANDB_ID).read_text().strip() == first["id"]
-    assert start(lambda: Trackers(recipe("wandb", out), goes_on=True)) == first
+    assert start(lambda: Trackers(recipe("wandb", out), resumes=True)) == first
     assert start(lambda: Trackers(recipe("wandb", out)))["id"] != first["id"]  # another run in the same folder
