@@ -138,7 +138,7 @@ def depthwise_jobs(
     )
 
     def completed() -> object:
-        return ops.depthwise_moments_gradient(gradient, x, out, bias, bias, bias, kernel, stride)
+        return ops.depthwise_stats_gradient(gradient, x, out, bias, bias, bias, kernel, stride)
 
     own = {"ours": completed, OTHER_FORM: in_the_other_form(completed)}
     yield Job(f"{name} weight gradient + statistics", shape, size + 3 * small, own, trains=normed)
@@ -305,7 +305,7 @@ def stem_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
     """BatchNorm in training and ReLU."""
     x, gradient, weight, bias = maps(shape, dtype), maps(shape, dtype), rand(shape[1]), rand(shape[1])
     size, count = x.numel() * x.element_size(), x.numel() // shape[1]
-    mean, var = ops.channel_moments(x)
+    mean, var = ops.channel_stats(x)
     result = ops.norm_relu(x, weight, bias, mean, var, EPS)
 
     def library(x: Tensor) -> Tensor:
@@ -316,7 +316,7 @@ def stem_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
         return ops.norm_relu_gradient(gradient, x, result, weight, mean, var, *sums.unbind(), count, EPS)
 
     own: Ways = {
-        "ours": lambda: ops.norm_relu(x, weight, bias, *ops.channel_moments(x), EPS),
+        "ours": lambda: ops.norm_relu(x, weight, bias, *ops.channel_stats(x), EPS),
         "channels-last": lambda: library(x),
     }
     yield Job("batch norm and ReLU", shape, 3 * size, own)

@@ -141,7 +141,7 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
                     with mock.patch.object(tiles, "weight_gradient", form):
                         checks.check_weight_gradient(case, draw)
             for case in cases.NORMED:
-                checks.check_depthwise_moments(case, draw)
+                checks.check_depthwise_stats(case, draw)
             for outputs, channels, dtype in cases.FOLDED:
                 checks.check_fold(outputs, channels, dtype, draw)
             for case in cases.GATED:

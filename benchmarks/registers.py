@@ -75,7 +75,7 @@ class Shape:
         )
         if self.statistics:
             one = torch.zeros(self.channels)
-            ops.depthwise_moments_gradient(gradient, x, gradient, one, one, one, self.kernel, self.stride)
+            ops.depthwise_stats_gradient(gradient, x, gradient, one, one, one, self.kernel, self.stride)
         else:
             ops.depthwise_weight_gradient(gradient, x, self.kernel, self.stride)
 

@@ -64,15 +64,15 @@ class Call:
         sides = self.side, self.side
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "weight gradient": (
-                lambda: ops.depthwise_moments_gradient(x, x, other, bias, bias, bias, self.kernel, 1),
+                lambda: ops.depthwise_stats_gradient(x, x, other, bias, bias, bias, self.kernel, 1),
                 4 * size,
             ),
             "plain weight gradient": (lambda: ops.depthwise_weight_gradient(x, other, self.kernel, 1), 2 * size),
             "stride 2 weight gradient": (
-                lambda: ops.depthwise_moments_gradient(half, x, half, bias, bias, bias, self.kernel, 2),
+                lambda: ops.depthwise_stats_gradient(half, x, half, bias, bias, bias, self.kernel, 2),
                 size + 3 * size // 4,
             ),
-            "moments": (lambda: ops.depthwise_moments(x, None, weight, bias, 1, True), 2 * size),
+            "moments": (lambda: ops.depthwise_stats(x, None, weight, bias, 1, True), 2 * size),
             "GELU gradient": (lambda: ops.depthwise_input_gradient(x, weight, other, *sides, 1, True), 3 * size),
             "gradient": (lambda: ops.depthwise_input_gradient(x, weight, None, *sides, 1, True), 2 * size),
             "forward": (lambda: ops.depthwise(x, weight, bias, 1, True), 2 * size),

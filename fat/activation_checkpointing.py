@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from fat import kernels
 
 
-def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module) -> Tensor:
+def checkpoint_block(function: Callable[[Tensor], Tensor], x: Tensor, block: nn.Module) -> Tensor:
     """function(x), a part of `block`, whose inner activations the backward pass computes again instead of keeping them.
 
     The second forward draws the same drop path, uses our kernels as the first does, and leaves BatchNorm's running

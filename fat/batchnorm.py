@@ -23,19 +23,19 @@ class BatchNorm(nn.BatchNorm2d):
 
     ranks = 1
     """Over how many ranks the statistics are taken."""
-    running_mean: Tensor  # None only where `folds` is false
+    running_mean: Tensor  # None only where `can_fold` is false
     running_var: Tensor
 
     @property
-    def folds(self) -> bool:
+    def can_fold(self) -> bool:
         """Whether it stands for the statistics of the batch and a known affine map, as it does while training."""
         return self.training and self.momentum is not None and self.affine and self.track_running_stats
 
-    def shared(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def sync_stats(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         """The same over all ranks that share statistics, differentiable; here there is one."""
         return mean, var
 
-    def summed(self, values: Tensor) -> Tensor:
+    def sync_sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks that share statistics."""
         return values
 
@@ -67,7 +67,7 @@ class BatchNorm(nn.BatchNorm2d):
         return count / (count - 1)
 
 
-def folded(
+def fold_into_conv(
     after: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The weights [O, C, 1, 1] and bias [O] with which `after`, a 1x1 convolution, does the norm's work too, in dtype.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat import kernels
-from fat.fused_layers import add_norm, convolve_fold, convolve_gate, convolve_norm, leaves_norm, takes_norm
+from fat.fused_layers import add_norm, can_take_norm, convolve_fold, convolve_gate, convolve_norm, has_foldable_norm
 from fat.layers import (
     ConvNorm,
     Depthwise,
@@ -95,7 +95,7 @@ class Shortcut(FusingModule, nn.Sequential):
 
     def decide_fusion(self) -> None:
         unit, after = self
-        self._fuses = leaves_norm(unit) and takes_norm(after)
+        self._fuses = has_foldable_norm(unit) and can_take_norm(after)
 
     def forward(self, x: Tensor) -> Tensor:
         unit, after = self
@@ -124,7 +124,7 @@ class FASA(FusingModule):
 
     def decide_fusion(self) -> None:
         self._fuses_gate = is_unmodified(self.local, Depthwise)
-        self._fuses_kv = takes_norm(self.kv)
+        self._fuses_kv = can_take_norm(self.kv)
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.q(x)
@@ -133,7 +133,7 @@ class FASA(FusingModule):
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
         """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; kv: [B, 2 C, h, w], keys first; returns [B, C, H, W]."""
-        if kernels.attends(q, kv, self.heads):
+        if kernels.can_attend(q, kv, self.heads):
             return kernels.attend(q, kv, self.heads, self.scale)
         k, v = kv.chunk(2, dim=1)
         out = self.attention(*(self._split(x) for x in (q, k, v)))
@@ -165,7 +165,7 @@ class Pool(FusingModule, nn.Sequential):
         self.construct()
 
     def decide_fusion(self) -> None:
-        self._fuses = all(map(leaves_norm, [*self][::2])) and all(map(takes_norm, [*self][1::2]))
+        self._fuses = all(map(has_foldable_norm, [*self][::2])) and all(map(can_take_norm, [*self][1::2]))
 
     def project(self, x: Tensor, after: Pointwise, *, fuses: bool) -> Tensor:
         """after(self(x)), each BatchNorm together with the 1x1 convolution behind it. fuses: of `after`."""
@@ -188,7 +188,7 @@ class ConvFFN(FusingModule):
         self.construct()
 
     def decide_fusion(self) -> None:
-        self._fuses = leaves_norm(self.dw) and takes_norm(self.fc2)
+        self._fuses = has_foldable_norm(self.dw) and can_take_norm(self.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         return convolve_fold(self.dw, self.fc2, self.fc1(x), fuses=self._fuses, gelu=True)

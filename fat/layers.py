@@ -37,7 +37,7 @@ class Pointwise(nn.Conv2d):
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution with weights [O, C, 1, 1]: in half precision, where our kernels serve, as a matrix product of the
     map's positions, which adds the bias on its way out; after a convolution torch adds it in a pass of its own."""
-    served = MATRIX_PRODUCTS and kernels.serves(x)
+    served = MATRIX_PRODUCTS and kernels.can_use(x)
     if not served or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
         return F.conv2d(x, weight, bias)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
@@ -62,7 +62,7 @@ class Depthwise(nn.Conv2d):
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """With another bias than its own."""
-        if self.has_kernel and kernels.serves(x):
+        if self.has_kernel and kernels.can_use(x):
             return kernels.depthwise(x, self.weight, bias, stride=self.stride[0], residual=self.residual)
         output = self._conv_forward(x, self.weight, bias)
         return x + output if self.residual else output
@@ -123,12 +123,12 @@ class ConvNorm(FusingModule):
         self.construct()
 
     def decide_fusion(self) -> None:
-        self._can_fold = is_unmodified(self.conv, self._kind) and isinstance(self.bn, BatchNorm)
+        self._has_foldable_types = is_unmodified(self.conv, self._kind) and isinstance(self.bn, BatchNorm)
 
     @property
-    def folds(self) -> bool:
+    def can_fold(self) -> bool:
         """Whether a neighbour can do BatchNorm's work now."""
-        return self._can_fold and self.bn.folds
+        return self._has_foldable_types and self.bn.can_fold
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bn(self.conv(x))
@@ -148,7 +148,7 @@ class GroupNorm1(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels.serves(x):
+        if kernels.can_use(x):
             return kernels.norm(x, self.weight, self.bias, self.eps)
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = norm_rows if x.is_cuda else _group_norm
@@ -184,7 +184,7 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
         scale = self.draw(x)
-        if kernels.serves(x, branch):
+        if kernels.can_use(x, branch):
             return kernels.add(x, branch, scale)
         return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from fat.activation_checkpointing import recomputed
+from fat.activation_checkpointing import checkpoint_block
 from fat.blocks import Block
 from fat.config import STAGES, FATConfig
 from fat.fused_layers import convolve_relu
@@ -152,7 +152,7 @@ class Stage(nn.Module):
     def _run(self, block: nn.Module, x: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         function = part or block
         recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        return recomputed(function, x, block) if recompute else function(x)
+        return checkpoint_block(function, x, block) if recompute else function(x)
 
 
 class Stem(nn.Module):

@@ -87,7 +87,7 @@ def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16
     """
     cost = count(model, size)
     less, more, less_ours, more_ours = (
-        traced(model, size, dtype, batch, ours=ours) for ours in (False, True) for batch in (BATCH, 2 * BATCH)
+        trace_step(model, size, dtype, batch, ours=ours) for ours in (False, True) for batch in (BATCH, 2 * BATCH)
     )
     return Roofline(
         flops=cost.training_flops,
@@ -107,7 +107,7 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func is torch.ops.fat.depthwise_moments.default:
+        if func is torch.ops.fat.depthwise_stats.default:
             args = (args[0], None, *args[2:])  # what x is the GELU of is for the backward pass
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
         if _moves(func, inputs, outputs):
@@ -173,7 +173,7 @@ class _OnGpuNorm(GroupNorm1):
         return norm_rows(x.float(), self.weight, self.bias, self.eps)
 
 
-def traced(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: bool = False) -> Trace:
+def trace_step(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: bool = False) -> Trace:
     """The operations of a training step on `batch` images, as a GPU would run them, on memory that is not there; with
     our kernels, or without."""
     trace = Trace()
@@ -188,7 +188,7 @@ def traced(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: bool 
         images = torch.empty(batch, model.config.in_chans, size, size, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.long)
-        with trace, kernels.assumed() if ours else nullcontext():
+        with trace, kernels.assume_available() if ours else nullcontext():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = twin(images)
             F.cross_entropy(logits.float(), labels).backward()

@@ -1,6 +1,6 @@
 """FAT's own kernels (Triton), and the choice between them and plain torch.
 
-    if kernels.serves(x):
+    if kernels.can_use(x):
         y = kernels.depthwise(x, weight, bias)
 
 They serve maps [B, C, H, W] in channels-last memory on CUDA devices of compute capability 8.0 and up, where Triton is
@@ -39,15 +39,16 @@ __all__ = [
     "Mode",
     "add",
     "add_norm",
-    "assumed",
+    "assume_available",
     "attend",
-    "attends",
     "available",
     "batch_norm_relu",
+    "can_attend",
+    "can_use",
     "depthwise",
     "depthwise_gate",
-    "depthwise_moments",
     "depthwise_norm",
+    "depthwise_stats",
     "disable",
     "disabled",
     "fold",
@@ -55,7 +56,6 @@ __all__ = [
     "mode",
     "norm",
     "pointwise",
-    "serves",
     "supported",
     "switched_off",
     "update_running_stats",
@@ -67,7 +67,7 @@ MODES: tuple[Mode, ...] = ("auto", "off", "unchecked")
 MIN_CAPABILITY = (8, 0)  # bfloat16
 
 
-def serves(*maps: Tensor) -> bool:
+def can_use(*maps: Tensor) -> bool:
     """Whether the kernels take these maps as they are, all of them. Weights may be in any float dtype."""
     return all(
         x.ndim == 4
@@ -112,7 +112,7 @@ def use(mode: Mode) -> Iterator[None]:
 
 
 @contextmanager
-def assumed() -> Iterator[None]:
+def assume_available() -> Iterator[None]:
     """The kernels count as available on any device, to trace what they would do on tensors without memory."""
     token = _assumed.set(True)
     try:
@@ -149,9 +149,9 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1
     return ops.depthwise(_cast(x), weight, bias, stride, residual)
 
 
-def attends(q: Tensor, kv: Tensor, heads: int) -> bool:
+def can_attend(q: Tensor, kv: Tensor, heads: int) -> bool:
     """Whether `attend` takes these maps."""
-    return serves(q, kv) and tiles.attention_fits(q.shape[1] // heads, kv.shape[2] * kv.shape[3])
+    return can_use(q, kv) and tiles.attention_fits(q.shape[1] // heads, kv.shape[2] * kv.shape[3])
 
 
 def attend(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
@@ -164,14 +164,14 @@ def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor
     return ops.depthwise_gate(_cast(q), weight, bias, _cast(other))
 
 
-def depthwise_moments(
+def depthwise_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False, gelu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(`depthwise` of x, or of GELU(x), its mean and its variance without correction, fp32 [C]), differentiable all."""
     x = _cast(x)
     if gelu:  # whose gradient is taken on the way out of the convolution's
-        return ops.depthwise_moments(F.gelu(x.detach()), x, weight, bias, stride, residual)
-    return ops.depthwise_moments(x, None, weight, bias, stride, residual)
+        return ops.depthwise_stats(F.gelu(x.detach()), x, weight, bias, stride, residual)
+    return ops.depthwise_stats(x, None, weight, bias, stride, residual)
 
 
 def fold(

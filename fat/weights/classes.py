@@ -81,7 +81,7 @@ class ClassList:
             names=None if names is None else tuple(names),
         )
 
-    def same_but_for_order(self, other: ClassList) -> bool:
+    def has_same_classes(self, other: ClassList) -> bool:
         """Whether both hold the same classes, in any order; False where one is known by its digest alone."""
         if self.folders is None or other.folders is None or self.count != other.count:
             return False

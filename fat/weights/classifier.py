@@ -15,7 +15,7 @@ from fat.weights.safe_pickle import printable
 HEAD = "head."
 
 
-def with_classifier(
+def match_classifier(
     found: Mapping[str, Tensor], model: FAT, replace: bool, *, known: ClassList | None, wanted: ClassList | None
 ) -> tuple[dict[str, Tensor], str]:
     """Return a file's tensors with the classifier that the model is to have, and a line that says what was decided.
@@ -65,7 +65,7 @@ def _decide(rows: int, outputs: int, known: ClassList | None, wanted: ClassList)
     same = known is None or known.digest == wanted.digest
     if not rows:
         fault = "have no classifier"
-    elif known is not None and not same and not known.same_but_for_order(wanted):
+    elif known is not None and not same and not known.has_same_classes(wanted):
         fault = f"are of other classes ({difference(known, wanted)})"
     elif rows != outputs:
         fault = f"have {rows:,} outputs, and {outputs:,} are wanted"

@@ -14,7 +14,7 @@ from torch import Tensor
 from fat.config import VARIANTS, FATConfig
 from fat.model import FAT, Trunk
 from fat.weights.classes import MAX_COUNT, ClassList
-from fat.weights.classifier import HEAD, with_classifier
+from fat.weights.classifier import HEAD, match_classifier
 from fat.weights.entries import listed, select
 from fat.weights.header import WeightsInfo
 from fat.weights.released_names import from_released, is_released
@@ -172,7 +172,7 @@ def _fitting(
         found = from_released(found, model.config)
     if isinstance(model, FAT):
         try:
-            found, note = with_classifier(found, model, replace_head, known=weights.info.classes, wanted=classes)
+            found, note = match_classifier(found, model, replace_head, known=weights.info.classes, wanted=classes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         notes += (note,) if note else ()

@@ -107,11 +107,11 @@ class GlobalBatchNorm(BatchNorm):
         self.update_running_stats(mean - self.running_mean, var, input.numel() // input.shape[1])
         return output
 
-    def shared(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    def sync_stats(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = _Share.apply(mean, var, self.group, self.ranks)
         return result
 
-    def summed(self, values: Tensor) -> Tensor:
+    def sync_sum(self, values: Tensor) -> Tensor:
         return _sum_over_ranks(values, self.group)
 
 

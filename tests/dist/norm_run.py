@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fat import kernels
-from fat.batchnorm import folded, with_statistics
+from fat.batchnorm import fold_into_conv, with_statistics
 from fat.fused_layers import convolve_relu
 from fat.layers import ConvNorm
 from launch.engine.sync_batchnorm import GlobalBatchNorm, convert_sync_batchnorm
@@ -46,9 +46,9 @@ def layer() -> nn.Sequential:
 def fold(model: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
     norm, after = model
     images, mean, var = with_statistics(images)
-    mean, var = norm.shared(mean, var)
+    mean, var = norm.sync_stats(mean, var)
     norm.update_running_stats(mean - norm.running_mean, var, images.numel() // CHANNELS)
-    return F.conv2d(images, *folded(after, norm, mean, var, images.dtype))
+    return F.conv2d(images, *fold_into_conv(after, norm, mean, var, images.dtype))
 
 
 def stem() -> ConvNorm:
@@ -60,7 +60,7 @@ def rectify(group: int, world: World, images: torch.Tensor, cotangent: torch.Ten
     """The parts of a norm and ReLU by `fat.kernels`, in plain torch."""
     unit = convert_sync_batchnorm(stem(), f"group:{group}", world)
     images = images.detach().requires_grad_()
-    with kernels.assumed(), kernels.disabled(*kernels.FAMILIES):
+    with kernels.assume_available(), kernels.disabled(*kernels.FAMILIES):
         output = convolve_relu(unit, images)
         output.backward(cotangent)
     assert "BatchNormReLU" in str(output.grad_fn)

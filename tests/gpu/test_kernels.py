@@ -34,8 +34,8 @@ from tests.support.kernel_checks import (
     check_channel_sums,
     check_depthwise,
     check_depthwise_gate,
-    check_depthwise_moments,
     check_depthwise_norm,
+    check_depthwise_stats,
     check_fold,
     check_gate,
     check_norm,
@@ -109,7 +109,7 @@ NORMED = [
 
 @pytest.mark.parametrize("case", NORMED, ids=str)
 def test_depthwise_and_moments(case: Case) -> None:
-    on_fresh_inputs(lambda draw: check_depthwise_moments(case, draw))
+    on_fresh_inputs(lambda draw: check_depthwise_stats(case, draw))
 
 
 FOLDED = [(32, 128, BF16), (512, 2048, BF16), (33, 20, FP32), (40, 72, FP16)]
@@ -178,7 +178,7 @@ def test_norm_and_relu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize(
-    "name", ["depthwise_norm", "depthwise_gate", "depthwise_moments", "add_norm", "fold", "attend"]
+    "name", ["depthwise_norm", "depthwise_gate", "depthwise_stats", "add_norm", "fold", "attend"]
 )
 def test_opcheck(name: str) -> None:
     draw = Draw.seeded(0, "cuda")
@@ -187,7 +187,7 @@ def test_opcheck(name: str) -> None:
     arguments = {
         "depthwise_norm": (x, weight, bias, bias, bias, 1e-5),
         "depthwise_gate": (x, weight, bias, y),
-        "depthwise_moments": (x, None, weight, bias, 2, False),
+        "depthwise_stats": (x, None, weight, bias, 2, False),
         "add_norm": (x, y, draw.scale(2), bias, bias, 1e-5),
         "attend": (x, draw.map(2, 64, 3, 4, FP32).requires_grad_(), 2, 0.25),
         "fold": (
@@ -333,8 +333,8 @@ def test_a_wrong_kernel_is_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_is_not_served_on_a_device() -> None:
     x = torch.zeros(1, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
-    assert kernels.serves(x)
-    assert not kernels.serves(x.contiguous())
-    assert not kernels.serves(x.cpu())
+    assert kernels.can_use(x)
+    assert not kernels.can_use(x.contiguous())
+    assert not kernels.can_use(x.cpu())
     with pytest.raises(ValueError, match="one device"):
         ops.depthwise(x, torch.zeros(32, 1, 3, 3), None, 1, False)

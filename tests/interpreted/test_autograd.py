@@ -93,12 +93,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
         [X, Y, GAIN, SHIFT],
     ),
     "depthwise and moments": (
-        lambda *a: kernels.depthwise_moments(*a, residual=True),
+        lambda *a: kernels.depthwise_stats(*a, residual=True),
         lambda x, *a: moments(x + convolved(x, *a)),
         [X, WEIGHT, BIAS],
     ),
     "depthwise of GELU, and moments": (
-        lambda *a: kernels.depthwise_moments(*a, stride=2, gelu=True),
+        lambda *a: kernels.depthwise_stats(*a, stride=2, gelu=True),
         lambda x, *a: moments(convolved(F.gelu(x), *a, 2)),
         [X, WEIGHT, BIAS],
     ),
@@ -152,12 +152,12 @@ OPERATORS = {
     "depthwise_weight_gradient": (X, Y, KERNEL, 1),
     "depthwise_gate": (X, WEIGHT, None, Y),
     "depthwise_gate_gradient": (X, X, WEIGHT, BIAS, Y),
-    "depthwise_moments": (X, None, WEIGHT, BIAS, 2, False),
-    "depthwise_moments_gradient": (X, Y, X, BIAS, GAIN, SHIFT, KERNEL, 1),
+    "depthwise_stats": (X, None, WEIGHT, BIAS, 2, False),
+    "depthwise_stats_gradient": (X, Y, X, BIAS, GAIN, SHIFT, KERNEL, 1),
     "fold": (MATRIX, BIAS[:6], GAIN, SHIFT, BIAS, SHIFT.square(), 1e-5, BF16),
     "update_running_stats": (BIAS.clone(), GAIN.clone(), torch.tensor(3), SHIFT, GAIN, 0.1, 1.25),
     "fold_gradient": (MATRIX[:, :, 0, 0], BIAS[:6], MATRIX, GAIN, SHIFT, BIAS, SHIFT.square(), MATRIX, 1e-5),
-    "channel_moments": (X,),
+    "channel_stats": (X,),
     "channel_sums": (X, BF16),
     "norm_relu": (X, GAIN, SHIFT, BIAS, GAIN.square(), 1e-5),
     "norm_relu_gradient": (X, Y, Y, GAIN, BIAS, GAIN.square(), BIAS, SHIFT, 40, 1e-5),
@@ -178,7 +178,7 @@ DIFFERENTIABLE = {
     "attend",
     "depthwise",
     "depthwise_gate",
-    "depthwise_moments",
+    "depthwise_stats",
     "depthwise_norm",
     "fold",
     "gate",
@@ -226,9 +226,9 @@ def test_autocast_stores_maps_in_its_dtype_and_sums_weight_gradients_in_theirs()
     ],
 )
 def test_what_is_not_served_is_left_to_torch_and_refused_by_the_operator(x: Tensor, why: str) -> None:
-    assert kernels.serves(X)
-    assert not kernels.serves(x)
-    assert not kernels.serves(X, x)
+    assert kernels.can_use(X)
+    assert not kernels.can_use(x)
+    assert not kernels.can_use(X, x)
     with pytest.raises(ValueError, match=why):
         ops.norm(x, GAIN, SHIFT, 1e-5)
 
@@ -244,17 +244,17 @@ def test_refused_weights() -> None:
 
 def test_the_mode_holds_inside() -> None:
     with kernels.use("off"):
-        assert not kernels.serves(X)
+        assert not kernels.can_use(X)
         with kernels.use("unchecked"):
-            assert kernels.serves(X)
-        assert not kernels.serves(X)
-    assert kernels.serves(X)
+            assert kernels.can_use(X)
+        assert not kernels.can_use(X)
+    assert kernels.can_use(X)
     with pytest.raises(ValueError, match="no: expected auto, off or unchecked"), kernels.use("no"):  # type: ignore[arg-type]
         pass
 
 
 def test_empty_maps_are_left_to_torch() -> None:
-    assert not kernels.serves(X[:0])
+    assert not kernels.can_use(X[:0])
 
 
 def _outputs(result: object) -> tuple[Tensor, ...]:

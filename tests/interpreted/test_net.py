@@ -89,14 +89,14 @@ def test_training_equals_eager(model: fat.FAT, images: Tensor) -> None:
         "norm_gradient": 2 + blocks + 1,
         "add": blocks,
         "scaled": blocks - 1,
-        "depthwise_moments": norms,
-        "depthwise_moments_gradient": norms,
+        "depthwise_stats": norms,
+        "depthwise_stats_gradient": norms,
         "fold": norms,
         "update_running_stats": norms + 4,
         "fold_gradient": norms,
         "depthwise_input_gradient": norms + 2 * blocks,
         "depthwise_weight_gradient": 2 * blocks,  # position and gate
-        "channel_moments": 4,  # the stem
+        "channel_stats": 4,  # the stem
         "norm_relu": 4,
         "norm_relu_sums": 4,
         "norm_relu_gradient": 4,
@@ -181,7 +181,7 @@ class Shared(BatchNorm):
 
     ranks = 2
 
-    def summed(self, values: Tensor) -> Tensor:
+    def sync_sum(self, values: Tensor) -> Tensor:
         return 2 * values
 
 
@@ -293,4 +293,4 @@ def test_the_whole_net_is_one_graph_forward_and_backward(model: fat.FAT, images:
     assert forward["add_norm"] == forward["depthwise_gate"] == 4
     assert backward["depthwise_gate_gradient"] == 4
     assert backward["depthwise_weight_gradient"] == 4 + 4
-    assert backward["depthwise_moments_gradient"] == 4 + 4 + 3
+    assert backward["depthwise_stats_gradient"] == 4 + 4 + 3

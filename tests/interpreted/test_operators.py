@@ -20,8 +20,8 @@ from tests.support.kernel_checks import (
     check_channel_sums,
     check_depthwise,
     check_depthwise_gate,
-    check_depthwise_moments,
     check_depthwise_norm,
+    check_depthwise_stats,
     check_fold,
     check_gate,
     check_norm,
@@ -86,8 +86,8 @@ def test_depthwise_gate_and_moments_in_both_forms(form: str, monkeypatch: pytest
     monkeypatch.setattr(tiles, "depthwise", getattr(tiles, form))
     check_depthwise_gate(Case(3, 1, 1, 20, 14, 14, FP32), Draw.seeded(12, "cpu"))
     check_depthwise_norm(Case(3, 1, 1, 40, 9, 14, FP32), Draw.seeded(13, "cpu"))
-    check_depthwise_moments(Case(3, 1, 2, 8, 14, 15, BF16, residual=True), Draw.seeded(14, "cpu"))
-    check_depthwise_moments(Case(5, 2, 1, 8, 14, 28, FP32), Draw.seeded(15, "cpu"))
+    check_depthwise_stats(Case(3, 1, 2, 8, 14, 15, BF16, residual=True), Draw.seeded(14, "cpu"))
+    check_depthwise_stats(Case(5, 2, 1, 8, 14, 28, FP32), Draw.seeded(15, "cpu"))
 
 
 @pytest.mark.parametrize("options", [{"rows": 3, "lanes": 2}, {"rows": 14, "most_warps": 8}], ids=str)
@@ -140,7 +140,7 @@ def test_depthwise_and_norm(case: Case) -> None:
     ids=str,
 )
 def test_depthwise_and_moments(case: Case) -> None:
-    check_depthwise_moments(case, Draw.seeded(7, "cpu"))
+    check_depthwise_stats(case, Draw.seeded(7, "cpu"))
 
 
 # Maps of one and of more tiles of 14 rows, of one and of more patches, filled by them or not.
@@ -171,7 +171,7 @@ def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pyte
     monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
     monkeypatch.setattr(tiles, "PROGRAMS", 8)
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
-    check_depthwise_moments(case, Draw.seeded(10, "cpu"))
+    check_depthwise_stats(case, Draw.seeded(10, "cpu"))
 
 
 @pytest.mark.slow
@@ -184,7 +184,7 @@ def test_moments_gradient_in_other_walks(case: Case, walk: tiles.Walk, monkeypat
     monkeypatch.setattr(tiles, "walks", lambda *_: (walk,))
     monkeypatch.setattr(tiles, "patches", tiles.patches.__wrapped__)  # forgets nothing
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
-    check_depthwise_moments(case, Draw.seeded(11, "cpu"))
+    check_depthwise_stats(case, Draw.seeded(11, "cpu"))
 
 
 @pytest.mark.parametrize(("outputs", "channels", "dtype"), [(5, 20, FP32), (40, 72, BF16), (33, 16, FP16)])

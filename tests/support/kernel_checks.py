@@ -93,12 +93,12 @@ def _check_weight_gradient(case: Case, gradient: Tensor, x: Tensor, grad_weight:
     assert torch.equal(own[1], again[1])
 
 
-def check_depthwise_moments(case: Case, draw: Draw) -> None:
+def check_depthwise_stats(case: Case, draw: Draw) -> None:
     """The convolution, the moments of what it has stored, and the gradients by all three; twice, for the same bits."""
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
     weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
     bias = 5 * draw.tensor(case.channels) if case.bias else None  # means of several deviations
-    out, mean, var = ops.depthwise_moments(x, None, weight, bias, case.stride, case.residual)
+    out, mean, var = ops.depthwise_stats(x, None, weight, bias, case.stride, case.residual)
     exact = _convolve(x.double(), weight.double(), _double(bias), case.stride, case.residual)
     expect("out", out, exact)
     stored = out.double()
@@ -117,7 +117,7 @@ def check_depthwise_moments(case: Case, draw: Draw) -> None:
     exact = _convolve(*leaves, case.stride, case.residual)
     _, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, completed)
     found = [
-        ops.depthwise_moments_gradient(gradient, x, out, mean, *scaled, case.kernel, case.stride) for _ in range(2)
+        ops.depthwise_stats_gradient(gradient, x, out, mean, *scaled, case.kernel, case.stride) for _ in range(2)
     ]
     for name, own, again, wanted in zip(
         ("gradient", "by weight", "by bias"), *found, (completed, grad_weight, grad_bias), strict=True
@@ -246,7 +246,7 @@ def check_norm_relu(shape: tuple[int, int, int, int], dtype: torch.dtype, offset
     x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)
     weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
     slack = 4 * SUMMING * (1 + offset**2)
-    (mean, var), again = (ops.channel_moments(x) for _ in range(2))
+    (mean, var), again = (ops.channel_stats(x) for _ in range(2))
     expect("mean", mean, x.double().mean(dim=(0, 2, 3)))
     expect("var", var, x.double().var(dim=(0, 2, 3), correction=0), slack)
     assert torch.equal(mean, again[0])

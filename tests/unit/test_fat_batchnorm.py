@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fat
 from fat import fused_layers
-from fat.batchnorm import BatchNorm, folded, statistics, with_statistics
+from fat.batchnorm import BatchNorm, fold_into_conv, statistics, with_statistics
 from fat.blocks import ConvFFN
 from fat.fused_layers import convolve_fold
 from fat.layers import ConvNorm, ResidualDepthwise, depthwise, pointwise
@@ -35,7 +35,7 @@ def norm_and_pointwise(channels: int, outputs: int, dtype: torch.dtype = torch.f
 
 def fold(norm: BatchNorm, after: nn.Conv2d, x: Tensor) -> Tensor:
     x, mean, var = with_statistics(x)
-    return nn.functional.conv2d(x, *folded(after, norm, mean, var, x.dtype))
+    return nn.functional.conv2d(x, *fold_into_conv(after, norm, mean, var, x.dtype))
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -124,7 +124,7 @@ def folds(module: nn.Module, x: Tensor) -> bool:
     expected = copy.deepcopy(module)(x)
     with (
         mock.patch("torch.compiler.is_compiling", return_value=True),
-        mock.patch.object(fused_layers, "folded", wraps=folded) as called,
+        mock.patch.object(fused_layers, "fold_into_conv", wraps=fold_into_conv) as called,
     ):
         torch.testing.assert_close(module(x), expected)
     return bool(called.called)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 import fat
 from fat import kernels
-from fat.activation_checkpointing import recomputed
+from fat.activation_checkpointing import checkpoint_block
 from fat.blocks import Block
 from fat.layers import DropPath, GroupNorm1, _group_norm, norm_rows
 from tests.support.tiny_fat import TINY, images, relative_error, settle
@@ -137,7 +137,7 @@ def test_recomputation_uses_the_kernels_as_its_forward_pass_did() -> None:
         return x.square()
 
     with kernels.use("off"):
-        output = recomputed(block, torch.ones(2, requires_grad=True), nn.Identity())
+        output = checkpoint_block(block, torch.ones(2, requires_grad=True), nn.Identity())
     thread = threading.Thread(target=output.sum().backward)
     thread.start()
     thread.join()

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fat
-from fat.account.roofline import Roofline, ceiling, roofline, traced
+from fat.account.roofline import Roofline, ceiling, roofline, trace_step
 from tests.support.tiny_fat import TINY
 
 # GB of a step of 256 images under bf16 autocast, estimated by hand before any of this was counted.
@@ -39,7 +39,7 @@ def test_our_kernels_move_less_than_half_of_eager_and_less_than_twice_the_floor(
 def test_fused_bytes_are_what_the_products_of_an_eager_run_pass() -> None:
     """Counted from layers' shapes in the one, from operations' tensors in the other."""
     model = fat.create_model("fat_b0")
-    less, more = (traced(model, 224, torch.bfloat16, batch).product_bytes for batch in (2, 4))
+    less, more = (trace_step(model, 224, torch.bfloat16, batch).product_bytes for batch in (2, 4))
     assert fat.count(model).fused_bytes(2) == pytest.approx((more - less) / 2, rel=0.05)
 
 

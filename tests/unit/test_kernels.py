@@ -63,8 +63,8 @@ def _depthwise(kernel: int, channels: int, side: int, stride: int = 1) -> Callab
     def launch() -> None:
         ops.depthwise(x, weight, bias, stride, stride == 1)
         ops.depthwise_weight_gradient(gradient, x, kernel, stride)
-        ops.depthwise_moments(x, None, weight, bias, stride, stride == 1)
-        ops.depthwise_moments_gradient(gradient, x, gradient, bias, bias, bias, kernel, stride)
+        ops.depthwise_stats(x, None, weight, bias, stride, stride == 1)
+        ops.depthwise_stats_gradient(gradient, x, gradient, bias, bias, bias, kernel, stride)
         ops.depthwise_input_gradient(gradient, weight, x, side, side, stride, stride == 1)
         if stride == 2:
             ops.depthwise_input_gradient(gradient, weight, None, side, side, stride, False)
@@ -103,7 +103,7 @@ def _stem() -> None:
     for channels, side in ((24, 112), (48, 56), (64, 56)):
         x, y, z = _maps(3, channels, side)
         of_channels = torch.zeros(channels)
-        ops.channel_moments(x)
+        ops.channel_stats(x)
         ops.norm_relu(x, of_channels, of_channels, of_channels, of_channels, 1e-5)
         ops.norm_relu_sums(x, y, z, of_channels, of_channels, 1e-5)
         ops.norm_relu_gradient(x, y, z, *(of_channels for _ in range(5)), 100, 1e-5)

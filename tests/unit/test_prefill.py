@@ -102,7 +102,7 @@ def launch_for_real(kind: str) -> None:
     images = torch.zeros(IMAGES, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     with (
         launches._OperatorsOfDevice(),
-        kernels.assumed(),
+        kernels.assume_available(),
         launches_only_compile(90) as offline,
         torch.autocast("cpu", torch.bfloat16),
     ):
@@ -156,7 +156,7 @@ def test_all_launches_of_a_step_of_fat_b0_are_recorded(monkeypatch: pytest.Monke
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: launched.update([kernel.fn.__name__]))
     model = fat.create_model("fat_b0")
     images = torch.zeros(2, 3, 64, 64, dtype=torch.bfloat16)
-    with launches._OperatorsOfDevice(), kernels.assumed(), torch.autocast("cpu", torch.bfloat16):
+    with launches._OperatorsOfDevice(), kernels.assume_available(), torch.autocast("cpu", torch.bfloat16):
         model.train()(images).float().sum().backward()
     assert launched.total() > 400
     recorded = launches.record(training_step(model, (2, 3, 64, 64)), TARGET)
@@ -332,7 +332,7 @@ def test_kernels_are_found_after_torch_compile(tmp_path: Path, monkeypatch: pyte
     assert ahead([copies(32)]).compiled == 1
 
     get_ptxas_version.cache_clear()
-    compile_ahead.keep_cache()
+    compile_ahead.pin_cache_location()
     assembler = tmp_path / "ptxas"
     assembler.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.9, V99.9.0\n")
     assembler.chmod(0o755)

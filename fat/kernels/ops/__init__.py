@@ -8,8 +8,8 @@ and returned in the weight's dtype. An operator that is called with another layo
 
 from fat.kernels.ops.attention import attend, attend_gradient
 from fat.kernels.ops.batchnorm import (
-    depthwise_moments,
-    depthwise_moments_gradient,
+    depthwise_stats,
+    depthwise_stats_gradient,
     fold,
     fold_gradient,
     update_running_stats,
@@ -26,7 +26,7 @@ from fat.kernels.ops.gate import gate, gate_gradient
 from fat.kernels.ops.norm import add, add_norm, add_norm_gradient, depthwise_norm, norm, norm_gradient, scaled
 from fat.kernels.ops.norm_relu import (
     batch_norm_relu,
-    channel_moments,
+    channel_stats,
     norm_relu,
     norm_relu_gradient,
     norm_relu_sums,
@@ -39,15 +39,15 @@ __all__ = [
     "attend",
     "attend_gradient",
     "batch_norm_relu",
-    "channel_moments",
+    "channel_stats",
     "channel_sums",
     "depthwise",
     "depthwise_gate",
     "depthwise_gate_gradient",
     "depthwise_input_gradient",
-    "depthwise_moments",
-    "depthwise_moments_gradient",
     "depthwise_norm",
+    "depthwise_stats",
+    "depthwise_stats_gradient",
     "depthwise_weight_gradient",
     "fold",
     "fold_gradient",

@@ -1,4 +1,4 @@
-"""Operators `fat::depthwise_moments` and `fat::fold`: BatchNorm between a depthwise and a 1x1 convolution, without a
+"""Operators `fat::depthwise_stats` and `fat::fold`: BatchNorm between a depthwise and a 1x1 convolution, without a
 pass of its own over memory. See `fat.batchnorm` and `fat.kernels.ops`."""
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, WEIGHT_GRADIENT, launches
-from fat.kernels.ops.checks import channels_last, empty_map, expect, expect_weight
+from fat.kernels.ops.checks import channels_last, empty_feature_map, expect, expect_weight
 from fat.kernels.ops.depthwise import depthwise_input_gradient
 
 
-@custom_op("fat::depthwise_moments", mutates_args=())
+@custom_op("fat::depthwise_stats", mutates_args=())
 @launches(CONVOLUTION, BATCH_NORM)
-def depthwise_moments(
+def depthwise_stats(
     x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`depthwise`, and mean and variance (without correction) of what it stores: fp32 [C]. Deterministic.
@@ -36,7 +36,7 @@ def depthwise_moments(
     return out, *join(moments, counts)
 
 
-@depthwise_moments.register_fake
+@depthwise_stats.register_fake
 def _(
     x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,12 +45,12 @@ def _(
 
 
 def _out(x: Tensor, stride: int) -> Tensor:
-    return empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
+    return empty_feature_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
 
 
-@custom_op("fat::depthwise_moments_gradient", mutates_args=())
+@custom_op("fat::depthwise_stats_gradient", mutates_args=())
 @launches(WEIGHT_GRADIENT, BATCH_NORM)
-def depthwise_moments_gradient(
+def depthwise_stats_gradient(
     gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradients by y and its statistics: the whole gradient by y, and those by weight and bias, fp32."""
@@ -62,7 +62,7 @@ def depthwise_moments_gradient(
     return completed, *weight_gradient(gradient, x, kernel=kernel, stride=stride, statistics=found)
 
 
-@depthwise_moments_gradient.register_fake
+@depthwise_stats_gradient.register_fake
 def _(
     gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _moments_backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
     x, before, weight, y, mean = ctx.saved_tensors
-    completed, grad_weight, grad_bias = depthwise_moments_gradient(
+    completed, grad_weight, grad_bias = depthwise_stats_gradient(
         channels_last(grad_y), x, y, mean, grad_mean.contiguous(), grad_var.contiguous(), weight.shape[-1], ctx.stride
     )
     grad_input = None
@@ -90,7 +90,7 @@ def _moments_backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Ten
     return grad_x, grad_before, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
-depthwise_moments.register_autograd(_moments_backward, setup_context=_keep_moments)
+depthwise_stats.register_autograd(_moments_backward, setup_context=_keep_moments)
 
 
 @custom_op("fat::update_running_stats", mutates_args=("running_mean", "running_var", "batches"))

@@ -48,7 +48,7 @@ def expect_weight(weight: Tensor, x: Tensor, stride: int, residual: bool) -> Non
         raise ValueError(f"depthwise weights on {weight.device} and a map on {x.device}: expected one device")
 
 
-def empty_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
+def empty_feature_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
     return torch.empty(
         (batch, channels, height, width), dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.families import CONVOLUTION, GATE, INPUT_GRADIENT, WEIGHT_GRADIENT, launches
-from fat.kernels.ops.checks import channels_last, empty_map, expect, expect_weight
+from fat.kernels.ops.checks import channels_last, empty_feature_map, expect, expect_weight
 
 
 @custom_op("fat::depthwise", mutates_args=())
@@ -27,7 +27,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, resid
 
 @depthwise.register_fake
 def _depthwise_shape(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:
-    return empty_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
+    return empty_feature_map(x, x.shape[0], x.shape[1], -(-x.shape[2] // stride), -(-x.shape[3] // stride))
 
 
 @custom_op("fat::depthwise_input_gradient", mutates_args=())
@@ -49,7 +49,7 @@ def depthwise_input_gradient(
 def _input_gradient_shape(
     gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
 ) -> Tensor:
-    return empty_map(gradient, gradient.shape[0], gradient.shape[1], height, width)
+    return empty_feature_map(gradient, gradient.shape[0], gradient.shape[1], height, width)
 
 
 @custom_op("fat::depthwise_weight_gradient", mutates_args=())

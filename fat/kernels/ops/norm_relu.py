@@ -1,4 +1,4 @@
-"""Operators `fat::channel_moments` and `fat::norm_relu*`: BatchNorm in training and ReLU behind a dense convolution, as
+"""Operators `fat::channel_stats` and `fat::norm_relu*`: BatchNorm in training and ReLU behind a dense convolution, as
 in FAT's stem. See `fat.kernels.ops`."""
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from fat.kernels.families import BATCH_NORM, BIAS_GRADIENT, launches
 from fat.kernels.ops.checks import channels_last, expect
 
 
-@custom_op("fat::channel_moments", mutates_args=())
+@custom_op("fat::channel_stats", mutates_args=())
 @launches(BATCH_NORM)
-def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance (without correction) over all but the channels: fp32 [C]. Deterministic."""
     from fat.kernels.impl import norm_relu as kernels
 
@@ -24,7 +24,7 @@ def channel_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return kernels.moments(x)
 
 
-@channel_moments.register_fake
+@channel_stats.register_fake
 def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1], dtype=torch.float32), x.new_empty(x.shape[1], dtype=torch.float32)
 
@@ -108,7 +108,7 @@ class _BatchNormReLU(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor, norm: BatchNorm
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mean, var = norm.shared(*channel_moments(x))
+        mean, var = norm.sync_stats(*channel_stats(x))
         result = norm_relu(x, weight, bias, mean, var, norm.eps)
         ctx.save_for_backward(x, result, weight, mean, var)
         ctx.norm, ctx.before, ctx.bias_dtype = norm, None if before is None else before.dtype, bias.dtype
@@ -123,7 +123,7 @@ class _BatchNormReLU(torch.autograd.Function):
         sums = norm_relu_sums(gradient, x, result, mean, var, norm.eps)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_bias, grad_weight = norm.summed(sums).unbind()
+            grad_bias, grad_weight = norm.sync_sum(sums).unbind()
             count = norm.ranks * (x.numel() // x.shape[1])
             grad_x = norm_relu_gradient(gradient, x, result, weight, mean, var, grad_bias, grad_weight, count, norm.eps)
         grad_before = None if ctx.before is None else torch.zeros_like(mean, dtype=ctx.before)

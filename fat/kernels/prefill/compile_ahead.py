@@ -89,7 +89,7 @@ def compile_ahead(
     report = Report()
     try:
         if capability is None:
-            keep_cache()
+            pin_cache_location()
         target = cuda_target(capability or torch.cuda.get_device_capability())
         launches = _recorded(work, target, problems)
         report = Report(total=len(launches))
@@ -114,7 +114,7 @@ def compile_ahead(
     return replace(report, seconds=time.monotonic() - start, problem=_summary(problems))
 
 
-def keep_cache() -> None:
+def pin_cache_location() -> None:
     """Make later launches of this process look kernels up where `compile_ahead` has put them.
 
     Unless they are set, torch.compile points TRITON_CACHE_DIR to a folder of its own and TRITON_PTXAS_PATH to torch's

@@ -66,7 +66,7 @@ def record(work: Callable[[], object], target: GPUTarget) -> list[Launch]:
         FakeTensorMode(allow_non_fake_inputs=True),
         torch.device("cpu"),
         _OperatorsOfDevice(),
-        kernels.assumed(),
+        kernels.assume_available(),
         _intercepted(target) as found,
     ):
         work()

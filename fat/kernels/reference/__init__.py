@@ -10,8 +10,8 @@ None of the functions is differentiable: the operators have autograd formulas of
 
 from fat.kernels.reference.attention import attend, attend_gradient
 from fat.kernels.reference.batchnorm import (
-    depthwise_moments,
-    depthwise_moments_gradient,
+    depthwise_stats,
+    depthwise_stats_gradient,
     fold,
     fold_gradient,
     update_running_stats,
@@ -26,7 +26,7 @@ from fat.kernels.reference.depthwise import (
 )
 from fat.kernels.reference.gate import gate, gate_gradient
 from fat.kernels.reference.norm import add, add_norm, add_norm_gradient, depthwise_norm, norm, norm_gradient, scaled
-from fat.kernels.reference.norm_relu import channel_moments, norm_relu, norm_relu_gradient, norm_relu_sums
+from fat.kernels.reference.norm_relu import channel_stats, norm_relu, norm_relu_gradient, norm_relu_sums
 
 __all__ = [
     "add",
@@ -34,15 +34,15 @@ __all__ = [
     "add_norm_gradient",
     "attend",
     "attend_gradient",
-    "channel_moments",
+    "channel_stats",
     "channel_sums",
     "depthwise",
     "depthwise_gate",
     "depthwise_gate_gradient",
     "depthwise_input_gradient",
-    "depthwise_moments",
-    "depthwise_moments_gradient",
     "depthwise_norm",
+    "depthwise_stats",
+    "depthwise_stats_gradient",
     "depthwise_weight_gradient",
     "fold",
     "fold_gradient",

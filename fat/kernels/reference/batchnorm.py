@@ -9,7 +9,7 @@ from fat.kernels.reference.depthwise import depthwise, weight_and_bias_gradient
 from fat.kernels.reference.precision import as_map, in_nchw, per_channel, sum_dtype
 
 
-def depthwise_moments(
+def depthwise_stats(
     x: Tensor,
     before: Tensor | None,
     weight: Tensor,
@@ -25,7 +25,7 @@ def depthwise_moments(
     return out, mean, var
 
 
-def depthwise_moments_gradient(
+def depthwise_stats_gradient(
     gradient: Tensor,
     x: Tensor,
     y: Tensor,

@@ -8,7 +8,7 @@ from torch import Tensor
 from fat.kernels.reference.precision import as_float32, as_map, per_channel, sum_dtype
 
 
-def channel_moments(x: Tensor, *, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def channel_stats(x: Tensor, *, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     var, mean = torch.var_mean(x.to(sum_dtype(own)), dim=(0, 2, 3), correction=0)
     return mean, var
 

@@ -20,15 +20,15 @@ DROP_SCALES = (0.0, 1.25)  # of drop path: of every two samples one is left out
 # Results of operators that have several: name, and the family that a wrong one is blamed on.
 RESULTS: dict[str, tuple[tuple[str, str], ...]] = {
     "depthwise_norm": (("map", CONVOLUTION), ("normalised map", NORM), ("mean", NORM), ("rstd", NORM)),
-    "depthwise_moments": (("map", CONVOLUTION), ("mean", BATCH_NORM), ("variance", BATCH_NORM)),
-    "depthwise_moments_gradient": (
+    "depthwise_stats": (("map", CONVOLUTION), ("mean", BATCH_NORM), ("variance", BATCH_NORM)),
+    "depthwise_stats_gradient": (
         ("gradient by the map", BATCH_NORM),
         ("gradient by weight", WEIGHT_GRADIENT),
         ("gradient by bias", WEIGHT_GRADIENT),
     ),
 }
 SUMS = {  # arguments that are divided by the map's size
-    "depthwise_moments_gradient": ("grad_mean", "grad_var"),
+    "depthwise_stats_gradient": ("grad_mean", "grad_var"),
     "norm_relu_gradient": ("grad_bias", "grad_weight"),
 }
 POSITIVE = ("var", "rstd", "running_var")  # arguments that are variances or their reciprocal roots

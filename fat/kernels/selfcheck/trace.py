@@ -108,7 +108,7 @@ def _trace(twin: Trunk, what: str, sides: int | tuple[int, int], dtype: torch.dt
     images = torch.empty(BATCH, twin.config.in_chans, height, width, dtype=dtype)
     images = images.contiguous(memory_format=torch.channels_last)
     calls = _Calls()
-    with calls, kernels.assumed(), torch.set_grad_enabled(what != "eval"):
+    with calls, kernels.assume_available(), torch.set_grad_enabled(what != "eval"):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             outputs = twin(images)
         if what != "eval":
@@ -143,7 +143,7 @@ def _odd_channels(calls: Sequence[Case]) -> list[Case]:
 
 def _many_tiles(calls: Sequence[Case]) -> list[Case]:
     """Return the smallest convolution with moments, at a batch size whose moments take two rounds to join."""
-    smallest = min((case for case in calls if case.operator == "depthwise_moments"), key=_numbers, default=None)
+    smallest = min((case for case in calls if case.operator == "depthwise_stats"), key=_numbers, default=None)
     return [] if smallest is None else [smallest.with_batch(tiles.JOINED_EACH + 1)]
 
 
