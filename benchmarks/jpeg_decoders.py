@@ -66,7 +66,7 @@ class Comparison:
     """Absolute difference in pixel levels of 0..255, over all values."""
     max: int
     differing: float
-    """Share of the values that differ."""
+    """Fraction of the values that differ."""
     rates: dict[str, float]
     """Images per second of decoding, by `hw_decoder_load`."""
 

@@ -16,7 +16,7 @@ from tyro.conf import subcommand
 from pipeline.look import Look
 from shards.commands.command_line import Index, Info, SampleDigits, SamplePhotos, Shard, Verify
 from shards.cores import limit_openmp
-from shards.errors import UserError, lack_of_files, report
+from shards.errors import UserError, open_files_error, report
 from shards.files.output import check_output
 from shards.open_files import raise_limit
 from shards.option_help import default
@@ -208,7 +208,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
-        if (judged := lack_of_files(error)) is None:
+        if (judged := open_files_error(error)) is None:
             raise
         return report(judged)
 

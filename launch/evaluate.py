@@ -65,7 +65,7 @@ class Evaluate:
     size: ModelSide | None = None
     """Side of the images in pixels. None = that of the training, else 224."""
     crop_pct: CropPct | None = None
-    """Share of the short side that is looked at. None = that of the training, else 0.875."""
+    """Fraction of the short side that is looked at. None = that of the training, else 0.875."""
     batch: Annotated[int, Interval(ge=1, le=65536)] = 128
     """Images per rank and step."""
     limit: Annotated[int, Interval(ge=1, le=10**12)] | None = None

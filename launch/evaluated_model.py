@@ -34,7 +34,7 @@ class EvaluatedModel:
     size: int
     """Side of the images in pixels."""
     crop_pct: float
-    """Share of the short side that is looked at."""
+    """Fraction of the short side that is looked at."""
     step: int | None
     """Optimiser steps done; None = unknown."""
     notes: tuple[str, ...] = ()

@@ -42,5 +42,5 @@ class Roofline:
         return rate * self.flops / self.peaks.arithmetic
 
     def bandwidth(self, rate: float) -> float:
-        """Share of the copy bandwidth that fused blocks would use at a rate."""
+        """Fraction of the copy bandwidth that fused blocks would use at a rate."""
         return rate * self.bytes / self.peaks.bandwidth

@@ -43,7 +43,7 @@ from launch.run.metrics import Metrics
 from launch.run.progress import SCORED, Progress
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from launch.run.trackers import Trackers, start_trackers
-from shards.errors import UserError, lack_of_files
+from shards.errors import UserError, open_files_error
 from shards.redact import printable
 
 
@@ -196,7 +196,7 @@ def failure_in_status(run: Path, lock: FolderLock) -> Iterator[None]:
         if lock.taken and read_status(run) == "running":
             # With the step: rank 0, which knows it, may write at the same time, and must not lose it to another rank.
             step = CheckpointFolder(run / CHECKPOINTS).newest_step()
-            known = error if isinstance(error, UserError) else lack_of_files(error)
+            known = error if isinstance(error, UserError) else open_files_error(error)
             refused = known is not None and known.exit_code == UserError.exit_code
             reason = str(known) if known else f"{type(error).__name__}: {error}"
             write_status(run, "refused" if refused else "failed", step=step, reason=reason)

@@ -21,7 +21,7 @@ from pipeline.options import LoaderOptions
 from shards.errors import UserError
 from shards.files.output import check_output, write_output
 from shards.memory import check_memory
-from shards.ranges import Seed, Share, Side, check_ranges
+from shards.ranges import Fraction, Seed, Side, check_ranges
 from shards.redact import printable
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Look:
     """Side of the images in pixels."""
     count: Annotated[int, Interval(ge=1, le=10_000)] = 24
     """Images to draw."""
-    flip: Share | None = None
+    flip: Fraction | None = None
     """Probability of a horizontal flip; None = the recipe's."""
     crop_scale: tuple[CropShare, CropShare] | None = None
     """Area of the random crop, as shares of the image; None = the recipe's."""

@@ -15,7 +15,7 @@ from annotated_types import Interval
 from shards.cores import cores
 from shards.errors import UserError
 from shards.option_help import default
-from shards.ranges import Share, check_ranges
+from shards.ranges import Fraction, check_ranges
 from shards.redact import printable
 
 LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
@@ -53,8 +53,8 @@ class Settings:
 class DaliOptions:
     """How DALI decodes on a GPU."""
 
-    hw_decoder_load: Annotated[Share | None, default("1 where every rank can use such an engine, else 0")] = None
-    """Share of each batch given to the GPU's JPEG engine; the CUDA decoder decodes the rest, and rounds differently.
+    hw_decoder_load: Annotated[Fraction | None, default("1 where every rank can use such an engine, else 0")] = None
+    """Fraction of each batch given to the GPU's JPEG engine; the CUDA decoder decodes the rest, and rounds differently.
     At any value between 0 and 1, pixels depend on a sample's place in its batch."""
     preallocate_width: Annotated[JpegSide | None, default("0")] = None
     """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first."""

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shards.open_files import how_to_raise, limit
-from shards.ownership import obstacle, user_name
+from shards.open_files import how_to_raise_limit, limit
+from shards.ownership import describe_obstacle, user_name
 from shards.redact import one_line, printable
 
 MAX_MESSAGE = 2000
@@ -55,11 +55,11 @@ def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         fact = "missing" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
         return ShardSetError(f"{path}: {fact}; {remedy}")
-    fact, action = cause(path, error)
+    fact, action = describe_os_error(path, error)
     return StorageFailed(f"{path}: cannot be read ({fact}); {action or 'check the storage'}, then start again")
 
 
-def cause(path: Path | str, error: OSError) -> tuple[str, str]:
+def describe_os_error(path: Path | str, error: OSError) -> tuple[str, str]:
     """Explain what kept the system from opening, reading or writing a file.
 
     Returns:
@@ -67,11 +67,11 @@ def cause(path: Path | str, error: OSError) -> tuple[str, str]:
     """
     fact = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EMFILE:
-        return f"{fact}, the limit is {limit()}", f"raise the limit ({how_to_raise()})"
+        return f"{fact}, the limit is {limit()}", f"raise the limit ({how_to_raise_limit()})"
     if error.errno == errno.ENFILE:
         return fact, "close other programs, or raise fs.file-max"
     if error.errno in (errno.EACCES, errno.EPERM):
-        found = obstacle(path)
+        found = describe_obstacle(path)
         return (
             f"{fact} for {user_name(os.geteuid())}{f': {found}' if found else ''}",
             "have its owner give you access (chmod, chgrp)",
@@ -81,7 +81,7 @@ def cause(path: Path | str, error: OSError) -> tuple[str, str]:
     return fact, ""
 
 
-def lack_of_files(error: BaseException) -> StorageFailed | None:
+def open_files_error(error: BaseException) -> StorageFailed | None:
     """Return what to tell a person where an error, or one that led to it, says that no more files can be opened."""
     found: BaseException | None = error
     while found is not None:
@@ -94,7 +94,7 @@ def lack_of_files(error: BaseException) -> StorageFailed | None:
         found = found.__cause__ or (found.__context__ if chained else None)
     else:
         return None
-    fact, action = cause("", found)
+    fact, action = describe_os_error("", found)
     return StorageFailed(f"{fact}; {action}, then start again")
 
 
@@ -105,7 +105,7 @@ class ConversionFailed(UserError):
 
 
 @contextmanager
-def explained(path: Path, remedy: str = "then run the same command: it resumes") -> Iterator[None]:
+def explain_os_errors(path: Path, remedy: str = "then run the same command: it resumes") -> Iterator[None]:
     """Convert an `OSError` into a one-line error that names its file, else `path`.
 
     Args:
@@ -119,7 +119,7 @@ def explained(path: Path, remedy: str = "then run the same command: it resumes")
     except OSError as error:
         what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fact, action = cause(what, error)
+        fact, action = describe_os_error(what, error)
         raise ConversionFailed(f"{path if full else what}: {fact}; {action or 'correct that'}, {remedy}") from error
 
 

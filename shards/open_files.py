@@ -28,7 +28,7 @@ def limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def how_to_raise() -> str:
+def how_to_raise_limit() -> str:
     """Return the command that raises the limit, for messages, or who can raise it."""
     wanted = max(ENOUGH, 2 * limit())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -37,7 +37,7 @@ def how_to_raise() -> str:
     return f"'ulimit -n' allows {hard} at most: /etc/security/limits.conf, or --ulimit nofile={wanted} of a container"
 
 
-def share(most: int) -> int:
+def open_file_budget(most: int) -> int:
     """Return how many files a part of this process may keep open: `most`, or fewer under a low limit."""
     soft = limit()
     return most if soft == resource.RLIM_INFINITY else min(most, max(_FEWEST, soft // _PARTS))

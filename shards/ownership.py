@@ -17,7 +17,7 @@ def user_name(uid: int) -> str:
         return f"user {uid}"
 
 
-def whose(found: os.stat_result) -> str:
+def describe_owner(found: os.stat_result) -> str:
     """Describe a file or folder: its user, group and mode."""
     try:
         group = grp.getgrgid(found.st_gid).gr_name
@@ -27,7 +27,7 @@ def whose(found: os.stat_result) -> str:
     return f"{kind} of {user_name(found.st_uid)}, group {group}, mode {stat.S_IMODE(found.st_mode):04o}"
 
 
-def obstacle(path: Path | str) -> str:
+def describe_obstacle(path: Path | str) -> str:
     """Describe what keeps this process from a file: the file itself, or the folder above it that nobody may enter.
 
     Returns:
@@ -40,5 +40,5 @@ def obstacle(path: Path | str) -> str:
             continue
         except (OSError, ValueError):
             return ""
-        return whose(found) if place == Path(path) else f"{place} is {whose(found)}"
+        return describe_owner(found) if place == Path(path) else f"{place} is {describe_owner(found)}"
     return ""

@@ -27,7 +27,7 @@ from shards.redact import printable
 
 SHOWN = 60  # characters of a value in a message
 
-Share = Annotated[float, Interval(ge=0, le=1)]
+Fraction = Annotated[float, Interval(ge=0, le=1)]
 """A share or a probability."""
 Decay = Annotated[float, Interval(ge=0, lt=1)]
 """A decay rate, or a share that may not be the whole."""

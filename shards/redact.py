@@ -45,7 +45,7 @@ def printable(text: object) -> str:
     return one_line(redact(str(text)))
 
 
-def without_place(line: str, source: Path) -> str:
+def with_relative_paths(line: str, source: Path) -> str:
     """Return a line about a source with paths below it, as it is kept in dataset.json: a copy gives the same."""
     here, above = (re.escape(str(path)) for path in (source.absolute(), source.absolute().parent))
     line = re.sub(rf"{_PATH}{here}/", "", line)

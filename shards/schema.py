@@ -50,10 +50,10 @@ def parse_json(content: bytes, schema: TypeAdapter[T], *, limit: int) -> T:
     try:
         return schema.validate_json(content, strict=True, extra="forbid")
     except ValidationError as error:
-        raise ValueError(first_fact(error)) from None
+        raise ValueError(first_error(error)) from None
 
 
-def first_fact(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     """Describe the first fault: field, expected, found, and how many more there are."""
     first: Any = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])

@@ -31,7 +31,7 @@ class WeightsInfo:
     size: int | None = None
     """Side of the images in pixels, 32 to 8192, in the evaluations of the training."""
     crop_pct: float | None = None
-    """Share of the short side that those looked at, in (0, 1]."""
+    """Fraction of the short side that those looked at, in (0, 1]."""
     step: int | None = None
     """Optimiser steps done."""
 

@@ -36,7 +36,7 @@ class Phase:
     cpu: float
     """CPU seconds per image, of all threads of this process, until the last step was handed over."""
     waiting: float
-    """Share of the time in which the device (a CPU: the host) had no work because the next batch was not ready."""
+    """Fraction of the time in which the device (a CPU: the host) had no work because the next batch was not ready."""
     host: float = 0.0
     """On a GPU: seconds that the host takes to hand over a step, lower quartile; 0 where nothing is trained."""
     times: tuple[float, ...] = ()
@@ -88,7 +88,7 @@ class Figures:
 
     @property
     def host_share(self) -> float:
-        """Share of a training step's time that the host takes to hand it over."""
+        """Fraction of a training step's time that the host takes to hand it over."""
         return self.both.host * self.both.rate / self.settings["batch"]
 
     @property

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.config.errors import RecipeError
 from launch.config.recipe import Recipe
 from shards.errors import UserError
-from shards.schema import first_fact
+from shards.schema import first_error
 
 MAX_BYTES = 1 << 20  # of a recipe file
 _SCHEMA = TypeAdapter(Recipe)
@@ -111,7 +111,7 @@ def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)  # TOML has dates
         return _SCHEMA.validate_json(merged, strict=True, extra="forbid")
     except ValidationError as error:
-        raise RecipeError(first_fact(error)) from None
+        raise RecipeError(first_error(error)) from None
 
 
 def _merged(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE
 from pipeline.storage.remote.shard_set import open_set
 from pipeline.storage.remote.url import check_url, is_remote
 from shards.format.dataset import ShardSet
-from shards.format.pinned import ManifestDigest, split_pin
+from shards.format.manifest_digest import ManifestDigest, split_digest
 from shards.option_help import default
-from shards.ranges import Batch, Share, check_ranges
+from shards.ranges import Batch, Fraction, check_ranges
 
 DEFAULT_DATA = Path("imagenet-shards")
 # FAT reduces images by 32.
@@ -61,12 +61,12 @@ class DataConfig:
     crop_scale: Annotated[tuple[CropShare, CropShare] | None, default("that of --augment")] = None
     """Area of the random crop, as shares of the image."""
     crop_pct: CropPct = CROP_PCT
-    """Share of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""
-    flip: Annotated[Share | None, default("that of --augment")] = None
+    """Fraction of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""
+    flip: Annotated[Fraction | None, default("that of --augment")] = None
     """Probability of a horizontal flip."""
     rand_augment: Annotated[str | None, default("that of --augment")] = None
     """RandAugment in timm's syntax, such as rand-m9-mstd0.5-inc1; '' = off."""
-    erase: Annotated[Share | None, default("that of --augment")] = None
+    erase: Annotated[Fraction | None, default("that of --augment")] = None
     """Probability of random erasing."""
     mixup: Annotated[Alpha | None, default("that of --augment")] = None
     """Mixup's alpha; 0 = off."""
@@ -78,7 +78,7 @@ class DataConfig:
         check_ranges(self)
         self.augmentation()  # the laws between its parts
         # Before anything of the recipe is saved or shown.
-        location, _ = split_pin(self.data or "", self.set_digest)
+        location, _ = split_digest(self.data or "", self.set_digest)
         if is_remote(location):
             check_url(location)
 
@@ -135,5 +135,5 @@ class DataConfig:
                 f"no data: give --data SET, set FAT_DATA, or make ./{DEFAULT_DATA} with 'pipeline shard imagenet/' "
                 f"(neither FAT_DATA nor ./{DEFAULT_DATA} exists)"
             )
-        location, pin = split_pin(data, self.set_digest)
+        location, pin = split_digest(data, self.set_digest)
         return location if is_remote(location) else Path(location), pin

@@ -48,7 +48,7 @@ class OptimConfig:
     clip_grad: Annotated[float, Interval(ge=0, le=10**9)] = 5.0
     """Largest gradient norm; 0 = no clipping."""
     label_smoothing: Decay = 0.1
-    """Share of the target spread evenly over all classes."""
+    """Fraction of the target spread evenly over all classes."""
     ema: Decay = 0.0
     """Decay per step of a moving average of the weights, evaluated and exported beside them; 0 = none. Step t decays by
     (1 + t) / (10 + t) at most, so that the average of a short run is of weights that were trained."""

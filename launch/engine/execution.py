@@ -22,7 +22,7 @@ from launch.engine.cuda_graphs import GraphedModel
 from launch.engine.sync_batchnorm import over_ranks
 from launch.machine.world import World
 from shards.errors import UserError, first_line
-from shards.files.private_folder import make_private
+from shards.files.private_folder import create_private_folder
 from shards.files.temporary import temporary_folder
 from shards.ownership import user_name
 
@@ -135,7 +135,7 @@ def _check_compiler_cache() -> None:
     folder = Path(os.environ.setdefault(name, str(default)))
     remedy = f"set {name} to a folder of your own"
     try:
-        make_private(folder, remedy=remedy, group=True)
+        create_private_folder(folder, remedy=remedy, group=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be used ({error.strerror}); {remedy}") from error
 

@@ -16,7 +16,7 @@ from launch.machine import affinity, network
 from launch.machine.accelerate_settings import override_accelerate
 from launch.machine.launcher_check import check_launcher
 from shards.cores import cores
-from shards.errors import UserError, lack_of_files, report
+from shards.errors import UserError, open_files_error, report
 from shards.files.temporary import prepare_caches
 from shards.open_files import raise_limit
 from shards.redact import printable, protect_output, redacted_traceback
@@ -131,7 +131,7 @@ def run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         status = report(error, prefix=prefix)
     except Exception as error:
-        if (judged := lack_of_files(error)) is not None:
+        if (judged := open_files_error(error)) is not None:
             report(judged, prefix=prefix)
         else:
             print(redacted_traceback(error), end="", file=sys.stderr, flush=True)

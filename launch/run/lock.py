@@ -12,7 +12,7 @@ from pathlib import Path
 from launch.machine.world import World, broadcast_from_rank0
 from launch.run.files import unwritable
 from shards.errors import UserError
-from shards.files.lock import Held, hold
+from shards.files.lock import LockHeld, file_lock
 
 LOCK_NAME = ".lock"
 
@@ -53,8 +53,8 @@ class FolderLock(contextlib.ExitStack):
                 self._run.mkdir(parents=True, exist_ok=True)
             elif not self._run.is_dir():
                 return False
-            self.enter_context(hold(self._run / LOCK_NAME, f"run folder {self._run}", wait=self._wait))
-        except Held as error:
+            self.enter_context(file_lock(self._run / LOCK_NAME, f"run folder {self._run}", wait=self._wait))
+        except LockHeld as error:
             raise FolderInUse(f"{error}, or give this run another --out") from None
         except OSError as error:
             raise unwritable(self._run, error) from error

@@ -16,7 +16,7 @@ Scored = Literal["weights", "average"]
 """What an evaluation is of: the weights as trained, or their moving average."""
 SCORED: tuple[Scored, ...] = get_args(Scored)
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Progress:
     epoch: Count = 0
     epoch_step: Count = 0
     """Position in the plan: steps done of `epoch`."""
-    best: Share = 0.0
+    best: Fraction = 0.0
     """Best top-1 so far (share), of the weights or of their average."""
     best_of: Scored | None = None
     """Which of the two reached it; None = there is no best yet."""

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from launch.run.files import open_regular, read_regular
-from launch.run.progress import Scored, Share
+from launch.run.progress import Fraction, Scored
 from shards.errors import UserError
 from shards.files.durable import temporary_name
 from shards.redact import redact
@@ -46,7 +46,7 @@ class StatusContent:
     step: Count | None
     reason: str
     nodes: list[str] | None = None
-    best: Share | None = None
+    best: Fraction | None = None
     best_of: Scored | None = None
 
 

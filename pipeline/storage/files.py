@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.plan import ShardRequest
 from shards.errors import ShardSetError, storage_error
 from shards.files.retry import read_with_retries
-from shards.open_files import share
+from shards.open_files import open_file_budget
 
 MAX_OPEN = 256
 
@@ -79,7 +79,7 @@ class LocalFiles:
 
     def __init__(self, paths: Sequence[Path], *, max_open: int | None = None) -> None:
         self._paths = paths
-        self._limit = share(MAX_OPEN) if max_open is None else max_open
+        self._limit = open_file_budget(MAX_OPEN) if max_open is None else max_open
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _Handle] = OrderedDict()
         self._interrupted = False

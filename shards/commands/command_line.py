@@ -10,12 +10,12 @@ from annotated_types import Interval
 from tyro.conf import Positional, arg
 
 from shards.convert.options import MAX_REJECTS, MIB, Format, Options
-from shards.errors import UserError, explained
+from shards.errors import UserError, explain_os_errors
 from shards.files.output import check_output_folder
 from shards.format.beton import BetonOptions, WriteMode
 from shards.images.limits import MAX_SIDE
 from shards.images.rules import Check, ImageRules
-from shards.ranges import Seed, Share, check_ranges
+from shards.ranges import Fraction, Seed, check_ranges
 from shards.redact import one_line
 from shards.sources.scan import Layout, ScanOptions
 
@@ -49,7 +49,7 @@ class Shard:
     """Insist on the source's layout (default: whatever it looks like)."""
 
     val_fraction: float = ScanOptions.val_fraction
-    """Share of each class that becomes the validation split, for sources that have none."""
+    """Fraction of each class that becomes the validation split, for sources that have none."""
 
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
@@ -81,8 +81,8 @@ class Shard:
     quality: Annotated[int, Interval(ge=1, le=100)] = ImageRules.quality
     """JPEG quality of images that are shrunk."""
 
-    max_rejects: Share = MAX_REJECTS
-    """Share of the images that may be left out because they cannot be used; more fail the run."""
+    max_rejects: Fraction = MAX_REJECTS
+    """Fraction of the images that may be left out because they cannot be used; more fail the run."""
 
     strict: bool = False
     """Refuse a source in which something may well be a mistake, instead of noting it."""
@@ -98,10 +98,10 @@ class Shard:
 
     def run(self) -> int:
         from shards.convert.convert import convert, default_out, finish
-        from shards.convert.parts import Part
+        from shards.convert.parts import ConversionPart
         from shards.format.manifest import MANIFEST_NAME
 
-        with explained(self.source):
+        with explain_os_errors(self.source):
             out = self.out or default_out(self.source)
         options = self._options()
         if not (out / MANIFEST_NAME).exists():
@@ -109,7 +109,7 @@ class Shard:
         if self.finish:
             outcome = finish(out, self.max_rejects, self.workers, source=self.source, strict=self.strict)
         else:
-            part = Part.parse(self.part) if self.part is not None else None
+            part = ConversionPart.parse(self.part) if self.part is not None else None
             outcome = convert(self.source, out, options, part)
             if outcome is None and part and not (out / MANIFEST_NAME).exists():
                 _print(
@@ -211,8 +211,8 @@ class Index:
     check: Check = ImageRules.check
     """Decode every image once, or trust the headers."""
 
-    max_rejects: Share = MAX_REJECTS
-    """Share of the images that may be left out because they cannot be used; more fail the run."""
+    max_rejects: Fraction = MAX_REJECTS
+    """Fraction of the images that may be left out because they cannot be used; more fail the run."""
 
     strict: bool = False
     """Refuse tars in which something may well be a mistake, instead of noting it."""
@@ -221,12 +221,12 @@ class Index:
     """Processes (default: one per core)."""
 
     def run(self) -> int:
-        from shards.commands.adopt import adopt
+        from shards.commands.index_tars import index_tars
 
         if not self.tars:
             raise UserError("no tars given")
         check_ranges(self)
-        adopt(
+        index_tars(
             list(self.tars),
             ImageRules(check=self.check),
             self.classes,
@@ -272,9 +272,9 @@ class SamplePhotos:
 
 def _open(location: Path, digest: str | None) -> ShardSet:
     from shards.format.dataset import ShardSet
-    from shards.format.pinned import split_pin
+    from shards.format.manifest_digest import split_digest
 
-    path, pin = split_pin(location, digest)
+    path, pin = split_digest(location, digest)
     return ShardSet(path, digest=pin)
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shards.cores import cores
-from shards.errors import UserError, explained, reading
+from shards.errors import UserError, explain_os_errors, reading
 from shards.files.output import check_output_folder
 
 DIGIT_SIDE = 64
@@ -83,7 +83,7 @@ def write_digits(out: Path) -> Counter[str]:
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
     in_val = _stratified(digits.target, DIGITS_IN_VAL)
     written: Counter[str] = Counter()
-    with explained(out, _REMEDY):
+    with explain_os_errors(out, _REMEDY):
         for number, (image, label) in enumerate(zip(pixels, digits.target, strict=True)):
             split = "val" if in_val[number] else "train"
             folder = out / split / f"{label}_{DIGIT_NAMES[label]}"
@@ -122,7 +122,7 @@ def write_photos(out: Path, count: int, seed: int = 0) -> Counter[str]:
         return split
 
     written: Counter[str] = Counter()
-    with explained(out, _REMEDY), ThreadPoolExecutor(cores()) as pool:
+    with explain_os_errors(out, _REMEDY), ThreadPoolExecutor(cores()) as pool:
         for some in range(0, count, _AT_ONCE):
             written.update(pool.map(write, range(some, min(some + _AT_ONCE, count))))
     return written

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from shards.errors import ShardSetError, storage_error
 from shards.files.regular import open_file
-from shards.format.beton import BetonOptions, Layout, lay_out
+from shards.format.beton import BetonLayout, BetonOptions, compute_layout
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
 from shards.format.manifest_fields import BetonEntry
@@ -51,7 +51,7 @@ def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[Segmen
     path = shard_set.path / beton.name
     if entry.tars:
         _compare_indexes(shard_set.path / beton.index, index, shard_set.index(split))
-    layout = lay_out(index, BetonOptions(mode=beton.mode, smart_ratio=beton.smart_ratio))
+    layout = compute_layout(index, BetonOptions(mode=beton.mode, smart_ratio=beton.smart_ratio))
     try:
         found = path.stat().st_size
         if found != beton.bytes or found != layout.total:
@@ -90,7 +90,7 @@ def check_segment(check: SegmentCheck, report: Report) -> list[str]:
     return [f"{check.path}: offset {check.start}: damaged in the {check.stop - check.start} bytes from there on"]
 
 
-def _check_ends(path: Path, layout: Layout, index: Index) -> list[str]:
+def _check_ends(path: Path, layout: BetonLayout, index: Index) -> list[str]:
     faults = []
     with open_file(path) as file:
         if file.read(int(layout.starts[0])) != layout.head(index):
@@ -112,7 +112,7 @@ def _compare_indexes(path: Path, beton: Index, tars: Index) -> None:
             )
 
 
-def _segments(path: Path, beton: BetonEntry, layout: Layout, index: Index) -> list[SegmentCheck]:
+def _segments(path: Path, beton: BetonEntry, layout: BetonLayout, index: Index) -> list[SegmentCheck]:
     firsts = np.searchsorted(index["shard"], np.arange(len(beton.segments) + 1))
     checks = []
     for i, digest in enumerate(beton.segments):

@@ -17,25 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from shards.convert.conversion_plan import ConversionPlan
-from shards.convert.join import Outcome, first_of, join, print_notes, published_names
+from shards.convert.join import ConversionResult, join, print_notes, published_names, summarize_doubts
 from shards.convert.options import MAX_REJECTS, Options
-from shards.convert.order import arrange
-from shards.convert.parts import WHOLE, Part, hold_part
+from shards.convert.parts import ALL_SHARDS, ConversionPart, lock_part
+from shards.convert.shard_assignment import assign_to_shards
 from shards.convert.source_check import (
     check_exists,
     check_finished,
-    check_place,
+    check_same_source,
     check_unchanged,
     folder_times,
     source_name,
 )
-from shards.convert.work import Work
+from shards.convert.work_folder import WorkFolder
 from shards.convert.writer import ShardJob, write_shard
-from shards.errors import ConversionFailed, UserError, explained
-from shards.files.lock import hold
-from shards.format.manifest import MANIFEST_NAME, Manifest, tool
+from shards.errors import ConversionFailed, UserError, explain_os_errors
+from shards.files.lock import file_lock
+from shards.format.manifest import MANIFEST_NAME, Manifest, tool_version
 from shards.progress import Progress
-from shards.redact import without_place
+from shards.redact import with_relative_paths
 from shards.sources.layouts.recognise import recognise, scan
 from shards.sources.naming.split_folders import find_split_folders
 from shards.sources.scan import Layout
@@ -47,7 +47,7 @@ LISTING_WAIT = 4 * 3600.0
 """Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
 
 
-def convert(source: Path, out: Path, options: Options, part: Part | None = None) -> Outcome | None:
+def convert(source: Path, out: Path, options: Options, part: ConversionPart | None = None) -> ConversionResult | None:
     """Convert `source` into the shard set `out`, or finish what was begun there.
 
     Args:
@@ -60,8 +60,8 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         UserError: the source or the options do not fit, or the source is not what it was when that was begun.
         ConversionFailed: the job could not be finished; the same command resumes it.
     """
-    work = Work(out, options.format != "ffcv")
-    with explained(out):
+    work = WorkFolder(out, options.format != "ffcv")
+    with explain_os_errors(out):
         _check_place(out)
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.load(out)
@@ -75,13 +75,13 @@ def convert(source: Path, out: Path, options: Options, part: Part | None = None)
         _check_same(out, plan.options, options)
         _check_plan(work, plan, source, options.scan.layout)
         if begun:
-            is_needed = partial(_is_unfinished, work, _jobs(plan, part or WHOLE))
+            is_needed = partial(_is_unfinished, work, _jobs(plan, part or ALL_SHARDS))
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
         print_notes((*plan.notes, *plan.doubts))
         if options.strict:
             _refuse_doubts(source, plan.doubts)
-        with hold_part(work, part or WHOLE):
-            _write_shards(work, plan, options, part or WHOLE)
+        with lock_part(work, part or ALL_SHARDS):
+            _write_shards(work, plan, options, part or ALL_SHARDS)
             if part:
                 return None
             return join(work, plan, options.max_rejects, options.workers, strict=options.strict)
@@ -94,7 +94,7 @@ def finish(
     *,
     source: Path | None = None,
     strict: bool = False,
-) -> Outcome | None:
+) -> ConversionResult | None:
     """Join the parts of a conversion into a set.
 
     Args:
@@ -108,15 +108,15 @@ def finish(
         UserError: the set is of another source.
         ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
     """
-    work = Work(out)
-    with explained(out):
+    work = WorkFolder(out)
+    with explain_os_errors(out):
         if (out / MANIFEST_NAME).exists():
             _accept_finished(work, Manifest.load(out), source, strict=strict)
             return None
         plan = work.load_plan()
         if plan is None:
             raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
-        work = Work(out, plan.keeps_tars)
+        work = WorkFolder(out, plan.keeps_tars)
         _check_plan(work, plan, source)
         if source is not None:
             check_unchanged(work, plan, source, partial(_is_unfinished, work, plan.jobs))
@@ -128,7 +128,7 @@ def finish(
             )
         if strict:
             _refuse_doubts(source or Path(plan.source), plan.doubts)
-        with hold(work.path / "finish.lock", f"the end of {out}"):
+        with file_lock(work.path / "finish.lock", f"the end of {out}"):
             return join(work, plan, max_rejects, workers, strict=strict)
 
 
@@ -150,12 +150,12 @@ def default_out(source: Path) -> Path:
     return of_file if source.is_file() or removed else of_folder
 
 
-def _plan(source: Path, work: Work, options: Options) -> ConversionPlan:
-    """Scan, arrange and remember; of several processes that begin together one does it, the others wait for it."""
+def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
+    """Scan the source, assign samples to shards, save the plan. Of several processes, one does it, the rest wait."""
     if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
         raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
-    work.make()
-    with hold(work.path / "scan.lock", f"the listing of {source}", wait=LISTING_WAIT):
+    work.create()
+    with file_lock(work.path / "scan.lock", f"the listing of {source}", wait=LISTING_WAIT):
         plan = work.load_plan()
         if plan is None:
             try:
@@ -165,7 +165,7 @@ def _plan(source: Path, work: Work, options: Options) -> ConversionPlan:
                     _refuse_doubts(source, plan.doubts)
             except UserError as error:
                 if error.exit_code == UserError.exit_code:  # another start would meet the same
-                    work.close()
+                    work.remove()
                     with suppress(OSError):
                         work.out.rmdir()
                 raise
@@ -185,8 +185,8 @@ def _check_outside(out: Path, source: Path) -> None:
 
 
 @each_folder_once()
-def _scan(source: Path, work: Work, options: Options) -> ConversionPlan:
-    key = json.dumps([tool(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
+def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
+    key = json.dumps([tool_version(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
     spool = work.begin_scan(key)  # first: its time tells later whether a folder has changed since
     layout = recognise(source.absolute())
     if (options.scan.layout or layout) == "folder":
@@ -195,11 +195,11 @@ def _scan(source: Path, work: Work, options: Options) -> ConversionPlan:
     shards = {}
     files: dict[str, str] = {}
     for split, listing in found.splits.items():
-        arranged, bounds = arrange(listing, split, options.scan.seed, options.shard_bytes)
+        arranged, bounds = assign_to_shards(listing, split, options.scan.seed, options.shard_bytes)
         files |= work.save_listing(split, arranged, bounds)
         shards[split] = len(bounds) - 1
     return ConversionPlan(
-        tool=tool(),
+        tool=tool_version(),
         options=options.changing_bytes,
         source=source_name(source),
         layout=found.layout,
@@ -207,8 +207,8 @@ def _scan(source: Path, work: Work, options: Options) -> ConversionPlan:
         classes=found.classes,
         shards=shards,
         unused=found.unused,
-        notes=tuple(without_place(line, source)[:MAX_TEXT] for line in found.notes),
-        doubts=tuple(without_place(line, source)[:MAX_TEXT] for line in found.doubts),
+        notes=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.notes),
+        doubts=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.doubts),
         folders=folder_times(found.splits, source.absolute(), work.out.absolute()),
         source_files=found.files,
         files=files,
@@ -240,44 +240,46 @@ def _refuse_doubts(source: Path, doubts: Sequence[str]) -> None:
         UserError: names the first doubt.
     """
     if doubts:
-        raise UserError(f"{source}: --strict: {first_of(doubts)}; correct the source, or leave --strict out")
+        raise UserError(f"{source}: --strict: {summarize_doubts(doubts)}; correct the source, or leave --strict out")
 
 
 def _accept_finished(
-    work: Work, manifest: Manifest, source: Path | None, layout: Layout | None = None, *, strict: bool
+    work: WorkFolder, manifest: Manifest, source: Path | None, layout: Layout | None = None, *, strict: bool
 ) -> None:
     """Check that a finished set is what is asked for, and remove what is left of its work folder."""
     if source is not None:
         check_finished(work, manifest, source, layout)
     if strict:
         _refuse_doubts(source or work.out, manifest.made.get("doubts", ()))
-    work.close()
+    work.remove()
 
 
-def _check_plan(work: Work, plan: ConversionPlan, source: Path | None, layout: Layout | None = None) -> None:
+def _check_plan(work: WorkFolder, plan: ConversionPlan, source: Path | None, layout: Layout | None = None) -> None:
     """Check that a plan is of this place and this tool, that its listing is whole, and its files are our own."""
     if source is not None:
-        check_place(work.out, plan, source, layout)
-    if plan.tool != tool():
-        raise UserError(f"{work.out}: was begun by {plan.tool}, and this is {tool()}; resume with that, or remove it")
+        check_same_source(work.out, plan, source, layout)
+    if plan.tool != tool_version():
+        raise UserError(
+            f"{work.out}: was started by {plan.tool}, this is {tool_version()}; resume it with the former, or remove it"
+        )
     work.check_listing(plan)
-    work.refuse_foreign(published_names(work, plan))
+    work.reject_foreign_files(published_names(work, plan))
 
 
-def _jobs(plan: ConversionPlan, part: Part) -> list[tuple[str, int]]:
+def _jobs(plan: ConversionPlan, part: ConversionPart) -> list[tuple[str, int]]:
     """Return the shards of a part."""
     return plan.jobs[part.number - 1 :: part.of]
 
 
-def _is_unfinished(work: Work, jobs: Sequence[tuple[str, int]]) -> bool:
+def _is_unfinished(work: WorkFolder, jobs: Sequence[tuple[str, int]]) -> bool:
     return not all(work.is_done(split, shard) for split, shard in jobs)
 
 
-def _write_shards(work: Work, plan: ConversionPlan, options: Options, part: Part) -> None:
+def _write_shards(work: WorkFolder, plan: ConversionPlan, options: Options, part: ConversionPart) -> None:
     mine = _jobs(plan, part)
     todo = [ShardJob(work, split, shard, options.rules) for split, shard in mine if not work.is_done(split, shard)]
     for job in todo:
-        work.refuse_foreign_shards(job.split, [job.shard])
+        work.reject_foreign_shards(job.split, [job.shard])
     images = 0
     for job in todo:
         _, bounds = work.load_listing(job.split)

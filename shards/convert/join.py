@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from shards.convert.assemble import assemble
 from shards.convert.conversion_plan import ConversionPlan
-from shards.convert.place import save_place
 from shards.convert.records import ShardDone
 from shards.convert.rejects import Reject, count_reasons, write_rejects
-from shards.convert.work import Work
+from shards.convert.source_attribute import record_source
+from shards.convert.work_folder import WorkFolder
+from shards.convert.write_beton import write_betons
 from shards.errors import ConversionFailed
-from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool_version
 from shards.format.manifest_fields import BetonEntry, ShardEntry, SplitEntry, UnusedRecord
 from shards.redact import one_line
 from shards.sources.naming.doubts import count_labels, doubt_about_blank, doubt_about_rejects
@@ -27,7 +27,7 @@ Done = dict[tuple[str, int], ShardDone]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ConversionResult:
     """What a finished conversion made."""
 
     manifest: Manifest
@@ -35,7 +35,7 @@ class Outcome:
     repaired: int
 
 
-def published_names(work: Work, plan: ConversionPlan) -> list[str]:
+def published_names(work: WorkFolder, plan: ConversionPlan) -> list[str]:
     """Names of the files that `join` writes, the manifest apart."""
     paths = [work.index(split) for split in plan.shards]
     for split in plan.shards if plan.beton else ():
@@ -44,13 +44,13 @@ def published_names(work: Work, plan: ConversionPlan) -> list[str]:
 
 
 def join(
-    work: Work,
+    work: WorkFolder,
     plan: ConversionPlan,
     max_rejects: float,
     workers: int | None,
     *,
     strict: bool = False,
-) -> Outcome:
+) -> ConversionResult:
     """Publish the set whose shards are all done.
 
     Args:
@@ -70,16 +70,17 @@ def join(
     if strict and late:
         print_notes(late)
         raise ConversionFailed(
-            f"{work.out}: --strict: {first_of(late)}; correct the source and give another --out, or leave --strict out"
+            f"{work.out}: --strict: {summarize_doubts(late)}; correct the source and convert it to another --out, "
+            "or omit --strict"
         )
     rejects_hash = write_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
     kept = {split: _drop_empty(work, split, done) for split in plan.shards}
-    betons = assemble(work, kept, plan.beton, workers) if plan.beton else {}
+    betons = write_betons(work, kept, plan.beton, workers) if plan.beton else {}
     manifest = Manifest(
         classes=plan.classes,
         splits={split: _join_split(work, split, kept[split], done, betons.get(split)) for split in plan.shards},
         made={
-            "tool": tool(),
+            "tool": tool_version(),
             "source": plan.layout,
             "source_digest": plan.digest,
             "shuffled": True,
@@ -88,24 +89,24 @@ def join(
                 split: {"repaired": _repaired(done, split), "rejected": count_reasons(rejects, split)}
                 for split in plan.shards
             },
-            "unused": unused_records(plan.unused),
+            "unused": to_unused_records(plan.unused),
             "notes": list(plan.notes),
             "doubts": [*plan.doubts, *late],
             "rejects_hash": rejects_hash,
         },
     )
-    save_place(work.out, plan.source)
+    record_source(work.out, plan.source)
     publish_manifest(work, manifest)
     rewritten = sum(shard.rewritten for shard in done.values())
     if rewritten:  # not kept in the manifest: where the same bytes were put back, the set is the same
         fact = f"{rewritten:,} files were written to after they were listed, with the same size"
         print_notes([f"{fact}; the set has what they held when they were read"])
-    work.close()
+    work.remove()
     repaired = sum(sum(shard.repaired.values()) for shard in done.values())
-    return Outcome(manifest, len(rejects), repaired)
+    return ConversionResult(manifest, len(rejects), repaired)
 
 
-def unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
+def to_unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
     """Return the counts as the manifest holds them."""
     return [UnusedRecord(reason=one.reason, kind=one.kind, count=one.count, example=one.example) for one in entries]
 
@@ -116,12 +117,12 @@ def print_notes(lines: Iterable[str]) -> None:
         print(f"note: {one_line(line)}", file=sys.stderr)
 
 
-def first_of(doubts: Sequence[str]) -> str:
+def summarize_doubts(doubts: Sequence[str]) -> str:
     """Return the first doubt, and how many more there are."""
     return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
 
 
-def _late_doubts(work: Work, plan: ConversionPlan, done: Done) -> list[str]:
+def _late_doubts(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
     """Return the doubts that only the images themselves give."""
     classes = len(plan.classes)
     lines: list[str] = []
@@ -136,7 +137,7 @@ def _late_doubts(work: Work, plan: ConversionPlan, done: Done) -> list[str]:
     return lines
 
 
-def _drop_empty(work: Work, split: str, done: Done) -> list[int]:
+def _drop_empty(work: WorkFolder, split: str, done: Done) -> list[int]:
     """Numbers of the split's shards, without those of which nothing is left, whose files are removed."""
     kept = [shard for (of, shard), record in done.items() if of == split and record.samples]
     if not kept:
@@ -148,7 +149,7 @@ def _drop_empty(work: Work, split: str, done: Done) -> list[int]:
     return kept
 
 
-def _join_split(work: Work, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
+def _join_split(work: WorkFolder, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
     """Write the index of the split's tars; that of a .beton is written with it."""
     records = [done[split, shard] for shard in shards]
     samples = sum(record.samples for record in records)
@@ -169,13 +170,13 @@ def _join_split(work: Work, split: str, shards: list[int], done: Done, beton: Be
     return SplitEntry(samples=samples, shards=tuple(entries), index=index, index_hash=digest, beton=beton)
 
 
-def publish_manifest(work: Work, manifest: Manifest) -> None:
+def publish_manifest(work: WorkFolder, manifest: Manifest) -> None:
     """Write the manifest, which makes the folder a set.
 
     Raises:
         UserError: another process has written one meanwhile.
     """
-    work.refuse_foreign([MANIFEST_NAME])
+    work.reject_foreign_files([MANIFEST_NAME])
     manifest.save(work.out)
 
 

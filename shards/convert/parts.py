@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from shards.convert.work import Work
+from shards.convert.work_folder import WorkFolder
 from shards.errors import UserError
-from shards.files.lock import Held, hold, is_held
+from shards.files.lock import LockHeld, file_lock, is_locked
 
 
 @dataclass(frozen=True)
-class Part:
+class ConversionPart:
     """One of the parts, 1 to `of`, into which a conversion is divided."""
 
     number: int
     of: int
 
     @classmethod
-    def parse(cls, text: str) -> Part:
+    def parse(cls, text: str) -> ConversionPart:
         """Read K/N.
 
         Raises:
@@ -43,18 +43,18 @@ class Part:
         return f"part-{self.number}{self.lock_suffix}"
 
 
-WHOLE = Part(1, 1)
+ALL_SHARDS = ConversionPart(1, 1)
 
 
 @contextmanager
-def hold_part(work: Work, part: Part) -> Iterator[None]:
+def lock_part(work: WorkFolder, part: ConversionPart) -> Iterator[None]:
     """Hold the lock of a part. Whoever divides the work otherwise is refused: it would be done twice.
 
     Raises:
-        Held: another process is at work on the part, or on a part of another division.
+        LockHeld: another process is at work on the part, or on a part of another division.
     """
-    with hold(work.path / part.lock_name, f"part {part} of {work.out}"):
+    with file_lock(work.path / part.lock_name, f"part {part} of {work.out}"):
         for other in work.path.glob("part-*.lock"):
-            if not other.name.endswith(part.lock_suffix) and is_held(other):
-                raise Held(f"{work.out}: is being made in other parts ({other.stem}); wait for them, or end them")
+            if not other.name.endswith(part.lock_suffix) and is_locked(other):
+                raise LockHeld(f"{work.out}: is being made in other parts ({other.stem}); wait for them, or end them")
         yield

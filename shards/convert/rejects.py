@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypedDict
 
-from shards.convert.work import Work
+from shards.convert.work_folder import WorkFolder
 from shards.errors import ConversionFailed
 from shards.format.manifest import REJECTS_NAME
 
@@ -22,7 +22,7 @@ class Reject(TypedDict):
     reason: str
 
 
-def write_rejects(work: Work, rejects: list[Reject], kept: int, max_share: float) -> str | None:
+def write_rejects(work: WorkFolder, rejects: list[Reject], kept: int, max_share: float) -> str | None:
     """Write the list, and judge whether it is short enough.
 
     Args:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from shards.convert.conversion_plan import ConversionPlan
 from shards.convert.join import print_notes
-from shards.convert.place import is_made_from
-from shards.convert.work import Work
+from shards.convert.source_attribute import was_converted_from
+from shards.convert.work_folder import WorkFolder
 from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.images.formats import named_as_image
@@ -46,7 +46,7 @@ def source_name(source: Path) -> str:
     return display_name(os.fsencode(source.resolve()))
 
 
-def check_finished(work: Work, manifest: Manifest, source: Path, layout: Layout | None = None) -> None:
+def check_finished(work: WorkFolder, manifest: Manifest, source: Path, layout: Layout | None = None) -> None:
     """Refuse to take a finished set for that of another source, or of one that has changed since. Lists the source.
 
     A source that was removed since is noted: the set needs it no more.
@@ -65,7 +65,7 @@ def check_finished(work: Work, manifest: Manifest, source: Path, layout: Layout 
             "--out"
         )
     if not source.exists():
-        if not is_made_from(out, source_name(source)):
+        if not was_converted_from(out, source_name(source)):
             raise UserError(
                 f"{source}: no such file or folder, and not known as the source of the finished set {out}; give the "
                 "source that it was made from, or another --out"
@@ -81,7 +81,7 @@ def check_finished(work: Work, manifest: Manifest, source: Path, layout: Layout 
         )
 
 
-def check_place(out: Path, plan: ConversionPlan, source: Path, layout: Layout | None = None) -> None:
+def check_same_source(out: Path, plan: ConversionPlan, source: Path, layout: Layout | None = None) -> None:
     """Refuse to resume from another place than that with which the conversion began.
 
     Raises:
@@ -97,7 +97,7 @@ def check_place(out: Path, plan: ConversionPlan, source: Path, layout: Layout | 
 
 
 def check_unchanged(
-    work: Work, plan: ConversionPlan, source: Path, is_needed: Callable[[], bool], *, times_first: bool = False
+    work: WorkFolder, plan: ConversionPlan, source: Path, is_needed: Callable[[], bool], *, times_first: bool = False
 ) -> None:
     """Refuse to resume from a source that is not what it was when it was listed.
 
@@ -125,7 +125,7 @@ def check_unchanged(
     print_notes([f"{source}: {fact}; all shards were made before, so the set is complete without them"])
 
 
-def _difference(work: Work, plan: ConversionPlan, source: Path) -> tuple[str, bool]:
+def _difference(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[str, bool]:
     """Return how a source differs from what was listed, '' where it does not; and whether it only lacks something."""
     if not source.exists():
         return "it is not there any more", True
@@ -156,7 +156,7 @@ def _difference(work: Work, plan: ConversionPlan, source: Path) -> tuple[str, bo
     return ", ".join(facts), not came.any() and not other.any()
 
 
-def _holds_nothing_new(work: Work, plan: ConversionPlan, source: Path) -> bool:
+def _holds_nothing_new(work: WorkFolder, plan: ConversionPlan, source: Path) -> bool:
     """Whether all images or archives of a source that cannot be scanned any more were listed, with the same sizes.
 
     Of Parquet files that are left this is not known, as what was listed is what was unpacked.
@@ -239,7 +239,7 @@ def _differ(found: _Items, was: _Items) -> NDArray[np.bool_]:
     return differ
 
 
-def _look_changed(work: Work, plan: ConversionPlan) -> bool:
+def _look_changed(work: WorkFolder, plan: ConversionPlan) -> bool:
     """Whether a folder or an archive that was listed, or a folder above one, may have changed since.
 
     One whose time of last change is not before the listing counts too: within a second, times tell nothing.

@@ -12,8 +12,8 @@ import numpy as np
 import xxhash
 
 from shards.convert.records import ShardDone
-from shards.convert.work import Work
-from shards.errors import ConversionFailed, explained, storage_error
+from shards.convert.work_folder import WorkFolder
+from shards.errors import ConversionFailed, explain_os_errors, storage_error
 from shards.files.durable import durable_file, durable_write
 from shards.files.regular import NotRegular, open_with_status, read_up_to
 from shards.format.index import INDEX_DTYPE
@@ -21,7 +21,7 @@ from shards.format.tar import SampleTar, dali_index
 from shards.images.accept import accept
 from shards.images.limits import MAX_ENCODED
 from shards.images.rules import Accepted, ImageRules, Rejected
-from shards.open_files import share
+from shards.open_files import open_file_budget
 from shards.redact import display_name, one_line
 from shards.sources.listing import Container, Entry
 from shards.workers.worker import Report
@@ -31,7 +31,7 @@ from shards.workers.worker import Report
 class ShardJob:
     """One shard to be made in a worker process."""
 
-    work: Work
+    work: WorkFolder
     split: str
     shard: int
     rules: ImageRules
@@ -52,7 +52,7 @@ def write_shard(job: ShardJob, report: Report) -> None:
     rejected: list[tuple[str, str]] = []
     samples = blank = 0
     path = work.tar(job.split, job.shard)
-    with explained(path):
+    with explain_os_errors(path):
         with durable_file(path) as file, ContainerReader() as reader:
             tar = SampleTar(file)
             for entry in listing.entries(start, stop):
@@ -93,7 +93,7 @@ class ContainerReader:
     MAX_OPEN = 64
 
     def __init__(self) -> None:
-        self._limit = share(self.MAX_OPEN)
+        self._limit = open_file_budget(self.MAX_OPEN)
         self._open: dict[Container, int] = {}
         self.rewritten = 0
 

@@ -46,7 +46,7 @@ class Owner:
 _OWNER = TypeAdapter(Owner)
 
 
-class Held(ConversionFailed):
+class LockHeld(ConversionFailed):
     """Another process, described by `owner`, holds the lock."""
 
     def __init__(self, message: str, owner: str = "another process") -> None:
@@ -55,7 +55,7 @@ class Held(ConversionFailed):
 
 
 @contextlib.contextmanager
-def hold(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
+def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
     """Hold the lock file `path` while the block runs.
 
     Args:
@@ -63,7 +63,7 @@ def hold(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
         wait: seconds to wait for the lock before raising. The holder is printed at once, and then once a minute.
 
     Raises:
-        Held: a living process holds it; its host and pid are named.
+        LockHeld: a living process holds it; its host and pid are named.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -84,12 +84,12 @@ def hold(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
             os.close(handle)
 
 
-def is_held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock file."""
     try:
-        with hold(path, ""):
+        with file_lock(path, ""):
             return False
-    except Held:
+    except LockHeld:
         return True
 
 
@@ -98,7 +98,7 @@ def _take(handle: int, path: Path, what: str, wait: float) -> None:
     while True:
         try:
             return _try_to_take(handle, path, what)
-        except Held as error:
+        except LockHeld as error:
             if wait <= 0:
                 raise
             held = error
@@ -137,9 +137,9 @@ def _owner(handle: int) -> Owner | None:
         return None
 
 
-def _held(owner: Owner | None, path: Path, what: str) -> Held:
+def _held(owner: Owner | None, path: Path, what: str) -> LockHeld:
     by = str(owner or "another process")
-    return Held(
+    return LockHeld(
         f"{what} is being worked on by {by}; wait for it, or end it and run the same command (lock: {path})", by
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.files.durable import temporary_name
-from shards.ownership import user_name, whose
+from shards.ownership import describe_owner, user_name
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 SHARED_FOLDER, SHARED_FILE = 0o2770, 0o660  # set-group-ID: new files inside belong to the folder's group
@@ -60,7 +60,7 @@ def open_folder(
         handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=inside)
     except PermissionError as error:
         found = os.stat(name, dir_fd=inside, follow_symlinks=False)
-        raise NotPrivate(f"{folder}: {whose(found)}, which cannot be opened; {remedy}") from error
+        raise NotPrivate(f"{folder}: {describe_owner(found)}, which cannot be opened; {remedy}") from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             raise NotPrivate(f"{folder}: a symbolic link or a file, not a folder; {remedy}") from error
@@ -71,7 +71,7 @@ def open_folder(
             _share(handle, os.stat(folder.parent) if inside is None else os.fstat(inside))
             found = os.fstat(handle)
         if not shared and found.st_uid != os.geteuid():
-            raise NotPrivate(f"{folder}: {whose(found)}, not of {user_name(os.geteuid())}; {remedy}")
+            raise NotPrivate(f"{folder}: {describe_owner(found)}, not of {user_name(os.geteuid())}; {remedy}")
         if found.st_mode & (stat.S_IWOTH if shared else forbidden):
             mode = stat.S_IMODE(found.st_mode)
             raise NotPrivate(f"{folder}: others may write to it (mode {mode:04o}); remove that permission, or {remedy}")
@@ -100,7 +100,7 @@ def open_file(name: str, flags: int, *, folder: int, path: Path, remedy: str, sh
         handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode, dir_fd=folder)
     except PermissionError as error:
         found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-        raise NotPrivate(f"{path}: {whose(found)}, which cannot be opened; {remedy}") from error
+        raise NotPrivate(f"{path}: {describe_owner(found)}, which cannot be opened; {remedy}") from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise NotPrivate(f"{path}: not a regular file; {remedy}") from error
@@ -110,7 +110,7 @@ def open_file(name: str, flags: int, *, folder: int, path: Path, remedy: str, sh
         if not stat.S_ISREG(found.st_mode):
             raise NotPrivate(f"{path}: not a regular file; {remedy}")
         if not shared and found.st_uid != os.geteuid():
-            raise NotPrivate(f"{path}: {whose(found)}, not of {user_name(os.geteuid())}; {remedy}")
+            raise NotPrivate(f"{path}: {describe_owner(found)}, not of {user_name(os.geteuid())}; {remedy}")
         if shared and flags & os.O_CREAT and found.st_uid == os.geteuid():
             os.fchmod(handle, SHARED_FILE)  # the umask has taken the group's rights
         os.set_blocking(handle, True)  # Lustre fails reads and writes that would wait for a lock of another host
@@ -138,7 +138,7 @@ def write_file(name: str, content: bytes, *, folder: int, path: Path, remedy: st
         raise
 
 
-def make_private(folder: Path, *, remedy: str, group: bool = False) -> Path:
+def create_private_folder(folder: Path, *, remedy: str, group: bool = False) -> Path:
     """Create a folder for this user alone, parents included, or check that an existing one is; returns it.
 
     Args:

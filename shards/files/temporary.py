@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from shards.errors import UserError
-from shards.files.private_folder import make_private
+from shards.files.private_folder import create_private_folder
 from shards.redact import printable
 
 _VARIABLES = ("TMPDIR", "TEMP", "TMP")  # as Python's tempfile reads them
@@ -87,7 +87,7 @@ def prepare_caches() -> None:
         folder = temporary_folder() / f"fat-pipeline-cache-{os.geteuid()}"
         remedy = "set XDG_CACHE_HOME to a folder of your own"
         try:
-            make_private(folder, remedy=remedy)
+            create_private_folder(folder, remedy=remedy)
         except OSError as error:
             raise UserError(f"{cause} cannot be written, nor {folder} ({error.strerror}); {remedy}") from error
         note(f"{cause} cannot be written; caches are kept in {folder}")

@@ -47,7 +47,7 @@ class BetonOptions:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BetonLayout:
     """Where everything stands in a .beton."""
 
     page: int
@@ -88,7 +88,7 @@ class Layout:
         return table.tobytes()
 
 
-def lay_out(index: Index, options: BetonOptions) -> Layout:
+def compute_layout(index: Index, options: BetonOptions) -> BetonLayout:
     """Place every sample of a split.
 
     Args:
@@ -111,4 +111,4 @@ def lay_out(index: Index, options: BetonOptions) -> Layout:
             at = -(-at // page) * page
         offsets[i] = at
         at += size
-    return Layout(page, raw, sizes, offsets, np.array([*starts, at], np.int64))
+    return BetonLayout(page, raw, sizes, offsets, np.array([*starts, at], np.int64))

@@ -10,8 +10,8 @@ import numpy as np
 from shards.errors import ShardSetError, storage_error
 from shards.format.index import Index, check_rows, open_index
 from shards.format.manifest import MANIFEST_NAME, Manifest
+from shards.format.manifest_digest import ManifestDigest
 from shards.format.manifest_fields import SplitEntry
-from shards.format.pinned import ManifestDigest
 
 
 class ShardSet:

@@ -18,7 +18,7 @@ from shards.errors import ShardSetError
 from shards.files.durable import durable_write
 from shards.files.regular import open_file
 from shards.files.retry import read_with_retries
-from shards.format.manifest_fields import MAX_CLASSES, ClassEntry, Made, SplitEntry
+from shards.format.manifest_fields import MAX_CLASSES, ClassEntry, Provenance, SplitEntry
 from shards.schema import Digest, FileName, parse_json
 
 FORMAT = "fat-pipeline shard set"
@@ -40,7 +40,7 @@ class Manifest:
 
     classes: Annotated[tuple[ClassEntry, ...], Field(min_length=1, max_length=MAX_CLASSES), FailFast()]
     splits: Annotated[dict[FileName, SplitEntry], Field(min_length=1), FailFast()]
-    made: Made = field(default_factory=Made)
+    made: Provenance = field(default_factory=Provenance)
     version: Literal[2] = 2
 
     @property
@@ -205,7 +205,7 @@ def _contradiction(manifest: Manifest) -> str | None:
     return None
 
 
-def tool() -> str:
+def tool_version() -> str:
     """Name and version, for the manifest."""
     from importlib.metadata import PackageNotFoundError, version
 

@@ -110,7 +110,7 @@ class UnusedRecord(TypedDict):
     example: Text
 
 
-class Made(TypedDict, total=False):
+class Provenance(TypedDict, total=False):
     """How a set was made."""
 
     tool: Text

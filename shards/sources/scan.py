@@ -23,7 +23,7 @@ class ScanOptions:
     layout: Layout | None = None
     """None = whatever it looks like."""
     val_fraction: float = 0.0
-    """Share of each class that becomes the validation split, for sources that have none."""
+    """Fraction of each class that becomes the validation split, for sources that have none."""
     classes: Path | None = None
     """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
     seed: int = 0

@@ -16,7 +16,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any, TypeVar
 
 from shards.cores import cores
-from shards.errors import ConversionFailed, cause
+from shards.errors import ConversionFailed, describe_os_error
 from shards.files.temporary import prepare_sockets
 from shards.images.limits import MAX_IMAGE_SECONDS
 from shards.progress import Progress
@@ -71,7 +71,7 @@ def run_jobs(
             for _ in range(size):
                 processes.append(_Worker(context, task))
         except (OSError, EOFError) as error:
-            fact, action = cause("", error) if isinstance(error, OSError) else (str(error), "")
+            fact, action = describe_os_error("", error) if isinstance(error, OSError) else (str(error), "")
             raise ConversionFailed(
                 f"{size} worker processes cannot be started ({fact}); {f'{action}, or ' if action else ''}"
                 "run the same command with fewer --workers"

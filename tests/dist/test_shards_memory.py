@@ -22,13 +22,13 @@ LISTING = f"""
 import re, sys
 from pathlib import Path
 from shards.sources.listing import Container, Listing, ListingBuilder
-from shards.convert.order import arrange
+from shards.convert.shard_assignment import assign_to_shards
 builder = ListingBuilder()
 for c in range({CLASSES}):
     folder = Path(f"/data/imagenet/train/n{{c:08d}}")
     found = [(f"n{{c:08d}}/n{{c:08d}}_{{i}}.JPEG".encode(), 100_000 + i, 1_600_000_000, c) for i in range({EACH})]
     builder.add_files(Container(folder, 0, 0), found)
-listing, bounds = arrange(builder.build(), "train", 0, 256 * 2**20)
+listing, bounds = assign_to_shards(builder.build(), "train", 0, 256 * 2**20)
 listing.save(Path(sys.argv[1]) / "train.listing")
 loaded = Listing.load(Path(sys.argv[1]) / "train.listing")
 assert len(loaded) == {CLASSES * EACH}

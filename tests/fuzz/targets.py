@@ -33,8 +33,8 @@ from launch.run.status import STATUS_NAME, read_status
 from pipeline.storage.placement import storage_of
 from shards.convert.convert import convert
 from shards.convert.options import Options
-from shards.convert.parts import Part
-from shards.convert.work import MARKER, Work
+from shards.convert.parts import ConversionPart
+from shards.convert.work_folder import MARKER, WorkFolder
 from shards.errors import UserError
 from shards.format.beton import BetonOptions
 from shards.format.dataset import ShardSet
@@ -239,11 +239,11 @@ class WorkTarget:
     """The plan in the work folder of a conversion that is to be resumed."""
 
     def seeds(self, folder: Path) -> list[bytes]:
-        convert(_images(folder / "images"), folder / "set", Options(scan=ScanOptions(workers=1)), Part(1, 2))
-        return [(Work(folder / "set").path / "plan.json").read_bytes()]
+        convert(_images(folder / "images"), folder / "set", Options(scan=ScanOptions(workers=1)), ConversionPart(1, 2))
+        return [(WorkFolder(folder / "set").path / "plan.json").read_bytes()]
 
     def parse(self, content: bytes, folder: Path) -> None:
-        work = Work(folder)
+        work = WorkFolder(folder)
         work.path.mkdir()
         (work.path / "plan.json").write_bytes(content)
         (work.path / MARKER).touch()

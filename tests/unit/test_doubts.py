@@ -14,10 +14,10 @@ from PIL import Image
 from launch.config.command_line import parse
 from launch.feed import Feed
 from launch.machine.world import World
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.convert.convert import convert, finish
 from shards.convert.options import Options
-from shards.convert.parts import Part
+from shards.convert.parts import ConversionPart
 from shards.errors import ConversionFailed, UserError
 from shards.format.manifest import Manifest
 from shards.format.manifest_fields import ClassEntry
@@ -218,7 +218,7 @@ def test_strict_refuses_before_anything_is_written(tmp_path: Path, capsys: pytes
 def test_strict_counts_in_parts_and_at_their_end(tmp_path: Path) -> None:
     source = two_classes(tmp_path / "in")
     (source / "a" / "black.jpg").write_bytes(BLACK)
-    convert(source, tmp_path / "set", Options(scan=ONE.scan, strict=True), Part(1, 1))
+    convert(source, tmp_path / "set", Options(scan=ONE.scan, strict=True), ConversionPart(1, 1))
     with pytest.raises(ConversionFailed, match="--strict: 1 of 9 train images are nearly black"):
         finish(tmp_path / "set", workers=1, strict=True)
     assert finish(tmp_path / "set", workers=1) is not None
@@ -228,9 +228,9 @@ def test_indexed_tars_have_doubts_and_unused_members(tmp_path: Path) -> None:
     tar = labelled_tar(tmp_path / "a.tar", [0, 2], {"readme.txt": b"x", "9.jpg": BLACK, "9.cls": b"2"})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConversionFailed, match="--strict: 1 of 3 labels do not occur: 1"):
-        adopt([tar], ImageRules(), workers=1, strict=True)
+        index_tars([tar], ImageRules(), workers=1, strict=True)
     assert sorted(tmp_path.iterdir()) == before
-    adopt([tar], ImageRules(), workers=1)
+    index_tars([tar], ImageRules(), workers=1)
     made = Manifest.load(tmp_path).made
     assert made["doubts"] == [
         "1 of 3 labels do not occur: 1",

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import UserError
@@ -307,7 +307,7 @@ def test_shard_and_index_give_tars_the_same_classes(labels: list[bytes], workers
         write_tar(tmp_path / "in/val-0.tar", labels[:1], start=5),
     ]
     convert(tmp_path / "in", tmp_path / "set", Options(scan=ScanOptions(workers=workers)))
-    adopt(tars, ImageRules(), workers=workers)
+    index_tars(tars, ImageRules(), workers=workers)
     expected = (["cat", "dog"], {"train": [0, 0, 1, 1, 1], "val": [1]})
     if labels[0] == b"2":
         expected = (["0", "1", "2"], {"train": [0, 0, 2, 2, 2], "val": [2]})
@@ -329,7 +329,7 @@ def test_shard_and_index_refuse_the_same_labels_of_tars(name: str, tmp_path: Pat
     with pytest.raises(UserError, match=complaint) as shard:
         convert(tar.parent, tmp_path / "set", ONE)
     with pytest.raises(UserError, match=complaint) as index:
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
     assert str(shard.value) == str(index.value)
     assert list(tar.parent.iterdir()) == [tar]
 
@@ -343,7 +343,7 @@ def test_numbers_in_one_tar_and_names_in_another(tmp_path: Path) -> None:
         ),
         (
             r"b\.tar: 000\.cls: the name of a class, but .*a\.tar: 000\.cls is a class number",
-            lambda: adopt(tars, ImageRules(), workers=1),
+            lambda: index_tars(tars, ImageRules(), workers=1),
         ),
     ):
         with pytest.raises(UserError, match=complaint):
@@ -487,7 +487,7 @@ def test_a_file_of_classes_names_numbers_for_shard_and_index(tmp_path: Path) -> 
     tar = write_tar(tmp_path / "in/a.tar", [b"0", b"1"])
     options = Options(scan=ScanOptions(classes=tmp_path / "classes.txt", workers=1))
     convert(tar.parent, tmp_path / "set", options)
-    adopt([tar], ImageRules(), classes=tmp_path / "classes.txt", workers=1)
+    index_tars([tar], ImageRules(), classes=tmp_path / "classes.txt", workers=1)
     shard, index = Manifest.load(tmp_path / "set"), Manifest.load(tar.parent)
     assert shard.classes == index.classes
     assert [(entry.folder, entry.name) for entry in shard.classes] == [("cat", None), ("dog", "emu")]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from shards.errors import StorageFailed, explained, lack_of_files, storage_error
-from shards.open_files import share
+from shards.errors import StorageFailed, explain_os_errors, open_files_error, storage_error
+from shards.open_files import open_file_budget
 from tests.support.launching import python_path
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
@@ -53,7 +53,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from pipeline.storage.files import LocalFiles
-from shards.open_files import share
+from shards.open_files import open_file_budget
 
 taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(int(sys.argv[2]))]  # other parts of the process
 files = LocalFiles([Path(sys.argv[1]) / str(n) for n in range(300)])
@@ -110,7 +110,7 @@ def test_too_many_open_files_are_no_fault_of_a_file() -> None:
     )
     machine = storage_error("a.tar", OSError(errno.ENFILE, os.strerror(errno.ENFILE)))
     assert (machine.exit_code, "fs.file-max" in str(machine)) == (1, True)
-    with pytest.raises(Exception, match=r"ulimit -n.*it resumes"), explained(Path("out")):
+    with pytest.raises(Exception, match=r"ulimit -n.*it resumes"), explain_os_errors(Path("out")):
         raise FULL
 
 
@@ -120,7 +120,7 @@ def test_too_many_open_files_are_no_fault_of_a_file() -> None:
 )
 def test_a_limit_that_would_help_is_named(soft: int, hard: int, advice: str) -> None:
     """Never one below the limit that was too low, which would lower the hard one too."""
-    said = limited(soft, hard, "from shards.open_files import how_to_raise; print(how_to_raise())")
+    said = limited(soft, hard, "from shards.open_files import how_to_raise_limit; print(how_to_raise_limit())")
     assert advice in said.stdout, said.stderr
 
 
@@ -157,14 +157,14 @@ def chained() -> BaseException:
     ],
 )
 def test_what_a_library_says_is_understood(error: BaseException, expected: bool) -> None:
-    assert (lack_of_files(error) is not None) == expected
+    assert (open_files_error(error) is not None) == expected
 
 
 def test_a_part_gets_its_share_of_the_limit() -> None:
-    code = "from shards.open_files import share; print(share(256), share(8))"
+    code = "from shards.open_files import open_file_budget; print(open_file_budget(256), open_file_budget(8))"
     assert limited(64, 64, code).stdout.split() == ["16", "8"]
     assert limited(1024, 1024, code).stdout.split() == ["256", "8"]
-    assert share(1) == 1
+    assert open_file_budget(1) == 1
 
 
 def test_an_unreadable_file_names_who_may_read_it() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from launch.engine.execution import Execution
 from shards.files.durable import durable_write
-from shards.files.private_folder import NotPrivate, make_private, open_file, open_folder, write_file
+from shards.files.private_folder import NotPrivate, create_private_folder, open_file, open_folder, write_file
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 REMEDY = "give another folder"
@@ -25,11 +25,11 @@ def mode_of(path: Path) -> int:
 def test_a_folder_is_made_for_its_user_alone_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
-        make_private(tmp_path / "a" / "b", remedy=REMEDY)
+        create_private_folder(tmp_path / "a" / "b", remedy=REMEDY)
     finally:
         os.umask(before)
     assert mode_of(tmp_path / "a" / "b") == 0o700
-    make_private(tmp_path / "a" / "b", remedy=REMEDY)
+    create_private_folder(tmp_path / "a" / "b", remedy=REMEDY)
 
 
 def prepare_link(path: Path) -> None:
@@ -55,7 +55,7 @@ def test_what_somebody_prepared_in_its_place_is_refused(
 ) -> None:
     prepare(tmp_path / "cache")
     with pytest.raises(NotPrivate, match=rf"cache: {message}.*give another folder$"):
-        make_private(tmp_path / "cache", remedy=REMEDY)
+        create_private_folder(tmp_path / "cache", remedy=REMEDY)
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o700])
@@ -64,13 +64,13 @@ def test_the_owner_of_another_users_folder_is_named(mode: int) -> None:
     with public_folder() as place:
         (place / "cache").mkdir()
         (place / "cache").chmod(mode)
-        error = as_user(NOBODY, lambda: make_private(place / "cache", remedy=REMEDY))
+        error = as_user(NOBODY, lambda: create_private_folder(place / "cache", remedy=REMEDY))
         assert isinstance(error, NotPrivate)
         assert "a folder of user root, group root, mode " in str(error)
         assert str(error).endswith("give another folder")
         os.chown(place / "cache", NOBODY, NOBODY)
         with pytest.raises(NotPrivate, match=r"of user nobody, .*not of user root"):
-            make_private(place / "cache", remedy=REMEDY)
+            create_private_folder(place / "cache", remedy=REMEDY)
 
 
 def test_files_are_opened_through_no_link_and_no_fifo(tmp_path: Path) -> None:

@@ -27,12 +27,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.io import savemat
 
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.convert.convert import convert
 from shards.convert.options import Options
-from shards.convert.order import arrange
-from shards.convert.parts import Part
-from shards.convert.work import Work
+from shards.convert.parts import ConversionPart
+from shards.convert.shard_assignment import assign_to_shards
+from shards.convert.work_folder import WorkFolder
 from shards.convert.writer import ContainerReader
 from shards.errors import UserError
 from shards.files.regular import NotRegular, open_regular, read_bounded
@@ -176,7 +176,7 @@ def test_bad_tars_are_refused_by_shard_and_index(name: str, tmp_path: Path) -> N
     tar.write_bytes(content)
     refused(tar.parent, tmp_path, complaint)
     with pytest.raises(UserError, match=complaint) as caught:
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
     assert "\n" not in str(caught.value)
     assert list(tar.parent.iterdir()) == [tar], "nothing is left beside the tars"
 
@@ -209,7 +209,7 @@ def test_names_in_a_tar_are_data_and_no_paths(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "in" / "a.tar").write_bytes(out.getvalue())
     convert(tmp_path / "in", tmp_path / "set", ONE)
-    adopt([tmp_path / "in" / "a.tar"], ImageRules(), workers=1)
+    index_tars([tmp_path / "in" / "a.tar"], ImageRules(), workers=1)
     assert not outside.exists()
     with tarfile.open(tmp_path / "set" / "train-000000.tar") as made:
         assert all(not name.startswith("/") and ".." not in name for name in made.getnames())
@@ -223,7 +223,7 @@ def test_a_reject_of_a_name_that_is_not_utf8_is_listed(tmp_path: Path) -> None:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     (tmp_path / "a.tar").write_bytes(out.getvalue())
-    adopt([tmp_path / "a.tar"], ImageRules(), max_rejects=0.5, workers=1)
+    index_tars([tmp_path / "a.tar"], ImageRules(), max_rejects=0.5, workers=1)
     assert json.loads((tmp_path / "rejects.jsonl").read_text())["image"] == r"a.tar/a\udcff.jpg"
 
 
@@ -671,7 +671,7 @@ SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
 
 def begin(source: Path, out: Path) -> None:
     """List the source and make the first of several shards."""
-    convert(source, out, SMALL, Part(1, 4))
+    convert(source, out, SMALL, ConversionPart(1, 4))
     assert len(list(out.glob("train-*.tar"))) == 1
 
 
@@ -684,7 +684,7 @@ def test_a_file_that_becomes_a_fifo_after_the_listing(tmp_path: Path) -> None:
         os.mkfifo(path)
     with pytest.raises(UserError, match=r"not what it was then: it cannot be read as it was \(.*in/a: .* images"):
         convert(source, tmp_path / "set", SMALL)
-    listing, _ = Work(tmp_path / "set").load_listing("train")  # what a shard meets that is made meanwhile
+    listing, _ = WorkFolder(tmp_path / "set").load_listing("train")  # what a shard meets that is made meanwhile
     with (
         ContainerReader() as reader,
         pytest.raises(UserError, match=r"a/\d.jpg: a file when it was listed, a fifo now.*the source has changed"),
@@ -730,7 +730,7 @@ def test_sizes_that_a_sparse_file_claims_do_not_count(tmp_path: Path) -> None:
     builder = ListingBuilder()
     names = [b"a/%d.jpg" % i for i in range(5)]
     builder.add_files(Container(tmp_path, 0, 0), [(name, 2**62, 0, 0) for name in names])
-    listing, bounds = arrange(builder.build(), "train", seed=0, shard_bytes=2**20)
+    listing, bounds = assign_to_shards(builder.build(), "train", seed=0, shard_bytes=2**20)
     assert len(listing) == 5
     assert bounds.tolist() == [0, 1, 2, 3, 4, 5]
 

@@ -15,11 +15,11 @@ from PIL import Image
 
 from shards.commands.command_line import SampleDigits, SamplePhotos
 from shards.commands.verify import verify
-from shards.convert.convert import Part, convert, finish
+from shards.convert.convert import ConversionPart, convert, finish
 from shards.convert.options import Format, Options
-from shards.convert.work import Work
+from shards.convert.work_folder import WorkFolder
 from shards.errors import ShardSetError
-from shards.format.beton import ALLOCATION, FIELD, HEADER, IMAGE, METADATA, BetonOptions, WriteMode, lay_out
+from shards.format.beton import ALLOCATION, FIELD, HEADER, IMAGE, METADATA, BetonOptions, WriteMode, compute_layout
 from shards.format.dataset import ShardSet
 from shards.format.index import INDEX_DTYPE, Index
 from shards.sources.scan import ScanOptions
@@ -151,8 +151,8 @@ def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_pat
     expected = {path.name: path.read_bytes() for path in (tmp_path / "reference").iterdir()}
     out = tmp_path / "set"
     for k in (1, 2):
-        convert(photos, out, options(form), Part(k, 2))
-    work = Work(out, keeps_tars=form == "both")
+        convert(photos, out, options(form), ConversionPart(k, 2))
+    work = WorkFolder(out, keeps_tars=form == "both")
     snapshot = tmp_path / "snapshot"
     shutil.copytree(out, snapshot)
     finish(out, workers=1)
@@ -160,10 +160,10 @@ def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_pat
 
     shutil.rmtree(out)
     shutil.copytree(snapshot, out)
-    from shards.convert.assemble import assemble
+    from shards.convert.write_beton import write_betons
 
     shards = [i for split, i in work.load_plan().jobs if split == "train"]  # type: ignore[union-attr]
-    assemble(work, {"train": shards}, BetonOptions(), workers=1)
+    write_betons(work, {"train": shards}, BetonOptions(), workers=1)
     if form == "both":  # as if killed while the second shard's part was being filled
         (out / "train.beton").rename(out / ".making" / "train.beton")
         (out / ".making" / "train-000001.beton").unlink()
@@ -209,13 +209,13 @@ def rows(sizes: list[int], shards: list[int], side: int = 10) -> Index:
 
 
 def test_pages_grow_for_an_image_that_is_larger() -> None:
-    layout = lay_out(rows([100, 20_000_000, 100], [0, 0, 1]), BetonOptions())
+    layout = compute_layout(rows([100, 20_000_000, 100], [0, 0, 1]), BetonOptions())
     assert layout.page == 2**25
     assert list(layout.offsets // layout.page) == [1, 1, 1]
 
 
 def test_an_image_that_does_not_fit_begins_a_page() -> None:
     page = 2**23
-    layout = lay_out(rows([page - 10, 11, page, 5], [0, 0, 1, 1]), BetonOptions())
+    layout = compute_layout(rows([page - 10, 11, page, 5], [0, 0, 1, 1]), BetonOptions())
     assert list(layout.offsets) == [page, 2 * page, 3 * page, 4 * page]
     assert list(layout.starts) == [page, 2 * page + 11, 4 * page + 5]

@@ -24,12 +24,12 @@ from shards.commands.command_line import Index, SamplePhotos, Shard, Verify
 from shards.commands.verify import verify
 from shards.convert.convert import convert, default_out, finish
 from shards.convert.options import Options
-from shards.convert.parts import Part, hold_part
-from shards.convert.work import Work
+from shards.convert.parts import ConversionPart, lock_part
+from shards.convert.work_folder import WorkFolder
 from shards.convert.writer import ContainerReader
 from shards.errors import ConversionFailed, ShardSetError, UserError
 from shards.files import waiting
-from shards.files.lock import WAIT, Held, hold
+from shards.files.lock import WAIT, LockHeld, file_lock
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules
 from shards.sources.scan import Layout, ScanOptions
@@ -143,7 +143,7 @@ def test_resumes_where_it_was(photos: Path, tmp_path: Path, reference: dict[str,
     """Two parts of three done, one shard of them damaged, and leftovers of a killed process lying about."""
     out = tmp_path / "set"
     for k in (1, 2):
-        convert(photos, out, SMALL, Part(k, 3))
+        convert(photos, out, SMALL, ConversionPart(k, 3))
     (out / ".train-000002.tar.0123abcd0123abcd.tmp").write_bytes(b"half a shard")
     (out / lose).unlink()
     convert(photos, out, SMALL)
@@ -155,7 +155,7 @@ def test_parts_join_to_the_same_set(photos: Path, tmp_path: Path, reference: dic
     for k in (3, 1, 2):
         with pytest.raises(UserError):
             finish(out)
-        assert convert(photos, out, SMALL, Part(k, 3)) is None
+        assert convert(photos, out, SMALL, ConversionPart(k, 3)) is None
     assert finish(out) is not None
     assert contents(out) == reference
     assert finish(out) is None, "already complete"
@@ -163,19 +163,19 @@ def test_parts_join_to_the_same_set(photos: Path, tmp_path: Path, reference: dic
 
 def test_a_part_is_worked_on_once_at_a_time(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    convert(photos, out, SMALL, Part(2, 2))
-    with hold_part(Work(out), Part(1, 2)):
-        with pytest.raises(Held, match=f"part 1/2 of .* worked on by process {os.getpid()} on "):
-            convert(photos, out, SMALL, Part(1, 2))
-        with pytest.raises(Held, match="other parts"):
+    convert(photos, out, SMALL, ConversionPart(2, 2))
+    with lock_part(WorkFolder(out), ConversionPart(1, 2)):
+        with pytest.raises(LockHeld, match=f"part 1/2 of .* worked on by process {os.getpid()} on "):
+            convert(photos, out, SMALL, ConversionPart(1, 2))
+        with pytest.raises(LockHeld, match="other parts"):
             convert(photos, out, SMALL)
-        convert(photos, out, SMALL, Part(2, 2))
+        convert(photos, out, SMALL, ConversionPart(2, 2))
 
 
 def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = tmp_path / "part.lock"
     lock.write_text(json.dumps({"host": os.uname().nodename, "pid": 999_999}))
-    with hold(lock, "it"):
+    with file_lock(lock, "it"):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     assert "999999" in capsys.readouterr().err
     assert lock.read_text() == ""
@@ -192,7 +192,8 @@ def test_a_lock_is_waited_for_as_long_as_was_said(
         pauses.append(seconds)
 
     monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
-    with hold(lock, "it"), pytest.raises(Held, match=f"process {os.getpid()} on"), hold(lock, "it", wait=7.5):
+    held = pytest.raises(LockHeld, match=f"process {os.getpid()} on")
+    with file_lock(lock, "it"), held, file_lock(lock, "it", wait=7.5):
         pass
     assert pauses == [WAIT] * 8, "until more than 7.5 s have passed"
     assert "waiting for it for up to 7.5 s" in capsys.readouterr().err
@@ -201,10 +202,10 @@ def test_a_lock_is_waited_for_as_long_as_was_said(
 def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:
     lock = tmp_path / "part.lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
-    with pytest.raises(Held, match="process 7 on elsewhere"), hold(lock, "it"):
+    with pytest.raises(LockHeld, match="process 7 on elsewhere"), file_lock(lock, "it"):
         pass
     os.utime(lock, (0, 0))
-    with hold(lock, "it"):
+    with file_lock(lock, "it"):
         pass
 
 
@@ -212,10 +213,10 @@ def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:
 def test_a_lock_file_that_names_nobody_is_taken(tmp_path: Path, content: str) -> None:
     lock = tmp_path / "part.lock"
     lock.write_text(content)
-    with hold(lock, "it"):
+    with file_lock(lock, "it"):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
         lock.write_text(content)
-        with pytest.raises(Held, match="by another process"), hold(lock, "it"):
+        with pytest.raises(LockHeld, match="by another process"), file_lock(lock, "it"):
             pass
 
 
@@ -226,21 +227,21 @@ def test_a_lock_whose_file_the_file_system_has_lost_is_released_without_a_word(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     lock = tmp_path / "part.lock"
-    with monkeypatch.context() as lost, hold(lock, "it"):
+    with monkeypatch.context() as lost, file_lock(lock, "it"):
         lost.setattr(os, "ftruncate", stale)
-    with hold(lock, "it"):
+    with file_lock(lock, "it"):
         pass
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/2\n", "١/٢", "1_0/20", "1/" + "9" * 5000])
 def test_parts_that_make_no_sense(text: str) -> None:
     with pytest.raises(UserError, match="K/N"):
-        Part.parse(text)
+        ConversionPart.parse(text)
 
 
 def test_other_options_do_not_mix_with_what_was_begun(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    convert(photos, out, SMALL, Part(1, 2))
+    convert(photos, out, SMALL, ConversionPart(1, 2))
     other = Options(shard_bytes=500_000, scan=SMALL.scan)
     for _ in ("begun", "finished"):
         with pytest.raises(UserError, match="shard_bytes 400000"):
@@ -357,7 +358,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
     out = tmp_path / "set"
     options = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
     convert(source, tmp_path / "undisturbed", options)
-    convert(source, out, options, Part(1, 6))  # lists everything, converts a sixth
+    convert(source, out, options, ConversionPart(1, 6))  # lists everything, converts a sixth
     originals = contents(source)
     for path in source.rglob("*.jpg"):
         {
@@ -367,7 +368,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
         }[change](path)
     with pytest.raises(UserError, match=r"set: was begun from .*in, which is not what it was then: .*c0.*; restore"):
         convert(source, out, options)
-    listing, _ = Work(out).load_listing("train")  # what a shard meets that is made while the source changes
+    listing, _ = WorkFolder(out).load_listing("train")  # what a shard meets that is made while the source changes
     with (
         ContainerReader() as reader,
         pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .*the source has changed"),
@@ -515,7 +516,7 @@ def test_resuming_from_another_folder(
     photos: Path, tmp_path: Path, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos.parent)
-    convert(Path("photos"), tmp_path / "set", SMALL, Part(1, 2))
+    convert(Path("photos"), tmp_path / "set", SMALL, ConversionPart(1, 2))
     monkeypatch.chdir(tmp_path)
     convert(photos, Path("set"), SMALL)
     assert contents(tmp_path / "set") == reference
@@ -523,12 +524,12 @@ def test_resuming_from_another_folder(
 
 def test_another_version_of_the_tool_does_not_go_on(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
-    convert(photos, out, SMALL, Part(1, 2))
-    work = Work(out)
+    convert(photos, out, SMALL, ConversionPart(1, 2))
+    work = WorkFolder(out)
     plan = work.load_plan()
     assert plan is not None
     work.save_plan(replace(plan, tool="fat-pipeline 99"))
-    with pytest.raises(UserError, match=r"was begun by fat-pipeline 99"):
+    with pytest.raises(UserError, match=r"was started by fat-pipeline 99"):
         convert(photos, out, SMALL)
 
 

@@ -17,7 +17,7 @@ import pytest
 import xxhash
 from PIL import Image
 
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.commands.verify import verify
 from shards.convert.convert import convert
 from shards.convert.options import Options
@@ -250,7 +250,7 @@ def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
             member.size = len(data)
             file.addfile(member, io.BytesIO(data))
     for check in ("decode", "header"):
-        assert adopt([tar], ImageRules(check=check), max_rejects=1.0).splits["train"].samples == 1
+        assert index_tars([tar], ImageRules(check=check), max_rejects=1.0).splits["train"].samples == 1
         reject = json.loads((tmp_path / "rejects.jsonl").read_text())
         assert reject["image"] == "train-0.tar/b.jpg"
         assert "more than 20 scans of 9990x9990" in reject["reason"]
@@ -260,7 +260,7 @@ def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
     with monkeypatch.context() as patched:
         for name in ("MAX_SCANS", "MAX_SCAN_PIXELS"):
             patched.setattr(f"shards.images.accept.{name}", 10**15)
-        assert adopt([tar], ImageRules(check="header")).splits["train"].samples == 2
+        assert index_tars([tar], ImageRules(check="header")).splits["train"].samples == 2
     (fault,) = verify(tmp_path)
     assert re.search(r"train-0\.tar: offset \d+: no image .* more than 20 scans of 9990x9990", fault)
 

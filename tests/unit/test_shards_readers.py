@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from shards.commands.adopt import adopt
 from shards.commands.command_line import SamplePhotos
+from shards.commands.index_tars import index_tars
 from shards.commands.verify import verify
 from shards.convert.convert import convert
 from shards.convert.options import Options
@@ -134,7 +134,7 @@ def test_existing_tars_are_adopted_where_they_lie(made: tuple[ShardSet, list[Sam
     for path in shard_set.path.glob("*.tar"):
         shutil.copy(path, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    manifest = adopt(sorted(tmp_path.glob("*.tar")), ImageRules(), workers=1)
+    manifest = index_tars(sorted(tmp_path.glob("*.tar")), ImageRules(), workers=1)
     adopted = ShardSet(tmp_path)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "no tar was touched"
     assert sorted(read_by_index(adopted)) == expected
@@ -144,7 +144,7 @@ def test_existing_tars_are_adopted_where_they_lie(made: tuple[ShardSet, list[Sam
     assert 1 <= manifest.made["class_run"]["train"] < 1.5, "these are shuffled, as it happens"
     assert verify(tmp_path, workers=1) == []
     with pytest.raises(UserError, match="is already a shard set"):
-        adopt(sorted(tmp_path.glob("*.tar")), ImageRules())
+        index_tars(sorted(tmp_path.glob("*.tar")), ImageRules())
 
 
 def test_adopted_tars_that_are_sorted_by_class_are_told(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_adopted_tars_that_are_sorted_by_class_are_told(made: tuple[ShardSet, li
         for name in sorted(tarred):
             (tmp_path / "member").write_bytes(tarred[name])
             tar.add(tmp_path / "member", name)
-    manifest = adopt([tmp_path / "a.tar"], ImageRules(), workers=1)
+    manifest = index_tars([tmp_path / "a.tar"], ImageRules(), workers=1)
     classes = len(shard_set.manifest.classes)
     assert manifest.made["class_run"]["train"] == pytest.approx(shard_set.split("train").samples / classes, abs=0.01)
 
@@ -165,7 +165,7 @@ def test_adopted_tars_that_are_sorted_by_class_are_told(made: tuple[ShardSet, li
 def test_damage_in_adopted_tars_is_named(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
     shard_set, _ = made
     shutil.copy(tars(shard_set)[0], tmp_path / "a.tar")
-    adopt([tmp_path / "a.tar"], ImageRules(), workers=1)
+    index_tars([tmp_path / "a.tar"], ImageRules(), workers=1)
     row = ShardSet(tmp_path).index("train")[3]
     data = bytearray((tmp_path / "a.tar").read_bytes())
     for at, complaint in (
@@ -180,6 +180,6 @@ def test_damage_in_adopted_tars_is_named(made: tuple[ShardSet, list[Sample]], tm
 
 def test_tars_of_several_folders_are_no_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 folders"):
-        adopt([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], ImageRules())
+        index_tars([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], ImageRules())
     with pytest.raises(UserError, match=r"0\.tar: no such file"):
-        adopt([tmp_path / "0.tar"], ImageRules())
+        index_tars([tmp_path / "0.tar"], ImageRules())

@@ -11,8 +11,8 @@ import pytest
 
 from shards.convert.convert import convert, finish
 from shards.convert.options import Options
-from shards.convert.parts import Part
-from shards.convert.work import Work
+from shards.convert.parts import ConversionPart
+from shards.convert.work_folder import WorkFolder
 from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.format.manifest_fields import ClassEntry
@@ -92,8 +92,8 @@ def test_a_set_is_not_made_from_another_source(tmp_path: Path) -> None:
     convert(a, tmp_path / "done", SMALL)
     with pytest.raises(UserError, match=r"done: is a set made from another source than .*B, .* classes 'cat', 'dog'\)"):
         convert(b, tmp_path / "done", SMALL)
-    convert(a, tmp_path / "begun", SMALL, Part(1, 2))
-    convert(a, tmp_path / "begun", SMALL, Part(2, 2))
+    convert(a, tmp_path / "begun", SMALL, ConversionPart(1, 2))
+    convert(a, tmp_path / "begun", SMALL, ConversionPart(2, 2))
     for start in (lambda: convert(b, tmp_path / "begun", SMALL), lambda: finish(tmp_path / "begun", source=b)):
         with pytest.raises(UserError, match=r"begun: was begun from .*A, not from .*B; give that") as caught:
             start()
@@ -187,20 +187,20 @@ def test_what_a_killed_scan_unpacked_is_not_used_by_another(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "save_plan", killed)
+        patch.setattr(WorkFolder, "save_plan", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, SMALL)
     spooled = sorted((out / WORK_FOLDER / "spool").glob("*.bin"))
     times = [path.stat().st_mtime_ns for path in spooled]
     assert len(spooled) == 2
     with monkeypatch.context() as patch:
-        patch.setattr(Work, "save_plan", killed)
+        patch.setattr(WorkFolder, "save_plan", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, SMALL)
     assert [path.stat().st_mtime_ns for path in spooled] == times, "the same scan goes on with it"
     options = SMALL
     if differs == "tool":
-        monkeypatch.setattr("shards.convert.convert.tool", lambda: "fat-pipeline 99")
+        monkeypatch.setattr("shards.convert.convert.tool_version", lambda: "fat-pipeline 99")
     elif differs == "source":
         source = tables(tmp_path / "other")
         (source / "train-1.parquet").unlink()

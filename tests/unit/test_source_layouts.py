@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.commands.verify import verify
 from shards.convert.convert import convert
 from shards.convert.options import Options
@@ -345,7 +345,7 @@ def test_tars_are_of_the_split_that_their_paths_name(name: str, tmp_path: Path) 
 def test_indexed_tars_keep_their_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("pets-train-0", "pets-val-0", "pets-test-0"):
         samples_tar(tmp_path / f"{name}.tar", 2)
-    manifest = adopt(sorted(tmp_path.glob("*.tar")), ImageRules(), workers=1)
+    manifest = index_tars(sorted(tmp_path.glob("*.tar")), ImageRules(), workers=1)
     assert {split: entry.samples for split, entry in manifest.splits.items()} == {"train": 2, "val": 2, "test": 2}
     assert (tmp_path / "test.index.npy").exists()
     assert verify(tmp_path, workers=1) == []

@@ -16,8 +16,8 @@ import pytest
 from shards.commands.command_line import Shard
 from shards.convert.convert import convert, default_out, finish
 from shards.convert.options import Options
-from shards.convert.parts import Part
-from shards.convert.place import ATTRIBUTE
+from shards.convert.parts import ConversionPart
+from shards.convert.source_attribute import ATTRIBUTE
 from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.sources.scan import ScanOptions
@@ -68,14 +68,14 @@ def made_long_ago(source: Path) -> Path:
 def start(how: str, source: Path, out: Path, options: Options = SMALL) -> object:
     if how == "finish":
         return finish(out, source=source, workers=1)
-    return convert(source, out, options, Part(2, 2) if how == "part" else None)
+    return convert(source, out, options, ConversionPart(2, 2) if how == "part" else None)
 
 
 def begin(source: Path, out: Path, how: str, *, complete: bool = False) -> None:
     """Make the shards of the first part; of all, where they are to be joined or to be complete."""
-    convert(source, out, SMALL, Part(1, 2))
+    convert(source, out, SMALL, ConversionPart(1, 2))
     if how == "finish" or complete:
-        convert(source, out, SMALL, Part(2, 2))
+        convert(source, out, SMALL, ConversionPart(2, 2))
 
 
 Change = Callable[[Path], object]
@@ -165,7 +165,7 @@ def test_what_no_folder_tells_is_found_by_a_listing(fact: str, change: Change, h
 def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", {"a": 6, "b": 6})
     options = Options(shard_bytes=4000, scan=ScanOptions(workers=1, val_fraction=0.5))
-    convert(source, tmp_path / "set", options, Part(1, 2))
+    convert(source, tmp_path / "set", options, ConversionPart(1, 2))
     (source / "a" / "9.jpg").write_bytes(jpeg(99))
     with pytest.raises(UserError, match=r"was then: 1 image added \(such as .*a/9.jpg\); restore"):
         convert(source, tmp_path / "set", options)
@@ -174,7 +174,7 @@ def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) 
 def test_a_source_read_through_a_link_is_the_same(tmp_path: Path) -> None:
     source, link = folders(tmp_path / "in"), tmp_path / "link"
     link.symlink_to(source)
-    convert(link, tmp_path / "set", SMALL, Part(1, 2))
+    convert(link, tmp_path / "set", SMALL, ConversionPart(1, 2))
     (source / "train" / "cat" / "9.jpg").write_bytes(jpeg(99))
     with pytest.raises(UserError, match=r"was then: 1 image added"):
         convert(source, tmp_path / "set", SMALL)
@@ -196,11 +196,11 @@ def test_a_part_does_not_list_a_source_that_looks_the_same(tmp_path: Path) -> No
     source = made_long_ago(folders(tmp_path / "in"))
     begin(source, tmp_path / "set", "part")
     with counted_listings(source) as listings:
-        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+        convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
     assert listings == {}
     (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
     with counted_listings(source) as listings:
-        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+        convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
     assert set(listings) > {"train/cat"}, "the counter counts"
 
 
@@ -215,7 +215,7 @@ def test_a_change_within_the_second_of_the_listing_is_found(tmp_path: Path) -> N
     scan_key = tmp_path / "set" / ".making" / "scan.key"
     os.utime(scan_key, (was, was))
     with pytest.raises(UserError, match=r"1 image added"):
-        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+        convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
 
 
 REMOVED = [
@@ -275,13 +275,13 @@ def test_the_folder_above_the_set_and_names_that_are_not_utf_8_do_not_look_chang
     around = source / os.fsdecode(b"pets-\xff")
     (source / "train").rename(around)
     made_long_ago(source)
-    convert(source, source / "set", SMALL, Part(1, 3))
+    convert(source, source / "set", SMALL, ConversionPart(1, 3))
     with counted_listings(around) as listings:
-        convert(source, source / "set", SMALL, Part(2, 3))
+        convert(source, source / "set", SMALL, ConversionPart(2, 3))
     assert listings == {}
     os.utime(around)
     with counted_listings(around) as listings:
-        convert(source, source / "set", SMALL, Part(3, 3))
+        convert(source, source / "set", SMALL, ConversionPart(3, 3))
     assert listings
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from webdataset import tariterators
 
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import UserError
@@ -201,7 +201,7 @@ def test_tars_that_cannot_be_paired_are_refused_by_shard_and_index(name: str, tm
     with pytest.raises(UserError, match=rf"t\.tar: .*{complaint}") as shard:
         scan(tar, ONE, tmp_path / "spool")
     with pytest.raises(UserError) as index:
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
     assert str(index.value) == str(shard.value)
 
 
@@ -220,7 +220,7 @@ def test_incomplete_samples_are_doubts_of_shard_and_index(tmp_path: Path, capsys
     tar = write_tar(tmp_path / "in/t.tar", [*files, ("__MACOSX/0.jpg", b"")])
     convert(tar.parent, tmp_path / "set", Options(scan=ONE))
     said_by_shard = capsys.readouterr().err
-    adopt([tar], ImageRules(), workers=1)
+    index_tars([tar], ImageRules(), workers=1)
     said_by_index = capsys.readouterr().err
     doubts = [
         "1 .jpg: image without a label (such as t.tar/3.jpg), not used",
@@ -262,7 +262,7 @@ def test_compressed_tars_are_refused_by_name(kind: str, name: str, tmp_path: Pat
         with pytest.raises(UserError, match=complaint):
             scan(source, ONE, tmp_path / "spool")
     with pytest.raises(UserError, match=complaint):
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
 
 
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "of a folder/t.tar"])

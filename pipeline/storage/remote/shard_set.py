@@ -21,7 +21,7 @@ from shards.files.temporary import temporary_folder
 from shards.format.dataset import ShardSet
 from shards.format.index import index_bytes
 from shards.format.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from shards.format.pinned import ManifestDigest, split_pin
+from shards.format.manifest_digest import ManifestDigest, split_digest
 
 # Of the cache: the rest is for indexes, and for what ranks at different places want at the same time.
 SHARE_FOR_SHARDS = 0.9
@@ -53,7 +53,7 @@ def open_set(
         UserError: no such set, or another than the digest says, a server that cannot be reached, a URL with
             credentials, or a cache that cannot be used.
     """
-    plain, pin = split_pin(location, digest)
+    plain, pin = split_digest(location, digest)
     if not is_remote(plain):
         return ShardSet(plain, digest=pin)
     check_url(plain)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from shards.convert.conversion_plan import ConversionPlan
-from shards.convert.own_files import OwnFiles, foreign_file, is_index_of, is_tar_of, mode_of, size_of
+from shards.convert.published_files import PublishedFiles, foreign_file, is_index_of, is_tar_of, mode_of, size_of
 from shards.convert.records import (
     MAX_RECORD,
     SegmentDone,
@@ -50,7 +50,7 @@ _PLAN, _SHARD = TypeAdapter(ConversionPlan), TypeAdapter(ShardDone)
 _SEGMENT = TypeAdapter(SegmentDone)
 
 
-class Work(OwnFiles):
+class WorkFolder(PublishedFiles):
     """The work folder inside the set that is being made."""
 
     def __init__(self, out: Path, keeps_tars: bool = True) -> None:
@@ -59,7 +59,7 @@ class Work(OwnFiles):
 
     # -- the folder
 
-    def make(self) -> None:
+    def create(self) -> None:
         """Make the folder, or take the one that an earlier start left.
 
         Raises:
@@ -77,10 +77,10 @@ class Work(OwnFiles):
         sync_folder(self.path)
 
     def is_ours(self) -> bool:
-        """Whether the work folder is there, and was made by `make`."""
+        """Whether the work folder is there, and was created by `create`."""
         return stat.S_ISREG(mode_of(self.path / MARKER))
 
-    def close(self) -> None:
+    def remove(self) -> None:
         """Remove the work folder, and what killed processes left half-written beside it. The set is complete."""
         if self.is_ours():
             _remove(path for path in self.out.glob(f".*{TEMPORARY}") if is_temporary(path.name, _WRITTEN))
@@ -124,7 +124,7 @@ class Work(OwnFiles):
         except FileNotFoundError:
             return 0.0
 
-    def refuse_foreign_shards(self, split: str, shards: Iterable[int]) -> None:
+    def reject_foreign_shards(self, split: str, shards: Iterable[int]) -> None:
         """Check that existing tars and .idx files were created by this project from images of these shards.
 
         Raises:

@@ -20,14 +20,14 @@ from PIL import Image
 import shards.convert.convert
 import shards.files.lock
 import shards.files.waiting
-from shards.commands.adopt import adopt
+from shards.commands.index_tars import index_tars
 from shards.commands.verify import verify
 from shards.convert.convert import convert, finish
 from shards.convert.options import Options
-from shards.convert.parts import Part
-from shards.convert.work import MARKER, Work
+from shards.convert.parts import ConversionPart
+from shards.convert.work_folder import MARKER, WorkFolder
 from shards.errors import ConversionFailed, UserError
-from shards.files.lock import Held, hold
+from shards.files.lock import LockHeld, file_lock
 from shards.format.tar import BLOCK
 from shards.images.rules import ImageRules
 from shards.sources.scan import ScanOptions
@@ -72,7 +72,7 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 def begin(source: Path, out: Path, form: str = "tar") -> None:
     """Make half of the shards."""
-    convert(source, out, options(form), Part(1, 2))
+    convert(source, out, options(form), ConversionPart(1, 2))
 
 
 def tars(folder: Path, bad: int = 0) -> list[Path]:
@@ -102,7 +102,7 @@ def test_index_refuses_before_any_work_what_it_would_replace(name: str, kind: st
         (tmp_path / name).symlink_to("elsewhere")
     before = contents(tmp_path)
     with pytest.raises(UserError, match=rf"{tmp_path}.*(move it away|remove its dataset.json)") as caught:
-        adopt(found, ImageRules(), workers=1)
+        index_tars(found, ImageRules(), workers=1)
     assert caught.value.exit_code == 2
     assert contents(tmp_path) == before
 
@@ -111,16 +111,16 @@ def test_index_refuses_before_any_work_what_it_would_replace(name: str, kind: st
 def test_index_says_what_is_not_a_tar(name: str, fact: str, tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     with pytest.raises(UserError, match=rf"/{name}: {fact}"):
-        adopt([tmp_path / name], ImageRules())
+        index_tars([tmp_path / name], ImageRules())
     assert [path.name for path in tmp_path.iterdir()] == ["tars"]
 
 
 def test_index_replaces_what_its_own_failed_start_left(tmp_path: Path) -> None:
     found = tars(tmp_path, bad=1)
     with pytest.raises(ConversionFailed, match="2 of 8 images rejected"):
-        adopt(found, ImageRules(), workers=1)
+        index_tars(found, ImageRules(), workers=1)
     assert len((tmp_path / "rejects.jsonl").read_bytes().splitlines()) == 2
-    adopt(found, ImageRules(), max_rejects=0.5, workers=1)
+    index_tars(found, ImageRules(), max_rejects=0.5, workers=1)
     assert verify(tmp_path, workers=1) == []
     assert not (tmp_path / FOLDER).exists()
 
@@ -128,22 +128,22 @@ def test_index_replaces_what_its_own_failed_start_left(tmp_path: Path) -> None:
 def test_index_refuses_a_list_of_rejects_that_was_edited_since(tmp_path: Path) -> None:
     found = tars(tmp_path, bad=1)
     with pytest.raises(ConversionFailed):
-        adopt(found, ImageRules(), workers=1)
+        index_tars(found, ImageRules(), workers=1)
     (tmp_path / "rejects.jsonl").write_bytes(MINE)
     with pytest.raises(UserError, match=r"rejects.jsonl: not written by this command"):
-        adopt(found, ImageRules(), max_rejects=0.5, workers=1)
+        index_tars(found, ImageRules(), max_rejects=0.5, workers=1)
     assert (tmp_path / "rejects.jsonl").read_bytes() == MINE
 
 
 def test_index_refuses_an_unfinished_conversion(source: Path, tmp_path: Path) -> None:
     begin(source, tmp_path / "set")
     with pytest.raises(UserError, match="an unfinished conversion"):
-        adopt(sorted((tmp_path / "set").glob("*.tar")), ImageRules(), workers=1)
+        index_tars(sorted((tmp_path / "set").glob("*.tar")), ImageRules(), workers=1)
 
 
 def test_index_refuses_a_tar_that_is_written_to_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tars(tmp_path)
-    from shards.commands import adopt as module
+    from shards.commands import index_tars as module
 
     read = module._read_image
 
@@ -153,7 +153,7 @@ def test_index_refuses_a_tar_that_is_written_to_meanwhile(tmp_path: Path, monkey
 
     monkeypatch.setattr(module, "_read_image", touched)
     with pytest.raises(ConversionFailed, match=r"train-0\.tar: was written to while it was indexed"):
-        adopt(found, ImageRules(), workers=1)
+        index_tars(found, ImageRules(), workers=1)
     assert not (tmp_path / "dataset.json").exists()
 
 
@@ -194,9 +194,9 @@ def test_a_conversion_refuses_files_that_came_meanwhile(
     else:
         (out / name).write_bytes(MINE if kind == "text" else b"")
     before = contents(out)
-    for start in (lambda: convert(source, out, options(form)), lambda: convert(source, out, options(form), Part(2, 2))):
+    for part in (None, ConversionPart(2, 2)):
         with pytest.raises(UserError, match=rf"{name}: not written by this command, so it is left alone") as caught:
-            start()
+            convert(source, out, options(form), part)
         assert caught.value.exit_code == 2
         kept = contents(out)
         assert {key: kept[key] for key in before if not key.endswith(".lock")} == {
@@ -208,7 +208,7 @@ def test_a_conversion_refuses_files_that_came_meanwhile(
 def test_the_end_of_a_conversion_refuses_files_that_came_meanwhile(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     for k in (1, 2):
-        convert(source, out, options(), Part(k, 2))
+        convert(source, out, options(), ConversionPart(k, 2))
     for name in ("train.index.npy", "rejects.jsonl"):
         (out / name).write_bytes(MINE)
         with pytest.raises(UserError, match=f"{name}: not written by this command"):
@@ -435,12 +435,13 @@ def test_waiting_for_a_listing_says_for_whom_and_ends(
     monkeypatch.setattr(shards.convert.convert, "LISTING_WAIT", 0.3)
     monkeypatch.setattr(shards.files.waiting, "SILENT_SECONDS", 0.0)
     monkeypatch.setattr(shards.files.lock, "WAIT", 0.05)
-    work = Work(tmp_path / "set")
-    work.make()
-    with hold(work.path / "scan.lock", "the listing"), pytest.raises(Held, match=f"by process {os.getpid()} on"):
+    work = WorkFolder(tmp_path / "set")
+    work.create()
+    held = pytest.raises(LockHeld, match=f"by process {os.getpid()} on")
+    with file_lock(work.path / "scan.lock", "the listing"), held:
         convert(source, work.out, options())
     assert f"worked on by process {os.getpid()} on" in capsys.readouterr().err
-    with hold(work.path / "scan.lock", "the listing") as _:
+    with file_lock(work.path / "scan.lock", "the listing") as _:
         pass
     convert(source, work.out, options())
 
@@ -450,7 +451,7 @@ def test_a_wait_for_a_lock_ends_when_it_is_free(tmp_path: Path, monkeypatch: pyt
     taken, leave = threading.Event(), threading.Event()
 
     def holder() -> None:
-        with hold(tmp_path / "x.lock", "it"):
+        with file_lock(tmp_path / "x.lock", "it"):
             taken.set()
             leave.wait()
 
@@ -458,14 +459,14 @@ def test_a_wait_for_a_lock_ends_when_it_is_free(tmp_path: Path, monkeypatch: pyt
     thread.start()
     taken.wait()
     threading.Timer(0.1, leave.set).start()
-    with hold(tmp_path / "x.lock", "it", wait=60):
+    with file_lock(tmp_path / "x.lock", "it", wait=60):
         thread.join()
 
 
 @pytest.mark.timeout(30)
 def test_a_fifo_in_place_of_a_lock_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.lock")
-    with pytest.raises(OSError, match="seek"), hold(tmp_path / "x.lock", "it"):
+    with pytest.raises(OSError, match="seek"), file_lock(tmp_path / "x.lock", "it"):
         pass
 
 
@@ -474,11 +475,11 @@ def test_a_fifo_in_place_of_a_lock_file_does_not_block(tmp_path: Path) -> None:
 )
 def test_what_a_lock_file_says_is_checked(owner: dict[str, object], tmp_path: Path) -> None:
     lock = tmp_path / "x.lock"
-    with hold(lock, "it"):
+    with file_lock(lock, "it"):
         lock.write_text(json.dumps(owner))
         with (
-            pytest.raises(Held, match=r"by (process 7 on a\\n\[error\] b|another process)") as caught,
-            hold(lock, "it"),
+            pytest.raises(LockHeld, match=r"by (process 7 on a\\n\[error\] b|another process)") as caught,
+            file_lock(lock, "it"),
         ):
             pass
         assert "\n" not in str(caught.value)

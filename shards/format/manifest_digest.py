@@ -69,7 +69,7 @@ class ManifestDigest:
         return f"{self.algorithm}={self.digits}"
 
 
-def split_pin(location: Path | str, option: str | None = None) -> tuple[str, ManifestDigest | None]:
+def split_digest(location: Path | str, option: str | None = None) -> tuple[str, ManifestDigest | None]:
     """Divide LOCATION#xxh3=HEX or LOCATION#sha256=HEX into the location and the digest that is pinned.
 
     Args:

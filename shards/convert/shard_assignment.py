@@ -13,7 +13,7 @@ from shards.sources.listing import Listing
 LABEL_BYTES = 8  # at most, of a label's decimal digits: what a .cls member is counted as
 
 
-def arrange(listing: Listing, split: str, seed: int, shard_bytes: int) -> tuple[Listing, NDArray[np.int64]]:
+def assign_to_shards(listing: Listing, split: str, seed: int, shard_bytes: int) -> tuple[Listing, NDArray[np.int64]]:
     """Shuffle a split globally and cut it into shards of about equal size.
 
     The order is that of a keyed hash of each sample's name, so it depends neither on the order of listing nor on the

@@ -11,10 +11,10 @@ import simplejpeg
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.work import Work
-from shards.errors import ConversionFailed, explained
+from shards.convert.work_folder import WorkFolder
+from shards.errors import ConversionFailed, explain_os_errors
 from shards.files.durable import write_all
-from shards.format.beton import BetonOptions, Layout, lay_out
+from shards.format.beton import BetonLayout, BetonOptions, compute_layout
 from shards.format.index import Index
 from shards.format.manifest_fields import BetonEntry
 from shards.progress import Progress
@@ -26,7 +26,7 @@ from shards.workers.worker import Report
 class SegmentJob:
     """One shard's part of the file, to be filled in a worker process from the shard's finished tar."""
 
-    work: Work
+    work: WorkFolder
     split: str
     shard: int
     offsets: NDArray[np.int64]
@@ -38,8 +38,8 @@ class SegmentJob:
     """First byte of the part, and of what follows it."""
 
 
-def assemble(
-    work: Work, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
+def write_betons(
+    work: WorkFolder, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
 ) -> dict[str, BetonEntry]:
     """Write SPLIT.beton and its index for each split, or resume where a killed run left them.
 
@@ -73,12 +73,12 @@ def assemble(
     }
 
 
-def _publish_index(work: Work, split: str, shards: list[int], samples: int) -> str:
+def _publish_index(work: WorkFolder, split: str, shards: list[int], samples: int) -> str:
     rows = (work.load_segment(split, shard)[1] for shard in shards)
     return work.publish_index(work.beton_index(split).name, samples, rows)
 
 
-def _is_published(work: Work, split: str, shards: list[int]) -> bool:
+def _is_published(work: WorkFolder, split: str, shards: list[int]) -> bool:
     """Whether the .beton has its name; where the record of a part was damaged since, it goes back to be filled."""
     if not work.beton(split).exists():
         return False
@@ -93,18 +93,18 @@ class _Frame:
     """A split's index and where its images go."""
 
     index: Index
-    layout: Layout
+    layout: BetonLayout
 
 
-def _frame(work: Work, split: str, shards: list[int], options: BetonOptions) -> _Frame:
+def _frame(work: WorkFolder, split: str, shards: list[int], options: BetonOptions) -> _Frame:
     rows = [work.load_rows(split, shard) for shard in shards]
     for place, some in enumerate(rows):
         some["shard"] = place
     index = np.concatenate(rows)
-    return _Frame(index, lay_out(index, options))
+    return _Frame(index, compute_layout(index, options))
 
 
-def _jobs(work: Work, split: str, shards: list[int], frame: _Frame) -> Iterator[SegmentJob]:
+def _jobs(work: WorkFolder, split: str, shards: list[int], frame: _Frame) -> Iterator[SegmentJob]:
     layout = frame.layout
     for place, shard in enumerate(shards):
         mine = frame.index["shard"] == place
@@ -112,7 +112,7 @@ def _jobs(work: Work, split: str, shards: list[int], frame: _Frame) -> Iterator[
         yield SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop)
 
 
-def _publish(work: Work, split: str, frame: _Frame) -> None:
+def _publish(work: WorkFolder, split: str, frame: _Frame) -> None:
     """Write what stands before and after the images, and give the file its name."""
     unfinished = work.unfinished_beton(split)
     with unfinished.open("r+b", buffering=0) as file:
@@ -135,7 +135,7 @@ def fill_segment(job: SegmentJob, report: Report) -> None:
     digest = xxhash.xxh3_64()
     at = job.start
     beton = work.unfinished_beton(job.split)
-    with explained(beton), tar.open("rb") as source, beton.open("r+b", buffering=0) as target:
+    with explain_os_errors(beton), tar.open("rb") as source, beton.open("r+b", buffering=0) as target:
         target.seek(at)
 
         def write(content: bytes) -> None:

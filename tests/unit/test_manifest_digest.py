@@ -16,7 +16,7 @@ from pipeline.storage.remote.shard_set import open_set
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.format.manifest import Manifest
-from shards.format.pinned import ManifestDigest, split_pin
+from shards.format.manifest_digest import ManifestDigest, split_digest
 from tests.support.serving import serve
 
 
@@ -64,14 +64,14 @@ def test_another_set_is_refused_before_its_manifest_is_parsed(digits: Path, tmp_
 )
 def test_a_malformed_digest_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="not the digest of a manifest: xxh3= and 16, or sha256= and 64") as raised:
-        split_pin("set", text)
+        split_digest("set", text)
     assert "\n" not in str(raised.value)
     assert str(raised.value).startswith("--set-digest ")
 
 
 def test_two_digests_that_differ_are_refused() -> None:
     with pytest.raises(UserError, match="give one of them"):
-        split_pin("set#xxh3=" + "0" * 16, "xxh3=" + "1" * 16)
+        split_digest("set#xxh3=" + "0" * 16, "xxh3=" + "1" * 16)
 
 
 def test_a_folder_may_have_a_number_sign_in_its_name(digits: Path, tmp_path: Path) -> None:

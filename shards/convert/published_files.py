@@ -19,7 +19,7 @@ from shards.format.tar import BLOCK, END, header
 _PUBLISHED = TypeAdapter(Published)
 
 
-class OwnFiles:
+class PublishedFiles:
     """The files of a set that this project wrote, by the records of them in the work folder.
 
     Args:
@@ -30,7 +30,7 @@ class OwnFiles:
     def __init__(self, out: Path, path: Path) -> None:
         self.out, self.path = out, path
 
-    def refuse_foreign(self, names: Iterable[str]) -> None:
+    def reject_foreign_files(self, names: Iterable[str]) -> None:
         """Check that existing files of these names were created by this project and may be replaced.
 
         Raises:
@@ -47,7 +47,7 @@ class OwnFiles:
         Raises:
             UserError: a file of this name exists that this project did not create.
         """
-        self.refuse_foreign([name])
+        self.reject_foreign_files([name])
         digest = xxhash.xxh3_64_hexdigest(content)
         self._claim(name, len(content), digest)
         durable_write(self.out / name, content)
@@ -55,7 +55,7 @@ class OwnFiles:
 
     def publish_file(self, finished: Path, name: str, digest: str | None) -> None:
         """Give a finished file in the work folder its name in the set; otherwise as `publish`."""
-        self.refuse_foreign([name])
+        self.reject_foreign_files([name])
         self._claim(name, finished.stat().st_size, digest)
         finished.rename(self.out / name)
         sync_folder(self.out)
@@ -76,7 +76,7 @@ class OwnFiles:
         Raises:
             UserError: a file of this name exists that this project did not create.
         """
-        self.refuse_foreign([name])
+        self.reject_foreign_files([name])
         (self.out / name).unlink(missing_ok=True)
 
     def _claim(self, name: str, size: int, digest: str | None) -> None:

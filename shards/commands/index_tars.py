@@ -14,23 +14,23 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.join import first_of, print_notes, publish_manifest, unused_records
+from shards.convert.join import print_notes, publish_manifest, summarize_doubts, to_unused_records
 from shards.convert.options import MAX_REJECTS
 from shards.convert.rejects import Reject, count_reasons, write_rejects
-from shards.convert.work import Work
+from shards.convert.work_folder import WorkFolder
 from shards.convert.writer import index_row
-from shards.errors import ConversionFailed, UserError, explained, reading
-from shards.files.lock import hold
+from shards.errors import ConversionFailed, UserError, explain_os_errors, reading
+from shards.files.lock import file_lock
 from shards.files.output import check_output_folder
 from shards.files.regular import open_regular
 from shards.format.index import INDEX_DTYPE, Index
-from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool
+from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool_version
 from shards.format.manifest_fields import ClassEntry, ShardEntry, SplitEntry
 from shards.images.accept import accept
 from shards.images.limits import MAX_ENCODED
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.progress import Progress
-from shards.redact import one_line, without_place
+from shards.redact import one_line, with_relative_paths
 from shards.sources.layouts.members import Member
 from shards.sources.layouts.tar_samples import read_tar
 from shards.sources.layouts.webdataset import incomplete_samples, split_of
@@ -53,7 +53,7 @@ CHUNK = 2**22
 
 
 @dataclass(frozen=True)
-class AdoptJob:
+class IndexJob:
     """One tar to be indexed in a worker process."""
 
     tar: Path
@@ -61,7 +61,7 @@ class AdoptJob:
 
 
 @dataclass(frozen=True)
-class Adopted:
+class IndexedTar:
     """What was found in a tar."""
 
     split: str
@@ -77,7 +77,7 @@ class Adopted:
     unused: tuple[UnusedEntry, ...]
 
 
-def adopt(
+def index_tars(
     tars: list[Path],
     rules: ImageRules,
     classes: Path | None = None,
@@ -106,21 +106,21 @@ def adopt(
             raise UserError(f"{tar}: a folder; name the tars in it")
     if classes is not None:
         read_classes(classes)  # before hours of reading tars
-    jobs = [AdoptJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
+    jobs = [IndexJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = split_files([job.tar for job in jobs], folder)
-    notes = [without_place(note, folder)[:MAX_TEXT] for note in named.notes_on(set(named.splits.values()))]
-    doubts = [without_place(doubt, folder)[:MAX_TEXT] for doubt in named.doubts]
-    work = Work(folder)
-    with explained(folder):
+    notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.notes_on(set(named.splits.values()))]
+    doubts = [with_relative_paths(doubt, folder)[:MAX_TEXT] for doubt in named.doubts]
+    work = WorkFolder(folder)
+    with explain_os_errors(folder):
         _check_folder(folder, work, jobs)
         remedy = f"an index lies beside its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
         print_notes([*notes, *doubts])
         if strict and doubts:  # before hours of reading tars
             raise UserError(_refusal(folder, doubts))
-        work.make()
+        work.create()
         try:
-            with hold(work.path / "index.lock", f"the index of {folder}"):
+            with file_lock(work.path / "index.lock", f"the index of {folder}"):
                 return _adopt(
                     work,
                     jobs,
@@ -135,10 +135,10 @@ def adopt(
         finally:
             # Only the work folder identifies files that a failed start published (the list of rejects).
             if (folder / MANIFEST_NAME).exists() or not work.has_published():
-                work.close()
+                work.remove()
 
 
-def _check_folder(folder: Path, work: Work, jobs: list[AdoptJob]) -> None:
+def _check_folder(folder: Path, work: WorkFolder, jobs: list[IndexJob]) -> None:
     """Reject a folder that is already a set, or in which a new file would replace an existing one."""
     if (folder / MANIFEST_NAME).exists():
         raise UserError(f"{folder}: is already a shard set; remove its {MANIFEST_NAME} to index it again")
@@ -147,12 +147,12 @@ def _check_folder(folder: Path, work: Work, jobs: list[AdoptJob]) -> None:
         raise UserError(f"{missing[0]}: no such file")
     if work.load_plan() is not None:
         raise UserError(f"{folder}: an unfinished conversion; run its 'pipeline shard' command again")
-    work.refuse_foreign([REJECTS_NAME, *(work.index(split_of(job.tar, folder)).name for job in jobs)])
+    work.reject_foreign_files([REJECTS_NAME, *(work.index(split_of(job.tar, folder)).name for job in jobs)])
 
 
 def _adopt(
-    work: Work,
-    jobs: list[AdoptJob],
+    work: WorkFolder,
+    jobs: list[IndexJob],
     *,
     rules: ImageRules,
     classes: Path | None,
@@ -177,7 +177,7 @@ def _adopt(
     if strict and late:
         raise ConversionFailed(_refusal(work.out, late))
     rejects_hash = write_rejects(work, rejects, kept, max_rejects)
-    splits: dict[str, list[Adopted]] = {}
+    splits: dict[str, list[IndexedTar]] = {}
     for one in found:
         if len(one.rows):
             splits.setdefault(one.split, []).append(one)
@@ -187,13 +187,13 @@ def _adopt(
         classes=numbered.classes,
         splits={split: _join(work, split, splits[split]) for split in sorted(splits)},
         made={
-            "tool": tool(),
+            "tool": tool_version(),
             "source": "webdataset, where it lies",
             "shuffled": False,
             "class_run": {split: class_run([one.rows for one in ones]) for split, ones in sorted(splits.items())},
             "options": {"check": rules.check},
             "images": {split: {"rejected": count_reasons(rejects, split)} for split in sorted(splits)},
-            "unused": unused_records(unused),
+            "unused": to_unused_records(unused),
             "notes": notes,
             "doubts": [*doubts, *late],
             "rejects_hash": rejects_hash,
@@ -204,10 +204,10 @@ def _adopt(
 
 
 def _refusal(folder: Path, doubts: list[str]) -> str:
-    return f"{folder}: --strict: {first_of(doubts)}; correct the tars, or leave --strict out"
+    return f"{folder}: --strict: {summarize_doubts(doubts)}; correct the tars, or leave --strict out"
 
 
-def _doubts(classes: tuple[ClassEntry, ...], found: list[Adopted]) -> list[str]:
+def _doubts(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) -> list[str]:
     listed: dict[str, Counts] = {}
     late: list[str] = []
     for split in sorted({one.split for one in found}):
@@ -225,14 +225,14 @@ def class_run(shards: list[Index]) -> float:
     return round(len(labels) / (1 + np.count_nonzero(labels[1:] != labels[:-1])), 2)
 
 
-def _join(work: Work, split: str, found: list[Adopted]) -> SplitEntry:
+def _join(work: WorkFolder, split: str, found: list[IndexedTar]) -> SplitEntry:
     samples = sum(len(one.rows) for one in found)
     index = work.index(split).name
     digest = work.publish_index(index, samples, (one.rows for one in found))
     return SplitEntry(samples=samples, shards=tuple(one.entry for one in found), index=index, index_hash=digest)
 
 
-def index_tar(job: AdoptJob, report: Report) -> Adopted:
+def index_tar(job: IndexJob, report: Report) -> IndexedTar:
     """Read a tar once for its hash and once for its images.
 
     Raises:
@@ -267,7 +267,7 @@ def index_tar(job: AdoptJob, report: Report) -> Adopted:
             raise ConversionFailed(f"{job.tar}: was written to while it was indexed; run the same command again")
     entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
     listed = np.array([sample.label for sample in samples], dtype=np.int64)
-    return Adopted(split, entry, rows[:kept], rejected, labels.found(), listed, blank, unused)
+    return IndexedTar(split, entry, rows[:kept], rejected, labels.found(), listed, blank, unused)
 
 
 def _read_image(handle: int, member: Member) -> bytes:

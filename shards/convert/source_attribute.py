@@ -16,14 +16,14 @@ import xxhash
 ATTRIBUTE = "user.fat-pipeline.source"
 
 
-def save_place(out: Path, place: str) -> None:
+def record_source(out: Path, place: str) -> None:
     """Record the place of the source from which `out` is made, where the file system has attributes."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setxattr(out, ATTRIBUTE, _hash(place))
 
 
-def is_made_from(out: Path, place: str) -> bool:
+def was_converted_from(out: Path, place: str) -> bool:
     """Return whether it is known that `out` was made from the source that was at this place."""
     if sys.platform == "linux":
         with suppress(OSError):
