@@ -33,18 +33,18 @@ from shards.progress import Progress
 from shards.redact import one_line, with_relative_paths
 from shards.sources.layouts.members import Member
 from shards.sources.layouts.tar_samples import read_tar
-from shards.sources.layouts.webdataset import incomplete_samples, split_of
+from shards.sources.layouts.webdataset import incomplete_sample_warnings, split_of
 from shards.sources.listing import Container
-from shards.sources.naming.classes import read_classes
-from shards.sources.naming.doubts import (
+from shards.sources.naming.class_warnings import (
     Counts,
+    blank_image_warnings,
+    class_warnings,
     count_labels,
-    doubt_about_blank,
-    doubt_about_rejects,
-    doubts_about_classes,
+    rejected_class_warnings,
 )
+from shards.sources.naming.classes import read_classes
 from shards.sources.naming.labels import FileLabels, LabelReader, number_classes
-from shards.sources.naming.splits import split_files
+from shards.sources.naming.splits import assign_splits
 from shards.sources.unused import MAX_TEXT, UnusedEntry, merge
 from shards.workers.pool import run_jobs
 from shards.workers.worker import Report
@@ -107,9 +107,9 @@ def index_tars(
     if classes is not None:
         read_classes(classes)  # before hours of reading tars
     jobs = [IndexJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
-    named = split_files([job.tar for job in jobs], folder)
-    notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.notes_on(set(named.splits.values()))]
-    doubts = [with_relative_paths(doubt, folder)[:MAX_TEXT] for doubt in named.doubts]
+    named = assign_splits([job.tar for job in jobs], folder)
+    notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.all_notes(set(named.splits.values()))]
+    doubts = [with_relative_paths(doubt, folder)[:MAX_TEXT] for doubt in named.warnings]
     work = WorkFolder(folder)
     with explain_os_errors(folder):
         _check_folder(folder, work, jobs)
@@ -172,7 +172,7 @@ def _adopt(
         one.rows["label"] = labels[one.rows["label"]]
         one.listed[:] = labels[one.listed]
     unused = merge(one.unused for one in found)
-    late = [*incomplete_samples(unused), *_doubts(numbered.classes, found)]
+    late = [*incomplete_sample_warnings(unused), *_doubts(numbered.classes, found)]
     print_notes(late)
     if strict and late:
         raise ConversionFailed(_refusal(work.out, late))
@@ -214,9 +214,9 @@ def _doubts(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) -> list[st
         ones = [one for one in found if one.split == split]
         listed[split] = count_labels(np.concatenate([one.listed for one in ones]), len(classes))
         kept = count_labels(np.concatenate([one.rows["label"] for one in ones]), len(classes))
-        late += doubt_about_rejects(split, classes, listed[split], kept)
-        late += doubt_about_blank(split, sum(one.blank for one in ones), int(kept.sum()))
-    return [*doubts_about_classes(classes, listed), *late]
+        late += rejected_class_warnings(split, classes, listed[split], kept)
+        late += blank_image_warnings(split, sum(one.blank for one in ones), int(kept.sum()))
+    return [*class_warnings(classes, listed), *late]
 
 
 def class_run(shards: list[Index]) -> float:

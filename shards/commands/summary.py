@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from shards.convert.rejects import first_rejects
 from shards.format.dataset import ShardSet
 from shards.format.manifest import REJECTS_NAME
-from shards.sources.naming.doubts import count_labels
+from shards.sources.naming.class_warnings import count_labels
 
 SHOWN = 10
 """Reasons of each kind that are listed, those of most images first."""

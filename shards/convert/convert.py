@@ -36,11 +36,11 @@ from shards.files.lock import file_lock
 from shards.format.manifest import MANIFEST_NAME, Manifest, tool_version
 from shards.progress import Progress
 from shards.redact import with_relative_paths
-from shards.sources.layouts.recognise import recognise, scan
+from shards.sources.layouts.detect import detect_layout, scan
 from shards.sources.naming.split_folders import find_split_folders
 from shards.sources.scan import Layout
 from shards.sources.unused import MAX_TEXT
-from shards.sources.walk import each_folder_once
+from shards.sources.walk import cached_folder_listings
 from shards.workers.pool import run_jobs
 
 LISTING_WAIT = 4 * 3600.0
@@ -184,11 +184,11 @@ def _check_outside(out: Path, source: Path) -> None:
             )
 
 
-@each_folder_once()
+@cached_folder_listings()
 def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     key = json.dumps([tool_version(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
     spool = work.begin_scan(key)  # first: its time tells later whether a folder has changed since
-    layout = recognise(source.absolute())
+    layout = detect_layout(source.absolute())
     if (options.scan.layout or layout) == "folder":
         _check_outside(work.out, source.absolute())
     found = scan(source.absolute(), options.scan, spool)
@@ -208,7 +208,7 @@ def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
         shards=shards,
         unused=found.unused,
         notes=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.notes),
-        doubts=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.doubts),
+        doubts=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.warnings),
         folders=folder_times(found.splits, source.absolute(), work.out.absolute()),
         source_files=found.files,
         files=files,

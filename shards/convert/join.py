@@ -20,7 +20,7 @@ from shards.errors import ConversionFailed
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME, Manifest, tool_version
 from shards.format.manifest_fields import BetonEntry, ShardEntry, SplitEntry, UnusedRecord
 from shards.redact import one_line
-from shards.sources.naming.doubts import count_labels, doubt_about_blank, doubt_about_rejects
+from shards.sources.naming.class_warnings import blank_image_warnings, count_labels, rejected_class_warnings
 from shards.sources.unused import UnusedEntry
 
 Done = dict[tuple[str, int], ShardDone]
@@ -131,9 +131,9 @@ def _late_doubts(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str
         if any(record.rejected for record in shards.values()):
             listed = count_labels(work.load_listing(split)[0].rows["label"], classes)
             kept = count_labels(np.concatenate([work.load_rows(split, shard)["label"] for shard in shards]), classes)
-            lines += doubt_about_rejects(split, plan.classes, listed, kept)
+            lines += rejected_class_warnings(split, plan.classes, listed, kept)
         samples = sum(record.samples for record in shards.values())
-        lines += doubt_about_blank(split, sum(record.blank for record in shards.values()), samples)
+        lines += blank_image_warnings(split, sum(record.blank for record in shards.values()), samples)
     return lines
 
 

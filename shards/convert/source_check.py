@@ -22,9 +22,9 @@ from shards.format.manifest import Manifest
 from shards.images.formats import named_as_image
 from shards.redact import display_name
 from shards.sources.identity import Identity
-from shards.sources.layouts.recognise import current_identity
+from shards.sources.layouts.detect import current_identity
 from shards.sources.listing import Listing
-from shards.sources.naming.classes import counted, quoted, shortened
+from shards.sources.naming.classes import format_count, join_first, quoted
 from shards.sources.scan import TRAIN, VAL, Layout
 
 _LOOKED_AT = 30_000  # folders and archives of a split; ImageNet-21k has 21,841, another source one for every image
@@ -77,7 +77,7 @@ def check_finished(work: WorkFolder, manifest: Manifest, source: Path, layout: L
         folders = [quoted(entry.folder) for entry in manifest.classes]
         raise UserError(
             f"{out}: is a set made from another source than {source}, or from what that held before it was changed "
-            f"(the set has the classes {shortened(folders)}); give another --out, or remove {out} to make it anew"
+            f"(the set has the classes {join_first(folders)}); give another --out, or remove {out} to make it anew"
         )
 
 
@@ -143,7 +143,8 @@ def _difference(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[s
     came, gone, other = ~np.isin(found.keys, was.keys), ~np.isin(was.keys, found.keys), _differ(found, was)
     mark = "size" if what == "image" else "content"
     facts = [
-        f"{counted(int(np.count_nonzero(which)), what)} {fact} (such as {things.name(int(np.flatnonzero(which)[0]))})"
+        f"{format_count(int(np.count_nonzero(which)), what)} {fact} "
+        f"(such as {things.name(int(np.flatnonzero(which)[0]))})"
         for things, which, fact in (
             (found, came, "added"),
             (was, gone, "removed"),

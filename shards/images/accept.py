@@ -41,7 +41,7 @@ from shards.images.jpeg import (
 )
 from shards.images.limits import MAX_ENCODED, MAX_PIXELS, MAX_SCAN_PIXELS, MAX_SCANS, MAX_SEGMENTS
 from shards.images.optional_formats import load_optional_decoder
-from shards.images.pixels import BAND_PIXELS, Pixels, plain_pixels, profile_of, to_srgb
+from shards.images.pixels import BAND_PIXELS, Pixels, profile_of, to_8bit, to_srgb
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.images.tiff import has_second_page
 
@@ -76,14 +76,14 @@ def accept(data: bytes, rules: ImageRules) -> Accepted:
     except NotAJpeg as error:
         return _repair(data, rules, 1, f"damaged JPEG: {error}" if data[:2] == b"\xff\xd8" else "not a JPEG")
     target = _target_size(header.width, header.height, rules)
-    if header.plain and target is not None and header.width * header.height > MAX_PIXELS:
+    if header.is_standard and target is not None and header.width * header.height > MAX_PIXELS:
         return _take_giant(data, rules, header, target)
     check_extent(header.width, header.height, shrinks=target is not None)
     many_scans = _check_scans(data, header)
     fault = "CMYK JPEG" if header.components == 4 else "unusual JPEG"
     if many_scans:
         fault = f"JPEG of more than {MAX_SCANS} scans"
-    elif header.plain:
+    elif header.is_standard:
         try:
             return _take(data, rules, header)
         except ValueError as error:
@@ -173,7 +173,7 @@ def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Acc
             # After loading, because Pillow applies a TIFF's orientation to its pixels by itself, and removes the tag.
             fault, orientation = str(opened.format), _exif_orientation(opened)
             fault += " of several pages, the first one used" if has_second_page(data) else ""
-        pixels, notes = plain_pixels(opened, data)
+        pixels, notes = to_8bit(opened, data)
         fault = ": ".join([fault, *notes])
         del opened  # its pixels are the larger copy
     height, width = pixels.shape[:2]

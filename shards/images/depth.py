@@ -19,7 +19,7 @@ _WHITE_IS_ZERO = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statement:
+class SampleFormat:
     """What a file says about its samples."""
 
     stored: int = 8
@@ -60,28 +60,28 @@ class SampleRule:
         return 255 - values if self.inverted else values
 
 
-def read_statement(image: Image.Image, data: bytes) -> Statement:
+def read_sample_format(image: Image.Image, data: bytes) -> SampleFormat:
     """Read what a file says about its samples (PNG's IHDR and sBIT, TIFF's tags)."""
     if image.format == "PNG":
         return _of_png(data)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         return _of_tiff(image)
-    return Statement(stored={"I;16": 16, "I;16B": 16, "I;16L": 16, "I": 16, "F": 32}.get(image.mode, 8))
+    return SampleFormat(stored={"I;16": 16, "I;16B": 16, "I;16L": 16, "I": 16, "F": 32}.get(image.mode, 8))
 
 
-def _of_png(data: bytes) -> Statement:
+def _of_png(data: bytes) -> SampleFormat:
     """PNG (third edition), 11.2.1 and 11.3.2.6."""
     stored, at = data[24], 8
     while at + 8 <= len(data) and data[at + 4 : at + 8] not in (b"IDAT", b"IEND"):
         size = int.from_bytes(data[at : at + 4], "big")
         if data[at + 4 : at + 8] == b"sBIT" and 1 <= size <= 4 and data[at + 8] <= stored:
             bits = max(data[at + 8 : at + 8 + min(size, 3)])
-            return Statement(stored=stored, bits=bits if 8 <= bits < stored else None, left_aligned=True)
+            return SampleFormat(stored=stored, bits=bits if 8 <= bits < stored else None, left_aligned=True)
         at += 12 + size
-    return Statement(stored=stored)
+    return SampleFormat(stored=stored)
 
 
-def _of_tiff(image: TiffImagePlugin.TiffImageFile) -> Statement:
+def _of_tiff(image: TiffImagePlugin.TiffImageFile) -> SampleFormat:
     """TIFF 6.0, sections 8 and 19."""
     tags = image.tag_v2
     stored = max(_numbers(tags.get(TiffImagePlugin.BITSPERSAMPLE)) or [1])
@@ -94,7 +94,7 @@ def _of_tiff(image: TiffImagePlugin.TiffImageFile) -> Statement:
     bits = int(largest).bit_length() if 0 < largest < 2**32 else 0
     signed = tags.get(_SAMPLE_FORMAT) in (_SIGNED, (_SIGNED,))
     wide = image.mode == "F" or image.mode[0] == "I"
-    return Statement(
+    return SampleFormat(
         stored=int(stored) - signed,
         unsigned=stored == 32 and not signed,
         bits=max(bits, 8) if bits else (int(stored) if 8 < stored < 16 else None),
@@ -112,7 +112,7 @@ def _numbers(value: object) -> list[float]:
         return []
 
 
-def sample_rule(image: Image.Image, statement: Statement, bands: Iterable[Image.Image]) -> tuple[SampleRule, list[str]]:
+def sample_rule(image: Image.Image, statement: SampleFormat, bands: Iterable[Image.Image]) -> tuple[SampleRule, list[str]]:
     """The rule for a one-channel image of mode I or F, and notes about what was assumed.
 
     Raises:
@@ -138,7 +138,7 @@ def sample_rule(image: Image.Image, statement: Statement, bands: Iterable[Image.
     return SampleRule.of_bits(bits, statement.inverted), notes
 
 
-def _bits(high: int, statement: Statement, used: bool) -> tuple[int, list[str]]:
+def _bits(high: int, statement: SampleFormat, used: bool) -> tuple[int, list[str]]:
     stored = statement.stored
     fits = statement.bits is not None and high < 1 << statement.bits
     if fits and (used or not statement.left_aligned):
@@ -153,13 +153,13 @@ def _bits(high: int, statement: Statement, used: bool) -> tuple[int, list[str]]:
     return bits, [f"{stored} bits taken for {bits}, which is all that its samples need"]
 
 
-def samples_of(band: Image.Image, statement: Statement) -> NDArray[Any]:
+def samples_of(band: Image.Image, statement: SampleFormat) -> NDArray[Any]:
     """The samples of a band of mode I or F, [H, W]."""
     samples: NDArray[Any] = np.asarray(band)
     return samples.view(np.uint32) if statement.unsigned and samples.dtype == np.int32 else samples
 
 
-def _extremes(bands: Iterable[Image.Image], statement: Statement) -> tuple[float, float, bool]:
+def _extremes(bands: Iterable[Image.Image], statement: SampleFormat) -> tuple[float, float, bool]:
     """Smallest and largest sample, and whether bits are used that left-aligned values of so few bits leave zero."""
     low, high, used = np.inf, -np.inf, False
     mask = (1 << (statement.stored - (statement.bits or statement.stored))) - 1

@@ -7,8 +7,8 @@ import re
 from PIL import Image, TiffImagePlugin
 from PIL.JpegImagePlugin import JpegImageFile
 
-from shards.images.canvas import boxes, isobmff_size, jpeg2000_size, jxl_size, webp_size
 from shards.images.formats import J2K_CODESTREAM, JP2_CONTAINER
+from shards.images.header_size import boxes, isobmff_size, jpeg2000_size, jxl_size, webp_size
 from shards.images.jpeg import JpegHeader, NotAJpeg, parse_header
 from shards.images.limits import (
     MAX_BOXES,

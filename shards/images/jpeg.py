@@ -47,7 +47,7 @@ class JpegHeader:
     all coefficients of the image in memory, and pass over it once per scan."""
 
     @property
-    def plain(self) -> bool:
+    def is_standard(self) -> bool:
         """Whether every JPEG decoder can be expected to read it: baseline or progressive, 8 bits, grey or colour."""
         return self.process in (BASELINE, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from shards.images.depth import SampleRule, read_statement, sample_rule, samples_of
+from shards.images.depth import SampleRule, read_sample_format, sample_rule, samples_of
 from shards.images.formats import PILLOW_FORMATS
 from shards.images.limits import MAX_DECODE_MEMORY
 
@@ -29,7 +29,7 @@ _DEEP_BYTES = 14  # per pixel: two decodings of 16-bit RGB, and what comes of th
 _OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of the order of bytes; N: of the machine
 
 
-def plain_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
+def to_8bit(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
     """Convert a loaded image, in bands of rows.
 
     Args:
@@ -42,7 +42,7 @@ def plain_pixels(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
     Raises:
         Rejected: it is not said which of its samples are black and white.
     """
-    statement = read_statement(image, data)
+    statement = read_sample_format(image, data)
     if image.mode == "F" or image.mode[0] == "I":
         rule, notes = sample_rule(image, statement, _bands(image))
         return _converted(image, lambda band: rule.apply(samples_of(band, statement))[:, :, None]), notes

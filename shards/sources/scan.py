@@ -41,7 +41,7 @@ class Scan:
     """What of the source the set does not use."""
     notes: tuple[str, ...] = ()
     """Lines that the person should see."""
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
     """Lines about what may well be a mistake; --strict refuses the source for them."""
     digest: str = ""
     """Tells the source from others (`shards.sources.identity`), before --classes and --val-fraction; set by `scan`."""

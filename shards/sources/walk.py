@@ -24,7 +24,7 @@ WORK_FOLDER = ".making"
 MAX_COUNTED = 1_000_000
 """Files and folders that are counted in a folder that is not used."""
 MAX_KEPT = 2_000_000
-"""Names that an `each_folder_once` keeps, about 100 bytes each."""
+"""Names that an `cached_folder_listings` keeps, about 100 bytes each."""
 _SNAPSHOTS = frozenset({".snapshot", ".snapshots", ".zfs", "~snapshot", "#snapshot", "@recently-snapshot"})
 """They hold the whole store once more for each day: never entered."""
 
@@ -60,7 +60,7 @@ def skip_reason(name: bytes) -> str | None:
 
 
 @dataclass
-class Contents:
+class FolderContents:
     """What stands directly in a folder; names, sorted."""
 
     folders: list[bytes] = field(default_factory=list)
@@ -85,9 +85,9 @@ class Contents:
 
 @dataclass
 class _Found:
-    """What was found so far in an `each_folder_once`."""
+    """What was found so far in an `cached_folder_listings`."""
 
-    contents: dict[Path, Contents] = field(default_factory=dict)
+    contents: dict[Path, FolderContents] = field(default_factory=dict)
     files: dict[Path, int] = field(default_factory=dict)
     names: int = 0
 
@@ -96,7 +96,7 @@ _found: ContextVar[_Found | None] = ContextVar("found", default=None)
 
 
 @contextmanager
-def each_folder_once() -> Iterator[None]:
+def cached_folder_listings() -> Iterator[None]:
     """Keep what `look` and `count_files` find until the block ends, in which a source is recognised and scanned.
 
     Both look at the same folders many times, and a network file system takes minutes for each walk of a million files.
@@ -133,7 +133,7 @@ def _count_files(path: Path) -> int:
     return max(1, files)
 
 
-def look(folder: Path) -> Contents:
+def list_folder(folder: Path) -> FolderContents:
     """List a folder.
 
     Raises:
@@ -149,8 +149,8 @@ def look(folder: Path) -> Contents:
     return contents
 
 
-def _list(folder: Path) -> Contents:
-    contents = Contents()
+def _list(folder: Path) -> FolderContents:
+    contents = FolderContents()
     with os.scandir(bytes(folder)) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             reason = skip_reason(entry.name)
@@ -194,7 +194,7 @@ def _files_below(folder: Path, wanted: tuple[bytes, ...], depth: int, seen: set[
     if (status.st_dev, status.st_ino) in seen:  # a link to a folder that is read anyway
         return
     seen.add((status.st_dev, status.st_ino))
-    contents = look(folder)
+    contents = list_folder(folder)
     yield from (folder / os.fsdecode(name) for name in contents.files if name.lower().endswith(wanted))
     if depth:
         for name in contents.folders:

@@ -41,7 +41,7 @@ from shards.format.dataset import ShardSet
 from shards.format.manifest import MANIFEST_NAME
 from shards.images.accept import accept
 from shards.images.rules import ImageRules, Rejected
-from shards.sources.layouts.recognise import scan
+from shards.sources.layouts.detect import scan
 from shards.sources.naming.classes import read_classes
 from shards.sources.scan import ScanOptions
 from tests.fuzz.mutate import dumps

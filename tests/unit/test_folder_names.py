@@ -8,9 +8,9 @@ import pytest
 
 from shards.errors import UserError
 from shards.format.manifest_fields import ClassEntry
-from shards.sources.layouts.recognise import scan
-from shards.sources.naming.folder_names import doubts_about_names
-from shards.sources.naming.splits import near_split, splits_in
+from shards.sources.layouts.detect import scan
+from shards.sources.naming.folder_names import class_name_warnings
+from shards.sources.naming.splits import similar_split, splits_in
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.source_folders.source import pictures, put
 
@@ -39,8 +39,8 @@ def refusal(source: Path) -> str:
     return str(caught.value)
 
 
-def doubts(*names: str) -> str:
-    return "\n".join(doubts_about_names([ClassEntry(folder=name) for name in names]))
+def warnings(*names: str) -> str:
+    return "\n".join(class_name_warnings([ClassEntry(folder=name) for name in names]))
 
 
 @pytest.mark.parametrize("masks", MASKS)
@@ -120,7 +120,7 @@ def test_class_folders_in_images_are_named_as_the_source_to_give(beside: str, tm
     ],
 )
 def test_containers_among_few_classes_are_doubted(names: str) -> None:
-    said = doubts(*names.split())
+    said = warnings(*names.split())
     assert "taken for" in said
     assert "named as" in said
 
@@ -144,7 +144,7 @@ def test_containers_among_few_classes_are_doubted(names: str) -> None:
     ],
 )
 def test_real_classes_are_not_doubted(names: str) -> None:
-    assert doubts(*names.split()) == ""
+    assert warnings(*names.split()) == ""
 
 
 NEAR = {
@@ -163,9 +163,9 @@ def test_folders_nearly_named_as_splits_are_doubted(name: str, split: str, below
     pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{below}")
     found = scan_it(tmp_path / "in")
     assert len(found.classes) == 3
-    (doubt,) = found.doubts
-    assert doubt.startswith(f"'{name}': taken for a class, though its name is near that of split '{split}'")
-    assert f"expected as {split}/CLASS/IMAGE" in doubt
+    (warning,) = found.warnings
+    assert warning.startswith(f"'{name}': taken for a class, though its name is near that of split '{split}'")
+    assert f"expected as {split}/CLASS/IMAGE" in warning
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_folders_nearly_named_as_splits_are_doubted(name: str, split: str, below
 )
 def test_words_of_splits_are_not_near_but_known(name: str, tmp_path: Path) -> None:
     assert splits_in(name)
-    assert near_split(name) is None
+    assert similar_split(name) is None
     pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{{1,2}}.jpg")
     assert f"{name}: names split " in refusal(tmp_path / "in")
 
 
 def test_all_folders_nearly_named_as_splits(tmp_path: Path) -> None:
     pictures(tmp_path / "in", "{trainings,tests}/{cat,dog}/{1,2}.jpg")
-    assert [doubt.split(":")[0] for doubt in scan_it(tmp_path / "in").doubts] == ["'tests'", "'trainings'"]
+    assert [warning.split(":")[0] for warning in scan_it(tmp_path / "in").warnings] == ["'tests'", "'trainings'"]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +201,6 @@ def test_annotations_in_class_folders_are_doubted(inside: str, said: str | None,
     source = tmp_path / "in"
     pictures(source, "{COVID,Normal}/images/{1,2}.png")
     pictures(source, f"COVID/{inside}") if inside.endswith("png") else put(source, f"COVID/{inside}", "x")
-    found = scan_it(source).doubts
+    found = scan_it(source).warnings
     assert len(found) == (said is not None)
     assert said is None or found[0].startswith(said.format(source))

@@ -12,7 +12,7 @@ from PIL import Image
 from shards.images import limits
 from shards.images.accept import accept
 from shards.images.rules import ImageRules, Rejected
-from tests.support.bombs import png, progressive_jpeg
+from tests.support.decompression_bombs import png, progressive_jpeg
 from tests.support.measured import run_measured
 
 SMALL = 100_000  # pixels that a kept image may have in these tests
@@ -91,7 +91,7 @@ def test_shrinking_takes_memory_for_the_smaller_image_alone() -> None:
         import io, json
         from PIL import Image
         from shards.images.accept import ImageRules, accept
-        from tests.support.bombs import comment
+        from tests.support.decompression_bombs import comment
         sink = io.BytesIO()
         Image.new("L", (12_000, 10_000), 200).save(sink, "JPEG")
         data = sink.getvalue()

@@ -18,12 +18,12 @@ from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import ConversionFailed
 from shards.images.accept import accept
-from shards.images.canvas import jxl_size
 from shards.images.formats import MAGIC_BYTES, looks_like_image, named_as_image
+from shards.images.header_size import jxl_size
 from shards.images.jpeg import parse_header
 from shards.images.rules import ImageRules, Rejected
 from shards.sources.scan import ScanOptions
-from tests.support.bombs import jxl
+from tests.support.decompression_bombs import jxl
 
 pillow_heif.register_heif_opener()
 RULES = ImageRules()
@@ -66,7 +66,7 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 def test_a_format_becomes_a_jpeg_of_the_same_picture(suffix: str) -> None:
     data = FORMATS[suffix]()
     image = accept(data, RULES)
-    assert parse_header(image.data).plain
+    assert parse_header(image.data).is_standard
     assert (image.width, image.height, image.orientation) == (WIDTH, HEIGHT, 1)
     with Image.open(io.BytesIO(image.data)) as shown:
         assert np.abs(np.int32(shown.convert("RGB")) - np.int32(picture())).mean() < 3

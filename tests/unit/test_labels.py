@@ -358,7 +358,7 @@ def test_a_test_split_may_have_no_labels(tmp_path: Path) -> None:
     with pytest.raises(NoLabelError, match=r"000\.cls"):
         read_tar(tar, LabelReader(), TRAIN)
     file = write_parquet(tmp_path / "test.parquet", [-1, 1, None])
-    job = parquet_unpack.Unpack(file, tmp_path / "0.bin", unlabeled=True)
+    job = parquet_unpack.UnpackJob(file, tmp_path / "0.bin", unlabeled=True)
     parquet_unpack.unpack(job, Reporter(lambda items, size: None))
     record = parquet_unpack.load_unpacked(job)
     assert record is not None

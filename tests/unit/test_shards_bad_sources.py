@@ -350,7 +350,7 @@ def test_any_damage_to_a_parquet_file_is_a_user_error_or_none(seed: int, flips: 
     for _ in range(flips):
         data[draw.randrange(footer if draw.random() < 0.7 else 4, len(data))] = draw.randrange(256)
     path.write_bytes(data)
-    job = parquet_unpack.Unpack(path, tmp_path / "spool.bin")
+    job = parquet_unpack.UnpackJob(path, tmp_path / "spool.bin")
     job.record.unlink(missing_ok=True)
     try:
         parquet_unpack.inspect(path, Reporter(lambda items, size: None))

@@ -27,7 +27,7 @@ from shards.images.jpeg import count_scans, parse_header
 from shards.images.limits import MAX_PIXELS
 from shards.images.rules import ImageRules, Rejected
 from shards.sources.listing import sample_key
-from tests.support.bombs import IMAGES, progressive_jpeg
+from tests.support.decompression_bombs import IMAGES, progressive_jpeg
 from tests.support.measured import run_measured
 
 RULES = ImageRules()
@@ -129,7 +129,7 @@ def test_other_images_become_plain_jpegs_of_the_same_picture(name: str) -> None:
     image = accept(REPAIRED[name], RULES)
     assert image.repair
     header = parse_header(image.data)
-    assert header.plain
+    assert header.is_standard
     assert (header.height, header.width) == (image.height, image.width)
     with Image.open(io.BytesIO(image.data)) as result, Image.open(io.BytesIO(REPAIRED[name])) as source:
         assert result.size == source.size
@@ -175,7 +175,7 @@ def test_bombs_are_rejected_by_name_before_they_cost_memory_or_time() -> None:
     code = """
         import json, resource
         from shards.images.accept import ImageRules, Rejected, accept
-        from tests.support.bombs import IMAGES
+        from tests.support.decompression_bombs import IMAGES
         bombs = {name: bomb.make() for name, bomb in IMAGES.items()}
         resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
         measure()
@@ -198,7 +198,7 @@ def test_decoding_takes_no_more_memory_than_is_stated() -> None:
     """Nine bytes a pixel, where copies of the whole image once took thirty."""
     code = """
         from shards.images.accept import ImageRules, accept
-        from tests.support.bombs import png
+        from tests.support.decompression_bombs import png
         for color_type, depth in ((0, 16), (6, 16), (2, 8)):
             data = png(2500, 2500, color_type, depth)
             for rules in (ImageRules(), ImageRules(max_side=2400)):

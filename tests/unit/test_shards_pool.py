@@ -16,7 +16,7 @@ from shards.errors import ConversionFailed
 from shards.progress import Progress
 from shards.workers.pool import run_jobs
 from shards.workers.worker import Report
-from tests.support.bombs import png
+from tests.support.decompression_bombs import png
 from tests.support.measured import ROOT
 
 Job = tuple[str, Path]

@@ -18,7 +18,7 @@ from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
-from shards.sources.layouts.recognise import recognise, scan
+from shards.sources.layouts.detect import detect_layout, scan
 from shards.sources.scan import Scan, ScanOptions
 
 ONE = ScanOptions(workers=1)
@@ -117,7 +117,7 @@ IMAGENET_LAYOUTS = {"folder": as_folder, "ilsvrc": as_ilsvrc, "kaggle": as_kaggl
 def test_imagenet_gives_the_same_shards_from_every_layout(layout: str, tmp_path: Path) -> None:
     convert(as_folder(tmp_path / "reference"), tmp_path / "expected", Options(scan=ONE))
     source = IMAGENET_LAYOUTS[layout](tmp_path / "in")
-    assert recognise(source) == layout
+    assert detect_layout(source) == layout
     convert(source, tmp_path / "set", Options(scan=ONE))
     for name in ("train-000000.tar", "val-000000.tar", "train.index.npy", "val.index.npy", "train-000000.idx"):
         assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
@@ -174,7 +174,7 @@ def test_ilsvrc_needs_the_kit_for_validation_and_takes_it_unpacked(tmp_path: Pat
 
 def test_kaggle_needs_the_solution(tmp_path: Path) -> None:
     source = as_kaggle(tmp_path / "in")
-    assert recognise(source / "ILSVRC") == "kaggle"
+    assert detect_layout(source / "ILSVRC") == "kaggle"
     (source / "LOC_val_solution.csv").unlink()
     with pytest.raises(UserError, match=r"LOC_val_solution\.csv: missing"):
         scan(source, ONE, tmp_path / "spool")
@@ -220,7 +220,7 @@ def test_parquet_as_dataset_hubs_give_it(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in/data/train-00001-of-00002.parquet", train[7:], names)
     val = [(data, None, order.index(synset)) for data, synset in zip(VAL_IMAGES.values(), VAL, strict=True)]
     write_parquet(tmp_path / "in/data/validation-00000-of-00001.parquet", val, names)
-    assert recognise(tmp_path / "in") == "parquet"
+    assert detect_layout(tmp_path / "in") == "parquet"
     convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE))
     shard_set = ShardSet(tmp_path / "set")
     assert [c.title for c in shard_set.manifest.classes] == ["tench", "goldfish", "kit fox"]
@@ -277,7 +277,7 @@ def as_webdataset(root: Path, form: int = tarfile.PAX_FORMAT) -> Path:
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
 def test_webdataset_tars(tmp_path: Path, form: int) -> None:
     source = as_webdataset(tmp_path / "in", form)
-    assert recognise(source) == "webdataset"
+    assert detect_layout(source) == "webdataset"
     convert(source, tmp_path / "set", Options(scan=ONE))
     shard_set = ShardSet(tmp_path / "set")
     assert samples(shard_set, "train") == {(jpeg(10 * shard + i), i) for shard in range(3) for i in range(5)}

@@ -18,7 +18,7 @@ from shards.format.manifest import Manifest
 from shards.format.manifest_fields import ClassEntry
 from shards.sources.identity import digest_of_listing
 from shards.sources.layouts import parquet
-from shards.sources.layouts.recognise import scan
+from shards.sources.layouts.detect import scan
 from shards.sources.listing import Container, ListingBuilder
 from shards.sources.scan import Scan, ScanOptions
 from shards.sources.walk import WORK_FOLDER

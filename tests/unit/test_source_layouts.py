@@ -20,9 +20,9 @@ from shards.convert.options import Options
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules
+from shards.sources.layouts.detect import detect_layout, scan
 from shards.sources.layouts.folder import scan_folder
-from shards.sources.layouts.recognise import recognise, scan
-from shards.sources.naming.classes import check_imagenet
+from shards.sources.naming.classes import imagenet_notes
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
@@ -112,11 +112,11 @@ USED = {
 def test_split_folders_are_used_and_never_classes(name: str, tmp_path: Path) -> None:
     folders, expected = USED[name]
     source = tree(tmp_path / "in", *folders)
-    assert recognise(source) == "folder"
+    assert detect_layout(source) == "folder"
     found = scan(source, ONE, tmp_path / "spool")
     assert counts(found) == expected
     assert classes(found) == list(CLASSES)
-    assert found.doubts == ()
+    assert found.warnings == ()
 
 
 @pytest.mark.parametrize("name", ["wrapper", "two wrappers", "doubled split folders", "doubled source"])
@@ -170,10 +170,11 @@ def test_a_class_may_be_named_like_a_split(tmp_path: Path) -> None:
     things = ("bus", "test_tube", "train", "train_station", "valley")
     source = tree(tmp_path / "in", "train", "test", classes=things)
     found = scan(source, ONE, tmp_path / "spool")
-    assert (counts(found), classes(found), found.doubts) == ({"train": 10, "test": 10}, list(things), ())
+    assert (counts(found), classes(found), found.warnings) == ({"train": 10, "test": 10}, list(things), ())
     found = scan(tree(tmp_path / "loose", ".", classes=things), ONE, tmp_path / "spool")
     assert (counts(found), classes(found)) == ({"train": 10}, list(things))
-    assert [doubt.split(":")[0].rpartition("/")[2] for doubt in found.doubts] == ["test_tube", "train", "train_station"]
+    warned = [line.split(":")[0].rpartition("/")[2] for line in found.warnings]
+    assert warned == ["test_tube", "train", "train_station"]
 
 
 def test_folders_below_a_class_are_the_class_and_said_when_they_name_another_split(tmp_path: Path) -> None:
@@ -182,10 +183,10 @@ def test_folders_below_a_class_are_the_class_and_said_when_they_name_another_spl
     write(source / "train" / "dog" / "train" / "0.jpg")
     found = scan(source, ONE, tmp_path / "spool")
     assert counts(found) == {"train": 6}
-    assert found.doubts == (f"{source}/train/cat/val_gradient: train images (1) in a folder named as another split",)
+    assert found.warnings == (f"{source}/train/cat/val_gradient: train images (1) in a folder named as another split",)
     write(source / "train" / "dog" / "test" / "0.jpg")
-    (doubt,) = scan(source, ONE, tmp_path / "spool").doubts
-    assert doubt.endswith("in a folder named as another split and 1 more")
+    (warning,) = scan(source, ONE, tmp_path / "spool").warnings
+    assert warning.endswith("in a folder named as another split and 1 more")
 
 
 def test_class_folders_beside_the_splits_are_said(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_class_folders_beside_the_splits_are_said(tmp_path: Path) -> None:
     found = scan(source, ONE, tmp_path / "spool")
     assert classes(found) == list(CLASSES)
     assert not_used(found) == {("folder beside those that are used", "cow"): 2}
-    assert found.doubts == (f"{source}: not used: folders cow, beside those that are",)
+    assert found.warnings == (f"{source}: not used: folders cow, beside those that are",)
 
 
 @pytest.mark.parametrize("folder", ["", "train"])
@@ -202,7 +203,7 @@ def test_loose_images_are_counted_and_said(folder: str, tmp_path: Path) -> None:
     found = scan(source, ONE, tmp_path / "spool")
     assert counts(found) == {"train": 4}
     assert not_used(found) == {("image outside of any class folder", ".jpg"): 2}
-    assert "2 images outside of any class folder (such as 0.jpg)" in found.doubts[0]
+    assert "2 images outside of any class folder (such as 0.jpg)" in found.warnings[0]
 
 
 @pytest.mark.parametrize("place", ["test", "test/test", "test/unknown"])
@@ -212,8 +213,8 @@ def test_test_images_without_labels_are_not_used_and_said(place: str, tmp_path: 
     assert counts(found) == {"train": 4, "val": 4}
     assert classes(found) == list(CLASSES)
     assert [entry.reason for entry in found.unused] == ["test images without labels"]
-    assert "test" in found.doubts[0]
-    assert "have no labels" in found.doubts[0]
+    assert "test" in found.warnings[0]
+    assert "have no labels" in found.warnings[0]
 
 
 METADATA = (
@@ -285,7 +286,7 @@ def test_winter21_uses_its_two_splits_and_says_the_rest(tmp_path: Path) -> None:
     tree(source, "imagenet21k_small_classes", classes=("cow",))
     found = scan(source, ONE, tmp_path / "spool")
     assert (counts(found), classes(found)) == ({"train": 4, "val": 4}, list(CLASSES))
-    assert found.doubts == (f"{source}: not used: folders imagenet21k_small_classes, beside those that are",)
+    assert found.warnings == (f"{source}: not used: folders imagenet21k_small_classes, beside those that are",)
 
 
 @pytest.mark.parametrize("form", ["tar", "ffcv", "both"])
@@ -313,7 +314,7 @@ def test_a_fraction_for_validation_leaves_the_test_split_alone(tmp_path: Path) -
 
 def test_imagenet_with_a_test_split_is_not_counted_by_it(tmp_path: Path) -> None:
     found = scan(tree(tmp_path / "in", "train", "test", classes=("n00000000",)), ONE, tmp_path / "spool")
-    assert check_imagenet(replace(found, layout="ilsvrc")) == (
+    assert imagenet_notes(replace(found, layout="ilsvrc")) == (
         "ImageNet-1K has 1,000 classes, this source 1",
         "ImageNet-1K has 1,281,167 train images, this source 2",
     )
@@ -335,7 +336,7 @@ def test_tars_are_of_the_split_that_their_paths_name(name: str, tmp_path: Path) 
     paths, expected = TARS[name]
     for path in paths:
         samples_tar(tmp_path / "in" / path, 2)
-    assert recognise(tmp_path / "in") == "webdataset"
+    assert detect_layout(tmp_path / "in") == "webdataset"
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
     assert counts(found) == expected
     keys = [entry.key for split in found.splits.values() for entry in split.entries(0, len(split))]
@@ -375,7 +376,7 @@ def test_parquet_files_are_of_the_split_that_their_paths_name(name: str, tmp_pat
     paths, expected = PARQUETS[name]
     for path in paths:
         parquet(tmp_path / "in" / f"{path}.parquet", [0, 1])
-    assert recognise(tmp_path / "in") == "parquet"
+    assert detect_layout(tmp_path / "in") == "parquet"
     assert counts(scan(tmp_path / "in", ONE, tmp_path / "spool")) == expected
 
 
@@ -386,7 +387,7 @@ def test_parquet_test_files_without_labels_are_not_used_and_said(label: int | No
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
     assert counts(found) == {"train": 2}
     assert not_used(found) == {("image without a label", "rows"): 3}
-    assert found.doubts == (f"{tmp_path}/in/test-0.parquet: 3 test images without labels, not used",)
+    assert found.warnings == (f"{tmp_path}/in/test-0.parquet: 3 test images without labels, not used",)
     assert found.notes == (), "there is no test split to be read"
 
 
@@ -396,7 +397,7 @@ def test_parquet_test_rows_with_labels_are_kept(labels: list[int | None], tmp_pa
     parquet(tmp_path / "in" / "test.parquet", labels)
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
     assert counts(found) == {"train": 2, "test": 1}
-    assert found.doubts[0] == f"{tmp_path}/in/test.parquet: 1 test images without labels, not used"
+    assert found.warnings[0] == f"{tmp_path}/in/test.parquet: 1 test images without labels, not used"
 
 
 def test_training_rows_without_labels_are_refused(tmp_path: Path) -> None:
@@ -421,7 +422,7 @@ def test_one_tar_a_class_is_a_layout(folders: tuple[str, ...], expected: dict[st
     for folder in folders:
         for name in CLASS_TARS:
             tar(tmp_path / "in" / folder / f"{name}.tar", f"{name}_0.JPEG", f"{name}_1.JPEG")
-    assert recognise(tmp_path / "in") == "class-tars"
+    assert detect_layout(tmp_path / "in") == "class-tars"
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
     assert (counts(found), classes(found)) == (expected, list(CLASS_TARS))
     assert "tars of images alone, read as one for each class: 3 classes" in found.notes[0]
@@ -445,7 +446,7 @@ def test_a_class_tar_nearly_named_as_a_split_is_doubted_once(tmp_path: Path) -> 
     for name in ("cat", "tests"):
         tar(tmp_path / "in" / f"{name}.tar", f"{name}_0.JPEG", f"{name}_1.JPEG")
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
-    (line,) = [line for line in (*found.notes, *found.doubts) if "is near" in line or "near that" in line]
+    (line,) = [line for line in (*found.notes, *found.warnings) if "is near" in line or "near that" in line]
     assert line.startswith("'tests': taken for a class, though its name is near that of split 'test'")
 
 
@@ -469,12 +470,12 @@ def test_tars_of_images_alone_may_be_something_else(names: tuple[str, ...], layo
     """Numbered ones are doubted; those of splits, and a single one, hold no samples."""
     for name in names:
         tar(tmp_path / "in" / name, "0.jpg", "1.jpg")
-    assert recognise(tmp_path / "in") == layout
+    assert detect_layout(tmp_path / "in") == layout
     if layout == "webdataset":
         with pytest.raises(UserError, match="no samples in it"):
             scan(tmp_path / "in", ONE, tmp_path / "spool")
     else:
-        assert "named like numbered shards" in scan(tmp_path / "in", ONE, tmp_path / "spool").doubts[0]
+        assert "named like numbered shards" in scan(tmp_path / "in", ONE, tmp_path / "spool").warnings[0]
 
 
 def test_bad_class_tars_are_refused_by_name(tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 from launch.cli import main as pipeline
 from shards.errors import UserError
 from shards.sources import walk
-from shards.sources.layouts.recognise import scan
+from shards.sources.layouts.detect import scan
 from shards.sources.naming import split_lists
 from shards.sources.naming.split_lists import lists_below, splits_of_list
 from shards.sources.scan import ScanOptions
-from tests.support.source_folders.containers import parquet, samples, tar
 from tests.support.source_folders.source import pictures, put
+from tests.support.source_folders.tars_and_parquet import parquet, samples, tar
 
 CLASSES = "{cat,dog}/{1,2}.jpg"
 
@@ -73,10 +73,10 @@ def test_lists_of_splits_near_class_folders_are_doubted(
     pictures(tmp_path / "in", images)
     put(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in" / source, ScanOptions(), tmp_path / "spool")
-    doubt = next(doubt for doubt in found.doubts if "of splits" in doubt)
-    assert f"{named} images may be among the train images; divide" in doubt
+    warning = next(warning for warning in found.warnings if "of splits" in warning)
+    assert f"{named} images may be among the train images; divide" in warning
     for path in tmp_path.rglob("*.*"):
-        assert (f"{path}" in doubt) == bool(splits_of_list(path.name) - {"train"}), doubt
+        assert (f"{path}" in warning) == bool(splits_of_list(path.name) - {"train"}), warning
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_lists_that_say_no_more_than_the_folders_are_no_doubt(images: str, lists
     pictures(tmp_path / "in", images)
     put(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
-    assert not any("of splits" in doubt for doubt in found.doubts)
+    assert not any("of splits" in warning for warning in found.warnings)
 
 
 def test_a_list_of_a_split_that_is_not_used_is_no_doubt(tmp_path: Path) -> None:
@@ -106,19 +106,19 @@ def test_a_list_of_a_split_that_is_not_used_is_no_doubt(tmp_path: Path) -> None:
     pictures(tmp_path / "in", "test/{1,2}.jpg")
     put(tmp_path / "in", "test.csv", "1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
-    assert not any("of splits" in doubt for doubt in found.doubts)
+    assert not any("of splits" in warning for warning in found.warnings)
 
 
 def test_a_folder_beside_that_cannot_be_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path / "in", f"{{train,val}}/{CLASSES}")
     put(tmp_path / "in", "notes/private/test.txt", "cat/1.jpg\n")
 
-    def look(folder: Path) -> walk.Contents:
+    def list_folder(folder: Path) -> walk.FolderContents:
         if folder.name == "private":
             raise PermissionError(13, "Permission denied", f"{folder}")
-        return walk.look(folder)
+        return walk.list_folder(folder)
 
-    monkeypatch.setattr(split_lists, "look", look)
+    monkeypatch.setattr(split_lists, "list_folder", list_folder)
     assert lists_below(tmp_path / "in") == []
 
 
@@ -149,7 +149,7 @@ def test_lists_of_splits_beside_archives_are_doubted(kind: str, tmp_path: Path) 
     put(source, "{train,test}.txt", "0\n")
     found = scan(source, ScanOptions(workers=1), tmp_path / "spool")
     assert found.layout == kind
-    assert [doubt.split(" looks like")[0] for doubt in found.doubts] == [f"{source}/test.txt:"]
+    assert [warning.split(" looks like")[0] for warning in found.warnings] == [f"{source}/test.txt:"]
 
 
 def test_lists_end_in_the_summary_and_strict_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.sources.naming.splits import named_split, says_only_split, split_files
+from shards.sources.naming.splits import assign_splits, named_split, names_only_a_split
 
 SPLITS = {
     "train": """
@@ -157,11 +157,11 @@ def test_a_part_that_names_two_splits_is_refused(path: str) -> None:
     ],
 )
 def test_a_name_that_says_more_than_a_split_may_be_a_class(name: str, alone: bool) -> None:
-    assert says_only_split(name) == alone
+    assert names_only_a_split(name) == alone
 
 
 @pytest.mark.parametrize(
-    ("names", "notes", "doubts"),
+    ("names", "notes", "warnings"),
     [
         (["train-0.tar", "train-1.tar", "val-0.tar"], [], []),
         (["train/a/0.tar", "train/b/0.tar", "val-0.tar"], [], []),
@@ -174,14 +174,14 @@ def test_a_name_that_says_more_than_a_split_may_be_a_class(name: str, alone: boo
     ],
 )
 def test_files_of_no_split_and_of_several_places_are_said(
-    names: list[str], notes: list[str], doubts: list[str]
+    names: list[str], notes: list[str], warnings: list[str]
 ) -> None:
-    found = split_files([Path("in") / name for name in names], Path("in"))
-    assert (list(found.notes), list(found.doubts)) == (notes, doubts)
+    found = assign_splits([Path("in") / name for name in names], Path("in"))
+    assert (list(found.notes), list(found.warnings)) == (notes, warnings)
 
 
 def test_a_test_split_without_validation_is_said_when_it_has_samples() -> None:
-    found = split_files([Path("in/train.tar"), Path("in/test.tar")], Path("in"))
-    assert "in/test.tar: kept as split 'test'" in found.notes_on({"train", "test"})[0]
-    assert found.notes_on({"train"}) == ()
-    assert found.notes_on({"train", "test", "val"}) == ()
+    found = assign_splits([Path("in/train.tar"), Path("in/test.tar")], Path("in"))
+    assert "in/test.tar: kept as split 'test'" in found.all_notes({"train", "test"})[0]
+    assert found.all_notes({"train"}) == ()
+    assert found.all_notes({"train", "test", "val"}) == ()

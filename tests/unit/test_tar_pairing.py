@@ -25,7 +25,7 @@ from shards.errors import UserError
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules
 from shards.sources.layouts import members as members_module
-from shards.sources.layouts.recognise import recognise, scan
+from shards.sources.layouts.detect import detect_layout, scan
 from shards.sources.layouts.tar_samples import read_tar
 from shards.sources.naming.labels import LabelReader
 from shards.sources.scan import TRAIN, ScanOptions
@@ -222,20 +222,20 @@ def test_incomplete_samples_are_doubts_of_shard_and_index(tmp_path: Path, capsys
     said_by_shard = capsys.readouterr().err
     index_tars([tar], ImageRules(), workers=1)
     said_by_index = capsys.readouterr().err
-    doubts = [
+    warnings = [
         "1 .jpg: image without a label (such as t.tar/3.jpg), not used",
         "1 .cls: label without an image (such as t.tar/4.cls), not used",
     ]
     for folder, said in ((tmp_path / "set", said_by_shard), (tar.parent, said_by_index)):
         shard_set = ShardSet(folder)
         assert sorted(shard_set.index("train")["label"].tolist()) == [0, 0, 1]
-        assert shard_set.manifest.made["doubts"] == doubts
+        assert shard_set.manifest.made["doubts"] == warnings
         assert [entry["reason"] for entry in shard_set.manifest.made["unused"]] == [
             "image without a label",
             "label without an image",
             "resource fork of macOS",
         ]
-        assert all(f"note: {doubt}" in said for doubt in doubts)
+        assert all(f"note: {warning}" in said for warning in warnings)
     strict = Options(scan=ONE, strict=True)
     (tmp_path / "in/dataset.json").unlink()
     with pytest.raises(UserError, match=r"--strict: 1 \.jpg: image without a label"):
@@ -256,7 +256,7 @@ def test_compressed_tars_are_refused_by_name(kind: str, name: str, tmp_path: Pat
     compress, command = COMPRESSED[kind]
     tar = write_tar(tmp_path / "in" / name, SAMPLE)
     tar.write_bytes(compress(tar.read_bytes()))
-    assert recognise(tar) == recognise(tar.parent) == "webdataset"
+    assert detect_layout(tar) == detect_layout(tar.parent) == "webdataset"
     complaint = rf"{name}: compressed by {kind}; .*{command} \S+\)"
     for source in (tar, tar.parent):
         with pytest.raises(UserError, match=complaint):
@@ -301,4 +301,4 @@ def test_the_archive_of_class_folders_beside_them_is_no_source(tmp_path: Path) -
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "0.jpg").write_bytes(jpeg(0))
     (tmp_path / "in/all.tgz").write_bytes(gzip.compress(b"tar"))
-    assert recognise(tmp_path / "in") == "folder"
+    assert detect_layout(tmp_path / "in") == "folder"

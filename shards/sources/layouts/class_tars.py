@@ -17,9 +17,9 @@ from shards.format.manifest_fields import ClassEntry
 from shards.sources.layouts.members import LABEL_SUFFIX, Member, members, read_members
 from shards.sources.layouts.webdataset import tar_files
 from shards.sources.listing import Container, ListingBuilder
-from shards.sources.naming.beside import look_beside
-from shards.sources.naming.classes import class_order, displayed, human_names
-from shards.sources.naming.splits import below_source, split_files, splits_in
+from shards.sources.naming.classes import class_order, display_class_names, human_names
+from shards.sources.naming.non_archive_files import count_non_archive_files
+from shards.sources.naming.splits import assign_splits, relative_to_source, splits_in
 from shards.sources.scan import Scan
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import skip_reason
@@ -53,13 +53,13 @@ def scan_class_tars(source: Path) -> Scan:
     tars = tar_files(source)
     if not tars:
         raise UserError(f"{source}: no tars in it; expected CLASS.tar with the images of one class")
-    named = split_files(tars, source, by_folder=True)
+    named = assign_splits(tars, source, by_folder=True)
     names = class_order({os.fsencode(tar.stem) for tar in tars})
-    shown = displayed(names, source, "class tars")
+    shown = display_class_names(names, source, "class tars")
     labels = {name: label for label, name in enumerate(names)}
     builders: dict[str, ListingBuilder] = {}
     unused = UnusedFiles()
-    doubts = look_beside(source, set(tars), "class-tars", set(named.splits.values()), unused)
+    warnings = count_non_archive_files(source, set(tars), "class-tars", set(named.splits.values()), unused)
     for tar in tars:
         container = Container.of(tar)
         name = os.fsencode(tar.stem)
@@ -74,7 +74,7 @@ def scan_class_tars(source: Path) -> Scan:
                     raise UserError(
                         f"{tar}: labels in it ({member.name}), so not the tar of one class; give --from webdataset"
                     )
-                unused.add(reason, f"{below_source(tar, source)}/{member.name}")
+                unused.add(reason, f"{relative_to_source(tar, source)}/{member.name}")
         if len(folders) > 1:
             raise UserError(
                 f"{tar}: {len(folders):,} folders in it (such as {max(folders)}), so it is not the tar of one class; "
@@ -85,7 +85,7 @@ def scan_class_tars(source: Path) -> Scan:
         builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(container, used)
     human = human_names(source) if source.is_dir() else {}
     if all(_NUMBERED.fullmatch(tar.stem) for tar in tars):
-        doubts.append(f"{tars[0]}: taken for the class '{shown[0]}', though all tars are named like numbered shards")
+        warnings.append(f"{tars[0]}: taken for the class '{shown[0]}', though all tars are named like numbered shards")
     return Scan(
         "class-tars",
         tuple(replace(ClassEntry(folder=folder), name=human.get(folder)) for folder in shown),
@@ -93,9 +93,9 @@ def scan_class_tars(source: Path) -> Scan:
         unused.entries(),
         (
             f"{source}: tars of images alone, read as one for each class: {len(names):,} classes",
-            *named.notes_on(builders),
+            *named.all_notes(builders),
         ),
-        (*named.doubts, *doubts),
+        (*named.warnings, *warnings),
     )
 
 

@@ -16,20 +16,20 @@ from shards.format.manifest_fields import ClassEntry
 from shards.images.formats import MAGIC_BYTES, RAW_SUFFIXES, looks_like_image, named_as_image
 from shards.redact import display_name
 from shards.sources.listing import Container, ListingBuilder
-from shards.sources.naming.classes import class_order, counted, displayed, human_names, shortened
-from shards.sources.naming.folder_level import kinds_of, no_class_folders
+from shards.sources.naming.classes import class_order, display_class_names, format_count, human_names, join_first
+from shards.sources.naming.folder_level import describe_files, no_class_folders_error
 from shards.sources.naming.folder_names import (
-    annotations_among,
-    folder_around_classes,
-    names_annotations,
-    refuse_containers,
+    find_annotation_images,
+    find_nested_class_root,
+    is_annotation_subfolder,
+    reject_containers,
 )
 from shards.sources.naming.split_folders import find_split_folders
-from shards.sources.naming.split_lists import doubts_about_lists, find_split_lists, lists_below, some_lists
-from shards.sources.naming.splits import near_splits_in, splits_in
+from shards.sources.naming.split_lists import find_split_lists, lists_below, some_lists, split_list_warnings
+from shards.sources.naming.splits import similar_splits_in, splits_in
 from shards.sources.scan import Scan
 from shards.sources.unused import UnusedFiles, merge
-from shards.sources.walk import METADATA, count_files, look, skip_reason
+from shards.sources.walk import METADATA, count_files, list_folder, skip_reason
 
 
 def scan_folder(source: Path) -> Scan:
@@ -39,17 +39,17 @@ def scan_folder(source: Path) -> Scan:
         UserError: no such folder, no class folders, or a class folder without images; or as `find_split_folders`.
     """
     folders = find_split_folders(source)
-    refuse_containers(folders.roots)
+    reject_containers(folders.roots)
     found = scan_classes(folders.roots, source)
     names = human_names(source)
     lists = find_split_lists(source, folders.roots.values())
-    beside = {split for name in look(source).folders for split in splits_in(os.fsdecode(name))}  # some are not used
+    beside = {split for name in list_folder(source).folders for split in splits_in(os.fsdecode(name))}  # some are not used
     return replace(
         found,
         classes=tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes),
         unused=merge([folders.unused.entries(), found.unused]),
         notes=(*folders.notes, *found.notes),
-        doubts=(*folders.doubts, *doubts_about_lists(lists, beside | folders.roots.keys()), *found.doubts),
+        warnings=(*folders.warnings, *split_list_warnings(lists, beside | folders.roots.keys()), *found.warnings),
     )
 
 
@@ -61,7 +61,7 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
     """
     folders = {split: _class_folders(root) for split, root in roots.items()}
     names = class_order({name for some in folders.values() for name in some})
-    shown = displayed(names, next(iter(roots.values())), "class folders")
+    shown = display_class_names(names, next(iter(roots.values())), "class folders")
     labels = {name: label for label, name in enumerate(names)}
     builders = {split: ListingBuilder() for split in roots}
     unused = UnusedFiles()
@@ -85,17 +85,17 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
                     divided.append(
                         f"{container.path}: {split} images ({len(found):,}) in a folder named as another split"
                     )
-                if container.path != folder and names_annotations(container.path.name):
-                    what = f"{counted(len(found), 'image')} in it taken for the class" if found else "not used"
+                if container.path != folder and is_annotation_subfolder(container.path.name):
+                    what = f"{format_count(len(found), 'image')} in it taken for the class" if found else "not used"
                     annotated.append(f"{container.path}: named as annotations, but in a class folder; {what}")
-                beside = annotations_among([path for path, *_ in found])
+                beside = find_annotation_images([path for path, *_ in found])
                 if beside:
                     example = display_name(os.path.basename(beside[0]))
                     masks.append(
-                        f"{container.path}: {counted(len(beside), 'image')} named as annotations of others ({example})"
+                        f"{container.path}: {format_count(len(beside), 'image')} named as annotations of others ({example})"
                     )
             if images == 0:
-                empty.append((folder, kinds_of(others)))
+                empty.append((folder, describe_files(others)))
     if empty:
         more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
         folder, holds = empty[0]
@@ -106,14 +106,14 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
         classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
         unused=unused.entries(),
-        doubts=tuple(shortened(lines, 1) for lines in (divided, annotated, masks) if lines),
+        warnings=tuple(join_first(lines, 1) for lines in (divided, annotated, masks) if lines),
     )
 
 
 def _remedy(folder: Path) -> str:
     """What to do about a class folder without images, so that nothing it says is lost."""
     root = folder.parent
-    around = folder_around_classes(root, [os.fsdecode(name) for name in look(root).folders])
+    around = find_nested_class_root(root, [os.fsdecode(name) for name in list_folder(root).folders])
     if around is not None and around != folder:
         return f"if the folders in {around} are the classes, give it as the source"
     lists = lists_below(folder)
@@ -128,7 +128,7 @@ def _remedy(folder: Path) -> str:
 def _names_another(inside: Path, folder: Path, split: str) -> bool:
     """Whether a folder below a class folder is named as another split than the one that it is in."""
     parts = inside.relative_to(folder).parts
-    return any(not (splits_in(part) | near_splits_in(part)) <= {split} for part in parts)
+    return any(not (splits_in(part) | similar_splits_in(part)) <= {split} for part in parts)
 
 
 def _class_folders(root: Path) -> list[bytes]:
@@ -137,9 +137,9 @@ def _class_folders(root: Path) -> list[bytes]:
     Raises:
         UserError: there are none.
     """
-    found = look(root).folders
+    found = list_folder(root).folders
     if not found:
-        raise no_class_folders(root)
+        raise no_class_folders_error(root)
     return found
 
 

@@ -14,11 +14,11 @@ from shards.errors import UserError
 from shards.format.manifest_fields import ClassEntry
 from shards.progress import Progress
 from shards.redact import one_line
-from shards.sources.layouts.parquet_unpack import Contents, Unpack, inspect, load_unpacked, unpack
+from shards.sources.layouts.parquet_unpack import ParquetInfo, UnpackJob, inspect, load_unpacked, unpack
 from shards.sources.listing import Container, ListingBuilder
-from shards.sources.naming.beside import look_beside
 from shards.sources.naming.labels import largest_label, number_classes
-from shards.sources.naming.splits import below_source, split_files
+from shards.sources.naming.non_archive_files import count_non_archive_files
+from shards.sources.naming.splits import assign_splits, relative_to_source
 from shards.sources.scan import TEST, Scan
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import files_below
@@ -35,7 +35,7 @@ def parquet_files(source: Path) -> list[Path]:
 
 
 def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path | None = None) -> Scan:
-    """Unpack all files into `spool` and list them.
+    """UnpackJob all files into `spool` and list them.
 
     Args:
         classes: file that names the classes, as `number_classes` takes it.
@@ -52,9 +52,9 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     files = parquet_files(source)
     if not files:
         raise UserError(f"{source}: no Parquet files in it")
-    named = split_files(files, source)
+    named = assign_splits(files, source)
     spool.mkdir(parents=True, exist_ok=True)
-    jobs = [Unpack(file, spool / f"{i:05d}.bin", named.splits[file] == TEST) for i, file in enumerate(files)]
+    jobs = [UnpackJob(file, spool / f"{i:05d}.bin", named.splits[file] == TEST) for i, file in enumerate(files)]
     isolated = ISOLATED and workers != 1
     contents = run_jobs(inspect, files, workers, Progress("inspecting", len(files), "files"), isolated=isolated)
     names, more_notes = _agreed(files, contents)
@@ -71,15 +71,15 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     known = _named_classes(names if top >= 0 else [])
     numbered = number_classes(labels, sum(one.rows for one in contents), known=known, classes=classes)
     builders: dict[str, ListingBuilder] = {}
-    unused, doubts = UnusedFiles(), list(named.doubts)
-    doubts += look_beside(source, set(files), "parquet", set(named.splits.values()), unused)
+    unused, warnings = UnusedFiles(), list(named.warnings)
+    warnings += count_non_archive_files(source, set(files), "parquet", set(named.splits.values()), unused)
     for job, own in zip(jobs, numbered.labels, strict=True):
         found = load_unpacked(job)
         if found is None:
             raise UserError(f"{job.file}: changed while it was unpacked; run the same command again")
         if found.unlabeled:
-            unused.add("image without a label", below_source(job.file, source), kind="rows", count=found.unlabeled)
-            doubts.append(f"{job.file}: {found.unlabeled:,} test images without labels, not used")
+            unused.add("image without a label", relative_to_source(job.file, source), kind="rows", count=found.unlabeled)
+            warnings.append(f"{job.file}: {found.unlabeled:,} test images without labels, not used")
         if not found.images and found.unlabeled:
             continue
         texts = found.labels.texts
@@ -96,8 +96,8 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
             ],
         )
     listed = {split: builder.build() for split, builder in builders.items()}
-    notes = (*named.notes_on(builders), *more_notes)
-    return Scan("parquet", numbered.classes, listed, unused.entries(), notes, tuple(doubts))
+    notes = (*named.all_notes(builders), *more_notes)
+    return Scan("parquet", numbered.classes, listed, unused.entries(), notes, tuple(warnings))
 
 
 def _named_classes(names: list[str | None]) -> list[ClassEntry]:
@@ -112,7 +112,7 @@ def _named_classes(names: list[str | None]) -> list[ClassEntry]:
     return [ClassEntry(folder=str(label), name=folder.split(",")[0] or None) for label, folder in enumerate(folders)]
 
 
-def _agreed(files: list[Path], contents: list[Contents]) -> tuple[list[str | None], tuple[str, ...]]:
+def _agreed(files: list[Path], contents: list[ParquetInfo]) -> tuple[list[str | None], tuple[str, ...]]:
     """Names that the files give the class numbers, empty where none does; and notes on them.
 
     Raises:

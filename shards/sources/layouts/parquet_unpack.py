@@ -1,4 +1,4 @@
-"""Unpack the images of one Parquet file into a spool file, in a worker process."""
+"""UnpackJob the images of one Parquet file into a spool file, in a worker process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
-class Unpack:
+class UnpackJob:
     """One file to be unpacked in a worker process."""
 
     file: Path
@@ -48,7 +48,7 @@ class Unpack:
 
 
 @dataclass(frozen=True)
-class Contents:
+class ParquetInfo:
     """What a file says of itself."""
 
     rows: int
@@ -78,7 +78,7 @@ class Unpacked:
 _UNPACKED = TypeAdapter(Unpacked)
 
 
-def unpack(job: Unpack, report: Report) -> FileLabels:
+def unpack(job: UnpackJob, report: Report) -> FileLabels:
     """Write a file's images one after the other, and a list of (name, offset, size, label); skip what is done.
 
     Returns:
@@ -122,7 +122,7 @@ def unpack(job: Unpack, report: Report) -> FileLabels:
     return record.labels
 
 
-def load_unpacked(job: Unpack) -> Unpacked | None:
+def load_unpacked(job: UnpackJob) -> Unpacked | None:
     """What was unpacked; None where that is not done, or not of this file as it is now."""
     try:
         record = parse_json(read_bounded(job.record, _MAX_RECORD), _UNPACKED, limit=_MAX_RECORD)
@@ -182,7 +182,7 @@ def _readable_errors(file: Path) -> Iterator[None]:
         raise UserError(f"{file}: damaged ({first_line(error)}); {_AGAIN}") from error
 
 
-def inspect(file: Path, report: Report) -> Contents:
+def inspect(file: Path, report: Report) -> ParquetInfo:
     """Check the types and sizes that a file states, before any row is read."""
     report.start(os.fsencode(file))
     with _opened(file) as (table, _), _readable_errors(file):
@@ -200,7 +200,7 @@ def inspect(file: Path, report: Report) -> Contents:
                     )
         names, notes = class_names(file, table.schema_arrow.metadata, columns[1])
         others = other_columns(table.schema_arrow.names, columns)
-        return Contents(max(0, int(metadata.num_rows)), columns, names, notes + others)
+        return ParquetInfo(max(0, int(metadata.num_rows)), columns, names, notes + others)
 
 
 def _rows(table: Any, file: Path) -> Iterator[tuple[Any, Any]]:

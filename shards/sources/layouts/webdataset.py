@@ -13,9 +13,9 @@ from shards.sources.identity import digest_of_samples
 from shards.sources.layouts.members import COMPRESSED_SUFFIXES, members
 from shards.sources.layouts.tar_samples import NO_IMAGE, NO_LABEL, TarSample, read_tar
 from shards.sources.listing import Container, Listing, ListingBuilder
-from shards.sources.naming.beside import look_beside
 from shards.sources.naming.labels import FileLabels, LabelReader, largest_label, number_classes
-from shards.sources.naming.splits import below_source, named_split, split_files
+from shards.sources.naming.non_archive_files import count_non_archive_files
+from shards.sources.naming.splits import assign_splits, named_split, relative_to_source
 from shards.sources.scan import TRAIN, Scan
 from shards.sources.unused import UnusedEntry, UnusedFiles, merge
 from shards.sources.walk import files_below
@@ -28,7 +28,7 @@ def tar_files(source: Path) -> list[Path]:
 
 def split_of(path: Path, root: Path) -> str:
     """The split that a tar's path below the source names, else 'train'."""
-    return named_split(below_source(path, root)) or TRAIN
+    return named_split(relative_to_source(path, root)) or TRAIN
 
 
 def compressed_tars(source: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
     digest = digest_of_samples(found.splits)
     for listing in found.splits.values():
         listing.rows["label"] = numbered.labels[0][listing.rows["label"]]
-    return Scan("webdataset", numbered.classes, found.splits, found.unused, found.notes, found.doubts, digest=digest)
+    return Scan("webdataset", numbered.classes, found.splits, found.unused, found.notes, found.warnings, digest=digest)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Listed:
     labels: FileLabels
     unused: tuple[UnusedEntry, ...]
     notes: tuple[str, ...]
-    doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 def list_samples(source: Path) -> Listed:
@@ -80,8 +80,8 @@ def list_samples(source: Path) -> Listed:
         unused.add("compressed copy of a tar", tar.name)
     if not tars:
         raise UserError(f"{source}: no tars in it")
-    named = split_files(tars, source)
-    beside = look_beside(source, {*tars, *compressed_tars(source)}, "webdataset", set(named.splits.values()), unused)
+    named = assign_splits(tars, source)
+    beside = count_non_archive_files(source, {*tars, *compressed_tars(source)}, "webdataset", set(named.splits.values()), unused)
     builders: dict[str, ListingBuilder] = {}
     labels = LabelReader()
     parts = []
@@ -91,7 +91,7 @@ def list_samples(source: Path) -> Listed:
         samples, others = read_tar(tar, labels, split)
         parts.append(others)
         if samples:
-            stem = below_source(tar, source)[: -len(tar.suffix)]  # tars of one name may stand in several folders
+            stem = relative_to_source(tar, source)[: -len(tar.suffix)]  # tars of one name may stand in several folders
             builders.setdefault(split, ListingBuilder()).add_ranges(
                 container, [_row(stem, one, labels) for one in samples]
             )
@@ -103,13 +103,13 @@ def list_samples(source: Path) -> Listed:
         splits,
         labels.found(),
         everything,
-        named.notes_on(builders),
-        (*named.doubts, *beside, *incomplete_samples(everything)),
+        named.all_notes(builders),
+        (*named.warnings, *beside, *incomplete_sample_warnings(everything)),
     )
 
 
-def incomplete_samples(unused: Iterable[UnusedEntry]) -> tuple[str, ...]:
-    """Return doubts about images without labels and labels without images."""
+def incomplete_sample_warnings(unused: Iterable[UnusedEntry]) -> tuple[str, ...]:
+    """Return warnings about images without labels and labels without images."""
     return tuple(
         f"{entry.count:,} {entry.kind}: {entry.reason} (such as {entry.example}), not used"
         for entry in unused

@@ -54,7 +54,7 @@ def class_order(names: Iterable[bytes]) -> list[bytes]:
     return sorted(ordered, key=int) if all(map(bytes.isdigit, ordered)) else ordered
 
 
-def displayed(names: Sequence[bytes], place: Path, what: str) -> list[str]:
+def display_class_names(names: Sequence[bytes], place: Path, what: str) -> list[str]:
     """Return the names of class folders, or of what stands for them, as text.
 
     Args:
@@ -178,7 +178,7 @@ def _notes_on_small_classes(found: Scan, fraction: float, added: NDArray[np.floa
     )
     return tuple(
         f"--val-fraction {fraction:g}: {np.count_nonzero(which):,} of {len(folders):,} classes have {fact}: "
-        f"{shortened(quoted(folders[label]) for label in np.flatnonzero(which))}"
+        f"{join_first(quoted(folders[label]) for label in np.flatnonzero(which))}"
         for which, fact in facts
         if which.any()
     )
@@ -189,12 +189,12 @@ def quoted(folder: str) -> str:
     return f"'{folder}'"
 
 
-def counted(number: int, what: str) -> str:
+def format_count(number: int, what: str) -> str:
     """Return a number with what is counted, in the plural where it is not one: "1,000 images"."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def shortened(texts: Iterable[str], most: int = SHOWN) -> str:
+def join_first(texts: Iterable[str], most: int = SHOWN) -> str:
     """Join texts by commas; beyond the first `most` of them, say how many more there are."""
     listed = list(texts)
     more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
@@ -211,7 +211,7 @@ def check_fraction(fraction: float) -> None:
         raise UserError(f"--val-fraction {fraction:g}: a share between 0 and 1 is expected")
 
 
-def check_imagenet(found: Scan) -> tuple[str, ...]:
+def imagenet_notes(found: Scan) -> tuple[str, ...]:
     """Notes on what a source that has ImageNet-1K's look lacks of it."""
     folders = [entry.folder for entry in found.classes]
     if not all(map(SYNSET.fullmatch, folders)):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.redact import display_name
-from shards.sources.naming.splits import says_only_split, splits_in, without_split
+from shards.sources.naming.splits import names_only_a_split, non_split_words, splits_in
 from shards.sources.scan import TRAIN, VAL
-from shards.sources.walk import Contents, look
+from shards.sources.walk import FolderContents, list_folder
 
 _LOOKED_AT = 16
 """Folders that are opened to tell class folders from wrappers; a source may have a million."""
@@ -29,21 +29,21 @@ class FolderLevel:
     """A folder that may hold split folders, class folders, or one more folder around them."""
 
     folder: Path
-    contents: Contents
+    contents: FolderContents
     named: dict[bytes, str]
     """Folder -> the split that its name tells."""
-    inside: dict[bytes, Contents]
+    inside: dict[bytes, FolderContents]
     """Of the named ones."""
 
     @classmethod
     def of(cls, folder: Path) -> FolderLevel:
-        contents = look(folder)
+        contents = list_folder(folder)
         named = {}
         for name in contents.folders:
             splits = splits_in(os.fsdecode(name))
             if len(splits) == 1:
                 named[name] = splits.pop()
-        return cls(folder, contents, named, {name: look(folder / os.fsdecode(name)) for name in named})
+        return cls(folder, contents, named, {name: list_folder(folder / os.fsdecode(name)) for name in named})
 
     @property
     def others(self) -> list[bytes]:
@@ -71,15 +71,15 @@ class FolderLevel:
 
     def _is_around_splits(self, name: bytes) -> bool:
         """Whether a named folder is one around split folders: a data set called 'test'."""
-        below = [sub for sub in self.inside[name].folders if says_only_split(os.fsdecode(sub))]
+        below = [sub for sub in self.inside[name].folders if names_only_a_split(os.fsdecode(sub))]
         others = (sub for sub in below if splits_in(os.fsdecode(sub)) != {self.named[name]})
-        return any(look(self.path(name) / os.fsdecode(sub)).folders for sub in others)
+        return any(list_folder(self.path(name) / os.fsdecode(sub)).folders for sub in others)
 
     def surely_split(self, name: bytes) -> bool:
         """Whether the name says a split alone, or stands beside its like of another split (pets_train, pets_val)."""
         text = os.fsdecode(name)
-        return says_only_split(text) or any(
-            split != self.named[name] and without_split(os.fsdecode(other)) == without_split(text)
+        return names_only_a_split(text) or any(
+            split != self.named[name] and non_split_words(os.fsdecode(other)) == non_split_words(text)
             for other, split in self.named.items()
         )
 
@@ -90,7 +90,7 @@ class FolderLevel:
             UserError: split folders inside of class folders.
         """
         folders = self.contents.folders[:_LOOKED_AT]
-        inside = {name: look(self.folder / os.fsdecode(name)) for name in folders}
+        inside = {name: list_folder(self.folder / os.fsdecode(name)) for name in folders}
         if len(self.contents.folders) == 1:
             (only,) = folders
             return only if inside[only].folders and not inside[only].images else None
@@ -108,24 +108,24 @@ class FolderLevel:
             )
         return first
 
-    def _splits_below(self, name: bytes, contents: Contents) -> bytes | None:
+    def _splits_below(self, name: bytes, contents: FolderContents) -> bytes | None:
         """The first folder in a folder whose name says a split alone."""
-        below = (sub for sub in contents.folders if says_only_split(os.fsdecode(sub)))
+        below = (sub for sub in contents.folders if names_only_a_split(os.fsdecode(sub)))
         return next(below, None) if not contents.images else None
 
     def path(self, name: bytes) -> Path:
         return self.folder / os.fsdecode(name)
 
 
-def no_class_folders(root: Path) -> UserError:
+def no_class_folders_error(root: Path) -> UserError:
     """Return the error that a folder holds no class folders, with what it holds instead."""
-    contents = look(root)
-    holds = kinds_of([*contents.images, *contents.files])
+    contents = list_folder(root)
+    holds = describe_files([*contents.images, *contents.files])
     found = f" but {holds}" if holds else ""
     return UserError(f"{root}: no class folders in it{found}; images are expected as {root}/CLASS/IMAGE")
 
 
-def kinds_of(names: Iterable[bytes]) -> str:
+def describe_files(names: Iterable[bytes]) -> str:
     """Describe files by the number of each suffix, with an example and what to do about archives; '' for none."""
     listed = list(names)
     suffixes = Counter(os.path.splitext(os.fsdecode(name))[1].lower() or "no suffix" for name in listed)

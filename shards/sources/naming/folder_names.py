@@ -9,14 +9,14 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.format.manifest_fields import ClassEntry
-from shards.sources.naming.classes import quoted, shortened
-from shards.sources.naming.splits import near_split
+from shards.sources.naming.classes import join_first, quoted
+from shards.sources.naming.splits import similar_split
 from shards.sources.scan import TRAIN
-from shards.sources.walk import look
+from shards.sources.walk import list_folder
 
 FEW_CONTAINERS = 10
 """Classes among which `images` or `masks` is hardly one of them. Among a thousand it may be."""
-FEW_NEAR_SPLITS = 100
+FEW_SIMILAR_TO_SPLITS = 100
 """Classes among which `tests` or `evaluation` is hardly one of them."""
 _IMAGES = frozenset(("images", "imgs", "jpegs", "jpgs", "photos", "pictures", "pngs", "tifs", "tiffs"))
 _ANNOTATIONS = frozenset(
@@ -61,19 +61,19 @@ def is_annotation_container(name: str) -> bool:
     return _has_pair(words) or (_only(words, _IMAGE_WORDS | _ANNOTATION_WORDS) and not is_image_container(name))
 
 
-def names_annotations(name: str) -> bool:
+def is_annotation_subfolder(name: str) -> bool:
     """Return whether a folder in a class folder holds annotations by its name, rather than images of the class."""
     words = _words(name)
     return is_annotation_container(name) and (_has_pair(words) or bool(words & _IN_CLASSES))
 
 
-def annotations_among(images: Sequence[bytes]) -> list[bytes]:
+def find_annotation_images(images: Sequence[bytes]) -> list[bytes]:
     """Return those images of a folder that are named as annotations of others in it: 1_mask.png beside 1.png."""
     stems = {os.path.splitext(image)[0] for image in images} if any(map(_ANNOTATION_OF.fullmatch, images)) else set()
     return [image for image in images if (match := _ANNOTATION_OF.fullmatch(image)) and match[1] in stems]
 
 
-def refuse_containers(roots: Mapping[str, Path]) -> None:
+def reject_containers(roots: Mapping[str, Path]) -> None:
     """Refuse folders of which none can be a class: images/ alone, or beside masks/.
 
     Args:
@@ -83,7 +83,7 @@ def refuse_containers(roots: Mapping[str, Path]) -> None:
         UserError: all folders of a split are containers, one of them of images, and one surely.
     """
     for root in roots.values():
-        names = [os.fsdecode(name) for name in look(root).folders]
+        names = [os.fsdecode(name) for name in list_folder(root).folders]
         if not names or len(_containers(names)) < len(names):
             continue
         of_images, sure = any(map(is_image_container, names)), any(map(_is_sure, names))
@@ -95,27 +95,27 @@ def refuse_containers(roots: Mapping[str, Path]) -> None:
         )
 
 
-def folder_around_classes(root: Path, names: Sequence[str]) -> Path | None:
+def find_nested_class_root(root: Path, names: Sequence[str]) -> Path | None:
     """Return the folder of images among these that holds folders of images, which may be the classes."""
     around = [root / name for name in names if is_image_container(name) and _holds_folders_of_images(root / name)]
     return around[0] if len(around) == 1 else None
 
 
 def _holds_folders_of_images(folder: Path) -> bool:
-    contents = look(folder)
-    inside = (look(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
+    contents = list_folder(folder)
+    inside = (list_folder(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
     return not contents.images and any(one.images for one in inside)
 
 
 def _advice(root: Path, names: Sequence[str]) -> str:
-    around = folder_around_classes(root, names)
+    around = find_nested_class_root(root, names)
     if around is not None:
         return f"if the folders in {around} are the classes, give it as the source"
     return f"images are expected as {root}/CLASS/IMAGE: make a folder for each class and move its images there"
 
 
-def doubts_about_names(classes: Sequence[ClassEntry]) -> list[str]:
-    """Return the doubts about classes that are named by folders, of which a name says something else."""
+def class_name_warnings(classes: Sequence[ClassEntry]) -> list[str]:
+    """Return the warnings about classes that are named by folders, of which a name says something else."""
     names = [entry.folder for entry in classes]
     lines = []
     containers = _containers(names)
@@ -129,8 +129,8 @@ def doubts_about_names(classes: Sequence[ClassEntry]) -> list[str]:
             f"{_quoted(names)}: taken for classes, though named as parts of one set of images; expected a folder for "
             "each class"
         )
-    near = {name: split for name in names if (split := near_split(name))}
-    if len(names) <= FEW_NEAR_SPLITS:
+    near = {name: split for name in names if (split := similar_split(name))}
+    if len(names) <= FEW_SIMILAR_TO_SPLITS:
         lines += [
             f"{quoted(name)}: taken for a class, though its name is near that of split '{split}'; if it is that split, "
             f"it is expected as {split}/CLASS/IMAGE{'' if split == TRAIN else f', beside {TRAIN}/CLASS/IMAGE'}"
@@ -173,4 +173,4 @@ def _words(name: str) -> frozenset[str]:
 
 
 def _quoted(names: Iterable[str]) -> str:
-    return shortened(map(quoted, names))
+    return join_first(map(quoted, names))

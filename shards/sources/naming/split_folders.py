@@ -9,11 +9,11 @@ from pathlib import Path
 from shards.errors import UserError
 from shards.redact import display_name
 from shards.sources.naming.classes import MAPPING_FILES
-from shards.sources.naming.folder_level import FolderLevel, no_class_folders, some
-from shards.sources.naming.splits import doubts_about_place, no_validation, says_only_split, splits_in
+from shards.sources.naming.folder_level import FolderLevel, no_class_folders_error, some
+from shards.sources.naming.splits import enclosing_folder_warnings, names_only_a_split, no_validation_note, splits_in
 from shards.sources.scan import TEST, TRAIN, VAL
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import METADATA, Contents, count_files, look
+from shards.sources.walk import METADATA, FolderContents, count_files, list_folder
 
 MAX_WRAPPERS = 4
 """Folders around the class folders, or around those of the splits, that are looked through."""
@@ -28,7 +28,7 @@ class SplitFolders:
     """In the order training, validation, test."""
     unused: UnusedFiles = field(default_factory=UnusedFiles)
     notes: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 def find_split_folders(source: Path) -> SplitFolders:
@@ -60,7 +60,7 @@ def find_split_folders(source: Path) -> SplitFolders:
             _check_classes(found, level)
             _count_files(found, level.contents, folder, source)
             found.roots[TRAIN] = folder
-            found.doubts += doubts_about_place(source) or doubts_about_place(folder)
+            found.warnings += enclosing_folder_warnings(source) or enclosing_folder_warnings(folder)
             return found
         _count_beside(found, contents, [name for name in contents.folders if name != inner], folder, source)
         folder = folder / os.fsdecode(inner)
@@ -82,28 +82,28 @@ def _add_roots(found: SplitFolders, level: FolderLevel, source: Path) -> None:  
         beside += [name for name in named if name not in holding]
         for name in holding:
             root = _look_through(found, level.path(name), split)
-            inside = look(root)
+            inside = list_folder(root)
             if inside.folders:
                 found.roots[split] = root
             elif split == TEST:
                 _leave_out_test(found, root, source)
             else:
-                raise no_class_folders(root)
+                raise no_class_folders_error(root)
     if TRAIN not in found.roots:
         for name in level.others:
-            if look(level.path(name)).images:
+            if list_folder(level.path(name)).images:
                 raise UserError(
                     f"{level.path(name)}: a class folder beside split folders ({some(level.named)}); put the class "
                     f"folders of training into {TRAIN}/"
                 )
-    elif TEST in found.roots and not set(look(found.roots[TEST]).folders) & set(look(found.roots[TRAIN]).folders):
+    elif TEST in found.roots and not set(list_folder(found.roots[TEST]).folders) & set(list_folder(found.roots[TRAIN]).folders):
         _leave_out_test(found, found.roots.pop(TEST), source)
     if TRAIN in found.roots and VAL in found.roots:
         _check_unsorted(found.roots[TRAIN], found.roots[VAL])
     if TEST in found.roots and VAL not in found.roots:
-        found.notes.append(no_validation(f"{found.roots[TEST]}"))
+        found.notes.append(no_validation_note(f"{found.roots[TEST]}"))
     for root in found.roots.values():
-        _count_files(found, look(root), root, source)
+        _count_files(found, list_folder(root), root, source)
     _count_beside(found, contents, beside, level.folder, source)
 
 
@@ -113,7 +113,7 @@ def _check_unsorted(train: Path, val: Path) -> None:
     Raises:
         UserError: they are.
     """
-    names, known = look(val).folders, look(train).folders
+    names, known = list_folder(val).folders, list_folder(train).folders
     if len(names) == 1 and len(known) > 1 and names[0] not in known:
         raise UserError(
             f"{val / os.fsdecode(names[0])}: the only folder of split '{VAL}', and none of the classes of {TRAIN}/ "
@@ -128,18 +128,18 @@ def _look_through(found: SplitFolders, root: Path, split: str) -> Path:
     Raises:
         UserError: another split stands in it.
     """
-    contents = look(root)
+    contents = list_folder(root)
     while len(contents.folders) == 1 and not contents.images:
         name = os.fsdecode(contents.folders[0])
-        if not (splits_in(name) == {split} and (says_only_split(name) or name == root.name)):
+        if not (splits_in(name) == {split} and (names_only_a_split(name) or name == root.name)):
             break
         root = root / name
-        contents = look(root)
+        contents = list_folder(root)
         found.notes.append(f"{root}: read as split '{split}', being the only folder in one of that split")
     for folder in contents.folders:
         name = os.fsdecode(folder)
-        if says_only_split(name):
-            inside = look(root / name)
+        if names_only_a_split(name):
+            inside = list_folder(root / name)
             if inside.folders and not inside.images:
                 raise UserError(
                     f"{root / name}: a split folder inside of split '{split}'; move it beside {root.name}/, or rename "
@@ -151,7 +151,7 @@ def _look_through(found: SplitFolders, root: Path, split: str) -> Path:
 def _leave_out_test(found: SplitFolders, root: Path, source: Path) -> None:
     """Count a test split whose folders say no class: flat, or in one folder of any name."""
     below = _below(root, source)
-    contents = look(root)
+    contents = list_folder(root)
     contents.add_to(found.unused, below, root)
     for name in contents.files:
         found.unused.add("not an image", below + name)
@@ -160,7 +160,7 @@ def _leave_out_test(found: SplitFolders, root: Path, source: Path) -> None:
         found.unused.add(_UNLABELLED, below + name, kind=os.fsdecode(name), count=count_files(path))
     if contents.images:
         found.unused.add(_UNLABELLED, below + contents.images[0], count=len(contents.images))
-    found.doubts.append(f"{root}: not used: no folders of the training classes in it, so its images have no labels")
+    found.warnings.append(f"{root}: not used: no folders of the training classes in it, so its images have no labels")
 
 
 def _check_classes(found: SplitFolders, level: FolderLevel) -> None:
@@ -172,7 +172,7 @@ def _check_classes(found: SplitFolders, level: FolderLevel) -> None:
     flat = [name for name in level.named if level.inside[name].images]
     sure = [name for name in level.named if level.surely_split(name)]
     if sure and not level.others:
-        raise no_class_folders(level.path(min(sure, key=lambda name: (TRAIN, VAL, TEST).index(level.named[name]))))
+        raise no_class_folders_error(level.path(min(sure, key=lambda name: (TRAIN, VAL, TEST).index(level.named[name]))))
     for name in sure:
         if os.fsdecode(name).lower() != TRAIN:
             raise UserError(
@@ -180,24 +180,24 @@ def _check_classes(found: SplitFolders, level: FolderLevel) -> None:
                 f"{some(level.others)}; images are expected as {level.path(name)}/CLASS/IMAGE: move it out of the "
                 f"source, or, if it is a class, put all class folders into {TRAIN}/"
             )
-    found.doubts += [
+    found.warnings += [
         f"{level.path(name)}: taken for a class, not for split '{level.named[name]}', as it holds images and no folders"
         for name in flat
     ]
 
 
-def _count_beside(found: SplitFolders, contents: Contents, beside: list[bytes], folder: Path, source: Path) -> None:
+def _count_beside(found: SplitFolders, contents: FolderContents, beside: list[bytes], folder: Path, source: Path) -> None:
     """Count what stands beside the folders that are used."""
     below = _below(folder, source)
     for name in beside:
         count = count_files(folder / os.fsdecode(name))
         found.unused.add("folder beside those that are used", below + name, kind=os.fsdecode(name), count=count)
     if beside:
-        found.doubts.append(f"{folder}: not used: folders {some(beside)}, beside those that are")
+        found.warnings.append(f"{folder}: not used: folders {some(beside)}, beside those that are")
     _count_files(found, contents, folder, source)
 
 
-def _count_files(found: SplitFolders, contents: Contents, folder: Path, source: Path) -> None:
+def _count_files(found: SplitFolders, contents: FolderContents, folder: Path, source: Path) -> None:
     """Count what stands beside class folders, or above them."""
     below = _below(folder, source)
     contents.add_to(found.unused, below, folder)
@@ -212,7 +212,7 @@ def _count_files(found: SplitFolders, contents: Contents, folder: Path, source: 
     if contents.images:
         for name in contents.images:
             found.unused.add("image outside of any class folder", below + name)
-        found.doubts.append(
+        found.warnings.append(
             f"{folder}: not used: {len(contents.images):,} images outside of any class folder (such as "
             f"{display_name(contents.images[0])})"
         )

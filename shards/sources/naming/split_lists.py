@@ -1,6 +1,6 @@
 """Lists beside class folders or archives that divide the images into splits: train.txt, test.csv, splits.json.
 
-They are not read: formats differ from set to set. That they are there is a doubt, as images of theirs may be in another
+They are not read: formats differ from set to set. That they are there is a warning, as images of theirs may be in another
 split than the one that they are used for.
 """
 
@@ -12,11 +12,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from shards.redact import one_line
-from shards.sources.naming.classes import shortened
+from shards.sources.naming.classes import join_first
 from shards.sources.naming.folder_names import is_annotation_container, is_image_container
-from shards.sources.naming.splits import near_splits_in, splits_in
+from shards.sources.naming.splits import similar_splits_in, splits_in
 from shards.sources.scan import TEST, TRAIN, VAL
-from shards.sources.walk import look
+from shards.sources.walk import list_folder
 
 SUFFIXES = frozenset(
     (".csv", ".json", ".jsonl", ".list", ".lst", ".mat", ".npy", ".npz", ".pkl", ".tsv", ".txt", ".xlsx")
@@ -49,7 +49,7 @@ def splits_of_list(name: str) -> set[str]:
     words = {word.lower() for word in _WORD.findall(stem)}
     if words & _NO_LISTS:
         return set()
-    return splits_in(stem) | near_splits_in(stem) or ({TRAIN, VAL, TEST} if words & _DIVISIONS else set())
+    return splits_in(stem) | similar_splits_in(stem) or ({TRAIN, VAL, TEST} if words & _DIVISIONS else set())
 
 
 def find_split_lists(source: Path, roots: Collection[Path]) -> list[Path]:
@@ -72,7 +72,7 @@ def lists_below(folder: Path, roots: Collection[Path] = ()) -> list[Path]:
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
-            contents = look(folder)
+            contents = list_folder(folder)
         except PermissionError:  # a folder that is used and cannot be read is refused by the scan
             continue
         found += _lists_in(folder, contents.files)
@@ -83,11 +83,11 @@ def lists_below(folder: Path, roots: Collection[Path] = ()) -> list[Path]:
 
 def _lists_around(folder: Path) -> list[Path]:
     try:
-        contents = look(folder)
+        contents = list_folder(folder)
         found = _lists_in(folder, contents.files)
         for name in map(os.fsdecode, contents.folders):
             if name.lower() in _PLACES or is_annotation_container(name):
-                found += _lists_in(folder / name, look(folder / name).files)
+                found += _lists_in(folder / name, list_folder(folder / name).files)
     except PermissionError:  # above the source, where nothing needs to be readable
         return []
     return found
@@ -97,8 +97,8 @@ def _lists_in(folder: Path, files: Sequence[bytes]) -> list[Path]:
     return [folder / name for name in map(os.fsdecode, files) if splits_of_list(name)]
 
 
-def doubts_about_lists(lists: Sequence[Path], splits: Collection[str]) -> list[str]:
-    """Return a doubt if lists name other splits than training, of which the source has none.
+def split_list_warnings(lists: Sequence[Path], splits: Collection[str]) -> list[str]:
+    """Return a warning if lists name other splits than training, of which the source has none.
 
     Args:
         splits: those of the source's folders or files, used or not.
@@ -120,4 +120,4 @@ def doubts_about_lists(lists: Sequence[Path], splits: Collection[str]) -> list[s
 
 def some_lists(lists: Sequence[Path]) -> str:
     """Return the first few of some lists, and how many there are."""
-    return shortened((one_line(f"{path}") for path in lists), _SHOWN)
+    return join_first((one_line(f"{path}") for path in lists), _SHOWN)

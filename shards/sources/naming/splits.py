@@ -69,24 +69,24 @@ def splits_in(name: str) -> set[str]:
     return {_SPLIT_OF[word] for word in _words(name) if word in _SPLIT_OF}
 
 
-def says_only_split(name: str) -> bool:
+def names_only_a_split(name: str) -> bool:
     """Return whether a name says a split and nothing else: `train`, `Val_Set`, `test2`, but not `train_station`."""
     return bool(splits_in(name)) and all(word in _SPLIT_OF or word in _FILLERS for word in _words(name))
 
 
-def near_splits_in(name: str) -> set[str]:
+def similar_splits_in(name: str) -> set[str]:
     """Return the splits that one file or folder name is near without telling one: `tests`, `pets_evaluation`."""
     return {_NEAR_SPLIT_OF[word] for word in _near_words(name) if word in _NEAR_SPLIT_OF}
 
 
-def near_split(name: str) -> str | None:
+def similar_split(name: str) -> str | None:
     """Return the split that a name is near, if it says nothing else: `Tests_2`, but not `evaluation_of_pets`."""
-    near = near_splits_in(name)
+    near = similar_splits_in(name)
     alone = all(word in _NEAR_SPLIT_OF or word in _FILLERS for word in _near_words(name))
     return near.pop() if len(near) == 1 and alone else None
 
 
-def without_split(name: str) -> tuple[str, ...]:
+def non_split_words(name: str) -> tuple[str, ...]:
     """Return the words of a name that tell no split: the same for `pets_train` and `pets_val`."""
     return tuple(word for word in _words(name) if word not in _SPLIT_OF)
 
@@ -105,21 +105,21 @@ def _near_words(name: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class SplitFiles:
+class FileSplits:
     """Files of a source, with the split of each."""
 
     splits: dict[Path, str]
     notes: tuple[str, ...]
-    doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
 
-    def notes_on(self, splits: Collection[str]) -> tuple[str, ...]:
+    def all_notes(self, splits: Collection[str]) -> tuple[str, ...]:
         """Return the notes, given the splits of which samples were found."""
         if TEST not in splits or VAL in splits:
             return self.notes
-        return (*self.notes, no_validation(f"{next(file for file, split in self.splits.items() if split == TEST)}"))
+        return (*self.notes, no_validation_note(f"{next(file for file, split in self.splits.items() if split == TEST)}"))
 
 
-def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False) -> SplitFiles:
+def assign_splits(files: Sequence[Path], source: Path, *, by_folder: bool = False) -> FileSplits:
     """Give each file the split that its path below the source names; training where it names none.
 
     Args:
@@ -134,42 +134,42 @@ def split_files(files: Sequence[Path], source: Path, *, by_folder: bool = False)
     near: dict[str, str] = {}
     places: dict[str, dict[str, None]] = {}
     for file in files:
-        below = below_source(file, source)
+        below = relative_to_source(file, source)
         looked_at = below.rpartition("/")[0] if by_folder else below
         named = named_split(looked_at)
         splits[file] = named or TRAIN
         if named is None:
             unnamed += [below] if file != source else []
-            near |= {split: below for part in looked_at.split("/") for split in sorted(near_splits_in(part))}
+            near |= {split: below for part in looked_at.split("/") for split in sorted(similar_splits_in(part))}
         else:
             places.setdefault(named, {})[_place(looked_at, named)] = None
-    notes, doubts = [], []
+    notes, warnings = [], []
     if not places:
-        doubts += doubts_about_place(source)
+        warnings += enclosing_folder_warnings(source)
     if unnamed:
         line = f"{_some(unnamed)}: no split named, so training"
         if TRAIN in places:
-            doubts.append(f"{line}, beside {next(iter(places[TRAIN]))}, which is named so")
+            warnings.append(f"{line}, beside {next(iter(places[TRAIN]))}, which is named so")
         elif near:
             split, name = next(iter(near.items()))
-            doubts.append(
+            warnings.append(
                 f"{line}, though {one_line(name)} is near the name of split '{split}'; rename it if it is one"
             )
         else:
             notes.append(line)
     for split, several in places.items():
         if len(several) > 1:
-            doubts.append(f"{_some(list(several))}: joined as split '{split}'")
-    return SplitFiles(splits, tuple(notes), tuple(doubts))
+            warnings.append(f"{_some(list(several))}: joined as split '{split}'")
+    return FileSplits(splits, tuple(notes), tuple(warnings))
 
 
-def doubts_about_place(source: Path) -> list[str]:
-    """Return a doubt if a source that names no split, so is of training, is or stands in a folder named as another."""
+def enclosing_folder_warnings(source: Path) -> list[str]:
+    """Return a warning if a source that names no split, so is of training, is or stands in a folder named as another."""
     absolute = Path(os.path.abspath(source))
     name = absolute.name if source.is_dir() else absolute.parent.name
-    near = near_split(name)
+    near = similar_split(name)
     splits = {near} if near else splits_in(name)
-    if len(splits) != 1 or TRAIN in splits or not (near or says_only_split(name) or _words(name)[-1] in _SPLIT_OF):
+    if len(splits) != 1 or TRAIN in splits or not (near or names_only_a_split(name) or _words(name)[-1] in _SPLIT_OF):
         return []
     (split,) = splits
     renamed = f" it, renamed to {split}/" if near else f" {split}/"
@@ -180,12 +180,12 @@ def doubts_about_place(source: Path) -> list[str]:
     ]
 
 
-def below_source(file: Path, source: Path) -> str:
+def relative_to_source(file: Path, source: Path) -> str:
     """Path of a file below its source, separated by '/'; the file's name where it is the source."""
     return file.name if file == source else file.relative_to(source).as_posix()
 
 
-def no_validation(test: str) -> str:
+def no_validation_note(test: str) -> str:
     """Return the note on a source with a test split and no validation split.
 
     Args:

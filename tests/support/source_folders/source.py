@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
-from tests.support.source_folders.pictures import jpeg
+from tests.support.source_folders.images import jpeg
 
 Colour = tuple[int, int, int]
 SOURCES: list[Source] = []

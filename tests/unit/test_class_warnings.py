@@ -23,9 +23,9 @@ from shards.format.manifest import Manifest
 from shards.format.manifest_fields import ClassEntry
 from shards.images.accept import accept
 from shards.images.rules import ImageRules
-from shards.sources.layouts.recognise import scan
+from shards.sources.layouts.detect import scan
+from shards.sources.naming.class_warnings import blank_image_warnings, class_warnings
 from shards.sources.naming.classes import class_order
-from shards.sources.naming.doubts import doubt_about_blank, doubts_about_classes
 from shards.sources.scan import ScanOptions
 from tests.support.sources import class_folders, encoded, jpeg, labelled_tar
 
@@ -36,9 +36,9 @@ def classes(*folders: str) -> list[ClassEntry]:
     return [ClassEntry(folder=folder) for folder in folders]
 
 
-def doubts(names: list[str], **counts: list[int]) -> str:
+def warnings(names: list[str], **counts: list[int]) -> str:
     found = {split: np.array(each, dtype=np.int64) for split, each in counts.items()}
-    return "\n".join(doubts_about_classes(classes(*names), found))
+    return "\n".join(class_warnings(classes(*names), found))
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def doubts(names: list[str], **counts: list[int]) -> str:
     ],
 )
 def test_classes_without_images(names: list[str], counts: dict[str, list[int]], said: str) -> None:
-    assert doubts(names, **counts) == said
+    assert warnings(names, **counts) == said
 
 
 @pytest.mark.parametrize(
@@ -79,18 +79,18 @@ def test_classes_without_images(names: list[str], counts: dict[str, list[int]], 
     ],
 )
 def test_classes_that_look_alike(names: list[str], said: str) -> None:
-    assert doubts(names, train=[1] * len(names)) == f"classes whose names differ {said}"
+    assert warnings(names, train=[1] * len(names)) == f"classes whose names differ {said}"
 
 
 @pytest.mark.parametrize(
     "names", [["cat", "cats"], ["crane", "crane_bird"], ["10", "1"], ["café", "cafe"], ["ab", "a b"]]
 )
 def test_names_that_differ_are_no_doubt(names: list[str]) -> None:
-    assert doubts(names, train=[1] * len(names)) == ""
+    assert warnings(names, train=[1] * len(names)) == ""
 
 
 def test_a_long_list_is_shortened() -> None:
-    said = doubts([f"c{i}" for i in range(100)], train=[1] * 100, val=[1] * 10 + [0] * 90)
+    said = warnings([f"c{i}" for i in range(100)], train=[1] * 100, val=[1] * 10 + [0] * 90)
     assert said.startswith("90 classes have no validation images: 'c10', ")
     assert said.endswith("'c17' and 82 more")
 
@@ -114,7 +114,7 @@ def test_numbered_folders_get_the_labels_of_their_numbers(tmp_path: Path) -> Non
     assert "named by numbers" in note
     assert "0, 1, 2, 3, ..., 11" in note
     assert "0, 1, 10, 11, ..., 9" in note
-    assert found.doubts == ()
+    assert found.warnings == ()
 
 
 @pytest.mark.parametrize("names", ["0 1 2", "00 01 10", "n01440764 n01443537", "1 2 ten"])
@@ -136,15 +136,15 @@ def test_an_order_that_is_that_of_the_text_is_not_said(names: str, tmp_path: Pat
 )
 def test_numbers_that_lack_among_folders(names: str, said: str | None, tmp_path: Path) -> None:
     found = scan(class_folders(tmp_path / "in", dict.fromkeys(names.split(), 1)), ScanOptions(), tmp_path / "spool")
-    assert len(found.doubts) == (said is not None)
-    assert said is None or said in found.doubts[0]
+    assert len(found.warnings) == (said is not None)
+    assert said is None or said in found.warnings[0]
 
 
 def test_tars_have_the_same_doubts_as_folders(tmp_path: Path) -> None:
     labelled_tar(tmp_path / "in" / "train-0.tar", [0, 2, 5])
     labelled_tar(tmp_path / "in" / "val-0.tar", [0, 1])
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
-    assert found.doubts == (
+    assert found.warnings == (
         "2 of 6 labels do not occur: 3 to 4",
         "1 class has no training images: '1'",
         "2 classes have no validation images: '2', '5'",
@@ -178,7 +178,7 @@ def test_blank_images_are_recognised(image: bytes, blank: bool) -> None:
 
 @pytest.mark.parametrize(("blank", "images", "said"), [(0, 10, 0), (1, 100, 0), (2, 100, 1), (10, 10, 1)])
 def test_few_blank_images_are_no_doubt(blank: int, images: int, said: int) -> None:
-    assert len(doubt_about_blank("train", blank, images)) == said
+    assert len(blank_image_warnings("train", blank, images)) == said
 
 
 def two_classes(root: Path) -> Path:
@@ -212,7 +212,7 @@ def test_strict_refuses_before_anything_is_written(tmp_path: Path, capsys: pytes
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE.scan, strict=True))
     assert not (tmp_path / "set").exists()
     said = capsys.readouterr().err
-    assert "note: classes whose names differ only by case: 'B' and 'b'" in said, "all doubts, to be corrected at once"
+    assert "note: classes whose names differ only by case: 'B' and 'b'" in said, "all warnings, to be corrected at once"
 
 
 def test_strict_counts_in_parts_and_at_their_end(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.sources.scan import ScanOptions
-from shards.sources.walk import count_files, each_folder_once, look
-from tests.support.listings import counted_listings
+from shards.sources.walk import cached_folder_listings, count_files, list_folder
+from tests.support.folder_listings import count_listings
 from tests.support.sources import class_folders, jpeg, labelled_tar
 
 ONE = Options(scan=ScanOptions(workers=1))
@@ -68,24 +68,24 @@ def test_each_folder_is_listed_at_most_twice(layout: Callable[[Path], None], tmp
     layout(source)
     if layout is not one_folder:
         beside(source)
-    with counted_listings(source) as listings:
+    with count_listings(source) as listings:
         assert convert(source, tmp_path / "set", ONE) is not None
     every = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_dir()} | {"."}
     assert set(listings) == every, "the counter counts"
     assert max(listings.values()) <= 2, listings
-    with counted_listings(source) as again:
+    with count_listings(source) as again:
         assert convert(source, tmp_path / "set", ONE) is None
     assert max(again.values()) <= 2, again
 
 
 def test_what_is_listed_is_kept_in_the_block_alone(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 1})
-    with each_folder_once():
-        assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
-        with each_folder_once():
+    with cached_folder_listings():
+        assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
+        with cached_folder_listings():
             class_folders(tmp_path, {"b": 1})
-            assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
-        assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1), "the outer block goes on"
-    assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b"], 2)
+            assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
+        assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1), "the outer block goes on"
+    assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b"], 2)
     class_folders(tmp_path, {"c": 1})
-    assert (look(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b", b"c"], 3)
+    assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b", b"c"], 3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tests.support.source_folders import pictures as made
+from tests.support.source_folders import images as made
 from tests.support.source_folders.source import pictures, put, source
 
 FORK = b"\0\5\x16\7" + bytes(60)

@@ -1,4 +1,4 @@
-"""Doubts about the classes of a source, whatever its layout: what may well be a mistake, a line each."""
+"""Warnings about the classes of a source, whatever its layout: what may well be a mistake, a line each."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shards.format.manifest_fields import ClassEntry
-from shards.sources.naming.classes import class_order, quoted, shortened
-from shards.sources.naming.folder_names import doubts_about_names
+from shards.sources.naming.classes import class_order, join_first, quoted
+from shards.sources.naming.folder_names import class_name_warnings
 from shards.sources.scan import TRAIN, VAL, Scan
 
 BLANK_SHARE = 0.01
-"""Of a split's images that may be nearly black or of a single colour before it is a doubt."""
+"""Of a split's images that may be nearly black or of a single colour before it is a warning."""
 _FOLDERS = ("folder", "kaggle", "class-tars")
 _ENDS = 3  # numbers named from either end of an order
 
@@ -27,15 +27,15 @@ def count_labels(labels: NDArray[np.integer], classes: int) -> Counts:
     return np.bincount(labels, minlength=classes).astype(np.int64)
 
 
-def doubts_about(found: Scan) -> tuple[str, ...]:
-    """Return the doubts about a source that was listed."""
+def source_class_warnings(found: Scan) -> tuple[str, ...]:
+    """Return the warnings about a source that was listed."""
     counts = {split: count_labels(listing.rows["label"], len(found.classes)) for split, listing in found.splits.items()}
-    by_name = [*_gaps_in_folders(found.classes), *doubts_about_names(found.classes)] if found.layout in _FOLDERS else []
-    return (*doubts_about_classes(found.classes, counts), *by_name)
+    by_name = [*_gaps_in_folders(found.classes), *class_name_warnings(found.classes)] if found.layout in _FOLDERS else []
+    return (*class_warnings(found.classes, counts), *by_name)
 
 
-def doubts_about_classes(classes: Sequence[ClassEntry], counts: Mapping[str, Counts]) -> tuple[str, ...]:
-    """Return the doubts about classes and their images.
+def class_warnings(classes: Sequence[ClassEntry], counts: Mapping[str, Counts]) -> tuple[str, ...]:
+    """Return the warnings about classes and their images.
 
     Args:
         counts: split -> images of each class, int64 [classes].
@@ -45,7 +45,7 @@ def doubts_about_classes(classes: Sequence[ClassEntry], counts: Mapping[str, Cou
     if not present.all():
         numbered = all(entry.folder == str(label) for label, entry in enumerate(classes))
         missing = np.flatnonzero(~present).tolist()
-        shown = shortened(_ranges(missing)) if numbered else _names(classes, missing)
+        shown = join_first(_ranges(missing)) if numbered else _names(classes, missing)
         what = "labels do not occur" if numbered else "classes have no images at all"
         lines.append(f"{len(missing):,} of {len(classes):,} {what}: {shown}")
     for split, images in counts.items():
@@ -61,8 +61,8 @@ def doubts_about_classes(classes: Sequence[ClassEntry], counts: Mapping[str, Cou
     return (*lines, *_alike(classes))
 
 
-def doubt_about_rejects(split: str, classes: Sequence[ClassEntry], listed: Counts, kept: Counts) -> list[str]:
-    """Return a doubt if all of a split's images of a class were rejected.
+def rejected_class_warnings(split: str, classes: Sequence[ClassEntry], listed: Counts, kept: Counts) -> list[str]:
+    """Return a warning if all of a split's images of a class were rejected.
 
     Args:
         listed, kept: images of each class, int64 [classes], before and after the rejection.
@@ -74,14 +74,14 @@ def doubt_about_rejects(split: str, classes: Sequence[ClassEntry], listed: Count
     return [f"{len(lost):,} {plural} lost all {_kind(split)} images as rejects: {_names(classes, lost)}"]
 
 
-def doubt_about_blank(split: str, blank: int, images: int) -> list[str]:
-    """Return a doubt if more than `BLANK_SHARE` of a split's images are nearly black or of one colour."""
+def blank_image_warnings(split: str, blank: int, images: int) -> list[str]:
+    """Return a warning if more than `BLANK_SHARE` of a split's images are nearly black or of one colour."""
     if blank <= BLANK_SHARE * images:
         return []
     return [f"{blank:,} of {images:,} {split} images are nearly black or of a single colour ({blank / images:.1%})"]
 
 
-def notes_on_order(found: Scan) -> tuple[str, ...]:
+def class_order_notes(found: Scan) -> tuple[str, ...]:
     """Say which labels folders named by numbers got, where it is not the order of their names as text."""
     names = [entry.folder.encode() for entry in found.classes]
     if found.layout not in _FOLDERS or names == sorted(names) or names != class_order(names):
@@ -106,7 +106,7 @@ def _gaps_in_folders(classes: Sequence[ClassEntry]) -> list[str]:
         return []
     missing = [number for number in range(low, high + 1) if number not in numbers]
     return [
-        f"class folders are numbered {low} to {high}, without {shortened(_ranges(missing))}: labels are counted "
+        f"class folders are numbered {low} to {high}, without {join_first(_ranges(missing))}: labels are counted "
         "without gaps, so they differ from the folders' numbers"
     ]
 
@@ -120,7 +120,7 @@ def _alike(classes: Sequence[ClassEntry]) -> list[str]:
     if not alike:
         return []
     ways = {way for group in alike for way in _differences(group)}
-    shown = shortened(" and ".join(map(_visible, group)) for group in alike)
+    shown = join_first(" and ".join(map(_visible, group)) for group in alike)
     return [f"classes whose names differ only by {' or '.join(sorted(ways))}: {shown}"]
 
 
@@ -156,7 +156,7 @@ def _visible(name: str) -> str:
 
 
 def _names(classes: Sequence[ClassEntry], labels: Iterable[int]) -> str:
-    return shortened(quoted(classes[label].folder) for label in labels)
+    return join_first(quoted(classes[label].folder) for label in labels)
 
 
 def _ranges(numbers: Sequence[int]) -> list[str]:

@@ -8,11 +8,11 @@ import pytest
 
 from launch.cli import main as pipeline
 from shards.format.dataset import ShardSet
-from shards.sources.layouts.recognise import scan
+from shards.sources.layouts.detect import scan
 from shards.sources.scan import Scan, ScanOptions
-from tests.support.source_folders.containers import parquet, samples, tar
-from tests.support.source_folders.pictures import jpeg
+from tests.support.source_folders.images import jpeg
 from tests.support.source_folders.source import pictures, put
+from tests.support.source_folders.tars_and_parquet import parquet, samples, tar
 
 
 def scan_it(source: Path) -> Scan:
@@ -50,7 +50,7 @@ def test_a_stray_archive_beside_class_folders_is_doubted_with_the_layout(
     found = scan_it(source)
     assert found.layout == layout
     more = " and 1 more" if len(archives) > 1 else ""
-    assert found.doubts[0] == (
+    assert found.warnings[0] == (
         f"{source}: read as {layout} because of {source}/{archives[0]}{more}, so 4 images beside that (such as "
         "cat/1.jpg) are not used; --from folder reads class folders instead"
     )
@@ -82,13 +82,13 @@ def test_a_source_in_a_folder_named_as_a_split_is_doubted(
     archive(tmp_path / "in", made)
     found = scan_it(tmp_path / "in" / source)
     assert list(found.splits) == ["train"]
-    (doubt,) = found.doubts
-    assert f"its images become split 'train', though it {named}; to keep them as split '{split}'" in doubt
-    if "rename" in doubt:
+    (warning,) = found.warnings
+    assert f"its images become split 'train', though it {named}; to keep them as split '{split}'" in warning
+    if "rename" in warning:
         folder = tmp_path / "in" / made.split("/", maxsplit=1)[0]
         folder.rename(folder.with_name(split))
     followed = scan_it(tmp_path / "in")
-    assert (list(followed.splits), followed.doubts) == ([split], ())
+    assert (list(followed.splits), followed.warnings) == ([split], ())
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_source_in_a_folder_named_as_a_split_is_doubted(
 )
 def test_a_source_of_another_name_is_no_doubt(made: str, tmp_path: Path) -> None:
     archive(tmp_path / "in", made)
-    assert scan_it(tmp_path / "in" / made).doubts == ()
+    assert scan_it(tmp_path / "in" / made).warnings == ()
 
 
 def test_a_file_that_names_its_split_is_of_it_whatever_its_folder(tmp_path: Path) -> None:
@@ -104,14 +104,14 @@ def test_a_file_that_names_its_split_is_of_it_whatever_its_folder(tmp_path: Path
     archive(tmp_path / "in", "data-test.parquet")
     for source, split in (("test/train-0.tar", "train"), ("data-test.parquet", "test")):
         found = scan_it(tmp_path / "in" / source)
-        assert (list(found.splits), found.doubts) == ([split], ())
+        assert (list(found.splits), found.warnings) == ([split], ())
 
 
 @pytest.mark.parametrize("name", ["evaluation-0.tar", "tests/0000.tar", "pets_validate.parquet"])
 def test_archives_nearly_named_as_splits_are_doubted(name: str, tmp_path: Path) -> None:
     archive(tmp_path / "in", name)
-    (doubt,) = scan_it(tmp_path / "in").doubts
-    assert f"no split named, so training, though {name} is near the name of split '" in doubt
+    (warning,) = scan_it(tmp_path / "in").warnings
+    assert f"no split named, so training, though {name} is near the name of split '" in warning
 
 
 @pytest.mark.parametrize("form", ["tar", "both"])

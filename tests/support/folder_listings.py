@@ -14,7 +14,7 @@ _hooks: list[object] = []
 
 
 @contextmanager
-def counted_listings(top: Path) -> Iterator[Counter[str]]:
+def count_listings(top: Path) -> Iterator[Counter[str]]:
     """Count how often each folder at or below `top` is listed in the block; keys are paths relative to `top`."""
     if not _hooks:  # a hook stays until the process ends
         sys.addaudithook(_hook)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.source_folders import pictures as made
+from tests.support.source_folders import images as made
 from tests.support.source_folders.source import pictures, put, source
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from shards.format.manifest import MANIFEST_NAME, REJECTS_NAME
 from shards.redact import display_name
-from shards.sources.naming.split_lists import doubts_about_lists, splits_of_list
+from shards.sources.naming.split_lists import split_list_warnings, splits_of_list
 from shards.sources.scan import Layout
 from shards.sources.unused import UnusedFiles
-from shards.sources.walk import MAX_DEPTH, is_shard_set, look
+from shards.sources.walk import MAX_DEPTH, is_shard_set, list_folder
 
 TAR_INDEX = "index of a tar that is used"
 PART_OF_SET = "belongs to the shard set that is read"
@@ -20,10 +20,10 @@ _SET_FILES = (MANIFEST_NAME.encode(), REJECTS_NAME.encode())
 _SET_SUFFIXES = (b".index.npy", b".beton")
 
 
-def look_beside(
+def count_non_archive_files(
     source: Path, used: Collection[Path], layout: Layout, splits: Collection[str], unused: UnusedFiles
 ) -> list[str]:
-    """Count the files below a source of archives that are none of those in use; return doubts about them.
+    """Count the files below a source of archives that are none of those in use; return warnings about them.
 
     Args:
         source: the folder; a single file has nothing beside it.
@@ -43,7 +43,7 @@ def look_beside(
         if (status.st_dev, status.st_ino) in seen or len(folder.relative_to(source).parts) > MAX_DEPTH:
             continue
         seen.add((status.st_dev, status.st_ino))
-        contents = look(folder)
+        contents = list_folder(folder)
         below = b"" if folder == source else os.fsencode(folder.relative_to(source)) + b"/"
         contents.add_to(unused, below, folder)
         images += [below + name for name in contents.images]
@@ -59,7 +59,7 @@ def look_beside(
                 unused.add("beside the files that are used", below + name)
                 lists += [path] if splits_of_list(path.name) else []
         pending += [folder / os.fsdecode(name) for name in reversed(contents.folders)]
-    return [*_images_beside(source, used, layout, images), *doubts_about_lists(lists, splits)]
+    return [*_images_beside(source, used, layout, images), *split_list_warnings(lists, splits)]
 
 
 def _images_beside(source: Path, used: Collection[Path], layout: Layout, images: list[bytes]) -> list[str]:

@@ -16,11 +16,11 @@ from shards.sources.layouts.kaggle import kaggle_root, scan_kaggle
 from shards.sources.layouts.members import COMPRESSED_SUFFIXES
 from shards.sources.layouts.parquet import parquet_files, scan_parquet
 from shards.sources.layouts.webdataset import compressed_tars, list_samples, scan_webdataset, tar_files
-from shards.sources.naming.classes import check_imagenet, order_classes, split_off_val
-from shards.sources.naming.doubts import doubts_about, notes_on_order
+from shards.sources.naming.class_warnings import class_order_notes, source_class_warnings
+from shards.sources.naming.classes import imagenet_notes, order_classes, split_off_val
 from shards.sources.naming.split_folders import find_split_folders
 from shards.sources.scan import TRAIN, Layout, Scan, ScanOptions
-from shards.sources.walk import each_folder_once, look
+from shards.sources.walk import cached_folder_listings, list_folder
 
 EXPECTED = (
     "expected class folders (or train/ and val/ of them), ILSVRC2012_img_train.tar, the Kaggle layout (ILSVRC/), "
@@ -30,7 +30,7 @@ _LOOKED_AT = 16
 """Folders that are opened to tell class folders; a source may have a million."""
 
 
-@each_folder_once()
+@cached_folder_listings()
 def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     """List what a source holds, with its classes in order and its splits as asked for.
 
@@ -40,7 +40,7 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     Raises:
         UserError: there is nothing, or nothing usable, at `source`.
     """
-    layout = options.layout or recognise(source)
+    layout = options.layout or detect_layout(source)
     if layout == "parquet":
         found = scan_parquet(source, spool, options.workers, options.classes)
         files = digests_of_files(parquet_files(source), source)
@@ -59,13 +59,13 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     found = split_off_val(found, options.val_fraction, options.seed)
     return replace(
         found,
-        notes=found.notes + notes_on_order(found) + check_imagenet(found),
-        doubts=found.doubts + doubts_about(found),
+        notes=found.notes + class_order_notes(found) + imagenet_notes(found),
+        warnings=found.warnings + source_class_warnings(found),
         digest=digest,
     )
 
 
-@each_folder_once()
+@cached_folder_listings()
 def current_identity(source: Path, layout: Layout) -> Identity:
     """Return what tells the source from others now, as a scan would; nothing is unpacked.
 
@@ -82,8 +82,8 @@ def current_identity(source: Path, layout: Layout) -> Identity:
     return Identity(digest_of_listing(found), found.splits)
 
 
-@each_folder_once()
-def recognise(source: Path) -> Layout:
+@cached_folder_listings()
+def detect_layout(source: Path) -> Layout:
     """The layout that `source` looks like.
 
     Raises:
@@ -96,7 +96,7 @@ def recognise(source: Path) -> Layout:
         return "ilsvrc" if source.name == TRAIN_TAR else kind
     if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
-    if not any(vars(look(source)).values()):
+    if not any(vars(list_folder(source)).values()):
         raise UserError(f"{source}: empty folder; {EXPECTED}")
     return next((layout for layout, looks_so in FOLDERS.items() if looks_so(source)), "folder")
 
@@ -108,9 +108,9 @@ def _has_class_folders(source: Path) -> bool:
     except UserError:  # which the scanner of another layout need not say
         return False
     if any(root != source for root in roots):
-        classes = (root / os.fsdecode(name) for root in roots for name in look(root).folders[:_LOOKED_AT])
+        classes = (root / os.fsdecode(name) for root in roots for name in list_folder(root).folders[:_LOOKED_AT])
         return any(map(_holds_images, classes))
-    contents = look(source)
+    contents = list_folder(source)
     folders = [source / os.fsdecode(name) for name in contents.folders[:_LOOKED_AT]]
     # A compressed tar beside class folders is what they were unpacked from.
     data = _UNCOMPRESSED if folders else _DATA
@@ -125,10 +125,10 @@ def _lists_of_tars(source: Path) -> bool:
 
 def _holds_images(folder: Path) -> bool:
     """Whether a folder, or one in it, holds images, and no tars or Parquet files."""
-    contents = look(folder)
+    contents = list_folder(folder)
     if any(name.lower().endswith(_DATA) for name in contents.files):
         return False
-    below = (look(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
+    below = (list_folder(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
     return bool(contents.images) or any(inside.images for inside in below)
 
 

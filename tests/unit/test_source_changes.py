@@ -21,7 +21,7 @@ from shards.convert.source_attribute import ATTRIBUTE
 from shards.errors import UserError
 from shards.format.manifest import Manifest
 from shards.sources.scan import ScanOptions
-from tests.support.listings import counted_listings
+from tests.support.folder_listings import count_listings
 from tests.support.sources import class_folders, folders, jpeg, labelled_tar, tars
 
 SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
@@ -195,11 +195,11 @@ def test_a_part_does_not_list_a_source_that_looks_the_same(tmp_path: Path) -> No
     """Thousands of them would list millions of files at once."""
     source = made_long_ago(folders(tmp_path / "in"))
     begin(source, tmp_path / "set", "part")
-    with counted_listings(source) as listings:
+    with count_listings(source) as listings:
         convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
     assert listings == {}
     (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
-    with counted_listings(source) as listings:
+    with count_listings(source) as listings:
         convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
     assert set(listings) > {"train/cat"}, "the counter counts"
 
@@ -276,11 +276,11 @@ def test_the_folder_above_the_set_and_names_that_are_not_utf_8_do_not_look_chang
     (source / "train").rename(around)
     made_long_ago(source)
     convert(source, source / "set", SMALL, ConversionPart(1, 3))
-    with counted_listings(around) as listings:
+    with count_listings(around) as listings:
         convert(source, source / "set", SMALL, ConversionPart(2, 3))
     assert listings == {}
     os.utime(around)
-    with counted_listings(around) as listings:
+    with count_listings(around) as listings:
         convert(source, source / "set", SMALL, ConversionPart(3, 3))
     assert listings
 

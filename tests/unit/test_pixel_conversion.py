@@ -14,7 +14,7 @@ from PIL import Image, ImageCms
 
 from shards.images.accept import accept
 from shards.images.rules import Accepted, ImageRules, Rejected
-from tests.support.bombs import LONG, SHORT, tiff
+from tests.support.decompression_bombs import LONG, SHORT, tiff
 
 RULES = ImageRules()
 HEIGHT, WIDTH = 16, 64

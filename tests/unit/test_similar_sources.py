@@ -12,7 +12,7 @@ from PIL import Image
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.errors import UserError
-from shards.sources.layouts.recognise import scan
+from shards.sources.layouts.detect import scan
 from shards.sources.scan import ScanOptions
 from tests.support.sources import jpeg
 
@@ -51,7 +51,7 @@ def test_class_tars_named_like_shards_are_doubted(names: tuple[str, ...], tmp_pa
     for name in names:
         tar(tmp_path / f"{name}.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
     found = scan(tmp_path, ONE, tmp_path / "spool")
-    assert any("named like numbered shards" in doubt for doubt in found.doubts)
+    assert any("named like numbered shards" in warning for warning in found.warnings)
 
 
 def bitmaps(root: Path, shade: int) -> Path:
@@ -97,6 +97,6 @@ def test_images_beside_a_tar_are_doubted(tmp_path: Path) -> None:
         (tmp_path / name / "x.jpg").write_bytes(jpeg(1))
     tar(tmp_path / "backup.tar", [("0.jpg", jpeg(0)), ("0.cls", b"0"), ("1.jpg", jpeg(1)), ("1.cls", b"1")])
     found = scan(tmp_path, ONE, tmp_path / "spool")
-    (doubt,) = found.doubts
-    assert "read as webdataset because of" in doubt
-    assert "2 images beside that (such as a/x.jpg) are not used; --from folder reads class folders instead" in doubt
+    (warning,) = found.warnings
+    assert "read as webdataset because of" in warning
+    assert "2 images beside that (such as a/x.jpg) are not used; --from folder reads class folders instead" in warning

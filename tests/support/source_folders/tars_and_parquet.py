@@ -9,7 +9,7 @@ import tarfile
 from pathlib import Path
 from zlib import crc32
 
-from tests.support.source_folders.pictures import jpeg
+from tests.support.source_folders.images import jpeg
 from tests.support.source_folders.source import put, source
 
 FORK = b"\0\5\x16\7" + bytes(60)
