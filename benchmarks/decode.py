@@ -36,7 +36,7 @@ import tyro
 from nvidia.dali import Pipeline, fn, types
 from PIL import Image
 
-from benchmarks.taking_turns import Maker, machine, medians, take_turns
+from benchmarks.interleaved import Maker, machine, medians, run_interleaved
 from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows
 from pipeline.augment.recipe import augment_recipe
@@ -161,7 +161,7 @@ def main() -> None:
             for load in loads
         }
         units = options.batches * options.batch
-        turns = take_turns(makers, rounds=options.rounds, units=units, warm_up=3 * options.batch)
+        turns = run_interleaved(makers, rounds=options.rounds, units=units, warm_up=3 * options.batch)
     settings = {"batch": options.batch, "rounds": options.rounds, "threads": cores()}
     result = {"machine": machine(device), "settings": settings, "medians": medians(turns)}
     for name, figures in sorted(result["medians"].items(), key=lambda item: -item[1]["rate"]):

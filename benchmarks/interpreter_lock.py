@@ -52,7 +52,7 @@ from numpy.typing import NDArray
 from nvidia.dali import Pipeline, fn
 from torch import Tensor
 
-from benchmarks.taking_turns import machine
+from benchmarks.interleaved import machine
 from launch.cli import main as pipeline
 from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
@@ -66,7 +66,7 @@ from pipeline.jobs import MIX_STEPS, JobStream, TrainJobs
 from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import TrainPlan
 from pipeline.storage.bad_samples import BadSamples
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
 
@@ -340,7 +340,7 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
     tasks = TrainJobs(plan=plan, shape=shape, augment=recipe, epochs=MANY_EPOCHS, start=plan.at(0))
     stream = JobStream(dataset=dataset, split="train", jobs=tasks, options=LoaderOptions())
     process = FeedProcess(stream, BadSamples(budget=0, samples=plan.samples, seed=0))
-    with contextlib.closing(process), SampleReader(storage_of(dataset, "train")) as reader:
+    with contextlib.closing(process), SampleReader(open_storage(dataset, "train")) as reader:
         process.wait_until_ready()
         handed = process.batches()
         encoded = reader.read(plan.ids(plan.at(0))).checked()

@@ -33,7 +33,7 @@ from pipeline.decode.hardware import find_jpeg_engine
 from pipeline.decode.job import DecodeJob, Decoder
 from pipeline.options import Settings
 from pipeline.storage.buffer_pool import BufferPool
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
 
 LOADS = (0.0, 1.0, 0.9)
@@ -89,7 +89,7 @@ def first_batch(feed: Feed) -> DecodeJob:
     """The first batch of training, encoded, with its crop windows and flips."""
     plan, ids = feed.plan, feed.plan.ids(feed.plan.at(0), feed.shape.rows(0))
     pinned = feed.world.device.type == "cuda"
-    with SampleReader(storage_of(feed.dataset, "train"), check=False, buffers=BufferPool(pinned=pinned)) as reader:
+    with SampleReader(open_storage(feed.dataset, "train"), check=False, buffers=BufferPool(pinned=pinned)) as reader:
         encoded = reader.read(ids).checked()
     rows = encoded.rows
     drawn = draw(feed.augment, seed=plan.seed, epoch=0, ids=ids, heights=rows["height"], widths=rows["width"])

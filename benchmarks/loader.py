@@ -33,7 +33,7 @@ import tyro
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from benchmarks.taking_turns import Maker, machine, medians, ratio, take_turns
+from benchmarks.interleaved import Maker, machine, medians, ratio, run_interleaved
 from launch.cli import main as pipeline
 from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import augment_recipe
@@ -204,7 +204,7 @@ def main() -> None:
                 "FFCV's own": partial(ffcv, dataset, device),
             }
             pairs += [("ours, FFCV", "FFCV's own"), ("ours, FFCV", "PIL DataLoader")]
-        turns = take_turns(makers, rounds=options.rounds, units=options.images, warm_up=8 * BATCH)
+        turns = run_interleaved(makers, rounds=options.rounds, units=options.images, warm_up=8 * BATCH)
     result = {
         "machine": machine(device),
         "settings": {"batch": BATCH, "size": SIZE, "rounds": options.rounds, "images": options.images},

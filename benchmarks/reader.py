@@ -31,7 +31,7 @@ import torch
 import tyro
 from numpy.typing import NDArray
 
-from benchmarks.taking_turns import machine, medians, ratio, take_turns
+from benchmarks.interleaved import machine, medians, ratio, run_interleaved
 from launch.cli import main as pipeline
 from pipeline import jobs
 from pipeline.augment.recipe import augment_recipe
@@ -39,7 +39,7 @@ from pipeline.batch_shape import BatchShape
 from pipeline.loader import TrainLoader
 from pipeline.plan import TrainPlan
 from pipeline.storage.files import LocalFiles
-from pipeline.storage.placement import Storage, storage_of
+from pipeline.storage.placement import Storage, open_storage
 from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
 
@@ -71,7 +71,7 @@ def batches(dataset: ShardSet) -> Iterator[tuple[NDArray[np.int64], int]]:
 
 
 def ours(dataset: ShardSet) -> Iterator[int]:
-    with SampleReader(storage_of(dataset, "train")) as reader:
+    with SampleReader(open_storage(dataset, "train")) as reader:
         for encoded, _ in reader.read_ahead(batches(dataset), ahead=4):
             yield sum(map(len, encoded.checked().images))
 
@@ -118,18 +118,18 @@ class SlowFiles(LocalFiles):
         time.sleep(LATENCY)
         super().read(file, target, offset)
 
-    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+    def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
         return False  # network file systems cannot tell what is cached
 
 
 def slow_storage(dataset: ShardSet, split: str, **options: Any) -> Storage:
     paths = [dataset.path / shard.name for shard in dataset.split(split).shards]
-    return dataclasses.replace(storage_of(dataset, split, **options), files=SlowFiles(paths))
+    return dataclasses.replace(open_storage(dataset, split, **options), files=SlowFiles(paths))
 
 
 def loader(dataset: ShardSet, *, slow: bool) -> Iterator[int]:
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=BATCH, seed=0)
-    jobs.storage_of = slow_storage if slow else storage_of
+    jobs.open_storage = slow_storage if slow else open_storage
     with TrainLoader(
         dataset, plan, BatchShape(global_batch=BATCH), augment_recipe("light"), epochs=1000, device=CPU
     ) as images:
@@ -149,8 +149,8 @@ def main() -> None:
         size = sum(shard.bytes for shard in dataset.split("train").shards)
         names = ("ours", "read(2)", "memory copy")
         makers = dict(zip(names, (partial(f, dataset) for f in (ours, system_reads, memory_copies)), strict=True))
-        reading = take_turns(makers, rounds=options.rounds, units=5 * size, warm_up=size)
-        latency = take_turns(
+        reading = run_interleaved(makers, rounds=options.rounds, units=5 * size, warm_up=size)
+        latency = run_interleaved(
             {
                 "without latency": partial(loader, dataset, slow=False),
                 "20 ms a read": partial(loader, dataset, slow=True),

@@ -59,7 +59,8 @@ class BackgroundLoader(ABC):
         self._closing = False
         if self._loader != "synthetic":
             with open_reader(dataset, split, options, beton=self._loader == "ffcv") as reader:
-                quick_check(dataset, split, reader, rank=rank, world=world, one_fault_is_fine=options.skip_budget > 0)
+                skips = options.skip_budget > 0
+                quick_check(dataset, split, reader, rank=rank, world=world, allow_one_bad_sample=skips)
 
     @property
     def bad_samples(self) -> int:

@@ -20,7 +20,7 @@ from pipeline.options import LoaderOptions
 from pipeline.plan import NO_SAMPLE, EvalPlan, Ids, Position, ShardRequest, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
 
@@ -202,7 +202,7 @@ def open_reader(
     dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: BufferPool | None = None, beton: bool = False
 ) -> SampleReader:
     """A reader of a split, as the options say."""
-    storage = storage_of(dataset, split, beton=beton)
+    storage = open_storage(dataset, split, beton=beton)
     threads = options.settings.read_threads
     return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers)
 

@@ -114,13 +114,13 @@ class Look:
         from pipeline.augment.describe import describe
         from pipeline.augment.params import draw
         from pipeline.augment.reference import reference_sample
-        from pipeline.storage.placement import storage_of
+        from pipeline.storage.placement import open_storage
         from pipeline.storage.reader import SampleReader
 
         batch = first_batch(dataset, plan, position, recipe, LoaderOptions(loader=self.loader))
         after = shown(batch.images.float().cpu().numpy(), recipe)
         beton = self.loader == "ffcv" or not dataset.split("train").tars
-        with SampleReader(storage_of(dataset, "train", beton=beton)) as reader:
+        with SampleReader(open_storage(dataset, "train", beton=beton)) as reader:
             encoded = reader.read(batch.ids).checked()
         sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
         params = draw(recipe, seed=plan.seed, epoch=position.epoch, ids=batch.ids, **sizes)

@@ -49,8 +49,8 @@ class Handed:
     """Without its images."""
     places: NDArray[np.int64]
     """int64 [n, 3]: number of the buffer, first byte and end of each image."""
-    met: set[int]
-    """All ids of bad samples met so far."""
+    bad_ids: set[int]
+    """Ids of all bad samples found so far."""
     dropped: list[int]
     """Numbers of buffers that will not be used again."""
 
@@ -60,7 +60,7 @@ class End:
     """Nothing follows."""
 
     error: BaseException | None
-    met: set[int]
+    bad_ids: set[int]
 
 
 class Channel:

@@ -133,7 +133,7 @@ class FeedProcess:
             elif isinstance(message, Handed):
                 yield self._mapped(message)
             elif isinstance(message, End):
-                self._bad.met.update(message.met)
+                self._bad.ids.update(message.bad_ids)
                 if message.error is not None:
                     raise message.error
                 return
@@ -176,7 +176,7 @@ class FeedProcess:
             self._buffers.pop(number, None)
         leases = {number: self._lease(number) for number in np.unique(handed.places[:, 0]).tolist()}
         images = [leases[number][start:end] for number, start, end in handed.places.tolist()]
-        self._bad.met.update(handed.met)
+        self._bad.ids.update(handed.bad_ids)
         return with_images(handed.batch, images)
 
     def _lease(self, number: int) -> NDArray[np.uint8]:

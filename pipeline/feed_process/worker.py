@@ -86,7 +86,7 @@ class _Feeder:
         except BaseException as raised:  # whatever it was, it belongs to the consumer
             error = portable(raised)
         with contextlib.suppress(OSError):
-            self._channel.send(End(error, bad.met))
+            self._channel.send(End(error, bad.ids))
         self._listener.join()
 
     def _hand_over(self, batch: PreparedBatch, bad: BadSamples) -> None:
@@ -107,7 +107,7 @@ class _Feeder:
             for handle in handles:
                 os.close(handle)
         dropped = self._buffers.dropped()
-        handed = Handed(with_images(batch, []), np.array(places, np.int64).reshape(-1, 3), bad.met, dropped)
+        handed = Handed(with_images(batch, []), np.array(places, np.int64).reshape(-1, 3), bad.ids, dropped)
         self._channel.send(handed)
 
     def _listen(self) -> None:

@@ -32,13 +32,13 @@ class BadSamples:
 
     def __init__(self, *, budget: int, samples: int, seed: int) -> None:
         self._budget, self._samples, self._seed = budget, samples, seed
-        self.met: set[int] = set()
+        self.ids: set[int] = set()
         """Ids of the bad samples met so far."""
 
     @property
     def count(self) -> int:
         """Different bad samples met so far."""
-        return len(self.met)
+        return len(self.ids)
 
     def replace_bad_samples(self, encoded: Encoded, reader: SampleReader, *, epoch: int) -> Encoded:
         """The batch with all rows good; its `ids` are those of what it holds.
@@ -67,11 +67,11 @@ class BadSamples:
         raise ShardSetError(f"{TRIES} substitutes for a bad sample are bad as well; the sample: {fault.error}")
 
     def _note(self, fault: Fault) -> None:
-        self.met.add(fault.id)
+        self.ids.add(fault.id)
         if self._budget == 0:
             raise fault.error
-        if len(self.met) > self._budget:
+        if len(self.ids) > self._budget:
             raise ShardSetError(
-                f"{len(self.met)} bad samples are more than --bad-samples skip:{self._budget} allows; "
+                f"{len(self.ids)} bad samples are more than --bad-samples skip:{self._budget} allows; "
                 f"the last one: {fault.error}"
             )

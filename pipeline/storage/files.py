@@ -42,7 +42,7 @@ class ShardFiles(Protocol):
         """Return whether a few bytes anywhere in a file can be read without the rest of it."""
         ...
 
-    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+    def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
         """The same if it takes no waiting, as when the bytes are in the page cache; False otherwise."""
         ...
 
@@ -94,7 +94,7 @@ class LocalFiles:
     def random_access(self) -> bool:
         return True
 
-    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+    def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
         handle = self._open.get(file)
         return handle is not None and read_cached(handle.number, target, offset)
 
@@ -108,7 +108,7 @@ class LocalFiles:
         return str(self._paths[file])
 
     @property
-    def open_now(self) -> int:
+    def open_count(self) -> int:
         """Descriptors held."""
         return len(self._open)
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.plan import Ids
 from pipeline.storage.files import LocalFiles, ShardFiles
 from pipeline.storage.remote.shard_set import RemoteSet
-from pipeline.storage.remote.staging import StagedFile, whole
+from pipeline.storage.remote.staging import StagedFile, whole_file
 from shards.errors import ShardSetError
 from shards.format.dataset import ShardSet
 from shards.format.index import Index
@@ -22,7 +22,7 @@ from shards.format.tar import BLOCK
 
 
 @dataclass(frozen=True)
-class Places:
+class SampleLocations:
     """Where n samples are stored, and what is known of their bytes. All arrays are [n]."""
 
     rows: NDArray[np.void]
@@ -48,7 +48,7 @@ class Storage:
     starts: NDArray[np.int64] | None = None
     """int64 [shards]: where each file's bytes begin, if files are parts of one."""
 
-    def locate(self, ids: Ids) -> Places:
+    def locate(self, ids: Ids) -> SampleLocations:
         """Find samples; O(len(ids))."""
         rows = self.index[ids]
         shards = rows["shard"].astype(np.int64)
@@ -57,7 +57,7 @@ class Storage:
             raw = sizes == rows["height"].astype(np.int64) * rows["width"] * 3
         else:
             raw = np.zeros(len(ids), np.bool_)
-        return Places(
+        return SampleLocations(
             rows=rows,
             files=np.zeros_like(shards) if self.one_file else shards,
             offsets=offsets if self.starts is None else offsets - self.starts[shards],
@@ -71,7 +71,7 @@ class Storage:
         return tar_key(self.files, file, offset) if is_tar else None
 
 
-def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int | None = None) -> Storage:
+def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int | None = None) -> Storage:
     """The stored samples of a set.
 
     Args:
@@ -86,7 +86,8 @@ def storage_of(dataset: ShardSet, split: str, *, beton: bool = False, max_open: 
     if entry.tars and not (beton and entry.beton):
         index = dataset.index(split)
         if remote:
-            return Storage(index, remote.files([whole(shard.name, shard.bytes, shard.hash) for shard in entry.shards]))
+            files = [whole_file(shard.name, shard.bytes, shard.hash) for shard in entry.shards]
+            return Storage(index, remote.files(files))
         return Storage(index, LocalFiles([dataset.path / shard.name for shard in entry.shards], max_open=max_open))
     assert entry.beton is not None
     path = dataset.path / entry.beton.name

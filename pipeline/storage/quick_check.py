@@ -22,7 +22,7 @@ def quick_check(
     rank: int = 0,
     world: int = 1,
     seconds: float = SECONDS,
-    one_fault_is_fine: bool = False,
+    allow_one_bad_sample: bool = False,
 ) -> int:
     """Compare every file's size, then the first and the last sample of as many shards as there is time for.
 
@@ -32,7 +32,7 @@ def quick_check(
         reader: of the split.
         rank, world: this rank among all. Each begins at another shard, so that together they look at more of them.
         seconds: to spend on samples, at least one look at some.
-        one_fault_is_fine: a shard with one bad sample of two is left to whoever reads it.
+        allow_one_bad_sample: a shard with one bad sample of two is left to whoever reads it.
 
     Returns:
         Shards whose samples were looked at; 0 of a set whose server sends whole files only, as each of those is checked
@@ -53,13 +53,13 @@ def quick_check(
     for at in range(0, len(shards), SHARDS_AT_ONCE):
         some = shards[at : at + SHARDS_AT_ONCE]
         ids = np.stack([first[some], first[some] + counts[some] - 1], axis=1).ravel()
-        _judge(reader, reader.read(ids), some, one_fault_is_fine)
+        _judge(reader, reader.read(ids), some, allow_one_bad_sample)
         if time.monotonic() > end:
             return at + len(some)
     return len(shards)
 
 
-def _judge(reader: SampleReader, looked_at: Encoded, shards: np.ndarray, one_fault_is_fine: bool) -> None:
+def _judge(reader: SampleReader, looked_at: Encoded, shards: np.ndarray, allow_one_bad_sample: bool) -> None:
     bad = {fault.row for fault in looked_at.faults}
     for place, shard in enumerate(shards.tolist()):
         if {2 * place, 2 * place + 1} <= bad:
@@ -67,5 +67,5 @@ def _judge(reader: SampleReader, looked_at: Encoded, shards: np.ndarray, one_fau
                 f"{reader.file_of(shard)}: neither its first nor its last sample is the one in the index: "
                 "stale, or another shard under its name; copy it again, or run 'pipeline verify' on the set"
             )
-    if not one_fault_is_fine:
+    if not allow_one_bad_sample:
         looked_at.checked()

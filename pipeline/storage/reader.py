@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 from pipeline.options import Settings
 from pipeline.plan import Ids, ShardRequest
 from pipeline.storage.buffer_pool import BufferPool
-from pipeline.storage.placement import Places, Storage
+from pipeline.storage.placement import SampleLocations, Storage
 from shards.errors import ShardSetError, StorageFailed
 
 T = TypeVar("T")
@@ -160,13 +160,13 @@ class SampleReader:
         buffer = self._buffers.bytes(int(places.sizes.sum()))
         images = [buffer[start:end] for start, end in pairwise([0, *np.cumsum(places.sizes).tolist()])]
         batch = Encoded(ids=ids, images=images, rows=places.rows, raw=places.raw)
-        read_now = self._storage.files.read_now
+        read_if_cached = self._storage.files.read_if_cached
         # Neighbours in storage are read by one task: sorting by place makes them neighbours here.
         by_place = np.lexsort((places.offsets, places.files))
         waiting = []
         for sample in self._samples(places, by_place):
             row, file, offset, expected = sample
-            if not (read_now(file, images[row], offset) and _is_good(images[row], expected)):
+            if not (read_if_cached(file, images[row], offset) and _is_good(images[row], expected)):
                 waiting.append(sample)
         tasks = [
             self._pool.submit(self._read_some, batch, waiting[start : start + SAMPLES_PER_TASK])
@@ -174,7 +174,7 @@ class SampleReader:
         ]
         return batch, tasks
 
-    def _samples(self, places: Places, order: NDArray[np.int64]) -> list[Sample]:
+    def _samples(self, places: SampleLocations, order: NDArray[np.int64]) -> list[Sample]:
         hashes = places.rows["hash"].tolist()
         if not self._check:
             hashes = [None] * len(hashes)

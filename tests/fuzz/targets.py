@@ -30,7 +30,7 @@ from launch.run.metrics_file import METRICS_NAME, read_metrics
 from launch.run.progress import Progress
 from launch.run.saved_recipe import RECIPE_NAME, read_saved_run
 from launch.run.status import STATUS_NAME, read_status
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from shards.convert.convert import convert
 from shards.convert.options import Options
 from shards.convert.parts import ConversionPart
@@ -104,7 +104,7 @@ def _use(path: Path, *, beton: bool = False) -> None:
     for split in dataset.manifest.splits:
         dataset.shard_samples(split)
         dataset.check_sizes(split)
-        storage = storage_of(dataset, split, beton=beton)
+        storage = open_storage(dataset, split, beton=beton)
         storage.locate(np.arange(min(len(storage.index), 16)))
     [entry.title for entry in dataset.manifest.classes]
 

@@ -14,7 +14,7 @@ from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import EvalPlan, TrainPlan
 from pipeline.storage.cache.cache import Cache
-from pipeline.storage.cache.part import Part
+from pipeline.storage.cache.partial_file import PartialFile
 from pipeline.storage.remote import client as remote
 from pipeline.storage.remote import staged_files
 from shards.format.dataset import ShardSet
@@ -80,7 +80,7 @@ def shards_of(path: Path, split: str = "train") -> list[str]:
 def put(cache: Cache, name: str, size: int) -> int:
     """Fetch a file of zeros; returns a lease of it."""
     part = cache.begin(cache.folder / "set" / name, size)
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         part.append(bytes(size))
         return part.finish()

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull, DiskFull
-from pipeline.storage.cache.part import Part
+from pipeline.storage.cache.partial_file import PartialFile
 from pipeline.storage.remote.shard_set import RemoteSet, open_set
 from shards.format.dataset import ShardSet
 from tests.support import disks
@@ -52,7 +52,7 @@ def test_a_full_cache_disk_costs_speed_alone(
 def test_what_was_written_when_the_disk_was_full_is_in_nobody_s_way(small_disk: Path) -> None:
     cache = Cache(small_disk / "cache", 1 << 30)
     part = cache.begin(cache.folder / "set" / "a", 2 << 20)
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         part.append(bytes(1 << 20))
         fill(small_disk)
@@ -65,12 +65,12 @@ def test_files_of_the_cache_make_room_for_others_on_a_full_disk(small_disk: Path
     cache = Cache(small_disk / "cache", 1 << 30)
     for name in ("a", "b"):
         part = cache.begin(cache.folder / "set" / name, 1 << 20)
-        assert isinstance(part, Part)
+        assert isinstance(part, PartialFile)
         with part:
             part.append(bytes(1 << 20))
             os.close(part.finish())
     part = cache.begin(cache.folder / "set" / "c", 3 << 19)
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         assert [path.name for path in sorted((cache.folder / "set").iterdir())][:1] == ["b"]
         with pytest.raises(DiskFull, match=r"no space left on the device for the 2,097,152 bytes of d"):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull, ForeignFile
 from pipeline.storage.cache.folder import LOCK, MARKER
-from pipeline.storage.cache.part import Busy, Part
+from pipeline.storage.cache.partial_file import Busy, PartialFile
 from pipeline.storage.cache.record import NAME as RECORD
 from pipeline.storage.remote.shard_set import open_set, set_folder
 from shards.errors import UserError
@@ -43,7 +43,7 @@ def fetch(cache: Cache, name: str, folder: str = "set-a", content: bytes = CONTE
         os.close(lease)
         return False
     part = cache.begin(path, len(content))
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         part.append(content[part.done :])
         os.close(part.finish())
@@ -284,7 +284,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
     path = cache.folder / "set-a" / "a.tar"
     part = cache.begin(path, len(CONTENT))
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         part.append(CONTENT)
         path.write_bytes(b"mine")
@@ -367,7 +367,7 @@ def test_a_folder_that_is_removed_meanwhile_is_made_anew(tmp_path: Path, when: s
         shutil.rmtree(cache.folder)
     else:
         part = cache.begin(cache.folder / "set-a" / "b.tar", len(CONTENT))
-        assert isinstance(part, Part)
+        assert isinstance(part, PartialFile)
         with part:
             part.append(CONTENT)
             shutil.rmtree(cache.folder)
@@ -598,7 +598,7 @@ def test_a_part_of_another_user_is_resumed_in_a_shared_cache(group: tuple[Path, 
     def begin(done: int) -> int:
         cache = Cache(place, 250, True)
         part = cache.begin(cache.folder / "set-a" / "a.tar", len(CONTENT))
-        assert isinstance(part, Part)
+        assert isinstance(part, PartialFile)
         with part:
             found = part.done
             part.append(CONTENT[part.done : done])

@@ -197,7 +197,7 @@ def test_what_was_damaged_in_the_cache_is_fetched_again(
     assert isinstance(dataset, RemoteSet)
     dataset.index("train")
     entry = next(shard for shard in dataset.split("train").shards if shard.name == "train-000000.tar")
-    whole = staging.whole(entry.name, entry.bytes, entry.hash)
+    whole = staging.whole_file(entry.name, entry.bytes, entry.hash)
     os.close(staging.stage_now(whole, dataset._remote, dataset.cache, dataset.path))
     path = dataset.path / name
     if how == "emptied":

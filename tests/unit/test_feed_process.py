@@ -161,7 +161,7 @@ def test_what_is_known_of_bad_samples_outlives_the_process(copied: Path) -> None
     for sample in (3, 11):
         flip_a_bit(copied, sample)
     with train(ShardSet(copied), bad_samples="skip:1") as loader:
-        loader._bad.met.add(3)
+        loader._bad.ids.add(3)
         with pytest.raises(ShardSetError, match="2 bad samples are more than --bad-samples skip:1 allows"):
             list(loader)
         assert loader.bad_samples == 2

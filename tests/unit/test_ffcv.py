@@ -23,7 +23,7 @@ from pipeline.decode.job import DecodeError, DecodeJob
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import LoaderName
 from pipeline.plan import EvalPlan, TrainPlan
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
 from pipeline.storage.remote.shard_set import open_set
 from shards.errors import ShardSetError, UserError
@@ -116,7 +116,7 @@ def test_pixels_are_close_to_pils_however_the_set_is_stored(sets: dict[str, Path
         shown = [next(loader) for _ in range(3)]
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
     errors = []
-    with SampleReader(storage_of(ShardSet(sets["tars"]), "train")) as tars:
+    with SampleReader(open_storage(ShardSet(sets["tars"]), "train")) as tars:
         for (job, _), batch in zip(jobs, shown, strict=False):
             pixels = ((batch.images * std + mean) * 255).permute(0, 2, 3, 1).numpy()
             assert job.flip is not None

@@ -19,7 +19,7 @@ from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
 from pipeline.options import DaliOptions, Settings
 from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.errors import UserError
 from shards.format.dataset import ShardSet
@@ -50,7 +50,7 @@ def test_training_batches_are_the_plan_s_samples_cropped_and_flipped_as_drawn(ph
     dataset = ShardSet(photos)
     index = dataset.index("train")
     errors = []
-    with loader, SampleReader(storage_of(dataset, "train")) as reader:
+    with loader, SampleReader(open_storage(dataset, "train")) as reader:
         batches = list(loader)
         assert [b.position.step for b in batches] == list(range(plan.steps_per_epoch))
         for batch in batches:
@@ -196,7 +196,7 @@ def test_evaluation_pixels_are_the_recipe_s(photos: Path) -> None:
     loader = EvalLoader(
         dataset, EvalPlan(samples, batch=samples), size=112, mean=recipe.mean, std=recipe.std, device=CPU
     )
-    with loader, SampleReader(storage_of(dataset, "val")) as reader:
+    with loader, SampleReader(open_storage(dataset, "val")) as reader:
         batch = next(loader)
         encoded = reader.read(np.arange(samples)).checked()
     shown = pixels_of(batch, recipe)

@@ -65,7 +65,7 @@ def first_byte(n):
 
 with ThreadPoolExecutor(16) as pool:
     assert list(pool.map(first_byte, range(300))) == [n % 256 for n in range(300)]
-assert files.open_now <= 16, files.open_now
+assert files.open_count <= 16, files.open_count
 print("read")
 """
 

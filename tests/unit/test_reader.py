@@ -19,7 +19,7 @@ from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import NO_SAMPLE, EvalPlan, TrainPlan
 from pipeline.storage.files import LocalFiles
-from pipeline.storage.placement import storage_of, tar_key
+from pipeline.storage.placement import open_storage, tar_key
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import SampleReader
 from shards.errors import ShardSetError, UserError
@@ -75,7 +75,7 @@ def batches_of(loader: TrainLoader) -> list[Batch]:
 def test_the_bytes_are_those_of_the_tars_in_the_order_asked_for(photos: Path) -> None:
     dataset = ShardSet(photos)
     ids = np.array([5, 60, 5, 0, 33])
-    with SampleReader(storage_of(dataset, "train")) as reader:
+    with SampleReader(open_storage(dataset, "train")) as reader:
         found = reader.read(ids).checked()
     for sample, image in zip(ids.tolist(), found.images, strict=True):
         shard, offset, size = shard_of(photos, sample)
@@ -86,13 +86,13 @@ def test_the_bytes_are_those_of_the_tars_in_the_order_asked_for(photos: Path) ->
 def test_a_set_of_many_shards_reads_within_few_file_descriptors(photos: Path) -> None:
     dataset = ShardSet(photos)
     ids = np.roll(np.arange(dataset.split("train").samples), 17)
-    storage = storage_of(dataset, "train", max_open=2)
+    storage = open_storage(dataset, "train", max_open=2)
     assert len(dataset.split("train").shards) > 2
     assert isinstance(storage.files, LocalFiles)
-    with SampleReader(storage, threads=2) as few, SampleReader(storage_of(dataset, "train")) as free:
+    with SampleReader(storage, threads=2) as few, SampleReader(open_storage(dataset, "train")) as free:
         for _ in range(3):
             images = few.read(ids).checked().images
-            assert storage.files.open_now <= 2
+            assert storage.files.open_count <= 2
         assert all(np.array_equal(a, b) for a, b in zip(images, free.read(ids).checked().images, strict=True))
 
 
@@ -128,7 +128,7 @@ def test_the_look_before_training_is_bounded_and_begins_elsewhere_on_another_ran
     shards = len(dataset.split("train").shards)
     assert shards >= 3
     monkeypatch.setattr("pipeline.storage.quick_check.SHARDS_AT_ONCE", 1)
-    with SampleReader(storage_of(dataset, "train")) as reader:
+    with SampleReader(open_storage(dataset, "train")) as reader:
         assert quick_check(dataset, "train", reader) == shards
         swap(copied)
         assert quick_check(dataset, "train", reader, seconds=0) == 1, "shard 0 is good"

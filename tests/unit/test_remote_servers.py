@@ -23,7 +23,7 @@ import pytest
 
 from pipeline.plan import ShardRequest
 from pipeline.storage.files import Interrupted
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
 from pipeline.storage.remote import client as remote
 from pipeline.storage.remote import shard_set as remote_set
@@ -348,7 +348,7 @@ def test_each_file_of_a_server_without_ranges_is_taken_once(plain_server: str, p
     dataset = open_set(plain_server, cache=tmp_path)
     local = ShardSet(photos)
     ids = np.random.default_rng(0).permutation(local.split("train").samples)
-    with SampleReader(storage_of(dataset, "train")) as reader, SampleReader(storage_of(local, "train")) as expected:
+    with SampleReader(open_storage(dataset, "train")) as reader, SampleReader(open_storage(local, "train")) as expected:
         assert not reader.random_access()
         for some in np.array_split(ids, 8):
             found, wanted = reader.read(some).checked(), expected.read(some).checked()
@@ -362,7 +362,7 @@ def test_a_server_without_ranges_needs_room_for_a_file(plain_server: str, photos
     room = min(shard.bytes for shard in shards) // 2
     dataset = open_set(plain_server, cache=tmp_path, cache_gib=room / GIB)
     with (
-        SampleReader(storage_of(dataset, "train"), threads=4) as reader,
+        SampleReader(open_storage(dataset, "train"), threads=4) as reader,
         pytest.raises(NoRanges, match=r"ignores Range requests.*--cache-size.*nginx") as raised,
     ):
         reader.read(np.arange(20))
@@ -376,7 +376,7 @@ def test_a_server_without_ranges_needs_room_for_what_is_read_at_a_time(
     shards = ShardSet(photos).split("train").shards
     room = sum(shard.bytes for shard in shards) - 1
     dataset = open_set(plain_server, cache=tmp_path, cache_gib=room / GIB)
-    with SampleReader(storage_of(dataset, "train")) as reader:
+    with SampleReader(open_storage(dataset, "train")) as reader:
         reader.random_access()
         reader.prefetch(iter([ShardRequest(0, 9, list(range(len(shards))))]))
         with pytest.raises(NoRanges, match=rf"bytes are needed at a time, the cache may hold {room:,}"):

@@ -76,12 +76,12 @@ def test_what_can_be_read_without_waiting_is_not_read_again(storage: Storage, mo
         waited.append((file, offset))
         read(file, target, offset)
 
-    def read_now(file: int, target: NDArray[np.uint8], offset: int) -> bool:
+    def read_if_cached(file: int, target: NDArray[np.uint8], offset: int) -> bool:
         read(file, target, offset)
         return offset > 0
 
     monkeypatch.setattr(storage.files, "read", read_later)
-    monkeypatch.setattr(storage.files, "read_now", read_now)
+    monkeypatch.setattr(storage.files, "read_if_cached", read_if_cached)
     damage(storage, 25)
     with SampleReader(storage) as reader:
         batch = reader.read(ids(25, 0, 39))
@@ -202,7 +202,7 @@ def test_batches_are_read_by_the_threads_that_are_asked_for(storage: Storage, mo
                 all_taken.set()
             yield ids(*range(8 * number, 8 * number + 8)), None
 
-    def read_now(_file: int, _target: NDArray[np.uint8], offset: int) -> bool:
+    def read_if_cached(_file: int, _target: NDArray[np.uint8], offset: int) -> bool:
         names.add(threading.current_thread().name)
         all_taken.wait(30)
         starts.wait()
@@ -216,7 +216,7 @@ def test_batches_are_read_by_the_threads_that_are_asked_for(storage: Storage, mo
         reads.wait()
         read(file, target, offset)
 
-    monkeypatch.setattr(storage.files, "read_now", read_now)
+    monkeypatch.setattr(storage.files, "read_if_cached", read_if_cached)
     monkeypatch.setattr(storage.files, "read", read_later)
     with SampleReader(storage, threads=2) as reader:
         assert [len(batch.checked().ids) for batch, _ in reader.read_ahead(batches(), 3)] == [8] * 4
@@ -243,7 +243,7 @@ def test_an_interrupted_reader_reads_no_more_and_a_closed_one_has_ended_its_thre
     with pytest.raises(Interrupted):
         reader.read(ids(25))
     reader.close()
-    assert storage.files.open_now == 0  # type: ignore[attr-defined]
+    assert storage.files.open_count == 0  # type: ignore[attr-defined]
     with pytest.raises(RuntimeError, match="after shutdown"):
         next(reader.read_ahead([(ids(0), None)], 0))
 

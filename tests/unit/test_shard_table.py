@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from pipeline.plan import ShardRequest
-from pipeline.storage.cache.part import Busy
+from pipeline.storage.cache.partial_file import Busy
 from pipeline.storage.remote import shard_table
 from pipeline.storage.remote.shard_table import ShardState, ShardTable
-from pipeline.storage.remote.staging import StagedFile, whole
+from pipeline.storage.remote.staging import StagedFile, whole_file
 
-FILES: list[StagedFile] = [whole(f"{number}.tar", 10 * (number + 1), "0" * 16) for number in range(6)]
+FILES: list[StagedFile] = [whole_file(f"{number}.tar", 10 * (number + 1), "0" * 16) for number in range(6)]
 SHARE = 80
 SHARDS = st.integers(0, len(FILES) - 1)
 

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.plan import Position, TrainPlan
 from pipeline.storage.files import MAX_OPEN
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.quick_check import SHARDS_AT_ONCE, quick_check
 from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
@@ -76,9 +76,9 @@ def test_a_set_of_very_many_shards_opens_and_reads(
     )
     Manifest(classes=source.manifest.classes, splits={"train": split}).save(tmp_path)
     dataset = ShardSet(tmp_path)
-    storage = storage_of(dataset, "train")
+    storage = open_storage(dataset, "train")
     expected = [
-        SampleReader(storage_of(source, "train")).read(np.arange(2)).checked().images[i].tobytes() for i in (0, 1)
+        SampleReader(open_storage(source, "train")).read(np.arange(2)).checked().images[i].tobytes() for i in (0, 1)
     ]
     opened: list[Path] = []
     monkeypatch.setattr(os, "open", lambda path, *args: (opened.append(path), real_open(path, *args))[1])
@@ -88,7 +88,7 @@ def test_a_set_of_very_many_shards_opens_and_reads(
         opened.clear()
         ids = np.random.default_rng(0).permutation(2 * shards)[:2000]
         found = reader.read(ids).checked().images
-        assert storage.files.open_now <= MAX_OPEN  # type: ignore[attr-defined]
+        assert storage.files.open_count <= MAX_OPEN  # type: ignore[attr-defined]
     assert set(opened) <= {tmp_path / names[shard] for shard in (ids // 2).tolist()}
     assert len(opened) <= len(ids)
     assert [image.tobytes() for image in found] == [expected[i % 2] for i in ids.tolist()]

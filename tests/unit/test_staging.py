@@ -19,9 +19,9 @@ import xxhash
 from pipeline.plan import Position, ShardRequest, TrainPlan
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull
-from pipeline.storage.cache.part import Busy, Part
+from pipeline.storage.cache.partial_file import Busy, PartialFile
 from pipeline.storage.files import Interrupted
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
 from pipeline.storage.remote import client as remote
 from pipeline.storage.remote import shard_table
@@ -151,7 +151,7 @@ def test_a_sample_that_was_damaged_on_the_way_is_read_again(site: Site, photos: 
     dataset = open_set(site.url, cache=tmp_path)
     for shard in shards_of(photos):
         site.damage[shard] = 1
-    with SampleReader(storage_of(dataset, "train")) as reader:
+    with SampleReader(open_storage(dataset, "train")) as reader:
         for sample in range(0, dataset.split("train").samples, 7):
             reader.read(np.array([sample])).checked()
     assert not +site.damage
@@ -231,7 +231,7 @@ def test_an_interrupted_download_is_resumed(site: Site, photos: Path, tmp_path: 
     assert isinstance(dataset, RemoteSet)
     victim = ShardSet(photos).split("train").shards[1]
     part = dataset.cache.begin(dataset.path / victim.name, victim.bytes)
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         part.append((photos / victim.name).read_bytes()[:700_000])
     with train(dataset) as loader:
@@ -293,7 +293,7 @@ def test_one_process_at_a_time_fetches_a_file_and_its_room_is_kept(tmp_path: Pat
     cache = Cache(tmp_path, 1000)
     path = cache.folder / "set" / "a"
     part = cache.begin(path, 900)
-    assert isinstance(part, Part)
+    assert isinstance(part, PartialFile)
     with part:
         part.append(bytes(10))
         busy = cache.begin(path, 900)
@@ -302,12 +302,12 @@ def test_one_process_at_a_time_fetches_a_file_and_its_room_is_kept(tmp_path: Pat
         with pytest.raises(CacheFull):
             cache.begin(path.with_name("b"), 200)
     resumed = cache.begin(path, 900)
-    assert isinstance(resumed, Part)
+    assert isinstance(resumed, PartialFile)
     assert resumed.done == 10
     with resumed:
         pass
     other = cache.begin(path.with_name("b"), 200)
-    assert isinstance(other, Part), "a part that nobody fetches makes room"
+    assert isinstance(other, PartialFile), "a part that nobody fetches makes room"
 
 
 def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from pipeline.loader import LoaderOptions, TrainLoader
 from pipeline.plan import TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import LocalFiles
-from pipeline.storage.placement import storage_of
+from pipeline.storage.placement import open_storage
 from pipeline.storage.quick_check import quick_check
 from pipeline.storage.reader import SampleReader
 from shards.errors import ShardSetError, StorageFailed
@@ -63,7 +63,7 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
 
 
 def reader_of(path: Path) -> SampleReader:
-    return SampleReader(storage_of(ShardSet(path), "train"), threads=2)
+    return SampleReader(open_storage(ShardSet(path), "train"), threads=2)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])

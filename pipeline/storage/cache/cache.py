@@ -30,7 +30,7 @@ import xxhash
 from pipeline.storage.cache.errors import ForeignFile, PartRemoved, cache_errors, storage_failed
 from pipeline.storage.cache.eviction import Eviction, Stored, forget, status_of
 from pipeline.storage.cache.folder import REMEDY, CacheFolder
-from pipeline.storage.cache.part import Busy, Part
+from pipeline.storage.cache.partial_file import Busy, PartialFile
 from pipeline.storage.cache.record import Entry, new_entry
 from shards.errors import UserError
 from shards.files.private_folder import NotPrivate, open_file
@@ -140,7 +140,7 @@ class Cache:
             os.close(handle)
             return None
 
-    def begin(self, path: Path, size: int, *, check_interrupt: Callable[[], None] = _never) -> Part | Busy:
+    def begin(self, path: Path, size: int, *, check_interrupt: Callable[[], None] = _never) -> PartialFile | Busy:
         """Become the one process that fetches a file. Arguments as of `lease`.
 
         Raises:
@@ -174,10 +174,10 @@ class Cache:
                 busy = Busy(path, os.fstat(handle).st_size, self.folder / folder / entry.part)
                 os.close(handle)
                 return busy
-            return Part(self, handle, path, entry, check_interrupt)
+            return PartialFile(self, handle, path, entry, check_interrupt)
 
-    def publish(self, part: Part) -> int:
-        """Rename a verified part to its final name; return a lease. For `Part.finish`."""
+    def publish(self, part: PartialFile) -> int:
+        """Rename a verified part to its final name; return a lease. For `PartialFile.finish`."""
         folder, name = part.entry.key
         handle, path = part.handle, part.path
         with (
@@ -198,8 +198,8 @@ class Cache:
             self._verified.add(_identity(path, os.fstat(handle)))
             return os.dup(handle)
 
-    def remove_part(self, part: Part) -> None:
-        """For `Part.discard`."""
+    def remove_part(self, part: PartialFile) -> None:
+        """For `PartialFile.discard`."""
         folder, _ = part.entry.key
         with cache_errors(self.place), self._folder.locked(part.check_interrupt) as (root, record):
             if record.entries.get(part.entry.key) == part.entry:

@@ -14,7 +14,7 @@ import xxhash
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.remote.client import Remote
 from pipeline.storage.remote.staged_files import StagedFiles
-from pipeline.storage.remote.staging import StagedFile, stage_now, whole
+from pipeline.storage.remote.staging import StagedFile, stage_now, whole_file
 from pipeline.storage.remote.url import check_url, is_remote, warn_without_tls
 from shards.errors import UserError
 from shards.files.temporary import temporary_folder
@@ -91,7 +91,7 @@ class RemoteSet(ShardSet):
         weakref.finalize(self, _give_back, leases)
         self._folder, self._own_leases = folder, leases
         self._staged: set[str] = set()  # indexes that the process has staged that this set was pickled in
-        self._stage_now(whole(MANIFEST_NAME, len(content), name))
+        self._stage_now(whole_file(MANIFEST_NAME, len(content), name))
         super().__init__(folder, manifest=content)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class RemoteSet(ShardSet):
 
     def _fetch_index(self, file: str, samples: int, digest: str) -> Path:
         if file not in self._staged:
-            self._stage_now(whole(file, index_bytes(samples), digest))
+            self._stage_now(whole_file(file, index_bytes(samples), digest))
         return self.path / file
 
     def check_sizes(self, name: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.plan import ShardRequest
-from pipeline.storage.cache.part import Busy
+from pipeline.storage.cache.partial_file import Busy
 from pipeline.storage.remote.staging import Progress, StagedFile
 
 # Shards that are local at once; each is a file descriptor. Others stay in the cache as long as there is room.

@@ -21,7 +21,7 @@ from pipeline.plan import ShardRequest
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull, ForeignFile
 from pipeline.storage.cache.folder import CacheLocked
-from pipeline.storage.cache.part import Busy
+from pipeline.storage.cache.partial_file import Busy
 from pipeline.storage.files import Interrupted, read_cached, read_fully
 from pipeline.storage.remote.client import Remote
 from pipeline.storage.remote.errors import NoRanges, no_ranges
@@ -96,7 +96,7 @@ class StagedFiles:
             local = self._wait_until_local(file) if lease is None else lease
             read_fully(local, target, offset, self._folder / self._files[file].name)
 
-    def read_now(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
+    def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
         with self._reading(file) as lease:
             return lease is not None and read_cached(lease, target, offset)
 

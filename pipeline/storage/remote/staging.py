@@ -12,7 +12,7 @@ import xxhash
 
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import PartRemoved
-from pipeline.storage.cache.part import Busy, Part
+from pipeline.storage.cache.partial_file import Busy, PartialFile
 from pipeline.storage.remote.client import Remote
 from pipeline.storage.remote.errors import RemoteError
 from shards.errors import StorageFailed
@@ -44,7 +44,7 @@ class StagedFile:
     """Where in it the bytes begin."""
 
 
-def whole(name: str, size: int, digest: str) -> StagedFile:
+def whole_file(name: str, size: int, digest: str) -> StagedFile:
     """A file that is staged as it is."""
     return StagedFile(name, size, digest, name)
 
@@ -140,7 +140,7 @@ class Progress:
         return time.monotonic() - self._since > STALLED_SECONDS
 
 
-def _fetch(file: StagedFile, remote: Remote, part: Part) -> str:
+def _fetch(file: StagedFile, remote: Remote, part: PartialFile) -> str:
     """Fetch what is missing; returns the hash of all."""
     digest = xxhash.xxh3_64()
     for at in range(0, part.done, CHUNK):

@@ -43,12 +43,12 @@ class _Cache(Protocol):
     @property
     def place(self) -> Path: ...
 
-    def publish(self, part: Part) -> int: ...
+    def publish(self, part: PartialFile) -> int: ...
 
-    def remove_part(self, part: Part) -> None: ...
+    def remove_part(self, part: PartialFile) -> None: ...
 
 
-class Part:
+class PartialFile:
     """What there is so far of a file that this process fetches."""
 
     def __init__(
@@ -98,7 +98,7 @@ class Part:
         """Remove the part."""
         self._cache.remove_part(self)
 
-    def __enter__(self) -> Part:
+    def __enter__(self) -> PartialFile:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -33,7 +33,7 @@ class Turn:
     """CPU seconds per unit."""
 
 
-def take_turns(makers: Mapping[str, Maker], *, rounds: int, units: int, warm_up: int) -> dict[str, list[Turn]]:
+def run_interleaved(makers: Mapping[str, Maker], *, rounds: int, units: int, warm_up: int) -> dict[str, list[Turn]]:
     """Let every loader run once a round, in rotating order. The first `warm_up` units fill its queues, unmeasured."""
     turns: dict[str, list[Turn]] = {name: [] for name in makers}
     for number in range(rounds):
