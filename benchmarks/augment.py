@@ -44,7 +44,7 @@ from pipeline.augment.params import SampleParams
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.torch_impl.mix import mix
-from pipeline.augment.triton_impl import rounds
+from pipeline.augment.triton_impl import passes
 from shards.cores import cores
 
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -110,7 +110,7 @@ class Bench:
             for i, photo in enumerate(self.photos):
                 reference.rand_augment(photo, recipe, params, i)
 
-        return self._compare(lambda: augment.operate(self.images, params), pil)
+        return self._compare(lambda: augment.apply_ops(self.images, params), pil)
 
     def recipe(self, name: str) -> dict[str, float]:
         """Everything between the decoded crop and the tensor, mixing aside."""
@@ -174,7 +174,7 @@ class OnGpu:
         }
         step, copy = self.step_seconds(), self.copied_per_second()
         parts: dict[str, Callable[[BatchAugment], Any]] = {
-            "RandAugment": lambda augment: augment.operate(self.bench.images, self.params),
+            "RandAugment": lambda augment: augment.apply_ops(self.bench.images, self.params),
             "all": lambda augment: augment(self.bench.images, self.params, self.mixing),
         }
         rows: list[dict[str, Any]] = [
@@ -209,7 +209,7 @@ class OnGpu:
 
     def moved(self) -> int:
         """Bytes that must be read and written: a sample in each of its rounds, and once more where it is measured."""
-        todo = rounds.plan(self.params, self.bench.size, self.bench.size, flip=False)
+        todo = passes.plan_passes(self.params, self.bench.size, self.bench.size, flip=False)
         return sum((2 * len(each.jobs) + len(each.measured)) * self.bench.images[0].numel() for each in todo)
 
     def step_seconds(self) -> float:

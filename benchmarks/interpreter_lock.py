@@ -10,7 +10,7 @@ is found in the same way.
 What the loader does per batch:
 
   feed    plan, reading, hashes, draws, and the hand-over to the loader's thread, which discards the images
-  host    the Python work of a GPU run: plan, reading, hashes, draws, external_source, RandAugment's rounds, uploads,
+  host    the Python work of a GPU run: plan, reading, hashes, draws, external_source, RandAugment's passes, uploads,
           launches. No pixels: DALI reads the JPEGs' headers only, and a launch is LAUNCH seconds of bytecode. So it
           makes as many batches per second as a GPU run needs.
   pixels  the whole loader on CPUs, decoding and augmentation included: a few batches per second.
@@ -54,10 +54,10 @@ from torch import Tensor
 
 from benchmarks.interleaved import machine
 from launch.cli import main as pipeline
-from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of_steps
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.augment.transfer import upload
-from pipeline.augment.triton_impl import rounds
+from pipeline.augment.triton_impl import passes
 from pipeline.batch_shape import BatchShape
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.job import DecodeJob
@@ -157,7 +157,7 @@ class HostAugment:
 
 
 def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> None:
-    todo = rounds.plan(params, size, size, flip=False)
+    todo = passes.plan_passes(params, size, size, flip=False)
     upload([array for each in todo for array in each.arrays()], CPU)
     for _ in todo:
         hold(2 * LAUNCH)  # measure, apply
@@ -346,7 +346,7 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
         encoded = reader.read(plan.ids(plan.at(0))).checked()
         sizes = {"heights": encoded.rows["height"], "widths": encoded.rows["width"]}
         params = draw(recipe, seed=0, epoch=0, ids=encoded.ids, **sizes)
-        mixing = mix_params_of(recipe, seed=0, steps=range(1), lanes=lanes)[0]
+        mixing = mix_params_of_steps(recipe, seed=0, steps=range(1), lanes=lanes)[0]
         job = DecodeJob(encoded=encoded, window=params.windows, flip=params.flips)
         decoder = HostDecoder(size=SIZE, batch=batch, device=CPU, threads=1)
 
@@ -363,7 +363,7 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
                 1,
             ),
             "draws of mixing": (
-                lambda step: mix_params_of(
+                lambda step: mix_params_of_steps(
                     recipe, seed=0, steps=range(step * MIX_STEPS, (step + 1) * MIX_STEPS), lanes=lanes
                 ),
                 MIX_STEPS,

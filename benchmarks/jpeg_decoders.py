@@ -31,7 +31,7 @@ from pipeline.augment.params import draw
 from pipeline.decode.dali import DaliDecoder
 from pipeline.decode.hardware import find_jpeg_engine
 from pipeline.decode.job import DecodeJob, Decoder
-from pipeline.options import Settings
+from pipeline.options import LoaderSettings
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
@@ -143,7 +143,7 @@ def main() -> None:
         feed = Feed.of(recipe, World(0, 1, 0, 1, device))
 
         def decoder(load: float) -> DaliDecoder:
-            settings = Settings(hw_decoder_load=load)
+            settings = LoaderSettings(hw_decoder_load=load)
             return DaliDecoder(options.size, options.batch, device, threads=settings.decode_threads, settings=settings)
 
         own = torch.cuda.Stream(device) if device.type == "cuda" else None

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from launch.feed import Feed
-from pipeline.decode.choose import chosen_loader
-from pipeline.decode.hardware import JpegEngine, decoders_in_words, find_jpeg_engine, sharing_warning
+from pipeline.decode.choose import resolve_loader
+from pipeline.decode.hardware import JpegEngine, describe_jpeg_decoder, find_jpeg_engine, mixed_decoders_warning
 
 
 def choose_jpeg_decoder(feed: Feed, *, previous: float | None) -> tuple[Feed, list[str]]:
@@ -31,7 +31,7 @@ def choose_jpeg_decoder(feed: Feed, *, previous: float | None) -> tuple[Feed, li
 
 def decodes_on_gpu(feed: Feed) -> bool:
     """Whether DALI decodes this feed's JPEGs on a GPU."""
-    loader = chosen_loader(feed.recipe.data.loader, feed.dataset.split("train"))
+    loader = resolve_loader(feed.recipe.data.loader, feed.dataset.split("train"))
     return feed.world.device.type == "cuda" and loader == "dali"
 
 
@@ -60,9 +60,9 @@ def choose_load(
     if previous is not None and load != previous:
         why = f" ({lacking})" if lacking and requested is None else ""
         messages.append(
-            f"warning: JPEGs were decoded by the {decoders_in_words(previous)} when the run began, and now are by the "
-            f"{decoders_in_words(load)}{why}: pixels may differ in rounding"
+            f"warning: JPEGs were decoded by the {describe_jpeg_decoder(previous)} when the run began, and now are by the "
+            f"{describe_jpeg_decoder(load)}{why}: pixels may differ in rounding"
         )
-    if shared := sharing_warning(load):
+    if shared := mixed_decoders_warning(load):
         messages.append(shared)
     return load, messages

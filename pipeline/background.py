@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipeline.batch import Batch
-from pipeline.decode.choose import chosen_loader, make_decoder
-from pipeline.decode.hardware import decoders_in_words, with_decoder
+from pipeline.decode.choose import make_decoder, resolve_loader
+from pipeline.decode.hardware import describe_jpeg_decoder, resolve_hw_decoder_load
 from pipeline.decode.job import Normalisation
 from pipeline.feed_process.process import FeedProcess, FeedUnavailable
 from pipeline.jobs import Jobs, JobStream, PreparedBatch, open_reader
@@ -49,8 +49,8 @@ class BackgroundLoader(ABC):
     ) -> None:
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants a number
-        self._loader = chosen_loader(options, dataset.split(split))
-        options = with_decoder(options, device) if self._loader == "dali" else options
+        self._loader = resolve_loader(options, dataset.split(split))
+        options = resolve_hw_decoder_load(options, device) if self._loader == "dali" else options
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
         self._settings = options.settings
         self._bad = BadSamples(budget=options.skip_budget, samples=dataset.split(split).samples, seed=seed)
@@ -73,7 +73,7 @@ class BackgroundLoader(ABC):
         settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
         if loader == "synthetic":
             return {"loader": "synthetic"}
-        where = f"the GPU, {decoders_in_words(settings.hw_decoder_load)}" if cuda else "CPUs"
+        where = f"the GPU, {describe_jpeg_decoder(settings.hw_decoder_load)}" if cuda else "CPUs"
         return {
             "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
             "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",

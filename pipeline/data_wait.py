@@ -13,7 +13,7 @@ import torch
 from pipeline.batch import Batch, timed_event
 
 
-class Moment(Protocol):
+class StreamEvent(Protocol):
     """A point in a stream's work, such as a CUDA event that keeps its time."""
 
     def query(self) -> bool:
@@ -36,17 +36,17 @@ class DataWait:
         mark: returns the present point of the training's stream. None = what suits the device.
     """
 
-    def __init__(self, device: torch.device, mark: Callable[[], Moment | None] | None = None) -> None:
+    def __init__(self, device: torch.device, mark: Callable[[], StreamEvent | None] | None = None) -> None:
         self._mark = mark or partial(timed_event, device)
         self.restart()
 
     def restart(self) -> None:
         """Begin anew; the device is taken to be idle from here."""
         self._waited = 0.0
-        self._pending: collections.deque[tuple[Moment, Sequence[Moment]]] = collections.deque()
+        self._pending: collections.deque[tuple[StreamEvent, Sequence[StreamEvent]]] = collections.deque()
         self._idle_from = self._mark()
 
-    def take(self, loader: Iterator[Batch], count: int = 1) -> list[Batch]:
+    def next_batches(self, loader: Iterator[Batch], count: int = 1) -> list[Batch]:
         """Return the next step's batches."""
         asked = time.perf_counter()
         batches = [next(loader) for _ in range(count)]
@@ -56,18 +56,18 @@ class DataWait:
             self._pending.append((self._idle_from, [batch.ready for batch in batches if batch.ready is not None]))
         return batches
 
-    def ended(self) -> None:
+    def mark_step_end(self) -> None:
         """Mark the end of the step of the batches that were taken last, all of whose work is in the stream now."""
         if self._idle_from is not None:
             self._idle_from = self._mark()
-            self._settle()
+            self._add_reached_steps()
 
     def seconds(self) -> float:
         """Seconds since the last `restart`, of steps that the device has begun."""
-        self._settle()
+        self._add_reached_steps()
         return self._waited
 
-    def _settle(self) -> None:
+    def _add_reached_steps(self) -> None:
         """Account for steps whose beginning the device has reached; keeps no more events than it lags behind."""
         while self._pending:
             idle_from, ready = self._pending[0]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of
+from pipeline.augment.params import MixParams, SampleParams, draw, mix_params_of_steps
 from pipeline.augment.recipe import AugmentRecipe
 from pipeline.batch_shape import BatchShape
 from pipeline.decode.job import DecodeJob
@@ -124,7 +124,8 @@ class TrainJobs(Jobs):
         if request.micro not in self._mixes:
             lanes = self.plan.lane_of(self.shape.rows(request.micro))
             steps = range(block * MIX_STEPS, (block + 1) * MIX_STEPS)
-            self._mixes[request.micro] = mix_params_of(self.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
+            mixes = mix_params_of_steps(self.augment, seed=self.plan.seed, steps=steps, lanes=lanes)
+            self._mixes[request.micro] = mixes
         return self._mixes[request.micro][within]
 
 

@@ -207,7 +207,7 @@ class EvalLoader(BackgroundLoader):
 
     def state_dict(self) -> dict[str, int]:
         """How many samples of the split all ranks together have been given."""
-        return {"samples": self._plan.done(self._delivered)}
+        return {"samples": self._plan.samples_done(self._delivered)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on with an evaluation that was broken off, at whatever world size; what was prefetched is thrown away."""

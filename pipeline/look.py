@@ -16,7 +16,7 @@ from annotated_types import Interval
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.augment.recipe import CropShare
+from pipeline.augment.recipe import CropArea
 from pipeline.options import LoaderOptions
 from shards.errors import UserError
 from shards.files.output import check_output, write_output
@@ -56,7 +56,7 @@ class Look:
     """Images to draw."""
     flip: Fraction | None = None
     """Probability of a horizontal flip; None = the recipe's."""
-    crop_scale: tuple[CropShare, CropShare] | None = None
+    crop_scale: tuple[CropArea, CropArea] | None = None
     """Area of the random crop, as shares of the image; None = the recipe's."""
     seed: Seed = 0
     """Seed of the run to look at."""

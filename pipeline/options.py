@@ -1,7 +1,7 @@
 """Loader options: they change how fast and how patient a loader is, never which samples and augmentations it delivers.
 
 Pixels depend on which decoder decodes: `loader` and `hw_decoder_load`. Options left open (None) come to the
-defaults of `Settings`; `hw_decoder_load` is chosen by the device (`pipeline.decode.hardware`).
+defaults of `LoaderSettings`; `hw_decoder_load` is chosen by the device (`pipeline.decode.hardware`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class LoaderSettings:
     """What the options come to."""
 
     read_threads: int = 32
@@ -103,10 +103,10 @@ class LoaderOptions:
         self.skip_budget  # noqa: B018 - refuses what it cannot read
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> LoaderSettings:
         """All of them as numbers."""
         given = vars(self) | vars(self.dali)
-        return Settings(**{f.name: given[f.name] for f in fields(Settings) if given[f.name] is not None})
+        return LoaderSettings(**{f.name: given[f.name] for f in fields(LoaderSettings) if given[f.name] is not None})
 
     @property
     def skip_budget(self) -> int:

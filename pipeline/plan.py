@@ -109,8 +109,8 @@ class TrainPlan:
                 f"{self.lanes} lanes do not divide the global batch of {global_batch}{' into pairs' if pairs else ''}; "
                 f"the nearest that do: {nearest(self.lanes, fits)}"
             )
-        self.share = global_batch // self.lanes
-        self.lane_samples = self.steps_per_epoch * self.share
+        self.lane_rows = global_batch // self.lanes
+        self.lane_samples = self.steps_per_epoch * self.lane_rows
         self._counts = counts
         self._first_id = np.cumsum(counts) - counts
         self._orders: OrderedDict[int, _EpochOrder] = OrderedDict()
@@ -133,14 +133,14 @@ class TrainPlan:
             raise IndexError(f"no {rows} in a global batch of {self.global_batch}")
         parts = []
         for lane in self._lanes(rows):
-            start, stop = max(rows.start, lane * self.share), min(rows.stop, (lane + 1) * self.share)
-            shift = (position.step - lane) * self.share  # from rows of the batch to places in the lane
+            start, stop = max(rows.start, lane * self.lane_rows), min(rows.stop, (lane + 1) * self.lane_rows)
+            shift = (position.step - lane) * self.lane_rows  # from rows of the batch to places in the lane
             parts.append(self._lane_ids(position.epoch, lane, start + shift, stop + shift))
         return np.concatenate(parts)
 
     def lane_of(self, rows: range) -> Ids:
         """The lane of each row, int64 [len(rows)]."""
-        return np.arange(rows.start, rows.stop) // self.share
+        return np.arange(rows.start, rows.stop) // self.lane_rows
 
     def after(self, position: Position) -> Position:
         """The position one global batch later."""
@@ -161,7 +161,7 @@ class TrainPlan:
             position: the first batch.
             epochs: to the end of which epoch, counted from the start.
         """
-        first_block = position.step * self.share // self.shuffle_block_size
+        first_block = position.step * self.lane_rows // self.shuffle_block_size
         for epoch in range(position.epoch, epochs):
             before = epoch * self.steps_per_epoch
             order = self._order(epoch)
@@ -175,12 +175,12 @@ class TrainPlan:
                     wraps = ends[1] < ends[0]
                     places = [*range(low, len(order.shards)), *range(high + 1)] if wraps else range(low, high + 1)
                     shards = order.shards[np.unique(places)].tolist()
-                    yield ShardRequest(before + start // self.share, before + (stop - 1) // self.share, shards)
+                    yield ShardRequest(before + start // self.lane_rows, before + (stop - 1) // self.lane_rows, shards)
             first_block = 0
 
     def _lanes(self, rows: range) -> range:
         """The lanes that rows of a global batch come from."""
-        return range(rows.start // self.share, (rows.stop - 1) // self.share + 1)
+        return range(rows.start // self.lane_rows, (rows.stop - 1) // self.lane_rows + 1)
 
     def _lane_ids(self, epoch: int, lane: int, start: int, stop: int) -> Ids:
         """Ids at places [start, stop) of a lane."""
@@ -256,7 +256,7 @@ class EvalPlan:
         self.samples, self.batch, self.world, self.rank, self.start = samples, batch, world, rank, start
         self.steps = -((samples - start) // -(batch * world))
 
-    def done(self, steps: int) -> int:
+    def samples_done(self, steps: int) -> int:
         """Samples of the split that are done when this many steps are."""
         return min(self.start + steps * self.batch * self.world, self.samples)
 
@@ -264,8 +264,8 @@ class EvalPlan:
         """Sample ids of this rank's batch number `step`, int64 [batch]; `NO_SAMPLE` where it has fewer."""
         if not 0 <= step < self.steps:
             raise IndexError(f"no step {step} in an evaluation of {self.steps} steps")
-        first = self.done(step)
-        dealt = self.done(step + 1) - first
+        first = self.samples_done(step)
+        dealt = self.samples_done(step + 1) - first
         ids = first + self.rank * dealt // self.world + np.arange(self.batch)
         ids[ids >= first + (self.rank + 1) * dealt // self.world] = NO_SAMPLE
         return ids

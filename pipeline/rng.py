@@ -34,7 +34,7 @@ class Stream(IntEnum):
     ERASE_NOISE = 8
     MIX = 9
     DROP_PATH = 10
-    SUBSTITUTE = 11
+    REPLACEMENT = 11
     SHUFFLE = 12
     INIT = 13
 

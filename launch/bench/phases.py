@@ -93,12 +93,12 @@ def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, 
     handing_over, marks = list[float](), [timed_event(device)]
     start, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
-        (taken,) = wait.take(batches)
+        (taken,) = wait.next_batches(batches)
         if step is not None:
             asked = time.perf_counter()
             step(taken)
             handing_over.append(time.perf_counter() - asked)
-            wait.ended()
+            wait.mark_step_end()
             marks.append(timed_event(device))
     cpu = time.process_time() - cpu  # waiting for the device keeps a core busy
     synchronize(device)

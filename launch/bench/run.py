@@ -23,7 +23,7 @@ from launch.engine.engine import Engine
 from launch.feed import Feed
 from launch.machine.provenance import cpu_name, device_name, git_state, versions
 from launch.roofline import Roofline
-from pipeline.decode.choose import chosen_loader
+from pipeline.decode.choose import resolve_loader
 from pipeline.jobs import open_reader
 from pipeline.loader import TrainLoader
 from shards.cores import cores as usable_cores
@@ -96,7 +96,7 @@ def _reading(feed: Feed, steps: int, ahead: int) -> float:
     options, plan, rows = feed.loader_options, feed.plan, feed.shape.rows(0)
     if options.loader == "synthetic":
         return 0.0
-    beton = chosen_loader(options, feed.dataset.split("train")) == "ffcv"
+    beton = resolve_loader(options, feed.dataset.split("train")) == "ffcv"
     work = ((plan.ids(plan.at(step), rows), None) for step in itertools.count())
     with open_reader(feed.dataset, "train", options, beton=beton) as reader:
         batches = reader.read_ahead(work, options.settings.read_ahead)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Interval
 
 from launch.config.errors import RecipeError
-from pipeline.augment.recipe import Alpha, AugmentRecipe, CropShare, augment_recipe
+from pipeline.augment.recipe import Alpha, AugmentRecipe, CropArea, augment_recipe
 from pipeline.loader import CROP_PCT, LoaderOptions
 from pipeline.plan import DEFAULT_SHUFFLE_BLOCK_SIZE
 from pipeline.storage.remote.shard_set import open_set
@@ -58,7 +58,7 @@ class DataConfig:
     """Samples among which each lane shuffles."""
     augment: Literal["fat", "light", "none"] = "fat"
     """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
-    crop_scale: Annotated[tuple[CropShare, CropShare] | None, default("that of --augment")] = None
+    crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("that of --augment")] = None
     """Area of the random crop, as shares of the image."""
     crop_pct: CropPct = CROP_PCT
     """Fraction of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""

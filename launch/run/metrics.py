@@ -72,7 +72,7 @@ class Metrics:
 
     def take(self, loader: Iterator[Batch], count: int) -> list[Batch]:
         """Return the batches of the next step, and account for the time that the device waits for them."""
-        return self._wait.take(loader, count)
+        return self._wait.next_batches(loader, count)
 
     def say(self, *lines: str) -> None:
         for line in lines:
@@ -80,7 +80,7 @@ class Metrics:
 
     def step(self, step: int, rate: float, result: StepResult) -> None:
         """Account for optimiser step `step`, whose work has been handed over; nothing is read from the device."""
-        self._wait.ended()
+        self._wait.mark_step_end()
         self._step, self._rate = step, rate
         self._results.append(result)
         self._display.step(step + 1)

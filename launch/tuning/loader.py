@@ -15,7 +15,7 @@ from launch.feed import Feed
 from launch.jpeg_decoder import decodes_on_gpu
 from launch.machine.device_peaks import synchronize
 from launch.tuning.trials import Choice, Values, tune
-from pipeline.decode.choose import chosen_loader
+from pipeline.decode.choose import resolve_loader
 
 ROUNDS = 2
 MARGIN = 1.05  # loaders vary more than models
@@ -82,7 +82,7 @@ def with_options(feed: Feed, values: Values) -> Feed:
 def candidates(feed: Feed) -> list[list[Values]]:
     """Per option, or options that go together, the values to try; the default first."""
     settings, cores = replace(feed.loader_options, decode_threads=None).settings, feed.world.cores
-    if chosen_loader(feed.recipe.data.loader, feed.dataset.split("train")) == "synthetic":
+    if resolve_loader(feed.recipe.data.loader, feed.dataset.split("train")) == "synthetic":
         return []
     stages: list[list[Values]] = [
         [{"decode_threads": n} for n in dict.fromkeys((cores, max(1, cores // 2), 2 * cores))],

@@ -143,10 +143,10 @@ def mix_params(recipe: AugmentRecipe, *, seed: int, step: int, lanes: Ints) -> M
         step: the run's step, counted over all epochs.
         lanes: int64 [n], the lane of each row.
     """
-    return mix_params_of(recipe, seed=seed, steps=range(step, step + 1), lanes=lanes)[0]
+    return mix_params_of_steps(recipe, seed=seed, steps=range(step, step + 1), lanes=lanes)[0]
 
 
-def mix_params_of(recipe: AugmentRecipe, *, seed: int, steps: range, lanes: Ints) -> list[MixParams]:
+def mix_params_of_steps(recipe: AugmentRecipe, *, seed: int, steps: range, lanes: Ints) -> list[MixParams]:
     """`mix_params` for each of several consecutive steps, drawn at once: numpy's calls cost more than their arithmetic
     for one step's few lanes."""
     lane, row = np.unique(lanes, return_inverse=True)

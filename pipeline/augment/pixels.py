@@ -34,7 +34,7 @@ Group = tuple[Run, Arrays]
 
 
 @dataclass(frozen=True)
-class Family:
+class OpGroup:
     """Operations that share their kernels.
 
     `prepare(ops [n], arguments [n], size)` makes the arrays that `run(images [n, H, W, 3], arrays, recipe's fill)`
@@ -46,13 +46,13 @@ class Family:
     run: Run
 
 
-FAMILIES = (
-    Family(tables.OPS, tables.prepare, tables.run),
-    Family((Op.COLOR,), blend.prepare, blend.colour),
-    Family((Op.SHARPNESS,), blend.prepare, blend.sharpness),
-    Family((Op.SHEAR_X, Op.TRANSLATE_X), geometry.prepare, geometry.along_x),
-    Family((Op.SHEAR_Y, Op.TRANSLATE_Y), geometry.prepare, geometry.along_y),
-    Family((Op.ROTATE,), geometry.prepare, geometry.rotate),
+OP_GROUPS = (
+    OpGroup(tables.OPS, tables.prepare, tables.run),
+    OpGroup((Op.COLOR,), blend.prepare, blend.colour),
+    OpGroup((Op.SHARPNESS,), blend.prepare, blend.sharpness),
+    OpGroup((Op.SHEAR_X, Op.TRANSLATE_X), geometry.prepare, geometry.along_x),
+    OpGroup((Op.SHEAR_Y, Op.TRANSLATE_Y), geometry.prepare, geometry.along_y),
+    OpGroup((Op.ROTATE,), geometry.prepare, geometry.rotate),
 )
 
 
@@ -95,7 +95,7 @@ class BatchAugment:
         Raises:
             ValueError: another shape or dtype, or an odd batch to mix.
         """
-        recipe, images = self._recipe, self.operate(images, params)
+        recipe, images = self._recipe, self.apply_ops(images, params)
         if self._launches(FINISHING):
             from pipeline.augment.triton_impl.finishing import finish
 
@@ -104,7 +104,7 @@ class BatchAugment:
         self._eraser(result, params)
         return result if mixing is None else mix(result, mixing)
 
-    def operate(self, images: Tensor, params: SampleParams) -> Tensor:
+    def apply_ops(self, images: Tensor, params: SampleParams) -> Tensor:
         """The part on 8-bit pixels: flips, if they are ours to do, and RandAugment. uint8 [B, size, size, 3], new or,
         where nothing is to be done, `images` itself."""
         size = self._recipe.size
@@ -115,7 +115,7 @@ class BatchAugment:
         if self._launches(RANDAUGMENT):
             from pipeline.augment.triton_impl import randaugment
 
-            return randaugment.operate(images, params, self._recipe.fill, flip=self._flip)
+            return randaugment.apply_ops(images, params, self._recipe.fill, flip=self._flip)
         stages = self._stages(params)
         if not stages:
             return images
@@ -139,10 +139,10 @@ class BatchAugment:
         for layer in range(params.ops.shape[1]):
             ops, arguments = params.ops[:, layer], params.arguments[:, layer]
             groups: list[Group] = []
-            for family in FAMILIES:
-                rows = np.flatnonzero(params.applied[:, layer] & np.isin(ops, family.ops))
+            for group in OP_GROUPS:
+                rows = np.flatnonzero(params.applied[:, layer] & np.isin(ops, group.ops))
                 if len(rows):
-                    groups.append((family.run, [rows, *family.prepare(ops[rows], arguments[rows], self._recipe.size)]))
+                    groups.append((group.run, [rows, *group.prepare(ops[rows], arguments[rows], self._recipe.size)]))
             if groups:
                 stages.append(Stage.of(groups, len(params)))
         return stages
@@ -186,7 +186,7 @@ def launch_all(recipe: AugmentRecipe, dtype: torch.dtype, *, batch: int = 64) ->
     mixing = mix_params(recipe, seed=0, step=0, lanes=lanes) if recipe.mixes else None
     with unset_fake_temporarily():  # parameters are NumPy arrays
         images = torch.zeros(batch, recipe.size, recipe.size, 3, dtype=torch.uint8)
-        randaugment.operate(images, params, recipe.fill, flip=False)
+        randaugment.apply_ops(images, params, recipe.fill, flip=False)
         finish(images, params, mixing, torch.zeros(QUANTILES), recipe.mean, recipe.std, dtype)
 
 

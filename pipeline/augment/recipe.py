@@ -15,7 +15,7 @@ from shards.errors import UserError
 Range = tuple[float, float]
 Alpha = Annotated[float, Interval(ge=0, le=100)]
 """Of Beta(alpha, alpha); 0 turns mixing off."""
-CropShare = Annotated[float, Interval(ge=1e-6, le=1)]
+CropArea = Annotated[float, Interval(ge=1e-6, le=1)]
 """Area of a crop, as a share of the image's."""
 MAX_LAYERS = 16  # operations an image; each is a pass over it
 MAX_STD = 1000

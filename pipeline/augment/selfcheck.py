@@ -73,9 +73,9 @@ class Case:
             magnitudes=magnitudes,
             arguments=arguments(ops, magnitudes, signs, increasing=True),
         )
-        found = BatchAugment(self.recipe, device, flip=True).operate(images.to(device), params).cpu()
+        found = BatchAugment(self.recipe, device, flip=True).apply_ops(images.to(device), params).cpu()
         with kernels.disabled(kernels.RANDAUGMENT):
-            exact = BatchAugment(self.recipe, torch.device("cpu"), flip=True).operate(images, params)
+            exact = BatchAugment(self.recipe, torch.device("cpu"), flip=True).apply_ops(images, params)
         wrong = (found != exact).flatten(1).sum(1)
         if not bool(wrong.any()):
             return None

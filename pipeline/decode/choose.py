@@ -13,7 +13,7 @@ from shards.format.manifest_fields import SplitEntry
 Chosen = Literal["dali", "ffcv", "synthetic"]
 
 
-def chosen_loader(options: LoaderOptions, split: SplitEntry) -> Chosen:
+def resolve_loader(options: LoaderOptions, split: SplitEntry) -> Chosen:
     """What `auto` comes to: DALI for tars, FFCV for a .beton that stands alone."""
     if options.loader != "auto":
         return options.loader

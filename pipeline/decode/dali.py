@@ -18,7 +18,7 @@ from nvidia.dali import Pipeline, fn, types
 
 from pipeline.decode.job import DecodeError, DecodeJob, Normalisation
 from pipeline.decode.resize import Resizer
-from pipeline.options import Settings
+from pipeline.options import LoaderSettings
 from shards.errors import UserError, first_line
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class DaliDecoder:
     ahead: int = 2
     evaluation: bool = False
     normalisation: Normalisation | None = None
-    settings: Settings = field(default_factory=Settings)
+    settings: LoaderSettings = field(default_factory=LoaderSettings)
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
         """Decode jobs in order.

@@ -63,10 +63,10 @@ def find_jpeg_engine(device: torch.device) -> JpegEngine:
         return JpegEngine(usable=False, found="no GPU")
     with torch.cuda.device(device):
         torch.empty(1, device=device)  # nvJPEG takes the device of the current context, so there must be one
-        return ask(ctypes.CDLL, nvjpeg_paths())
+        return query_nvjpeg(ctypes.CDLL, nvjpeg_paths())
 
 
-def ask(load: Load, paths: list[str]) -> JpegEngine:
+def query_nvjpeg(load: Load, paths: list[str]) -> JpegEngine:
     """Ask the first nvJPEG of `paths` that can be opened, the way nvImageCodec does before it registers its decoder.
 
     nvJPEG 12.4's documentation lists engines in Ampere (A100 and A30 only), Hopper, Ada and Blackwell. nvJPEG itself is
@@ -108,21 +108,21 @@ def nvjpeg_paths() -> list[str]:
     return [*sorted(beside, key=lambda path: "/nvjpeg/" not in path), *SYSTEM_NVJPEG]
 
 
-def with_decoder(options: LoaderOptions, device: torch.device) -> LoaderOptions:
+def resolve_hw_decoder_load(options: LoaderOptions, device: torch.device) -> LoaderOptions:
     """Return `options` with an unset `hw_decoder_load` chosen by what the device has."""
     if device.type != "cuda" or options.dali.hw_decoder_load is not None:
         return options
     return replace(options, dali=replace(options.dali, hw_decoder_load=find_jpeg_engine(device).load))
 
 
-def decoders_in_words(load: float) -> str:
+def describe_jpeg_decoder(load: float) -> str:
     """Describe which decoder decodes JPEGs at a load."""
     if load in (0.0, 1.0):
         return "JPEG engine" if load else "CUDA decoder"
     return f"JPEG engine for {load:g} of the images, CUDA decoder for the rest"
 
 
-def sharing_warning(load: float) -> str | None:
+def mixed_decoders_warning(load: float) -> str | None:
     """Return the warning for a load that divides batches between two decoders; None for other loads."""
     if load in (0.0, 1.0):
         return None

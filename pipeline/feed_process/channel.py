@@ -42,12 +42,12 @@ class NewBuffers:
 
 
 @dataclass(frozen=True)
-class Handed:
+class BatchMessage:
     """A prepared batch whose images are in buffers."""
 
     batch: PreparedBatch
     """Without its images."""
-    places: NDArray[np.int64]
+    spans: NDArray[np.int64]
     """int64 [n, 3]: number of the buffer, first byte and end of each image."""
     bad_ids: set[int]
     """Ids of all bad samples found so far."""
@@ -130,7 +130,7 @@ def address_of(array: NDArray[np.uint8]) -> int:
     return address
 
 
-def portable(error: BaseException) -> BaseException:
+def picklable_error(error: BaseException) -> BaseException:
     """The error as it can be raised in another process: itself, if it survives pickling."""
     if not isinstance(error, UserError):
         error.add_note("in the feed process:\n" + "".join(traceback.format_exception(error)))

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.feed_process.channel import Channel, End, Handed, NewBuffers, Ready, address_of, with_images
+from pipeline.feed_process.channel import BatchMessage, Channel, End, NewBuffers, Ready, address_of, with_images
 from pipeline.jobs import JobStream, PreparedBatch
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
@@ -130,7 +130,7 @@ class FeedProcess:
                 logger = logging.getLogger(message.name)
                 if logger.isEnabledFor(message.levelno):
                     logger.handle(message)
-            elif isinstance(message, Handed):
+            elif isinstance(message, BatchMessage):
                 yield self._mapped(message)
             elif isinstance(message, End):
                 self._bad.ids.update(message.bad_ids)
@@ -157,7 +157,7 @@ class FeedProcess:
     def _receive(self) -> object:
         try:
             message, handles = self._channel.receive()
-            if isinstance(message, Handed):
+            if isinstance(message, BatchMessage):
                 returned = [self._returned.popleft() for _ in range(len(self._returned))]
                 self._channel.send(returned)
         except (OSError, EOFError):
@@ -171,13 +171,13 @@ class FeedProcess:
                 self._buffers[number] = self._map(handle, size)
         return message
 
-    def _mapped(self, handed: Handed) -> PreparedBatch:
-        for number in handed.dropped:
+    def _mapped(self, message: BatchMessage) -> PreparedBatch:
+        for number in message.dropped:
             self._buffers.pop(number, None)
-        leases = {number: self._lease(number) for number in np.unique(handed.places[:, 0]).tolist()}
-        images = [leases[number][start:end] for number, start, end in handed.places.tolist()]
-        self._bad.ids.update(handed.bad_ids)
-        return with_images(handed.batch, images)
+        leases = {number: self._lease(number) for number in np.unique(message.spans[:, 0]).tolist()}
+        images = [leases[number][start:end] for number, start, end in message.spans.tolist()]
+        self._bad.ids.update(message.bad_ids)
+        return with_images(message.batch, images)
 
     def _lease(self, number: int) -> NDArray[np.uint8]:
         """The whole buffer; its number is returned when neither the array nor a view of it is referred to any more."""

@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from pipeline.feed_process.channel import (
     HANDLES_PER_MESSAGE,
+    BatchMessage,
     Channel,
     End,
-    Handed,
     NewBuffers,
     Ready,
     address_of,
-    portable,
+    picklable_error,
     with_images,
 )
 from pipeline.jobs import JobStream, PreparedBatch
@@ -36,7 +36,7 @@ from pipeline.storage.buffer_pool import BufferPool
 from shards.redact import protect_output, redacted_traceback
 
 # Batches that wait to be taken: one is prepared while another is decoded.
-HANDED_AHEAD = 2
+SENT_AHEAD = 2
 _PR_SET_PDEATHSIG = 1
 
 
@@ -57,7 +57,7 @@ def main(handle: int, parent: int) -> None:
     except EOFError:
         os._exit(1)
     except Exception as error:
-        channel.send(portable(error))
+        channel.send(picklable_error(error))
         os._exit(1)
     channel.send(Ready())
     protect_output()
@@ -71,7 +71,7 @@ class _Feeder:
 
     def __init__(self, channel: Channel) -> None:
         self._channel, self._buffers = channel, SharedBuffers()
-        self._room = threading.Semaphore(HANDED_AHEAD)
+        self._room = threading.Semaphore(SENT_AHEAD)
         self._lent: dict[int, NDArray[np.uint8]] = {}
         self._listener = threading.Thread(target=self._listen, name="feed-returns", daemon=True)
 
@@ -84,7 +84,7 @@ class _Feeder:
                 self._room.acquire()
                 self._hand_over(batch, bad)
         except BaseException as raised:  # whatever it was, it belongs to the consumer
-            error = portable(raised)
+            error = picklable_error(raised)
         with contextlib.suppress(OSError):
             self._channel.send(End(error, bad.ids))
         self._listener.join()
@@ -107,7 +107,7 @@ class _Feeder:
             for handle in handles:
                 os.close(handle)
         dropped = self._buffers.dropped()
-        handed = Handed(with_images(batch, []), np.array(places, np.int64).reshape(-1, 3), bad.ids, dropped)
+        handed = BatchMessage(with_images(batch, []), np.array(places, np.int64).reshape(-1, 3), bad.ids, dropped)
         self._channel.send(handed)
 
     def _listen(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from pipeline.options import Settings
+from pipeline.options import LoaderSettings
 from pipeline.plan import Ids, ShardRequest
 from pipeline.storage.buffer_pool import BufferPool
 from pipeline.storage.placement import SampleLocations, Storage
@@ -86,7 +86,7 @@ class SampleReader:
         self,
         storage: Storage,
         *,
-        threads: int = Settings.read_threads,
+        threads: int = LoaderSettings.read_threads,
         check: bool = True,
         buffers: BufferPool | None = None,
     ) -> None:

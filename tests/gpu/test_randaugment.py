@@ -69,7 +69,7 @@ def test_torch_on_the_device_makes_the_same_bytes() -> None:
         images = torch.from_numpy(pictures(np.random.default_rng(seed), BATCH, 224, 224)).to(GPU)
         found = {}
         for own in (True, False):
-            found[own] = BatchAugment(RECIPE, GPU, flip=True, kernels=own).operate(images, drawn(seed))
+            found[own] = BatchAugment(RECIPE, GPU, flip=True, kernels=own).apply_ops(images, drawn(seed))
         wrong = (found[True] != found[False]).flatten(1).sum(1)
         assert not wrong.any(), f"seed {seed}: bytes that differ, by sample: {wrong.tolist()}"
 

@@ -95,13 +95,13 @@ def test_the_whole_chain_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     sides = np.full(batch, 64)
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
     images = torch.from_numpy(pictures(np.random.default_rng(0), batch, 13, 13))
-    calls, operate = [], randaugment.operate
+    calls, apply_ops = [], randaugment.apply_ops
 
     def counted(images: Tensor, *args: object, **options: object) -> Tensor:
         calls.append(len(images))
-        return operate(images, *args, **options)
+        return apply_ops(images, *args, **options)
 
-    monkeypatch.setattr(randaugment, "operate", counted)
+    monkeypatch.setattr(randaugment, "apply_ops", counted)
     ours = BatchAugment(recipe, cpu, flip=True)(images, params)
     assert calls == [batch]
     exact = BatchAugment(recipe, cpu, flip=True, kernels=False)(images, params)
@@ -113,4 +113,4 @@ def test_nothing_is_launched_where_nothing_is_to_be_done() -> None:
     recipe, sides = augment_recipe("light", size=8), np.full(2, 64)
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
     images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)
-    assert randaugment.operate(images, params, FILL, flip=False) is images
+    assert randaugment.apply_ops(images, params, FILL, flip=False) is images

@@ -326,9 +326,9 @@ def test_right_augmentation_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert selfcheck.run(checks, CPU) == []
 
 
-def _one_level_more(operate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _one_level_more(apply_ops: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def run(images: Tensor, *args: Any, **options: Any) -> Tensor:
-        found = operate(images, *args, **options).clone()
+        found = apply_ops(images, *args, **options).clone()
         found[-1, 3, 2, 1] ^= 1
         return found
 
@@ -351,8 +351,8 @@ def _lost(finish: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     ("family", "module", "function", "make", "reason"),
     [
-        (augment_kernels.RANDAUGMENT, randaugment, "operate", _one_level_more, "1 bytes of"),
-        (augment_kernels.RANDAUGMENT, randaugment, "operate", _raises, "RuntimeError: out of resource"),
+        (augment_kernels.RANDAUGMENT, randaugment, "apply_ops", _one_level_more, "1 bytes of"),
+        (augment_kernels.RANDAUGMENT, randaugment, "apply_ops", _raises, "RuntimeError: out of resource"),
         (augment_kernels.FINISHING, finishing, "finish", _brighter, "off by"),
         (augment_kernels.FINISHING, finishing, "finish", _lost, "NaN"),
     ],

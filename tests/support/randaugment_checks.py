@@ -15,7 +15,7 @@ from PIL import Image
 
 from pipeline.augment.ops import Op, arguments
 from pipeline.augment.params import SampleParams
-from pipeline.augment.pixels import FAMILIES
+from pipeline.augment.pixels import OP_GROUPS
 from pipeline.augment.torch_impl import geometry
 from pipeline.augment.triton_impl import randaugment
 
@@ -56,13 +56,13 @@ def by_torch(image: NDArray[np.uint8], params: SampleParams, i: int, *, flip: bo
         image = image[:, ::-1]
     for op, argument, applied in zip(params.ops[i], params.arguments[i], params.applied[i], strict=True):
         if applied:
-            family = next(family for family in FAMILIES if op in family.ops)
+            group = next(group for group in OP_GROUPS if op in group.ops)
             ops, values = np.array([op]), np.array([argument])
             arrays = [geometry.matrices(ops, values, *image.shape[:2])]  # families are made for squares
             if op not in GEOMETRIC:
-                arrays = family.prepare(ops, values, len(image))
+                arrays = group.prepare(ops, values, len(image))
             batch = torch.from_numpy(image[None].copy())
-            image = family.run(batch, [torch.from_numpy(array) for array in arrays], FILL)[0].numpy()
+            image = group.run(batch, [torch.from_numpy(array) for array in arrays], FILL)[0].numpy()
     return image
 
 
@@ -72,7 +72,7 @@ def expect_torchs_bytes(
     """Of uint8 [n, H, W, 3], which themselves stay as they are."""
     given = torch.from_numpy(images).to(device)
     before = given.clone()
-    found = randaugment.operate(given, params, FILL, flip=flip)
+    found = randaugment.apply_ops(given, params, FILL, flip=flip)
     assert found.is_contiguous()
     assert torch.equal(given, before)
     for i, (image, own) in enumerate(zip(images, found.cpu().numpy(), strict=True)):

@@ -12,7 +12,7 @@ from pipeline import rng
 from pipeline.augment.params import SampleParams, draw
 from pipeline.augment.pixels import BatchAugment, normalise
 from pipeline.augment.recipe import augment_recipe
-from pipeline.augment.torch_impl.erase import hash_place, quantiles
+from pipeline.augment.torch_impl.erase import hash_pixel, quantiles
 from pipeline.rng import Stream
 
 CPU = torch.device("cpu")
@@ -65,7 +65,7 @@ def test_the_noise_is_new_in_every_epoch_and_run(change: dict[str, int]) -> None
 def test_the_devices_hash_is_the_hosts() -> None:
     keys = rng.bits(Stream.ERASE_NOISE, 5, np.arange(1000))
     place = np.arange(1000) * 37
-    there = hash_place(torch.from_numpy(keys.view(np.int64)), torch.from_numpy(place))
+    there = hash_pixel(torch.from_numpy(keys.view(np.int64)), torch.from_numpy(place))
     assert np.array_equal(there.numpy().view(np.uint64), rng.extend(keys, place))
 
 

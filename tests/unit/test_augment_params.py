@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.augment.describe import describe
-from pipeline.augment.params import SampleParams, crop_windows, draw, mix_params, mix_params_of
+from pipeline.augment.params import SampleParams, crop_windows, draw, mix_params, mix_params_of_steps
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 
 FAT = augment_recipe("fat")
@@ -134,7 +134,7 @@ def test_seed_step_and_lane_each_change_the_mix() -> None:
 @pytest.mark.parametrize("recipe", [FAT, augment_recipe("fat", cutmix=0.0), augment_recipe("fat", mixup=0.0)])
 def test_steps_are_mixed_alike_whether_drawn_one_by_one_or_at_once(recipe: AugmentRecipe) -> None:
     lanes = np.repeat([7, 3, 40], 4)
-    for step, at_once in enumerate(mix_params_of(recipe, seed=3, steps=range(16, 32), lanes=lanes), start=16):
+    for step, at_once in enumerate(mix_params_of_steps(recipe, seed=3, steps=range(16, 32), lanes=lanes), start=16):
         assert_equal(mix_params(recipe, seed=3, step=step, lanes=lanes), at_once)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.augment import reference
 from pipeline.augment.ops import Op, arguments
-from pipeline.augment.pixels import FAMILIES
+from pipeline.augment.pixels import OP_GROUPS
 from pipeline.augment.torch_impl import geometry
 
 CPU = torch.device("cpu")
@@ -27,13 +27,13 @@ GEOMETRIC_MEAN, GEOMETRIC_MAX = 0.005, 1
 
 def operate(images: NDArray[np.uint8], op: Op, argument: float) -> NDArray[np.int64]:
     """One operation on uint8 [n, H, W, 3]."""
-    family = next(family for family in FAMILIES if op in family.ops)
+    group = next(group for group in OP_GROUPS if op in group.ops)
     ops, values = np.full(len(images), op), np.full(len(images), argument)
     if op in GEOMETRIC:
         arrays = [geometry.matrices(ops, values, *images.shape[1:3])]
     else:
-        arrays = family.prepare(ops, values, images.shape[1])
-    result = family.run(torch.from_numpy(images.copy()), [torch.from_numpy(array) for array in arrays], FILL)
+        arrays = group.prepare(ops, values, images.shape[1])
+    result = group.run(torch.from_numpy(images.copy()), [torch.from_numpy(array) for array in arrays], FILL)
     assert result.dtype == torch.uint8
     return result.numpy().astype(np.int64)
 

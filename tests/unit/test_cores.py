@@ -83,9 +83,9 @@ def test_ranks_share_the_quota(what: str, near: list[int | None], quota: int, th
 COUNTED = """
 import os, torch
 from launch.machine.world import connect
-from pipeline.options import Settings
+from pipeline.options import LoaderSettings
 from shards.workers.pool import cores
-print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], Settings().decode_threads, cores())
+print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], LoaderSettings().decode_threads, cores())
 """
 VERB = """
 import os

@@ -52,9 +52,9 @@ class Moment:
 
 def train(wait: DataWait, device: Device, ready: float, step: float, *, micro: int = 1) -> None:
     """Hand over a step of so many milliseconds, whose last micro-batch is whole at `ready`."""
-    wait.take(iter([device.batch(ready * (n + 1) / micro) for n in range(micro)]), micro)
+    wait.next_batches(iter([device.batch(ready * (n + 1) / micro) for n in range(micro)]), micro)
     device.done = max(device.done, ready, device.now) + step
-    wait.ended()
+    wait.mark_step_end()
 
 
 def test_a_host_that_waits_for_the_loader_far_ahead_of_the_device_waits_for_nothing() -> None:
@@ -69,9 +69,9 @@ def test_a_host_that_waits_for_the_loader_far_ahead_of_the_device_waits_for_noth
 
     batches = slow()
     for _ in range(3):
-        wait.take(batches)
+        wait.next_batches(batches)
         device.done = max(device.done, device.now) + 100.0
-        wait.ended()
+        wait.mark_step_end()
     device.now = 1000.0
     assert wait.seconds() == 0.0
 
@@ -119,10 +119,10 @@ def test_on_a_cpu_it_is_the_time_that_taking_takes(monkeypatch: pytest.MonkeyPat
             yield SimpleNamespace(ready=None)
 
     source = batches()
-    assert len(wait.take(source, 2)) == 2
+    assert len(wait.next_batches(source, 2)) == 2
     now += 10.0  # the step
-    wait.ended()
-    wait.take(source)
+    wait.mark_step_end()
+    wait.next_batches(source)
     assert wait.seconds() == 0.75
     wait.restart()
     assert wait.seconds() == 0.0

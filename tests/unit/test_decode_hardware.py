@@ -15,7 +15,14 @@ from launch.feed import Feed
 from launch.jpeg_decoder import choose_load
 from launch.machine.world import World
 from pipeline.decode import hardware as decode_hardware
-from pipeline.decode.hardware import ARCH_MISMATCH, JpegEngine, ask, find_jpeg_engine, sharing_warning, with_decoder
+from pipeline.decode.hardware import (
+    ARCH_MISMATCH,
+    JpegEngine,
+    find_jpeg_engine,
+    mixed_decoders_warning,
+    query_nvjpeg,
+    resolve_hw_decoder_load,
+)
 from pipeline.options import DaliOptions, LoaderOptions
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -24,7 +31,7 @@ NONE = JpegEngine(usable=False, found="this GPU has no JPEG engine that nvJPEG c
 
 
 class NvJpeg:
-    """As much of the library as `ask` calls."""
+    """As much of the library as `query_nvjpeg` calls."""
 
     def __init__(self, *, create: int = 0, info: int = 0, engines: int = 7) -> None:
         self._create, self._info, self._engines = create, info, engines
@@ -64,7 +71,7 @@ def test_what_nvjpeg_answers_is_what_counts(library: NvJpeg | None, video: bool,
             return library
         raise OSError("libnvjpeg.so.12: no such file")
 
-    engine = ask(load, ["first", "second"])
+    engine = query_nvjpeg(load, ["first", "second"])
     assert engine.usable is usable
     assert found in engine.found
     assert engine.load == float(usable)
@@ -79,12 +86,12 @@ def test_the_real_nvjpeg_can_be_asked_on_a_machine_without_a_gpu() -> None:
 @pytest.mark.parametrize(("engine", "load"), [(ENGINE, 1.0), (NONE, 0.0)])
 def test_an_open_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, engine: JpegEngine, load: float) -> None:
     monkeypatch.setattr(decode_hardware, "find_jpeg_engine", lambda _: engine)
-    assert with_decoder(LoaderOptions(), GPU).settings.hw_decoder_load == load
-    assert with_decoder(LoaderOptions(), CPU) == LoaderOptions()
+    assert resolve_hw_decoder_load(LoaderOptions(), GPU).settings.hw_decoder_load == load
+    assert resolve_hw_decoder_load(LoaderOptions(), CPU) == LoaderOptions()
     given = LoaderOptions(dali=DaliOptions(hw_decoder_load=0.5))
-    assert with_decoder(given, GPU) == given
-    assert sharing_warning(load) is None
-    assert "depend on a sample's place in its batch" in str(sharing_warning(0.5))
+    assert resolve_hw_decoder_load(given, GPU) == given
+    assert mixed_decoders_warning(load) is None
+    assert "depend on a sample's place in its batch" in str(mixed_decoders_warning(0.5))
 
 
 CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[str]]] = [

@@ -21,11 +21,11 @@ import torch
 from pipeline.augment.recipe import augment_recipe
 from pipeline.batch_shape import BatchShape
 from pipeline.feed_process.process import FeedProcess, FeedProcessDied
-from pipeline.feed_process.worker import HANDED_AHEAD
+from pipeline.feed_process.worker import SENT_AHEAD
 from pipeline.jobs import JobStream, TrainJobs
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader
 from pipeline.options import FeedProcess as FeedChoice
-from pipeline.options import Settings
+from pipeline.options import LoaderSettings
 from pipeline.plan import EvalPlan, Position, TrainPlan
 from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.files import Interrupted
@@ -371,7 +371,7 @@ def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) 
 
     wait_until(rests, "a process that waits for its consumer")
     # Those read ahead, the one being read or prepared, those handed over, and the one that was taken.
-    assert feed_buffers(process.pid) <= Settings().read_ahead + 2 + HANDED_AHEAD + 2
+    assert feed_buffers(process.pid) <= LoaderSettings().read_ahead + 2 + SENT_AHEAD + 2
 
 
 def test_it_imports_no_torch() -> None:

@@ -118,7 +118,7 @@ def _augment() -> None:
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
     mixing = mix_params(recipe, seed=3, step=0, lanes=np.zeros(batch, np.int64))
     images = torch.zeros(batch, 224, 224, 3, dtype=torch.uint8)
-    randaugment.operate(images, params, recipe.fill, flip=False)
+    randaugment.apply_ops(images, params, recipe.fill, flip=False)
     finish(images, params, mixing, torch.zeros(1 << 16), recipe.mean, recipe.std, BF16)
 
 

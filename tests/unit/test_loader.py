@@ -17,7 +17,7 @@ from pipeline.augment.params import crop_windows, flips
 from pipeline.augment.recipe import AugmentRecipe, augment_recipe
 from pipeline.batch_shape import BatchShape
 from pipeline.loader import Batch, EvalLoader, LoaderOptions, TrainLoader, eval_geometry
-from pipeline.options import DaliOptions, Settings
+from pipeline.options import DaliOptions, LoaderSettings
 from pipeline.plan import NO_SAMPLE, EvalPlan, Position, TrainPlan
 from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
@@ -324,9 +324,9 @@ def test_synthetic_batches_have_the_plan_s_shape_and_read_nothing(
 
 
 def test_options_left_open_come_to_the_defaults_and_zero_is_a_value() -> None:
-    assert LoaderOptions().settings == Settings()
+    assert LoaderOptions().settings == LoaderSettings()
     given = LoaderOptions(read_ahead=0, decode_threads=7, dali=DaliOptions(hw_decoder_load=0.0))
-    assert given.settings == Settings(read_ahead=0, decode_threads=7, hw_decoder_load=0.0)
+    assert given.settings == LoaderSettings(read_ahead=0, decode_threads=7, hw_decoder_load=0.0)
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def test_an_evaluation_that_was_broken_off_is_ended_by_another_number_of_ranks()
         for world, batch, most in ((1, 7, 2), (3, 4, 1), (8, 64, 0), (9, 30, 1)):
             first = [EvalPlan(samples, batch=batch, world=world, rank=rank) for rank in range(world)]
             steps = min(most, first[0].steps)
-            done = first[0].done(steps)
+            done = first[0].samples_done(steps)
             rest = [EvalPlan(samples, batch=5, world=4, rank=rank, start=done) for rank in range(4)]
             assert len({plan.steps for plan in rest}) == 1
             ids = [plan.ids(step) for plan in first for step in range(steps)]

@@ -133,7 +133,7 @@ def test_plans_that_do_not_divide(arguments: dict[str, Any], message: str) -> No
 
 def test_the_smallest_sizes_are_accepted() -> None:
     assert TrainPlan([1], global_batch=1, seed=0, lanes=1, shuffle_block_size=1).steps_per_epoch == 1
-    assert TrainPlan([12], global_batch=12, seed=0, lanes=6, pairs=True).share == 2
+    assert TrainPlan([12], global_batch=12, seed=0, lanes=6, pairs=True).lane_rows == 2
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def test_streams_are_never_renumbered() -> None:
         "ERASE_NOISE": 8,
         "MIX": 9,
         "DROP_PATH": 10,
-        "SUBSTITUTE": 11,
+        "REPLACEMENT": 11,
         "SHUFFLE": 12,
         "INIT": 13,
     }

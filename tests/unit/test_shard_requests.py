@@ -66,7 +66,7 @@ def test_golden_requests_of_an_evaluation(start: int, expected: list[tuple[int, 
 def test_each_block_of_a_lane_requests_the_shards_of_its_samples_for_the_steps_that_read_it(
     plan: TrainPlan, data: st.DataObject
 ) -> None:
-    epochs, steps, share, block = 2, plan.steps_per_epoch, plan.share, plan.shuffle_block_size
+    epochs, steps, share, block = 2, plan.steps_per_epoch, plan.lane_rows, plan.shuffle_block_size
     first = data.draw(st.integers(0, epochs * steps - 1))
     rows = range(*sorted(data.draw(st.lists(st.integers(0, plan.global_batch), min_size=2, max_size=2, unique=True))))
     expected = []

@@ -43,7 +43,7 @@ class Eraser:
 
     def _noise(self, keys: Tensor, place: Tensor) -> Tensor:
         """Standard normal float32 [pixels, 3], each from 16 bits of the hash; keys and place: int64 [pixels]."""
-        bits = hash_place(keys, place)
+        bits = hash_pixel(keys, place)
         words = torch.stack([bits, bits >> 16, bits >> 32], dim=1) & (QUANTILES - 1)
         return self.quantiles.index_select(0, words.view(-1)).view(-1, 3)
 
@@ -53,7 +53,7 @@ def quantiles() -> NDArray[np.float32]:
     return rng.normal_quantile((np.arange(QUANTILES) + 0.5) / QUANTILES).astype(np.float32)
 
 
-def hash_place(keys: Tensor, place: Tensor) -> Tensor:
+def hash_pixel(keys: Tensor, place: Tensor) -> Tensor:
     """`rng.extend(keys, place)` on the device: int64, the same 64 bits."""
     state = (keys ^ place) + _signed(rng.GOLDEN)
     state = (state ^ _shift(state, 30)) * _signed(rng.MIX1)

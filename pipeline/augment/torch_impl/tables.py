@@ -28,7 +28,7 @@ OPS = (
     Op.CONTRAST,
     Op.BRIGHTNESS,
 )
-MEASURED = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # their tables depend on the image
+HISTOGRAM_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # their tables depend on the image
 LEVELS = 256
 # PIL's mode L: ITU-R 601-2's weights of red, green and blue in 16-bit fixed point, rounded.
 LUMA, LUMA_HALF, LUMA_BITS = (19595, 38470, 7471), 0x8000, 16

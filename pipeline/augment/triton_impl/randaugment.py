@@ -15,17 +15,17 @@ from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams
 from pipeline.augment.torch_impl import blend, tables
 from pipeline.augment.transfer import upload
-from pipeline.augment.triton_impl import rounds
+from pipeline.augment.triton_impl import passes
 
 TILE, PART, WARPS = 2048, 128, 4  # pixels of a program; pixels at once where neighbours are read: one a thread
 BLOCK, MEASURING_WARPS = 4096, 16  # pixels at once of a program that counts levels
 CHANNELS = tl.constexpr(3)
-JOB, MAP = tl.constexpr(4), tl.constexpr(6)  # columns of `Round.jobs` and `Round.numbers`
+JOB, MAP = tl.constexpr(4), tl.constexpr(6)  # columns of `OpPass.jobs` and `OpPass.numbers`
 LEVELS = tl.constexpr(tables.LEVELS)
 RED, GREEN, BLUE = (tl.constexpr(weight) for weight in tables.LUMA)
 LUMA_HALF, LUMA_BITS = tl.constexpr(tables.LUMA_HALF), tl.constexpr(tables.LUMA_BITS)
 MIDDLE, WEIGHTS = tl.constexpr(blend.MIDDLE), tl.constexpr(blend.WEIGHTS)
-COPY, FLIP = tl.constexpr(rounds.COPY), tl.constexpr(rounds.FLIP)
+COPY, FLIP = tl.constexpr(passes.COPY), tl.constexpr(passes.FLIP)
 EQUALIZE, CONTRAST = tl.constexpr(int(Op.EQUALIZE)), tl.constexpr(int(Op.CONTRAST))
 COLOR, SHARPNESS = tl.constexpr(int(Op.COLOR)), tl.constexpr(int(Op.SHARPNESS))
 SHEAR_X, TRANSLATE_X = tl.constexpr(int(Op.SHEAR_X)), tl.constexpr(int(Op.TRANSLATE_X))
@@ -234,7 +234,7 @@ def _cubic(v1, v2, v3, v4, t):
     return ((((v1 - v2) + bend - bend * t) * t) + (v3 - v1)) * t + v2
 
 
-def operate(images: Tensor, params: SampleParams, fill: tuple[int, int, int], *, flip: bool) -> Tensor:
+def apply_ops(images: Tensor, params: SampleParams, fill: tuple[int, int, int], *, flip: bool) -> Tensor:
     """Flips, if asked for, and RandAugment.
 
     Args:
@@ -247,7 +247,7 @@ def operate(images: Tensor, params: SampleParams, fill: tuple[int, int, int], *,
         uint8 [B, H, W, 3], contiguous; where nothing is to be done, `images` itself.
     """
     batch, height, width, _ = images.shape
-    todo = rounds.plan(params, height, width, flip=flip)
+    todo = passes.plan_passes(params, height, width, flip=flip)
     if not todo:
         return images
     tensors = iter(upload([array for each in todo for array in each.arrays()], images.device))

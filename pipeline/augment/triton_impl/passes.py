@@ -29,11 +29,11 @@ def _is_one_of(ops: Sequence[Op]) -> NDArray[np.bool_]:
     return found
 
 
-_BY_TABLE, _MEASURED, _BLENDS = _is_one_of(tables.OPS), _is_one_of(tables.MEASURED), _is_one_of(BLENDS)
+_BY_TABLE, _NEEDS_HISTOGRAM, _BLENDS = _is_one_of(tables.OPS), _is_one_of(tables.HISTOGRAM_OPS), _is_one_of(BLENDS)
 
 
 @dataclass(frozen=True)
-class Round:
+class OpPass:
     """One operation on each of n samples, t of them by a table."""
 
     jobs: NDArray[np.int32]
@@ -51,8 +51,8 @@ class Round:
         return [self.jobs, self.numbers, self.measured, self.tables]
 
 
-def plan(params: SampleParams, height: int, width: int, *, flip: bool) -> list[Round]:
-    """The rounds of a batch of B samples, as many as the busiest sample has operations; none if nothing is to be done.
+def plan_passes(params: SampleParams, height: int, width: int, *, flip: bool) -> list[OpPass]:
+    """The passes of a batch of B samples, as many as the busiest sample has operations; none if nothing is to be done.
 
     The first round's source is the batch itself, and that of the others the work space: room for 2 B samples. At the
     end all samples lie in its first half, those without any operation as copies.
@@ -71,7 +71,7 @@ def plan(params: SampleParams, height: int, width: int, *, flip: bool) -> list[R
     codes = np.take_along_axis(codes, applied_first, axis=1)
     arguments = np.take_along_axis(arguments, applied_first, axis=1)
     count = applied.sum(axis=1)
-    rounds = []
+    passes = []
     for done in range(int(count.max(initial=0))):
         code = np.where(count > done, codes[:, done], COPY)
         rows = np.flatnonzero(code != COPY) if done else np.arange(batch)
@@ -80,11 +80,11 @@ def plan(params: SampleParams, height: int, width: int, *, flip: bool) -> list[R
         half = np.maximum(count[rows] - 1 - done, 0) % 2  # by turns, and the first half for the last operation
         source = rows + batch * (1 - half) if done else rows
         jobs = np.stack([code[rows], source, rows + batch * half], axis=1)
-        rounds.append(_round(jobs, arguments[rows, done], height, width))
-    return rounds
+        passes.append(_make_pass(jobs, arguments[rows, done], height, width))
+    return passes
 
 
-def _round(jobs: NDArray[np.int64], arguments: NDArray[np.float64], height: int, width: int) -> Round:
+def _make_pass(jobs: NDArray[np.int64], arguments: NDArray[np.float64], height: int, width: int) -> OpPass:
     """For jobs (operation, source, target) and what their operations are called with."""
     codes = jobs[:, 0]
     by_table = _BY_TABLE[codes]
@@ -92,9 +92,9 @@ def _round(jobs: NDArray[np.int64], arguments: NDArray[np.float64], height: int,
     numbers = geometry.matrices(codes, arguments, height, width)
     numbers[:, 0] = np.where(_BLENDS[codes], arguments, numbers[:, 0])
     made = tables.host_tables(codes[by_table], arguments[by_table])
-    return Round(
+    return OpPass(
         jobs=np.column_stack([jobs, table]).astype(np.int32),
         numbers=numbers,
-        measured=np.flatnonzero(_MEASURED[codes]).astype(np.int32),
+        measured=np.flatnonzero(_NEEDS_HISTOGRAM[codes]).astype(np.int32),
         tables=np.repeat(made[:, None], 3, axis=1),
     )

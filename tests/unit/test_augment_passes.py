@@ -1,4 +1,4 @@
-"""Rounds of RandAugment (pipeline/augment/triton_impl/rounds.py): every sample meets its own operations in order."""
+"""Passes of RandAugment (pipeline/augment/triton_impl/passes.py): every sample meets its own operations in order."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipeline.augment.ops import Op
 from pipeline.augment.params import SampleParams, draw
 from pipeline.augment.recipe import augment_recipe
-from pipeline.augment.torch_impl.tables import MEASURED, OPS
-from pipeline.augment.triton_impl.rounds import COPY, FLIP, NO_TABLE, plan
+from pipeline.augment.torch_impl.tables import HISTOGRAM_OPS, OPS
+from pipeline.augment.triton_impl.passes import COPY, FLIP, NO_TABLE, plan_passes
 
 
 def drawn(batch: int, seed: int, layers: int, probability: float = 0.5) -> SampleParams:
@@ -25,8 +25,8 @@ def test_operations_come_in_order_and_end_in_the_first_half(batch: int, seed: in
     params = drawn(batch, seed, layers)
     work: list[tuple[int, list[int]] | None] = [None] * (2 * batch)  # the sample there, and what it has met
     source: list[tuple[int, list[int]] | None] = [(i, []) for i in range(batch)]
-    rounds = plan(params, 24, 24, flip=flip)
-    for number, each in enumerate(rounds):
+    passes = plan_passes(params, 24, 24, flip=flip)
+    for number, each in enumerate(passes):
         before = list(source)
         for code, place, target, _ in each.jobs.tolist():
             found = before[place]
@@ -36,15 +36,15 @@ def test_operations_come_in_order_and_end_in_the_first_half(batch: int, seed: in
         assert len(set(each.jobs[:, 2].tolist())) == len(each.jobs)
         source = work
     wanted = [[FLIP] * int(flip and params.flips[i]) + params.ops[i][params.applied[i]].tolist() for i in range(batch)]
-    assert len(rounds) == max(map(len, wanted))
-    if rounds:
+    assert len(passes) == max(map(len, wanted))
+    if passes:
         assert work[:batch] == [(i, codes or [COPY]) for i, codes in enumerate(wanted)]
 
 
 def test_a_sample_is_moved_only_when_something_happens_to_it() -> None:
-    """Its first round apart, which copies what nothing happens to."""
+    """Its first pass apart, which copies what nothing happens to."""
     params = drawn(256, 1, 2)
-    first, second = plan(params, 24, 24, flip=False)
+    first, second = plan_passes(params, 24, 24, flip=False)
     assert len(first.jobs) == 256
     assert np.count_nonzero(first.jobs[:, 0] == COPY) == np.count_nonzero(~params.applied.any(axis=1))
     assert len(second.jobs) == np.count_nonzero(params.applied.all(axis=1))
@@ -52,23 +52,23 @@ def test_a_sample_is_moved_only_when_something_happens_to_it() -> None:
 
 
 def test_tables_are_numbered_and_measured_ones_named() -> None:
-    for each in plan(drawn(300, 2, 2), 24, 24, flip=True):
+    for each in plan_passes(drawn(300, 2, 2), 24, 24, flip=True):
         codes, table = each.jobs[:, 0], each.jobs[:, 3]
         by_table = np.isin(codes, OPS)
         assert np.array_equal(np.sort(table[by_table]), np.arange(len(each.tables)))
         assert (table[~by_table] == NO_TABLE).all()
-        assert np.array_equal(np.flatnonzero(np.isin(codes, MEASURED)), each.measured)
+        assert np.array_equal(np.flatnonzero(np.isin(codes, HISTOGRAM_OPS)), each.measured)
         inverted = table[codes == Op.INVERT]
         assert (each.tables[inverted] == np.arange(255, -1, -1)).all()
         assert each.tables.shape[1:] == (3, 256)
 
 
 def test_rotations_come_first() -> None:
-    codes = plan(drawn(300, 2, 2), 24, 24, flip=False)[0].jobs[:, 0] == Op.ROTATE
+    codes = plan_passes(drawn(300, 2, 2), 24, 24, flip=False)[0].jobs[:, 0] == Op.ROTATE
     assert codes.any()
     assert not np.diff(codes.astype(int)).max() > 0
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-def test_nothing_to_do_is_no_round(layers: int) -> None:
-    assert plan(drawn(4, 0, layers, probability=0.0), 24, 24, flip=False) == []
+def test_nothing_to_do_is_no_pass(layers: int) -> None:
+    assert plan_passes(drawn(4, 0, layers, probability=0.0), 24, 24, flip=False) == []
