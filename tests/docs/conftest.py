@@ -62,11 +62,11 @@ def prepared(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     done = shell(
-        "pipeline sample photos imagenet --count 60 && pipeline shard imagenet && cp -r imagenet/train photos && "
-        "python launch/train.py && rm -r runs/fat/checkpoints/.??* 2>/dev/null || true",
+        "pipeline sample photos imagenet --count 60; pipeline shard imagenet; cp -r imagenet/train photos; "
+        "python launch/train.py",
         folder,
     )
-    assert (folder / "runs/fat/weights.safetensors").exists(), done.stdout
+    assert done.returncode == 0, done.stdout
     return folder
 
 

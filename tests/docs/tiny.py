@@ -36,4 +36,4 @@ def shortened(name: str, arguments: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     _, name, *arguments = sys.argv
-    os.execv(BIN / name, [name, *shortened(name, arguments)])
+    os.execv(BIN / name, [str(BIN / name), *shortened(name, arguments)])
