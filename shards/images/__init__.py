@@ -1,1 +1,1 @@
-"""From image files to JPEG samples: formats, limits and pixel depths."""
+"""Convert image files to the JPEGs of samples: formats, limits, and bit depths."""

@@ -1,11 +1,12 @@
-"""The one rule for images.
+"""Decide whether an image is kept, re-encoded, or rejected.
 
-1. What decodes cleanly as a baseline or progressive, grey or three-component JPEG is kept byte for byte.
-2. What decodes otherwise, or only with warnings, is re-encoded as such a JPEG of high quality.
-3. What does not decode, or exceeds one of the limits of `shards.images.limits`, is rejected.
+1. A standard JPEG (baseline or progressive, 8 bits, greyscale or three components) that decodes without warnings is
+   kept byte for byte.
+2. Any other image that decodes is re-encoded as such a JPEG of high quality.
+3. An image that does not decode, or that exceeds a limit of `shards.images.limits`, is rejected.
 
-EXIF orientation is recorded, and otherwise left alone. Of animations the first frame counts. `shards.images.pixels`
-says what becomes of other pixels than 8-bit grey and RGB.
+The EXIF orientation is recorded but not applied. Only the first frame of an animation is used. `shards.images.pixels`
+converts pixels that are not 8-bit greyscale or RGB.
 """
 
 from __future__ import annotations
@@ -45,56 +46,56 @@ from shards.images.pixels import BAND_PIXELS, Pixels, profile_of, to_8bit, to_sr
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.images.tiff import has_second_page
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # of one decoder: there is a worker per core
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # per decoder, because there is one worker per core
 REPAIR_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
-_FILTER = Image.Resampling.HAMMING  # antialiased; made for shrinking: as quick as bilinear, as sharp as bicubic
+_FILTER = Image.Resampling.HAMMING  # antialiased, for shrinking: as fast as bilinear and as sharp as bicubic
 
-# The whole stream is entropy-decoded, which is where damage shows; reconstructing every eighth pixel of the luminance
-# spares most of the rest of the work.
+# The entire stream is entropy-decoded, which detects damage. Reconstructing only every eighth pixel of the luminance
+# avoids most of the remaining work.
 _CHECK = {"colorspace": "GRAY", "min_height": 1, "min_width": 1, "min_factor": 8}
-_BLANK_PIXELS = 16  # of a reduced image: 32x32 pixels
-_BLACK = 20  # of 255: highest value of an image that is nearly black
-_ONE_COLOUR = 3  # of 255: range of values of an image of a single colour
-_SCALES = (8, 4, 2)  # of libjpeg's scaled decoding, by whole numbers
+_BLANK_PIXELS = 16  # minimum size of a reduced image, from 32x32 pixels, to decide whether it is blank
+_BLACK = 20  # of 255: largest value in a nearly black image
+_ONE_COLOUR = 3  # of 255: largest range of values in an image of a single colour
+_SCALES = (8, 4, 2)  # integer factors of libjpeg's scaled decoding
 
 
 def accept(data: bytes, rules: ImageRules) -> Accepted:
-    """Apply the rule to one encoded image.
+    """Return the JPEG to store for one encoded image.
 
     Raises:
-        Rejected: it cannot be used.
+        Rejected: the image cannot be used.
     """
     if not data:
         raise Rejected("empty file")
     if len(data) > MAX_ENCODED:
-        raise Rejected(f"unreasonably large: {len(data)} bytes")
+        raise Rejected(f"too large: {len(data)} bytes, more than {MAX_ENCODED >> 20} MiB")
     try:
         header = parse_header(data)
     except HeaderTooLong as error:
-        raise Rejected(f"unreasonable JPEG: {error}") from error
+        raise Rejected(f"JPEG with {error}") from error
     except NotAJpeg as error:
-        return _repair(data, rules, 1, f"damaged JPEG: {error}" if data[:2] == b"\xff\xd8" else "not a JPEG")
+        return _reencode(data, rules, 1, f"damaged JPEG: {error}" if data[:2] == b"\xff\xd8" else "not a JPEG")
     target = _target_size(header.width, header.height, rules)
     if header.is_standard and target is not None and header.width * header.height > MAX_PIXELS:
-        return _take_giant(data, rules, header, target)
+        return _shrink_giant(data, rules, header, target)
     check_extent(header.width, header.height, shrinks=target is not None)
     many_scans = _check_scans(data, header)
-    fault = "CMYK JPEG" if header.components == 4 else "unusual JPEG"
+    fault = "CMYK JPEG" if header.components == 4 else "non-standard JPEG"
     if many_scans:
-        fault = f"JPEG of more than {MAX_SCANS} scans"
+        fault = f"JPEG with more than {MAX_SCANS} scans"
     elif header.is_standard:
         try:
-            return _take(data, rules, header)
+            return _keep_or_shrink(data, rules, header)
         except ValueError as error:
-            if "memory" in str(error).lower():  # libjpeg's "Insufficient memory" says nothing against the image
+            if "memory" in str(error).lower():  # libjpeg's "Insufficient memory" is no fault of the image
                 raise MemoryError(str(error)) from error
-            fault = f"damaged JPEG: {_kind(str(error))}"
-    return _repair(data, rules, header.orientation, fault)
+            fault = f"damaged JPEG: {_without_numbers(str(error))}"
+    return _reencode(data, rules, header.orientation, fault)
 
 
 def exceeded_limit(data: bytes) -> str | None:
-    """Say which limit a JPEG of a set exceeds, by its header; None where it would be kept."""
+    """Return the limit that a JPEG of a shard set exceeds according to its header; None if there is none."""
     try:
         header = parse_header(data)
         check_extent(header.width, header.height)
@@ -103,11 +104,11 @@ def exceeded_limit(data: bytes) -> str | None:
         return str(error)
 
 
-def _take(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
-    """A plain JPEG, as it is or shrunk.
+def _keep_or_shrink(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
+    """Return a standard JPEG unchanged, or shrunk if the rules require it.
 
     Raises:
-        ValueError: the decoder complains.
+        ValueError: the decoder reports an error or a warning.
     """
     target = _target_size(header.width, header.height, rules)
     if target is None:
@@ -116,19 +117,18 @@ def _take(data: bytes, rules: ImageRules, header: JpegHeader) -> Accepted:
             return Accepted(data, header.height, header.width, header.orientation, blank=blank)
         return Accepted(data, header.height, header.width, header.orientation)
     pixels = simplejpeg.decode_jpeg(data, "GRAY" if header.components == 1 else "RGB", strict=True)
-    return _shrunk(data, pixels, header, target, rules)
+    return _encode_shrunk(data, pixels, header, target, rules)
 
 
-def _take_giant(data: bytes, rules: ImageRules, header: JpegHeader, target: tuple[int, int]) -> Accepted:
-    """A plain JPEG of more than `MAX_PIXELS`, shrunk while it is decoded.
+def _shrink_giant(data: bytes, rules: ImageRules, header: JpegHeader, target: tuple[int, int]) -> Accepted:
+    """Shrink a standard JPEG of more than `MAX_PIXELS` while it is decoded.
 
     Raises:
-        Rejected: it is damaged, or too large for that.
+        Rejected: it is damaged, or too large even for scaled decoding.
     """
     _check_scans(data, header)
-    scale = next(
-        (scale for scale in _SCALES if all(map(_reaches, (header.width, header.height), target, [scale] * 2))), 1
-    )
+    sides = (header.width, header.height)
+    scale = next((scale for scale in _SCALES if all(map(_is_large_enough, sides, target, [scale] * 2))), 1)
     check_scaled(data, header, scale)
     width, height = -(-header.width // scale), -(-header.height // scale)
     try:
@@ -139,30 +139,33 @@ def _take_giant(data: bytes, rules: ImageRules, header: JpegHeader, target: tupl
         if "memory" in str(error).lower():
             raise MemoryError(str(error)) from error
         raise Rejected(
-            f"damaged JPEG of {header.width}x{header.height} pixels, more than are repaired: {_kind(str(error))}"
+            f"damaged JPEG of {header.width}x{header.height} pixels, too large to re-encode: "
+            f"{_without_numbers(str(error))}"
         ) from error
-    return _shrunk(data, pixels, header, target, rules)
+    return _encode_shrunk(data, pixels, header, target, rules)
 
 
-def _reaches(side: int, wanted: int, scale: int) -> bool:
+def _is_large_enough(side: int, wanted: int, scale: int) -> bool:
     return -(-side // scale) >= wanted
 
 
-def _shrunk(data: bytes, pixels: Pixels, header: JpegHeader, target: tuple[int, int], rules: ImageRules) -> Accepted:
-    small = _shrink(pixels, target)
-    if header.components == 3 and has_profile(data, header):  # which is not written to the smaller image
+def _encode_shrunk(
+    data: bytes, pixels: Pixels, header: JpegHeader, target: tuple[int, int], rules: ImageRules
+) -> Accepted:
+    shrunk = _shrink(pixels, target)
+    if header.components == 3 and has_profile(data, header):  # the shrunk image is stored without a profile
         with suppress(Exception), Image.open(io.BytesIO(data), formats=["JPEG"]) as opened:
-            small = to_srgb(small, profile_of(opened))
-    return _encode(small, rules.quality, "420", header.orientation, None)
+            shrunk = to_srgb(shrunk, profile_of(opened))
+    return _encode(shrunk, rules.quality, "420", header.orientation, None)
 
 
-def _kind(warning: str) -> str:
-    """A decoder's warning without the figures that differ from file to file, so that like ones count together."""
+def _without_numbers(warning: str) -> str:
+    """Remove words with digits from a decoder's warning, so that equal warnings are counted together."""
     return " ".join(word for word in warning.split() if not any(c.isdigit() for c in word)).rstrip(":")
 
 
-def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Accepted:
-    """Whatever else Pillow can decode, as a plain JPEG."""
+def _reencode(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Accepted:
+    """Decode an image with Pillow and encode it as a standard JPEG."""
     with _decoding():
         check_before_opening(data, shrinks=rules.shrinks)
         other = load_optional_decoder(data)
@@ -170,12 +173,12 @@ def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Acc
         check_before_decoding(opened, data, shrinks=_target_size(*opened.size, rules) is not None)
         opened.load()
         if opened.format not in ("JPEG", "MPO"):
-            # After loading, because Pillow applies a TIFF's orientation to its pixels by itself, and removes the tag.
+            # Read after loading, because Pillow applies a TIFF's orientation to its pixels and removes the tag.
             fault, orientation = str(opened.format), _exif_orientation(opened)
-            fault += " of several pages, the first one used" if has_second_page(data) else ""
+            fault += " with several pages, only the first page used" if has_second_page(data) else ""
         pixels, notes = to_8bit(opened, data)
         fault = ": ".join([fault, *notes])
-        del opened  # its pixels are the larger copy
+        del opened  # frees its copy of the pixels, which may be larger
     height, width = pixels.shape[:2]
     target = _target_size(width, height, rules)
     if target is not None:
@@ -185,10 +188,10 @@ def _repair(data: bytes, rules: ImageRules, orientation: int, fault: str) -> Acc
 
 
 def _shrink(pixels: Pixels, target: tuple[int, int]) -> Pixels:
-    """Antialiased; uint8 [H, W, 1 or 3] to the (width, height) of `target`.
+    """Resize pixels with antialiasing: uint8 [H, W, 1 or 3] to the (width, height) of `target`.
 
-    Pillow resizes first along rows and then along columns, with whole numbers in between, so that a large image gives
-    the same pixels when it is resized in bands, which takes fewer copies of it.
+    Pillow resizes along rows, rounds to integers, and then resizes along columns. Resizing a large image in bands
+    therefore gives the same pixels and needs fewer copies.
     """
     (height, width, channels), (new_width, new_height) = pixels.shape, target
     if height * width <= BAND_PIXELS:
@@ -226,9 +229,9 @@ def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, re
 
 
 def _is_blank(pixels: Pixels) -> bool:
-    """Whether an image is nearly black or of a single colour, by every eighth pixel along each side.
+    """Return whether an image is nearly black or of a single colour, given every eighth pixel along each side.
 
-    Of very small images that leaves too few to tell.
+    Very small images have too few such pixels to decide, and are never blank.
     """
     if pixels.shape[0] * pixels.shape[1] < _BLANK_PIXELS:
         return False
@@ -238,7 +241,7 @@ def _is_blank(pixels: Pixels) -> bool:
 
 @contextmanager
 def _decoding() -> Iterator[None]:
-    """Whatever goes wrong in a decoder means that the image does not decode."""
+    """Convert every error of a decoder, except lack of memory, to `Rejected`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -246,18 +249,21 @@ def _decoding() -> Iterator[None]:
     except (Rejected, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        found = re.search(r"\d+", str(error))  # Pillow's own limit, twice ours, comes first: its text has the number
+        # Pillow's own limit is twice ours; its message has the number of pixels.
+        found = re.search(r"\d+", str(error))
         raise too_many_pixels(found[0] if found else "too many") from error
     except OSError as error:
-        if str(error).startswith("out of memory"):  # Pillow's code for it
+        if str(error).startswith("out of memory"):  # message of Pillow's decoders
             raise MemoryError(str(error)) from error
         raise Rejected(_reason(error)) from error
-    except Exception as error:  # Pillow's decoders raise whatever their parsers stumble over
+    except Exception as error:  # Pillow's decoders raise exceptions of any type on damaged data
         raise Rejected(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
-    return "no image" if isinstance(error, Image.UnidentifiedImageError) else f"does not decode: {first_line(error)}"
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image"
+    return f"does not decode: {first_line(error)}"
 
 
 def _exif_orientation(image: Image.Image) -> int:
@@ -266,20 +272,20 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def _check_scans(data: bytes, header: JpegHeader) -> bool:
-    """Whether the JPEG has more scans than one that is kept may have.
+    """Return whether a JPEG has more scans than `MAX_SCANS`, so that it has to be re-encoded.
 
     Raises:
-        Rejected: it has more than can be decoded in reasonable time.
+        Rejected: it has more scans than can be decoded in reasonable time.
     """
     most = min(MAX_SCAN_PIXELS // (header.width * header.height), MAX_SEGMENTS)
     scans = count_scans(data, header, most)
     if scans > most:
-        raise Rejected(f"unreasonable JPEG: more than {most} scans of {header.width}x{header.height} pixels")
+        raise Rejected(f"JPEG with more than {most} scans of {header.width}x{header.height} pixels")
     return scans > MAX_SCANS
 
 
 def _target_size(width: int, height: int, rules: ImageRules) -> tuple[int, int] | None:
-    """Width and height after shrinking; None when the image stays as large as it is."""
+    """Return the width and height after shrinking; None if the image is not shrunk."""
     scale = 1.0
     if rules.max_side is not None:
         scale = min(scale, rules.max_side / max(width, height))

@@ -1,4 +1,4 @@
-"""Which files are images, by name and by content, and which of Pillow's formats are ever opened."""
+"""Recognise image files by name and by content; list the Pillow formats that may be opened."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ IMAGE_SUFFIXES = frozenset(
 RAW_SUFFIXES = frozenset(
     b".3fr .arw .cr2 .cr3 .dng .erf .iiq .kdc .mef .mos .mrw .nef .nrw .orf .pef .raf .raw .rw2 .srw .x3f".split()
 )
-"""Raw files of cameras. By content they are TIFF files of a thumbnail."""
+"""Camera raw files. Their content begins like a TIFF that holds only a thumbnail."""
 APPLE_DOUBLE = b"._"
-"""Prefix of the resource forks that macOS leaves beside files, under the files' own suffixes."""
+"""Prefix of AppleDouble files: macOS stores the resource fork of x.jpg in a file ._x.jpg."""
 MAGIC_BYTES = 16
-"""Bytes at the start of a file that `looks_like_image` needs."""
+"""Number of leading bytes that `looks_like_image` needs."""
 
 PILLOW_FORMATS = (
     *("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "AVIF", "PPM", "QOI", "SGI", "PCX"),
-    "TGA",  # the last one: it has no signature
+    "TGA",  # must be last, because it has no signature
 )
-"""The formats that are opened, in the order in which they are tried. Never those whose plugins run other programs or
-hand over to them (EPS, WMF, MPEG, HDF5, GRIB, BUFR), nor icons, layered documents, textures and scientific tables."""
+"""Pillow formats that may be opened, in the order in which they are tried. Formats whose plugins call other programs
+(EPS, WMF, MPEG, HDF5, GRIB, BUFR), icons, layered documents, textures, and scientific tables are excluded."""
 EXTRA = "formats"
-"""The extra of pyproject.toml that installs the decoders of HEIF and JPEG XL."""
+"""Name of the extra in pyproject.toml that installs the decoders of HEIF and JPEG XL."""
 
 JXL_CODESTREAM = b"\xff\x0a"
 JXL_CONTAINER = b"\0\0\0\x0cJXL \r\n\x87\n"
@@ -38,16 +38,16 @@ _SIGNATURES = (
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 _HEIF_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
 _MAX_BRANDS = 64
-_BINARY_PNM = re.compile(rb"P[456]\s+(#|\d)")  # the plain ones (P1 to P3) may be any text
+_BINARY_PNM = re.compile(rb"P[456]\s+(#|\d)")  # the text formats (P1 to P3) could be any text
 
 
 def named_as_image(name: bytes) -> bool:
-    """Return whether a file's name says that it is an image."""
+    """Return whether a file has the suffix of an image."""
     return not name.startswith(APPLE_DOUBLE) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def looks_like_image(start: bytes) -> bool:
-    """Return whether a file that begins with these `MAGIC_BYTES` is of one of the formats that can be used."""
+    """Return whether a file that begins with these `MAGIC_BYTES` has one of the supported image formats."""
     return (
         start.startswith(_SIGNATURES)
         or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
@@ -58,12 +58,12 @@ def looks_like_image(start: bytes) -> bool:
 
 
 def is_jxl(data: bytes) -> bool:
-    """Return whether this is a JPEG XL file (ISO/IEC 18181-2)."""
+    """Return whether the data is a JPEG XL file (ISO/IEC 18181-2)."""
     return data.startswith((JXL_CODESTREAM, JXL_CONTAINER))
 
 
 def is_heif(data: bytes) -> bool:
-    """Return whether this is a HEIF file (ISO/IEC 23008-12) other than AVIF, which shares its container."""
+    """Return whether the data is a HEIF file (ISO/IEC 23008-12); AVIF, which has the same container, is excluded."""
     if data[4:8] != b"ftyp":
         return False
     end = min(int.from_bytes(data[:4], "big"), len(data), 16 + 4 * _MAX_BRANDS)

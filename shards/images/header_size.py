@@ -1,4 +1,4 @@
-"""Read an image's size from its header, for formats whose decoders reserve memory before Pillow tells the size."""
+"""Read image sizes from headers, for formats whose decoders allocate memory before Pillow knows the size."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from shards.images.formats import J2K_CODESTREAM, JXL_CODESTREAM, is_jxl
 from shards.images.limits import MAX_BOXES
 
 MAX_META = 2**20
-"""Bytes of an AVIF or HEIF in which its properties are looked for."""
+"""Number of leading bytes of an AVIF or HEIF that are searched for its properties."""
 Size = tuple[int, int]
-"""Width and height."""
+"""(width, height) in pixels."""
 
-_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width to height, for ratio 1 to 7
+_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width : height, for the ratio codes 1 to 7
 _JXL_SIDE_BITS = (9, 13, 18, 30)
 
 
 def webp_size(data: bytes) -> Size:
-    """The canvas of a WebP (RFC 9649, sections 2.5 to 2.7)."""
+    """Return the canvas size of a WebP (RFC 9649, sections 2.5 to 2.7)."""
     if data[12:16] == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
     if data[12:16] == b"VP8L":
@@ -25,10 +25,12 @@ def webp_size(data: bytes) -> Size:
 
 
 def jpeg2000_size(data: bytes) -> tuple[Size, int] | None:
-    """Size and components of a JPEG 2000 codestream (ISO/IEC 15444-1, A.5.1), of which the container may say otherwise.
+    """Return the size and number of components of a JPEG 2000 codestream (ISO/IEC 15444-1, A.5.1).
+
+    The container may state other values, but decoders use those of the codestream.
 
     Returns:
-        None where there is no codestream.
+        None if there is no codestream.
     """
     at = data.find(J2K_CODESTREAM)
     if at < 0 or at + 42 > len(data):
@@ -38,7 +40,7 @@ def jpeg2000_size(data: bytes) -> tuple[Size, int] | None:
 
 
 def isobmff_size(data: bytes) -> Size:
-    """The largest size that an AVIF or HEIF states (ISO/IEC 23008-12, 6.5.3), of the image or what it is cut from."""
+    """Return the largest size that an AVIF or HEIF states (ISO/IEC 23008-12, 6.5.3), before or after cropping."""
     found = [(0, 0)]
     at = -1
     for _ in range(MAX_BOXES):
@@ -50,7 +52,7 @@ def isobmff_size(data: bytes) -> Size:
 
 
 def jxl_size(data: bytes) -> Size | None:
-    """The canvas of a JPEG XL (ISO/IEC 18181-1, SizeHeader); None where the header does not show it."""
+    """Return the canvas size of a JPEG XL (ISO/IEC 18181-1, SizeHeader); None if no size header is found."""
     if not is_jxl(data):
         return None
     codestream = data[:32] if data.startswith(JXL_CODESTREAM) else _jxl_codestream(data)
@@ -58,19 +60,19 @@ def jxl_size(data: bytes) -> Size | None:
         return None
     bits = int.from_bytes(codestream[2:32], "little")
 
-    def take(count: int) -> int:
+    def read_bits(count: int) -> int:
         nonlocal bits
         value = bits & ((1 << count) - 1)
         bits >>= count
         return value
 
-    small = take(1)
+    small = read_bits(1)
 
     def side() -> int:
-        return 8 * (1 + take(5)) if small else 1 + take(_JXL_SIDE_BITS[take(2)])
+        return 8 * (1 + read_bits(5)) if small else 1 + read_bits(_JXL_SIDE_BITS[read_bits(2)])
 
     height = side()
-    ratio = take(3)
+    ratio = read_bits(3)
     if ratio == 0:
         return side(), height
     wide, high = _JXL_RATIOS[ratio - 1]
@@ -78,7 +80,7 @@ def jxl_size(data: bytes) -> Size | None:
 
 
 def _jxl_codestream(data: bytes) -> bytes:
-    """The beginning of the codestream in a container (ISO/IEC 18181-2)."""
+    """Return the first bytes of the codestream in a container (ISO/IEC 18181-2)."""
     for kind, start, stop in boxes(data):
         if kind in (b"jxlc", b"jxlp"):
             skipped = 4 if kind == b"jxlp" else 0  # its sequence number
@@ -87,7 +89,7 @@ def _jxl_codestream(data: bytes) -> bytes:
 
 
 def boxes(data: bytes) -> list[tuple[bytes, int, int]]:
-    """Type, start and end of the content of the boxes of a file (ISO/IEC 14496-12, 4.2), at most `MAX_BOXES` + 1."""
+    """Return (type, start, end) of each box's content (ISO/IEC 14496-12, 4.2), of at most `MAX_BOXES` + 1 boxes."""
     found: list[tuple[bytes, int, int]] = []
     at = 0
     while at + 8 <= len(data) and len(found) <= MAX_BOXES:

@@ -1,4 +1,4 @@
-"""What a JPEG says about itself before its pixels: ITU-T T.81 (B.2) markers, and the EXIF orientation."""
+"""Parse JPEG headers: the marker segments of ITU-T T.81 (B.2) and the EXIF orientation."""
 
 from __future__ import annotations
 
@@ -10,54 +10,54 @@ from shards.images.limits import MAX_METADATA, MAX_SCANS, MAX_SEGMENTS
 
 START = b"\xff\xd8\xff"
 EXIF_SEGMENT = 0xE1  # APP1
-BASELINE, PROGRESSIVE = 0, 2  # numbers of the start-of-frame markers
+BASELINE, PROGRESSIVE = 0, 2  # n of the start-of-frame markers SOFn
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
-_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7 have no length
-_SEQUENTIAL = frozenset({0, 1, 9})  # numbers of the processes that are neither progressive nor hierarchical
+_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7, which have no length field
+_SEQUENTIAL = frozenset({0, 1, 9})  # n of SOFn of the processes that are neither progressive nor hierarchical
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # in entropy-coded data: none of its stuffing and restarts
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # not stuffed bytes or restarts in entropy-coded data
 
 
 class NotAJpeg(ValueError):
-    """The bytes are no JPEG, or end before its frame header."""
+    """The data is not a JPEG, or ends before its frame header."""
 
 
 class HeaderTooLong(NotAJpeg):
-    """More segments or bytes stand before the first scan than `shards.images.limits` allows."""
+    """The JPEG has more segments or bytes before its first scan than `shards.images.limits` allows."""
 
 
 @dataclass(frozen=True)
 class JpegHeader:
-    """The frame header and the orientation."""
+    """Fields of the frame header, and the orientation."""
 
     height: int
     width: int
     components: int
     precision: int
     process: int
-    """Number of the start-of-frame marker: 0 baseline, 2 progressive, others are rare."""
+    """n of the start-of-frame marker SOFn: 0 is baseline, 2 is progressive, others are rare."""
     orientation: int
     """EXIF orientation 1..8; 1 when absent or out of range."""
     scans_at: int
     """Offset of the first scan."""
     multiscan: bool
-    """Whether decoders look for more than one scan: progressive, or components in scans of their own. They then hold
-    all coefficients of the image in memory, and pass over it once per scan."""
+    """Whether the image may have several scans: it is progressive, or its components have separate scans. Decoders then
+    hold all coefficients of the image in memory and process it once per scan."""
 
     @property
     def is_standard(self) -> bool:
-        """Whether every JPEG decoder can be expected to read it: baseline or progressive, 8 bits, grey or colour."""
+        """Whether all JPEG decoders support it: baseline or progressive, 8 bits, greyscale or three components."""
         return self.process in (BASELINE, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
 
 
 def parse_header(data: bytes) -> JpegHeader:
-    """Read the segments up to the first scan.
+    """Read the segments before the first scan.
 
     Raises:
         NotAJpeg: there is no frame header before the first scan.
-        HeaderTooLong: the first scan is further off than it ever is.
+        HeaderTooLong: there are more than `MAX_METADATA` bytes or `MAX_SEGMENTS` segments before the first scan.
     """
     if data[:3] != START:
         raise NotAJpeg("no JPEG start")
@@ -69,7 +69,7 @@ def parse_header(data: bytes) -> JpegHeader:
             if at > MAX_METADATA:
                 raise HeaderTooLong(f"more than {MAX_METADATA >> 20} MiB before its first scan")
             if data[at] != 0xFF:
-                raise NotAJpeg("a marker is missing")
+                raise NotAJpeg("missing marker in the header")
             marker = data[at + 1]
             if marker == 0xFF:  # fill byte
                 at += 1
@@ -89,7 +89,7 @@ def parse_header(data: bytes) -> JpegHeader:
         else:
             raise HeaderTooLong(f"more than {MAX_SEGMENTS:,} segments before its first scan")
     except (IndexError, struct.error):
-        raise NotAJpeg("ends within its header") from None
+        raise NotAJpeg("the file ends within the header") from None
     if frame is None:
         raise NotAJpeg("no frame header")
     process, precision, height, width, components = frame
@@ -98,22 +98,22 @@ def parse_header(data: bytes) -> JpegHeader:
 
 
 def count_scans(data: bytes, header: JpegHeader, most: int) -> int:
-    """Count the scans of the image, whatever follows it in the file.
+    """Count the scans of the image; data after the image is ignored.
 
     Returns:
-        The number of scans, or an upper bound of it that is at most `MAX_SCANS`; any number above `most` if there are
-        more than that.
+        The number of scans, or an upper bound that is at most `MAX_SCANS`; any number above `most` if there are more
+        than `most` scans.
     """
     if not header.multiscan:
         return 1
-    # Every scan begins with these two bytes. Metadata and what follows the image may hold them too, so that this is an
-    # upper bound; walking from segment to segment, which is slower, is only needed where the bound does not do.
+    # Every scan begins with these two bytes. Metadata and data after the image may contain them too, so the count is an
+    # upper bound. Walking from segment to segment is slower, and only needed if the bound exceeds the limit.
     bound = data.count(b"\xff\xda", header.scans_at)
     return bound if bound <= min(MAX_SCANS, most) else _walk_scans(data, header.scans_at, most)
 
 
 def has_profile(data: bytes, header: JpegHeader) -> bool:
-    """Return whether an ICC profile seems to stand before the first scan (ICC.1, annex B.4)."""
+    """Return whether the header seems to contain an ICC profile (ICC.1, annex B.4)."""
     return data.find(b"ICC_PROFILE\0", 0, header.scans_at) >= 0
 
 
@@ -130,11 +130,11 @@ def _walk_scans(data: bytes, at: int, most: int) -> int:
         if following is None:
             return scans
         at = following.start()
-    return most + 1  # segments without end
+    return most + 1  # too many segments
 
 
 def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
-    """The JPEG with another segment, after its JFIF segment (which has to come first) if it has one."""
+    """Insert a segment into a JPEG, after its JFIF segment if it has one (JFIF has to be first)."""
     at = 2
     if data[2:4] == b"\xff\xe0":
         at += 2 + int.from_bytes(data[4:6], "big")
@@ -142,7 +142,7 @@ def with_segment(data: bytes, marker: int, content: bytes) -> bytes:
 
 
 def _orientation(tiff: bytes) -> int:
-    """The orientation tag of the first directory of an EXIF block (TIFF 6.0, section 2)."""
+    """Read the orientation from the first directory of an EXIF block (TIFF 6.0, section 2); 1 if it has none."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     if order is None:
         return 1

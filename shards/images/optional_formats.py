@@ -1,4 +1,4 @@
-"""Decoders of HEIF and JPEG XL, which an extra installs and which are imported when the first such image comes."""
+"""Load the optional decoders of HEIF and JPEG XL when the first such image is read."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from shards.images.rules import Rejected
 
 
 def load_optional_decoder(data: bytes) -> str | None:
-    """Register the decoder that an image needs beside Pillow's own.
+    """Register the decoder of an image's format with Pillow, if Pillow does not include one.
 
     Returns:
-        Pillow's name of the format; None where Pillow's own decoders are to try.
+        Pillow's name of the format; None if no optional decoder is needed.
 
     Raises:
-        Rejected: the extra is not installed.
+        Rejected: the decoder's package is not installed.
     """
     if is_heif(data):
         try:
             import pillow_heif
         except ImportError as error:
             raise _missing("HEIC", "pillow-heif") from error
-        # One thread, because there is a worker per core; nothing but the image is used.
+        # One thread, because there is one worker per core; thumbnails and other auxiliary images are not used.
         pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
         return "HEIF"
     if is_jxl(data):
@@ -35,5 +35,5 @@ def load_optional_decoder(data: bytes) -> str | None:
 
 def _missing(kind: str, package: str) -> Rejected:
     return Rejected(
-        f"{kind} image, which needs {package}: pip install 'fat-pipeline[{EXTRA}]', then start the conversion anew"
+        f"decoding {kind} images needs {package}: pip install 'fat-pipeline[{EXTRA}]', then repeat the conversion"
     )

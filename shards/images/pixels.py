@@ -1,10 +1,10 @@
-"""From whatever an image file holds to 8-bit grey or RGB, as its samples are meant.
+"""Convert the pixels of any image to 8-bit greyscale or RGB.
 
-- More than 8 bits: the file's own statement of their depth counts (PNG's sBIT, TIFF's BitsPerSample and
-  SMaxSampleValue); without one, the upper 8 bits are kept.
-- Floating point: from 0 to 1, or as TIFF's SMinSampleValue and SMaxSampleValue say.
-- Transparency is laid on white.
-- CMYK and RGB with an ICC profile are converted to sRGB through it.
+- More than 8 bits: scaled by the significant bits that the file states (PNG's sBIT, TIFF's BitsPerSample and
+  SMaxSampleValue); if it states none, the upper 8 bits are kept.
+- Floating point: the range is 0 to 1, or TIFF's SMinSampleValue to SMaxSampleValue.
+- Transparent pixels are composited onto white.
+- CMYK and RGB with an ICC profile are converted to sRGB.
 """
 
 from __future__ import annotations
@@ -21,48 +21,48 @@ from shards.images.formats import PILLOW_FORMATS
 from shards.images.limits import MAX_DECODE_MEMORY
 
 Pixels = NDArray[np.uint8]
-"""uint8 [H, W, C], C = 1 (grey) or 3 (RGB)."""
+"""uint8 [H, W, C], C = 1 (greyscale) or 3 (RGB)."""
 
-BAND_PIXELS = 2**20  # converted at a time, so that conversions need no second copy of a large image
+BAND_PIXELS = 2**20  # pixels converted at a time, to avoid a second copy of a large image
 
-_DEEP_BYTES = 14  # per pixel: two decodings of 16-bit RGB, and what comes of them
-_OTHER_BYTE = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of the order of bytes; N: of the machine
+_DEEP_BYTES = 14  # per pixel: 16-bit RGB decoded twice, and the result
+_OPPOSITE_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of byte orders; N: native
 
 
 def to_8bit(image: Image.Image, data: bytes) -> tuple[Pixels, list[str]]:
-    """Convert a loaded image, in bands of rows.
+    """Convert a loaded image in bands of rows.
 
     Args:
-        image: of any mode.
-        data: the file.
+        image: image of any mode.
+        data: content of the image file.
 
     Returns:
-        The pixels, and notes about what could not be kept or applied.
+        The pixels, and notes on precision that was lost and profiles that were not applied.
 
     Raises:
-        Rejected: it is not said which of its samples are black and white.
+        Rejected: the sample values of black and white are unknown.
     """
-    statement = read_sample_format(image, data)
+    fmt = read_sample_format(image, data)
     if image.mode == "F" or image.mode[0] == "I":
-        rule, notes = sample_rule(image, statement, _bands(image))
-        return _converted(image, lambda band: rule.apply(samples_of(band, statement))[:, :, None]), notes
-    if image.mode == "RGB" and statement.stored == 16 and statement.bits is not None and statement.bits > 8:
-        deep = _deep_rgb(image, data, statement.bits)
+        rule, notes = sample_rule(image, fmt, _bands(image))
+        return _converted(image, lambda band: rule.apply(samples_of(band, fmt))[:, :, None]), notes
+    if image.mode == "RGB" and fmt.stored == 16 and fmt.bits is not None and fmt.bits > 8:
+        deep = _deep_rgb(image, data, fmt.bits)
         if deep is not None:
             return deep, []
     convert, notes = _profile_transform(image)
-    notes += [f"upper 8 of {statement.stored} bits kept"] if statement.stored > 8 else []
-    return _converted(image, lambda band: _plain_band(band, convert)), notes
+    notes += [f"upper 8 of {fmt.stored} bits kept"] if fmt.stored > 8 else []
+    return _converted(image, lambda band: _convert_band(band, convert)), notes
 
 
 def profile_of(image: Image.Image) -> bytes | None:
-    """The ICC profile of an opened image."""
+    """Return the ICC profile of an opened image, if it has one."""
     profile = image.info.get("icc_profile")
     return profile if isinstance(profile, bytes) and profile else None
 
 
 def to_srgb(pixels: Pixels, profile: bytes | None) -> Pixels:
-    """uint8 [H, W, 3] in a profile's colours to sRGB; as they are where the profile is unusable or sRGB itself."""
+    """Convert uint8 [H, W, 3] from a profile's colours to sRGB; unchanged if the profile is invalid or sRGB itself."""
     transform, _ = _transform(profile, "RGB", "RGB ")
     if transform is None:
         return pixels
@@ -96,7 +96,7 @@ def _converted(image: Image.Image, convert: Callable[[Image.Image], Pixels]) -> 
     return pixels
 
 
-def _plain_band(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Pixels:
+def _convert_band(image: Image.Image, transform: ImageCms.ImageCmsTransform | None) -> Pixels:
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -109,7 +109,7 @@ def _plain_band(image: Image.Image, transform: ImageCms.ImageCmsTransform | None
 
 
 def _profile_transform(image: Image.Image) -> tuple[ImageCms.ImageCmsTransform | None, list[str]]:
-    """The transform of the image's colours to sRGB, if it needs one, and notes."""
+    """Return the transform of the image's colours to sRGB (None if not needed), and notes."""
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.buildTransform(lab, srgb, "LAB", "RGB"), []
@@ -126,7 +126,7 @@ def _transform(profile: bytes | None, mode: str, space: str) -> tuple[ImageCms.I
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space != space:
-            return None, ["ICC profile of other colours not applied"]
+            return None, ["ICC profile for another colour space not applied"]
         if "sRGB" in (opened.profile.profile_description or ""):
             return None, []
         return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB"), []
@@ -135,31 +135,31 @@ def _transform(profile: bytes | None, mode: str, space: str) -> tuple[ImageCms.I
 
 
 def _deep_rgb(image: Image.Image, data: bytes, bits: int) -> Pixels | None:
-    """16-bit RGB whose samples have fewer bits than that; None where they fill all 16.
+    """Convert 16-bit RGB whose samples have only `bits` significant bits; None if they use all 16.
 
-    Pillow keeps the upper byte of each sample: the lower one is decoded as if the order of bytes were the other.
+    Pillow keeps only the upper byte of each sample. Decoding with the opposite byte order gives the lower byte.
     """
     width, height = image.size
     if width * height * _DEEP_BYTES > MAX_DECODE_MEMORY or np.asarray(image).max() >= 1 << (bits - 8):
         return None
-    other = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-    if other.size != image.size:
+    swapped = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+    if swapped.size != image.size:
         return None
     tiles = []
-    for tile in other.tile:
+    for tile in swapped.tile:
         args = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         mode, _, order = str(args[0]).partition(";")
-        if mode != "RGB" or order not in _OTHER_BYTE:
+        if mode != "RGB" or order not in _OPPOSITE_ORDER:
             return None
-        named = f"RGB;{_OTHER_BYTE[order]}"
+        named = f"RGB;{_OPPOSITE_ORDER[order]}"
         tiles.append(tile._replace(args=(named, *args[1:]) if isinstance(tile.args, tuple) else named))
-    other.tile = tiles
-    other.load()
+    swapped.tile = tiles
+    swapped.load()
     rule = SampleRule.of_bits(bits)
     pixels = np.empty((height, width, 3), np.uint8)
     rows = max(1, BAND_PIXELS // width)
     for top in range(0, height, rows):
         box = (0, top, width, min(top + rows, height))
-        upper, lower = (np.asarray(one.crop(box)).astype(np.uint16) for one in (image, other))
+        upper, lower = (np.asarray(one.crop(box)).astype(np.uint16) for one in (image, swapped))
         pixels[box[1] : box[3]] = rule.apply(upper << 8 | lower)
     return pixels

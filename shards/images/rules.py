@@ -1,4 +1,4 @@
-"""What may be done to the images of a set, and the two outcomes: accepted or rejected."""
+"""Options for converting images, and the two outcomes: `Accepted` and `Rejected`."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ Check = Literal["decode", "header"]
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRules:
-    """What may be done to an image. All of it changes the bytes of the set."""
+    """Options for converting images. Each of them changes the bytes of the shard set."""
 
     check: Check = "decode"
-    """decode: decode every image. header: trust what the header says (fast, and training may meet damaged images)."""
+    """decode: decode every image. header: check headers only (faster, but training may encounter damaged images)."""
     max_side: int | None = None
-    """Shrink images whose longer side is above this many pixels."""
+    """Shrink images whose longer side exceeds this number of pixels."""
     short_side: int | None = None
-    """Shrink images whose shorter side is above this many pixels."""
+    """Shrink images whose shorter side exceeds this number of pixels."""
     quality: int = 90
     """JPEG quality of images that are shrunk."""
 
     @property
     def shrinks(self) -> bool:
-        """Whether large images are made smaller."""
+        """Whether large images are shrunk."""
         return self.max_side is not None or self.short_side is not None
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """A JPEG for the set."""
+    """A JPEG to store in the shard set."""
 
     data: bytes
     height: int
     width: int
     orientation: int
     repair: str | None = None
-    """Why it was re-encoded, if what came was no plain JPEG."""
+    """Why the image was re-encoded; None if it was a standard JPEG."""
     blank: bool = False
-    """Nearly black or of a single colour; not known where the header is trusted."""
+    """Whether it is nearly black or of a single colour; always False with check="header"."""
 
 
 class Rejected(Exception):
-    """The image cannot be used; the message is the reason."""
+    """Raised for an image that cannot be used; the message is the reason."""

@@ -1,4 +1,4 @@
-"""What the first directory of a TIFF (TIFF 6.0, section 2) says, before Pillow reads all of it."""
+"""Read facts from the first directory of a TIFF (TIFF 6.0, section 2) before Pillow parses all of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _Directory(NamedTuple):
 
 
 def count_strips(data: bytes) -> int:
-    """Return the largest count of strips or tiles in the first directory; 0 where there is none to be read."""
+    """Return the largest count of strips or tiles in the first directory; 0 if the directory cannot be read."""
     largest = 0
     try:
         directory = _first_directory(data)
@@ -33,12 +33,12 @@ def count_strips(data: bytes) -> int:
             if tag in _ARRAYS:
                 largest = max(largest, count)
     except (struct.error, OverflowError):
-        pass  # a truncated directory; Pillow decides whether it can read the file
+        pass  # truncated directory: Pillow reports whether it can read the file
     return largest
 
 
 def has_second_page(data: bytes) -> bool:
-    """Return whether a second directory follows the first."""
+    """Return whether the file has a second directory, that is, more than one page."""
     try:
         directory = _first_directory(data)
         if directory is None:
@@ -51,10 +51,10 @@ def has_second_page(data: bytes) -> bool:
 
 
 def _first_directory(data: bytes) -> _Directory | None:
-    """Find the first directory; None where this is no TIFF.
+    """Find the first directory; return None if the data is not a TIFF.
 
     Raises:
-        struct.error, OverflowError: it ends before the end of its header.
+        struct.error, OverflowError: the data ends within the header.
     """
     order = {b"II": "<", b"MM": ">"}.get(data[:2])
     if order is None:

@@ -1,4 +1,4 @@
-"""Images beyond the limits: shrunk where that can be done in bounded memory, else rejected with a remedy."""
+"""Images above the size limits are shrunk if bounded memory allows it; otherwise they are rejected with a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shards.images.rules import ImageRules, Rejected
 from tests.support.decompression_bombs import png, progressive_jpeg
 from tests.support.measured import run_measured
 
-SMALL = 100_000  # pixels that a kept image may have in these tests
+SMALL = 100_000  # MAX_PIXELS in these tests
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def jpeg(image: Image.Image, **options: object) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("rules", [{"max_side": 100}, {"max_side": 150}, {"short_side": 64}, {"max_side": 390}])
 @pytest.mark.parametrize("progressive", [False, True])
-def test_a_large_jpeg_is_shrunk_while_it_is_decoded(rules: dict[str, int], mode: str, progressive: bool) -> None:
+def test_jpegs_above_max_pixels_are_shrunk_during_decoding(rules: dict[str, int], mode: str, progressive: bool) -> None:
     source = waves(797, 501, mode)
     image = accept(jpeg(source, progressive=progressive), ImageRules(**rules))
     expected = source.resize((image.width, image.height), Image.Resampling.HAMMING)
@@ -58,35 +58,35 @@ def test_a_large_jpeg_is_shrunk_while_it_is_decoded(rules: dict[str, int], mode:
     ("data", "rules", "reason"),
     [
         (jpeg(waves(797, 501)), {}, "797x501 pixels.*--max-side"),
-        (jpeg(waves(1400, 900)), {"max_side": 100}, "1400x900 pixels, more than the 1 million"),
+        (jpeg(waves(1400, 900)), {"max_side": 100}, "1400x900 pixels; JPEGs of at most 1 million"),
         (jpeg(waves(797, 501, "CMYK")), {"max_side": 100}, "797x501 pixels.*JPEGs"),
         (png(797, 501), {"max_side": 100}, "797x501 pixels.*JPEGs"),
         (jpeg(waves(797, 501))[:9000], {"max_side": 100}, "damaged JPEG of 797x501 pixels"),
     ],
 )
-def test_what_cannot_be_shrunk_is_rejected_with_a_remedy(data: bytes, rules: dict[str, int], reason: str) -> None:
+def test_images_too_large_to_shrink_are_rejected_with_a_remedy(data: bytes, rules: dict[str, int], reason: str) -> None:
     with pytest.raises(Rejected, match=reason):
         accept(data, ImageRules(**rules))
 
 
-def test_scans_of_a_large_jpeg_are_counted() -> None:
+def test_large_jpegs_with_too_many_scans_are_rejected() -> None:
     with pytest.raises(Rejected, match="scans"):
         accept(progressive_jpeg(20_000, 20_000, 9), ImageRules(max_side=100))
 
 
-def test_coefficients_of_a_large_progressive_jpeg_are_counted() -> None:
-    with pytest.raises(Rejected, match="shrinking a progressive JPEG of 30000x30000 pixels takes about"):
+def test_memory_of_progressive_coefficients_is_included_in_the_estimate() -> None:
+    with pytest.raises(Rejected, match="shrinking a progressive JPEG of 30000x30000 pixels needs about"):
         accept(progressive_jpeg(30_000, 30_000, 1), ImageRules(max_side=100))
 
 
-def test_an_image_too_long_for_a_jpeg_is_shrunk() -> None:
+def test_images_longer_than_a_jpeg_allows_are_shrunk() -> None:
     image = accept(png(70_000, 20), ImageRules(max_side=700))
     assert (image.width, image.height) == (700, 1)
-    with pytest.raises(Rejected, match="more than 65,500 per side; --max-side"):
+    with pytest.raises(Rejected, match="at most 65,500 per side are allowed; --max-side"):
         accept(png(70_000, 20), ImageRules())
 
 
-def test_shrinking_takes_memory_for_the_smaller_image_alone() -> None:
+def test_shrinking_allocates_memory_only_for_the_smaller_image() -> None:
     code = """
         import io, json
         from PIL import Image

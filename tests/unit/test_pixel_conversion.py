@@ -1,4 +1,4 @@
-"""Deep, floating-point, transparent and CMYK images become the picture that their files mean."""
+"""Images of more than 8 bits, of floating point, with transparency, or in CMYK are converted to the intended pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UNSIGNED = 1
 
 
 def png(samples: NDArray[Any], chunks: bytes = b"", color_type: int | None = None, depth: int | None = None) -> bytes:
-    """A PNG of unsigned samples [H, W] or [H, W, C]; depth below 8: samples packed by the caller."""
+    """Return a PNG of unsigned samples [H, W] or [H, W, C]. With a depth below 8, the caller packs the samples."""
     depth = depth or 8 * samples.dtype.itemsize
     kind = color_type if color_type is not None else 0 if samples.ndim == 2 else {2: 4, 3: 2, 4: 6}[samples.shape[2]]
     rows = b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in samples)
@@ -44,7 +44,7 @@ def sbit(*bits: int) -> bytes:
 
 
 def tiff_of(samples: NDArray[Any], sample_format: int = UNSIGNED, **more: tuple[int, float | int] | int) -> bytes:
-    """A little-endian TIFF of one strip; `more`: photometric, and tags by name as (type, value)."""
+    """Return a little-endian TIFF with one strip; `more`: photometric, and tags by name as (type, value)."""
     bits = 8 * samples.dtype.itemsize
     channels = 1 if samples.ndim == 2 else samples.shape[2]
     names = {"smin": 340, "smax": 341, "max_sample": 281}
@@ -73,7 +73,7 @@ def tiff_of(samples: NDArray[Any], sample_format: int = UNSIGNED, **more: tuple[
 
 
 def packed12(samples: NDArray[np.uint16]) -> bytes:
-    """A 12-bit TIFF, two samples in three bytes."""
+    """Return a 12-bit TIFF, with two samples in three bytes."""
     one, two = samples[:, ::2].astype(np.uint32), samples[:, 1::2].astype(np.uint32)
     rows = np.stack([one >> 4, (one & 15) << 4 | two >> 8, two & 255], axis=-1).astype(np.uint8)
     plain = tiff_of(rows.reshape(len(samples), -1))
@@ -93,13 +93,13 @@ def scaled(white: float, kind: Any = np.uint16) -> NDArray[Any]:
 
 DEEP = scaled(65535)
 TWELVE = scaled(4095)
-MEANT = {
+GREYSCALE_RAMPS = {
     "png of 16 bits": png(DEEP),
-    "png of 12 bits in the lower ones, sBIT": png(TWELVE, sbit(12)),
-    "png of 12 bits in the upper ones, sBIT": png(TWELVE << 4, sbit(12)),
-    "png of 12 bits in the upper ones, repeated": png(TWELVE << 4 | TWELVE >> 8, sbit(12)),
-    "png of 10 bits, sBIT": png(scaled(1023), sbit(10)),
-    "png of 8 bits in 16, sBIT": png(RAMP.astype(np.uint16), sbit(8)),
+    "png with sBIT 12, lower bits used": png(TWELVE, sbit(12)),
+    "png with sBIT 12, upper bits used": png(TWELVE << 4, sbit(12)),
+    "png with sBIT 12, upper bits repeated in the lower bits": png(TWELVE << 4 | TWELVE >> 8, sbit(12)),
+    "png with sBIT 10": png(scaled(1023), sbit(10)),
+    "png with sBIT 8": png(RAMP.astype(np.uint16), sbit(8)),
     "pgm of 12 bits": b"P5 64 16 4095\n" + TWELVE.astype(">u2").tobytes(),
     "pgm of 16 bits": b"P5 64 16 65535\n" + DEEP.astype(">u2").tobytes(),
     "pfm": b"Pf 64 16 -1.0\n" + scaled(1, np.float32)[::-1].astype("<f4").tobytes(),
@@ -114,22 +114,26 @@ MEANT = {
     "tiff of 16 bits in 32": tiff_of(DEEP.astype(np.uint32)),
     "tiff of 32 bits": tiff_of(scaled(2**32 - 1, np.uint64).astype(np.uint32)),
     "tiff of floats from 0 to 1": tiff_of(scaled(1, np.float32), FLOAT),
-    "tiff of floats, stated": tiff_of(scaled(100, np.float32) - 20, FLOAT, smin=(11, -20.0), smax=(11, 80.0)),
+    "tiff of floats, SMinSampleValue and SMaxSampleValue": tiff_of(
+        scaled(100, np.float32) - 20, FLOAT, smin=(11, -20.0), smax=(11, 80.0)
+    ),
     "tiff of floats, white is zero": tiff_of(1 - scaled(1, np.float32), FLOAT, photometric=0),
-    "tiff of signed 16 bits, stated": tiff_of(scaled(2000, np.int16) - 1000, SIGNED, smin=(9, -1000), smax=(9, 1000)),
-    "tiff of signed 16 bits, none below 0": tiff_of(scaled(32767, np.int16), SIGNED),
+    "tiff of signed 16 bits, SMinSampleValue and SMaxSampleValue": tiff_of(
+        scaled(2000, np.int16) - 1000, SIGNED, smin=(9, -1000), smax=(9, 1000)
+    ),
+    "tiff of signed 16 bits, all samples positive": tiff_of(scaled(32767, np.int16), SIGNED),
 }
 
 
-@pytest.mark.parametrize("name", MEANT)
-def test_a_grey_ramp_is_that_ramp_however_it_is_stored(name: str) -> None:
-    pixels, _ = shown(MEANT[name])
+@pytest.mark.parametrize("name", GREYSCALE_RAMPS)
+def test_a_greyscale_ramp_is_preserved_by_every_storage_format(name: str) -> None:
+    pixels, _ = shown(GREYSCALE_RAMPS[name])
     assert pixels.shape == RAMP.shape
-    assert np.abs(pixels - RAMP).max() <= 4, "of rounding and JPEG"
+    assert np.abs(pixels - RAMP).max() <= 4, "tolerance for rounding and JPEG"
 
 
-def test_a_dark_png_with_bits_in_the_upper_ones_stays_dark() -> None:
-    """Its largest sample alone would allow 12 bits in the lower ones; but then some of the lowest four were used."""
+def test_a_dark_left_aligned_png_stays_dark() -> None:
+    """Its largest sample fits in 12 bits, but as the lowest four bits are all zero, the samples are left-aligned."""
     dark = scaled(255)
     pixels, _ = shown(png(dark << 4, sbit(12)))
     assert np.abs(pixels - (dark >> 4)).max() <= 4
@@ -148,7 +152,7 @@ COLOURS = np.stack([RAMP, RAMP[:, ::-1], np.full_like(RAMP, 90)], axis=-1)
         tiff_of(COLOURS.astype(np.uint16) << 4 | 5, smax=(SHORT, 4095)),
     ],
 )
-def test_colours_of_more_than_8_bits(data: bytes) -> None:
+def test_rgb_of_more_than_8_bits_is_converted(data: bytes) -> None:
     pixels, _ = shown(data)
     assert np.abs(pixels - COLOURS).mean() < 2
 
@@ -157,15 +161,18 @@ def test_colours_of_more_than_8_bits(data: bytes) -> None:
     ("data", "note"),
     [
         (png(DEEP), "PNG: upper 8 of 16 bits kept"),
-        (png(TWELVE), "PNG: upper 8 of 16 bits kept, though no sample needs more than 12"),
-        (tiff_of(TWELVE), "TIFF: upper 8 of 16 bits kept, though no sample needs more than 12"),
+        (png(TWELVE), "PNG: upper 8 of 16 bits kept, although all samples fit in 12 bits"),
+        (tiff_of(TWELVE), "TIFF: upper 8 of 16 bits kept, although all samples fit in 12 bits"),
         (png(COLOURS.astype(np.uint16) << 8), "PNG: upper 8 of 16 bits kept"),
-        (tiff_of(RAMP.astype(np.uint32)), "TIFF: 32 bits taken for 8, which is all that its samples need"),
+        (
+            tiff_of(RAMP.astype(np.uint32)),
+            "TIFF: 32-bit samples converted as 8-bit samples, because all of them fit in 8 bits",
+        ),
         (png(RAMP), "PNG"),
         (png(TWELVE, sbit(12)), "PNG"),
     ],
 )
-def test_what_was_assumed_is_noted(data: bytes, note: str) -> None:
+def test_the_repair_reason_states_the_assumed_bit_depth(data: bytes, note: str) -> None:
     assert shown(data)[1].repair == note
 
 
@@ -206,17 +213,17 @@ TRANSPARENT = {
 
 
 @pytest.mark.parametrize("name", TRANSPARENT)
-def test_transparency_is_laid_on_white(name: str) -> None:
+def test_transparent_pixels_are_composited_onto_white(name: str) -> None:
     pixels, _ = shown(TRANSPARENT[name])
     expected = np.where(RAMP == 0, 255, RAMP) if "level" in name else ON_WHITE
     assert np.abs((pixels if pixels.ndim == 2 else pixels[:, :, 0]) - expected).mean() < 4
 
 
-def test_one_bit_images() -> None:
+def test_one_bit_images_are_black_and_white() -> None:
     bits = np.tile(np.array([0b11110000], np.uint8), (HEIGHT, WIDTH // 8))
     bars = np.tile(np.repeat(np.array([255, 0]), 4), (HEIGHT, WIDTH // 8))
     assert np.abs(shown(png(bits, depth=1))[0] - bars).max() <= 12
-    transparent = png(bits, chunk(b"tRNS", b"\0\0"), depth=1)  # black is clear
+    transparent = png(bits, chunk(b"tRNS", b"\0\0"), depth=1)  # black is transparent
     assert shown(transparent)[0].min() > 250
     pbm = b"P4 64 16\n" + (255 - bits).tobytes()
     assert np.abs(shown(pbm)[0] - bars).max() <= 12
@@ -230,10 +237,10 @@ def test_one_bit_images() -> None:
 
 
 def cmyk_profile() -> bytes:
-    """An ICC profile (v2) whose inks are no mixture of a screen's colours: cyan prints as red.
+    """Return an ICC profile (v2) in which cyan ink prints as red, so that applying the profile is detectable.
 
-    A table of two points per ink from CMYK to L*a*b* (lut8Type, ICC.1:2001-04, 6.5.8): white paper, red where there is
-    cyan, black elsewhere.
+    It has a table of two points per ink from CMYK to L*a*b* (lut8Type, ICC.1:2001-04, 6.5.8): no ink is white, cyan
+    is red, and any other combination is black.
     """
     corners = []
     for corner in range(16):
@@ -261,7 +268,7 @@ def cmyk_profile() -> bytes:
 
 
 def display_p3() -> bytes:
-    """sRGB's profile with Display P3's primaries (D50-adapted), under another name."""
+    """Return the sRGB profile with Display P3's primaries (D50-adapted), under another name."""
     profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     primaries = {
         b"rXYZ": (0.51512, 0.2412, -0.00105),
@@ -289,14 +296,14 @@ def colour(data: bytes, rules: ImageRules = RULES) -> tuple[list[float], str | N
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-def test_cmyk_is_converted_through_its_profile(kind: str) -> None:
+def test_cmyk_is_converted_with_its_icc_profile(kind: str) -> None:
     (red, green, blue), repair = colour(saved(CYAN, kind, icc_profile=cmyk_profile()))
     assert red > 200
     assert max(green, blue) < 90
     assert repair == ("CMYK JPEG" if kind == "JPEG" else "TIFF")
 
 
-def test_cmyk_without_a_profile_is_converted_plainly() -> None:
+def test_cmyk_without_a_profile_is_converted_by_the_default_formula() -> None:
     (red, green, blue), _ = colour(saved(CYAN, "JPEG"))
     assert red < 10
     assert min(green, blue) > 245
@@ -307,18 +314,18 @@ def test_cmyk_without_a_profile_is_converted_plainly() -> None:
     [
         (cmyk_profile()[:300], "damaged ICC profile not applied"),
         (b"no profile at all", "damaged ICC profile not applied"),
-        (display_p3(), "ICC profile of other colours not applied"),
+        (display_p3(), "ICC profile for another colour space not applied"),
     ],
 )
-def test_a_profile_that_cannot_be_applied_is_noted(profile: bytes, note: str) -> None:
+def test_the_repair_reason_names_a_profile_that_was_not_applied(profile: bytes, note: str) -> None:
     (red, green, blue), repair = colour(saved(CYAN, "JPEG", icc_profile=profile))
     assert repair == f"CMYK JPEG: {note}"
     assert red < 10
     assert min(green, blue) > 245
 
 
-def test_wide_gamut_images_that_are_encoded_again_become_srgb() -> None:
-    """200, 100, 50 of Display P3 are outside of sRGB's red by little: the expected values follow CSS Color 4."""
+def test_reencoded_wide_gamut_images_are_converted_to_srgb() -> None:
+    """The expected values are computed as in CSS Color 4. (200, 100, 50) of Display P3 is slightly outside of sRGB."""
     image = Image.new("RGB", (32, 32), (200, 100, 50))
     for data, rules in (
         (saved(image, icc_profile=display_p3()), RULES),
@@ -330,7 +337,7 @@ def test_wide_gamut_images_that_are_encoded_again_become_srgb() -> None:
 
 
 def expected_srgb(p3: tuple[int, int, int]) -> NDArray[np.float64]:
-    """Display P3 to sRGB by CSS Color 4's matrices."""
+    """Convert Display P3 to sRGB with the matrices of CSS Color 4."""
     encoded = np.array(p3) / 255
     linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     matrix = [[1.2249401, -0.2249404, 0], [-0.0420569, 1.0420571, 0], [-0.0196376, -0.0786361, 1.0982735]]
@@ -338,12 +345,12 @@ def expected_srgb(p3: tuple[int, int, int]) -> NDArray[np.float64]:
     return 255 * np.where(srgb <= 0.0031308, srgb * 12.92, 1.055 * srgb ** (1 / 2.4) - 0.055)
 
 
-def test_wide_gamut_jpegs_that_are_kept_stay_as_they_are() -> None:
+def test_kept_wide_gamut_jpegs_are_unchanged() -> None:
     data = saved(Image.new("RGB", (32, 32), (200, 100, 50)), "JPEG", icc_profile=display_p3())
     assert accept(data, RULES).data == data
 
 
-def test_lab_images_become_srgb() -> None:
+def test_lab_images_are_converted_to_srgb() -> None:
     lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
     image = ImageCms.applyTransform(Image.new("RGB", (32, 32), (180, 90, 60)), lab)
     found, _ = colour(saved(image, "TIFF"))
@@ -351,8 +358,8 @@ def test_lab_images_become_srgb() -> None:
 
 
 @pytest.mark.parametrize("tags", [{254: (LONG, 1, 1), 330: (LONG, 1, 8)}, {50706: (LONG, 1, 0x0401)}])
-def test_raw_files_are_not_taken_for_their_previews(tags: dict[int, tuple[int, int, int]]) -> None:
-    """NEF, ARW, PEF and DNG are TIFFs whose first image is a thumbnail."""
+def test_camera_raw_files_are_rejected_instead_of_using_their_preview(tags: dict[int, tuple[int, int, int]]) -> None:
+    """NEF, ARW, PEF, and DNG files are TIFFs whose first image is a thumbnail."""
     plain = {256: (LONG, 1, 8), 257: (LONG, 1, 8), 258: (SHORT, 1, 8), 259: (SHORT, 1, 1), 262: (SHORT, 1, 1)}
     plain |= {277: (SHORT, 1, 1), 278: (LONG, 1, 8), 279: (LONG, 1, 64)}
 

@@ -259,7 +259,7 @@ def test_too_many_rejects_fail_with_the_list_and_without_a_manifest(tmp_path: Pa
     assert caught.value.exit_code == 1
     listed = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert listed == [
-        {"split": "train", "image": "c0/0.jpg", "reason": "no image"},
+        {"split": "train", "image": "c0/0.jpg", "reason": "not an image"},
         {"split": "train", "image": "c1/1.jpg", "reason": "empty file"},
     ]
     with pytest.raises(ShardSetError, match=r"no dataset\.json"):

@@ -1,4 +1,4 @@
-"""The one rule for images (docs/sharding.md), asserted by name on a folder of oddities."""
+"""Every kind of image is kept, re-encoded, rejected, or not used, as docs/converting.md specifies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RULES = ImageRules()
 
 
 def photo(mode: str = "RGB", size: tuple[int, int] = (160, 120)) -> Image.Image:
-    """Smooth waves with some grain: compresses like a photo."""
+    """Return smooth waves with some noise, which compress like a photo."""
     y, x = np.mgrid[: size[1], : size[0]]
     grain = np.random.default_rng(0).normal(0, 6, (size[1], size[0], 3))
     waves = np.stack([np.sin(x / 9), np.cos(y / 7), np.sin((x + y) / 11)], axis=-1) * 90 + 128
@@ -54,13 +54,13 @@ def oriented(value: int) -> Image.Exif:
 
 
 def with_ycck_marker(cmyk: bytes) -> bytes:
-    """The same CMYK JPEG, declared to be YCCK by its Adobe marker (transform 2)."""
+    """Mark a CMYK JPEG as YCCK in its Adobe marker (transform 2)."""
     at = cmyk.index(b"Adobe")
     return cmyk[: at + 11] + b"\x02" + cmyk[at + 12 :]
 
 
 JPEG = encoded(photo(), quality=90)
-# Entropy-coded bytes in the middle replaced by others that hold no marker.
+# Entropy-coded bytes in the middle are replaced by bytes that contain no marker.
 DAMAGED = JPEG[: len(JPEG) // 2] + bytes(range(64)) + JPEG[len(JPEG) // 2 + 64 :]
 DEEP = Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16))
 FRAMES = [photo(size=(64, 48)), photo(size=(64, 48)).transpose(Image.Transpose.ROTATE_180)]
@@ -81,7 +81,7 @@ KEPT = {
     "图像.jpg": JPEG,
     "two.dots.jpg": JPEG,
 }
-REPAIRED = {
+REENCODED = {
     "cmyk.jpg": encoded(photo("CMYK")),
     "ycck.jpg": with_ycck_marker(encoded(photo("CMYK"))),
     "png_named.JPEG": encoded(photo(), "PNG"),
@@ -100,22 +100,22 @@ REJECTED = {
     "truncated.jpg": JPEG[: len(JPEG) // 2],
     "truncated.png": encoded(photo(), "PNG")[:2000],
     "empty.jpg": b"",
-    "text.jpg": b"This is a text, whatever its name says.\n" * 9,
+    "text.jpg": b"This is a text.\n" * 9,
     "header_only.jpg": JPEG[:300],
     "a_billion_pixels.jpg": JPEG.replace(
         struct.pack(">HH", 120, 160), struct.pack(">HH", 40000, 40000)
-    ),  # only claims it
+    ),  # in the header only
 }
 IGNORED = {
     "Thumbs.db": b"\xd0\xcf\x11\xe0" * 9,
     "notes.txt": b"hello",
     "._baseline.JPEG": b"\0\5\x16\7" * 9,
-    ".trashed-1700000000-a.jpg": JPEG,  # what Android keeps of a deleted photo
+    ".trashed-1700000000-a.jpg": JPEG,  # a photo deleted on Android
 }
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_plain_jpegs_are_kept_byte_for_byte(name: str) -> None:
+def test_standard_jpegs_are_kept_byte_for_byte(name: str) -> None:
     image = accept(KEPT[name], RULES)
     assert image.data == KEPT[name]
     assert image.repair is None
@@ -124,20 +124,20 @@ def test_plain_jpegs_are_kept_byte_for_byte(name: str) -> None:
         assert image.orientation == reference.getexif().get(0x0112, 1)
 
 
-@pytest.mark.parametrize("name", REPAIRED)
-def test_other_images_become_plain_jpegs_of_the_same_picture(name: str) -> None:
-    image = accept(REPAIRED[name], RULES)
+@pytest.mark.parametrize("name", REENCODED)
+def test_other_images_are_reencoded_as_standard_jpegs_of_the_same_image(name: str) -> None:
+    image = accept(REENCODED[name], RULES)
     assert image.repair
     header = parse_header(image.data)
     assert header.is_standard
     assert (header.height, header.width) == (image.height, image.width)
-    with Image.open(io.BytesIO(image.data)) as result, Image.open(io.BytesIO(REPAIRED[name])) as source:
+    with Image.open(io.BytesIO(image.data)) as result, Image.open(io.BytesIO(REENCODED[name])) as source:
         assert result.size == source.size
         assert result.mode in ("L", "RGB")
-        if name != "sixteen_bits.png":  # Pillow itself clips these, see below
+        if name != "sixteen_bits.png":  # Pillow clips these; tested below
             difference = np.abs(np.int32(result.convert("RGB")) - np.int32(on_white(source))).mean()
             assert difference < 4  # levels of 255
-    assert accept(image.data, RULES).data == image.data, "what was repaired once is plain from then on"
+    assert accept(image.data, RULES).data == image.data, "a re-encoded image is not re-encoded again"
 
 
 def on_white(image: Image.Image) -> Image.Image:
@@ -145,33 +145,33 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
-def test_sixteen_bits_keep_their_upper_eight() -> None:
-    with Image.open(io.BytesIO(accept(REPAIRED["sixteen_bits.png"], RULES).data)) as result:
+def test_upper_8_of_16_bits_are_kept() -> None:
+    with Image.open(io.BytesIO(accept(REENCODED["sixteen_bits.png"], RULES).data)) as result:
         assert np.abs(np.int32(result) - np.int32(np.asarray(DEEP) >> 8)).max() <= 6
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_transparent_pixels_are_composited_onto_white() -> None:
     clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
     with Image.open(io.BytesIO(accept(encoded(clear, "PNG"), RULES).data)) as result:
         assert np.asarray(result).min() > 250
 
 
 @pytest.mark.parametrize("name", REJECTED)
-def test_what_does_not_decode_is_rejected_with_its_reason(name: str) -> None:
+def test_images_that_do_not_decode_are_rejected_with_the_reason(name: str) -> None:
     with pytest.raises(Rejected) as caught:
         accept(REJECTED[name], RULES)
-    expected = {"empty.jpg": "empty file", "text.jpg": "no image", "a_billion_pixels.jpg": "unreasonably large"}
+    expected = {"empty.jpg": "empty file", "text.jpg": "not an image", "a_billion_pixels.jpg": "too large"}
     assert expected.get(name, "does not decode") in str(caught.value)
 
 
-def test_a_bomb_is_rejected_before_it_is_decoded() -> None:
+def test_too_large_images_are_rejected_before_decoding() -> None:
     side = int(MAX_PIXELS**0.5) + 1
-    with pytest.raises(Rejected, match=f"unreasonably large: {side}x{side}"):
+    with pytest.raises(Rejected, match=f"too large: {side}x{side}"):
         accept(encoded(Image.new("1", (side, side)), "PNG"), RULES)
 
 
-def test_bombs_are_rejected_by_name_before_they_cost_memory_or_time() -> None:
-    """Every kind, in a process that may take 30 s of CPU time and 100 MiB beyond what its imports take."""
+def test_decompression_bombs_are_rejected_before_they_cost_memory_or_time() -> None:
+    """The process is limited to 30 s of CPU time and 100 MiB in addition to its imports."""
     code = """
         import json, resource
         from shards.images.accept import ImageRules, Rejected, accept
@@ -194,8 +194,8 @@ def test_bombs_are_rejected_by_name_before_they_cost_memory_or_time() -> None:
         assert re.search(bomb.reason, reasons[name]), (name, reasons[name])
 
 
-def test_decoding_takes_no_more_memory_than_is_stated() -> None:
-    """Nine bytes a pixel, where copies of the whole image once took thirty."""
+def test_decoding_needs_no_more_memory_than_the_estimate() -> None:
+    """The estimate is 9 bytes per pixel; with copies of the whole image it would be 30."""
     code = """
         from shards.images.accept import ImageRules, accept
         from tests.support.decompression_bombs import png
@@ -206,7 +206,7 @@ def test_decoding_takes_no_more_memory_than_is_stated() -> None:
                 accept(data, rules)
                 print(grown())
     """
-    assert max(map(int, run_measured(code).split())) < 6_250_000 * 9 + 24 * 2**20, "of bands"
+    assert max(map(int, run_measured(code).split())) < 6_250_000 * 9 + 24 * 2**20, "24 MiB for bands"
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_decoding_takes_no_more_memory_than_is_stated() -> None:
         ("JPEG2000", {}, 7 * 4 + 6),
     ],
 )
-def test_newer_formats_take_no_more_memory_than_is_estimated(
+def test_newer_formats_need_no_more_memory_than_the_estimate(
     kind: str, options: dict[str, object], per_pixel: int, tmp_path: Path
 ) -> None:
     pillow_heif.register_heif_opener()
@@ -231,13 +231,13 @@ def test_newer_formats_take_no_more_memory_than_is_estimated(
         accept(data, ImageRules())
         print(grown())
     """
-    assert int(run_measured(code)) < 1_600_000 * per_pixel + 24 * 2**20, "of bands and libraries"
+    assert int(run_measured(code)) < 1_600_000 * per_pixel + 24 * 2**20, "24 MiB for bands and libraries"
 
 
-def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
+def test_index_and_verify_enforce_the_same_limits_as_shard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pipeline index` leaves the bomb out by name; `pipeline verify` finds it in a set whose maker did not look."""
+    """`pipeline index` rejects the bomb; `pipeline verify` reports it in a set that was indexed without limits."""
     tar = tmp_path / "train-0.tar"
     with tarfile.open(tar, "w") as file:
         for name, data in {
@@ -265,42 +265,42 @@ def test_tars_that_are_indexed_where_they_lie_are_held_to_the_same_limits(
     assert re.search(r"train-0\.tar: offset \d+: no image .* more than 20 scans of 9990x9990", fault)
 
 
-def test_a_small_jpeg_of_many_scans_is_encoded_again() -> None:
+def test_small_jpegs_with_many_scans_are_reencoded() -> None:
     image = accept(progressive_jpeg(64, 48, 1000), RULES)
-    assert image.repair == "JPEG of more than 64 scans"
+    assert image.repair == "JPEG with more than 64 scans"
     assert not parse_header(image.data).multiscan
     assert (image.width, image.height) == (64, 48)
     assert accept(progressive_jpeg(64, 48, 1000), ImageRules(check="header")).repair
 
 
-def test_what_follows_the_image_does_not_count_as_its_scans() -> None:
-    """Thumbnails, glued images and other bytes after the end may hold the marker of a scan."""
+def test_data_after_the_image_is_not_counted_as_scans() -> None:
+    """Thumbnails, appended images, and other bytes after the end may contain the marker of a scan."""
     data = encoded(photo(), progressive=True) + b"\xff\xda" * 1000
     assert accept(data, RULES).data == data
     header = parse_header(data)
-    assert count_scans(data, header, 100) == 10, "of libjpeg's script for colour"
+    assert count_scans(data, header, 100) == 10, "libjpeg's default script for colour images"
 
 
-def test_large_images_are_converted_in_bands_to_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_in_bands_gives_the_same_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("with_alpha.png", "palette_with_transparency.png", "sixteen_bits.png", "two_levels.png", "cmyk.jpg")
-    whole = [accept(REPAIRED[name], RULES).data for name in names]
+    whole = [accept(REENCODED[name], RULES).data for name in names]
     rules = [ImageRules(max_side=side) for side in (1, 17, 99, 159)]
-    images = [*(REPAIRED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
+    images = [*(REENCODED[name] for name in names), JPEG, KEPT["grey.jpg"], KEPT["long_and_thin.jpg"]]
     shrunk = [accept(data, rule).data for data in images for rule in rules]
     for module in ("accept", "pixels"):
         monkeypatch.setattr(f"shards.images.{module}.BAND_PIXELS", 1000)
-    assert [accept(REPAIRED[name], RULES).data for name in names] == whole
+    assert [accept(REENCODED[name], RULES).data for name in names] == whole
     assert [accept(data, rule).data for data in images for rule in rules] == shrunk
 
 
 def test_the_orientation_of_a_tiff_is_applied_once() -> None:
-    """Pillow turns a TIFF while it loads it."""
+    """Pillow rotates a TIFF while loading it."""
     image = accept(encoded(photo(), "TIFF", tiffinfo={274: 6}), RULES)
     assert (image.width, image.height, image.orientation) == (120, 160, 1)
 
 
 @pytest.mark.parametrize("error", [ValueError("Insufficient memory (case 4)"), MemoryError()])
-def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_lack_of_memory_does_not_reject_the_image(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 
@@ -309,12 +309,12 @@ def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch: pytest.MonkeyPat
         accept(JPEG, RULES)
 
 
-def test_orientation_survives_repair_and_shrinking() -> None:
+def test_orientation_is_kept_by_reencoding_and_shrinking() -> None:
     for data in (encoded(photo("CMYK"), exif=oriented(8)), encoded(photo(), "PNG", exif=oriented(8))):
         image = accept(data, ImageRules(max_side=80))
         assert image.orientation == 8
         assert parse_header(image.data).orientation == 8
-        assert (image.width, image.height) == (80, 60), "and is not applied"
+        assert (image.width, image.height) == (80, 60), "the orientation is recorded, not applied"
 
 
 @pytest.mark.parametrize(
@@ -328,14 +328,16 @@ def test_orientation_survives_repair_and_shrinking() -> None:
         ({"max_side": 80}, (1000, 2), (80, 1)),
     ],
 )
-def test_shrinking(rules: dict[str, int], source: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_shrunk_images_have_the_requested_size(
+    rules: dict[str, int], source: tuple[int, int], expected: tuple[int, int]
+) -> None:
     image = accept(encoded(photo(size=source), quality=95), ImageRules(**rules))
     with Image.open(io.BytesIO(image.data)) as result:
         assert result.size == expected == (image.width, image.height)
-    assert image.repair is None, "shrinking on request is no repair"
+    assert image.repair is None, "shrinking is not a repair"
 
 
-def test_nothing_is_ever_enlarged() -> None:
+def test_images_are_never_enlarged() -> None:
     assert accept(JPEG, ImageRules(max_side=160)).data == JPEG
     assert accept(JPEG, ImageRules(short_side=500, max_side=400)).data == JPEG
 
@@ -343,20 +345,20 @@ def test_nothing_is_ever_enlarged() -> None:
 def test_shrinking_is_antialiased() -> None:
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (256, 128)))
     with Image.open(io.BytesIO(accept(encoded(stripes, quality=100), ImageRules(max_side=64)).data)) as result:
-        assert np.abs(np.int32(result)[:, 4:-4] - 128).max() < 24, "stripes of one pixel become grey, not stripes"
+        assert np.abs(np.int32(result)[:, 4:-4] - 128).max() < 24, "stripes of one pixel must become uniform grey"
 
 
-def test_header_check_trusts_the_entropy_coded_data() -> None:
+def test_check_header_does_not_decode_the_pixels() -> None:
     assert accept(DAMAGED, ImageRules(check="header")).data == DAMAGED
     with pytest.raises(Rejected):
         accept(REJECTED["text.jpg"], ImageRules(check="header"))
 
 
-def test_a_folder_of_oddities(tmp_path: Path) -> None:
-    """Every case of the table through the whole conversion: kept, repaired, rejected or passed over, by name."""
-    folder = tmp_path / "odd" / "train" / "a class with spaces"
+def test_a_folder_with_every_kind_of_image_is_converted(tmp_path: Path) -> None:
+    """Every file of the tables above is kept, re-encoded, rejected, or not used."""
+    folder = tmp_path / "source" / "train" / "a class with spaces"
     folder.mkdir(parents=True)
-    for name, data in (KEPT | REPAIRED | REJECTED | IGNORED).items():
+    for name, data in (KEPT | REENCODED | REJECTED | IGNORED).items():
         (folder / name).write_bytes(data)
     os.symlink(folder / "baseline.JPEG", folder / "a_link.jpg")
     os.symlink("nowhere.jpg", folder / "broken_link.jpg")
@@ -367,20 +369,20 @@ def test_a_folder_of_oddities(tmp_path: Path) -> None:
         (folder / below).mkdir()
         (folder / below / "baseline.JPEG").write_bytes(JPEG)
 
-    convert(tmp_path / "odd", tmp_path / "set", Options(max_rejects=1.0))
+    convert(tmp_path / "source", tmp_path / "set", Options(max_rejects=1.0))
 
     kept = KEPT | {"a_link.jpg": JPEG, "deeper/baseline.JPEG": JPEG}
     shard_set = ShardSet(tmp_path / "set")
     index = shard_set.index("train")
-    assert len(index) == len(kept) + len(REPAIRED)
+    assert len(index) == len(kept) + len(REENCODED)
     assert sorted(index["hash"][index["repaired"] == 0]) == sorted(map(xxhash.xxh3_64_intdigest, kept.values()))
-    assert int(index["repaired"].sum()) == len(REPAIRED)
+    assert int(index["repaired"].sum()) == len(REENCODED)
     rejects = [json.loads(line) for line in (tmp_path / "set" / "rejects.jsonl").read_text().splitlines()]
     reasons = {reject["image"].rpartition("/")[2]: reject["reason"] for reject in rejects}
     assert set(reasons) == {*REJECTED, "broken_link.jpg", "itself.jpg"}
     assert (reasons["broken_link.jpg"], reasons["itself.jpg"]) == ("a link to nothing", "a link to itself")
     unused = sum(entry["count"] for entry in shard_set.manifest.made["unused"])
-    assert unused == len(IGNORED) + 3, "the pipe, the hidden folder and the link to a folder around it too"
+    assert unused == len(IGNORED) + 3, "plus the pipe, the hidden folder, and the link to a parent folder"
 
 
 @pytest.mark.parametrize(
@@ -393,11 +395,11 @@ def test_a_folder_of_oddities(tmp_path: Path) -> None:
         ("c/é.png".encode(), "c/__"),
     ],
 )
-def test_keys_are_plain(name: bytes, key: str) -> None:
+def test_keys_have_only_allowed_characters(name: bytes, key: str) -> None:
     assert sample_key(name) == key
 
 
-def test_long_keys_are_cut_and_stay_distinct() -> None:
+def test_long_keys_are_truncated_and_stay_unique() -> None:
     one, other = (sample_key(b"c/" + b"x" * 200 + end + b".jpg") for end in (b"1", b"2"))
     assert one != other
     assert max(len(one), len(other)) <= 95

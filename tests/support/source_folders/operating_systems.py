@@ -127,7 +127,7 @@ def family_photos(root: Path) -> None:
 @source(
     train=10,
     classes=("cats", "dogs"),
-    says=(".svg", "rejects.jsonl|no image|empty file"),
+    says=(".svg", "rejects.jsonl|not an image|empty file"),
     options=("--max-rejects", "0.6"),
 )
 def web_scrape(root: Path) -> None:

@@ -118,7 +118,7 @@ def names_that_need_care(root: Path) -> None:
     pictures(root, "{-x,[bold]dogs,na\u00efve \U0001f431}/{it's 100%,two\nlines}.jpg")
 
 
-@source(refused=("lfs|no image", "4 of 4"), status=1)
+@source(refused=("lfs|not an image", "4 of 4"), status=1)
 def git_lfs_pointers(root: Path) -> None:
     """Cloned without git-lfs: each image is three lines of text, and the error says what all of them are."""
     put(root, "{cat,dog}/{1,2}.jpg", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
