@@ -24,7 +24,7 @@ SLURM_NEEDS := slurmctld slurmd slurm-client munge iproute2
 HAVE_SLURM  := command -v slurmctld slurmd sbatch munged ip >/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-unit test-fuzz test-dist test-slurm test-all mutants lint audit bench gpu clean
+.PHONY: help install demo test test-unit test-docs test-fuzz test-dist test-slurm test-all mutants lint audit docs bench gpu clean
 
 help:            ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,18 +44,22 @@ $(FOR_TESTS): $(INSTALLED)
 	@$(HAVE_FFCV) || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
 	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(FFCV_NEEDS) >/dev/null; }
 	@$(HAVE_FFCV) || echo "note: FFCV cannot be built here, its tests will be skipped; install $(FFCV_NEEDS)"
-	@$(PIP_INSTALL) -e ".[demo,dev,onnx,remote,parquet,formats,track$$($(HAVE_FFCV) && echo ,ffcv)]"
+	@$(PIP_INSTALL) -e ".[demo,dev,docs,onnx,remote,parquet,formats,track$$($(HAVE_FFCV) && echo ,ffcv)]"
 	@touch $@
 
 demo: $(INSTALLED)  ## real digits -> shards -> FAT-B0 trained: accuracy, batch.png, curves.png in demo/
 	@BIN=$(BIN) DEMO=$(DEMO) bash launch/demo.sh
 
-test: lint test-unit test-fuzz test-dist test-slurm  ## lint, unit tests, mutated files, several-process tests, a SLURM cluster on this machine
+test: lint test-unit test-docs test-fuzz test-dist test-slurm  ## lint, unit tests, documentation, mutated files, several-process tests, a SLURM cluster on this machine
 
 # OpenMP's threads spin while they wait, which costs several processes on two cores most of their time.
 test-unit: $(FOR_TESTS)
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/unit -m "not gpu and not slow and not timed" -n $(TEST_WORKERS) --dist worksteal
 	$(BIN)/python -m pytest tests/unit -m "timed and not gpu and not slow"
+
+# Every command and Python example of README and docs, the site, and the language of code and pages.
+test-docs: $(FOR_TESTS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/docs tests/language -n $(TEST_WORKERS) --dist worksteal
 
 test-fuzz: $(FOR_TESTS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz -m "not slow"
@@ -90,6 +94,10 @@ audit:           ## check the pinned packages for known vulnerabilities
 	@$(PYTHON) -m venv $(VENV)-audit && $(VENV)-audit/bin/python -m pip install -qq pip-audit
 	$(VENV)-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
+docs: $(FOR_TESTS)  ## the documentation as a site, in site/
+	$(BIN)/python docs/reference.py
+	$(BIN)/python -m mkdocs build --strict
+
 bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (half an hour)
 	$(BIN)/python benchmarks/loader.py --out $(OUT)/loader.json
 	$(BIN)/python benchmarks/reader.py --out $(OUT)/reader.json
@@ -108,5 +116,5 @@ gpu:             ## GPU tests and timings (10 minutes; a second call continues):
 	$(PYTHON) benchmarks/gpu.py $(PROFILES) --seconds $(GPU_SECONDS) --out $(OUT)
 
 clean:           ## remove the environment, the demo and all caches
-	rm -rf $(VENV) $(VENV)-audit $(DEMO) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-audit $(DEMO) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
