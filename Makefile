@@ -96,7 +96,7 @@ audit:           ## check the pinned packages for known vulnerabilities
 
 docs: $(FOR_TESTS)  ## the documentation as a site, in site/
 	$(BIN)/python docs/reference.py
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(FOR_TESTS)  ## all benchmarks on this machine -> benchmarks/results/ (half an hour)
 	$(BIN)/python benchmarks/loader.py --out $(OUT)/loader.json

@@ -49,7 +49,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     arguments, advice = COMMANDS[name]
     # The work itself: none of it may begin. (`as_user` forks, so that this holds there too.)
     for work in (
-        "shards.convert.convert.recognise", "shards.commands.index_tars.run_jobs",
+        "shards.convert.convert.detect_layout", "shards.commands.index_tars.run_jobs",
         "shards.commands.samples._load_photos", "launch.tuning.command.tune", "launch.bench.run.bench",
         "pipeline.storage.remote.shard_set.open_set",
     ):  # fmt: skip
