@@ -1,6 +1,6 @@
 """Submit a training run to SLURM: `python -m launch.submit --nodes 4 -- --variant b3 --data SET`.
 
-Checks the recipe here, before the queue; renders `launch/slurm/train.sbatch` into the run folder, shows and submits it.
+Checks the recipe before the job is queued, renders `launch/slurm/train.sbatch` into the run folder, and submits it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from shards.errors import UserError, report
 from shards.files.durable import durable_write
 from shards.redact import printable, protect_output, redact
 
-INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
+INTERRUPTED = 130  # exit status that shells use for a process ended by Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status: 0 submitted (or shown), 2 bad input, or SLURM refused."""
+    """Run the command line and return the exit status: 0: submitted (or printed), 2: invalid input or rejected."""
     protect_output()
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)
-    training = args[split + 1 :]  # those of launch/train.py
+    training = args[split + 1 :]  # options of launch/train.py
     try:
-        _refuse_credentials(args)
+        _reject_credentials(args)
         job = tyro.cli(Submit, args=args[:split], description=Submit.__doc__)
         recipe = parse(training)
         script = render(job, recipe, training)
@@ -48,27 +48,27 @@ def main(args: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     print(f"submitted job {number}: {printable(path)}")
     print(f"log:          {printable(path.parent / f'job-{number}.out')}")
-    print(f"save, leave and go back into the queue:  scancel --signal=USR2 --batch {number}")
-    print(f"save and end:                            scancel {number}")
+    print(f"to save and requeue the job:  scancel --signal=USR2 --batch {number}")
+    print(f"to save and end the job:      scancel {number}")
     return 0
 
 
-def _refuse_credentials(args: Sequence[str]) -> None:
-    """Reject credentials, because other users may read the script, before it is shown or written.
+def _reject_credentials(args: Sequence[str]) -> None:
+    """Reject credentials before the script is printed or written, because other users may read it.
 
     Raises:
-        SubmitError: an argument holds a URL with a password or a signature.
+        SubmitError: an argument contains a URL with a password or a signature.
     """
     for arg in args:
         if redact(arg) != arg:
             raise SubmitError(
-                f"{arg}: a URL with credentials would be kept in the job's script; leave them out and use the "
-                "environment or the configuration of the storage library (fsspec) on the nodes"
+                f"{arg}: the credentials in this URL would be stored in the job's script; remove them, and set them in "
+                "the environment or the fsspec configuration on the nodes"
             )
 
 
 def write(script: str, run: Path) -> Path:
-    """Put the script into the run folder; returns its path.
+    """Write the script into the run folder, and return its path.
 
     Raises:
         UserError: the folder cannot be written.
@@ -76,25 +76,25 @@ def write(script: str, run: Path) -> Path:
     path = run / "slurm" / "train.sbatch"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        durable_write(path, os.fsencode(script))  # keep paths that are not UTF-8 unchanged
+        durable_write(path, os.fsencode(script))  # paths need not be valid UTF-8
     except OSError as error:
         raise unwritable(run, error) from error
     return path
 
 
 def submit(script: Path) -> int:
-    """Hand a script to sbatch; returns the job's number.
+    """Submit a script with sbatch, and return the job id.
 
     Raises:
-        SubmitError: no sbatch here, or it refused.
+        SubmitError: sbatch is not installed on this machine, or it rejected the script.
     """
     if shutil.which("sbatch") is None:
-        raise SubmitError(f"sbatch is not on this machine's PATH; on a login node run: sbatch {script}")
+        raise SubmitError(f"sbatch is not on the PATH of this machine; on a login node run: sbatch {script}")
     command = ["sbatch", "--parsable", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     number = done.stdout.strip().split(";")[0]
     if done.returncode or not number.isdecimal():
-        raise SubmitError(f"sbatch refused {script}: {' '.join((done.stderr or done.stdout).split())}")
+        raise SubmitError(f"sbatch rejected {script}: {' '.join((done.stderr or done.stdout).split())}")
     return int(number)
 
 

@@ -1,1 +1,1 @@
-"""Measure loader and training step, alone and together: `pipeline bench`."""
+"""`pipeline bench`: throughput of the loader alone, of the training step alone, and of both together."""

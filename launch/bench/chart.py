@@ -1,4 +1,4 @@
-"""The benchmark's figures as a bar chart."""
+"""Bar chart of the results of `pipeline bench`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CAPTION_WIDTH = 110  # characters
 
 
 def draw(figures: Figures) -> Any:
-    """A matplotlib figure: speeds on the left, shares on the right, the verdict above."""
+    """Return a matplotlib figure: throughputs on the left, ratios on the right, the verdict above."""
     import textwrap
 
     import matplotlib
@@ -22,22 +22,22 @@ def draw(figures: Figures) -> Any:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    chart, (speeds, shares) = plt.subplots(1, 2, figsize=(11, 3.4), constrained_layout=True)
+    chart, (speeds, ratios) = plt.subplots(1, 2, figsize=(11, 3.4), constrained_layout=True)
     rates = (figures.loader.rate, figures.model.rate, figures.predicted, figures.both.rate)
     bars = speeds.barh(list(COLOURS), rates, color=list(COLOURS.values()))
     speeds.bar_label(bars, labels=[f"{rate:,.1f}" for rate in rates], padding=3)
     speeds.set(xlabel="images/s", title=f"fat_{figures.settings['variant']}, batch {figures.settings['batch']}")
     speeds.margins(x=0.15)
-    parts = {
+    values = {
         "both / model": figures.both_of_model,
         "waiting for data": figures.both.waiting,
         "model / roofline": figures.model_of_roofline,
         "MFU": figures.mfu,
     }
-    bars = shares.barh(list(parts), list(parts.values()), color="#8f8f8f")
-    shares.bar_label(bars, labels=[f"{share:.1%}" for share in parts.values()], padding=3)
-    shares.set(xlim=(0, max(1.15, *parts.values())), title=f"{figures.machine['device']}")
-    for axes in (speeds, shares):
+    bars = ratios.barh(list(values), list(values.values()), color="#8f8f8f")
+    ratios.bar_label(bars, labels=[f"{ratio:.1%}" for ratio in values.values()], padding=3)
+    ratios.set(xlim=(0, max(1.15, *values.values())), title=f"{figures.machine['device']}")
+    for axes in (speeds, ratios):
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     chart.suptitle("\n".join(textwrap.wrap(figures.verdict, CAPTION_WIDTH)), fontsize=10)
@@ -45,7 +45,7 @@ def draw(figures: Figures) -> Any:
 
 
 def write_chart(figures: Figures, path: Path) -> None:
-    """Write the chart; the file's ending decides its format.
+    """Write the chart in the format of the file name's extension.
 
     Raises:
         UserError: the file cannot be written.
@@ -54,7 +54,7 @@ def write_chart(figures: Figures, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     image = io.BytesIO()
-    # A dollar sign in a device's name is no formula. Texts are parsed when they are drawn.
+    # Texts, such as a device's name, are not formulas even if they contain dollar signs. They are parsed on drawing.
     with matplotlib.rc_context({"text.parse_math": False}):
         chart = draw(figures)
         chart.savefig(image, format=path.suffix[1:].lower(), dpi=110)

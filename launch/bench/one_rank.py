@@ -1,4 +1,4 @@
-"""Set up one of several ranks in a process of its own, to measure what it does."""
+"""Setup of a single process that does the work of one of several ranks, for measurements."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import connect, disconnect
 from shards.redact import printable
 
-ENDLESS = 1_000_000  # epochs: no measurement reaches the end of a small set
+EPOCHS = 1_000_000  # enough for any measurement, even on a small set
 
 
 @contextmanager
 def one_rank(recipe: Recipe, *, ranks: int) -> Iterator[tuple[Feed, KernelCheckResult]]:
-    """Check the recipe as training on `ranks` ranks of this machine would; yields what rank 0 of them is fed.
+    """Check a recipe as training on `ranks` ranks of this machine would, and yield the feed of rank 0 for this process.
 
-    The world of the feed is this process alone, with the rank's share of the cores. Its recipe has the ZeRO stage of so
-    many ranks, and goes on for more epochs than any measurement takes.
+    The feed's world is this process alone, with the CPU cores that one of `ranks` ranks would have. The feed's recipe
+    has the ZeRO stage of training on `ranks` ranks, and enough epochs for any measurement.
+
+    Yields:
+        (feed, verdict of the kernels' self-check).
 
     Raises:
-        UserError: recipe, data and ranks do not fit together.
+        UserError: the recipe, the data and the number of ranks are inconsistent.
     """
     world = connect(numa_binding=recipe.parallel.numa_binding, local_size=ranks)
     try:
         feed = replace(Feed.of(recipe, replace(world, size=ranks)), world=world)
         check_batches_fit(feed)
         Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=ranks)
-        # Compiles kernels, which measurements shall not include.
+        # Compiles the kernels, which must not be part of the measurements.
         verdict = check_training_kernels(recipe, feed, build_model(recipe, feed.classes))
         zero, _ = zero_and_precision(recipe.parallel, world.device, ranks=ranks)
-        parallel, optim = replace(recipe.parallel, zero=zero), replace(recipe.optim, epochs=ENDLESS)
+        parallel, optim = replace(recipe.parallel, zero=zero), replace(recipe.optim, epochs=EPOCHS)
         recipe = replace(recipe, parallel=parallel, optim=optim)
         feed, messages = choose_jpeg_decoder(feed.with_recipe(recipe), previous=None)
         for message in messages:

@@ -1,4 +1,4 @@
-"""Time a loader alone, a training step alone, and both together, in turns."""
+"""Timing of a loader alone, of a training step alone, and of both together, in alternating rounds."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from launch.machine.device_peaks import synchronize
 from pipeline.batch import Batch, timed_event
 from pipeline.data_wait import DataWait
 
-CLEARLY = 2.0  # times as fast alone: as fast too where both share a machine
-# A GPU that was idle takes its time to reach the speed that it holds: steps that are not timed, until some take as
-# long as those before.
-STRETCH, MOST_STRETCHES, STEADY = 3, 8, 0.02
+# A loader that is this many times as fast as the model alone keeps its queues full during training too.
+CLEARLY_FASTER = 2.0
+# An idle GPU takes a while to reach its steady clock: run groups of untimed steps until the rate of a group differs
+# from that of the previous group by at most WARMUP_TOLERANCE.
+WARMUP_STEPS, MAX_WARMUP_GROUPS, WARMUP_TOLERANCE = 3, 8, 0.02
 OpenLoader = Callable[[], AbstractContextManager[Iterator[Batch]]]
 Step = Callable[[Batch], object]
-"""Trains on a batch."""
+"""Function that does one optimizer step on a batch."""
 
 
 def training_step(feed: Feed, engine: Engine, *, accumulation: int = 1) -> Step:
-    """Return the optimizer step of an engine, whose micro-batches are all the same batch."""
+    """Return an engine's optimizer step, which uses the same batch for every micro-batch."""
     numbers, (rate, _, _) = itertools.count(), feed.recipe.optim.rates(feed.plan.global_batch)
     return lambda batch: engine.step([batch] * accumulation, step=next(numbers), lr=rate)
 
 
 def resident_batches(feed: Feed, engine: Engine) -> OpenLoader:
-    """Return an opener of batches that are on the device already."""
+    """Return a function that opens an iterator over batches that are already on the device."""
     return lambda: feed.with_loader(loader="synthetic").train_loader(step=0, dtype=engine.input_dtype)
 
 
@@ -49,12 +50,15 @@ def compare(
     device: torch.device,
     rounds: int,
 ) -> tuple[Phase, Phase, Phase]:
-    """(loader alone, model alone, both): medians of rounds in which each has its turn.
+    """Measure (loader alone, model alone, both together): medians over rounds that measure each of them once.
 
     Args:
-        loader: opens the loader afresh.
-        resident: opens batches that are on the device already.
-        batch, ahead: images of a batch, and batches that the loader holds when it has run as far ahead as it can.
+        loader: opens a new loader.
+        resident: opens an iterator over batches that are already on the device.
+        batch: images per batch.
+        steps: timed batches per measurement.
+        ahead: number of batches that the loader holds when its queues are full.
+        rounds: number of rounds.
     """
     turns: list[tuple[Phase, Phase, Phase]] = []
     for _ in range(rounds):
@@ -65,8 +69,9 @@ def compare(
         model = model_alone(resident, step, steps=steps, batch=batch, device=device)
         with loader() as batches:
             step(next(batches))
-            # To a steady state: queues that surely run full beside the model may do so at once; any other find theirs.
-            if alone.rate > CLEARLY * model.rate:
+            # Reach a steady state: wait until the queues are full if the loader is fast enough to keep them so, else
+            # train until their fill level has settled.
+            if alone.rate > CLEARLY_FASTER * model.rate:
                 time.sleep(ahead * batch / alone.rate)
             else:
                 for _ in range(ahead):
@@ -78,29 +83,29 @@ def compare(
 
 
 def model_alone(resident: OpenLoader, step: Step, *, steps: int, batch: int, device: torch.device) -> Phase:
-    """Time training steps on batches that are on the device already."""
+    """Time training steps on batches that are already on the device."""
     with resident() as batches:
-        step(next(batches))  # allocates, compiles
+        step(next(batches))  # untimed: allocates memory and compiles
         _reach_steady_rate(batches, step, batch=batch, device=device)
         return run(batches, step, steps=steps, batch=batch, device=device)
 
 
 def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, device: torch.device) -> Phase:
-    """Time some steps; without `step`, batches are only taken."""
+    """Time `steps` batches; if `step` is None, they are loaded but not trained on."""
     synchronize(device)
-    # Without steps the device does nothing else, and it is the host that waits.
+    # Without training steps the device is idle anyway: measure how long the host waits.
     wait = DataWait(device if step is not None else torch.device("cpu"))
-    handing_over, marks = list[float](), [timed_event(device)]
+    launch_times, marks = list[float](), [timed_event(device)]
     start, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
         (taken,) = wait.next_batches(batches)
         if step is not None:
-            asked = time.perf_counter()
+            launched_at = time.perf_counter()
             step(taken)
-            handing_over.append(time.perf_counter() - asked)
+            launch_times.append(time.perf_counter() - launched_at)
             wait.mark_step_end()
             marks.append(timed_event(device))
-    cpu = time.process_time() - cpu  # waiting for the device keeps a core busy
+    cpu = time.process_time() - cpu  # before synchronizing, which keeps a core busy
     synchronize(device)
     seconds, images = time.perf_counter() - start, steps * batch
     on_gpu = [mark for mark in marks if mark is not None]
@@ -108,18 +113,18 @@ def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, 
         rate=images / seconds,
         cpu=cpu / images,
         waiting=wait.seconds() / seconds,
-        # Not the median: a host that has filled the device's queue waits there for room.
-        host=sorted(handing_over)[len(handing_over) // 4] if len(on_gpu) > 1 else 0.0,
+        # Lower quartile, not the median: when the device's queue is full, launching waits for space in it.
+        host=sorted(launch_times)[len(launch_times) // 4] if len(on_gpu) > 1 else 0.0,
         times=tuple(round(before.elapsed_time(after), 2) for before, after in itertools.pairwise(on_gpu)),
     )
 
 
 def _reach_steady_rate(batches: Iterator[Batch], step: Step, *, batch: int, device: torch.device) -> None:
-    """Take steps until a GPU's rate stays; nothing on a CPU, whose steps take seconds."""
+    """Run untimed steps until a GPU's rate is steady. Does nothing on a CPU, whose steps take seconds."""
     before = 0.0
-    for _ in range(MOST_STRETCHES if device.type == "cuda" else 0):
-        rate = run(batches, step, steps=STRETCH, batch=batch, device=device).rate
-        if abs(rate - before) <= STEADY * before:
+    for _ in range(MAX_WARMUP_GROUPS if device.type == "cuda" else 0):
+        rate = run(batches, step, steps=WARMUP_STEPS, batch=batch, device=device).rate
+        if abs(rate - before) <= WARMUP_TOLERANCE * before:
             return
         before = rate
 
@@ -131,7 +136,10 @@ def _median(phases: list[Phase]) -> Phase:
 
 
 def predict(loader: Phase, model: Phase, *, cores: int | None) -> float:
-    """Images per second that both together should reach: those of the slower, and where they share CPU cores (`cores`),
-    no more than there is CPU time for."""
+    """Predict the images/s of loader and model together: those of the slower one, limited by CPU time on shared cores.
+
+    Args:
+        cores: number of CPU cores that loader and model share; None: the model runs on a GPU.
+    """
     seconds = max(1 / loader.rate, 1 / model.rate)
     return 1 / (max(seconds, (loader.cpu + model.cpu) / cores) if cores else seconds)

@@ -1,5 +1,4 @@
-"""`pipeline bench`: loader alone, model alone, both together, in one run: who waits for whom, and how much of the
-device the model itself uses."""
+"""`pipeline bench`: measure loader alone, model alone and both together, to find what limits training."""
 
 from __future__ import annotations
 
@@ -34,16 +33,17 @@ ROUNDS = 3
 
 
 def bench(recipe: Recipe, *, ranks: int = 1, steps: int) -> Figures:
-    """Measure what one of `ranks` ranks of a training does, in this process alone.
+    """Measure the training throughput of one of `ranks` ranks in this process.
 
     Args:
-        recipe: of the training; nothing is written.
-        ranks: that the training will have on this machine. Measured are the micro-batch of one, with the ZeRO stage and
-            the options that so many have, on its share of the cores; neither accumulation nor communication.
-        steps: optimiser steps per round of each measurement.
+        recipe: recipe of the training; no run folder is created.
+        ranks: number of ranks that training will have on this machine. The measurement uses the micro-batch of one
+            rank, the ZeRO stage and options of training on `ranks` ranks, and as many CPU cores as each of them would
+            have. It includes neither gradient accumulation nor communication.
+        steps: optimizer steps per round of each measurement.
 
     Raises:
-        UserError: recipe, data and ranks do not fit together.
+        UserError: the recipe, the data and the number of ranks are inconsistent.
     """
     with one_rank(recipe, ranks=ranks) as (feed, kernels):
         model = build_model(feed.recipe, feed.classes)
@@ -92,7 +92,7 @@ def _figures(feed: Feed, engine: Engine, steps: int, resolved: dict[str, Any]) -
 
 
 def _reading(feed: Feed, steps: int, ahead: int) -> float:
-    """Images per second that are read and checked, when nobody decodes them."""
+    """Measure the images/s of reading and checking samples without decoding them."""
     options, plan, rows = feed.loader_options, feed.plan, feed.shape.rows(0)
     if options.loader == "synthetic":
         return 0.0
@@ -109,7 +109,7 @@ def _reading(feed: Feed, steps: int, ahead: int) -> float:
 
 
 def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
-    """Images per second that are read, decoded, cropped, flipped and normalised, without any further augmentation."""
+    """Measure the images/s of reading, decoding, cropping, flipping and normalizing, without further augmentation."""
     recipe = feed.recipe
     light = dataclasses.replace(recipe.data, augment="light", rand_augment=None, erase=None, mixup=None, cutmix=None)
     plain = dataclasses.replace(feed, augment=light.augmentation())
@@ -120,11 +120,11 @@ def _decoding(feed: Feed, engine: Engine, steps: int, ahead: int) -> float:
 
 
 def _memory(device: torch.device) -> dict[str, int]:
-    """Bytes of GPU memory: torch's peak, and what is in use in all (the decoder's too)."""
+    """Return bytes of GPU memory: torch's peak, the memory in use including the decoder's, and the total."""
     if device.type != "cuda":
         return {}
     free, total = torch.cuda.mem_get_info(device)
-    # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
+    # Reserved instead of allocated: torch counts the memory of CUDA graphs as free between captures.
     return {"torch_peak": torch.cuda.max_memory_reserved(device), "in_use": total - free, "total": total}
 
 
@@ -141,7 +141,7 @@ def _machine(device: torch.device, cores: int) -> dict[str, Any]:
 
 
 def write_json(figures: Figures, path: Path) -> None:
-    """Write all figures, and the ratios among them, without credentials.
+    """Write all results as JSON, with credentials removed.
 
     Raises:
         UserError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""What a benchmark's figures mean: ratios, the one-line verdict, the table."""
+"""Results of `pipeline bench`: the ratios among them, the one-line verdict, and the table."""
 
 from __future__ import annotations
 
@@ -9,71 +9,72 @@ from typing import Any
 
 from launch.roofline import Roofline
 
-# Less waiting than this is noise: both together then count as fast as the model alone.
+# From this ratio to the model alone, training counts as fast as the model alone: the rest is noise.
 SATURATED = 0.98
-# Training cannot be faster than the model alone; by more than this, the device has changed its speed in between.
+# Training cannot be faster than the model alone. A higher ratio means that the device changed its clock in between.
 UNSTEADY = 1.03
-# A host that takes this share of a step's time to hand it over is what the device waits for.
+# From this fraction of a step's time for launching its kernels, the host is what the device waits for.
 HOST_BOUND = 0.9
-# A stage that is not this much faster than the whole loader is what holds it up.
+# A stage whose rate is at most this many times the whole loader's rate is the bottleneck.
 SLACK = 1.15
 
+# Remedies by bottleneck.
 TRY = {
     "reading": "try faster storage or a local copy, or more --read-threads and a larger --read-ahead",
     "decode": "try more --decode-threads (or cores), --loader ffcv, or smaller images: pipeline shard --short-side 256",
     "decode on the GPU": "try smaller images: pipeline shard --short-side 256",
-    "augmentation": "try more cores per rank, or --augment light to see what it costs",
-    "contention": "alone the loader is fast enough: give the rank more cores, or fewer --decode-threads",
+    "augmentation": "try more cores per rank; --augment light shows how much augmentation costs",
+    "contention": "the loader alone is fast enough: try more cores per rank, or fewer --decode-threads",
 }
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One of the three measurements."""
+    """Result of one measurement: loader alone, model alone, or both."""
 
     rate: float
     """Images per second."""
     cpu: float
-    """CPU seconds per image, of all threads of this process, until the last step was handed over."""
+    """CPU seconds per image of all threads of this process, up to the launch of the last step."""
     waiting: float
-    """Fraction of the time in which the device (a CPU: the host) had no work because the next batch was not ready."""
+    """Fraction of the time in which the device (on a CPU, the host) was idle because the next batch was not ready."""
     host: float = 0.0
-    """On a GPU: seconds that the host takes to hand over a step, lower quartile; 0 where nothing is trained."""
+    """On a GPU: seconds in which the host launches a step, lower quartile; 0 for the loader alone."""
     times: tuple[float, ...] = ()
-    """On a GPU: milliseconds of each step there, round after round."""
+    """On a GPU: duration of each step on the device, in milliseconds, over all rounds."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What `pipeline bench` found."""
+    """All results of one `pipeline bench`."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]
     reading: float
-    """Images per second, reading alone (from the page cache, where the set fits into it)."""
+    """Images per second of reading alone (from the page cache if the set fits into it)."""
     decoding: float
-    """Images per second, reading and decoding without augmentation."""
+    """Images per second of reading and decoding without augmentation."""
     loader: Phase
     """The whole loader alone."""
     model: Phase
-    """The training step alone, on batches that are on the device already."""
+    """The training step alone, on batches that are already on the device."""
     both: Phase
-    """Training."""
+    """Training: loader and training step together."""
     predicted: float
-    """Images per second that both should reach, from each alone."""
+    """Images per second of both together, predicted from loader alone and model alone."""
     roofline: Roofline
-    """What the device allows, the model's blocks perfectly fused."""
+    """Upper bound for the model on this device if its blocks were perfectly fused."""
     memory: dict[str, int]
     """Bytes of GPU memory; empty on a CPU."""
 
     @property
     def both_of_model(self) -> float:
-        """1 = the device never waits."""
+        """Training throughput relative to the model alone; 1: the device never waits."""
         return self.both.rate / self.model.rate
 
     @property
     def model_of_roofline(self) -> float:
-        """How much of the device the model itself uses."""
+        """Throughput of the model alone relative to the roofline."""
         return self.model.rate / self.roofline.rate
 
     @property
@@ -83,49 +84,49 @@ class Figures:
 
     @property
     def taking_turns(self) -> float:
-        """Images per second if a GPU worked on batches and training steps one after the other, never on both."""
+        """Images per second if a GPU alternated between preparing batches and training, without overlap."""
         return 1 / (1 / self.model.rate + 1 / self.loader.rate)
 
     @property
-    def host_share(self) -> float:
-        """Fraction of a training step's time that the host takes to hand it over."""
+    def host_fraction(self) -> float:
+        """Fraction of a training step's time in which the host launches it."""
         return self.both.host * self.both.rate / self.settings["batch"]
 
     @property
     def both_of_predicted(self) -> float:
+        """Training throughput relative to the prediction."""
         return self.both.rate / self.predicted
 
     @property
     def verdict(self) -> str:
-        """One line: what limits training here, by how much, and what to try."""
+        """One line that says what limits training, by how much, and what to try."""
         ratio, waiting = self.both_of_model, self.both.waiting
-        used = f"the model uses {self.model_of_roofline:.0%} of what the device allows"
+        used = f"the model reaches {self.model_of_roofline:.0%} of its roofline on this device"
         if self.memory and ratio > UNSTEADY:
             return (
-                f"unsteady: training was faster than the model alone (both/model {ratio:.2f}), which cannot be: the "
-                "device has changed its speed, or does other work; see the times of the steps (--json), and use more "
-                "--steps"
+                f"unsteady: training was faster than the model alone (both/model {ratio:.2f}), so the device changed "
+                "its clock or does other work; compare the step times in the --json file, and use more --steps"
             )
         if ratio >= SATURATED:
             return f"model-bound: the device never waits (both/model {ratio:.2f}); {used}"
         stage = bottleneck(self)
-        # Loader and model contend for the device, where there are cores enough and they are no slower than by turns.
+        # With idle cores, and not slower than without overlap, loader and model contend for the device, not for cores.
         idle = self.both.cpu * self.both.rate < self.machine["cores"] / 2
         on_device = self.memory and idle and self.both.rate >= SATURATED * self.taking_turns
         if waiting > 1 - SATURATED and not (stage == "contention" and on_device):
             return (
                 f"input-bound: {stage}, {waiting:.0%} of the time spent waiting (both/model {ratio:.2f}); {TRY[stage]}"
             )
-        if self.memory and self.host_share >= HOST_BOUND:
+        if self.memory and self.host_fraction >= HOST_BOUND:
             return (
-                f"host-bound: batches are ready, but beside the loader the host starts kernels too slowly "
+                f"host-bound: batches are ready, but while the loader runs the host launches kernels too slowly "
                 f"(both/model {ratio:.2f}); try fewer --decode-threads, and --compile cudagraphs if it is off"
             )
         if self.memory:
             return (
                 f"device-bound: the loader's work on the GPU takes {1 - ratio:.0%} of the device "
-                f"(both/model {ratio:.2f}); smaller images (pipeline shard --short-side 256) and --augment light take "
-                f"less; {used}"
+                f"(both/model {ratio:.2f}); try smaller images (pipeline shard --short-side 256) or --augment light; "
+                f"{used}"
             )
         return (
             f"model-bound: batches are always ready; loader and model share {self.machine['cores']} cores "
@@ -139,7 +140,7 @@ class Figures:
 
 
 def bottleneck(figures: Figures) -> str:
-    """The stage that holds the loader up: the first that alone is hardly faster than the whole."""
+    """Return the loader's bottleneck: the first stage that alone is hardly faster than the whole loader."""
     if figures.loader.rate > SLACK * figures.model.rate:
         return "contention"
     if figures.reading <= SLACK * figures.loader.rate:
@@ -150,7 +151,7 @@ def bottleneck(figures: Figures) -> str:
 
 
 def table(figures: Figures) -> str:
-    """The figures as text."""
+    """Format the results as text."""
     f = figures
     speeds = (
         ("reading", f.reading, ""),
@@ -163,10 +164,10 @@ def table(figures: Figures) -> str:
             f.both.rate,
             f"waiting for data {f.both.waiting:.1%}, {1e3 * f.both.cpu:.2f} ms of CPU per image{_step(f.both)}",
         ),
-        ("roofline of the model", f.roofline.rate, "perfectly fused blocks"),
+        ("roofline of the model", f.roofline.rate, "if all blocks were perfectly fused"),
     )
     peaks = f.roofline.peaks
-    peak = f"{peaks.arithmetic / 1e12:,.3g} TFLOP/s {'as stated by the maker' if peaks.stated else 'measured'}"
+    peak = f"{peaks.arithmetic / 1e12:,.3g} TFLOP/s {'by the data sheet' if peaks.stated else 'measured'}"
     moved = f.model.rate * f.roofline.bytes / 1e9
     lines = [
         f"{f.machine['device']}, {f.machine['cores']} cores, load {f.machine['load']}",
@@ -174,18 +175,18 @@ def table(figures: Figures) -> str:
         *(f"{name:24s}{rate:12,.1f} images/s   {note}".rstrip() for name, rate, note in speeds),
         f"both/model {f.both_of_model:.3f}   model/roofline {f.model_of_roofline:.3f}   both/predicted "
         f"{f.both_of_predicted:.3f}",
-        f"MFU {f.mfu:.1%} of {peak}; {moved:,.1f} GB/s of {peaks.bandwidth / 1e9:,.1f} GB/s copied",
+        f"MFU {f.mfu:.1%} of {peak}; {moved:,.1f} GB/s of {peaks.bandwidth / 1e9:,.1f} GB/s (measured copy)",
     ]
     if f.memory:
         peak_gib, used_gib, total_gib = (f.memory[name] / 2**30 for name in ("torch_peak", "in_use", "total"))
-        lines.append(f"GPU memory: {peak_gib:.1f} GiB by torch at most, {used_gib:.1f} of {total_gib:.1f} GiB in use")
+        lines.append(f"GPU memory: torch peak {peak_gib:.1f} GiB, {used_gib:.1f} of {total_gib:.1f} GiB in use")
     return "\n".join([*lines, f.verdict])
 
 
 def _step(phase: Phase) -> str:
-    """Of a phase on a GPU: its steps' times there, and what each takes the host."""
+    """Format a phase's step times on the GPU, and the time to launch a step; empty on a CPU."""
     if not phase.times:
         return ""
     times = phase.times
     spread = f"{statistics.median(times):.1f} ms ({min(times):.1f} to {max(times):.1f})"
-    return f"; a step: {spread}, handed over by the host in {1e3 * phase.host:.1f} ms"
+    return f"; step {spread}, launched by the host in {1e3 * phase.host:.1f} ms"

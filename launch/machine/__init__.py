@@ -1,1 +1,1 @@
-"""What a process runs on: ranks, network, CPU affinity and device peaks."""
+"""Environment of a process: ranks, network, CPU affinity, device peaks and library versions."""

@@ -1,8 +1,8 @@
-"""Overrule accelerate's own configuration: the recipe alone decides how a model is trained.
+"""Override accelerate's own configuration, so that the recipe alone decides how a model is trained.
 
 `accelerate launch` reads HF_HOME/accelerate/default_config.yaml, which a user may have saved for another project, and
-passes it on as environment variables. accelerate would obey them in this process beside the recipe: compile, shard or
-cast the model, or move it to the CPU. What remains of the configuration is the topology: processes, machines, ports.
+passes it on as environment variables. Because of them accelerate would compile, shard or cast the model, or move it to
+the CPU, whatever the recipe says. Only the topology is kept: the numbers of processes and machines, and the ports.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import MutableMapping
 
 from shards.errors import UserError
 
-# Variable -> (entry of the configuration, option of the recipe that decides instead).
-_DECIDED_HERE = {
+# Variable -> (entry of accelerate's configuration, option of the recipe that takes precedence).
+_OVERRIDDEN = {
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "--zero"),
     "ACCELERATE_USE_FSDP": ("FSDP", "--zero"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "--zero"),
@@ -25,41 +25,45 @@ _DECIDED_HERE = {
     "ACCELERATE_TORCH_DEVICE": ("device", "CUDA_VISIBLE_DEVICES"),
 }
 _PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
-# How accelerate logs, and what this project sets itself.
+# Settings of accelerate's logging, and those that this project sets itself.
 _KEPT = ("ACCELERATE_LOG_LEVEL", "ACCELERATE_DISABLE_RICH", "ACCELERATE_DEBUG_MODE", "ACCELERATE_BYPASS_DEVICE_MAP")
-_SAYS_YES = ("true", "1", "yes", "on", "y", "t")
-_SAYS_NOTHING = ("", "no", "none", "false", "0", "off", "auto")
+_TRUE = ("true", "1", "yes", "on", "y", "t")
+_UNSET = ("", "no", "none", "false", "0", "off", "auto")
 
 
 def override_accelerate(environ: MutableMapping[str, str], *, cuda: bool) -> str:
-    """Remove from `environ` what accelerate would do beside the recipe; call it before accelerate is imported.
+    """Remove accelerate's training settings from `environ`. Call this before importing accelerate.
 
     Args:
-        environ: the process's environment, which is changed.
-        cuda: this process trains on a GPU.
+        environ: environment of the process, modified in place.
+        cuda: whether this process trains on a GPU.
 
     Returns:
-        One line that names what is overruled and the option that decides instead; empty where nothing is.
+        One line that names the overridden settings and the options of the recipe that replace them; empty if none.
 
     Raises:
-        UserError: the configuration asks for the CPU where there is a GPU.
+        UserError: accelerate is configured to use the CPU, but this process trains on a GPU.
     """
-    if cuda and environ.get("ACCELERATE_USE_CPU", "").lower() in _SAYS_YES:
+    if cuda and environ.get("ACCELERATE_USE_CPU", "").lower() in _TRUE:
         raise UserError(
-            "accelerate was told to use the CPU (use_cpu in its configuration, or --cpu), but here is a GPU, and that "
-            "is what trains; leave that out ('accelerate config'), or hide the GPUs: CUDA_VISIBLE_DEVICES=''"
+            "accelerate is configured to use the CPU (use_cpu in its configuration, or --cpu), but this machine has a "
+            "GPU, which training would use; remove that setting ('accelerate config'), or hide the GPU with "
+            "CUDA_VISIBLE_DEVICES=''"
         )
-    overruled = []
-    for variable, (entry, option) in _DECIDED_HERE.items():
+    overridden = []
+    for variable, (entry, option) in _OVERRIDDEN.items():
         value = environ.get(variable, "").strip()
-        # One step of accumulation is none.
-        if value.lower() in _SAYS_NOTHING or (value == "1" and entry == "gradient_accumulation_steps"):
+        # One accumulation step means no accumulation.
+        if value.lower() in _UNSET or (value == "1" and entry == "gradient_accumulation_steps"):
             continue
-        shown = entry if value.lower() in _SAYS_YES else f"{entry} {value}"
-        overruled.append(f"{shown} ({option})")
+        shown = entry if value.lower() in _TRUE else f"{entry} {value}"
+        overridden.append(f"{shown} ({option})")
     for name in list(environ):
         if name.startswith(_PREFIXES) and name not in _KEPT:
             del environ[name]
-    if not overruled:
+    if not overridden:
         return ""
-    return f"note: accelerate's configuration is overruled by the options in brackets: {', '.join(overruled)}"
+    return (
+        "note: these settings of accelerate's configuration are ignored; the training option in brackets applies: "
+        f"{', '.join(overridden)}"
+    )

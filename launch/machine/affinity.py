@@ -1,8 +1,9 @@
-"""Which cores a rank uses: those that it was given (SLURM's mask, a cgroup, taskset), and of them those near its GPU.
+"""CPU affinity: bind each rank to the NUMA node of its GPU, within the cores that the process may use.
 
-A process is held to the cores of its GPU's NUMA node. Linux then takes its memory from that node too, as its default is
-the node of the core that first touches a page. Ranks near the same node share its cores: exclusive slices gain nothing
-measurable and collide as soon as two jobs share a machine.
+SLURM, a cgroup or taskset decides which cores a process may use. Binding it to the cores of one NUMA node also places
+its memory there, because Linux allocates a page on the node of the core that first touches it. Ranks whose GPUs are on
+the same node share its cores: disjoint slices gave no measurable speed-up, and would collide when two jobs share a
+machine.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
 def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
-    """Hold this process, with the threads it has already, to its cores, and set torch's and OpenMP's thread counts.
+    """Bind this process and its existing threads to its cores, and set the thread counts of torch and OpenMP.
 
     Args:
-        gpus: CUDA device of each local rank; None = they have none.
+        gpus: CUDA device of each local rank; None: no binding to a NUMA node.
 
     Returns:
-        How many threads the decoder, torch and OpenMP each use.
+        The number of threads for the decoder, for torch and for OpenMP each.
     """
     allowed = frozenset(os.sched_getaffinity(0))
     near = [cores_near(gpu) for gpu in gpus] if gpus else [frozenset[int]()] * local_size
@@ -36,9 +37,9 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
         for thread in Path("/proc/self/task").iterdir():
             try:
                 os.sched_setaffinity(int(thread.name), cores)
-            except ProcessLookupError:  # it has ended meanwhile
+            except ProcessLookupError:  # the thread has ended meanwhile
                 continue
-    # Launchers set OMP_NUM_THREADS=1 whatever the machine; libraries that are loaded from here on read this.
+    # Launchers set OMP_NUM_THREADS=1 on every machine. Libraries that are loaded later read this value instead.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
     return threads
@@ -47,26 +48,26 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
 def choose(
     allowed: frozenset[int], near: Sequence[frozenset[int]], local_rank: int, quota: int | None = None
 ) -> tuple[frozenset[int], int]:
-    """Return the logical CPUs that a local rank may run on, and its fair share of them as a number of threads.
+    """Return the logical CPUs for a local rank, and the number of threads for it.
 
     Args:
-        allowed: what the process was given.
-        near: per local rank, the logical CPUs near its GPU; empty = unknown, or no GPU.
-        local_rank: whose.
-        quota: cores' worth of time that all local ranks together may use; None = as much as there is.
+        allowed: logical CPUs that the process may use.
+        near: logical CPUs near the GPU of each local rank; empty: unknown, or no GPU.
+        local_rank: rank to choose for.
+        quota: CPU limit of all local ranks together, in cores; None: no limit.
     """
     sharing = len(near)
     nearby = [cpus & allowed for cpus in near]
-    # Alone on a machine, the far cores are better than none. All ranks share all cores where the mask leaves some rank
-    # without a core of its own nearby.
+    # A single rank uses all cores: remote cores are better than none. All ranks share all cores if there are fewer
+    # nearby cores than ranks on some NUMA node.
     if sharing > 1 and all(len(cpus) >= nearby.count(cpus) for cpus in nearby):
         allowed, sharing = nearby[local_rank], nearby.count(nearby[local_rank])
-    paid = math.inf if quota is None else quota / len(near)
-    return allowed, max(1, int(min(len(allowed) / sharing, paid)))
+    limit = math.inf if quota is None else quota / len(near)
+    return allowed, max(1, int(min(len(allowed) / sharing, limit)))
 
 
 def cores_near(device: int) -> frozenset[int]:
-    """Return the logical CPUs of a CUDA device's NUMA node: all where it has none, empty where that is not known."""
+    """Return the logical CPUs of a CUDA device's NUMA node: all CPUs if it has none, empty if unknown."""
     found: Any = torch.cuda.get_device_properties(device)
     address = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
     try:

@@ -1,4 +1,4 @@
-"""Return the peak arithmetic and memory bandwidth of a device, which the speed of a run is compared with."""
+"""Peak arithmetic throughput and memory bandwidth of a device, to which the speed of a run is compared."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from functools import cache
 
 import torch
 
-# Dense bf16 FLOP/s of tensor cores with fp32 sums, from NVIDIA's data sheets, by what the device's name contains; the
-# first that fits counts. MFU is customarily a share of these.
+# Dense bf16 FLOP/s of tensor cores with fp32 accumulation, from NVIDIA's data sheets, by a part of the device's name;
+# the first match applies. MFU is customarily relative to these.
 PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("B200", 2250e12),
     ("H200", 989e12),
@@ -28,28 +28,28 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
     ("A10", 125e12),
 )
 REPEATS = 5
-# Large enough to fill the device, small enough to be done in a tenth of a second.
+# Large enough to saturate the device, small enough to take a tenth of a second.
 MATRIX = {"cuda": 8192, "cpu": 768}
-COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes, more than any cache holds
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes; larger than any cache
 
 
 @dataclass(frozen=True)
 class DevicePeaks:
-    """Of one device, at one precision."""
+    """Peaks of one device at one precision."""
 
     arithmetic: float
     """FLOP/s of matrix products."""
     stated: bool
-    """Whether `arithmetic` is the maker's figure; else it was measured, as a product of large matrices."""
+    """Whether `arithmetic` is the manufacturer's figure; otherwise it was measured with large matrix products."""
     bandwidth: float
-    """bytes/s of a copy on the device, measured: bytes read plus bytes written."""
+    """Measured bandwidth of a copy on the device, in bytes/s: bytes read plus bytes written."""
 
 
 def device_peaks(device: torch.device, precision: str) -> DevicePeaks:
-    """Return the peaks of a device; the first call measures for some tenths of a second.
+    """Return the peaks of a device. The first call measures them, which takes some tenths of a second.
 
     Args:
-        precision: bf16 or fp32 (with whatever torch.backends allows for it).
+        precision: "bf16" or "fp32" (TF32 if torch.backends allows it).
     """
     stated = stated_arithmetic(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if precision != "bf16":
@@ -60,13 +60,13 @@ def device_peaks(device: torch.device, precision: str) -> DevicePeaks:
 
 
 def stated_arithmetic(name: str) -> float | None:
-    """The maker's figure for a device of this name, if it is known."""
+    """Return the manufacturer's bf16 FLOP/s of a device by its name; None if unknown."""
     return next((flops for part, flops in PEAK_FLOPS if part in name), None)
 
 
 @cache
 def measured_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a product of large square matrices."""
+    """Measure the FLOP/s of a product of large square matrices."""
     side = MATRIX[device.type]
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -75,17 +75,17 @@ def measured_arithmetic(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache
 def measured_bandwidth(device: torch.device) -> float:
-    """bytes/s that a copy reads and writes."""
+    """Measure the bytes/s that a copy reads plus writes."""
     source = random_bytes(COPIED[device.type], device)
     target = torch.zeros_like(source)
     return 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
 
 
 def random_bytes(count: int, device: torch.device) -> torch.Tensor:
-    """Data to copy: uint8 [count], `count` a multiple of 8.
+    """Return random data to copy: uint8 [count], where `count` is a multiple of 8.
 
-    Not zeros: constant data switch fewer bits, so a GPU draws less power on them and copies them at a higher clock than
-    the maps that the copy is to be compared with.
+    Constant data would switch fewer bits: a GPU draws less power on them, and copies them at a higher clock than the
+    feature maps to which the copy is compared.
     """
     return torch.randint(2**63 - 1, (count // 8,), device=device).view(torch.uint8)
 
@@ -99,10 +99,10 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times)  # a peak: whatever disturbed the others is not the device's
+    return min(times)  # the minimum: slower repeats were disturbed by other work
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished all queued work; on a CPU there is none."""
+    """Wait until the device has finished all queued work. Does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Refuse several processes that srun or mpirun started without a launcher: each would take itself for the only one."""
+"""Detect processes started by srun or mpirun without a launcher: each would train alone on all of the data."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from shards.errors import UserError
 
-# Variable of a launched process -> what sets it, and the largest value that a process alone can have. srun's number is
-# of the step: SLURM_NTASKS is that of the job in a batch script, which is one process. SLURM_PROCID is there where some
-# other tool hands variables on. Sources: srun(1), sbatch(1), Open MPI's and MPICH's manuals.
-_ALONE = {
+# Variable of a launched process -> (program that sets it, largest value that a single process can have).
+# SLURM_STEP_NUM_TASKS counts the tasks of the step; SLURM_NTASKS would not do, because a batch script, which is one
+# process, has it too. SLURM_PROCID catches tools that pass on only some variables.
+# Sources: srun(1), sbatch(1), and the manuals of Open MPI and MPICH.
+_LARGEST_ALONE = {
     "SLURM_STEP_NUM_TASKS": ("srun", 1),
     "SLURM_PROCID": ("srun", 0),
     "OMPI_COMM_WORLD_SIZE": ("mpirun", 1),
@@ -19,19 +20,15 @@ _ALONE = {
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Compare the number of processes with what a launcher says of them; nothing to compare where none was needed.
-
-    Raises:
-        UserError: this is one of several processes, and WORLD_SIZE is not set.
-    """
+    """Raise UserError if this is one of several processes and no launcher has set WORLD_SIZE."""
     if "WORLD_SIZE" in environment:
         return
-    for name, (program, most) in _ALONE.items():
+    for name, (program, most) in _LARGEST_ALONE.items():
         value = environment.get(name, "")
         if value.isdecimal() and int(value) > most:
             raise UserError(
-                f"{program} started several tasks ({name}={value}) and no launcher, which sets RANK and WORLD_SIZE: "
-                "each would work alone, on all of the data; use 'python -m launch.submit', or one task per node (srun "
-                "--ntasks-per-node=1) that runs 'accelerate launch' (docs/cluster.md); for tasks with runs of their "
-                "own, set WORLD_SIZE=1"
+                f"{program} started several tasks ({name}={value}) without a launcher that sets RANK and WORLD_SIZE, "
+                "so each task would train alone on all of the data; use 'python -m launch.submit', or start one task "
+                "per node (srun --ntasks-per-node=1) that runs 'accelerate launch' (docs/slurm.md); if each task is a "
+                "separate run, set WORLD_SIZE=1"
             )

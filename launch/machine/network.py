@@ -1,4 +1,4 @@
-"""Create the process group: default settings of NCCL, the network interface, timeouts, and errors with a remedy."""
+"""Creation of the process group: NCCL defaults, the network interface, timeouts, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import torch.distributed as dist
 
 from shards.errors import UserError, first_line
 
-# Until the first step is done, ranks wait for compilation, cold file systems and each other's imports.
+# Until the first step is done, ranks wait for compilation, cold file systems and the imports of other ranks.
 START_TIMEOUT = timedelta(minutes=30)
-# A collective's own timeout comes after the watchdog's, because the watchdog reports which ranks are at fault.
+# Collectives time out this much later than the watchdog, because the watchdog reports which ranks are at fault.
 AFTER_WATCHDOG = timedelta(seconds=45)
 CONNECT_SECONDS = 3.0
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
-_ELSEWHERE = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): packets to it take the default route
+_REMOTE = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): packets to it use the default route
 
-# Variables that the environment has already keep their values (docs/cluster.md describes each).
+# Defaults of environment variables; values that are already set are kept (docs/slurm.md describes each).
 DEFAULTS = {
-    # A collective that failed or timed out ends the process, without waiting for a GPU that no longer answers.
+    # A collective that fails or times out ends the process without waiting for a GPU that no longer responds.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",
-    # The last collectives of every rank are kept and written when one times out: which rank did not come, to which.
+    # Record the last collectives of every rank and write them when one times out: this shows which rank is missing.
     "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "NCCL_DEBUG": "WARN",
@@ -34,28 +34,29 @@ DEFAULTS = {
 
 
 class RendezvousError(UserError):
-    """The ranks could not connect to one another; another start may succeed."""
+    """The ranks could not connect to each other; another start may succeed."""
 
     exit_code = 1
 
 
 Address = tuple[socket.AddressFamily, Any]
-"""As `socket.getaddrinfo` has it."""
+"""Family and socket address, as returned by `socket.getaddrinfo`."""
 
 
 def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
     """Create the process group. Collective.
 
     Args:
-        rank0: from `rank0_address`.
+        rank0: address of rank 0 from `rank0_address`.
+        several_hosts: whether the ranks run on more than one host.
 
     Raises:
-        RendezvousError: a port is taken, or the processes cannot reach one another.
+        RendezvousError: the port is in use, or the ranks cannot reach each other.
     """
-    for name, value in DEFAULTS.items():  # NCCL reads them when the process group is created
+    for name, value in DEFAULTS.items():  # NCCL reads these variables when the process group is created
         os.environ.setdefault(name, value)
     if several_hosts:
-        name_interface(rank0)
+        select_interface(rank0)
     try:
         dist.init_process_group(backend, timeout=START_TIMEOUT)
     except RuntimeError as error:
@@ -64,11 +65,11 @@ def join(backend: str, rank0: Address | None, *, several_hosts: bool) -> None:
         raise RendezvousError(f"{reason} ({first_line(error)})") from error
 
 
-def name_interface(rank0: Address | None) -> None:
-    """Make gloo listen on the interface that leads to rank 0 if this host's name does not resolve to one of its own.
+def select_interface(rank0: Address | None) -> None:
+    """Make gloo listen on the interface that leads to rank 0, unless this host's name resolves to a usable address.
 
-    Gloo listens on the address that the host's name resolves to, else on the loopback address, which other hosts cannot
-    reach: ranks would wait for one another until a timeout. A value of GLOO_SOCKET_IFNAME is kept.
+    By default gloo listens on the address to which the host's name resolves, else on the loopback address, which other
+    hosts cannot reach: ranks would wait for each other until a timeout. A user's GLOO_SOCKET_IFNAME is kept.
     """
     if rank0 is None or GLOO_INTERFACE in os.environ or _resolves_to_this_host(os.uname().nodename):
         return
@@ -78,14 +79,14 @@ def name_interface(rank0: Address | None) -> None:
 
 
 def _resolves_to_this_host(name: str) -> bool:
-    """Whether a name resolves to an address of this host that other hosts can reach."""
+    """Return whether a name resolves to an address of this host that other hosts can reach."""
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError):
         return False
     for family, kind, _, _, address in found:
         if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-            return False  # gloo may take it, as the first that it can listen on
+            return False  # gloo uses the first address on which it can listen, which may be this one
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
             probe.bind(address)
             return True
@@ -93,14 +94,14 @@ def _resolves_to_this_host(name: str) -> bool:
 
 
 def _interface_to(address: Address) -> str | None:
-    """Return the interface through which packets to an address leave; None if there is no route.
+    """Return the interface on the route to an address; None if there is no route.
 
-    On the host of rank 0 itself, that would be the loopback interface: return the one of the default route instead.
+    On the host of rank 0 that is the loopback interface: return the interface of the default route instead.
     """
     try:
         own = _own_address(*address)
         if ipaddress.ip_address(own.partition("%")[0]).is_loopback:
-            own = _own_address(socket.AF_INET, _ELSEWHERE)
+            own = _own_address(socket.AF_INET, _REMOTE)
     except OSError:
         return None
     for name, addresses in psutil.net_if_addrs().items():
@@ -110,30 +111,32 @@ def _interface_to(address: Address) -> str | None:
 
 
 def _own_address(family: int, target: Any) -> str:
+    """Return this host's source address for packets to `target`."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(target)  # sends nothing
+        probe.connect(target)  # connecting a UDP socket sends no packet
         return str(probe.getsockname()[0])
 
 
 def _why_not_joined(text: str) -> str | None:
-    """Explain an error of torch's store or of gloo, with a remedy; None if it is not a known one."""
+    """Explain a known error of torch's store or gloo, with a remedy; return None for other errors."""
     if "EADDRINUSE" in text or "address already in use" in text.lower():
         port = os.environ.get("MASTER_PORT", "")
         return (
-            f"port {port} is in use, perhaps by another run on this machine: start with 'accelerate launch "
+            f"port {port} is in use, perhaps by another run on this machine; start with 'accelerate launch "
             "--main_process_port 0' or 'torchrun --standalone', or set another MASTER_PORT"
         )
     if "gloo" in text.lower():
-        named = os.environ.get(GLOO_INTERFACE)
+        current = os.environ.get(GLOO_INTERFACE)
         return (
-            f"ranks cannot reach one another from host {host_name()}: set {GLOO_INTERFACE} to the interface that leads "
-            f"to the other hosts, now {named or 'not set'} ('ip -br addr' lists them, see docs/cluster.md)"
+            f"host {host_name()} cannot connect to the other ranks; set {GLOO_INTERFACE} (currently "
+            f"{current or 'not set'}) to the network interface that leads to the other hosts; 'ip -br addr' lists the "
+            "interfaces, see docs/slurm.md"
         )
     return None
 
 
 def shorten_timeouts(hang_timeout: float) -> None:
-    """Limit all collectives to little more than `hang_timeout` seconds. Call it on every rank, after the first step."""
+    """Set the timeout of all collectives to `hang_timeout` plus a margin. Call it on all ranks after the first step."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
     # torch has no public function for this yet; torchtitan uses this one too. ZeRO and `Preemption` have own groups.
@@ -142,19 +145,19 @@ def shorten_timeouts(hang_timeout: float) -> None:
 
 
 def rank0_address(host: str, port: str) -> Address | None:
-    """Resolve MASTER_ADDR and MASTER_PORT, where torch's store listens; None if they are empty or cannot be resolved.
+    """Resolve MASTER_ADDR and MASTER_PORT, where torch's store listens; None if empty or not resolvable.
 
-    Call it while the network works: without one, a resolver may block for long.
+    Call this while the network works: after a failure, name resolution may block for a long time.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM) if host and port else []
-    except (OSError, UnicodeError):  # UnicodeError: no host can have this name
+    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
         return None
     return (found[0][0], found[0][4]) if found else None
 
 
 def is_reachable(address: Address) -> bool:
-    """Whether the host at an address answers: accepts a connection, or refuses one. Takes `CONNECT_SECONDS` at most."""
+    """Return whether a host accepts or refuses a connection, within `CONNECT_SECONDS`; either shows that it is up."""
     family, target = address
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -168,5 +171,5 @@ def is_reachable(address: Address) -> bool:
 
 
 def host_name() -> str:
-    """Return SLURM's name of this host, else its own."""
+    """Return SLURM's name for this host, else its host name."""
     return os.environ.get("SLURMD_NODENAME") or os.uname().nodename

@@ -1,4 +1,4 @@
-"""What a result was made with: library versions and the state of the sources."""
+"""Provenance of a result: library versions, devices and the state of the source tree."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ LIBRARIES = ("torch", "nvidia-dali-cuda120", "accelerate", "deepspeed", "numpy")
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the libraries that matter; None where one is not installed."""
+    """Return the versions of Python and of the libraries that affect results; None: not installed."""
     return {"python": platform.python_version(), **{name: installed_version(name) for name in LIBRARIES}}
 
 
 def cpu_name() -> str:
-    """The processor, as it calls itself."""
+    """Return the model name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or the processor's, as it calls itself."""
+    """Return the name of the GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def git_state() -> str | None:
-    """`git describe` of the source tree; None where it is no checkout."""
+    """Return `git describe` of the source tree; None outside of a git checkout."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -39,7 +39,7 @@ def git_state() -> str | None:
 
 
 def installed_version(library: str) -> str | None:
-    """A library's version by its metadata; None where it is not installed."""
+    """Return a library's version from its package metadata; None: not installed."""
     try:
         return importlib.metadata.version(library)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""This process among all: rank, device, process group, and what accelerator-dependent defaults come to on it."""
+"""The process group, and the rank, device and CPU cores of this process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all."""
+    """Rank, device and host of this process."""
 
     rank: int
     size: int
@@ -34,7 +34,7 @@ class World:
     local_size: int
     device: torch.device
     cores: int = field(default_factory=cores)
-    """This rank's share of the cores: how many threads each of its parts uses."""
+    """CPU cores per rank: the number of threads for the decoder, for torch and for OpenMP each."""
     host: str = field(default_factory=network.host_name)
     rank0: network.Address | None = None
     """Address of rank 0's host; None for a single process."""
@@ -44,7 +44,7 @@ class World:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Return the values of all ranks, in the order of ranks. Collective; pickles them."""
+        """Return the values of all ranks, ordered by rank. Collective. Values are pickled."""
         values = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -52,37 +52,37 @@ class World:
 
 
 def connect(*, numa_binding: bool = True, local_size: int | None = None) -> World:
-    """Join the other processes of this launch (by torchrun's environment variables, as accelerate sets them).
+    """Create the process group of this launch from torchrun's environment variables, which accelerate sets too.
 
     Args:
-        numa_binding: hold each rank to the cores near its GPU.
-        local_size: processes among which this machine's cores are divided. None = those of this launch; another number
-            lets one process measure what a rank of so many would have.
+        numa_binding: bind each rank to the cores near its GPU.
+        local_size: number of processes among which this machine's cores are divided. None: the processes of this
+            launch. Another number lets a single process measure what one of so many ranks would achieve.
 
     Raises:
-        UserError: one of several processes without a launcher, or no usable folder for caches.
-        RendezvousError: the processes do not find one another.
+        UserError: several processes were started without a launcher, or no folder for caches is usable.
+        RendezvousError: the ranks could not connect to each other.
     """
     check_launcher()
-    overruled = override_accelerate(os.environ, cuda=torch.cuda.is_available())
+    note = override_accelerate(os.environ, cuda=torch.cuda.is_available())
     prepare_caches()
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if overruled and rank == 0:
-        print(printable(overruled), file=sys.stderr, flush=True)
+    if note and rank == 0:
+        print(printable(note), file=sys.stderr, flush=True)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_size = local_size or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     device = torch.device("cuda", local_rank % gpus) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
-    # More local ranks than GPUs share them, which NCCL refuses and gloo allows (tests of several ranks on one GPU).
+    # NCCL rejects several ranks on one GPU; gloo allows them (tests of several ranks on one GPU).
     backend = "nccl" if gpus and local_size <= gpus else "gloo"
     if gpus and backend == "gloo":
-        # accelerate and DeepSpeed take the device of this number, and would look for one GPU per rank.
+        # accelerate and DeepSpeed use LOCAL_RANK as the device index, and expect one GPU per rank.
         os.environ["LOCAL_RANK"] = str(device.index)
         os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
-    placed = [rank % gpus for rank in range(local_size)] if gpus and numa_binding else None
-    threads = affinity.bind(local_rank, local_size, placed)
+    gpu_of_rank = [rank % gpus for rank in range(local_size)] if gpus and numa_binding else None
+    threads = affinity.bind(local_rank, local_size, gpu_of_rank)
     rank0 = None
     if size > 1:
         rank0 = network.rank0_address(os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", ""))
@@ -92,7 +92,7 @@ def connect(*, numa_binding: bool = True, local_size: int | None = None) -> Worl
 
 
 def broadcast_from_rank0(make: Callable[[], T], world: World) -> T:
-    """Call `make` on rank 0 and return its result on every rank; its exception is raised on all. Collective."""
+    """Call `make` on rank 0 and return its result on every rank, or raise its exception on every rank. Collective."""
     if world.size == 1:
         return make()
     box: list[Any] = [None, None]
@@ -108,17 +108,17 @@ def broadcast_from_rank0(make: Callable[[], T], world: World) -> T:
 
 
 def disconnect() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
-        gc.collect()  # NCCL waits for the end of CUDA graphs that hold its collectives
+        gc.collect()  # frees CUDA graphs that contain collectives: destroying an NCCL group waits for them
         dist.destroy_process_group()
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command of one rank; returns its exit status and prints one line for bad input.
+    """Run one rank's command and return its exit status; errors in the input are reported in one line.
 
-    A rank that fails while others run on must call `os._exit`: leaving NCCL's group waits for the peers, which wait for
-    this rank, and the launcher, which would end them, waits for it to exit.
+    A rank that fails while others continue must call `os._exit`: destroying the NCCL group waits for the other ranks,
+    which wait for this rank, and the launcher, which would end them, waits for this process to exit.
     """
     protect_output()
     raise_limit()
@@ -131,8 +131,8 @@ def run_command(command: Callable[[], int]) -> int:
     except UserError as error:
         status = report(error, prefix=prefix)
     except Exception as error:
-        if (judged := open_files_error(error)) is not None:
-            report(judged, prefix=prefix)
+        if (explained := open_files_error(error)) is not None:
+            report(explained, prefix=prefix)
         else:
             print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
     if dist.is_initialized() and dist.get_world_size() > 1:

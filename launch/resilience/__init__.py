@@ -1,1 +1,1 @@
-"""What ends or saves a run: preemption, watchdog, preflight checks and guards."""
+"""Handling of preemption, hangs, unsuitable nodes and numerical failures."""

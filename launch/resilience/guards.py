@@ -1,7 +1,7 @@
-"""Guards: detect steps whose gradients are not finite, and ranks whose weights differ.
+"""Guards: detect steps with non-finite gradients, and ranks whose weights differ.
 
-The engine skips bad steps on the device. They are counted here, at the intervals at which the device is read anyway,
-and training fails when there are too many.
+The engine skips the update of such a step on the device. The guards count the skipped steps whenever the log reads from
+the device, and end training when there are too many in a row.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SHOWN_IDS = 8
 
 
 class Guards:
-    """Collects the results of steps (`note`) and judges them (`check`, which reads the device and is collective).
+    """Collects step results (`note`) and checks them (`check`, which is collective and reads from the device).
 
     Args:
-        config: `max_bad_steps` and `compare_every` count.
+        config: only `max_bad_steps` and `compare_every` are used.
     """
 
     def __init__(self, engine: Engine, config: WatchdogConfig) -> None:
@@ -32,18 +32,19 @@ class Guards:
         self._in_a_row = 0
         self._compared_at = 0
         self.skipped = 0
-        """Steps skipped since the run started or resumed."""
+        """Number of steps skipped since the run started or resumed."""
         self._good_statistics = [buffer.clone() for buffer in engine.statistics()]
 
     def note(self, step: int, result: StepResult, batches: Sequence[Batch]) -> None:
-        """Remember a step until the next check."""
+        """Record a step for the next check."""
         self._steps.append((step, result, [batch.ids for batch in batches]))
 
     def check(self) -> list[str]:
-        """Judge the steps since the last check, and return warnings.
+        """Check the steps since the last call, and return warnings. Collective.
 
         Raises:
-            RunFailed: too many consecutive bad steps (the message names ranks and samples), or ranks that differ.
+            RunFailed: too many consecutive bad steps (the message names ranks and samples), or weights that
+                differ between ranks.
         """
         if not self._steps:
             return []
@@ -53,7 +54,7 @@ class Guards:
             self._in_a_row = 0 if good else self._in_a_row + 1
             if not good:
                 self.skipped += 1
-                warnings.append(f"step {step + 1}: gradients are not finite; the update was skipped")
+                warnings.append(f"step {step + 1}: non-finite gradients; the update was skipped")
             if self._in_a_row >= self._max_bad:
                 raise RunFailed(self._describe_failure(step, result, ids))
         self._repair_statistics(all(finite))
@@ -63,21 +64,21 @@ class Guards:
             self._compared_at = last
             if len(set(self._engine.world.gather(self._engine.digest()))) > 1:
                 raise RunFailed(
-                    f"step {last}: the ranks hold different weights; resume from the last checkpoint, and look for a "
-                    "faulty device, or a rank with other input or another seed"
+                    f"step {last}: the weights differ between ranks; resume from the last checkpoint, and check for a "
+                    "faulty device and for a rank with different input data or a different seed"
                 )
         return warnings
 
     @torch.no_grad()
     def _repair_statistics(self, all_good: bool) -> None:
-        """Restore BatchNorm's running statistics of the last good check: a bad forward pass makes them NaN for good."""
+        """Restore BatchNorm's running statistics of the last good check: a bad forward pass leaves NaN in them."""
         statistics = self._engine.statistics()
         source, target = (statistics, self._good_statistics) if all_good else (self._good_statistics, statistics)
         if statistics:
             torch._foreach_copy_(target, source)
 
     def _describe_failure(self, step: int, result: StepResult, micro_batches: list[Ids]) -> str:
-        """Name the ranks whose loss is not finite, and the samples of their step. Collective."""
+        """Describe which ranks had a non-finite loss, and the samples of their step. Collective."""
         world = self._engine.world
         ids = [int(i) for micro_batch in micro_batches for i in micro_batch]
         everyone = world.gather((world.rank, bool(result.loss.isfinite()), ids))
@@ -87,6 +88,6 @@ class Guards:
             if not finite
         )
         return (
-            f"{self._max_bad} steps in a row, up to step {step + 1}, had gradients that are not finite "
+            f"{self._max_bad} steps in a row, up to step {step + 1}, had non-finite gradients "
             f"({failing_ranks or 'all losses were finite'}); lower --lr, or try --precision fp32"
         )

@@ -1,12 +1,12 @@
-"""Heartbeats: each rank publishes its step in RUN/heartbeat; when training hangs, ranks read those of the others.
+"""Heartbeats: each rank publishes its step in RUN/heartbeat, and reads those of all ranks when training hangs.
 
-When a collective hangs, nothing that needs one can tell which rank is at fault, and torch's store ends with the host of
-rank 0. The run folder is on storage that all hosts share and outlives each of them; no port is opened.
+When a collective hangs, further collectives cannot find the rank at fault, and torch's store is lost with the host of
+rank 0. Heartbeats are files instead: the run folder is on shared storage, outlives every host and needs no open port.
 
     RUN/heartbeat/rank-N    replaced every few seconds by rank N: time, step, seconds without progress
-    RUN/heartbeat/stacks    written by a rank that has waited too long; every rank then writes its stacks, once
+    RUN/heartbeat/stacks    created by a rank whose hang timeout has expired; every rank then writes its stacks once
 
-Clocks of different hosts are never compared: a rank is alive if its heartbeat changes while another one watches it.
+Clocks of different hosts are never compared: a rank is alive if its heartbeat changes while another rank watches it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "heartbeat"
 REQUEST = "stacks"
-MAX_BYTES = 1024  # of a heartbeat file, which has about 200 bytes
-CLOSE_SECONDS = 2.0  # limit of the wait for the last heartbeat at the end of a run
+MAX_BYTES = 1024  # limit for a heartbeat file; they have about 200 bytes
+CLOSE_SECONDS = 2.0  # timeout for publishing the last heartbeat at the end of a run
 
 
 _BEAT = TypeAdapter(Beat)
@@ -44,19 +44,19 @@ _BEAT = TypeAdapter(Beat)
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run: a random id, and the host of each rank."""
+    """One start of a run: its random id, and the host name of each rank."""
 
     id: str
     hosts: tuple[str, ...]
 
 
 class Heartbeat:
-    """Publishes one rank's heartbeats in a thread of its own, and writes its stacks when a rank asks for them.
+    """Background thread that publishes the heartbeats of one rank, and writes its stacks when a rank requests them.
 
     Args:
         folder: RUN/heartbeat.
-        interval: seconds between two heartbeats.
-        progress: returns (steps done, seconds since the last sign of progress).
+        interval: seconds between heartbeats.
+        progress: returns (optimizer steps done, seconds since the last progress).
         dump: writes this rank's stacks.
     """
 
@@ -74,32 +74,32 @@ class Heartbeat:
         self._start, self._world = start, world
         self._progress, self._dump = progress, dump
         self._temporary = temporary_name(folder / f"rank-{world.rank}")
-        self._asks = self._answered = self._ended = False
+        self._requests_stacks = self._answered = self._ended = False
         self._reaches_rank0: bool | None = None
         self.failure = ""
-        """Why the last heartbeat could not be published."""
+        """Reason why the last heartbeat could not be published; empty if it was."""
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
-    def ask_for_stacks(self) -> None:
-        """Ask every other rank for its stacks."""
-        self._asks = True
+    def request_stacks(self) -> None:
+        """Request that every other rank writes its stacks."""
+        self._requests_stacks = True
         self._wake.set()
-        with contextlib.suppress(OSError):  # then this rank cannot publish heartbeats either, which `failure` says
+        with contextlib.suppress(OSError):  # then publishing heartbeats fails too, which `failure` reports
             durable_write(self.folder / REQUEST, self._start.id.encode())
 
     def watch(self, seconds: float) -> list[RankStatus]:
-        """Ask every rank for its stacks, and read heartbeats until each has shown a sign of life and written them.
+        """Request the stacks of all ranks, and read heartbeats until every rank is found alive and has written them.
 
         Reads and writes files in the calling thread.
 
         Args:
-            seconds: limit of all this, since ranks that are alive should end together. Ranks that were watched for less
-                than two intervals count as alive.
+            seconds: time limit, the same on every observer so that all ranks that are alive end together. If it allows
+                less than two heartbeat intervals, every rank counts as alive.
         """
         ranks, end = range(len(self._start.hosts)), time.monotonic() + seconds
-        self.ask_for_stacks()
+        self.request_stacks()
         first = [self._read(rank) for rank in ranks]
         began, last = time.monotonic(), list(first)
         while time.monotonic() < end:
@@ -119,7 +119,7 @@ class Heartbeat:
         return read_beat(self.folder / f"rank-{rank}", self._start.id)
 
     def close(self) -> None:
-        """Publish the last heartbeat; waits for it `CLOSE_SECONDS` at most. Idempotent."""
+        """Publish the last heartbeat, waiting at most `CLOSE_SECONDS`. Idempotent."""
         self._ended = True
         self._wake.set()
         self._thread.join(CLOSE_SECONDS)
@@ -128,13 +128,13 @@ class Heartbeat:
         while True:
             last = self._ended
             try:
-                if self._asks or is_requested(self.folder / REQUEST, self._start.id):
+                if self._requests_stacks or is_requested(self.folder / REQUEST, self._start.id):
                     self._answer()
                 self._publish(last)
                 self.failure = ""
-            except Exception as error:  # the thread must survive all errors of the file system
+            except Exception as error:  # the thread must survive every file system error
                 if not self.failure:
-                    log.warning("%s: no heartbeat published (%s); trying again", self.folder, error)
+                    log.warning("%s: cannot publish the heartbeat (%s); trying again", self.folder, error)
                 self.failure = str(error) or type(error).__name__
             if last:
                 return
@@ -142,12 +142,12 @@ class Heartbeat:
             self._wake.clear()
 
     def _answer(self) -> None:
-        """Write the stacks that a rank asks for, once; the watchdog of a rank that asks has written its own."""
+        """Write the requested stacks, once. On the requesting rank the watchdog has already written them."""
         if self._answered:
             return
-        self._answered = True  # also where the stacks cannot be written
+        self._answered = True  # even if the stacks cannot be written
         self._reaches_rank0 = None if self._world.rank0 is None else is_reachable(self._world.rank0)
-        if not self._asks:
+        if not self._requests_stacks:
             self._dump()
 
     def _publish(self, last: bool) -> None:
@@ -163,22 +163,22 @@ class Heartbeat:
             reaches_rank0=self._reaches_rank0,
             ended=last,
         )
-        self._temporary.write_text(json.dumps(asdict(beat)))  # not durable: the next one follows in seconds
+        self._temporary.write_text(json.dumps(asdict(beat)))  # no fsync: the next heartbeat follows within seconds
         self._temporary.replace(self.folder / f"rank-{self._world.rank}")
 
 
 def is_alive(first: Beat | None, last: Beat | None) -> bool:
-    """Whether a heartbeat has changed between two looks, or says that the rank has ended."""
+    """Return whether the heartbeat changed between two reads, or is the last one of a rank that has ended."""
     return last is not None and (last.ended or first is None or last.time != first.time)
 
 
 def is_complete(beat: Beat | None) -> bool:
-    """Whether nothing more is to come from a rank."""
+    """Return whether a rank has written its stacks or ended, so that waiting for it is pointless."""
     return beat is not None and (beat.stacks or beat.ended)
 
 
 def new_start(folder: Path, world: World) -> Start:
-    """Agree on the id and the hosts of this start; rank 0 removes the heartbeats of earlier starts. Collective.
+    """Agree on the id and the hosts of this start; rank 0 removes earlier heartbeats. Collective.
 
     Raises:
         UserError: the folder cannot be written.
@@ -188,19 +188,19 @@ def new_start(folder: Path, world: World) -> Start:
 
 
 def clear(folder: Path) -> str:
-    """Make the folder ready for a new start, and return the id of that start."""
+    """Prepare the folder for a new start, and return the id of that start."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in (*folder.glob("rank-*"), *folder.glob(".rank-*.tmp")):
             path.unlink(missing_ok=True)
-        durable_write(folder / REQUEST, b"")  # NFS may cache for a minute that a file does not exist
+        durable_write(folder / REQUEST, b"")  # NFS clients may cache the absence of a file for a minute
     except OSError as error:
         raise unwritable(folder.parent, error) from error
     return secrets.token_hex(8)
 
 
 def read_beat(path: Path, start: str) -> Beat | None:
-    """Read one heartbeat; None unless it is valid and of this start."""
+    """Read one heartbeat; return None if it is missing, invalid or of another start."""
     try:
         beat = parse_json(read_regular(path, limit=MAX_BYTES), _BEAT, limit=MAX_BYTES)
     except (OSError, ValueError):
@@ -209,7 +209,7 @@ def read_beat(path: Path, start: str) -> Beat | None:
 
 
 def is_requested(path: Path, start: str) -> bool:
-    """Whether a rank of this start has asked for stacks."""
+    """Return whether a rank of this start has requested the stacks."""
     try:
         return read_regular(path, limit=MAX_BYTES) == start.encode()
     except OSError:

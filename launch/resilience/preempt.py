@@ -1,11 +1,12 @@
-"""Preemption: signals, files in the run folder and a deadline become one agreed decision at a step boundary.
+"""Preemption: turn signals, files in the run folder and a deadline into one decision of all ranks at a step boundary.
 
-Handlers only set flags. All ranks exchange their flags once a step, on a gloo group of its own and one step behind, so
-that no GPU and no rank waits for it; whatever was asked of one rank then happens on all of them after the same step.
+Signal handlers only set flags. All ranks exchange their flags once per step on a separate gloo group, and use the
+result one step later, so that neither a GPU nor a rank waits for the exchange. A request to one rank thus takes effect
+on all ranks after the same step.
 
-    SIGTERM, SIGINT, SIGUSR2, RUN/PREEMPT, deadline    save a checkpoint and leave with `EXIT_STATUS`
-    SIGUSR1, RUN/SAVE                                   save a checkpoint and go on
-    one of the first three again, seconds later         leave at once, without saving
+    SIGTERM, SIGINT, SIGUSR2, RUN/PREEMPT, deadline    save a checkpoint and exit with `EXIT_STATUS`
+    SIGUSR1, RUN/SAVE                                   save a checkpoint and continue
+    one of the first three again, seconds later         exit at once, without saving
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ log = logging.getLogger(__name__)
 
 STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 SAVE = (signal.SIGUSR1,)
-# One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher passes it on as well.
+# One request may arrive several times: SLURM and Ctrl-C signal every process, and the launcher forwards the signal too.
 SAME_REQUEST_SECONDS = 5.0
 
 
 class Request(IntEnum):
-    """What is asked for; of several, the greatest counts."""
+    """Kind of a request; of several, the greatest takes effect."""
 
     NOTHING = 0
     SAVE = 1
@@ -45,20 +46,20 @@ class Request(IntEnum):
 
 
 class StopRequested(Exception):
-    """All ranks have agreed to save and leave; the message says who asked for it."""
+    """All ranks have agreed to save and stop; the message says what requested it."""
 
 
 class Preemption:
-    """Collects requests; use as a context manager around the training loop.
+    """Collects requests to save or stop; a context manager for the training loop.
 
     Args:
-        run: run folder, for the files.
-        deadline: time by `time.monotonic` by which the run should leave; None = none.
+        run: run folder, in which the request files are created.
+        deadline: `time.monotonic()` at which the run should stop; None: no deadline.
     """
 
     def __init__(self, run: Path, world: World, *, deadline: float | None) -> None:
         self._run, self._world, self._deadline = run, world, deadline
-        # Set by handlers, which may run between any two instructions: `_stop` is never cleared, `_save` before a look.
+        # Signal handlers set both at any time. So `_stop` is never cleared, and `_save` only in the line that reads it.
         self._stop = False
         self._save = False
         self._stop_requested_at = 0.0
@@ -67,7 +68,7 @@ class Preemption:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._pending: Any = None
-        self._reason = ""  # what asked this rank
+        self._reason = ""  # signal, file or deadline that made the request to this rank
 
     def __enter__(self) -> Preemption:
         for number in (*STOP, *SAVE):
@@ -79,39 +80,40 @@ class Preemption:
             signal.signal(number, handler)
 
     def save_requested(self) -> bool:
-        """Whether all ranks write a checkpoint now. Collective.
+        """Return whether all ranks must write a checkpoint now. Collective.
 
         Raises:
-            StopRequested: all ranks save and leave now.
+            StopRequested: all ranks must save and stop now.
         """
-        asked = self._asked()
+        request = self._local_request()
         if self._group is None:
-            decision = asked
-        else:  # what was asked for until the last call
+            decision = request
+        else:  # the requests up to the previous call
             if self._pending is not None:
                 self._pending.wait()
             decision = Request(int(self._flag))
-            self._flag.fill_(asked)
+            self._flag.fill_(request)
             self._pending = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         if decision is Request.STOP:
             raise StopRequested(self._reason or "another rank's request")
         return decision is Request.SAVE
 
     def until_stop(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield `items`, of which every rank has equally many.
+        """Yield `items` until a stop is requested. Collective: every rank must have the same number of items.
 
         Raises:
-            StopRequested: after the same item on all ranks.
+            StopRequested: on all ranks, after the same item.
         """
         for item in items:
             yield item
-            self.save_requested()  # a checkpoint is written after the evaluation anyway
+            self.save_requested()  # the result is ignored: an evaluation is followed by a checkpoint anyway
 
-    def _asked(self) -> Request:
+    def _local_request(self) -> Request:
+        """Return what this rank has been requested to do since the last call."""
         save, self._save = self._save, False
-        if self._world.is_main:  # one rank's look at files and the clock is enough
-            save |= self._found("SAVE")
-            if self._found("PREEMPT"):
+        if self._world.is_main:  # one rank suffices for the files and the clock
+            save |= self._consume("SAVE")
+            if self._consume("PREEMPT"):
                 self._stop = True
             elif self._deadline is not None and time.monotonic() > self._deadline:
                 self._stop, self._reason = True, "the deadline"
@@ -119,10 +121,11 @@ class Preemption:
             return Request.STOP
         return Request.SAVE if save else Request.NOTHING
 
-    def _found(self, name: str) -> bool:
-        """Remove the request file `name` from the run folder; returns whether it was there.
+    def _consume(self, name: str) -> bool:
+        """Remove the request file `name` from the run folder, and return whether it existed.
 
-        One that cannot be removed (a folder, no permission) would be found at every step: it is ignored with a warning.
+        A file that cannot be removed (a folder, no permission) would be found at every step, so it is ignored with a
+        warning.
         """
         path = self._run / name
         if not os.path.lexists(path):
@@ -134,7 +137,7 @@ class Preemption:
         except OSError as error:
             if name not in self._ignored:
                 self._ignored.add(name)
-                log.warning("%s: ignored, as it cannot be removed (%s)", path, error.strerror)
+                log.warning("%s: the request is ignored because the file cannot be removed (%s)", path, error.strerror)
             return False
         self._reason = f"the file {name}"
         return True
@@ -151,13 +154,13 @@ class Preemption:
 
 
 def deadline(config: PreemptConfig, *, started: float, job_end: str) -> float | None:
-    """When to leave: `time_limit` from `started`, else `preempt_margin` before the SLURM job's end.
+    """Return when to stop: `time_limit` after `started`, else `preempt_margin` before the end of the SLURM job.
 
-    SLURM says the end by the wall clock. It is converted once, at the start: a clock that is set later changes nothing.
+    SLURM reports the end as wall-clock time. It is converted once, so that adjusting the clock later has no effect.
 
     Args:
-        started: by `time.monotonic`, as the result is.
-        job_end: value of SLURM_JOB_END_TIME; "" outside of a job.
+        started: start of the run by `time.monotonic()`, like the result.
+        job_end: value of SLURM_JOB_END_TIME; empty outside of a job.
     """
     if config.time_limit is not None:
         return started + 60 * config.time_limit

@@ -1,7 +1,7 @@
-"""Preflight: check before a run of several nodes that all see the same data, run folder, code and libraries.
+"""Preflight checks of a run on several nodes: all must have the same data, run folder, code and libraries.
 
-The first rank of each node collects its facts, and all ranks exchange them. A node that differs from the majority is
-named. RUN/status lists such nodes if they are the minority, so that the next start excludes them.
+The first rank of each node collects the properties of its node, and all ranks exchange them. The error names the nodes
+that differ from the majority. If they are a minority, RUN/status lists them, so that the next start excludes them.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from shards.format.manifest import MANIFEST_NAME
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
 GIB = 2**30
-# The newest three checkpoints of B3, the best, and one being written take 1.7 GiB.
-WANTED_IN_RUN = 4 * GIB
-# For what libraries unpack and compile there; a full /tmp leads to errors that do not mention it.
-WANTED_IN_TMP = GIB
-# A network file system may cache for some seconds that a file does not exist.
-SEEN_WITHIN_SECONDS = 15.0
+# Five checkpoints of B3 (the newest three, the best, and one being written) take 1.7 GiB.
+MIN_FREE_IN_RUN = 4 * GIB
+# Libraries unpack and compile files in /tmp; when it is full, they raise errors that do not mention it.
+MIN_FREE_IN_TMP = GIB
+# A network file system may cache the absence of a file for some seconds.
+VISIBLE_WITHIN_SECONDS = 15.0
 
 
 class PreflightFailed(UserError):
-    """Some nodes differ from the others; the run may start without them."""
+    """Some nodes differ from the majority; another start may succeed without them."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one node sees; the fields of `COMPARED` must be the same on all nodes."""
+    """Properties of one node; the fields in `COMPARED` must be equal on all nodes."""
 
     data: str
+    """Hash of the shard set's manifest and index sizes, or the error when reading them."""
     run_folder: str
     code: str
     libraries: str
@@ -63,7 +64,7 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
     """Compare the nodes, and return warnings. Collective.
 
     Raises:
-        PreflightFailed: nodes differ from the others; the message names them and what they see.
+        PreflightFailed: some nodes differ from the majority; the message names them and the differences.
     """
     if world.local_size == world.size:
         return []
@@ -78,15 +79,15 @@ def preflight(recipe: Recipe, world: World) -> list[str]:
         reason = "; ".join(f"{host}: {', '.join(what)}" for host, what in bad.items())
         if world.is_main:
             write_status(run, "failed", reason=reason, nodes=minority(bad, len(nodes)))
-        raise PreflightFailed(f"nodes that differ from the others: {reason}")
+        raise PreflightFailed(f"nodes that differ from the others: {reason}; correct or exclude these nodes, and retry")
     return shortages(nodes, gpus=world.device.type == "cuda")
 
 
 def collect_facts(recipe: Recipe, world: World, token: str) -> Facts:
-    """Collect the facts of this node."""
+    """Collect the properties of this node."""
     return Facts(
         data=data_hash(recipe),
-        run_folder="shared" if finds_token(recipe.run.out, token) else "not the one that rank 0 writes to",
+        run_folder="shared" if finds_token(recipe.run.out, token) else "not shared with rank 0",
         code=source_hash(),
         libraries=", ".join(f"{name} {found}" if found else f"no {name}" for name, found in versions().items()),
         host=world.host,
@@ -97,45 +98,48 @@ def collect_facts(recipe: Recipe, world: World, token: str) -> Facts:
 
 
 def differences(nodes: list[Facts]) -> dict[str, list[str]]:
-    """Return, for each node that differs from the majority, what it sees instead.
+    """Return the differences from the majority, by host.
 
-    The first node is right if there is no majority, and about the run folder, which it writes to.
+    Without a majority, the first node is the reference. It always is for the run folder, because rank 0 writes to it.
     """
     bad: dict[str, list[str]] = {}
     for name in COMPARED:
         seen = [getattr(facts, name) for facts in nodes]
-        right = seen[0] if name == "run_folder" else Counter(seen).most_common(1)[0][0]
+        expected = seen[0] if name == "run_folder" else Counter(seen).most_common(1)[0][0]
         for facts, value in zip(nodes, seen, strict=True):
-            if value != right:
-                bad.setdefault(facts.host, []).append(f"{name.replace('_', ' ')} {value}, not {right}")
+            if value != expected:
+                bad.setdefault(facts.host, []).append(f"{name.replace('_', ' ')} {value}, expected {expected}")
     return bad
 
 
 def minority(bad: Collection[str], count: int) -> list[str]:
-    """Return the hosts that the next start should exclude: those that differ, if they are the minority of `count`."""
+    """Return the hosts that the next start should exclude: those in `bad`, if they are a minority of `count`."""
     return list(bad) if 2 * len(bad) < count else []
 
 
 def shortages(nodes: list[Facts], *, gpus: bool) -> list[str]:
     """Return warnings about nodes with little disk space or few cores."""
     lines = []
-    looked = (("run_free", WANTED_IN_RUN, "run folder"), ("tmp_free", WANTED_IN_TMP, "temporary folder"))
-    for name, wanted, what in looked:
+    requirements = (("run_free", MIN_FREE_IN_RUN, "run folder"), ("tmp_free", MIN_FREE_IN_TMP, "temporary folder"))
+    for name, minimum, what in requirements:
         free = {facts.host: getattr(facts, name) for facts in nodes}
-        short = [f"{host} ({there / GIB:.1f} GiB)" for host, there in free.items() if there < wanted]
+        short = [f"{host} ({found / GIB:.1f} GiB)" for host, found in free.items() if found < minimum]
         if short:
-            lines.append(f"warning: less than {wanted / GIB:.0f} GiB free in the {what} on {', '.join(short)}")
-    starved = [facts.host for facts in nodes if gpus and facts.cores < 2]
-    if starved:
+            lines.append(f"warning: less than {minimum / GIB:.0f} GiB free in the {what} on {', '.join(short)}")
+    short_of_cores = [facts.host for facts in nodes if gpus and facts.cores < 2]
+    if short_of_cores:
         lines.append(
-            f"warning: one core per GPU on {', '.join(starved)}: SLURM gives no more unless asked (--exclusive, "
-            "--cpus-per-task)"
+            f"warning: only one CPU core per GPU on {', '.join(short_of_cores)}, which slows the input pipeline; "
+            "request more from SLURM (--exclusive or --cpus-per-task)"
         )
     return lines
 
 
 def data_hash(recipe: Recipe) -> str:
-    """Hash the manifest of the shard set, which holds the hashes of all other files, and the sizes of the indexes."""
+    """Hash the manifest of the shard set, which holds the hashes of all other files, and the sizes of the indexes.
+
+    For a set on a server, return its URL, and for files that cannot be read, the error.
+    """
     location = recipe.data.location()
     if not isinstance(location, Path):
         return location
@@ -149,7 +153,7 @@ def data_hash(recipe: Recipe) -> str:
 
 
 def write_token(run: Path) -> str:
-    """Write a random file into the run folder, which the other nodes must find there, and return its content."""
+    """Write a random token to a file in the run folder, in which the other nodes must find it, and return the token."""
     token = secrets.token_hex(8)
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -163,8 +167,8 @@ def token_file(run: Path) -> Path:
     return run / ".preflight"
 
 
-def finds_token(run: Path, token: str, within: float = SEEN_WITHIN_SECONDS) -> bool:
-    """Whether the token that rank 0 wrote appears in this node's run folder `within` seconds."""
+def finds_token(run: Path, token: str, within: float = VISIBLE_WITHIN_SECONDS) -> bool:
+    """Return whether rank 0's token appears in this node's run folder `within` seconds."""
     end = time.monotonic() + within
     while True:
         try:
@@ -178,7 +182,7 @@ def finds_token(run: Path, token: str, within: float = SEEN_WITHIN_SECONDS) -> b
 
 
 def source_hash() -> str:
-    """Hash the project's own code, of which nodes may have copies."""
+    """Hash this project's source files, of which nodes may have different copies."""
     digest = xxhash.xxh3_64()
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -187,7 +191,7 @@ def source_hash() -> str:
 
 
 def _free(folder: Path) -> int:
-    """Return the free bytes on the disk of `folder`, which may not exist yet."""
+    """Return the free bytes of the file system that holds `folder`, which may not exist yet."""
     while not folder.exists():
         folder = folder.absolute().parent
     return shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""State of each rank when training hangs: describe which ranks are at fault, and choose the hosts to leave out."""
+"""State of each rank when training hangs: describe the ranks at fault, and choose the hosts to exclude."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ class Beat:
     start: Digest
     """Random id of this start of the run; files of earlier starts are ignored."""
     time: Finite
-    """Wall-clock time of the rank's host, for people and to tell heartbeats apart."""
+    """Wall-clock time of the rank's host: for readers of the file, and to distinguish heartbeats."""
     step: Count
     """Optimizer steps done."""
     idle: Annotated[Finite, Field(ge=0)]
-    """Seconds since the last sign of progress, by the rank's own monotonic clock."""
+    """Seconds since the last progress, by the monotonic clock of the rank's host."""
     host: Annotated[str, Field(max_length=255)]
     pid: Count
     stacks: bool
-    """Whether the rank has written its stacks because a rank asked for them."""
+    """Whether the rank has written its stacks on request."""
     reaches_rank0: bool | None
-    """Whether it could connect to the host of rank 0 when it wrote its stacks; None = not tried."""
+    """Whether the rank could connect to the host of rank 0 when it wrote its stacks; None: not tried."""
     ended: bool
-    """Whether this is the last heartbeat: the rank has left its training loop, or its watchdog ends it."""
+    """Whether this is the last heartbeat: the training loop has ended, or the watchdog is ending the process."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """State of a rank as its heartbeats show it (launch/resilience/heartbeat.py)."""
+    """State of one rank, derived from its heartbeats (launch/resilience/heartbeat.py)."""
 
     rank: int
     host: str
     beat: Beat | None
-    """Its last heartbeat; None = none could be read."""
+    """Last heartbeat of the rank; None: no heartbeat could be read."""
     silent_seconds: float = 0.0
-    """Seconds without a new heartbeat; 0 = one appeared, the rank has ended, or it was not watched for long enough."""
+    """Seconds without a new heartbeat; 0: one appeared, the rank has ended, or the rank was not watched long enough."""
 
     @property
     def disconnected(self) -> bool:
-        """Whether the rank is alive, but its host cannot connect to the host of rank 0."""
+        """Whether the rank is alive but cannot connect to the host of rank 0."""
         return not self.silent_seconds and self.beat is not None and self.beat.reaches_rank0 is False
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ def describe_failure(ranks: Sequence[RankStatus], own: int, step: int) -> str:
 
     Args:
         own: rank of the caller.
-        step: steps that it has done.
+        step: optimizer steps that the caller has done.
     """
     silent, disconnected, behind, ahead = [], [], [], []
     for status in ranks:
@@ -83,7 +83,7 @@ def describe_failure(ranks: Sequence[RankStatus], own: int, step: int) -> str:
         f"ahead: {_shortened(ahead)}" if ahead else "",
     ]
     return "; ".join(filter(None, parts)) or (
-        f"all other ranks are alive and at step {step} too: a collective, the network or a file system hangs"
+        f"all other ranks are alive and also at step {step}: a collective, the network or a file system hangs"
     )
 
 
@@ -93,11 +93,12 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def failing_hosts(ranks: Sequence[RankStatus]) -> list[str]:
-    """Return the hosts that the next start should leave out.
+    """Return the hosts that the next start should exclude.
 
-    Hosts without a live rank, if they are at most half of the other hosts; otherwise this host may be at fault.
-    Without any, hosts that do not reach the host of rank 0, if they are the minority; the host of rank 0, if no other
-    host of several reaches it.
+    These are the hosts without a live rank, provided that they are at most half of the hosts other than this one;
+    otherwise this host may be the one at fault. If every host has a live rank: the hosts that cannot connect to the
+    host of rank 0, if they are at most half of the others, or the host of rank 0, if none of several others can connect
+    to it.
     """
     hosts = {status.host for status in ranks}
     silent = hosts - {status.host for status in ranks if not status.silent_seconds}

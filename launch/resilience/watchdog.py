@@ -1,10 +1,10 @@
-"""Watchdog: when no step ends for too long, report which ranks are at fault and end the process for another start.
+"""Watchdog: when training makes no progress for too long, report the ranks at fault and end the process.
 
-Each rank has one. Its thread checks the last sign of progress. When that is too old, every rank that is alive writes
-its stacks to RUN/stacks-rankN.txt, RUN/status becomes `stalled` and names the ranks that are silent or behind, and the
-process ends with `EXIT_STATUS`. The thread itself touches no file, because the file system may be what hangs: other
-threads do, for a limited time. If even this thread cannot run (a library holds the GIL), a timer in C writes the stacks
-and ends the process.
+Every rank has one. A thread checks the time of the last progress. When the hang timeout expires, every rank that is
+alive writes its stacks to RUN/stacks-rankN.txt, RUN/status becomes `stalled` and names the ranks that are silent or
+behind, and the process ends with `EXIT_STATUS`, which requests another start. The thread itself accesses no files,
+because the file system may be what hangs: helper threads do, with a timeout. If the thread cannot run because a library
+holds the GIL, a timer in C (`faulthandler`) writes the stacks and ends the process.
 """
 
 from __future__ import annotations
@@ -31,34 +31,34 @@ T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-# Longest interval between two heartbeats of a rank.
+# Longest interval between heartbeats of a rank.
 INTERVAL_SECONDS = 5.0
-# Smallest number of intervals in the timeout.
+# The interval is shorter if needed, so that at least this many fit into the hang timeout.
 INTERVALS_IN_TIMEOUT = 15
-# Ranks that read the heartbeats of all: enough to outlive the loss of several hosts, few enough for shared storage.
+# Number of ranks that read all heartbeats: enough to survive the loss of several hosts, few enough for the storage.
 OBSERVERS = 16
-# How long to watch the heartbeats of all ranks, and wait for their stacks, after the timeout: four intervals, as shared
-# storage may be slow. All of it is waited for only where a rank is silent.
+# Time limit for watching the heartbeats of all ranks, and waiting for their stacks, after the hang timeout: four
+# intervals, because shared storage may be slow. Used up only if a rank is silent.
 ANSWER_SECONDS = 20.0
-# Limit for `_report`, which reads and writes files. With the rest of `_end` it takes less than the 45 s after which the
-# collective that hangs times out (`AFTER_WATCHDOG`).
+# Time limit for `_report`, which reads and writes files. All of `_end` must take less than the 45 s after which the
+# hanging collective times out as well (`AFTER_WATCHDOG`).
 REPORT_SECONDS = ANSWER_SECONDS + 5.0
-# Time to write to standard error, which may be a pipe without a reader.
+# Time limit for writing to standard error, which may be a pipe whose reader hangs.
 PRINT_SECONDS = 1.0
-# The end of this process breaks the connections of the others, which may still have to write their stacks and reports.
+# Wait before exiting: the exit closes the connections of other ranks, which may still be writing stacks and reports.
 FAREWELL_SECONDS = 3.0
 CLOSE_SECONDS = 5.0
-# Longer than everything that the thread does after the timeout.
+# Delay of the timer in C after the hang timeout: longer than everything that the thread does by then.
 LAST_RESORT_SECONDS = 60.0
 
 
 class Watchdog:
-    """Context manager around the training loop, which calls `beat`. Collective: all ranks enter it.
+    """Context manager for the training loop, which must call `beat`. Collective: all ranks enter it.
 
     Args:
         run: run folder.
-        timeout: seconds without progress after which the run is ended; 0 = never. Before the first step is done, at
-            least half an hour is allowed.
+        timeout: seconds without progress after which the process ends; 0: never. Until the first step is done, the
+            timeout is at least half an hour.
     """
 
     def __init__(self, run: Path, world: World, *, timeout: float) -> None:
@@ -70,13 +70,13 @@ class Watchdog:
         self._dumping = threading.Lock()
         self._heartbeat: Heartbeat | None = None
         self.stacks = run / f"stacks-rank{world.rank}.txt"
-        """File of this rank's stacks; removed at the end if nothing was written."""
+        """File for this rank's stacks; removed at the end if it is empty."""
 
     def __enter__(self) -> Watchdog:
         if self._timeout:
             try:
-                self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created it yet
-                self._file = self.stacks.open("a", encoding="utf-8")  # an earlier start may have left one
+                self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created the folder yet
+                self._file = self.stacks.open("a", encoding="utf-8")  # append: keep the stacks of earlier starts
             except OSError as error:
                 raise unwritable(self._run, error) from error
             if self._world.size > 1:
@@ -100,21 +100,19 @@ class Watchdog:
         self._thread.join()
         if self._heartbeat is not None:
             self._heartbeat.close()
-        if not self._dumping.acquire(
-            timeout=CLOSE_SECONDS
-        ):  # the file system hangs; the file is closed with the process
+        if not self._dumping.acquire(timeout=CLOSE_SECONDS):  # the file system hangs; exiting closes the file
             return
         self._file.close()
         self._dumping.release()
-        with contextlib.suppress(OSError):  # no reason to end a run
+        with contextlib.suppress(OSError):  # a file that remains does no harm
             if self.stacks.stat().st_size == 0:
                 self.stacks.unlink()
 
     def beat(self, steps: int | None = None) -> None:
-        """Record a sign of progress.
+        """Record progress.
 
         Args:
-            steps: optimizer steps done; None = progress within a step.
+            steps: optimizer steps done; None: progress other than a completed step.
         """
         if steps is not None:
             self._steps = steps
@@ -125,7 +123,7 @@ class Watchdog:
         self._beat_at = time.monotonic()
 
     def beat_on_each(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield `items`, each of which is a sign of progress. The first may have to compile, as the first step does."""
+        """Yield `items`, and record progress at each. The first may take as long as the first step: it may compile."""
         for item in items:
             self.beat()
             limit = self._limit
@@ -145,7 +143,7 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
 
     def _progress(self) -> tuple[int, float]:
-        """Return the steps done, and seconds since the last sign of progress."""
+        """Return the optimizer steps done, and the seconds since the last progress."""
         return self._steps, time.monotonic() - self._beat_at
 
     def _watch(self) -> None:
@@ -156,23 +154,23 @@ class Watchdog:
                 if idle > self._limit:
                     self._end()
                 faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, file=self._file, exit=True)
-            except Exception as error:  # the thread must survive all exceptions
+            except Exception as error:  # the thread must survive every exception
                 if not warned:
                     warned = True
                     log.warning("watchdog: %s: %s; continuing", type(error).__name__, error)
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self) -> None:
-        """Report the hang, and end the process without destroying the process group, which might hang as well."""
+        """Report the hang and end the process. The process group is not destroyed, because that might hang too."""
         try:
             steps, idle = self._progress()
             self._reason = (
                 f"rank {self._world.rank} on {self._world.host}: no progress for {idle:.0f} s after step {steps}"
             )
-            stacks = f"stacks are in {self.stacks}"
+            stacks = f"the stacks are in {self.stacks}"
             if not finishes(lambda: self._report(steps), REPORT_SECONDS):
                 self._reason += f"; {self._run} did not answer for {REPORT_SECONDS:.0f} s"
-                stacks = "stacks are above"
+                stacks = "the stacks are above"
                 finishes(dump_to_stderr, PRINT_SECONDS)
             line = f"stalled: {self._reason}; {stacks}"
             finishes(lambda: print(line, file=sys.stderr, flush=True), PRINT_SECONDS)
@@ -183,24 +181,25 @@ class Watchdog:
             os._exit(EXIT_STATUS)
 
     def _report(self, steps: int) -> None:
-        """Write this rank's stacks, ask for the others', and name the ranks at fault in RUN/status."""
+        """Write this rank's stacks, request those of all ranks, and name the ranks at fault in RUN/status."""
         try:
             self.dump()
         except OSError as error:
-            log.warning("%s: cannot be written (%s); the stacks follow here", self.stacks, error)
+            log.warning("%s: cannot be written (%s); the stacks follow", self.stacks, error)
             dump_to_stderr()
         nodes: list[str] = []
         if self._heartbeat is None:
-            self._reason += "; there are no other ranks to wait for: data, file system or device hang"
+            self._reason += "; this is the only rank, so the input data, the file system or the device hangs"
         elif not is_observer(self._world.rank, self._world.size):
-            time.sleep(ANSWER_SECONDS)  # until then observers read this rank's heartbeat and need its connections
+            time.sleep(ANSWER_SECONDS)  # meanwhile observers read this rank's heartbeat and need its connections
         else:
             heartbeat = self._heartbeat
             ranks = heartbeat.watch(ANSWER_SECONDS)
             own = ranks[self._world.rank]
             if own.silent_seconds or own.beat is None:
-                cause = f"no heartbeat written to {heartbeat.folder} ({heartbeat.failure or 'the file system hangs'})"
-                self._reason += f"; {cause}: nothing is known of the other ranks"
+                cause = heartbeat.failure or "the file system hangs"
+                self._reason += f"; cannot write heartbeats to {heartbeat.folder} ({cause})"
+                self._reason += ", so the state of the other ranks is unknown"
             else:
                 self._reason += f"; {describe_failure(ranks, self._world.rank, steps)}"
                 nodes = failing_hosts(ranks)
@@ -209,16 +208,16 @@ class Watchdog:
 
 
 def is_observer(rank: int, ranks: int) -> bool:
-    """Whether `rank` reads the heartbeats of all when training hangs: all of few, else some spread over the hosts."""
+    """Return whether `rank` reads all heartbeats when training hangs: all of a few ranks, else a spread-out sample."""
     return ranks <= OBSERVERS or rank in {number * ranks // OBSERVERS for number in range(OBSERVERS)}
 
 
 def finishes(task: Callable[[], None], seconds: float) -> bool:
-    """Run `task` in a thread, and return whether it ended within `seconds`. A thread that hangs is abandoned."""
+    """Run `task` in a thread, and return whether it ended within `seconds`. A hanging thread is abandoned."""
     thread = threading.Thread(target=task, name="watchdog-task", daemon=True)
     try:
         thread.start()
-    except RuntimeError:  # no more threads; if the task hangs, the timer in C ends the process
+    except RuntimeError:  # no thread can be started; if the task hangs, the timer in C ends the process
         task()
         return True
     thread.join(seconds)

@@ -1,4 +1,4 @@
-"""Render launch/slurm/train.sbatch for a job."""
+"""Rendering of launch/slurm/train.sbatch for a job."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from launch.config.recipe import Recipe
 from launch.slurm.job import ROOT, Submit, SubmitError, fits
 
 TEMPLATE = Path(__file__).with_name("train.sbatch")
-# What #SBATCH lines hold without quotes; sbatch ends an option at a space and a line at '#'.
+# Options that an #SBATCH line can hold without quotes: sbatch ends an option at a space, and the line at '#'.
 PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)
 SETTINGS, END_OF_SETTINGS = "# ---- settings\n", "# ---- end of settings\n"
 
 
 def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
-    """The sbatch script: #SBATCH lines and settings from `job`, the rest as the template has it.
+    """Return the sbatch script: the #SBATCH lines and settings of `job`, followed by the body of the template.
 
-    Every value arrives unchanged, whatever characters it holds; the shell's lines are quoted by `shlex`.
+    Values may contain any characters: `shlex` quotes them for the shell.
 
     Raises:
-        SubmitError: sizes that do not fit, or a value that an #SBATCH line or a container's option cannot hold.
+        SubmitError: the global batch does not allow the number of processes, or a value cannot be represented in an
+            #SBATCH line or in an option of the container runtime.
     """
     run = recipe.run.out.absolute()
     head, settings, rest = TEMPLATE.read_text(encoding="utf-8").partition(SETTINGS)
@@ -55,8 +56,8 @@ def render(job: Submit, recipe: Recipe, training: Sequence[str]) -> str:
 
 
 def _options(job: Submit, run: Path) -> list[str]:
-    """sbatch's options."""
-    # No --ntasks-per-node: with it SLURM finds that MIN nodes suffice, and gives no more.
+    """Return the options for sbatch."""
+    # Not --ntasks-per-node: it would make SLURM allocate MIN nodes even if more are free.
     options = [f"--job-name={job.name or run.name}", f"--nodes={job.nodes}"]
     if job.gpus_per_node:
         options.append(f"--gpus-per-node={job.gpus_per_node}")
@@ -76,42 +77,46 @@ def _options(job: Submit, run: Path) -> list[str]:
 
 
 def _quoted(option: str) -> str:
-    """An option as a line of #SBATCH holds it: sbatch takes a backslash as an escape within all quotes, which a shell
-    does not.
+    """Quote an option for an #SBATCH line.
+
+    Unlike a shell, sbatch treats a backslash as an escape character within single quotes too.
 
     Raises:
-        SubmitError: it would end the line, or be seen by the terminal instead of the reader.
+        SubmitError: the option contains control characters, which would end the line or be interpreted by a terminal.
     """
     if PLAIN.fullmatch(option):
         return option
     if any(ord(character) < ord(" ") or character == "\x7f" for character in option):
-        raise SubmitError(f"{option}: control characters cannot stand in an #SBATCH line; use another name")
+        raise SubmitError(f"{option}: control characters are not possible in an #SBATCH line; use another name")
     escaped = option.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
 
 def _pattern(run: Path) -> str:
-    """A folder as --output holds it, where % begins a placeholder.
+    """Escape a folder name for sbatch's --output, in which % starts a placeholder.
 
     Raises:
-        SubmitError: it holds a backslash, which switches placeholders off.
+        SubmitError: the name contains a backslash, which would disable the placeholders.
     """
     if "\\" in str(run):
-        raise SubmitError(f"--out {run}: a backslash cannot stand in the name of SLURM's log; use another folder")
+        raise SubmitError(f"--out {run}: a backslash is not possible in the path of SLURM's log; use another folder")
     return str(run).replace("%", "%%")
 
 
 def _container(job: Submit, recipe: Recipe) -> list[str]:
-    """What runs a command in the container: options of srun (Pyxis), or a command (Apptainer); [] without one."""
+    """Return what runs a command in the container: options of srun (Pyxis) or a command prefix (Apptainer).
+
+    Returns an empty list without a container.
+    """
     if job.container is None:
         return []
     folders = [ROOT, Path.cwd(), recipe.run.out.absolute()]
     data = recipe.data.location()
     if isinstance(data, Path):
         folders.append(data.absolute())
-    for place, forbidden in (*((str(folder), ",:") for folder in folders), *((mount, ",") for mount in job.mount)):
-        if any(character in place for character in forbidden):
-            raise SubmitError(f"{place}: a container's mount cannot hold a comma or a colon; use another folder")
+    for path, forbidden in (*((str(folder), ",:") for folder in folders), *((mount, ",") for mount in job.mount)):
+        if any(character in path for character in forbidden):
+            raise SubmitError(f"{path}: commas and colons are not possible in a container mount; use another folder")
     mounts = [
         *(f"{folder}:{folder}" for folder in dict.fromkeys(folders)),
         *(m if ":" in m else f"{m}:{m}" for m in job.mount),

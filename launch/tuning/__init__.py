@@ -1,1 +1,1 @@
-"""Measure the fastest options of model and loader on this machine: `pipeline tune`."""
+"""`pipeline tune`: measure the fastest performance options of model and loader on this machine."""

@@ -1,4 +1,4 @@
-"""Measure the performance options that a recipe leaves open, in one process: `pipeline tune`."""
+"""`pipeline tune`: measure a recipe's unset performance options in one process."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ TARGETS: tuple[Target, ...] = ("model", "input")
 def tune(
     recipe: Recipe, targets: Sequence[Target], *, ranks: int, seconds: float, command: str, say: Callable[[str], None]
 ) -> str:
-    """Measure and return a recipe fragment with the fastest values (`launch.tuning.recipe_fragment`).
+    """Measure a recipe's unset options, and return a recipe fragment with the fastest values.
 
     Args:
-        recipe: of the training. Options that it gives are not tried.
-        ranks: that training will have on this machine: measured is one of them, with its share of the cores and of
-            the global batch.
-        seconds: approximate duration of each part; every value is measured at least once.
-        command: command line, for the fragment.
-        say: receives lines about progress.
+        recipe: recipe of the training. Options that it sets are not measured.
+        targets: what to measure: the model, the input pipeline, or both.
+        ranks: number of ranks that training will have on this machine. The measurement has one rank's part of the CPU
+            cores and of the global batch.
+        seconds: approximate duration per target; every value is measured at least once.
+        command: command line to record in the fragment.
+        say: receives progress messages, one line each.
 
     Raises:
-        UserError: recipe and data do not fit together, or the set is damaged.
+        UserError: the recipe and the data are inconsistent, or the set is damaged.
     """
     with one_rank(recipe, ranks=ranks) as (feed, _):
         world, shape, data = feed.world, feed.shape, recipe.data

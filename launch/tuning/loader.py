@@ -1,4 +1,4 @@
-"""Measure which options of the loader are fastest: threads, batches ahead, decoder hints, on the real shard set."""
+"""Measurement of the fastest loader options on the real shard set: threads, batches ahead, decoder hints."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from launch.tuning.trials import Choice, Values, tune
 from pipeline.decode.choose import resolve_loader
 
 ROUNDS = 2
-MARGIN = 1.05  # loaders vary more than models
-FEWEST_BATCHES = 3
-PLACES = 16  # of the set, at which trials begin
-# Decoder buffers are allocated for images of this quantile of the set; few are larger.
+MARGIN = 1.05  # larger than for models, because loader timings vary more
+MIN_BATCHES = 3
+STARTING_POINTS = 16  # positions in an epoch at which trials begin
+# Decoder buffers are preallocated for this quantile of the widths and heights in the set.
 LARGE = 0.99
 
 
 def tune_loader(feed: Feed, *, dtype: torch.dtype, seconds: float, say: Callable[[str], None]) -> dict[str, Choice]:
-    """Choose the values of [data.loader] that the recipe leaves open; see `launch.tuning.trials.tune`.
+    """Choose values for the unset options of [data.loader]; see `launch.tuning.trials.tune`.
 
     Args:
-        feed: from `launch.bench.one_rank`.
-        dtype: of the batches.
+        feed: feed of one rank, from `launch.bench.one_rank`.
+        dtype: dtype of the batches.
     """
     loader = feed.recipe.data.loader
     given = {name for name, value in (vars(loader) | vars(loader.dali)).items() if value is not None}
@@ -42,19 +42,21 @@ def tune_loader(feed: Feed, *, dtype: torch.dtype, seconds: float, say: Callable
         return rate(with_options(feed, values), next(turns), dtype=dtype, seconds=each)
 
     if stages:
-        measure({})  # opens files, compiles what is compiled at first use
+        measure({})  # warm-up: opens files, and compiles what is compiled on first use
     return tune(stages, measure, rounds=ROUNDS, margin=MARGIN, seconds=seconds, say=say)
 
 
 def rate(feed: Feed, number: int, *, dtype: torch.dtype, seconds: float) -> float:
-    """Return images per second of the loader alone, in its steady state.
+    """Measure the images per second of the loader alone, in its steady state.
 
     Args:
-        number: of the trial: each reads another place of the set, so that none profits from what others have read.
-        seconds: approximate duration, half of it to fill the queues.
+        number: number of the trial. Each trial starts at another position of the epoch, so that none benefits from
+            samples that earlier trials brought into the page cache.
+        dtype: dtype of the batches.
+        seconds: approximate duration; up to half of it fills the queues.
     """
     device, rows, steps = feed.world.device, feed.shape.micro_rows, feed.plan.steps_per_epoch
-    start = number * max(1, steps // PLACES) % steps
+    start = number * max(1, steps // STARTING_POINTS) % steps
     begun = time.monotonic()
     with feed.train_loader(step=start, dtype=dtype) as loader:
         next(loader)
@@ -63,16 +65,16 @@ def rate(feed: Feed, number: int, *, dtype: torch.dtype, seconds: float) -> floa
                 break
             next(loader)
         synchronize(device)
-        taken, from_here = 0, time.perf_counter()
-        while taken < FEWEST_BATCHES or time.monotonic() - begun < seconds:
+        batches, timed_from = 0, time.perf_counter()
+        while batches < MIN_BATCHES or time.monotonic() - begun < seconds:
             next(loader)
-            taken += 1
+            batches += 1
         synchronize(device)
-        return taken * rows / (time.perf_counter() - from_here)
+        return batches * rows / (time.perf_counter() - timed_from)
 
 
 def with_options(feed: Feed, values: Values) -> Feed:
-    """Return the feed with other values of `LoaderOptions` and `DaliOptions`."""
+    """Return the feed with changed values of `LoaderOptions` and `DaliOptions`."""
     dali = feed.recipe.data.loader.dali
     of_dali = {name: value for name, value in values.items() if hasattr(dali, name)}
     others = {name: value for name, value in values.items() if name not in of_dali}
@@ -80,7 +82,7 @@ def with_options(feed: Feed, values: Values) -> Feed:
 
 
 def candidates(feed: Feed) -> list[list[Values]]:
-    """Per option, or options that go together, the values to try; the default first."""
+    """Return the values to try, the default first, for each option or group of options."""
     settings, cores = replace(feed.loader_options, decode_threads=None).settings, feed.world.cores
     if resolve_loader(feed.recipe.data.loader, feed.dataset.split("train")) == "synthetic":
         return []

@@ -1,6 +1,6 @@
-"""Measure how the training step runs fastest: memory format, optimizer implementation, compile mode, FAT's own kernels.
+"""Measurement of the fastest options of the training step: memory format, optimizer, compile mode, FAT's kernels.
 
-Each value is measured by the engine that training would have with it, on images that are on the device already.
+Each value is measured with the same engine as in training, on images that are already on the device.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MARGIN = 1.02
 
 
 def tune_model(feed: Feed, *, ranks: int, seconds: float, say: Callable[[str], None]) -> dict[str, Choice]:
-    """Choose the values of [compile] that the recipe leaves open; see `launch.tuning.trials.tune`.
+    """Choose values for the unset options of [compile]; see `launch.tuning.trials.tune`.
 
     Args:
-        feed: of one of `ranks` ranks, from `launch.bench.one_rank`.
+        feed: feed of one of `ranks` ranks, from `launch.bench.one_rank`.
     """
 
     def rate(values: Values) -> float:
@@ -42,19 +42,19 @@ def tune_model(feed: Feed, *, ranks: int, seconds: float, say: Callable[[str], N
 
 
 def candidates(feed: Feed, *, ranks: int) -> list[list[Values]]:
-    """The values to try of each option that the recipe leaves open, the default first."""
+    """Return the values to try, the default first, for each unset option of the recipe."""
     recipe, device = feed.recipe, feed.world.device
     default = Execution.of(recipe, device, accumulation=feed.shape.accumulation, ranks=ranks)
     values: dict[str, tuple[str, ...]] = {
         "memory_format": get_args(MemoryFormat),
         "optimizer_impl": get_args(OptimizerImpl),
     }
-    if device.type == "cuda":  # on CPUs compiled training is no faster
-        # Beside the collectives of several ranks, one rank's measurement does not show that the compiler's own CUDA
-        # graphs work.
+    if device.type == "cuda":  # on CPUs compiling does not speed up training
+        # "reduce-overhead" only for a single rank: one rank cannot measure whether the compiler's own CUDA graphs work
+        # with collectives.
         values["compile"] = ("cudagraphs", "off", "default", *(("reduce-overhead",) if ranks == 1 else ()))
-    if fat.kernels.available(device.type):  # not where $FAT_KERNELS is off
-        values["kernels"] = ("auto", "off")  # last: a compiled model may be faster without them
+    if fat.kernels.available(device.type):  # false if $FAT_KERNELS is off
+        values["kernels"] = ("auto", "off")  # last: whether they are faster depends on the compile mode
     return [
         [{name: value} for value in dict.fromkeys((getattr(default, name), *tried))]
         for name, tried in values.items()
@@ -63,10 +63,10 @@ def candidates(feed: Feed, *, ranks: int) -> list[list[Values]]:
 
 
 def steps_rate(feed: Feed, values: Values, *, ranks: int) -> float:
-    """Return images per second of whole training steps with some values of [compile].
+    """Measure the images per second of complete training steps with the given values of [compile].
 
     Raises:
-        RecipeError: training on `ranks` ranks cannot combine them.
+        RecipeError: training on `ranks` ranks does not support this combination.
     """
     free_memory()
     recipe, world, shape = feed.recipe, feed.world, feed.shape
@@ -87,7 +87,7 @@ def steps_rate(feed: Feed, values: Values, *, ranks: int) -> float:
 
 
 def free_memory() -> None:
-    """Free what the engine before has left; not in the handler of its exception, which still refers to it."""
+    """Free the memory of the previous engine. Must not be called in an exception handler, which still references it."""
     gc.collect()
     if torch.cuda.is_available():
         torch._dynamo.reset()

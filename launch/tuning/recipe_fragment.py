@@ -1,4 +1,4 @@
-"""Write measured options as a recipe fragment: a TOML file that training takes with --recipe."""
+"""Recipe fragment: a TOML file of measured options, which training reads with --recipe."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from pipeline.options import DaliOptions, LoaderOptions
 from shards.files.output import OutputError, check_output, write_output
 from shards.redact import printable
 
-FIRST_LINE = "# Performance options measured by 'pipeline tune'; training takes this file with --recipe."
+FIRST_LINE = "# Performance options measured by 'pipeline tune'; training reads this file with --recipe."
 SECTIONS = {"compile": CompileConfig, "data.loader": LoaderOptions, "data.loader.dali": DaliOptions}
 
 
 def recipe_fragment(choices: Mapping[str, Choice], conditions: Sequence[str]) -> str:
-    """Return the TOML text: the options that have a value, each below what was measured.
+    """Return the TOML text: the chosen options, each below a comment with the measurements.
 
     Args:
-        choices: by the name of the option's field.
-        conditions: lines that say what was measured, and on what.
+        choices: choices by name of the option's field.
+        conditions: lines that describe the measurement: command, device, versions, sizes.
     """
     lines = [FIRST_LINE, *(_comment(line) for line in conditions)]
     for section, config in SECTIONS.items():
         own = {field.name: choices[field.name] for field in fields(config) if field.name in choices}
         lines += ["", f"[{section}]"] if own else []
         for name, choice in own.items():
-            if (figures := _comment(choice.reason)) != lines[-2]:  # options that go together share them
+            if (figures := _comment(choice.reason)) != lines[-2]:  # options measured together share a comment
                 lines.append(figures)
-            lines.append(f"# {name}: left open" if choice.value is None else f"{name} = {json.dumps(choice.value)}")
+            lines.append(f"# {name}: not set" if choice.value is None else f"{name} = {json.dumps(choice.value)}")
     return "\n".join([*lines, ""])
 
 
 def check_fragment_output(path: Path) -> None:
-    """Check before the measurement that the fragment can be written, and replaces nothing but an earlier one.
+    """Check before measuring that the fragment can be written and would only replace an earlier fragment.
 
     Raises:
-        OutputError: it cannot be written, or the file exists and is not a fragment.
+        OutputError: the file cannot be written, or it exists and is not a fragment.
     """
     check_output(path, "--out")
     if not path.is_file():
@@ -54,7 +54,7 @@ def check_fragment_output(path: Path) -> None:
 
 
 def write_fragment(path: Path, text: str) -> None:
-    """Write the fragment.
+    """Write the fragment to a file.
 
     Raises:
         UserError: the file cannot be written.
@@ -63,5 +63,5 @@ def write_fragment(path: Path, text: str) -> None:
 
 
 def _comment(line: str) -> str:
-    """A comment without credentials, on one line."""
+    """Format a one-line TOML comment, with credentials removed."""
     return f"# {printable(line)}"

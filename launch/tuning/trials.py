@@ -1,4 +1,4 @@
-"""Choose the fastest value of each of several options by measuring their values in turns."""
+"""Choice of the fastest value of several options by measuring the values in alternating rounds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from shards.errors import ShardSetError, first_line
 
 Values = Mapping[str, Any]
-"""Of one option, or of several that go together."""
+"""Values by option name: of one option, or of several options that are measured together."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The value to use, and what was measured."""
+    """Chosen value of an option, and the measurements."""
 
     value: Any
-    """None = left open, as every value failed."""
+    """None: not set, because every value failed."""
     reason: str
-    """The figure, or the failure, of each value."""
+    """Throughput or failure of each value."""
 
 
 def tune(
@@ -33,18 +33,20 @@ def tune(
     seconds: float,
     say: Callable[[str], None],
 ) -> dict[str, Choice]:
-    """Choose the values of one stage after the other, each measured with the best of those before it.
+    """Choose the values of one stage after another, each measured with the best values of the previous stages.
 
     Args:
-        stages: the values to try, the default first.
-        rate: images per second with some values. Any exception but that of a damaged set is a failure of the values.
-        rounds: turns of each value; within a round, disturbances of the machine affect all of them alike.
-        margin: the default is kept unless another value is so many times as fast.
-        seconds: after so many, no round but the first of a stage begins.
-        say: receives a line before each turn, and one with each result.
+        stages: values to try, the default first; each stage is one option or group of options.
+        rate: measures images per second with the given values. An exception counts as a failure of these values, except
+            ShardSetError.
+        rounds: measurements per value. A round measures every value once, so that disturbances of the machine affect
+            all values equally.
+        margin: another value is chosen only if it is more than this many times as fast as the default.
+        seconds: time limit, after which only the first round of a stage is still run.
+        say: receives one line before each measurement and one per result.
 
     Raises:
-        ShardSetError: the set is damaged, which fails with every value.
+        ShardSetError: the set is damaged, so every value would fail.
     """
     until, best, found = time.monotonic() + seconds, dict[str, Any](), dict[str, Choice]()
     for stage in stages:
@@ -58,7 +60,7 @@ def tune(
                     say(f"trying {name} {trial.shown}, round {turn + 1} of {rounds}")
                     trial.measure(lambda values: rate(best | values))
         chosen, reason = fastest(trials, margin), ", ".join(map(str, trials))
-        say(f"{name}: {chosen.shown if chosen else 'left open'} ({reason})")
+        say(f"{name}: {chosen.shown if chosen else 'not set'} ({reason})")
         best.update(chosen.values if chosen else {})
         found |= {option: Choice(best.get(option), reason) for option in stage[0]}
     return found
@@ -66,13 +68,13 @@ def tune(
 
 @dataclass
 class Trial:
-    """The measurements of some values."""
+    """Measurements of one candidate."""
 
     values: Values
     rates: list[float] = field(default_factory=list)
     """Images per second, one per round."""
     failure: str = ""
-    """Why the values cannot be used, in a line."""
+    """Reason why the values cannot be used, in one line; empty if they can."""
 
     @property
     def shown(self) -> str:
@@ -82,20 +84,20 @@ class Trial:
         return f"{self.shown} {self.failure or f'{statistics.median(self.rates):,.4g} images/s'}"
 
     def measure(self, rate: Callable[[dict[str, Any]], float]) -> None:
-        """Measure once more."""
+        """Add one measurement, or record the failure."""
         try:
             self.rates.append(rate(dict(self.values)))
         except ShardSetError:
             raise
-        except Exception as error:  # out of memory, an error of a compiler or a decoder: there are other values
+        except Exception as error:  # out of memory, or an error of a compiler or decoder: continue with other values
             self.failure = f"failed ({type(error).__name__}: {first_line(error)[:120]})"
 
 
 def fastest(trials: Sequence[Trial], margin: float) -> Trial | None:
-    """Return the fastest by the median of its ratios to the default, which is the first; None if all have failed.
+    """Return the fastest trial by its median ratio to the default, which is the first; None if all failed.
 
     Args:
-        margin: the default is kept if the best ratio is not above this.
+        margin: the default is kept if the best ratio is at most this.
     """
     default, measured = trials[0], [trial for trial in trials if not trial.failure]
 

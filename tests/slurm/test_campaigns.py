@@ -46,7 +46,7 @@ def test_what_is_free_is_taken_as_far_as_the_batch_can_be_dealt_out(
     job = start_job(large, tmp_path / "run", "--nodes", "1-4", options=("--data", digits, "--stop-after", "4"))
     assert job.end(600)["JobState"] == "COMPLETED", job.log
     large.run("scancel", blocker.strip())
-    assert "using 2 of 3 nodes: the largest world size that fits the global batch is 2" in job.log
+    assert "using 2 of 3 nodes: the largest world size that the global batch allows is 2" in job.log
     assert {e["node"] for e in job.fed()} == {"n1", "n2"}
 
 
@@ -79,7 +79,7 @@ def test_a_stall_is_explained_and_started_again(large: Cluster, tmp_path: Path, 
     options = ("--data", digits, "--zero", "1", "--save-every", "2", "--stop-after", "12", "--hang-timeout", "30")
     job = start_job(large, tmp_path / "run", "--nodes", "2", options=options, HANG_AT="5")
     assert job.end(600)["JobState"] == "COMPLETED", job.log
-    assert "back into the queue: stalled (restart 1 of 3 since checkpoint step-00000004)" in job.log
+    assert "requeueing: stalled (restart 1 of 3 since checkpoint step-00000004)" in job.log
     assert "in hang" in (job.run / "stacks-rank1.txt").read_text()
     assert "rank 0, 5 steps done" in (job.run / "stacks-rank0.txt").read_text()
     assert json.loads((job.run / "status").read_text())["status"] == "finished"

@@ -1,4 +1,4 @@
-"""Hosts whose names do not lead to them: ranks meet all the same, or one line names the variable that helps."""
+"""Hosts whose names do not resolve to a usable address: the ranks connect anyway, or one line names the remedy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command():
 
 sys.exit(run_command(command))
 """
-# In namespaces of their own: the host's name and what /etc/hosts says of it.
+# Shell commands, run in new namespaces, that set the host's name and its entry in /etc/hosts.
 SETUPS = {
     "unknown": "hostname no-such-host",
     "the loopback address": "hostname no-such-host && mount --bind {hosts} /etc/hosts",
@@ -36,7 +36,7 @@ SETUPS = {
 
 
 def join(tmp_path: Path, setup: str, **env: str) -> list[tuple[int, str]]:
-    """(exit status, output) of a rank on each of two hosts."""
+    """Run one rank on each of two hosts, and return (exit status, output) per rank."""
     (tmp_path / "hosts").write_text("127.0.0.1 localhost\n127.0.1.1 no-such-host\n")
     inside = f'{setup.format(hosts=tmp_path / "hosts")} && exec "$0" -c "$1"'
     port = str(free_port())
@@ -50,25 +50,25 @@ def join(tmp_path: Path, setup: str, **env: str) -> list[tuple[int, str]]:
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=list(SETUPS))
-def test_ranks_meet_on_hosts_whose_names_lead_nowhere(setup: str, tmp_path: Path) -> None:
+def test_ranks_connect_on_hosts_whose_names_do_not_resolve_to_them(setup: str, tmp_path: Path) -> None:
     need("ip", "unshare")
     for status, output in join(tmp_path, setup):
         assert status == 0, output
         assert "joined 2 eth0" in output
 
 
-def test_an_interface_that_does_not_exist_is_named(tmp_path: Path) -> None:
+def test_the_error_names_an_interface_that_does_not_exist(tmp_path: Path) -> None:
     need("ip", "unshare")
     for status, output in join(tmp_path, SETUPS["unknown"], GLOO_SOCKET_IFNAME="eth9"):
         assert (status, "Traceback" in output) == (1, False)
-        assert "set GLOO_SOCKET_IFNAME to the interface that leads to the other hosts, now eth9" in output
+        assert "set GLOO_SOCKET_IFNAME (currently eth9) to the network interface that leads to" in output
 
 
-def test_a_port_that_another_run_has_is_named(tmp_path: Path) -> None:
-    with socket.socket() as held:
-        held.bind(("", 0))
-        held.listen()
-        port = str(held.getsockname()[1])
+def test_the_error_names_a_port_that_is_in_use(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
         env = environment(tmp_path, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK="0", WORLD_SIZE="2")
         env |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0"}
         done = subprocess.run(

@@ -155,7 +155,7 @@ def test_a_host_that_sees_another_set_and_another_run_folder_is_named(tmp_path: 
             assert process.wait(120) != 0
     said = (tmp_path / "0.log").read_text()
     assert "error: nodes that differ from the others: host1: data " in said
-    assert "run folder not the one that rank 0 writes to, not shared" in said
+    assert "run folder not shared with rank 0, expected shared" in said
     found = json.loads((run / "status").read_text())
     assert found["status"] == "failed"
     assert found["reason"].startswith("host1: data ")

@@ -55,7 +55,7 @@ def test_a_crash_is_started_again_within_its_budget_only(cluster: Cluster, tmp_p
     assert steps_of(job, 0) == steps_of(job, 1) == [0, 1, 2]
     assert status(job.run)["status"] == "failed"
     assert "on purpose" in status(job.run)["reason"]
-    assert "1 restarts since checkpoint none are spent: given up" in job.log
+    assert "giving up after 1 restarts without a new checkpoint (last: none)" in job.log
 
 
 @pytest.mark.slow

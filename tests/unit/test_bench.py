@@ -194,7 +194,7 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
         ({"decoding": 9_000.0}, "input-bound: augmentation, 31%"),
         ({"reading": 5_200.0}, "input-bound: reading, 31%"),
         ({"loader": Phase(12_000.0, 1e-3, 1.0)}, "input-bound: contention, 31%"),
-        ({"both": READY}, "model-bound: the device never waits (both/model 1.00); the model uses 20%"),
+        ({"both": READY}, "model-bound: the device never waits (both/model 1.00); the model reaches 20%"),
         ({"both": Phase(7_000.0, 2e-3, 0.001, host=0.035)}, "host-bound: "),
         (
             {"both": Phase(7_000.0, 2e-3, 0.001, host=0.020)},

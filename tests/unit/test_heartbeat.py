@@ -61,7 +61,7 @@ UNREAD = SILENT | {"beat": None}
 @pytest.mark.parametrize(
     ("ranks", "message", "hosts"),
     [
-        (ranks_of(3), "all other ranks are alive and at step 5 too: a collective, the network or a file system", []),
+        (ranks_of(3), "all other ranks are alive and also at step 5: a collective, the network or a file system", []),
         (ranks_of(3, r1=SILENT), "no heartbeat for 9 s from: rank 1 on h1 (process 101), last at step 5", ["h1"]),
         (ranks_of(3, r1=UNREAD), "no heartbeat for 9 s from: rank 1 on h1, no heartbeat at all", ["h1"]),
         # A process is gone, its host is there.
@@ -227,7 +227,7 @@ def test_a_rank_is_alive_if_its_heartbeat_changes_while_it_is_watched(tmp_path: 
 
 def test_ranks_are_watched_until_all_have_written_their_stacks(tmp_path: Path) -> None:
     with publishing(tmp_path / "heartbeat", ranks=3) as publisher, ThreadPoolExecutor(1) as pool:
-        publisher.heartbeat.ask_for_stacks()
+        publisher.heartbeat.request_stacks()
         publisher.write(0, ended=True)
         publisher.write(2, stacks=True)
         found = pool.submit(publisher.heartbeat.watch, 3600)
@@ -263,7 +263,7 @@ def test_stacks_that_cannot_be_written_do_not_silence_a_rank(publisher: Publishe
 
 
 def test_a_rank_that_asks_writes_its_own_stacks_itself(publisher: Publisher) -> None:
-    publisher.heartbeat.ask_for_stacks()
+    publisher.heartbeat.request_stacks()
     wait_until(lambda: publisher.beat["stacks"])
     assert (publisher.folder / "stacks").read_text() == publisher.start.id
     assert not publisher.dumps

@@ -79,7 +79,7 @@ def test_a_folder_in_place_of_a_request_is_ignored_with_one_warning(
     with caplog.at_level(logging.WARNING):
         assert not any(preemption.save_requested() for _ in range(3))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / name}: ignored, as it cannot be removed (Is a directory)"
+        f"{tmp_path / name}: the request is ignored because the file cannot be removed (Is a directory)"
     ]
 
 

@@ -34,7 +34,7 @@ def test_nodes_that_see_the_same_are_fit() -> None:
 def test_a_node_that_sees_something_else_is_named_with_what_it_sees() -> None:
     odd = dataclasses.replace(GOOD, host="n2", libraries="torch 3", data="/set: No such file or directory")
     assert differences([GOOD, dataclasses.replace(GOOD, host="n1"), odd]) == {
-        "n2": ["data /set: No such file or directory, not abc", "libraries torch 3, not torch 2"]
+        "n2": ["data /set: No such file or directory, expected abc", "libraries torch 3, expected torch 2"]
     }
 
 
@@ -42,8 +42,8 @@ def test_the_first_node_may_be_the_odd_one() -> None:
     """Not about the run folder, though: what it writes to is the run folder."""
     others = [dataclasses.replace(GOOD, host=f"n{i}", data="def", run_folder="another") for i in (1, 2, 3)]
     found = differences([GOOD, *others])
-    assert found["n0"] == ["data abc, not def"]
-    assert all(found[node.host] == ["run folder another, not shared"] for node in others)
+    assert found["n0"] == ["data abc, expected def"]
+    assert all(found[node.host] == ["run folder another, expected shared"] for node in others)
 
 
 def test_only_a_minority_is_left_out_of_the_next_start() -> None:

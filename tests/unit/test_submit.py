@@ -76,7 +76,7 @@ def test_containers(container: str, srun: str, command: str) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--nodes", "0"), "--nodes 0: a number as in 4, or MIN-MAX as in 2-8, up to 10,000 expected"),
+        (("--nodes", "0"), "--nodes 0: expected a number such as 4, or a range such as 2-8, of at most 10,000 nodes"),
         (("--nodes", "4-2"), "--nodes 4-2"),
         (("--gpus-per-node", "0"), "at least one process per node"),
         (("--nodes", "5"), "--nodes 5 x 8 processes: world size 40 does not divide"),

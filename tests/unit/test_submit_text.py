@@ -139,16 +139,16 @@ def test_container_options_arrive_unchanged_or_are_refused(image: str, mount: st
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["--", "--out", "runs/a\nb"], "control characters cannot stand in an #SBATCH line"),
-        (["--", "--out", "runs/a\\b"], "a backslash cannot stand in the name of SLURM's log"),
+        (["--", "--out", "runs/a\nb"], "control characters are not possible in an #SBATCH line"),
+        (["--", "--out", "runs/a\\b"], "a backslash is not possible in the path of SLURM's log"),
         (["--account", "me\nyou"], "control characters"),
         (["--sbatch=--qos=a\n#SBATCH --uid=root"], "control characters"),
-        (["--container", "x.sif", "--mount", "/a,b", "--", "--data", "/s"], "/a,b: a container's mount cannot hold"),
-        (["--container", "x.sif", "--", "--data", "/s", "--out", "/r:w"], "/r:w: a container's mount cannot hold"),
-        (["--", "--data", "https://me:canary@host/set"], "a URL with credentials would be kept in the job's script"),
-        (["--", "--data", "https://host/set?sig=canary"], "a URL with credentials"),
-        (["--setup", "curl https://me:canary@host/x"], "a URL with credentials"),
-        (["--container", "docker://me:canary@host/x"], "a URL with credentials"),
+        (["--container", "x.sif", "--mount", "/a,b", "--", "--data", "/s"], "/a,b: commas and colons are not possible"),
+        (["--container", "x.sif", "--", "--data", "/s", "--out", "/r:w"], "/r:w: commas and colons are not possible"),
+        (["--", "--data", "https://me:canary@host/set"], "the credentials in this URL would be stored"),
+        (["--", "--data", "https://host/set?sig=canary"], "the credentials in this URL"),
+        (["--setup", "curl https://me:canary@host/x"], "the credentials in this URL"),
+        (["--container", "docker://me:canary@host/x"], "the credentials in this URL"),
     ],
 )
 def test_what_a_script_cannot_hold_is_refused_in_one_line(

@@ -224,7 +224,7 @@ def test_a_fragment_is_a_recipe_with_the_values_that_were_chosen(tmp_path: Path)
     text = file.read_text()
     assert text.startswith(FIRST_LINE + "\n# device: a GPU\n")
     assert "# channels-last 1 images/s, contiguous 2 images/s\n" in text
-    assert "# compile: left open\n" in text
+    assert "# compile: not set\n" in text
 
 
 def test_a_fragment_holds_no_credentials_and_no_second_line() -> None:

@@ -78,7 +78,7 @@ def test_no_progress_ends_the_process_with_the_reserved_status_and_its_stacks(tm
     done = run_program(tmp_path / "run", "sleep")
     assert done.returncode == 75, done.stderr
     assert "stalled: rank 0 on" in done.stderr
-    assert "after step 3; there are no other ranks to wait for" in done.stderr
+    assert "after step 3; this is the only rank, so the input data" in done.stderr
     assert json.loads((tmp_path / "run" / "status").read_text())["status"] == "stalled"
     stacks = (tmp_path / "run" / "stacks-rank0.txt").read_text()
     assert "rank 0, 3 steps done" in stacks
