@@ -79,7 +79,9 @@ class Submit:
                 "expected at least one process per node; set --processes-per-node to train on CPUs"
             )
         if self.time and not TIME.fullmatch(self.time):
-            raise SubmitError(f"--time {self.time}: expected a time such as 24:00:00, or 2-12 (days-hours), as in sbatch")
+            raise SubmitError(
+                f"--time {self.time}: expected a time as in sbatch, such as 24:00:00 or 2-12 (days-hours)"
+            )
 
     @property
     def bounds(self) -> tuple[int, int]:

@@ -57,7 +57,7 @@ def test_shortages_are_warned_of_with_the_nodes() -> None:
     disk, tmp, cores = shortages([GOOD, poor], gpus=True)
     assert "less than 4 GiB free in the run folder on n1 (1.0 GiB)" in disk
     assert "temporary folder on n1" in tmp
-    assert "one core per GPU on n1" in cores
+    assert "only one CPU core per GPU on n1" in cores
     assert shortages([GOOD], gpus=True) == []
 
 

@@ -101,7 +101,7 @@ def test_a_hanging_file_system_does_not_keep_the_process(tmp_path: Path) -> None
     done = run_program(run, "hang", "unshare", "--mount")
     assert done.returncode == 75, done.stderr
     assert "no progress for" in done.stderr
-    assert f"{run} did not answer for 4 s; stacks are above" in done.stderr
+    assert f"{run} did not answer for 4 s; the stacks are above" in done.stderr
     assert place_of("time.sleep(60)") in done.stderr
 
 
