@@ -1,4 +1,4 @@
-"""What tests of several processes share."""
+"""Fixtures of the tests with several processes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.support.runs import STARTED, kill_everything
 
 PROGRAMS = (
     *(f"tests.dist.{name}" for name in ("damage_run", "engine_run", "host_waits_run", "kernel_check_run", "norm_run")),
-    *("tests.dist.provoke", "tests.dist.record_batches", "launch.train"),
+    *("tests.dist.inject_fault", "tests.dist.record_batches", "launch.train"),
 )
-# Imported by these when they need them.
+# Libraries that these programs import when they need them.
 LIBRARIES = (
     *("accelerate", "deepspeed", "torch._dynamo", "torch._functorch.aot_autograd", "pipeline.decode.dali"),
     *("aiohttp", "fsspec.implementations.http", "matplotlib.pyplot"),
@@ -23,7 +23,7 @@ LIBRARIES = (
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    """Launches one of PROGRAMS on several ranks."""
+    """Launcher of PROGRAMS on several ranks."""
     folder = tmp_path_factory.mktemp("launches")
     with Launcher(folder, *LIBRARIES, *PROGRAMS) as launcher:
         yield launcher
@@ -31,7 +31,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 
 @pytest.fixture
 def train(launch: Launcher) -> Iterator[Trainer]:
-    """Starts trainings, one at a time."""
+    """Trainer that starts one training at a time."""
     trainer = Trainer(launch)
     yield trainer
     trainer.kill()
@@ -39,7 +39,7 @@ def train(launch: Launcher) -> Iterator[Trainer]:
 
 @pytest.fixture(autouse=True)
 def _no_run_outlives_its_test() -> Iterator[None]:
-    """Kill the runs that a test has started, also when it fails."""
+    """Kill the runs that a test has started, even if it fails."""
     yield
     while STARTED:
         kill_everything(STARTED.pop())

@@ -1,11 +1,11 @@
-"""One rank of a small training on fixed random batches: what the engine does, without data loading.
+"""One rank of a small training on fixed random batches, to test the engine without data loading.
 
     engine_run.py OUT.pt --steps N [--state STATE.pt --at STEP] [--micro M] [--poison STEP] [--statistics]
                   [--replay [--fails-on RANK]] [options of launch/train.py]
 
-BatchNorm is frozen but for --statistics. Rank 0 writes the canonical state, the losses and gradient norms of all steps,
-and notes, to OUT.pt. With --replay training passes are captured and replayed by a stand-in for CUDA graphs, of which
-one rank's capture may fail.
+BatchNorm is frozen unless --statistics is given. Rank 0 writes the canonical state, the losses and gradient norms of
+all steps, and the notes to OUT.pt. With --replay, training passes are captured and replayed by a substitute for CUDA
+graphs, whose capture can be made to fail on one rank.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GLOBAL, CLASSES, SIZE = 8, 10, 32
 
 
 def batch_of(step: int, rows: range, poison: bool) -> Batch:
-    """The same images for a row of a global batch, whoever asks."""
+    """Return rows of a global batch that depends on nothing but the step."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(GLOBAL, 3, SIZE, SIZE, generator=generator)
     labels = torch.randint(0, CLASSES, (GLOBAL,), generator=generator)
@@ -55,7 +55,7 @@ def main() -> None:
     arguments.add_argument("--at", type=int, default=0)
     arguments.add_argument("--micro", type=int)
     arguments.add_argument("--poison", type=int, default=-1)
-    arguments.add_argument("--statistics", action="store_true", help="let BatchNorm train")
+    arguments.add_argument("--statistics", action="store_true", help="do not freeze BatchNorm")
     arguments.add_argument("--replay", action="store_true", help="capture and replay training passes")
     arguments.add_argument("--fails-on", type=int, default=-1, help="rank whose capture fails")
     own, rest = arguments.parse_known_args()

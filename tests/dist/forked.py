@@ -1,12 +1,12 @@
-"""Ranks forked from a process that has imported their modules, as torchrun would start them.
+"""Ranks with the environment of torchrun, forked from a process that has already imported their modules.
 
     python -m tests.dist.forked MODULE...
 
-Importing torch, accelerate and DeepSpeed takes each process four seconds of a core, which is most of a short test.
-Reads launches from its input, one JSON object a line: {"module": M, "arguments": [...], "ranks": N, "port": P,
-"environment": {...}, "errors": FILE}. Forks N processes that exit with what M.main() returns, and answers with the list
-of their process ids; when one fails it ends all of them; at the end it answers with the list of their statuses
-(negative: a signal).
+Importing torch, accelerate and DeepSpeed takes four seconds of CPU time per process, most of the time of a short test.
+The parent process reads one launch per line from stdin, as a JSON object: {"module": M, "arguments": [...], "ranks": N,
+"port": P, "environment": {...}, "errors": FILE}. It forks N processes, which exit with the return value of M.main(),
+and answers with the list of their process ids. When one of them fails, it kills the others. When all have ended, it
+answers with the list of their exit statuses (negative: a signal).
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ SECONDS = 200.0
 
 
 class Launcher:
-    """Launches ranks, again and again. A context manager.
+    """Context manager that launches ranks, any number of times.
 
     Args:
-        folder: for what ranks write on their standard error.
-        modules: imported before ranks are forked.
+        folder: folder for the output of the ranks.
+        modules: modules to import before forking.
     """
 
     def __init__(self, folder: Path, *modules: str) -> None:
         self._modules = modules
         self.errors = folder / "errors.txt"
-        """What the ranks of the last launch have written on their standard output and error."""
+        """File of the stdout and stderr of the last launch's ranks."""
         self.running: list[int] = []
-        """Process ids of the ranks whose end nobody has waited for."""
+        """Process ids of the ranks that have not been waited for."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.dist.forked", *modules],
             cwd=ROOT,
             env=environment(folder),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            bufsize=0,  # an answer in a buffer would be hidden from select
+            bufsize=0,  # select would not see a buffered answer
             start_new_session=True,
         )
 
@@ -63,7 +63,7 @@ class Launcher:
         self._process.communicate()
 
     def __call__(self, module: str, *arguments: object, ranks: int = 1, **environment: str) -> str:
-        """Call `module.main()` on every rank and wait for all, which must succeed; return their stderr."""
+        """Call `module.main()` on every rank, and return their output. All ranks must succeed."""
         self.start(module, *arguments, ranks=ranks, **environment)
         statuses = self.join()
         errors = self.errors.read_text(errors="replace")
@@ -71,7 +71,7 @@ class Launcher:
         return errors
 
     def start(self, module: str, *arguments: object, ranks: int = 1, **environment: str) -> None:
-        """Call `module.main()` on every rank. Ranks that are still running are killed."""
+        """Kill the ranks that are still running, and call `module.main()` on new ones."""
         assert module in self._modules, f"{module} is not imported"
         assert self._process.stdin is not None
         self.kill()
@@ -82,21 +82,22 @@ class Launcher:
         self.running = self._answer()
 
     def have_ended(self, seconds: float = 0.0) -> bool:
-        """Wait for the end of the ranks; whether it has come within so many seconds."""
+        """Wait at most `seconds` for the ranks to end, and return whether they have."""
         return bool(select.select([self._process.stdout], [], [], seconds)[0])
 
     def join(self, seconds: float = SECONDS) -> list[int]:
-        """Wait for the end of the ranks; their statuses. AssertionError if it takes too long."""
+        """Wait for the ranks to end, and return their exit statuses. Raise AssertionError after `seconds`."""
         if not self.have_ended(seconds):
             self.kill()
-            raise AssertionError(f"no end after {seconds:.0f} s\n{self.errors.read_text(errors='replace')}")
+            errors = self.errors.read_text(errors="replace")
+            raise AssertionError(f"the ranks have not ended after {seconds:.0f} s\n{errors}")
         self.running = []
         return self._answer()
 
     def kill(self) -> None:
-        """Kill the ranks that are running, if any."""
+        """Kill the running ranks, if any."""
         for pid in self.running:
-            with contextlib.suppress(ProcessLookupError):  # it has ended
+            with contextlib.suppress(ProcessLookupError):  # it has already ended
                 os.kill(pid, signal.SIGKILL)
         if self.running:
             self._answer()
@@ -105,15 +106,15 @@ class Launcher:
     def _answer(self) -> list[int]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "the ranks' parent has died"
+        assert line, "the parent process of the ranks has died"
         return list(json.loads(line))
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries print
+    os.dup2(2, 1)  # libraries print to stdout, which is for the answers
     modules = {name: importlib.import_module(name) for name in sys.argv[1:]}
-    assert threading.active_count() == 1, "a thread would not be there after forking"
+    assert threading.active_count() == 1, "threads do not survive a fork"
     for line in sys.stdin:
         launch = json.loads(line)
         pids = []
@@ -127,7 +128,7 @@ def main() -> None:
 
 
 def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
-    """Be a rank, and never return."""
+    """Run one rank, and exit."""
     status = 1
     try:
         with open(launch["errors"], "a") as errors:
@@ -149,7 +150,7 @@ def run(module: Any, rank: int, launch: Mapping[str, Any]) -> None:
 
 
 def wait(pids: list[int]) -> list[int]:
-    """Their statuses, in order of ranks."""
+    """Wait for the processes, and return their exit statuses. When one fails, kill the others."""
     statuses: dict[int, int] = {}
     while len(statuses) < len(pids):
         pid, status = os.wait()

@@ -1,4 +1,4 @@
-"""One of two ranks, each of a node of its own, on which different kernel families fail: `kernel_check_run.py OUT`.
+"""One of two ranks on which different kernel families fail the self-check: `kernel_check_run.py OUT`.
 
 Every rank writes OUT/RANK.json: its verdict, and the families that are switched off on it.
 """
@@ -31,7 +31,7 @@ def main() -> None:
     model = fat.create_model(NET)
     with mock.patch.object(kernels, "supported", return_value=True), mock.patch.object(selfcheck, "run") as run:
         run.return_value = failed
-        # Of nodes with one rank each, every rank compares; of one node with two, the first one alone.
+        # With one rank per node, every rank runs the self-check; with two ranks on one node, only the first does.
         apart = check_kernels(model, replace(world, local_rank=0), size=64, dtype=torch.float32)
         off = sorted(kernels.switched_off())
         passes = [lambda: None]

@@ -1,7 +1,7 @@
-"""One of several ranks with BatchNorm over groups of them: `norm_run.py OUT.pt`.
+"""One of several ranks with BatchNorm over groups of ranks: `norm_run.py OUT.pt`.
 
-Every rank normalises its rows of the same seeded batch, and rank 0 writes what all of them have, case by case: outputs,
-gradients, running statistics.
+Every rank normalizes its rows of the same seeded batch. Rank 0 writes the results of all ranks for each case: outputs,
+gradients and running statistics.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from launch.machine.world import World, connect, disconnect
 
 RANKS = 4
 ROWS, CHANNELS, SIDE = 3, 7, 5  # rows of each rank
-# Ranks in a group, whether the layers run as one compiled graph, whether the second does the norm's work.
+# (ranks in a group, whether the layers are compiled, whether the norm is folded into the convolution after it)
 CASES = ((4, False, False), (2, False, False), (4, True, False), (2, False, True), (4, True, True))
 
 
-def whole(world: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images and the cotangent of all ranks; their means are far from 0, where variances lose digits."""
+def global_batch(world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images and output gradients of all ranks. The means are far from 0, where variances lose digits."""
     generator = torch.Generator().manual_seed(5)
     shape = (world * ROWS, CHANNELS, SIDE, SIDE)
     images = torch.randn(shape, generator=generator) * 3 + torch.arange(CHANNELS).view(-1, 1, 1) * 20
@@ -57,7 +57,7 @@ def stem() -> ConvNorm:
 
 
 def rectify(group: int, world: World, images: torch.Tensor, cotangent: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The parts of a norm and ReLU by `fat.kernels`, in plain torch."""
+    """Run norm and ReLU in the parts into which `fat.kernels` divides them, but in plain PyTorch."""
     unit = convert_sync_batchnorm(stem(), f"group:{group}", world)
     images = images.detach().requires_grad_()
     with kernels.assume_available(), kernels.disabled(*kernels.FAMILIES):
@@ -75,14 +75,14 @@ def rectify(group: int, world: World, images: torch.Tensor, cotangent: torch.Ten
 
 
 def run(group: int, compiled: bool, folds: bool, world: World) -> list[dict[str, torch.Tensor]]:
-    """What every rank has found."""
+    """Run one case, and return the results of every rank."""
     model = convert_sync_batchnorm(layer(), f"group:{group}", world)
     assert isinstance(model[0], GlobalBatchNorm)
     call = partial(fold, model) if folds else model
     if compiled:
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
     mine = slice(world.rank * ROWS, (world.rank + 1) * ROWS)
-    images, cotangent = (t[mine].contiguous(memory_format=torch.channels_last) for t in whole(world.size))
+    images, cotangent = (t[mine].contiguous(memory_format=torch.channels_last) for t in global_batch(world.size))
     images.requires_grad_()
     output = call(images)
     output.backward(cotangent)

@@ -1,4 +1,4 @@
-"""Ranks that record what they are fed (record_batches.py), and what came of them."""
+"""Ranks that record their batches (record_batches.py), and the records that they write."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import Any
 from tests.dist.forked import Launcher
 
 Sequence = dict[int, tuple[list[int], list[str]]]
-"""Step -> ids and pixel hashes of the whole global batch."""
+"""Ids and image hashes of the global batch, by step."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What the ranks of one launch have written."""
+    """Batches that the ranks of one launch have recorded."""
 
     steps: Sequence
-    """Of the steps that every rank has finished."""
+    """Batches of the steps that every rank has finished."""
     loose: dict[tuple[int, int], tuple[list[int], list[str]]]
-    """(step, rank) -> ids and hashes, of all others."""
+    """Ids and hashes by (step, rank), of the steps that only some ranks have finished."""
     state: dict[str, int] | None
-    """Of the loaders after the last step that every rank has finished."""
+    """State of the loaders after the last step that every rank has finished; None: no such step."""
     done: bool
-    """Whether every rank has reached its end."""
+    """Whether every rank has finished all of its steps."""
 
 
 class Ranks:
-    """Starts ranks of one recipe, again and again.
+    """Starts ranks with the same recipe, any number of times.
 
     Args:
-        folder: for what they write.
-        options: of launch/train.py.
-        environment: variables of the ranks.
+        launcher: launcher of the ranks.
+        folder: folder for the records.
+        options: options of launch/train.py.
+        environment: environment variables of the ranks.
     """
 
     def __init__(self, launcher: Launcher, folder: Path, *options: str | Path, **environment: str) -> None:
@@ -41,7 +42,7 @@ class Ranks:
         self._launches = 0
 
     def start(self, world: int, start: int, stop: int = 0, *, kind: str = "train", pace: float = 0.0) -> None:
-        """Start ranks, as record_batches.py says."""
+        """Start `world` ranks; the arguments are those of record_batches.py."""
         self._launches += 1
         self._out.mkdir(parents=True)
         self._world = world
@@ -49,30 +50,30 @@ class Ranks:
         self._launcher.start("tests.dist.record_batches", *arguments, ranks=world, **self._environment)
 
     def join(self) -> Record:
-        """Wait for the end of the ranks of the last start."""
+        """Wait for the ranks to end, and return their record."""
         self._launcher.join()
         return self.record()
 
     def kill(self) -> Record:
-        """Kill them all, and take what they have left."""
+        """Kill all ranks, and return what they have recorded."""
         self._launcher.kill()
         return self.record()
 
     def record(self) -> Record:
-        """What is written so far."""
+        """Return what the ranks have recorded so far."""
         logs = [_lines(self._out / f"rank-{rank}.jsonl") for rank in range(self._world)]
         lines = [[line for line in log if line != "done"] for log in logs]
-        whole = min(len(log) for log in lines)
+        common = min(len(log) for log in lines)
         steps: Sequence = {}
-        for same_step in zip(*(log[:whole] for log in lines), strict=True):
+        for same_step in zip(*(log[:common] for log in lines), strict=True):
             (step,) = {line["step"] for line in same_step}
             steps[step] = (_joined(same_step, "ids"), _joined(same_step, "pixels"))
         loose = {
             (line["step"], rank): (line["ids"], line["pixels"])
             for rank, log in enumerate(lines)
-            for line in log[whole:]
+            for line in log[common:]
         }
-        state = lines[0][whole - 1]["state"] if whole else None
+        state = lines[0][common - 1]["state"] if common else None
         return Record(steps, loose, state, all(log and log[-1] == "done" for log in logs))
 
     @property
@@ -85,6 +86,6 @@ def _joined(lines: tuple[dict[str, Any], ...], key: str) -> list[Any]:
 
 
 def _lines(path: Path) -> list[Any]:
-    """The whole lines of a file whose writer may have been killed."""
+    """Return the complete lines of a file whose writer may have been killed."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,6 +1,6 @@
-"""The engine's law: ZeRO stage, world size, accumulation and restarts change nothing but floating-point order.
+"""ZeRO stage, world size, gradient accumulation and restarts change results only by the order of summation.
 
-Float32, fixed random batches, BatchNorm frozen (its statistics are per rank on CPUs), see `engine_run.py`.
+In float32 on fixed random batches with frozen BatchNorm, whose statistics are per rank on CPUs; see `engine_run.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from tests.dist.forked import Launcher
 
 STEPS = 20
-# AdamW divides by the root of tiny second moments: biases whose true gradient is zero (of convolutions before a norm)
-# wander by rounding alone, so parameters are compared as whole vectors, by relative norm.
+# AdamW divides by the root of tiny second moments, so parameters whose true gradient is zero (biases of convolutions
+# before a norm) drift by rounding errors. Therefore all parameters are compared as one vector, by relative norm.
 TOLERANCE = 1e-5
 
 
 class Run(Protocol):
-    """Trains on `ranks` processes; returns what rank 0 wrote, to `out` if that is given."""
+    """Train on `ranks` processes, and return the results of rank 0, which are also written to `out`."""
 
     def __call__(self, *args: object, ranks: int = 1, zero: int = 0, out: Path | None = None) -> dict[str, Any]: ...
 
@@ -42,12 +42,12 @@ def run(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def slow(*cases: Any) -> list[Any]:
-    """Cases for `make test-all` only."""
+    """Mark cases to run in `make test-all` only."""
     return [pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow) for case in cases]
 
 
 def distance(a: dict[str, Any], b: dict[str, Any], kind: str) -> float:
-    """Relative norm of the difference of all tensors of a kind ("model", "exp_avg", "exp_avg_sq", "ema")."""
+    """Return the relative norm of the difference of all tensors of a kind: model, exp_avg, exp_avg_sq or ema."""
     names = [name for name in a["state"] if name.startswith(f"{kind}/") and "running" not in name]
     assert names
     x, y = (torch.cat([run["state"][name].double().flatten() for name in names]) for run in (a, b))
@@ -56,7 +56,7 @@ def distance(a: dict[str, Any], b: dict[str, Any], kind: str) -> float:
 
 @pytest.fixture(scope="module")
 def reference(run: Run) -> dict[str, Any]:
-    """One process, plain, uninterrupted."""
+    """Uninterrupted training in one process without ZeRO."""
     result = run("--steps", STEPS, "--ema", "0.9")
     assert result["losses"][-1] < result["losses"][0]
     return result
@@ -64,7 +64,7 @@ def reference(run: Run) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def half(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Path]:
-    """(ZeRO stage, processes) -> file of the state half way."""
+    """Function that trains half of the steps with (ZeRO stage, processes), and returns the file of the state."""
     folder = tmp_path_factory.mktemp("half")
 
     @functools.cache
@@ -77,17 +77,17 @@ def half(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, i
 
 
 @pytest.mark.parametrize(("zero", "ranks"), [(0, 2), (1, 2), (3, 2), *slow((1, 1), (2, 2), (2, 1), (3, 1))])
-def test_every_stage_and_world_size_ends_at_the_same_weights(
+def test_same_weights_with_every_zero_stage_and_world_size(
     run: Run, reference: dict[str, Any], zero: int, ranks: int
 ) -> None:
     result = run("--steps", STEPS, "--ema", "0.9", zero=zero, ranks=ranks)
     assert result["norms"] == pytest.approx(reference["norms"], rel=1e-4)
     for kind in ("model", "exp_avg", "exp_avg_sq", "ema"):
         assert distance(reference, result, kind) < TOLERANCE, kind
-    assert result["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # of the moving average
+    assert result["loss"] == pytest.approx(reference["loss"], rel=1e-4)  # of the EMA weights
 
 
-# (ZeRO stage, processes) before and after. One GPU is stage 0 by default, several are stage 1.
+# (ZeRO stage, processes) before and after. The default is stage 0 for one GPU, and stage 1 for several.
 CHANGES = [((0, 1), (1, 2)), ((1, 2), (0, 1))]
 MORE_CHANGES = [
     ((0, 1), (0, 2)),
@@ -100,7 +100,7 @@ MORE_CHANGES = [
 
 
 @pytest.mark.parametrize(("before", "after"), [*CHANGES, *slow(*MORE_CHANGES)])
-def test_a_state_goes_on_at_another_stage_and_world_size(
+def test_a_state_can_be_resumed_with_another_zero_stage_and_world_size(
     run: Run,
     reference: dict[str, Any],
     half: Callable[[int, int], Path],
@@ -116,7 +116,7 @@ def test_a_state_goes_on_at_another_stage_and_world_size(
 FOREACH = ("--optimizer-impl", "foreach", "--memory-format", "contiguous")
 
 
-def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(
+def test_other_optimizer_and_memory_format_options_give_the_same_weights_and_can_resume(
     run: Run, reference: dict[str, Any], half: Callable[[int, int], Path]
 ) -> None:
     options = ("--ema", "0.9", *FOREACH, "--steps", STEPS)
@@ -128,7 +128,7 @@ def test_another_way_to_run_the_model_makes_the_same_updates_and_goes_on(
 
 
 @pytest.mark.parametrize(("zero", "micro"), [(1, 4), *slow((0, 2), (0, 4), (3, 2))])
-def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
+def test_accumulated_micro_batches_give_the_same_update_as_the_global_batch(
     run: Run, reference: dict[str, Any], zero: int, micro: int
 ) -> None:
     result = run("--steps", STEPS, "--ema", "0.9", "--micro", micro, zero=zero)
@@ -140,7 +140,7 @@ def test_accumulated_micro_batches_make_the_same_update_as_the_big_batch(
     ("zero", "ranks", "how"),
     [(0, 1, ()), (0, 1, FOREACH), (1, 2, ()), *slow((0, 2, ()), (2, 2, ()), (3, 2, ()), (1, 2, FOREACH))],
 )
-def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
+def test_a_step_with_a_non_finite_gradient_changes_nothing(
     run: Run, zero: int, ranks: int, how: tuple[str, ...]
 ) -> None:
     before = run("--steps", "2", *how, zero=zero, ranks=ranks)
@@ -153,9 +153,9 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1])
-def test_with_statistics_over_ranks_their_number_changes_nothing(run: Run, zero: int) -> None:
-    """Training by BatchNorm's own statistics, which without that differ from rank to rank. Gradients are compared:
-    of biases before a norm they are noise, which AdamW makes steps of."""
+def test_with_sync_bn_the_number_of_ranks_does_not_matter(run: Run, zero: int) -> None:
+    """BatchNorm trains here, and its statistics would differ between ranks without --sync-bn. Gradients are compared
+    instead of weights: the gradients of biases before a norm are noise, which AdamW amplifies."""
     options = ("--steps", "10", "--statistics", "--drop-path", "0")
     one = run(*options)
     two = run(*options, "--sync-bn", "on", zero=zero, ranks=2)
@@ -171,18 +171,18 @@ REPLAYED = ("--statistics", "--drop-path", "0.3", "--ema", "0.9", "--steps", "4"
 @pytest.mark.parametrize(
     ("zero", "ranks", "micro"), [(0, 2, 2), (1, 2, 2), *slow((0, 2, 4), (1, 2, 4), (1, 1, 2), (2, 2, 2), (2, 1, 2))]
 )
-def test_replayed_training_is_eager_training_over_ranks(run: Run, zero: int, ranks: int, micro: int) -> None:
-    """With gradient accumulation, where DDP and DeepSpeed keep gradients that lie in a graph's memory."""
-    how = (*REPLAYED, "--micro", micro)
-    eager = run(*how, zero=zero, ranks=ranks)
-    replayed = run(*how, "--replay", zero=zero, ranks=ranks)
+def test_replayed_training_equals_eager_training_on_several_ranks(run: Run, zero: int, ranks: int, micro: int) -> None:
+    """With gradient accumulation, in which DDP and DeepSpeed keep gradients in the memory of a graph."""
+    options = (*REPLAYED, "--micro", micro)
+    eager = run(*options, zero=zero, ranks=ranks)
+    replayed = run(*options, "--replay", zero=zero, ranks=ranks)
     assert (eager["compile"], replayed["compile"]) == ("off", "cudagraphs: forward and backward of 6 parts")
     assert replayed["replayed"] == 4 * (8 // ranks // micro) * 12  # steps, micro-batches, graphs
     assert eager["state"]["model/stem.convs.0.bn.num_batches_tracked"] == 4 * (8 // ranks // micro)
     assert_same(replayed, eager)
 
 
-def test_ranks_train_eagerly_together_if_one_cannot_capture(run: Run) -> None:
+def test_all_ranks_train_eagerly_if_the_capture_fails_on_one(run: Run) -> None:
     eager = run(*REPLAYED, ranks=2)
     failed = run(*REPLAYED, "--replay", "--fails-on", 1, ranks=2)
     (note,) = failed["notes"]  # of rank 0
@@ -192,7 +192,7 @@ def test_ranks_train_eagerly_together_if_one_cannot_capture(run: Run) -> None:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Bit by bit."""
+    """Check that losses, norms and state are equal bit by bit."""
     for key in ("losses", "norms", "loss"):
         assert found[key] == expected[key], key
     for name, value in expected["state"].items():

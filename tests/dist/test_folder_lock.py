@@ -1,4 +1,4 @@
-"""Two trainers in one run folder: the second waits for the first to save and leave, or is refused by name."""
+"""Two trainings in one run folder: the second waits for the first to save and stop, or fails and names it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.support.runs import OPTIONS, STARTED, ranks_of, start, status, wait_f
 from tests.support.waiting import is_running, wait_until
 
 
-def test_a_trainer_whose_launcher_was_ended_keeps_its_folder_until_it_is_killed(
+def test_a_training_whose_launcher_was_ended_keeps_its_run_folder_until_it_is_killed(
     train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
-    """accelerate's launcher of one process passes no signal on."""
+    """The launcher of accelerate does not forward signals to a single process."""
     run = tmp_path / "run"
     options = (*OPTIONS, "--data", str(digits), "--out", str(run))
     launcher = subprocess.Popen(
@@ -52,37 +52,37 @@ def test_a_trainer_whose_launcher_was_ended_keeps_its_folder_until_it_is_killed(
 
 
 @pytest.mark.slow
-def test_a_trainer_started_while_the_last_one_saves_waits_and_goes_on_from_there(tmp_path: Path, digits: Path) -> None:
+def test_a_training_started_while_another_one_saves_waits_and_resumes(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     first = start(tmp_path, "--data", digits, "--out", run)
     wait_for_step(run, 2, first)
-    first.send_signal(signal.SIGSTOP)  # its save takes as long as the second needs to get there
+    first.send_signal(signal.SIGSTOP)  # so that its save takes until the second training waits for it
     first.send_signal(signal.SIGTERM)
     second = start(tmp_path, "--data", digits, "--out", run, "--stop-after", "9")
     assert second.stderr is not None
-    said = []
-    for line in second.stderr:  # to its end, if it does not wait
-        said.append(line)
+    printed = []
+    for line in second.stderr:  # ends if the second training does not wait
+        printed.append(line)
         if "waiting for it" in line:
             break
-    assert f"note: run folder {run} is being worked on by process {first.pid} on " in "".join(said[-1:]), said
+    assert f"note: run folder {run} is being worked on by process {first.pid} on " in "".join(printed[-1:]), printed
     first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=60) == 75
     assert second.wait(timeout=120) == 0, second.stderr.read()
-    left = lines(run, "train")
+    trained = lines(run, "train")
     begun = [line["step"] for line in lines(run, "start")]
     assert begun[0] == 0
     assert begun[1] >= 2
-    assert [line["step"] for line in left] == list(range(1, 10))  # none twice, none left out
+    assert [line["step"] for line in trained] == list(range(1, 10))  # no step is repeated or missing
 
 
-def test_a_second_trainer_that_is_asked_for_nonsense_says_nothing_for_the_first(
+def test_a_second_training_with_invalid_options_does_not_change_the_status_of_the_first(
     train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
     run = tmp_path / "run"
     first = start(tmp_path, "--data", digits, "--out", run)
     wait_for_step(run, 1, first)
-    first.send_signal(signal.SIGSTOP)  # lest it ends before the second one asks
+    first.send_signal(signal.SIGSTOP)  # so that it does not end before the second one checks the lock
     second = train(*OPTIONS, "--data", tmp_path / "none", "--out", run, "--lock-wait", "0")
     assert second.returncode == 2
     assert status(run)["status"] == "running"

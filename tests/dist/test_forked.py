@@ -1,4 +1,4 @@
-"""A rank that fails fails its test."""
+"""A rank that fails makes its test fail."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import pytest
 from tests.dist.forked import Launcher
 
 
-def test_a_rank_that_fails_is_an_error_with_its_message(launch: Launcher, tmp_path: Path) -> None:
+def test_the_error_shows_the_output_of_the_failed_rank(launch: Launcher, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="no-such-option"):
         launch("tests.dist.engine_run", tmp_path / "out.pt", "--steps", 1, "--no-such-option", ranks=2)

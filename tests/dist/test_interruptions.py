@@ -1,4 +1,4 @@
-"""Runs that are killed, asked to leave, starved of disk or fed nonsense: nothing is lost, and everybody is told."""
+"""Runs that are killed, preempted, or fail for lack of disk space or because of NaN: no work is lost."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from tests.support.launching import lines, python
 from tests.support.runs import OPTIONS, ranks_of, start, status, wait_for_step
 from tests.support.waiting import wait_until
 
-PROVOKE = "tests.dist.provoke"
+INJECT_FAULT = "tests.dist.inject_fault"
 
 
-def test_sigterm_under_the_launcher_saves_once_leaves_no_orphans_and_resumes_at_the_next_step(
+def test_sigterm_under_the_launcher_saves_once_ends_all_ranks_and_resumes_at_the_next_step(
     train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
     run = tmp_path / "run"
     process = start(tmp_path, "--data", digits, "--out", run, ranks=2)
     wait_for_step(run, 3, process)
-    for pid in ranks_of(run):  # as SLURM does: every process, and the launcher passes it on as well
+    for pid in ranks_of(run):  # like SLURM: signal every process, in addition to which the launcher forwards the signal
         os.kill(pid, signal.SIGTERM)
     process.wait(timeout=60)
     assert ranks_of(run) == []
-    left = status(run)
-    assert left["status"] == "preempted"
-    assert "SIGTERM" in left["reason"]
-    assert left["step"] >= 3
+    stopped = status(run)
+    assert stopped["status"] == "preempted"
+    assert "SIGTERM" in stopped["reason"]
+    assert stopped["step"] >= 3
     saved = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert saved == [f"step-{left['step']:08d}"]
+    assert saved == [f"step-{stopped['step']:08d}"]
 
-    done = train(*OPTIONS, "--data", digits, "--out", run, "--stop-after", str(left["step"] + 1))
+    done = train(*OPTIONS, "--data", digits, "--out", run, "--stop-after", str(stopped["step"] + 1))
     assert done.returncode == 0, done.stderr
-    assert lines(run, "start")[-1]["step"] == left["step"]
+    assert lines(run, "start")[-1]["step"] == stopped["step"]
     ended = status(run)
-    assert (ended["status"], ended["step"], ended["reason"]) == ("finished", left["step"] + 1, "")
+    assert (ended["status"], ended["step"], ended["reason"]) == ("finished", stopped["step"] + 1, "")
 
 
 @pytest.mark.parametrize(
     ("how", "reason"), [("file", "the file PREEMPT"), ("usr2", "SIGUSR2"), ("deadline", "the deadline")]
 )
-def test_other_ways_of_asking_end_with_the_reserved_status(
+def test_every_kind_of_stop_request_ends_with_the_reserved_status(
     train: Trainer, tmp_path: Path, digits: Path, how: str, reason: str
 ) -> None:
     run = tmp_path / "run"
@@ -66,7 +66,7 @@ def test_other_ways_of_asking_end_with_the_reserved_status(
     assert not (run / "PREEMPT").exists()
 
 
-def test_a_save_on_request_lets_the_run_go_on(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_a_run_continues_after_a_requested_save(train: Trainer, tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     process = train.start(*OPTIONS, "--data", digits, "--out", run)
     wait_for_step(run, 1, process)
@@ -80,13 +80,13 @@ def test_a_save_on_request_lets_the_run_go_on(train: Trainer, tmp_path: Path, di
 
 @pytest.mark.slow
 def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digits: Path) -> None:
-    """Asked to leave within a step of many seconds, and then asked again."""
+    """Two requests to stop during one long step: the first waits for the end of the step."""
     run = tmp_path / "run"
-    process = start(tmp_path, "--data", digits, "--out", run, script=("tests/dist/provoke.py", "slow"))
+    process = start(tmp_path, "--data", digits, "--out", run, script=("tests/dist/inject_fault.py", "slow"))
     wait_for_step(run, 1, process)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGTERM)  # the same request by another way
+    process.send_signal(signal.SIGTERM)  # counts as the same request
     time.sleep(6)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
@@ -95,12 +95,12 @@ def test_a_second_signal_seconds_later_ends_the_run_at_once(tmp_path: Path, digi
 
 
 @pytest.mark.parametrize("average", [(), ("--ema", "0.9")], ids=["weights", "average"])
-def test_asked_to_leave_during_an_evaluation_the_run_saves_and_evaluates_when_it_is_back(
+def test_a_run_preempted_during_an_evaluation_saves_and_evaluates_after_the_restart(
     train: Trainer, tmp_path: Path, digits: Path, average: tuple[str, ...]
 ) -> None:
     run = tmp_path / "run"
     options = ("--data", digits, "--out", run, "--stop-after", "2", "--eval-batch", "40", *average)
-    assert train("ask", *OPTIONS, *options, program=PROVOKE).returncode == 75
+    assert train("stop", *OPTIONS, *options, program=INJECT_FAULT).returncode == 75
     assert lines(run, "eval") == lines(run, "eval-ema") == []
     assert status(run)["step"] == 2
     saved = load_file(run / "checkpoints" / "step-00000002" / "state.safetensors")
@@ -113,7 +113,7 @@ def test_asked_to_leave_during_an_evaluation_the_run_saves_and_evaluates_when_it
         assert all(torch.equal(saved[f"{key}/{n}"], w) for n, w in weights.items() if w.is_floating_point())
 
 
-def test_a_run_that_starts_afresh_sets_the_old_one_aside(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_resume_never_renames_the_old_checkpoints(train: Trainer, tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     for steps, resume in (("4", "auto"), ("2", "never")):
         options = ("--data", digits, "--out", run, "--stop-after", steps, "--save-every", "1", "--resume", resume)
@@ -135,10 +135,10 @@ def killed_and_resumed(
     worlds: tuple[int, ...],
     recorded: bool = False,
 ) -> Path:
-    """A run of `steps` steps in the folder `run` that is killed `kills` times at random moments and resumed."""
+    """Train `steps` steps in the folder `run`, killing the run `kills` times at random moments and resuming it."""
     chance = random.Random(seed)
     goal = (*OPTIONS, "--data", digits, "--out", run, "--stop-after", str(steps), "--save-every", "2", *options)
-    program, kind = (PROVOKE, ("record",)) if recorded else (TRAIN, ())
+    program, kind = (INJECT_FAULT, ("record",)) if recorded else (TRAIN, ())
     for number in range(kills):
         process = train.start(*kind, *goal, program=program, ranks=worlds[number % len(worlds)])
         begun = max([0, *(line["step"] for line in lines(run, "train"))]) if (run / "metrics.jsonl").exists() else 0
@@ -157,7 +157,7 @@ def assert_bit_identical(a: Path, b: Path) -> None:
     assert all(torch.equal(x[name], y[name]) for name in x)
 
 
-def test_a_run_killed_again_and_again_ends_at_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_a_run_that_is_killed_twice_ends_with_the_same_weights(train: Trainer, tmp_path: Path, digits: Path) -> None:
     how: dict[str, Any] = {"seed": 1, "steps": 8, "worlds": (1,)}
     whole = killed_and_resumed(train, tmp_path / "whole", digits, kills=0, **how)
     assert_bit_identical(whole, killed_and_resumed(train, tmp_path / "killed", digits, kills=2, **how))
@@ -176,10 +176,10 @@ def test_ten_kills_at_one_world_size_change_no_bit(
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_ten_kills_with_changing_world_sizes_change_neither_what_is_fed_nor_where_it_leads(
+def test_ten_kills_with_changing_world_sizes_change_neither_batches_nor_weights(
     train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
-    """Float32, constant rate, BatchNorm frozen and no drop path: what remains is the order of floating-point sums."""
+    """In float32 with a constant learning rate and frozen BatchNorm, only the order of summation differs."""
     constant = ("--lr", "1e-3", "--min-lr", "1e-3", "--warmup-epochs", "0", "--freeze-bn", "--augment", "fat")
     how: dict[str, Any] = {"seed": 3, "steps": 50, "recorded": True}
     whole = killed_and_resumed(train, tmp_path / "whole", digits, *constant, kills=0, worlds=(1,), **how)
@@ -203,11 +203,11 @@ def test_ten_kills_with_changing_world_sizes_change_neither_what_is_fed_nor_wher
     assert float((a - b).norm() / a.norm()) < 1e-4
 
 
-def test_nan_images_are_skipped_counted_and_at_last_refused_by_name(
+def test_steps_with_nan_images_are_skipped_and_counted_until_the_run_fails(
     train: Trainer, tmp_path: Path, digits: Path
 ) -> None:
     options = (*OPTIONS, "--data", digits, "--out", tmp_path / "run", "--max-bad-steps", "3", "--stop-after", "9")
-    done = train("nan", *options, program=PROVOKE)
+    done = train("nan", *options, program=INJECT_FAULT)
     assert done.returncode == 1
     assert "step 3: non-finite gradients; the update was skipped" in done.stderr
     assert "error: 3 steps in a row, up to step 8, had non-finite gradients (rank 0: samples" in done.stderr
@@ -215,18 +215,18 @@ def test_nan_images_are_skipped_counted_and_at_last_refused_by_name(
     assert [line["skipped"] for line in lines(tmp_path / "run", "train")] == [0, 0, 1, 1, 1, 2, 3]
 
 
-def test_ranks_that_drift_apart_are_noticed(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_differing_weights_between_ranks_are_detected(train: Trainer, tmp_path: Path, digits: Path) -> None:
     options = (*OPTIONS, "--data", digits, "--out", tmp_path / "run", "--compare-every", "2", "--stop-after", "6")
-    done = train("drift", *options, program=PROVOKE, ranks=2)
+    done = train("drift", *options, program=INJECT_FAULT, ranks=2)
     assert done.returncode != 0
     assert "error: step 4: the weights differ between ranks" in done.stderr
 
 
-def test_a_full_disk_leaves_the_run_and_its_checkpoints_alive(train: Trainer, tmp_path: Path, digits: Path) -> None:
-    """A file-size limit stands for a full disk: the write fails in the same place with another errno."""
+def test_a_full_disk_costs_neither_the_run_nor_its_checkpoints(train: Trainer, tmp_path: Path, digits: Path) -> None:
+    """A file size limit simulates a full disk: the same write fails, only with another errno."""
     run = tmp_path / "run"
     options = (*OPTIONS, "--data", digits, "--out", run, "--save-every", "2", "--stop-after", "6")
-    done = train("disk", *options, program=PROVOKE)
+    done = train("disk", *options, program=INJECT_FAULT)
     assert done.returncode == 0, done.stderr
     assert "warning: " in done.stderr
     assert "step-00000004: checkpoint not written" in done.stderr
@@ -234,7 +234,7 @@ def test_a_full_disk_leaves_the_run_and_its_checkpoints_alive(train: Trainer, tm
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
 
 
-def test_an_unwritable_run_folder_is_refused_at_once(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_an_unwritable_run_folder_is_rejected_at_the_start(train: Trainer, tmp_path: Path, digits: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     done = train(*OPTIONS, "--data", digits, "--out", tmp_path / "file" / "run")
     assert done.returncode == 2
@@ -243,10 +243,10 @@ def test_an_unwritable_run_folder_is_refused_at_once(train: Trainer, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_save_holds_the_training_thread_only_briefly(tmp_path: Path) -> None:
-    done = python(tmp_path, "tests/dist/provoke.py", "stall", "--variant", "b3")
+def test_a_save_blocks_training_only_briefly(tmp_path: Path) -> None:
+    done = python(tmp_path, "tests/dist/inject_fault.py", "stall", "--variant", "b3")
     assert done.returncode == 0, done.stderr
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["megabytes"] > 300
-    # The bound is 50 ms per 100 MB; twice that leaves room for a busy machine.
+    # The target is 50 ms per 100 MB; the limit is twice that, for a busy machine.
     assert measured["milliseconds_per_100_megabytes"] < 100

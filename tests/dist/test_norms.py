@@ -1,4 +1,4 @@
-"""BatchNorm over ranks is BatchNorm of the whole batch: values, gradients, running statistics."""
+"""BatchNorm over ranks equals BatchNorm of the global batch: values, gradients and running statistics."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from tests.dist.forked import Launcher
-from tests.dist.norm_run import CASES, RANKS, ROWS, layer, stem, whole
+from tests.dist.norm_run import CASES, RANKS, ROWS, global_batch, layer, stem
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
-# Sums that cancel: a gradient less its part along a mean of many deviations.
+# For sums with cancellation: gradients from which a projection onto the mean is subtracted.
 COARSE = {"rtol": 1e-4, "atol": 5e-4}
 
 
@@ -20,16 +20,16 @@ COARSE = {"rtol": 1e-4, "atol": 5e-4}
 def found(
     launch: Launcher, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, bool, bool], list[dict[str, torch.Tensor]]]:
-    """What each rank has found, by case."""
+    """Results of each rank, by case."""
     out = tmp_path_factory.mktemp("norms") / "norms.pt"
     launch("tests.dist.norm_run", out, ranks=RANKS)
     return dict(zip(CASES, torch.load(out, weights_only=True), strict=True))
 
 
 def expected(ranks: range) -> dict[str, Any]:
-    """torch's own BatchNorm on the rows of these ranks together, in float64."""
+    """Return the results of PyTorch's BatchNorm on all rows of these ranks, in float64."""
     rows = slice(ranks.start * ROWS, ranks.stop * ROWS)
-    images, cotangent = (t[rows].double() for t in whole(RANKS))
+    images, cotangent = (t[rows].double() for t in global_batch(RANKS))
     images.requires_grad_()
     model = layer().double()
     norm, after = model
@@ -56,7 +56,7 @@ def expected(ranks: range) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_together_are_one_big_batch(
+def test_a_group_of_ranks_computes_the_statistics_of_all_its_rows(
     found: dict[tuple[int, bool, bool], list[dict[str, torch.Tensor]]], case: tuple[int, bool, bool]
 ) -> None:
     group, _, folds = case
@@ -70,7 +70,7 @@ def test_ranks_together_are_one_big_batch(
         for name in ("rectified", "rectified images"):
             joined = torch.cat([member[name] for member in members])
             torch.testing.assert_close(joined.double(), reference[name], **COARSE)
-        # Each rank has its rows' part; data parallelism adds them up.
+        # Each rank has the gradient of its own rows; data parallelism sums them.
         for name in ("weight", "bias", "behind", "gain", "shift"):
             total = sum(member[name].double() for member in members)
             torch.testing.assert_close(total, reference[name], **(tolerance if name in ("weight", "bias") else COARSE))
@@ -80,7 +80,7 @@ def test_ranks_together_are_one_big_batch(
                 torch.testing.assert_close(member[name].double(), reference[name], **TOLERANCE)
 
 
-def test_groups_have_statistics_of_their_own(
+def test_groups_have_separate_statistics(
     found: dict[tuple[int, bool, bool], list[dict[str, torch.Tensor]]],
 ) -> None:
     first, _, other, _ = found[2, False, False]

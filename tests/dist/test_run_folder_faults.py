@@ -1,4 +1,4 @@
-"""Whole runs whose folder fills up or was damaged: never a traceback, never work lost that was whole."""
+"""Complete runs whose disk fills up or whose run folder is damaged: no traceback, and no intact checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.runs import OPTIONS, start, status, wait_for_step
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_disk_that_others_fill_ends_the_run_in_good_order(
+def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error(
     train: Trainer, tmp_path: Path, digits: Path, ranks: int
 ) -> None:
     with small_disk(tmp_path / "disk", "200m") as disk:
@@ -30,29 +30,29 @@ def test_a_disk_that_others_fill_ends_the_run_in_good_order(
         filler = fill(disk)
         assert process.wait(timeout=240) == 1
         assert process.stderr is not None
-        said = process.stderr.read()
-        assert "3 checkpoints in a row could not be written, the last" in said
-        assert "/launch/machine/world.py" not in said  # the launcher has a traceback of its own
-        left = status(run)
-        assert left["status"] == "failed"
+        printed = process.stderr.read()
+        assert "3 checkpoints in a row could not be written, the last" in printed
+        assert "/launch/machine/world.py" not in printed  # the launcher prints its own traceback
+        ended = status(run)
+        assert ended["status"] == "failed"
         newest = max(path.name for path in (run / "checkpoints").iterdir())
-        assert newest == f"step-{left['step']:08d}"
+        assert newest == f"step-{ended['step']:08d}"
         filler.unlink()
-        done = train(*OPTIONS, *options, "--stop-after", str(left["step"] + 3))
+        done = train(*OPTIONS, *options, "--stop-after", str(ended["step"] + 3))
         assert done.returncode == 0, done.stderr
         assert f"going on from {run / 'checkpoints' / newest}" in done.stderr
         steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
-        # Those that were trained again are there; of later ones, those that found room before the start failed.
-        assert sorted(set(steps) | set(range(1, left["step"] + 4))) == sorted(steps)
+        # Every step of the resumed run is logged. Later steps may be logged too, from before the failure.
+        assert sorted(set(steps) | set(range(1, ended["step"] + 4))) == sorted(steps)
 
 
-def test_a_damaged_run_folder_costs_the_damaged_files_alone(train: Trainer, tmp_path: Path, digits: Path) -> None:
-    """Everything that is not a whole checkpoint is damaged, and nobody reads what the run says."""
+def test_a_damaged_run_folder_loses_only_the_damaged_files(train: Trainer, tmp_path: Path, digits: Path) -> None:
+    """All files except one intact checkpoint are damaged, and stdout and stderr cannot be written."""
     run = tmp_path / "run"
     options = ("--data", digits, "--out", run, "--save-every", "2")
     done = train(*OPTIONS, *options, "--stop-after", "4")
     assert done.returncode == 0, done.stderr
-    # A copy: `load_file` may map the file, which is damaged below.
+    # Clone, because `load_file` may map the file, which is damaged below.
     weights = {name: tensor.clone() for name, tensor in load_file(run / "weights.safetensors").items()}
     meta = run / "checkpoints" / "step-00000004" / "meta.json"
     meta.write_text(meta.read_text().replace('"step": 4', '"step": 6'))
@@ -78,5 +78,5 @@ def test_a_damaged_run_folder_costs_the_damaged_files_alone(train: Trainer, tmp_
     again = load_file(run / "weights.safetensors")
     assert all(torch.equal(again[name], weights[name]) for name in weights)
     begun = [line["step"] for line in read_metrics(run) if line["kind"] == "start"]
-    assert begun == [0, 2]  # from the older checkpoint, which is whole
+    assert begun == [0, 2]  # from the older checkpoint, which is intact
     assert json.loads((run / "recipe.json").read_text())["recipe"]["model"]["variant"] == "b0"

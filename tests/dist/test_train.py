@@ -1,4 +1,4 @@
-"""Whole runs, the first of them started the way a user starts them (README, "Several processes")."""
+"""Complete training runs, started with accelerate like in the README or forked from a running process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.dist.trainings import Trainer
 from tests.support.launching import accelerate, lines
 
-# A short training that reaches about 98 %: the demo's recipe at half the size and a fifth of the epochs.
+# A short training that reaches about 98 %: the recipe of the demo with half the image size and a fifth of the epochs.
 SHORT = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--epochs", "4", "--warmup-epochs", "1")
 FEW_STEPS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1")
 
@@ -30,7 +30,7 @@ def engine_of(run: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def alone(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Accuracy of the one-process run."""
+    """Accuracy of training in one process."""
     folder = tmp_path_factory.mktemp("alone")
     done = accelerate(folder, *SHORT, "--data", digits, "--out", folder / "run")
     assert done.returncode == 0, done.stderr
@@ -51,7 +51,7 @@ def test_two_ranks_learn_as_well_as_one(tmp_path: Path, digits: Path, alone: flo
     assert abs(accuracy(run) - alone) <= 0.015
 
 
-def test_the_bare_command_chooses_engine_and_precision_by_the_device(tmp_path: Path, digits: Path) -> None:
+def test_defaults_choose_engine_and_precision_by_the_device(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     done = accelerate(tmp_path, *FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "2")
     assert done.returncode == 0, done.stderr
@@ -60,7 +60,7 @@ def test_the_bare_command_chooses_engine_and_precision_by_the_device(tmp_path: P
     assert [line["step"] for line in lines(run, "train")] == [1, 2]
 
 
-def test_zero_1_with_bf16_as_on_gpus(tmp_path: Path, digits: Path) -> None:
+def test_zero_1_with_bf16(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     options = (*FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "4", "--zero", "1", "--precision", "bf16")
     done = accelerate(tmp_path, *options, ranks=2)
@@ -71,7 +71,7 @@ def test_zero_1_with_bf16_as_on_gpus(tmp_path: Path, digits: Path) -> None:
     assert {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()} == {torch.float32}
 
 
-def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_by_bit(train: Trainer, tmp_path: Path, digits: Path) -> None:
     def weights(name: str, *stops: int) -> dict[str, torch.Tensor]:
         for stop in stops:
             options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / name, "--stop-after", str(stop))
@@ -85,7 +85,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(train: Trainer,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_run_is_not_resumed_as_another(train: Trainer, tmp_path: Path, digits: Path) -> None:
+def test_a_run_is_not_resumed_with_another_recipe(train: Trainer, tmp_path: Path, digits: Path) -> None:
     options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / "run")
     assert train(*options, "--stop-after", "1").returncode == 0
     done = train(*options, "--stop-after", "2", "--global-batch", "32")
@@ -94,7 +94,7 @@ def test_a_run_is_not_resumed_as_another(train: Trainer, tmp_path: Path, digits:
     assert "Traceback" not in done.stderr
 
 
-def test_a_world_size_that_does_not_fit_ends_every_rank_with_status_2(tmp_path: Path, digits: Path) -> None:
+def test_a_world_size_that_does_not_divide_the_batch_fails_with_status_2(tmp_path: Path, digits: Path) -> None:
     done = accelerate(tmp_path, *FEW_STEPS, "--data", digits, "--out", tmp_path / "run", ranks=3)
     assert done.returncode != 0
     fact = "world size 3 does not divide the global batch of 64"

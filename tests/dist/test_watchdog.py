@@ -1,4 +1,4 @@
-"""Ranks that are stopped, and what the others say of them."""
+"""Ranks that are stopped (SIGSTOP), and how the watchdogs of the other ranks report them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.support.launching import ROOT, environment, free_port
 pytestmark = [pytest.mark.timed, pytest.mark.timeout(240)]
 
 TIMEOUT = 6.0
-# For the explanation and the end, on a busy machine.
+# Seconds for writing the reports and for exiting, on a busy machine.
 OVERHEAD = 90.0
 NO_STEP = 0
 
 
 class Run:
-    """Ranks without a launcher, which would end all when one ends. Each has a host name of its own."""
+    """Ranks with different host names, without a launcher, which would end all ranks when one ends."""
 
     def __init__(self, folder: Path, ranks: int, *, steps: int, busy_step: int = NO_STEP) -> None:
         self.path = folder / "run"
@@ -82,8 +82,8 @@ def started(folder: Path, ranks: int, *, steps: int = 1_000_000, busy_step: int 
 
 
 @pytest.mark.parametrize(("ranks", "stopped"), [(2, 1), pytest.param(3, 0, marks=pytest.mark.slow)])
-def test_a_rank_that_is_stopped_is_named_and_no_other(tmp_path: Path, ranks: int, stopped: int) -> None:
-    """Rank 0 has torch's store: what is known must not end with it."""
+def test_only_the_stopped_rank_is_reported(tmp_path: Path, ranks: int, stopped: int) -> None:
+    """Rank 0 too, although torch's store is lost with it."""
     with started(tmp_path, ranks) as run:
         run.wait_for_step(5)
         run.signal(stopped, signal.SIGSTOP)
@@ -98,17 +98,17 @@ def test_a_rank_that_is_stopped_is_named_and_no_other(tmp_path: Path, ranks: int
         before = run.status()
         assert before["status"] == "stalled"
         assert f"rank {stopped} on h{stopped}" in before["reason"]
-        # Of two hosts neither is in the majority.
+        # With two hosts there is no majority, so none is excluded.
         assert before.get("nodes", []) == ([f"h{stopped}"] if ranks > 2 else [])
 
-        # Long after the others have gone it finds that they said so, and blames nobody.
+        # Continued long after the other ranks have ended, it reads their last heartbeats and keeps the status.
         run.signal(stopped, signal.SIGCONT)
         assert run.ranks[stopped].wait(OVERHEAD) != 0
         assert "no heartbeat" not in run.log(stopped)
         assert run.status() == before
 
 
-def test_a_rank_that_is_stopped_for_less_than_the_timeout_ends_nothing(tmp_path: Path) -> None:
+def test_a_rank_stopped_for_less_than_the_timeout_has_no_effect(tmp_path: Path) -> None:
     with started(tmp_path, 2, steps=60) as run:
         run.wait_for_step(5)
         run.signal(1, signal.SIGSTOP)
@@ -120,10 +120,10 @@ def test_a_rank_that_is_stopped_for_less_than_the_timeout_ends_nothing(tmp_path:
         assert not list(run.path.glob("stacks-*"))
 
 
-def test_a_rank_that_shows_progress_writes_its_stacks_when_another_one_hangs(tmp_path: Path) -> None:
+def test_a_rank_with_progress_writes_its_stacks_when_another_rank_hangs(tmp_path: Path) -> None:
     with started(tmp_path, 2, busy_step=5) as run:
         assert run.ranks[0].wait(TIMEOUT + 2 * OVERHEAD) == 75, run.log(0)
-        assert "all other ranks are alive and at step 4 too" in run.log(0)
+        assert "all other ranks are alive and also at step 4" in run.log(0)
         assert "in busy" in run.stacks(1)
         assert "in busy" not in run.stacks(0)
         assert "nodes" not in run.status()

@@ -1,6 +1,6 @@
-"""Trainings as `python launch/train.py` starts them, forked from a process that has imported what they need.
+"""Trainings like those of `python launch/train.py`, but forked from a process that has imported their modules.
 
-For tests that are about what a training does, not about how it is started: a fresh start takes five seconds of a core.
+This saves the five seconds of CPU time of a fresh start, in tests that do not depend on how a training is started.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TRAIN = "launch.train"
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a training; names as in subprocess.CompletedProcess."""
+    """Result of a training that has ended; names as in subprocess.CompletedProcess."""
 
     returncode: int
     stderr: str
 
 
 class Training:
-    """A training that runs, until the next one is started; names as in subprocess.Popen."""
+    """Running training; starting another one kills it. Names as in subprocess.Popen."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -36,7 +36,7 @@ class Training:
         return self.wait() if self._status is not None or self._launcher.have_ended() else None
 
     def wait(self, timeout: float = SECONDS) -> int:
-        """The status of the first rank that has failed, 0 if none has. AssertionError if the end takes too long."""
+        """Wait for the end, and return the status of the first failed rank, or 0. Raise AssertionError on timeout."""
         if self._status is None:
             self._status = next(filter(None, self._launcher.join(timeout)), 0)
         return self._status
@@ -46,18 +46,16 @@ class Training:
 
 
 class Trainer:
-    """Starts trainings, one at a time.
+    """Starts one training at a time.
 
-    Args of its methods:
-        options: of `program`, a module that the launcher has imported.
-        ranks: processes, without a launcher that ends the others when one is killed.
+    Its methods take the `options` of `program`, a module that the launcher has imported, and the number of `ranks`.
     """
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
 
     def __call__(self, *options: str | Path, program: str = TRAIN, ranks: int = 1) -> Ended:
-        """Train to the end."""
+        """Run a training until it ends."""
         training = self.start(*options, program=program, ranks=ranks)
         return Ended(training.wait(), training.stderr.read())
 
@@ -66,5 +64,5 @@ class Trainer:
         return Training(self._launcher)
 
     def kill(self) -> None:
-        """Kill the ranks of the training that was started last, if they are running."""
+        """Kill the ranks of the last training, if they are running."""
         self._launcher.kill()

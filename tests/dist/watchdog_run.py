@@ -1,8 +1,8 @@
-"""A rank of a run that has nothing but collectives and a watchdog, for tests that stop ranks.
+"""One rank of a run that consists of collectives and a watchdog only, for tests that stop ranks.
 
     watchdog_run.py RUN TIMEOUT STEPS [BUSY_STEP]
 
-Appends each step to RUN/steps-RANK. In step BUSY_STEP rank 1 leaves out the collective, but goes on showing progress.
+Appends each step to RUN/steps-RANK. In step BUSY_STEP, rank 1 skips the collective but still records progress.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from launch.machine.world import connect, run_command
 from launch.resilience import watchdog
 from launch.resilience.watchdog import Watchdog
 
-watchdog.ANSWER_SECONDS = 6.0  # less than shared storage is given
+watchdog.ANSWER_SECONDS = 6.0  # shorter than the default, which allows for slow shared storage
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def busy(dog: Watchdog) -> None:
-    """Shows up in the stacks by this name."""
+    """Loop forever, under a name that the test finds in the stacks."""
     while True:
         dog.beat()
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""A SLURM cluster on this machine: munged, slurmctld and several slurmds, in a folder and on ports of their own."""
+"""A SLURM cluster on this machine: munged, slurmctld and several slurmds, with a separate folder and separate ports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.support import waiting
 from tests.support.launching import environment, free_port
 
-# A condition asks SLURM, which takes a process.
+# A longer interval than usual, because each check starts a SLURM command.
 wait_until = functools.partial(waiting.wait_until, interval=0.2)
 
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
@@ -23,7 +23,7 @@ ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthType=auth/munge
-# A requeued job waits for its credentials to expire, 120 s by default; 5 is the least that SLURM takes.
+# A requeued job waits until its credentials expire: 120 s by default; SLURM accepts at least 5.
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
 CredType=cred/munge
 SlurmUser=root
@@ -53,7 +53,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Cluster:
-    """Nodes n0, n1, ..., each held to one core of this machine, so that a rank's share of cores is one."""
+    """Nodes n0, n1, ..., each bound to one core of this machine, so that every rank has one core."""
 
     def __init__(self, folder: Path, nodes: int) -> None:
         self.folder = folder
@@ -110,17 +110,17 @@ class Cluster:
         self._start("taskset", "--cpu-list", str(core), "slurmd", "-D", "-N", name, as_name=name)
 
     def kill_node(self, name: str) -> None:
-        """SIGKILL to a node's daemon and everything that runs on it; stopped first, so that nothing reports a death."""
+        """Kill a node's daemon and everything that runs on it. All are stopped first, so that none reports a death."""
         jobs = self.processes(node=name)
-        keepers = {parent for parent in map(parent_of, jobs) if command_of(parent).startswith(b"slurmstepd")}
+        step_daemons = {parent for parent in map(parent_of, jobs) if command_of(parent).startswith(b"slurmstepd")}
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in (self._daemons[name].pid, *keepers, *jobs):
+            for pid in (self._daemons[name].pid, *step_daemons, *jobs):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         self._daemons.pop(name).wait()
 
     def run(self, *command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """One of SLURM's commands."""
+        """Run a SLURM command."""
         return subprocess.run(
             [str(part) for part in command],
             env=self.environment(),
@@ -131,29 +131,29 @@ class Cluster:
         )
 
     def environment(self) -> dict[str, str]:
-        """What SLURM's commands, and jobs, are started with."""
+        """Return the environment for SLURM's commands and jobs."""
         return environment(self.folder) | {"SLURM_CONF": str(self.config)}
 
     def idle(self) -> set[str]:
-        """Nodes that could take a job."""
+        """Return the idle nodes."""
         out = self.run("sinfo", "-h", "-N", "-o", "%N %T", check=False).stdout
         return {line.split()[0] for line in out.splitlines() if line.split()[1] == "idle"}
 
     def job(self, number: int) -> dict[str, str]:
-        """`scontrol show job`, as a dictionary."""
+        """Return the output of `scontrol show job` as a dictionary."""
         out = self.run("scontrol", "show", "job", str(number)).stdout
         return dict(part.split("=", maxsplit=1) for part in out.split() if "=" in part)
 
     def wait_for_end(self, number: int, seconds: float = 240) -> dict[str, str]:
-        """The job when it has ended for good."""
+        """Wait for the job to end (a requeue is not an end), and return its properties."""
         wait_until(lambda: self.job(number)["JobState"] in ENDED, f"the end of job {number}", seconds)
         return self.job(number)
 
     def wait_for_silence(self, seconds: float = 45) -> None:
-        """Until nothing that jobs have started is there any more.
+        """Wait until all processes of jobs have ended.
 
         Raises:
-            AssertionError: something remains; it is named.
+            AssertionError: some processes remain; the message lists them.
         """
         try:
             wait_until(lambda: not self.processes(), "end of the jobs' processes", seconds)
@@ -162,7 +162,7 @@ class Cluster:
             raise AssertionError(f"{error}: {names}") from None
 
     def processes(self, node: str | None = None) -> list[int]:
-        """What jobs (on a node) have started, and the daemons that hold them; not the nodes' own daemons."""
+        """Return processes of jobs (on `node`) and the daemons of their steps, without the daemons of the nodes."""
         own = {daemon.pid for daemon in self._daemons.values()} | {os.getpid()}
         found = []
         for entry in Path("/proc").iterdir():
@@ -192,7 +192,7 @@ NOT_JOBS = (b"scontrol", b"squeue", b"sinfo", b"sbatch", b"scancel", b": slurmsc
 
 
 def command_of(pid: int) -> bytes:
-    """A process's command line; empty when it has ended."""
+    """Return the command line of a process; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
@@ -200,7 +200,7 @@ def command_of(pid: int) -> bytes:
 
 
 def parent_of(pid: int) -> int:
-    """A process's parent; 0 when it has ended."""
+    """Return the parent of a process; 0 if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:

@@ -1,4 +1,4 @@
-"""The cluster that the tests share, and what they need of the machine."""
+"""The shared cluster, and checks of what the tests require of the machine."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ RECORDED = ROOT / "tests" / "slurm" / "recorded_train.py"
 
 
 def need(*programs: str) -> None:
-    """Skip where a program is missing or we are not root; in CI that is a failure."""
+    """Skip the test if a program is missing or the user is not root. With CI=true, fail instead."""
     missing = [name for name in programs if shutil.which(name) is None] + (["root"] if os.getuid() else [])
     if not missing and "ip" in programs:
         probe = ["unshare", "--net", "ip", "link", "add", "probe", "type", "veth"]
-        missing = [] if subprocess.run(probe, check=False).returncode == 0 else ["leave to make network namespaces"]
+        missing = [] if subprocess.run(probe, check=False).returncode == 0 else ["rights to create network namespaces"]
     if missing:
         reason = f"needs {', '.join(missing)} (as root, `make test-slurm` installs what is missing)"
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
@@ -44,7 +44,7 @@ def need(*programs: str) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes."""
+    """Cluster of two nodes."""
     need(*DAEMONS)
     with Cluster(tmp_path_factory.mktemp("cluster"), nodes=2) as cluster:
         yield cluster
@@ -52,16 +52,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def no_orphans(cluster: Cluster) -> Iterator[None]:
-    """Nothing that a job has started outlives it, and every node is free again."""
+    """Check after the test that no process of a job is left, and that all nodes are idle."""
     yield
-    wait_until(lambda: not cluster.run("squeue", "-h").stdout, "empty queue", seconds=240)  # others run beside
+    wait_until(lambda: not cluster.run("squeue", "-h").stdout, "empty queue", seconds=240)  # jobs of other tests
     cluster.wait_for_silence()
     wait_until(lambda: cluster.idle() == set(cluster.nodes), "idle nodes", seconds=45)
 
 
 @dataclasses.dataclass
 class Job:
-    """A submitted run."""
+    """A submitted training run."""
 
     cluster: Cluster
     number: int
@@ -72,7 +72,7 @@ class Job:
         return (self.run / "slurm" / f"job-{self.number}.out").read_text(encoding="utf-8", errors="replace")
 
     def fed(self) -> list[dict[str, Any]]:
-        """What all ranks of all starts were fed."""
+        """Return the recorded batches of all ranks in all starts."""
         return [
             json.loads(line)
             for path in self.run.glob("fed-*.jsonl")
@@ -81,6 +81,8 @@ class Job:
         ]
 
     def wait_for_step(self, step: int, *, start: int = 0, seconds: float = 150) -> None:
+        """Wait until a start of the job has reached a step."""
+
         def reached() -> bool:
             return any(entry["step"] >= step and entry["start"] == start for entry in self.fed())
 
@@ -90,14 +92,14 @@ class Job:
             raise AssertionError(f"{error}\n{self.log if list(self.run.glob('slurm/*.out')) else '(no log)'}") from None
 
     def end(self, seconds: float = 240) -> dict[str, str]:
-        """Wait for it; SLURM's facts."""
+        """Wait for the job to end, and return its properties."""
         try:
             return self.cluster.wait_for_end(self.number, seconds)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.cluster.job(self.number)}\n{self.log}") from None
 
     def batches(self) -> dict[int, tuple[list[int], list[str]]]:
-        """Per step, the ids and image hashes of the global batch, by the last start that made the step."""
+        """Return (ids, image hashes) of the global batch by step, from the last start that ran the step."""
         last: dict[int, list[dict[str, Any]]] = {}
         for entry in sorted(self.fed(), key=lambda entry: (entry["start"], entry["rank"])):
             ranks = last.setdefault(entry["step"], [])
@@ -113,23 +115,23 @@ class Job:
 
 
 def start_job(cluster: Cluster, run: Path, *job: str | Path, options: tuple[str | Path, ...], **env: str) -> Job:
-    """`python -m launch.submit JOB -- OPTIONS`, of recorded training on CPUs."""
+    """Run `python -m launch.submit JOB -- OPTIONS` for a recorded training on CPUs."""
     args = [*("--gpus-per-node", "0", "--processes-per-node", "1", "--cpus-per-node", "1"), *job]
     args += ["--script", RECORDED, "--", *OPTIONS, "--out", run, *options]
-    said = io.StringIO()
+    output = io.StringIO()
     with (
         patch.dict(os.environ, cluster.environment() | env, clear=True),
         contextlib.chdir(ROOT),
-        contextlib.redirect_stdout(said),
+        contextlib.redirect_stdout(output),
     ):
         assert submit.main([str(arg) for arg in args]) == 0
-    number = re.search(r"submitted job (\d+)", said.getvalue())
-    assert number is not None, said.getvalue()
+    number = re.search(r"submitted job (\d+)", output.getvalue())
+    assert number is not None, output.getvalue()
     return Job(cluster, int(number[1]), run)
 
 
 def uninterrupted(digits: Path, steps: int, *options: str) -> dict[int, tuple[list[int], list[str]]]:
-    """What a run of one process that nobody interrupts is fed: per step ids and image hashes."""
+    """Return (ids, image hashes) of the global batch by step, as an uninterrupted run in one process has them."""
     with contextlib.chdir(ROOT):
         recipe = parse([*OPTIONS, *options, "--data", str(digits)])
     feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""Hosts with addresses and links of their own: network namespaces joined by a bridge."""
+"""Simulated hosts with separate addresses and links: network namespaces connected by a bridge."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 
 def ip(*args: str, check: bool = True) -> str:
-    """`ip ARGS`."""
+    """Run `ip ARGS`, and return its output."""
     return subprocess.run(["ip", *args], capture_output=True, text=True, check=check, timeout=20).stdout
 
 
-# A namespace, and its link, may outlive the test that has deleted it for a while.
+# Names are unique, because a namespace and its link may exist for a while after they were deleted.
 _uses = itertools.count()
 
 
@@ -26,7 +26,7 @@ class Host:
     def __init__(self, name: str, address: str, link: str) -> None:
         self.name, self.address = name, address
         self._link = link
-        """The bridge's end of the cable."""
+        """Interface of the bridge that leads to the host."""
         self.started: list[subprocess.Popen[str]] = []
 
     def start(
@@ -48,24 +48,24 @@ class Host:
         ip("link", "set", self._link, "up")
 
     def power_off(self) -> None:
-        """End everything that runs here, without a word to other hosts."""
+        """Kill all processes, without packets to other hosts."""
         self.unplug()
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL to everything that runs here."""
+        """Kill all processes of this host with SIGKILL."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def processes(self) -> list[int]:
-        """What runs on this host."""
+        """Return the process ids on this host."""
         return [int(pid) for pid in ip("netns", "pids", self.name, check=False).split()]
 
 
 @contextlib.contextmanager
 def some_hosts(count: int = 2) -> Iterator[list[Host]]:
-    """Hosts 10.77.N.1, .2, ... on a bridge of their own; gone afterwards, with all that ran there."""
+    """Create hosts 10.77.N.1, .2, ... on a new bridge; delete them and kill their processes afterwards."""
     mark = f"{os.getpid() % 100000}-{next(_uses)}"
     net = f"10.77.{os.getpid() % 250}"
     bridge, hosts = f"br{mark}", []

@@ -1,10 +1,10 @@
-"""launch/train.py whose ranks write down what they are fed, and in which something may go wrong on purpose.
+"""launch/train.py whose ranks record their batches, with optional injected faults.
 
     recorded_train.py [options of launch/train.py]
 
-Rank R appends a line per step to RUN/fed-R.jsonl: start of the job, world, node, rendezvous, ids and hashes of its
-images. Environment: PACE = seconds that each step takes at least; CRASH_AT = step in which rank 0 raises an exception;
-HANG_AT = step in which rank 1 sleeps for ever (at the first start of a job only).
+Rank R appends a line per step to RUN/fed-R.jsonl: start of the job, world size, node, rendezvous, ids and hashes of its
+images. Environment variables: PACE: minimum seconds per step; CRASH_AT: step in which rank 0 raises an exception;
+HANG_AT: step in which rank 1 sleeps for ever (only in the first start of a job).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
     with (RUN / f"fed-{world.rank}.jsonl").open("a") as log:
         log.write(json.dumps(entry) + "\n")
     if step == int(os.environ.get("CRASH_AT", "-1")) and world.rank == 0:
-        raise RuntimeError("on purpose")
+        raise RuntimeError("injected fault")
     if step == int(os.environ.get("HANG_AT", "-1")) and world.rank == 1 and START == 0:
         hang()
     time.sleep(float(os.environ.get("PACE", "0")))
@@ -51,7 +51,7 @@ def step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
 
 
 def hang() -> None:
-    """Shows up in the stacks by this name."""
+    """Sleep for ever, under a name that the test finds in the stacks."""
     while True:
         time.sleep(1)
 

@@ -1,4 +1,4 @@
-"""More nodes, longer runs, other places to fail: `make test-all`."""
+"""Runs on a cluster with more nodes, longer runs and further failures, in `make test-all` only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes."""
+    """Cluster of four nodes."""
     need(*DAEMONS)
     with Cluster(tmp_path_factory.mktemp("large"), nodes=4) as cluster:
         yield cluster
@@ -37,10 +37,10 @@ def test_three_and_four_nodes(large: Cluster, tmp_path: Path, digits: Path, node
     assert job.batches() == uninterrupted(digits, 10, "--global-batch", "48")
 
 
-def test_what_is_free_is_taken_as_far_as_the_batch_can_be_dealt_out(
+def test_a_range_of_nodes_uses_as_many_free_nodes_as_the_global_batch_allows(
     large: Cluster, tmp_path: Path, digits: Path
 ) -> None:
-    """Of a batch of 16 rows three ranks cannot have equal shares: two nodes of the three that are free are used."""
+    """A batch of 16 rows cannot be divided among three ranks, so two of the three free nodes are used."""
     blocker = large.run("sbatch", "--parsable", "--nodelist=n0", "--output=/dev/null", "--wrap", "sleep 600").stdout
     wait_until(lambda: large.job(int(blocker))["JobState"] == "RUNNING", "blocker")
     job = start_job(large, tmp_path / "run", "--nodes", "1-4", options=("--data", digits, "--stop-after", "4"))
@@ -50,7 +50,7 @@ def test_what_is_free_is_taken_as_far_as_the_batch_can_be_dealt_out(
     assert {e["node"] for e in job.fed()} == {"n1", "n2"}
 
 
-def test_digits_on_two_nodes_learn_as_well_as_on_one_machine(large: Cluster, tmp_path: Path, digits: Path) -> None:
+def test_preempted_training_on_two_nodes_reaches_full_accuracy(large: Cluster, tmp_path: Path, digits: Path) -> None:
     options = ("--data", digits, "--zero", "1", "--size", "64", "--global-batch", "64", "--save-every", "40")
     job = start_job(large, tmp_path / "run", "--nodes", "2", options=options)
     job.wait_for_step(100, seconds=600)
@@ -59,8 +59,10 @@ def test_digits_on_two_nodes_learn_as_well_as_on_one_machine(large: Cluster, tmp
     assert lines(job.run, "eval")[-1]["top1"] >= 0.98
 
 
-def test_the_node_of_the_batch_script_dies(large: Cluster, tmp_path: Path, digits: Path) -> None:
-    """Nobody is left to requeue the job but SLURM."""
+def test_a_run_survives_the_failure_of_the_node_of_the_batch_script(
+    large: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    """Only SLURM is left to requeue the job."""
     options = ("--data", digits, "--zero", "1", "--save-every", "3", "--stop-after", "16")
     job = start_job(large, tmp_path / "run", "--nodes", "2", options=options, PACE="0.5")
     job.wait_for_step(7)
@@ -75,7 +77,7 @@ def test_the_node_of_the_batch_script_dies(large: Cluster, tmp_path: Path, digit
     wait_until(lambda: large.idle() == set(large.nodes), "idle nodes")
 
 
-def test_a_stall_is_explained_and_started_again(large: Cluster, tmp_path: Path, digits: Path) -> None:
+def test_a_stalled_run_writes_stacks_and_is_restarted(large: Cluster, tmp_path: Path, digits: Path) -> None:
     options = ("--data", digits, "--zero", "1", "--save-every", "2", "--stop-after", "12", "--hang-timeout", "30")
     job = start_job(large, tmp_path / "run", "--nodes", "2", options=options, HANG_AT="5")
     assert job.end(600)["JobState"] == "COMPLETED", job.log
@@ -97,15 +99,15 @@ def test_two_jobs_do_not_share_a_run_folder(large: Cluster, tmp_path: Path, digi
     first.end()
 
 
-def test_bad_input_is_not_started_again(large: Cluster, tmp_path: Path, digits: Path) -> None:
-    """A recipe that only the nodes can refuse: the set is not where it was said to be."""
+def test_a_run_with_invalid_input_is_not_restarted(large: Cluster, tmp_path: Path, digits: Path) -> None:
+    """The recipe is valid, but the set does not exist, which only the nodes can find out."""
     job = start_job(large, tmp_path / "run", "--nodes", "1", options=("--data", tmp_path / "absent"))
     ended = job.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), job.log
 
 
-def test_the_template_edited_by_hand(large: Cluster, tmp_path: Path, digits: Path) -> None:
-    """Options and settings changed, and nothing else."""
+def test_the_template_can_be_edited_by_hand(large: Cluster, tmp_path: Path, digits: Path) -> None:
+    """Only the options and the settings are changed."""
     run = tmp_path / "run"
     arguments = shlex.join(map(str, (*OPTIONS, "--data", digits, "--out", run, "--stop-after", "3")))
     edits = {

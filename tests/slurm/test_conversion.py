@@ -1,4 +1,4 @@
-"""An array job that converts: killed in the middle, its result is the one of a single local command."""
+"""Conversion as an array job: its result equals that of a local conversion, even if a task is killed."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.slurm.cluster import Cluster, command_of, wait_until
 from tests.support.commands import run_pipeline
 from tests.support.launching import ROOT
 
-OPTIONS = ("--shard-size", "1", "--max-side", "48")  # re-encoding, so that a task lasts for a while
+OPTIONS = ("--shard-size", "1", "--max-side", "48")  # --max-side re-encodes, so that a task takes a while
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("no_orphans")
-def test_four_tasks_one_of_them_killed_give_the_bytes_of_a_local_conversion(
+def test_four_tasks_with_one_of_them_killed_equal_a_local_conversion_byte_by_byte(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
     source = digits.parent / "images"

@@ -1,4 +1,4 @@
-"""Two hosts with a network between them, and without."""
+"""Failures of hosts, links and ranks, on simulated hosts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.slurm.hosts import Host, some_hosts
 from tests.support.launching import LAUNCHER, ROOT, environment, free_port
 
 STALL_SECONDS = 6
-# The explanation, and the launcher's own end on a busy machine.
+# Seconds for writing the reports, and for the launcher to end, on a busy machine.
 OVERHEAD_SECONDS = 45
 
 
 def start(
     hosts: list[Host], tmp_path: Path, *options: str | Path, only_second: tuple[str | Path, ...] = ()
 ) -> list[subprocess.Popen[str]]:
-    """One rank on each host."""
+    """Start one rank on each host with accelerate."""
     port = str(free_port())
     started = []
     count = str(len(hosts))
@@ -38,7 +38,7 @@ def start(
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_link_that_fails_ends_both_sides_and_is_named_and_the_run_resumes_when_it_is_back(
+def test_a_failed_link_ends_both_ranks_and_is_reported_and_the_run_can_be_resumed_later(
     tmp_path: Path, digits: Path
 ) -> None:
     need("ip")
@@ -76,13 +76,13 @@ def test_a_link_that_fails_ends_both_sides_and_is_named_and_the_run_resumes_when
         for own, log in enumerate(logs):
             stalled = [line for line in log.read_text().splitlines() if line.startswith("stalled: ")]
             assert stalled, log.read_text()
-            # Both reach the run folder, so each knows that the other one lives, and which of them lacks the network.
+            # Both reach the run folder, so each finds that the other is alive, and which of them is disconnected.
             assert "no heartbeat" not in stalled[0]
             assert "no connection to the host of rank 0 from: rank 1 on host1" in stalled[0]
             assert f"rank {own}, {steps()[-1]} steps done" in (run / f"stacks-rank{own}.txt").read_text()
         found = json.loads((run / "status").read_text())
         assert found["status"] == "stalled"
-        assert "nodes" not in found  # of two hosts neither is in the majority
+        assert "nodes" not in found  # with two hosts there is no majority
 
         hosts[1].plug_in()
         last = max(steps())
@@ -94,10 +94,10 @@ def test_a_link_that_fails_ends_both_sides_and_is_named_and_the_run_resumes_when
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("lost", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_host_that_loses_power_is_named_and_left_out_of_the_next_start(
+def test_a_host_that_loses_power_is_reported_and_excluded_from_the_next_start(
     tmp_path: Path, digits: Path, lost: int
 ) -> None:
-    """That of rank 0 has torch's store and the rendezvous: what is known must not end with it."""
+    """Also the host of rank 0, with which torch's store and the rendezvous are lost."""
     need("ip")
     run = tmp_path / "run"
     options = ("--data", digits, "--out", run, "--zero", "0", "--hang-timeout", str(STALL_SECONDS))
@@ -123,7 +123,7 @@ def test_a_host_that_loses_power_is_named_and_left_out_of_the_next_start(
 
 
 @pytest.mark.timeout(300)
-def test_a_rank_that_hangs_is_found_by_the_others_and_all_stacks_are_written(tmp_path: Path, digits: Path) -> None:
+def test_when_one_rank_hangs_all_ranks_write_their_stacks(tmp_path: Path, digits: Path) -> None:
     run = tmp_path / "run"
     topology = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port()))
     options = ("--data", digits, "--out", run, "--zero", "0", "--hang-timeout", "5", "--stop-after", "50")
@@ -138,12 +138,12 @@ def test_a_rank_that_hangs_is_found_by_the_others_and_all_stacks_are_written(tmp
     assert "in hang" not in (run / "stacks-rank0.txt").read_text()
     found = json.loads((run / "status").read_text())
     assert found["status"] == "stalled"
-    assert "nodes" not in found  # it answers: no node is to blame
+    assert "nodes" not in found  # all ranks publish heartbeats: no node is at fault
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_a_host_that_sees_another_set_and_another_run_folder_is_named(tmp_path: Path, digits: Path) -> None:
+def test_a_host_with_another_set_and_another_run_folder_is_reported(tmp_path: Path, digits: Path) -> None:
     need("ip")
     shutil.copytree(digits, tmp_path / "set")
     with (tmp_path / "set" / "dataset.json").open("a") as manifest:
@@ -153,10 +153,10 @@ def test_a_host_that_sees_another_set_and_another_run_folder_is_named(tmp_path: 
         apart = ("--data", tmp_path / "set", "--out", tmp_path / "elsewhere")
         for process in start(hosts, tmp_path, "--data", digits, "--out", run, only_second=apart):
             assert process.wait(120) != 0
-    said = (tmp_path / "0.log").read_text()
-    assert "error: nodes that differ from the others: host1: data " in said
-    assert "run folder not shared with rank 0, expected shared" in said
+    log = (tmp_path / "0.log").read_text()
+    assert "error: nodes that differ from the others: host1: data " in log
+    assert "run folder not shared with rank 0, expected shared" in log
     found = json.loads((run / "status").read_text())
     assert found["status"] == "failed"
     assert found["reason"].startswith("host1: data ")
-    assert "nodes" not in found  # of two nodes, neither is in the minority
+    assert "nodes" not in found  # with two nodes there is no majority

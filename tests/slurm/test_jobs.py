@@ -1,4 +1,4 @@
-"""Runs submitted to a real SLURM cluster: preempted, out of time, crashing, losing a node."""
+"""Runs on a SLURM cluster: preemption, time limits, crashes and node failures."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def steps_of(job: Job, start: int) -> list[int]:
-    """Steps that rank 0 made in a start."""
+    """Return the steps that rank 0 ran in a start."""
     return [entry["step"] for entry in job.fed() if entry["start"] == start and entry["rank"] == 0]
 
 
-def test_two_nodes_train_with_zero_are_preempted_and_go_on_with_the_next_batch(
+def test_a_preempted_run_with_zero_on_two_nodes_resumes_with_the_next_batch(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
     options = ("--data", digits, "--zero", "1", "--stop-after", "24")
@@ -41,26 +41,26 @@ def test_two_nodes_train_with_zero_are_preempted_and_go_on_with_the_next_batch(
         assert {(e["rank"], e["node_id"], e["node"]) for e in entries} == {(0, "0", "n0"), (1, "1", "n1")}
         assert {e["rendezvous"] for e in entries} == {f"127.0.0.1:{10000 + job.number}"}
         assert {tuple(e["threads"]) for e in entries} == {(1, 1, 1)}  # the node's mask has one core
-    left_at = len(steps_of(job, 0))
-    assert 4 < left_at < 24
-    assert steps_of(job, 0) + steps_of(job, 1) == list(range(24))  # none twice, none left out
+    stopped_at = len(steps_of(job, 0))
+    assert 4 < stopped_at < 24
+    assert steps_of(job, 0) + steps_of(job, 1) == list(range(24))  # no step is repeated or missing
     assert job.batches() == uninterrupted(digits, 24)
 
 
-def test_a_crash_is_started_again_within_its_budget_only(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+def test_a_crashing_run_is_restarted_only_so_often(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     options = ("--data", digits, "--zero", "0", "--stop-after", "4")
     job = start_job(cluster, tmp_path / "run", "--nodes", "1", "--restarts", "1", options=options, CRASH_AT="2")
     ended = job.end()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "1:0", "1"), job.log
     assert steps_of(job, 0) == steps_of(job, 1) == [0, 1, 2]
     assert status(job.run)["status"] == "failed"
-    assert "on purpose" in status(job.run)["reason"]
+    assert "injected fault" in status(job.run)["reason"]
     assert "giving up after 1 restarts without a new checkpoint (last: none)" in job.log
 
 
 @pytest.mark.slow
-def test_a_time_limit_is_met_in_time_and_costs_no_batch(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
-    # SLURM's own warning is made harmless, so that the run's deadline does it.
+def test_a_run_stops_before_its_time_limit_and_loses_no_batch(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+    # SLURM's warning signal is one without effect, so that the run's own deadline stops it.
     limit = ("--nodes", "1", "--time", "1", "--sbatch=--signal=B:URG@1")
     options = ("--data", digits, "--zero", "0", "--stop-after", "80", "--preempt-margin", "15")
     job = start_job(cluster, tmp_path / "run", *limit, options=options, PACE="0.5")
@@ -73,7 +73,7 @@ def test_a_time_limit_is_met_in_time_and_costs_no_batch(cluster: Cluster, tmp_pa
     assert job.batches() == uninterrupted(digits, 80)
 
 
-def test_a_killed_node_is_left_out_and_the_run_goes_on_without_it(
+def test_after_a_node_failure_the_run_continues_without_the_node(
     cluster: Cluster, tmp_path: Path, digits: Path
 ) -> None:
     options = ("--data", digits, "--zero", "1", "--save-every", "3", "--stop-after", "20")
@@ -93,7 +93,7 @@ def test_a_killed_node_is_left_out_and_the_run_goes_on_without_it(
     assert job.batches() == uninterrupted(digits, 20)
 
 
-def test_a_cancelled_run_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
+def test_a_cancelled_run_saves_and_is_not_requeued(cluster: Cluster, tmp_path: Path, digits: Path) -> None:
     options = ("--data", digits, "--zero", "0", "--stop-after", "500")
     job = start_job(cluster, tmp_path / "run", "--nodes", "1", options=options, PACE="0.5")
     job.wait_for_step(1)

@@ -1,4 +1,4 @@
-"""SLURM's own sbatch reads the options of a rendered script; no cluster is needed for that."""
+"""The options of a rendered script as SLURM's sbatch parses them, which requires no cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AuthType=auth/munge
 """
 
 
-def test_sbatch_reads_every_option_unchanged(tmp_path: Path) -> None:
+def test_sbatch_parses_every_option_unchanged(tmp_path: Path) -> None:
     need("sbatch")
     run = tmp_path / 'it\'s a "run" #1 of 100% $(touch x) `touch x`'
     name, account = "n'a\"m\\e #2 $x", "-a\\"
@@ -32,7 +32,7 @@ def test_sbatch_reads_every_option_unchanged(tmp_path: Path) -> None:
     script.write_text(render(job, recipe, ["--data", "/sets/x\n#SBATCH --comment=none"]))
     config = tmp_path / "slurm.conf"
     config.write_text(CONFIG)
-    # Nobody answers at that port: sbatch says what it has read, and then that it cannot submit it.
+    # Nothing listens on that port: sbatch prints the options that it has parsed, then fails to submit.
     done = subprocess.run(
         ["sbatch", "-vv", str(script)],
         env=os.environ | {"SLURM_CONF": str(config)},
@@ -40,10 +40,10 @@ def test_sbatch_reads_every_option_unchanged(tmp_path: Path) -> None:
         text=True,
         check=False,
     )
-    read = dict(re.findall(r"^sbatch: ([\w-]+) *: (.*)$", done.stderr, re.MULTILINE))
-    assert read["job-name"] == name
-    assert read["account"] == account
-    assert read["comment"] == "a\\ 'b'"
-    assert read["nodes"] == "2-3"
-    assert read["output"] == f"{str(run).replace('%', '%%')}/slurm/job-%j.out"
+    parsed = dict(re.findall(r"^sbatch: ([\w-]+) *: (.*)$", done.stderr, re.MULTILINE))
+    assert parsed["job-name"] == name
+    assert parsed["account"] == account
+    assert parsed["comment"] == "a\\ 'b'"
+    assert parsed["nodes"] == "2-3"
+    assert parsed["output"] == f"{str(run).replace('%', '%%')}/slurm/job-%j.out"
     assert not (tmp_path / "x").exists()

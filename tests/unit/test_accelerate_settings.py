@@ -1,4 +1,4 @@
-"""A user's own accelerate configuration: whatever `accelerate launch` makes of it, nothing of it is obeyed in part."""
+"""A user's saved accelerate configuration does not change training, whatever `accelerate launch` derives from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shards.errors import UserError
 BASE = "compute_environment: LOCAL_MACHINE\nmachine_rank: 0\nnum_machines: 1\nnum_processes: 1\nrdzv_backend: static\n"
 NO = "distributed_type: 'NO'\n"
 
-# Content of the saved configuration -> what the line must name.
+# Name -> (content of the saved configuration, settings that the note must name).
 SAVED = {
     "fp16": (NO + "mixed_precision: fp16\n", ["mixed_precision fp16 (--precision)"]),
     "dynamo": (
@@ -34,20 +34,21 @@ SAVED = {
         ["DeepSpeed (--zero)", "gradient_accumulation_steps 4 (--micro-batch)", "gradient_clipping 1.0 (--clip-grad)"],
     ),
 }
-# What accelerate would then do by itself, without a word of the recipe.
+# Program that prints the settings that accelerate uses, and the variables that are left.
 SHOW = """
 import os, sys
 from launch.machine.world import connect
 connect()
 from accelerate import Accelerator
-made = Accelerator()
-print(made.state.mixed_precision, made.state.dynamo_plugin.backend.value, made.gradient_accumulation_steps,
-      made.distributed_type.value, sorted(n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))))
+accelerator = Accelerator()
+state = accelerator.state
+print(state.mixed_precision, state.dynamo_plugin.backend.value, accelerator.gradient_accumulation_steps,
+      accelerator.distributed_type.value, sorted(n for n in os.environ if n.startswith(("ACCELERATE_", "FSDP_"))))
 """
 
 
 def launched(home: Path, text: str, script: Path) -> subprocess.CompletedProcess[str]:
-    """The script by `accelerate launch`, with a saved configuration."""
+    """Run a script with `accelerate launch` and a saved configuration."""
     (home / "accelerate").mkdir(parents=True)
     (home / "accelerate" / "default_config.yaml").write_text(BASE + text)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", str(script)]
@@ -57,7 +58,7 @@ def launched(home: Path, text: str, script: Path) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize("name", SAVED)
-def test_a_saved_configuration_is_overruled_in_one_line(tmp_path: Path, name: str) -> None:
+def test_a_saved_configuration_is_overridden_with_one_note(tmp_path: Path, name: str) -> None:
     text, facts = SAVED[name]
     (tmp_path / "show.py").write_text(SHOW)
     done = launched(tmp_path / "hf", text, tmp_path / "show.py")
@@ -70,20 +71,20 @@ def test_a_saved_configuration_is_overruled_in_one_line(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("value", ["true", "True", "1", "yes"])
-def test_a_configuration_for_the_cpu_is_refused_where_a_gpu_trains(value: str) -> None:
+def test_a_configuration_for_the_cpu_is_rejected_on_a_gpu(value: str) -> None:
     with pytest.raises(UserError, match=r"configured to use the CPU .* has a GPU.*CUDA_VISIBLE_DEVICES=''"):
         override_accelerate({"ACCELERATE_USE_CPU": value}, cuda=True)
     assert override_accelerate({"ACCELERATE_USE_CPU": value}, cuda=False) == ""
 
 
-def test_the_launcher_s_own_options_are_overruled_too() -> None:
+def test_options_of_the_launcher_are_overridden_too() -> None:
     environ = {"ACCELERATE_CPU_AFFINITY": "1", "ACCELERATE_USE_MEGATRON_LM": "true", "MEGATRON_LM_TP_DEGREE": "2"}
     line = override_accelerate(environ, cuda=False)
     assert line.endswith(": Megatron-LM (--zero), enable_cpu_affinity (--numa-binding)")
     assert environ == {}
 
 
-def test_what_is_not_accelerate_s_stays() -> None:
+def test_other_variables_are_kept() -> None:
     kept = {"PATH": "/bin", "RANK": "1", "ACCELERATE_LOG_LEVEL": "debug", "ACCELERATE_BYPASS_DEVICE_MAP": "true"}
     environ = kept | {"ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "FSDP_X": "1"}
     assert override_accelerate(environ, cuda=False) == ""

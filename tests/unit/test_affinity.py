@@ -1,4 +1,4 @@
-"""Which cores a rank takes of those that it was given."""
+"""The cores on which a rank runs, out of those that its process may use."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ NODES = {0: frozenset(range(8)), 1: frozenset(range(8, 16)), None: frozenset[int
 @pytest.mark.parametrize(
     ("what", "allowed", "near", "rank", "expected"),
     [
-        ("half of the ranks near each node", ALL, [0, 0, 1, 1], 2, (range(8, 16), 4)),
-        ("all near one node: its cores are shared", ALL, [1, 1, 1, 1], 0, (range(8, 16), 2)),
-        ("no GPUs: everything is shared", ALL, [None] * 4, 3, (ALL, 4)),
-        ("alone on the machine: far cores too", ALL, [1], 0, (ALL, 16)),
-        ("the mask has half of each socket", frozenset({0, 1, 2, 3, 8, 9, 10, 11}), [0, 0, 1, 1], 3, (range(8, 12), 2)),
-        ("the mask has nothing near some GPU", frozenset(range(8)), [0, 0, 1, 1], 0, (range(8), 2)),
-        ("the mask has too little near some GPU", frozenset(range(9)), [0, 0, 1, 1], 0, (range(9), 2)),
+        ("half of the ranks near each NUMA node", ALL, [0, 0, 1, 1], 2, (range(8, 16), 4)),
+        ("all near one NUMA node: its cores are shared", ALL, [1, 1, 1, 1], 0, (range(8, 16), 2)),
+        ("no GPUs: all cores are shared", ALL, [None] * 4, 3, (ALL, 4)),
+        ("a single rank: remote cores too", ALL, [1], 0, (ALL, 16)),
+        ("the mask has half of each node", frozenset({0, 1, 2, 3, 8, 9, 10, 11}), [0, 0, 1, 1], 3, (range(8, 12), 2)),
+        ("the mask has no core near some GPUs", frozenset(range(8)), [0, 0, 1, 1], 0, (range(8), 2)),
+        ("the mask has fewer cores near some GPUs than ranks", frozenset(range(9)), [0, 0, 1, 1], 0, (range(9), 2)),
         ("more ranks than cores", frozenset({5}), [None] * 4, 1, ({5}, 1)),
-        ("one GPU's place is unknown", ALL, [0, None], 0, (ALL, 8)),
+        ("the NUMA node of one GPU is unknown", ALL, [0, None], 0, (ALL, 8)),
         ("a machine without NUMA nodes", ALL, ["all"] * 4, 0, (ALL, 4)),
     ],
 )
-def test_a_rank_takes_the_cores_near_its_gpu(
+def test_a_rank_uses_the_cores_near_its_gpu(
     what: str, allowed: frozenset[int], near: list[int | str | None], rank: int, expected: tuple[set[int], int]
 ) -> None:
     assert choose(allowed, [NODES[node] for node in near], rank) == (frozenset(expected[0]), expected[1]), what
 
 
-def test_the_kernels_lists_are_read() -> None:
+def test_cpu_lists_of_linux_are_parsed() -> None:
     assert parse_list("0-3,8,10-11\n") == {0, 1, 2, 3, 8, 10, 11}
     assert parse_list("\n") == set()
 
 
-def test_the_kernel_says_which_cores_are_near_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cores_near_a_gpu_are_read_from_sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     properties = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xAF, pci_device_id=1)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
     monkeypatch.setattr("launch.machine.affinity.PCI_DEVICES", tmp_path)
-    assert cores_near(0) == frozenset(), "not every virtual machine tells"
+    assert cores_near(0) == frozenset(), "virtual machines may lack the file"
     (tmp_path / "0000:af:01.0").mkdir()
     (tmp_path / "0000:af:01.0" / "local_cpulist").write_text("8-9,24-25\n")
     assert cores_near(0) == {8, 9, 24, 25}

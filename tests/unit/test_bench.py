@@ -1,5 +1,5 @@
-"""`pipeline bench` where it is known what must come out: on the test's clock, loader or model is the slower one, and
-figures, verdict and chart must say so."""
+"""`pipeline bench` with known results: on a simulated clock the loader or the model is slower, and the measured rates,
+the verdict and the chart must show it."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def run(tmp_path: Path, data: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+def _one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.bench.run.ROUNDS", 1)
 
 
-def test_bench_shows_and_writes_its_figures(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_prints_and_writes_its_results(tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = run(tmp_path, digits, "--augment", "light")
     assert found["verdict"] in capsys.readouterr().out
     assert (
@@ -59,7 +59,7 @@ def test_bench_shows_and_writes_its_figures(tmp_path: Path, digits: Path, capsys
 
 
 @pytest.mark.parametrize(
-    ("ranks", "batch", "rows", "said"),
+    ("ranks", "batch", "rows", "noted"),
     [
         (2, ("--global-batch", "32", "--micro-batch", "8", "--lanes", "16"), 8, False),
         (4, ("--global-batch", "96"), 24, False),
@@ -76,7 +76,7 @@ def test_the_micro_batch_of_one_rank_is_measured(
     ranks: int,
     batch: tuple[str, ...],
     rows: int,
-    said: bool,
+    noted: bool,
 ) -> None:
     seen: list[Feed] = []
     resolved: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def test_the_micro_batch_of_one_rank_is_measured(
         seen.append(feed)
         return figures()
 
-    # What depends on the number of ranks needs a GPU.
+    # Options that depend on the number of ranks require a GPU.
     monkeypatch.setattr("launch.bench.one_rank.Execution.of", lambda *_, **options: resolved.append(options))
     monkeypatch.setattr("launch.bench.run._figures", measured)
     monkeypatch.setattr("launch.bench.run.Engine", lambda *_, **__: SimpleNamespace(notes=[], resolved={}))
@@ -94,10 +94,10 @@ def test_the_micro_batch_of_one_rank_is_measured(
     assert pipeline(arguments) == 0
     assert seen[0].shape.micro_rows == rows
     assert (resolved[0]["ranks"], resolved[0]["accumulation"]) == (ranks, seen[0].shape.accumulation)
-    assert (f"{rows} images per forward pass are measured" in capsys.readouterr().out) is said
+    assert (f"{rows} images per forward pass are measured" in capsys.readouterr().out) is noted
 
 
-def test_a_batch_that_ranks_cannot_divide_is_refused(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_batch_that_the_ranks_do_not_divide_is_rejected(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(["bench", str(digits), "--ranks", "3", "--", "--global-batch", "100"]) == 2
     assert "world size 3 does not divide the global batch of 100" in capsys.readouterr().err
 
@@ -105,13 +105,13 @@ def test_a_batch_that_ranks_cannot_divide_is_refused(digits: Path, capsys: pytes
 def test_reading_is_measured_without_decoding(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.decode.dali import DaliDecoder
 
-    monkeypatch.setattr(DaliDecoder, "_inputs", lambda *_: pytest.fail("decodes"))
+    monkeypatch.setattr(DaliDecoder, "_inputs", lambda *_: pytest.fail("an image was decoded"))
     recipe = parse(["--data", str(digits), "--size", "32", "--global-batch", "2"])
     assert _reading(Feed.of(recipe, World(0, 1, 0, 1, CPU)), steps=3, ahead=1) > 0
 
 
 class Host:
-    """A machine whose loader takes `loading` seconds a batch beside a model that takes `training` seconds a step."""
+    """Simulated machine whose loader takes `loading` seconds per batch, and whose model `training` seconds per step."""
 
     def __init__(self, patch: pytest.MonkeyPatch, *, loading: float, training: float, ahead: int) -> None:
         self.now, self.loading, self.training, self.ahead = 0.0, loading, training, ahead
@@ -123,7 +123,7 @@ class Host:
         def batches() -> Iterator[Any]:
             made, taken = self.now, list[float]()
             while True:
-                # The batch is begun when the one before it is made, and when no more than `ahead` wait.
+                # A batch is begun when the previous one is ready and fewer than `ahead` are waiting.
                 begun = max(made, taken[-self.ahead] if len(taken) >= self.ahead else 0.0)
                 made = begun + self.loading
                 self.now = max(self.now, made)
@@ -144,7 +144,7 @@ class Host:
     ("loading", "training", "expected", "waiting"),
     [(0.6, 0.2, "input-bound: ", 2 / 3), (0.1, 0.5, "model-bound: ", 0.0)],
 )
-def test_the_slower_one_is_found_out(
+def test_the_verdict_finds_the_slower_of_loader_and_model(
     monkeypatch: pytest.MonkeyPatch, loading: float, training: float, expected: str, waiting: float
 ) -> None:
     host = Host(monkeypatch, loading=loading, training=training, ahead=2)
@@ -160,13 +160,13 @@ def test_the_slower_one_is_found_out(
     assert figures(loader=loader, model=model, both=both).verdict.startswith(expected)
 
 
-def test_sizes_that_make_no_sense_are_refused(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sizes_are_rejected(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(["bench", str(digits), "--steps", "0"]) == 2
     assert "--steps 0" in capsys.readouterr().err
 
 
 def figures(**changes: Any) -> Figures:
-    """A GPU that waits for its decoder; with changes."""
+    """Return results of a GPU that waits for its decoder, with changes."""
     usual: dict[str, Any] = {
         "machine": {"device": "GPU", "cores": 16, "load": 1.0},
         "settings": {"variant": "b0", "batch": 256, "loader": "dali on the GPU, JPEG engine"},
@@ -182,7 +182,7 @@ def figures(**changes: Any) -> Figures:
     return Figures(**(usual | changes))
 
 
-# Memory is the limit: 40,000 images/s, of which 80,000 would fill the arithmetic.
+# Memory bandwidth limits the model to 40,000 images/s; the arithmetic peak would allow 80,000.
 ROOFLINE = Roofline(10**9, 10**8, DevicePeaks(arithmetic=80e12, stated=True, bandwidth=4e12))
 READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
 
@@ -200,7 +200,7 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
             {"both": Phase(7_000.0, 2e-3, 0.001, host=0.020)},
             "device-bound: the loader's work on the GPU takes 12% of the device (both/model 0.88)",
         ),
-        (  # B3 on an H200: of two steps, one stands beside the decoding of two batches
+        (  # measured with B3 on an H200: every other step overlaps with the decoding of two batches
             {"loader": Phase(18_408.0, 1.6e-4, 1.0), "model": Phase(3_210.0, 2.6e-4, 0.0)}
             | {"both": Phase(2_846.0, 5.1e-4, 0.069, host=0.017)},
             "device-bound: the loader's work on the GPU takes 11% of the device (both/model 0.89)",
@@ -210,12 +210,12 @@ READY = Phase(rate=7_990.0, cpu=2e-3, waiting=0.001)
         ({"both": Phase(7_000.0, 2e-3, 0.001), "memory": {}}, "model-bound: batches are always ready"),
     ],
 )
-def test_the_verdict_names_what_limits(changes: dict[str, Any], expected: str) -> None:
+def test_the_verdict_names_the_bottleneck(changes: dict[str, Any], expected: str) -> None:
     assert figures(**changes).verdict.startswith(expected)
 
 
 class Gpu:
-    """What `compare` sees of a GPU: it steps slowly at first, and knows the time of each step."""
+    """Simulated GPU for `compare`: its first steps are slow, and it records the time of each step."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.now, self.done, self.number, self.batches = 0.0, 0.0, 0, 0
@@ -234,7 +234,7 @@ class Gpu:
 
     @contextmanager
     def loader(self, ready: float) -> Iterator[Iterator[Any]]:
-        """A loader whose batches are whole so many seconds before the host gets them; opened, the device cools down."""
+        """Loader whose batches are ready `ready` seconds before the host gets them. Opening it slows the GPU down."""
         self.number = 0
 
         def batches() -> Iterator[Any]:
@@ -251,7 +251,7 @@ class Gpu:
         self.number += 1
 
 
-def test_steps_of_a_gpu_are_timed_when_they_have_become_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_a_gpu_are_timed_once_their_rate_is_steady(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu(monkeypatch)
     opener = partial(gpu.loader, 0.0)
     _, model, both = compare(
@@ -265,13 +265,13 @@ def test_steps_of_a_gpu_are_timed_when_they_have_become_steady(monkeypatch: pyte
         assert phase.waiting < 0.01
 
 
-def test_decoding_on_cpus_has_other_remedies() -> None:
+def test_decoding_on_cpus_has_different_remedies() -> None:
     on_cpu = figures(settings={"loader": "dali on CPUs"})
     assert bottleneck(on_cpu) == "decode"
     assert "--decode-threads" in on_cpu.verdict
 
 
-def test_the_chart_shows_the_figures() -> None:
+def test_the_chart_shows_the_results() -> None:
     speeds, shares = draw(figures()).axes
     assert [bar.get_width() for bar in speeds.patches] == [5_000, 8_000, 5_000, 4_900]
     assert [bar.get_width() for bar in shares.patches] == pytest.approx([4_900 / 8_000, 0.31, 0.2, 0.1])
@@ -280,17 +280,17 @@ def test_the_chart_shows_the_figures() -> None:
 @pytest.mark.parametrize(
     ("cores", "expected"),
     [
-        (None, 10.0),  # a GPU: the slower of the two
-        (16, 10.0),  # cores enough for both
-        (2, 2 / 0.28),  # .18 s of the model's and .1 s of the loader's CPU time, on two cores
+        (None, 10.0),  # a GPU: the slower of the two determines the rate
+        (16, 10.0),  # enough cores for both
+        (2, 2 / 0.28),  # 0.18 s of the model's and 0.1 s of the loader's CPU time on two cores
     ],
 )
-def test_predictions_share_out_the_cores(cores: int | None, expected: float) -> None:
+def test_the_prediction_accounts_for_shared_cores(cores: int | None, expected: float) -> None:
     loader, model = Phase(rate=20.0, cpu=0.1, waiting=1.0), Phase(rate=10.0, cpu=0.18, waiting=0.0)
     assert predict(loader, model, cores=cores) == pytest.approx(expected)
 
 
-def test_the_loader_lasts_however_small_the_set(digits: Path) -> None:
+def test_the_loader_does_not_run_out_of_batches_on_a_small_set(digits: Path) -> None:
     epoch = ("--size", "32", "--global-batch", "512", "--epochs", "1", "--warmup-epochs", "0", "--augment", "light")
     with one_rank(parse(["--data", str(digits), *epoch, "--stop-after", "1"]), ranks=1) as (feed, _):
         assert feed.plan.steps_per_epoch == 2

@@ -1,4 +1,4 @@
-"""What ranks publish in RUN/heartbeat, and how others read and judge it. tests/dist has it with several processes."""
+"""Heartbeats in RUN/heartbeat, and the ranks and hosts at fault. tests/dist tests them with several processes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def encoded(content: Beat, **changes: Any) -> bytes:
 
 
 def ranks_of(count: int, per_host: int = 1, **by_rank: dict[str, Any]) -> list[RankStatus]:
-    """Return ranks that are alive at step 5, but for those with changes, as in r1={"step": 4}."""
+    """Return ranks that are alive at step 5, except for changes such as r1={"step": 4}."""
     ranks = []
     for rank in range(count):
         changes = by_rank.get(f"r{rank}", {})
@@ -54,7 +54,7 @@ def ranks_of(count: int, per_host: int = 1, **by_rank: dict[str, Any]) -> list[R
     return ranks
 
 
-SILENT, CUT_OFF = {"silent_seconds": 9.0}, {"reaches_rank0": False}
+SILENT, OFFLINE = {"silent_seconds": 9.0}, {"reaches_rank0": False}
 UNREAD = SILENT | {"beat": None}
 
 
@@ -64,10 +64,10 @@ UNREAD = SILENT | {"beat": None}
         (ranks_of(3), "all other ranks are alive and also at step 5: a collective, the network or a file system", []),
         (ranks_of(3, r1=SILENT), "no heartbeat for 9 s from: rank 1 on h1 (process 101), last at step 5", ["h1"]),
         (ranks_of(3, r1=UNREAD), "no heartbeat for 9 s from: rank 1 on h1, no heartbeat at all", ["h1"]),
-        # A process is gone, its host is there.
+        # One process of a host has died, but the host is up.
         (ranks_of(8, 2, r3=SILENT), "no heartbeat for 9 s from: rank 3 on h1 (process 103)", []),
         (ranks_of(8, 2, r2=SILENT, r3=SILENT), "rank 2 on h1 (process 102), last at step 5; rank 3 on h1", ["h1"]),
-        # Most hosts are gone: the fault may be on this side.
+        # Most hosts are silent: this host may be at fault.
         (ranks_of(4, r1=SILENT, r2=SILENT), "no heartbeat for 9 s from: rank 1 on h1", []),
         (ranks_of(2, r1=SILENT), "no heartbeat for 9 s from: rank 1 on h1", []),
         (
@@ -75,17 +75,17 @@ UNREAD = SILENT | {"beat": None}
             "behind: rank 1 on h1 (process 101), at step 4 for 33 s; ahead: rank 2 on h2 (process 102), at step 6",
             [],
         ),
-        (ranks_of(3, r2=CUT_OFF), "no connection to the host of rank 0 from: rank 2 on h2 (process 102)", ["h2"]),
-        (ranks_of(3, r1=CUT_OFF, r2=CUT_OFF), "no connection to the host of rank 0 from: rank 1 on h1", ["h0"]),
-        (ranks_of(4, r1=CUT_OFF, r2=CUT_OFF), "no connection to the host of rank 0 from: rank 1 on h1", []),
-        (ranks_of(2, r1=CUT_OFF), "no connection to the host of rank 0 from: rank 1 on h1", []),
-        (ranks_of(4, r1=SILENT, r2=CUT_OFF), "no heartbeat for 9 s from: rank 1", ["h1"]),
-        # What a silent rank said last of its network counts no more.
-        (ranks_of(4, r1=SILENT | CUT_OFF), "no heartbeat for 9 s from: rank 1", ["h1"]),
+        (ranks_of(3, r2=OFFLINE), "no connection to the host of rank 0 from: rank 2 on h2 (process 102)", ["h2"]),
+        (ranks_of(3, r1=OFFLINE, r2=OFFLINE), "no connection to the host of rank 0 from: rank 1 on h1", ["h0"]),
+        (ranks_of(4, r1=OFFLINE, r2=OFFLINE), "no connection to the host of rank 0 from: rank 1 on h1", []),
+        (ranks_of(2, r1=OFFLINE), "no connection to the host of rank 0 from: rank 1 on h1", []),
+        (ranks_of(4, r1=SILENT, r2=OFFLINE), "no heartbeat for 9 s from: rank 1", ["h1"]),
+        # The last network state of a silent rank is ignored.
+        (ranks_of(4, r1=SILENT | OFFLINE), "no heartbeat for 9 s from: rank 1", ["h1"]),
         (ranks_of(40, **{f"r{rank}": SILENT for rank in range(1, 40)}), "and 23 more", []),
     ],
 )  # fmt: skip
-def test_which_ranks_and_hosts_are_at_fault(ranks: list[RankStatus], message: str, hosts: list[str]) -> None:
+def test_the_ranks_and_hosts_at_fault(ranks: list[RankStatus], message: str, hosts: list[str]) -> None:
     assert message in describe_failure(ranks, 0, 5)
     assert failing_hosts(ranks) == hosts
 
@@ -97,21 +97,21 @@ def test_observers_are_few_and_on_as_many_hosts_as_possible(ranks: int) -> None:
     assert len({rank // 8 for rank in observers}) == min(-(-ranks // 8), OBSERVERS)
 
 
-# -- what is read ------------------------------------------------------------------------------------------------------
+# -- reading heartbeats ------------------------------------------------------------------------------------------------
 
 
-def regular(content: bytes) -> Callable[[Path], object]:
+def regular_file(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
 NO_HEARTBEAT: dict[str, Callable[[Path], object]] = {
     "missing": lambda path: None,
-    "empty": regular(b""),
-    "torn": regular(encoded(beat(ID))[:-20]),
-    "too large": regular(encoded(beat(ID)) + b" " * MAX_BYTES),
-    "a negative step": regular(encoded(beat(ID), step=-1)),
-    "an unknown field": regular(encoded(beat(ID), more=1)),
-    "an earlier start": regular(encoded(beat(EARLIER))),
+    "empty": regular_file(b""),
+    "torn": regular_file(encoded(beat(ID))[:-20]),
+    "too large": regular_file(encoded(beat(ID)) + b" " * MAX_BYTES),
+    "a negative step": regular_file(encoded(beat(ID), step=-1)),
+    "an unknown field": regular_file(encoded(beat(ID), more=1)),
+    "an earlier start": regular_file(encoded(beat(EARLIER))),
     "a folder": Path.mkdir,
     "a fifo": os.mkfifo,
 }
@@ -119,7 +119,7 @@ NO_HEARTBEAT: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", NO_HEARTBEAT)
-def test_anything_but_a_valid_regular_file_of_this_start_is_no_heartbeat(tmp_path: Path, kind: str) -> None:
+def test_only_a_valid_regular_file_of_this_start_is_a_heartbeat(tmp_path: Path, kind: str) -> None:
     (tmp_path / "rank-0").write_bytes(encoded(beat(ID)))
     assert read_beat(tmp_path / "rank-0", ID) == beat(ID)
     NO_HEARTBEAT[kind](tmp_path / "rank-1")
@@ -131,7 +131,7 @@ def test_anything_but_a_valid_regular_file_of_this_start_is_no_heartbeat(tmp_pat
 
 @dataclasses.dataclass
 class Publisher:
-    """Rank 1 of several, with a heartbeat every hundredth of a second."""
+    """The heartbeat thread of rank 1 of several ranks."""
 
     folder: Path
     start: Start
@@ -148,7 +148,7 @@ class Publisher:
         (self.folder / "stacks").write_text(self.start.id)
 
     def write(self, rank: int, **changes: Any) -> None:
-        """Publish a heartbeat of another rank."""
+        """Publish a heartbeat in the name of another rank."""
         (self.folder / "new").write_bytes(encoded(beat(self.start.id, **changes)))
         (self.folder / "new").replace(self.folder / f"rank-{rank}")
 
@@ -185,7 +185,7 @@ def publisher(tmp_path: Path) -> Iterator[Publisher]:
         yield publisher
 
 
-def test_heartbeats_are_published_until_the_last_one_says_so(publisher: Publisher) -> None:
+def test_heartbeats_are_published_until_the_last_one_is_marked_as_such(publisher: Publisher) -> None:
     publisher.wait_for_beats(2)
     found = publisher.beat
     assert (found["step"], found["idle"], found["host"], found["pid"]) == (3, 1.3, "h1", os.getpid())
@@ -197,7 +197,7 @@ def test_heartbeats_are_published_until_the_last_one_says_so(publisher: Publishe
 
 
 def watched(publisher: Publisher, while_watched: Callable[[], object] = lambda: None) -> list[RankStatus]:
-    """What is known of all ranks after two seconds, in which something happens to their files."""
+    """Watch all ranks for two seconds while `while_watched` changes their files, and return their states."""
     with ThreadPoolExecutor(1) as pool:
         found = pool.submit(publisher.heartbeat.watch, 2.0)
         publisher.wait_for_beats(5)  # each rank is read at least once
@@ -211,10 +211,10 @@ def test_a_rank_is_alive_if_its_heartbeat_changes_while_it_is_watched(tmp_path: 
             publisher.write(rank)
 
         def change() -> None:
-            publisher.write(2, time=0.5)  # also back: what counts is the change
+            publisher.write(2, time=0.5)  # back in time: any change counts
             publisher.write(3, ended=True)
             (publisher.folder / "rank-4").write_bytes(b"garbage")
-            publisher.write(5)  # late
+            publisher.write(5)  # its first heartbeat
             publisher.write(6, time=2.0, reaches_rank0=False)
 
         statuses = watched(publisher, change)
@@ -232,12 +232,12 @@ def test_ranks_are_watched_until_all_have_written_their_stacks(tmp_path: Path) -
         publisher.write(2, stacks=True)
         found = pool.submit(publisher.heartbeat.watch, 3600)
         publisher.wait_for_beats(5)
-        assert not found.done()  # rank 2 may be dead since
+        assert not found.done()  # rank 2 has not shown that it is still alive
         publisher.write(2, stacks=True, time=2.0)
         assert [status.beat and status.beat.stacks for status in found.result(60)] == [False, True, True]
 
 
-def test_a_rank_that_was_not_watched_for_long_enough_is_not_called_silent(tmp_path: Path) -> None:
+def test_a_rank_that_was_not_watched_long_enough_is_not_reported_as_silent(tmp_path: Path) -> None:
     with publishing(tmp_path / "heartbeat", ranks=2, interval=3600) as publisher:
         assert not any(status.silent_seconds for status in publisher.heartbeat.watch(0.0))
 
@@ -255,14 +255,14 @@ def test_stacks_are_written_once_for_a_request_of_this_start(publisher: Publishe
     assert len(publisher.dumps) == 1
 
 
-def test_stacks_that_cannot_be_written_do_not_silence_a_rank(publisher: Publisher) -> None:
+def test_a_rank_that_cannot_write_its_stacks_keeps_publishing(publisher: Publisher) -> None:
     publisher.error = OSError(28, "No space left on device")
     publisher.request_stacks()
     wait_until(lambda: publisher.beat["stacks"])
     publisher.wait_for_beats()
 
 
-def test_a_rank_that_asks_writes_its_own_stacks_itself(publisher: Publisher) -> None:
+def test_the_requesting_rank_does_not_answer_its_own_request(publisher: Publisher) -> None:
     publisher.heartbeat.request_stacks()
     wait_until(lambda: publisher.beat["stacks"])
     assert (publisher.folder / "stacks").read_text() == publisher.start.id
@@ -278,7 +278,7 @@ def test_heartbeats_resume_when_the_file_system_works_again(publisher: Publisher
     wait_until(lambda: not publisher.heartbeat.failure)
 
 
-def test_a_start_removes_the_heartbeats_and_the_request_of_an_earlier_one(tmp_path: Path) -> None:
+def test_a_start_removes_the_heartbeats_and_the_request_of_the_previous_start(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeat"
     folder.mkdir()
     for name in ("rank-0", "rank-1023", ".rank-7.00c0ffee00c0ffee.tmp", "notes.txt"):
@@ -291,7 +291,7 @@ def test_a_start_removes_the_heartbeats_and_the_request_of_an_earlier_one(tmp_pa
 # -- the network -------------------------------------------------------------------------------------------------------
 
 
-def test_a_host_that_refuses_a_connection_is_reachable_and_one_that_does_not_answer_is_not(
+def test_a_host_that_refuses_a_connection_is_reachable_unlike_one_that_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(network, "CONNECT_SECONDS", 0.2)
@@ -299,23 +299,23 @@ def test_a_host_that_refuses_a_connection_is_reachable_and_one_that_does_not_ans
         address = network.rank0_address("127.0.0.1", str(server.getsockname()[1]))
         assert address is not None
         assert network.is_reachable(address)
-        for _ in range(4):  # fill the queue of a server that accepts nothing: the next ones get no answer
+        for _ in range(4):  # fill the backlog of a server that accepts nothing: further connections get no answer
             connection = connections.enter_context(socket.socket())
             connection.setblocking(False)
             connection.connect_ex(server.getsockname())
         assert not network.is_reachable(address)
-    assert network.is_reachable(address)  # nobody listens there any more
+    assert network.is_reachable(address)  # nothing listens on the port any more
 
 
 @pytest.mark.parametrize(
     ("host", "port"), [("", ""), ("localhost", ""), ("no.such.host.invalid", "1"), ("x" * 99, "1")]
 )
-def test_an_address_that_is_not_set_or_not_known_is_none(host: str, port: str) -> None:
+def test_an_unset_or_unresolvable_address_is_none(host: str, port: str) -> None:
     assert network.rank0_address(host, port) is None
 
 
-def test_no_code_of_ours_listens_on_a_port() -> None:
-    """torch and NCCL do, which docs/security.md has a section on; pipeline/feed_process/ uses a socket pair."""
+def test_the_project_opens_no_listening_port() -> None:
+    """torch and NCCL do, see docs/security.md. The feed process uses a socket pair."""
     listening = re.compile(
         r"\.(listen|create_server|start_server)\(|\bsock\w*\.bind\(|\b\w*(TCP|UDP|HTTP|Manager)Server\("
     )

@@ -1,4 +1,4 @@
-"""Several tasks without a launcher are refused at once; one process, however it was started, is not."""
+"""Several tasks without a launcher are rejected at the start; a single process is accepted however it was started."""
 
 from __future__ import annotations
 
@@ -13,44 +13,46 @@ from launch.machine.launcher_check import check_launcher
 from shards.errors import UserError
 from tests.support.launching import ROOT, python_path
 
-# As SLURM 22.05 sets them: of the job, and of a step in it.
+# Variables that SLURM 22.05 sets for a job, and for a step of the job.
 BATCH = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2", "SLURM_NPROCS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 STEP = BATCH | {"SLURM_STEP_ID": "0", "SLURM_STEPID": "0", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "2"}
 LAUNCHED = {"RANK": "0", "WORLD_SIZE": "2"}
 
 
 @pytest.mark.parametrize(
-    ("what", "environment", "refused"),
+    ("case", "environment", "found"),
     [
-        ("nothing of a cluster", {}, ""),
-        ("a batch script of a job of several tasks", BATCH, ""),
-        ("a shell of salloc", {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8"}, ""),
-        ("an interactive step in a job of several tasks", STEP | {"SLURM_STEP_NUM_TASKS": "1"}, ""),
-        ("a step of one task", STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ("no cluster", {}, ""),
+        ("the batch script of a job with several tasks", BATCH, ""),
+        ("a shell started by salloc", {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_NPROCS": "8"}, ""),
+        ("an interactive step in a job with several tasks", STEP | {"SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ("a step with one task", STEP | {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, ""),
         ("the first of two tasks", STEP, "SLURM_STEP_NUM_TASKS=2"),
         ("the second of two tasks", STEP | {"SLURM_PROCID": "1"}, "SLURM_STEP_NUM_TASKS=2"),
-        ("a task whose step is not named", BATCH | {"SLURM_PROCID": "1"}, "SLURM_PROCID=1"),
+        ("a task without variables of its step", BATCH | {"SLURM_PROCID": "1"}, "SLURM_PROCID=1"),
         ("two tasks under a launcher", STEP | LAUNCHED, ""),
-        ("a task that is a run of its own", STEP | {"WORLD_SIZE": "1"}, ""),
+        ("a task that is a separate run", STEP | {"WORLD_SIZE": "1"}, ""),
         ("mpirun", {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "OMPI_COMM_WORLD_SIZE=4"),
-        ("mpirun of one", {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, ""),
+        ("mpirun with one process", {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, ""),
         ("mpiexec of MPICH", {"PMI_SIZE": "3", "PMI_RANK": "2"}, "PMI_SIZE=3"),
         ("mpirun under a launcher", {"OMPI_COMM_WORLD_SIZE": "4"} | LAUNCHED, ""),
-        ("what no number is", {"SLURM_STEP_NUM_TASKS": "(null)", "PMI_SIZE": ""}, ""),
+        ("values that are not numbers", {"SLURM_STEP_NUM_TASKS": "(null)", "PMI_SIZE": ""}, ""),
     ],
 )
-def test_processes_without_a_launcher_are_counted(what: str, environment: dict[str, str], refused: str) -> None:
-    if not refused:
+def test_several_processes_without_a_launcher_are_rejected(
+    case: str, environment: dict[str, str], found: str
+) -> None:
+    if not found:
         check_launcher(environment)
         return
     with pytest.raises(UserError) as raised:
         check_launcher(environment)
-    assert f"({refused})" in str(raised.value), what
+    assert f"({found})" in str(raised.value), case
     assert "accelerate launch" in str(raised.value)
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
-def test_a_second_task_is_refused_before_anything_is_made(script: str, digits: Path, tmp_path: Path) -> None:
+def test_tasks_are_rejected_before_files_are_created(script: str, digits: Path, tmp_path: Path) -> None:
     arguments = {"train": ["--out", str(tmp_path / "run")], "evaluate": [str(tmp_path / "w.safetensors")]}
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     command = [sys.executable, str(ROOT / "launch" / f"{script}.py"), *arguments[script], "--data", str(digits)]

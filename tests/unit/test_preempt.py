@@ -1,4 +1,4 @@
-"""Requests to leave or save (launch/resilience/preempt.py): files that cannot be removed, and clocks that are set."""
+"""Requests to stop or save (launch/resilience/preempt.py): files that cannot be removed, and clock adjustments."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def world() -> World:
 
 
 class Clocks:
-    """The two clocks of a machine whose wall clock people set."""
+    """The wall clock, which can be adjusted, and the monotonic clock of a machine."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.wall, self.steady = 1.7e9, 1000.0
         patch.setattr(time, "time", lambda: self.wall)
         patch.setattr(time, "monotonic", lambda: self.steady)
 
-    def pass_by(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.wall += seconds
         self.steady += seconds
 
@@ -43,7 +43,7 @@ def clocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clocks]:
 
 @pytest.mark.parametrize("jump", [-2 * HOUR, 0.0, 2 * HOUR])
 @pytest.mark.parametrize("by", ["time_limit", "slurm"])
-def test_a_clock_that_is_set_moves_no_deadline(world: World, clocks: Clocks, jump: float, by: str) -> None:
+def test_adjusting_the_clock_does_not_move_the_deadline(world: World, clocks: Clocks, jump: float, by: str) -> None:
     if by == "slurm":
         config, end = PreemptConfig(preempt_margin=120), clocks.wall + HOUR + 120
     else:
@@ -51,19 +51,19 @@ def test_a_clock_that_is_set_moves_no_deadline(world: World, clocks: Clocks, jum
     stop_at = deadline(config, started=clocks.steady, job_end=str(int(end)))
     preemption = Preemption(Path("nowhere"), world, deadline=stop_at)
     clocks.wall += jump
-    clocks.pass_by(HOUR - 5)
+    clocks.advance(HOUR - 5)
     assert not preemption.save_requested()
-    clocks.pass_by(10)
+    clocks.advance(10)
     with pytest.raises(StopRequested, match="the deadline"):
         preemption.save_requested()
 
 
 @pytest.mark.parametrize("end", ["", "NONE", "-5", "\u00b2", "1e9", "tomorrow"])
-def test_an_end_that_is_no_time_is_no_deadline(end: str) -> None:
+def test_an_invalid_job_end_means_no_deadline(end: str) -> None:
     assert deadline(PreemptConfig(), started=0.0, job_end=end) is None
 
 
-def test_a_request_is_taken_once(tmp_path: Path, world: World) -> None:
+def test_a_request_takes_effect_once(tmp_path: Path, world: World) -> None:
     preemption = Preemption(tmp_path, world, deadline=None)
     (tmp_path / "SAVE").touch()
     assert [preemption.save_requested(), preemption.save_requested()] == [True, False]
@@ -71,7 +71,7 @@ def test_a_request_is_taken_once(tmp_path: Path, world: World) -> None:
 
 
 @pytest.mark.parametrize("name", ["SAVE", "PREEMPT"])
-def test_a_folder_in_place_of_a_request_is_ignored_with_one_warning(
+def test_a_folder_in_place_of_a_request_file_is_ignored_with_one_warning(
     tmp_path: Path, world: World, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     (tmp_path / name).mkdir()
@@ -83,16 +83,16 @@ def test_a_folder_in_place_of_a_request_is_ignored_with_one_warning(
     ]
 
 
-def test_an_iteration_ends_when_asked_to_leave(tmp_path: Path, world: World) -> None:
+def test_an_iteration_ends_when_a_stop_is_requested(tmp_path: Path, world: World) -> None:
     preemption, seen = Preemption(tmp_path, world, deadline=None), []
 
-    def ask_at_2() -> None:
+    def request_stop_at_2() -> None:
         for item in preemption.until_stop(range(5)):
             seen.append(item)
             if item == 2:
                 (tmp_path / "PREEMPT").touch()
 
     with pytest.raises(StopRequested, match="the file PREEMPT"):
-        ask_at_2()
+        request_stop_at_2()
     assert seen == [0, 1, 2]
     assert list(Preemption(tmp_path, world, deadline=None).until_stop(range(3))) == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""What nodes tell one another before a run."""
+"""Preflight checks: comparison of the nodes before a run."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from launch.resilience.preflight import (
 GOOD = Facts("abc", "shared", "def", "torch 2", "n0", 100 * GIB, 100 * GIB, 8)
 
 
-def test_nodes_that_see_the_same_are_fit() -> None:
+def test_equal_nodes_have_no_differences() -> None:
     assert differences([GOOD, dataclasses.replace(GOOD, host="n1", run_free=1, cores=1)]) == {}
 
 
-def test_a_node_that_sees_something_else_is_named_with_what_it_sees() -> None:
+def test_a_node_that_differs_is_reported_with_both_values() -> None:
     odd = dataclasses.replace(GOOD, host="n2", libraries="torch 3", data="/set: No such file or directory")
     assert differences([GOOD, dataclasses.replace(GOOD, host="n1"), odd]) == {
         "n2": ["data /set: No such file or directory, expected abc", "libraries torch 3, expected torch 2"]
     }
 
 
-def test_the_first_node_may_be_the_odd_one() -> None:
-    """Not about the run folder, though: what it writes to is the run folder."""
+def test_the_first_node_may_be_the_one_that_differs() -> None:
+    """Except for the run folder: the first node writes to it, so its folder is the reference."""
     others = [dataclasses.replace(GOOD, host=f"n{i}", data="def", run_folder="another") for i in (1, 2, 3)]
     found = differences([GOOD, *others])
     assert found["n0"] == ["data abc, expected def"]
     assert all(found[node.host] == ["run folder another, expected shared"] for node in others)
 
 
-def test_only_a_minority_is_left_out_of_the_next_start() -> None:
+def test_only_a_minority_is_excluded_from_the_next_start() -> None:
     assert minority(["n1"], 3) == ["n1"]
     assert minority(["n1"], 2) == []
     assert minority(["n1", "n2"], 3) == []
 
 
-def test_shortages_are_warned_of_with_the_nodes() -> None:
+def test_warnings_about_shortages_name_the_nodes() -> None:
     poor = dataclasses.replace(GOOD, host="n1", run_free=GIB, tmp_free=0, cores=1)
     disk, tmp, cores = shortages([GOOD, poor], gpus=True)
     assert "less than 4 GiB free in the run folder on n1 (1.0 GiB)" in disk
@@ -61,7 +61,7 @@ def test_shortages_are_warned_of_with_the_nodes() -> None:
     assert shortages([GOOD], gpus=True) == []
 
 
-def test_a_changed_or_missing_set_is_seen(tmp_path: Path, digits: Path) -> None:
+def test_the_hash_detects_a_changed_or_missing_set(tmp_path: Path, digits: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(digits, copy)
     before = data_hash(parse(["--data", str(copy)]))
@@ -72,7 +72,7 @@ def test_a_changed_or_missing_set_is_seen(tmp_path: Path, digits: Path) -> None:
     assert "No such file" in data_hash(parse(["--data", str(tmp_path / "absent")]))
 
 
-def test_a_run_folder_that_is_another_one_is_seen(tmp_path: Path) -> None:
+def test_a_different_run_folder_is_detected(tmp_path: Path) -> None:
     token = write_token(tmp_path / "run")
     write_token(tmp_path / "other")
     assert finds_token(tmp_path / "run", token)
@@ -80,7 +80,7 @@ def test_a_run_folder_that_is_another_one_is_seen(tmp_path: Path) -> None:
     assert not finds_token(tmp_path / "absent", token, within=0)
 
 
-def test_this_machines_facts(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_of_this_machine(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
     recipe = parse(["--data", str(digits), "--out", str(tmp_path / "run")])
     facts = collect_facts(recipe, World(0, 1, 0, 1, torch.device("cpu")), write_token(recipe.run.out))

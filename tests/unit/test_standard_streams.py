@@ -1,4 +1,4 @@
-"""Standard streams (launch/machine/standard_streams.py) that are closed, unread or on a full disk end nothing."""
+"""Standard streams that are closed, unread or on a full disk do not end a run (launch/machine/standard_streams.py)."""
 
 from __future__ import annotations
 

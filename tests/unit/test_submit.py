@@ -1,4 +1,4 @@
-"""What `launch.submit` makes of its options, without a cluster (tests/slurm has one)."""
+"""Options and rendered scripts of `launch.submit`, without a cluster. tests/slurm tests them with one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ SLURM = TEMPLATE.parent
     [
         ("1-4", 8, (), [(1, 1, 8), (2, 2, 8), (3, 2, 8), (4, 4, 8)]),
         ("3", 8, ("--global-batch", "96"), [(3, 3, 8)]),
-        # 28 of 96 rows do not go; 24 = 2 x 12 are no more than 14 a node, and fewer nodes than 3 x 8
+        # 28 ranks do not divide 96 rows; 24 ranks do, as 2 nodes x 12 processes (not as 3 x 8)
         ("2", 14, ("--global-batch", "96", "--mixup", "0", "--cutmix", "0"), None),
         ("1-2", 14, ("--global-batch", "96", "--mixup", "0", "--cutmix", "0"), [(1, 1, 12), (2, 2, 12)]),
         ("1-2", 8, ("--global-batch", "1024", "--micro-batch", "128"), [(1, 1, 8), (2, 1, 8)]),
     ],
 )
-def test_the_largest_world_size_that_the_batch_can_be_dealt_out_to(
+def test_the_largest_world_size_that_the_global_batch_allows(
     nodes: str, per_node: int, options: tuple[str, ...], expected: list[tuple[int, int, int]] | None
 ) -> None:
     job, recipe = Submit(nodes=nodes, gpus_per_node=per_node), parse(options)
@@ -40,7 +40,7 @@ def test_the_largest_world_size_that_the_batch_can_be_dealt_out_to(
         assert fits(recipe, job) == expected
 
 
-def test_a_rendered_script_differs_from_the_template_in_its_head_only(tmp_path: Path) -> None:
+def test_a_rendered_script_differs_from_the_template_only_in_its_head(tmp_path: Path) -> None:
     training = ["--variant", "b3", "--data", "a set", "--out", str(tmp_path / "it's")]
     job = Submit(nodes="2", partition="gpu", time="1:00:00", account="me", sbatch=("--qos=high",))
     script = render(job, parse(training), training)
@@ -53,8 +53,8 @@ def test_a_rendered_script_differs_from_the_template_in_its_head_only(tmp_path: 
     assert {"--nodes=2", "--gpus-per-node=8", "--signal=B:USR2@180"} < set(options)
     head = script.partition(END_OF_SETTINGS)[0]
     program = head + '\nprintf "%s\\n" "$RUN" "${ARGS[@]}"'
-    said = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
-    assert said.stdout.splitlines() == [str(tmp_path / "it's"), *training]
+    shown = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert shown.stdout.splitlines() == [str(tmp_path / "it's"), *training]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_a_rendered_script_differs_from_the_template_in_its_head_only(tmp_path: 
         ("nvcr.io#nvidia/pytorch:25.01", "SRUN=('--container-image=nvcr.io#nvidia/pytorch:25.01'", "EXEC=()"),
     ],
 )
-def test_containers(container: str, srun: str, command: str) -> None:
+def test_container_options(container: str, srun: str, command: str) -> None:
     training = ["--data", "/scratch/set"]
     lines = render(Submit(container=container, mount=("/opt",)), parse(training), training).splitlines()
     assert any(line.startswith(srun) for line in lines)
@@ -83,26 +83,26 @@ def test_containers(container: str, srun: str, command: str) -> None:
         (("--", "--epochs", "0"), "--epochs 0: a whole number from 1 to 1,000,000 expected"),
     ],
 )
-def test_bad_input_is_refused_before_the_queue(
+def test_invalid_options_are_rejected_before_submission(
     args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*args]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", "--", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.startswith("#!/bin/bash\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unwritable_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_run_folder_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way")
     assert main(["--", "--out", str(tmp_path / "file" / "run")]) == 2
     assert "the run folder cannot be written" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_no_bad_input(
+def test_a_full_disk_has_its_own_exit_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> int:
@@ -113,7 +113,7 @@ def test_a_full_disk_is_no_bad_input(
     assert "the run folder cannot be written (No space left on device); free some space" in capsys.readouterr().err
 
 
-def test_without_sbatch_the_script_is_there_to_be_submitted_elsewhere(
+def test_without_sbatch_the_script_is_written_for_submission_elsewhere(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -130,7 +130,7 @@ def test_the_templates_are_valid_shell(script: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_options_that_may_be_repeated_add_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repeated_options_accumulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--nodes", "1", "--dry-run", "--sbatch=--qos=high", "--sbatch=--constraint=h100"]
     assert main([*options, "--", "--variant", "b0", "--data", str(tmp_path), "--out", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Text of options in the job's script: whatever characters it holds, it arrives unchanged or is refused."""
+"""Option values in the job's script: any text is either passed on unchanged or rejected."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from launch.slurm.script import SETTINGS, render
 from launch.submit import main
 from shards.redact import redact
 
-# Every character that a shell, sbatch or a terminal could take for more than itself; any other by chance.
-NASTY = "ab /'\"\\$`!*?~#&|;<>(){}[]%=-\n\r\t\x1b\x7fü\udcff\u2028:,"
-text = st.text(st.one_of(st.sampled_from(NASTY), st.characters(exclude_characters="\0", codec="utf-8")), max_size=12)
+# Characters with a special meaning for a shell, sbatch or a terminal; hypothesis adds arbitrary others.
+SPECIAL = "ab /'\"\\$`!*?~#&|;<>(){}[]%=-\n\r\t\x1b\x7fü\udcff\u2028:,"
+text = st.text(st.one_of(st.sampled_from(SPECIAL), st.characters(exclude_characters="\0", codec="utf-8")), max_size=12)
 word = text.filter(lambda value: redact(value) == value)
 named = word.filter(bool)
 
-# Print what the settings hold, each with a zero byte behind it.
+# Shell commands that print the values of the settings, each followed by a null byte.
 SHOW = r"""
 printf '%s\0' "$RUN" "$PYTHON" "$SETUP" "${#SRUN[@]}" "${SRUN[@]}" "${#EXEC[@]}" "${EXEC[@]}" "${ARGS[@]}"
 """
 
 
 def shown_by_bash(script: str) -> list[str]:
-    """The values that bash has after the script's settings, which it must accept as a whole."""
+    """Return the values of the settings in bash, which must accept the syntax of the whole script."""
     whole = os.fsencode(script)
     checked = subprocess.run(["bash", "-n"], input=whole, capture_output=True, check=False)
     assert (checked.returncode, checked.stderr) == (0, b"")
@@ -43,7 +43,7 @@ def shown_by_bash(script: str) -> list[str]:
 
 
 def sbatch_options(script: str) -> list[str]:
-    """The options of the #SBATCH lines as sbatch reads them (`_get_argument` in SLURM's src/sbatch/opt.c)."""
+    """Parse the #SBATCH lines like sbatch does (`_get_argument` in SLURM's src/sbatch/opt.c)."""
     options = []
     for line in script.split("\n"):
         if not line.startswith("#"):
@@ -88,7 +88,7 @@ def sbatch_options(script: str) -> list[str]:
 )
 @example(out="a%jb", data="\udcff", setup="x\ny", name='a"b', account="'c", python="p\\", more=["#SBATCH --wrap=x"])
 @example(out="a\\b", data="d", setup="", name="a\\b", account="c", python="p", more=[])
-def test_every_text_arrives_unchanged_or_is_refused(
+def test_any_text_is_passed_on_unchanged_or_rejected(
     *, out: str, data: str, setup: str, name: str, account: str, python: str, more: list[str]
 ) -> None:
     run = Path(out).absolute()
@@ -114,7 +114,7 @@ def test_every_text_arrives_unchanged_or_is_refused(
 @settings(deadline=None, max_examples=40)
 @given(image=named, mount=named, pyxis=st.booleans())
 @example("a b.sif", "/x'y", False)
-def test_container_options_arrive_unchanged_or_are_refused(image: str, mount: str, pyxis: bool) -> None:
+def test_container_options_are_passed_on_unchanged_or_rejected(image: str, mount: str, pyxis: bool) -> None:
     image = image.removesuffix(".sif") + ("" if pyxis else ".sif")
     recipe = Recipe(run=RunConfig(out=Path("/runs/x")), data=DataConfig(data="/sets/imagenet"))
     try:
@@ -151,7 +151,7 @@ def test_container_options_arrive_unchanged_or_are_refused(image: str, mount: st
         (["--container", "docker://me:canary@host/x"], "the credentials in this URL"),
     ],
 )
-def test_what_a_script_cannot_hold_is_refused_in_one_line(
+def test_values_that_a_script_cannot_represent_are_rejected_in_one_line(
     arguments: list[str],
     fact: str,
     tmp_path: Path,
@@ -168,19 +168,19 @@ def test_what_a_script_cannot_hold_is_refused_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_secrets_of_the_environment_are_not_in_the_script(
+def test_the_script_contains_no_secrets_of_the_environment(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.setenv(name, "canary")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["--", "--out", str(tmp_path / "run")]) == 2  # no sbatch there
+    assert main(["--", "--out", str(tmp_path / "run")]) == 2  # no sbatch on this PATH
     script = (tmp_path / "run" / "slurm" / "train.sbatch").read_text()
     assert SETTINGS in script
     assert "canary" not in script + "".join(capsys.readouterr())
 
 
-def test_a_folder_that_is_no_utf_8_arrives_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_name_outside_utf_8_is_passed_on_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     out = os.fsencode(tmp_path) + b"/r\xff n"
     assert main(["--", "--out", os.fsdecode(out)]) == 2

@@ -1,4 +1,4 @@
-"""`pipeline tune`: the fastest value of each open option is measured and written as a recipe file."""
+"""`pipeline tune`: the fastest value of each unset option is measured and written to a recipe file."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def ignore(_: str) -> None:
 
 
 def choose(stages: Sequence[Sequence[Values]], rate: Callable[[Values], float], **changes: Any) -> dict[str, Choice]:
-    how: dict[str, Any] = {"rounds": 2, "margin": 1.02, "seconds": 60.0, "say": ignore}
-    return tune(stages, rate, **(how | changes))
+    arguments: dict[str, Any] = {"rounds": 2, "margin": 1.02, "seconds": 60.0, "say": ignore}
+    return tune(stages, rate, **(arguments | changes))
 
 
 @pytest.mark.parametrize(
@@ -53,13 +53,13 @@ def choose(stages: Sequence[Sequence[Values]], rate: Callable[[Values], float], 
     [
         ({"a": [10, 10], "b": [12, 12], "c": [11, 11]}, "b"),
         ({"a": [10, 10], "b": [10.1, 10.1]}, "a"),  # within the margin
-        ({"a": [10, 20], "b": [12, 15], "c": [11, 22]}, "c"),  # by ratios within a round
+        ({"a": [10, 20], "b": [12, 15], "c": [11, 22]}, "c"),  # by the ratios within each round
         ({"a": [], "b": [3, 3], "c": [4, 4]}, "c"),  # the default has failed
         ({"a": [10, 10], "b": []}, "a"),
         ({"a": [], "b": []}, None),
     ],
 )
-def test_the_fastest_beats_the_default_clearly_in_most_rounds(
+def test_a_value_is_chosen_if_it_clearly_beats_the_default_in_most_rounds(
     rates: dict[str, list[float]], expected: str | None
 ) -> None:
     trials = [Trial({"x": value}, measured, "" if measured else "failed") for value, measured in rates.items()]
@@ -67,7 +67,7 @@ def test_the_fastest_beats_the_default_clearly_in_most_rounds(
     assert (best and best.values["x"]) == expected
 
 
-def test_values_take_turns_and_a_failure_ends_that_value_alone() -> None:
+def test_values_alternate_and_a_failure_excludes_only_that_value() -> None:
     turns: list[str] = []
 
     def rate(values: Values) -> float:
@@ -81,14 +81,14 @@ def test_values_take_turns_and_a_failure_ends_that_value_alone() -> None:
     assert found == {"x": Choice("a", "a 1 images/s, b failed (MemoryError: none left), c 1 images/s")}
 
 
-def test_where_every_value_fails_the_option_stays_open() -> None:
+def test_if_every_value_fails_the_option_stays_unset() -> None:
     def rate(_: Values) -> float:
         raise RuntimeError("no")
 
     assert choose([[{"x": "a"}]], rate) == {"x": Choice(None, "a failed (RuntimeError: no)")}
 
 
-def test_when_time_is_up_every_value_has_been_measured_once() -> None:
+def test_after_the_time_limit_every_value_is_still_measured_once() -> None:
     turns: list[Values] = []
 
     def rate(values: Values) -> float:
@@ -99,7 +99,7 @@ def test_when_time_is_up_every_value_has_been_measured_once() -> None:
     assert turns == [{"x": 1}, {"x": 2}, {"x": 1, "y": 1}, {"x": 1, "y": 2}]
 
 
-def test_damaged_data_ends_the_measurement() -> None:
+def test_a_damaged_set_ends_the_measurement() -> None:
     def rate(_: Values) -> float:
         raise ShardSetError("damaged")
 
@@ -107,7 +107,7 @@ def test_damaged_data_ends_the_measurement() -> None:
         choose([[{"x": "a"}]], rate)
 
 
-def test_a_choice_says_what_was_measured() -> None:
+def test_a_choice_lists_the_measurements() -> None:
     said: list[str] = []
     stage = [{"width": 0, "height": 0}, {"width": 640, "height": 480}]
     found = choose([stage], lambda values: 10.0 + values["width"], rounds=1, say=said.append)
@@ -126,20 +126,20 @@ def test_a_choice_says_what_was_measured() -> None:
 @contextmanager
 def feed_of(data: Path, *options: str) -> Iterator[Feed]:
     threads = torch.get_num_threads()
-    environment = mock.patch.dict(os.environ)  # where one process of DeepSpeed leaves RANK and WORLD_SIZE
+    environment = mock.patch.dict(os.environ)  # DeepSpeed sets RANK and WORLD_SIZE in a single process
     try:
         with environment, one_rank(parse(["--data", str(data), *SMALL, *options]), ranks=1) as (feed, _):
-            torch.set_num_threads(1)  # several wait for one another where other processes use the cores too
+            torch.set_num_threads(1)  # several would wait for each other while other processes use the cores
             yield feed
     finally:
         torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(("zero", "formats"), [(0, ["channels-last", "contiguous"]), (1, ["contiguous"])])
-def test_each_value_is_measured_by_the_engine_of_training(
+def test_each_value_is_measured_with_the_engine_of_training(
     digits: Path, monkeypatch: pytest.MonkeyPatch, zero: int, formats: list[str]
 ) -> None:
-    """Several engines in one process, and none of them stays."""
+    """One process creates several engines and frees each of them."""
     engines: list[weakref.ref[Any]] = []
     seen: list[tuple[int, str, str, int]] = []
     real = Engine.step
@@ -187,7 +187,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ),
     ],
 )
-def test_the_values_to_try_are_those_of_open_options(
+def test_values_are_tried_for_unset_options_only(
     *,
     digits: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -214,7 +214,7 @@ CHOICES = {
 }
 
 
-def test_a_fragment_is_a_recipe_with_the_values_that_were_chosen(tmp_path: Path) -> None:
+def test_a_fragment_is_a_recipe_with_the_chosen_values(tmp_path: Path) -> None:
     file = tmp_path / "tuned.toml"
     file.write_text(recipe_fragment(CHOICES, ["device: a GPU"]))
     recipe = parse(["--recipe", str(file)])
@@ -227,7 +227,7 @@ def test_a_fragment_is_a_recipe_with_the_values_that_were_chosen(tmp_path: Path)
     assert "# compile: not set\n" in text
 
 
-def test_a_fragment_holds_no_credentials_and_no_second_line() -> None:
+def test_comments_of_a_fragment_have_one_line_and_no_credentials() -> None:
     text = recipe_fragment({}, [f"command: pipeline tune https://me:{CANARY}@host/set\nevil = 1"])
     assert CANARY not in text
     assert not tomllib.loads(text)
@@ -250,7 +250,7 @@ def run(*args: object) -> int:
     return pipeline([str(arg) for arg in args])
 
 
-def test_tune_writes_what_training_takes(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_reads_what_tune_writes(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = itertools.count(1)
     monkeypatch.setattr("launch.tuning.loader.rate", lambda *_, **__: float(next(rates)))
     file = tmp_path / "tuned.toml"
@@ -279,7 +279,7 @@ def test_the_micro_batch_of_a_rank_is_measured(
     assert seen[0].shape.micro_rows == 4 // ranks
 
 
-def test_the_set_that_is_named_first_wins_over_a_recipe_file(tmp_path: Path) -> None:
+def test_the_positional_set_takes_precedence_over_a_recipe_file(tmp_path: Path) -> None:
     file = tmp_path / "recipe.toml"
     file.write_text('[data]\ndata = "other"\nsize = 32\nglobal_batch = 8\n')
     recipe = _training_recipe("SET", ["--recipe", str(file)], {"global_batch": 4})
@@ -295,7 +295,7 @@ def test_the_set_that_is_named_first_wins_over_a_recipe_file(tmp_path: Path) -> 
         (("tune", "SET", "--", "--read-threads", "0"), "--read-threads 0: a whole number from 1 to 1,024 expected"),
     ],
 )
-def test_options_in_the_wrong_place_are_refused_in_one_line(
+def test_misplaced_options_are_rejected_in_one_line(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -311,6 +311,6 @@ def test_options_in_the_wrong_place_are_refused_in_one_line(
 
 @pytest.mark.parametrize("option", ["--tuned", "--tune", "--batch-size"])
 @pytest.mark.parametrize("command", [lambda o: run("tune", "SET", o, "x"), lambda o: parse([o, "x"])])
-def test_there_is_no_store_of_measured_options(command: Callable[[str], object], option: str) -> None:
+def test_measured_options_are_not_stored_implicitly(command: Callable[[str], object], option: str) -> None:
     with pytest.raises(SystemExit):
         command(option)

@@ -1,4 +1,4 @@
-"""The watchdog of one rank alone (tests/dist and tests/slurm have it with several)."""
+"""The watchdog of a single rank. tests/dist and tests/slurm test it with several ranks."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ with watchdog.Watchdog(run, World(0, ranks, 0, 1, torch.device("cpu")), timeout=
     if how != "lock" and how != "end":
         time.sleep(60)
     if how == "lock":
-        ctypes.PyDLL(None).sleep(60)  # PyDLL keeps Python's lock
-print("left in peace")
+        ctypes.PyDLL(None).sleep(60)  # PyDLL does not release the GIL
+print("not ended")
 """
 
 
@@ -62,19 +62,19 @@ def run_program(run: Path, how: str, *wrapper: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
 
 
-def place_of(text: str) -> str:
-    """How stacks name the line of the program that holds `text`."""
+def location_of(text: str) -> str:
+    """Return how stacks refer to the line of PROGRAM that contains `text`."""
     number = next(number for number, line in enumerate(PROGRAM.splitlines(), start=1) if text in line)
     return f'File "<string>", line {number} in <module>'
 
 
-def test_progress_keeps_it_quiet(tmp_path: Path) -> None:
+def test_a_run_that_makes_progress_is_not_ended(tmp_path: Path) -> None:
     done = run_program(tmp_path / "run", "end")
-    assert (done.returncode, done.stdout) == (0, "left in peace\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "not ended\n"), done.stderr
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_no_progress_ends_the_process_with_the_reserved_status_and_its_stacks(tmp_path: Path) -> None:
+def test_a_process_without_progress_writes_stacks_and_ends_with_the_reserved_status(tmp_path: Path) -> None:
     done = run_program(tmp_path / "run", "sleep")
     assert done.returncode == 75, done.stderr
     assert "stalled: rank 0 on" in done.stderr
@@ -82,19 +82,19 @@ def test_no_progress_ends_the_process_with_the_reserved_status_and_its_stacks(tm
     assert json.loads((tmp_path / "run" / "status").read_text())["status"] == "stalled"
     stacks = (tmp_path / "run" / "stacks-rank0.txt").read_text()
     assert "rank 0, 3 steps done" in stacks
-    assert place_of("time.sleep(60)") in stacks
+    assert location_of("time.sleep(60)") in stacks
 
 
-def test_a_library_that_holds_pythons_lock_is_ended_too(tmp_path: Path) -> None:
+def test_a_process_in_which_a_library_holds_the_gil_is_ended_too(tmp_path: Path) -> None:
     done = run_program(tmp_path / "run", "lock")
     assert done.returncode == 1, done.stderr
     stacks = (tmp_path / "run" / "stacks-rank0.txt").read_text()
-    assert place_of("ctypes.PyDLL(None)") in stacks
+    assert location_of("ctypes.PyDLL(None)") in stacks
 
 
 @pytest.mark.slow
-def test_a_hanging_file_system_does_not_keep_the_process(tmp_path: Path) -> None:
-    """Stacks, status and heartbeats cannot be written any more; the reason and the stacks go to standard error."""
+def test_a_process_ends_even_if_the_file_system_hangs(tmp_path: Path) -> None:
+    """Stacks, status and heartbeats cannot be written, so the reason and the stacks go to standard error."""
     if not can_mount():
         (pytest.fail if os.environ.get("CI") == "true" and os.getuid() == 0 else pytest.skip)("needs FUSE, as root")
     run = tmp_path / "run"
@@ -102,10 +102,10 @@ def test_a_hanging_file_system_does_not_keep_the_process(tmp_path: Path) -> None
     assert done.returncode == 75, done.stderr
     assert "no progress for" in done.stderr
     assert f"{run} did not answer for 4 s; the stacks are above" in done.stderr
-    assert place_of("time.sleep(60)") in done.stderr
+    assert location_of("time.sleep(60)") in done.stderr
 
 
-def test_the_watchdog_outlives_any_exception(tmp_path: Path) -> None:
+def test_the_watchdog_survives_any_exception(tmp_path: Path) -> None:
     done = run_program(tmp_path / "run", "raise")
     assert done.returncode == 75, done.stderr
     assert "watchdog: RuntimeError: can't start new thread" in done.stderr
@@ -113,7 +113,7 @@ def test_the_watchdog_outlives_any_exception(tmp_path: Path) -> None:
     assert "stalled: rank 0 on" in done.stderr
 
 
-def test_stacks_that_cannot_be_written_are_an_error_of_the_run_folder(tmp_path: Path) -> None:
+def test_an_unwritable_file_of_stacks_is_an_error_of_the_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run" / "stacks-rank0.txt").mkdir(parents=True)
     with pytest.raises(UserError, match=r"the run folder cannot be written \(.*Is a directory\)"), alone(tmp_path):
         pass
@@ -126,7 +126,7 @@ def test_stacks_go_to_standard_error_when_the_disk_is_full(tmp_path: Path) -> No
     done = run_program(run, "sleep")
     assert done.returncode == 75, done.stderr
     assert "stacks-rank0.txt: cannot be written ([Errno 28] No space left on device)" in done.stderr
-    assert place_of("time.sleep(60)") in done.stderr
+    assert location_of("time.sleep(60)") in done.stderr
 
 
 def alone(folder: Path) -> Watchdog:

@@ -1,12 +1,14 @@
-"""A training run in which something goes wrong, on purpose.
+"""A training run with an injected fault.
 
-    provoke.py nan|drift|disk|slow|ask|record|stall [options of launch/train.py]
+    inject_fault.py nan|drift|disk|slow|stop|record|stall [options of launch/train.py]
 
-nan: the images of steps 3, 6, 7, 8 hold a NaN. drift: rank 1's weights are disturbed after step 3. disk: no large
-file can be written during steps 4 and 5. slow: every step
-after the first takes a minute. ask: the run is asked to leave in the middle of its first evaluation, of the moving
-average if it has one. record: every rank writes what it was fed to RUN/fed-RANK.jsonl. stall: no training; prints how
-long a save holds the caller.
+    nan       the images of steps 3, 6, 7 and 8 contain a NaN
+    drift     the weights of rank 1 are changed after step 3
+    disk      no large file can be written during steps 4 and 5
+    slow      every step after the first takes a minute
+    stop      the run is preempted in the middle of its first evaluation (of the EMA weights if there are any)
+    record    no fault: every rank writes the ids and image hashes of its batches to RUN/fed-RANK.jsonl
+    stall     no training: print how long a save blocks the caller
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def step_on_a_full_disk(engine: Engine, batches: Any, *, step: int, lr: float) -
     full = step in (3, 4)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     result = original_step(engine, batches, step=step, lr=lr)
-    if step in (2, 4):  # the saves of steps 2 (well) and 4 (on the full disk) end now
+    if step in (2, 4):  # wait for the saves of step 2 (succeeds) and step 4 (fails on the full disk)
         writers[-1].wait()
     return result
 
@@ -70,8 +72,8 @@ def step_on_a_full_disk(engine: Engine, batches: Any, *, step: int, lr: float) -
 writers: list[BackgroundWriter] = []
 
 
-class KnownWriter(BackgroundWriter):
-    """Is the last of `writers`."""
+class RecordedWriter(BackgroundWriter):
+    """Writer that appends itself to `writers`."""
 
     def __init__(self, folder: CheckpointFolder) -> None:
         super().__init__(folder)
@@ -85,13 +87,13 @@ def slow_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResu
 
 
 def interrupted_evaluation(engine: Engine, batches: Any, *, average: bool = False) -> dict[str, float] | None:
-    def with_a_request() -> Any:
+    def batches_with_request() -> Any:
         for number, batch in enumerate(batches):
             if number == 5 and average == ("--ema" in sys.argv):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    return original_evaluate(engine, with_a_request(), average=average)
+    return original_evaluate(engine, batches_with_request(), average=average)
 
 
 def recorded_step(engine: Engine, batches: Any, *, step: int, lr: float) -> StepResult:
@@ -118,7 +120,7 @@ def measure_stall() -> None:
         writer = BackgroundWriter(CheckpointFolder(Path(folder), keep=1))
         for number in range(5):
             writer.wait()
-            begun = time.perf_counter()  # what RunFolder.save does after waiting
+            begun = time.perf_counter()  # the part of RunFolder.save after waiting
             state = engine.state_dict()
             writer.save(state, Progress(step=number + 1, epoch_step=number + 1), Fingerprint({}, {}))
             times.append(time.perf_counter() - begun)
@@ -133,19 +135,19 @@ def main() -> int:
     if kind == "stall":
         measure_stall()
         return 0
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails with EFBIG instead
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that writing fails with EFBIG
     steps = {
         "nan": nan_step,
         "drift": drifting_step,
         "disk": step_on_a_full_disk,
         "slow": slow_step,
-        "ask": original_step,
+        "stop": original_step,
         "record": recorded_step,
     }
     Engine.step = steps[kind]  # type: ignore[method-assign]
     if kind == "disk":
-        launch.run.folder.BackgroundWriter = KnownWriter  # type: ignore[misc]
-    if kind == "ask":
+        launch.run.folder.BackgroundWriter = RecordedWriter  # type: ignore[misc]
+    if kind == "stop":
         Engine.evaluate = interrupted_evaluation  # type: ignore[method-assign]
     return launch.train.main()
 
