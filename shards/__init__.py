@@ -1,1 +1,1 @@
-"""Make and check shard sets: WebDataset tars with a binary index and a manifest. Knows files and JPEGs, not torch."""
+"""Create and check shard sets: WebDataset tars with a binary index and a manifest. Does not depend on torch."""

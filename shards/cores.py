@@ -1,8 +1,8 @@
-"""How many cores this process may use: its affinity mask, and the CPU quota of its control groups.
+"""Count the cores that this process may use, from its affinity mask and the CPU quota of its control groups.
 
-A container of `--cpus 2` on a machine of 64 cores sees all 64 (in /proc and in its mask), but the kernel stops it for
-the rest of each period once it has used two cores' time. A thread or process per visible core then only makes every
-part of the work wait. Every count of threads and processes begins here.
+A container with `--cpus 2` on a machine with 64 cores sees all 64 in /proc and in its mask, but the kernel throttles it
+for the rest of each period after two cores' worth of CPU time. One thread per visible core would then slow everything
+down. All default numbers of threads and processes are derived from `cores()`.
 """
 
 from __future__ import annotations
@@ -18,34 +18,34 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """Count the cores that this process may use: the CPUs of its mask, or fewer where its quota pays for fewer."""
+    """Return the number of cores in the affinity mask, or of the CPU quota if that is smaller."""
     visible = len(os.sched_getaffinity(0))
-    paid = quota()
-    return visible if paid is None else min(visible, paid)
+    allowed = quota()
+    return visible if allowed is None else min(visible, allowed)
 
 
 @functools.cache
 def quota() -> int | None:
-    """Return the cores that the CPU quota allows, a fraction rounded up; None where there is none. Read once.
+    """Return the CPU quota in cores, rounded up; None if there is no quota. Read only once.
 
-    The smallest quota of the process's own control group and of those above it counts. v2: cpu.max ("QUOTA PERIOD" in
-    microseconds, or "max PERIOD"); v1: cpu.cfs_quota_us (-1 = none) and cpu.cfs_period_us. Source: the kernel's
+    This is the smallest quota of the process's control group and its ancestors. cgroup v2: cpu.max ("QUOTA PERIOD" in
+    microseconds, or "max PERIOD"); v1: cpu.cfs_quota_us (-1: no quota) and cpu.cfs_period_us. Source: the kernel's
     Documentation/admin-guide/cgroup-v2.rst and scheduler/sched-bwc.rst.
     """
-    found = [share for folder in _folders() if (share := _share(folder)) is not None]
+    found = [cpus for folder in _folders() if (cpus := _quota_of(folder)) is not None]
     return max(1, math.ceil(min(found))) if found else None
 
 
 def limit_openmp() -> None:
-    """Tell OpenMP the quota, which it does not know. Call it before libraries that use OpenMP are imported."""
+    """Limit OpenMP to the CPU quota, which it ignores by itself. Call this before importing libraries that use it."""
     if quota() is not None:
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 
 
 def _folders() -> Iterator[Path]:
-    """Folders of the process's control groups and of those above them.
+    """Yield the folders of the process's control groups and of their ancestors.
 
-    A container may see its own group as the root, under a path that is the host's: what does not exist is skipped.
+    In a container, /proc may list a path of the host that does not exist; the caller skips such folders.
     """
     try:
         lines = OWN_GROUPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -60,14 +60,14 @@ def _folders() -> Iterator[Path]:
 
 
 def _fields(line: str) -> tuple[str, str, str]:
-    """Split a line of /proc/self/cgroup: number, controllers (none = v2), path."""
+    """Split a line of /proc/self/cgroup into number, controllers (empty for cgroup v2) and path."""
     number, _, rest = line.partition(":")
     names, _, path = rest.partition(":")
     return number, names, path
 
 
-def _share(folder: Path) -> float | None:
-    """Return the cores' worth of time of one group; None where it has no quota of its own."""
+def _quota_of(folder: Path) -> float | None:
+    """Return the quota of one control group in cores; None if it has no quota."""
     allowed, period = "", ""
     try:
         allowed, period = (folder / "cpu.max").read_text().split()

@@ -1,4 +1,4 @@
-"""Errors that a person can act on: one clear line, and an exit status that means it."""
+"""Errors with a one-line message that tells the user what to do, and with an exit status."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shards.ownership import describe_obstacle, user_name
 from shards.redact import one_line, printable
 
 MAX_MESSAGE = 2000
-"""Maximum characters of a message; names in damaged files may have thousands."""
+"""Maximum length of a message in characters; names in damaged files may be much longer."""
 
 
 class UserError(Exception):
-    """Bad input. The message names the file, the fact and the remedy; command lines print it alone and exit with 2."""
+    """Invalid input. The message states file, problem and remedy; commands print only the message and exit with 2."""
 
     exit_code = 2
 
@@ -27,30 +27,30 @@ class UserError(Exception):
         if len(message) <= MAX_MESSAGE:
             return message
         half = MAX_MESSAGE // 2
-        return f"{message[:half]} ... {message[-half:]}"  # the remedy stands at the end
+        return f"{message[:half]} ... {message[-half:]}"  # keep the remedy, which is at the end
 
 
 class ShardSetError(UserError):
-    """A shard set that does not fit its manifest, or whose manifest does not fit this version."""
+    """A shard set is damaged, incomplete, or of another format version."""
 
 
 class StorageFailed(ShardSetError):
-    """Storage that did not do what it was asked; nothing says that it will not the next time."""
+    """A storage operation failed. The failure may be temporary, so that a new start can succeed."""
 
     exit_code = 1
 
 
 def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again") -> ShardSetError:
-    """Judge what the system said about a file of a set: the one place that decides between bad input and bad storage.
+    """Convert an `OSError` for a file of a set into an error for invalid input or for failed storage.
 
     Args:
-        path: the file, for people.
-        remedy: what to do about a file that is not there.
+        path: the file, for the message.
+        remedy: what to do if the file is missing.
 
     Returns:
-        A `ShardSetError` (exit status 2) where the file is missing or of another kind, so that another start would meet
-        the same; a `StorageFailed` (exit status 1) where storage failed (I/O error, stale handle, no permission, too
-        many open files), which may have passed by the next start: nothing is said about the file's content.
+        A `ShardSetError` (exit status 2) if the file is missing or not a file, because a new start would fail the same
+        way; a `StorageFailed` (exit status 1) if the storage failed (I/O error, stale handle, no permission, too many
+        open files), because a new start may succeed.
     """
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         fact = "missing" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
@@ -60,21 +60,21 @@ def storage_error(path: Path | str, error: OSError, remedy: str = "copy it again
 
 
 def describe_os_error(path: Path | str, error: OSError) -> tuple[str, str]:
-    """Explain what kept the system from opening, reading or writing a file.
+    """Explain why the system could not open, read or write a file.
 
     Returns:
-        The fact, and what to do about it; empty where there is nothing more to say than the fact.
+        The problem, and what to do about it; the latter is empty if there is no specific remedy.
     """
     fact = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EMFILE:
-        return f"{fact}, the limit is {limit()}", f"raise the limit ({how_to_raise_limit()})"
+        return f"{fact}, the limit is {limit()}", f"increase the limit ({how_to_raise_limit()})"
     if error.errno == errno.ENFILE:
-        return fact, "close other programs, or raise fs.file-max"
+        return fact, "close other programs, or increase fs.file-max"
     if error.errno in (errno.EACCES, errno.EPERM):
         found = describe_obstacle(path)
         return (
             f"{fact} for {user_name(os.geteuid())}{f': {found}' if found else ''}",
-            "have its owner give you access (chmod, chgrp)",
+            "ask its owner for access (chmod, chgrp)",
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return fact, "free some space"
@@ -82,7 +82,7 @@ def describe_os_error(path: Path | str, error: OSError) -> tuple[str, str]:
 
 
 def open_files_error(error: BaseException) -> StorageFailed | None:
-    """Return what to tell a person where an error, or one that led to it, says that no more files can be opened."""
+    """Return a `StorageFailed` if an error, or one of its causes, is that too many files are open; otherwise None."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError) and found.errno in (errno.EMFILE, errno.ENFILE):
@@ -99,17 +99,18 @@ def open_files_error(error: BaseException) -> StorageFailed | None:
 
 
 class ConversionFailed(UserError):
-    """The input was understood, but the job could not be finished as asked (too many rejects, disk full)."""
+    """A conversion with valid options could not be finished (too many rejects, disk full)."""
 
     exit_code = 1
 
 
 @contextmanager
-def explain_os_errors(path: Path, remedy: str = "then run the same command: it resumes") -> Iterator[None]:
-    """Convert an `OSError` into a one-line error that names its file, else `path`.
+def explain_os_errors(path: Path, remedy: str = "then run the same command to resume") -> Iterator[None]:
+    """Convert an `OSError` of the block into a one-line error.
 
     Args:
-        remedy: what to do when the cause is gone.
+        path: named in the message if the `OSError` names no file, or if the disk is full.
+        remedy: what to do after the cause is removed.
 
     Raises:
         ConversionFailed: an OSError was raised in the block.
@@ -120,12 +121,12 @@ def explain_os_errors(path: Path, remedy: str = "then run the same command: it r
         what = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else path
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         fact, action = describe_os_error(what, error)
-        raise ConversionFailed(f"{path if full else what}: {fact}; {action or 'correct that'}, {remedy}") from error
+        raise ConversionFailed(f"{path if full else what}: {fact}; {action or 'correct this'}, {remedy}") from error
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Convert an `OSError` in the block, which reads `path`, with `storage_error`."""
+    """Convert an `OSError` of the block, which reads `path`, with `storage_error`."""
     try:
         yield
     except OSError as error:
@@ -133,11 +134,11 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def report(error: UserError, *, prefix: str = "") -> int:
-    """Print an error as one line on standard error; return its exit status."""
+    """Print an error as one line on standard error, and return its exit status."""
     print(f"{prefix}error: {printable(error)}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something; empty where none does."""
+    """Return the first non-empty line of an error's text; empty if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "")

@@ -1,4 +1,4 @@
-"""Reject sizes that need more memory than the machine has, before any of it is allocated."""
+"""Reject options that need more memory than the machine has, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 def machine_memory() -> int:
-    """Bytes that this process may use at most: the machine's memory, or the limit of its control group (container)."""
+    """Return the machine's memory, or the limit of the control group (container) if that is smaller, in bytes."""
     limits = [int(psutil.virtual_memory().total)]
     for file in _CGROUP_LIMITS:
         try:
@@ -28,13 +28,14 @@ def machine_memory() -> int:
 def check_memory(
     what: str, needed: float, remedy: str, *, available: int | None = None, of: str = "this machine"
 ) -> None:
-    """Compare the memory that options need at least with the memory that is available.
+    """Raise an error if options need more memory than is available.
 
     Args:
-        what: the options and their values.
-        needed: bytes, a lower bound; less than this may still be too little.
-        available: bytes; None = this machine's.
-        of: what has this memory, for the message.
+        what: options and their values, for the message.
+        needed: lower bound of the required memory, in bytes.
+        remedy: what to change, for the message.
+        available: available memory in bytes; None: that of this machine.
+        of: owner of the available memory, for the message.
 
     Raises:
         UserError: more is needed than is available.
@@ -42,5 +43,5 @@ def check_memory(
     available = machine_memory() if available is None else available
     if needed > available:
         raise UserError(
-            f"{what}: takes {needed / GIB:,.1f} GiB of memory or more, {of} has {available / GIB:,.1f} GiB; {remedy}"
+            f"{what}: needs at least {needed / GIB:,.1f} GiB of memory, {of} has {available / GIB:,.1f} GiB; {remedy}"
         )

@@ -1,6 +1,6 @@
-"""How many files this process may have open: the limit is raised as far as allowed, and shared out among its parts.
+"""Increase the limit of open files, and divide it among the components of a process.
 
-Shells and containers often start programs with a soft limit of 1024, or 256, far below the hard one.
+Shells and containers often start programs with a soft limit of 1024 or 256, far below the hard limit.
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import resource
 
 WANTED = 4096
-"""Enough for every part of a run; far more would slow down libraries that look at each number up to the limit."""
+"""Enough for all components. A much larger limit slows down libraries that iterate over all possible descriptors."""
 ENOUGH = 1024
-"""Enough for any command; what messages ask for."""
-_PARTS = 4  # two readers of shards (training, evaluation) and as much again for libraries, sockets and the rest
+"""Enough for every command; recommended in messages."""
+_PARTS = 4  # two shard readers (training, evaluation), and the same again for libraries and sockets
 _FEWEST = 4
 
 
 def raise_limit() -> None:
-    """Raise this process's limit of open files, and that of processes that it starts, to `WANTED` where it may."""
+    """Increase the soft limit of open files to `WANTED`, or to the hard limit. Child processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -24,12 +24,12 @@ def raise_limit() -> None:
 
 
 def limit() -> int:
-    """Return the number of files that this process may have open; -1 = no limit."""
+    """Return the soft limit of open files; -1: no limit."""
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def how_to_raise_limit() -> str:
-    """Return the command that raises the limit, for messages, or who can raise it."""
+    """Return the command that increases the limit, for messages, or where an administrator can increase it."""
     wanted = max(ENOUGH, 2 * limit())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or wanted <= hard:
@@ -38,6 +38,6 @@ def how_to_raise_limit() -> str:
 
 
 def open_file_budget(most: int) -> int:
-    """Return how many files a part of this process may keep open: `most`, or fewer under a low limit."""
+    """Return how many files one component may keep open: `most`, or fewer if the limit is low."""
     soft = limit()
     return most if soft == resource.RLIM_INFINITY else min(most, max(_FEWEST, soft // _PARTS))

@@ -1,4 +1,4 @@
-"""Say in `--help` what an option that is None by default amounts to."""
+"""Describe in `--help` the effective default of an option whose default is None."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tyro
 
 
 def default(text: str) -> Any:
-    """Metadata of a field whose default is None: `--help` shows `(default: TEXT)`.
+    """Return metadata for a field whose default is None, so that `--help` shows `(default: TEXT)`:
 
     lr: Annotated[float | None, default("5e-4 x global batch / 512")] = None
     """

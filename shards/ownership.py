@@ -1,4 +1,4 @@
-"""Whose a file is, for messages: names of users and groups where they have any, numbers where they have none."""
+"""Describe the owners and modes of files in error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def user_name(uid: int) -> str:
-    """Return "user NAME", or "user NUMBER" where the number has no name, as often in containers."""
+    """Return "user NAME", or "user NUMBER" if the user has no name, which is common in containers."""
     try:
         return f"user {pwd.getpwuid(uid).pw_name}"
     except KeyError:
@@ -18,7 +18,7 @@ def user_name(uid: int) -> str:
 
 
 def describe_owner(found: os.stat_result) -> str:
-    """Describe a file or folder: its user, group and mode."""
+    """Return the kind (file or folder), user, group and mode of a file as text."""
     try:
         group = grp.getgrgid(found.st_gid).gr_name
     except KeyError:
@@ -28,17 +28,17 @@ def describe_owner(found: os.stat_result) -> str:
 
 
 def describe_obstacle(path: Path | str) -> str:
-    """Describe what keeps this process from a file: the file itself, or the folder above it that nobody may enter.
+    """Describe the file or parent folder whose permissions deny this process access to `path`.
 
     Returns:
-        Empty where the system does not say.
+        Its owner and mode as text; empty if it cannot be determined.
     """
-    for place in (Path(path), *Path(path).parents):
+    for candidate in (Path(path), *Path(path).parents):
         try:
-            found = os.stat(place)
+            found = os.stat(candidate)
         except PermissionError:
             continue
         except (OSError, ValueError):
             return ""
-        return describe_owner(found) if place == Path(path) else f"{place} is {describe_owner(found)}"
+        return describe_owner(found) if candidate == Path(path) else f"{candidate} is {describe_owner(found)}"
     return ""

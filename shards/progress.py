@@ -1,4 +1,4 @@
-"""Progress of a long job: a bar on a terminal, a log line every so often elsewhere."""
+"""Show the progress of a long job: a progress bar on a terminal, otherwise a log line every 30 s."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LOG_EVERY = 30.0  # seconds
 
 
 class Progress:
-    """Counts items and bytes of a job whose total is known; a context manager.
+    """Shows the progress of a job with a known number of items. A context manager.
 
     Args:
-        what: what is being done, a word or two.
-        items: how many there are.
-        unit: what an item is.
+        what: name of the job, one or two words.
+        items: total number of items.
+        unit: name of the items.
     """
 
     def __init__(self, what: str, items: int, unit: str = "images") -> None:
@@ -54,7 +54,7 @@ class Progress:
             self._log()
 
     def update(self, items: int, size: int) -> None:
-        """Set what is done by now: items and bytes in all."""
+        """Set the total numbers of items and bytes that are done."""
         self._items, self._bytes = items, size
         if self._bar is not None:
             self._bar.update(self._task, completed=items, rate=self._rates())

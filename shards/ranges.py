@@ -1,4 +1,4 @@
-"""Check the numbers of options against the ranges that stand beside their fields.
+"""Check numeric options against the ranges in their field annotations.
 
     @dataclass(frozen=True)
     class Options:
@@ -7,8 +7,8 @@
         def __post_init__(self) -> None:
             check_ranges(self)
 
-A number out of range is rejected when the options are constructed, whether they come from a command line, a TOML file,
-JSON or code, so before anything is written or allocated. Pydantic checks the same declarations.
+A number out of range is rejected when the options are constructed, whether they come from the command line, a TOML
+file, JSON or code, before anything is written or allocated. Pydantic checks the same declarations.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ from annotated_types import Interval
 from shards.errors import UserError
 from shards.redact import printable
 
-SHOWN = 60  # characters of a value in a message
+SHOWN = 60  # maximum length of a value in a message, in characters
 
 Fraction = Annotated[float, Interval(ge=0, le=1)]
-"""A share or a probability."""
+"""A fraction or a probability."""
 Decay = Annotated[float, Interval(ge=0, lt=1)]
-"""A decay rate, or a share that may not be the whole."""
+"""A decay rate, or a fraction below 1."""
 Seed = Annotated[int, Interval(ge=0, lt=1 << 63)]
 Steps = Annotated[int, Interval(ge=1, le=10**12)]
-"""Optimiser steps; no training has more."""
+"""Number of optimizer steps."""
 Seconds = Annotated[float, Interval(ge=0, le=10**8)]
-"""Up to three years, which all timers of the system can count."""
+"""Up to three years, which all system timers support."""
 Side = Annotated[int, Interval(ge=1, le=8192)]
-"""Of a square image, in pixels."""
+"""Side of a square image, in pixels."""
 MAX_BATCH = 1_000_000
 Batch = Annotated[int, Interval(ge=1, le=MAX_BATCH)]
-"""Images."""
+"""Batch size in images."""
 
 
 def check_ranges(options: Any) -> None:
-    """Compare every number in the fields of a dataclass with the range of its field.
+    """Raise an error if a number in a field of a dataclass is outside the range of the field.
 
     Raises:
-        UserError: names the option, what was given and what is allowed.
+        UserError: with the option, its value and the allowed range.
     """
     kind: type = type(options)
     for name, hint in _numeric_fields(kind):
         value = getattr(options, name)
-        allowed = _first_refused(value, hint)
+        allowed = _first_violated_range(value, hint)
         if allowed is not None:
             given = " ".join(map(_number, value if isinstance(value, tuple) else (value,)))
             given = printable(given if len(given) <= SHOWN else given[:SHOWN] + "...")
-            raise UserError(f"--{name.replace('_', '-')} {given}: {allowed} expected")
+            raise UserError(f"--{name.replace('_', '-')} {given}: expected {allowed}")
 
 
 def ranges_of(hint: Any) -> Iterator[tuple[type, Interval | None]]:
-    """Every number in a type, as (int or float, its range); None where it has no range."""
+    """Yield (int or float, range) for every number in a type; the range is None if it has none."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         base, *metadata = typing.get_args(hint)
@@ -81,12 +81,12 @@ def _numeric_fields(options: type) -> list[tuple[str, Any]]:
     return [(name, hints[name]) for name in names if any(True for _ in ranges_of(hints[name]))]
 
 
-def _first_refused(value: Any, hint: Any) -> str | None:
+def _first_violated_range(value: Any, hint: Any) -> str | None:
     """Describe the range of the first number that is out of its range; None if all are in range."""
     ranges = list(ranges_of(hint))
     values = value if isinstance(value, tuple) else (value,)
-    each_its_own = len(ranges) == len(values)
-    for number, (kind, interval) in zip(values, ranges if each_its_own else ranges * len(values), strict=False):
+    one_range_each = len(ranges) == len(values)
+    for number, (kind, interval) in zip(values, ranges if one_range_each else ranges * len(values), strict=False):
         if isinstance(number, int | float) and interval is not None and not _within(number, interval):
             each = "each " if len(values) > 1 else ""
             return f"{each}{_in_words(kind, interval)}"
@@ -94,7 +94,7 @@ def _first_refused(value: Any, hint: Any) -> str | None:
 
 
 def _within(number: float, interval: Any) -> bool:
-    """False for NaN, which no comparison holds for."""
+    """Return whether a number is in a range. False for NaN, because every comparison with NaN is False."""
     return (
         (interval.ge is None or number >= interval.ge)
         and (interval.gt is None or number > interval.gt)

@@ -1,4 +1,4 @@
-"""Remove credentials from text that is shown, logged or saved, and keep messages to one line."""
+"""Remove credentials from text that is printed, logged or saved, and make messages single-line."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from types import TracebackType
 from typing import Any
 
 HIDDEN = "***"
-# user:password@ of a URL; the user may be a token too, as for GitHub or Hugging Face. A password may itself hold an @.
-# `Path` makes one slash of two.
+# user:password@ of a URL; the user may also be a token (GitHub, Hugging Face). A password may contain an @.
+# `Path` turns "://" into ":/".
 _CREDENTIALS = re.compile(r"(:/{1,2})[^/?#\s\"'<>]*@")
-# Signed URLs (S3, GCS, Azure) carry the right to read in the query.
+# The query of a signed URL (S3, GCS, Azure) grants read access.
 _QUERY = re.compile(r"(:/{1,2}[^\s?#\"'<>]*\?)[^\s#\"'<>]+")
-# Control characters, line and paragraph separators, changes of the direction of writing, and surrogates, which stand
-# for the bytes of names that are not UTF-8. Others that `str.isprintable` refuses occur in names: U+3000, joiners.
+# Control characters, line and paragraph separators, bidirectional control characters, and surrogates (bytes of names
+# that are not UTF-8). Other characters that are not `str.isprintable`, such as U+3000 and joiners, occur in real names.
 _ESCAPED = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
-_PATH = r"(?<![^\s'\"(])"  # at the beginning of a path
+_PATH = r"(?<![^\s'\"(])"  # lookbehind: start of a path
 
 
 def redact(text: str) -> str:
-    """Replace the user, the password and the query of every URL in `text` by ***. Idempotent."""
+    """Replace user, password and query of every URL in `text` with ***. Idempotent."""
     return _QUERY.sub(rf"\g<1>{HIDDEN}", _CREDENTIALS.sub(rf"\g<1>{HIDDEN}@", text))
 
 
 def redacted(value: Any) -> Any:
-    """Redact every text in nested dicts, lists and tuples (keys too), as they are saved as JSON; paths become text."""
+    """Redact all strings in nested dicts, lists and tuples, including keys. Paths are converted to strings."""
     if isinstance(value, dict):
         return {redact(key) if isinstance(key, str) else key: redacted(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -41,37 +41,37 @@ def redacted(value: Any) -> Any:
 
 
 def printable(text: object) -> str:
-    """Redact text and make it one line, as `one_line` does."""
+    """Redact text, and convert it to a single line with `one_line`."""
     return one_line(redact(str(text)))
 
 
 def with_relative_paths(line: str, source: Path) -> str:
-    """Return a line about a source with paths below it, as it is kept in dataset.json: a copy gives the same."""
-    here, above = (re.escape(str(path)) for path in (source.absolute(), source.absolute().parent))
-    line = re.sub(rf"{_PATH}{here}/", "", line)
-    line = re.sub(rf"{_PATH}{here}(?![^\s:;,'\")])", "the source", line)
-    if above != "/":
-        line = re.sub(rf"{_PATH}{above}/", "", line)
+    """Make paths in a message relative to the source, so that dataset.json does not depend on where the source is."""
+    own_path, parent = (re.escape(str(path)) for path in (source.absolute(), source.absolute().parent))
+    line = re.sub(rf"{_PATH}{own_path}/", "", line)
+    line = re.sub(rf"{_PATH}{own_path}(?![^\s:;,'\")])", "the source", line)
+    if parent != "/":
+        line = re.sub(rf"{_PATH}{parent}/", "", line)
     return one_line(line)
 
 
 def one_line(text: str) -> str:
-    """Escape line breaks, control characters and what cannot be encoded, as Python's string literals do.
+    """Escape line breaks, control characters and surrogates, like Python's string literals.
 
-    Paths and class names come from outside: printed as they are, they could forge further lines or terminal commands.
+    Paths and class names are untrusted: printed unescaped, they could inject log lines or terminal commands.
     """
     return _ESCAPED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def display_name(name: bytes) -> str:
-    """Return a file name of any bytes as one line of text."""
+    """Return a file name as a single line of text; bytes that are not UTF-8 are escaped."""
     return one_line(name.decode("utf-8", errors="backslashreplace"))
 
 
 def protect_output() -> None:
-    """Redact what this process logs and warns of, and its tracebacks; print file names that are no UTF-8 escaped.
+    """Redact all log messages, warnings and tracebacks of this process, including those of libraries.
 
-    Messages of libraries are included. Called once at the start of every command. Idempotent.
+    Also escapes file names that are not UTF-8 on standard output. Called at the start of every command. Idempotent.
     """
     if logging.getLogRecordFactory() is not _redacted_record:
         logging.setLogRecordFactory(_redacted_record)
@@ -99,7 +99,7 @@ def _redacted_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
     record = _plain_record(*args, **kwargs)
     try:
         record.msg, record.args = redact(record.getMessage()), None
-    except (TypeError, ValueError):  # arguments that do not fit the message: logging itself reports that
+    except (TypeError, ValueError):  # arguments that do not match the format; logging reports this itself
         return record
     if record.exc_info and record.exc_info[1] is not None:
         record.exc_text = redacted_traceback(record.exc_info[1])

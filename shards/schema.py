@@ -1,4 +1,4 @@
-"""Validate JSON that comes from outside (a server, a copied folder, another version) before anything uses it."""
+"""Validate untrusted JSON (from a server, a copied folder or another version) before it is used."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from pydantic import AfterValidator, Field, FiniteFloat, StringConstraints, Type
 T = TypeVar("T")
 
 MAX_NAME = 255
-"""Bytes of a file name, the limit of Linux file systems."""
+"""Maximum length of a file name in bytes: the limit of Linux file systems."""
 _SHOWN = 60
 
 
 def plain_file_name(name: str) -> str:
-    """Return `name` if it names a file directly inside a folder, whatever the folder.
+    """Return `name` if it is a plain file name, without a path.
 
     Raises:
-        ValueError: it is empty, hidden, too long, a path, or holds a control character.
+        ValueError: it is empty, hidden, too long or a path, or contains a control character.
     """
     if not name or name.startswith(".") or "/" in name or "\\" in name or not name.isprintable():
         raise ValueError("not a plain file name")
@@ -30,7 +30,7 @@ FileName = Annotated[str, AfterValidator(plain_file_name)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")]
 """xxh3-64, 16 hex digits."""
 Count = Annotated[int, Field(ge=0, le=1 << 53)]
-"""A count or a size in bytes; larger ones cannot be exact in JSON."""
+"""A count or a size in bytes, up to the largest integer that is exact in JSON."""
 Finite = FiniteFloat
 
 
@@ -38,15 +38,15 @@ def parse_json(content: bytes, schema: TypeAdapter[T], *, limit: int) -> T:
     """Parse and validate a JSON document: strict types, no unknown fields.
 
     Args:
-        content: UTF-8.
-        schema: of a dataclass or another type whose fields state types and ranges.
-        limit: bytes that the document may have; checked before it is parsed.
+        content: UTF-8 text.
+        schema: adapter of a dataclass or another type with field types and ranges.
+        limit: maximum size in bytes, checked before parsing.
 
     Raises:
-        ValueError: one line with the field, what was found and what was expected.
+        ValueError: the message is one line with the field, the found value and the expected one.
     """
     if len(content) > limit:
-        raise ValueError(f"{len(content):,} bytes, more than the {limit:,} allowed")
+        raise ValueError(f"{len(content):,} bytes, more than the {limit:,} bytes that are allowed")
     try:
         return schema.validate_json(content, strict=True, extra="forbid")
     except ValidationError as error:
@@ -54,11 +54,11 @@ def parse_json(content: bytes, schema: TypeAdapter[T], *, limit: int) -> T:
 
 
 def first_error(error: ValidationError) -> str:
-    """Describe the first fault: field, expected, found, and how many more there are."""
+    """Describe the first validation error: field, expected and found value, and the number of further errors."""
     first: Any = error.errors(include_url=False, include_context=False)[0]
     field = ".".join(str(part) for part in first["loc"])
     message = first["msg"].removeprefix("Value error, ")
-    # Of a document that is no JSON, or of a missing field, `input` is everything around it.
+    # For invalid JSON or a missing field, `input` is the whole surrounding object.
     if first["type"] in ("json_invalid", "missing"):
         found = ""
     else:

@@ -1,1 +1,1 @@
-"""The commands of this package."""
+"""The subcommands `pipeline shard`, `verify`, `info`, `index` and `sample`."""

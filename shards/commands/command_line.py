@@ -1,4 +1,4 @@
-"""The command-line verbs of this package: options with their help, and `run()`, which returns the exit status."""
+"""The subcommands shard, verify, info, index and sample: options with their help; `run()` returns the exit status."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from shards.files.output import check_output_folder
 from shards.format.beton import BetonOptions, WriteMode
 from shards.images.limits import MAX_SIDE
 from shards.images.rules import Check, ImageRules
+from shards.option_help import default
 from shards.ranges import Fraction, Seed, check_ranges
 from shards.redact import one_line
 from shards.sources.scan import Layout, ScanOptions
@@ -23,78 +24,83 @@ if TYPE_CHECKING:
     from shards.format.dataset import ShardSet
 
 MAX_SHARD_SIZE = 2**20
-"""MiB, so 1 TiB: readers stage whole shards."""
+"""In MiB: 1 TiB. Readers download whole shards."""
 MAX_SMART_RATIO = 1e6
 MAX_PHOTOS = 2_000_000
-"""More than ImageNet-1K has; 220 GB."""
+"""More images than ImageNet-1K has: about 220 GB."""
 Side = Annotated[int, Interval(ge=1, le=MAX_SIDE)]
 Workers = Annotated[int, Interval(ge=1, le=4096)]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Turn images into a shard set, from whatever layout they are in.
+    """Convert a source of images into a shard set: shuffled WebDataset tars with an index and a manifest.
 
-    Interrupted, even by kill -9, it resumes when the same command is given again.
+    If the conversion is interrupted, even by kill -9, run the same command again to resume it.
     """
 
-    source: Positional[Path]
-    """Class folders (train/, val/ and test/ of them, or one), ILSVRC2012 tars, a folder of one tar a class, Kaggle's
-    ILSVRC/, Parquet, WebDataset tars."""
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
+    """Images to convert: a folder per class (optionally inside train/, val/ and test/), the ILSVRC2012 tars, a folder
+    with one tar per class, Kaggle's ILSVRC/ folder, Parquet files, or WebDataset tars."""
 
-    out: Path | None = None
-    """Folder of the new set (default: SOURCE-shards beside the source)."""
+    out: Annotated[Path | None, default("SOURCE-shards, next to the source")] = None
+    """Folder to write the set to. It must be empty, not exist yet, or hold an unfinished conversion of SOURCE."""
 
-    layout: Annotated[Layout | None, arg(name="from")] = None
-    """Insist on the source's layout (default: whatever it looks like)."""
+    layout: Annotated[Layout | None, arg(name="from", help_behavior_hint="(default: detected)")] = None
+    """Source layout."""
 
     val_fraction: float = ScanOptions.val_fraction
-    """Fraction of each class that becomes the validation split, for sources that have none."""
+    """Fraction of each class (0 to 1) to split off for validation, if the source has no validation split."""
 
-    classes: Path | None = None
-    """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
+    classes: Annotated[Path | None, default("the order and names in the source")] = None
+    """Text file with one class per line, in the order of the labels (0, 1, ...): the class folder, optionally followed
+    by a human-readable name."""
 
     shard_size: Annotated[int, Interval(ge=1, le=MAX_SHARD_SIZE)] = Options.shard_bytes // MIB
-    """MiB per shard, about."""
+    """Approximate size of a shard, in MiB."""
 
     seed: Seed = ScanOptions.seed
-    """Key of the shuffle."""
+    """Seed of the global shuffle and of the validation split."""
 
     check: Check = ImageRules.check
-    """Decode every image once, or trust the headers."""
+    """decode: decode every image once, and reject those that fail. header: only parse the image headers, which is
+    faster, but damaged images are then found during training."""
 
     format: Format = Options.format
-    """WebDataset tars, FFCV's .beton, or both in the same order."""
+    """Files to write: WebDataset tars, FFCV .beton files, or both with the samples in the same order."""
 
     write_mode: WriteMode = BetonOptions.mode
-    """What a .beton stores: JPEGs, pixels, or (smart) pixels where they take little more room."""
+    """How a .beton file stores images: jpg (encoded), raw (decoded pixels), or smart (each image as pixels if they need
+    at most --smart-ratio times the bytes of its JPEG)."""
 
     smart_ratio: Annotated[float, Interval(ge=1, le=MAX_SMART_RATIO)] = BetonOptions.smart_ratio
-    """With smart: pixels where they take at most this many times the JPEG's bytes."""
+    """For --write-mode smart: maximum size of an image's pixels, as a multiple of its JPEG's size."""
 
-    max_side: Side | None = None
-    """Shrink and re-encode images whose longer side is above this many pixels."""
+    max_side: Annotated[Side | None, default("no limit")] = None
+    """Maximum longer side in pixels. Larger images are shrunk to it and re-encoded."""
 
-    short_side: Side | None = None
-    """Shrink and re-encode images whose shorter side is above this many pixels."""
+    short_side: Annotated[Side | None, default("no limit")] = None
+    """Maximum shorter side in pixels. Larger images are shrunk to it and re-encoded."""
 
     quality: Annotated[int, Interval(ge=1, le=100)] = ImageRules.quality
-    """JPEG quality of images that are shrunk."""
+    """JPEG quality (1 to 100) of images that are shrunk."""
 
     max_rejects: Fraction = MAX_REJECTS
-    """Fraction of the images that may be left out because they cannot be used; more fail the run."""
+    """Maximum fraction of images (0 to 1) that may be rejected, for example because they are damaged. The conversion
+    fails if more are."""
 
     strict: bool = False
-    """Refuse a source in which something may well be a mistake, instead of noting it."""
+    """Fail if the source probably contains a mistake (such as missing classes or blank images), instead of printing a
+    note."""
 
-    workers: Workers | None = None
-    """Processes (default: one per core)."""
+    workers: Annotated[Workers | None, default("one per available CPU core")] = None
+    """Number of worker processes."""
 
-    part: str | None = None
-    """K/N: make only this part of the shards, for array jobs; --finish joins them."""
+    part: Annotated[str | None, default("all shards")] = None
+    """K/N: write only the K-th of N parts of the shards, for array jobs. Run with --finish after all N parts."""
 
     finish: bool = False
-    """Join the parts, when all have run."""
+    """Join the parts into the finished set, after all parts have run."""
 
     def run(self) -> int:
         from shards.convert.convert import convert, default_out, finish
@@ -105,7 +111,7 @@ class Shard:
             out = self.out or default_out(self.source)
         options = self._options()
         if not (out / MANIFEST_NAME).exists():
-            check_output_folder(out, "--out", "name a folder of your own with --out")
+            check_output_folder(out, "--out", "specify a folder that you can write to with --out")
         if self.finish:
             outcome = finish(out, self.max_rejects, self.workers, source=self.source, strict=self.strict)
         else:
@@ -113,11 +119,11 @@ class Shard:
             outcome = convert(self.source, out, options, part)
             if outcome is None and part and not (out / MANIFEST_NAME).exists():
                 _print(
-                    f"{out}: part {part} is done; when all are, run: pipeline shard {self.source} --out {out} --finish"
+                    f"{out}: part {part} is done; after all parts: pipeline shard {self.source} --out {out} --finish"
                 )
                 return 0
         if outcome is None:
-            compared = f", and {self.source} is what it was made from" if self.source.exists() else ""
+            compared = f", and {self.source} is unchanged" if self.source.exists() else ""
             _print(f"{out}: already complete{compared}")
             return 0
         return _print_summary(out)
@@ -128,7 +134,7 @@ class Shard:
         check_ranges(self)
         check_fraction(self.val_fraction)
         if self.finish and self.part is not None:
-            raise UserError(f"--part {self.part} --finish: --finish joins all parts; leave out one of the two")
+            raise UserError(f"--part {self.part} --finish: --finish joins all parts; omit one of the two options")
         return Options(
             scan=ScanOptions(
                 layout=self.layout,
@@ -150,17 +156,17 @@ class Shard:
 
 @dataclass(frozen=True)
 class Verify:
-    """Account for every byte of a set: hashes, tar headers, index rows, labels."""
+    """Check every byte of a set: file hashes, tar headers, index rows, image headers and labels."""
 
-    set: Positional[Path]
+    set: Positional[Annotated[Path, arg(metavar="SET")]]
     """Folder of the set."""
 
-    workers: Workers | None = None
-    """Processes (default: one per core)."""
+    workers: Annotated[Workers | None, default("one per available CPU core")] = None
+    """Number of worker processes."""
 
-    set_digest: str | None = None
-    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
-    behind SET."""
+    set_digest: Annotated[str | None, default("not checked")] = None
+    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX ('pipeline info' prints both). Appending
+    #xxh3=HEX to SET does the same."""
 
     def run(self) -> int:
         from shards.commands.verify import verify
@@ -170,20 +176,20 @@ class Verify:
         faults = verify(path, self.workers)
         for fault in faults:
             _print(f"fault: {fault}")
-        _print(f"{path}: {f'{len(faults)} faults' if faults else 'every byte is as it should be'}")
+        _print(f"{path}: {f'{len(faults)} faults' if faults else 'no faults, every byte was checked'}")
         return 1 if faults else 0
 
 
 @dataclass(frozen=True)
 class Info:
-    """Show what is in a set: splits, classes, sizes, repairs and rejects."""
+    """Print the contents of a set: splits, classes, image sizes, options, rejects and digests."""
 
-    set: Positional[Path]
+    set: Positional[Annotated[Path, arg(metavar="SET")]]
     """Folder of the set."""
 
-    set_digest: str | None = None
-    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
-    behind SET."""
+    set_digest: Annotated[str | None, default("not checked")] = None
+    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX ('pipeline info' prints both). Appending
+    #xxh3=HEX to SET does the same."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -196,35 +202,39 @@ class Info:
 
 @dataclass(frozen=True)
 class Index:
-    """Make a set of existing WebDataset tars where they lie: an index and a manifest beside them, no copy.
+    """Turn existing WebDataset tars into a shard set in place: write an index and a manifest next to them.
 
-    Their order stays as it is, so training is as well shuffled as they are; `pipeline shard` shuffles anew.
+    The tars are not copied, and their samples keep their order. If they are not shuffled, use 'pipeline shard' instead.
     """
 
-    tars: Positional[tuple[Path, ...]]
-    """Tars of KEY.jpg and KEY.cls, all in one folder; their names tell the split (train, val or test, as whole
-    words)."""
+    tars: Positional[Annotated[tuple[Path, ...], arg(metavar="TAR [TAR ...]", help_behavior_hint="(required)")]]
+    """Tars of KEY.jpg and KEY.cls files, all in one folder. A tar belongs to the split (train, val or test) that is a
+    word of its file name, and to train without such a word."""
 
-    classes: Path | None = None
-    """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
+    classes: Annotated[Path | None, default("the labels in the tars")] = None
+    """Text file with one class per line, in the order of the labels (0, 1, ...): the class folder, optionally followed
+    by a human-readable name."""
 
     check: Check = ImageRules.check
-    """Decode every image once, or trust the headers."""
+    """decode: decode every image once, and reject those that fail. header: only parse the image headers, which is
+    faster, but damaged images are then found during training."""
 
     max_rejects: Fraction = MAX_REJECTS
-    """Fraction of the images that may be left out because they cannot be used; more fail the run."""
+    """Maximum fraction of images (0 to 1) that may be rejected, for example because they are damaged. The command fails
+    if more are."""
 
     strict: bool = False
-    """Refuse tars in which something may well be a mistake, instead of noting it."""
+    """Fail if the tars probably contain a mistake (such as missing classes or blank images), instead of printing a
+    note."""
 
-    workers: Workers | None = None
-    """Processes (default: one per core)."""
+    workers: Annotated[Workers | None, default("one per available CPU core")] = None
+    """Number of worker processes."""
 
     def run(self) -> int:
         from shards.commands.index_tars import index_tars
 
         if not self.tars:
-            raise UserError("no tars given")
+            raise UserError("no tars specified: pipeline index TAR [TAR ...]")
         check_ranges(self)
         index_tars(
             list(self.tars),
@@ -239,10 +249,10 @@ class Index:
 
 @dataclass(frozen=True)
 class SampleDigits:
-    """Write scikit-learn's 1,797 handwritten digits as an ImageNet-like folder."""
+    """Write scikit-learn's 1,797 handwritten digits as JPEG files, in train/ and val/ with one folder per class."""
 
-    out: Positional[Path]
-    """Folder to write."""
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to create. It must be empty or not exist yet."""
 
     def run(self) -> int:
         from shards.commands.samples import write_digits
@@ -252,16 +262,20 @@ class SampleDigits:
 
 @dataclass(frozen=True)
 class SamplePhotos:
-    """Cut JPEGs from the photos that scikit-image, scikit-learn and matplotlib ship, sized like ImageNet's."""
+    """Write random crops of the photos in scikit-image, scikit-learn and matplotlib as JPEG files.
 
-    out: Positional[Path]
-    """Folder to write."""
+    Their sizes in pixels and bytes are distributed like ImageNet's, for benchmarks without ImageNet. They are in train/
+    and val/, with one folder per class.
+    """
+
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """Folder to create. It must be empty or not exist yet."""
 
     count: Annotated[int, Interval(ge=1, le=MAX_PHOTOS)] = 2000
-    """Images in all; a tenth of them for validation."""
+    """Total number of images. One tenth of them is for validation."""
 
     seed: Seed = 0
-    """The same count and seed give the same files."""
+    """Random seed. The same count and seed give the same files."""
 
     def run(self) -> int:
         from shards.commands.samples import write_photos
@@ -274,8 +288,8 @@ def _open(location: Path, digest: str | None) -> ShardSet:
     from shards.format.dataset import ShardSet
     from shards.format.manifest_digest import split_digest
 
-    path, pin = split_digest(location, digest)
-    return ShardSet(path, digest=pin)
+    path, expected = split_digest(location, digest)
+    return ShardSet(path, digest=expected)
 
 
 def _print_written(out: Path, written: dict[str, int]) -> int:

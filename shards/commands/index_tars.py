@@ -1,7 +1,7 @@
-"""`pipeline index`: make a set of existing WebDataset tars where they lie, without copying them.
+"""`pipeline index`: turn existing WebDataset tars into a shard set in place, without copying them.
 
-Only an index and a manifest are added. The order of the samples stays whoever wrote the tars', so the manifest says
-that it is not our shuffle, and how long the runs of one class are in it.
+Only an index and a manifest are written next to the tars. The samples keep their order, so the manifest records that
+the set was not shuffled by this project, and the mean length of the runs of one class.
 """
 
 from __future__ import annotations
@@ -62,18 +62,19 @@ class IndexJob:
 
 @dataclass(frozen=True)
 class IndexedTar:
-    """What was found in a tar."""
+    """The content of one tar."""
 
     split: str
     entry: ShardEntry
     rows: Index
-    """`INDEX_DTYPE` [samples]; `shard` and the final `label` are set when the tars are joined."""
+    """`INDEX_DTYPE` [samples]; `shard` and the final `label` are set when the rows of all tars are joined."""
     rejected: list[Reject]
     labels: FileLabels
     listed: NDArray[np.int64]
-    """Labels of all samples, the rejected ones too, numbered as in `labels` until the tars are joined; [samples]."""
+    """int64 [samples]: labels of all samples including rejected ones, numbered as in `labels` until the tars are
+    joined."""
     blank: int
-    """Images that are nearly black or of a single colour."""
+    """Number of images that are nearly black or of a single color."""
     unused: tuple[UnusedEntry, ...]
 
 
@@ -86,26 +87,32 @@ def index_tars(
     *,
     strict: bool = False,
 ) -> Manifest:
-    """Write the index and the manifest of `tars` into the folder in which they all lie.
+    """Write an index and a manifest for `tars` into their folder, and return the manifest.
 
     Args:
-        strict: refuse tars with doubts.
+        tars: WebDataset tars, all in one folder.
+        rules: which images to accept; images are never re-encoded.
+        classes: text file with one class per line (see `number_classes`).
+        max_rejects: maximum fraction of images that may be rejected.
+        workers: number of worker processes; None: one per core.
+        strict: fail on doubts (likely mistakes in the tars).
 
     Raises:
-        UserError: they do not lie in one folder, or it is a set already; a tar is compressed or damaged or has no
-            samples; labels that `number_classes` refuses; or their names give doubts and `strict` is set.
-        ConversionFailed: more than the share `max_rejects` of the images cannot be used as they are, or there are
-            doubts and `strict` is set.
+        UserError: the tars are in several folders, or in a finished set; a tar is compressed, damaged or has no
+            samples; `number_classes` rejects the labels; or the file names give doubts and `strict` is set.
+        ConversionFailed: more than `max_rejects` of the images are rejected, or there are doubts and `strict` is set.
     """
     folders = {tar.absolute().parent for tar in tars}
     if len(folders) != 1:
-        raise UserError(f"the tars lie in {len(folders)} folders, but a set is one folder; index each of them")
+        raise UserError(
+            f"the tars are in {len(folders)} folders, but a set is one folder; run 'pipeline index' for each of them"
+        )
     (folder,) = folders
     for tar in tars:
         if tar.is_dir():
-            raise UserError(f"{tar}: a folder; name the tars in it")
+            raise UserError(f"{tar}: is a folder; specify the tars in it")
     if classes is not None:
-        read_classes(classes)  # before hours of reading tars
+        read_classes(classes)  # reports errors before hours of reading tars
     jobs = [IndexJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = assign_splits([job.tar for job in jobs], folder)
     notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.all_notes(set(named.splits.values()))]
@@ -113,11 +120,11 @@ def index_tars(
     work = WorkFolder(folder)
     with explain_os_errors(folder):
         _check_folder(folder, work, jobs)
-        remedy = f"an index lies beside its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
+        remedy = f"an index must be next to its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
         print_notes([*notes, *doubts])
-        if strict and doubts:  # before hours of reading tars
-            raise UserError(_refusal(folder, doubts))
+        if strict and doubts:  # fail before hours of reading tars
+            raise UserError(_strict_error(folder, doubts))
         work.create()
         try:
             with file_lock(work.path / "index.lock", f"the index of {folder}"):
@@ -133,20 +140,20 @@ def index_tars(
                     doubts=doubts,
                 )
         finally:
-            # Only the work folder identifies files that a failed start published (the list of rejects).
+            # After a failure, only the work folder identifies the published list of rejects as created by this project.
             if (folder / MANIFEST_NAME).exists() or not work.has_published():
                 work.remove()
 
 
 def _check_folder(folder: Path, work: WorkFolder, jobs: list[IndexJob]) -> None:
-    """Reject a folder that is already a set, or in which a new file would replace an existing one."""
+    """Reject a folder that is already a set, or in which the new files would replace files of other programs."""
     if (folder / MANIFEST_NAME).exists():
-        raise UserError(f"{folder}: is already a shard set; remove its {MANIFEST_NAME} to index it again")
+        raise UserError(f"{folder}: is already a shard set; remove its {MANIFEST_NAME} to index the tars again")
     missing = [job.tar for job in jobs if not job.tar.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: no such file")
     if work.load_plan() is not None:
-        raise UserError(f"{folder}: an unfinished conversion; run its 'pipeline shard' command again")
+        raise UserError(f"{folder}: contains an unfinished conversion; run its 'pipeline shard' command to finish it")
     work.reject_foreign_files([REJECTS_NAME, *(work.index(split_of(job.tar, folder)).name for job in jobs)])
 
 
@@ -163,26 +170,26 @@ def _adopt(
     doubts: list[str],
 ) -> Manifest:
     with Progress("indexing", sum(job.tar.stat().st_size for job in jobs), "bytes") as progress:
-        found = run_jobs(index_tar, jobs, workers, progress)
-    kept, rejects = sum(len(one.rows) for one in found), [reject for one in found for reject in one.rejected]
+        indexed = run_jobs(index_tar, jobs, workers, progress)
+    kept, rejects = sum(len(one.rows) for one in indexed), [reject for one in indexed for reject in one.rejected]
     if not kept and not rejects:
-        raise UserError(f"{work.out}: no images with labels in the tars")
-    numbered = number_classes([one.labels for one in found], kept + len(rejects), classes=classes)
-    for one, labels in zip(found, numbered.labels, strict=True):
+        raise UserError(f"{work.out}: the tars contain no images with labels")
+    numbered = number_classes([one.labels for one in indexed], kept + len(rejects), classes=classes)
+    for one, labels in zip(indexed, numbered.labels, strict=True):
         one.rows["label"] = labels[one.rows["label"]]
         one.listed[:] = labels[one.listed]
-    unused = merge(one.unused for one in found)
-    late = [*incomplete_sample_warnings(unused), *_doubts(numbered.classes, found)]
+    unused = merge(one.unused for one in indexed)
+    late = [*incomplete_sample_warnings(unused), *_doubts(numbered.classes, indexed)]
     print_notes(late)
     if strict and late:
-        raise ConversionFailed(_refusal(work.out, late))
+        raise ConversionFailed(_strict_error(work.out, late))
     rejects_hash = write_rejects(work, rejects, kept, max_rejects)
     splits: dict[str, list[IndexedTar]] = {}
-    for one in found:
+    for one in indexed:
         if len(one.rows):
             splits.setdefault(one.split, []).append(one)
     if not splits:
-        raise ConversionFailed(f"{work.out}: no image can be used; see {work.out / REJECTS_NAME}")
+        raise ConversionFailed(f"{work.out}: all images were rejected; see {work.out / REJECTS_NAME} for the reasons")
     manifest = Manifest(
         classes=numbered.classes,
         splits={split: _join(work, split, splits[split]) for split in sorted(splits)},
@@ -203,8 +210,8 @@ def _adopt(
     return manifest
 
 
-def _refusal(folder: Path, doubts: list[str]) -> str:
-    return f"{folder}: --strict: {summarize_doubts(doubts)}; correct the tars, or leave --strict out"
+def _strict_error(folder: Path, doubts: list[str]) -> str:
+    return f"{folder}: --strict: {summarize_doubts(doubts)}; correct the tars, or omit --strict"
 
 
 def _doubts(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) -> list[str]:
@@ -220,7 +227,7 @@ def _doubts(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) -> list[st
 
 
 def class_run(shards: list[Index]) -> float:
-    """Mean length of the runs of one label, in the order of the rows; little over 1 where samples are shuffled."""
+    """Return the mean length of runs of one label, in row order. For shuffled samples it is slightly above 1."""
     labels = np.concatenate([rows["label"] for rows in shards])
     return round(len(labels) / (1 + np.count_nonzero(labels[1:] != labels[:-1])), 2)
 
@@ -233,12 +240,12 @@ def _join(work: WorkFolder, split: str, found: list[IndexedTar]) -> SplitEntry:
 
 
 def index_tar(job: IndexJob, report: Report) -> IndexedTar:
-    """Read a tar once for its hash and once for its images.
+    """Hash a tar and read its images. Runs in a worker process.
 
     Raises:
         UserError: the tar is damaged, or a sample is incomplete.
-        ConversionFailed: the tar was modified meanwhile.
-        StorageFailed: it cannot be read.
+        ConversionFailed: the tar was modified during indexing.
+        StorageFailed: the tar cannot be read.
     """
     container = Container.of(job.tar)
     split = split_of(job.tar, job.tar.parent)
@@ -256,7 +263,7 @@ def index_tar(job: IndexJob, report: Report) -> IndexedTar:
         for sample in samples:
             report.start(f"{job.tar}: {sample.image.name}".encode("utf-8", "surrogateescape"))
             try:
-                image = _as_it_is(_read_image(file.fileno(), sample.image), job.rules)
+                image = _accept_unrepaired(_read_image(file.fileno(), sample.image), job.rules)
                 rows[kept] = index_row(image, sample.label, sample.image.offset, 0)
                 kept += 1
                 blank += image.blank
@@ -264,7 +271,7 @@ def index_tar(job: IndexJob, report: Report) -> IndexedTar:
                 where = f"{one_line(job.tar.name)}/{one_line(sample.image.name)}"
                 rejected.append(Reject(split=split, image=where, reason=one_line(str(error))))
         if not container.is_still(os.fstat(file.fileno())) or size != container.size:
-            raise ConversionFailed(f"{job.tar}: was written to while it was indexed; run the same command again")
+            raise ConversionFailed(f"{job.tar}: was modified while it was indexed; run the same command again")
     entry = ShardEntry(name=job.tar.name, samples=kept, bytes=size, hash=digest.hexdigest())
     listed = np.array([sample.label for sample in samples], dtype=np.int64)
     return IndexedTar(split, entry, rows[:kept], rejected, labels.found(), listed, blank, unused)
@@ -272,12 +279,12 @@ def index_tar(job: IndexJob, report: Report) -> IndexedTar:
 
 def _read_image(handle: int, member: Member) -> bytes:
     if member.size > MAX_ENCODED:
-        raise Rejected(f"unreasonably large: {member.size} bytes")
+        raise Rejected(f"{member.size:,} bytes, more than the {MAX_ENCODED:,} bytes that are allowed")
     return os.pread(handle, member.size, member.offset)
 
 
-def _as_it_is(data: bytes, rules: ImageRules) -> Accepted:
+def _accept_unrepaired(data: bytes, rules: ImageRules) -> Accepted:
     image = accept(data, rules)
     if image.repair:
-        raise Rejected(f"{image.repair}: 'pipeline shard' repairs such images, 'pipeline index' copies nothing")
+        raise Rejected(f"{image.repair}: 'pipeline shard' re-encodes such images, 'pipeline index' cannot")
     return image

@@ -1,4 +1,4 @@
-"""`pipeline info`: what is in a set."""
+"""`pipeline info`: print the contents of a set."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from rich.text import Text
 from shards.format.dataset import ShardSet
 from shards.redact import printable
 
-BAR = 30  # characters of the longest bar
-SIDES = (0, 64, 128, 256, 375, 500, 750, 1000, 2000, 65536)  # pixels: bounds of the histogram
+BAR = 30  # length of the longest bar, in characters
+SIDES = (0, 64, 128, 256, 375, 500, 750, 1000, 2000, 65536)  # bounds of the histogram bins, in pixels
 SHOWN_CLASSES = 10
 
 
 def describe(shard_set: ShardSet) -> RenderableType:
-    """Splits, classes, sizes, repairs and rejects as tables, and the digests by which the set can be pinned."""
-    return Group(_splits(shard_set), _classes(shard_set), _sides(shard_set), _treatment(shard_set), _digests(shard_set))
+    """Return tables of splits, classes, sizes and options, and the digests of the manifest."""
+    parts = (_splits, _classes, _sides, _provenance, _digests)
+    return Group(*(part(shard_set) for part in parts))
 
 
 def _digests(shard_set: ShardSet) -> Text:
     lines = [f"  {digest}" for digest in shard_set.digests]
-    return Text("\n".join(["digest of dataset.json, for --set-digest or behind SET as #xxh3=...", *lines]))
+    return Text("\n".join(["digests of dataset.json, for --set-digest DIGEST or SET#DIGEST", *lines]))
 
 
 def _splits(shard_set: ShardSet) -> Table:
     table = Table(title=_text(shard_set.path), title_justify="left")
-    for column in ("split", "images", "shards", "bytes", "mean image", "repaired", "rejected"):
+    for column in ("split", "images", "shards", "bytes", "mean image", "re-encoded", "rejected"):
         table.add_column(column, justify="left" if column == "split" else "right")
     counts = shard_set.manifest.made.get("images", {})
     for name, split in shard_set.manifest.splits.items():
@@ -67,7 +68,7 @@ def _classes(shard_set: ShardSet) -> Table:
 
 
 def _sides(shard_set: ShardSet) -> Table:
-    table = Table(title="longer side in pixels", title_justify="left")
+    table = Table(title="longer side, in pixels", title_justify="left")
     table.add_column("from", justify="right")
     table.add_column("to", justify="right")
     table.add_column("images", justify="right")
@@ -82,9 +83,9 @@ def _sides(shard_set: ShardSet) -> Table:
     return table
 
 
-def _treatment(shard_set: ShardSet) -> Table:
+def _provenance(shard_set: ShardSet) -> Table:
     made = shard_set.manifest.made
-    table = Table(title="how it was made", title_justify="left", show_header=False)
+    table = Table(title="how the set was created", title_justify="left", show_header=False)
     table.add_column()
     table.add_column()
     table.add_row("tool", _text(made.get("tool", "")))
@@ -92,7 +93,7 @@ def _treatment(shard_set: ShardSet) -> Table:
     for name, value in made.get("options", {}).items():
         table.add_row(_text(name), _text(value))
     for split, counts in made.get("images", {}).items():
-        for what, reasons in (("repaired", counts.get("repaired", {})), ("rejected", counts.get("rejected", {}))):
+        for what, reasons in (("re-encoded", counts.get("repaired", {})), ("rejected", counts.get("rejected", {}))):
             for reason, count in reasons.items():
                 table.add_row(_text(f"{what} in {split}"), _text(f"{count:,}: {reason}"))
     for entry in made.get("unused", []):
@@ -106,5 +107,5 @@ def _treatment(shard_set: ShardSet) -> Table:
 
 
 def _text(value: object) -> Text:
-    """Return text without interpreting brackets as markup, with control characters escaped."""
+    """Return text with control characters escaped, in which rich does not interpret brackets as markup."""
     return Text(printable(value), overflow="fold")

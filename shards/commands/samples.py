@@ -1,4 +1,4 @@
-"""Sample sets to try things with, made from images that installed libraries ship: nothing is downloaded."""
+"""`pipeline sample`: write small sample sources from images that installed libraries contain, without a download."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from shards.files.output import check_output_folder
 
 DIGIT_SIDE = 64
 DIGIT_QUALITY = 95
-DIGITS_IN_VAL = 360  # of 1797: a fifth
+DIGITS_IN_VAL = 360  # a fifth of 1797
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
-# Width, height and share, as ImageNet's training images are spread: most were fetched 500 pixels wide or high.
+# (width, height) and fraction of images, like ImageNet's training images: most are 500 pixels wide or high.
 PHOTO_SIZES = (
     ((500, 375), 0.50),
     ((375, 500), 0.16),
@@ -37,16 +37,16 @@ PHOTO_SIZES = (
     ((1024, 768), 0.02),
     ((120, 90), 0.01),
 )
-# Encoded bytes per pixel to aim at: ImageNet's mean is 110 kB over images of about 180,000 pixels, widely spread.
+# Target of encoded bytes per pixel: ImageNet's images have on average 110 kB and about 180,000 pixels.
 BYTES_PER_PIXEL = 0.95
-BYTES_SPREAD = 0.5  # of the logarithm
+BYTES_SPREAD = 0.5  # standard deviation of the logarithm
 PHOTO_QUALITIES = (80, 88, 93, 96, 98)
-PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, where the photo is large enough
-PHOTO_VAL_SHARE = 0.1
-_AT_ONCE = 10_000  # images that are queued at once
-_REMEDY = "remove what was written, then run the same command"
+PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, if the photo is large enough
+PHOTO_VAL_FRACTION = 0.1
+_AT_ONCE = 10_000  # images submitted to the thread pool at a time
+_REMEDY = "remove the folder, then run the same command"
 
-# file (below the library's own data folder) -> class
+# library -> file (relative to the library's folder) -> class
 PHOTOS = {
     "skimage": {
         "data/astronaut.png": "astronaut",
@@ -67,15 +67,15 @@ PHOTOS = {
 
 
 def write_digits(out: Path) -> Counter[str]:
-    """Write scikit-learn's 1,797 handwritten digits, 64x64 and grey, as OUT/{train,val}/CLASS/*.JPEG: a fixed split.
+    """Write scikit-learn's 1,797 handwritten digits, 64x64 pixels and gray, as OUT/{train,val}/CLASS/*.JPEG.
 
     Returns:
-        Images per split (1437 and 360).
+        Number of images per split: always 1437 and 360.
 
     Raises:
-        UserError: scikit-learn is not installed, or `out` already holds something else.
+        UserError: scikit-learn is not installed, or `out` is not empty.
     """
-    _need("sklearn", "scikit-learn")
+    _library_folder("sklearn", "scikit-learn")
     from sklearn.datasets import load_digits
 
     _check_out(out)
@@ -95,41 +95,41 @@ def write_digits(out: Path) -> Counter[str]:
 
 
 def write_photos(out: Path, count: int, seed: int = 0) -> Counter[str]:
-    """Write `count` JPEGs cut from real photos as OUT/{train,val}/CLASS/*.JPEG, with ImageNet's spread of sizes.
+    """Write `count` random crops of photos as OUT/{train,val}/CLASS/*.JPEG, with ImageNet's distribution of sizes.
 
-    The photos are those that scikit-image, scikit-learn and matplotlib install; each is a class. The same count and
-    seed give the same files.
+    The photos are part of scikit-image, scikit-learn and matplotlib; each subject is a class. The same count and seed
+    give the same files.
 
     Returns:
-        Images per split; a tenth is for validation.
+        Number of images per split; one tenth is for validation.
 
     Raises:
-        UserError: a library is not installed, or `out` already holds something else.
+        UserError: a library is not installed, or `out` is not empty.
     """
     _check_out(out)
     photos = _load_photos()
     if count < 2 * len(photos):
-        raise UserError(f"--count {count}: at least {2 * len(photos)} are needed, one per class and split")
-    in_val = max(len(photos), round(count * PHOTO_VAL_SHARE))
+        raise UserError(f"--count {count}: at least {2 * len(photos)} images are required, one per class and split")
+    in_val = max(len(photos), round(count * PHOTO_VAL_FRACTION))
 
     def write(number: int) -> str:
         split = "val" if number < in_val else "train"
         name, sources = photos[number % len(photos)]
         folder = out / split / name
         folder.mkdir(parents=True, exist_ok=True)
-        encoded = _cut(sources, random.Random(f"{seed}/{number}"))
+        encoded = _random_crop(sources, random.Random(f"{seed}/{number}"))
         (folder / f"{name}_{number:07d}.JPEG").write_bytes(encoded)
         return split
 
     written: Counter[str] = Counter()
     with explain_os_errors(out, _REMEDY), ThreadPoolExecutor(cores()) as pool:
-        for some in range(0, count, _AT_ONCE):
-            written.update(pool.map(write, range(some, min(some + _AT_ONCE, count))))
+        for start in range(0, count, _AT_ONCE):
+            written.update(pool.map(write, range(start, min(start + _AT_ONCE, count))))
     return written
 
 
 def _stratified(labels: NDArray[np.integer], wanted: int) -> NDArray[np.bool_]:
-    """Choose `wanted` of the samples, in proportion to the classes; which ones is fixed by a hash."""
+    """Choose `wanted` samples in proportion to the class sizes; a hash makes the choice deterministic."""
     classes, sizes = np.unique(labels, return_counts=True)
     exact = sizes * wanted / len(labels)
     quota = np.floor(exact).astype(int)
@@ -145,13 +145,13 @@ def _stratified(labels: NDArray[np.integer], wanted: int) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class _Crop:
-    """A window of a photo (left, top, width, height) and the size that it is to become."""
+    """A crop window of a photo (left, top, width, height), and the size (width, height) to resize it to."""
 
     window: tuple[int, int, int, int]
     size: tuple[int, int]
 
 
-def _cut(sources: list[Image.Image], draw: random.Random) -> bytes:
+def _random_crop(sources: list[Image.Image], draw: random.Random) -> bytes:
     photo = draw.choice(sources)
     crop = _draw_crop(photo.size, draw)
     left, top, width, height = crop.window
@@ -163,11 +163,11 @@ def _cut(sources: list[Image.Image], draw: random.Random) -> bytes:
 
 
 def _draw_crop(available: tuple[int, int], draw: random.Random) -> _Crop:
-    sizes, shares = zip(*PHOTO_SIZES, strict=True)
-    (size,) = draw.choices(sizes, shares)
+    sizes, weights = zip(*PHOTO_SIZES, strict=True)
+    (size,) = draw.choices(sizes, weights)
     zoom, limit = draw.uniform(*PHOTO_ZOOM), min(available[0] / size[0], available[1] / size[1])
     if zoom > limit:
-        zoom = limit * draw.uniform(0.8, 1.0)  # always at the limit, they would be one and the same window
+        zoom = limit * draw.uniform(0.8, 1.0)  # at the limit itself, all crops would have the same window
     width, height = int(size[0] * zoom), int(size[1] * zoom)
     left, top = draw.randint(0, available[0] - width), draw.randint(0, available[1] - height)
     return _Crop((left, top, width, height), size)
@@ -183,18 +183,18 @@ def _encodings(image: Image.Image) -> Iterator[bytes]:
 
 
 def _load_photos() -> list[tuple[str, list[Image.Image]]]:
-    """Classes with their photos, by name."""
+    """Return (class, photos) pairs, sorted by class."""
     by_class: dict[str, list[Image.Image]] = {}
     for library, package in (("skimage", "scikit-image"), ("sklearn", "scikit-learn"), ("matplotlib", "matplotlib")):
-        root = _need(library, package)
+        root = _library_folder(library, package)
         for file, name in PHOTOS[library].items():
             with Image.open(root / file) as image:
                 by_class.setdefault(name, []).append(image.convert("L" if image.mode == "L" else "RGB"))
     return sorted(by_class.items())
 
 
-def _need(library: str, package: str) -> Path:
-    """The installed library's folder."""
+def _library_folder(library: str, package: str) -> Path:
+    """Return the folder of an installed library."""
     from importlib.util import find_spec
 
     spec = find_spec(library)
@@ -204,8 +204,8 @@ def _need(library: str, package: str) -> Path:
 
 
 def _check_out(out: Path) -> None:
-    """Check that the folder is empty or not there yet, and can be written."""
+    """Check that the folder is empty or does not exist, and can be written."""
     with reading(out):
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: already exists and is not empty; choose another folder or remove it")
-    check_output_folder(out, "the folder", "name another")
+            raise UserError(f"{out}: already exists and is not empty; specify another folder, or remove it")
+    check_output_folder(out, "the folder", "specify another")

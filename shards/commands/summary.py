@@ -1,4 +1,4 @@
-"""The summary of a set: what became of each file of its source, as plain lines."""
+"""The summary that `pipeline shard` and `pipeline index` print: numbers of converted, rejected and unused files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from shards.format.manifest import REJECTS_NAME
 from shards.sources.naming.class_warnings import count_labels
 
 SHOWN = 10
-"""Reasons of each kind that are listed, those of most images first."""
+"""Maximum number of reasons that are listed of each kind, the most frequent first."""
 
 
 def summarize(shard_set: ShardSet) -> Iterator[str]:
-    """Yield the lines: totals, splits and classes, what was re-encoded, rejected and not used, notes and doubts."""
+    """Yield the lines of the summary: totals, splits, re-encoded, rejected and unused files, notes and doubts."""
     manifest = shard_set.manifest
     made, splits, classes = manifest.made, manifest.splits, manifest.classes
     images = made.get("images", {})
@@ -36,7 +36,8 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
             f"{_count(len(entry.shards), 'shard')}"
         )
         if split in made.get("class_run", {}):
-            yield f"{split}: in the order of the tars, in which runs of one class are {made['class_run'][split]:g} long"
+            length = f"{made['class_run'][split]:g}"
+            yield f"{split}: in the order of the tars, where runs of one class have a mean length of {length}"
     yield from _shortened(
         f"re-encoded as plain JPEG: {count:,} {split}: {reason}" for split, reason, count in _sorted(repaired)
     )
@@ -46,7 +47,7 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
         for split, reason, count in _sorted(rejected)
     )
     if examples:
-        yield f"rejected: all are listed in {shard_set.path / REJECTS_NAME}"
+        yield f"rejected: all rejects are listed in {shard_set.path / REJECTS_NAME}"
     yield from _shortened(
         f"not used: {one['count']:,} {one['kind']}: {one['reason']} (such as {one['example']})" for one in unused
     )
@@ -64,7 +65,7 @@ def _total(counts: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def _sorted(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, int]]:
-    """Split, reason and images; most images first."""
+    """Return (split, reason, images), the most frequent first."""
     flat = [(split, reason, count) for split, reasons in counts.items() for reason, count in reasons.items()]
     return sorted(flat, key=lambda one: -one[2])
 
@@ -74,4 +75,4 @@ def _shortened(lines: Iterable[str]) -> list[str]:
     if len(listed) <= SHOWN:
         return listed
     kind = listed[0].partition(":")[0]
-    return [*listed[:SHOWN], f"{kind}: for {len(listed) - SHOWN:,} more reasons, which dataset.json lists"]
+    return [*listed[:SHOWN], f"{kind}: for {len(listed) - SHOWN:,} more reasons (see dataset.json)"]

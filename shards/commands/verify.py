@@ -1,7 +1,7 @@
-"""`pipeline verify`: every byte of a set accounted for.
+"""`pipeline verify`: check every byte of a set.
 
-A set's layout follows from its index: where each header, image, label and padding of a tar stands, and what it must
-say. So damage is not only noticed, but named: shard, offset, key.
+The index determines the offset and the content of every header, image, label and padding of a tar. So a fault is
+reported with its shard, offset and key.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class ShardCheck:
     entry: ShardEntry
     rows: Index
     """`INDEX_DTYPE` [samples of the shard]."""
-    adopted: bool
-    """Made by others: nothing is known of its layout but where the images are."""
+    indexed_in_place: bool
+    """The tar was indexed in place: only the offsets of its images are known."""
 
 
 def verify(path: Path, workers: int | None = None) -> list[str]:
-    """Check a whole set.
+    """Check all files of a set.
 
     Returns:
-        A line per fault, each naming its file; empty when every byte is as it should be.
+        One line per fault, which names the file; empty if there are no faults.
 
     Raises:
-        ShardSetError: there is no set, or its manifest is damaged.
+        ShardSetError: there is no set in this folder, or its manifest is damaged.
         StorageFailed: the manifest cannot be read.
     """
     shard_set = ShardSet(path)
@@ -83,7 +83,7 @@ def _check(check: ShardCheck | SegmentCheck, report: Report) -> list[str]:
 def _check_manifest(path: Path, manifest: Manifest) -> list[str]:
     faults = []
     if (path / MANIFEST_NAME).read_bytes() != manifest.dumps().encode():
-        faults.append(f"{path / MANIFEST_NAME}: altered since it was written: the same content in another form")
+        faults.append(f"{path / MANIFEST_NAME}: modified since it was written: same content, other formatting")
     rejects, expected = path / REJECTS_NAME, manifest.made.get("rejects_hash")
     try:
         with open_file(rejects) as file:
@@ -95,7 +95,7 @@ def _check_manifest(path: Path, manifest: Manifest) -> list[str]:
     except ShardSetError as error:
         return [*faults, str(error)]
     if found != expected:
-        faults.append(f"{rejects}: {'missing' if found is None else 'not the list the manifest describes'}")
+        faults.append(f"{rejects}: {'missing' if found is None else 'not the list that the manifest describes'}")
     return faults
 
 
@@ -107,29 +107,29 @@ def _hash(file: FileIO) -> str:
 
 
 def _shard_checks(shard_set: ShardSet, split: str) -> list[ShardCheck]:
-    """The tars of a split, with what its index says of each."""
+    """Return the checks of a split's tars, with the index rows of each."""
     index, entries = shard_set.index(split), shard_set.split(split).shards
-    adopted = not shard_set.manifest.shuffled
+    indexed_in_place = not shard_set.manifest.shuffled
     ends = np.cumsum(shard_set.shard_samples(split)).tolist()
     return [
-        ShardCheck(shard_set.path / entry.name, entry, index[end - entry.samples : end], adopted)
+        ShardCheck(shard_set.path / entry.name, entry, index[end - entry.samples : end], indexed_in_place)
         for entry, end in zip(entries, ends, strict=True)
     ]
 
 
 def check_shard(check: ShardCheck, report: Report) -> list[str]:
-    """Check one tar byte for byte and, where it is whole, its DALI index."""
+    """Check every byte of one tar and, if it has no faults, its DALI index."""
     path, entry = check.path, check.entry
     try:
         found = path.stat().st_size
         if found != entry.bytes:
-            faults = [f"{path}: {entry.bytes} bytes expected, {found} found"]
+            faults = [f"{path}: expected {entry.bytes} bytes, found {found}"]
             if found < entry.bytes:
                 faults[0] += ": truncated"
             return faults
         with open_file(path) as file:
-            if check.adopted:
-                return _check_adopted(path, file, check.rows, entry, report)
+            if check.indexed_in_place:
+                return _check_indexed_tar(path, file, check.rows, entry, report)
             faults, lines = _walk(path, file, check.rows, entry, report)
     except FileNotFoundError:
         return [f"{path}: missing"]
@@ -141,7 +141,7 @@ def check_shard(check: ShardCheck, report: Report) -> list[str]:
 
 
 def _walk(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> tuple[list[str], list[str]]:
-    """Read a tar once, from its first byte to its last; faults, and the lines that its DALI index must have."""
+    """Read a tar from its first byte to its last; return its faults and the expected lines of its DALI index."""
     digest = xxhash.xxh3_64()
     faults: list[str] = []
     lines: list[str] = []
@@ -161,31 +161,31 @@ def _walk(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Repo
         rest = read(-size % BLOCK + BLOCK + len(label) + -len(label) % BLOCK)
         where = f"{path}: offset {at}, key '{key}'"
         if at + BLOCK != row["offset"]:
-            faults.append(f"{where}: the index places its image at {row['offset']}")
+            faults.append(f"{where}: according to the index, this image is at offset {row['offset']}")
         elif key == name or head != header(name, size):
             faults.append(f"{where}: damaged tar header")
         elif xxhash.xxh3_64_intdigest(image) != row["hash"]:
-            faults.append(f"{where}: the image's bytes are not those that were written")
+            faults.append(f"{where}: the image differs from the one that was written")
         elif rest != padding(size) + header(f"{key}.cls", len(label)) + label + padding(len(label)):
             faults.append(f"{where}: the label member is damaged")
         elif key in keys:
-            faults.append(f"{where}: the key occurs twice")
+            faults.append(f"{where}: duplicate key")
         elif not _fits(image, row):
-            faults.append(f"{where}: the image is not of the size that the index says")
+            faults.append(f"{where}: height, width or orientation differs from the index")
         elif (excess := exceeded_limit(image)) is not None:
-            faults.append(f"{where}: no image that 'pipeline shard' would keep: {excess}")
+            faults.append(f"{where}: 'pipeline shard' would reject this image: {excess}")
         keys.add(key)
         lines.append(index_line(key, at + BLOCK, size, len(label)))
         report(1, size)
     if read(len(END) + 1) != END:
         faults.append(f"{path}: offset {entry.bytes - len(END)}: damaged end of archive")
     if not faults and digest.hexdigest() != entry.hash:
-        faults.append(f"{path}: hash {entry.hash} expected, {digest.hexdigest()} found")
+        faults.append(f"{path}: expected hash {entry.hash}, found {digest.hexdigest()}")
     return faults, lines
 
 
-def _check_adopted(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> list[str]:
-    """Check a tar of others, of whose layout nothing is known but where the images are."""
+def _check_indexed_tar(path: Path, file: FileIO, rows: Index, entry: ShardEntry, report: Report) -> list[str]:
+    """Check a tar that was indexed in place: its hash, and the images at the offsets in the index."""
     digest = _hash(file)
     faults = []
     for row in rows:
@@ -193,14 +193,14 @@ def _check_adopted(path: Path, file: FileIO, rows: Index, entry: ShardEntry, rep
         image = os.pread(file.fileno(), size, at)
         if xxhash.xxh3_64_intdigest(image) != row["hash"]:
             key = _name(os.pread(file.fileno(), BLOCK, max(0, at - BLOCK)))
-            faults.append(f"{path}: offset {at}, '{key}': the image's bytes are not those that were indexed")
+            faults.append(f"{path}: offset {at}, '{key}': the image differs from the indexed one")
         elif not _fits(image, row):
-            faults.append(f"{path}: offset {at}: the image is not of the size that the index says")
+            faults.append(f"{path}: offset {at}: height, width or orientation differs from the index")
         elif (excess := exceeded_limit(image)) is not None:
-            faults.append(f"{path}: offset {at}: no image that 'pipeline index' would list: {excess}")
+            faults.append(f"{path}: offset {at}: 'pipeline index' would reject it: {excess}")
         report(1, size)
     if not faults and digest != entry.hash:
-        faults.append(f"{path}: hash {entry.hash} expected, {digest} found: damaged outside of its images")
+        faults.append(f"{path}: expected hash {entry.hash}, found {digest}: damaged outside its images")
     return faults
 
 
@@ -227,4 +227,4 @@ def _check_dali_index(path: Path, lines: list[str]) -> list[str]:
         return [str(storage_error(path, error))]
     except ShardSetError as error:
         return [str(error)]
-    return [] if content == expected else [f"{path}: not the index of its tar"]
+    return [] if content == expected else [f"{path}: does not match its tar"]

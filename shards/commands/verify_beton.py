@@ -1,4 +1,4 @@
-"""The part of `pipeline verify` that knows .beton files: all of one but the images follows from the index."""
+"""Check .beton files for `pipeline verify`. The index determines all of their content except the images."""
 
 from __future__ import annotations
 
@@ -22,28 +22,33 @@ CHUNK = 2**22
 
 @dataclass(frozen=True)
 class SegmentCheck:
-    """One shard's part of the file, to be checked in a worker process."""
+    """One segment (a shard's part) of a .beton file, to be checked in a worker process."""
 
     path: Path
     hash: str
+    """Expected xxh3-64 of the segment, 16 hex digits."""
     start: int
+    """Offset of the segment."""
     stop: int
-    """First byte of the part, and of what follows it."""
+    """Offset of the first byte after the segment."""
     first: int
-    """Sample id of its first image."""
+    """Sample id of the segment's first image."""
     offsets: NDArray[np.int64]
+    """int64 [samples of the segment], from the start of the file."""
     sizes: NDArray[np.int64]
+    """int64 [samples of the segment]: stored bytes."""
     hashes: NDArray[np.uint64]
+    """uint64 [samples of the segment]: xxh3-64 of the stored bytes."""
 
 
 def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[SegmentCheck]]:
-    """Check the split's .beton: its index, its size, its head and its table.
+    """Check the index, size, header, metadata and allocation table of a split's .beton.
 
     Returns:
-        A line per fault, and the checks of what is between head and table, which are left to do.
+        One line per fault, and the checks of the segments, which remain to be done.
 
     Raises:
-        ShardSetError: its index is damaged.
+        ShardSetError: the index is damaged.
     """
     entry = shard_set.split(split)
     beton, index = entry.beton, shard_set.index(split, beton=True)
@@ -56,7 +61,7 @@ def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[Segmen
         found = path.stat().st_size
         if found != beton.bytes or found != layout.total:
             fact = ": truncated" if found < beton.bytes else ""
-            return [f"{path}: {beton.bytes} bytes expected, {found} found{fact}"], []
+            return [f"{path}: expected {beton.bytes} bytes, found {found}{fact}"], []
         faults = _check_ends(path, layout, index)
     except FileNotFoundError:
         return [f"{path}: missing"], []
@@ -64,12 +69,12 @@ def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[Segmen
         return [str(storage_error(path, error))], []
     if not (np.array_equal(index["offset"], layout.offsets) and np.array_equal(index["size"], layout.sizes)):
         where = shard_set.path / beton.index
-        faults.append(f"{where}: not where the images of {beton.name} are; shard the source again")
+        faults.append(f"{where}: does not match the layout of {beton.name}; convert the source again")
     return faults, _segments(path, beton, layout, index)
 
 
 def check_segment(check: SegmentCheck, report: Report) -> list[str]:
-    """Check a shard's part, byte for byte."""
+    """Check every byte of a segment."""
     digest = xxhash.xxh3_64()
     try:
         with open_file(check.path) as file:
@@ -84,20 +89,20 @@ def check_segment(check: SegmentCheck, report: Report) -> list[str]:
                 file.seek(int(check.offsets[i]))
                 if xxhash.xxh3_64_intdigest(file.read(int(check.sizes[i]))) != check.hashes[i]:
                     where = f"offset {check.offsets[i]}, sample {check.first + i}"
-                    return [f"{check.path}: {where}: its bytes are not those that were written"]
+                    return [f"{check.path}: {where}: the image differs from the one that was written"]
     except OSError as error:
         return [str(storage_error(check.path, error))]
-    return [f"{check.path}: offset {check.start}: damaged in the {check.stop - check.start} bytes from there on"]
+    return [f"{check.path}: offset {check.start}: damaged between images in the next {check.stop - check.start} bytes"]
 
 
 def _check_ends(path: Path, layout: BetonLayout, index: Index) -> list[str]:
     faults = []
     with open_file(path) as file:
         if file.read(int(layout.starts[0])) != layout.head(index):
-            faults.append(f"{path}: offset 0: its header or its metadata is damaged")
+            faults.append(f"{path}: offset 0: damaged header or metadata")
         file.seek(int(layout.starts[-1]))
         if file.read() != layout.table():
-            faults.append(f"{path}: offset {layout.starts[-1]}: its allocation table is damaged")
+            faults.append(f"{path}: offset {layout.starts[-1]}: damaged allocation table")
     return faults
 
 
@@ -107,8 +112,8 @@ def _compare_indexes(path: Path, beton: Index, tars: Index) -> None:
         if bad.any():
             row = int(bad.argmax())
             raise ShardSetError(
-                f"{path}: row {row} has {field} {beton[field][row]}, the index of the tars {tars[field][row]}; "
-                "shard the source again"
+                f"{path}: row {row} has {field} {beton[field][row]}, but {tars[field][row]} in the index of the tars; "
+                "convert the source again"
             )
 
 

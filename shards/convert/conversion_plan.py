@@ -1,4 +1,4 @@
-"""What a conversion decides before it opens the first image."""
+"""The conversion plan: all decisions that are made before the first image is read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shards.sources.unused import UnusedEntry
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionPlan:
-    """The decisions of a conversion, which a resumed one keeps."""
+    """The decisions of a conversion. Saved, so that a resumed conversion makes the same ones."""
 
     tool: str
-    """Name and version; another may not give the same bytes."""
+    """Name and version; another version may write different bytes."""
     options: dict[str, Any]
-    """Everything that changes bytes; a resumed conversion must be asked for the same."""
+    """All options that affect the bytes of the set; must be the same on resume."""
     source: str
-    """Absolute path, printable."""
+    """Absolute path of the source, with symbolic links resolved and special characters escaped."""
     layout: Layout
     digest: Digest
-    """Tells the source from others, and from itself after it has changed (`shards.sources.identity`)."""
+    """Digest that identifies the source and its content (`shards.sources.identity`)."""
     classes: tuple[ClassEntry, ...]
     shards: dict[str, Count]
     """Split -> number of shards."""
@@ -32,12 +32,12 @@ class ConversionPlan:
     notes: tuple[str, ...]
     doubts: tuple[str, ...]
     folders: dict[str, int]
-    """Folder above those that hold images or archives, percent-encoded -> time of its last change, in seconds since
+    """Parent folder of the folders with images or archives, percent-encoded -> modification time, in seconds since
     1970."""
     source_files: dict[str, Digest]
-    """Parquet file below the source -> its digest."""
+    """Path of each Parquet file, relative to the source -> its digest."""
     files: dict[str, Digest]
-    """Name in the work folder -> xxh3-64 of the files of the listing."""
+    """Name of each file of the listing in the work folder -> its xxh3-64."""
 
     @property
     def keeps_tars(self) -> bool:
@@ -45,10 +45,10 @@ class ConversionPlan:
 
     @property
     def beton(self) -> BetonOptions | None:
-        """None when no .beton is asked for."""
+        """Options of the .beton files; None if none are written."""
         return BetonOptions(**self.options["beton"]) if self.options["beton"] else None
 
     @property
     def jobs(self) -> list[tuple[str, int]]:
-        """(split, shard), in order."""
+        """(split, shard) of every shard, in order."""
         return [(split, i) for split, n in self.shards.items() for i in range(n)]

@@ -1,8 +1,9 @@
-"""`pipeline shard`: a source becomes a shard set.
+"""`pipeline shard`: convert a source into a shard set.
 
-    scan the source -> fix which sample goes to which shard -> write the shards -> join the index -> manifest
+    scan the source -> assign every sample to a shard -> write the shards -> write the index -> write the manifest
 
-A killed conversion resumes with the same command: what was decided and what is done stand in the work folder.
+The same command resumes a killed conversion: the work folder contains the conversion plan and records of the finished
+shards.
 """
 
 from __future__ import annotations
@@ -44,42 +45,42 @@ from shards.sources.walk import cached_folder_listings
 from shards.workers.pool import run_jobs
 
 LISTING_WAIT = 4 * 3600.0
-"""Seconds that a part of a conversion waits for another process that lists the source, or unpacks it."""
+"""Timeout in seconds for another process of the same conversion that is listing or unpacking the source."""
 
 
 def convert(source: Path, out: Path, options: Options, part: ConversionPart | None = None) -> ConversionResult | None:
-    """Convert `source` into the shard set `out`, or finish what was begun there.
+    """Convert `source` into the shard set `out`, or resume an unfinished conversion.
 
     Args:
-        part: make this share of the shards only, and no manifest; `finish` joins the parts.
+        part: write only this part of the shards and no manifest; `finish` joins the parts.
 
     Returns:
-        What was made; None for a part, and when the set was already complete.
+        The manifest and counts; None for a part, and if the set was already complete.
 
     Raises:
-        UserError: the source or the options do not fit, or the source is not what it was when that was begun.
-        ConversionFailed: the job could not be finished; the same command resumes it.
+        UserError: the source or the options are invalid, or either has changed since the conversion started.
+        ConversionFailed: the conversion could not be finished; the same command resumes it.
     """
     work = WorkFolder(out, options.format != "ffcv")
     with explain_os_errors(out):
-        _check_place(out)
+        _check_output_is_folder(out)
         if (out / MANIFEST_NAME).exists():
             manifest = Manifest.load(out)
-            _check_same(out, manifest.made.get("options"), options)
+            _check_same_options(out, manifest.made.get("options"), options)
             _accept_finished(work, manifest, source, options.scan.layout, strict=options.strict)
             return None
-        begun = work.load_plan()
-        if begun is None:
+        saved = work.load_plan()
+        if saved is None:
             check_exists(source)
-        plan = begun or _plan(source, work, options)
-        _check_same(out, plan.options, options)
+        plan = saved or _plan(source, work, options)
+        _check_same_options(out, plan.options, options)
         _check_plan(work, plan, source, options.scan.layout)
-        if begun:
+        if saved:
             is_needed = partial(_is_unfinished, work, _jobs(plan, part or ALL_SHARDS))
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
         print_notes((*plan.notes, *plan.doubts))
         if options.strict:
-            _refuse_doubts(source, plan.doubts)
+            _reject_doubts(source, plan.doubts)
         with lock_part(work, part or ALL_SHARDS):
             _write_shards(work, plan, options, part or ALL_SHARDS)
             if part:
@@ -98,15 +99,15 @@ def finish(
     """Join the parts of a conversion into a set.
 
     Args:
-        source: what the parts were made from; another, or one that has changed, is refused. None = whatever that was.
-        strict: refuse a set with doubts.
+        source: source of the parts, to check that it is the same and unchanged; None: not checked.
+        strict: fail if the source probably contains a mistake.
 
     Returns:
-        What was made; None when the set was already complete.
+        The manifest and counts; None if the set was already complete.
 
     Raises:
-        UserError: the set is of another source.
-        ConversionFailed: shards are still to be made, by parts that have not run or not ended well.
+        UserError: the parts were converted from a different source.
+        ConversionFailed: some shards are missing, because their parts have not run or failed.
     """
     work = WorkFolder(out)
     with explain_os_errors(out):
@@ -115,7 +116,7 @@ def finish(
             return None
         plan = work.load_plan()
         if plan is None:
-            raise UserError(f"{out}: nothing was begun here; run 'pipeline shard SOURCE --out {out} --part K/N' first")
+            raise UserError(f"{out}: no parts to finish; first run 'pipeline shard SOURCE --out {out} --part K/N'")
         work = WorkFolder(out, plan.keeps_tars)
         _check_plan(work, plan, source)
         if source is not None:
@@ -123,28 +124,29 @@ def finish(
         missing = [work.tar(split, shard).name for split, shard in plan.jobs if not work.is_done(split, shard)]
         if missing:
             raise ConversionFailed(
-                f"{out}: {len(missing):,} of {len(plan.jobs):,} shards are not made yet ({missing[0]} is the first); "
-                "run their parts again, or all that is left without --part"
+                f"{out}: {len(missing):,} of {len(plan.jobs):,} shards are missing (first: {missing[0]}); run their "
+                "parts again, or run the command without --part and --finish to write them all"
             )
         if strict:
-            _refuse_doubts(source or Path(plan.source), plan.doubts)
-        with file_lock(work.path / "finish.lock", f"the end of {out}"):
+            _reject_doubts(source or Path(plan.source), plan.doubts)
+        with file_lock(work.path / "finish.lock", f"the last step of the conversion {out}"):
             return join(work, plan, max_rejects, workers, strict=strict)
 
 
 def default_out(source: Path) -> Path:
-    """`imagenet/` -> `imagenet-shards` beside it; of a link beside the link, as its target may lie where others write.
+    """Return the default output folder: `imagenet-shards` next to `imagenet/`, and `data-shards` next to `data.tar`.
 
-    A file's suffix is left out; a source that was removed since is taken for a file where only that has a set.
+    For a symbolic link, it is next to the link, because its target may be in a shared folder. If the source was removed
+    after the conversion, the existing set decides whether it was a file (suffix removed) or a folder.
 
     Raises:
-        UserError: the source is the root folder.
+        UserError: the source is the root folder, which has no name.
     """
     source = source.absolute()
-    if source.name in ("", ".."):  # a folder without a name of its own here
+    if source.name in ("", ".."):
         source = source.resolve()
     if not source.name:
-        raise UserError(f"{source}: has no name to call the set after; name its folder with --out")
+        raise UserError(f"{source}: no default name for the set; specify its folder with --out")
     of_file, of_folder = (source.with_name(f"{name}-shards") for name in (source.stem, source.name))
     removed = not source.exists() and of_file.exists() and not of_folder.exists()
     return of_file if source.is_file() or removed else of_folder
@@ -153,7 +155,7 @@ def default_out(source: Path) -> Path:
 def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     """Scan the source, assign samples to shards, save the plan. Of several processes, one does it, the rest wait."""
     if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
-        raise UserError(f"{work.out}: not empty and no shard set; choose another --out or remove it")
+        raise UserError(f"{work.out}: is not empty and not a shard set; specify another --out, or remove it")
     work.create()
     with file_lock(work.path / "scan.lock", f"the listing of {source}", wait=LISTING_WAIT):
         plan = work.load_plan()
@@ -162,9 +164,9 @@ def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
                 plan = _scan(source, work, options)
                 if options.strict and plan.doubts:
                     print_notes(plan.doubts)
-                    _refuse_doubts(source, plan.doubts)
+                    _reject_doubts(source, plan.doubts)
             except UserError as error:
-                if error.exit_code == UserError.exit_code:  # another start would meet the same
+                if error.exit_code == UserError.exit_code:  # the input is invalid, so there is nothing to resume
                     work.remove()
                     with suppress(OSError):
                         work.out.rmdir()
@@ -174,20 +176,20 @@ def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
 
 
 def _check_outside(out: Path, source: Path) -> None:
-    """Refuse a place for the set that would be read as a class folder of the source, or as part of one."""
+    """Reject an output folder inside the source's class folders, where the next scan would read it as a class."""
     for root in find_split_folders(source).roots.values():
         inside = os.path.relpath(out.resolve(), root.resolve())
         if not inside.startswith("."):
             raise UserError(
-                f"--out {out}: lies among the class folders of {root}, where it would be read as a class; choose a "
-                "folder outside the source"
+                f"--out {out}: is inside {root}, where it would be read as a class folder; specify a folder "
+                "outside the source"
             )
 
 
 @cached_folder_listings()
 def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     key = json.dumps([tool_version(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
-    spool = work.begin_scan(key)  # first: its time tells later whether a folder has changed since
+    spool = work.begin_scan(key)  # before listing: its timestamp is compared with those of the folders later
     layout = detect_layout(source.absolute())
     if (options.scan.layout or layout) == "folder":
         _check_outside(work.out, source.absolute())
@@ -215,47 +217,47 @@ def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     )
 
 
-def _check_place(out: Path) -> None:
+def _check_output_is_folder(out: Path) -> None:
     """Reject an output path that is not a folder, or whose parent is not a folder."""
     for path in (out, *out.parents):
         with suppress(FileNotFoundError, NotADirectoryError):
             if not stat.S_ISDIR(path.stat().st_mode):
-                raise UserError(f"{path}: a file, where a folder is needed; choose another --out")
+                raise UserError(f"{path}: is a file, expected a folder; specify another --out")
             return
 
 
-def _check_same(out: Path, made_with: dict[str, Any] | None, options: Options) -> None:
-    asked, was = options.changing_bytes, made_with or {}
-    if was != asked:
-        differing = ", ".join(f"{name} {was.get(name)}" for name in asked if was.get(name) != asked[name])
+def _check_same_options(out: Path, saved: dict[str, Any] | None, options: Options) -> None:
+    requested, used = options.changing_bytes, saved or {}
+    if used != requested:
+        differing = ", ".join(f"{name} {used.get(name)}" for name in requested if used.get(name) != requested[name])
         raise UserError(
-            f"{out}: was begun with other options ({differing}); give the same, or another --out, or remove it"
+            f"{out}: was started with different options ({differing}); specify the same, or another --out, or remove it"
         )
 
 
-def _refuse_doubts(source: Path, doubts: Sequence[str]) -> None:
-    """Reject a source in which something may well be a mistake.
+def _reject_doubts(source: Path, doubts: Sequence[str]) -> None:
+    """Raise an error if there are doubts, that is, likely mistakes in the source.
 
     Raises:
-        UserError: names the first doubt.
+        UserError: with the first doubt.
     """
     if doubts:
-        raise UserError(f"{source}: --strict: {summarize_doubts(doubts)}; correct the source, or leave --strict out")
+        raise UserError(f"{source}: --strict: {summarize_doubts(doubts)}; correct the source, or omit --strict")
 
 
 def _accept_finished(
     work: WorkFolder, manifest: Manifest, source: Path | None, layout: Layout | None = None, *, strict: bool
 ) -> None:
-    """Check that a finished set is what is asked for, and remove what is left of its work folder."""
+    """Check that a finished set was converted from `source`, and remove the rest of its work folder."""
     if source is not None:
         check_finished(work, manifest, source, layout)
     if strict:
-        _refuse_doubts(source or work.out, manifest.made.get("doubts", ()))
+        _reject_doubts(source or work.out, manifest.made.get("doubts", ()))
     work.remove()
 
 
 def _check_plan(work: WorkFolder, plan: ConversionPlan, source: Path | None, layout: Layout | None = None) -> None:
-    """Check that a plan is of this place and this tool, that its listing is whole, and its files are our own."""
+    """Check the plan's source and tool version, that its listing is intact, and that no file of others is replaced."""
     if source is not None:
         check_same_source(work.out, plan, source, layout)
     if plan.tool != tool_version():

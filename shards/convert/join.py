@@ -1,4 +1,4 @@
-"""The last step of a conversion: join what the shards recorded into the index, the list of rejects and the manifest."""
+"""The last step of a conversion: join the records of all shards into index, list of rejects and manifest."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ Done = dict[tuple[str, int], ShardDone]
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a finished conversion made."""
+    """Manifest and counts of a finished conversion."""
 
     manifest: Manifest
     rejected: int
+    """Number of images that were not converted."""
     repaired: int
+    """Number of images that were re-encoded."""
 
 
 def published_names(work: WorkFolder, plan: ConversionPlan) -> list[str]:
-    """Names of the files that `join` writes, the manifest apart."""
+    """Return the names of the files that `join` writes, except the manifest."""
     paths = [work.index(split) for split in plan.shards]
     for split in plan.shards if plan.beton else ():
         paths += [work.beton(split), work.beton_index(split)]
@@ -51,14 +53,14 @@ def join(
     *,
     strict: bool = False,
 ) -> ConversionResult:
-    """Publish the set whose shards are all done.
+    """Write index, list of rejects and manifest of a set whose shards are all done.
 
     Args:
-        strict: publish no set with doubts.
+        strict: fail on doubts (likely mistakes in the source).
 
     Raises:
-        ConversionFailed: more than the share `max_rejects` of the images was rejected, none of a split is left, or
-            there are doubts and `strict` is set. The shards and the list of rejects stay, the manifest is not written.
+        ConversionFailed: more than the fraction `max_rejects` of the images was rejected, a split has no images left,
+            or there are doubts and `strict` is set. Shards and list of rejects are kept; no manifest is written.
     """
     done = {job: work.load_done(*job) for job in plan.jobs}
     rejects = [
@@ -98,32 +100,32 @@ def join(
     record_source(work.out, plan.source)
     publish_manifest(work, manifest)
     rewritten = sum(shard.rewritten for shard in done.values())
-    if rewritten:  # not kept in the manifest: where the same bytes were put back, the set is the same
-        fact = f"{rewritten:,} files were written to after they were listed, with the same size"
-        print_notes([f"{fact}; the set has what they held when they were read"])
+    if rewritten:  # not recorded in the manifest, because a set with the same bytes must have the same manifest
+        fact = f"{rewritten:,} files were modified after they were listed, without a change of size"
+        print_notes([f"{fact}; the set contains their content at the time of reading"])
     work.remove()
     repaired = sum(sum(shard.repaired.values()) for shard in done.values())
     return ConversionResult(manifest, len(rejects), repaired)
 
 
 def to_unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
-    """Return the counts as the manifest holds them."""
+    """Convert the counts of unused files to their manifest format."""
     return [UnusedRecord(reason=one.reason, kind=one.kind, count=one.count, example=one.example) for one in entries]
 
 
 def print_notes(lines: Iterable[str]) -> None:
-    """Print what the person should see before the work begins."""
+    """Print notes on standard error."""
     for line in lines:
         print(f"note: {one_line(line)}", file=sys.stderr)
 
 
 def summarize_doubts(doubts: Sequence[str]) -> str:
-    """Return the first doubt, and how many more there are."""
+    """Return the first doubt and the number of others."""
     return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
 
 
 def _late_doubts(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
-    """Return the doubts that only the images themselves give."""
+    """Return the doubts that are only known once the images were read."""
     classes = len(plan.classes)
     lines: list[str] = []
     for split in plan.shards:
@@ -138,10 +140,11 @@ def _late_doubts(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str
 
 
 def _drop_empty(work: WorkFolder, split: str, done: Done) -> list[int]:
-    """Numbers of the split's shards, without those of which nothing is left, whose files are removed."""
+    """Remove the files of shards whose images were all rejected; return the other shards' numbers."""
     kept = [shard for (of, shard), record in done.items() if of == split and record.samples]
     if not kept:
-        raise ConversionFailed(f"{work.out}: no image of split '{split}' can be used; see {work.out / REJECTS_NAME}")
+        listed = work.out / REJECTS_NAME
+        raise ConversionFailed(f"{work.out}: all images of split '{split}' were rejected; see {listed}")
     for of, shard in done:
         if of == split and shard not in kept:
             work.tar(split, shard).unlink(missing_ok=True)
@@ -150,7 +153,7 @@ def _drop_empty(work: WorkFolder, split: str, done: Done) -> list[int]:
 
 
 def _join_split(work: WorkFolder, split: str, shards: list[int], done: Done, beton: BetonEntry | None) -> SplitEntry:
-    """Write the index of the split's tars; that of a .beton is written with it."""
+    """Write the index of the split's tars, and return the split's manifest entry."""
     records = [done[split, shard] for shard in shards]
     samples = sum(record.samples for record in records)
     if beton is None or work.keeps_tars:
@@ -171,10 +174,10 @@ def _join_split(work: WorkFolder, split: str, shards: list[int], done: Done, bet
 
 
 def publish_manifest(work: WorkFolder, manifest: Manifest) -> None:
-    """Write the manifest, which makes the folder a set.
+    """Write the manifest, which completes the set.
 
     Raises:
-        UserError: another process has written one meanwhile.
+        UserError: another process has written a manifest in the meantime.
     """
     work.reject_foreign_files([MANIFEST_NAME])
     manifest.save(work.out)

@@ -14,20 +14,22 @@ from shards.sources.scan import ScanOptions
 
 MIB = 2**20
 MAX_REJECTS = 0.001
-"""Default of the share of the images that may be left out because they cannot be used."""
+"""Default maximum fraction of images that may be rejected."""
 Format = Literal["tar", "ffcv", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How a set is to be made."""
+    """Options of `pipeline shard`."""
 
     scan: ScanOptions = field(default_factory=ScanOptions)
     shard_bytes: int = 256 * MIB
+    """Maximum size of a shard."""
     rules: ImageRules = field(default_factory=ImageRules)
     max_rejects: float = MAX_REJECTS
+    """Maximum fraction of images that may be rejected."""
     strict: bool = False
-    """Refuse a source with doubts."""
+    """Fail if the source probably contains a mistake."""
     format: Format = "tar"
     beton: BetonOptions = field(default_factory=BetonOptions)
 
@@ -37,6 +39,7 @@ class Options:
 
     @property
     def changing_bytes(self) -> dict[str, Any]:
+        """Return the options that affect the bytes of the set."""
         classes = self.scan.classes
         return {
             "seed": self.scan.seed,

@@ -1,4 +1,4 @@
-"""One conversion divided among processes that know nothing of each other, such as the tasks of an array job."""
+"""Divide a conversion among independent processes, such as the tasks of a SLURM array job."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shards.files.lock import LockHeld, file_lock, is_locked
 
 @dataclass(frozen=True)
 class ConversionPart:
-    """One of the parts, 1 to `of`, into which a conversion is divided."""
+    """Part number `number` (from 1) of `of` parts of a conversion: every `of`-th shard."""
 
     number: int
     of: int
 
     @classmethod
     def parse(cls, text: str) -> ConversionPart:
-        """Read K/N.
+        """Parse K/N.
 
         Raises:
-            UserError: it is no K/N with 1 <= K <= N.
+            UserError: not of the form K/N with 1 <= K <= N.
         """
         found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
         if not found or not 1 <= int(found[1]) <= int(found[2]):
@@ -48,13 +48,16 @@ ALL_SHARDS = ConversionPart(1, 1)
 
 @contextmanager
 def lock_part(work: WorkFolder, part: ConversionPart) -> Iterator[None]:
-    """Hold the lock of a part. Whoever divides the work otherwise is refused: it would be done twice.
+    """Lock a part while the block runs. Fails if another process uses a different number of parts.
 
     Raises:
-        LockHeld: another process is at work on the part, or on a part of another division.
+        LockHeld: another process is writing this part, or a part of a different number of parts, whose shards overlap.
     """
     with file_lock(work.path / part.lock_name, f"part {part} of {work.out}"):
         for other in work.path.glob("part-*.lock"):
             if not other.name.endswith(part.lock_suffix) and is_locked(other):
-                raise LockHeld(f"{work.out}: is being made in other parts ({other.stem}); wait for them, or end them")
+                raise LockHeld(
+                    f"{work.out}: another process is converting a different number of parts ({other.stem}); wait for "
+                    "it, or stop it"
+                )
         yield

@@ -1,4 +1,4 @@
-"""The files that this project wrote, so that no other file of their names is ever replaced."""
+"""Publish the files of a set without ever replacing a file that this project did not create."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _PUBLISHED = TypeAdapter(Published)
 
 
 class PublishedFiles:
-    """The files of a set that this project wrote, by the records of them in the work folder.
+    """The published files of a set. A record of each, in the work folder, identifies it as created by this project.
 
     Args:
         out: folder of the set.
-        path: its work folder.
+        path: work folder.
     """
 
     def __init__(self, out: Path, path: Path) -> None:
@@ -34,44 +34,44 @@ class PublishedFiles:
         """Check that existing files of these names were created by this project and may be replaced.
 
         Raises:
-            UserError: one is not what was recorded before it was published.
+            UserError: a file differs from the record of the published file, or has no record.
         """
         for name in names:
             path = self.out / name
             if mode_of(path) and not self._owns(path):
-                raise foreign_file(path, "not written by this command")
+                raise foreign_file(path, "was not written by this command")
 
     def publish(self, name: str, content: bytes) -> str:
-        """Write a file of the set, and replace an earlier one of this project; return its xxh3-64, 16 hex digits.
+        """Write a file of the set, replacing an earlier version; return its xxh3-64 as 16 hex digits.
 
         Raises:
             UserError: a file of this name exists that this project did not create.
         """
         self.reject_foreign_files([name])
         digest = xxhash.xxh3_64_hexdigest(content)
-        self._claim(name, len(content), digest)
+        self._record(name, len(content), digest)
         durable_write(self.out / name, content)
         return digest
 
     def publish_file(self, finished: Path, name: str, digest: str | None) -> None:
-        """Give a finished file in the work folder its name in the set; otherwise as `publish`."""
+        """Move a finished file from the work folder into the set. Otherwise like `publish`."""
         self.reject_foreign_files([name])
-        self._claim(name, finished.stat().st_size, digest)
+        self._record(name, finished.stat().st_size, digest)
         finished.rename(self.out / name)
         sync_folder(self.out)
 
     def has_published(self) -> bool:
-        """Whether a file of the set was published."""
+        """Return whether any file of the set was published."""
         return next(self.path.glob("*.published"), None) is not None
 
     def publish_index(self, name: str, samples: int, shards: Iterable[Index]) -> str:
-        """Write an index of `samples` rows from those of its shards, as `publish`; returns its xxh3-64."""
+        """Publish an index with `samples` rows, concatenated from the rows of its shards; return its xxh3-64."""
         digest = write_index(self.path / name, samples, shards)
         self.publish_file(self.path / name, name, digest)
         return digest
 
     def withdraw(self, name: str) -> None:
-        """Remove a file that an earlier start published, if any.
+        """Remove a file that was published before the conversion was interrupted, if any.
 
         Raises:
             UserError: a file of this name exists that this project did not create.
@@ -79,7 +79,7 @@ class PublishedFiles:
         self.reject_foreign_files([name])
         (self.out / name).unlink(missing_ok=True)
 
-    def _claim(self, name: str, size: int, digest: str | None) -> None:
+    def _record(self, name: str, size: int, digest: str | None) -> None:
         save_record(self.path / f"{name}.published", _PUBLISHED, Published(bytes=size, hash=digest))
 
     def _owns(self, path: Path) -> bool:
@@ -90,12 +90,12 @@ class PublishedFiles:
 
 
 def foreign_file(path: Path, fact: str) -> UserError:
-    """Return the error that a file or folder is not ours."""
-    return UserError(f"{path}: {fact}, so it is left alone; move it away, or choose another folder for the set")
+    """Return the error for a file or folder that this project did not create."""
+    return UserError(f"{path}: {fact}, so it is not replaced; move it away, or specify another folder for the set")
 
 
 def is_tar_of(path: Path, keys: set[str]) -> bool:
-    """Whether a tar begins as `SampleTar` writes it, with an image of one of these keys."""
+    """Return whether the first member of a tar is one that `SampleTar` wrote for a sample with one of these keys."""
     with path.open("rb") as file:
         head = file.read(BLOCK)
     name = head[:100].rstrip(b"\0").decode("latin-1")
@@ -106,7 +106,7 @@ def is_tar_of(path: Path, keys: set[str]) -> bool:
 
 
 def is_index_of(path: Path, keys: set[str]) -> bool:
-    """Whether a .idx file begins as `dali_index` writes it, with an image of one of these keys."""
+    """Return whether the first lines of an .idx file are from `dali_index`, for a sample with one of these keys."""
     with path.open("rb") as file:
         first, second = (file.readline(2 * BLOCK).decode("latin-1").split() for _ in range(2))
     if first == ["v1.2", "0"]:
@@ -115,7 +115,7 @@ def is_index_of(path: Path, keys: set[str]) -> bool:
 
 
 def mode_of(path: Path) -> int:
-    """`st_mode`, of a link itself; 0 where there is nothing."""
+    """Return `st_mode` without following symbolic links; 0 if the path does not exist."""
     try:
         return os.lstat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -123,6 +123,6 @@ def mode_of(path: Path) -> int:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a regular file; None where there is none."""
+    """Return the size of a regular file in bytes; None if there is no regular file."""
     status = path.lstat() if mode_of(path) else None
     return status.st_size if status and stat.S_ISREG(status.st_mode) else None

@@ -1,4 +1,4 @@
-"""Records of a conversion: JSON files that carry a hash of themselves, and rows whose hash stands in one."""
+"""Records of a conversion: JSON files that contain their own hash, and arrays whose hash is in such a file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shards.format.index import INDEX_DTYPE, Index
 from shards.schema import Count, Digest, parse_json
 
 MAX_RECORD = 2**28
-"""Bytes of a JSON file of the work folder."""
+"""Maximum size of a JSON file in the work folder, in bytes."""
 _CHUNK = 2**22
 
 T = TypeVar("T")
@@ -26,50 +26,50 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ShardDone:
-    """What is recorded of a finished shard."""
+    """Record of a finished shard."""
 
     samples: Count
     bytes: Count
     hash: Digest
     repaired: dict[str, Count]
-    """Reason -> images."""
+    """Reason for re-encoding -> number of images."""
     rejected: list[tuple[str, str]]
-    """Name and reason of each image left out."""
+    """(name, reason) of each rejected image."""
     blank: Count = 0
-    """Images that are nearly black or of a single colour."""
+    """Number of images that are nearly black or of a single color."""
     rewritten: Count = 0
-    """Files that were written to between listing and reading, with the same size."""
+    """Number of files that were modified between listing and reading, without a change of size."""
     rows_hash: str = ""
-    """xxh3-64 of the file of rows, set when it is saved."""
+    """xxh3-64 of the file with the index rows; set when it is saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentDone:
-    """What is recorded of a shard's part of a .beton."""
+    """Record of a finished segment (one shard's part) of a .beton file."""
 
     hash: Digest
     rows_hash: Digest
-    """xxh3-64 of the file of rows."""
+    """xxh3-64 of the file with the index rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """A file of the set, recorded before it gets its name."""
+    """Record of a file of the set, written before the file is renamed to its final name."""
 
     bytes: Count
     hash: Digest | None
-    """None for a .beton, which takes long to read."""
+    """None for a .beton file, which would take too long to read."""
 
 
 def save_record(path: Path, schema: TypeAdapter[T], record: T) -> None:
-    """Write a record with the hash of its content, completely or not at all."""
+    """Write a record and the hash of its content atomically."""
     content = schema.dump_python(record, mode="json")
     digest = xxhash.xxh3_64_hexdigest(_dumps(content))
     durable_write(path, _dumps({"content": content, "digest": digest}))
 
 
 def load_record(path: Path, schema: TypeAdapter[T]) -> T | None:
-    """Read a record; None where it is missing or damaged."""
+    """Read a record; return None if it is missing or damaged."""
     try:
         document = json.loads(read_bounded(path, MAX_RECORD))
         content = _dumps(document["content"])
@@ -89,7 +89,7 @@ def save_rows(path: Path, rows: Index) -> str:
 
 
 def load_rows(path: Path, digest: str) -> Index | None:
-    """Read `INDEX_DTYPE` [samples]; None where they are missing or damaged."""
+    """Read `INDEX_DTYPE` [samples]; return None if the file is missing or damaged."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def load_rows(path: Path, digest: str) -> Index | None:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3-64 of a file, 16 hex digits."""
+    """Return the xxh3-64 of a file as 16 hex digits."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):

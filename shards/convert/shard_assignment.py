@@ -1,4 +1,4 @@
-"""Which sample goes to which shard: fixed from names and sizes, before any image is opened."""
+"""Assign samples to shards, from their names and sizes alone, before any image is read."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from shards.format.tar import member_bytes
 from shards.images.limits import MAX_ENCODED
 from shards.sources.listing import Listing
 
-LABEL_BYTES = 8  # at most, of a label's decimal digits: what a .cls member is counted as
+LABEL_BYTES = 8  # assumed size of a .cls member: an upper bound of the decimal digits of a label
 
 
 def assign_to_shards(listing: Listing, split: str, seed: int, shard_bytes: int) -> tuple[Listing, NDArray[np.int64]]:
-    """Shuffle a split globally and cut it into shards of about equal size.
+    """Shuffle a split globally and divide it into shards of about equal size.
 
-    The order is that of a keyed hash of each sample's name, so it depends neither on the order of listing nor on the
-    layout of the source.
+    Samples are sorted by a seeded hash of their names, so their order depends neither on the order of the listing nor
+    on the source layout.
 
     Args:
-        listing: the split's entries, in any order.
-        split: its name; part of what is hashed.
-        seed: key of the hash.
-        shard_bytes: shards become as large as this or a little smaller, all alike.
+        listing: samples of the split, in any order.
+        split: name of the split; part of the hash input.
+        seed: seed of the hash.
+        shard_bytes: upper limit of the shard size.
 
     Returns:
-        The listing in its new order, and bounds int64 [shards + 1]: shard i holds rows bounds[i] to bounds[i + 1].
+        The shuffled listing, and bounds int64 [shards + 1]: shard i has the rows bounds[i] to bounds[i + 1].
     """
     prefix = split.encode() + b"/"
     draws = np.fromiter(
@@ -35,7 +35,7 @@ def assign_to_shards(listing: Listing, split: str, seed: int, shard_bytes: int) 
         count=len(listing),
     )
     rows = listing.rows[np.argsort(draws, kind="stable")]
-    # Larger ones are rejected unread; of a sparse file, the size may be anything.
+    # Larger images are rejected without being read. A sparse file may claim any size.
     sizes = np.minimum(rows["size"], MAX_ENCODED).astype(np.int64)
     ends = np.cumsum(member_bytes(sizes) + member_bytes(np.int64(LABEL_BYTES)))
     total = int(ends[-1])

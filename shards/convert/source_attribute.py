@@ -1,7 +1,7 @@
-"""The place of the source that a set was made from, as an attribute of the set's folder.
+"""Record the path of a set's source in an extended attribute of the set's folder.
 
-No file of a set names a place, so that the same images give the same bytes wherever they lie. Most copies of a set lose
-the attribute, and some file systems have none (NFS before 4.2); then it is not known where the set came from.
+The files of a set contain no path, so that the same images give the same bytes wherever the source is. Most copy tools
+drop the attribute, and some file systems (NFS before 4.2) do not support it; the source of such a set is unknown.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import xxhash
 ATTRIBUTE = "user.fat-pipeline.source"
 
 
-def record_source(out: Path, place: str) -> None:
-    """Record the place of the source from which `out` is made, where the file system has attributes."""
+def record_source(out: Path, source: str) -> None:
+    """Record the path of the source of the set `out`, if the file system supports extended attributes."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setxattr(out, ATTRIBUTE, _hash(place))
+            os.setxattr(out, ATTRIBUTE, _hash(source))
 
 
-def was_converted_from(out: Path, place: str) -> bool:
-    """Return whether it is known that `out` was made from the source that was at this place."""
+def was_converted_from(out: Path, source: str) -> bool:
+    """Return whether `out` is recorded as converted from the source at this path."""
     if sys.platform == "linux":
         with suppress(OSError):
-            return os.getxattr(out, ATTRIBUTE) == _hash(place)
+            return os.getxattr(out, ATTRIBUTE) == _hash(source)
     return False
 
 
-def _hash(place: str) -> bytes:
-    return xxhash.xxh3_64_hexdigest(place.encode()).encode()
+def _hash(source: str) -> bytes:
+    return xxhash.xxh3_64_hexdigest(source.encode()).encode()

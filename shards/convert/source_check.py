@@ -1,4 +1,4 @@
-"""Whether a source is the one that a set was made from, or is being made from."""
+"""Check that a source is the one from which a set was or is being converted, and that it has not changed."""
 
 from __future__ import annotations
 
@@ -27,155 +27,155 @@ from shards.sources.listing import Listing
 from shards.sources.naming.classes import format_count, join_first, quoted
 from shards.sources.scan import TRAIN, VAL, Layout
 
-_LOOKED_AT = 30_000  # folders and archives of a split; ImageNet-21k has 21,841, another source one for every image
+# Folders and archives of a split whose times are compared. ImageNet-21k has 21,841; some sources have one per image.
+_MAX_COMPARED = 30_000
 _ARCHIVES = (b".tar", b".parquet")
 
 
 def check_exists(source: Path) -> None:
-    """Refuse a source that is not there.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise UserError if the source does not exist."""
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder; give the source that the set is to be made from")
+        raise UserError(f"{source}: no such file or folder; specify the source to convert")
 
 
 def source_name(source: Path) -> str:
-    """Return a source's place, links resolved, as it is kept in the work folder."""
+    """Return the absolute path of a source with links resolved, in the form that the conversion plan stores."""
     return display_name(os.fsencode(source.resolve()))
 
 
 def check_finished(work: WorkFolder, manifest: Manifest, source: Path, layout: Layout | None = None) -> None:
-    """Refuse to take a finished set for that of another source, or of one that has changed since. Lists the source.
+    """Check that a finished set was converted from `source` and that the source is unchanged. Lists the source.
 
-    A source that was removed since is noted: the set needs it no more.
+    If the source no longer exists, only a note is printed: a finished set does not need it.
 
     Raises:
-        UserError: the source is another.
-        StorageFailed: it cannot be read.
+        UserError: the set was converted from a different source, or the source has changed.
+        StorageFailed: the source cannot be read.
     """
     out = work.out
     made = next((one for one in get_args(Layout) if one == manifest.made.get("source")), None)
     if made is None:
-        raise UserError(f"{out}: is a set that 'pipeline shard' did not make; give another --out")
+        raise UserError(f"{out}: is a set that 'pipeline shard' did not write; specify another --out")
     if layout not in (None, made):
         raise UserError(
-            f"{out}: is a set made from a source read as '{made}', not '{layout}'; leave out --from, or give another "
-            "--out"
+            f"{out}: is a set converted from a source of layout '{made}', not '{layout}'; omit --from, or specify "
+            "another --out"
         )
     if not source.exists():
         if not was_converted_from(out, source_name(source)):
             raise UserError(
-                f"{source}: no such file or folder, and not known as the source of the finished set {out}; give the "
-                "source that it was made from, or another --out"
+                f"{source}: no such file or folder, and not known to be the source of the finished set {out}; specify "
+                "the source of that set, or another --out"
             )
-        print_notes([f"{source}: not there any more, so the set was not compared with it"])
+        print_notes([f"{source}: no longer exists, so the set was not compared with it"])
         return
     now = _identity_now(source, made)
     if isinstance(now, UserError) or now.digest != manifest.made.get("source_digest"):
         folders = [quoted(entry.folder) for entry in manifest.classes]
         raise UserError(
-            f"{out}: is a set made from another source than {source}, or from what that held before it was changed "
-            f"(the set has the classes {join_first(folders)}); give another --out, or remove {out} to make it anew"
+            f"{out}: was converted from a different source than {source}, or before that source was changed (the set "
+            f"has the classes {join_first(folders)}); specify another --out, or remove {out} to convert again"
         )
 
 
 def check_same_source(out: Path, plan: ConversionPlan, source: Path, layout: Layout | None = None) -> None:
-    """Refuse to resume from another place than that with which the conversion began.
+    """Check that a conversion is resumed with the source and layout with which it was started.
 
     Raises:
-        UserError: it is another.
+        UserError: the source or the layout differs.
     """
     if plan.source != source_name(source):
-        raise UserError(f"{out}: was begun from {plan.source}, not from {source}; give that, or another --out")
+        raise UserError(
+            f"{out}: was started with the source {plan.source}, not {source}; specify that source, or another --out"
+        )
     if layout not in (None, plan.layout):
         raise UserError(
-            f"{out}: was begun from a source read as '{plan.layout}', not '{layout}'; leave out --from, "
-            "or give another --out"
+            f"{out}: was started with a source of layout '{plan.layout}', not '{layout}'; omit --from, or specify "
+            "another --out"
         )
 
 
 def check_unchanged(
     work: WorkFolder, plan: ConversionPlan, source: Path, is_needed: Callable[[], bool], *, times_first: bool = False
 ) -> None:
-    """Refuse to resume from a source that is not what it was when it was listed.
+    """Check that the source is unchanged since it was listed, before a conversion is resumed.
 
-    Where all shards are made, what was removed from the source meanwhile is noted, as nothing is read from it any more.
+    If all shards are already written, removed images only cause a note, because nothing more is read from the source.
 
     Args:
-        is_needed: whether images are still to be read.
-        times_first: list the source only where the times of its folders and archives differ: many parts of a conversion
-            that list it at once would overload its server.
+        is_needed: returns whether images still have to be read.
+        times_first: list the source only if the times of its folders and archives have changed. Many parts that list it
+            at the same time would overload its server.
 
     Raises:
-        UserError: images came, or have other sizes, labels or contents; or some are gone, and needed.
-        StorageFailed: it cannot be read.
+        UserError: images were added, or have different sizes, labels or contents; or needed images were removed.
+        StorageFailed: the source cannot be read.
     """
-    if times_first and source.exists() and not _look_changed(work, plan):
+    if times_first and source.exists() and not _may_have_changed(work, plan):
         return
     fact, only_gone = _difference(work, plan, source)
     if not fact:
         return
     if not only_gone or is_needed():
         raise UserError(
-            f"{work.out}: was begun from {source}, which is not what it was then: {fact}; restore the source, or give "
-            "another --out"
+            f"{work.out}: the source {source} has changed since the conversion was started: {fact}; restore the "
+            "source, or specify another --out"
         )
-    print_notes([f"{source}: {fact}; all shards were made before, so the set is complete without them"])
+    print_notes([f"{source}: {fact}; all shards were written before, so the set is complete without them"])
 
 
 def _difference(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[str, bool]:
-    """Return how a source differs from what was listed, '' where it does not; and whether it only lacks something."""
+    """Return how a source differs from its listing ('' if it does not), and whether images were only removed."""
     if not source.exists():
-        return "it is not there any more", True
+        return "it no longer exists", True
     now = _identity_now(source, plan.layout)
     if isinstance(now, UserError):
-        return f"it cannot be read as it was ({now})", _holds_nothing_new(work, plan, source)
+        return f"it can no longer be read with layout '{plan.layout}' ({now})", _holds_nothing_new(work, plan, source)
     if now.digest == plan.digest:
         return "", False
     if plan.layout == "parquet":
-        what, was, found = "file", _Items.of_files(plan.source_files), _Items.of_files(now.files)
+        what, listed, found = "file", _Items.of_files(plan.source_files), _Items.of_files(now.files)
     else:
         split_off = bool(plan.options["val_fraction"])
-        listed = {split: work.load_listing(split)[0] for split in plan.shards}
-        what, was, found = "image", _Items.of_images(listed, split_off), _Items.of_images(now.splits, split_off)
-    came, gone, other = ~np.isin(found.keys, was.keys), ~np.isin(was.keys, found.keys), _differ(found, was)
+        listings = {split: work.load_listing(split)[0] for split in plan.shards}
+        what, listed, found = "image", _Items.of_images(listings, split_off), _Items.of_images(now.splits, split_off)
+    added, removed = ~np.isin(found.keys, listed.keys), ~np.isin(listed.keys, found.keys)
+    modified = _differ(found, listed)
     mark = "size" if what == "image" else "content"
     facts = [
         f"{format_count(int(np.count_nonzero(which)), what)} {fact} "
         f"(such as {things.name(int(np.flatnonzero(which)[0]))})"
         for things, which, fact in (
-            (found, came, "added"),
-            (was, gone, "removed"),
-            (found, other, f"with another {mark}"),
+            (found, added, "added"),
+            (listed, removed, "removed"),
+            (found, modified, f"with a different {mark}"),
         )
         if which.any()
     ]
     if not facts:
-        return "its labels, the order or names of its classes, or contents of images differ", False
-    return ", ".join(facts), not came.any() and not other.any()
+        return "its labels, the order or names of its classes, or the content of images differ", False
+    return ", ".join(facts), not added.any() and not modified.any()
 
 
 def _holds_nothing_new(work: WorkFolder, plan: ConversionPlan, source: Path) -> bool:
-    """Whether all images or archives of a source that cannot be scanned any more were listed, with the same sizes.
+    """Return whether all images and archives of a source that can no longer be scanned are in the listing, unchanged.
 
-    Of Parquet files that are left this is not known, as what was listed is what was unpacked.
+    Always False if the source has Parquet files, because the listing contains the files unpacked from them.
     """
     images: dict[bytes, int] = {}
     archives: dict[bytes, tuple[int, int]] = {}
     for split in plan.shards if plan.layout != "parquet" else ():
         listing, _ = work.load_listing(split)
         for entry in listing.entries(0, len(listing)):
-            place = os.fsencode(entry.container.path)
+            path = os.fsencode(entry.container.path)
             if entry.offset is None:
-                images[place + b"/" + entry.name.rpartition(b"/")[2]] = entry.size
+                images[path + b"/" + entry.name.rpartition(b"/")[2]] = entry.size
             else:
-                archives[place] = (entry.container.size, entry.container.mtime)
+                archives[path] = (entry.container.size, entry.container.mtime)
     for folder, _, names in os.walk(os.fsencode(source.absolute())):
         for name in names:
             path = os.path.join(folder, name)
-            if not os.path.exists(path):  # a link that leads nowhere
+            if not os.path.exists(path):  # a dangling symbolic link
                 continue
             status = os.stat(path)
             if path.lower().endswith(_ARCHIVES):
@@ -189,13 +189,14 @@ def _holds_nothing_new(work: WorkFolder, plan: ConversionPlan, source: Path) -> 
 
 @dataclass(frozen=True)
 class _Items:
-    """Images or files of a source."""
+    """Names and sizes of the images of a source, or names and digests of its files."""
 
     keys: NDArray[np.uint64]
-    """Hash of the name of each."""
+    """uint64 [items]: hash of each name."""
     marks: NDArray[np.uint64]
-    """Size or digest of each."""
+    """uint64 [items]: size of each image, or digest of each file."""
     name: Callable[[int], str]
+    """Returns the path of an item."""
 
     @classmethod
     def of_files(cls, files: Mapping[str, str]) -> _Items:
@@ -208,7 +209,7 @@ class _Items:
         """Describe the images of all splits.
 
         Args:
-            split_off: the validation split was taken from the training images, as the source has none.
+            split_off: the validation split was split off the training images (--val-fraction).
         """
         listings = [(TRAIN if split_off and split == VAL else split, one) for split, one in sorted(splits.items())]
         keys = np.fromiter(
@@ -222,50 +223,50 @@ class _Items:
         )
         sizes = np.concatenate([np.asarray(listing.rows["size"], dtype=np.uint64) for _, listing in listings])
 
-        def name(place: int) -> str:
+        def name(item: int) -> str:
             for _, listing in listings:
-                if place < len(listing):
-                    return next(listing.entries(place, place + 1)).path
-                place -= len(listing)
-            raise IndexError(place)
+                if item < len(listing):
+                    return next(listing.entries(item, item + 1)).path
+                item -= len(listing)
+            raise IndexError(item)
 
         return cls(keys, sizes, name)
 
 
-def _differ(found: _Items, was: _Items) -> NDArray[np.bool_]:
-    """Which of the things found had another size or digest; bool [found]."""
+def _differ(found: _Items, listed: _Items) -> NDArray[np.bool_]:
+    """Return which items were listed with a different size or digest: bool [found]."""
     differ = np.zeros(len(found.keys), dtype=bool)
-    _, here, there = np.intersect1d(found.keys, was.keys, return_indices=True)
-    differ[here] = found.marks[here] != was.marks[there]
+    _, in_found, in_listed = np.intersect1d(found.keys, listed.keys, return_indices=True)
+    differ[in_found] = found.marks[in_found] != listed.marks[in_listed]
     return differ
 
 
-def _look_changed(work: WorkFolder, plan: ConversionPlan) -> bool:
-    """Whether a folder or an archive that was listed, or a folder above one, may have changed since.
+def _may_have_changed(work: WorkFolder, plan: ConversionPlan) -> bool:
+    """Return whether a listed folder or archive, or a parent folder of one, may have changed since the listing.
 
-    One whose time of last change is not before the listing counts too: within a second, times tell nothing.
+    This includes one that was modified in the same second in which the listing started, because times are in seconds.
     """
-    if plan.layout == "parquet":  # the archives that were listed are what was unpacked; the files are few
+    if plan.layout == "parquet":  # the listing has the unpacked files, and comparing the few Parquet files is cheap
         return True
-    began = int(work.scan_time())
-    places = [(Path(os.fsdecode(unquote_to_bytes(path))), mtime) for path, mtime in plan.folders.items()]
+    scan_start = int(work.scan_time())
+    times = [(Path(os.fsdecode(unquote_to_bytes(path))), mtime) for path, mtime in plan.folders.items()]
     for split in plan.shards:
-        places += [(one.path, one.mtime) for one in work.load_listing(split)[0].containers[:_LOOKED_AT]]
-    for path, mtime in places:
+        times += [(one.path, one.mtime) for one in work.load_listing(split)[0].containers[:_MAX_COMPARED]]
+    for path, mtime in times:
         try:
             now = int(path.stat().st_mtime)
         except FileNotFoundError:
             return True
-        if now != mtime or now >= began:
+        if now != mtime or now >= scan_start:
             return True
     return False
 
 
 def folder_times(listings: Mapping[str, Listing], source: Path, out: Path) -> dict[str, int]:
-    """Return the times of last change of the folders above those of a listing, in seconds since 1970.
+    """Return the modification times of the parent folders of all containers of a listing, in seconds since 1970.
 
-    The one that the set is written to is left out: making that changes it. The paths are percent-encoded, as they may
-    not be UTF-8.
+    The parent folder of the set is excluded, because creating the set changes it. Paths are percent-encoded, because
+    they may not be valid UTF-8.
     """
     parents = {parent for one in listings.values() for container in one.containers for parent in container.path.parents}
     inside = sorted(parent for parent in parents if parent == source or source in parent.parents)
@@ -273,10 +274,10 @@ def folder_times(listings: Mapping[str, Listing], source: Path, out: Path) -> di
 
 
 def _identity_now(source: Path, layout: Layout) -> Identity | UserError:
-    """Return what tells the source from others now, or why it cannot be read as of that layout."""
+    """Return the current identity of the source, or the reason why it cannot be read with this layout."""
     try:
         return current_identity(source.absolute(), layout)
     except UserError as error:
-        if error.exit_code != UserError.exit_code:  # the storage failed
+        if error.exit_code != UserError.exit_code:  # storage failed
             raise
         return error

@@ -1,9 +1,9 @@
-"""The work folder of a conversion: what was decided at its start, and which shards are done.
+"""The work folder of a conversion: the conversion plan, the listing, and records of the finished shards.
 
-Everything in it is published by rename, so whatever is there is whole unless a disk or a person damaged it: all of it
-carries hashes. What can be made again from the source then is; the folder goes when the manifest is written.
+All files are written atomically and carry hashes, so later damage is detected. A damaged record of a shard is written
+again from the source. The folder is removed when the manifest is written.
 
-It also identifies the files that this project created; other files of the same names are never replaced.
+It also records which files this project created; other files with the same names are never replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from shards.sources.listing import Listing
 from shards.sources.walk import WORK_FOLDER
 
 MARKER = "pipeline-work-folder"
-"""The first file in a work folder. A folder without it was not created by this project."""
+"""First file that is created in a work folder. A folder without it was not created by this project."""
 _WRITTEN = r"(train|val|test)(-\d{6}\.(tar|idx)|(\.beton)?\.index\.npy|\.beton)|dataset\.json|rejects\.jsonl"
 
 T = TypeVar("T")
@@ -51,7 +51,12 @@ _SEGMENT = TypeAdapter(SegmentDone)
 
 
 class WorkFolder(PublishedFiles):
-    """The work folder inside the set that is being made."""
+    """The work folder inside the folder of an unfinished set.
+
+    Args:
+        out: folder of the set.
+        keeps_tars: whether the set contains tars, not only .beton files.
+    """
 
     def __init__(self, out: Path, keeps_tars: bool = True) -> None:
         super().__init__(out, out / WORK_FOLDER)
@@ -60,31 +65,31 @@ class WorkFolder(PublishedFiles):
     # -- the folder
 
     def create(self) -> None:
-        """Make the folder, or take the one that an earlier start left.
+        """Create the folder, or reuse the one of an interrupted conversion.
 
         Raises:
-            UserError: another folder or file has this name.
+            UserError: a file, or a folder that this project did not create, has this name.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise foreign_file(self.path, "a file") from None
-        # In this order: of several processes that begin together, another may be making the marker.
+            raise foreign_file(self.path, "is a file") from None
+        # In this order, because a process that started at the same time may create the marker in between.
         empty = next(self.path.iterdir(), None) is None
-        if not empty and not self.is_ours():
-            raise foreign_file(self.path, f"a folder without {MARKER} in it")
+        if not empty and not self.is_valid():
+            raise foreign_file(self.path, f"is a folder without {MARKER} in it")
         (self.path / MARKER).touch()
         sync_folder(self.path)
 
-    def is_ours(self) -> bool:
-        """Whether the work folder is there, and was created by `create`."""
+    def is_valid(self) -> bool:
+        """Return whether the work folder exists and was created by this project."""
         return stat.S_ISREG(mode_of(self.path / MARKER))
 
     def remove(self) -> None:
-        """Remove the work folder, and what killed processes left half-written beside it. The set is complete."""
-        if self.is_ours():
+        """Remove the work folder and the temporary files of killed processes in the set."""
+        if self.is_valid():
             _remove(path for path in self.out.glob(f".*{TEMPORARY}") if is_temporary(path.name, _WRITTEN))
-            # The marker goes last, so that the folder is still recognised if this is killed.
+            # The marker is removed last, so that the folder is still recognised if this process is killed.
             for path in self.path.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)
@@ -95,16 +100,16 @@ class WorkFolder(PublishedFiles):
             self.path.rmdir()
 
     def remove_temporary(self, split: str, shard: int) -> None:
-        """Remove what a killed process left half-written of a shard."""
+        """Remove the temporary files of a killed process that was writing a shard."""
         begin = f".{split}-{shard:06d}."
         _remove(path for path in self.out.glob(f"{begin}*{TEMPORARY}") if is_temporary(path.name, _WRITTEN))
         _remove(self.path.glob(f"{begin}*{TEMPORARY}"))
 
     def begin_scan(self, key: str) -> Path:
-        """Return the folder for what a scan unpacks; what one of another key left there is removed.
+        """Return the folder for files that a scan unpacks. Files of a scan with a different key are removed.
 
         Args:
-            key: everything that decides what the scan unpacks.
+            key: everything on which the unpacked files depend.
         """
         spool, record = self.path / "spool", self.path / "scan.key"
         try:
@@ -118,7 +123,7 @@ class WorkFolder(PublishedFiles):
         return spool
 
     def scan_time(self) -> float:
-        """Return when the scan began, by the clock of the work folder's file system, in seconds since 1970; or 0."""
+        """Return the start time of the scan in seconds since 1970, by the file system's clock; 0 if unknown."""
         try:
             return (self.path / "scan.key").stat().st_mtime
         except FileNotFoundError:
@@ -128,31 +133,31 @@ class WorkFolder(PublishedFiles):
         """Check that existing tars and .idx files were created by this project from images of these shards.
 
         Raises:
-            UserError: one is not.
+            UserError: a file was not.
         """
         for shard in shards if self.keeps_tars else ():
             tar = self.tar(split, shard)
-            for path, begins_so in ((tar, is_tar_of), (tar.with_suffix(".idx"), is_index_of)):
+            for path, was_written_by_us in ((tar, is_tar_of), (tar.with_suffix(".idx"), is_index_of)):
                 if not mode_of(path):
                     continue
                 listing, bounds = self.load_listing(split)
                 keys = {entry.key for entry in listing.entries(int(bounds[shard]), int(bounds[shard + 1]))}
-                if not stat.S_ISREG(mode_of(path)) or not begins_so(path, keys):
-                    raise foreign_file(path, "not written by this command")
+                if not stat.S_ISREG(mode_of(path)) or not was_written_by_us(path, keys):
+                    raise foreign_file(path, "was not written by this command")
 
     # -- the plan
 
     def save_plan(self, plan: ConversionPlan) -> None:
-        """The last thing that a scan writes."""
+        """Save the plan. It is the last file that a scan writes."""
         save_record(self.path / "plan.json", _PLAN, plan)
 
     def load_plan(self) -> ConversionPlan | None:
-        """The plan; None where none was made yet.
+        """Load the plan; return None if there is none yet.
 
         Raises:
-            UserError: it is damaged.
+            UserError: the plan is damaged.
         """
-        if not self.is_ours() or not mode_of(self.path / "plan.json"):
+        if not self.is_valid() or not mode_of(self.path / "plan.json"):
             return None
         plan = load_record(self.path / "plan.json", _PLAN)
         if plan is None:
@@ -160,10 +165,10 @@ class WorkFolder(PublishedFiles):
         return plan
 
     def check_listing(self, plan: ConversionPlan) -> None:
-        """Compare the files of the listing with what was written; once in a start, before processes map them.
+        """Check the hashes of the listing's files, once per start, before worker processes map them.
 
         Raises:
-            UserError: one is missing or damaged.
+            UserError: a file is missing or damaged.
         """
         for name, digest in plan.files.items():
             with suppress(FileNotFoundError):
@@ -172,30 +177,31 @@ class WorkFolder(PublishedFiles):
             raise self._damaged(name)
 
     def _damaged(self, name: str) -> UserError:
-        return UserError(f"{self.path / name}: damaged; remove the unfinished set {self.out} and start again")
+        return UserError(f"{self.path / name}: damaged; remove the unfinished set {self.out}, then start again")
 
     def save_listing(self, split: str, listing: Listing, bounds: NDArray[np.int64]) -> dict[str, str]:
-        """Write a split's listing; returns name -> hash of its files."""
-        places = self.path / f"{split}.bounds.npy"
-        save_array(places, bounds)
-        return {path.name: hash_file(path) for path in (*listing.save(self.path / f"{split}.listing"), places)}
+        """Write a split's listing and shard bounds; return name -> hash of the written files."""
+        bounds_file = self.path / f"{split}.bounds.npy"
+        save_array(bounds_file, bounds)
+        return {path.name: hash_file(path) for path in (*listing.save(self.path / f"{split}.listing"), bounds_file)}
 
     def load_listing(self, split: str) -> tuple[Listing, NDArray[np.int64]]:
+        """Return the shuffled listing of a split, and its shard bounds int64 [shards + 1]."""
         return Listing.load(self.path / f"{split}.listing"), np.load(self.path / f"{split}.bounds.npy", mmap_mode="r")
 
     # -- shards
 
     def tar(self, split: str, shard: int) -> Path:
-        """A shard's tar; in the work folder where the set is to be a .beton alone."""
+        """Return the path of a shard's tar: in the set, or in the work folder if the set has only .beton files."""
         return (self.out if self.keeps_tars else self.path) / f"{split}-{shard:06d}.tar"
 
     def save_done(self, split: str, shard: int, done: ShardDone, rows: Index) -> None:
-        """Record a shard as finished, after its files are in place."""
+        """Record a shard as finished, after its files are written."""
         rows_hash = save_rows(self._shard_file(split, shard, "rows.npy"), rows)
         save_record(self._shard_file(split, shard, "json"), _SHARD, replace(done, rows_hash=rows_hash))
 
     def is_done(self, split: str, shard: int) -> bool:
-        """Whether the shard is recorded, and what is recorded is there and whole (of a tar: there, with its size)."""
+        """Return whether the shard is recorded as finished, its record is intact and its tar has the recorded size."""
         done = load_record(self._shard_file(split, shard, "json"), _SHARD)
         if done is None or load_rows(self._shard_file(split, shard, "rows.npy"), done.rows_hash) is None:
             return False
@@ -213,34 +219,34 @@ class WorkFolder(PublishedFiles):
         return _required(load_rows(path, self.load_done(split, shard).rows_hash), path)
 
     def index(self, split: str) -> Path:
-        """The split's index."""
+        """Return the path of the split's index."""
         return self.out / f"{split}.index.npy"
 
-    # -- betons
+    # -- .beton files
 
     def beton(self, split: str) -> Path:
         return self.out / f"{split}.beton"
 
     def beton_index(self, split: str) -> Path:
-        """The index of what the .beton stores: the split's own where no tars are kept."""
+        """Return the path of the .beton's index, which is the split's index if the set has no tars."""
         return self.out / f"{split}.beton.index.npy" if self.keeps_tars else self.index(split)
 
     def unfinished_beton(self, split: str) -> Path:
         return self.path / f"{split}.beton"
 
     def save_segment(self, split: str, shard: int, digest: str, rows: Index) -> None:
-        """Record a shard's part of the .beton as filled."""
+        """Record a shard's segment of the .beton as written."""
         rows_hash = save_rows(self._shard_file(split, shard, "beton.npy"), rows)
         save_record(self._shard_file(split, shard, "beton"), _SEGMENT, SegmentDone(hash=digest, rows_hash=rows_hash))
 
     def load_segment(self, split: str, shard: int) -> tuple[str, Index]:
-        """The part's hash, and the rows with offset, size and hash of what it holds."""
+        """Return the segment's hash and its index rows, with the offsets, sizes and hashes of the stored images."""
         record, rows = (self._shard_file(split, shard, suffix) for suffix in ("beton", "beton.npy"))
         done = _required(load_record(record, _SEGMENT), record)
         return done.hash, _required(load_rows(rows, done.rows_hash), rows)
 
     def is_in_beton(self, split: str, shard: int) -> bool:
-        """Whether the shard's part is recorded as filled, and the .beton is there."""
+        """Return whether the shard's segment is recorded as written, and the .beton exists."""
         done = load_record(self._shard_file(split, shard, "beton"), _SEGMENT)
         if done is None or load_rows(self._shard_file(split, shard, "beton.npy"), done.rows_hash) is None:
             return False
@@ -251,13 +257,13 @@ class WorkFolder(PublishedFiles):
 
 
 def _required(found: T | None, path: Path) -> T:
-    """Return what was loaded from a file.
+    """Return `found`, which was loaded from `path`.
 
     Raises:
-        ConversionFailed: it is missing or damaged.
+        ConversionFailed: the file is missing or damaged (`found` is None).
     """
     if found is None:
-        raise ConversionFailed(f"{path}: missing or damaged; run the same command: it makes it again")
+        raise ConversionFailed(f"{path}: missing or damaged; run the same command again to restore it")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The .beton of each split, from its finished shards: filled by processes, resumable, published by rename."""
+"""Write the .beton file of each split from its finished shards, in parallel and resumably."""
 
 from __future__ import annotations
 
@@ -24,40 +24,44 @@ from shards.workers.worker import Report
 
 @dataclass(frozen=True)
 class SegmentJob:
-    """One shard's part of the file, to be filled in a worker process from the shard's finished tar."""
+    """One segment (a shard's part) of a .beton file, to be written in a worker process from the shard's tar."""
 
     work: WorkFolder
     split: str
     shard: int
     offsets: NDArray[np.int64]
-    """int64 [samples of the shard]: where each image goes."""
+    """int64 [samples of the shard]: offset of each image in the file."""
     raw: NDArray[np.bool_]
-    """bool [samples of the shard]: as pixels."""
+    """bool [samples of the shard]: stored as pixels instead of JPEG."""
     start: int
+    """Offset of the segment."""
     stop: int
-    """First byte of the part, and of what follows it."""
+    """Offset of the first byte after the segment."""
 
 
 def write_betons(
     work: WorkFolder, shards: dict[str, list[int]], options: BetonOptions, workers: int | None
 ) -> dict[str, BetonEntry]:
-    """Write SPLIT.beton and its index for each split, or resume where a killed run left them.
+    """Write SPLIT.beton and its index for each split, or resume after an interruption.
 
-    Where the set keeps no tars, each is removed when its images are safe in the .beton: the disk never holds all twice.
+    If the set has no tars, each tar is removed once its images are in the .beton, which limits the disk space needed.
 
     Args:
-        shards: split -> its shards that have images.
+        shards: split -> numbers of its shards with images.
+
+    Returns:
+        Split -> its manifest entry.
     """
     frames = {split: _frame(work, split, numbers, options) for split, numbers in shards.items()}
-    begun = {split: frame for split, frame in frames.items() if not _is_published(work, split, shards[split])}
+    unpublished = {split: frame for split, frame in frames.items() if not _is_published(work, split, shards[split])}
     todo = []
-    for split, frame in begun.items():
+    for split, frame in unpublished.items():
         with work.unfinished_beton(split).open("ab") as file:
             file.truncate(frame.layout.total)
         todo += [job for job in _jobs(work, split, shards[split], frame) if not work.is_in_beton(split, job.shard)]
-    with Progress("filling .beton", sum(len(job.offsets) for job in todo)) as progress:
+    with Progress("writing .beton", sum(len(job.offsets) for job in todo)) as progress:
         run_jobs(fill_segment, todo, workers, progress)
-    for split, frame in begun.items():
+    for split, frame in unpublished.items():
         _publish(work, split, frame)
     return {
         split: BetonEntry(
@@ -79,7 +83,7 @@ def _publish_index(work: WorkFolder, split: str, shards: list[int], samples: int
 
 
 def _is_published(work: WorkFolder, split: str, shards: list[int]) -> bool:
-    """Whether the .beton has its name; where the record of a part was damaged since, it goes back to be filled."""
+    """Return whether the .beton is published. One with a damaged record is moved back to be written again."""
     if not work.beton(split).exists():
         return False
     if all(work.is_in_beton(split, shard) for shard in shards):
@@ -90,7 +94,7 @@ def _is_published(work: WorkFolder, split: str, shards: list[int]) -> bool:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A split's index and where its images go."""
+    """Index and layout of a split's .beton file."""
 
     index: Index
     layout: BetonLayout
@@ -98,22 +102,22 @@ class _Frame:
 
 def _frame(work: WorkFolder, split: str, shards: list[int], options: BetonOptions) -> _Frame:
     rows = [work.load_rows(split, shard) for shard in shards]
-    for place, some in enumerate(rows):
-        some["shard"] = place
+    for number, rows_of_shard in enumerate(rows):
+        rows_of_shard["shard"] = number
     index = np.concatenate(rows)
     return _Frame(index, compute_layout(index, options))
 
 
 def _jobs(work: WorkFolder, split: str, shards: list[int], frame: _Frame) -> Iterator[SegmentJob]:
     layout = frame.layout
-    for place, shard in enumerate(shards):
-        mine = frame.index["shard"] == place
-        start, stop = int(layout.starts[place]), int(layout.starts[place + 1])
+    for number, shard in enumerate(shards):
+        mine = frame.index["shard"] == number
+        start, stop = int(layout.starts[number]), int(layout.starts[number + 1])
         yield SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop)
 
 
 def _publish(work: WorkFolder, split: str, frame: _Frame) -> None:
-    """Write what stands before and after the images, and give the file its name."""
+    """Write the header, metadata and allocation table, and rename the file to its final name."""
     unfinished = work.unfinished_beton(split)
     with unfinished.open("r+b", buffering=0) as file:
         write_all(file, frame.layout.head(frame.index))
@@ -124,10 +128,10 @@ def _publish(work: WorkFolder, split: str, frame: _Frame) -> None:
 
 
 def fill_segment(job: SegmentJob, report: Report) -> None:
-    """Write a shard's part; record its hash, and the rows with offset, size and hash of what it holds.
+    """Write a shard's segment of the .beton; record its hash and its index rows.
 
     Raises:
-        ConversionFailed: the tar does not hold the images that were written to it.
+        ConversionFailed: the tar was damaged after it was written.
     """
     work = job.work
     tar = work.tar(job.split, job.shard)
@@ -149,7 +153,7 @@ def fill_segment(job: SegmentJob, report: Report) -> None:
             report(1, len(data))
             if xxhash.xxh3_64_intdigest(data) != row["hash"]:
                 raise ConversionFailed(
-                    f"{tar}: damaged since it was written; remove it and run the same command: it makes it again"
+                    f"{tar}: damaged since it was written; remove it and run the same command to write it again"
                 )
             if raw:
                 data = simplejpeg.decode_jpeg(data, "RGB").tobytes()

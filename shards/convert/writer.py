@@ -1,4 +1,4 @@
-"""One shard, from listed entries to a published tar. Runs in worker processes."""
+"""Write one shard from its entries in the listing. Runs in worker processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shards.workers.worker import Report
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to be made in a worker process."""
+    """One shard to be written in a worker process."""
 
     work: WorkFolder
     split: str
@@ -38,10 +38,11 @@ class ShardJob:
 
 
 def write_shard(job: ShardJob, report: Report) -> None:
-    """Make one shard: tar, DALI index, rows, and the record that it is done, in this order.
+    """Write the files of one shard in this order: tar, DALI index, index rows, record of the finished shard.
 
     Raises:
-        ConversionFailed: the source changed, the disk is full, or reading or writing failed; nothing is half-published.
+        ConversionFailed: the source changed, the disk is full, or reading or writing failed. No incomplete file is
+            published.
     """
     work = job.work
     work.remove_temporary(job.split, job.shard)
@@ -84,10 +85,10 @@ def write_shard(job: ShardJob, report: Report) -> None:
 
 
 class ContainerReader:
-    """Reads entries, keeping the last archives open.
+    """Reads the encoded images of entries. Keeps the most recently used archives open.
 
     Attributes:
-        rewritten: files read so far that were written to after they were listed, with the same size.
+        rewritten: number of files so far that were modified after they were listed, without a change of size.
     """
 
     MAX_OPEN = 64
@@ -98,25 +99,25 @@ class ContainerReader:
         self.rewritten = 0
 
     def read(self, entry: Entry) -> bytes:
-        """The entry's encoded bytes.
+        """Return the encoded image.
 
         Raises:
-            Rejected: a link to nothing, or too large to be an image.
-            ConversionFailed: it is not what was listed.
+            Rejected: a dangling symbolic link, or a file that is too large for an image.
+            ConversionFailed: the file or archive has changed since it was listed.
             StorageFailed: it cannot be read.
         """
         if entry.size > MAX_ENCODED:
-            raise Rejected(f"unreasonably large: {entry.size} bytes")
+            raise Rejected(f"{entry.size:,} bytes, more than the {MAX_ENCODED:,} bytes that are allowed")
         try:
             data = self._read_file(entry) if entry.offset is None else self._read_range(entry)
         except FileNotFoundError as error:
-            raise _changed(entry, "listed, but gone now") from error
+            raise _changed(entry, "existed when the source was listed, but no longer does") from error
         except NotRegular as error:
-            raise _changed(entry, f"a file when it was listed, {error.kind} now") from error
+            raise _changed(entry, f"was a regular file when the source was listed, now {error.kind}") from error
         except OSError as error:
             raise storage_error(entry.path, error) from error
         if len(data) != entry.size:
-            raise _changed(entry, f"{entry.size} bytes when it was listed, {len(data)} now")
+            raise _changed(entry, f"had {entry.size} bytes when the source was listed, now {len(data)}")
         return data
 
     def _read_file(self, entry: Entry) -> bytes:
@@ -125,17 +126,17 @@ class ContainerReader:
             handle, status = open_with_status(path)
         except FileNotFoundError as error:
             if os.path.islink(path):
-                raise Rejected("a link to nothing") from error
+                raise Rejected("a dangling symbolic link") from error
             raise
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise Rejected("a link to itself") from error
+                raise Rejected("a symbolic link to itself") from error
             raise
         try:
             if status.st_size != entry.size:
-                raise _changed(entry, f"{entry.size} bytes when it was listed, {status.st_size} now")
+                raise _changed(entry, f"had {entry.size} bytes when the source was listed, now {status.st_size}")
             self.rewritten += int(status.st_mtime) != entry.mtime
-            return read_up_to(handle, entry.size) if entry.size else b""  # files of /proc have no size, and content
+            return read_up_to(handle, entry.size) if entry.size else b""  # files in /proc have content but size 0
         finally:
             os.close(handle)
 
@@ -149,8 +150,8 @@ class ContainerReader:
                 listed = entry.container
                 raise _changed(
                     entry,
-                    f"the archive had {listed.size} bytes and was last changed at {_when(listed.mtime)} when it was "
-                    f"listed, now {status.st_size} bytes and {_when(int(status.st_mtime))}",
+                    f"the archive had {listed.size} bytes and was last modified at {_when(listed.mtime)} when the "
+                    f"source was listed, now {status.st_size} bytes and {_when(int(status.st_mtime))}",
                 )
             if len(self._open) >= self._limit:
                 os.close(self._open.pop(next(iter(self._open))))
@@ -167,8 +168,8 @@ class ContainerReader:
 
 def _changed(entry: Entry, fact: str) -> ConversionFailed:
     return ConversionFailed(
-        f"{entry.path}: {fact}: the source has changed; "
-        "put it back and run the same command, or remove the unfinished set and start again"
+        f"{entry.path}: {fact}; restore the source and run the same command, or remove the unfinished set and start "
+        "again"
     )
 
 
@@ -177,7 +178,7 @@ def _when(mtime: int) -> str:
 
 
 def index_row(image: Accepted, label: int, offset: int, shard: int) -> tuple[int, ...]:
-    """The image's row, in the order of `INDEX_DTYPE`."""
+    """Return the index row of an image, in the order of `INDEX_DTYPE`."""
     return (
         offset,
         xxhash.xxh3_64_intdigest(image.data),

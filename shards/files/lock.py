@@ -1,8 +1,8 @@
-"""One process at a time on one part of a conversion, or in one run folder, on one host or on several that share a file
-system.
+"""Lock files, which allow one process at a time to work on a part of a conversion or in a run folder.
 
-The kernel's lock (flock) goes when its holder dies, however it dies. Where a file system does not carry it between
-hosts, the holder's host and pid in the file, and a beat that keeps the file's time fresh, stand in for it.
+A lock works on one host, and on several that share a file system. The kernel releases the lock (flock) when the owner
+dies. Not all file systems share flock between hosts, so the file also contains the owner's host and pid, and a
+heartbeat updates its modification time.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from shards.files.waiting import Wait
 from shards.redact import one_line
 from shards.schema import parse_json
 
-BEAT = 10.0  # seconds
-STALE = 6 * BEAT
-WAIT = 1.0
-_MAX_OWNER = 4096  # bytes of a lock file
+BEAT = 10.0  # seconds between heartbeats
+STALE = 6 * BEAT  # seconds without a heartbeat after which the owner is considered dead
+WAIT = 1.0  # seconds between two attempts
+_MAX_OWNER = 4096  # maximum size of a lock file, in bytes
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who holds a lock file: its content."""
+    """The process that holds a lock; the content of the lock file."""
 
     host: Annotated[str, Field(max_length=255)]
     pid: Annotated[int, Field(ge=0)]
@@ -47,7 +47,7 @@ _OWNER = TypeAdapter(Owner)
 
 
 class LockHeld(ConversionFailed):
-    """Another process, described by `owner`, holds the lock."""
+    """Another process (`owner`) holds the lock."""
 
     def __init__(self, message: str, owner: str = "another process") -> None:
         super().__init__(message)
@@ -60,14 +60,14 @@ def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
 
     Args:
         what: what is locked, for the message.
-        wait: seconds to wait for the lock before raising. The holder is printed at once, and then once a minute.
+        wait: timeout in seconds for the lock. The owner is printed at once, and then once a minute.
 
     Raises:
-        LockHeld: a living process holds it; its host and pid are named.
+        LockHeld: a running process holds the lock; the message names its host and pid.
     """
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        _take(handle, path, what, wait)
+        _acquire(handle, path, what, wait)
         stop = threading.Event()
         beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
         beat.start()
@@ -76,7 +76,7 @@ def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
         finally:
             stop.set()
             beat.join()
-            # A network file system may have lost the file; what is left in it goes stale, and the work is done.
+            # A network file system may have lost the file. The work is done, and a remaining owner becomes stale.
             with contextlib.suppress(OSError):
                 os.ftruncate(handle, 0)
     finally:
@@ -85,7 +85,7 @@ def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock file."""
+    """Return whether a running process holds the lock file."""
     try:
         with file_lock(path, ""):
             return False
@@ -93,59 +93,57 @@ def is_locked(path: Path) -> bool:
         return True
 
 
-def _take(handle: int, path: Path, what: str, wait: float) -> None:
+def _acquire(handle: int, path: Path, what: str, wait: float) -> None:
     waiting: Wait | None = None
     while True:
         try:
-            return _try_to_take(handle, path, what)
+            return _try_acquire(handle, path, what)
         except LockHeld as error:
             if wait <= 0:
                 raise
             held = error
         if waiting is None:
             print(f"note: {held}; waiting for it for up to {wait:g} s", file=sys.stderr, flush=True)
-            waiting = Wait(f"{path}: held by {held.owner}", limit=wait, remedy="end that process if it does nothing")
+            waiting = Wait(f"{path}: locked by {held.owner}", limit=wait, remedy="stop that process if it hangs")
         try:
             waiting.pause(min(WAIT, wait))
         except StorageFailed:
             raise held from None
 
 
-def _try_to_take(handle: int, path: Path, what: str) -> None:
-    carried = True
+def _try_acquire(handle: int, path: Path, what: str) -> None:
+    flock_works = True
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise _held(_owner(handle), path, what) from None
-    except OSError:  # this file system knows no such locks
-        carried = False
+    except OSError:  # this file system does not support flock
+        flock_works = False
     owner = _owner(handle)
-    here = socket.gethostname()
+    host = socket.gethostname()
     if owner is not None:
-        gone = (carried and owner.host == here) or _age(handle, path) > STALE
-        if not gone:
+        dead = (flock_works and owner.host == host) or _age(handle, path) > STALE
+        if not dead:
             raise _held(owner, path, what)
-        print(f"note: {one_line(str(path))}: left by {owner}, which is gone; taken over", file=sys.stderr)
+        print(f"note: {one_line(str(path))}: replacing the lock of {owner}, which no longer runs", file=sys.stderr)
     os.ftruncate(handle, 0)
-    os.pwrite(handle, json.dumps({"host": here, "pid": os.getpid()}).encode(), 0)
+    os.pwrite(handle, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
 
 
 def _owner(handle: int) -> Owner | None:
     try:
         return parse_json(os.pread(handle, _MAX_OWNER + 1, 0), _OWNER, limit=_MAX_OWNER)
-    except ValueError:  # empty, or the holder died while it wrote this
+    except ValueError:  # empty, or the owner died while writing it
         return None
 
 
 def _held(owner: Owner | None, path: Path, what: str) -> LockHeld:
     by = str(owner or "another process")
-    return LockHeld(
-        f"{what} is being worked on by {by}; wait for it, or end it and run the same command (lock: {path})", by
-    )
+    return LockHeld(f"{what} is in use by {by}; wait for it, or stop it and run the same command (lock: {path})", by)
 
 
 def _age(handle: int, path: Path) -> float:
-    """Seconds since the last beat, by the clock that stamps files there."""
+    """Return the seconds since the last heartbeat, by the clock of the file system."""
     probe = path.with_name(f".{path.name}.{os.getpid()}.now.tmp")
     probe.touch()
     now = probe.stat().st_mtime

@@ -18,27 +18,26 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 RETRY_SECONDS = 10.0
-"""How long a read is retried after a transient error."""
+"""Time limit for retrying a read after a transient error."""
 TRANSIENT = frozenset(
     {
         *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EHOSTDOWN),
         *(errno.EMFILE, errno.ENFILE),
     }
 )
-"""Errors of network file systems while a server restarts or a path to it changes; and of a process or machine that has
-too many files open, until others close theirs."""
+"""Errors of network file systems while a server restarts or its route changes, and of too many open files."""
 _PAUSE_SECONDS = 0.2
 
 
 class WarningThrottle:
-    """Limits a warning from many threads to one per `REPEAT_SECONDS`. Thread-safe."""
+    """Limits a warning of many threads to one per `REPEAT_SECONDS`. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._next = 0.0
 
     def due(self) -> bool:
-        """Return whether to log the warning now; returns True to one caller per period."""
+        """Return whether to log the warning now. True for one caller per period."""
         with self._lock:
             now = time.monotonic()
             if now < self._next:
@@ -55,12 +54,12 @@ def read_with_retries(path: Path | str, read: Callable[[], T], *, remedy: str = 
 
     Args:
         path: the file, for messages.
-        read: opens the file again each time, because a stale handle of a network file system stays stale.
+        read: opens and reads the file. It must reopen it each time, because a stale NFS handle remains stale.
         remedy: what to do about a missing file.
 
     Raises:
         ShardSetError: the file is missing.
-        StorageFailed: it cannot be read.
+        StorageFailed: the file cannot be read.
     """
     end = 0.0
     while True:

@@ -1,4 +1,4 @@
-"""Log long waits with what they wait for, and limit their duration."""
+"""Log what long waits are waiting for, and limit their duration."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ REPEAT_SECONDS = 60.0
 
 
 class Wait:
-    """One wait for another process, a server or a disk, polled in a loop::
+    """A wait for another process, a server or a disk, polled in a loop::
 
-        wait = Wait(f"{path}: locked by process {holder}", limit=1800, remedy="end that process")
+        wait = Wait(f"{path}: locked by process {holder}", limit=1800, remedy="stop that process")
         while not ready():
             wait.pause()
 
     `pause` sleeps in the calling thread, so that Ctrl-C and signal handlers run between two polls.
 
     Args:
-        what: what is waited for, and which process holds it, for messages.
-        limit: seconds after which to give up.
-        remedy: what to do then.
+        what: resource that is waited for, and the process that holds it, for messages.
+        limit: timeout in seconds.
+        remedy: what to do after the timeout, for messages.
     """
 
     def __init__(self, what: str, *, limit: float, remedy: str) -> None:
@@ -39,14 +39,14 @@ class Wait:
         """Sleep once; log a warning after 10 s and then once a minute.
 
         Raises:
-            StorageFailed: the wait took longer than `limit`.
+            StorageFailed: the timeout has expired.
         """
         now = time.monotonic()
         if now - self._start > self.limit:
-            raise StorageFailed(f"{self.what}: waited {now - self._start:.0f} s, the limit; {self._remedy}")
+            raise StorageFailed(f"{self.what}: timed out after {now - self._start:.0f} s; {self._remedy}")
         if now >= self._next_message:
             log.warning(
-                "%s: waiting for %.0f s, at most %.0f s; %s",
+                "%s: waiting since %.0f s, timeout %.0f s; %s",
                 self.what,
                 now - self._start,
                 self.limit,
@@ -57,9 +57,9 @@ class Wait:
 
 
 def lock_holder(handle: int) -> str:
-    """Describe the process of this machine that holds a flock on an open file; "another process" where none is found.
+    """Describe the process on this machine that holds a flock on an open file, or return "another process".
 
-    The description says whether it is suspended (SIGSTOP, SLURM's gang scheduling), because it then keeps the lock.
+    The description says if the process is suspended (SIGSTOP, SLURM gang scheduling), because it then keeps the lock.
     """
     found = os.fstat(handle)
     inode = f":{found.st_ino}"
@@ -68,8 +68,8 @@ def lock_holder(handle: int) -> str:
         locks = [line.split() for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines()]
     except OSError:
         return "another process"
-    # Waiting processes have an arrow in the second column. Some file systems (btrfs, overlayfs) number their devices
-    # in another way here, so the inode alone must do where it is unique.
+    # Waiting processes have an arrow in the second column. For some file systems (btrfs, overlayfs) the device number
+    # in /proc/locks differs from that of stat, so a unique inode is accepted alone.
     holders = {(line[4], line[5]) for line in locks if line[1] == "FLOCK" and line[5].endswith(inode)}
     exact = {pid for pid, file in holders if file == device + inode}
     pids = exact or {pid for pid, _ in holders}
@@ -77,12 +77,12 @@ def lock_holder(handle: int) -> str:
 
 
 def describe_process(pid: int) -> str:
-    """Name a process by number and program, and say when it is suspended."""
+    """Return a process's pid and program name as text, and whether it is suspended."""
     try:
         name, _, rest = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
     except OSError:
         return f"process {pid}"
     suspended = ", suspended" if rest.split()[0] in "Tt" else ""
-    # A program can set any name.
+    # A program can set an arbitrary name.
     program = "".join(letter if letter.isprintable() else "?" for letter in name.partition("(")[2])
     return f"process {pid} ({program}{suspended})"

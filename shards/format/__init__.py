@@ -1,1 +1,1 @@
-"""What a shard set is on disk: manifest, index, tars and .beton files."""
+"""The files of a shard set: manifest, index, tars and .beton files."""

@@ -1,13 +1,13 @@
-"""FFCV's .beton (format version 2), written from finished shards in the order of the set.
+"""Layout of FFCV's .beton files (format version 2) whose samples are in the order of the shard set.
 
-FFCV's own writer places samples in the order in which its processes get to them, re-encodes every image, writes its
-header first and waits for ever for a process that died. Here the whole layout follows from the index: pages of a fixed
-size, the shards' images one after the other. So processes fill their shards' parts independently, always with the same
-bytes, and a killed run resumes.
+FFCV's own writer stores samples in the order in which its processes finish them, re-encodes every image, writes its
+header first and hangs if a process dies. Here the index determines the whole layout: pages of a fixed size, with the
+images of the shards one after the other. So processes write the segments of their shards independently, the result is
+always the same, and an interrupted conversion can be resumed.
 
     header | descriptors of two fields | metadata of every sample | pages of image bytes | allocation table
 
-Neither FFCV nor torch is needed to write it.
+Writing it requires neither FFCV nor torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shards.format.index import Index
 WriteMode = Literal["jpg", "raw", "smart"]
 
 VERSION = 2
-MIN_PAGE = 2**23  # bytes; FFCV's default
+MIN_PAGE = 2**23  # FFCV's default, in bytes
 _JPG, _RAW = 0, 1
 _INT_FIELD, _IMAGE_FIELD = 1, 2
 
@@ -38,36 +38,36 @@ ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 
 @dataclass(frozen=True, kw_only=True)
 class BetonOptions:
-    """What a .beton stores of an image."""
+    """How a .beton file stores images."""
 
     mode: WriteMode = "jpg"
-    """Its JPEG, its pixels, or whichever `smart_ratio` says."""
+    """jpg: encoded. raw: decoded pixels. smart: either, depending on `smart_ratio`."""
     smart_ratio: float = 4.0
-    """With smart: pixels where they take at most this many times the JPEG's bytes. At least 1."""
+    """For mode smart: store pixels if they need at most this many times the bytes of the JPEG. At least 1."""
 
 
 @dataclass(frozen=True)
 class BetonLayout:
-    """Where everything stands in a .beton."""
+    """Offsets and sizes of all parts of a .beton file."""
 
     page: int
-    """Page size in bytes, a power of two; no image crosses the border of a page."""
+    """Page size in bytes, a power of two; no image crosses a page boundary."""
     raw: NDArray[np.bool_]
     """bool [samples]: stored as pixels instead of JPEG."""
     sizes: NDArray[np.int64]
     """int64 [samples]: stored bytes."""
     offsets: NDArray[np.int64]
-    """int64 [samples]."""
+    """int64 [samples]: offset of each image."""
     starts: NDArray[np.int64]
-    """int64 [shards + 1]: first byte of each shard's part; the last is that of the allocation table."""
+    """int64 [shards + 1]: offset of each shard's segment, and of the allocation table."""
 
     @property
     def total(self) -> int:
-        """Size of the file."""
+        """Return the size of the file in bytes."""
         return int(self.starts[-1]) + len(self.sizes) * ALLOCATION.itemsize
 
     def head(self, index: Index) -> bytes:
-        """All before the first page."""
+        """Return the bytes before the first page: header, field descriptors and metadata."""
         header = np.zeros(1, HEADER)
         header[0] = (VERSION, 2, self.page, len(index), self.starts[-1])
         fields = np.zeros(2, FIELD)
@@ -81,7 +81,7 @@ class BetonLayout:
         return (header.tobytes() + fields.tobytes() + rows.tobytes()).ljust(int(self.starts[0]), b"\0")
 
     def table(self) -> bytes:
-        """All after the last page."""
+        """Return the bytes after the last page: the allocation table."""
         table = np.zeros(len(self.sizes), ALLOCATION)
         table["sample_id"] = np.arange(len(self.sizes))
         table["ptr"], table["size"] = self.offsets, self.sizes
@@ -89,10 +89,10 @@ class BetonLayout:
 
 
 def compute_layout(index: Index, options: BetonOptions) -> BetonLayout:
-    """Place every sample of a split.
+    """Compute the offset of every sample of a split.
 
     Args:
-        index: `INDEX_DTYPE` [samples]: sizes of the JPEGs and of the decoded images, and the shards.
+        index: `INDEX_DTYPE` [samples]: index of the split's tars, in which `size` is the size of the JPEG.
     """
     pixels = index["height"].astype(np.int64) * index["width"] * 3
     encoded = index["size"].astype(np.int64)

@@ -1,4 +1,4 @@
-"""A finished shard set, opened for reading."""
+"""Open a finished shard set for reading."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from shards.format.manifest_fields import SplitEntry
 
 
 class ShardSet:
-    """Manifest, indexes and shard paths of one set. Opening reads the manifest alone; indexes are read on demand.
+    """Manifest, indexes and shard paths of one set. Opening reads only the manifest; indexes are read on demand.
 
     Args:
-        path: folder.
-        manifest: content of the set's dataset.json; None = it is read from the folder.
-        digest: that the manifest must have.
+        path: folder of the set.
+        manifest: content of the set's dataset.json; None: read it from the folder.
+        digest: expected digest of the manifest; None: not checked.
 
     Raises:
-        ShardSetError: no set, a damaged manifest, or not the one that was pinned.
+        ShardSetError: not a shard set, or its manifest is damaged or has a different digest.
     """
 
     def __init__(
@@ -34,16 +34,16 @@ class ShardSet:
         if digest is not None:
             digest.check(content, self.path / MANIFEST_NAME)
         self.digests = ManifestDigest.of(content), ManifestDigest.of(content, "sha256")
-        """Of the manifest as it is stored, xxh3 and SHA-256: what may be pinned."""
+        """xxh3 and SHA-256 digest of the manifest file."""
         self.manifest = Manifest.parse(content, self.path / MANIFEST_NAME)
         self._indexes: dict[str, Index] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the indexes, which another process reads for itself."""
+        """Return the state without the indexes, which another process reads itself."""
         return vars(self) | {"_indexes": {}}
 
     def split(self, name: str) -> SplitEntry:
-        """The split's manifest entry.
+        """Return the manifest entry of a split.
 
         Raises:
             ShardSetError: the set has no such split.
@@ -55,17 +55,17 @@ class ShardSet:
             raise ShardSetError(f"{self.path}: no split '{name}' (it has: {known})") from None
 
     def index(self, name: str, *, beton: bool = False) -> Index:
-        """Read the split's index once, check it against the manifest, and keep it.
+        """Return the index of a split. It is read and checked against the manifest only once.
 
         Args:
-            beton: the index of what the split's .beton stores, instead of its tars.
+            beton: return the index of the split's .beton file instead of its tars.
 
         Returns:
             Read-only `INDEX_DTYPE` [samples].
 
         Raises:
-            ShardSetError: it is damaged, or not the one that the manifest describes.
-            StorageFailed: it cannot be read.
+            ShardSetError: the index is damaged, or differs from the one that the manifest describes.
+            StorageFailed: the index cannot be read.
         """
         split = self.split(name)
         stored = split.beton if beton else None
@@ -93,14 +93,14 @@ class ShardSet:
         return self.path / self.split(name).shards[shard].name
 
     def shard_samples(self, name: str) -> np.ndarray:
-        """Samples of each shard, int64 [shards]: all that the plan needs to know of a split."""
+        """Return the number of samples of each shard, int64 [shards], from which a plan is computed."""
         return np.array([shard.samples for shard in self.split(name).shards], dtype=np.int64)
 
     def check_sizes(self, name: str) -> None:
-        """A second's check before training: every shard is there with the size the manifest promises.
+        """Check quickly, before training, that every shard exists with the size in the manifest.
 
         Raises:
-            ShardSetError: names the first shard that is missing, truncated or of another size.
+            ShardSetError: a shard is missing, truncated or of a different size; the message names the first one.
         """
         for file, expected in self.split(name).files.items():
             path = self.path / file
@@ -109,8 +109,8 @@ class ShardSet:
             except OSError as error:
                 raise storage_error(path, error, f"copy it again, or run 'pipeline verify {self.path}'") from error
             if found != expected:
-                fact = "truncated" if found < expected else "not the file the manifest describes"
+                fact = "truncated" if found < expected else "not the file that the manifest describes"
                 raise ShardSetError(
-                    f"{path}: {expected} bytes expected, {found} found: {fact}; "
-                    f"copy it again, or run 'pipeline shard' with the source to make it anew"
+                    f"{path}: expected {expected} bytes, found {found}: {fact}; copy it again, or convert the source "
+                    "again with 'pipeline shard'"
                 )

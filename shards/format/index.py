@@ -1,6 +1,6 @@
-"""The split index: one packed row per sample.
+"""The index of a split: one packed row per sample.
 
-A sample's *id* is its row number: the order of the shards and of the samples inside them.
+The sample id is the row number. Rows are in the order of the shards and of the samples in each shard.
 """
 
 from __future__ import annotations
@@ -22,53 +22,51 @@ from shards.images.limits import MAX_ENCODED, MAX_PIXELS, MAX_SIDE
 
 INDEX_DTYPE = np.dtype(
     [
-        ("offset", "<u8"),  # of the image's first byte in the shard's file
+        ("offset", "<u8"),  # offset of the image's first byte in the file of its shard
         ("hash", "<u8"),  # xxh3-64 of the stored bytes
-        ("shard", "<u4"),  # place in the manifest's list of the split
-        ("size", "<u4"),  # stored bytes
+        ("shard", "<u4"),  # position of the shard in the split's list in the manifest
+        ("size", "<u4"),  # number of stored bytes
         ("label", "<u4"),
-        ("height", "<u2"),  # of the decoded image, before any EXIF rotation
+        ("height", "<u2"),  # height of the decoded image, before any EXIF rotation
         ("width", "<u2"),
-        ("orientation", "u1"),  # EXIF orientation 1..8 (1 when absent); recorded, never applied
-        ("repaired", "u1"),  # 1 when the bytes were re-encoded because the source's were not plain RGB/grey JPEG
+        ("orientation", "u1"),  # EXIF orientation, 1 to 8 (1 if absent); recorded, but never applied
+        ("repaired", "u1"),  # 1: re-encoded, because the source image was not a plain RGB or gray JPEG
     ]
 )
 
 Index = NDArray[np.void]
 
-# What an image may be. shards.images.accept rejects all others.
-
 PRIVATE_BYTES = 1 << 30
-"""Indexes up to this size (31 million samples) are copied into the process's memory, larger ones are mapped."""
+"""Indexes up to this size (31 million samples) are read into memory; larger ones are memory-mapped."""
 
-_HEADER_BYTES = 384  # .npy format 1.0 asks for a multiple of 64; the longest header takes 283 bytes
+_HEADER_BYTES = 384  # .npy format 1.0 requires a multiple of 64; the longest header has 283 bytes
 _CHUNK = 1 << 22
-_CHUNK_ROWS = 1 << 14  # 560 kB of rows at a time stay in the processor's cache
-_REMEDY = "copy it again, or shard the source again"
+_CHUNK_ROWS = 1 << 14  # 560 kB, which fits in the CPU cache
+_REMEDY = "copy it again, or convert the source again"
 
 
 def index_bytes(samples: int) -> int:
-    """Size of the index file of a split of `samples` samples, in bytes."""
+    """Return the size of the index file of a split with `samples` samples, in bytes."""
     return _HEADER_BYTES + samples * INDEX_DTYPE.itemsize
 
 
 def open_index(path: Path, *, samples: int, digest: str) -> Index:
-    """Read an index and compare its hash, of the bytes that are then used.
+    """Read an index and check its hash.
 
-    A copy in private memory makes whatever happens to the file later harmless. One of more than `PRIVATE_BYTES` is
-    mapped instead: there, a file that is edited or truncated in place after this check changes the rows, or ends the
-    process by SIGBUS.
+    The index is read into private memory, so that later changes of the file have no effect. An index of more than
+    `PRIVATE_BYTES` is memory-mapped: if such a file is edited or truncated after this check, the rows change or SIGBUS
+    kills the process.
 
     Args:
-        samples: rows that the manifest promises.
-        digest: xxh3-64 of the file, 16 hex digits.
+        samples: expected number of rows.
+        digest: expected xxh3-64 of the file, 16 hex digits.
 
     Returns:
         Read-only `INDEX_DTYPE` [samples].
 
     Raises:
-        ShardSetError: missing, damaged, of another layout or length, or not the index that the manifest describes.
-        StorageFailed: it cannot be read.
+        ShardSetError: the file is missing or damaged, or has an unexpected format, length or hash.
+        StorageFailed: the file cannot be read.
     """
     size = index_bytes(samples)
 
@@ -76,7 +74,7 @@ def open_index(path: Path, *, samples: int, digest: str) -> Index:
         with open_file(path) as file:
             found = file.seek(0, 2)
             if found != size:
-                raise ShardSetError(f"{path}: damaged index: {size:,} bytes expected, {found:,} found; {_REMEDY}")
+                raise ShardSetError(f"{path}: damaged index: expected {size:,} bytes, found {found:,}; {_REMEDY}")
             return _read(file, size) if size <= PRIVATE_BYTES else _map(file, size)
 
     content = read_with_retries(path, read, remedy=_REMEDY)
@@ -85,11 +83,11 @@ def open_index(path: Path, *, samples: int, digest: str) -> Index:
         hasher.update(content[at : at + _CHUNK].data)
     if hasher.hexdigest() != digest:
         raise ShardSetError(
-            f"{path}: damaged index, or that of another set: hash {digest} expected, "
-            f"{hasher.hexdigest()} found; {_REMEDY}"
+            f"{path}: damaged index, or the index of a different set: expected hash {digest}, found "
+            f"{hasher.hexdigest()}; {_REMEDY}"
         )
     if content[:_HEADER_BYTES].tobytes() != _npy_header(samples):
-        raise ShardSetError(f"{path}: an index of another layout; {_REMEDY}")
+        raise ShardSetError(f"{path}: an index of an unknown format; {_REMEDY}")
     rows = content[_HEADER_BYTES:].view(INDEX_DTYPE)
     rows.flags.writeable = False
     return rows
@@ -105,18 +103,18 @@ def check_rows(
     in_one_file: bool = False,
     pixels: bool = False,
 ) -> None:
-    """Check every row against the manifest, with memory for some thousand rows.
+    """Check every row against the manifest, in chunks that need little memory.
 
     Args:
-        path: of the index, for messages.
-        samples: int64 [shards]: samples of each shard.
-        sizes: int64 [shards]: bytes of the file that each shard is in.
-        classes: of the set.
+        path: path of the index, for messages.
+        samples: int64 [shards]: number of samples of each shard.
+        sizes: int64 [shards]: size in bytes of the file that contains each shard.
+        classes: number of classes.
         in_one_file: all shards are in one file, one image after the other.
         pixels: all images are stored as pixels, uint8 [height, width, 3].
 
     Raises:
-        ShardSetError: names the first bad row, its field, what was found and what was expected.
+        ShardSetError: with the first invalid row, its field, and the found and expected values.
     """
     ends = np.cumsum(samples)
     end_before = np.zeros(1, np.uint64)
@@ -126,24 +124,24 @@ def check_rows(
         offset, size = rows["offset"].astype(np.uint64), rows["size"].astype(np.uint64)
         height, width = rows["height"].astype(np.uint32), rows["width"].astype(np.uint32)
         area = height * width
-        # Unsigned numbers: 0 - 1 is beyond every limit. The offset's check assumes that the size's has passed.
+        # Unsigned arithmetic: 0 - 1 exceeds every limit. The check of the offset requires a valid size.
         checks = [
-            ("shard", rows["shard"] != shard, "the shard that the manifest counts it to"),
-            ("label", rows["label"] >= classes, f"less than {classes:,}, the number of classes"),
-            ("size", size - 1 >= np.minimum(limit, MAX_ENCODED), "1 or more, and no more than its file or 512 MiB"),
-            ("offset", offset > limit - size, "such that the image ends inside its file"),
+            ("shard", rows["shard"] != shard, "the shard to which the manifest assigns this row"),
+            ("label", rows["label"] >= classes, f"less than the number of classes, {classes:,}"),
+            ("size", size - 1 >= np.minimum(limit, MAX_ENCODED), "1 or more, at most 512 MiB and the size of its file"),
+            ("offset", offset > limit - size, "an offset such that the image ends inside its file"),
             ("height", height - 1 >= MAX_SIDE, f"1 to {MAX_SIDE:,}"),
             ("width", width - 1 >= MAX_SIDE, f"1 to {MAX_SIDE:,}"),
-            ("width", area > MAX_PIXELS, f"no more than {MAX_PIXELS:,} pixels in all"),
+            ("width", area > MAX_PIXELS, f"at most {MAX_PIXELS:,} pixels in total"),
             ("orientation", rows["orientation"] - np.uint8(1) > 7, "1 to 8"),
             ("repaired", rows["repaired"] > 1, "0 or 1"),
         ]
         if in_one_file:
             image_ends = np.concatenate([end_before, offset + size])
             end_before = image_ends[-1:]
-            checks.append(("offset", offset < image_ends[:-1], "no less than the end of the image before"))
+            checks.append(("offset", offset < image_ends[:-1], "at least the end of the previous image"))
         if pixels:
-            checks.append(("size", size != 3 * area, "3 bytes for each pixel"))
+            checks.append(("size", size != 3 * area, "3 bytes per pixel"))
         for field, bad, expected in checks:
             if bad.any():
                 row = int(bad.argmax())
@@ -154,11 +152,11 @@ def check_rows(
 
 
 def write_index(path: Path, samples: int, shards: Iterable[Index]) -> str:
-    """Write a split's index, shard by shard, without holding more than one in memory.
+    """Write a split's index, with the rows of only one shard in memory at a time.
 
     Args:
-        samples: rows in all.
-        shards: rows of each shard, in order; their `shard` is set here.
+        samples: total number of rows.
+        shards: rows of each shard, in order; their field `shard` is set here.
 
     Returns:
         xxh3-64 of the file, 16 hex digits.
@@ -171,8 +169,8 @@ def write_index(path: Path, samples: int, shards: Iterable[Index]) -> str:
             write_all(file, content)
 
         write(_npy_header(samples))
-        for place, rows in enumerate(shards):
-            rows["shard"] = place
+        for number, rows in enumerate(shards):
+            rows["shard"] = number
             write(rows.tobytes())
     return digest.hexdigest()
 
@@ -180,7 +178,7 @@ def write_index(path: Path, samples: int, shards: Iterable[Index]) -> str:
 def _shards_of_rows(
     start: int, count: int, ends: NDArray[np.int64], sizes: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Of rows [start, start + count): the shard that each belongs to, and the bytes of that shard's file."""
+    """Return, for each of the rows [start, start + count), its shard and the size of that shard's file."""
     first, last = np.searchsorted(ends, [start, start + count - 1], side="right")
     shards = np.arange(first, last + 1)
     bounds = np.concatenate([[start], ends[first:last], [start + count]])
@@ -195,7 +193,7 @@ def _read(file: FileIO, size: int) -> NDArray[np.uint8]:
     while done < size:
         got = file.readinto(content[done:])  # type: ignore[arg-type]
         if not got:
-            raise ShardSetError(f"{file.name}: ends at byte {done:,} of {size:,} while it is read; {_REMEDY}")
+            raise ShardSetError(f"{file.name}: truncated at byte {done:,} of {size:,} during reading; {_REMEDY}")
         done += got
     return content
 
@@ -205,7 +203,7 @@ def _map(file: FileIO, size: int) -> NDArray[np.uint8]:
 
 
 def _npy_header(samples: int) -> bytes:
-    """Header (.npy format 1.0) of a file of that many rows. Of our own making: numpy's depends on its version."""
+    """Return the .npy header (format 1.0). Not written by NumPy, whose header depends on its version."""
     magic = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
     fields = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (samples,)}
     return magic + repr(fields).encode().ljust(_HEADER_BYTES - 11) + b"\n"

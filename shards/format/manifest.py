@@ -1,7 +1,7 @@
-"""`dataset.json`: what a shard set contains and how it was made.
+"""The manifest `dataset.json`: the content of a shard set and how it was created.
 
-Written last, so a folder without a manifest is not (yet) a shard set. It holds no time, host, worker or part count: the
-same input and options give the same bytes.
+It is written last, so a folder without a manifest is not a finished shard set. It contains no time, host name or number
+of workers or parts: the same input and options give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ VERSION = 2
 MANIFEST_NAME = "dataset.json"
 REJECTS_NAME = "rejects.jsonl"
 MAX_MANIFEST_BYTES = 64 << 20
-"""Size of dataset.json; nothing larger is downloaded or parsed."""
+"""Maximum size of dataset.json; nothing larger is downloaded or parsed."""
 MAX_VALUES = 4_000_000
-"""Values in dataset.json, which bounds the memory of parsing it to some hundred MB."""
+"""Maximum number of values in dataset.json, which limits the memory for parsing it to a few hundred MB."""
 MAX_KEYS = 10_000
-"""Keys of one object in dataset.json."""
-_REMEDY = "copy it again, or shard the source again"
+"""Maximum number of keys of one object in dataset.json."""
+_REMEDY = "copy it again, or convert the source again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,20 +45,20 @@ class Manifest:
 
     @property
     def shuffled(self) -> bool:
-        """Whether the order of the samples is our global shuffle; not so where existing tars were indexed."""
+        """Whether the samples were globally shuffled by this project; False for tars that were indexed in place."""
         return self.made.get("shuffled", True)
 
     def dumps(self) -> str:
-        """Return the file's text, with a hash of all the rest of it."""
+        """Return the text of the file, including a hash of its other content."""
         content = {"format": FORMAT, **asdict(self)}
         content["hash"] = content_hash(content)
         return json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
     def save(self, folder: Path) -> None:
-        """Publish atomically and durably.
+        """Write FOLDER/dataset.json atomically and durably.
 
         Raises:
-            ShardSetError: it breaks a rule of the format, so that nobody could load it. Nothing is written.
+            ShardSetError: the manifest is invalid and could not be loaded. Nothing is written.
         """
         path = folder / MANIFEST_NAME
         checked = Manifest.parse(self.dumps().encode("utf-8", "surrogatepass"), path)
@@ -66,16 +66,16 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read and parse FOLDER/dataset.json. Raises what `read` and `parse` raise."""
+        """Read and parse FOLDER/dataset.json. Raises the errors of `read` and `parse`."""
         return cls.parse(cls.read(folder), folder / MANIFEST_NAME)
 
     @staticmethod
     def read(folder: Path) -> bytes:
-        """Read FOLDER/dataset.json, or so much of it that `parse` finds it too large.
+        """Read at most `MAX_MANIFEST_BYTES` + 1 bytes of FOLDER/dataset.json, so that `parse` rejects a larger file.
 
         Raises:
-            ShardSetError: no such folder or manifest.
-            StorageFailed: it cannot be read.
+            ShardSetError: the folder or the manifest does not exist.
+            StorageFailed: the manifest cannot be read.
         """
         path = folder / MANIFEST_NAME
 
@@ -90,33 +90,33 @@ class Manifest:
         if content is not None:
             return content
         if not folder.exists():
-            raise ShardSetError(f"{folder}: no such shard set; make one with 'pipeline shard SOURCE --out {folder}'")
+            raise ShardSetError(f"{folder}: no such shard set; create it with 'pipeline shard SOURCE --out {folder}'")
         raise ShardSetError(
-            f"{folder}: no {MANIFEST_NAME}, so this is no finished shard set; "
+            f"{folder}: contains no {MANIFEST_NAME}, so it is not a finished shard set; "
             f"run (or resume) 'pipeline shard SOURCE --out {folder}'"
         )
 
     @classmethod
     def parse(cls, content: bytes, source: Path | str) -> Manifest:
-        """Parse and check a manifest, wherever its bytes come from.
+        """Parse and check a manifest.
 
         Args:
-            content: of dataset.json; read no more than `MAX_MANIFEST_BYTES` + 1 of it.
+            content: content of dataset.json, at most `MAX_MANIFEST_BYTES` + 1 bytes of it.
             source: file or URL, for messages.
 
         Raises:
-            ShardSetError: of another format or version, damaged, altered, or it contradicts itself.
+            ShardSetError: the manifest has another format or version, or is damaged, modified or inconsistent.
         """
         try:
             raw = _load(content)
         except (ValueError, RecursionError) as error:
             raise ShardSetError(f"{source}: unreadable manifest ({error}); {_REMEDY}") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ShardSetError(f"{source}: not a '{FORMAT}' manifest; point to the output of 'pipeline shard'")
+            raise ShardSetError(f"{source}: not a '{FORMAT}' manifest; specify a set from 'pipeline shard'")
         if raw.get("version") != VERSION:
             raise ShardSetError(
                 f"{source}: manifest version {_short(raw.get('version'))}, this tool reads version {VERSION}; "
-                "use the tool version that made it, or shard the source again"
+                "use the tool version that wrote it, or convert the source again"
             )
         try:
             document = parse_json(content, _DOCUMENT, limit=MAX_MANIFEST_BYTES)
@@ -126,10 +126,10 @@ class Manifest:
         found = content_hash(raw)
         if found != document.hash:
             raise ShardSetError(
-                f"{source}: altered since it was written: hash {document.hash} expected, {found} found; {_REMEDY}"
+                f"{source}: modified since it was written: expected hash {document.hash}, found {found}; {_REMEDY}"
             )
-        if contradiction := _contradiction(manifest):
-            raise ShardSetError(f"{source}: damaged manifest: {contradiction}; {_REMEDY}")
+        if inconsistency := _inconsistency(manifest):
+            raise ShardSetError(f"{source}: damaged manifest: {inconsistency}; {_REMEDY}")
         return manifest
 
 
@@ -145,23 +145,23 @@ _DOCUMENT = TypeAdapter(_Document)
 
 
 def _load(content: bytes) -> Any:
-    """Parse JSON, with limits that keep its memory, and that of the errors which a schema finds in it, small.
+    """Parse JSON with limits that bound the memory of the result and of schema errors.
 
     Raises:
-        ValueError, RecursionError: not JSON, beyond a limit, or an object that names a key twice.
+        ValueError, RecursionError: invalid JSON, a limit is exceeded, or an object has a duplicate key.
     """
     if len(content) > MAX_MANIFEST_BYTES:
-        raise ValueError(f"more than the {MAX_MANIFEST_BYTES:,} bytes that it may have")
-    # Every value but the first of a list or an object has a comma before it.
+        raise ValueError(f"more than the {MAX_MANIFEST_BYTES:,} bytes that are allowed")
+    # Every value except the first of a list or an object follows a comma.
     if content.count(b",") + content.count(b"[") + content.count(b"{") > MAX_VALUES:
-        raise ValueError(f"more than the {MAX_VALUES:,} values that it may have")
+        raise ValueError(f"more than the {MAX_VALUES:,} values that are allowed")
 
     def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(pairs) > MAX_KEYS:
-            raise ValueError(f"an object of more than {MAX_KEYS:,} keys")
+            raise ValueError(f"an object with more than {MAX_KEYS:,} keys")
         if len(result) < len(pairs):
-            raise ValueError("an object that names a key twice")
+            raise ValueError("an object with a duplicate key")
         return result
 
     return json.loads(content.decode("utf-8"), object_pairs_hook=as_dict)
@@ -172,24 +172,24 @@ def _short(value: Any) -> str:
     return text if len(text) <= 20 else f"{text[:20]}..."
 
 
-def _contradiction(manifest: Manifest) -> str | None:
-    """Return the first rule between fields that a manifest breaks; None where it breaks none."""
+def _inconsistency(manifest: Manifest) -> str | None:
+    """Return the first inconsistency between fields of a manifest; None if it is consistent."""
     names = {MANIFEST_NAME, REJECTS_NAME}
     for split, entry in manifest.splits.items():
         beton = entry.beton
         total = sum(shard.samples for shard in entry.shards)
         if total != entry.samples:
-            return f"split '{split}' has {entry.samples:,} samples, its shards have {total:,} together"
+            return f"split '{split}' has {entry.samples:,} samples, but its shards have {total:,} in total"
         files = [entry.index]
         if beton is not None:
             files.append(beton.name)
             if len(beton.segments) != len(entry.shards):
-                return f"split '{split}' has {len(entry.shards):,} shards, its .beton {len(beton.segments):,} segments"
+                return f"split '{split}' has {len(entry.shards):,} shards, but {len(beton.segments):,} .beton segments"
             if entry.tars:
                 files.append(beton.index)
             elif (beton.index, beton.index_hash) != (entry.index, entry.index_hash):
                 return (
-                    f"split '{split}': its .beton has the index '{beton.index}', the split has another, '{entry.index}'"
+                    f"split '{split}': its .beton has the index '{beton.index}', but the split has '{entry.index}'"
                 )
             elif any(
                 (shard.name, shard.bytes, shard.hash) != (beton.name, beton.bytes, segment)
@@ -200,13 +200,13 @@ def _contradiction(manifest: Manifest) -> str | None:
             files += [shard.name for shard in entry.shards]
         for file in files:
             if file in names:
-                return f"'{file}' is named twice"
+                return f"'{file}' is listed twice"
             names.add(file)
     return None
 
 
 def tool_version() -> str:
-    """Name and version, for the manifest."""
+    """Return name and version of this project, for the manifest."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -216,7 +216,7 @@ def tool_version() -> str:
 
 
 def content_hash(document: dict[str, Any]) -> str:
-    """Hash a manifest's content but its "hash", independent of white space and of the order of keys.
+    """Hash a manifest except its field "hash", independently of white space and the order of keys.
 
     Returns:
         xxh3-64, 16 hex digits.

@@ -1,4 +1,4 @@
-"""The parts of `dataset.json`: classes, splits and their files, and how the set was made."""
+"""The fields of `dataset.json`: classes, splits and their files, and how the set was created."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing_extensions import TypedDict
 from shards.schema import Count, Digest, FileName, Finite
 
 MAX_CLASSES = 1_000_000
-"""Classes of a set; larger labels are taken for damage, before anything is allocated for them."""
+"""Maximum number of classes of a set. Larger labels are rejected as damaged before memory is allocated for them."""
 MAX_SAMPLES = 1 << 32
-"""Samples of a split."""
+"""Maximum number of samples of a split."""
 
 
 Text = Annotated[str, StringConstraints(max_length=4096)]
@@ -24,15 +24,16 @@ Scalar = str | int | float | bool | None
 
 @dataclass(frozen=True, kw_only=True)
 class ClassEntry:
-    """One class; its label is its place in the manifest's list."""
+    """One class. Its label is its position in the manifest's list."""
 
     folder: Text
     """Folder name or synset id in the source."""
     name: Text | None = None
-    """Human-readable name where the source knows one."""
+    """Human-readable name, if the source has one."""
 
     @property
     def title(self) -> str:
+        """Return the human-readable name, or the folder name."""
         return self.name or self.folder
 
 
@@ -43,44 +44,44 @@ class ShardEntry:
     name: FileName
     samples: Samples
     bytes: Positive
-    """Size of the file."""
+    """Size of the file in bytes."""
     hash: Digest
     """xxh3-64 of the file, 16 hex digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BetonEntry:
-    """The split as one FFCV file."""
+    """The .beton (FFCV) file of a split."""
 
     name: FileName
     bytes: Positive
-    """Size of the file."""
+    """Size of the file in bytes."""
     mode: Literal["jpg", "raw", "smart"]
-    """What it stores: JPEGs, pixels, or pixels where they take at most `smart_ratio` times the JPEG's bytes."""
+    """jpg: JPEGs. raw: pixels. smart: pixels if they need at most `smart_ratio` times the bytes of the JPEG."""
     smart_ratio: Annotated[Finite, Field(ge=1)]
     segments: Annotated[tuple[Digest, ...], FailFast()]
-    """xxh3-64 of each shard's part of the file, 16 hex digits."""
+    """xxh3-64 of each segment (one shard's part of the file), 16 hex digits."""
     index: FileName
-    """Index of what the file stores: offsets, sizes and hashes of its JPEGs or pixels. The split's own index where
-    there are no tars."""
+    """File name of the index with the offsets, sizes and hashes of the stored JPEGs or pixels. The same as the split's
+    index if the set has no tars."""
     index_hash: Digest
-    """xxh3-64 of that index file, 16 hex digits."""
+    """xxh3-64 of the index file, 16 hex digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitEntry:
-    """One split: its shards in sample order, and its index."""
+    """One split: its shards, in the order of the samples, and its index."""
 
     samples: Samples
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1), FailFast()]
-    """Where there are no tars, each names the .beton, in which the shard is a run of bytes; the index's offsets, sizes
-    and hashes are then those of what the .beton stores."""
+    """If the set has no tars, the file name of every shard is that of the .beton, of which the shard is a segment. The
+    offsets, sizes and hashes in the index then refer to the .beton."""
     index: FileName
-    """File name of the index beside the manifest."""
+    """File name of the index, in the folder of the manifest."""
     index_hash: Digest
     """xxh3-64 of the index file, 16 hex digits."""
     beton: BetonEntry | None = None
-    """The same samples in the same order for FFCV, if asked for."""
+    """FFCV file with the same samples in the same order, if one was written."""
 
     @property
     def tars(self) -> bool:
@@ -89,20 +90,20 @@ class SplitEntry:
 
     @property
     def files(self) -> dict[str, int]:
-        """Name -> bytes of the data files."""
+        """Return name -> size in bytes of all data files."""
         files = {shard.name: shard.bytes for shard in self.shards}
         return files | ({self.beton.name: self.beton.bytes} if self.beton else {})
 
 
 class ImageCounts(TypedDict, total=False):
-    """What became of the images of a split: reason -> images."""
+    """Re-encoded and rejected images of a split: reason -> number of images."""
 
     repaired: Annotated[dict[Text, Count], FailFast()]
     rejected: Annotated[dict[Text, Count], FailFast()]
 
 
 class UnusedRecord(TypedDict):
-    """Files, folders or samples of one kind that were not used, for one reason (`shards.sources.unused`)."""
+    """Number of files, folders or samples of one kind that were not used for one reason (`shards.sources.unused`)."""
 
     reason: Text
     kind: Text
@@ -111,27 +112,27 @@ class UnusedRecord(TypedDict):
 
 
 class Provenance(TypedDict, total=False):
-    """How a set was made."""
+    """How a set was created."""
 
     tool: Text
-    """Name and version."""
+    """Name and version of the program."""
     source: Text
-    """Layout of the source."""
+    """Source layout."""
     source_digest: Digest
-    """Tells the source from others, and from itself after it has changed (`shards.sources.identity`)."""
+    """Digest that identifies the source and its content (`shards.sources.identity`)."""
     shuffled: bool
-    """Whether the order of the samples is our global shuffle; not so where existing tars were indexed."""
+    """Whether the samples were globally shuffled by this project; False for tars that were indexed in place."""
     class_run: Annotated[dict[FileName, Annotated[Finite, Field(ge=0)]], FailFast()]
-    """Split -> mean length of the runs of one label, where the order is not our shuffle."""
+    """Split -> mean length of runs of one label, if the samples were not shuffled by this project."""
     options: Annotated[dict[Text, Scalar | dict[Text, Scalar]], FailFast()]
-    """Those that change bytes."""
+    """Options that affect the bytes of the set."""
     images: Annotated[dict[FileName, ImageCounts], FailFast()]
-    """Split -> counts."""
+    """Split -> numbers of re-encoded and rejected images."""
     unused: Annotated[list[UnusedRecord], FailFast()]
-    """What of the source the set does not use."""
+    """Files of the source that are not in the set."""
     notes: Annotated[list[Text], FailFast()]
-    """What was said of the source."""
+    """Notes about the source that were printed."""
     doubts: Annotated[list[Text], FailFast()]
-    """What may well be a mistake in the source."""
+    """Likely mistakes in the source."""
     rejects_hash: Digest | None
-    """xxh3-64 of the list of rejects; None when there is none."""
+    """xxh3-64 of rejects.jsonl; None if no image was rejected."""

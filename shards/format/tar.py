@@ -1,4 +1,4 @@
-"""Plain, deterministic tars (POSIX.1-1988 ustar) and the index that DALI's own WebDataset reader takes beside them."""
+"""Write deterministic tars (POSIX.1-1988 ustar), and the .idx files for DALI's own WebDataset reader."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Size = TypeVar("Size", np.int64, NDArray[np.int64])
 
 
 def header(name: str, size: int) -> bytes:
-    """The header block of a regular file: mode 0644, owner 0, time 0, so that equal contents give equal tars."""
+    """Return the header block of a regular file: mode 0644, owner 0, time 0, so that equal content gives equal tars."""
     encoded = name.encode("latin-1")
     assert len(encoded) <= _NAME, name
     digits = b"%011o\0" % size
@@ -34,20 +34,21 @@ def header(name: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
+    """Return the zero bytes after a member of `size` bytes."""
     return bytes(-size % BLOCK)
 
 
 def member_bytes(size: Size) -> Size:
-    """What a member of `size` bytes takes in a tar: header, content, padding."""
+    """Return the bytes that a member of `size` bytes needs in a tar: header, content and padding."""
     return BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
 
 
 class SampleTar:
-    """Writes samples (KEY.jpg, KEY.cls) to an open file, hashing as it goes.
+    """Writes samples (KEY.jpg, KEY.cls) to an open file and computes its hash.
 
     Attributes:
-        bytes: written so far.
-        index_lines: a line of the DALI index per sample.
+        bytes: number of bytes written so far.
+        index_lines: lines of the DALI index, one per sample.
     """
 
     def __init__(self, file: FileIO) -> None:
@@ -57,7 +58,7 @@ class SampleTar:
         self.index_lines: list[str] = []
 
     def add(self, key: str, image: bytes, label: int) -> int:
-        """Append a sample; returns the offset of the image's first byte."""
+        """Append a sample; return the offset of the image's first byte."""
         text = b"%d" % label
         image_name, label_name = f"{key}.jpg", f"{key}.cls"
         image_at = self.bytes + BLOCK
@@ -67,7 +68,7 @@ class SampleTar:
         return image_at
 
     def finish(self) -> str:
-        """Write the end of the archive; returns the xxh3-64 of the whole file as 16 hex digits."""
+        """Write the end-of-archive blocks; return the xxh3-64 of the whole file as 16 hex digits."""
         self._write([END])
         return self._hash.hexdigest()
 
@@ -79,11 +80,11 @@ class SampleTar:
 
 
 def index_line(key: str, image_at: int, image_size: int, label_size: int) -> str:
-    """A sample's line of the DALI index."""
+    """Return a sample's line of the DALI index."""
     label_at = image_at - BLOCK + int(member_bytes(np.int64(image_size))) + BLOCK
     return f"jpg {image_at} {image_size} {key}.jpg cls {label_at} {label_size} {key}.cls"
 
 
 def dali_index(lines: list[str]) -> bytes:
-    """The `.idx` file (v1.2): a line per sample of its members' extension, offset, size and name."""
+    """Return the content of an .idx file (v1.2): one line per sample: extension, offset, size, name."""
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("ascii")

@@ -1,8 +1,8 @@
-"""Worker processes that report their progress, whose death is noticed, and that end with their parent.
+"""A pool of worker processes that report their progress, detects their death, and ends with the parent process.
 
-A pipe to each worker carries jobs and results, and a shared page holds the name of the file that the worker is at, for
-the error message if it dies. There are no locks or semaphores that a killed process could leave held, and the page has
-no name that could be left behind. When either end of a pipe is gone, the other notices at its next message.
+A pipe to each worker carries jobs and results. A shared memory page contains the name of the file that the worker is
+processing, for the error message if it dies. There are no locks or semaphores that a killed process could leave locked,
+and the page is anonymous, so nothing remains after a crash. A process detects the end of its peer at the next message.
 """
 
 from __future__ import annotations
@@ -46,22 +46,26 @@ def run_jobs(
     *,
     isolated: bool = False,
 ) -> list[R]:
-    """Run `task(job, report)` for every job in worker processes (one per core by default); results in their order.
+    """Run `task(job, report)` for every job in worker processes, and return the results in the order of the jobs.
 
-    The first error ends the run: what runs is stopped at its next report, what has not started is dropped.
+    The first error ends the run: running tasks stop at their next report, and jobs that have not started are dropped.
 
     Args:
-        isolated: use a worker process even where one is enough; for tasks in which a library may end its process.
+        task: module-level function; `report` counts its progress.
+        jobs: arguments of the tasks; must be picklable.
+        workers: number of processes; None: one per core. One job, or one worker, runs in this process.
+        progress: receives the sum of all reports.
+        isolated: use a worker process even for one job, for libraries that may end their process.
 
     Raises:
-        UserError: no folder can be made for the workers' sockets.
-        ConversionFailed: memory ran out, or a worker died; names the file that it was at.
-        Exception: whatever a task raised first.
+        UserError: no folder can be created for the workers' sockets.
+        ConversionFailed: a worker ran out of memory or died; the message names the file that it was processing.
+        Exception: the first exception that a task raised.
     """
     size = min(workers or cores(), len(jobs))
     if size <= 1 and not (isolated and jobs):
         return _run_here(task, jobs, progress)
-    # Workers are forked from a server that has imported all they need, and that has no threads, unlike this process.
+    # Workers are forked from a server process, which has preloaded their modules and, unlike this one, has no threads.
     prepare_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", task.__module__])
@@ -74,7 +78,7 @@ def run_jobs(
             fact, action = describe_os_error("", error) if isinstance(error, OSError) else (str(error), "")
             raise ConversionFailed(
                 f"{size} worker processes cannot be started ({fact}); {f'{action}, or ' if action else ''}"
-                "run the same command with fewer --workers"
+                "run the same command again with fewer --workers"
             ) from error
         return _dispatch(processes, jobs, progress)
     finally:
@@ -85,28 +89,28 @@ def run_jobs(
 
 
 class _Worker:
-    """A worker process, as its parent sees it."""
+    """The parent's handle of a worker process."""
 
     def __init__(self, context: ForkServerContext, task: Callable[[Any, Report], Any]) -> None:
-        self.pipe, theirs = context.Pipe()
+        self.pipe, worker_end = context.Pipe()
         self.page = context.RawArray("c", PAGE_BYTES)
-        self.process = context.Process(target=run_worker, args=(theirs, self.page, task), daemon=True)
+        self.process = context.Process(target=run_worker, args=(worker_end, self.page, task), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
         self.job: int | None = None
 
     def death(self) -> ConversionFailed:
-        """Explain why the process is gone."""
+        """Return the error that explains the death of the process."""
         self.process.join()
         code = self.process.exitcode or 0
         where = f" at {display_name(self.page.value)}" if self.page.value else ""
         if code == -signal.SIGXCPU:
             return ConversionFailed(f"an image took more than {MAX_IMAGE_SECONDS} s of CPU time{where}; {WITHOUT_FILE}")
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return ConversionFailed(f"a worker process {how}{where} (out of memory?); {REMEDY}")
 
-    def take(self, todo: deque[int], jobs: Sequence[Any]) -> None:
-        """Give it the next job, if any is left."""
+    def send_next(self, todo: deque[int], jobs: Sequence[Any]) -> None:
+        """Send the next job to the worker, if there is one."""
         self.job = todo.popleft() if todo else None
         if self.job is not None:
             self.pipe.send(jobs[self.job])
@@ -119,7 +123,7 @@ def _dispatch(processes: list[_Worker], jobs: Sequence[Any], progress: Progress)
     worker = processes[0]
     try:
         for worker in processes:
-            worker.take(todo, jobs)
+            worker.send_next(todo, jobs)
         while busy := [worker for worker in processes if worker.job is not None]:
             ready = wait([worker.pipe for worker in busy])
             for worker in busy:
@@ -132,7 +136,7 @@ def _dispatch(processes: list[_Worker], jobs: Sequence[Any], progress: Progress)
                     case JobDone(result):
                         assert worker.job is not None
                         results[worker.job] = result
-                        worker.take(todo, jobs)
+                        worker.send_next(todo, jobs)
                     case JobFailed(error):
                         raise error
     except (EOFError, ConnectionError) as error:
@@ -141,7 +145,7 @@ def _dispatch(processes: list[_Worker], jobs: Sequence[Any], progress: Progress)
 
 
 def _run_here(task: Callable[[J, Report], R], jobs: Sequence[J], progress: Progress) -> list[R]:
-    """One worker needs no process of its own."""
+    """Run all jobs in this process."""
     done = [0, 0]
 
     def add(items: int, size: int) -> None:

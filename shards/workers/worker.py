@@ -1,4 +1,4 @@
-"""The worker's side of the pool: take jobs, report progress, and limit the CPU time of an image."""
+"""The worker side of the pool: run jobs, report progress, and limit the CPU time per image."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from shards.errors import ConversionFailed
 from shards.images.limits import MAX_IMAGE_SECONDS
 from shards.redact import display_name
 
-BEAT = 0.2  # seconds between a worker's reports
-PAGE_BYTES = 2048  # bytes for the name of a file; longer ones are cut
-# The list of a source is made once, so that a file that is taken out of it means a new start.
-WITHOUT_FILE = "remove that file from the source and the unfinished set, then start again"
-REMEDY = f"run the same command to resume, with fewer --workers or more memory; or {WITHOUT_FILE}"
+REPORT_SECONDS = 0.2  # minimum time between two reports of a worker
+PAGE_BYTES = 2048  # maximum length of a file name, in bytes; longer names are truncated
+# A source is listed only once per conversion, so that removing a file from it requires a new conversion.
+WITHOUT_FILE = "remove that file from the source, remove the unfinished set, then start again"
+REMEDY = f"run the same command with fewer --workers or more memory to resume, or {WITHOUT_FILE}"
 
 
 class Report(Protocol):
-    """Receives the progress of a task; raises when the run is to stop."""
+    """Receives the progress of a task; raises an exception if the run must stop."""
 
     def __call__(self, items: int, size: int) -> None:
-        """Count `items` images of `size` bytes in all as done since the last call."""
+        """Report that `items` more images, of `size` bytes in total, are done."""
 
     def start(self, name: bytes) -> None:
-        """Name the file that is begun, for the error message should memory or CPU time run out.
+        """Record the name of the next file, for the error message if memory or CPU time runs out.
 
-        From here on a worker process may take `MAX_IMAGE_SECONDS` of CPU time until the next call.
+        A worker process may use `MAX_IMAGE_SECONDS` of CPU time until the next call.
         """
 
 
 def run_worker(pipe: Connection, page: Any, task: Callable[[Any, Report], Any]) -> None:
-    """Run the jobs that come through the pipe, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to all: the parent alone decides
+    """Run the jobs received from the pipe until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; only the parent handles it
     report = WorkerReporter(lambda items, size: pipe.send(ProgressMade(items, size)), page)
     try:
         while True:
@@ -55,16 +55,16 @@ def run_worker(pipe: Connection, page: Any, task: Callable[[Any, Report], Any]) 
                 pipe.send(JobDone(result))
             page.value = b""
     except (EOFError, ConnectionError):
-        pass  # the parent is gone, or wants no more
+        pass  # the parent has ended or closed the pipe
 
 
 def out_of_memory(name: bytes) -> ConversionFailed:
-    """Return the error that memory ran out at a file; an empty name where none is known."""
+    """Return the error for running out of memory at a file; `name` may be empty."""
     return ConversionFailed(f"{display_name(name) if name else 'a worker process'}: out of memory; {REMEDY}")
 
 
 class Reporter:
-    """Sums up reports and passes them on now and then."""
+    """Accumulates reports and sends them at most every `REPORT_SECONDS`."""
 
     def __init__(self, send: Callable[[int, int], None]) -> None:
         self._send = send
@@ -78,7 +78,7 @@ class Reporter:
     def __call__(self, items: int, size: int) -> None:
         self._items += items
         self._bytes += size
-        if time.monotonic() - self._sent > BEAT:
+        if time.monotonic() - self._sent > REPORT_SECONDS:
             self.flush()
 
     def flush(self) -> None:
@@ -88,26 +88,26 @@ class Reporter:
 
 
 class WorkerReporter(Reporter):
-    """Publishes the name in the shared page, and limits the CPU time until the next one.
+    """Writes the file name to the shared page, and limits the CPU time until the next file.
 
-    The kernel ends the process (SIGXCPU) at its limit, even inside a decoder, which no handler in Python could.
+    At the limit, the kernel ends the process with SIGXCPU, even in a C decoder, where Python handlers do not run.
     """
 
     def __init__(self, send: Callable[[int, int], None], page: Any) -> None:
         super().__init__(send)
         self._page = page
-        _, self._most = resource.getrlimit(resource.RLIMIT_CPU)
+        _, self._hard_limit = resource.getrlimit(resource.RLIMIT_CPU)
 
     def start(self, name: bytes) -> None:
         self._page.value = name[: PAGE_BYTES - 1]
         limit = math.ceil(time.process_time()) + MAX_IMAGE_SECONDS
-        if self._most == resource.RLIM_INFINITY or limit < self._most:
-            resource.setrlimit(resource.RLIMIT_CPU, (limit, self._most))
+        if self._hard_limit == resource.RLIM_INFINITY or limit < self._hard_limit:
+            resource.setrlimit(resource.RLIMIT_CPU, (limit, self._hard_limit))
 
 
 @dataclass(frozen=True)
 class ProgressMade:
-    """Message: what was done since the last one."""
+    """Message: progress since the previous message."""
 
     items: int
     bytes: int
@@ -115,13 +115,13 @@ class ProgressMade:
 
 @dataclass(frozen=True)
 class JobDone:
-    """Message: a job has ended, and its worker wants the next."""
+    """Message: a job is done, and its worker is ready for the next one."""
 
     result: Any
 
 
 @dataclass(frozen=True)
 class JobFailed:
-    """Message: a job raised an error, which ends the run."""
+    """Message: a job raised an exception, which ends the run."""
 
     error: Exception

@@ -36,7 +36,7 @@ def test_a_training_whose_launcher_was_ended_keeps_its_run_folder_until_it_is_ki
         *_, error = second.stderr.strip().splitlines()
         host = os.uname().nodename
         assert error.startswith(
-            f"error: run folder {run} is being worked on by process {orphan} on {host}; wait for it"
+            f"error: run folder {run} is in use by process {orphan} on {host}; wait for it"
         )
         assert error.endswith(f"(lock: {run}/.lock), or give this run another --out")
         assert "waiting for it for up to 1 s" in second.stderr
@@ -47,7 +47,7 @@ def test_a_training_whose_launcher_was_ended_keeps_its_run_folder_until_it_is_ki
     wait_until(lambda: not is_running(orphan))
     third = train(*options, "--stop-after", "1")
     assert third.returncode == 0, third.stderr
-    assert f"left by process {orphan} on {host}, which is gone; taken over" in third.stderr
+    assert f"replacing the lock of process {orphan} on {host}, which no longer runs" in third.stderr
     assert "waiting for it" not in third.stderr
 
 
@@ -65,7 +65,7 @@ def test_a_training_started_while_another_one_saves_waits_and_resumes(tmp_path: 
         printed.append(line)
         if "waiting for it" in line:
             break
-    assert f"note: run folder {run} is being worked on by process {first.pid} on " in "".join(printed[-1:]), printed
+    assert f"note: run folder {run} is in use by process {first.pid} on " in "".join(printed[-1:]), printed
     first.send_signal(signal.SIGCONT)
     assert first.wait(timeout=60) == 75
     assert second.wait(timeout=120) == 0, second.stderr.read()

@@ -131,13 +131,13 @@ def test_a_second_process_is_refused_and_takes_over_from_a_dead_one(
     os.killpg(first.pid, signal.SIGSTOP)  # lest it ends before the second one asks
     second = run(photos, out)
     assert second.returncode == 1
-    assert f"worked on by process {first.pid} on {os.uname().nodename}" in second.stderr
+    assert f"in use by process {first.pid} on {os.uname().nodename}" in second.stderr
     assert len(second.stderr.strip().splitlines()) == 1
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     third = run(photos, out)
     assert third.returncode == 0
-    assert f"left by process {first.pid}" in third.stderr
+    assert f"replacing the lock of process {first.pid}" in third.stderr
     assert contents(out) == reference[0]
 
 
@@ -165,7 +165,7 @@ def test_a_dead_worker_ends_the_run_with_one_line(
     os.kill(workers_of(process.pid)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "error: a worker process was ended by SIGKILL" in stderr
+    assert "error: a worker process was killed by SIGKILL" in stderr
     assert len(stderr.strip().splitlines()) == 1
     assert run(photos, out).returncode == 0
     assert contents(out) == reference[0]
@@ -229,5 +229,5 @@ def test_array_jobs_tell_what_is_missing(photos: Path, tmp_path: Path) -> None:
     assert run(photos, out, "--part", "2/2").returncode == 0
     early = run(photos, out, "--finish")
     assert early.returncode == 1
-    assert "train-000000.tar is the first" in early.stderr
+    assert "first: train-000000.tar" in early.stderr
     assert json.loads((out / ".making" / "plan.json").read_text())["content"]["shards"]["train"] > 4

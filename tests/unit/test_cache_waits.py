@@ -121,7 +121,7 @@ def test_a_suspended_process_that_holds_the_lock_is_named_and_costs_speed_alone(
             Cache(tmp_path / "cache")
         path = own_folder(tmp_path / "cache") / LOCK
         assert str(error.value).startswith(f"{path}: held by process {pid} (python")
-        assert "suspended): waited 1 s, the limit; continue or end that process" in str(error.value)
+        assert "suspended): timed out after 1 s; continue or end that process" in str(error.value)
         assert error.value.exit_code == 1
         caplog.clear()
         loader = train(dataset)

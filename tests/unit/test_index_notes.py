@@ -63,7 +63,7 @@ def test_strict_refuses_doubts_of_names_before_a_tar_is_read(
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as caught:
         Index(tuple(before), workers=1, strict=True).run()
-    assert str(caught.value) == f"{tmp_path}: --strict: {doubt}; correct the tars, or leave --strict out"
+    assert str(caught.value) == f"{tmp_path}: --strict: {doubt}; correct the tars, or omit --strict"
     assert caught.value.exit_code == 2
     assert f"note: {doubt}" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before

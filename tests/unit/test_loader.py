@@ -334,7 +334,7 @@ def test_options_left_open_come_to_the_defaults_and_zero_is_a_value() -> None:
     [
         (lambda: LoaderOptions(decode_threads=0), "--decode-threads 0: a whole number from 1 to"),
         (lambda: LoaderOptions(read_ahead=-1), "--read-ahead -1: a whole number from 0 to"),
-        (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: a number from 0 to 1 expected"),
+        (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: expected a number from 0 to 1"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(make: Callable[[], object], message: str) -> None:

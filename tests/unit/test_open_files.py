@@ -104,13 +104,13 @@ def test_too_many_open_files_are_no_fault_of_a_file() -> None:
     judged = storage_error("a.tar", FULL)
     assert isinstance(judged, StorageFailed)
     assert re.fullmatch(
-        r"a.tar: cannot be read \(Too many open files, the limit is \d+\); raise the limit \('ulimit -n.*\), "
+        r"a.tar: cannot be read \(Too many open files, the limit is \d+\); increase the limit \('ulimit -n.*\), "
         "then start again",
         str(judged),
     )
     machine = storage_error("a.tar", OSError(errno.ENFILE, os.strerror(errno.ENFILE)))
     assert (machine.exit_code, "fs.file-max" in str(machine)) == (1, True)
-    with pytest.raises(Exception, match=r"ulimit -n.*it resumes"), explain_os_errors(Path("out")):
+    with pytest.raises(Exception, match=r"ulimit -n.*to resume"), explain_os_errors(Path("out")):
         raise FULL
 
 
@@ -182,7 +182,7 @@ def test_an_unreadable_file_names_who_may_read_it() -> None:
                 return f"{storage_error(path, error).exit_code} {storage_error(path, error)}"
             return "read"
 
-        ask = "have its owner give you access (chmod, chgrp), then start again"
+        ask = "ask its owner for access (chmod, chgrp), then start again"
         assert as_user(NOBODY, lambda: message(file)) == (
             f"1 {file}: cannot be read (Permission denied for user nobody: a file of user root, group root, mode "
             f"0640); {ask}"

@@ -17,15 +17,15 @@ from tests.support.users import NOBODY, as_user, needs_root, public_folder
 SMALL = ("--", "--size", "32", "--global-batch", "2")
 # Verbs that write, and what the error must advise.
 COMMANDS = {
-    "shard --out": (["shard", "{source}", "--out", "{ro}/new"], "name a folder of your own with --out"),
-    "shard beside the source": (["shard", "{ro}/source"], "name a folder of your own with --out"),
+    "shard --out": (["shard", "{source}", "--out", "{ro}/new"], "specify a folder that you can write to with --out"),
+    "shard beside the source": (["shard", "{ro}/source"], "specify a folder that you can write to with --out"),
     "index": (["index", "{ro}/tars/train-00000.tar"], "pipeline shard"),
-    "sample digits": (["sample", "digits", "{ro}/digits"], "name another"),
-    "sample photos": (["sample", "photos", "{ro}/photos"], "name another"),
-    "look": (["look", "{set}", "--size", "32", "--out", "{ro}/x.png"], "name another file"),
-    "bench --json": (["bench", "{set}", "--json", "{ro}/x.json", *SMALL], "name another file"),
-    "bench --chart": (["bench", "{set}", "--chart", "{ro}/x.png", *SMALL], "name another file"),
-    "tune --out": (["tune", "{set}", "--out", "{ro}/tuned.toml", *SMALL], "name another file"),
+    "sample digits": (["sample", "digits", "{ro}/digits"], "specify another"),
+    "sample photos": (["sample", "photos", "{ro}/photos"], "specify another"),
+    "look": (["look", "{set}", "--size", "32", "--out", "{ro}/x.png"], "specify another file"),
+    "bench --json": (["bench", "{set}", "--json", "{ro}/x.json", *SMALL], "specify another file"),
+    "bench --chart": (["bench", "{set}", "--chart", "{ro}/x.png", *SMALL], "specify another file"),
+    "tune --out": (["tune", "{set}", "--out", "{ro}/tuned.toml", *SMALL], "specify another file"),
 }
 
 
@@ -76,7 +76,7 @@ def _began(*_: object, **__: object) -> None:
 
 
 def test_a_folder_that_is_not_there_yet_is_judged_by_the_nearest_that_is(tmp_path: Path) -> None:
-    check_output_folder(tmp_path / "a" / "b", "--out", "name another")
+    check_output_folder(tmp_path / "a" / "b", "--out", "specify another")
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"--out .*/file/b: .*/file is no folder; name another"):
-        check_output_folder(tmp_path / "file" / "b", "--out", "name another")
+    with pytest.raises(OutputError, match=r"--out .*/file/b: .*/file is not a folder; specify another"):
+        check_output_folder(tmp_path / "file" / "b", "--out", "specify another")

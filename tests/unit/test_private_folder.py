@@ -45,7 +45,7 @@ def prepare_writable(path: Path) -> None:
 PREPARED: list[tuple[Callable[[Path], object], str]] = [
     (prepare_link, "a symbolic link or a file, not a folder"),
     (Path.touch, "a symbolic link or a file, not a folder"),
-    (prepare_writable, r"others may write to it \(mode 0777\)"),
+    (prepare_writable, r"others can write to it \(mode 0777\)"),
 ]
 
 
@@ -69,7 +69,7 @@ def test_the_owner_of_another_users_folder_is_named(mode: int) -> None:
         assert "a folder of user root, group root, mode " in str(error)
         assert str(error).endswith("give another folder")
         os.chown(place / "cache", NOBODY, NOBODY)
-        with pytest.raises(NotPrivate, match=r"of user nobody, .*not of user root"):
+        with pytest.raises(NotPrivate, match=r"of user nobody, .*expected user root"):
             create_private_folder(place / "cache", remedy=REMEDY)
 
 
@@ -111,9 +111,9 @@ def test_a_shared_folder_is_open_to_its_group_and_no_one_else() -> None:
         assert mode_of(place / "cache") == 0o2770
         error = as_user(NOBODY - 2, lambda: write(place / "cache", "mine"))
         assert isinstance(error, NotPrivate)
-        assert f"a folder of user nobody, group {group}, mode 2770, which cannot be opened" in str(error)
+        assert f"a folder of user nobody, group {group}, mode 2770" in str(error)
         (place / "cache").chmod(0o2777)
-        with pytest.raises(NotPrivate, match="others may write to it"):
+        with pytest.raises(NotPrivate, match="others can write to it"):
             write(place / "cache", "mine")
 
 

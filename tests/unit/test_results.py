@@ -166,7 +166,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     done = subprocess.run(
         [*user, sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "--out x.png: no permission to write there; name another file\n", done.stderr
+    assert done.stdout == "--out x.png: no permission to write to it; specify another file\n", done.stderr
 
 
 def test_a_picture_replaces_the_old_one_whole(digits: Path, tmp_path: Path) -> None:

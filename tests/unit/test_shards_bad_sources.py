@@ -682,12 +682,12 @@ def test_a_file_that_becomes_a_fifo_after_the_listing(tmp_path: Path) -> None:
     for path in (source / "a").iterdir():
         path.unlink()
         os.mkfifo(path)
-    with pytest.raises(UserError, match=r"not what it was then: it cannot be read as it was \(.*in/a: .* images"):
+    with pytest.raises(UserError, match=r"has changed .*: it can no longer be read .*'folder' \(.*in/a: .* images"):
         convert(source, tmp_path / "set", SMALL)
     listing, _ = WorkFolder(tmp_path / "set").load_listing("train")  # what a shard meets that is made meanwhile
     with (
         ContainerReader() as reader,
-        pytest.raises(UserError, match=r"a/\d.jpg: a file when it was listed, a fifo now.*the source has changed"),
+        pytest.raises(UserError, match=r"a/\d.jpg: was a regular file when .* listed, now a fifo; restore the source"),
     ):
         reader.read(next(listing.entries(0, 1)))
 
@@ -698,7 +698,7 @@ def test_files_written_to_after_the_listing_are_told(tmp_path: Path, capsys: pyt
     for path in (source / "a").iterdir():
         os.utime(path, (1, 1))
     assert convert(source, tmp_path / "set", SMALL) is not None
-    assert "note: 3 files were written to after they were listed" in capsys.readouterr().err
+    assert "note: 3 files were modified after they were listed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["time", "size"])
@@ -716,7 +716,7 @@ def test_an_archive_that_changes_after_the_listing_is_refused(change: str, tmp_p
         tar.write_bytes(tar.read_bytes() + bytes(512))
         os.utime(tar, ns=(was.st_atime_ns, was.st_mtime_ns))
     with pytest.raises(
-        UserError, match=r"the archive had .* bytes and was last changed at .*the source has changed"
+        UserError, match=r"the archive had .* bytes and was last modified at .*; restore the source"
     ) as caught:
         convert(source, tmp_path / "set", SMALL)
     assert caught.value.exit_code == 1

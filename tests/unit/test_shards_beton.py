@@ -183,10 +183,10 @@ def test_damage_is_noticed_and_placed(form: Format, mode: WriteMode, photos: Pat
     found = reader.Reader(path)
     image_at = int(found.metadata[20][0]["data_ptr"]) + 50
     for at, complaint in (
-        (4, "its header or its metadata is damaged"),
-        (3000, "its header or its metadata is damaged"),
+        (4, "damaged header or metadata"),
+        (3000, "damaged header or metadata"),
         (image_at, f"offset {image_at - 50}, sample 20"),
-        (len(data) - 1, "its allocation table is damaged"),
+        (len(data) - 1, "damaged allocation table"),
     ):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         (fault,) = verify(tmp_path / "set", workers=1)

@@ -63,17 +63,17 @@ def test_an_index_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 FIELDS = [
-    ("shard", 4, 1, "the shard that the manifest counts it to"),
-    ("shard", 7, 77, "the shard that the manifest counts it to"),
-    ("label", 2, 5, "less than 5, the number of classes"),
-    ("label", 2, 2**32 - 1, "less than 5, the number of classes"),
-    ("size", 0, 0, "1 or more, and no more than its file or 512 MiB"),
-    ("size", 0, 1001, "1 or more, and no more than its file or 512 MiB"),
-    ("size", 0, 2**32 - 1, "1 or more, and no more than its file or 512 MiB"),
-    ("offset", 1, 881, "such that the image ends inside its file"),
-    ("offset", 1, 2**62, "such that the image ends inside its file"),
-    ("offset", 1, 2**64 - 1, "such that the image ends inside its file"),
-    ("offset", 1, 2**64 - 120, "such that the image ends inside its file"),
+    ("shard", 4, 1, "the shard to which the manifest assigns this row"),
+    ("shard", 7, 77, "the shard to which the manifest assigns this row"),
+    ("label", 2, 5, "less than the number of classes, 5"),
+    ("label", 2, 2**32 - 1, "less than the number of classes, 5"),
+    ("size", 0, 0, "1 or more, at most 512 MiB and the size of its file"),
+    ("size", 0, 1001, "1 or more, at most 512 MiB and the size of its file"),
+    ("size", 0, 2**32 - 1, "1 or more, at most 512 MiB and the size of its file"),
+    ("offset", 1, 881, "an offset such that the image ends inside its file"),
+    ("offset", 1, 2**62, "an offset such that the image ends inside its file"),
+    ("offset", 1, 2**64 - 1, "an offset such that the image ends inside its file"),
+    ("offset", 1, 2**64 - 120, "an offset such that the image ends inside its file"),
     ("height", 3, 0, "1 to 65,500"),
     ("height", 3, 65_501, "1 to 65,500"),
     ("width", 3, 0, "1 to 65,500"),
@@ -96,7 +96,7 @@ def test_a_row_that_cannot_be_is_refused_though_all_hashes_fit(
         ShardSet(path).index("train")
     assert str(caught.value) == (
         f"{path / 'train.index.npy'}: damaged index: row {row} has {field} {value}, expected {expected}; "
-        "copy it again, or shard the source again"
+        "copy it again, or convert the source again"
     )
 
 
@@ -107,7 +107,7 @@ def test_more_pixels_than_an_image_may_have(tmp_path: Path) -> None:
         index["height"][2], index["width"][2] = 20_000, 20_000
 
     edit_index(path, edit)
-    with pytest.raises(ShardSetError, match=r"row 2 has width 20000, expected no more than 100,000,000 pixels in all"):
+    with pytest.raises(ShardSetError, match=r"row 2 has width 20000, expected at most 100,000,000 pixels in total"):
         ShardSet(path).index("train")
 
 
@@ -117,11 +117,11 @@ def test_images_of_a_beton_follow_each_other_and_are_as_large_as_their_pixels(tm
     path = write(tmp_path, index, beton="raw")
     ShardSet(path).index("train", beton=True)
     edit_index(path, lambda found: found["offset"].__setitem__(4, 479))
-    with pytest.raises(ShardSetError, match=r"row 4 has offset 479, expected no less than the end of the image before"):
+    with pytest.raises(ShardSetError, match=r"row 4 has offset 479, expected at least the end of the previous image"):
         ShardSet(path).index("train", beton=True)
     edit_index(path, lambda found: found["offset"].__setitem__(4, 480))
     edit_index(path, lambda found: found["width"].__setitem__(1, 4))
-    with pytest.raises(ShardSetError, match=r"row 1 has size 120, expected 3 bytes for each pixel"):
+    with pytest.raises(ShardSetError, match=r"row 1 has size 120, expected 3 bytes per pixel"):
         ShardSet(path).index("train", beton=True)
 
 
@@ -135,7 +135,7 @@ def test_any_changed_field_is_refused_or_a_value_that_may_be(tmp_path: Path, dat
     unchanged = int(rows()[field][row]) == value
     edit_index(path, lambda index: index[field].__setitem__(row, value), rehash=False)
     if not unchanged:
-        with pytest.raises(ShardSetError, match="another set: hash"):
+        with pytest.raises(ShardSetError, match="a different set: expected hash"):
             ShardSet(path).index("train")
     edit_index(path, lambda index: None)
     may_be = {
@@ -160,9 +160,9 @@ def test_any_changed_field_is_refused_or_a_value_that_may_be(tmp_path: Path, dat
     ("damage", "fact"),
     [
         (lambda path: path.unlink(), "missing"),
-        (lambda path: path.write_bytes(b""), "656 bytes expected, 0 found"),
-        (lambda path: os.truncate(path, 655), "656 bytes expected, 655 found"),
-        (lambda path: os.truncate(path, 1 << 40), "656 bytes expected, 1,099,511,627,776 found"),
+        (lambda path: path.write_bytes(b""), "expected 656 bytes, found 0"),
+        (lambda path: os.truncate(path, 655), "expected 656 bytes, found 655"),
+        (lambda path: os.truncate(path, 1 << 40), "expected 656 bytes, found 1,099,511,627,776"),
         (lambda path: (path.unlink(), os.mkfifo(path)), "not a regular file"),
         (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
     ],
@@ -186,7 +186,7 @@ def test_an_index_of_another_layout_is_refused_though_its_hash_fits(tmp_path: Pa
     content = (path / "train.index.npy").read_bytes().replace(b"'repaired', '|u1'", b"'repaired', '|i1'")
     (path / "train.index.npy").write_bytes(content)
     edit_index(path, lambda index: None)
-    with pytest.raises(ShardSetError, match="an index of another layout"):
+    with pytest.raises(ShardSetError, match="an index of an unknown format"):
         ShardSet(path).index("train")
 
 
@@ -212,7 +212,7 @@ def test_a_large_index_is_mapped_and_checked_all_the_same(tmp_path: Path, monkey
     monkeypatch.setattr(module, "PRIVATE_BYTES", 100)
     assert np.array_equal(ShardSet(path).index("train"), rows())
     edit_index(path, lambda index: index["label"].__setitem__(0, 4), rehash=False)
-    with pytest.raises(ShardSetError, match="another set: hash"):
+    with pytest.raises(ShardSetError, match="a different set: expected hash"):
         ShardSet(path).index("train")
 
 
@@ -263,7 +263,7 @@ def test_verify_names_every_file_that_may_not_be_read(digits: Path, tmp_path: Pa
     code = code.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])")
     done = subprocess.run([*NO_ACCESS, sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
     fact = "cannot be read (Permission denied for user root: a file of user root, group root, mode 0000)"
-    action = "have its owner give you access (chmod, chgrp), then start again"
+    action = "ask its owner for access (chmod, chgrp), then start again"
     assert sorted(done.stdout.splitlines()) == [
         f"{path / name}: {fact}; {action}" for name in ("train-000000.tar", "train-000001.idx", "val.index.npy")
     ]

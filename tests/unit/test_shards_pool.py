@@ -56,8 +56,8 @@ def test_running_out_of_memory_names_the_file(tmp_path: Path, workers: int) -> N
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("killed", r"was ended by SIGKILL at .*/bad\.png \(out of memory\?\); .*--workers"),
-        ("exits", r"ended with status 3 at .*/bad\.png"),
+        ("killed", r"was killed by SIGKILL at .*/bad\.png \(out of memory\?\); .*--workers"),
+        ("exits", r"exited with status 3 at .*/bad\.png"),
         ("endless", r"an image took more than \d+ s of CPU time at .*/bad\.png; remove that file from the source"),
     ],
 )

@@ -107,7 +107,7 @@ def test_index_refuses_before_any_work_what_it_would_replace(name: str, kind: st
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize(("name", "fact"), [("tars", "a folder; name the tars in it"), ("none.tar", "no such file")])
+@pytest.mark.parametrize(("name", "fact"), [("tars", "is a folder; specify the tars"), ("none.tar", "no such file")])
 def test_index_says_what_is_not_a_tar(name: str, fact: str, tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     with pytest.raises(UserError, match=rf"/{name}: {fact}"):
@@ -130,7 +130,7 @@ def test_index_refuses_a_list_of_rejects_that_was_edited_since(tmp_path: Path) -
     with pytest.raises(ConversionFailed):
         index_tars(found, ImageRules(), workers=1)
     (tmp_path / "rejects.jsonl").write_bytes(MINE)
-    with pytest.raises(UserError, match=r"rejects.jsonl: not written by this command"):
+    with pytest.raises(UserError, match=r"rejects.jsonl: was not written by this command"):
         index_tars(found, ImageRules(), max_rejects=0.5, workers=1)
     assert (tmp_path / "rejects.jsonl").read_bytes() == MINE
 
@@ -152,7 +152,7 @@ def test_index_refuses_a_tar_that_is_written_to_meanwhile(tmp_path: Path, monkey
         return read(handle, member)
 
     monkeypatch.setattr(module, "_read_image", touched)
-    with pytest.raises(ConversionFailed, match=r"train-0\.tar: was written to while it was indexed"):
+    with pytest.raises(ConversionFailed, match=r"train-0\.tar: was modified while it was indexed"):
         index_tars(found, ImageRules(), workers=1)
     assert not (tmp_path / "dataset.json").exists()
 
@@ -195,7 +195,7 @@ def test_a_conversion_refuses_files_that_came_meanwhile(
         (out / name).write_bytes(MINE if kind == "text" else b"")
     before = contents(out)
     for part in (None, ConversionPart(2, 2)):
-        with pytest.raises(UserError, match=rf"{name}: not written by this command, so it is left alone") as caught:
+        with pytest.raises(UserError, match=rf"{name}: was not written by this .*, so it is not replaced") as caught:
             convert(source, out, options(form), part)
         assert caught.value.exit_code == 2
         kept = contents(out)
@@ -211,7 +211,7 @@ def test_the_end_of_a_conversion_refuses_files_that_came_meanwhile(source: Path,
         convert(source, out, options(), ConversionPart(k, 2))
     for name in ("train.index.npy", "rejects.jsonl"):
         (out / name).write_bytes(MINE)
-        with pytest.raises(UserError, match=f"{name}: not written by this command"):
+        with pytest.raises(UserError, match=f"{name}: was not written by this command"):
             finish(out)
         (out / name).unlink()
     (out / "dataset.json").write_bytes(MINE)
@@ -290,7 +290,7 @@ def test_a_work_folder_of_somebody_else_is_left_alone(inside: bool, source: Path
     (out / FOLDER).mkdir(parents=True)
     (out / FOLDER / ("mine" if inside else MARKER + "s")).write_bytes(MINE)
     before = contents(out)
-    with pytest.raises(UserError, match=rf"{FOLDER}: a folder without {MARKER} in it"):
+    with pytest.raises(UserError, match=rf"{FOLDER}: is a folder without {MARKER} in it"):
         convert(source, out, options())
     assert contents(out) == before
 
@@ -312,7 +312,7 @@ def test_hidden_files_beside_a_set_are_kept(
 def test_a_set_is_not_made_in_a_file(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(MINE)
     for out in (tmp_path / "file", tmp_path / "file" / "below" / "set"):
-        with pytest.raises(UserError, match="file: a file, where a folder is needed") as caught:
+        with pytest.raises(UserError, match="file: is a file, expected a folder") as caught:
             convert(source, out, options())
         assert caught.value.exit_code == 2
 
@@ -321,9 +321,9 @@ def test_a_conversion_is_not_resumed_from_another_source(source: Path, tmp_path:
     out = tmp_path / "set"
     begin(source, out)
     shutil.copytree(source, tmp_path / "copy")
-    with pytest.raises(UserError, match=rf"was begun from {source}, not from {tmp_path}/copy"):
+    with pytest.raises(UserError, match=rf"was started with the source {source}, not {tmp_path}/copy"):
         convert(tmp_path / "copy", out, options())
-    with pytest.raises(UserError, match="read as 'folder', not 'kaggle'"):
+    with pytest.raises(UserError, match="source of layout 'folder', not 'kaggle'"):
         convert(source, out, Options(shard_bytes=5000, scan=ScanOptions(layout="kaggle", workers=1)))
     (tmp_path / "link").symlink_to(source)
     assert convert(tmp_path / "link", out, options()) is not None
@@ -389,7 +389,7 @@ def test_a_damaged_plan_or_listing_is_named(name: str, damage: str, source: Path
     path = out / FOLDER / name
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
     for start in (lambda: convert(source, out, options()), lambda: finish(out)):
-        with pytest.raises(UserError, match=rf"{name}: damaged; remove the unfinished set {out} and start again"):
+        with pytest.raises(UserError, match=rf"{name}: damaged; remove the unfinished set {out}, then start again"):
             start()
     path.unlink()
     if name != "plan.json":
@@ -440,7 +440,7 @@ def test_waiting_for_a_listing_says_for_whom_and_ends(
     held = pytest.raises(LockHeld, match=f"by process {os.getpid()} on")
     with file_lock(work.path / "scan.lock", "the listing"), held:
         convert(source, work.out, options())
-    assert f"worked on by process {os.getpid()} on" in capsys.readouterr().err
+    assert f"in use by process {os.getpid()} on" in capsys.readouterr().err
     with file_lock(work.path / "scan.lock", "the listing") as _:
         pass
     convert(source, work.out, options())

@@ -170,7 +170,7 @@ def test_damage_in_adopted_tars_is_named(made: tuple[ShardSet, list[Sample]], tm
     data = bytearray((tmp_path / "a.tar").read_bytes())
     for at, complaint in (
         (int(row["offset"]) + 9, f"offset {row['offset']}"),
-        (len(data) - 1, "outside of its images"),
+        (len(data) - 1, "outside its images"),
     ):
         (tmp_path / "a.tar").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         (fault,) = verify(tmp_path, workers=1)

@@ -132,13 +132,13 @@ def test_two_indexes_exchanged(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("label", 10, "row 0 has label 10, expected less than 10, the number of classes"),
+        ("label", 10, "row 0 has label 10, expected less than the number of classes, 10"),
         ("label", 3, "the label member is damaged"),
-        ("offset", 1024, "the index places its image at 1024"),
-        ("height", 63, "not of the size that the index says"),
-        ("orientation", 2, "not of the size that the index says"),
-        ("hash", 1, "not those that were written"),
-        ("shard", 1, "row 0 has shard 1, expected the shard that the manifest counts it to"),
+        ("offset", 1024, "according to the index, this image is at offset 1024"),
+        ("height", 63, "height, width or orientation differs from the index"),
+        ("orientation", 2, "height, width or orientation differs from the index"),
+        ("hash", 1, "the image differs from the one that was written"),
+        ("shard", 1, "row 0 has shard 1, expected the shard to which the manifest assigns this row"),
     ],
 )
 def test_an_index_that_is_whole_but_wrong(copy: Path, field: str, value: int, complaint: str) -> None:
@@ -157,7 +157,7 @@ def test_an_edited_manifest_is_told(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace("3_three", "3_trees"))
     with pytest.raises(
-        ShardSetError, match=r"dataset\.json: altered since it was written: hash \w+ expected, \w+ found"
+        ShardSetError, match=r"dataset\.json: modified since it was written: expected hash \w+, found \w+"
     ):
         verify(copy, workers=1)
 
@@ -166,7 +166,7 @@ def test_a_manifest_in_another_form_is_told(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace("\n", "\n  "))
     (fault,) = verify(copy, workers=1)
-    assert fault == f"{path}: altered since it was written: the same content in another form"
+    assert fault == f"{path}: modified since it was written: same content, other formatting"
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_manifests_that_cannot_be_used(copy: Path, content: str, complaint: str)
 
 def test_the_command_says_so_and_fails(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Verify(copy).run() == 0
-    assert "every byte is as it should be" in capsys.readouterr().out
+    assert "no faults, every byte was checked" in capsys.readouterr().out
     (copy / "val-000000.idx").write_bytes(b"")
     assert Verify(copy).run() == 1
-    assert f"fault: {copy / 'val-000000.idx'}: not the index of its tar" in capsys.readouterr().out
+    assert f"fault: {copy / 'val-000000.idx'}: does not match its tar" in capsys.readouterr().out

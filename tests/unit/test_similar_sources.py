@@ -65,7 +65,7 @@ def bitmaps(root: Path, shade: int) -> Path:
 def test_images_of_one_size_are_told_apart_by_their_content(tmp_path: Path) -> None:
     """Uncompressed images of one shape all have the same size: MNIST and KMNIST as bitmaps."""
     convert(bitmaps(tmp_path / "one", 40), tmp_path / "set", Options(scan=ONE))
-    with pytest.raises(UserError, match="made from another source"):
+    with pytest.raises(UserError, match="converted from a different source"):
         convert(bitmaps(tmp_path / "two", 90), tmp_path / "set", Options(scan=ONE))
     assert convert(bitmaps(tmp_path / "copy", 40), tmp_path / "set", Options(scan=ONE)) is None
 
@@ -78,7 +78,7 @@ def test_a_label_that_was_corrected_in_a_tar_makes_another_source(tmp_path: Path
     convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE))
     assert convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE)) is None
     tar(tmp_path / "in" / "a.tar", [samples[0], (samples[1][0], b"3"), *samples[2:]])
-    with pytest.raises(UserError, match="made from another source"):
+    with pytest.raises(UserError, match="converted from a different source"):
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE))
 
 

@@ -112,7 +112,7 @@ GROWN = [
     Case("tars", "labels", r"added .*, .* removed ", lambda s: labelled_tar(s / "b.tar", [0, 1])),
     Case("class tars", "class", r"2 images added \(such as .*cow.tar\[", lambda s: class_tar(s / "cow.tar", 2)),
     Case("parquet", "file", r"1 file added \(such as train-2.parquet\)", lambda s: write_table(s / "train-2.parquet", [0])),  # noqa: E501
-    Case("parquet", "labels", r"1 file with another content \(.*-1.parquet", lambda s: write_table(s / "train-1.parquet", [1, 1])),  # noqa: E501
+    Case("parquet", "labels", r"1 file with a different content \(.*-1.parquet", lambda s: write_table(s / "train-1.parquet", [1, 1])),  # noqa: E501
     Case("parquet", "renamed", r"1 file added .*z.parquet\), 1 file removed", lambda s: (s / "train-0.parquet").rename(s / "z.parquet")),  # noqa: E501
 ]  # fmt: skip
 
@@ -130,11 +130,11 @@ def test_a_source_that_differs_is_refused(case: Case, how: str, tmp_path: Path) 
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     case.change(source)
     with pytest.raises(
-        UserError, match=f"was begun from {source}, which is not what it was then: .*{case.said}"
+        UserError, match=f"the source {source} has changed since the conversion was started: .*{case.said}"
     ) as caught:
         start(how, source, out)
     assert caught.value.exit_code == 2
-    assert "restore the source, or give another --out" in str(caught.value)
+    assert "restore the source, or specify another --out" in str(caught.value)
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     shutil.rmtree(source)
     shutil.copytree(tmp_path / "kept", source)
@@ -146,8 +146,8 @@ def test_a_source_that_differs_is_refused(case: Case, how: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("fact", "change"),
     [
-        ("1 image with another size (such as {}/train/cat/0.jpg)", lambda s: jpg(s).write_bytes(jpeg(0, 80))),
-        ("contents of images differ", lambda s: jpg(s).write_bytes(jpg(s).read_bytes()[:-1] + b"x")),
+        ("1 image with a different size (such as {}/train/cat/0.jpg)", lambda s: jpg(s).write_bytes(jpeg(0, 80))),
+        ("the content of images differ", lambda s: jpg(s).write_bytes(jpg(s).read_bytes()[:-1] + b"x")),
         ("names of its classes", lambda s: (s / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
     ],
     ids=["size", "content", "human names"],
@@ -219,11 +219,11 @@ def test_a_change_within_the_second_of_the_listing_is_found(tmp_path: Path) -> N
 
 
 REMOVED = [
-    Case("folder", "all", "it is not there any more", shutil.rmtree),
+    Case("folder", "all", "it no longer exists", shutil.rmtree),
     Case("folder", "image", r"1 image removed \(such as .*/train/cat/0.jpg\)", lambda s: jpg(s).unlink()),
     Case("folder", "class", r"3 images removed \(such as .*/train/cat/", lambda s: shutil.rmtree(jpg(s).parent)),
     Case(
-        "folder", "content", r"it cannot be read as it was \(.*no class folders", lambda s: shutil.rmtree(s / "train")
+        "folder", "content", r"it can no longer be read .*\(.*no class folders", lambda s: shutil.rmtree(s / "train")
     ),
     Case("tars", "tar", r"2 images removed \(such as .*b.tar\[", lambda s: (s / "b.tar").unlink()),
     Case("parquet", "file", r"1 file removed \(such as train-1.parquet", lambda s: (s / "train-1.parquet").unlink()),
@@ -241,7 +241,7 @@ def test_what_no_shard_needs_any_more_may_be_removed(
     case.change(source)
     start(how, source, out)
     said = capsys.readouterr().err
-    assert re.search(f"note: {source}: {case.said}.*; all shards were made before", said), said
+    assert re.search(f"note: {source}: {case.said}.*; all shards were written before", said), said
     if how == "part":
         finish(out, source=source, workers=1)
     assert sum(entry.samples for entry in Manifest.load(out).splits.values()) in (5, 6)
@@ -254,8 +254,8 @@ def add_unseen(source: Path) -> None:
 
 
 HIDDEN = [
-    Case("folder", "image added", "it cannot be read as it was .*/extra: a class folder without images", add_unseen),
-    Case("tars", "tar emptied", "it cannot be read as it was ", lambda s: (s / "b.tar").write_bytes(b"")),
+    Case("folder", "image added", "it can no longer be read .*/extra: a class folder without images", add_unseen),
+    Case("tars", "tar emptied", "it can no longer be read with layout ", lambda s: (s / "b.tar").write_bytes(b"")),
 ]
 
 
@@ -265,7 +265,7 @@ def test_a_source_that_cannot_be_listed_may_hold_nothing_new(case: Case, how: st
     source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
     begin(source, out, how, complete=True)
     case.change(source)
-    with pytest.raises(UserError, match=f"which is not what it was then: {case.said}"):
+    with pytest.raises(UserError, match=f"has changed since the conversion was started: {case.said}"):
         start(how, source, out)
 
 
@@ -291,7 +291,7 @@ def test_what_shards_need_may_not_be_removed(case: Case, how: str, tmp_path: Pat
     source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
     begin(source, out, how)
     case.change(source)
-    with pytest.raises(UserError, match=f"was begun from {source}, which is not what it was then: {case.said}"):
+    with pytest.raises(UserError, match=f"{source} has changed since the conversion was started: {case.said}"):
         start(how, source, out)
 
 
@@ -316,13 +316,16 @@ def test_a_finished_set_whose_source_was_removed_is_complete(
     assert Shard(source, workers=1, **arguments).run() == 0  # type: ignore[arg-type]
     output = capsys.readouterr()
     assert output.out == f"{out}: already complete\n"
-    assert f"note: {source}: not there any more, so the set was not compared with it\n" in output.err
+    assert f"note: {source}: no longer exists, so the set was not compared with it\n" in output.err
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize(
     ("arguments", "fact"),
-    [({"seed": 1}, "was begun with other options"), ({"layout": "webdataset"}, "read as 'folder', not 'webdataset'")],
+    [
+        ({"seed": 1}, "was started with different options"),
+        ({"layout": "webdataset"}, "source of layout 'folder', not 'webdataset'"),
+    ],
 )
 def test_other_options_are_refused_without_the_source(arguments: dict[str, object], fact: str, tmp_path: Path) -> None:
     source, out = folders(tmp_path / "in"), tmp_path / "in-shards"

@@ -80,7 +80,7 @@ def test_a_finished_set_is_not_that_of_a_changed_source(
     assert convert(source, out, SMALL) is None
     change(source)
     for start in (lambda: convert(source, out, SMALL), lambda: finish(out, source=source)):
-        with pytest.raises(UserError, match=f"{out}: is a set made from another source than {source}, or ") as caught:
+        with pytest.raises(UserError, match=f"{out}: was converted from a different .* than {source}, or ") as caught:
             start()
         assert caught.value.exit_code == 2
     assert {path: path.read_bytes() for path in out.iterdir()} == before
@@ -90,16 +90,16 @@ def test_a_set_is_not_made_from_another_source(tmp_path: Path) -> None:
     a = folders(tmp_path / "A")
     b = class_folders(tmp_path / "B" / "train", {"bus": 3, "car": 3}).parent
     convert(a, tmp_path / "done", SMALL)
-    with pytest.raises(UserError, match=r"done: is a set made from another source than .*B, .* classes 'cat', 'dog'\)"):
+    with pytest.raises(UserError, match=r"done: was converted from a different .* than .*B, .* classes 'cat', 'dog'\)"):
         convert(b, tmp_path / "done", SMALL)
     convert(a, tmp_path / "begun", SMALL, ConversionPart(1, 2))
     convert(a, tmp_path / "begun", SMALL, ConversionPart(2, 2))
     for start in (lambda: convert(b, tmp_path / "begun", SMALL), lambda: finish(tmp_path / "begun", source=b)):
-        with pytest.raises(UserError, match=r"begun: was begun from .*A, not from .*B; give that") as caught:
+        with pytest.raises(UserError, match=r"begun: was started with .*A, not .*B; specify that source") as caught:
             start()
         assert caught.value.exit_code == 2
     for other in (tars, tables):
-        with pytest.raises(UserError, match="is a set made from another source than"):
+        with pytest.raises(UserError, match="was converted from a different source than"):
             convert(other(tmp_path / other.__name__), tmp_path / "done", SMALL)
 
 
@@ -172,7 +172,7 @@ def test_options_are_no_part_of_the_source(tmp_path: Path) -> None:
 def test_another_layout_for_a_finished_set_is_refused(tmp_path: Path) -> None:
     source = folders(tmp_path / "in")
     convert(source, tmp_path / "set", SMALL)
-    with pytest.raises(UserError, match="read as 'folder', not 'webdataset'; leave out --from"):
+    with pytest.raises(UserError, match="source of layout 'folder', not 'webdataset'; omit --from"):
         convert(source, tmp_path / "set", Options(shard_bytes=4000, scan=ScanOptions(layout="webdataset", workers=1)))
     assert Manifest.load(tmp_path / "set").made["source"] == "folder"
 

@@ -80,7 +80,7 @@ def test_container_options(container: str, srun: str, command: str) -> None:
         (("--nodes", "4-2"), "--nodes 4-2"),
         (("--gpus-per-node", "0"), "at least one process per node"),
         (("--nodes", "5"), "--nodes 5 x 8 processes: world size 40 does not divide"),
-        (("--", "--epochs", "0"), "--epochs 0: a whole number from 1 to 1,000,000 expected"),
+        (("--", "--epochs", "0"), "--epochs 0: expected a whole number from 1 to 1,000,000"),
     ],
 )
 def test_invalid_options_are_rejected_before_submission(

@@ -39,7 +39,7 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
         "re-encoded as plain JPEG: 2 train: PNG",
         "rejected: 2 train: empty file (such as dog/empty.jpg)",
         "rejected: 1 train: does not decode: Truncated File Read (such as dog/cut.jpg)",
-        f"rejected: all are listed in {out}/rejects.jsonl",
+        f"rejected: all rejects are listed in {out}/rejects.jsonl",
         "not used: 1 Thumbs.db: metadata of a file manager, NAS system, version control or archive "
         "(such as val/dog/Thumbs.db)",
         "not used: 1 .txt: not an image (such as train/dog/notes.txt)",
@@ -59,10 +59,10 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path}: 3 train images of 3 classes, 0 re-encoded, 1 rejected, 1 not used",
         "train: 3 images of 2 classes, 1 to 2 each, in 1 shard",
-        "train: in the order of the tars, in which runs of one class are 1.5 long",
-        "rejected: 1 train: PNG: 'pipeline shard' repairs such images, 'pipeline index' copies nothing "
+        "train: in the order of the tars, where runs of one class have a mean length of 1.5",
+        "rejected: 1 train: PNG: 'pipeline shard' re-encodes such images, 'pipeline index' cannot "
         "(such as a.tar/7.png)",
-        f"rejected: all are listed in {tmp_path}/rejects.jsonl",
+        f"rejected: all rejects are listed in {tmp_path}/rejects.jsonl",
         "not used: 1 .json: not part of a sample of image and label (such as a.tar/x.json)",
         "note: a.tar: no split named, so training",
         "note: 1 of 3 labels do not occur: 1",
@@ -78,7 +78,7 @@ def test_many_reasons_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixtur
     unused = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used: ")]
     assert len(unused) == 11
     assert unused[0].startswith("not used: 14 .kind13: ")
-    assert unused[-1] == "not used: for 4 more reasons, which dataset.json lists"
+    assert unused[-1] == "not used: for 4 more reasons (see dataset.json)"
 
 
 def test_the_summary_survives_a_pipe(tmp_path: Path) -> None:

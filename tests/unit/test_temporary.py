@@ -49,9 +49,9 @@ def folder_of_length(root: Path, length: int) -> Path:
 def test_a_verb_with_workers_goes_with_a_long_temporary_folder(digits: Path, tmp_path: Path) -> None:
     with public_folder() as root:
         done = python(VERB, "verify", digits, "--workers", "2", TMPDIR=str(folder_of_length(root, 120)))
-    assert (done.returncode, "every byte is as it should be" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, "no faults, every byte was checked" in done.stdout) == (0, True), done.stderr
     assert done.stderr.count("note: TMPDIR=") == 1
-    assert "too long a name for sockets; sockets are made in /" in done.stderr
+    assert "path too long for sockets; creating sockets in /" in done.stderr
 
 
 @pytest.mark.parametrize(("length", "fits"), [(LONGEST, True), (LONGEST + 1, False)])
@@ -70,7 +70,7 @@ def test_a_missing_temporary_folder_is_said_once() -> None:
     )
     first, second = done.stdout.split()
     assert first == second != "/no/such"
-    assert done.stderr == f"note: TMPDIR=/no/such cannot be written; temporary files go to {first}\n"
+    assert done.stderr == f"note: TMPDIR=/no/such cannot be written; using {first} for temporary files\n"
     assert python("from shards.files.temporary import *; temporary_folder()", TMPDIR=first).stderr == ""
 
 
@@ -88,7 +88,7 @@ def test_where_nothing_can_be_written_the_variable_is_named(call: str, writable:
     if writable:
         assert done.returncode == 0, done.stderr
         assert "note: TMPDIR=/no/such: no folder for temporary files" in done.stderr
-        assert done.stderr.endswith("sockets are made in /dev/shm\n")
+        assert done.stderr.endswith("creating sockets in /dev/shm\n")
         return
     assert done.returncode == 2
     assert done.stderr.startswith("error: TMPDIR=/no/such: no folder for temporary files can be written")
@@ -153,5 +153,5 @@ def test_a_cache_folder_that_another_user_made_first_is_not_used(monkeypatch: py
         monkeypatch.setattr("tempfile.tempdir", str(tmp))
         (tmp / "fat-pipeline-cache-54321").mkdir()
         os.chown(tmp / "fat-pipeline-cache-54321", NOBODY, NOBODY)
-        with pytest.raises(UserError, match=r"fat-pipeline-cache-54321: .*set XDG_CACHE_HOME to a folder of your own"):
+        with pytest.raises(UserError, match=r"fat-pipeline-cache-54321: .*set XDG_CACHE_HOME to a folder that you own"):
             caches(54321, HOME="/nonexistent")

@@ -292,7 +292,7 @@ def test_the_positional_set_takes_precedence_over_a_recipe_file(tmp_path: Path) 
         (("info", "SET", "--", "--size", "32"), "-- --size 32: only 'bench' and 'tune' take training options"),
         (("tune", "SET", "--", "--data", "other"), "--data other: not the set SET that was named first"),
         (("bench", "SET", "--", "--data", "other"), "--data other: not the set SET that was named first"),
-        (("tune", "SET", "--", "--read-threads", "0"), "--read-threads 0: a whole number from 1 to 1,024 expected"),
+        (("tune", "SET", "--", "--read-threads", "0"), "--read-threads 0: expected a whole number from 1 to 1,024"),
     ],
 )
 def test_misplaced_options_are_rejected_in_one_line(
