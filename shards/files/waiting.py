@@ -46,7 +46,7 @@ class Wait:
             raise StorageFailed(f"{self.what}: timed out after {now - self._start:.0f} s; {self._remedy}")
         if now >= self._next_message:
             log.warning(
-                "%s: waiting since %.0f s, timeout %.0f s; %s",
+                "%s: still waiting after %.0f s, timeout %.0f s; %s",
                 self.what,
                 now - self._start,
                 self.limit,

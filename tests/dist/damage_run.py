@@ -1,9 +1,9 @@
-"""What a user starts again after a damage: a training, or the reading of a set. Forked by test_damage.py.
+"""Train, or read a set, after damage. Forked by test_damage.py.
 
     damage_run.py train [options of launch/train.py]
     damage_run.py read OUT [options of launch/train.py]
 
-Reading writes a hash of all that is fed in one epoch, and of the evaluation, to OUT.
+`read` writes a hash of all batches of one epoch and of the evaluation to OUT.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read(out: Path, options: list[str]) -> int:
 
 
 def become_a_user() -> None:
-    """Give up root's right to read and write files whatever their mode, which would hide `chmod 000`."""
+    """Drop root's capability to ignore file modes, which would hide the effect of `chmod 000`."""
     if os.geteuid() != 0:
         return
 

@@ -1,6 +1,6 @@
-"""Damage a run folder, a set and a cache at random, start again: never a wrong result, a traceback, or lost work.
+"""After random damage to a run folder, set or cache, a new start gives no wrong result, traceback or lost work.
 
-Every damage has a number, from which alone it follows: `DAMAGE=set:17` in the environment repeats one.
+Every damage is determined by its number: set the environment variable `DAMAGE=set:17` to repeat one.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from tests.support.damages import Damage, copied, damage, repair
 from tests.support.serving import serve
 
 QUICK = {"run": range(3), "set": range(10), "cache": range(10)}
-# 200 in all.
+# 200 damages in total.
 CAMPAIGN = {"run": range(3, 63), "set": range(10, 80), "cache": range(10, 80)}
 SIZE = ("--size", 32, "--global-batch", 16)
 OPTIONS = (*SIZE, "--epochs", 2, "--warmup-epochs", 0, "--augment", "light", "--log-every", 1, "--save-every", 2)
-HALF, WHOLE = 4, 6  # optimiser steps; 4 an epoch
-REFUSED = {1, 2}
+HALF, ALL = 4, 6  # optimizer steps; an epoch has 4
+FAILED = {1, 2}  # exit statuses of handled errors
 
 
 @dataclass
 class Started:
-    """What came of a start."""
+    """Result of a start."""
 
     status: int
     errors: str
 
     def check(self, what: str) -> None:
-        """AssertionError unless it ended well, or with one clear line."""
+        """Assert that it succeeded, or failed with a one-line error."""
         assert "Traceback" not in self.errors, f"{what}\n{self.errors}"
-        assert self.status == 0 or self.status in REFUSED, f"{what}: status {self.status}\n{self.errors}"
-        if self.status in REFUSED:
+        assert self.status == 0 or self.status in FAILED, f"{what}: status {self.status}\n{self.errors}"
+        if self.status in FAILED:
             lines = [line for line in self.errors.splitlines() if line.startswith("error: ")]
             assert len(lines) == 1, f"{what}\n{self.errors}"
 
 
 class Starter:
-    """Starts damage_run.py again and again."""
+    """Starts damage_run.py in a forked process."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
@@ -68,7 +68,7 @@ def start(launch: Launcher) -> Starter:
 
 @pytest.fixture(scope="module")
 def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 training and 16 validation images of 32x32, in several shards."""
+    """Set of 64 training and 16 validation images of 32x32 pixels, in several shards."""
     folder = tmp_path_factory.mktemp("small")
     draw = np.random.default_rng(0)
     for split, count in (("train", 32), ("val", 8)):
@@ -82,11 +82,11 @@ def small_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(part: str, campaign: dict[str, range]) -> list[int]:
-    """The damages to try: those of the campaign, or the one that the environment asks for."""
-    wanted = re.fullmatch(r"(\w+):(\d+)", os.environ.get("DAMAGE", ""))
-    if wanted is None:
+    """Return the numbers of the damages to test: those of the campaign, or the one in the environment."""
+    requested = re.fullmatch(r"(\w+):(\d+)", os.environ.get("DAMAGE", ""))
+    if requested is None:
         return list(campaign[part])
-    return [int(wanted[2])] if wanted[1] == part else []
+    return [int(requested[2])] if requested[1] == part else []
 
 
 # -- a run folder
@@ -94,9 +94,9 @@ def numbers(part: str, campaign: dict[str, range]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def interrupted(start: Starter, small_set: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(run folder stopped half-way, with checkpoints of steps 2 and 4; the weights of the whole run)."""
+    """(run folder stopped after step 4, with checkpoints of steps 2 and 4; weights of an uninterrupted run)."""
     folder = tmp_path_factory.mktemp("run")
-    for name, steps in (("half", HALF), ("whole", WHOLE)):
+    for name, steps in (("half", HALF), ("whole", ALL)):
         ended = start("train", *OPTIONS, "--data", small_set, "--out", folder / name, "--stop-after", steps)
         assert ended.status == 0, ended.errors
     return folder / "half", folder / "whole" / "weights.safetensors"
@@ -106,24 +106,24 @@ def damage_runs(
     start: Starter, small_set: Path, interrupted: tuple[Path, Path], scratch: Path, which: list[int]
 ) -> None:
     half, reference = interrupted
-    whole = load_file(reference)
+    expected = load_file(reference)
     for number in which:
         with copied(half, scratch / "run") as run:
             done = damage(run, Random(f"run {number}"))
             what = f"run:{number}: {done}"
-            command = ("train", *OPTIONS, "--data", small_set, "--out", run, "--stop-after", WHOLE)
+            command = ("train", *OPTIONS, "--data", small_set, "--out", run, "--stop-after", ALL)
             ended = start(*command)
             ended.check(what)
-            if ended.status:  # nothing is lost: with the damage undone, the run goes on
+            if ended.status:  # nothing was lost: the run resumes after the damage is repaired
                 repair(done, half, run)
                 ended = start(*command)
-            assert ended.status == 0, f"{what}: refused although repaired\n{ended.errors}"
+            assert ended.status == 0, f"{what}: failed after the repair\n{ended.errors}"
             step = resumed_at(ended.errors)
-            assert step >= newest_whole(done), f"{what}: work was lost: resumed at step {step}\n{ended.errors}"
+            assert step >= newest_undamaged(done), f"{what}: lost steps: resumed at step {step}\n{ended.errors}"
             weights = load_file(run / "weights.safetensors")
-            assert weights.keys() == whole.keys(), what
-            wrong = [name for name in whole if not weights[name].equal(whole[name])]
-            assert not wrong, f"{what}: other weights than the undisturbed run's: {wrong[:3]}\n{ended.errors}"
+            assert weights.keys() == expected.keys(), what
+            wrong = [name for name in expected if not weights[name].equal(expected[name])]
+            assert not wrong, f"{what}: weights differ from the uninterrupted run: {wrong[:3]}\n{ended.errors}"
 
 
 def resumed_at(errors: str) -> int:
@@ -131,8 +131,8 @@ def resumed_at(errors: str) -> int:
     return int(found[1]) if found else 0
 
 
-def newest_whole(done: Damage) -> int:
-    """The step of the newest checkpoint that the damage has left alone."""
+def newest_undamaged(done: Damage) -> int:
+    """Return the step of the newest undamaged checkpoint."""
     damaged = {int(path.parent.name[5:]) for path in done.paths if path.parent.name.startswith("step-")}
     return max({0, 2, 4} - damaged)
 
@@ -141,9 +141,9 @@ def newest_whole(done: Damage) -> int:
 
 
 def damage_sets(start: Starter, small_set: Path, scratch: Path, which: list[int]) -> None:
-    """Damage a set on a local disk: what is fed is right, or the set is refused."""
+    """Damage a set on a local disk: the batches must be correct, or the set must be rejected."""
     reference = fed(start, small_set, scratch)
-    refused = 0
+    rejected = 0
     for number in which:
         with copied(small_set, scratch / "set") as copy:
             done = damage(copy, Random(f"set {number}"))
@@ -151,9 +151,9 @@ def damage_sets(start: Starter, small_set: Path, scratch: Path, which: list[int]
             ended = start("read", scratch / "fed", *SIZE, "--data", copy)
             ended.check(what)
             if ended.status == 0:
-                assert (scratch / "fed").read_text() == reference, f"{what}: other batches\n{ended.errors}"
-            refused += ended.status != 0
-    assert refused or len(which) < 10, "no damage was noticed"
+                assert (scratch / "fed").read_text() == reference, f"{what}: wrong batches\n{ended.errors}"
+            rejected += ended.status != 0
+    assert rejected or len(which) < 10, "no damage was detected"
 
 
 def fed(start: Starter, location: object, scratch: Path, **environment: str) -> str:
@@ -166,7 +166,7 @@ def fed(start: Starter, location: object, scratch: Path, **environment: str) -> 
 
 
 def damage_caches(start: Starter, small_set: Path, scratch: Path, which: list[int]) -> None:
-    """Damage a cache of a set on a server: what is fed is right, and foreign files stay as they are."""
+    """Damage the cache of a set on a server: batches must be correct, and files of other programs unchanged."""
     with serve(small_set) as site:
         fed(start, site.url, scratch, FAT_CACHE=str(scratch / "filled"))
         reference = fed(start, small_set, scratch)
@@ -182,14 +182,14 @@ def damage_caches(start: Starter, small_set: Path, scratch: Path, which: list[in
                 ended = start("read", scratch / "fed", *SIZE, "--data", site.url, FAT_CACHE=str(cache))
                 ended.check(what)
                 if ended.status == 0:
-                    assert (scratch / "fed").read_text() == reference, f"{what}: other batches\n{ended.errors}"
-                elif done.kind not in ("forbid", "folder") and not marks(done):
-                    raise AssertionError(f"{what}: refused, though it could be fetched again\n{ended.errors}")
+                    assert (scratch / "fed").read_text() == reference, f"{what}: wrong batches\n{ended.errors}"
+                elif done.kind not in ("forbid", "folder") and not is_marker_damaged(done):
+                    raise AssertionError(f"{what}: failed, although the file could be downloaded again\n{ended.errors}")
                 assert (cache / "results" / "thesis.tex").read_text() == "years of work", what
 
 
-def marks(done: Damage) -> bool:
-    """Whether the damage is to a file by which a cache knows that it is its own: then it must not touch the folder."""
+def is_marker_damaged(done: Damage) -> bool:
+    """Return whether a file was damaged that identifies the folder as a cache; it must then not be modified."""
     return any(path.name.startswith(".") or path.suffix == "" for path in done.paths)
 
 
@@ -208,12 +208,12 @@ def try_damages(part: str, campaign: dict[str, range], request: pytest.FixtureRe
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_damage_is_noticed_or_harmless(part: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_damage_is_detected_or_harmless(part: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     try_damages(part, QUICK, request, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", PARTS)
-def test_two_hundred_damages(part: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_two_hundred_random_damages(part: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     try_damages(part, CAMPAIGN, request, tmp_path)

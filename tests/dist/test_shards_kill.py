@@ -1,4 +1,4 @@
-"""Conversion by real processes: killed at any moment, in parts, with any number of workers, it gives the same bytes."""
+"""A conversion writes the same bytes after being killed, in parts, and with any number of workers."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reference(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], float]:
-    """What an uninterrupted run makes, and the seconds it takes."""
+    """Files of an uninterrupted conversion, and its duration in seconds."""
     out = tmp_path_factory.mktemp("reference") / "set"
-    began = time.monotonic()
+    started = time.monotonic()
     done = run(photos, out)
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     assert done.returncode == 0, done.stderr
     assert verify(out, workers=1) == []
     return contents(out), seconds
 
 
 def start(photos: Path, out: Path, *options: str, **popen: object) -> subprocess.Popen[str]:
-    """The command as the leader of a process group of its own."""
+    """Start the command as leader of a new process group."""
     command = [sys.executable, "-c", DRIVER, str(photos), "--out", str(out), *OPTIONS, *options]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True, **popen)  # type: ignore[call-overload]
@@ -65,7 +65,7 @@ def some_shards(out: Path) -> int:
 
 
 def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes], float], kills: int) -> None:
-    """Kill conversions at random moments, resuming some again and again; look at what is published after each kill."""
+    """Kill conversions at random times, resume them repeatedly, and check the published files after each kill."""
     expected, seconds = reference
     draw = random.Random(kills)
     done = 0
@@ -78,9 +78,9 @@ def kill_campaign(photos: Path, folder: Path, reference: tuple[dict[str, bytes],
             process.communicate()
             done += 1
             published = contents_published(out)
-            assert published == {name: expected[name] for name in published}, "whatever has its name is whole"
+            assert published == {name: expected[name] for name in published}, "every published file is complete"
             if "dataset.json" in published:
-                assert published.keys() == expected.keys(), "a manifest means a whole set"
+                assert published.keys() == expected.keys(), "a set with a manifest is complete"
         resumed = run(photos, out)
         assert resumed.returncode == 0, resumed.stderr
         assert contents(out) == expected
@@ -111,7 +111,7 @@ def test_any_number_of_workers(
 
 
 def test_three_parts_at_the_same_time(photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]) -> None:
-    """They begin together on an empty folder: one lists the source, the others wait for the list."""
+    """All parts start with an empty folder: one lists the source, the others wait for the listing."""
     out = tmp_path / "set"
     parts = [start(photos, out, "--part", f"{k}/3", "--workers", "1") for k in (1, 2, 3)]
     for process in parts:
@@ -122,13 +122,13 @@ def test_three_parts_at_the_same_time(photos: Path, tmp_path: Path, reference: t
     assert contents(out) == reference[0]
 
 
-def test_a_second_process_is_refused_and_takes_over_from_a_dead_one(
+def test_a_second_process_fails_but_resumes_after_the_first_one_died(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
     out = tmp_path / "set"
     first = start(photos, out)
     wait_until(lambda: some_shards(out) > 0)
-    os.killpg(first.pid, signal.SIGSTOP)  # lest it ends before the second one asks
+    os.killpg(first.pid, signal.SIGSTOP)  # so that it does not end before the second one starts
     second = run(photos, out)
     assert second.returncode == 1
     assert f"in use by process {first.pid} on {os.uname().nodename}" in second.stderr
@@ -141,7 +141,7 @@ def test_a_second_process_is_refused_and_takes_over_from_a_dead_one(
     assert contents(out) == reference[0]
 
 
-def test_workers_leave_with_a_killed_parent(
+def test_workers_end_when_their_parent_is_killed(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
     out = tmp_path / "set"
@@ -149,14 +149,14 @@ def test_workers_leave_with_a_killed_parent(
     wait_until(lambda: some_shards(out) > 0)
     everything = descendants(process.pid)
     assert len(workers_of(process.pid)) == 2
-    process.kill()  # the parent alone
+    process.kill()  # only the parent
     wait_until(lambda: not any(map(is_running, everything)))
     process.communicate()
     assert run(photos, out).returncode == 0
     assert contents(out) == reference[0]
 
 
-def test_a_dead_worker_ends_the_run_with_one_line(
+def test_a_killed_worker_ends_the_conversion_with_one_line(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
     out = tmp_path / "set"
@@ -171,16 +171,16 @@ def test_a_dead_worker_ends_the_run_with_one_line(
     assert contents(out) == reference[0]
 
 
-def test_an_interrupt_leaves_at_once_and_leaves_nothing_half_written(
+def test_ctrl_c_ends_at_once_without_incomplete_files(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
     out = tmp_path / "set"
     process = start(photos, out, "--workers", "2")
     wait_until(lambda: some_shards(out) > 0)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of the group
+    os.killpg(process.pid, signal.SIGINT)  # like a terminal, to the whole process group
     _, stderr = process.communicate(timeout=10)
     assert process.returncode != 0
-    assert stderr.count("Traceback") <= 1, "the parent's KeyboardInterrupt, and no other"
+    assert stderr.count("Traceback") <= 1, "at most the KeyboardInterrupt of the parent"
     assert not [path for path in out.rglob("*") if path.name.endswith(".tmp")]
     assert run(photos, out).returncode == 0
     assert contents(out) == reference[0]
@@ -188,7 +188,7 @@ def test_an_interrupt_leaves_at_once_and_leaves_nothing_half_written(
 
 @contextmanager
 def small_disk(folder: Path, mib: int) -> Iterator[Callable[[], None] | None]:
-    """Mount a disk of that size, if this machine lets us; yields what makes it large."""
+    """Mount a disk of that size; yield a function that enlarges it, or None if mounting is not possible."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", folder]
     if subprocess.run(mount, check=False, capture_output=True).returncode:
@@ -204,7 +204,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
 
-def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(
+def test_a_full_disk_is_reported_and_the_conversion_resumes_with_more_space(
     photos: Path, tmp_path: Path, reference: tuple[dict[str, bytes], float]
 ) -> None:
     with small_disk(tmp_path / "disk", mib=9) as enlarge:
@@ -215,7 +215,7 @@ def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(
         (line,) = [line for line in failed.stderr.splitlines() if line.startswith("error")]
         assert ("No space left on device" if enlarge else "File too large") in line
         assert str(out) in line
-        assert "resumes" in line
+        assert "run the same command to resume" in line
         assert "dataset.json" not in contents_published(out)
         if enlarge:
             enlarge()
@@ -224,7 +224,7 @@ def test_a_full_disk_says_so_and_the_run_goes_on_when_there_is_room(
         assert contents(out) == reference[0]
 
 
-def test_array_jobs_tell_what_is_missing(photos: Path, tmp_path: Path) -> None:
+def test_finish_reports_missing_shards(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     assert run(photos, out, "--part", "2/2").returncode == 0
     early = run(photos, out, "--finish")

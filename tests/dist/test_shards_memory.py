@@ -1,4 +1,4 @@
-"""A million entries in little memory: 500 MB, and 100 MB for each worker."""
+"""Converting a million images needs at most 500 MB of memory, and 100 MB per worker."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ print(int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text(
 """
 
 
-def test_a_listing_of_a_million(tmp_path: Path) -> None:
-    # VmHWM, not getrusage: Linux counts what the process that forked held at exec into the child's maximum.
+def test_memory_of_a_listing_of_a_million_images(tmp_path: Path) -> None:
+    # VmHWM instead of getrusage, in which Linux includes the memory of the parent before exec.
     done = subprocess.run([sys.executable, "-c", LISTING, tmp_path], capture_output=True, text=True, check=True)
     assert float(done.stdout) < MAIN_MB
 
 
 def write_million(path: Path) -> None:
-    """ImageNet's training tar, with a pixel for each image."""
+    """Write a tar like ImageNet's training tar, with images of one pixel."""
     out = io.BytesIO()
     Image.new("L", (1, 1)).save(out, "JPEG")
     image = out.getvalue()
@@ -58,7 +58,7 @@ def write_million(path: Path) -> None:
 
 
 def own_memory_mb(pid: int) -> float:
-    """Memory of its own: what is resident, without pages of files, which the system takes back when it needs them."""
+    """Return the resident anonymous memory of a process, without file pages, which the system can reclaim."""
     try:
         fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         return int(fields["RssAnon"].split()[0]) / 1024
@@ -68,7 +68,7 @@ def own_memory_mb(pid: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_conversion_of_a_million(tmp_path: Path) -> None:
+def test_memory_of_converting_a_million_images(tmp_path: Path) -> None:
     write_million(tmp_path / "ILSVRC2012_img_train.tar")
     command = [sys.executable, "-c", DRIVER, str(tmp_path), "--out", str(tmp_path / "set"), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -87,4 +87,4 @@ def test_a_conversion_of_a_million(tmp_path: Path) -> None:
     assert peaks.pop(process.pid) < MAIN_MB
     assert len(peaks) == 2
     assert max(peaks.values()) < WORKER_MB
-    shutil.rmtree(tmp_path)  # three gigabytes
+    shutil.rmtree(tmp_path)  # 3 GB

@@ -1,4 +1,4 @@
-"""Mutations of valid files: of their bytes, and of the values in a JSON document."""
+"""Mutate valid files: their bytes, or the values of a JSON document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from random import Random
 from typing import Any
 
-# What parsers stumble over: ends of integer ranges in both byte orders, NaN, separators, long digits.
+# Typical causes of parser faults: integer limits in both byte orders, NaN, separators, long numbers.
 TOKENS = (
     b"\0",
     b"\xff" * 4,
@@ -68,7 +68,7 @@ MAX_GROWTH = 1 << 20
 
 
 def mutate_bytes(data: bytes, other: bytes, draw: Random) -> bytes:
-    """Return `data` with one to eight mutations; `other` is a second valid file to splice in."""
+    """Return `data` with one to eight mutations; `other` is a valid file from which parts are copied."""
     content = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 4, 8))):
         at, size = draw.randrange(len(content) + 1), draw.choice((1, 2, 4, 8, 64, 512, 4096))
@@ -99,13 +99,13 @@ def mutate_bytes(data: bytes, other: bytes, draw: Random) -> bytes:
 
 
 def mutate_document(document: Any, draw: Random) -> Any:
-    """Return a copy of a JSON document in which one to three values, keys or items are changed."""
+    """Return a copy of a JSON document with one to three changed values, keys or items."""
     document = copy.deepcopy(document)
     for _ in range(draw.choice((1, 1, 1, 2, 3))):
-        places = list(_places(document))
-        if not places:
+        locations = list(_locations(document))
+        if not locations:
             return draw.choice(VALUES)
-        parent, key = draw.choice(places)
+        parent, key = draw.choice(locations)
         kind = draw.randrange(8)
         if kind == 0:
             del parent[key]
@@ -114,7 +114,7 @@ def mutate_document(document: Any, draw: Random) -> Any:
         elif kind == 1:
             parent.insert(key, copy.deepcopy(parent[key]))
         elif kind == 2:
-            other, other_key = draw.choice(places)
+            other, other_key = draw.choice(locations)
             parent[key] = copy.deepcopy(other[other_key])
         elif kind == 3 and isinstance(parent[key], int | float):
             parent[key] = _near(parent[key], draw)
@@ -127,7 +127,7 @@ def mutate_document(document: Any, draw: Random) -> Any:
 
 
 def dumps(document: Any) -> bytes:
-    """Encode as JSON, lone surrogates and NaN included."""
+    """Encode as JSON, including lone surrogates and NaN."""
     return json.dumps(document, indent=1, sort_keys=True).encode()
 
 
@@ -138,7 +138,7 @@ def _near(number: float, draw: Random) -> float:
         return 0
 
 
-def _places(document: Any) -> Any:
+def _locations(document: Any) -> Any:
     """Yield (container, key) of every value in the document, without recursion."""
     stack = [document]
     while stack:

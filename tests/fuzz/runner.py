@@ -1,10 +1,10 @@
-"""Feed mutated files to one parser after the other, each in a process with limits of time and memory.
+"""Run each parser on mutated files, in a process with limits on time and memory.
 
     python -m tests.fuzz.runner --seconds 20 --seed 1 --out FOLDER [--only TARGET]
 
-A parser may succeed or raise one of its target's errors, with a message of one line. Anything else (another exception,
-a signal, more than `CPU_SECONDS` for one input, more than `MEMORY` beyond the start) is a failure: the input is written
-to FOLDER/TARGET-HASH, and belongs into tests/fuzz/corpus/TARGET/ when the parser is mended. Prints JSON lines.
+A parser may succeed, or raise one of its target's errors with a one-line message. Anything else (another exception, a
+signal, more than `CPU_SECONDS` for one input, more than `MEMORY` of additional memory) is a failure. The input is then
+written to FOLDER/TARGET-HASH; move it to tests/fuzz/corpus/TARGET/ once the parser is fixed. Prints JSON lines.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from tests.fuzz.mutate import dumps, mutate_bytes, mutate_document
 CORPUS = Path(__file__).parent / "corpus"
 CPU_SECONDS = 10
 STALLED_SECONDS = 120
-"""Wall time after which a process that makes no progress is killed."""
+"""Wall-clock time after which a process without progress is killed."""
 MEMORY = 1 << 30
-"""Address space that an input may take beyond what was taken before."""
+"""Additional address space for an input, in bytes."""
 MAX_FAILURES = 5
 MAX_MESSAGE = 2100
 
 
 class TooSlow(BaseException):
-    """Raised by the CPU timer; no `except Exception` may swallow it."""
+    """Raised by the CPU timer. A BaseException, so that `except Exception` does not catch it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A parser of outside data.
+    """A parser of untrusted data.
 
     Attributes:
-        seeds: make valid files, given a scratch folder.
-        parse: give a file's content to the parser, in a scratch folder of its own.
-        errors: what it may raise.
-        seal: make the bytes of a changed JSON document, with its hashes recomputed so that they do not hide the parser.
-            None = the files are not JSON.
-        tolerant: damaged files are passed over, not refused.
+        seeds: returns the contents of valid files; receives a scratch folder.
+        parse: passes a file's content to the parser; receives an empty scratch folder.
+        errors: exceptions that the parser may raise.
+        seal: encodes a mutated JSON document with updated hashes, so that the hash check does not reject it first.
+            None: the files are not JSON.
+        tolerant: the parser ignores damaged files instead of raising an error.
     """
 
     name: str
@@ -68,16 +68,16 @@ class Target:
 
 @dataclass
 class Report:
-    """What was seen of one target."""
+    """Results of one target."""
 
     target: str
     inputs: int = 0
-    refused: int = 0
+    rejected: int = 0
     failures: list[str] = field(default_factory=list)
 
 
 def fuzz(target: Target, seconds: float, seed: int, out: Path) -> Report:
-    """Fuzz one target in a child process; a new child takes over after one that died."""
+    """Fuzz one target in a child process; a new child replaces one that died."""
     report, number = Report(target.name), 0
     end = time.monotonic() + seconds
     while time.monotonic() < end and len(report.failures) < MAX_FAILURES:
@@ -90,7 +90,7 @@ def fuzz(target: Target, seconds: float, seed: int, out: Path) -> Report:
         status = _wait(child, progress)
         part = json.loads(progress.read_text()) if progress.exists() else {}
         report.inputs += part.get("inputs", 0)
-        report.refused += part.get("refused", 0)
+        report.rejected += part.get("rejected", 0)
         report.failures += part.get("failures", [])
         if status:
             current = out / f"{target.name}.current"
@@ -99,22 +99,22 @@ def fuzz(target: Target, seconds: float, seed: int, out: Path) -> Report:
 
 
 def replay(target: Target, content: bytes, folder: Path) -> BaseException | None:
-    """Parse one input; returns the error that the target may raise, if it was raised.
+    """Parse one input; return the error if the parser raised one that is allowed.
 
     Raises:
-        BaseException: whatever else the parser raised, or AssertionError for a message that is not one clear line.
+        BaseException: any other exception of the parser, or AssertionError if a message is not a single line.
     """
-    refusal = None
+    rejection = None
     try:
         target.parse(content, folder)
     except target.errors as error:
-        refusal = error
-    if refusal is not None:
-        message = str(refusal)
-        assert message.strip(), f"{type(refusal).__name__} without a message"
+        rejection = error
+    if rejection is not None:
+        message = str(rejection)
+        assert message.strip(), f"{type(rejection).__name__} without a message"
         assert one_line(message) == message, f"not one printable line: {message!r}"
         assert len(message) <= MAX_MESSAGE, f"a message of {len(message)} characters: {message[:200]}..."
-    return refusal
+    return rejection
 
 
 def _child(target: Target, end: float, draw: Random, out: Path) -> NoReturn:
@@ -138,7 +138,7 @@ def _child(target: Target, end: float, draw: Random, out: Path) -> NoReturn:
             report.inputs += 1
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
             try:
-                report.refused += replay(target, content, folder) is not None
+                report.rejected += replay(target, content, folder) is not None
             except BaseException:
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 report.failures.append(_keep(target, content, traceback.format_exc(limit=-4), out))
@@ -165,7 +165,7 @@ def _draw(target: Target, seeds: list[bytes], draw: Random) -> bytes:
 
 
 def _wait(child: int, progress: Path) -> str:
-    """Wait for a child; returns why it died, or an empty string. One that stalls is killed."""
+    """Wait for a child, and kill it if it stalls; return why it died, or an empty string."""
     last, since = -1.0, time.monotonic()
     while True:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -194,10 +194,10 @@ def _too_slow(number: int, frame: FrameType | None) -> NoReturn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20, help="for all targets together")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--only", action="append", help="target; may be repeated")
+    parser.add_argument("--seconds", type=float, default=20, help="total time for all targets (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="random seed (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for inputs that caused failures")
+    parser.add_argument("--only", action="append", help="name of a target (default: all); may be repeated")
     options = parser.parse_args()
     from tests.fuzz.targets import TARGETS
 

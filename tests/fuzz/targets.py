@@ -1,4 +1,4 @@
-"""The parsers of outside data, and valid files for each to begin with."""
+"""The parsers of untrusted data, and valid files for each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from shards.sources.scan import ScanOptions
 from tests.fuzz.mutate import dumps
 from tests.fuzz.runner import Target
 
-pillow_heif.register_heif_opener()  # to make seeds
+pillow_heif.register_heif_opener()  # for creating seeds
 SIDE = 16
 CLASSES = ("ant", "bee")
 
@@ -92,14 +92,14 @@ def _manifest_of(path: Path) -> dict[str, Any]:
 
 
 def _sealed(document: Any) -> bytes:
-    """A manifest's bytes, with the hash of its content recomputed."""
+    """Encode a manifest with an updated hash."""
     content = {key: value for key, value in document.items() if key != "hash"}
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     return dumps(content | {"hash": xxhash.xxh3_64_hexdigest(text.encode("utf-8", "surrogatepass"))})
 
 
 def _use(path: Path, *, beton: bool = False) -> None:
-    """Open a set as training does."""
+    """Open a set like training does."""
     dataset = ShardSet(path)
     for split in dataset.manifest.splits:
         dataset.shard_samples(split)
@@ -110,7 +110,7 @@ def _use(path: Path, *, beton: bool = False) -> None:
 
 
 class SetTarget:
-    """A set of which one file is replaced; the others are linked to."""
+    """A set of which one file is replaced; its other files are hard links to a valid set."""
 
     def __init__(self, file: str, **options: Any) -> None:
         self.file, self.options = file, options
@@ -121,7 +121,7 @@ class SetTarget:
         return [(self._folder / self.file).read_bytes()]
 
     def parse(self, content: bytes, folder: Path) -> None:
-        if not self._folder.name:  # a saved input is replayed
+        if not self._folder.name:  # when a saved input is replayed
             (folder / "made").mkdir()
             self._folder = _set(folder / "made", **self.options)
         for path in self._folder.iterdir():
@@ -132,7 +132,7 @@ class SetTarget:
         _use(folder, beton="beton" in self.file)
 
     def reseal(self, content: bytes, folder: Path) -> None:
-        """Let the manifest state the hash of the changed file, so that the hash does not hide its parser."""
+        """Update the hash of the mutated file in the manifest, so that the hash check does not reject it first."""
         if self.file == MANIFEST_NAME:
             return
         manifest = _manifest_of(folder)
@@ -168,7 +168,7 @@ class SourceTarget:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
         (folder / "spool").mkdir()
-        # Two, so that pyarrow reads in another process: it ends its own on some damaged files.
+        # Two workers, so that pyarrow runs in a worker process: it crashes on some damaged files.
         scan(folder / "source", ScanOptions(workers=2), folder / "spool")
 
 
@@ -236,7 +236,7 @@ def _parse_class_list(content: bytes, folder: Path) -> None:
 
 
 class WorkTarget:
-    """The plan in the work folder of a conversion that is to be resumed."""
+    """The conversion plan in the work folder of an unfinished conversion."""
 
     def seeds(self, folder: Path) -> list[bytes]:
         convert(_images(folder / "images"), folder / "set", Options(scan=ScanOptions(workers=1)), ConversionPart(1, 2))
@@ -307,7 +307,7 @@ class CheckpointTarget:
         assert (found is None) == bool(complaints)
         if found is None:
             raise UserError(complaints[0])
-        assert found.progress.step == 14, "a checkpoint of another step than its folder's name"
+        assert found.progress.step == 14, "the step differs from that in the folder name"
         found.load()
 
 
@@ -318,7 +318,7 @@ def _sealed_meta(document: Any) -> bytes:
 
 
 class TextTarget:
-    """A text file that one function reads."""
+    """A text file that is read by one function."""
 
     def __init__(self, name: str, seed: Callable[[], bytes], read: Callable[[Path], object]) -> None:
         self._name, self._seed, self._read = name, seed, read

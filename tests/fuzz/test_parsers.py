@@ -1,4 +1,4 @@
-"""Outside data, mutated: every parser succeeds or says in one line what is wrong, in bounded time and memory."""
+"""On mutated files, every parser succeeds or raises a one-line error, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-def test_mutated_files_are_parsed_or_refused_in_one_line(name: str, quick: dict[str, dict[str, Any]]) -> None:
+def test_mutated_files_are_parsed_or_rejected_with_one_line(name: str, quick: dict[str, dict[str, Any]]) -> None:
     report = quick[name]
     assert not report["failures"], "\n".join(report["failures"])
-    assert report["inputs"], "no time for a single file"
+    assert report["inputs"], "no file was tested in the available time"
     if report["inputs"] >= 10 and not BY_NAME[name].tolerant:
-        assert report["refused"], "no mutated file was refused: the mutations do not reach the parser"
+        assert report["rejected"], "no mutated file was rejected: the mutations do not reach the parser"
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Change one operator, number or argument at a time and see whether a unit test fails (`make mutants`).
+"""Mutation testing (`make mutants`): change one operator, number or argument at a time; a unit test must fail.
 
-campaign.toml names the source files, the unit tests of each, and the mutants that behave as the original does. mutmut
-mutates copies of the tree under build/mutants/, so that an interrupted campaign leaves no mutated source behind.
+campaign.toml lists the source files, the unit tests of each, and the mutants that are equivalent to the original.
+mutmut mutates copies of the tree under build/mutants/, so that an interrupted campaign leaves no mutated source behind.
 
     python -m tests.mutation.campaign [--workers N] [FILE ...]
 """
@@ -33,27 +33,28 @@ PYTEST_OPTIONS = (
 
 @dataclass(frozen=True)
 class Result:
-    """Mutants of one source file."""
+    """Results for one source file."""
 
     mutants: int
+    """Total number of mutants."""
     timeouts: int
-    """Mutants in whose tests ran for too long, as endless loops do; they count as killed."""
+    """Mutants whose tests timed out, for example because of an endless loop; they count as killed."""
     equivalent: int
-    """Survivors that campaign.toml lists."""
+    """Surviving mutants that campaign.toml lists as equivalent."""
     survivors: dict[str, str]
-    """Other survivors: mutmut's name -> changed lines."""
+    """All other surviving mutants: mutmut's name -> changed lines."""
     stale: list[str]
-    """Entries of campaign.toml that match no survivor."""
+    """Entries of campaign.toml that match no surviving mutant."""
 
 
 def main() -> int:
     config = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("files", nargs="*", metavar="FILE", help="source files (default: all of campaign.toml)")
-    parser.add_argument("--workers", type=int, default=2, help="mutants tested at once")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="source files (default: all in campaign.toml)")
+    parser.add_argument("--workers", type=int, default=2, help="mutants tested in parallel (default: %(default)s)")
     arguments = parser.parse_args()
     if unknown := set(arguments.files) - set(config):
-        parser.error(f"{', '.join(sorted(unknown))}: not in campaign.toml, which has {', '.join(config)}")
+        parser.error(f"{', '.join(sorted(unknown))}: not in campaign.toml, which lists {', '.join(config)}")
     results = {source: campaign(source, config[source], arguments.workers) for source in arguments.files or config}
     print(f"\n{'file':<34}{'mutants':>8}{'killed':>8}{'(timeouts)':>12}{'equivalent':>12}{'survived':>10}")
     for source, result in results.items():
@@ -69,7 +70,7 @@ def main() -> int:
 
 
 def campaign(source: str, config: dict[str, Any], workers: int) -> Result:
-    """Run mutmut over one source file, named relative to the root."""
+    """Run mutmut on one source file, given relative to the repository root."""
     folder = SCRATCH / source.removesuffix(".py").replace("/", ".")
     shutil.rmtree(folder, ignore_errors=True)
     for name in (*PACKAGES, "tests"):
@@ -79,7 +80,7 @@ def campaign(source: str, config: dict[str, Any], workers: int) -> Result:
     settings = {
         "source_paths": PACKAGES,
         "only_mutate": [source],
-        # Fork workers from a process that has run no test: threads of torch and DALI do not survive a fork.
+        # Fork workers from a process that has not run tests, because threads of torch and DALI do not survive a fork.
         "process_isolation": ["forkserver"],
         "pytest_add_cli_args": [*PYTEST_OPTIONS, *deselected],
         "pytest_add_cli_args_test_selection": [f"tests/unit/{test}" for test in config["tests"]],
@@ -106,7 +107,7 @@ def campaign(source: str, config: dict[str, Any], workers: int) -> Result:
 
 
 def changed_lines(diff: str) -> str:
-    """Return the lines of a diff that differ, as one line: `- before + after`."""
+    """Return the changed lines of a diff as one line: `- before + after`."""
     lines = [line for line in diff.splitlines() if line.startswith(("-", "+")) and not line.startswith(("---", "+++"))]
     return " ".join(f"{line[0]} {' '.join(line[1:].split())}" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Where a cache keeps its files."""
+"""Find the files of a cache."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 
-def cached(place: Path, pattern: str = "*") -> list[Path]:
-    """The files of all sets in the cache in `place`, by the pattern of their names."""
-    return sorted(path for path in own_folder(place).glob(f"*/{pattern}") if path.is_file())
+def cached(cache: Path, pattern: str = "*") -> list[Path]:
+    """Return the files of all sets in a cache whose names match the pattern."""
+    return sorted(path for path in own_folder(cache).glob(f"*/{pattern}") if path.is_file())
 
 
-def own_folder(place: Path) -> Path:
-    """The cache's folder in the one that --cache names."""
-    return place / f"fat-pipeline-cache-{os.geteuid()}"
+def own_folder(cache: Path) -> Path:
+    """Return the subfolder that the cache creates in the folder specified with --cache."""
+    return cache / f"fat-pipeline-cache-{os.geteuid()}"

@@ -1,4 +1,4 @@
-"""Call the commands in this process."""
+"""Run commands in this process."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 import torch
 
 SMALL = ("--size", "32", "--augment", "light", "--global-batch", "32", "--epochs", "1", "--warmup-epochs", "0")
-"""Options of training that make one short epoch of the digits."""
+"""Training options for one short epoch of the digits."""
 
 
 def run(main: Callable[[], int], *args: object) -> int:
     """Call a command's `main` with these arguments; return its exit status.
 
-    The variables and the threads that it sets for the rest of its process are put back.
+    Environment variables and the number of threads are restored afterwards.
     """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
@@ -31,7 +31,7 @@ def run(main: Callable[[], int], *args: object) -> int:
 
 def run_pipeline(*args: str | Path) -> None:
     """Run `pipeline ARGS`, which must succeed."""
-    from launch.cli import main as pipeline  # many libraries, which tests of kernels do without
+    from launch.cli import main as pipeline  # imported here because the kernel tests do not have all its libraries
 
     status = pipeline([str(arg) for arg in args])
     assert status == 0, f"pipeline {' '.join(map(str, args))}: exit status {status}"

@@ -1,4 +1,4 @@
-"""`pipeline shard` as a process of its own, and its workers."""
+"""Run `pipeline shard` in a separate process, and find its worker processes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ try:
 except UserError as error:
     sys.exit(f"error: {error}")
 """
-"""What `pipeline shard` does, without what the other commands import."""
+"""Program that runs `pipeline shard` without importing the other commands."""
 
 
 def descendants(pid: int) -> list[int]:
+    """Return the pids of all child processes, recursively."""
     children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return children + [below for child in children for below in descendants(child)]
 
 
 def workers_of(pid: int) -> list[int]:
-    """Those below the fork server, which is the one that has any."""
+    """Return the pids of the worker processes: the children of the fork server, the only child with children."""
     return [below for child in descendants(pid) for below in descendants(child)]

@@ -17,13 +17,13 @@ from shards.format.manifest import MANIFEST_NAME, content_hash
 
 
 def shard_of(path: Path, sample: int, split: str = "train") -> tuple[Path, int, int]:
-    """Shard, offset and size of a sample."""
+    """Return the shard file of a sample, and its offset and size there."""
     row = ShardSet(path).index(split)[sample]
     return ShardSet(path).shard_path(split, int(row["shard"])), int(row["offset"]), int(row["size"])
 
 
 def flip_a_bit(path: Path, sample: int = 11, split: str = "train") -> str:
-    """Damage one sample; returns a pattern of the message about it."""
+    """Flip one bit of a sample; return a regular expression for the message about it."""
     shard, offset, size = shard_of(path, sample, split)
     data = bytearray(shard.read_bytes())
     data[offset + size // 2] ^= 4
@@ -34,7 +34,7 @@ def flip_a_bit(path: Path, sample: int = 11, split: str = "train") -> str:
 
 
 def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
-    """Change the parsed manifest, and its hash with it: what the maker of a hostile set can do."""
+    """Edit the manifest and update its hash, as the author of a hostile set can."""
     content = json.loads((path / MANIFEST_NAME).read_bytes())
     edit(content)
     content["hash"] = content_hash(content)
@@ -42,7 +42,7 @@ def edit_manifest(path: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_index(path: Path, edit: Callable[[Index], object], split: str = "train", *, rehash: bool = True) -> None:
-    """Change rows of a split's index and, with `rehash`, its hash in the manifest."""
+    """Edit rows of a split's index and, with `rehash`, update its hash in the manifest."""
     entry = ShardSet(path).split(split)
     file = path / entry.index
     content = np.fromfile(file, np.uint8)
@@ -50,11 +50,11 @@ def edit_index(path: Path, edit: Callable[[Index], object], split: str = "train"
     file.write_bytes(content.tobytes())
     digest = xxhash.xxh3_64_hexdigest(content)
 
-    def fit(manifest: dict[str, Any]) -> None:
+    def update_hash(manifest: dict[str, Any]) -> None:
         found = manifest["splits"][split]
         found["index_hash"] = digest
         if not entry.tars:
             found["beton"]["index_hash"] = digest
 
     if rehash:
-        edit_manifest(path, fit)
+        edit_manifest(path, update_hash)

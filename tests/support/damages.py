@@ -1,4 +1,4 @@
-"""Random damages to the files of a folder: what disks, copies and people do to them."""
+"""Apply random damage to the files of a folder, as disk faults, failed copies and users cause it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KINDS = ("flip", "overwrite", "truncate", "append", "empty", "remove", "folder",
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done, for people and for repair."""
+    """A damage that was applied, for messages and for `repair`."""
 
     kind: str
     paths: tuple[Path, ...]
@@ -25,14 +25,14 @@ class Damage:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All regular files below a folder, in a fixed order."""
+    """Return all regular files below a folder, sorted."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def damage(folder: Path, draw: Random, *, kinds: tuple[str, ...] = KINDS) -> Damage:
-    """Damage one file (or exchange two) below `folder`."""
+    """Damage one random file, or exchange two, below `folder`."""
     kind = draw.choice(kinds)
-    # Small files are as interesting as large ones: every file is equally likely.
+    # Every file is equally likely, because small files matter as much as large ones.
     path = draw.choice(files_of(folder))
     size = path.stat().st_size
     at = draw.randrange(size) if size else 0
@@ -70,7 +70,7 @@ def damage(folder: Path, draw: Random, *, kinds: tuple[str, ...] = KINDS) -> Dam
 
 @contextlib.contextmanager
 def copied(folder: Path, target: Path) -> Iterator[Path]:
-    """A copy of a folder that may be damaged and is removed at the end."""
+    """Yield a copy of a folder, which is removed at the end."""
     shutil.copytree(folder, target)
     try:
         yield target
@@ -78,11 +78,11 @@ def copied(folder: Path, target: Path) -> Iterator[Path]:
         shutil.rmtree(target)
 
 
-def repair(damage: Damage, whole: Path, damaged: Path) -> None:
-    """Put the original files back."""
+def repair(damage: Damage, original: Path, damaged: Path) -> None:
+    """Restore the damaged files from the original folder."""
     for path in damage.paths:
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(whole / path.relative_to(damaged), path)
+        shutil.copy2(original / path.relative_to(damaged), path)

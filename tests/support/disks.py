@@ -1,4 +1,4 @@
-"""Disks that are full, for tests."""
+"""Small and full disks, for tests."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of its own; the test is skipped where nobody may mount one.
+    """Mount a small tmpfs at `folder`. The test is skipped if this process cannot mount file systems.
 
     Args:
-        folder: made, and gone afterwards.
-        size: of tmpfs, such as "64k".
+        folder: mount point, which is created; it is unmounted at the end.
+        size: size of the tmpfs, such as "64k".
     """
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
@@ -31,7 +31,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """Fill a disk to the last byte, as others do; returns the file to remove."""
+    """Fill a disk to the last byte, like other programs; return the file to remove."""
     filler = disk / "of-others"
     with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
         while True:

@@ -1,4 +1,4 @@
-"""A file system that hangs, as one does whose server is gone: a FUSE mount that answers nothing after the mount."""
+"""A file system that hangs, like a network mount without its server: a FUSE mount that never answers."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import os
 import struct
 from pathlib import Path
 
-# From linux/fuse.h: fuse_in_header and fuse_out_header, and the answer to INIT of protocol 7.31.
+# From linux/fuse.h: fuse_in_header, fuse_out_header, and the answer to INIT of protocol 7.31.
 IN_HEADER, OUT_HEADER = struct.Struct("<IIQQIIII"), struct.Struct("<IiQ")
 INIT_ANSWER = struct.pack("<IIIIHHIIHHI7I", 7, 31, 0, 0, 12, 9, 1 << 16, 1, 0, 0, 0, *[0] * 7)
 REQUEST_BYTES = 1 << 17
 
 
 def can_mount() -> bool:
-    """Whether this machine lets us mount FUSE file systems."""
+    """Return whether this process can mount FUSE file systems."""
     return os.getuid() == 0 and os.access("/dev/fuse", os.R_OK | os.W_OK)
 
 
 def mount_hanging(folder: Path) -> None:
-    """Mount over `folder`: every call that looks into it hangs until this process ends.
+    """Mount a hanging file system at `folder`: every access to it blocks until this process ends.
 
-    For a process in a mount namespace of its own (`unshare --mount`), with which the mount goes.
+    The process must be in its own mount namespace (`unshare --mount`), which removes the mount when it ends.
     """
     server = os.open("/dev/fuse", os.O_RDWR)
     options = f"fd={server},rootmode=40000,user_id=0,group_id=0"

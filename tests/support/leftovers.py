@@ -1,4 +1,4 @@
-"""What a piece of code leaves behind in this process and on this machine."""
+"""Check that code leaves no threads, files, shared memory or processes behind."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from pathlib import Path
 
 
 def children() -> set[int]:
-    """Process ids of this process's children."""
+    """Return the pids of this process's children."""
     return {int(pid) for task in Path("/proc/self/task").glob("*/children") for pid in task.read_text().split()}
 
 
 def open_files() -> int:
+    """Return the number of open file descriptors of this process."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def feed_buffers(process: int | str = "self") -> int:
-    """How many of a feed process's buffers a process has mapped."""
+    """Return how many buffers of a feed process are mapped into a process."""
     return Path(f"/proc/{process}/maps").read_text().count("memfd:encoded-images")
 
 
 @contextlib.contextmanager
 def nothing_is_left_behind() -> Iterator[None]:
-    """No thread, file, shared memory or child process that was not there before.
+    """Assert that the block adds no thread, open file, shared memory or child process.
 
-    Run the code once before: libraries keep threads and files from their first use on. What other tests left may go
-    meanwhile, so only additions count.
+    Run the code once before, because libraries keep threads and files after their first use. Only additions count,
+    because leftovers of other tests may disappear during the block.
     """
-    gc.collect()  # mapped buffers have file descriptors, and reference cycles may hold them for a while
+    gc.collect()  # reference cycles may keep mapped buffers, and thus file descriptors, alive
     threads, processes, shared = set(threading.enumerate()), children(), set(os.listdir("/dev/shm"))
     files, buffers = open_files(), feed_buffers()
     yield

@@ -1,4 +1,4 @@
-"""Code that runs as another user of the machine."""
+"""Run code as another user of the machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ NOBODY = 65534
 
 
 def needs_root() -> None:
-    """Skip where the tests cannot become another user."""
+    """Skip the test unless this process can change its user."""
     if os.geteuid() != 0:
         pytest.skip("only root can run code as another user")
 
 
 @contextmanager
 def public_folder(mode: int = 0o1777) -> Iterator[Path]:
-    """A folder that every user can reach, as pytest's are not."""
+    """Yield a folder that all users can access, unlike those of pytest."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(mode)
     try:
@@ -34,7 +34,7 @@ def public_folder(mode: int = 0o1777) -> Iterator[Path]:
 
 
 def as_user(uid: int, do: Callable[[], Any], *, groups: Sequence[int] = (), umask: int = 0o022) -> Any:
-    """What `do` returns in a forked process of that user; an exception that it raises is returned."""
+    """Call `do` in a forked process of that user; return its result, or the exception that it raised."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

@@ -1,4 +1,4 @@
-"""Wait in a test for what another thread or process will do."""
+"""Wait in a test for another thread or process."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 
 
 def wait_until(
-    condition: Callable[[], object], what: str = "what was expected", seconds: float = 60, *, interval: float = 0.02
+    condition: Callable[[], object], what: str = "the condition", seconds: float = 60, *, interval: float = 0.02
 ) -> None:
-    """Return once the condition holds; fail if it never does, which nothing but a hang takes that long to show."""
+    """Wait until the condition is true. The timeout is so long that only a hang exceeds it."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s in vain for {what}"
+        assert time.monotonic() < end, f"timed out after {seconds:.0f} s waiting for {what}"
         time.sleep(interval)
 
 
 def is_running(pid: int) -> bool:
-    """Whether a thread of the process is left, which may hold its files after the main thread has ended.
+    """Return whether any thread of a process still runs; it may keep files open after the main thread has ended.
 
-    One that nobody waits for may stay as a zombie.
+    A zombie, whose parent has not waited for it, does not count as running.
     """
     try:
         states = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
     except (FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}").exists()  # of a thread that has ended meanwhile
+        return Path(f"/proc/{pid}").exists()  # a thread ended during the loop
     return not all("\nState:\tZ" in state for state in states)

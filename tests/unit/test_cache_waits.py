@@ -86,7 +86,7 @@ def test_a_suspended_process_that_fetches_the_index_is_named(
         assert f"suspended), which has stood at 7 of {size:,} bytes for 1 s; continue or end that process" in str(error)
         assert error.value.exit_code == 1
         assert f"{name}" in caplog.text, "said before the end"
-        assert "waiting for" in caplog.text
+        assert "still waiting after" in caplog.text
     assert len(dataset.index("train")) == dataset.split("train").samples, "when it has gone, its download is resumed"
     assert (index, 7, size) in site.log
 

@@ -1,4 +1,4 @@
-"""A CPU quota counts as cores, wherever threads and processes are counted."""
+"""The CPU quota of a container limits all default numbers of threads and processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ V1 = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder in place of /sys/fs/cgroup; `own` beside it is in place of /proc/self/cgroup."""
+    """An empty folder that replaces /sys/fs/cgroup; the file `own` next to it replaces /proc/self/cgroup."""
     monkeypatch.setattr(cores, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(cores, "OWN_GROUPS", tmp_path / "own")
     cores.quota.cache_clear()
@@ -37,9 +37,9 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         ("less than a core", "0::/", {"cpu.max": "20000 100000"}, 1),
         ("another period", "0::/", {"cpu.max": "30000 10000"}, 3),
         ("the process's own group", "0::/user/job", {"user/job/cpu.max": "100000 100000"}, 1),
-        ("a group above it", "0::/pod/box/app", {"pod/cpu.max": "300000 100000", "pod/box/app/cpu.max": "max 1"}, 3),
+        ("a parent group", "0::/pod/box/app", {"pod/cpu.max": "300000 100000", "pod/box/app/cpu.max": "max 1"}, 3),
         ("the smallest of them", "0::/a/b", {"a/cpu.max": "200000 100000", "a/b/cpu.max": "800000 100000"}, 2),
-        ("another's group", "0::/a/b", {"a/c/cpu.max": "100000 100000"}, None),
+        ("a sibling group", "0::/a/b", {"a/c/cpu.max": "100000 100000"}, None),
         ("the host's path in a container", "0::/docker/1f", {"cpu.max": "100000 100000"}, 1),
         ("v1", "4:cpu:/", {f"cpu/{V1[0]}": "400000", f"cpu/{V1[1]}": "100000"}, 4),
         ("v1 without quota", "4:cpu:/", {f"cpu/{V1[0]}": "-1", f"cpu/{V1[1]}": "100000"}, None),
@@ -49,11 +49,11 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             {f"cpu,cpuacct/slurm/{V1[0]}": "500000", f"cpu,cpuacct/slurm/{V1[1]}": "100000"},
             5,
         ),
-        ("v1 beside v2", "1:name=systemd:/x\n0::/y", {"unified/y/cpu.max": "100000 100000"}, 1),
-        ("what nobody understands", "0::/", {"cpu.max": "many"}, None),
+        ("v1 and v2", "1:name=systemd:/x\n0::/y", {"unified/y/cpu.max": "100000 100000"}, 1),
+        ("an invalid quota", "0::/", {"cpu.max": "many"}, None),
     ],
 )
-def test_the_smallest_quota_of_the_own_groups_counts(
+def test_the_smallest_quota_of_the_process_groups_is_used(
     groups: Path, what: str, own: str | None, files: dict[str, str], expected: int | None
 ) -> None:
     if own is not None:
@@ -70,9 +70,9 @@ def test_the_smallest_quota_of_the_own_groups_counts(
     ("what", "near", "quota", "threads"),
     [
         ("ranks share the quota", [None] * 4, 8, 2),
-        ("ranks near GPUs too", [0, 0, 1, 1], 4, 1),
-        ("less than a core for each", [0, 0, 1, 1], 1, 1),
-        ("more than there are", [0, 0, 1, 1], 64, 4),
+        ("ranks bound to NUMA nodes, too", [0, 0, 1, 1], 4, 1),
+        ("less than a core per rank", [0, 0, 1, 1], 1, 1),
+        ("a quota above the number of cores", [0, 0, 1, 1], 64, 4),
     ],
 )
 def test_ranks_share_the_quota(what: str, near: list[int | None], quota: int, threads: int) -> None:
@@ -96,7 +96,7 @@ print(os.environ["OMP_NUM_THREADS"])
 
 
 @pytest.mark.parametrize(("code", "expected"), [(COUNTED, ["1"] * 5), (VERB, ["1"])], ids=["a rank", "a verb"])
-def test_in_a_container_with_a_quota_everything_counts_alike(code: str, expected: list[str]) -> None:
+def test_in_a_container_all_components_use_the_quota(code: str, expected: list[str]) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can mount something over /sys/fs/cgroup")
     quota = "mount -t tmpfs none /sys/fs/cgroup && echo '100000 100000' > /sys/fs/cgroup/cpu.max"

@@ -1,4 +1,4 @@
-"""Where `pipeline shard SOURCE` writes without --out."""
+"""The default output folder of `pipeline shard SOURCE`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from shards.errors import UserError
         ("data", "home/data-shards"),
     ],
 )
-def test_the_set_lies_beside_what_the_command_line_names(
+def test_the_default_folder_is_next_to_the_source(
     source: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`store` is another disk: `data`, `parent` and `archive.tar` are links to what is there."""
+    """`data`, `parent` and `archive.tar` are symbolic links into `store`, which stands for another disk."""
     (tmp_path / "store" / "images").mkdir(parents=True)
     (tmp_path / "store" / "a.tar").touch()
     home = tmp_path / "home"
@@ -38,10 +38,10 @@ def test_the_set_lies_beside_what_the_command_line_names(
         (home / link).symlink_to(tmp_path / target)
     monkeypatch.chdir(home)
     inside = source if not source.startswith("home/") else tmp_path / source
-    wanted = tmp_path / expected if source != ".." else tmp_path.parent / expected.format(name=tmp_path.name)
-    assert default_out(Path(inside)) == wanted
+    expected_path = tmp_path / expected if source != ".." else tmp_path.parent / expected.format(name=tmp_path.name)
+    assert default_out(Path(inside)) == expected_path
 
 
-def test_the_root_folder_needs_a_name() -> None:
-    with pytest.raises(UserError, match=r"/: has no name .*--out"):
+def test_the_root_folder_has_no_default() -> None:
+    with pytest.raises(UserError, match=r"/: no default name .*--out"):
         default_out(Path("/"))

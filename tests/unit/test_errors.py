@@ -1,4 +1,4 @@
-"""Bad input says so in one clear line and exit status 2."""
+"""Invalid input gives a one-line error and exit status 2."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.commands import SMALL, run
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on standard error."""
+    """Return standard error, which must be one line."""
     shown = capsys.readouterr().err.strip()
     assert "Traceback" not in shown
     assert shown.count("\n") == 0, shown
@@ -54,7 +54,7 @@ def test_a_class_folder_without_images(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("command", [["verify"], ["info"], ["look"]])
-def test_what_is_no_shard_set(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_shard_set(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline([*command, str(tmp_path / "none")]) == 2
     assert "no such shard set" in error_line(capsys)
 
@@ -83,18 +83,18 @@ def test_fewer_images_than_one_batch(digits: Path, capsys: pytest.CaptureFixture
     assert "1437 training images are fewer than one global batch of 2048" in error_line(capsys)
 
 
-def test_a_world_size_that_does_not_fit(digits: Path) -> None:
+def test_a_world_size_that_does_not_divide_the_batch(digits: Path) -> None:
     recipe = parse(["--data", str(digits), "--global-batch", "64"])
     with pytest.raises(UserError, match=r"world size 3 .* global batch of 64.*: 2 and 4"):
         Feed.of(recipe, World(0, 3, 0, 3, torch.device("cpu")))
 
 
-def test_a_micro_batch_that_does_not_fit(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_micro_batch_that_does_not_divide_the_batch(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_on(digits, "--micro-batch", "7") == 2
     assert "micro-batch 7 does not divide the 64 rows" in error_line(capsys)
 
 
-def test_no_data_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_data_specified(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FAT_DATA", raising=False)
     assert train_with("--out", "run") == 2
@@ -116,7 +116,7 @@ def train_with(*args: str) -> int:
         ("bench SET -- --hw-decoder-load 2", "--hw-decoder-load 2: expected a number from 0 to 1"),
     ],
 )
-def test_options_of_the_pipeline_that_make_no_sense(
+def test_invalid_options_of_pipeline_commands(
     command: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pipeline(command.split()) == 2
@@ -139,7 +139,7 @@ def test_options_of_the_pipeline_that_make_no_sense(
         ("--recipe none.toml", "none.toml: no such recipe file"),
     ],
 )
-def test_options_of_training_that_make_no_sense(
+def test_invalid_options_of_training(
     options: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", *options.split()])

@@ -1,4 +1,4 @@
-"""What the names of tars tell is kept by `pipeline index`, and counts for --strict, as in `pipeline shard`."""
+"""`pipeline index` records notes and doubts about the file names of tars; doubts fail with --strict."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def tars(folder: Path, names: list[str]) -> tuple[Path, ...]:
 
 
 @pytest.mark.parametrize(("names", "doubt"), DOUBTS)
-def test_doubts_of_names_are_kept(
+def test_doubts_about_file_names_are_recorded(
     names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Index(tars(tmp_path, names), workers=1).run() == 0
     said = capsys.readouterr()
     assert said.err.count(f"note: {doubt}\n") == 1
-    assert f"note: {doubt}\n" in said.out, "in the summary, too"
+    assert f"note: {doubt}\n" in said.out, "also in the summary"
     assert Manifest.load(tmp_path).made["doubts"] == [doubt]
     assert Info(tmp_path).run() == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -41,7 +41,7 @@ def test_doubts_of_names_are_kept(
 @pytest.mark.parametrize(
     ("names", "note"), [(["b.tar"], UNNAMED), (["train-0.tar", "test-0.tar"], NO_VALIDATION)], ids=["unnamed", "test"]
 )
-def test_notes_of_names_are_kept_and_refused_by_nothing(
+def test_notes_about_file_names_are_recorded_and_pass_with_strict(
     names: list[str], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Index(tars(tmp_path, names), workers=1, strict=True).run() == 0
@@ -55,7 +55,7 @@ def test_notes_of_names_are_kept_and_refused_by_nothing(
 
 
 @pytest.mark.parametrize(("names", "doubt"), DOUBTS)
-def test_strict_refuses_doubts_of_names_before_a_tar_is_read(
+def test_strict_fails_on_doubts_about_file_names_before_reading_tars(
     names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in names:
@@ -69,7 +69,7 @@ def test_strict_refuses_doubts_of_names_before_a_tar_is_read(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_doubts_of_names_and_of_labels_are_kept_together(tmp_path: Path) -> None:
+def test_doubts_about_names_and_labels_are_recorded_together(tmp_path: Path) -> None:
     labelled_tar(tmp_path / "train-0.tar", [0, 3])
     labelled_tar(tmp_path / "b.tar", [0, 3])
     both = tuple(sorted(tmp_path.glob("*.tar")))

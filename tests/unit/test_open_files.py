@@ -1,4 +1,4 @@
-"""Under a low limit of open files commands work with fewer, or say which limit to raise; never that data is bad."""
+"""With a low limit of open files, commands use fewer files or tell the user to increase the limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FULL = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
 def limited(soft: int, hard: int, code: str, *args: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run Python code in a process that may have `soft` files open, and may raise that to `hard`."""
+    """Run Python code in a process with these limits of open files."""
     env = {**os.environ, "PYTHONPATH": python_path(), "CUDA_VISIBLE_DEVICES": ""}
     command = ["prlimit", f"--nofile={soft}:{hard}", sys.executable, "-c", code, *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -43,7 +43,7 @@ STARTS = {
     ("start", "soft", "hard", "expected"),
     [("a verb", 48, 512, 512), ("a rank", 48, 20000, 4096), ("a verb", 8000, 9000, 8000)],
 )
-def test_a_command_raises_its_soft_limit(start: str, soft: int, hard: int, expected: int) -> None:
+def test_a_command_increases_its_soft_limit(start: str, soft: int, hard: int, expected: int) -> None:
     assert limited(soft, hard, RAISED.format(start=STARTS[start])).stdout.split() == [str(expected), str(hard)]
 
 
@@ -55,7 +55,7 @@ import numpy as np
 from pipeline.storage.files import LocalFiles
 from shards.open_files import open_file_budget
 
-taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(int(sys.argv[2]))]  # other parts of the process
+taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(int(sys.argv[2]))]  # files of other components
 files = LocalFiles([Path(sys.argv[1]) / str(n) for n in range(300)])
 
 def first_byte(n):
@@ -70,8 +70,8 @@ print("read")
 """
 
 
-@pytest.mark.parametrize("taken", [0, 53], ids=["alone", "beside others"])
-def test_a_reader_of_many_files_keeps_few_open(tmp_path: Path, taken: int) -> None:
+@pytest.mark.parametrize("taken", [0, 53], ids=["alone", "with other files open"])
+def test_a_reader_of_many_files_keeps_few_of_them_open(tmp_path: Path, taken: int) -> None:
     for n in range(300):
         (tmp_path / str(n)).write_bytes(bytes([n % 256]))
     done = limited(64, 64, READ, tmp_path, str(taken))
@@ -88,7 +88,7 @@ def test_a_reader_of_many_files_keeps_few_open(tmp_path: Path, taken: int) -> No
         (12, ["info"]),
     ],
 )
-def test_a_verb_works_or_names_the_limit(
+def test_a_command_works_or_reports_the_limit(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, verb: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -100,7 +100,7 @@ def test_a_verb_works_or_names_the_limit(
         assert f"'ulimit -n' allows {limit} at most" in done.stderr
 
 
-def test_too_many_open_files_are_no_fault_of_a_file() -> None:
+def test_too_many_open_files_is_a_storage_failure() -> None:
     judged = storage_error("a.tar", FULL)
     assert isinstance(judged, StorageFailed)
     assert re.fullmatch(
@@ -118,8 +118,8 @@ def test_too_many_open_files_are_no_fault_of_a_file() -> None:
     ("soft", "hard", "advice"),
     [(64, 4096, "'ulimit -n 1024'"), (2000, 9000, "'ulimit -n 4000'"), (2000, 3000, "allows 3000 at most")],
 )
-def test_a_limit_that_would_help_is_named(soft: int, hard: int, advice: str) -> None:
-    """Never one below the limit that was too low, which would lower the hard one too."""
+def test_a_sufficient_limit_is_recommended(soft: int, hard: int, advice: str) -> None:
+    """It is never lower than the current limit, because `ulimit -n` also sets the hard limit."""
     said = limited(soft, hard, "from shards.open_files import how_to_raise_limit; print(how_to_raise_limit())")
     assert advice in said.stdout, said.stderr
 
@@ -156,18 +156,18 @@ def chained() -> BaseException:
         (broken_handler(), False),
     ],
 )
-def test_what_a_library_says_is_understood(error: BaseException, expected: bool) -> None:
+def test_errors_of_libraries_are_recognized(error: BaseException, expected: bool) -> None:
     assert (open_files_error(error) is not None) == expected
 
 
-def test_a_part_gets_its_share_of_the_limit() -> None:
+def test_each_component_gets_a_part_of_the_limit() -> None:
     code = "from shards.open_files import open_file_budget; print(open_file_budget(256), open_file_budget(8))"
     assert limited(64, 64, code).stdout.split() == ["16", "8"]
     assert limited(1024, 1024, code).stdout.split() == ["256", "8"]
     assert open_file_budget(1) == 1
 
 
-def test_an_unreadable_file_names_who_may_read_it() -> None:
+def test_the_message_about_an_unreadable_file_names_its_owner() -> None:
     needs_root()
     with public_folder() as folder:
         file, closed = folder / "a.tar", folder / "closed"

@@ -42,18 +42,18 @@ def places(digits: Path) -> Iterator[dict[str, Path]]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+def test_an_output_that_cannot_be_written_is_rejected_before_the_work(
     places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     needs_root()
     arguments, advice = COMMANDS[name]
-    # The work itself: none of it may begin. (`as_user` forks, so that this holds there too.)
+    # None of these may be called. (The patches also apply in the process that `as_user` forks.)
     for work in (
         "shards.convert.convert.detect_layout", "shards.commands.index_tars.run_jobs",
         "shards.commands.samples._load_photos", "launch.tuning.command.tune", "launch.bench.run.bench",
         "pipeline.storage.remote.shard_set.open_set",
     ):  # fmt: skip
-        monkeypatch.setattr(work, _began)
+        monkeypatch.setattr(work, _must_not_start)
 
     def run() -> tuple[int, str]:
         import io
@@ -71,11 +71,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
     assert advice in said
 
 
-def _began(*_: object, **__: object) -> None:
-    raise AssertionError("the work began")
+def _must_not_start(*_: object, **__: object) -> None:
+    raise AssertionError("the work was started")
 
 
-def test_a_folder_that_is_not_there_yet_is_judged_by_the_nearest_that_is(tmp_path: Path) -> None:
+def test_a_missing_output_folder_is_checked_through_its_nearest_existing_parent(tmp_path: Path) -> None:
     check_output_folder(tmp_path / "a" / "b", "--out", "specify another")
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match=r"--out .*/file/b: .*/file is not a folder; specify another"):

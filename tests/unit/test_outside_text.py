@@ -1,4 +1,4 @@
-"""Validation, redaction and waiting: what stands between outside data and the rest."""
+"""Validation of untrusted data, redaction of credentials, and waiting."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ HASH = "0123456789abcdef"
 @pytest.mark.parametrize(
     "name", ["", ".", "..", ".bashrc", "/etc/passwd", "../x", "a/b", "a\\b", "a\nb", "a\0b", "x" * 256]
 )
-def test_names_that_could_leave_the_folder_are_refused(name: str) -> None:
+def test_file_names_that_could_leave_the_folder_are_rejected(name: str) -> None:
     with pytest.raises(ValueError, match="file name"):
         plain_file_name(name)
 
 
 @pytest.mark.parametrize("name", ["train-000000.tar", "train.index.npy", "ünï 1.beton", "a..b"])
-def test_plain_names_are_taken(name: str) -> None:
+def test_plain_file_names_are_accepted(name: str) -> None:
     assert plain_file_name(name) == name
 
 
@@ -60,18 +60,18 @@ def test_plain_names_are_taken(name: str) -> None:
         (b'{"name": "a", "hash": "%s", "evil": 1}' % HASH.encode(), "evil"),
     ],
 )
-def test_documents_that_do_not_fit_are_refused_in_one_line(document: bytes, fact: str) -> None:
+def test_invalid_documents_are_rejected_with_one_line(document: bytes, fact: str) -> None:
     with pytest.raises(ValueError, match=re.escape(fact)) as caught:
         parse_json(document, ENTRY, limit=1 << 20)
     assert "\n" not in str(caught.value)
 
 
-def test_a_document_of_more_than_the_limit_is_not_parsed() -> None:
+def test_a_document_above_the_size_limit_is_not_parsed() -> None:
     with pytest.raises(ValueError, match="21 bytes, more than the 20"):
         parse_json(b" " * 21, ENTRY, limit=20)
 
 
-def test_a_document_that_fits_is_taken() -> None:
+def test_a_valid_document_is_accepted() -> None:
     assert parse_json(b'{"name": "a", "hash": "%s", "samples": 3}' % HASH.encode(), ENTRY, limit=99) == Entry(
         "a", HASH, 3
     )
@@ -89,7 +89,7 @@ def test_a_document_that_fits_is_taken() -> None:
         ("/data/set", "/data/set"),
     ],
 )
-def test_credentials_are_not_shown(text: str, shown: str) -> None:
+def test_credentials_are_redacted(text: str, shown: str) -> None:
     assert redact(text) == shown
 
 
@@ -107,14 +107,14 @@ def test_redaction_is_idempotent(text: str) -> None:
         (OSError(116, "Stale file handle"), StorageFailed, 1),
     ],
 )
-def test_failing_storage_is_not_taken_for_bad_input(error: OSError, kind: type, status: int) -> None:
+def test_failing_storage_is_distinguished_from_invalid_input(error: OSError, kind: type, status: int) -> None:
     judged = storage_error("/data/a.tar", error)
     assert type(judged) is kind
     assert judged.exit_code == status
     assert str(judged).startswith("/data/a.tar: ")
 
 
-def test_a_long_wait_is_announced_and_ends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_wait_is_logged_and_times_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     clock = [0.0]
     monkeypatch.setattr(waiting.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(waiting.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
@@ -122,9 +122,9 @@ def test_a_long_wait_is_announced_and_ends(monkeypatch: pytest.MonkeyPatch, capl
     with caplog.at_level(logging.WARNING):
         while clock[0] <= 100:
             wait.pause(1.0)
-    with pytest.raises(StorageFailed, match=r"held by process 7: waited 101 s"):
+    with pytest.raises(StorageFailed, match=r"held by process 7: timed out after 101 s"):
         wait.pause(1.0)
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        "/cache/.lock: held by process 7: waiting for 10 s",
-        "/cache/.lock: held by process 7: waiting for 70 s",
+        "/cache/.lock: held by process 7: still waiting after 10 s",
+        "/cache/.lock: held by process 7: still waiting after 70 s",
     ]

@@ -1,4 +1,4 @@
-"""Folders in shared places: whatever another user has put there is refused, in one line that says whose it is."""
+"""Folders in shared locations: a folder or file of another user is rejected with a message that names its owner."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mode_of(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_a_folder_is_made_for_its_user_alone_whatever_the_umask(tmp_path: Path) -> None:
+def test_a_folder_is_created_private_with_any_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         create_private_folder(tmp_path / "a" / "b", remedy=REMEDY)
@@ -32,25 +32,25 @@ def test_a_folder_is_made_for_its_user_alone_whatever_the_umask(tmp_path: Path) 
     create_private_folder(tmp_path / "a" / "b", remedy=REMEDY)
 
 
-def prepare_link(path: Path) -> None:
+def create_link(path: Path) -> None:
     (path.parent / "elsewhere").mkdir()
     path.symlink_to(path.parent / "elsewhere")
 
 
-def prepare_writable(path: Path) -> None:
+def create_writable(path: Path) -> None:
     path.mkdir()
     path.chmod(0o777)
 
 
 PREPARED: list[tuple[Callable[[Path], object], str]] = [
-    (prepare_link, "a symbolic link or a file, not a folder"),
+    (create_link, "a symbolic link or a file, not a folder"),
     (Path.touch, "a symbolic link or a file, not a folder"),
-    (prepare_writable, r"others can write to it \(mode 0777\)"),
+    (create_writable, r"others can write to it \(mode 0777\)"),
 ]
 
 
 @pytest.mark.parametrize(("prepare", "message"), PREPARED)
-def test_what_somebody_prepared_in_its_place_is_refused(
+def test_a_link_file_or_writable_folder_at_its_location_is_rejected(
     tmp_path: Path, prepare: Callable[[Path], object], message: str
 ) -> None:
     prepare(tmp_path / "cache")
@@ -59,7 +59,7 @@ def test_what_somebody_prepared_in_its_place_is_refused(
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o700])
-def test_the_owner_of_another_users_folder_is_named(mode: int) -> None:
+def test_the_message_names_the_owner_of_another_users_folder(mode: int) -> None:
     needs_root()
     with public_folder() as place:
         (place / "cache").mkdir()
@@ -73,7 +73,7 @@ def test_the_owner_of_another_users_folder_is_named(mode: int) -> None:
             create_private_folder(place / "cache", remedy=REMEDY)
 
 
-def test_files_are_opened_through_no_link_and_no_fifo(tmp_path: Path) -> None:
+def test_links_and_fifos_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("mine")
     (tmp_path / "folder").mkdir(mode=0o700)
     (tmp_path / "folder" / "link").symlink_to(tmp_path / "target")
@@ -93,7 +93,7 @@ def test_files_are_opened_through_no_link_and_no_fifo(tmp_path: Path) -> None:
     assert mode_of(tmp_path / "folder" / "link") == 0o600
 
 
-def test_a_shared_folder_is_open_to_its_group_and_no_one_else() -> None:
+def test_a_shared_folder_is_accessible_only_to_its_group() -> None:
     needs_root()
     group = 12345
 
@@ -117,7 +117,7 @@ def test_a_shared_folder_is_open_to_its_group_and_no_one_else() -> None:
             write(place / "cache", "mine")
 
 
-def test_a_file_appears_whole_and_its_temporary_name_cannot_be_guessed(
+def test_a_file_is_written_atomically_under_a_random_temporary_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
@@ -140,10 +140,10 @@ def test_a_file_appears_whole_and_its_temporary_name_cannot_be_guessed(
     assert not (tmp_path / "of-others").exists()
 
 
-def test_the_compilers_cache_is_refused_where_others_may_put_code(
+def test_a_compiler_cache_that_others_can_write_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch.compile runs what it finds in a folder of a known name in the temporary folder."""
+    """torch.compile executes code from a folder with a predictable name in the temporary folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     execution = Execution(memory_format="contiguous", kernels="off", compile="default", optimizer_impl="foreach")
     for refused in (False, True):
@@ -158,5 +158,5 @@ def test_the_compilers_cache_is_refused_where_others_may_put_code(
             execution.compile_model(torch.nn.Identity())
             (folder,) = tmp_path.iterdir()
             assert mode_of(folder) == 0o700
-            folder.chmod(0o775)  # as torch makes it under a umask of 002
+            folder.chmod(0o775)  # like torch creates it with umask 002
             execution.compile_model(torch.nn.Identity())

@@ -1,4 +1,4 @@
-"""A password in a URL is found nowhere: not in what a command prints, not in a file that it writes."""
+"""A password in a URL appears neither in the output of a command nor in a file that it writes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SIGNED = f"https://host/set?X-Amz-Signature={CANARY}"
 
 @pytest.fixture
 def as_before() -> Iterator[None]:
-    """The process's hooks are put back."""
+    """Restore the hooks of this process after each test."""
     hooks = sys.excepthook, logging.getLogRecordFactory(), warnings.formatwarning
     yield
     sys.excepthook, warnings.formatwarning = hooks[0], hooks[2]
@@ -44,7 +44,7 @@ def as_before() -> Iterator[None]:
 
 
 def found_in(folder: Path) -> list[Path]:
-    """Files of a folder whose name or content holds the password."""
+    """Return the files whose name or content contains the password."""
     return [
         path
         for path in folder.rglob("*")
@@ -60,13 +60,13 @@ BENCH = ("--steps", "1", "--json", "b.json", "--chart", "b.png", "--", "--size",
 COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
     "train": (train, (*TRAIN, *STEPS, "--data", "URL", "--out", "run")),
     "dry run": (train, (*TRAIN, "--data", "URL", "--out", "run", "--dry-run")),
-    "train on nothing": (train, (*TRAIN, "--data", "NOTHING", "--out", "run")),
+    "train on a missing set": (train, (*TRAIN, "--data", "NOTHING", "--out", "run")),
     "evaluate": (evaluate, ("none.safetensors", "--data", "URL")),
     "submit": (submit, ("--", "--data", "URL", "--out", "run")),
     "look": (pipeline, ("look", "URL", "--size", "32", "--count", "4", "--out", "look.png")),
-    "look at nothing": (pipeline, ("look", "NOTHING", "--size", "32", "--out", "look.png")),
+    "look at a missing set": (pipeline, ("look", "NOTHING", "--size", "32", "--out", "look.png")),
     "bench": (pipeline, ("bench", "URL", *BENCH)),
-    "tune on nothing": (pipeline, ("tune", "NOTHING")),
+    "tune on a missing set": (pipeline, ("tune", "NOTHING")),
     "info": (pipeline, ("info", "URL")),
     "verify": (pipeline, ("verify", "URL")),
 }
@@ -77,7 +77,7 @@ SLOW = ("bench",)
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS]
 )
-def test_no_command_shows_or_saves_a_password(
+def test_no_command_prints_or_saves_a_password(
     command: str, tmp_path: Path, digits: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, args = COMMANDS[command]
@@ -95,7 +95,7 @@ def test_no_command_shows_or_saves_a_password(
     assert found_in(tmp_path) == []
 
 
-# -- every place where text is written ---------------------------------------------------------------------------
+# -- every function that writes text -------------------------------------------------------------------------------
 
 
 def recipe() -> Recipe:
@@ -114,7 +114,7 @@ def test_a_recipe_is_saved_without_passwords() -> None:
     assert "https:/***@host/set" in saved
 
 
-def test_trackers_get_no_passwords(tmp_path: Path) -> None:
+def test_trackers_receive_no_passwords(tmp_path: Path) -> None:
     trackers = Trackers(recipe())
     trackers.open(tmp_path)
     trackers.finish()
@@ -122,7 +122,7 @@ def test_trackers_get_no_passwords(tmp_path: Path) -> None:
     assert found_in(tmp_path) == []
 
 
-def test_the_status_holds_no_passwords(tmp_path: Path) -> None:
+def test_the_status_file_contains_no_passwords(tmp_path: Path) -> None:
     write_status(tmp_path, "failed", reason=f"{URL}: not there")
     assert json.loads((tmp_path / STATUS_NAME).read_text())["reason"] == "https://***@host/set: not there"
 
@@ -143,12 +143,12 @@ def test_provenance_records_neither_environment_nor_remotes(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
-        (Path(URL), "https:/***@host/set"),  # Path makes one slash of two
+        (Path(URL), "https:/***@host/set"),  # Path turns // into /
         ("a\nb\x1b[31m\r\udcff\u202e", r"a\nb\x1b[31m\r\udcff\u202e"),
         ("ünï [b] $x$", "ünï [b] $x$"),
     ],
 )
-def test_text_for_people_stays_a_line_without_passwords(text: Any, shown: str) -> None:
+def test_printed_text_is_one_line_without_passwords(text: Any, shown: str) -> None:
     assert printable(text) == shown
 
 
@@ -209,14 +209,14 @@ fail()
     assert CANARY not in done.stderr
 
 
-def test_output_holds_names_that_are_no_utf_8() -> None:
+def test_file_names_that_are_not_utf_8_can_be_printed() -> None:
     program = "from shards.redact import protect_output; protect_output(); print('a\\udcff')"
     env = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, env=env)
     assert done.stdout == b"a\\udcff\n"
 
 
-def test_redaction_finds_passwords_behind_one_slash() -> None:
+def test_passwords_after_a_single_slash_are_redacted() -> None:
     assert redact(f"runs/https:/me:{CANARY}@host/x?a") == "runs/https:/***@host/x?***"
     assert redaction.HIDDEN == "***"
 

@@ -1,4 +1,4 @@
-"""The .beton: FFCV itself reads every sample once, in the order of the set, whatever is stored of it."""
+"""FFCV reads every sample of a .beton file once, in the order of the set, in every write mode."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def jpegs(shard_set: ShardSet) -> list[bytes]:
 
 
 def stored(path: Path) -> list[tuple[int, bytes, tuple[int, int], int]]:
-    """(mode, bytes, (width, height), label) of every sample, as FFCV finds them."""
+    """Return (mode, bytes, (width, height), label) of every sample, read with FFCV's data structures."""
     found = reader.Reader(path)
     data = path.read_bytes()
     size_at = dict(zip(found.alloc_table["ptr"], found.alloc_table["size"], strict=True))
@@ -72,7 +72,7 @@ def stored(path: Path) -> list[tuple[int, bytes, tuple[int, int], int]]:
     return rows
 
 
-def test_the_format_is_ffcvs() -> None:
+def test_the_record_types_are_those_of_ffcv() -> None:
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
 
@@ -89,7 +89,7 @@ def test_the_format_is_ffcvs() -> None:
 
 @pytest.mark.parametrize("form", ["ffcv", "both"])
 @pytest.mark.parametrize("mode", ["jpg", "raw", "smart"])
-def test_every_sample_in_the_order_of_the_set(
+def test_ffcv_reads_every_sample_in_the_order_of_the_set(
     form: Format, mode: WriteMode, photos: Path, tars: ShardSet, tmp_path: Path
 ) -> None:
     convert(photos, tmp_path / "set", options(form, mode))
@@ -109,17 +109,17 @@ def test_every_sample_in_the_order_of_the_set(
             raw += 1
     assert {"jpg": raw == 0, "raw": raw == len(rows), "smart": 0 < raw < len(rows)}[mode]
     assert (tmp_path / "set" / "train-000000.tar").exists() == (form == "both")
-    assert list(shard_set.shard_samples("train")) == list(tars.shard_samples("train")), "one plan serves both"
+    assert list(shard_set.shard_samples("train")) == list(tars.shard_samples("train")), "one plan is valid for both"
     shard_set.check_sizes("train")
     assert verify(tmp_path / "set", workers=1) == []
 
 
-def test_a_beton_alone_is_read_by_its_index_too(photos: Path, tars: ShardSet, tmp_path: Path) -> None:
+def test_a_set_with_only_a_beton_is_read_through_its_index(photos: Path, tars: ShardSet, tmp_path: Path) -> None:
     convert(photos, tmp_path / "set", options("ffcv"))
     assert jpegs(ShardSet(tmp_path / "set")) == jpegs(tars)
 
 
-def test_ffcvs_own_loader_decodes_it(tmp_path: Path) -> None:
+def test_ffcvs_loader_decodes_the_file(tmp_path: Path) -> None:
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -141,12 +141,12 @@ def test_ffcvs_own_loader_decodes_it(tmp_path: Path) -> None:
     tar = (tmp_path / "set" / "val-000000.tar").read_bytes()
     for row, image in zip(index, images, strict=True):
         encoded = tar[row["offset"] :][: row["size"]]
-        assert np.array_equal(image, simplejpeg.decode_jpeg(encoded, "RGB", fastdct=True)), "FFCV's choice of transform"
+        assert np.array_equal(image, simplejpeg.decode_jpeg(encoded, "RGB", fastdct=True)), "FFCV uses the fast DCT"
 
 
 @pytest.mark.parametrize("form", ["ffcv", "both"])
-def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_path: Path) -> None:
-    """Parts; then a run that ended in the middle of the .beton; then one that ended just before the manifest."""
+def test_resumed_and_joined_conversions_write_the_same_bytes(form: Format, photos: Path, tmp_path: Path) -> None:
+    """In parts; interrupted in the middle of the .beton; interrupted just before the manifest."""
     convert(photos, tmp_path / "reference", options(form))
     expected = {path.name: path.read_bytes() for path in (tmp_path / "reference").iterdir()}
     out = tmp_path / "set"
@@ -164,7 +164,7 @@ def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_pat
 
     shards = [i for split, i in work.load_plan().jobs if split == "train"]  # type: ignore[union-attr]
     write_betons(work, {"train": shards}, BetonOptions(), workers=1)
-    if form == "both":  # as if killed while the second shard's part was being filled
+    if form == "both":  # as if killed while the second segment was written
         (out / "train.beton").rename(out / ".making" / "train.beton")
         (out / ".making" / "train-000001.beton").unlink()
         with (out / ".making" / "train.beton").open("r+b") as file:
@@ -176,7 +176,7 @@ def test_resumes_and_joins_to_the_same_bytes(form: Format, photos: Path, tmp_pat
 
 @pytest.mark.parametrize("form", ["ffcv", "both"])
 @pytest.mark.parametrize("mode", ["jpg", "raw"])
-def test_damage_is_noticed_and_placed(form: Format, mode: WriteMode, photos: Path, tmp_path: Path) -> None:
+def test_damage_is_detected_and_located(form: Format, mode: WriteMode, photos: Path, tmp_path: Path) -> None:
     convert(photos, tmp_path / "set", options(form, mode))
     path = tmp_path / "set" / "train.beton"
     data = bytearray(path.read_bytes())
@@ -208,13 +208,13 @@ def rows(sizes: list[int], shards: list[int], side: int = 10) -> Index:
     return index
 
 
-def test_pages_grow_for_an_image_that_is_larger() -> None:
+def test_pages_grow_to_the_size_of_the_largest_image() -> None:
     layout = compute_layout(rows([100, 20_000_000, 100], [0, 0, 1]), BetonOptions())
     assert layout.page == 2**25
     assert list(layout.offsets // layout.page) == [1, 1, 1]
 
 
-def test_an_image_that_does_not_fit_begins_a_page() -> None:
+def test_an_image_that_does_not_fit_starts_a_new_page() -> None:
     page = 2**23
     layout = compute_layout(rows([page - 10, 11, page, 5], [0, 0, 1, 1]), BetonOptions())
     assert list(layout.offsets) == [page, 2 * page, 3 * page, 4 * page]

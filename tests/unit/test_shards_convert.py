@@ -1,4 +1,4 @@
-"""Conversion: the same input gives the same bytes, and bad input one clear line."""
+"""Conversion: the same input gives the same bytes, and invalid input a one-line error."""
 
 from __future__ import annotations
 
@@ -75,18 +75,18 @@ def two_validation_folders(root: Path) -> Path:
     return root
 
 
-def test_a_set_is_tars_indexes_and_a_manifest(photos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_a_set_has_tars_indexes_and_a_manifest(photos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
     out = tmp_path / "set"
     outcome = convert(photos, out, SMALL)
     assert outcome is not None
     names = {Path(name).name for name in contents(out)}
     assert len([name for name in names if name.startswith("train-") and name.endswith(".tar")]) > 3
     assert {"dataset.json", "train.index.npy", "val.index.npy", "val-000000.tar", "val-000000.idx"} <= names
-    assert contents(out) == reference, "made again, byte for byte"
+    assert contents(out) == reference, "a second conversion writes the same bytes"
     assert verify(out, workers=1) == []
 
 
-def test_the_order_is_a_global_shuffle_by_seed(photos: Path, tmp_path: Path) -> None:
+def test_the_seed_determines_a_global_shuffle(photos: Path, tmp_path: Path) -> None:
     orders = {}
     for seed in (0, 1):
         convert(photos, tmp_path / str(seed), Options(scan=ScanOptions(seed=seed, workers=1)))
@@ -99,7 +99,7 @@ def test_the_order_is_a_global_shuffle_by_seed(photos: Path, tmp_path: Path) -> 
 
 
 def test_the_order_does_not_depend_on_other_files(photos: Path, tmp_path: Path) -> None:
-    """Each sample is placed by a hash of its own name: leaving one out moves no other."""
+    """Samples are sorted by a hash of their own names, so that removing one does not reorder the rest."""
     copy = tmp_path / "photos"
     shutil.copytree(photos, copy)
     victim = sorted((copy / "train").rglob("*.JPEG"))[0]
@@ -113,15 +113,15 @@ def test_the_order_does_not_depend_on_other_files(photos: Path, tmp_path: Path) 
     assert [h for h in everything if h in set(fewer)] == fewer
 
 
-def test_shards_are_of_like_size_below_the_limit(photos: Path, tmp_path: Path) -> None:
+def test_shards_have_similar_sizes_below_the_limit(photos: Path, tmp_path: Path) -> None:
     convert(photos, tmp_path / "set", SMALL)
     sizes = [shard.bytes for shard in ShardSet(tmp_path / "set").split("train").shards]
     largest_sample = int(ShardSet(tmp_path / "set").index("train")["size"].max()) + 2048
     assert max(sizes) < SMALL.shard_bytes + largest_sample
-    assert max(sizes) - min(sizes) < 2 * largest_sample, "no small rest at the end"
+    assert max(sizes) - min(sizes) < 2 * largest_sample, "no small last shard"
 
 
-def test_manifest_names_no_time_host_or_place(reference: dict[str, bytes]) -> None:
+def test_the_manifest_contains_no_time_host_or_path(reference: dict[str, bytes]) -> None:
     made = json.loads(reference["dataset.json"])["made"]
     told = {"images", "unused", "notes", "doubts", "rejects_hash"}
     assert set(made) == {"tool", "source", "source_digest", "shuffled", "options"} | told
@@ -129,7 +129,7 @@ def test_manifest_names_no_time_host_or_place(reference: dict[str, bytes]) -> No
     assert made["options"]["shard_bytes"] == 400_000
 
 
-def test_a_finished_set_is_left_alone(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_set_is_not_modified(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = Shard(photos, out=tmp_path / "set", shard_size=1, workers=1)
     assert command.run() == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "set").iterdir()}
@@ -139,8 +139,8 @@ def test_a_finished_set_is_left_alone(photos: Path, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize("lose", [".making/train-000001.json", ".making/train-000001.rows.npy", "train-000001.tar"])
-def test_resumes_where_it_was(photos: Path, tmp_path: Path, reference: dict[str, bytes], lose: str) -> None:
-    """Two parts of three done, one shard of them damaged, and leftovers of a killed process lying about."""
+def test_an_interrupted_run_resumes(photos: Path, tmp_path: Path, reference: dict[str, bytes], lose: str) -> None:
+    """Two of three parts are done, one of their shards is damaged, and a killed process left temporary files."""
     out = tmp_path / "set"
     for k in (1, 2):
         convert(photos, out, SMALL, ConversionPart(k, 3))
@@ -150,7 +150,7 @@ def test_resumes_where_it_was(photos: Path, tmp_path: Path, reference: dict[str,
     assert contents(out) == reference
 
 
-def test_parts_join_to_the_same_set(photos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
+def test_joined_parts_give_the_same_set(photos: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
     out = tmp_path / "set"
     for k in (3, 1, 2):
         with pytest.raises(UserError):
@@ -161,7 +161,7 @@ def test_parts_join_to_the_same_set(photos: Path, tmp_path: Path, reference: dic
     assert finish(out) is None, "already complete"
 
 
-def test_a_part_is_worked_on_once_at_a_time(photos: Path, tmp_path: Path) -> None:
+def test_a_part_is_locked_while_it_is_converted(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     convert(photos, out, SMALL, ConversionPart(2, 2))
     with lock_part(WorkFolder(out), ConversionPart(1, 2)):
@@ -172,7 +172,7 @@ def test_a_part_is_worked_on_once_at_a_time(photos: Path, tmp_path: Path) -> Non
         convert(photos, out, SMALL, ConversionPart(2, 2))
 
 
-def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_of_a_dead_process_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lock = tmp_path / "part.lock"
     lock.write_text(json.dumps({"host": os.uname().nodename, "pid": 999_999}))
     with file_lock(lock, "it"):
@@ -181,7 +181,7 @@ def test_a_lock_left_by_a_dead_process_is_taken_over(tmp_path: Path, capsys: pyt
     assert lock.read_text() == ""
 
 
-def test_a_lock_is_waited_for_as_long_as_was_said(
+def test_waiting_for_a_lock_has_a_timeout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, now, pauses = tmp_path / "part.lock", 0.0, list[float]()
@@ -199,7 +199,7 @@ def test_a_lock_is_waited_for_as_long_as_was_said(
     assert "waiting for it for up to 7.5 s" in capsys.readouterr().err
 
 
-def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:
+def test_a_lock_of_another_host_is_valid_until_its_heartbeat_is_stale(tmp_path: Path) -> None:
     lock = tmp_path / "part.lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 7}))
     with pytest.raises(LockHeld, match="process 7 on elsewhere"), file_lock(lock, "it"):
@@ -210,7 +210,7 @@ def test_a_lock_of_another_host_holds_while_it_is_fresh(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["[1]", "7", "null", '{"host": "elsewhere"}', '{"host'])
-def test_a_lock_file_that_names_nobody_is_taken(tmp_path: Path, content: str) -> None:
+def test_a_lock_file_without_a_valid_owner_is_replaced(tmp_path: Path, content: str) -> None:
     lock = tmp_path / "part.lock"
     lock.write_text(content)
     with file_lock(lock, "it"):
@@ -220,7 +220,7 @@ def test_a_lock_file_that_names_nobody_is_taken(tmp_path: Path, content: str) ->
             pass
 
 
-def test_a_lock_whose_file_the_file_system_has_lost_is_released_without_a_word(
+def test_a_lock_whose_file_was_lost_is_released_without_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stale(*_: object) -> None:
@@ -234,12 +234,12 @@ def test_a_lock_whose_file_the_file_system_has_lost_is_released_without_a_word(
 
 
 @pytest.mark.parametrize("text", ["0/3", "4/3", "1", "a/b", "1/0", "-1/3", "1/2\n", "١/٢", "1_0/20", "1/" + "9" * 5000])
-def test_parts_that_make_no_sense(text: str) -> None:
+def test_invalid_parts(text: str) -> None:
     with pytest.raises(UserError, match="K/N"):
         ConversionPart.parse(text)
 
 
-def test_other_options_do_not_mix_with_what_was_begun(photos: Path, tmp_path: Path) -> None:
+def test_resuming_with_different_options_is_rejected(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     convert(photos, out, SMALL, ConversionPart(1, 2))
     other = Options(shard_bytes=500_000, scan=SMALL.scan)
@@ -249,7 +249,7 @@ def test_other_options_do_not_mix_with_what_was_begun(photos: Path, tmp_path: Pa
         convert(photos, out, SMALL)
 
 
-def test_too_many_rejects_fail_with_the_list_and_without_a_manifest(tmp_path: Path) -> None:
+def test_too_many_rejects_fail_with_a_list_and_without_a_manifest(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in" / "train", images=10)
     (source / "c0" / "0.jpg").write_bytes(b"no image at all")
     (source / "c1" / "1.jpg").write_bytes(b"")
@@ -264,13 +264,13 @@ def test_too_many_rejects_fail_with_the_list_and_without_a_manifest(tmp_path: Pa
     ]
     with pytest.raises(ShardSetError, match=r"no dataset\.json"):
         ShardSet(out)
-    outcome = convert(tmp_path / "in", out, Options(max_rejects=0.1))  # allowing more needs no second conversion
+    outcome = convert(tmp_path / "in", out, Options(max_rejects=0.1))  # converts no image again
     assert outcome is not None
     assert (outcome.rejected, outcome.manifest.splits["train"].samples) == (2, 18)
     assert verify(out, workers=1) == []
 
 
-def test_a_shard_of_which_nothing_is_left_is_dropped(tmp_path: Path) -> None:
+def test_a_shard_without_accepted_images_is_removed(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in" / "train", classes=1, images=8)
     options = Options(shard_bytes=2 * 3072, max_rejects=1.0, scan=ScanOptions(workers=1))
     convert(tmp_path / "in", tmp_path / "whole", options)
@@ -291,7 +291,7 @@ def test_a_shard_of_which_nothing_is_left_is_dropped(tmp_path: Path) -> None:
     assert verify(tmp_path / "set", workers=1) == []
 
 
-def test_a_split_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
+def test_a_split_without_accepted_images_fails(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", classes=1, images=2)
     for path in source.rglob("*.jpg"):
         path.write_bytes(b"")
@@ -299,7 +299,7 @@ def test_a_split_of_which_nothing_is_left_fails(tmp_path: Path) -> None:
         convert(source, tmp_path / "set", Options(max_rejects=1.0))
 
 
-def test_files_with_the_same_key_stay_apart(tmp_path: Path) -> None:
+def test_files_with_the_same_stem_get_distinct_keys(tmp_path: Path) -> None:
     folder = class_folders(tmp_path / "in", classes=1, images=1) / "c0"
     for i, name in enumerate(("same.jpg", "same.jpeg", "sa me.jpg", "sa_me.jpg")):
         (folder / name).write_bytes(jpeg(100 + i))
@@ -316,8 +316,8 @@ def test_files_with_the_same_key_stay_apart(tmp_path: Path) -> None:
 
 @contextmanager
 def without_privileges() -> Iterator[Path]:
-    """A folder of its own for somebody who is not root, whose every file root may read."""
-    import mmap  # noqa: F401  # numpy does at first use, which is too late where only root may read Python's modules
+    """Yield a folder of a user other than root, because root can read every file."""
+    import mmap  # noqa: F401  # NumPy imports it at first use, when this user may no longer read Python's modules
 
     root = Path(tempfile.mkdtemp())
     root.chmod(0o777)
@@ -331,8 +331,8 @@ def without_privileges() -> Iterator[Path]:
         shutil.rmtree(root)
 
 
-def test_what_cannot_be_read_is_a_storage_fault() -> None:
-    """Never a reject, of which a share is allowed: permissions can be given back, and then the run resumes."""
+def test_an_unreadable_image_is_a_storage_failure() -> None:
+    """It is not a reject: after the permissions are restored, the conversion resumes."""
     with without_privileges() as root:
         source = class_folders(root / "in", images=4)
         for name in ("2.jpg", "no-suffix"):
@@ -353,12 +353,12 @@ def test_what_cannot_be_read_is_a_storage_fault() -> None:
 
 
 @pytest.mark.parametrize("change", ["gone", "longer", "shorter"])
-def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_path: Path, change: str) -> None:
+def test_a_source_that_changes_during_the_conversion_stops_it_and_can_be_restored(tmp_path: Path, change: str) -> None:
     source = class_folders(tmp_path / "in")
     out = tmp_path / "set"
     options = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
     convert(source, tmp_path / "undisturbed", options)
-    convert(source, out, options, ConversionPart(1, 6))  # lists everything, converts a sixth
+    convert(source, out, options, ConversionPart(1, 6))  # lists the whole source, converts a sixth
     originals = contents(source)
     for path in source.rglob("*.jpg"):
         {
@@ -368,7 +368,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
         }[change](path)
     with pytest.raises(UserError, match=r"set: the source .*in has changed since the conversion .*c0.*; restore"):
         convert(source, out, options)
-    listing, _ = WorkFolder(out).load_listing("train")  # what a shard meets that is made while the source changes
+    listing, _ = WorkFolder(out).load_listing("train")  # what a shard reads that is written while the source changes
     with (
         ContainerReader() as reader,
         pytest.raises(ConversionFailed, match=r"in/c\d/\d.jpg: .* when the source was listed.*; restore the source"),
@@ -378,7 +378,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
     assert not (out / "dataset.json").exists()
     for name, data in originals.items():
         (source / name).write_bytes(data)
-        os.utime(source / name, (1, 1))  # put back at another time
+        os.utime(source / name, (1, 1))  # restored with a different time
     convert(source, out, options)
     assert contents(out) == contents(tmp_path / "undisturbed")
 
@@ -397,7 +397,7 @@ def test_a_source_that_changes_meanwhile_stops_the_run_and_can_be_put_back(tmp_p
         ),
     ],
 )
-def test_bad_sources_are_refused_and_leave_nothing_behind(
+def test_invalid_sources_are_rejected_without_leftovers(
     tmp_path: Path, prepare: Callable[[Path], Path], complaint: str
 ) -> None:
     source = prepare(tmp_path)
@@ -410,7 +410,7 @@ def test_bad_sources_are_refused_and_leave_nothing_behind(
 
 @pytest.mark.parametrize("layout", [None, "folder"])
 @pytest.mark.parametrize("place", ["out", "c0/out", "new/out"])
-def test_a_set_is_not_made_among_the_class_folders_of_its_source(
+def test_an_output_among_the_class_folders_of_the_source_is_rejected(
     place: str, layout: Layout | None, tmp_path: Path
 ) -> None:
     source = class_folders(tmp_path / "in")
@@ -423,14 +423,14 @@ def test_a_set_is_not_made_among_the_class_folders_of_its_source(
 
 
 @pytest.mark.parametrize("place", ["shards", "train/.shards"])
-def test_a_set_may_lie_in_its_source_where_it_is_no_class(place: str, tmp_path: Path) -> None:
+def test_an_output_inside_the_source_but_outside_its_class_folders_is_accepted(place: str, tmp_path: Path) -> None:
     class_folders(tmp_path / "train")
     outcome = convert(tmp_path, tmp_path / place, SMALL)
     assert outcome is not None
     assert len(outcome.manifest.classes) == 2
 
 
-def test_the_summary_counts_files_that_were_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summary_counts_unused_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = class_folders(tmp_path / "in")
     Shard(source, out=tmp_path / "clean", workers=1).run()
     assert "not used" not in capsys.readouterr().out
@@ -439,7 +439,7 @@ def test_the_summary_counts_files_that_were_passed_over(tmp_path: Path, capsys: 
     assert "not used: 1 .txt: not an image (such as c0/notes.txt)" in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_set_is_not_written_into(photos: Path, tmp_path: Path) -> None:
+def test_a_non_empty_folder_that_is_not_a_set_is_not_modified(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("x")
     with pytest.raises(UserError, match="is not empty and not a shard set"):
         convert(photos, tmp_path, SMALL)
@@ -505,7 +505,7 @@ def test_options_of_other_commands_out_of_range(
     assert not list(tmp_path.iterdir())
 
 
-def test_default_place_of_a_set(tmp_path: Path) -> None:
+def test_default_folder_of_a_set(tmp_path: Path) -> None:
     assert default_out(tmp_path / "imagenet") == tmp_path / "imagenet-shards"
     assert default_out(Path(f"{tmp_path}/imagenet/")) == tmp_path / "imagenet-shards"
     (tmp_path / "ILSVRC2012_img_train.tar").touch()
@@ -522,7 +522,7 @@ def test_resuming_from_another_folder(
     assert contents(tmp_path / "set") == reference
 
 
-def test_another_version_of_the_tool_does_not_go_on(photos: Path, tmp_path: Path) -> None:
+def test_another_version_of_the_tool_does_not_resume(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     convert(photos, out, SMALL, ConversionPart(1, 2))
     work = WorkFolder(out)
@@ -533,7 +533,7 @@ def test_another_version_of_the_tool_does_not_go_on(photos: Path, tmp_path: Path
         convert(photos, out, SMALL)
 
 
-def test_shrinking_a_whole_set(photos: Path, tmp_path: Path) -> None:
+def test_shrinking_all_images_of_a_set(photos: Path, tmp_path: Path) -> None:
     convert(photos, tmp_path / "set", Options(rules=ImageRules(max_side=100, quality=80), scan=ScanOptions(workers=1)))
     index = ShardSet(tmp_path / "set").index("train")
     assert np.maximum(index["height"], index["width"]).max() == 100

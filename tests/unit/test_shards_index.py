@@ -1,4 +1,4 @@
-"""An index is the one that the manifest describes, its rows fit the set, and no later change of its file matters."""
+"""An index must match the manifest and have valid rows; later changes of its file have no effect."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ A = "0123456789abcdef"
 
 
 def rows() -> Index:
-    """Of three shards, which are files of 1,000 bytes."""
+    """Return the rows of three shards in files of 1,000 bytes."""
     index = np.zeros(sum(SAMPLES), INDEX_DTYPE)
     index["shard"] = np.repeat([0, 1, 2], SAMPLES)
     index["offset"] = [0, 300, 600, 512, 0, 250, 500, 880]
@@ -40,7 +40,7 @@ def rows() -> Index:
 
 
 def write(path: Path, index: Index, beton: str | None = None) -> Path:
-    """A set of that index; with `beton`, of one file that stores such images."""
+    """Write a set with this index; `beton` is the write mode of a set with only a .beton file."""
     shards = np.split(index.copy(), np.cumsum(SAMPLES)[:-1])
     digest = write_index(path / "train.index.npy", len(index), shards)
     names = ["train.beton"] * 3 if beton else ["a.tar", "b.tar", "c.tar"]
@@ -56,7 +56,7 @@ def write(path: Path, index: Index, beton: str | None = None) -> Path:
     return path
 
 
-def test_an_index_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_an_index_is_read_unchanged(tmp_path: Path) -> None:
     assert np.array_equal(ShardSet(write(tmp_path, rows())).index("train"), rows())
     assert np.array_equal(np.load(tmp_path / "train.index.npy"), rows()), "it is an ordinary .npy file"
     assert (tmp_path / "train.index.npy").stat().st_size == index_bytes(len(rows()))
@@ -85,7 +85,7 @@ FIELDS = [
 
 @pytest.mark.parametrize("chunk", [1, 3, 1 << 14])
 @pytest.mark.parametrize("case", FIELDS)
-def test_a_row_that_cannot_be_is_refused_though_all_hashes_fit(
+def test_an_invalid_row_is_rejected_even_with_valid_hashes(
     case: tuple[str, int, int, str], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     field, row, value, expected = case
@@ -100,7 +100,7 @@ def test_a_row_that_cannot_be_is_refused_though_all_hashes_fit(
     )
 
 
-def test_more_pixels_than_an_image_may_have(tmp_path: Path) -> None:
+def test_a_row_with_too_many_pixels_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path, rows())
 
     def edit(index: Index) -> None:
@@ -111,7 +111,7 @@ def test_more_pixels_than_an_image_may_have(tmp_path: Path) -> None:
         ShardSet(path).index("train")
 
 
-def test_images_of_a_beton_follow_each_other_and_are_as_large_as_their_pixels(tmp_path: Path) -> None:
+def test_images_of_a_beton_must_not_overlap_and_must_have_the_size_of_their_pixels(tmp_path: Path) -> None:
     index = rows()
     index["offset"] = np.arange(8) * 120
     path = write(tmp_path, index, beton="raw")
@@ -127,7 +127,7 @@ def test_images_of_a_beton_follow_each_other_and_are_as_large_as_their_pixels(tm
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_changed_field_is_refused_or_a_value_that_may_be(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_changed_field_is_rejected_or_valid(tmp_path: Path, data: st.DataObject) -> None:
     path = write(tmp_path, rows())
     field = data.draw(st.sampled_from(INDEX_DTYPE.names or ()))
     row, bits = data.draw(st.integers(0, 7)), INDEX_DTYPE[field].itemsize * 8
@@ -167,7 +167,7 @@ def test_any_changed_field_is_refused_or_a_value_that_may_be(tmp_path: Path, dat
         (lambda path: (path.unlink(), path.mkdir()), "not a regular file"),
     ],
 )
-def test_a_file_that_is_no_index_is_refused_by_every_command(
+def test_every_command_rejects_a_file_that_is_not_an_index(
     damage: Callable[[Path], object], fact: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path, rows())
@@ -181,7 +181,7 @@ def test_a_file_that_is_no_index_is_refused_by_every_command(
         assert "Traceback" not in shown
 
 
-def test_an_index_of_another_layout_is_refused_though_its_hash_fits(tmp_path: Path) -> None:
+def test_an_index_of_another_format_is_rejected_even_with_a_valid_hash(tmp_path: Path) -> None:
     path = write(tmp_path, rows())
     content = (path / "train.index.npy").read_bytes().replace(b"'repaired', '|u1'", b"'repaired', '|i1'")
     (path / "train.index.npy").write_bytes(content)
@@ -191,12 +191,12 @@ def test_an_index_of_another_layout_is_refused_though_its_hash_fits(tmp_path: Pa
 
 
 @pytest.mark.parametrize("damage", ["truncated", "overwritten", "removed"])
-def test_what_happens_to_the_file_of_an_open_index_does_not_matter(damage: str, tmp_path: Path) -> None:
+def test_changes_to_the_file_of_an_open_index_have_no_effect(damage: str, tmp_path: Path) -> None:
     path = write(tmp_path, rows())
     index = ShardSet(path).index("train")
     file = path / "train.index.npy"
     if damage == "truncated":
-        os.truncate(file, 0)  # of a shared memory map: SIGBUS at the next read
+        os.truncate(file, 0)  # a shared memory map would get SIGBUS at the next read
     elif damage == "overwritten":
         with file.open("r+b") as opened:
             opened.write(bytes(index_bytes(8)))
@@ -207,7 +207,7 @@ def test_what_happens_to_the_file_of_an_open_index_does_not_matter(damage: str, 
         index["label"][0] = 1
 
 
-def test_a_large_index_is_mapped_and_checked_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_index_is_memory_mapped_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, rows())
     monkeypatch.setattr(module, "PRIVATE_BYTES", 100)
     assert np.array_equal(ShardSet(path).index("train"), rows())
@@ -217,7 +217,7 @@ def test_a_large_index_is_mapped_and_checked_all_the_same(tmp_path: Path, monkey
 
 
 NO_ACCESS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
-"""Root who may not read what its mode forbids."""
+"""Command prefix that runs as root without the capability to ignore file modes."""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to drop capabilities")
@@ -231,7 +231,7 @@ NO_ACCESS = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
         ("verify", "."),
     ],
 )
-def test_a_file_that_may_not_be_read_is_failing_storage(command: str, name: str, tmp_path: Path) -> None:
+def test_a_file_without_read_permission_is_a_storage_failure(command: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     path = write(tmp_path / "set", rows())
     (path / name).chmod(0)
@@ -252,7 +252,7 @@ def test_a_file_that_may_not_be_read_is_failing_storage(command: str, name: str,
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to drop capabilities")
-def test_verify_names_every_file_that_may_not_be_read(digits: Path, tmp_path: Path) -> None:
+def test_verify_reports_every_file_without_read_permission(digits: Path, tmp_path: Path) -> None:
     path = tmp_path / "set"
     path.mkdir()
     for file in digits.iterdir():

@@ -1,4 +1,4 @@
-"""What a manifest says is checked before anything of it is used: types, ranges, names, sums, its own hash."""
+"""A manifest is validated before it is used: types, ranges, names, sums and its own hash."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ CLASSES = (ClassEntry(folder="n01440764", name="tench"), ClassEntry(folder="[red
 
 
 def document(split: SplitEntry) -> dict[str, Any]:
-    """The parsed dataset.json of a set with one split."""
+    """Return the parsed dataset.json of a set with one split."""
     made: Any = {
         "tool": "test 1",
         "shuffled": False,
@@ -74,7 +74,7 @@ KINDS = {"tars": TARS, "both": BOTH, "alone": ALONE}
 
 
 def encoded(content: dict[str, Any], *, rehash: bool = True) -> bytes:
-    """Its bytes, with the hash that the maker of a hostile set would write."""
+    """Encode a manifest; with `rehash`, with a valid hash like the author of a hostile set."""
     return json.dumps(content | ({"hash": content_hash(content)} if rehash else {})).encode()
 
 
@@ -83,7 +83,7 @@ def parse(content: bytes) -> Manifest:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_manifest_is_read_as_it_was_saved(kind: str, tmp_path: Path) -> None:
+def test_a_saved_manifest_is_loaded_unchanged(kind: str, tmp_path: Path) -> None:
     manifest = parse(encoded(document(KINDS[kind])))
     assert manifest.splits == {"train": KINDS[kind]}
     assert manifest.classes == CLASSES
@@ -161,7 +161,7 @@ def in_beton(**changed: Any) -> Edit:
         ("alone", shard(name="other.beton"), "a shard is not a segment of 'train.beton'"),
     ],
 )
-def test_a_manifest_that_breaks_a_rule_is_refused_though_its_hash_fits(kind: str, edit: Edit, fact: str) -> None:
+def test_an_invalid_manifest_is_rejected_even_with_a_valid_hash(kind: str, edit: Edit, fact: str) -> None:
     content = document(KINDS[kind])
     edit(content)
     with pytest.raises(ShardSetError) as caught:
@@ -189,7 +189,7 @@ def test_a_manifest_that_breaks_a_rule_is_refused_though_its_hash_fits(kind: str
         (b"{" + b",".join(b'"%d":0' % i for i in range(10_001)) + b"}", "more than 10,000 keys"),
     ],
 )
-def test_hostile_documents_are_refused_in_one_line(content: bytes, fact: str) -> None:
+def test_hostile_documents_are_rejected_with_one_line(content: bytes, fact: str) -> None:
     with pytest.raises(ShardSetError, match=re.escape(fact)) as caught:
         parse(content)
     assert "\n" not in str(caught.value)
@@ -208,15 +208,15 @@ HEAD = b'{"format": "fat-pipeline shard set", "version": 2, "hash": "0123456789a
         b'"made": {"options": {' + b",".join(b'"%d": []' % i for i in range(9_000)) + b"}}}",
     ],
 )
-def test_what_is_wrong_a_million_times_is_told_once(content: bytes) -> None:
-    """A schema that collects every error takes 1.3 kB for each: gigabytes for a document of some megabytes."""
+def test_a_million_errors_are_reported_once(content: bytes) -> None:
+    """Collecting all schema errors, at 1.3 kB each, would need gigabytes for a document of a few megabytes."""
     with pytest.raises(ShardSetError) as caught:
         parse(HEAD + content)
     more = re.search(r"and (\d+) more", str(caught.value))
     assert more is None or int(more[1]) < 10
 
 
-def test_the_number_of_classes_has_a_limit() -> None:
+def test_the_number_of_classes_is_limited() -> None:
     schema = TypeAdapter(Manifest).json_schema()
     assert schema["properties"]["classes"]["maxItems"] == MAX_CLASSES == 1_000_000
 
@@ -229,7 +229,7 @@ json_values = st.recursive(
 
 
 def parsed(content: bytes) -> Manifest | None:
-    """The manifest; None where it is refused, in one line."""
+    """Return the manifest; None if it is rejected, which must be with one line."""
     try:
         return parse(content)
     except ShardSetError as error:
@@ -238,19 +238,19 @@ def parsed(content: bytes) -> Manifest | None:
         return None
 
 
-def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all values of a JSON document but the whole."""
+def locations(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths of all values inside a JSON document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path for key, each in inner for path in [(*at, key), *places(each, (*at, key))]]
+    return [path for key, each in inner for path in [(*at, key), *locations(each, (*at, key))]]
 
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
-def test_any_changed_field_is_refused(data: st.DataObject, kind: str) -> None:
-    """With the hash as it was always; with a hash that fits, unless the new value obeys every rule."""
+def test_any_changed_field_is_rejected(data: st.DataObject, kind: str) -> None:
+    """Always with the old hash; with an updated hash unless the new value is valid."""
     whole = document(KINDS[kind])
     content = copy.deepcopy(whole)
-    *above, last = data.draw(st.sampled_from(places(content)))
+    *above, last = data.draw(st.sampled_from(locations(content)))
     parent = content
     for key in above:
         parent = parent[key]
@@ -262,21 +262,21 @@ def test_any_changed_field_is_refused(data: st.DataObject, kind: str) -> None:
         return
     assert parsed(encoded(content, rehash=False)) is None
     changed = parsed(encoded(content))
-    # What the maker of a set may say: it loads, and is saved as what it says.
+    # A valid value: the manifest can be loaded, and is saved unchanged.
     assert changed is None or parse(changed.dumps().encode()) == changed
 
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_any_changed_byte_is_refused_or_harmless(data: st.DataObject) -> None:
+def test_any_changed_byte_is_rejected_or_harmless(data: st.DataObject) -> None:
     whole = parse(encoded(document(BOTH)))
     content = bytearray(whole.dumps().encode())
     at = data.draw(st.integers(0, len(content) - 1))
     content[at] ^= data.draw(st.integers(1, 255))
-    assert parsed(bytes(content)) in (None, whole), "white space alone may differ"
+    assert parsed(bytes(content)) in (None, whole), "only white space may differ"
 
 
-def test_a_manifest_that_nobody_could_load_is_not_written(tmp_path: Path) -> None:
+def test_an_invalid_manifest_is_not_written(tmp_path: Path) -> None:
     split = copy.copy(TARS)
     object.__setattr__(split, "index", "train\n.npy")
     with pytest.raises(ShardSetError, match=r"splits\.train\.index: not a plain file name"):
@@ -284,23 +284,23 @@ def test_a_manifest_that_nobody_could_load_is_not_written(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_more_than_the_limit_of_a_manifest_is_read(tmp_path: Path) -> None:
+def test_only_the_maximum_size_of_a_manifest_is_read(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).touch()
-    os.truncate(tmp_path / MANIFEST_NAME, 1 << 40)  # sparse: takes no room
+    os.truncate(tmp_path / MANIFEST_NAME, 1 << 40)  # a sparse file
     with pytest.raises(ShardSetError, match=r"more than the 67,108,864 bytes"):
         ShardSet(tmp_path)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
-def test_a_manifest_that_is_no_file_is_refused_without_waiting(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_manifest_that_is_not_a_file_is_rejected_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / MANIFEST_NAME)
     with pytest.raises(ShardSetError, match=r"dataset\.json: a (fifo|folder), not a regular file"):
         ShardSet(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../victim", "/etc/victim", "..", ".victim", "a/b"])
-def test_a_servers_manifest_that_names_paths_writes_nothing(name: str, tmp_path: Path) -> None:
-    """Refused from the bytes that came: no file is asked for, and none is in the cache or elsewhere."""
+def test_a_remote_manifest_with_paths_writes_no_file(name: str, tmp_path: Path) -> None:
+    """It is rejected when it is parsed: no file is requested, and none is written to the cache or elsewhere."""
     content = document(TARS)
     content["splits"]["train"]["index"] = name
     folder = tmp_path / "server" / "set"
@@ -314,8 +314,8 @@ def test_a_servers_manifest_that_names_paths_writes_nothing(name: str, tmp_path:
     assert written <= {MANIFEST_NAME, MARKER, LOCK, cache_record.NAME}
 
 
-def test_names_of_classes_are_shown_as_they_are(digits: Path, tmp_path: Path) -> None:
-    """Brackets are no markup of rich, control characters no commands for the terminal."""
+def test_class_names_are_printed_literally(digits: Path, tmp_path: Path) -> None:
+    """Brackets are not interpreted as rich markup, nor control characters as terminal commands."""
     content = json.loads((digits / MANIFEST_NAME).read_bytes())
     content["classes"][0] = {"folder": "[red]a[/red]", "name": "\x1b[31mb\n"}
     for path in digits.iterdir():

@@ -1,4 +1,4 @@
-"""Worker processes that die name the file that they were at; so does a run in this process that has no memory left."""
+"""If a worker process dies or memory runs out, the error names the file that was processed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def task(job: Job, report: Report) -> str:
     if how == "exits":
         os._exit(3)
     if how == "endless":
-        shards.workers.worker.MAX_IMAGE_SECONDS = 1  # in this process alone
+        shards.workers.worker.MAX_IMAGE_SECONDS = 1  # only in this process
         report.start(os.fsencode(path))
         while True:
             pass
@@ -47,7 +47,7 @@ def task(job: Job, report: Report) -> str:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_running_out_of_memory_names_the_file(tmp_path: Path, workers: int) -> None:
+def test_the_error_for_memory_names_the_file(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ConversionFailed, match=r"/bad\.png: out of memory; .*--workers") as error:
         run("out of memory", tmp_path, workers)
     assert error.value.exit_code == 1
@@ -61,18 +61,18 @@ def test_running_out_of_memory_names_the_file(tmp_path: Path, workers: int) -> N
         ("endless", r"an image took more than \d+ s of CPU time at .*/bad\.png; remove that file from the source"),
     ],
 )
-def test_a_worker_that_dies_names_the_file(tmp_path: Path, how: str, message: str) -> None:
+def test_the_error_for_a_dead_worker_names_the_file(tmp_path: Path, how: str, message: str) -> None:
     with pytest.raises(ConversionFailed, match=message):
         run(how, tmp_path, 2)
 
 
-def test_results_stand_in_the_order_of_the_jobs(tmp_path: Path) -> None:
+def test_results_are_in_the_order_of_the_jobs(tmp_path: Path) -> None:
     assert run("works", tmp_path, 2) == ["good.png", "bad.png", "other.png"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_conversion_without_enough_memory_says_at_which_file(tmp_path: Path, workers: int) -> None:
-    """The address space is limited as containers and batch systems do; the image is one that may be converted."""
+def test_a_conversion_without_enough_memory_names_the_file(tmp_path: Path, workers: int) -> None:
+    """The address space is limited, as some batch systems do; the image itself is valid."""
     for number in range(4):
         path = tmp_path / "source" / "train" / str(number % 2) / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What other people's readers get out of our tars: every sample's bytes and label, once."""
+"""Other WebDataset readers read every sample's bytes and label once from the tars."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Sample = tuple[int, int]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[ShardSet, list[Sample]]:
-    """A set of several shards, and what the source holds, sorted."""
+    """Return a set with several shards, and the sorted samples of its source."""
     root = tmp_path_factory.mktemp("readers")
     SamplePhotos(root / "photos", count=60).run()
     convert(root / "photos", root / "set", Options(shard_bytes=1_000_000, scan=ScanOptions(workers=1)))
@@ -100,18 +100,18 @@ def read_by_dali(shard_set: ShardSet) -> list[Sample]:
 
 
 @pytest.mark.parametrize("read", [read_by_index, read_by_tarfile, read_by_webdataset, read_by_dali])
-def test_every_sample_once(read, made: tuple[ShardSet, list[Sample]]) -> None:
+def test_every_reader_reads_every_sample_once(read, made: tuple[ShardSet, list[Sample]]) -> None:
     shard_set, expected = made
     assert sorted(read(shard_set)) == expected
 
 
 @pytest.mark.parametrize("read", [read_by_tarfile, read_by_webdataset, read_by_dali])
-def test_in_the_order_of_the_index(read, made: tuple[ShardSet, list[Sample]]) -> None:
+def test_readers_use_the_order_of_the_index(read, made: tuple[ShardSet, list[Sample]]) -> None:
     shard_set, _ = made
     assert read(shard_set) == read_by_index(shard_set)
 
 
-def test_gnu_tar_lists_and_extracts(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
+def test_gnu_tar_lists_and_extracts_the_tars(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
     shard_set, expected = made
     for path in tars(shard_set):
         done = subprocess.run(["tar", "xvf", path, "-C", tmp_path], capture_output=True, text=True, check=True)
@@ -121,7 +121,7 @@ def test_gnu_tar_lists_and_extracts(made: tuple[ShardSet, list[Sample]], tmp_pat
     assert sorted(sample(path.read_bytes(), path.with_suffix(".cls").read_text()) for path in images) == expected
 
 
-def test_dali_index_is_what_its_own_tool_writes(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
+def test_the_dali_index_equals_that_of_dalis_tool(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
     shard_set, _ = made
     for path in tars(shard_set):
         theirs = tmp_path / path.with_suffix(".idx").name
@@ -129,25 +129,25 @@ def test_dali_index_is_what_its_own_tool_writes(made: tuple[ShardSet, list[Sampl
         assert path.with_suffix(".idx").read_text() == theirs.read_text()
 
 
-def test_existing_tars_are_adopted_where_they_lie(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
+def test_existing_tars_are_indexed_in_place(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
     shard_set, expected = made
     for path in shard_set.path.glob("*.tar"):
         shutil.copy(path, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     manifest = index_tars(sorted(tmp_path.glob("*.tar")), ImageRules(), workers=1)
-    adopted = ShardSet(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in before} == before, "no tar was touched"
-    assert sorted(read_by_index(adopted)) == expected
-    assert np.array_equal(adopted.index("train"), shard_set.index("train")), "an index follows from its tars"
-    assert np.array_equal(adopted.index("val"), shard_set.index("val"))
+    indexed = ShardSet(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "no tar was modified"
+    assert sorted(read_by_index(indexed)) == expected
+    assert np.array_equal(indexed.index("train"), shard_set.index("train")), "the index depends only on the tars"
+    assert np.array_equal(indexed.index("val"), shard_set.index("val"))
     assert not manifest.shuffled
-    assert 1 <= manifest.made["class_run"]["train"] < 1.5, "these are shuffled, as it happens"
+    assert 1 <= manifest.made["class_run"]["train"] < 1.5, "these tars are shuffled"
     assert verify(tmp_path, workers=1) == []
     with pytest.raises(UserError, match="is already a shard set"):
         index_tars(sorted(tmp_path.glob("*.tar")), ImageRules())
 
 
-def test_adopted_tars_that_are_sorted_by_class_are_told(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
+def test_indexing_reports_tars_that_are_sorted_by_class(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
     shard_set, _ = made
     tarred: dict[str, bytes] = {}
     for path in tars(shard_set):
@@ -162,7 +162,7 @@ def test_adopted_tars_that_are_sorted_by_class_are_told(made: tuple[ShardSet, li
     assert manifest.made["class_run"]["train"] == pytest.approx(shard_set.split("train").samples / classes, abs=0.01)
 
 
-def test_damage_in_adopted_tars_is_named(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
+def test_damage_in_indexed_tars_is_reported(made: tuple[ShardSet, list[Sample]], tmp_path: Path) -> None:
     shard_set, _ = made
     shutil.copy(tars(shard_set)[0], tmp_path / "a.tar")
     index_tars([tmp_path / "a.tar"], ImageRules(), workers=1)
@@ -178,7 +178,7 @@ def test_damage_in_adopted_tars_is_named(made: tuple[ShardSet, list[Sample]], tm
         assert complaint in fault
 
 
-def test_tars_of_several_folders_are_no_set(tmp_path: Path) -> None:
+def test_tars_in_several_folders_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 folders"):
         index_tars([tmp_path / "a" / "0.tar", tmp_path / "b" / "0.tar"], ImageRules())
     with pytest.raises(UserError, match=r"0\.tar: no such file"):

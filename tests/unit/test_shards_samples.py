@@ -1,4 +1,4 @@
-"""The sample sets: real images, always the same, sized like ImageNet's."""
+"""The sample sources: real images, reproducible, with sizes like ImageNet's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.JPEG")}
 
 
-def test_digits_are_all_of_them_in_a_stratified_split(tmp_path: Path) -> None:
+def test_digits_are_complete_and_split_by_class(tmp_path: Path) -> None:
     SampleDigits(tmp_path / "digits").run()
     paths = sorted((tmp_path / "digits").rglob("*.JPEG"))
     digits = load_digits()
@@ -33,10 +33,10 @@ def test_digits_are_all_of_them_in_a_stratified_split(tmp_path: Path) -> None:
         with Image.open(path) as image:
             assert image.size == (64, 64)
             small = np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=float)
-        assert np.corrcoef(small.ravel(), digits.images[number].ravel())[0, 1] > 0.95, "the digit itself"
+        assert np.corrcoef(small.ravel(), digits.images[number].ravel())[0, 1] > 0.95, "the image shows the same digit"
 
 
-def test_the_same_every_time(tmp_path: Path) -> None:
+def test_sample_sources_are_reproducible(tmp_path: Path) -> None:
     for name in ("one", "other"):
         SampleDigits(tmp_path / name / "digits").run()
         SamplePhotos(tmp_path / name / "photos", count=40, seed=3).run()
@@ -45,7 +45,7 @@ def test_the_same_every_time(tmp_path: Path) -> None:
     assert not set(files(tmp_path / "third").values()) & set(files(tmp_path / "one" / "photos").values())
 
 
-def test_photos_are_sized_like_imagenets(tmp_path: Path) -> None:
+def test_photos_have_sizes_like_imagenet(tmp_path: Path) -> None:
     SamplePhotos(tmp_path, count=300).run()
     found = files(tmp_path)
     assert len(found) == len(set(found.values())) == 300
@@ -67,7 +67,7 @@ def test_every_class_is_in_both_splits(tmp_path: Path) -> None:
         SamplePhotos(tmp_path / "more", count=25).run()
 
 
-def test_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_existing_files_are_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     for sample in (SampleDigits(tmp_path), SamplePhotos(tmp_path, count=40)):
         with pytest.raises(UserError, match="not empty"):

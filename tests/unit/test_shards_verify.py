@@ -1,4 +1,4 @@
-"""Verify names every fault: any byte changed, any file cut, lost or exchanged."""
+"""`pipeline verify` finds every changed byte, and every truncated, missing or exchanged file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.support.damage import edit_index
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set with everything in it: two splits, several shards, a list of rejects."""
+    """A set with two splits, several shards and a list of rejects."""
     root = tmp_path_factory.mktemp("verify")
     SampleDigits(root / "digits").run()
     for folder in (root / "digits" / "train").iterdir():
@@ -45,7 +45,7 @@ def copy(pristine: Path, tmp_path: Path) -> Path:
 
 
 def faults(path: Path) -> list[str]:
-    """What verify says; a manifest that cannot be read at all is named by an error."""
+    """Return the faults that verify finds, or the error for an unreadable manifest."""
     try:
         return verify(path, workers=1)
     except ShardSetError as error:
@@ -54,7 +54,7 @@ def faults(path: Path) -> list[str]:
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_changed_byte_is_noticed_and_its_file_named(pristine: Path, tmp_path: Path, data: st.DataObject) -> None:
+def test_any_changed_byte_is_reported_with_its_file(pristine: Path, tmp_path: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(path.name for path in pristine.iterdir())))
     content = (pristine / name).read_bytes()
     at = data.draw(st.integers(0, len(content) - 1), label="at")
@@ -70,14 +70,14 @@ def test_any_changed_byte_is_noticed_and_its_file_named(pristine: Path, tmp_path
 
 
 @pytest.mark.parametrize("part", ["header", "image", "image padding", "label header", "label", "label padding"])
-def test_damage_in_a_shard_is_placed(copy: Path, part: str) -> None:
+def test_damage_in_a_shard_is_located(copy: Path, part: str) -> None:
     shard_set = ShardSet(copy)
     row = shard_set.index("train")[5]
     path = shard_set.shard_path("train", row["shard"])
     image_at = int(row["offset"])
     label_at = image_at + -(-int(row["size"]) // 512) * 512
     at = {
-        "header": image_at - 512 + 130,  # in the size
+        "header": image_at - 512 + 130,  # in the size field
         "image": image_at + 100,
         "image padding": label_at - 1,
         "label header": label_at + 3,
@@ -110,7 +110,7 @@ def test_a_missing_file(copy: Path, name: str) -> None:
     assert "missing" in fault
 
 
-def test_two_shards_exchanged(copy: Path) -> None:
+def test_two_exchanged_shards(copy: Path) -> None:
     first, second = copy / "train-000000.tar", copy / "train-000001.tar"
     first.rename(copy / "x")
     second.rename(first)
@@ -120,7 +120,7 @@ def test_two_shards_exchanged(copy: Path) -> None:
         assert any(str(path) in fault for fault in found)
 
 
-def test_two_indexes_exchanged(copy: Path) -> None:
+def test_two_exchanged_indexes(copy: Path) -> None:
     train, val = copy / "train.index.npy", copy / "val.index.npy"
     content = train.read_bytes(), val.read_bytes()
     train.write_bytes(content[1])
@@ -141,8 +141,8 @@ def test_two_indexes_exchanged(copy: Path) -> None:
         ("shard", 1, "row 0 has shard 1, expected the shard to which the manifest assigns this row"),
     ],
 )
-def test_an_index_that_is_whole_but_wrong(copy: Path, field: str, value: int, complaint: str) -> None:
-    """A row altered, and the index's hash in the manifest made to fit: the tars still contradict it."""
+def test_a_wrong_index_with_a_valid_hash(copy: Path, field: str, value: int, complaint: str) -> None:
+    """A row is changed and the hash in the manifest updated: the row still contradicts the tar."""
 
     def edit(index: Index) -> None:
         assert index[field][0] != value
@@ -153,7 +153,7 @@ def test_an_index_that_is_whole_but_wrong(copy: Path, field: str, value: int, co
     assert complaint in found[0]
 
 
-def test_an_edited_manifest_is_told(copy: Path) -> None:
+def test_an_edited_manifest_is_detected(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace("3_three", "3_trees"))
     with pytest.raises(
@@ -162,7 +162,7 @@ def test_an_edited_manifest_is_told(copy: Path) -> None:
         verify(copy, workers=1)
 
 
-def test_a_manifest_in_another_form_is_told(copy: Path) -> None:
+def test_a_reformatted_manifest_is_detected(copy: Path) -> None:
     path = copy / "dataset.json"
     path.write_text(path.read_text().replace("\n", "\n  "))
     (fault,) = verify(copy, workers=1)
@@ -178,14 +178,14 @@ def test_a_manifest_in_another_form_is_told(copy: Path) -> None:
         ('{"format": "fat-pipeline shard set", "version": 2}', "damaged manifest"),
     ],
 )
-def test_manifests_that_cannot_be_used(copy: Path, content: str, complaint: str) -> None:
+def test_unusable_manifests_are_rejected(copy: Path, content: str, complaint: str) -> None:
     (copy / "dataset.json").write_text(content)
     with pytest.raises(UserError, match=complaint) as caught:
         verify(copy)
     assert caught.value.exit_code == 2
 
 
-def test_the_command_says_so_and_fails(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_faults_and_fails(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Verify(copy).run() == 0
     assert "no faults, every byte was checked" in capsys.readouterr().out
     (copy / "val-000000.idx").write_bytes(b"")

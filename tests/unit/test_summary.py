@@ -1,4 +1,4 @@
-"""The summary of `pipeline shard` and `pipeline index` says what became of each file of the source."""
+"""The summary of `pipeline shard` and `pipeline index` accounts for every file of the source."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
         "not used: 1 .txt: not an image (such as train/dog/notes.txt)",
         f"note: {doubt}",
     ]
-    assert f"note: {doubt}" in before, "before the work too"
+    assert f"note: {doubt}" in before, "also before the conversion"
     assert before.index(doubt) < before.index("sharding")
     files = [path for path in source.rglob("*") if path.is_file()]
     assert len(files) == 11 + 4 + 3 + 2
@@ -69,7 +69,7 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
     ]
 
 
-def test_many_reasons_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_lists_of_reasons_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = class_folders(tmp_path / "in", {"a": 2, "b": 2})
     for kind in range(14):
         for i in range(1 + kind):
@@ -81,8 +81,8 @@ def test_many_reasons_are_shortened(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert unused[-1] == "not used: for 4 more reasons (see dataset.json)"
 
 
-def test_the_summary_survives_a_pipe(tmp_path: Path) -> None:
-    """Lines are not wrapped at the width of a terminal, nor coloured, whatever a path is taken for."""
+def test_the_summary_is_not_wrapped_in_a_pipe(tmp_path: Path) -> None:
+    """Lines are neither wrapped at the terminal width nor colored, even if a path looks like markup."""
     source = class_folders(tmp_path / "in [bold]" / ("n" * 120), {"a": 2, "b": 2})
     shown = subprocess.run(
         [sys.executable, "-m", "launch.cli", "shard", source, "--out", tmp_path / "set [/bold]", "--workers", "1"],

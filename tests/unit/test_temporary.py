@@ -1,4 +1,4 @@
-"""Long, missing and read-only TMPDIR, HOME and caches: another folder serves, or one line names the variable."""
+"""If TMPDIR, HOME or caches cannot be used, another folder is used or a one-line error names the variable."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder_of_length(root: Path, length: int) -> Path:
     return folder
 
 
-def test_a_verb_with_workers_goes_with_a_long_temporary_folder(digits: Path, tmp_path: Path) -> None:
+def test_a_command_with_workers_runs_with_a_long_tmpdir(digits: Path, tmp_path: Path) -> None:
     with public_folder() as root:
         done = python(VERB, "verify", digits, "--workers", "2", TMPDIR=str(folder_of_length(root, 120)))
     assert (done.returncode, "no faults, every byte was checked" in done.stdout) == (0, True), done.stderr
@@ -55,16 +55,16 @@ def test_a_verb_with_workers_goes_with_a_long_temporary_folder(digits: Path, tmp
 
 
 @pytest.mark.parametrize(("length", "fits"), [(LONGEST, True), (LONGEST + 1, False)])
-def test_sockets_stay_in_the_temporary_folder_as_long_as_they_fit(length: int, fits: bool) -> None:
+def test_sockets_are_in_tmpdir_if_the_path_is_short_enough(length: int, fits: bool) -> None:
     with public_folder() as root:
         folder = folder_of_length(root, length)
         done = python(SOCKETS, TMPDIR=str(folder), XDG_RUNTIME_DIR="")
         made = Path(done.stdout.strip())
         assert (made.parent == folder, done.stderr == "") == (fits, fits)
-        assert not made.exists(), "removed with the process"
+        assert not made.exists(), "removed when the process ends"
 
 
-def test_a_missing_temporary_folder_is_said_once() -> None:
+def test_a_missing_tmpdir_is_reported_once() -> None:
     done = python(
         "from shards.files.temporary import *; print(temporary_folder(), temporary_folder())", TMPDIR="/no/such"
     )
@@ -77,7 +77,7 @@ def test_a_missing_temporary_folder_is_said_once() -> None:
 @pytest.mark.parametrize(
     ("call", "writable"), [("temporary_folder()", False), ("prepare_sockets()", False), ("prepare_sockets()", True)]
 )
-def test_where_nothing_can_be_written_the_variable_is_named(call: str, writable: bool) -> None:
+def test_without_any_writable_folder_the_error_names_the_variable(call: str, writable: bool) -> None:
     needs_root()
     places = ("/tmp", "/var/tmp", *(() if writable else ("/dev/shm",)))
     close = [f"mount --bind {place} {place} && mount -o remount,bind,ro {place}" for place in places]
@@ -99,7 +99,7 @@ ENVIRONMENT = ("HOME", "XDG_CACHE_HOME", "TRITON_HOME", "TRITON_CACHE_DIR", "TMP
 
 
 def caches(uid: int, **env: str) -> tuple[str | None, str | None]:
-    """(XDG_CACHE_HOME, TRITON_HOME) after `prepare_caches` by a user without a name, under these variables alone."""
+    """Return (XDG_CACHE_HOME, TRITON_HOME) after `prepare_caches`, for a user with only these variables."""
 
     def prepare() -> tuple[str | None, str | None]:
         for name in ENVIRONMENT:
@@ -114,7 +114,7 @@ def caches(uid: int, **env: str) -> tuple[str | None, str | None]:
     return found
 
 
-def test_caches_of_a_user_without_a_usable_home_are_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_without_a_usable_home_gets_a_private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs_root()
     with public_folder() as tmp:
         monkeypatch.setattr("tempfile.tempdir", str(tmp))
@@ -125,8 +125,8 @@ def test_caches_of_a_user_without_a_usable_home_are_private(tmp_path: Path, monk
         assert (found.st_uid, found.st_mode & 0o777) == (54321, 0o700)
 
 
-def test_a_cache_that_is_a_link_to_nothing_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """~/.cache on a scratch disk that this node does not mount."""
+def test_a_cache_that_is_a_dangling_link_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """~/.cache is a link to a scratch disk that is not mounted on this node."""
     needs_root()
     with public_folder() as tmp:
         monkeypatch.setattr("tempfile.tempdir", str(tmp))
@@ -137,17 +137,17 @@ def test_a_cache_that_is_a_link_to_nothing_is_replaced(monkeypatch: pytest.Monke
         assert caches(54321, HOME=str(home))[0] == str(tmp / "fat-pipeline-cache-54321")
 
 
-def test_a_home_that_can_be_written_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_writable_home_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_root()
     with public_folder() as tmp:
         monkeypatch.setattr("tempfile.tempdir", "/nonexistent")
         assert caches(54321, HOME=str(tmp)) == (None, None)
         assert caches(54321, HOME=str(tmp / "made" / "later")) == (None, None)
         cache = str(tmp / "cache")
-        assert caches(54321, HOME="/nonexistent", XDG_CACHE_HOME=cache) == (cache, cache), "Triton knows no XDG"
+        assert caches(54321, HOME="/nonexistent", XDG_CACHE_HOME=cache) == (cache, cache), "Triton ignores it"
 
 
-def test_a_cache_folder_that_another_user_made_first_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_folder_of_another_user_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     needs_root()
     with public_folder() as tmp:
         monkeypatch.setattr("tempfile.tempdir", str(tmp))
