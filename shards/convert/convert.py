@@ -257,7 +257,7 @@ def _accept_finished(
 
 
 def _check_plan(work: WorkFolder, plan: ConversionPlan, source: Path | None, layout: Layout | None = None) -> None:
-    """Check the plan's source and tool version, that its listing is intact, and that no file of others is replaced."""
+    """Check the plan's source, tool version and listing, and that no file of another program would be replaced."""
     if source is not None:
         check_same_source(work.out, plan, source, layout)
     if plan.tool != tool_version():

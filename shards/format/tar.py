@@ -86,5 +86,5 @@ def index_line(key: str, image_at: int, image_size: int, label_size: int) -> str
 
 
 def dali_index(lines: list[str]) -> bytes:
-    """Return the content of an .idx file (v1.2): one line per sample: extension, offset, size, name."""
+    """Return the content of an .idx file (v1.2): a line per sample with extension, offset, size and name."""
     return "\n".join([f"v1.2 {len(lines)}", *lines, ""]).encode("ascii")

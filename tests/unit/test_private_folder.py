@@ -146,13 +146,13 @@ def test_a_compiler_cache_that_others_can_write_is_rejected(
     """torch.compile executes code from a folder with a predictable name in the temporary folder."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     execution = Execution(memory_format="contiguous", kernels="off", compile="default", optimizer_impl="foreach")
-    for refused in (False, True):
+    for is_writable in (False, True):
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
         monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-        if refused:
+        if is_writable:
             (folder,) = tmp_path.iterdir()
             folder.chmod(0o777)
-            with pytest.raises(NotPrivate, match=r"torchinductor_\w+: others may .*set TORCHINDUCTOR_CACHE_DIR to a"):
+            with pytest.raises(NotPrivate, match=r"torchinductor_\w+: others can .*set TORCHINDUCTOR_CACHE_DIR to a"):
                 execution.compile_model(torch.nn.Identity())
         else:
             execution.compile_model(torch.nn.Identity())

@@ -96,5 +96,5 @@ sys.exit(launch.cli.main(sys.argv[1:]))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert re.search(r"source/train/0/2\.png: out of memory; run the same command to resume", last), done.stderr
+    assert re.search(r"source/train/0/2\.png: out of memory; run .* with fewer --workers or more", last), done.stderr
     assert not (tmp_path / "set" / "dataset.json").exists()

@@ -1,4 +1,4 @@
-"""Nobody's files are replaced, and what was damaged of our own is made again or named."""
+"""Files of other programs are never replaced; damaged files of this project are written again or reported."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def begin(source: Path, out: Path, form: str = "tar") -> None:
-    """Make half of the shards."""
+    """Convert half of the shards."""
     convert(source, out, options(form), ConversionPart(1, 2))
 
 
 def tars(folder: Path, bad: int = 0) -> list[Path]:
-    """A training and a validation tar, as somebody else made them; `bad` of the images are none."""
+    """Write a training and a validation tar, not with `pipeline shard`; `bad` of the images are invalid."""
     for split in ("train", "val"):
         with tarfile.open(folder / f"{split}-0.tar", "w") as tar:
             for i in range(4):
@@ -89,7 +89,7 @@ def tars(folder: Path, bad: int = 0) -> list[Path]:
 
 @pytest.mark.parametrize("name", ["rejects.jsonl", "train.index.npy", "val.index.npy", "dataset.json", FOLDER])
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_index_refuses_before_any_work_what_it_would_replace(name: str, kind: str, tmp_path: Path) -> None:
+def test_index_rejects_existing_files_before_any_work(name: str, kind: str, tmp_path: Path) -> None:
     found = tars(tmp_path)
     if kind == "file":
         (tmp_path / name).write_bytes(MINE)
@@ -108,14 +108,14 @@ def test_index_refuses_before_any_work_what_it_would_replace(name: str, kind: st
 
 
 @pytest.mark.parametrize(("name", "fact"), [("tars", "is a folder; specify the tars"), ("none.tar", "no such file")])
-def test_index_says_what_is_not_a_tar(name: str, fact: str, tmp_path: Path) -> None:
+def test_index_reports_what_is_not_a_tar(name: str, fact: str, tmp_path: Path) -> None:
     (tmp_path / "tars").mkdir()
     with pytest.raises(UserError, match=rf"/{name}: {fact}"):
         index_tars([tmp_path / name], ImageRules())
     assert [path.name for path in tmp_path.iterdir()] == ["tars"]
 
 
-def test_index_replaces_what_its_own_failed_start_left(tmp_path: Path) -> None:
+def test_index_replaces_files_of_its_own_failed_start(tmp_path: Path) -> None:
     found = tars(tmp_path, bad=1)
     with pytest.raises(ConversionFailed, match="2 of 8 images rejected"):
         index_tars(found, ImageRules(), workers=1)
@@ -125,7 +125,7 @@ def test_index_replaces_what_its_own_failed_start_left(tmp_path: Path) -> None:
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_index_refuses_a_list_of_rejects_that_was_edited_since(tmp_path: Path) -> None:
+def test_index_does_not_replace_an_edited_list_of_rejects(tmp_path: Path) -> None:
     found = tars(tmp_path, bad=1)
     with pytest.raises(ConversionFailed):
         index_tars(found, ImageRules(), workers=1)
@@ -135,13 +135,13 @@ def test_index_refuses_a_list_of_rejects_that_was_edited_since(tmp_path: Path) -
     assert (tmp_path / "rejects.jsonl").read_bytes() == MINE
 
 
-def test_index_refuses_an_unfinished_conversion(source: Path, tmp_path: Path) -> None:
+def test_index_rejects_an_unfinished_conversion(source: Path, tmp_path: Path) -> None:
     begin(source, tmp_path / "set")
     with pytest.raises(UserError, match="an unfinished conversion"):
         index_tars(sorted((tmp_path / "set").glob("*.tar")), ImageRules(), workers=1)
 
 
-def test_index_refuses_a_tar_that_is_written_to_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_fails_if_a_tar_is_modified_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = tars(tmp_path)
     from shards.commands import index_tars as module
 
@@ -170,7 +170,7 @@ def test_index_refuses_a_tar_that_is_written_to_meanwhile(tmp_path: Path, monkey
         ("ffcv", "train.beton", "text"),
     ],
 )
-def test_a_conversion_refuses_files_that_came_meanwhile(
+def test_a_conversion_does_not_replace_files_that_appeared_meanwhile(
     form: str, name: str, kind: str, *, source: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "set"
@@ -180,7 +180,7 @@ def test_a_conversion_refuses_files_that_came_meanwhile(
     if kind == "folder":
         (out / name).mkdir()
         (out / name / "mine").write_bytes(MINE)
-    elif kind == "a set's":  # of the same name, but of other images
+    elif kind == "a set's":  # a file of the same name in a different set
         other = tmp_path / "other"
         for i in range(40):
             path = other / "train" / "x" / f"{i}.jpg"
@@ -205,7 +205,7 @@ def test_a_conversion_refuses_files_that_came_meanwhile(
         assert not any(key.startswith("train-") and key not in before for key in kept), "before any work"
 
 
-def test_the_end_of_a_conversion_refuses_files_that_came_meanwhile(source: Path, tmp_path: Path) -> None:
+def test_finish_does_not_replace_files_that_appeared_meanwhile(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     for k in (1, 2):
         convert(source, out, options(), ConversionPart(k, 2))
@@ -225,7 +225,7 @@ def test_the_end_of_a_conversion_refuses_files_that_came_meanwhile(source: Path,
     ("form", "step"),
     [("both", 11), *(pytest.param(form, 1, marks=pytest.mark.slow) for form in ("tar", "ffcv", "both"))],
 )
-def test_a_start_that_was_killed_between_any_two_files_resumes(
+def test_a_conversion_killed_between_any_two_files_resumes(
     form: str,
     step: int,
     *,
@@ -234,7 +234,7 @@ def test_a_start_that_was_killed_between_any_two_files_resumes(
     reference: dict[str, dict[str, bytes]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever was published is known as ours, whichever was the last rename."""
+    """Every published file is recognized as created by this project, whichever rename was the last."""
     rename = Path.rename
     for killed_after in range(1, 200, step):
         out = tmp_path / f"set{killed_after}"
@@ -262,7 +262,7 @@ def test_a_start_that_was_killed_between_any_two_files_resumes(
 
 
 @pytest.mark.parametrize("removed", range(6))
-def test_a_start_that_was_killed_while_it_removed_its_work_folder(
+def test_a_conversion_killed_while_it_removes_its_work_folder(
     removed: int, source: Path, tmp_path: Path, reference: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "set"
@@ -285,7 +285,7 @@ def test_a_start_that_was_killed_while_it_removed_its_work_folder(
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_work_folder_of_somebody_else_is_left_alone(inside: bool, source: Path, tmp_path: Path) -> None:
+def test_a_work_folder_of_another_program_is_not_modified(inside: bool, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     (out / FOLDER).mkdir(parents=True)
     (out / FOLDER / ("mine" if inside else MARKER + "s")).write_bytes(MINE)
@@ -295,10 +295,10 @@ def test_a_work_folder_of_somebody_else_is_left_alone(inside: bool, source: Path
     assert contents(out) == before
 
 
-def test_hidden_files_beside_a_set_are_kept(
+def test_hidden_files_in_the_set_folder_are_kept(
     source: Path, tmp_path: Path, reference: dict[str, dict[str, bytes]]
 ) -> None:
-    """Only temporary files of the set's own names are removed at the end."""
+    """Only temporary files of the set are removed at the end."""
     out = tmp_path / "set"
     out.mkdir()
     mine = {".DS_Store": MINE, ".notes.tmp": MINE, ".train-000000.tar.backup.tmp": MINE}
@@ -309,7 +309,7 @@ def test_hidden_files_beside_a_set_are_kept(
     assert contents(out) == reference["tar"] | mine
 
 
-def test_a_set_is_not_made_in_a_file(source: Path, tmp_path: Path) -> None:
+def test_an_output_path_that_is_a_file_is_rejected(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(MINE)
     for out in (tmp_path / "file", tmp_path / "file" / "below" / "set"):
         with pytest.raises(UserError, match="file: is a file, expected a folder") as caught:
@@ -317,7 +317,7 @@ def test_a_set_is_not_made_in_a_file(source: Path, tmp_path: Path) -> None:
         assert caught.value.exit_code == 2
 
 
-def test_a_conversion_is_not_resumed_from_another_source(source: Path, tmp_path: Path) -> None:
+def test_a_conversion_is_not_resumed_with_a_different_source(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     begin(source, out)
     shutil.copytree(source, tmp_path / "copy")
@@ -343,7 +343,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["train-000000.json", "train-000000.rows.npy"])
 @pytest.mark.parametrize("form", ["tar", "ffcv"])
-def test_a_damaged_record_of_a_shard_is_made_again(
+def test_a_damaged_record_of_a_shard_is_written_again(
     form: str, name: str, damage: str, *, source: Path, tmp_path: Path, reference: dict[str, dict[str, bytes]]
 ) -> None:
     out = tmp_path / "set"
@@ -357,7 +357,7 @@ def test_a_damaged_record_of_a_shard_is_made_again(
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("name", ["train-000001.beton", "train-000001.beton.npy"])
 @pytest.mark.parametrize("form", ["ffcv", "both"])
-def test_a_damaged_record_of_a_beton_is_made_again(
+def test_a_damaged_record_of_a_beton_is_written_again(
     form: str,
     name: str,
     damage: str,
@@ -383,7 +383,7 @@ def test_a_damaged_record_of_a_beton_is_made_again(
 @pytest.mark.parametrize(
     "name", ["plan.json", "train.rows.npy", "train.names.npy", "train.places.json", "val.bounds.npy"]
 )
-def test_a_damaged_plan_or_listing_is_named(name: str, damage: str, source: Path, tmp_path: Path) -> None:
+def test_a_damaged_plan_or_listing_is_reported(name: str, damage: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "set"
     begin(source, out)
     path = out / FOLDER / name
@@ -400,10 +400,10 @@ def test_a_damaged_plan_or_listing_is_named(name: str, damage: str, source: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("form", ["tar", "ffcv", "both"])
-def test_random_damage_to_a_begun_conversion(
+def test_random_damage_to_an_unfinished_conversion(
     form: str, source: Path, tmp_path: Path, reference: dict[str, dict[str, bytes]]
 ) -> None:
-    """Flip, truncate, remove, exchange: the same set in the end, or one line that names what is wrong."""
+    """After a flip, truncation, removal or exchange: the same set in the end, or a one-line error."""
     for seed in range(100):
         draw = random.Random(seed)
         out = tmp_path / f"set{seed}"
@@ -429,7 +429,7 @@ def test_random_damage_to_a_begun_conversion(
         shutil.rmtree(out)
 
 
-def test_waiting_for_a_listing_says_for_whom_and_ends(
+def test_waiting_for_a_listing_names_the_owner_and_times_out(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards.convert.convert, "LISTING_WAIT", 0.3)
@@ -446,7 +446,7 @@ def test_waiting_for_a_listing_says_for_whom_and_ends(
     convert(source, work.out, options())
 
 
-def test_a_wait_for_a_lock_ends_when_it_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_for_a_lock_ends_when_it_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards.files.lock, "WAIT", 0.01)
     taken, leave = threading.Event(), threading.Event()
 
@@ -464,7 +464,7 @@ def test_a_wait_for_a_lock_ends_when_it_is_free(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.timeout(30)
-def test_a_fifo_in_place_of_a_lock_file_does_not_block(tmp_path: Path) -> None:
+def test_a_fifo_instead_of_a_lock_file_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.lock")
     with pytest.raises(OSError, match="seek"), file_lock(tmp_path / "x.lock", "it"):
         pass
@@ -473,7 +473,7 @@ def test_a_fifo_in_place_of_a_lock_file_does_not_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "owner", [{"host": "a\n[error] b", "pid": 7}, {"host": "x" * 300, "pid": 1}, {"host": 1, "pid": "x"}]
 )
-def test_what_a_lock_file_says_is_checked(owner: dict[str, object], tmp_path: Path) -> None:
+def test_the_content_of_a_lock_file_is_validated(owner: dict[str, object], tmp_path: Path) -> None:
     lock = tmp_path / "x.lock"
     with file_lock(lock, "it"):
         lock.write_text(json.dumps(owner))
@@ -486,15 +486,15 @@ def test_what_a_lock_file_says_is_checked(owner: dict[str, object], tmp_path: Pa
 
 
 @pytest.mark.parametrize("form", ["ffcv", "both"])
-def test_a_tar_that_was_damaged_does_not_get_into_the_beton(
+def test_a_damaged_tar_is_not_copied_into_the_beton(
     form: str, source: Path, tmp_path: Path, reference: dict[str, dict[str, bytes]]
 ) -> None:
-    """Its size is that of the shard, so the shard counts as done."""
+    """The tar has the recorded size, so the shard counts as finished."""
     out = tmp_path / "set"
     begin(source, out, form)
     tar = min(out.rglob("*.tar"))
     content = bytearray(tar.read_bytes())
-    content[BLOCK + 100] ^= 1  # of the first image
+    content[BLOCK + 100] ^= 1  # in the first image
     tar.write_bytes(content)
     with pytest.raises(ConversionFailed, match=f"{tar}: damaged since it was written; remove it"):
         convert(source, out, options(form))

@@ -63,7 +63,7 @@ def test_every_class_is_in_both_splits(tmp_path: Path) -> None:
     SamplePhotos(tmp_path, count=26).run()
     classes = [sorted(path.name for path in (tmp_path / split).iterdir()) for split in ("train", "val")]
     assert classes[0] == classes[1]
-    with pytest.raises(UserError, match="--count 25: at least 26 are needed"):
+    with pytest.raises(UserError, match="--count 25: at least 26 images are required"):
         SamplePhotos(tmp_path / "more", count=25).run()
 
 
