@@ -40,8 +40,13 @@ class Shard:
     """
 
     source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
-    """Images to convert: a folder per class (optionally inside train/, val/ and test/), the ILSVRC2012 tars, a folder
-    with one tar per class, Kaggle's ILSVRC/ folder, Parquet files, or WebDataset tars."""
+    """Images to convert, in one of these layouts (see --from):
+    - folder: one folder per class, optionally inside train/, val/ and test/
+    - ilsvrc: the ILSVRC2012 tars
+    - class-tars: a folder with one tar per class
+    - kaggle: Kaggle's ILSVRC/ folder
+    - parquet: Parquet files, for example from Hugging Face
+    - webdataset: WebDataset tars"""
 
     out: Annotated[Path | None, default("SOURCE-shards, next to the source")] = None
     """Folder to write the set to. It must be empty, not exist yet, or hold an unfinished conversion of SOURCE."""
@@ -53,8 +58,8 @@ class Shard:
     """Fraction of each class (0 to 1) to split off for validation, if the source has no validation split."""
 
     classes: Annotated[Path | None, default("the order and names in the source")] = None
-    """Text file with one class per line, in the order of the labels (0, 1, ...): the class folder, optionally followed
-    by a human-readable name."""
+    """Text file that lists the classes in the order of their labels (0, 1, ...), one per line.
+    A line is the class folder, optionally followed by a human-readable name."""
 
     shard_size: Annotated[int, Interval(ge=1, le=MAX_SHARD_SIZE)] = Options.shard_bytes // MIB
     """Approximate size of a shard, in MiB."""
@@ -63,15 +68,15 @@ class Shard:
     """Seed of the global shuffle and of the validation split."""
 
     check: Check = ImageRules.check
-    """decode: decode every image once, and reject those that fail. header: only parse the image headers, which is
-    faster, but damaged images are then found during training."""
+    """decode: decode every image once, and reject those that fail.
+    header: only parse the image headers, which is faster, but damaged images are then found during training."""
 
     format: Format = Options.format
     """Files to write: WebDataset tars, FFCV .beton files, or both with the samples in the same order."""
 
     write_mode: WriteMode = BetonOptions.mode
-    """How a .beton file stores images: jpg (encoded), raw (decoded pixels), or smart (each image as pixels if they need
-    at most --smart-ratio times the bytes of its JPEG)."""
+    """How a .beton file stores images: jpg (encoded), raw (decoded pixels) or smart.
+    smart stores the pixels of an image if they need at most --smart-ratio times the bytes of its JPEG."""
 
     smart_ratio: Annotated[float, Interval(ge=1, le=MAX_SMART_RATIO)] = BetonOptions.smart_ratio
     """For --write-mode smart: maximum size of an image's pixels, as a multiple of its JPEG's size."""
@@ -86,12 +91,12 @@ class Shard:
     """JPEG quality (1 to 100) of images that are shrunk."""
 
     max_rejects: Fraction = MAX_REJECTS
-    """Maximum fraction of images (0 to 1) that may be rejected, for example because they are damaged. The conversion
-    fails if more are."""
+    """Maximum fraction of images (0 to 1) that may be rejected, for example because they are damaged.
+    The conversion fails if more are rejected."""
 
     strict: bool = False
-    """Fail if the source probably contains a mistake (such as missing classes or blank images), instead of printing a
-    note."""
+    """Fail if the source probably contains a mistake, such as missing classes or blank images.
+    By default, only a note is printed."""
 
     workers: Annotated[Workers | None, default("one per available CPU core")] = None
     """Number of worker processes."""
@@ -165,8 +170,8 @@ class Verify:
     """Number of worker processes."""
 
     set_digest: Annotated[str | None, default("not checked")] = None
-    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX ('pipeline info' prints both). Appending
-    #xxh3=HEX to SET does the same."""
+    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX, as printed by 'pipeline info'.
+    Appending #xxh3=HEX to SET does the same."""
 
     def run(self) -> int:
         from shards.commands.verify import verify
@@ -188,8 +193,8 @@ class Info:
     """Folder of the set."""
 
     set_digest: Annotated[str | None, default("not checked")] = None
-    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX ('pipeline info' prints both). Appending
-    #xxh3=HEX to SET does the same."""
+    """Expected digest of the set's dataset.json: xxh3=HEX or sha256=HEX, as printed by 'pipeline info'.
+    Appending #xxh3=HEX to SET does the same."""
 
     def run(self) -> int:
         from rich.console import Console
@@ -208,24 +213,24 @@ class Index:
     """
 
     tars: Positional[Annotated[tuple[Path, ...], arg(metavar="TAR [TAR ...]", help_behavior_hint="(required)")]]
-    """Tars of KEY.jpg and KEY.cls files, all in one folder. A tar belongs to the split (train, val or test) that is a
-    word of its file name, and to train without such a word."""
+    """WebDataset tars of KEY.jpg and KEY.cls files, all in one folder.
+    A tar belongs to the split (train, val or test) that is a word of its file name, otherwise to train."""
 
     classes: Annotated[Path | None, default("the labels in the tars")] = None
-    """Text file with one class per line, in the order of the labels (0, 1, ...): the class folder, optionally followed
-    by a human-readable name."""
+    """Text file that lists the classes in the order of their labels (0, 1, ...), one per line.
+    A line is the class folder, optionally followed by a human-readable name."""
 
     check: Check = ImageRules.check
-    """decode: decode every image once, and reject those that fail. header: only parse the image headers, which is
-    faster, but damaged images are then found during training."""
+    """decode: decode every image once, and reject those that fail.
+    header: only parse the image headers, which is faster, but damaged images are then found during training."""
 
     max_rejects: Fraction = MAX_REJECTS
-    """Maximum fraction of images (0 to 1) that may be rejected, for example because they are damaged. The command fails
-    if more are."""
+    """Maximum fraction of images (0 to 1) that may be rejected, for example because they are damaged.
+    The command fails if more are rejected."""
 
     strict: bool = False
-    """Fail if the tars probably contain a mistake (such as missing classes or blank images), instead of printing a
-    note."""
+    """Fail if the tars probably contain a mistake, such as missing classes or blank images.
+    By default, only a note is printed."""
 
     workers: Annotated[Workers | None, default("one per available CPU core")] = None
     """Number of worker processes."""
@@ -264,8 +269,8 @@ class SampleDigits:
 class SamplePhotos:
     """Write random crops of the photos in scikit-image, scikit-learn and matplotlib as JPEG files.
 
-    Their sizes in pixels and bytes are distributed like ImageNet's, for benchmarks without ImageNet. They are in train/
-    and val/, with one folder per class.
+    Their sizes in pixels and bytes are distributed like ImageNet's, for benchmarks without ImageNet.
+    They are in train/ and val/, with one folder per class.
     """
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]

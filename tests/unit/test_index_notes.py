@@ -29,9 +29,9 @@ def test_doubts_about_file_names_are_recorded(
     names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Index(tars(tmp_path, names), workers=1).run() == 0
-    said = capsys.readouterr()
-    assert said.err.count(f"note: {doubt}\n") == 1
-    assert f"note: {doubt}\n" in said.out, "also in the summary"
+    output = capsys.readouterr()
+    assert output.err.count(f"note: {doubt}\n") == 1
+    assert f"note: {doubt}\n" in output.out, "also in the summary"
     assert Manifest.load(tmp_path).made["doubts"] == [doubt]
     assert Info(tmp_path).run() == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -45,9 +45,9 @@ def test_notes_about_file_names_are_recorded_and_pass_with_strict(
     names: list[str], note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Index(tars(tmp_path, names), workers=1, strict=True).run() == 0
-    said = capsys.readouterr()
-    assert f"note: {note}" in said.err
-    assert f"note: {note}" in said.out
+    output = capsys.readouterr()
+    assert f"note: {note}" in output.err
+    assert f"note: {note}" in output.out
     made = Manifest.load(tmp_path).made
     assert made["doubts"] == []
     assert [line for line in made["notes"] if line.startswith(note)]

@@ -98,10 +98,10 @@ def test_every_command_rejects_a_different_set(
     digits: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert COMMANDS[command](str(digits), "xxh3=" + "0" * 16, tmp_path) == 2
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     found = digests_of(digits)[0]
-    assert said.startswith(f"error: {digits}/dataset.json: expected digest xxh3={'0' * 16}, found {found}")
-    assert said.count("\n") == 1
+    assert output.startswith(f"error: {digits}/dataset.json: expected digest xxh3={'0' * 16}, found {found}")
+    assert output.count("\n") == 1
 
 
 def test_a_recipe_can_specify_the_digest(digits: Path) -> None:
@@ -114,5 +114,5 @@ def test_a_recipe_can_specify_the_digest(digits: Path) -> None:
 
 def test_info_prints_the_digests(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", str(digits)]) == 0
-    said = capsys.readouterr().out
-    assert tuple(re.findall(r"(?:xxh3|sha256)=[0-9a-f]{16,}", said)) == digests_of(digits)
+    output = capsys.readouterr().out
+    assert tuple(re.findall(r"(?:xxh3|sha256)=[0-9a-f]{16,}", output)) == digests_of(digits)

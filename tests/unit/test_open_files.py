@@ -120,8 +120,8 @@ def test_too_many_open_files_is_a_storage_failure() -> None:
 )
 def test_a_sufficient_limit_is_recommended(soft: int, hard: int, advice: str) -> None:
     """It is never lower than the current limit, because `ulimit -n` also sets the hard limit."""
-    said = limited(soft, hard, "from shards.open_files import how_to_raise_limit; print(how_to_raise_limit())")
-    assert advice in said.stdout, said.stderr
+    output = limited(soft, hard, "from shards.open_files import how_to_raise_limit; print(how_to_raise_limit())")
+    assert advice in output.stdout, output.stderr
 
 
 def broken_handler() -> BaseException:

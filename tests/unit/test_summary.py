@@ -30,9 +30,9 @@ def mixed(root: Path) -> Path:
 def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = mixed(tmp_path / "in"), tmp_path / "set"
     assert Shard(source, out=out, max_rejects=0.5, workers=1).run() == 0
-    said, before = capsys.readouterr()
+    summary, before = capsys.readouterr()
     doubt = "1 class has no validation images: '[x]'"
-    assert said.splitlines() == [
+    assert summary.splitlines() == [
         f"{out}: 11 train + 4 val images of 3 classes, 2 re-encoded, 3 rejected, 2 not used",
         "train: 11 images of 3 classes, 1 to 7 each, in 1 shard",
         "val: 4 images of 2 classes, 2 each, in 1 shard",

@@ -1,4 +1,4 @@
-"""Whatever cannot be written is refused before the work begins, in one line that says what to do."""
+"""Outputs that cannot be written are rejected before the work starts, with a one-line error and a remedy."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from shards.files.output import OutputError, check_output_folder
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
 SMALL = ("--", "--size", "32", "--global-batch", "2")
-# Verbs that write, and what the error must advise.
+# Commands that write files: arguments, and the remedy that the error must contain.
 COMMANDS = {
     "shard --out": (["shard", "{source}", "--out", "{ro}/new"], "specify a folder that you can write to with --out"),
-    "shard beside the source": (["shard", "{ro}/source"], "specify a folder that you can write to with --out"),
+    "shard without --out": (["shard", "{ro}/source"], "specify a folder that you can write to with --out"),
     "index": (["index", "{ro}/tars/train-00000.tar"], "pipeline shard"),
     "sample digits": (["sample", "digits", "{ro}/digits"], "specify another"),
     "sample photos": (["sample", "photos", "{ro}/photos"], "specify another"),
@@ -30,8 +30,8 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def places(digits: Path) -> Iterator[dict[str, Path]]:
-    """A folder that everybody can read and only root can write, with a set, tars and a source of images in it."""
+def folders(digits: Path) -> Iterator[dict[str, Path]]:
+    """A folder that all users can read but only root can write, with a set, tars and a source."""
     with public_folder(mode=0o755) as folder:
         shutil.copytree(digits, folder / "set")
         (folder / "tars").mkdir()
@@ -43,7 +43,7 @@ def places(digits: Path) -> Iterator[dict[str, Path]]:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_an_output_that_cannot_be_written_is_rejected_before_the_work(
-    places: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     needs_root()
     arguments, advice = COMMANDS[name]
@@ -59,16 +59,16 @@ def test_an_output_that_cannot_be_written_is_rejected_before_the_work(
         import io
 
         sys.stderr = io.StringIO()
-        status = pipeline([text.format(**places) for text in arguments])
+        status = pipeline([text.format(**folders) for text in arguments])
         return status, sys.stderr.getvalue()
 
     result = as_user(NOBODY, run)
     assert isinstance(result, tuple), result
-    status, said = result
+    status, output = result
     assert status in (1, 2)
-    (line,) = [line for line in said.splitlines() if not line.startswith("note: HOME=")]
+    (line,) = [line for line in output.splitlines() if not line.startswith("note: HOME=")]
     assert line.startswith("error: ")
-    assert advice in said
+    assert advice in output
 
 
 def _must_not_start(*_: object, **__: object) -> None:
