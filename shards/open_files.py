@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import resource
 
-WANTED = 4096
+TARGET_LIMIT = 4096
 """Enough for all components. A much larger limit slows down libraries that iterate over all possible descriptors."""
-ENOUGH = 1024
+RECOMMENDED_LIMIT = 1024
 """Enough for every command; recommended in messages."""
-_PARTS = 4  # two shard readers (training, evaluation), and the same again for libraries and sockets
-_FEWEST = 4
+_COMPONENTS = 4  # two shard readers (training, evaluation), and the same again for libraries and sockets
+_MIN_FILES = 4
 
 
 def raise_limit() -> None:
-    """Increase the soft limit of open files to `WANTED`, or to the hard limit. Child processes inherit it."""
+    """Increase the soft limit of open files to `TARGET_LIMIT`, or to the hard limit. Child processes inherit it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED if hard == resource.RLIM_INFINITY else min(WANTED, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    target = TARGET_LIMIT if hard == resource.RLIM_INFINITY else min(TARGET_LIMIT, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
 
 
 def limit() -> int:
@@ -30,14 +30,14 @@ def limit() -> int:
 
 def how_to_raise_limit() -> str:
     """Return the command that increases the limit, for messages, or where an administrator can increase it."""
-    wanted = max(ENOUGH, 2 * limit())
+    recommended = max(RECOMMENDED_LIMIT, 2 * limit())
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or wanted <= hard:
-        return f"'ulimit -n {wanted}'"
-    return f"'ulimit -n' allows {hard} at most: /etc/security/limits.conf, or --ulimit nofile={wanted} of a container"
+    if hard == resource.RLIM_INFINITY or recommended <= hard:
+        return f"'ulimit -n {recommended}'"
+    return f"'ulimit -n' allows {hard} at most: /etc/security/limits.conf, or --ulimit nofile={recommended} of a container"
 
 
 def open_file_budget(most: int) -> int:
     """Return how many files one component may keep open: `most`, or fewer if the limit is low."""
     soft = limit()
-    return most if soft == resource.RLIM_INFINITY else min(most, max(_FEWEST, soft // _PARTS))
+    return most if soft == resource.RLIM_INFINITY else min(most, max(_MIN_FILES, soft // _COMPONENTS))

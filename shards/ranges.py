@@ -25,7 +25,7 @@ from annotated_types import Interval
 from shards.errors import UserError
 from shards.redact import printable
 
-SHOWN = 60  # maximum length of a value in a message, in characters
+MAX_SHOWN = 60  # maximum length of a value in a message, in characters
 
 Fraction = Annotated[float, Interval(ge=0, le=1)]
 """A fraction or a probability."""
@@ -54,8 +54,8 @@ def check_ranges(options: Any) -> None:
         value = getattr(options, name)
         allowed = _first_violated_range(value, hint)
         if allowed is not None:
-            given = " ".join(map(_number, value if isinstance(value, tuple) else (value,)))
-            given = printable(given if len(given) <= SHOWN else given[:SHOWN] + "...")
+            given = " ".join(map(_format_number, value if isinstance(value, tuple) else (value,)))
+            given = printable(given if len(given) <= MAX_SHOWN else given[:MAX_SHOWN] + "...")
             raise UserError(f"--{name.replace('_', '-')} {given}: expected {allowed}")
 
 
@@ -89,7 +89,7 @@ def _first_violated_range(value: Any, hint: Any) -> str | None:
     for number, (kind, interval) in zip(values, ranges if one_range_each else ranges * len(values), strict=False):
         if isinstance(number, int | float) and interval is not None and not _within(number, interval):
             each = "each " if len(values) > 1 else ""
-            return f"{each}{_in_words(kind, interval)}"
+            return f"{each}{_describe_range(kind, interval)}"
     return None
 
 
@@ -103,15 +103,15 @@ def _within(number: float, interval: Any) -> bool:
     )
 
 
-def _in_words(kind: type, interval: Interval) -> str:
-    low = f"from {_shown(interval.ge)}" if interval.ge is not None else f"above {_shown(interval.gt)}"
-    high = f"to {_shown(interval.le)}" if interval.le is not None else f"and below {_shown(interval.lt)}"
+def _describe_range(kind: type, interval: Interval) -> str:
+    low = f"from {_format_bound(interval.ge)}" if interval.ge is not None else f"above {_format_bound(interval.gt)}"
+    high = f"to {_format_bound(interval.le)}" if interval.le is not None else f"and below {_format_bound(interval.lt)}"
     return f"{'a whole number' if kind is int else 'a number'} {low} {high}"
 
 
-def _number(value: object) -> str:
+def _format_number(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _shown(bound: Any) -> str:
+def _format_bound(bound: Any) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:,g}"

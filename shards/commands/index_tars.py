@@ -128,7 +128,7 @@ def index_tars(
         work.create()
         try:
             with file_lock(work.path / "index.lock", f"the index of {folder}"):
-                return _adopt(
+                return _index_and_publish(
                     work,
                     jobs,
                     rules=rules,
@@ -157,7 +157,7 @@ def _check_folder(folder: Path, work: WorkFolder, jobs: list[IndexJob]) -> None:
     work.reject_foreign_files([REJECTS_NAME, *(work.index(split_of(job.tar, folder)).name for job in jobs)])
 
 
-def _adopt(
+def _index_and_publish(
     work: WorkFolder,
     jobs: list[IndexJob],
     *,

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from shards.commands.verify_beton import SegmentCheck, check_frame, check_segment
+from shards.commands.verify_beton import SegmentCheck, check_beton, check_segment
 from shards.errors import ShardSetError, storage_error
 from shards.files.regular import open_file
 from shards.format.dataset import ShardSet
@@ -62,7 +62,7 @@ def verify(path: Path, workers: int | None = None) -> list[str]:
             if entry.tars:
                 checks += _shard_checks(shard_set, split)
             if entry.beton:
-                found, segments = check_frame(shard_set, split)
+                found, segments = check_beton(shard_set, split)
                 faults += found
                 checks += segments
         except ShardSetError as error:

@@ -41,7 +41,7 @@ class SegmentCheck:
     """uint64 [samples of the segment]: xxh3-64 of the stored bytes."""
 
 
-def check_frame(shard_set: ShardSet, split: str) -> tuple[list[str], list[SegmentCheck]]:
+def check_beton(shard_set: ShardSet, split: str) -> tuple[list[str], list[SegmentCheck]]:
     """Check the index, size, header, metadata and allocation table of a split's .beton.
 
     Returns:

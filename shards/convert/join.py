@@ -68,7 +68,7 @@ def join(
         for (split, _), shard in done.items()
         for image, reason in shard.rejected
     ]
-    late = _late_doubts(work, plan, done)
+    late = _doubts_about_images(work, plan, done)
     if strict and late:
         print_notes(late)
         raise ConversionFailed(
@@ -124,7 +124,7 @@ def summarize_doubts(doubts: Sequence[str]) -> str:
     return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
 
 
-def _late_doubts(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
+def _doubts_about_images(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
     """Return the doubts that are only known once the images were read."""
     classes = len(plan.classes)
     lines: list[str] = []

@@ -38,7 +38,7 @@ class PublishedFiles:
         """
         for name in names:
             path = self.out / name
-            if mode_of(path) and not self._owns(path):
+            if mode_of(path) and not self._matches_record(path):
                 raise foreign_file(path, "was not written by this command")
 
     def publish(self, name: str, content: bytes) -> str:
@@ -70,7 +70,7 @@ class PublishedFiles:
         self.publish_file(self.path / name, name, digest)
         return digest
 
-    def withdraw(self, name: str) -> None:
+    def remove_published(self, name: str) -> None:
         """Remove a file that was published before the conversion was interrupted, if any.
 
         Raises:
@@ -82,7 +82,7 @@ class PublishedFiles:
     def _record(self, name: str, size: int, digest: str | None) -> None:
         save_record(self.path / f"{name}.published", _PUBLISHED, Published(bytes=size, hash=digest))
 
-    def _owns(self, path: Path) -> bool:
+    def _matches_record(self, path: Path) -> bool:
         record = load_record(self.path / f"{path.name}.published", _PUBLISHED)
         if record is None or not stat.S_ISREG(mode_of(path)) or path.stat().st_size != record.bytes:
             return False

@@ -39,7 +39,7 @@ def write_rejects(work: WorkFolder, rejects: list[Reject], kept: int, max_fracti
     """
     path = work.out / REJECTS_NAME
     if not rejects:
-        work.withdraw(REJECTS_NAME)
+        work.remove_published(REJECTS_NAME)
         return None
     ordered = sorted(rejects, key=lambda reject: (reject["split"], reject["image"]))
     content = "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in ordered).encode()

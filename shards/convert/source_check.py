@@ -113,10 +113,10 @@ def check_unchanged(
     """
     if times_first and source.exists() and not _may_have_changed(work, plan):
         return
-    fact, only_gone = _difference(work, plan, source)
+    fact, only_removed = _compare_with_listing(work, plan, source)
     if not fact:
         return
-    if not only_gone or is_needed():
+    if not only_removed or is_needed():
         raise UserError(
             f"{work.out}: the source {source} has changed since the conversion was started: {fact}; restore the "
             "source, or specify another --out"
@@ -124,13 +124,14 @@ def check_unchanged(
     print_notes([f"{source}: {fact}; all shards were written before, so the set is complete without them"])
 
 
-def _difference(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[str, bool]:
+def _compare_with_listing(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[str, bool]:
     """Return how a source differs from its listing ('' if it does not), and whether images were only removed."""
     if not source.exists():
         return "it no longer exists", True
     now = _identity_now(source, plan.layout)
     if isinstance(now, UserError):
-        return f"it can no longer be read with layout '{plan.layout}' ({now})", _holds_nothing_new(work, plan, source)
+        only_removed = _has_only_listed_files(work, plan, source)
+        return f"it can no longer be read with layout '{plan.layout}' ({now})", only_removed
     if now.digest == plan.digest:
         return "", False
     if plan.layout == "parquet":
@@ -140,7 +141,7 @@ def _difference(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[s
         listings = {split: work.load_listing(split)[0] for split in plan.shards}
         what, listed, found = "image", _Items.of_images(listings, split_off), _Items.of_images(now.splits, split_off)
     added, removed = ~np.isin(found.keys, listed.keys), ~np.isin(listed.keys, found.keys)
-    modified = _differ(found, listed)
+    modified = _modified_items(found, listed)
     mark = "size" if what == "image" else "content"
     facts = [
         f"{format_count(int(np.count_nonzero(which)), what)} {fact} "
@@ -157,7 +158,7 @@ def _difference(work: WorkFolder, plan: ConversionPlan, source: Path) -> tuple[s
     return ", ".join(facts), not added.any() and not modified.any()
 
 
-def _holds_nothing_new(work: WorkFolder, plan: ConversionPlan, source: Path) -> bool:
+def _has_only_listed_files(work: WorkFolder, plan: ConversionPlan, source: Path) -> bool:
     """Return whether all images and archives of a source that can no longer be scanned are in the listing, unchanged.
 
     Always False if the source has Parquet files, because the listing contains the files unpacked from them.
@@ -233,7 +234,7 @@ class _Items:
         return cls(keys, sizes, name)
 
 
-def _differ(found: _Items, listed: _Items) -> NDArray[np.bool_]:
+def _modified_items(found: _Items, listed: _Items) -> NDArray[np.bool_]:
     """Return which items were listed with a different size or digest: bool [found]."""
     differ = np.zeros(len(found.keys), dtype=bool)
     _, in_found, in_listed = np.intersect1d(found.keys, listed.keys, return_indices=True)

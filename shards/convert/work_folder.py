@@ -206,17 +206,17 @@ class WorkFolder(PublishedFiles):
         if done is None or load_rows(self._shard_file(split, shard, "rows.npy"), done.rows_hash) is None:
             return False
         if not self.keeps_tars:
-            return self.is_in_beton(split, shard) or size_of(self.tar(split, shard)) == done.bytes
+            return self.is_segment_done(split, shard) or size_of(self.tar(split, shard)) == done.bytes
         tar = self.tar(split, shard)
         return size_of(tar) == done.bytes and size_of(tar.with_suffix(".idx")) is not None
 
     def load_done(self, split: str, shard: int) -> ShardDone:
         path = self._shard_file(split, shard, "json")
-        return _required(load_record(path, _SHARD), path)
+        return _require(load_record(path, _SHARD), path)
 
     def load_rows(self, split: str, shard: int) -> Index:
         path = self._shard_file(split, shard, "rows.npy")
-        return _required(load_rows(path, self.load_done(split, shard).rows_hash), path)
+        return _require(load_rows(path, self.load_done(split, shard).rows_hash), path)
 
     def index(self, split: str) -> Path:
         """Return the path of the split's index."""
@@ -242,10 +242,10 @@ class WorkFolder(PublishedFiles):
     def load_segment(self, split: str, shard: int) -> tuple[str, Index]:
         """Return the segment's hash and its index rows, with the offsets, sizes and hashes of the stored images."""
         record, rows = (self._shard_file(split, shard, suffix) for suffix in ("beton", "beton.npy"))
-        done = _required(load_record(record, _SEGMENT), record)
-        return done.hash, _required(load_rows(rows, done.rows_hash), rows)
+        done = _require(load_record(record, _SEGMENT), record)
+        return done.hash, _require(load_rows(rows, done.rows_hash), rows)
 
-    def is_in_beton(self, split: str, shard: int) -> bool:
+    def is_segment_done(self, split: str, shard: int) -> bool:
         """Return whether the shard's segment is recorded as written, and the .beton exists."""
         done = load_record(self._shard_file(split, shard, "beton"), _SEGMENT)
         if done is None or load_rows(self._shard_file(split, shard, "beton.npy"), done.rows_hash) is None:
@@ -256,7 +256,7 @@ class WorkFolder(PublishedFiles):
         return self.path / f"{split}-{shard:06d}.{suffix}"
 
 
-def _required(found: T | None, path: Path) -> T:
+def _require(found: T | None, path: Path) -> T:
     """Return `found`, which was loaded from `path`.
 
     Raises:

@@ -52,28 +52,31 @@ def write_betons(
     Returns:
         Split -> its manifest entry.
     """
-    frames = {split: _frame(work, split, numbers, options) for split, numbers in shards.items()}
-    unpublished = {split: frame for split, frame in frames.items() if not _is_published(work, split, shards[split])}
+    contents = {split: _compute_content(work, split, numbers, options) for split, numbers in shards.items()}
+    unpublished = {
+        split: content for split, content in contents.items() if not _is_published(work, split, shards[split])
+    }
     todo = []
-    for split, frame in unpublished.items():
+    for split, content in unpublished.items():
         with work.unfinished_beton(split).open("ab") as file:
-            file.truncate(frame.layout.total)
-        todo += [job for job in _jobs(work, split, shards[split], frame) if not work.is_in_beton(split, job.shard)]
+            file.truncate(content.layout.total)
+        jobs = _jobs(work, split, shards[split], content)
+        todo += [job for job in jobs if not work.is_segment_done(split, job.shard)]
     with Progress("writing .beton", sum(len(job.offsets) for job in todo)) as progress:
-        run_jobs(fill_segment, todo, workers, progress)
-    for split, frame in unpublished.items():
-        _publish(work, split, frame)
+        run_jobs(write_segment, todo, workers, progress)
+    for split, content in unpublished.items():
+        _publish(work, split, content)
     return {
         split: BetonEntry(
             name=work.beton(split).name,
-            bytes=frame.layout.total,
+            bytes=content.layout.total,
             mode=options.mode,
             smart_ratio=options.smart_ratio,
             segments=tuple(work.load_segment(split, shard)[0] for shard in shards[split]),
             index=work.beton_index(split).name,
-            index_hash=_publish_index(work, split, shards[split], len(frame.index)),
+            index_hash=_publish_index(work, split, shards[split], len(content.index)),
         )
-        for split, frame in frames.items()
+        for split, content in contents.items()
     }
 
 
@@ -86,48 +89,48 @@ def _is_published(work: WorkFolder, split: str, shards: list[int]) -> bool:
     """Return whether the .beton is published. One with a damaged record is moved back to be written again."""
     if not work.beton(split).exists():
         return False
-    if all(work.is_in_beton(split, shard) for shard in shards):
+    if all(work.is_segment_done(split, shard) for shard in shards):
         return True
     work.beton(split).rename(work.unfinished_beton(split))
     return False
 
 
 @dataclass(frozen=True)
-class _Frame:
+class _BetonContent:
     """Index and layout of a split's .beton file."""
 
     index: Index
     layout: BetonLayout
 
 
-def _frame(work: WorkFolder, split: str, shards: list[int], options: BetonOptions) -> _Frame:
+def _compute_content(work: WorkFolder, split: str, shards: list[int], options: BetonOptions) -> _BetonContent:
     rows = [work.load_rows(split, shard) for shard in shards]
     for number, rows_of_shard in enumerate(rows):
         rows_of_shard["shard"] = number
     index = np.concatenate(rows)
-    return _Frame(index, compute_layout(index, options))
+    return _BetonContent(index, compute_layout(index, options))
 
 
-def _jobs(work: WorkFolder, split: str, shards: list[int], frame: _Frame) -> Iterator[SegmentJob]:
-    layout = frame.layout
+def _jobs(work: WorkFolder, split: str, shards: list[int], content: _BetonContent) -> Iterator[SegmentJob]:
+    layout = content.layout
     for number, shard in enumerate(shards):
-        mine = frame.index["shard"] == number
+        mine = content.index["shard"] == number
         start, stop = int(layout.starts[number]), int(layout.starts[number + 1])
         yield SegmentJob(work, split, shard, layout.offsets[mine], layout.raw[mine], start, stop)
 
 
-def _publish(work: WorkFolder, split: str, frame: _Frame) -> None:
+def _publish(work: WorkFolder, split: str, content: _BetonContent) -> None:
     """Write the header, metadata and allocation table, and rename the file to its final name."""
     unfinished = work.unfinished_beton(split)
     with unfinished.open("r+b", buffering=0) as file:
-        write_all(file, frame.layout.head(frame.index))
-        file.seek(int(frame.layout.starts[-1]))
-        write_all(file, frame.layout.table())
+        write_all(file, content.layout.head(content.index))
+        file.seek(int(content.layout.starts[-1]))
+        write_all(file, content.layout.table())
         os.fsync(file.fileno())
     work.publish_file(unfinished, work.beton(split).name, None)
 
 
-def fill_segment(job: SegmentJob, report: Report) -> None:
+def write_segment(job: SegmentJob, report: Report) -> None:
     """Write a shard's segment of the .beton; record its hash and its index rows.
 
     Raises:

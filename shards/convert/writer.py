@@ -111,13 +111,13 @@ class ContainerReader:
         try:
             data = self._read_file(entry) if entry.offset is None else self._read_range(entry)
         except FileNotFoundError as error:
-            raise _changed(entry, "existed when the source was listed, but no longer does") from error
+            raise _source_changed(entry, "existed when the source was listed, but no longer does") from error
         except NotRegular as error:
-            raise _changed(entry, f"was a regular file when the source was listed, now {error.kind}") from error
+            raise _source_changed(entry, f"was a regular file when the source was listed, now {error.kind}") from error
         except OSError as error:
             raise storage_error(entry.path, error) from error
         if len(data) != entry.size:
-            raise _changed(entry, f"had {entry.size} bytes when the source was listed, now {len(data)}")
+            raise _source_changed(entry, f"had {entry.size} bytes when the source was listed, now {len(data)}")
         return data
 
     def _read_file(self, entry: Entry) -> bytes:
@@ -134,7 +134,7 @@ class ContainerReader:
             raise
         try:
             if status.st_size != entry.size:
-                raise _changed(entry, f"had {entry.size} bytes when the source was listed, now {status.st_size}")
+                raise _source_changed(entry, f"had {entry.size} bytes when the source was listed, now {status.st_size}")
             self.rewritten += int(status.st_mtime) != entry.mtime
             return read_up_to(handle, entry.size) if entry.size else b""  # files in /proc have content but size 0
         finally:
@@ -148,10 +148,10 @@ class ContainerReader:
             if not entry.container.is_still(status):
                 os.close(handle)
                 listed = entry.container
-                raise _changed(
+                raise _source_changed(
                     entry,
-                    f"the archive had {listed.size} bytes and was last modified at {_when(listed.mtime)} when the "
-                    f"source was listed, now {status.st_size} bytes and {_when(int(status.st_mtime))}",
+                    f"the archive had {listed.size} bytes and was last modified at {_format_time(listed.mtime)} when "
+                    f"the source was listed, now {status.st_size} bytes and {_format_time(int(status.st_mtime))}",
                 )
             if len(self._open) >= self._limit:
                 os.close(self._open.pop(next(iter(self._open))))
@@ -166,14 +166,14 @@ class ContainerReader:
             os.close(handle)
 
 
-def _changed(entry: Entry, fact: str) -> ConversionFailed:
+def _source_changed(entry: Entry, fact: str) -> ConversionFailed:
     return ConversionFailed(
         f"{entry.path}: {fact}; restore the source and run the same command, or remove the unfinished set and start "
         "again"
     )
 
 
-def _when(mtime: int) -> str:
+def _format_time(mtime: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(mtime))
 
 

@@ -26,9 +26,9 @@ from shards.files.waiting import Wait
 from shards.redact import one_line
 from shards.schema import parse_json
 
-BEAT = 10.0  # seconds between heartbeats
-STALE = 6 * BEAT  # seconds without a heartbeat after which the owner is considered dead
-WAIT = 1.0  # seconds between two attempts
+HEARTBEAT_SECONDS = 10.0  # seconds between heartbeats
+STALE_SECONDS = 6 * HEARTBEAT_SECONDS  # seconds without a heartbeat after which the owner is considered dead
+RETRY_SECONDS = 1.0  # seconds between two attempts
 _MAX_OWNER = 4096  # maximum size of a lock file, in bytes
 
 
@@ -69,7 +69,7 @@ def file_lock(path: Path, what: str, wait: float = 0.0) -> Iterator[None]:
     try:
         _acquire(handle, path, what, wait)
         stop = threading.Event()
-        beat = threading.Thread(target=_beat, args=(path, stop), daemon=True)
+        beat = threading.Thread(target=_update_heartbeat, args=(path, stop), daemon=True)
         beat.start()
         try:
             yield
@@ -106,7 +106,7 @@ def _acquire(handle: int, path: Path, what: str, wait: float) -> None:
             print(f"note: {held}; waiting for it for up to {wait:g} s", file=sys.stderr, flush=True)
             waiting = Wait(f"{path}: locked by {held.owner}", limit=wait, remedy="stop that process if it hangs")
         try:
-            waiting.pause(min(WAIT, wait))
+            waiting.pause(min(RETRY_SECONDS, wait))
         except StorageFailed:
             raise held from None
 
@@ -116,15 +116,15 @@ def _try_acquire(handle: int, path: Path, what: str) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _held(_owner(handle), path, what) from None
+        raise _lock_held(_owner(handle), path, what) from None
     except OSError:  # this file system does not support flock
         flock_works = False
     owner = _owner(handle)
     host = socket.gethostname()
     if owner is not None:
-        dead = (flock_works and owner.host == host) or _age(handle, path) > STALE
+        dead = (flock_works and owner.host == host) or _seconds_since_heartbeat(handle, path) > STALE_SECONDS
         if not dead:
-            raise _held(owner, path, what)
+            raise _lock_held(owner, path, what)
         print(f"note: {one_line(str(path))}: replacing the lock of {owner}, which no longer runs", file=sys.stderr)
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps({"host": host, "pid": os.getpid()}).encode(), 0)
@@ -137,12 +137,12 @@ def _owner(handle: int) -> Owner | None:
         return None
 
 
-def _held(owner: Owner | None, path: Path, what: str) -> LockHeld:
+def _lock_held(owner: Owner | None, path: Path, what: str) -> LockHeld:
     by = str(owner or "another process")
     return LockHeld(f"{what} is in use by {by}; wait for it, or stop it and run the same command (lock: {path})", by)
 
 
-def _age(handle: int, path: Path) -> float:
+def _seconds_since_heartbeat(handle: int, path: Path) -> float:
     """Return the seconds since the last heartbeat, by the clock of the file system."""
     probe = path.with_name(f".{path.name}.{os.getpid()}.now.tmp")
     probe.touch()
@@ -151,7 +151,7 @@ def _age(handle: int, path: Path) -> float:
     return now - os.fstat(handle).st_mtime
 
 
-def _beat(path: Path, stop: threading.Event) -> None:
-    while not stop.wait(BEAT):
+def _update_heartbeat(path: Path, stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             os.utime(path)

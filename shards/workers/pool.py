@@ -1,4 +1,4 @@
-"""A pool of worker processes that report their progress, detects their death, and ends with the parent process.
+"""A pool of worker processes that report their progress, detects their death_error, and ends with the parent process.
 
 A pipe to each worker carries jobs and results. A shared memory page contains the name of the file that the worker is
 processing, for the error message if it dies. There are no locks or semaphores that a killed process could leave locked,
@@ -23,8 +23,8 @@ from shards.progress import Progress
 from shards.redact import display_name
 from shards.workers.worker import (
     PAGE_BYTES,
-    REMEDY,
-    WITHOUT_FILE,
+    REMOVE_FILE,
+    RESUME_OR_REMOVE_FILE,
     JobDone,
     JobFailed,
     ProgressMade,
@@ -99,15 +99,15 @@ class _Worker:
         worker_end.close()
         self.job: int | None = None
 
-    def death(self) -> ConversionFailed:
-        """Return the error that explains the death of the process."""
+    def death_error(self) -> ConversionFailed:
+        """Return the error that explains the death_error of the process."""
         self.process.join()
         code = self.process.exitcode or 0
         where = f" at {display_name(self.page.value)}" if self.page.value else ""
         if code == -signal.SIGXCPU:
-            return ConversionFailed(f"an image took more than {MAX_IMAGE_SECONDS} s of CPU time{where}; {WITHOUT_FILE}")
+            return ConversionFailed(f"an image took more than {MAX_IMAGE_SECONDS} s of CPU time{where}; {REMOVE_FILE}")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        return ConversionFailed(f"a worker process {how}{where} (out of memory?); {REMEDY}")
+        return ConversionFailed(f"a worker process {how}{where} (out of memory?); {RESUME_OR_REMOVE_FILE}")
 
     def send_next(self, todo: deque[int], jobs: Sequence[Any]) -> None:
         """Send the next job to the worker, if there is one."""
@@ -140,7 +140,7 @@ def _dispatch(processes: list[_Worker], jobs: Sequence[Any], progress: Progress)
                     case JobFailed(error):
                         raise error
     except (EOFError, ConnectionError) as error:
-        raise worker.death() from error
+        raise worker.death_error() from error
     return results
 
 

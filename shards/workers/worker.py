@@ -18,8 +18,8 @@ from shards.redact import display_name
 REPORT_SECONDS = 0.2  # minimum time between two reports of a worker
 PAGE_BYTES = 2048  # maximum length of a file name, in bytes; longer names are truncated
 # A source is listed only once per conversion, so that removing a file from it requires a new conversion.
-WITHOUT_FILE = "remove that file from the source, remove the unfinished set, then start again"
-REMEDY = f"run the same command with fewer --workers or more memory to resume, or {WITHOUT_FILE}"
+REMOVE_FILE = "remove that file from the source, remove the unfinished set, then start again"
+RESUME_OR_REMOVE_FILE = f"run the same command with fewer --workers or more memory to resume, or {REMOVE_FILE}"
 
 
 class Report(Protocol):
@@ -60,7 +60,8 @@ def run_worker(pipe: Connection, page: Any, task: Callable[[Any, Report], Any]) 
 
 def out_of_memory(name: bytes) -> ConversionFailed:
     """Return the error for running out of memory at a file; `name` may be empty."""
-    return ConversionFailed(f"{display_name(name) if name else 'a worker process'}: out of memory; {REMEDY}")
+    where = display_name(name) if name else "a worker process"
+    return ConversionFailed(f"{where}: out of memory; {RESUME_OR_REMOVE_FILE}")
 
 
 class Reporter:

@@ -87,7 +87,7 @@ from pipeline.options import LoaderSettings
 from shards.workers.pool import cores
 print(connect().cores, torch.get_num_threads(), os.environ["OMP_NUM_THREADS"], LoaderSettings().decode_threads, cores())
 """
-VERB = """
+COMMAND = """
 import os
 from launch.cli import main
 main(["info", "nowhere"])
@@ -95,7 +95,7 @@ print(os.environ["OMP_NUM_THREADS"])
 """
 
 
-@pytest.mark.parametrize(("code", "expected"), [(COUNTED, ["1"] * 5), (VERB, ["1"])], ids=["a rank", "a verb"])
+@pytest.mark.parametrize(("code", "expected"), [(COUNTED, ["1"] * 5), (COMMAND, ["1"])], ids=["a rank", "a command"])
 def test_in_a_container_all_components_use_the_quota(code: str, expected: list[str]) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can mount something over /sys/fs/cgroup")

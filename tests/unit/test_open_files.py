@@ -26,7 +26,7 @@ def limited(soft: int, hard: int, code: str, *args: str | Path) -> subprocess.Co
     return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
-VERB = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
 RAISED = """
 import resource, sys
 {start}
@@ -34,14 +34,14 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 print(soft, hard)
 """
 STARTS = {
-    "a verb": "from launch.cli import main; main(['info', 'nowhere'])",
+    "a command": "from launch.cli import main; main(['info', 'nowhere'])",
     "a rank": "from launch.machine.world import run_command; run_command(lambda: 0)",
 }
 
 
 @pytest.mark.parametrize(
     ("start", "soft", "hard", "expected"),
-    [("a verb", 48, 512, 512), ("a rank", 48, 20000, 4096), ("a verb", 8000, 9000, 8000)],
+    [("a command", 48, 512, 512), ("a rank", 48, 20000, 4096), ("a command", 8000, 9000, 8000)],
 )
 def test_a_command_increases_its_soft_limit(start: str, soft: int, hard: int, expected: int) -> None:
     assert limited(soft, hard, RAISED.format(start=STARTS[start])).stdout.split() == [str(expected), str(hard)]
@@ -79,7 +79,7 @@ def test_a_reader_of_many_files_keeps_few_of_them_open(tmp_path: Path, taken: in
 
 
 @pytest.mark.parametrize(
-    ("limit", "verb"),
+    ("limit", "command"),
     [
         (32, ["verify", "--workers", "2"]),
         (12, ["verify", "--workers", "2"]),
@@ -89,10 +89,10 @@ def test_a_reader_of_many_files_keeps_few_of_them_open(tmp_path: Path, taken: in
     ],
 )
 def test_a_command_works_or_reports_the_limit(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, verb: list[str]
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, command: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = limited(limit, limit, VERB, verb[0], digits, *verb[1:])
+    done = limited(limit, limit, COMMAND, command[0], digits, *command[1:])
     assert "Traceback" not in done.stderr
     if done.returncode:
         assert done.returncode == 1

@@ -35,7 +35,7 @@ SIGNED = f"https://host/set?X-Amz-Signature={CANARY}"
 
 
 @pytest.fixture
-def as_before() -> Iterator[None]:
+def restore_hooks() -> Iterator[None]:
     """Restore the hooks of this process after each test."""
     hooks = sys.excepthook, logging.getLogRecordFactory(), warnings.formatwarning
     yield
@@ -73,7 +73,7 @@ COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
 SLOW = ("bench",)
 
 
-@pytest.mark.usefixtures("as_before")
+@pytest.mark.usefixtures("restore_hooks")
 @pytest.mark.parametrize(
     "command", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in COMMANDS]
 )
@@ -157,7 +157,7 @@ def test_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "error: https://***@host/set: a\\nb\n"
 
 
-@pytest.mark.usefixtures("as_before")
+@pytest.mark.usefixtures("restore_hooks")
 def test_logs_of_all_libraries_are_redacted(caplog: pytest.LogCaptureFixture) -> None:
     protect_output()
     protect_output()
@@ -178,7 +178,7 @@ def test_logs_of_all_libraries_are_redacted(caplog: pytest.LogCaptureFixture) ->
     assert "OSError: no answer from https://***@host/set" in caplog.text
 
 
-@pytest.mark.usefixtures("as_before")
+@pytest.mark.usefixtures("restore_hooks")
 def test_warnings_are_redacted() -> None:
     protect_output()
     assert CANARY not in warnings.formatwarning(UserWarning(URL), UserWarning, "x.py", 1, line="")

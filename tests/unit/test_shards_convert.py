@@ -29,7 +29,7 @@ from shards.convert.work_folder import WorkFolder
 from shards.convert.writer import ContainerReader
 from shards.errors import ConversionFailed, ShardSetError, UserError
 from shards.files import waiting
-from shards.files.lock import WAIT, LockHeld, file_lock
+from shards.files.lock import RETRY_SECONDS, LockHeld, file_lock
 from shards.format.dataset import ShardSet
 from shards.images.rules import ImageRules
 from shards.sources.scan import Layout, ScanOptions
@@ -195,7 +195,7 @@ def test_waiting_for_a_lock_has_a_timeout(
     held = pytest.raises(LockHeld, match=f"process {os.getpid()} on")
     with file_lock(lock, "it"), held, file_lock(lock, "it", wait=7.5):
         pass
-    assert pauses == [WAIT] * 8, "until more than 7.5 s have passed"
+    assert pauses == [RETRY_SECONDS] * 8, "until more than 7.5 s have passed"
     assert "waiting for it for up to 7.5 s" in capsys.readouterr().err
 
 

@@ -434,7 +434,7 @@ def test_waiting_for_a_listing_names_the_owner_and_times_out(
 ) -> None:
     monkeypatch.setattr(shards.convert.convert, "LISTING_WAIT", 0.3)
     monkeypatch.setattr(shards.files.waiting, "SILENT_SECONDS", 0.0)
-    monkeypatch.setattr(shards.files.lock, "WAIT", 0.05)
+    monkeypatch.setattr(shards.files.lock, "RETRY_SECONDS", 0.05)
     work = WorkFolder(tmp_path / "set")
     work.create()
     held = pytest.raises(LockHeld, match=f"by process {os.getpid()} on")
@@ -447,7 +447,7 @@ def test_waiting_for_a_listing_names_the_owner_and_times_out(
 
 
 def test_a_wait_for_a_lock_ends_when_it_is_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards.files.lock, "WAIT", 0.01)
+    monkeypatch.setattr(shards.files.lock, "RETRY_SECONDS", 0.01)
     taken, leave = threading.Event(), threading.Event()
 
     def holder() -> None:

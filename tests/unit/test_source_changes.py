@@ -167,7 +167,7 @@ def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) 
     options = Options(shard_bytes=4000, scan=ScanOptions(workers=1, val_fraction=0.5))
     convert(source, tmp_path / "set", options, ConversionPart(1, 2))
     (source / "a" / "9.jpg").write_bytes(jpeg(99))
-    with pytest.raises(UserError, match=r"was then: 1 image added \(such as .*a/9.jpg\); restore"):
+    with pytest.raises(UserError, match=r"was started: 1 image added \(such as .*a/9.jpg\); restore"):
         convert(source, tmp_path / "set", options)
 
 
@@ -176,7 +176,7 @@ def test_a_source_read_through_a_link_is_the_same(tmp_path: Path) -> None:
     link.symlink_to(source)
     convert(link, tmp_path / "set", SMALL, ConversionPart(1, 2))
     (source / "train" / "cat" / "9.jpg").write_bytes(jpeg(99))
-    with pytest.raises(UserError, match=r"was then: 1 image added"):
+    with pytest.raises(UserError, match=r"was started: 1 image added"):
         convert(source, tmp_path / "set", SMALL)
     (source / "train" / "cat" / "9.jpg").unlink()
     assert convert(source, tmp_path / "set", SMALL) is not None

@@ -14,7 +14,7 @@ from shards.files.temporary import prepare_caches
 from tests.support.launching import python_path
 from tests.support.users import NOBODY, as_user, needs_root, public_folder
 
-VERB = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
 SOCKETS = (
     "import multiprocessing.util as m; from shards.files.temporary import *; prepare_sockets(); print(m.get_temp_dir())"
 )
@@ -48,7 +48,7 @@ def folder_of_length(root: Path, length: int) -> Path:
 
 def test_a_command_with_workers_runs_with_a_long_tmpdir(digits: Path, tmp_path: Path) -> None:
     with public_folder() as root:
-        done = python(VERB, "verify", digits, "--workers", "2", TMPDIR=str(folder_of_length(root, 120)))
+        done = python(COMMAND, "verify", digits, "--workers", "2", TMPDIR=str(folder_of_length(root, 120)))
     assert (done.returncode, "no faults, every byte was checked" in done.stdout) == (0, True), done.stderr
     assert done.stderr.count("note: TMPDIR=") == 1
     assert "path too long for sockets; creating sockets in /" in done.stderr
