@@ -34,7 +34,10 @@ def how_to_raise_limit() -> str:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY or recommended <= hard:
         return f"'ulimit -n {recommended}'"
-    return f"'ulimit -n' allows {hard} at most: /etc/security/limits.conf, or --ulimit nofile={recommended} of a container"
+    return (
+        f"'ulimit -n' allows {hard} at most: an administrator can change /etc/security/limits.conf, or start the "
+        f"container with --ulimit nofile={recommended}"
+    )
 
 
 def open_file_budget(most: int) -> int:
