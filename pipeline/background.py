@@ -1,4 +1,4 @@
-"""What training's and evaluation's loaders share: read, decode and finish batches in a thread, ahead of its user."""
+"""Base class of the training and evaluation loaders: prepare batches in a background thread, ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ from shards.format.dataset import ShardSet
 
 log = logging.getLogger(__name__)
 
-NO_PROCESS = "%s; batches are read and prepared in threads of the training process instead"
+NO_FEED_PROCESS = "%s; batches are read and prepared in threads of the training process instead"
 
 
 class BackgroundLoader(ABC):
-    """A stream of batches made in a thread of its own, on a CUDA stream of its own."""
+    """Iterator over batches that a background thread prepares, on a separate CUDA stream if the device is a GPU.
+
+    Subclasses implement `_batches`.
+    """
 
     def __init__(
         self,
@@ -48,7 +51,7 @@ class BackgroundLoader(ABC):
         world: int,
     ) -> None:
         if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device wants a number
+            device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device requires an index
         self._loader = resolve_loader(options, dataset.split(split))
         options = resolve_hw_decoder_load(options, device) if self._loader == "dali" else options
         self._dataset, self._split, self._device, self._dtype, self._options = dataset, split, device, dtype, options
@@ -64,12 +67,12 @@ class BackgroundLoader(ABC):
 
     @property
     def bad_samples(self) -> int:
-        """Different bad samples that were met so far, also in batches that still wait to be delivered."""
+        """Number of distinct bad samples found so far, including those in batches that are not delivered yet."""
         return self._bad.count
 
     @property
     def resolved(self) -> dict[str, str]:
-        """The values to which open options were resolved, for the log."""
+        """The resolved loader options, as texts for the log."""
         settings, loader, cuda = self._settings, self._loader, self._device.type == "cuda"
         if loader == "synthetic":
             return {"loader": "synthetic"}
@@ -77,7 +80,7 @@ class BackgroundLoader(ABC):
         return {
             "loader": f"{loader} on {where if loader == 'dali' else 'CPUs'}",
             "threads": f"{settings.decode_threads} decode, {settings.read_threads} read",
-            "feed": "a process of its own" if self._in_process else "threads of the training process",
+            "feed": "separate process" if self._use_feed_process else "threads of the training process",
             "batches ahead": f"{settings.read_ahead} read, {settings.decode_ahead} in decoding, {settings.ready} ready",
         }
 
@@ -94,11 +97,11 @@ class BackgroundLoader(ABC):
         return batch
 
     def close(self) -> None:
-        """Stop the threads and give back memory and file descriptors. Idempotent."""
+        """Stop the background threads and release memory and file descriptors. Idempotent."""
         if self._prefetcher is not None:
             self._closing = True
             if self._source is not None:
-                self._source.interrupt()  # else the thread might wait for a server that does not answer
+                self._source.interrupt()  # the thread may be waiting for a server that does not respond
             self._prefetcher.close()
             self._prefetcher = self._source = None
 
@@ -110,22 +113,24 @@ class BackgroundLoader(ABC):
 
     @abstractmethod
     def _batches(self) -> Iterator[Batch]:
-        """The batches from where the loader stands; runs in the loader's thread."""
+        """Yield the batches from the loader's current position. Runs in the background thread."""
 
     def _start(self) -> Prefetcher[Batch]:
         self._closing = False
-        threads, begun = torch.get_num_threads(), threading.Event()
-        prefetcher = Prefetcher(self._stream(begun), depth=self._settings.ready, name=f"{self._split}-loader")
-        # The loader's thread has set its own number of threads, but with it the one that threads to come begin with.
-        begun.wait()
+        threads, started = torch.get_num_threads(), threading.Event()
+        prefetcher = Prefetcher(self._stream(started), depth=self._settings.ready, name=f"{self._split}-loader")
+        # `_stream` calls torch.set_num_threads for its own thread, but that also changes the default of threads that
+        # start later: restore it.
+        started.wait()
         torch.set_num_threads(threads)
         return prefetcher
 
-    def _stream(self, begun: threading.Event) -> Iterator[Batch]:
-        # A team of threads that the decoder's threads keep interrupting spends its time waiting for one another.
-        torch.get_num_threads()  # a thread takes over the common number when it first asks; later it would undo ours
+    def _stream(self, started: threading.Event) -> Iterator[Batch]:
+        # One PyTorch thread: an OpenMP team that the decoder's threads preempt would mostly wait for its own members.
+        # The first call of get_num_threads in a thread copies the global number; later it would undo our setting.
+        torch.get_num_threads()
         torch.set_num_threads(1)
-        begun.set()
+        started.set()
         if self._device.type != "cuda":
             yield from self._batches()
             return
@@ -135,9 +140,9 @@ class BackgroundLoader(ABC):
 
     @contextlib.contextmanager
     def _prepare(self, jobs: Jobs) -> Iterator[Iterator[PreparedBatch]]:
-        """plan -> read -> replace bad samples -> draw (`JobStream.run`), in a process of its own where there is one.
+        """Run `JobStream.run` (plan -> read -> replace bad samples -> draw), in the feed process if it is enabled.
 
-        The process starts while the caller makes its decoder.
+        The process starts while the caller creates its decoder.
         """
         stream = JobStream(
             dataset=self._dataset,
@@ -164,7 +169,7 @@ class BackgroundLoader(ABC):
         evaluation: bool = False,
         normalisation: Normalisation | None = None,
     ) -> Generator[tuple[torch.Tensor, PreparedBatch], None, None]:
-        """Decode, crop, resize and flip: images [n, size, size, 3] on the device (see `Decoder`)."""
+        """Decode, crop, resize and flip. Yields images [n, size, size, 3] on the device (see `Decoder`)."""
         decoder = make_decoder(
             self._loader,
             self._options,
@@ -182,41 +187,41 @@ class BackgroundLoader(ABC):
             decoded.close()
 
     def _start_process(self, stream: JobStream) -> FeedProcess | None:
-        if not self._in_process:
+        if not self._use_feed_process:
             return None
         try:
             return FeedProcess(stream, self._bad, page_lock=self._page_lock)
         except FeedUnavailable as error:
-            log.warning(NO_PROCESS, error)
+            log.warning(NO_FEED_PROCESS, error)
             return None
 
     def _prepared(self, stream: JobStream, process: FeedProcess | None) -> Generator[PreparedBatch, None, None]:
         if process is not None:
-            self._work_on(process)
+            self._set_source(process)
             try:
                 process.wait_until_ready()
             except FeedUnavailable as error:
-                log.warning(NO_PROCESS, error)
+                log.warning(NO_FEED_PROCESS, error)
             else:
                 yield from process.batches()
                 return
         with stream.reader(BufferPool(pinned=self._page_lock)) as reader:
-            self._work_on(reader)
+            self._set_source(reader)
             yield from stream.run(reader, self._bad)
 
-    def _work_on(self, source: FeedProcess | SampleReader) -> None:
+    def _set_source(self, source: FeedProcess | SampleReader) -> None:
         self._source = source
-        if self._closing:  # by another thread, which may have looked before
+        if self._closing:  # `close`, in another thread, may have read `_source` before it was set
             source.interrupt()
 
     @property
-    def _in_process(self) -> bool:
-        wanted = self._options.feed_process
-        return wanted == "on" or (wanted == "auto" and self._device.type == "cuda")
+    def _use_feed_process(self) -> bool:
+        option = self._options.feed_process
+        return option == "on" or (option == "auto" and self._device.type == "cuda")
 
     @property
     def _page_lock(self) -> bool:
-        # The GPU's decoder is handed these bytes without a copy, and its JPEG engine wants them pinned (DALI #5003).
+        # The GPU decoder reads these bytes without a copy, and its JPEG engine requires pinned memory (DALI #5003).
         return self._loader == "dali" and self._device.type == "cuda"
 
     def _to_device(self, array: NDArray[Any]) -> torch.Tensor:
@@ -224,7 +229,7 @@ class BackgroundLoader(ABC):
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
     def _channels_first(self, normalised: torch.Tensor) -> torch.Tensor:
-        """float32 [n, H, W, 3] -> [n, 3, H, W] in the loader's dtype; the same memory if it is float32."""
+        """Convert float32 [n, H, W, 3] to [n, 3, H, W] in the loader's dtype; a view if that is float32."""
         return normalised.permute(0, 3, 1, 2).to(self._dtype)
 
     def _labels(self, encoded: Encoded) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What loaders deliver."""
+"""The batch that loaders deliver."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ from pipeline.plan import Ids, Position
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch on the device."""
+    """One micro-batch of one rank. Tensors are on the loader's device, NumPy arrays on the host."""
 
     images: torch.Tensor
-    """float [B, 3, size, size], channels-last, normalised (and mixed, in training)."""
+    """float [B, 3, size, size] in the loader's dtype, RGB, channels-last, normalised; in training also augmented and
+    mixed."""
     labels: torch.Tensor
-    """int64 [B]."""
+    """int64 [B]: class numbers. For mixed rows, the label before mixing."""
     ids: Ids
-    """int64 [B] on the host: the samples that `images` holds; `NO_SAMPLE` where `mask` is False."""
+    """int64 [B], NumPy: id of the sample in each row of `images`; `NO_SAMPLE` where `mask` is False."""
     planned: Ids
-    """int64 [B] on the host: the samples that the plan asked for; others than `ids` where bad ones were replaced."""
+    """int64 [B], NumPy: sample ids of the plan. They differ from `ids` in rows whose sample is bad: in training the row
+    contains a replacement sample, in evaluation it is masked out."""
     mask: torch.Tensor
-    """bool [B]: False for rows that only fill up the last batches of an evaluation, or whose sample is bad."""
+    """bool [B]: True for rows that count. In evaluation False for padding rows and rows of bad samples; in training
+    always True."""
     lam: torch.Tensor | None = None
-    """float32 [B]: weight of a row's own label, the rest is its partner's (row i ^ 1); None = nothing was mixed."""
+    """float32 [B], 0 to 1: weight of a row's own label; the label of its partner (row i ^ 1) has weight 1 - lam. None:
+    no row is mixed."""
     position: Position
     """In training, the global batch that this micro-batch belongs to; in evaluation, (0, step)."""
     micro: int = 0
-    """Number of this micro-batch within its rank's step."""
+    """Number of this micro-batch within the rank's step, from 0."""
     ready: torch.cuda.Event | None = field(default=None, compare=False)
-    """Recorded, with its time, when the batch is whole; loaders make the consumer's stream wait for it."""
+    """CUDA event with timing, recorded when the batch is complete on the device; None on a CPU. The loader has already
+    made the consumer's current stream wait for it."""
 
 
 def timed_event(device: torch.device) -> torch.cuda.Event | None:
-    """Record an event that keeps its time in the device's current stream; None on a CPU."""
+    """Record an event with timing in the current stream of the device; return None on a CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)

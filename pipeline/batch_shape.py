@@ -1,4 +1,4 @@
-"""How a global batch is divided among ranks and micro-batches, and the checks of these sizes."""
+"""The division of a global batch into ranks and micro-batches, and the checks of these sizes."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from shards.errors import UserError
 
 
 class PlanError(UserError):
-    """Sizes that do not fit together: global batch, world size, micro-batch, lanes, samples."""
+    """The sizes of a plan do not fit together: global batch, world size, micro-batch, lanes or number of samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """How a global batch is dealt out to ranks and micro-batches.
+    """The division of a global batch into ranks and micro-batches.
+
+    Each rank owns a contiguous range of rows of every global batch, and each of its micro-batches a contiguous part of
+    that range.
 
     Raises:
-        PlanError: the sizes do not divide; the message names the nearest that do.
+        PlanError: the sizes do not divide each other; the message names the nearest sizes that do.
     """
 
     global_batch: int
+    """Samples per optimizer step, over all ranks."""
     world: int = 1
+    """World size: the number of ranks."""
     rank: int = 0
+    """This rank, 0 to `world` - 1."""
     micro_batch: int | None = None
-    """Rows per forward pass; None = all rows of the rank at once."""
+    """Rows per forward pass of a rank. None: all rows of the rank."""
     pairs: bool = False
-    """Mixup or cutmix is on: rows come in pairs (2i, 2i+1) that must not be torn apart."""
+    """Whether rows are mixed in pairs (mixup or CutMix): rows 2i and 2i+1 must be in the same micro-batch."""
 
     def __post_init__(self) -> None:
         unit = 2 if self.pairs else 1
         if self.global_batch < unit or self.global_batch % unit:
-            granule = _granule(self.world, self.micro_batch, self.pairs)
-            below = max(self.global_batch // granule, 1) * granule
-            raise PlanError(
-                f"global batch {self.global_batch}: "
-                + ("mixup and cutmix pair rows, so it must be even" if self.pairs else "must be at least 1")
-                + f"; the nearest that fits: {below}"
-            )
+            multiple = _batch_unit(self.world, self.micro_batch, self.pairs)
+            below = max(self.global_batch // multiple, 1) * multiple
+            rule = "must be even, because mixup and CutMix mix rows in pairs" if self.pairs else "must be at least 1"
+            raise PlanError(f"global batch {self.global_batch}: {rule}; the nearest valid size: {below}")
         if not 0 <= self.rank < self.world:
-            raise PlanError(f"rank {self.rank} does not exist in a world of {self.world}")
+            raise PlanError(f"rank {self.rank} is out of range for a world size of {self.world}")
         if self.global_batch % (self.world * unit):
             micro = self.micro_batch or 1
             fits = [world for world in divisors(self.global_batch // unit) if self.global_batch % (world * micro) == 0]
@@ -56,19 +59,21 @@ class BatchShape:
 
     @property
     def rank_rows(self) -> int:
+        """Rows of this rank in every global batch."""
         return self.global_batch // self.world
 
     @property
     def micro_rows(self) -> int:
+        """Rows of a micro-batch."""
         return self.rank_rows if self.micro_batch is None else self.micro_batch
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per step."""
+        """Micro-batches per optimizer step (gradient accumulation)."""
         return self.rank_rows // self.micro_rows
 
     def rows(self, micro: int) -> range:
-        """Rows of the global batch that make up this rank's micro-batch number `micro`."""
+        """Return the rows of the global batch that form this rank's micro-batch number `micro`, counted from 0."""
         start = self.rank * self.rank_rows + micro * self.micro_rows
         return range(start, start + self.micro_rows)
 
@@ -82,38 +87,42 @@ def check_enough_samples(
     lanes: int | None = None,
     pairs: bool = False,
 ) -> None:
-    """Compare the training split with a global batch; arguments as of `BatchShape` and `TrainPlan`.
+    """Raise PlanError if a training split has fewer samples than one global batch.
+
+    Args:
+        samples: number of samples of the split.
+        global_batch, world, micro_batch, lanes, pairs: see `BatchShape` and `TrainPlan`.
 
     Raises:
-        PlanError: fewer samples than one global batch; the message names the largest that fits all of the arguments.
+        PlanError: the message names the largest global batch that is compatible with all arguments.
     """
     if samples >= global_batch:
         return
     fact = f"{samples} training images are fewer than one global batch of {global_batch}"
-    granule = math.lcm(_granule(world, micro_batch, pairs), (lanes or 1) * (2 if pairs else 1))
-    if samples < granule:
+    unit = math.lcm(_batch_unit(world, micro_batch, pairs), (lanes or 1) * (2 if pairs else 1))
+    if samples < unit:
         raise PlanError(
-            f"{fact}; ranks, micro-batch, pairs and lanes take a multiple of {granule}, so use more images, or fewer "
-            "ranks, a smaller --micro-batch or fewer --lanes"
+            f"{fact}; with these ranks, micro-batch, pairs and lanes it must be a multiple of {unit}, so use more "
+            "images, fewer ranks, a smaller --micro-batch or fewer --lanes"
         )
-    multiple = f" (a multiple of {granule})" if granule > 1 else ""
-    raise PlanError(f"{fact}; use a global batch of at most {samples // granule * granule}{multiple}")
+    multiple = f" (a multiple of {unit})" if unit > 1 else ""
+    raise PlanError(f"{fact}; use a global batch of at most {samples // unit * unit}{multiple}")
 
 
-def _granule(world: int, micro_batch: int | None, pairs: bool) -> int:
-    """What a global batch must be a multiple of."""
+def _batch_unit(world: int, micro_batch: int | None, pairs: bool) -> int:
+    """Return the number that a global batch must be a multiple of."""
     unit = 2 if pairs else 1
     return world * (micro_batch if micro_batch and micro_batch % unit == 0 else unit)
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors, in order."""
+    """Return all divisors of a number, in ascending order."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def nearest(wanted: int, fits: list[int]) -> str:
-    """The largest fit below and the smallest above `wanted`, as text."""
+    """Return the largest of `fits` below `wanted` and the smallest above it, as text for a message."""
     below = [f for f in fits if f < wanted][-1:]
     above = [f for f in fits if f > wanted][:1]
     return " and ".join(str(f) for f in below + above) or "none"

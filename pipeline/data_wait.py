@@ -1,4 +1,4 @@
-"""How long training stood still because a batch was not ready."""
+"""Measure how long training waited because a batch was not ready."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from pipeline.batch import Batch, timed_event
 
 
 class StreamEvent(Protocol):
-    """A point in a stream's work, such as a CUDA event that keeps its time."""
+    """A point in the work of a CUDA stream: the part of `torch.cuda.Event` (with timing) that is used here."""
 
     def query(self) -> bool:
-        """Whether the device has come there."""
+        """Return whether the device has reached the event."""
 
     def elapsed_time(self, end_event: Any, /) -> float:
-        """Milliseconds from here to another moment; less than 0 if that was earlier."""
+        """Return the milliseconds from this event to another; negative if the other event was earlier."""
 
 
 class DataWait:
-    """Takes batches for a training loop and accounts for the time that it waited for them.
+    """Fetches the batches of a training loop and adds up the time that training waited for them.
 
-    On a GPU the host runs ahead of the device. That it waits for the loader's thread, which waits for the device in its
-    turn, costs nothing; what counts is the time from the end of a step on the device to the moment when the last of the
-    next step's batches was whole there. CUDA events tell both; they are read when they have happened, so nothing waits
-    for the device. On a CPU it is the time that taking the batches took.
+    On a GPU, the host runs ahead of the device, so time that the host waits for the loader costs nothing. The wait of a
+    step is the time from the end of the previous step on the device until the last of its batches is complete on the
+    device. Both points are CUDA events. They are read only after the device has reached them, so measuring never waits
+    for the device. On a CPU, the wait is the time that fetching the batches takes.
 
     Args:
-        device: of the training.
-        mark: returns the present point of the training's stream. None = what suits the device.
+        device: device of the training.
+        mark: records an event at the current point of the training's stream. None: a CUDA event on a GPU, no event on a
+            CPU.
     """
 
     def __init__(self, device: torch.device, mark: Callable[[], StreamEvent | None] | None = None) -> None:
@@ -41,37 +42,37 @@ class DataWait:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew; the device is taken to be idle from here."""
+        """Reset the measured time. The device counts as idle from this point."""
         self._waited = 0.0
         self._pending: collections.deque[tuple[StreamEvent, Sequence[StreamEvent]]] = collections.deque()
         self._idle_from = self._mark()
 
     def next_batches(self, loader: Iterator[Batch], count: int = 1) -> list[Batch]:
-        """Return the next step's batches."""
-        asked = time.perf_counter()
+        """Fetch the `count` batches of the next step from the loader."""
+        start = time.perf_counter()
         batches = [next(loader) for _ in range(count)]
         if self._idle_from is None:
-            self._waited += time.perf_counter() - asked
+            self._waited += time.perf_counter() - start
         else:
             self._pending.append((self._idle_from, [batch.ready for batch in batches if batch.ready is not None]))
         return batches
 
     def mark_step_end(self) -> None:
-        """Mark the end of the step of the batches that were taken last, all of whose work is in the stream now."""
+        """Mark the end of a step. Call this after all work of the step has been queued on the stream."""
         if self._idle_from is not None:
             self._idle_from = self._mark()
             self._add_reached_steps()
 
     def seconds(self) -> float:
-        """Seconds since the last `restart`, of steps that the device has begun."""
+        """Return the seconds of waiting since the last `restart`, over all steps that the device has started."""
         self._add_reached_steps()
         return self._waited
 
     def _add_reached_steps(self) -> None:
-        """Account for steps whose beginning the device has reached; keeps no more events than it lags behind."""
+        """Add the waits of all steps that the device has started, and release their events."""
         while self._pending:
             idle_from, ready = self._pending[0]
-            if not all(moment.query() for moment in (idle_from, *ready)):
+            if not all(event.query() for event in (idle_from, *ready)):
                 return
             self._pending.popleft()
-            self._waited += max((0.0, *(idle_from.elapsed_time(moment) for moment in ready))) / 1000
+            self._waited += max((0.0, *(idle_from.elapsed_time(event) for event in ready))) / 1000

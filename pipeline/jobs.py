@@ -1,6 +1,6 @@
-"""What is read and drawn for each batch: from the plan to a `DecodeJob` with its augmentation parameters.
+"""Prepare batches for decoding: from the plan to a `DecodeJob` with its augmentation parameters.
 
-Nothing here imports torch: all of it can run in a process of its own (`pipeline.feed_process`).
+This module does not import torch, so that it can run in the feed process (`pipeline.feed_process`).
 """
 
 from __future__ import annotations
@@ -24,24 +24,26 @@ from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import Encoded, SampleReader
 from shards.format.dataset import ShardSet
 
-# The recipe's, by timm's name: 224 is cut from 256, and other sizes keep the ratio.
+# timm's name for crop size / resized size in evaluation: 224 pixels are cropped from 256.
 CROP_PCT = 0.875
-# The longer side over the shorter one above which an image is cut before it is resized for evaluation.
+# Ratio of the longer to the shorter side above which an image is cropped before it is resized for evaluation.
 MAX_ASPECT = 8
-# Source pixels on either side of its centre that the bicubic filter reads, times the scale where it shrinks.
+# Source pixels that the bicubic filter reads on each side of its centre; multiplied by the scale when downsampling.
 CUBIC_SUPPORT = 2
-# Steps whose mixing is drawn at once: a sixteenth of the numpy calls of drawing it step by step.
+# Steps whose mixing parameters are drawn together, which needs a sixteenth of the NumPy calls.
 MIX_STEPS = 16
 
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """What a rank delivers at once."""
+    """The samples of one batch of a rank: a micro-batch in training."""
 
     ids: Ids
-    """int64 [n], as the plan says."""
+    """int64 [n]: sample ids of the plan."""
     position: Position
+    """See `Batch.position`."""
     micro: int = 0
+    """Number of the micro-batch within the rank's step, from 0."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +53,34 @@ class PreparedBatch:
     job: DecodeJob
     request: BatchRequest
     params: SampleParams | None = None
-    """Augmentation of each sample; None in an evaluation."""
+    """Augmentation parameters of each sample; None in evaluation."""
     mixing: MixParams | None = None
-    """None = nothing is mixed."""
+    """Mixing parameters of each row. None: no row is mixed."""
 
 
 class Jobs(ABC):
-    """The batches of one loader, in order. Can be pickled."""
+    """The batches of one loader, in order. Instances can be pickled."""
 
     @abstractmethod
     def requests(self) -> Iterator[BatchRequest]:
-        """The batches, every row with a sample."""
+        """Yield the batches in order. Every row has a sample, padding rows included."""
 
     @abstractmethod
     def shard_requests(self) -> Iterator[ShardRequest]:
-        """The shards that these batches are read from."""
+        """Yield the shards that these batches are read from."""
 
     @abstractmethod
     def step(self, position: Position) -> int:
-        """The step of a position, counted as `shard_requests` counts."""
+        """Return the step of a position, counted like the steps of `shard_requests`."""
 
     @abstractmethod
     def prepare(self, encoded: Encoded, request: BatchRequest) -> PreparedBatch:
-        """Draw everything that is random about a batch that has been read."""
+        """Draw all random parameters of a batch that has been read."""
 
 
 @dataclass(kw_only=True)
 class TrainJobs(Jobs):
-    """A rank's micro-batches from `start` to the end of the last epoch."""
+    """The micro-batches of one rank, from `start` to the end of the last epoch."""
 
     plan: TrainPlan
     shape: BatchShape
@@ -131,7 +133,7 @@ class TrainJobs(Jobs):
 
 @dataclass(kw_only=True)
 class EvalJobs(Jobs):
-    """A rank's batches of one evaluation: the short side is resized to size / crop_pct, and the centre cut out."""
+    """The batches of one rank of an evaluation: resize the short side to size / crop_pct, then crop the centre."""
 
     plan: EvalPlan
     shard_samples: NDArray[np.int64]
@@ -140,12 +142,12 @@ class EvalJobs(Jobs):
     crop_pct: float
 
     def planned(self) -> Iterator[BatchRequest]:
-        """The batches as planned: `NO_SAMPLE` in rows that only fill up a batch."""
+        """Yield the batches of the plan, with `NO_SAMPLE` in padding rows."""
         for step in range(self.plan.steps):
             yield BatchRequest(self.plan.ids(step), Position(0, step))
 
     def requests(self) -> Iterator[BatchRequest]:
-        return (BatchRequest(_filled(request.ids), request.position) for request in self.planned())
+        return (BatchRequest(_fill_padding(request.ids), request.position) for request in self.planned())
 
     def shard_requests(self) -> Iterator[ShardRequest]:
         return self.plan.shard_requests(self.shard_samples)
@@ -161,30 +163,26 @@ class EvalJobs(Jobs):
 
 @dataclass(frozen=True, kw_only=True)
 class JobStream:
-    """All that is needed to make the prepared batches of a loader, here or in another process."""
+    """Produces the prepared batches of a loader, in this process or in the feed process. Instances can be pickled."""
 
     dataset: ShardSet
     split: str
     jobs: Jobs
     options: LoaderOptions
     beton: bool = False
-    """Read the .beton, if there is one, even where there are tars."""
+    """Read the split's .beton file, if it has one, even if it also has tar shards."""
 
     def reader(self, buffers: BufferPool) -> SampleReader:
-        """A reader of the split.
-
-        Args:
-            buffers: memory for the encoded images.
-        """
+        """Return a reader of the split that stores the encoded images in `buffers`."""
         return open_reader(self.dataset, self.split, self.options, buffers=buffers, beton=self.beton)
 
     def run(self, reader: SampleReader, bad: BadSamples) -> Iterator[PreparedBatch]:
-        """The first half of a loader: plan -> read -> replace bad samples -> draw.
+        """Run the first half of a loader: plan -> read -> replace bad samples -> draw.
 
-        Reads `options.read_ahead` batches before they are asked for.
+        Reading runs `options.read_ahead` batches ahead.
 
         Raises:
-            ShardSetError: a sample is damaged, and `bad` accepts no more of them.
+            ShardSetError: a sample is damaged, and the budget of `bad` is used up.
         """
         planned = self.jobs.requests()
         read = self._read(planned, reader)
@@ -202,8 +200,8 @@ class JobStream:
 def open_reader(
     dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: BufferPool | None = None, beton: bool = False
 ) -> SampleReader:
-    """A reader of a split, as the options say."""
-    storage = open_storage(dataset, split, beton=beton)
+    """Return a reader of a split that is configured by loader options."""
+    storage = storage_of(dataset, split, beton=beton)
     threads = options.settings.read_threads
     return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers)
 
@@ -211,7 +209,15 @@ def open_reader(
 def eval_geometry(
     heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Sizes after resizing and corners of the centre crop, each int32 [n, 2], rounded the way torchvision does."""
+    """Compute the resized sizes (height, width) and centre-crop corners (y, x) of an evaluation, each int32 [n, 2].
+
+    They are rounded like in torchvision's `Resize` and `CenterCrop`.
+
+    Args:
+        heights, widths: sizes of the source images in pixels, [n].
+        size: side of the crop in pixels.
+        crop_pct: `size` as a fraction of the resized short side.
+    """
     short = int(size / crop_pct)
     sides = np.stack([heights, widths], axis=1).astype(np.int64)
     resize = short * sides // sides.min(axis=1, keepdims=True)
@@ -222,22 +228,22 @@ def eval_geometry(
 def eval_windows(
     heights: NDArray[np.int32], widths: NDArray[np.int32], size: int, crop_pct: float = CROP_PCT
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Windows and regions of `DecodeJob` for `eval_geometry`: int32 [n, 4] and float64 [n, 4].
+    """Compute the `DecodeJob` windows (int32 [n, 4]) and regions (float64 [n, 4]) of `eval_geometry`.
 
-    The window is the whole image, or, where one side is more than `MAX_ASPECT` times the other, the part of it that the
-    filter reads for the centre crop: resized as a whole, an image of 65,500 x 2 pixels would take 6 GB.
+    The window is the whole image. If one side is more than `MAX_ASPECT` times the other, it is only the part that the
+    filter reads for the centre crop, because resizing all of, for example, 65,500 x 2 pixels would take 6 GB of memory.
     """
     sides = np.stack([heights, widths], axis=1).astype(np.float64)
     resize, anchor = eval_geometry(heights, widths, size, crop_pct)
     scale = sides / resize
     start, extent = anchor * scale, size * scale
-    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # 1: rounding of the filter's ends
+    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # 1: the filter's ends are rounded
     extreme = sides > MAX_ASPECT * sides.min(axis=1, keepdims=True)
     low = np.where(extreme, np.floor(start - reach).clip(0), 0)
     high = np.where(extreme, np.minimum(np.ceil(start + extent + reach), sides), sides)
     return np.hstack([low, high - low]).astype(np.int32), np.hstack([start - low, extent])
 
 
-def _filled(ids: Ids) -> Ids:
-    """Rows without a sample decode another one of the batch, so that it has its full shape; the mask hides them."""
+def _fill_padding(ids: Ids) -> Ids:
+    """Repeat a sample of the batch in padding rows, so that every batch has its full shape; a mask hides those rows."""
     return np.where(ids == NO_SAMPLE, max(int(ids.max()), 0), ids)

@@ -1,9 +1,9 @@
-"""Loaders: chains of generators in the order of the data, all run ahead of the consumer.
+"""The loaders of training and evaluation. Each is a chain of generators that runs ahead of the consumer.
 
-    plan -> read -> replace bad samples -> draw    `pipeline.jobs.JobStream.run`; in a process of its own on GPUs
+    plan -> read -> replace bad samples -> draw    `pipeline.jobs.JobStream.run`; with a GPU, in the feed process
     -> decode -> augment -> batch                  `_batches` of `TrainLoader` and `EvalLoader`
 
-A loader's state is the position of the last batch *delivered*; what it has prefetched beyond that does not count.
+The state of a loader is the position after the last *delivered* batch. Batches that were only prefetched do not count.
 """
 
 from __future__ import annotations
@@ -31,15 +31,45 @@ __all__ = ["Batch", "DaliOptions", "EvalLoader", "LoaderOptions", "TrainLoader",
 
 
 class TrainLoader(BackgroundLoader):
-    """Micro-batches of one rank in training order, from `start` to the end of the last epoch.
+    """Iterator over the micro-batches of one rank, from `start` to the end of the last epoch.
+
+    The samples, crops and augmentations are functions of the plan and the recipe. They do not depend on the world size,
+    the micro-batch size or `options`. Samples are read, decoded and augmented ahead of time, in background threads
+    (with a GPU also in a feed process) that start at the first `next`. Use the loader as a context manager, or call
+    `close`.
 
     Args:
-        plan: the order of everything.
-        shape: which rows of each global batch are this rank's.
-        augment: the augmentation recipe.
-        epochs: epochs to deliver, counted from the start of training.
-        start: the first position to deliver.
-        device, dtype: of the images.
+        dataset: the shard set, from `pipeline.storage.remote.shard_set.open_set`.
+        plan: the order of the samples.
+        shape: the rows of each global batch that this rank delivers, and its micro-batch size.
+        augment: the augmentation recipe; `augment.size` is the side of the images in pixels.
+        epochs: number of epochs of the training, counted from its start (not from `start`).
+        device: device of the delivered tensors. With a CUDA device, DALI decodes on the GPU.
+        dtype: floating-point dtype of the images.
+        start: first position to deliver. None: the start of training.
+        split: split of the set.
+        options: performance options and the handling of bad samples. None: the defaults of `LoaderOptions`.
+        kernels: augment with this project's Triton kernels where they are available, else with PyTorch.
+
+    Raises:
+        ShardSetError: from `next`: a sample is damaged, and `options.bad_samples` allows no replacement.
+        DecodeError: from `next`: a batch could not be decoded.
+        UserError: the decoder that `options.loader` names is not installed, or the set cannot be read.
+
+    Example:
+        >>> import torch
+        >>> from pipeline.augment.recipe import augment_recipe
+        >>> from pipeline.batch_shape import BatchShape
+        >>> from pipeline.loader import TrainLoader
+        >>> from pipeline.plan import TrainPlan
+        >>> from pipeline.storage.remote.shard_set import open_set
+        >>> dataset = open_set("/data/imagenet-shards")
+        >>> recipe = augment_recipe("fat", size=224)
+        >>> plan = TrainPlan(dataset.shard_samples("train"), global_batch=1024, seed=0, pairs=recipe.mixes)
+        >>> shape = BatchShape(global_batch=1024, world=8, rank=0, micro_batch=64, pairs=recipe.mixes)
+        >>> with TrainLoader(dataset, plan, shape, recipe, epochs=300, device=torch.device("cuda")) as loader:
+        ...     for batch in loader:
+        ...         batch.images.shape, batch.labels.shape  # [64, 3, 224, 224], [64]
     """
 
     def __init__(
@@ -75,7 +105,7 @@ class TrainLoader(BackgroundLoader):
         return self
 
     def __len__(self) -> int:
-        """Micro-batches of a whole epoch."""
+        """Return the number of micro-batches of a complete epoch."""
         return self._plan.steps_per_epoch * self._shape.accumulation
 
     def __next__(self) -> Batch:
@@ -85,11 +115,15 @@ class TrainLoader(BackgroundLoader):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """The position behind the last whole step delivered."""
+        """Return the position after the last step of which every micro-batch was delivered.
+
+        Returns:
+            `{"epoch": int, "step": int}`, the same on every rank and for every world size.
+        """
         return {"epoch": self._next.epoch, "step": self._next.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved position; what was prefetched is thrown away."""
+        """Continue from the position of a `state_dict`. Prefetched batches are discarded."""
         self.close()
         self._next = Position(state["epoch"], state["step"])
 
@@ -111,25 +145,26 @@ class TrainLoader(BackgroundLoader):
             )
             return
         size, rows = self._augment.size, self._shape.micro_rows
-        # On a CPU a decoder that has the pixels in its cache normalises them at no cost, if nothing comes in between.
+        # On a CPU, normalising in the decoder is free, because the pixels are still in the CPU's cache. It is possible
+        # only if no operation on the 8-bit pixels, and no erasing, follows the decoder.
         by_decoder = self._device.type == "cpu" and self._augment.policy is None and not self._augment.erase
         normalisation = Normalisation(self._augment.mean, self._augment.std) if by_decoder else None
         with (
             self._prepare(self._jobs()) as prepared,
-            # Closed here: an error of a later stage keeps the generators alive that it came through.
+            # Close explicitly: the traceback of an error in a later stage would keep these generators alive.
             closing(self._decode(prepared, size=size, rows=rows, normalisation=normalisation)) as decoded,
         ):
             augmented = self._mix(decoded) if by_decoder else self._augmented(decoded)
             yield from (self._batch(images, batch) for images, batch in augmented)
 
     def _mix(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
-        """Mixup and CutMix of images that the decoder has normalised: all augmentation that is left."""
+        """Apply mixup and CutMix, the only remaining augmentations of images that the decoder has normalised."""
         for pixels, batch in decoded:
             images = self._channels_first(pixels)
             yield images if batch.mixing is None else mix(images, batch.mixing), batch
 
     def _augmented(self, decoded: Iterator[tuple[Tensor, PreparedBatch]]) -> Iterator[tuple[Tensor, PreparedBatch]]:
-        """RandAugment, normalisation, erasing and mixing on the device."""
+        """Apply RandAugment, normalisation, random erasing and mixing on the device."""
         augment = BatchAugment(self._augment, self._device, self._dtype, kernels=self._kernels)
         for pixels, batch in decoded:
             assert batch.params is not None
@@ -151,15 +186,27 @@ class TrainLoader(BackgroundLoader):
 
 
 class EvalLoader(BackgroundLoader):
-    """The batches of one rank of one evaluation; each sample of the split exactly once over all ranks.
+    """Iterable over the batches of one rank of an evaluation. All ranks together deliver each sample exactly once.
 
-    Every pass over the loader (`iter`) is one evaluation. Short side to size / crop_pct, then a centre crop, bicubic.
+    Each call of `iter` starts a new evaluation. The images are resized (bicubic) so that the short side has
+    `size / crop_pct` pixels, and the centre `size` x `size` pixels are cropped. A bad sample that `options` allows to
+    skip is not replaced: its row is excluded by the batch's mask.
 
     Args:
-        plan: which samples are this rank's.
+        dataset: the shard set, from `pipeline.storage.remote.shard_set.open_set`.
+        plan: the samples of this rank.
         size: side of the images in pixels.
-        mean, std: of the normalisation, per channel on the 0..1 scale.
-        crop_pct: share of the short side that is looked at.
+        mean, std: normalisation of the red, green and blue channels, for values in 0 to 1.
+        device: device of the delivered tensors. With a CUDA device, DALI decodes on the GPU.
+        dtype: floating-point dtype of the images.
+        split: split of the set.
+        crop_pct: the crop's side as a fraction of the resized short side (timm's `crop_pct`), above 0, at most 1.
+        options: performance options and the handling of bad samples. None: the defaults of `LoaderOptions`.
+
+    Raises:
+        ShardSetError: from `next`: a sample is damaged, and `options.bad_samples` does not allow to skip it.
+        DecodeError: from `next`: a batch could not be decoded.
+        UserError: the decoder that `options.loader` names is not installed, or the set cannot be read.
     """
 
     def __init__(
@@ -190,14 +237,14 @@ class EvalLoader(BackgroundLoader):
         self._crop_pct, self._delivered = crop_pct, 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start an evaluation, or go on with the one whose state was just loaded."""
+        """Start an evaluation, or resume the evaluation whose state was just loaded."""
         if self._prefetcher is not None:
             self.close()
             self._start_at(0)
         return self
 
     def __len__(self) -> int:
-        """Batches of this evaluation."""
+        """Return the number of batches of this evaluation."""
         return self._plan.steps
 
     def __next__(self) -> Batch:
@@ -206,11 +253,11 @@ class EvalLoader(BackgroundLoader):
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """How many samples of the split all ranks together have been given."""
+        """Return how many samples of the split were delivered, over all ranks: `{"samples": ...}`."""
         return {"samples": self._plan.samples_done(self._delivered)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on with an evaluation that was broken off, at whatever world size; what was prefetched is thrown away."""
+        """Resume an interrupted evaluation, at any world size. Prefetched batches are discarded."""
         self.close()
         self._start_at(state["samples"])
 
@@ -248,7 +295,7 @@ class EvalLoader(BackgroundLoader):
     def _batch(self, images: Tensor, batch: PreparedBatch) -> Batch:
         position, encoded = batch.request.position, batch.job.encoded
         planned = self._plan.ids(position.step)
-        # No other sample can stand in for a bad one here: its row is left out.
+        # An evaluation has no replacement samples: the row of a bad sample is masked out.
         ids = np.where(planned == encoded.ids, planned, NO_SAMPLE)
         return Batch(
             images=images,

@@ -1,4 +1,4 @@
-"""`pipeline look SET`: a picture of what the model will see, beside what it was made from."""
+"""`pipeline look SET`: a contact sheet of augmented training images next to their sources."""
 
 from __future__ import annotations
 
@@ -42,36 +42,37 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bm
 
 @dataclass(frozen=True)
 class Look:
-    """Draw training images as they come and as the model gets them, with the names of what was done to them."""
+    """Write a contact sheet of training images: each source with its crop window, the augmented image, and the list of
+    the operations that were applied."""
 
     dataset: tyro.conf.Positional[str]
     """Shard set: a folder or a URL."""
     out: Path = Path("batch.png")
-    """Picture to write."""
+    """Image file to write: .png, .jpg, .webp, .bmp or .tif."""
     augment: Literal["fat", "light", "none"] = "light"
-    """Augmentation recipe; mixup and CutMix are left out, since a mixed image shows two classes."""
+    """Augmentation recipe. Mixup and CutMix are not applied, because a mixed image shows two classes."""
     size: Side = 224
-    """Side of the images in pixels."""
+    """Side of the augmented images in pixels."""
     count: Annotated[int, Interval(ge=1, le=10_000)] = 24
-    """Images to draw."""
-    flip: Fraction | None = None
-    """Probability of a horizontal flip; None = the recipe's."""
+    """Number of images."""
+    flip: Share | None = None
+    """Probability of a horizontal flip. None: the recipe's probability."""
     crop_scale: tuple[CropArea, CropArea] | None = None
-    """Area of the random crop, as shares of the image; None = the recipe's."""
+    """Smallest and largest area of the random crop, as fractions of the image's area. None: the recipe's range."""
     seed: Seed = 0
-    """Seed of the run to look at."""
+    """Seed of the run."""
     epoch: Annotated[int, Interval(ge=0, le=1_000_000)] = 0
-    """Epoch to look at."""
+    """Epoch whose first images are shown, from 0."""
     diff: bool = False
-    """Also show what PIL makes of the same image by the same operations, and how far ours is from it."""
+    """Also show the same augmentation computed by PIL, the reference, and the difference in levels (0 to 255)."""
     loader: Literal["auto", "dali", "ffcv"] = "auto"
-    """Who decodes."""
+    """Decoder. auto: dali if the set has tar shards, ffcv if it has only a .beton file."""
     set_digest: str | None = None
-    """xxh3=HEX or sha256=HEX that the set's dataset.json must have, as 'pipeline info' prints them."""
+    """Expected digest of the set's dataset.json, xxh3=HEX or sha256=HEX as 'pipeline info' prints it."""
     cache: Path | None = None
-    """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
+    """Cache folder for a remote set. None: $FAT_CACHE, else a folder in the temporary folder."""
     cache_shared: bool = False
-    """All users in the group of that folder use one cache, instead of one each."""
+    """Use one cache for all users in the group of the cache folder, instead of one cache per user."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -83,10 +84,10 @@ class Look:
 
         check_output(self.out, "--out", FORMATS)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
-        needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)  # the sheet, and the batch as float32
-        check_memory(f"--count {self.count}, --size {self.size}", needed, "draw fewer or smaller images")
-        named = os.environ.get("FAT_CACHE")
-        cache = self.cache or (Path(named) if named else None)
+        needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)  # contact sheet, float32 batch
+        check_memory(f"--count {self.count}, --size {self.size}", needed, "use a smaller --count or --size")
+        from_environment = os.environ.get("FAT_CACHE")
+        cache = self.cache or (Path(from_environment) if from_environment else None)
         dataset = open_set(self.dataset, cache=cache, cache_shared=self.cache_shared, digest=self.set_digest)
         overrides = {"flip": self.flip, "scale": self.crop_scale}
         recipe = augment_recipe(
@@ -100,14 +101,14 @@ class Look:
         kind = FORMATS[self.out.suffix.lower()]
         try:
             sheet.save(image, kind)
-        except (OSError, ValueError) as error:  # sides beyond what the format can have, or no such encoder here
+        except (OSError, ValueError) as error:  # too large for the format, or Pillow was built without its encoder
             raise UserError(
-                f"--out {self.out}: {kind} cannot hold {sheet.width} x {sheet.height} pixels here ({error}); "
-                "draw fewer images, or name a .png"
+                f"--out {self.out}: Pillow cannot write {sheet.width} x {sheet.height} pixels as {kind} ({error}); "
+                "use a smaller --count, or a .png file"
             ) from error
         write_output(self.out, image.getvalue(), "--out")
-        shown = f"{self.out}: {count} images of {self.dataset}, epoch {self.epoch}, recipe {self.augment}"
-        print(printable(shown))
+        summary = f"{self.out}: {count} images of {self.dataset}, epoch {self.epoch}, recipe {self.augment}"
+        print(printable(summary))
         return 0
 
     def _cells(self, dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe) -> list[Cell]:
@@ -118,7 +119,7 @@ class Look:
         from pipeline.storage.reader import SampleReader
 
         batch = first_batch(dataset, plan, position, recipe, LoaderOptions(loader=self.loader))
-        after = shown(batch.images.float().cpu().numpy(), recipe)
+        augmented = denormalised(batch.images.float().cpu().numpy(), recipe)
         beton = self.loader == "ffcv" or not dataset.split("train").tars
         with SampleReader(open_storage(dataset, "train", beton=beton)) as reader:
             encoded = reader.read(batch.ids).checked()
@@ -130,32 +131,33 @@ class Look:
                 source = Image.fromarray(encoded.images[i].reshape(int(row["height"]), int(row["width"]), 3))
             else:
                 source = Image.open(io.BytesIO(encoded.images[i].tobytes())).convert("RGB")
-            panels = [with_window(source, params, i, self.size), after[i]]
+            panels = [with_crop_window(source, params, i, self.size), augmented[i]]
             title = f"{printable(dataset.manifest.classes[int(row['label'])].title)} #{batch.ids[i]}"
             if self.diff:
-                (ours,) = shown(reference_sample(source, recipe, params, i)[None], recipe)
-                away = np.abs(ours.astype(int) - after[i])
-                title += f"; PIL's at the right: {away.mean():.2f} levels away, {away.max()} at most"
-                panels.append(ours)
+                (reference,) = denormalised(reference_sample(source, recipe, params, i)[None], recipe)
+                error = np.abs(reference.astype(int) - augmented[i])
+                title += f"; PIL (right) differs by {error.mean():.2f} levels on average, {error.max()} at most"
+                panels.append(reference)
             cells.append(Cell(panels, title, describe(params, i)))
         return cells
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One sample of the sheet."""
+    """One sample of the contact sheet."""
 
     panels: list[Pixels]
-    """uint8 [size, size, 3] each, drawn side by side."""
+    """Images drawn side by side, uint8 [size, size, 3] each."""
     title: str
-    done: str
-    """What was done to it."""
+    """Class, sample id and, with --diff, the difference from the reference."""
+    operations: str
+    """Description of the augmentation."""
 
 
 def first_batch(
     dataset: ShardSet, plan: TrainPlan, position: Position, recipe: AugmentRecipe, options: LoaderOptions
 ) -> Batch:
-    """The global batch of a position, as training gets it."""
+    """Return the global batch at a position, exactly as training receives it."""
     import torch
 
     from pipeline.batch_shape import BatchShape
@@ -169,15 +171,15 @@ def first_batch(
         return next(loader)
 
 
-def shown(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:
-    """Normalised float32 [n, 3, H, W] back to uint8 [H, W, 3] each."""
+def denormalised(images: NDArray[np.float32], recipe: AugmentRecipe) -> list[Pixels]:
+    """Convert normalised images, float32 [n, 3, H, W], to n images of uint8 [H, W, 3]."""
     mean, std = (np.asarray(values).reshape(3, 1, 1) for values in (recipe.mean, recipe.std))
     pixels = np.rint((images * std + mean) * 255).clip(0, 255).astype(np.uint8)
     return list(pixels.transpose(0, 2, 3, 1))
 
 
-def with_window(source: Image.Image, params: SampleParams, i: int, size: int) -> Pixels:
-    """The source, fitted into a square, with its crop window drawn in: uint8 [size, size, 3]."""
+def with_crop_window(source: Image.Image, params: SampleParams, i: int, size: int) -> Pixels:
+    """Fit the source into a square and draw the outline of its crop window: uint8 [size, size, 3]."""
     scale = size / max(source.size)
     width, height = (max(1, round(side * scale)) for side in source.size)
     square = Image.new("RGB", (size, size), "white")
@@ -190,14 +192,14 @@ def with_window(source: Image.Image, params: SampleParams, i: int, size: int) ->
 
 
 def contact_sheet(cells: list[Cell]) -> Image.Image:
-    """A grid, about as wide as high, of cells with their captions below."""
+    """Draw a roughly square grid of cells, each with its caption below."""
     font = ImageFont.load_default(FONT_SIZE)
     size, panels = len(cells[0].panels[0]), len(cells[0].panels)
     scale = max(1, math.ceil(MIN_PANEL / size))
     line, width = FONT_SIZE + 2, panels * size * scale
     letters = int(width / font.getlength("0"))
     captions = [
-        (textwrap.wrap(cell.title, letters) + textwrap.wrap(cell.done, letters))[:CAPTION_LINES] for cell in cells
+        (textwrap.wrap(cell.title, letters) + textwrap.wrap(cell.operations, letters))[:CAPTION_LINES] for cell in cells
     ]
     cell_w = width + MARGIN
     cell_h = size * scale + max(map(len, captions)) * line + 2 * MARGIN

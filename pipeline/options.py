@@ -1,7 +1,8 @@
-"""Loader options: they change how fast and how patient a loader is, never which samples and augmentations it delivers.
+"""Options of the loaders: decoder, threads, queue sizes and the handling of bad samples.
 
-Pixels depend on which decoder decodes: `loader` and `hw_decoder_load`. Options left open (None) come to the
-defaults of `LoaderSettings`; `hw_decoder_load` is chosen by the device (`pipeline.decode.hardware`).
+They do not change which samples, crops and augmentations a loader delivers. Pixel values depend on the decoder
+(`loader` and `hw_decoder_load`), because decoders round differently. Unset options (None) get the defaults of
+`LoaderSettings`, except `hw_decoder_load`, which depends on the device (`pipeline.decode.hardware`).
 """
 
 from __future__ import annotations
@@ -20,21 +21,22 @@ from shards.redact import printable
 
 LoaderName = Literal["auto", "dali", "ffcv", "synthetic"]
 FeedProcess = Literal["auto", "on", "off"]
-# Thread and queue sizes beyond which a machine of today gains nothing and only loses memory.
+# Upper limits of threads and queue sizes: larger values would only use more memory.
 ReadThreads = Annotated[int, Interval(ge=1, le=1024)]
 DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
 Ahead = Annotated[int, Interval(ge=0, le=256)]
 AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
-MAX_PREALLOCATED = 1 << 27  # pixels; 0.4 GB
+MAX_PREALLOCATED = 1 << 27  # pixels, 0.4 GB
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderSettings:
-    """What the options come to."""
+    """The performance options of a loader with all defaults filled in. The fields are documented in `LoaderOptions` and
+    `DaliOptions`."""
 
     read_threads: int = 32
-    """Enough to decode at full speed from a file system that takes 20 ms per read; idle ones cost nothing."""
+    """Enough to keep the decoder busy on a file system with 20 ms per read; idle threads cost nothing."""
     read_ahead: int = 4
     decode_threads: int = field(default_factory=cores)
     decode_ahead: int = 2
@@ -45,72 +47,74 @@ class LoaderSettings:
 
     @property
     def ahead(self) -> int:
-        """Batches that a loader holds when it has run as far ahead as it can."""
+        """Largest number of batches that a loader holds ahead of the consumer."""
         return self.read_ahead + self.decode_ahead + self.ready
 
 
 @dataclass(frozen=True, kw_only=True)
 class DaliOptions:
-    """How DALI decodes on a GPU."""
+    """Options of DALI's GPU decoder. They have no effect on a CPU or with another decoder."""
 
-    hw_decoder_load: Annotated[Fraction | None, default("1 where every rank can use such an engine, else 0")] = None
-    """Fraction of each batch given to the GPU's JPEG engine; the CUDA decoder decodes the rest, and rounds differently.
-    At any value between 0 and 1, pixels depend on a sample's place in its batch."""
+    hw_decoder_load: Annotated[Share | None, default("1 if every rank's GPU has a JPEG engine, else 0")] = None
+    """Fraction (0 to 1) of each batch that the GPU's JPEG engine decodes; the CUDA decoder decodes the rest. The two
+    round differently, so between 0 and 1 the pixels of a sample depend on its position in the batch."""
     preallocate_width: Annotated[JpegSide | None, default("0")] = None
-    """Decoder buffers are allocated for images of this width beforehand (0 = as they come); saves stalls at first."""
+    """Width in pixels of the images for which decoder buffers are allocated in advance, which avoids stalls in the
+    first batches. 0: allocate buffers as images arrive."""
     preallocate_height: Annotated[JpegSide | None, default("0")] = None
+    """Height in pixels of the images for which decoder buffers are allocated in advance."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         width, height = self.preallocate_width or 0, self.preallocate_height or 0
         if width * height > MAX_PREALLOCATED:
             raise UserError(
-                f"--preallocate-width {width}, --preallocate-height {height}: at most {MAX_PREALLOCATED:,} pixels "
-                "expected, for each thread of the decoder"
+                f"--preallocate-width {width}, --preallocate-height {height}: {width * height:,} pixels per decoder "
+                f"thread, but at most {MAX_PREALLOCATED:,} are allowed"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions:
-    """How a loader works. Which samples, crops and augmentations it delivers does not depend on it; the rounding of
-    pixels depends on the decoder (`loader`, `hw_decoder_load`)."""
+    """Options of a loader. They do not change which samples, crops and augmentations it delivers; pixel values depend
+    on the decoder (`loader`, `hw_decoder_load`), because decoders round differently."""
 
     loader: LoaderName = "auto"
-    """Who decodes. auto = dali where the set has tars, ffcv where it has a .beton alone. synthetic = random images that
-    are on the device already, to see how fast a model is without any input."""
+    """Decoder. auto: dali if the set has tar shards, ffcv if it has only a .beton file. synthetic: the same random
+    images in every batch, already on the device, to measure the speed of a model without input."""
     bad_samples: str = "raise"
-    """What happens at a sample whose bytes are damaged or gone. raise = the run stops; skip:N = another sample takes
-    its place (in an evaluation it is left out), for up to N such samples on a rank."""
+    """Handling of samples whose bytes are damaged or missing. raise: stop the run. skip:N: use a replacement sample (in
+    an evaluation, leave the sample out) for up to N bad samples per rank."""
     read_threads: Annotated[ReadThreads | None, default("32")] = None
-    """Threads that read shards; more hide the latency of slow file systems."""
+    """Threads that read shards, per rank; more threads hide the latency of slow file systems."""
     read_ahead: Annotated[Ahead | None, default("4")] = None
-    """Batches whose bytes are read before the decoder asks for them."""
-    decode_threads: Annotated[DecodeThreads | None, default("the rank's share of the machine's cores")] = None
-    """Threads of this rank that decode."""
+    """Batches that are read ahead of the decoder."""
+    decode_threads: Annotated[DecodeThreads | None, default("the machine's cores divided among its ranks")] = None
+    """Threads that decode images, per rank."""
     decode_ahead: Annotated[AtLeastOneAhead | None, default("2")] = None
-    """Batches that are decoded at once."""
+    """Batches that are decoded concurrently."""
     ready: AtLeastOneAhead = 2
-    """Finished batches that wait on the device."""
+    """Finished batches that wait on the device for the training loop."""
     check_hashes: bool = True
-    """Compare each sample's bytes with the hash in the index."""
+    """Compare the bytes of each sample with the hash in the index."""
     feed_process: FeedProcess = "auto"
-    """Read shards and draw augmentations in a separate process per rank, so that this does not compete with the
-    training loop for Python's interpreter lock. auto = on for GPUs, off on CPUs."""
+    """Read shards and draw augmentations in a separate process per rank (the feed process), which does not compete
+    with the training loop for Python's global interpreter lock. auto: on with a GPU, off on a CPU."""
     dali: DaliOptions = field(default_factory=DaliOptions)
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.skip_budget  # noqa: B018 - refuses what it cannot read
+        self.skip_budget  # noqa: B018 - raises UserError if `bad_samples` is invalid
 
     @property
     def settings(self) -> LoaderSettings:
-        """All of them as numbers."""
+        """The performance options with defaults filled in."""
         given = vars(self) | vars(self.dali)
         return LoaderSettings(**{f.name: given[f.name] for f in fields(LoaderSettings) if given[f.name] is not None})
 
     @property
     def skip_budget(self) -> int:
-        """Damaged samples that a rank may meet: 0 under `raise`.
+        """Number of bad samples that a rank tolerates; 0 for `raise`.
 
         Raises:
             UserError: `bad_samples` is neither raise nor skip:N.
@@ -120,7 +124,7 @@ class LoaderOptions:
         match = re.fullmatch(r"skip:(\d{1,9})", self.bad_samples, re.ASCII)
         if match is None:
             raise UserError(
-                f"--bad-samples {printable(self.bad_samples)}: raise, or skip:N as in skip:100 (N up to 999,999,999) "
-                "expected"
+                f"--bad-samples {printable(self.bad_samples)}: expected raise, or skip:N such as skip:100 (N up to "
+                "999,999,999)"
             )
         return int(match[1])

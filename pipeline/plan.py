@@ -1,15 +1,16 @@
-"""The plan: which sample stands at which row of which global batch. Pure arithmetic: no files, no torch, no globals.
+"""The plan: which sample is at which row of which global batch. Pure arithmetic, without files, torch or global state.
 
-An epoch's order is made in three moves, each from hashed keys (`pipeline.rng`):
+A lane is one of L contiguous streams that every batch interleaves. The order of an epoch of N samples, with G samples
+per global batch, is computed in three steps, each from hashed keys (`pipeline.rng`):
 
-1. the shards are permuted, and the stream of their samples is rotated by a hashed offset, so that the N mod G samples
-   that an epoch leaves out are others every time;
-2. the stream is cut into `lanes` equal contiguous segments; global batch s takes the next G/lanes samples (its *share*)
-   of each lane, so every batch mixes samples from all over the set while each lane reads its shards nearly in order;
-3. inside a lane, samples are permuted within shuffle blocks of `shuffle_block_size` samples.
+1. The shards are permuted, and the stream of their samples is rotated by a hashed offset. An epoch leaves out N mod G
+   samples; because of the rotation, these are different samples in every epoch.
+2. The stream is divided into L lanes of equal length. Global batch s takes the next G/L samples of each lane, so every
+   batch mixes samples from the whole set while each lane reads its shards nearly in order.
+3. Within a lane, samples are permuted inside shuffle blocks of `shuffle_block_size` samples.
 
-The rows of a global batch are lane-major and rank r of R owns rows [r G/R, (r+1) G/R): the global batch does
-not depend on R. Finding any position costs O(lanes of the rank x block), never O(samples).
+The rows of a global batch are lane-major. Rank r of R ranks owns the rows [r G/R, (r+1) G/R), so the global batch does
+not depend on R. Computing the ids at any position costs O(lanes of the rank x shuffle block size), never O(samples).
 """
 
 from __future__ import annotations
@@ -34,49 +35,74 @@ NO_SAMPLE = -1
 
 
 class Position(NamedTuple):
-    """A place in training: `step` global batches of `epoch` lie behind it. Positions compare in training order."""
+    """A global batch, named by its epoch and its step within that epoch. Positions compare in training order."""
 
     epoch: int
+    """From 0."""
     step: int
+    """Global batches of this epoch that come before it, from 0."""
 
 
 class ShardRequest(NamedTuple):
-    """Shards that are read from one step to another, both included; steps are counted from the start."""
+    """Shards that are read during a range of steps. Steps are counted from the start of training, over all epochs."""
 
     first: int
+    """First step that reads from the shards."""
     last: int
+    """Last step that reads from the shards (inclusive)."""
     shards: list[int]
+    """Numbers of the shards, in the order of the manifest."""
 
 
 def default_lanes(global_batch: int) -> int:
-    """The largest divisor of half the global batch (of all of it when odd) up to 64: 1024 -> 64, 96 -> 48."""
+    """Return the default number of lanes of a plan, a function of the global batch alone.
+
+    It is the largest divisor, up to 64, of half the global batch (of the whole batch if it is odd): 1024 -> 64,
+    96 -> 48.
+    """
     base = global_batch // 2 if global_batch % 2 == 0 else global_batch
     return max((d for d in range(2, min(base, MAX_LANES) + 1) if base % d == 0), default=1)
 
 
 @dataclass(frozen=True)
 class _EpochOrder:
-    """The permuted, rotated stream of one epoch."""
+    """The permuted and rotated sample stream of one epoch. All arrays are int64 [shards]."""
 
-    shards: Ids  # [shards] permuted
-    stream_start: Ids  # [shards] where each permuted shard begins in the unrotated stream
-    first_id: Ids  # [shards] id of the first sample of each permuted shard
-    offset: int
+    shards: Ids  # shard numbers, permuted
+    stream_start: Ids  # position of each permuted shard's first sample in the stream before rotation
+    first_id: Ids  # id of the first sample of each permuted shard
+    offset: int  # samples by which the stream is rotated
 
 
 class TrainPlan:
-    """The order of all global batches of all epochs.
+    """The order of all global batches of all epochs, a pure function of its arguments.
+
+    A lane is one of L contiguous streams that every batch interleaves (see the module's docstring).
 
     Args:
-        shard_samples: samples of each shard, in the order of the manifest.
-        global_batch: rows of a global batch (G).
-        seed: of the run.
-        lanes: parallel contiguous segments; divides G. None = `default_lanes(G)`, a function of G alone.
-        shuffle_block_size: samples among which a lane shuffles. Larger mixes better and reads less in order.
-        pairs: mixup or cutmix is on: each lane's share must be even.
+        shard_samples: number of samples of each shard, integers [shards], in the order of the manifest.
+        global_batch: samples per global batch, over all ranks.
+        seed: seed of the run.
+        lanes: number of lanes; must divide `global_batch`. None: `default_lanes(global_batch)`.
+        shuffle_block_size: samples per shuffle block. Larger blocks shuffle better, but read the shards less in order.
+        pairs: whether rows are mixed in pairs (mixup or CutMix), which requires an even number of rows per lane.
+
+    Attributes:
+        samples: number of samples of the set.
+        steps_per_epoch: global batches per epoch; the `samples % global_batch` remaining samples are left out.
+        lane_rows: rows of each lane in a global batch.
+        lane_samples: samples of each lane in an epoch.
 
     Raises:
-        PlanError: fewer samples than one global batch, or sizes that do not divide.
+        PlanError: the set has fewer samples than one global batch, or the sizes do not divide each other.
+
+    Example:
+        >>> from pipeline.plan import Position, TrainPlan
+        >>> plan = TrainPlan([1000, 1000, 500], global_batch=64, seed=0)
+        >>> plan.steps_per_epoch
+        39
+        >>> plan.ids(Position(epoch=0, step=3), range(0, 32)).shape  # the rows of rank 0 of 2
+        (32,)
     """
 
     def __init__(
@@ -117,49 +143,55 @@ class TrainPlan:
         self._blocks: OrderedDict[tuple[int, int, int], Ids] = OrderedDict()
 
     def ids(self, position: Position, rows: range | None = None) -> Ids:
-        """Sample ids of the global batch at `position`, int64 [len(rows)].
+        """Return the sample ids of the global batch at `position`.
 
         Args:
-            position: epoch >= 0, 0 <= step < steps_per_epoch.
-            rows: which rows of the global batch (step 1, at least one); None = all of them.
+            position: epoch >= 0 and 0 <= step < `steps_per_epoch`.
+            rows: rows of the global batch, a non-empty range of step 1. None: all rows.
+
+        Returns:
+            int64 [len(rows)], each in 0 to `samples` - 1.
 
         Raises:
-            IndexError: no such step or rows.
+            IndexError: the position or the rows are out of range.
         """
         if not (position.epoch >= 0 and 0 <= position.step < self.steps_per_epoch):
-            raise IndexError(f"no {position} in a plan of {self.steps_per_epoch} steps per epoch")
+            raise IndexError(f"{position} is out of range for a plan of {self.steps_per_epoch} steps per epoch")
         rows = range(self.global_batch) if rows is None else rows
         if rows.step != 1 or not 0 <= rows.start < rows.stop <= self.global_batch:
-            raise IndexError(f"no {rows} in a global batch of {self.global_batch}")
+            raise IndexError(f"rows {rows} are out of range for a global batch of {self.global_batch}")
         parts = []
         for lane in self._lanes(rows):
             start, stop = max(rows.start, lane * self.lane_rows), min(rows.stop, (lane + 1) * self.lane_rows)
-            shift = (position.step - lane) * self.lane_rows  # from rows of the batch to places in the lane
+            shift = (position.step - lane) * self.lane_rows  # from a row of the batch to a position in the lane
             parts.append(self._lane_ids(position.epoch, lane, start + shift, stop + shift))
         return np.concatenate(parts)
 
     def lane_of(self, rows: range) -> Ids:
-        """The lane of each row, int64 [len(rows)]."""
+        """Return the lane of each row of a global batch, int64 [len(rows)]."""
         return np.arange(rows.start, rows.stop) // self.lane_rows
 
     def after(self, position: Position) -> Position:
-        """The position one global batch later."""
+        """Return the position of the next global batch."""
         return self.at(self.steps_before(position) + 1)
 
     def at(self, step: int) -> Position:
-        """The position with `step` global batches behind it, counted from the start of training."""
+        """Return the position of a step that is counted from the start of training, over all epochs."""
         return Position(*divmod(step, self.steps_per_epoch))
 
     def steps_before(self, position: Position) -> int:
-        """Global batches before `position`, counted from the start of training."""
+        """Return the number of global batches before `position`, counted from the start of training."""
         return position.epoch * self.steps_per_epoch + position.step
 
     def shard_requests(self, position: Position, rows: range, *, epochs: int) -> Iterator[ShardRequest]:
-        """The shards that the rows of coming batches come from: block by block, for the lanes one after another.
+        """Yield the shards that the rows of the coming batches are read from.
+
+        There is one request per shuffle block and lane, ordered by block, then by lane.
 
         Args:
-            position: the first batch.
-            epochs: to the end of which epoch, counted from the start.
+            position: first global batch.
+            rows: rows of each global batch that this rank reads.
+            epochs: number of epochs of the training, counted from its start; the requests end with the last of them.
         """
         first_block = position.step * self.lane_rows // self.shuffle_block_size
         for epoch in range(position.epoch, epochs):
@@ -171,19 +203,19 @@ class TrainPlan:
                     ends = lane * self.lane_samples + np.array([start, stop - 1])
                     ends = (ends + order.offset) % self.samples
                     low, high = np.searchsorted(order.stream_start, ends, side="right") - 1
-                    # The rotated stream goes on at its start.
+                    # A block may span the end of the unrotated stream and continue at its start.
                     wraps = ends[1] < ends[0]
-                    places = [*range(low, len(order.shards)), *range(high + 1)] if wraps else range(low, high + 1)
-                    shards = order.shards[np.unique(places)].tolist()
+                    spanned = [*range(low, len(order.shards)), *range(high + 1)] if wraps else range(low, high + 1)
+                    shards = order.shards[np.unique(spanned)].tolist()
                     yield ShardRequest(before + start // self.lane_rows, before + (stop - 1) // self.lane_rows, shards)
             first_block = 0
 
     def _lanes(self, rows: range) -> range:
-        """The lanes that rows of a global batch come from."""
+        """Return the lanes that these rows of a global batch belong to."""
         return range(rows.start // self.lane_rows, (rows.stop - 1) // self.lane_rows + 1)
 
     def _lane_ids(self, epoch: int, lane: int, start: int, stop: int) -> Ids:
-        """Ids at places [start, stop) of a lane."""
+        """Return the ids at positions [start, stop) of a lane."""
         size = self.shuffle_block_size
         blocks = range(start // size, (stop - 1) // size + 1)
         return np.concatenate(
@@ -194,18 +226,18 @@ class TrainPlan:
         )
 
     def _block(self, epoch: int, lane: int, number: int) -> Ids:
-        """Permuted ids of one shuffle block of a lane; kept while its lane is likely to come back to it."""
+        """Return the permuted ids of one shuffle block of a lane. The most recent blocks are cached."""
         key = (epoch, lane, number)
         found = self._blocks.get(key)
         if found is not None:
             self._blocks.move_to_end(key)
             return found
         start = number * self.shuffle_block_size
-        places = np.arange(start, min(start + self.shuffle_block_size, self.lane_samples))
-        order = np.argsort(bits(Stream.SHUFFLE_BLOCK_ORDER, self.seed, epoch, lane, places), kind="stable")
-        block = self._resolve(self._order(epoch), lane * self.lane_samples + places[order])
+        offsets = np.arange(start, min(start + self.shuffle_block_size, self.lane_samples))
+        order = np.argsort(bits(Stream.SHUFFLE_BLOCK_ORDER, self.seed, epoch, lane, offsets), kind="stable")
+        block = self._resolve(self._order(epoch), lane * self.lane_samples + offsets[order])
         self._blocks[key] = block
-        # Two blocks per lane: a step may straddle a border, and the reader runs ahead of the consumer.
+        # Two blocks per lane, because a step may span two blocks and the reader runs ahead of the consumer.
         if len(self._blocks) > 2 * self.lanes:
             self._blocks.popitem(last=False)
         return block
@@ -224,46 +256,62 @@ class TrainPlan:
             offset=int(bits(Stream.ROTATION, self.seed, epoch)) % self.samples,
         )
         self._orders[epoch] = order
-        if len(self._orders) > 2:  # this epoch and the one that prefetching has reached
+        if len(self._orders) > 2:  # the current epoch and the epoch that prefetching has reached
             self._orders.popitem(last=False)
         return order
 
     def _resolve(self, order: _EpochOrder, stream: Ids) -> Ids:
-        """Places in the rotated stream -> sample ids."""
-        place = (stream + order.offset) % self.samples
-        shard = np.searchsorted(order.stream_start, place, side="right") - 1
-        return order.first_id[shard] + place - order.stream_start[shard]
+        """Return the sample ids at these positions of the rotated stream."""
+        unrotated = (stream + order.offset) % self.samples
+        shard = np.searchsorted(order.stream_start, unrotated, side="right") - 1
+        return order.first_id[shard] + unrotated - order.stream_start[shard]
 
 
 class EvalPlan:
-    """Evaluation: samples in the order of the shards, each exactly once at any world size.
+    """The batches of one evaluation: samples in the order of the shards, each exactly once at any world size.
 
-    A step takes the next batch x world samples (fewer in the last one) and deals them evenly, so every rank runs the
-    same number of steps, and what is done after some of them is the beginning of the split, whoever did it: another
-    number of ranks can end an evaluation that was broken off. Rows without a sample carry `NO_SAMPLE`.
+    Each step takes the next `batch * world` samples (the last step may take fewer) and divides them evenly among the
+    ranks, so all ranks run the same number of steps. The samples evaluated after any step are therefore a prefix of the
+    split, and an interrupted evaluation can be resumed with a different number of ranks. Rows without a sample contain
+    `NO_SAMPLE`.
 
     Args:
-        samples: of the split (a plain number: the order is 0, 1, 2, ...).
+        samples: number of samples of the split; their ids are 0, 1, 2, ...
         batch: rows per rank and step.
-        start: samples that are done already.
+        world: world size.
+        rank: this rank, 0 to `world` - 1.
+        start: number of samples that were evaluated before this plan starts.
+
+    Attributes:
+        steps: number of steps.
+
+    Raises:
+        PlanError: the split is empty, or an argument is out of range.
     """
 
     def __init__(self, samples: int, *, batch: int, world: int = 1, rank: int = 0, start: int = 0) -> None:
         if samples < 1:
             raise PlanError("the split to evaluate has no samples")
         if batch < 1 or not 0 <= rank < world or not 0 <= start <= samples:
-            raise PlanError(f"batch {batch}, rank {rank} of {world}, start {start}: no such evaluation")
+            raise PlanError(
+                f"evaluation of {samples} samples with batch {batch}, rank {rank}, world size {world}, start {start}: "
+                "expected batch >= 1, 0 <= rank < world size and 0 <= start <= samples"
+            )
         self.samples, self.batch, self.world, self.rank, self.start = samples, batch, world, rank, start
         self.steps = -((samples - start) // -(batch * world))
 
     def samples_done(self, steps: int) -> int:
-        """Samples of the split that are done when this many steps are."""
+        """Return how many samples of the split have been evaluated after this many steps."""
         return min(self.start + steps * self.batch * self.world, self.samples)
 
     def ids(self, step: int) -> Ids:
-        """Sample ids of this rank's batch number `step`, int64 [batch]; `NO_SAMPLE` where it has fewer."""
+        """Return the sample ids of this rank's batch at a step, int64 [batch], padded with `NO_SAMPLE`.
+
+        Raises:
+            IndexError: the step is out of range.
+        """
         if not 0 <= step < self.steps:
-            raise IndexError(f"no step {step} in an evaluation of {self.steps} steps")
+            raise IndexError(f"step {step} is out of range for an evaluation of {self.steps} steps")
         first = self.samples_done(step)
         dealt = self.samples_done(step + 1) - first
         ids = first + self.rank * dealt // self.world + np.arange(self.batch)
@@ -271,10 +319,10 @@ class EvalPlan:
         return ids
 
     def shard_requests(self, shard_samples: NDArray[np.integer] | list[int]) -> Iterator[ShardRequest]:
-        """The shards that the steps come from, one after another.
+        """Yield the shards that the steps are read from, one request per shard.
 
         Args:
-            shard_samples: samples of each shard of the split.
+            shard_samples: number of samples of each shard of the split, integers [shards].
         """
         ends = np.cumsum(shard_samples).tolist()
         per_step = self.batch * self.world

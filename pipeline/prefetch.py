@@ -1,4 +1,4 @@
-"""Run an iterator in a thread of its own, a bounded number of items ahead."""
+"""An iterator that runs another iterator in a thread, a bounded number of items ahead."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-# How often a producer that waits for room looks whether it has been closed meanwhile.
+# How often a producer that waits for queue space checks whether it has been closed.
 _POLL_SECONDS = 0.1
 
 
 class Prefetcher(Generic[T]):
-    """Iterates `source` in a thread and hands its items on in order.
+    """Iterator over the items of `source`, which runs in a thread.
 
-    An exception in the source surfaces at the consumer, after the items that came before it, and poisons the
-    prefetcher: every later `next` raises it again, nothing is skipped.
+    An exception of the source is raised at the consumer, after the items that precede it. Every later `next` raises it
+    again, so no item is ever skipped.
 
     Args:
-        source: closed (if it is a generator) in the thread that ran it.
-        depth: finished items that may wait for the consumer.
+        source: iterator to run. A generator is also closed in the thread that ran it.
+        depth: maximum number of items that wait for the consumer.
+        name: name of the thread.
     """
 
     def __init__(self, source: Iterator[T], *, depth: int, name: str) -> None:
@@ -30,7 +31,7 @@ class Prefetcher(Generic[T]):
         self._queue: queue.Queue[tuple[bool, T | BaseException]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._end: BaseException | None = None
-        # A daemon: if the consumer dies without closing, the process must still end.
+        # A daemon thread, so that the process can exit even if the consumer fails before it calls `close`.
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -49,17 +50,17 @@ class Prefetcher(Generic[T]):
 
     @property
     def ready(self) -> int:
-        """Items that wait for the consumer."""
+        """Number of items that wait for the consumer."""
         return self._queue.qsize()
 
     def close(self) -> None:
-        """Stop the thread and wait for it. Idempotent."""
+        """Stop the thread and wait until it has ended. Idempotent."""
         self._closed.set()
         self._end = self._end or StopIteration()
         while self._thread.is_alive() or not self._queue.empty():
             with contextlib.suppress(queue.Empty):
                 self._queue.get(timeout=_POLL_SECONDS)
-        self._queue.put((True, self._end))  # for a consumer that waits in another thread
+        self._queue.put((True, self._end))  # wakes a consumer that waits in another thread
 
     def _run(self) -> None:
         end: BaseException = StopIteration()
@@ -67,7 +68,7 @@ class Prefetcher(Generic[T]):
             for item in self._source:
                 if not self._put((False, item)):
                     return
-        except BaseException as error:  # whatever it was, it belongs to the consumer
+        except BaseException as error:  # of any kind: it is raised at the consumer
             end = error
         finally:
             close = getattr(self._source, "close", None)

@@ -1,8 +1,9 @@
-"""Counter-based random numbers: every draw is a pure function of its key, in any order, on any machine.
+"""Counter-based random numbers: every draw is a pure function of its key, in any order and on any machine.
 
-No library generator is used, since their streams may change between versions; nor `numpy.exp` and its kin, whose last
-bits depend on the CPU's vector width. What remains (integer arithmetic, IEEE add, multiply, divide and square root) is
-exact everywhere. Golden values are held by tests/unit/test_rng.py: changing them changes every run.
+The generators of libraries are not used, because their streams may change between versions. Neither are `numpy.exp` and
+similar functions, because their last bits depend on the CPU's vector width. The operations used here (integer
+arithmetic, IEEE addition, multiplication, division and square root) give the same bits everywhere. The golden values in
+tests/unit/test_rng.py must never change: other values would change the data of every run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ MIX2 = np.uint64(0x94D049BB133111EB)
 
 
 class Stream(IntEnum):
-    """What a draw is for; part of every key, so that no two uses share numbers. Never renumber."""
+    """The purpose of a draw. It is part of every key, so that different purposes have independent numbers.
+
+    Never renumber: the numbers are hashed.
+    """
 
     SHARD_ORDER = 1
     ROTATION = 2
@@ -40,9 +44,9 @@ class Stream(IntEnum):
 
 
 def mix64(x: U64) -> U64:
-    """SplitMix64's finaliser: a bijection of 64-bit integers in which every input bit reaches every output bit.
+    """Apply the finaliser of SplitMix64, a bijection of uint64 in which every input bit affects every output bit.
 
-    The caller silences numpy's overflow warnings: to do so here would cost as much as the arithmetic.
+    The caller suppresses NumPy's overflow warnings; doing so here would cost as much as the arithmetic.
     """
     x = (x ^ (x >> np.uint64(30))) * MIX1
     x = (x ^ (x >> np.uint64(27))) * MIX2
@@ -50,21 +54,22 @@ def mix64(x: U64) -> U64:
 
 
 def bits(stream: Stream, *key: ArrayLike) -> U64:
-    """64 random bits for each element of the broadcast key.
+    """Draw 64 random bits for each element of the broadcast key.
 
     Args:
-        stream: what the draw is for.
-        key: integers (negative ones wrap) or integer arrays, broadcast together: typically seed, epoch, id, counter.
+        stream: purpose of the draw.
+        key: integers (negative values wrap) or integer arrays that broadcast together, usually seed, epoch, sample id
+            and a counter.
 
     Returns:
-        uint64, of the key's broadcast shape.
+        uint64 of the key's broadcast shape.
     """
     with np.errstate(over="ignore"):
         return extend(mix64(np.asarray(int(stream), dtype=np.uint64) + GOLDEN), *key)
 
 
 def extend(state: U64, *key: ArrayLike) -> U64:
-    """What `bits` gives for a longer key: `extend(bits(s, a), b)` is `bits(s, a, b)`."""
+    """Append words to the key of a draw: `extend(bits(s, a), b)` equals `bits(s, a, b)`."""
     with np.errstate(over="ignore"):
         for word in key:
             state = mix64((state ^ _as_u64(word)) + GOLDEN)
@@ -72,51 +77,58 @@ def extend(state: U64, *key: ArrayLike) -> U64:
 
 
 def uniform(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
-    """Uniform float64 in [0, 1) with 53 random bits, of the key's broadcast shape."""
+    """Draw uniform float64 values in [0, 1) with 53 random bits, of the key's broadcast shape."""
     return (bits(stream, *key) >> np.uint64(11)) * np.float64(1.0 / (1 << 53))
 
 
 def integers(high: ArrayLike, stream: Stream, *key: ArrayLike) -> NDArray[np.int64]:
-    """Integers in [0, high), int64; `high` up to 2^31 (the multiply-shift bias stays below 2^-32)."""
+    """Draw int64 values in [0, high), of the key's broadcast shape.
+
+    `high` is at most 2^31, so that the bias of the multiply-shift method stays below 2^-32.
+    """
     top = bits(stream, *key) >> np.uint64(32)
     return ((top * _as_u64(high)) >> np.uint64(32)).astype(np.int64)
 
 
 def normal(stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
-    """Standard normal float64, of the key's broadcast shape: the quantile of a 52-bit uniform."""
+    """Draw standard normal float64 values of the key's broadcast shape, as quantiles of a 52-bit uniform draw."""
     u = ((bits(stream, *key) >> np.uint64(12)) + np.float64(0.5)) * (1.0 / (1 << 52))
     return normal_quantile(u)
 
 
 def beta(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
-    """Beta(alpha, alpha) float64, of the key's broadcast shape: G1 / (G1 + G2) of two gamma draws, each with a further
-    word of the key. Taken through logarithms, so that a small alpha does not underflow."""
+    """Draw Beta(alpha, alpha) float64 values of the key's broadcast shape.
+
+    The value is G1 / (G1 + G2) of two gamma draws, whose keys have one more word each. It is computed from logarithms,
+    so that a small alpha does not underflow.
+    """
     words = (_as_u64(word)[..., None] for word in key)
     first, second = np.moveaxis(_log_gamma_draw(alpha, stream, *words, np.arange(2)), -1, 0)
     return 1.0 / (1.0 + exp(second - first))
 
 
 def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np.float64]:
-    """The logarithm of a Gamma(alpha) draw.
+    """Draw the logarithm of a Gamma(alpha) value.
 
-    Source: Marsaglia and Tsang 2000, "A simple method for generating gamma variables", for alpha + 1, with their power
-    of a uniform to come down to alpha. A try is accepted with probability over .95: of 16, one is, but once in 10^20.
+    Source: Marsaglia and Tsang 2000, "A simple method for generating gamma variables". Their method draws
+    Gamma(alpha + 1), and a power of a uniform draw reduces it to Gamma(alpha). An attempt is accepted with a
+    probability above 0.95; all 16 attempts fail with a probability of 10^-20.
     """
     d = alpha + 1.0 - 1.0 / 3.0
 
     def attempt(*numbered: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """The logarithm of v, and whether it is accepted, for keys that end in the number of the try."""
+        """Return log(v) and whether it is accepted, for keys that end in the number of the attempt."""
         x = normal(stream, *numbered, 0)
         root = 1.0 + x / np.sqrt(9.0 * d)
         v = root * root * root
         log_v = 3.0 * log(np.maximum(root, 1e-300))
         log_u = log(1.0 - uniform(stream, *numbered, 1))
-        # A root that is not positive is never accepted: its log_v is too low.
+        # A root <= 0 is never accepted, because its log_v is too low.
         return log_v, log_u < 0.5 * x * x + d - d * v + d * log_v
 
     words = np.broadcast_arrays(*map(_as_u64, key))
     log_v, accepted = attempt(*words, 0)
-    if not accepted.all():  # nearly all first tries are accepted: the other fifteen are made where one was not
+    if not accepted.all():  # rare: make all 16 attempts only for the keys whose first failed
         log_vs, others = attempt(*(word[~accepted][:, None] for word in words), np.arange(16))
         first = others.argmax(axis=1)
         log_v[~accepted] = log_vs[np.arange(len(first)), first]
@@ -125,7 +137,7 @@ def _log_gamma_draw(alpha: float, stream: Stream, *key: ArrayLike) -> NDArray[np
 
 
 def seed64(stream: Stream, *key: int) -> int:
-    """One non-negative 63-bit seed for a library generator that insists on having one (torch.manual_seed)."""
+    """Return a non-negative 63-bit seed for a library's generator, such as `torch.manual_seed`."""
     return int(bits(stream, *key)) >> 1
 
 
@@ -136,21 +148,21 @@ def _as_u64(word: ArrayLike) -> U64:
     if array.dtype == np.uint64:
         return array
     if not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"integer key expected, {array.dtype} found")
+        raise TypeError(f"expected a key of integers, got {array.dtype}")
     return array.astype(np.int64).view(np.uint64)
 
 
-# Elementary functions made of IEEE operations only: the same bits on every machine, within 2 units in the last place of
-# the true value (normal_quantile: a relative 1e-14).
+# Elementary functions that use IEEE operations only, so they give the same bits on every machine. They are within 2
+# units in the last place of the true value (normal_quantile: relative error 1e-14).
 
-_LN2_HIGH = 6.93147180369123816490e-01  # the low 21 bits are zero: exact when multiplied by an exponent
+_LN2_HIGH = 6.93147180369123816490e-01  # the low 21 bits are zero, so the product with an exponent is exact
 _LN2_LOW = 1.90821492927058770002e-10
 _LOG2_E = 1.4426950408889634
 _SQRT_HALF = 0.7071067811865476
 
 
 def exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """e^x, float64: Taylor's series about the nearest multiple of ln 2. Above 709 it overflows to infinity."""
+    """Compute e^x in float64, by a Taylor series around the nearest multiple of ln 2. Infinite for x above 709."""
     x = np.clip(x, -800.0, 800.0)
     power = np.rint(x * _LOG2_E)
     rest = (x - power * _LN2_HIGH) - power * _LN2_LOW
@@ -159,7 +171,10 @@ def exp(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def log(x: NDArray[np.float64] | float) -> NDArray[np.float64]:
-    """Natural logarithm of a positive normal float64: the series of 2 atanh((m - 1) / (m + 1)), m the mantissa."""
+    """Compute the natural logarithm of positive normal float64 values.
+
+    It is the series of 2 atanh((m - 1) / (m + 1)), where m is the mantissa.
+    """
     mantissa, exponent = np.frexp(x)
     low = mantissa < _SQRT_HALF
     mantissa = np.where(low, mantissa * 2.0, mantissa)
@@ -169,7 +184,7 @@ def log(x: NDArray[np.float64] | float) -> NDArray[np.float64]:
 
 
 def normal_quantile(p: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The standard normal's inverse distribution function at p in (0, 1), float64.
+    """Compute the inverse distribution function of the standard normal at p in (0, 1), float64.
 
     Source: Wichura 1988, "Algorithm AS 241: the percentage points of the normal distribution", PPND16.
     """
@@ -184,7 +199,7 @@ def normal_quantile(p: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _horner(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDArray[np.float64]:
-    """The polynomial with these coefficients, the constant first."""
+    """Evaluate the polynomial with these coefficients, the constant term first."""
     value = np.full_like(x, coefficients[-1])
     for coefficient in reversed(coefficients[:-1]):
         value = value * x + coefficient
@@ -194,7 +209,8 @@ def _horner(x: NDArray[np.float64], coefficients: tuple[float, ...]) -> NDArray[
 _EXP = tuple(1.0 / factorial(n) for n in range(15))
 _ATANH = tuple(1.0 / (2 * n + 1) for n in range(12))
 
-# Numerator and denominator, the constant first: |p - 1/2| <= 0.425, then tails with sqrt(-log p) up to 5, then beyond.
+# Numerator and denominator, the constant term first, for |p - 1/2| <= 0.425, for tails with sqrt(-log p) <= 5, and for
+# the tails beyond.
 _AS241_MIDDLE = (
     (3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
      45921.953931549871457, 67265.770927008700853, 33430.575583588128105, 2509.0809287301226727),

@@ -1,4 +1,4 @@
-"""Batches without input: to see how fast a model is when it never waits."""
+"""Synthetic batches, to measure the speed of a model that never waits for input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.plan import NO_SAMPLE
 
 
 def synthetic_batches(
-    work: Iterable[BatchRequest],
+    requests: Iterable[BatchRequest],
     *,
     size: int,
     classes: int,
@@ -20,22 +20,25 @@ def synthetic_batches(
     dtype: torch.dtype,
     mixed: bool = False,
 ) -> Iterator[Batch]:
-    """Batches with the plan's ids and positions, all of the same random images, which are on the device already.
+    """Yield batches with the ids and positions of the plan but the same random images, which stay on the device.
 
     Args:
+        requests: the batches of the plan.
         size: side of the images in pixels.
-        classes: labels are drawn from so many.
-        mixed: say that rows are mixed half and half.
+        classes: number of classes; labels are drawn from 0 to `classes` - 1.
+        device: device of the tensors.
+        dtype: floating-point dtype of the images.
+        mixed: set `lam` to 0.5 in every row, as if each pair of rows was mixed.
     """
-    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    by_rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     generator = torch.Generator(device).manual_seed(0)
-    for request in work:
+    for request in requests:
         n = len(request.ids)
-        if n not in made:
+        if n not in by_rows:
             images = torch.randn(n, 3, size, size, device=device, dtype=dtype, generator=generator)
             labels = torch.randint(classes, (n,), device=device, generator=generator)
-            made[n] = images.contiguous(memory_format=torch.channels_last), labels
-        images, labels = made[n]
+            by_rows[n] = images.contiguous(memory_format=torch.channels_last), labels
+        images, labels = by_rows[n]
         yield Batch(
             images=images,
             labels=labels,

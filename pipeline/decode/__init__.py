@@ -1,1 +1,1 @@
-"""Decoders of JPEGs: DALI, FFCV, and CPU resizing."""
+"""JPEG decoders: DALI on the GPU or CPU, FFCV on the CPU, and resizing on the CPU."""

@@ -1,4 +1,4 @@
-"""Which decoder works for a loader."""
+"""Choose and create the decoder of a loader."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from pipeline.decode.job import Decoder, Normalisation
 from pipeline.options import LoaderOptions
 from shards.format.manifest_fields import SplitEntry
 
-Chosen = Literal["dali", "ffcv", "synthetic"]
+ResolvedLoader = Literal["dali", "ffcv", "synthetic"]
 
 
-def resolve_loader(options: LoaderOptions, split: SplitEntry) -> Chosen:
-    """What `auto` comes to: DALI for tars, FFCV for a .beton that stands alone."""
+def resolve_loader(options: LoaderOptions, split: SplitEntry) -> ResolvedLoader:
+    """Return the loader of a split. `auto` is dali if the split has tars, ffcv if it has only a .beton."""
     if options.loader != "auto":
         return options.loader
     return "dali" if split.tars else "ffcv"
 
 
 def make_decoder(
-    loader: Chosen,
+    loader: ResolvedLoader,
     options: LoaderOptions,
     *,
     size: int,
@@ -30,11 +30,16 @@ def make_decoder(
     evaluation: bool,
     normalisation: Normalisation | None,
 ) -> Decoder:
-    """A decoder of batches of up to `batch` rows, `size` pixels a side; libraries are imported only where needed.
+    """Create a decoder. Only the library that it uses is imported.
 
     Args:
-        evaluation: its jobs carry regions.
-        normalisation: to be done by the decoder.
+        loader: which decoder.
+        options: threads, queue sizes and options of the decoder.
+        size: side of the output in pixels.
+        batch: rows of the largest batch.
+        device: device of the output.
+        evaluation: whether the jobs have regions (`DecodeJob.region`).
+        normalisation: normalisation for the decoder to apply. None: return uint8.
 
     Raises:
         UserError: the library is not installed.

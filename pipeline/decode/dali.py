@@ -1,8 +1,8 @@
-"""Decode, crop, resize and flip by DALI on the GPU (`mixed`) where there is one; on the CPU it decodes and crops.
+"""The DALI decoder: decode, crop, resize and flip on a GPU (`mixed`), or decode and crop on the CPU.
 
-DALI draws nothing itself: windows, sizes and flips are handed in through `external_source`, so what it decodes is what
-the plan and the augmentation parameters say. On a CPU nine tenths of its time after decoding would go into its bicubic
-resize; torch's takes a tenth of that and is closer to PIL's (`pipeline.decode.resize`).
+DALI draws no random numbers. Crop windows, sizes and flips are passed through `external_source`, so the result follows
+the plan and the augmentation parameters. On a CPU, DALI's bicubic resize would take most of the time; PyTorch's takes a
+tenth of that and is closer to PIL's (`pipeline.decode.resize`).
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from shards.errors import UserError, first_line
 
 T = TypeVar("T")
 
-# Batches that a stream may be behind their reader's thread before that waits: what is ready, and as many in the works.
-MOST_KEPT = 4
+# Delivered batches that are kept alive until the consumer's stream has read them; with more, `keep` waits.
+MAX_KEPT = 4
 
 
 @dataclass
 class DaliDecoder:
-    """Turns a stream of jobs into a stream of batches (see `pipeline.decode.job.Decoder`).
+    """A decoder that uses DALI (see `pipeline.decode.job.Decoder`).
 
     Args:
         size: side of the output in pixels.
         batch: rows of the largest batch.
-        device: where the images shall be; a CUDA device makes DALI decode there.
-        threads: that decode, or prepare decoding.
-        ahead: batches in the works at once.
-        evaluation: jobs carry regions.
-        normalisation: to be done too, giving float32; None = uint8.
-        settings: of them, the GPU decoder's.
+        device: device of the output. With a CUDA device, DALI decodes on that GPU.
+        threads: CPU threads that decode, or that prepare decoding on the GPU.
+        ahead: number of batches that are decoded concurrently.
+        evaluation: whether the jobs have regions (`DecodeJob.region`).
+        normalisation: normalisation to apply, which makes the output float32. None: uint8.
+        settings: only the options of the GPU decoder are used.
     """
 
     size: int
@@ -55,7 +55,7 @@ class DaliDecoder:
         """Decode jobs in order.
 
         Raises:
-            DecodeError: DALI failed on a batch. What it had already prefetched is lost, so the stream ends there.
+            DecodeError: DALI failed on a batch. Its prefetched batches are lost, so the stream ends.
         """
         in_flight: deque[tuple[DecodeJob, T, tuple[Any, ...]]] = deque()
 
@@ -77,7 +77,7 @@ class DaliDecoder:
                     except StopIteration:
                         return
                     except UserError:
-                        raise  # from the reader, through feed()
+                        raise  # raised by the reader, inside `feed`
                     except RuntimeError as error:
                         raise self._explain(error, in_flight) from error
                     job, extra, inputs = in_flight.popleft()
@@ -86,7 +86,7 @@ class DaliDecoder:
                         yield pixels, job, extra
                         in_use.keep(pixels, inputs)
                         del pixels, inputs
-                    else:  # DALI writes to its images again after the next run, decoding goes on meanwhile
+                    else:  # `resize` copies, because the next `run` overwrites DALI's images
                         yield resize([np.asarray(image) for image in images], job), job, extra
             finally:
                 source.close()
@@ -120,8 +120,8 @@ class DaliDecoder:
         )
         with pipeline:
             count = 3 if not self._on_gpu else 5 if self.evaluation else 4
-            # This thread would make the copy while it holds the interpreter's lock: 2.5 of 3.8 ms for 256 photos.
-            # `decode` keeps the arrays alive until they have been decoded.
+            # no_copy: this thread would copy while it holds the interpreter lock (2.5 of 3.8 ms for 256 photos).
+            # `decode` keeps the arrays alive until DALI has decoded them.
             encoded, start, shape, *rest = fn.external_source(
                 source=source, num_outputs=count, batch=True, no_copy=True
             )
@@ -133,7 +133,7 @@ class DaliDecoder:
                     "preallocate_width_hint": self.settings.preallocate_width,
                     "preallocate_height_hint": self.settings.preallocate_height,
                 }
-            # The recipe ignores EXIF orientation, and so do the index's heights and widths.
+            # The heights and widths in the index ignore the EXIF orientation, as does the reference recipe.
             images = fn.decoders.image_slice(
                 encoded,
                 start=start,
@@ -149,7 +149,7 @@ class DaliDecoder:
     def _resized(self, images: Any, *rest: Any) -> Any:
         cubic = {"interp_type": types.INTERP_CUBIC, "antialias": True}
         if self.evaluation:
-            # DALI's filter reads beyond a region of interest where the image goes on there (`DecodeJob.region`).
+            # DALI's filter also reads pixels outside the region of interest, as `DecodeJob.region` requires.
             region = {"roi_start": rest[0], "roi_end": rest[1], "roi_relative": False}
             images = fn.resize(images, size=[self.size, self.size], **region, **cubic)
             mirror = {}
@@ -165,20 +165,20 @@ class DaliDecoder:
 
     @staticmethod
     def _explain(error: RuntimeError, in_flight: deque[tuple[DecodeJob, T, tuple[Any, ...]]]) -> DecodeError:
-        """DALI names no sample: say which batch it was."""
-        detail = first_line(error) or "no reason given"
+        """Name the samples of the batch, because DALI's error does not name the damaged sample."""
+        detail = first_line(error) or "DALI gave no reason"
         return DecodeError.of(in_flight[0][0].encoded.ids if in_flight else (), detail)
 
 
 class InUseBuffers:
-    """Batches that were handed out and may not have been read yet, and what they are decoded from.
+    """Keeps delivered batches, and the arrays that they are decoded from, alive until the consumer has read them.
 
-    DALI takes memory back in the order of its own streams: once nobody holds a batch, the next one may be written over
-    it, though a stream that is busy with something else has yet to read it. So they are held until it has. By then they
-    have been decoded as well, and DALI has read the host arrays that it was given without a copy.
+    DALI reuses the memory of a batch in the order of its own streams. Once a batch is no longer referenced, the next
+    batch may overwrite it although the consumer's stream has not read it yet. Holding the batch until that stream has
+    passed an event prevents this. By then DALI has also read the input arrays, which were passed without a copy.
 
     Args:
-        stream: that reads them.
+        stream: the consumer's stream.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
@@ -186,13 +186,16 @@ class InUseBuffers:
         self._kept: deque[tuple[tuple[torch.Tensor, object], torch.cuda.Event]] = deque()
 
     def keep(self, images: torch.Tensor, inputs: object = None) -> None:
-        """Hold both until all that the stream has been given so far is done; waits where too many are held."""
+        """Hold a batch and its inputs until the stream has done all work queued so far.
+
+        Waits for the oldest batch if more than `MAX_KEPT` are held.
+        """
         self._kept.append(((images, inputs), self._stream.record_event()))
-        while self._kept and (len(self._kept) > MOST_KEPT or self._kept[0][1].query()):
+        while self._kept and (len(self._kept) > MAX_KEPT or self._kept[0][1].query()):
             self._kept[0][1].synchronize()
             self._kept.popleft()
 
     def close(self) -> None:
-        """Wait for the stream: for what reads the batch that was handed out last, too."""
+        """Wait until the stream has read every batch, including the last, and release them."""
         self._stream.record_event().synchronize()
         self._kept.clear()

@@ -1,8 +1,9 @@
-"""Decode, crop, resize and flip by FFCV's own functions, for .beton files and for JPEGs from tars, on the CPU.
+"""The FFCV decoder: decode, crop, resize and flip on the CPU, for .beton files and for JPEGs from tar shards.
 
-FFCV's Loader is not used: it waits for ever when one of its threads fails, keeps scratch memory for the largest image
-times several batches, reads through memory maps, and knows no plan. What makes it fast is its library (libjpeg-turbo
-and OpenCV behind one call each, without Python in between); that works here, on the bytes of our own reader.
+Only FFCV's native library is used, on bytes from this project's own reader. The library is what makes FFCV fast: one
+call each to libjpeg-turbo and OpenCV, without Python in between. FFCV's Loader is not used: it hangs if one of its
+threads fails, allocates scratch memory for the largest image times several batches, reads through memory maps, and
+cannot follow a plan.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from shards.errors import UserError
 try:
     from ffcv.libffcv import ctypes_imdecode, ctypes_resize
     from numba import njit
-except (ImportError, OSError) as error:  # OSError: the shared libraries that it was built with are gone
+except (ImportError, OSError) as error:  # OSError: a shared library that FFCV was built with is missing
     raise UserError(
         f"--loader ffcv needs FFCV, which cannot be imported ({error}); install it with: apt-get install -y "
         "libopencv-dev libturbojpeg0-dev pkg-config && pip install 'fat-pipeline[ffcv]'; or use --loader dali"
@@ -34,22 +35,22 @@ except (ImportError, OSError) as error:  # OSError: the shared libraries that it
 T = TypeVar("T")
 
 IMAGES_PER_TASK = 8
-AS_STORED = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))
+IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))  # returns the pixel values 0 to 255
 
 
 @dataclass
 class FfcvDecoder:
-    """Turns a stream of jobs into a stream of batches (see `pipeline.decode.job.Decoder`).
+    """A decoder that uses FFCV's library (see `pipeline.decode.job.Decoder`).
 
-    FFCV resizes by area (cv2's INTER_AREA) and uses the fast inverse DCT: about 1.5 levels from PIL's bicubic, on
-    average.
+    FFCV resizes by area (OpenCV's INTER_AREA) and uses the fast inverse DCT. On average its pixels differ by about 1.5
+    levels from PIL's bicubic resize.
 
     Args:
         size: side of the output in pixels.
-        device: where the images shall be.
-        threads: that decode.
-        ahead: batches in the works at once.
-        normalisation: to be done too, giving float32; None = uint8.
+        device: device of the output; decoding always uses the CPU.
+        threads: threads that decode.
+        ahead: number of batches that are decoded concurrently.
+        normalisation: normalisation to apply, which makes the output float32. None: uint8.
     """
 
     size: int
@@ -59,24 +60,29 @@ class FfcvDecoder:
     normalisation: Normalisation | None = None
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
-        under_way: deque[tuple[_Task, DecodeJob, T]] = deque()
+        """Decode jobs in order.
+
+        Raises:
+            DecodeError: a batch could not be decoded.
+        """
+        in_flight: deque[tuple[_Task, DecodeJob, T]] = deque()
         buffers = BufferPool()
         with ThreadPoolExecutor(self.threads, thread_name_prefix="ffcv") as pool:
             try:
                 for job, extra in jobs:
-                    under_way.append((_Task(job, self, buffers, pool), job, extra))
-                    if len(under_way) > self.ahead:
-                        task, first, with_it = under_way.popleft()
-                        yield task.images(), first, with_it
-                while under_way:
-                    task, first, with_it = under_way.popleft()
-                    yield task.images(), first, with_it
+                    in_flight.append((_Task(job, self, buffers, pool), job, extra))
+                    if len(in_flight) > self.ahead:
+                        task, oldest, its_extra = in_flight.popleft()
+                        yield task.images(), oldest, its_extra
+                while in_flight:
+                    task, oldest, its_extra = in_flight.popleft()
+                    yield task.images(), oldest, its_extra
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Task:
-    """One batch in the works."""
+    """One batch that is being decoded."""
 
     def __init__(self, job: DecodeJob, decoder: FfcvDecoder, buffers: BufferPool, pool: ThreadPoolExecutor) -> None:
         self._job, self._device = job, decoder.device
@@ -86,44 +92,48 @@ class _Task:
             self._out = torch.empty((n, size, size, 3), dtype=dtype, pin_memory=True)
         else:
             self._out = buffers.empty((n, size, size, 3), dtype)
-        normal = decoder.normalisation or AS_STORED
+        normal = decoder.normalisation or IDENTITY
         self._scale, self._offset = scale_and_offset(normal.mean, normal.std, size)
         self._geometry = _geometry(job, size)
-        self._refused = np.zeros(n, np.bool_)
+        self._failed = np.zeros(n, np.bool_)
         starts = range(0, n, IMAGES_PER_TASK)
         self._parts: list[Future[None]] = [pool.submit(self._run, slice(at, at + IMAGES_PER_TASK)) for at in starts]
 
     def images(self) -> torch.Tensor:
-        """The batch on its device: [n, size, size, 3].
+        """Wait for the batch and return it on its device: [n, size, size, 3].
 
         Raises:
-            DecodeError: names the images that could not be decoded.
+            DecodeError: some images could not be decoded; the message names them.
         """
         for part in self._parts:
             part.result()
-        if self._refused.any():
-            raise DecodeError.of(self._job.encoded.ids[self._refused], "FFCV's JPEG decoder found it damaged")
+        if self._failed.any():
+            raise DecodeError.of(self._job.encoded.ids[self._failed], "FFCV's JPEG decoder found the data damaged")
         return self._out.to(self._device, non_blocking=True)
 
     def _run(self, rows: slice) -> None:
         encoded, geometry = self._job.encoded, self._geometry[rows]
         stored = np.array([(image.ctypes.data, image.size) for image in encoded.images[rows]], np.int64)
         out = self._out.numpy()[rows]
-        # Room for the largest image of this task, whole, and for the largest resized one.
+        # Scratch memory for the largest decoded image of this task and for the largest resized image.
         source = int((geometry[:, 0] * geometry[:, 1]).max())
         resized = int((geometry[:, 6] * geometry[:, 7]).max())
         scratch = np.empty((source + resized, 3), np.uint8)
         _decode(
-            stored, encoded.raw[rows], geometry, scratch, source, self._scale, self._offset, out, self._refused[rows]
+            stored, encoded.raw[rows], geometry, scratch, source, self._scale, self._offset, out, self._failed[rows]
         )
 
 
 def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:
-    """int64 [n, 11]: source height, width; window y, x, height, width; resized height, width; corner y, x; flip."""
+    """Compute the arguments of `_decode` for each image.
+
+    Returns:
+        int64 [n, 11]: source height, width; window y, x, height, width; resized height, width; corner y, x; flip.
+    """
     n = len(job.encoded.ids)
     rows = job.encoded.rows
     sides = np.stack([rows["height"], rows["width"]], axis=1)
-    # OpenCV resizes windows of whole pixels to whole pixels: of an image that was cut, this may be half a pixel off.
+    # OpenCV resizes to whole pixels only. For an image of extreme aspect ratio this may be off by half a pixel.
     resize, anchor = map(np.rint, job.resized_windows(size))
     flip = np.zeros(n) if job.flip is None else job.flip
     return np.concatenate([sides, job.window, resize, np.minimum(anchor, resize - size), flip[:, None]], axis=1).astype(
@@ -132,17 +142,17 @@ def _geometry(job: DecodeJob, size: int) -> NDArray[np.int64]:
 
 
 @njit(nogil=True)
-def _decode(stored, raw, geometry, scratch, resized_at, scale, offset, out, refused):  # type: ignore[no-untyped-def] # noqa: PLR0917
-    """Decode some images, one after the other, without the interpreter.
+def _decode(stored, raw, geometry, scratch, resized_at, scale, offset, out, failed):  # type: ignore[no-untyped-def] # noqa: PLR0917
+    """Decode n images one after the other, without the interpreter lock.
 
     Args:
-        stored: int64 [n, 2]: address and size of the bytes.
-        raw: bool [n]: they are pixels.
-        geometry: see `_geometry`.
-        scratch: uint8 [pixels, 3]: the whole image, then from `resized_at` on the resized one.
-        scale, offset: float32 [size * 3], applied where `out` is float.
+        stored: int64 [n, 2]: address and size of the stored bytes.
+        raw: bool [n]: whether the bytes are pixels instead of a JPEG.
+        geometry: int64 [n, 11], see `_geometry`.
+        scratch: uint8 [pixels, 3]: memory for the decoded image and, from row `resized_at` on, for the resized image.
+        scale, offset: float32 [size * 3], applied if `out` is floating-point.
         out: uint8 or float32 [n, size, size, 3].
-        refused: bool [n], set where the JPEG is damaged.
+        failed: bool [n], set to True where the JPEG is damaged.
     """
     size = out.shape[1]
     for i in range(len(stored)):
@@ -153,17 +163,17 @@ def _decode(stored, raw, geometry, scratch, resized_at, scale, offset, out, refu
         elif ctypes_imdecode(
             stored[i, 0], stored[i, 1], height, width, pixels, height, width, 0, 0, 1, 1, False, False
         ):
-            refused[i] = True
+            failed[i] = True
             continue
         resized = scratch[resized_at : resized_at + to_high * to_wide].reshape(to_high, to_wide, 3)
         ctypes_resize(0, pixels, height, width, y, y + high, x, x + wide, resized.ctypes.data, to_high, to_wide)
-        cut = resized[top : top + size, left : left + size]
-        _finish(cut, flip, scale, offset, out[i].reshape(size, size * 3))
+        cropped = resized[top : top + size, left : left + size]
+        _finish(cropped, flip, scale, offset, out[i].reshape(size, size * 3))
 
 
 @njit(nogil=True)
 def _finish(pixels, flip, scale, offset, out):  # type: ignore[no-untyped-def]
-    """Flip and normalise, a row at a time, uint8 [size, size, 3] -> [size, size * 3]; uint8 results are not scaled."""
+    """Flip and normalise uint8 [size, size, 3] into `out` [size, size * 3], row by row. A uint8 `out` is not scaled."""
     size = len(pixels)
     row = np.empty((size, 3), np.uint8)
     values = row.reshape(size * 3)

@@ -1,18 +1,18 @@
-"""Find out whether a GPU's JPEG engine can decode here, and choose the share of every batch that it is given.
+"""Detect the GPU's JPEG engine, and choose the fraction of each batch that it decodes.
 
-DALI's `decoders.image*` with `device="mixed"` decode through nvImageCodec. It gives `hw_decoder_load` of each batch to
-the GPU's JPEG engine and the rest to nvJPEG's CUDA decoder. The two round differently (DALI #2232 fixes the load to 0
-in tests "due to HW decoder producing slightly different image than the CUDA based decoder"), so a load between 0 and 1
-makes pixels depend on the other images of the batch (the engine gets those of the least subsampled chroma, then the
-largest), hence on the world size.
+DALI's `decoders.image*` with `device="mixed"` decode through nvImageCodec, which passes the fraction `hw_decoder_load`
+of each batch to the GPU's JPEG engine and the rest to nvJPEG's CUDA decoder. The two round differently (DALI #2232 sets
+the load to 0 in tests "due to HW decoder producing slightly different image than the CUDA based decoder"). With a load
+between 0 and 1, the engine gets the images with the least chroma subsampling, then the largest images, so pixels depend
+on the other images of the batch and therefore on the world size.
 
-At the loads 0 and 1 the choice is made for each image by itself (nvImageCodec 0.8, src/image_generic_codec.h): the
-engine's part is round(load * n) of the first batch's n images, rounded up to a multiple of the engine's cores and
-capped at the batch, so no image is left over at 1 as long as batches have one size, as ours have. What the engine does
-not decode (progressive, CMYK, 4:1:1, too large) goes to the CUDA decoder at every load, whatever else is in the batch.
-A crop window does not keep an image from the engine where nvJPEG has `nvjpegDecodeBatchedEx`, "batch of images with
-ROI" (all of CUDA 12). One exception remains: if the engine fails on an image that it had accepted, the CUDA decoder
-decodes all of that batch.
+With a load of 0 or 1, the decoder of an image does not depend on other images (nvImageCodec 0.8,
+src/image_generic_codec.h). The engine gets round(load * n) of the first batch's n images, rounded up to a multiple of
+the engine's cores and limited to the batch: at load 1 all of them, provided that all batches have the same size, as
+they do in this project. Images that the engine does not support (progressive, CMYK, 4:1:1, too large) go to the CUDA
+decoder at every load. Images with a crop window can use the engine if nvJPEG has `nvjpegDecodeBatchedEx`, "batch of
+images with ROI" (all of CUDA 12). There is one exception: if the engine fails on an image that it had accepted, the
+CUDA decoder decodes that whole batch.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ ARCH_MISMATCH = 7
 VIDEO_LIBRARY = "libnvcuvid.so.1"
 SYSTEM_NVJPEG = ("libnvjpeg.so.12", "libnvjpeg.so.13", "libnvjpeg.so")
 Load = Callable[[str], Any]
-"""Opens a shared library by name; raises OSError."""
+"""Opens a shared library by name, like `ctypes.CDLL`; raises OSError if it cannot be loaded."""
 
 
 @dataclass(frozen=True)
 class JpegEngine:
-    """What was found out about a GPU's JPEG engine."""
+    """The JPEG engine of a GPU, as nvJPEG reports it."""
 
     usable: bool
     found: str
-    """Text for the log: how many engines there are, or why none can be used, with the remedy."""
+    """Text for the log: the number of engines, or why no engine can be used and what to do."""
 
     @property
     def load(self) -> float:
-        """The `hw_decoder_load` that treats every image of a batch alike: all to the engine, or none."""
+        """The `hw_decoder_load` with which one decoder decodes all images: 1 with an engine, else 0."""
         return 1.0 if self.usable else 0.0
 
 
 def find_jpeg_engine(device: torch.device) -> JpegEngine:
-    """Ask nvJPEG whether it can decode on this GPU's JPEG engine.
-
-    Args:
-        device: CUDA device; on any other there is no engine.
-    """
+    """Query nvJPEG for the JPEG engine of a device. Devices other than CUDA devices have none."""
     if device.type != "cuda":
         return JpegEngine(usable=False, found="no GPU")
     with torch.cuda.device(device):
-        torch.empty(1, device=device)  # nvJPEG takes the device of the current context, so there must be one
+        torch.empty(1, device=device)  # create a CUDA context: nvJPEG uses the device of the current one
         return query_nvjpeg(ctypes.CDLL, nvjpeg_paths())
 
 
 def query_nvjpeg(load: Load, paths: list[str]) -> JpegEngine:
-    """Ask the first nvJPEG of `paths` that can be opened, the way nvImageCodec does before it registers its decoder.
+    """Query the first nvJPEG of `paths` that can be loaded, with the calls that nvImageCodec uses to find an engine.
 
-    nvJPEG 12.4's documentation lists engines in Ampere (A100 and A30 only), Hopper, Ada and Blackwell. nvJPEG itself is
-    asked, so that no such list is kept here. It needs the driver's libnvcuvid.
+    nvJPEG also requires the driver's libnvcuvid. According to its 12.4 documentation, Ampere (A100 and A30 only),
+    Hopper, Ada and Blackwell GPUs have engines; querying nvJPEG avoids keeping such a list.
+
+    Args:
+        load: opens a shared library.
+        paths: names or paths of nvJPEG, in the order in which they are tried.
     """
     try:
         library = _first(load, paths)
@@ -82,14 +82,14 @@ def query_nvjpeg(load: Load, paths: list[str]) -> JpegEngine:
         return JpegEngine(
             usable=False,
             found=f"the driver's {VIDEO_LIBRARY} cannot be loaded, so no JPEG engine can be used; in a container, "
-            "NVIDIA_DRIVER_CAPABILITIES must include `video` (or be `all`)",
+            "set NVIDIA_DRIVER_CAPABILITIES to `all` or include `video` in it",
         )
     handle = ctypes.c_void_p()
     status = library.nvjpegCreateEx(BACKEND_HARDWARE, None, None, 0, ctypes.byref(handle))
     if status == ARCH_MISMATCH:
         return JpegEngine(usable=False, found="this GPU has no JPEG engine that nvJPEG can use")
     if status:
-        return JpegEngine(usable=False, found=f"nvJPEG cannot use a JPEG engine here (status {status})")
+        return JpegEngine(usable=False, found=f"nvJPEG cannot use this GPU's JPEG engine (nvjpegCreateEx: {status})")
     try:
         engines, cores = ctypes.c_uint(), ctypes.c_uint()
         status = library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))
@@ -101,40 +101,40 @@ def query_nvjpeg(load: Load, paths: list[str]) -> JpegEngine:
 
 
 def nvjpeg_paths() -> list[str]:
-    """Where nvImageCodec looks for nvJPEG: in the packages beside it, then where the system's linker does."""
-    packages = importlib.util.find_spec("nvidia")
-    folders = packages.submodule_search_locations if packages else None
-    beside = [str(path) for folder in folders or () for path in Path(folder).glob("*/lib/libnvjpeg.so.*")]
-    return [*sorted(beside, key=lambda path: "/nvjpeg/" not in path), *SYSTEM_NVJPEG]
+    """Return where nvImageCodec looks for nvJPEG: NVIDIA's Python packages, then the system's libraries."""
+    package = importlib.util.find_spec("nvidia")
+    folders = package.submodule_search_locations if package else None
+    installed = [str(path) for folder in folders or () for path in Path(folder).glob("*/lib/libnvjpeg.so.*")]
+    return [*sorted(installed, key=lambda path: "/nvjpeg/" not in path), *SYSTEM_NVJPEG]
 
 
 def resolve_hw_decoder_load(options: LoaderOptions, device: torch.device) -> LoaderOptions:
-    """Return `options` with an unset `hw_decoder_load` chosen by what the device has."""
+    """Set an unset `hw_decoder_load`: 1 if the device has a usable JPEG engine, else 0."""
     if device.type != "cuda" or options.dali.hw_decoder_load is not None:
         return options
     return replace(options, dali=replace(options.dali, hw_decoder_load=find_jpeg_engine(device).load))
 
 
 def describe_jpeg_decoder(load: float) -> str:
-    """Describe which decoder decodes JPEGs at a load."""
+    """Describe which decoder decodes JPEGs with this `hw_decoder_load`."""
     if load in (0.0, 1.0):
         return "JPEG engine" if load else "CUDA decoder"
     return f"JPEG engine for {load:g} of the images, CUDA decoder for the rest"
 
 
 def mixed_decoders_warning(load: float) -> str | None:
-    """Return the warning for a load that divides batches between two decoders; None for other loads."""
+    """Return a warning if this `hw_decoder_load` divides batches between two decoders, else None."""
     if load in (0.0, 1.0):
         return None
     return (
-        f"warning: --hw-decoder-load {load:g}: two decoders that round differently share each batch; pixels then "
-        "depend on a sample's place in its batch, and so on the number of GPUs (at 0 or 1 they do not)"
+        f"warning: --hw-decoder-load {load:g}: each batch is divided between two decoders that round differently, so "
+        "pixels depend on a sample's position in its batch and on the number of GPUs; use 0 or 1 to avoid this"
     )
 
 
 def _first(load: Load, paths: list[str]) -> Any:
-    """Open the first library that can be opened. Raises the last error when none can."""
-    failure = OSError("no nvJPEG found")
+    """Open the first library that can be opened. Raise the last error if none can."""
+    failure = OSError("nvJPEG was not found")
     for path in paths:
         try:
             return load(path)

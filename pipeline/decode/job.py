@@ -1,4 +1,4 @@
-"""What decoders are asked for, whoever they are: windows, sizes and flips are handed in, nothing is drawn."""
+"""The interface of all decoders. Crop windows, sizes and flips are part of the job; decoders draw no random numbers."""
 
 from __future__ import annotations
 
@@ -25,39 +25,46 @@ class DecodeError(UserError):
 
     @classmethod
     def of(cls, ids: Iterable[int], detail: str) -> DecodeError:
-        """Name the samples; decoders know them by their place only."""
+        """Return an error that names the samples.
+
+        Args:
+            ids: ids of the samples, one of which (at least) could not be decoded.
+            detail: the reason.
+        """
         listed = [str(int(i)) for i in ids]
         more = f" and {len(listed) - SHOWN_IDS} more" if len(listed) > SHOWN_IDS else ""
         which = "sample" if len(listed) == 1 else "one of samples"
         return cls(
             f"{which} {', '.join(listed[:SHOWN_IDS])}{more} could not be decoded ({detail}); "
-            "run 'pipeline verify' on the set"
+            "check the set with 'pipeline verify'"
         )
 
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """What becomes of each image of a batch. All arrays have n rows.
+    """The decoding work of a batch of n images.
 
-    The window is cut from the image, and its region is resized to the output size. Near the region's borders, the
-    filter reads pixels of the window that lie outside of the region, so the result is the same as that of resizing the
-    whole window and cutting the output from it. Training resizes whole random windows.
+    The crop window of each image is decoded, and its region is resized to the output size. At the borders of the region
+    the filter also reads pixels of the window outside the region, so the result equals resizing the whole window and
+    cropping the output from it. In training, the region is the whole window.
     """
 
     encoded: Encoded
+    """The encoded images."""
     window: NDArray[np.int32]
-    """int32 [n, 4]: y, x, height, width in source pixels."""
+    """int32 [n, 4]: y, x, height, width of the crop window, in source pixels."""
     flip: NDArray[np.bool_] | None = None
-    """bool [n]; None = nowhere."""
+    """bool [n]: whether to flip horizontally. None: no image is flipped."""
     region: NDArray[np.float64] | None = None
-    """float64 [n, 4]: y, x, height, width of what becomes the output, in pixels of the window; None = the window."""
+    """float64 [n, 4]: y, x, height, width of the part of the window that is resized to the output, in pixels of the
+    window. None: the whole window."""
 
     def resized_windows(self, size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Size of each window when its region has `size` pixels a side, and the region's corner in it.
+        """Compute the size of each window after resizing its region to `size` x `size`, and the region's corner in it.
 
         Returns:
-            float64 [n, 2] each: height and width, y and x. Whole numbers where resizing the window and cutting the
-            output from it is possible.
+            float64 [n, 2] (height, width) and float64 [n, 2] (y, x). If all four are whole numbers, the output can be
+            computed by resizing the window and cropping.
         """
         if self.region is None:
             return np.full((len(self.window), 2), float(size)), np.zeros((len(self.window), 2))
@@ -67,23 +74,29 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class Normalisation:
-    """What decoders may do to the pixels at the end: (pixels / 255 - mean) / std."""
+    """Normalisation of 8-bit pixels: (pixels / 255 - mean) / std, per channel."""
 
     mean: tuple[float, float, float]
+    """Mean of red, green and blue, 0 to 1."""
     std: tuple[float, float, float]
+    """Standard deviation of red, green and blue, for values in 0 to 1."""
 
 
 class Decoder(Protocol):
-    """Turns a stream of jobs into a stream of batches, in order."""
+    """Decodes a stream of jobs into a stream of batches, in the same order."""
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[torch.Tensor, DecodeJob, T], None, None]:
-        """Decode jobs.
+        """Decode jobs in order.
+
+        Args:
+            jobs: pairs of a job and any object that belongs to it.
 
         Yields:
-            images: uint8 [n, size, size, 3], RGB, on the decoder's device; float32 where it normalises. The caller's.
-            job, extra: as they came.
+            images: uint8 [n, size, size, 3], RGB, on the decoder's device; float32 if the decoder normalises. The
+                decoder does not use them again.
+            job, extra: the pair that was passed in.
 
         Raises:
-            DecodeError: a batch could not be decoded. The stream ends there, nothing is skipped.
+            DecodeError: a batch could not be decoded. The stream ends with this error; no batch is skipped.
         """
         ...

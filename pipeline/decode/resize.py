@@ -1,8 +1,8 @@
-"""Resize, cut, flip and normalise decoded images of many sizes, on CPU threads.
+"""Resize, crop, flip and normalise decoded images of different sizes on CPU threads.
 
-torch's bicubic resize of uint8 images (antialiased, AVX2) follows Pillow's arithmetic: it differs from PIL's by
-rounding alone (2 levels at most), and takes a tenth of the time of DALI's, which works in floating point. It knows no
-regions that begin or end within a pixel; those of images of extreme aspect ratios are resized by Pillow itself.
+PyTorch's antialiased bicubic resize of uint8 images (AVX2) uses the arithmetic of Pillow: the two differ by rounding
+only (at most 2 levels). It takes a tenth of the time of DALI's resize, which uses floating point. It cannot resize
+regions that start or end inside a pixel; such regions (of images with an extreme aspect ratio) are resized by Pillow.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Floats = NDArray[np.float64]
 
 
 class Resizer:
-    """Threads that turn the windows of a batch into the batch.
+    """Resizes the decoded windows of a batch to the output size, on a pool of threads.
 
     Args:
         size: side of the output in pixels.
-        threads: of its own.
-        normalisation: to be done too, giving float32; None = uint8.
+        threads: number of threads.
+        normalisation: normalisation to apply, which makes the output float32. None: uint8.
     """
 
     def __init__(self, *, size: int, threads: int, normalisation: Normalisation | None) -> None:
@@ -43,10 +43,11 @@ class Resizer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize")
 
     def __call__(self, windows: Sequence[Pixels], job: DecodeJob) -> torch.Tensor:
-        """The batch: uint8 [n, size, size, 3], or float32 when normalised. Nobody else writes to it.
+        """Return the batch: uint8 [n, size, size, 3], or float32 if normalised, in memory that is not used again.
 
         Args:
-            windows: of each image what the job's window says, uint8 [height, width, 3]; not used after the return.
+            windows: the decoded crop window of each image, uint8 [height, width, 3]; may be overwritten after the call.
+            job: the job that the windows were decoded for.
         """
         n, size = len(windows), self._size
         heights_widths, corners = job.resized_windows(size)
@@ -54,16 +55,16 @@ class Resizer:
         out = self._buffers.empty((n, size, size, 3), dtype)
         rows = out.numpy()
 
-        def some(start: int) -> None:
+        def resize_images(start: int) -> None:
             for i in range(start, min(start + IMAGES_PER_TASK, n)):
                 if _whole(heights_widths[i]) and _whole(corners[i]):
-                    pixels = self._cut(windows[i], np.rint(heights_widths[i]), np.rint(corners[i]))
+                    pixels = self._resize_and_crop(windows[i], np.rint(heights_widths[i]), np.rint(corners[i]))
                 else:
                     assert job.region is not None
-                    pixels = self._resized_region(windows[i], job.region[i])
+                    pixels = self._resize_region(windows[i], job.region[i])
                 self._finish(pixels, job.flip is not None and job.flip[i], rows[i])
 
-        for _ in self._pool.map(some, range(0, n, IMAGES_PER_TASK)):
+        for _ in self._pool.map(resize_images, range(0, n, IMAGES_PER_TASK)):
             pass
         return out
 
@@ -73,8 +74,8 @@ class Resizer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _cut(self, window: Pixels, resize: Floats, corner: Floats) -> Pixels:
-        """Resize the whole window, and cut the output from it."""
+    def _resize_and_crop(self, window: Pixels, resize: Floats, corner: Floats) -> Pixels:
+        """Resize the whole window with PyTorch, then crop the output."""
         (height, width), (top, left) = resize.astype(int).tolist(), corner.astype(int).tolist()
         image = torch.from_numpy(window)[None].permute(0, 3, 1, 2)
         if window.shape[:2] != (height, width):
@@ -82,18 +83,19 @@ class Resizer:
         pixels: Pixels = image[0].permute(1, 2, 0).numpy()
         return pixels[top : top + self._size, left : left + self._size]
 
-    def _resized_region(self, window: Pixels, region: Floats) -> Pixels:
+    def _resize_region(self, window: Pixels, region: Floats) -> Pixels:
+        """Resize a region with fractional borders with Pillow."""
         y, x, height, width = region.tolist()
-        box = (x, y, min(x + width, window.shape[1]), min(y + height, window.shape[0]))  # rounded, it may end outside
+        box = (x, y, min(x + width, window.shape[1]), min(y + height, window.shape[0]))  # rounding may exceed it
         image = Image.fromarray(window).resize((self._size, self._size), Image.Resampling.BICUBIC, box)
         return np.asarray(image)
 
     def _finish(self, pixels: Pixels, flip: bool | np.bool_, out: NDArray[np.uint8] | NDArray[np.float32]) -> None:
-        # In numpy: torch would wake a team of threads for every copy of this size.
+        # In NumPy, because PyTorch would start its thread pool for every copy of this size.
         if flip:
-            turned = np.empty_like(pixels, order="C")
-            np.copyto(turned.view("V3"), np.ascontiguousarray(pixels).view("V3")[:, ::-1])
-            pixels = turned
+            flipped = np.empty_like(pixels, order="C")
+            np.copyto(flipped.view("V3"), np.ascontiguousarray(pixels).view("V3")[:, ::-1])
+            pixels = flipped
         if self._row is None:
             np.copyto(out, pixels)
             return
@@ -104,5 +106,5 @@ class Resizer:
 
 
 def _whole(values: Floats) -> bool:
-    """Whether these are whole numbers, but for rounding."""
+    """Return whether the values are whole numbers, up to rounding errors."""
     return bool(np.abs(values - np.rint(values)).max() < 1e-6)

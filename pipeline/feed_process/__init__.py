@@ -1,1 +1,1 @@
-"""Prepare batches in a process of their own, which does not compete with training for the interpreter lock."""
+"""The feed process: prepare batches in a separate process, which does not compete for training's interpreter lock."""

@@ -1,4 +1,4 @@
-"""The channel between training and its feed process, and the messages that pass through it."""
+"""The channel between the training process and its feed process, and the messages that are sent through it."""
 
 from __future__ import annotations
 
@@ -24,56 +24,62 @@ from shards.errors import UserError
 
 log = logging.getLogger(__name__)
 
-HANDLES_PER_MESSAGE = 64  # the kernel passes 253
+HANDLES_PER_MESSAGE = 64  # Linux allows 253
 _HEADER = struct.Struct("<Q")
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The process has imported everything and knows what to do."""
+    """The feed process has imported its modules and received its task."""
 
 
 @dataclass(frozen=True)
 class NewBuffers:
-    """Buffers that come with this message, as file descriptors."""
+    """Buffers whose file descriptors are sent with this message."""
 
     buffers: list[tuple[int, int]]
-    """Number and bytes of each."""
+    """Number and size in bytes of each buffer."""
 
 
 @dataclass(frozen=True)
 class BatchMessage:
-    """A prepared batch whose images are in buffers."""
+    """A prepared batch whose images are in shared buffers."""
 
     batch: PreparedBatch
-    """Without its images."""
+    """The batch without its images."""
     spans: NDArray[np.int64]
-    """int64 [n, 3]: number of the buffer, first byte and end of each image."""
-    bad_ids: set[int]
+    """int64 [n, 3]: buffer number, first byte and end of each image."""
+    met: set[int]
     """Ids of all bad samples found so far."""
     dropped: list[int]
-    """Numbers of buffers that will not be used again."""
+    """Numbers of the buffers that will not be used again."""
 
 
 @dataclass(frozen=True)
 class End:
-    """Nothing follows."""
+    """The last message of the feed process."""
 
     error: BaseException | None
-    bad_ids: set[int]
+    """The error that ended the work, if any."""
+    met: set[int]
+    """Ids of all bad samples found."""
 
 
 class Channel:
-    """Python objects, in both directions, with file descriptors. Several threads may send, one receives."""
+    """Sends and receives Python objects, with file descriptors, over a socket.
+
+    Any number of threads may send; only one thread may receive.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket, self._lock = connection, threading.Lock()
 
     def send(self, message: object, handles: Sequence[int] = ()) -> None:
+        """Send an object and file descriptors. The caller closes its own copies of the descriptors."""
         self.send_bytes(pickle.dumps(message, pickle.HIGHEST_PROTOCOL), handles)
 
     def send_bytes(self, body: bytes, handles: Sequence[int] = ()) -> None:
-        """Send what `pickle.dumps` gave."""
+        """Send an object that is pickled already."""
         data = memoryview(_HEADER.pack(len(body)) + body)
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", handles))] if handles else []
         with self._lock:
@@ -82,13 +88,13 @@ class Channel:
                 self._socket.sendall(data[sent:])
 
     def receive(self) -> tuple[Any, list[int]]:
-        """A message and the file descriptors that came with it.
+        """Wait for a message. Return the object and the file descriptors that were sent with it.
 
         Raises:
-            EOFError: the other side has closed the channel, or is gone.
+            EOFError: the peer has closed the channel or has died.
         """
         room = socket.CMSG_SPACE(HANDLES_PER_MESSAGE * array("i").itemsize)
-        # The whole of a message in one call: each call gives the interpreter lock away and waits for it.
+        # MSG_WAITALL receives a message with few calls; each call releases the interpreter lock and waits for it.
         head, rights, *_ = self._socket.recvmsg(_HEADER.size, room, socket.MSG_WAITALL | socket.MSG_CMSG_CLOEXEC)
         handles = array("i")
         for level, kind, data in rights:
@@ -106,32 +112,35 @@ class Channel:
         return pickle.loads(body), handles.tolist()
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a message, or for the other side's end; False if there is neither."""
+        """Wait until a message arrives or the peer closes the channel. Return False after `seconds`."""
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(seconds * 1000))
 
     def shut_down(self) -> None:
-        """Let whoever sends or receives go, on both sides."""
+        """Close the connection, which ends every blocked `send` and `receive` on both sides."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        """Close this side's socket."""
         self._socket.close()
 
 
 def with_images(batch: PreparedBatch, images: list[NDArray[np.uint8]]) -> PreparedBatch:
+    """Return the batch with other encoded images."""
     encoded = dataclasses.replace(batch.job.encoded, images=images)
     return dataclasses.replace(batch, job=dataclasses.replace(batch.job, encoded=encoded))
 
 
 def address_of(array: NDArray[np.uint8]) -> int:
+    """Return the memory address of an array's first byte."""
     address: int = array.__array_interface__["data"][0]
     return address
 
 
 def picklable_error(error: BaseException) -> BaseException:
-    """The error as it can be raised in another process: itself, if it survives pickling."""
+    """Return the error if it can be pickled without loss, else a RuntimeError with its type and text."""
     if not isinstance(error, UserError):
         error.add_note("in the feed process:\n" + "".join(traceback.format_exception(error)))
     try:
@@ -139,5 +148,5 @@ def picklable_error(error: BaseException) -> BaseException:
         if type(copy) is type(error) and str(copy) == str(error):
             return error
     except Exception:
-        log.debug("an error cannot be pickled", exc_info=True)
+        log.debug("cannot pickle an error of the feed process", exc_info=True)
     return RuntimeError(f"{type(error).__name__}: {error}")

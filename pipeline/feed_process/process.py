@@ -1,9 +1,9 @@
-"""Prepare batches in a separate process, which does not compete with training for the interpreter lock.
+"""The training process's side of the feed process, which prepares batches without competing for the interpreter lock.
 
-The process runs a `JobStream` and hands over each `PreparedBatch`. Encoded images are passed in shared memory (memfd:
-it does not depend on the size of /dev/shm and leaves no files behind), everything else through a socket. A buffer is
-reused once the training process holds no reference to it. The process is a new interpreter without torch, never a
-fork of a process that uses CUDA. It ends with the thread that started it.
+The feed process runs a `JobStream` and sends each `PreparedBatch`. Encoded images are passed in shared memory (memfd,
+which does not depend on the size of /dev/shm and leaves no files behind), everything else through a socket. A buffer is
+reused once the training process has no reference to it. The feed process is a new interpreter without torch, not a fork
+of a process that uses CUDA. It ends when the thread that started it ends.
 """
 
 from __future__ import annotations
@@ -32,36 +32,37 @@ from shards.errors import UserError, first_line
 
 log = logging.getLogger(__name__)
 
-# Of importing NumPy and the like on a busy machine; half a second is usual.
+# Timeout for the start: imports take half a second, but longer on a busy machine.
 START_SECONDS = 120.0
-# After its connection has ended, the process itself ends within milliseconds.
+# Timeout for the exit, which normally takes milliseconds after the connection is closed.
 _EXIT_SECONDS = 5.0
-# Ctrl-C and a job's signals go to all processes of a group; training decides what becomes of them.
+# Ctrl-C and the job's signals go to all processes of a process group, but only the training process handles them.
 _SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class FeedUnavailable(Exception):
-    """The process cannot be started; whoever wants its batches can prepare them in threads."""
+    """The feed process cannot be started. The caller can prepare the batches in threads instead."""
 
 
 class FeedProcessDied(UserError):
-    """The process was killed, or failed outside of its work."""
+    """The feed process was killed or exited unexpectedly."""
 
     exit_code = 1
 
 
 class FeedProcess:
-    """The prepared batches of a stream, made in a process of their own.
+    """A feed process and the prepared batches that it sends.
 
-    To be made, iterated and closed by one thread, with which the process ends; `interrupt` is for any thread.
+    One thread must create, iterate and close the object; the process ends when that thread ends. `interrupt` may be
+    called from any thread.
 
     Args:
-        stream: what to prepare.
-        bad: what is known of bad samples; kept up to date.
-        page_lock: let the GPU read the encoded images without a further copy on the host.
+        stream: the batches to prepare.
+        bad: the bad samples found so far, updated as batches arrive.
+        page_lock: page-lock the shared memory, so that the GPU can read encoded images without another copy.
 
     Raises:
-        FeedUnavailable: it cannot be started.
+        FeedUnavailable: the process cannot be started.
     """
 
     def __init__(self, stream: JobStream, bad: BadSamples, *, page_lock: bool = False) -> None:
@@ -71,11 +72,11 @@ class FeedProcess:
         try:
             self._task = pickle.dumps((stream, bad, logging.getLogger().getEffectiveLevel()), pickle.HIGHEST_PROTOCOL)
             own, other = socket.socketpair()
-        except Exception as error:  # of whatever cannot be pickled
+        except Exception as error:  # pickling can raise any exception
             raise FeedUnavailable(f"--feed-process: {type(error).__name__}: {first_line(error)}") from error
         self._channel = Channel(own)
         start = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.feed_process.worker import main; "
-        # Blocked signals stay blocked in the new process: there is no moment at which it could be ended by them.
+        # The new process inherits the blocked signals, so there is no moment at which they could end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             self._process = subprocess.Popen(
@@ -93,14 +94,14 @@ class FeedProcess:
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Process id of the feed process."""
         return self._process.pid
 
     def wait_until_ready(self) -> None:
-        """Give the process its task and wait until it has begun.
+        """Send the process its task and wait until it is ready to run it.
 
         Raises:
-            FeedUnavailable: it does not begin.
+            FeedUnavailable: the process failed to start.
             Interrupted: `interrupt` was called.
         """
         try:
@@ -117,12 +118,12 @@ class FeedProcess:
             raise FeedUnavailable(f"--feed-process: the process did not start{reason}")
 
     def batches(self) -> Iterator[PreparedBatch]:
-        """The batches, in order. Their images are read-and-write views of memory shared with the process.
+        """Yield the batches in order. Their images are writable views of memory that is shared with the process.
 
         Raises:
-            FeedProcessDied: the process ended before its work did.
+            FeedProcessDied: the process ended before it sent all batches.
             Interrupted: `interrupt` was called.
-            Exception: whatever was raised in the process, after the batches that came before it.
+            Exception: an error of the feed process, raised after the batches that precede it.
         """
         while True:
             message = self._receive()
@@ -139,17 +140,17 @@ class FeedProcess:
                 return
 
     def interrupt(self) -> None:
-        """Let the thread go that waits for the process: what is under way ends with `Interrupted`."""
+        """Raise `Interrupted` in the thread that waits for the process. May be called from any thread."""
         self._interrupted = True
         self._channel.shut_down()
 
     def close(self) -> None:
-        """End the process. Idempotent.
+        """Kill the process. Idempotent.
 
-        It is killed: files that it stages are left as by a killed run, for the next one to go on with.
+        Shards that it is staging remain as partial files, which the next process resumes, as after a killed run.
         """
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # storage may hold it, as long as it does not answer
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be blocked in the kernel by storage
             self._process.wait(_EXIT_SECONDS)
         self._channel.close()
         self._buffers.clear()
@@ -166,7 +167,9 @@ class FeedProcess:
             raise self._died() from None
         if isinstance(message, NewBuffers):
             if len(handles) < len(message.buffers):
-                raise UserError("--feed-process: too many open files; raise the limit ('ulimit -n'), or use off")
+                raise UserError(
+                    "--feed-process: too many open files; raise the limit ('ulimit -n'), or use --feed-process off"
+                )
             for (number, size), handle in zip(message.buffers, handles, strict=True):
                 self._buffers[number] = self._map(handle, size)
         return message
@@ -180,10 +183,14 @@ class FeedProcess:
         return with_images(message.batch, images)
 
     def _lease(self, number: int) -> NDArray[np.uint8]:
-        """The whole buffer; its number is returned when neither the array nor a view of it is referred to any more."""
+        """Return the whole buffer as an array.
+
+        When neither the array nor a view of it is referenced any more, the buffer's number is added to the numbers
+        that are returned to the feed process.
+        """
         lease = self._buffers[number].array()
-        # Holding on to the buffer as well: it stays page-locked as long as somebody has it.
-        weakref.finalize(lease, _give_back, self._returned, number, self._buffers[number]).atexit = False
+        # The finalizer also keeps a reference to the buffer, so that it stays page-locked while the array is in use.
+        weakref.finalize(lease, _return_buffer, self._returned, number, self._buffers[number]).atexit = False
         return lease
 
     def _map(self, handle: int, size: int) -> _MappedBuffer:
@@ -191,10 +198,10 @@ class FeedProcess:
         if self._page_lock:
             try:
                 buffer.page_lock()
-            except RuntimeError as error:  # it is not worth ending a run
+            except RuntimeError as error:  # decoding also works without, only slower
                 self._page_lock = False
                 _clear_cuda_error()
-                log.warning("no page-locked memory for encoded images (%s); decoding takes longer", first_line(error))
+                log.warning("no page-locked memory for encoded images (%s); decoding is slower", first_line(error))
         return buffer
 
     def _died(self) -> FeedProcessDied:
@@ -202,23 +209,23 @@ class FeedProcess:
             status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             status = None
-        how = f"ended with exit status {status}"
+        event = f"exited with status {status}"
         if status is None:
-            how = "closed its connection"
+            event = "closed its connection"
         elif status < 0:
-            how = f"was killed by {signal.Signals(-status).name}"
+            event = f"was killed by {signal.Signals(-status).name}"
         return FeedProcessDied(
-            f"process {self.pid}, which reads and prepares the batches, {how}; if memory ran out (see dmesg), lower "
+            f"process {self.pid}, which reads and prepares the batches, {event}; if memory ran out (see dmesg), lower "
             "--read-ahead, else try --feed-process off"
         )
 
 
-def _give_back(returned: deque[int], number: int, _: _MappedBuffer) -> None:
+def _return_buffer(returned: deque[int], number: int, _: _MappedBuffer) -> None:
     returned.append(number)
 
 
 def _clear_cuda_error() -> None:
-    """Take a failed call's error from CUDA, which would report it again at this thread's next kernel launch."""
+    """Clear the error of a failed CUDA call, which CUDA would report again at this thread's next kernel launch."""
     import torch
 
     with contextlib.suppress(Exception):
@@ -226,7 +233,7 @@ def _clear_cuda_error() -> None:
 
 
 class _MappedBuffer:
-    """A buffer of the process, mapped into this one."""
+    """A buffer of the feed process, mapped into this process."""
 
     def __init__(self, handle: int, size: int) -> None:
         try:
@@ -236,20 +243,20 @@ class _MappedBuffer:
         self._locked_at: int | None = None
 
     def array(self) -> NDArray[np.uint8]:
-        """All of it, uint8 [size]. Views of the array refer to the array, see `BufferPool.bytes`."""
+        """Return the whole buffer, uint8 [size]. Views of the array keep it referenced (see `BufferPool.bytes`)."""
         return np.frombuffer(self._memory, np.uint8)
 
     def page_lock(self) -> None:
-        """Page-lock it for CUDA.
+        """Page-lock the buffer for CUDA.
 
         Raises:
-            RuntimeError: CUDA refuses.
+            RuntimeError: CUDA cannot page-lock it.
         """
         import torch
 
         array = self.array()
         address = address_of(array)
-        # Compared as a number: the binding's enum is unequal to every int.
+        # Convert to int, because the binding's enum never equals an int.
         code = int(torch.cuda.cudart().cudaHostRegister(address, array.nbytes, 0))
         if code:
             raise RuntimeError(f"cudaHostRegister: CUDA error {code}")
@@ -257,7 +264,7 @@ class _MappedBuffer:
 
     def __del__(self) -> None:
         if getattr(self, "_locked_at", None) is not None:
-            with contextlib.suppress(Exception):  # at the interpreter's end torch may be gone
+            with contextlib.suppress(Exception):  # at interpreter exit torch may be unloaded
                 import torch
 
                 torch.cuda.cudart().cudaHostUnregister(self._locked_at)

@@ -1,4 +1,4 @@
-"""The feed process's side: run a `JobStream` and hand over each `PreparedBatch`."""
+"""The program of the feed process: run a `JobStream` and send each `PreparedBatch` to the training process."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from pipeline.storage.bad_samples import BadSamples
 from pipeline.storage.buffer_pool import BufferPool
 from shards.redact import protect_output, redacted_traceback
 
-# Batches that wait to be taken: one is prepared while another is decoded.
+# Batches that are sent before the training process has received them: one is decoded while another is prepared.
 SENT_AHEAD = 2
 _PR_SET_PDEATHSIG = 1
 
 
 def main(handle: int, parent: int) -> None:
-    """Be the process.
+    """Run the feed process.
 
     Args:
         handle: file descriptor of the socket.
-        parent: id of the process that started this one.
+        parent: process id of the training process.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before that
+    if os.getppid() != parent:  # the parent ended before prctl took effect
         os._exit(1)
     channel = Channel(socket.socket(fileno=handle))
     try:
@@ -62,12 +62,12 @@ def main(handle: int, parent: int) -> None:
     channel.send(Ready())
     protect_output()
     logging.getLogger().setLevel(level)
-    logging.getLogger().addHandler(logging.handlers.QueueHandler(_Records(channel)))  # type: ignore[arg-type]
-    _Feeder(channel).run(stream, bad)
+    logging.getLogger().addHandler(logging.handlers.QueueHandler(_LogQueue(channel)))  # type: ignore[arg-type]
+    _BatchSender(channel).run(stream, bad)
 
 
-class _Feeder:
-    """The work of the process, and what it knows of the other side."""
+class _BatchSender:
+    """Prepares and sends batches, and tracks which buffers the training process is using."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel, self._buffers = channel, SharedBuffers()
@@ -76,39 +76,39 @@ class _Feeder:
         self._listener = threading.Thread(target=self._listen, name="feed-returns", daemon=True)
 
     def run(self, stream: JobStream, bad: BadSamples) -> None:
-        """Hand over all batches, then wait to be ended."""
+        """Send all batches, then wait until the training process ends this process."""
         self._listener.start()
         error: BaseException | None = None
         try:
             for batch in stream.run(stream.reader(self._buffers), bad):
                 self._room.acquire()
-                self._hand_over(batch, bad)
-        except BaseException as raised:  # whatever it was, it belongs to the consumer
+                self._send(batch, bad)
+        except BaseException as raised:  # of any kind: it is raised at the consumer
             error = picklable_error(raised)
         with contextlib.suppress(OSError):
             self._channel.send(End(error, bad.ids))
         self._listener.join()
 
-    def _hand_over(self, batch: PreparedBatch, bad: BadSamples) -> None:
-        # A substitute of a bad sample is in another buffer than its neighbours.
+    def _send(self, batch: PreparedBatch, bad: BadSamples) -> None:
+        # A replacement sample is in a different buffer than the other samples of its batch.
         leases: dict[int, NDArray[np.uint8]] = {}
-        places = []
+        spans = []
         for image in batch.job.encoded.images:
             lease = _lease_of(image)
-            number, start = self._buffers.place(lease)
+            number, start = self._buffers.locate(lease)
             leases[number] = lease
-            at = address_of(image) - start
-            places.append((number, at, at + image.size))
+            offset = address_of(image) - start
+            spans.append((number, offset, offset + image.size))
         self._lent.update(leases)
         new = self._buffers.new()
-        for some in (new[at : at + HANDLES_PER_MESSAGE] for at in range(0, len(new), HANDLES_PER_MESSAGE)):
-            handles = [handle for *_, handle in some]
-            self._channel.send(NewBuffers([(number, size) for number, size, _ in some]), handles)
+        for part in (new[at : at + HANDLES_PER_MESSAGE] for at in range(0, len(new), HANDLES_PER_MESSAGE)):
+            handles = [handle for *_, handle in part]
+            self._channel.send(NewBuffers([(number, size) for number, size, _ in part]), handles)
             for handle in handles:
                 os.close(handle)
         dropped = self._buffers.dropped()
-        handed = BatchMessage(with_images(batch, []), np.array(places, np.int64).reshape(-1, 3), bad.ids, dropped)
-        self._channel.send(handed)
+        spans_array = np.array(spans, np.int64).reshape(-1, 3)
+        self._channel.send(BatchMessage(with_images(batch, []), spans_array, bad.met, dropped))
 
     def _listen(self) -> None:
         try:
@@ -119,13 +119,13 @@ class _Feeder:
                 self._room.release()
         except (OSError, EOFError):
             os._exit(0)
-        except BaseException as error:  # otherwise the other process would wait forever
+        except BaseException as error:  # exit, because the training process would wait forever
             print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
             os._exit(1)
 
 
 class SharedBuffers(BufferPool):
-    """Buffers that another process can map."""
+    """A pool of buffers that another process can map."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,17 +134,20 @@ class SharedBuffers(BufferPool):
         self._new: deque[tuple[int, int, int]] = deque()
         self._dropped: deque[int] = deque()
 
-    def place(self, lease: NDArray[np.uint8]) -> tuple[int, int]:
-        """Number and address of the buffer that an array made by `bytes` is in."""
+    def locate(self, lease: NDArray[np.uint8]) -> tuple[int, int]:
+        """Return the number and the address of the buffer of an array that `bytes` returned."""
         address = address_of(lease)
         return next((number, start) for number, start in list(self._starts.items()) if start == address)
 
     def new(self) -> list[tuple[int, int, int]]:
-        """Number, bytes and file descriptor, to be closed, of every buffer made since the last call."""
+        """Return (number, size in bytes, file descriptor) of every buffer created since the last call.
+
+        The caller closes the file descriptors.
+        """
         return [self._new.popleft() for _ in range(len(self._new))]
 
     def dropped(self) -> list[int]:
-        """Numbers of the buffers given back to the system since the last call."""
+        """Return the numbers of the buffers released to the system since the last call."""
         return [self._dropped.popleft() for _ in range(len(self._dropped))]
 
     def _fresh(self, size: int) -> NDArray[np.uint8]:
@@ -162,8 +165,8 @@ class SharedBuffers(BufferPool):
         self._dropped.append(number)
 
 
-class _Records:
-    """Where the process's log records go, as `QueueHandler` wants it."""
+class _LogQueue:
+    """Sends log records to the training process, with the queue interface that `QueueHandler` requires."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
@@ -174,6 +177,6 @@ class _Records:
 
 
 def _lease_of(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The array made by `BufferPool.bytes` that an image is a part of."""
+    """Return the array from `BufferPool.bytes` that an image is a view of."""
     assert isinstance(image.base, np.ndarray)
     return image.base

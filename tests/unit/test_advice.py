@@ -68,9 +68,9 @@ ADVICE = [
     ((MICRO, "6"), 2, r"global batch of at most (\d+)", BATCH),
     ((LANES, "7"), 1, r"global batch of at most (\d+)", BATCH),
     ((LANES, "5", *LIGHT), 2, r"global batch of at most (\d+)", BATCH),
-    ((BATCH, "37"), 1, r"nearest that fits: (\d+)", BATCH),
-    ((BATCH, "31"), 4, r"nearest that fits: (\d+)", BATCH),
-    ((BATCH, "1"), 2, r"nearest that fits: (\d+)", BATCH),
+    ((BATCH, "37"), 1, r"nearest valid size: (\d+)", BATCH),
+    ((BATCH, "31"), 4, r"nearest valid size: (\d+)", BATCH),
+    ((BATCH, "1"), 2, r"nearest valid size: (\d+)", BATCH),
     ((BATCH, "36", MICRO, "5"), 1, r"nearest that do: (\d+)", MICRO),
     ((BATCH, "36", MICRO, "5"), 1, r"nearest that do: \d+ and (\d+)", MICRO),
     ((BATCH, "36", LANES, "4"), 1, r"nearest that do: (\d+)", LANES),
@@ -108,7 +108,7 @@ def test_world_sizes_that_are_named_fit_the_micro_batch_too(micro: int | None, w
 
 
 def test_what_no_global_batch_can_satisfy_is_said() -> None:
-    with pytest.raises(PlanError, match="multiple of 64, so use more images, or fewer ranks"):
+    with pytest.raises(PlanError, match="multiple of 64, so use more images, fewer ranks"):
         check_enough_samples(IMAGES, 128, world=32, pairs=True)
 
 

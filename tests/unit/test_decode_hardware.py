@@ -59,7 +59,7 @@ class NvJpeg:
         (NvJpeg(create=6), True, False, "(status 6)"),
         (NvJpeg(engines=0), True, False, "no JPEG engine that nvJPEG can use"),
         (NvJpeg(info=9), True, False, "no JPEG engine that nvJPEG can use"),
-        (NvJpeg(), False, False, "NVIDIA_DRIVER_CAPABILITIES must include `video`"),
+        (NvJpeg(), False, False, "set NVIDIA_DRIVER_CAPABILITIES to `all` or include `video`"),
         (None, True, False, "nvJPEG cannot be loaded (libnvjpeg.so.12: no such file)"),
     ],
 )
@@ -91,7 +91,7 @@ def test_an_open_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, eng
     given = LoaderOptions(dali=DaliOptions(hw_decoder_load=0.5))
     assert resolve_hw_decoder_load(given, GPU) == given
     assert mixed_decoders_warning(load) is None
-    assert "depend on a sample's place in its batch" in str(mixed_decoders_warning(0.5))
+    assert "depend on a sample's position in its batch" in str(mixed_decoders_warning(0.5))
 
 
 CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[str]]] = [
@@ -99,14 +99,14 @@ CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[st
     ([ENGINE], None, None, 1.0, []),
     ([NONE, NONE], None, None, 0.0, []),
     ([ENGINE, NONE], None, None, 0.0, ["rank 1 cannot use a JPEG engine (this GPU has no"]),
-    ([ENGINE], 0.9, None, 0.9, ["pixels then depend on a sample's place in its batch"]),
+    ([ENGINE], 0.9, None, 0.9, ["pixels depend on a sample's position in its batch"]),
     ([ENGINE, NONE], 1.0, None, 1.0, ["--hw-decoder-load 1: rank 1 cannot use"]),
     ([NONE], 0.0, None, 0.0, []),
     ([ENGINE], None, 1.0, 1.0, []),
     ([ENGINE], None, 0.0, 0.0, []),  # resumed on a better GPU: the pixels stay
     ([NONE], None, 1.0, 0.0, ["by the JPEG engine when the run began, and now are by the CUDA decoder (rank 0 cannot"]),
     ([ENGINE], 0.0, 1.0, 0.0, ["now are by the CUDA decoder: pixels may differ in rounding"]),
-    ([ENGINE], None, 0.9, 0.9, ["pixels then depend on a sample's place in its batch"]),
+    ([ENGINE], None, 0.9, 0.9, ["pixels depend on a sample's position in its batch"]),
 ]
 
 

@@ -443,8 +443,8 @@ def test_buffers_are_page_locked_while_somebody_has_them(
     ("choice", "device", "expected"),
     [
         ("auto", "cpu", "threads of the training process"),
-        ("auto", "cuda", "a process of its own"),
-        ("on", "cpu", "a process of its own"),
+        ("auto", "cuda", "separate process"),
+        ("on", "cpu", "separate process"),
         ("off", "cuda", "threads of the training process"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`pipeline look`: sources beside what the model gets, with words, and PIL's opinion."""
+"""`pipeline look`: the contact sheet of sources, augmented images, captions and PIL's reference images."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from tests.support.serving import serve
 
 @pytest.fixture
 def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
-    """What is drawn."""
+    """The cells of the contact sheets that the test draws."""
     drawn: list[Cell] = []
 
-    def note(found: list[Cell]) -> Image.Image:
-        drawn.extend(found)
-        return contact_sheet(found)
+    def record(cells: list[Cell]) -> Image.Image:
+        drawn.extend(cells)
+        return contact_sheet(cells)
 
-    monkeypatch.setattr(look, "contact_sheet", note)
+    monkeypatch.setattr(look, "contact_sheet", record)
     return drawn
 
 
-def test_each_sample_is_shown_before_and_after_with_what_was_done(
+def test_each_cell_shows_source_and_augmented_image_and_names_the_operations(
     photos: Path, tmp_path: Path, cells: list[Cell]
 ) -> None:
     out = tmp_path / "sheet.png"
@@ -42,25 +42,25 @@ def test_each_sample_is_shown_before_and_after_with_what_was_done(
         assert name in classes
         assert sample.isdigit()
         assert not np.array_equal(*cell.panels)
-    assert {word for cell in cells for word in re.findall(r"flip|erase|[A-Z]\w+", cell.done)} > {"flip", "erase"}
+    assert {word for cell in cells for word in re.findall(r"flip|erase|[A-Z]\w+", cell.operations)} > {"flip", "erase"}
     with Image.open(out) as sheet:
         assert 0.5 < sheet.width / sheet.height < 2
         assert sheet.width >= 2 * 96
 
 
-def test_pils_result_stands_beside_ours_and_is_close(photos: Path, tmp_path: Path, cells: list[Cell]) -> None:
+def test_diff_shows_the_pil_reference_and_its_difference(photos: Path, tmp_path: Path, cells: list[Cell]) -> None:
     out = str(tmp_path / "sheet.png")
     assert (
         pipeline(["look", str(photos), "--augment", "fat", "--size", "96", "--count", "12", "--diff", "--out", out])
         == 0
     )
     for cell in cells:
-        _, ours, pils = cell.panels
-        mean, most = re.findall(r"([\d.]+) levels away, (\d+) at most", cell.title)[0]
-        away = np.abs(ours.astype(int) - pils)
-        assert float(mean) == pytest.approx(away.mean(), abs=0.01)
-        assert int(most) == away.max()
-    # Equalize and AutoContrast stretch what decoders differ by; most samples see neither.
+        _, ours, reference = cell.panels
+        mean, most = re.findall(r"differs by ([\d.]+) levels on average, (\d+) at most", cell.title)[0]
+        error = np.abs(ours.astype(int) - reference)
+        assert float(mean) == pytest.approx(error.mean(), abs=0.01)
+        assert int(most) == error.max()
+    # The median, because Equalize and AutoContrast (applied to a minority) amplify the difference between decoders.
     assert np.median([np.abs(cell.panels[1].astype(int) - cell.panels[2]).mean() for cell in cells]) < 1
 
 
@@ -71,19 +71,19 @@ def test_the_crop_window_is_drawn_into_the_source(photos: Path, tmp_path: Path, 
         assert (before == look.WINDOW_COLOUR).all(axis=1).sum() > 4 * 10
 
 
-def test_captions_are_wrapped_into_their_cells() -> None:
+def test_long_captions_are_wrapped_to_the_width_of_their_cell() -> None:
     panel = np.zeros((96, 96, 3), np.uint8)
     short, long = Cell([panel] * 2, "cat #1", "plain"), Cell([panel] * 2, "cat #1", "Rotate -26.4°, " * 8)
     assert contact_sheet([long] * 4).width == contact_sheet([short] * 4).width
     assert contact_sheet([long] * 4).height > contact_sheet([short] * 4).height
 
 
-def test_a_set_on_a_server_can_be_looked_at(digits: Path, tmp_path: Path, cells: list[Cell]) -> None:
+def test_look_works_on_a_remote_set(digits: Path, tmp_path: Path, cells: list[Cell]) -> None:
     with serve(digits) as site:
         Look(site.url, out=tmp_path / "sheet.png", size=64, count=4, cache=tmp_path / "cache").run()
     assert len(cells) == 4
 
 
-def test_no_images_is_refused(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_count_of_zero_is_rejected(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(["look", str(digits), "--count", "0"]) == 2
     assert "--count 0" in capsys.readouterr().err

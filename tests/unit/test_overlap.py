@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.decode.dali import MOST_KEPT, InUseBuffers
+from pipeline.decode.dali import MAX_KEPT, InUseBuffers
 from tests.support.host_waits import HostWaits
 from tests.support.training_loop import training
 
@@ -128,18 +128,18 @@ def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
     events: list[Event] = []
     stream = SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1])
     in_use = InUseBuffers(stream)
-    images = [torch.zeros(1) for _ in range(MOST_KEPT + 2)]
+    images = [torch.zeros(1) for _ in range(MAX_KEPT + 2)]
     held = [weakref.ref(one) for one in images]
-    for number in range(MOST_KEPT):
+    for number in range(MAX_KEPT):
         in_use.keep(images[number])
-    images[:MOST_KEPT] = [None] * MOST_KEPT
+    images[:MAX_KEPT] = [None] * MAX_KEPT
     assert all(one() is not None for one in held)
     events[0].happened = True
     in_use.keep(images.pop())
     assert [one() is None for one in held[:2]] == [True, False]
     in_use.keep(images.pop())  # too many: the oldest is waited for
     assert held[1]() is None
-    assert [event.waited for event in events] == [False, True, *[False] * MOST_KEPT]
+    assert [event.waited for event in events] == [False, True, *[False] * MAX_KEPT]
     in_use.close()
     assert all(one() is None for one in held)
     assert events[-1].waited
@@ -148,7 +148,7 @@ def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
 def test_what_images_are_decoded_from_is_held_as_long_and_until_after_the_wait() -> None:
     events: list[Event] = []
     in_use = InUseBuffers(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
-    for _ in range(MOST_KEPT + 1):
+    for _ in range(MAX_KEPT + 1):
         images, inputs = torch.zeros(1), np.zeros(1)
         if not events:
             first = [weakref.ref(images), weakref.ref(inputs)]

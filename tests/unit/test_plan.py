@@ -1,4 +1,4 @@
-"""Laws of the plan (pipeline/plan.py)."""
+"""Properties of the training and evaluation plans (pipeline/plan.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_each_sample_at_most_once_an_epoch_and_less_than_a_batch_is_left_out(pla
 @given(plans())
 @settings(max_examples=25)
 def test_no_sample_is_left_out_of_every_epoch(plan: TrainPlan) -> None:
-    # A sample misses an epoch with probability below 1/2; missing 200 in a row has probability below 2^-200.
+    # A sample is left out of an epoch with probability below 1/2, and of 200 epochs in a row with less than 2^-200.
     seen: set[int] = set()
     for epoch in range(200):
         seen |= set(epoch_ids(plan, epoch).tolist())
@@ -40,7 +40,7 @@ def test_no_sample_is_left_out_of_every_epoch(plan: TrainPlan) -> None:
 
 
 @given(plans(), st.integers(0, 3), st.data())
-def test_same_global_batches_at_every_world_size_with_accumulation_too(
+def test_same_global_batches_at_every_world_size_and_accumulation(
     plan: TrainPlan, epoch: int, data: st.DataObject
 ) -> None:
     size = plan.global_batch
@@ -56,7 +56,7 @@ def test_same_global_batches_at_every_world_size_with_accumulation_too(
 
 
 @given(plans(), st.integers(0, 3), st.data())
-def test_seek_equals_iteration(plan: TrainPlan, epoch: int, data: st.DataObject) -> None:
+def test_a_new_plan_gives_the_same_ids_at_any_position(plan: TrainPlan, epoch: int, data: st.DataObject) -> None:
     iterated = [plan.ids(Position(epoch, step)).tolist() for step in range(plan.steps_per_epoch)]
     step = data.draw(st.integers(0, plan.steps_per_epoch - 1))
     fresh = TrainPlan(
@@ -76,7 +76,7 @@ def test_positions_count_steps_from_the_start_of_training(plan: TrainPlan, step:
     assert plan.after(position) == plan.at(step + 1) > position
 
 
-def test_a_lane_reads_a_contiguous_stretch_of_the_stream_and_shuffles_within_blocks_only() -> None:
+def test_a_lane_is_a_contiguous_part_of_the_stream_that_is_shuffled_within_blocks_only() -> None:
     plan = TrainPlan([1000], global_batch=10, seed=3, lanes=2, shuffle_block_size=50)
     lane = np.concatenate([plan.ids(Position(0, step), range(5)) for step in range(plan.steps_per_epoch)])
     start = min(lane[:50], key=lambda i: (i - plan._order(0).offset) % 1000)
@@ -93,7 +93,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert plan.ids(Position(0, 0)).tolist() != other.ids(Position(0, 0)).tolist()
 
 
-# Values of this implementation at its first release. A change here changes what every running job is fed.
+# Values of the first release. Different values would change the data of every run that resumes.
 GOLDEN = [
     ((0, 0), [33, 32, 45, 46, 96, 98, 71, 70, 84, 85, 10, 15]),
     ((0, 5), [37, 39, 88, 54, 63, 58, 77, 72, 0, 1, 16, 21]),
@@ -117,19 +117,19 @@ def test_rows_of_a_batch_and_their_lanes() -> None:
     assert plan.lane_of(range(3, 9)).tolist() == [1, 2, 2, 3, 3, 4]
 
 
-def test_default_lanes_depend_on_the_global_batch_alone() -> None:
+def test_default_lanes_of_several_global_batches() -> None:
     assert {g: default_lanes(g) for g in (1024, 96, 64, 4096, 2, 1, 7, 65, 130, 134)} == {
         1024: 64, 96: 48, 64: 32, 4096: 64, 2: 1, 1: 1, 7: 7, 65: 13, 130: 13, 134: 1,
     }  # fmt: skip
 
 
-def test_a_tiny_set_works() -> None:
+def test_a_set_of_two_samples_works() -> None:
     plan = TrainPlan([1, 1], global_batch=2, seed=0)
     assert plan.steps_per_epoch == 1
     assert sorted(plan.ids(Position(0, 0)).tolist()) == [0, 1]
 
 
-def test_evaluation_takes_each_sample_exactly_once_at_every_world_size() -> None:
+def test_an_evaluation_contains_each_sample_exactly_once_at_every_world_size() -> None:
     for samples in range(1, 201):
         for world in range(1, 10):
             for batch in (1, 7, 64):
@@ -139,13 +139,13 @@ def test_evaluation_takes_each_sample_exactly_once_at_every_world_size() -> None
                 assert ids[ids != NO_SAMPLE].tolist() == list(range(samples))
 
 
-def test_an_evaluation_takes_no_more_steps_than_it_needs() -> None:
+def test_an_evaluation_has_the_smallest_possible_number_of_steps() -> None:
     starts = (0, 10, 11, 57, 99, 100)
     assert [EvalPlan(100, batch=5, world=3, start=start).steps for start in starts] == [7, 6, 6, 3, 1, 0]
     assert EvalPlan(100, batch=5).steps == 20
 
 
-def test_an_evaluation_that_was_broken_off_is_ended_by_another_number_of_ranks() -> None:
+def test_an_interrupted_evaluation_is_resumed_with_another_world_size() -> None:
     for samples in (1, 50, 199):
         for world, batch, most in ((1, 7, 2), (3, 4, 1), (8, 64, 0), (9, 30, 1)):
             first = [EvalPlan(samples, batch=batch, world=world, rank=rank) for rank in range(world)]
@@ -161,7 +161,7 @@ def test_an_evaluation_that_was_broken_off_is_ended_by_another_number_of_ranks()
 
 @pytest.fixture
 def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, int]]:
-    """The stream and the size of each draw that a plan makes."""
+    """Record the stream and the size of each draw of a plan."""
     made = []
 
     def counted(stream: Stream, *key: ArrayLike) -> NDArray[np.uint64]:
@@ -173,12 +173,12 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Stream, int]]:
     return made
 
 
-def test_two_shuffle_blocks_per_lane_and_two_epochs_are_kept(draws: list[tuple[Stream, int]]) -> None:
-    """So a step may straddle a border and the reader may run ahead of the consumer, in bounded memory."""
+def test_two_shuffle_blocks_per_lane_and_two_epochs_are_cached(draws: list[tuple[Stream, int]]) -> None:
+    """A step may span two blocks and the reader may run ahead of the consumer, while memory stays bounded."""
     plan = TrainPlan([96], global_batch=12, seed=0, lanes=3, shuffle_block_size=8)
 
     def drawn(*positions: Position) -> tuple[int, int]:
-        """Blocks and epochs that are drawn to read these batches in turn, twice."""
+        """Read these batches in turn, twice, and return how many blocks and epochs are drawn."""
         draws.clear()
         for position in (*positions, *positions):
             plan.ids(position)
@@ -188,14 +188,14 @@ def test_two_shuffle_blocks_per_lane_and_two_epochs_are_kept(draws: list[tuple[S
 
     assert drawn(Position(0, 0), Position(0, 2)) == (6, 1)
     assert drawn(Position(0, 0), Position(0, 1)) == (0, 0)
-    assert drawn(Position(0, 0), Position(0, 4)) == (3, 0), "the latest two are kept"
-    assert drawn(Position(0, 0), Position(0, 2), Position(0, 4)) == (15, 0), "three blocks per lane are not"
+    assert drawn(Position(0, 0), Position(0, 4)) == (3, 0), "the last two blocks are cached"
+    assert drawn(Position(0, 0), Position(0, 2), Position(0, 4)) == (15, 0), "three blocks per lane are not cached"
     assert drawn(Position(1, 0), Position(2, 0)) == (6, 2)
     assert drawn(Position(1, 0), Position(2, 0), Position(1, 2), Position(2, 2)) == (18, 0)
     assert drawn(Position(1, 1), Position(2, 1), Position(3, 0)) == (18, 4)
 
 
-def test_a_billion_samples_open_at_once_and_any_position_takes_few_draws(draws: list[tuple[Stream, int]]) -> None:
+def test_a_plan_of_a_billion_samples_seeks_with_few_draws(draws: list[tuple[Stream, int]]) -> None:
     shards = 100_000
     plan = TrainPlan(np.full(shards, 10_000), global_batch=1024, seed=0)
     assert not draws
@@ -203,9 +203,9 @@ def test_a_billion_samples_open_at_once_and_any_position_takes_few_draws(draws: 
     ids = plan.ids(Position(2, 700_000), rows)
     lanes = plan.lanes // 8
     assert sum(size for _, size in draws) == shards + 1 + lanes * plan.shuffle_block_size, (
-        "the order of the shards, its rotation, shuffle blocks"
+        "draws: the order of the shards, the rotation, the shuffle blocks"
     )
     draws.clear()
     plan.ids(Position(2, 600_000), rows)
-    assert sum(size for _, size in draws) == lanes * plan.shuffle_block_size, "the order of the shards is kept"
+    assert sum(size for _, size in draws) == lanes * plan.shuffle_block_size, "the order of the shards is cached"
     assert len(np.unique(ids)) == 128

@@ -1,4 +1,4 @@
-"""Sizes that do not fit are rejected, and the nearest that fit named (pipeline/batch_shape.py, pipeline/plan.py)."""
+"""Invalid sizes are rejected, and the message names the nearest valid sizes (pipeline/{batch_shape,plan}.py)."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from pipeline.plan import EvalPlan, Position, TrainPlan
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"global_batch": 0}, "global batch 0: must be at least 1; the nearest that fits: 1"),
+        ({"global_batch": 0}, "global batch 0: must be at least 1; the nearest valid size: 1"),
         (
             {"global_batch": -4, "world": 3, "micro_batch": 2},
-            "global batch -4: must be at least 1; the nearest that fits: 6",
+            "global batch -4: must be at least 1; the nearest valid size: 6",
         ),
         (
             {"global_batch": 15, "world": 2, "micro_batch": 4, "pairs": True},
-            "global batch 15: mixup and cutmix pair rows, so it must be even; the nearest that fits: 8",
+            "global batch 15: must be even, because mixup and CutMix mix rows in pairs; the nearest valid size: 8",
         ),
         (
             {"global_batch": 15, "world": 2, "micro_batch": 3, "pairs": True},
-            "global batch 15: mixup and cutmix pair rows, so it must be even; the nearest that fits: 12",
+            "global batch 15: must be even, because mixup and CutMix mix rows in pairs; the nearest valid size: 12",
         ),
         (
             {"global_batch": 1, "pairs": True},
-            "global batch 1: mixup and cutmix pair rows, so it must be even; the nearest that fits: 2",
+            "global batch 1: must be even, because mixup and CutMix mix rows in pairs; the nearest valid size: 2",
         ),
-        ({"global_batch": 8, "world": 2, "rank": 2}, "rank 2 does not exist in a world of 2"),
-        ({"global_batch": 8, "world": 2, "rank": -1}, "rank -1 does not exist in a world of 2"),
+        ({"global_batch": 8, "world": 2, "rank": 2}, "rank 2 is out of range for a world size of 2"),
+        ({"global_batch": 8, "world": 2, "rank": -1}, "rank -1 is out of range for a world size of 2"),
         (
             {"global_batch": 60, "world": 11},
             "world size 11 does not divide the global batch of 60; the nearest world sizes that do: 10 and 12",
@@ -86,12 +86,12 @@ def test_batch_shapes_that_do_not_divide(arguments: dict[str, Any], message: str
         ({"world": 2, "micro_batch": 6, "pairs": True}, "use a global batch of at most 36 (a multiple of 12)"),
         (
             {"world": 38},
-            "ranks, micro-batch, pairs and lanes take a multiple of 38, so use more images, or fewer ranks, a smaller "
-            "--micro-batch or fewer --lanes",
+            "with these ranks, micro-batch, pairs and lanes it must be a multiple of 38, so use more images, fewer "
+            "ranks, a smaller --micro-batch or fewer --lanes",
         ),
     ],
 )
-def test_fewer_samples_than_a_global_batch(arguments: dict[str, Any], advice: str) -> None:
+def test_fewer_samples_than_a_global_batch_are_rejected(arguments: dict[str, Any], advice: str) -> None:
     with pytest.raises(PlanError) as error:
         check_enough_samples(37, 60, **arguments)
     assert str(error.value) == f"37 training images are fewer than one global batch of 60; {advice}"
@@ -125,7 +125,7 @@ def test_fewer_samples_than_a_global_batch(arguments: dict[str, Any], advice: st
         ),
     ],
 )
-def test_plans_that_do_not_divide(arguments: dict[str, Any], message: str) -> None:
+def test_plans_with_sizes_that_do_not_divide_are_rejected(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(PlanError) as error:
         TrainPlan([60, 40], seed=0, **arguments)
     assert str(error.value) == message
@@ -136,36 +136,42 @@ def test_the_smallest_sizes_are_accepted() -> None:
     assert TrainPlan([12], global_batch=12, seed=0, lanes=6, pairs=True).lane_rows == 2
 
 
+def test_an_evaluation_of_an_empty_split_is_rejected() -> None:
+    with pytest.raises(PlanError, match="^the split to evaluate has no samples$"):
+        EvalPlan(0, batch=4)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "sizes"),
     [
-        ({"samples": 0, "batch": 4}, "the split to evaluate has no samples"),
-        ({"samples": 5, "batch": 0}, "batch 0, rank 0 of 1, start 0: no such evaluation"),
-        ({"samples": 5, "batch": 1, "world": 2, "rank": 2}, "batch 1, rank 2 of 2, start 0: no such evaluation"),
-        ({"samples": 5, "batch": 1, "world": 2, "rank": -1}, "batch 1, rank -1 of 2, start 0: no such evaluation"),
-        ({"samples": 5, "batch": 1, "start": 6}, "batch 1, rank 0 of 1, start 6: no such evaluation"),
-        ({"samples": 5, "batch": 1, "start": -1}, "batch 1, rank 0 of 1, start -1: no such evaluation"),
+        ({"batch": 0}, "batch 0, rank 0, world size 1, start 0"),
+        ({"batch": 1, "world": 2, "rank": 2}, "batch 1, rank 2, world size 2, start 0"),
+        ({"batch": 1, "world": 2, "rank": -1}, "batch 1, rank -1, world size 2, start 0"),
+        ({"batch": 1, "start": 6}, "batch 1, rank 0, world size 1, start 6"),
+        ({"batch": 1, "start": -1}, "batch 1, rank 0, world size 1, start -1"),
     ],
 )
-def test_evaluations_that_do_not_exist(arguments: dict[str, Any], message: str) -> None:
+def test_evaluations_with_arguments_out_of_range_are_rejected(arguments: dict[str, Any], sizes: str) -> None:
     with pytest.raises(PlanError) as error:
-        EvalPlan(**arguments)
-    assert str(error.value) == message
+        EvalPlan(5, **arguments)
+    assert str(error.value) == (
+        f"evaluation of 5 samples with {sizes}: expected batch >= 1, 0 <= rank < world size and 0 <= start <= samples"
+    )
 
 
 @pytest.mark.parametrize(
     ("position", "rows", "message"),
     [
-        (Position(0, 5), None, "no Position(epoch=0, step=5) in a plan of 5 steps per epoch"),
-        (Position(0, -1), None, "no Position(epoch=0, step=-1) in a plan of 5 steps per epoch"),
-        (Position(-1, 0), None, "no Position(epoch=-1, step=0) in a plan of 5 steps per epoch"),
-        (Position(0, 0), range(0, 10, 2), "no range(0, 10, 2) in a global batch of 10"),
-        (Position(0, 0), range(-1, 3), "no range(-1, 3) in a global batch of 10"),
-        (Position(0, 0), range(3, 11), "no range(3, 11) in a global batch of 10"),
-        (Position(0, 0), range(4, 4), "no range(4, 4) in a global batch of 10"),
+        (Position(0, 5), None, "Position(epoch=0, step=5) is out of range for a plan of 5 steps per epoch"),
+        (Position(0, -1), None, "Position(epoch=0, step=-1) is out of range for a plan of 5 steps per epoch"),
+        (Position(-1, 0), None, "Position(epoch=-1, step=0) is out of range for a plan of 5 steps per epoch"),
+        (Position(0, 0), range(0, 10, 2), "rows range(0, 10, 2) are out of range for a global batch of 10"),
+        (Position(0, 0), range(-1, 3), "rows range(-1, 3) are out of range for a global batch of 10"),
+        (Position(0, 0), range(3, 11), "rows range(3, 11) are out of range for a global batch of 10"),
+        (Position(0, 0), range(4, 4), "rows range(4, 4) are out of range for a global batch of 10"),
     ],
 )
-def test_batches_outside_the_epoch_and_rows_outside_the_batch(
+def test_positions_and_rows_out_of_range_are_rejected(
     position: Position, rows: range | None, message: str
 ) -> None:
     with pytest.raises(IndexError) as error:
@@ -174,12 +180,12 @@ def test_batches_outside_the_epoch_and_rows_outside_the_batch(
 
 
 @pytest.mark.parametrize("step", [3, -1])
-def test_steps_outside_the_evaluation(step: int) -> None:
+def test_evaluation_steps_out_of_range_are_rejected(step: int) -> None:
     with pytest.raises(IndexError) as error:
         EvalPlan(5, batch=2).ids(step)
-    assert str(error.value) == f"no step {step} in an evaluation of 3 steps"
+    assert str(error.value) == f"step {step} is out of range for an evaluation of 3 steps"
 
 
-def test_the_nearest_fits_stand_on_both_sides() -> None:
+def test_nearest_names_one_size_below_and_one_above() -> None:
     assert nearest(3, [1, 2, 3, 4, 5]) == "2 and 4"
     assert nearest(3, [3]) == "none"

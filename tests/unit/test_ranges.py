@@ -131,7 +131,7 @@ def test_pydantic_heeds_the_same_ranges(section: Any, name: str) -> None:
         ("--preallocate-width 65535 --preallocate-height 65535", "--preallocate-width 65535, --preallocate-h"),
         ("--cache-size nan", "--cache-size nan: expected a number above 0 to 1,000,000,000"),
         ("--sync-bn group:1000000000000", "--sync-bn group:1000000000000: auto, on, off or group:N (up to 9"),
-        ("--bad-samples skip:99999999999999999999", "--bad-samples skip:99999999999999999999: raise, or skip:N as in"),
+        ("--bad-samples skip:99999999999999999999", "--bad-samples skip:99999999999999999999: expected raise, or skip"),
         ("--rand-augment rand-m9-n100000", "RandAugment 'rand-m9-n100000': m up to 10, n up to 16, p up to 1"),
         ("--log-every " + "9" * 1000, "--log-every " + "9" * 60 + "...: expected a whole number from 1 to 100,000"),
     ],

@@ -98,7 +98,7 @@ def test_keys_broadcast(draw: Callable[..., NDArray[np.generic]]) -> None:
 
 
 def test_a_float_key_is_refused() -> None:
-    with pytest.raises(TypeError, match="integer key expected, float64 found"):
+    with pytest.raises(TypeError, match="expected a key of integers, got float64"):
         rng.bits(Stream.CROP, np.array([1.0]))
 
 
