@@ -210,7 +210,7 @@ class OnGpu:
     def moved(self) -> int:
         """Bytes that must be read and written: a sample in each of its rounds, and once more where it is measured."""
         todo = passes.plan_passes(self.params, self.bench.size, self.bench.size, flip=False)
-        return sum((2 * len(each.jobs) + len(each.measured)) * self.bench.images[0].numel() for each in todo)
+        return sum((2 * len(each.jobs) + len(each.histogram_jobs)) * self.bench.images[0].numel() for each in todo)
 
     def step_seconds(self) -> float:
         """Of B0 under bf16 autocast, replayed as a CUDA graph: the fastest step that needs no compiler."""

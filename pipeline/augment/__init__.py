@@ -1,1 +1,1 @@
-"""Augmentation: parameters drawn as arrays from counters (`params`), pixels touched on the device (`pixels`)."""
+"""Augmentation: `params` draws all random parameters on the host, `pixels` applies them on the device."""

@@ -1,4 +1,4 @@
-"""A sample's augmentation in words."""
+"""Describe the augmentation of a sample in words."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pipeline.augment.params import SampleParams
 
 
 def describe(params: SampleParams, i: int) -> str:
-    """What happens to sample `i`, as in `flip, Rotate -26.4°, Solarize from 25, erase 40x52`; else `plain`.
+    """Return the operations on sample `i`, such as `flip, Rotate -26.4°, Solarize from 25, erase 40x52`.
 
-    The crop, which every sample gets, is left out; sides are height x width.
+    The crop is not listed, because every sample has one. The erased box is given as height x width. Without any
+    operation, the text is `plain`.
     """
     parts = ["flip"] if params.flips[i] else []
     parts += [

@@ -1,7 +1,7 @@
-"""The families of augmentation's kernels: where they serve, and which of them are switched off.
+"""The kernel families of augmentation: on which devices they are available, and which are disabled.
 
-A family that is switched off runs in torch, which computes the same. The state is one variable of the process, so the
-loader's threads see it too.
+A disabled family falls back to PyTorch, which computes the same result. The state is global to the process, so that it
+also applies to the threads of the loaders.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ _off: frozenset[str] = frozenset()
 
 
 def available(device: torch.device) -> bool:
-    """Whether there are kernels for the device: on CUDA with Triton. With TRITON_INTERPRET=1 they serve on a CPU, for
-    tests."""
+    """Return whether kernels are available for a device: on CUDA, if Triton is installed.
+
+    With TRITON_INTERPRET=1, which tests set, they are available on the CPU instead.
+    """
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return device.type == ("cpu" if interpreted else "cuda") and _has_triton()
 
 
 def switched_off() -> frozenset[str]:
-    """The families that are switched off."""
+    """Return the families that are disabled."""
     return _off
 
 
 def disable(*families: str) -> None:
-    """Run these families in torch from now on.
+    """Run these families in PyTorch from now on, in all threads.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: a family is unknown.
     """
     global _off  # noqa: PLW0603
     _expect_families(families)
@@ -45,10 +47,10 @@ def disable(*families: str) -> None:
 
 @contextmanager
 def disabled(*families: str) -> Iterator[None]:
-    """Switch exactly these families off inside, in all threads.
+    """Context manager in which exactly these families are disabled, in all threads.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: a family is unknown.
     """
     global _off  # noqa: PLW0603
     _expect_families(families)
@@ -62,7 +64,7 @@ def disabled(*families: str) -> Iterator[None]:
 
 def _expect_families(families: tuple[str, ...]) -> None:
     if unknown := sorted(set(families) - set(FAMILIES)):
-        raise ValueError(f"{', '.join(unknown)}: no such kernel family; there are {', '.join(FAMILIES)}")
+        raise ValueError(f"unknown kernel family {', '.join(unknown)}; expected {', '.join(FAMILIES)}")
 
 
 @lru_cache(maxsize=1)

@@ -1,4 +1,4 @@
-"""RandAugment's fifteen operations: their names, and what a magnitude means to each."""
+"""The fifteen operations of RandAugment: their names, and the argument that a magnitude stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_MAGNITUDE = 10.0
 
 
 class Op(IntEnum):
-    """The operations, in timm's order. Never renumber: the numbers are drawn."""
+    """The operations, in timm's order. Never renumber: operations are drawn as numbers."""
 
     AUTO_CONTRAST = 0
     EQUALIZE = 1
@@ -31,7 +31,7 @@ class Op(IntEnum):
 
     @property
     def title(self) -> str:
-        """As in `AutoContrast`."""
+        """The name as timm spells it, such as `AutoContrast`."""
         return self.name.title().replace("_", "")
 
 
@@ -41,39 +41,42 @@ OPS = tuple(Op)
 def arguments(
     ops: NDArray[np.int64], magnitudes: NDArray[np.float64], signs: NDArray[np.float64], *, increasing: bool
 ) -> NDArray[np.float64]:
-    """What each operation is called with, float64 of the common shape.
+    """Convert magnitudes to the arguments of the operations.
 
-    Degrees counter-clockwise for Rotate; bits kept for Posterize; threshold for Solarize; summand for SolarizeAdd;
-    blending factor for Color, Contrast, Brightness and Sharpness; shift per pixel for shears; share of the side for
-    translations; 0 for the others.
+    The argument is the angle in degrees, counter-clockwise (Rotate), the number of bits that are kept (Posterize), the
+    threshold (Solarize), the added value (SolarizeAdd), the blending factor (Color, Contrast, Brightness, Sharpness),
+    the shift per pixel (shears) or the fraction of the image's side (translations). It is 0 for the other operations.
 
     Args:
         ops: values of `Op`.
-        magnitudes: in 0..10.
-        signs: -1 or 1; which operations heed it depends on `increasing`.
-        increasing: timm's `inc1`: the harder, the higher the magnitude. Otherwise Posterize and Solarize soften with
-            it, and the factors run from .1 to 1.9 without a sign.
+        magnitudes: 0 to 10.
+        signs: -1 or 1, used by Rotate, the shears and the translations, and by the factors if `increasing`.
+        increasing: timm's `inc1`: every operation becomes stronger with its magnitude. If False, Posterize and Solarize
+            become weaker with it, and the factors range from 0.1 to 1.9.
+
+    Returns:
+        float64 of the broadcast shape.
     """
-    share = magnitudes / MAX_MAGNITUDE
-    bits, threshold = np.trunc(share * 4.0), np.minimum(np.trunc(share * 256.0), 256.0)
+    level = magnitudes / MAX_MAGNITUDE
+    bits, threshold = np.trunc(level * 4.0), np.minimum(np.trunc(level * 256.0), 256.0)
     if increasing:
         bits, threshold = 4.0 - bits, 256.0 - threshold
-        factor = np.maximum(0.1, 1.0 + signs * (share * 0.9))
+        factor = np.maximum(0.1, 1.0 + signs * (level * 0.9))
     else:
-        factor = share * 1.8 + 0.1
+        factor = level * 1.8 + 0.1
     table = {
-        Op.ROTATE: signs * (share * 30.0),
+        Op.ROTATE: signs * (level * 30.0),
         Op.POSTERIZE: bits,
         Op.SOLARIZE: threshold,
-        Op.SOLARIZE_ADD: np.minimum(np.trunc(share * 110.0), 128.0),
+        Op.SOLARIZE_ADD: np.minimum(np.trunc(level * 110.0), 128.0),
         Op.COLOR: factor,
         Op.CONTRAST: factor,
         Op.BRIGHTNESS: factor,
         Op.SHARPNESS: factor,
-        Op.SHEAR_X: signs * (share * 0.3),
-        Op.SHEAR_Y: signs * (share * 0.3),
-        Op.TRANSLATE_X: signs * (share * 0.45),
-        Op.TRANSLATE_Y: signs * (share * 0.45),
+        Op.SHEAR_X: signs * (level * 0.3),
+        Op.SHEAR_Y: signs * (level * 0.3),
+        Op.TRANSLATE_X: signs * (level * 0.45),
+        Op.TRANSLATE_Y: signs * (level * 0.45),
     }
     return np.select([ops == op for op in table], list(table.values()), default=0.0)
 
@@ -95,5 +98,5 @@ _CAPTIONS = {
 
 
 def caption(op: Op, argument: float) -> str:
-    """For people, as in `Rotate -26.4°`."""
+    """Return the operation and its argument as text, such as `Rotate -26.4°`."""
     return f"{op.title} {_CAPTIONS.get(op, '')}".rstrip().format(argument)

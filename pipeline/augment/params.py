@@ -1,6 +1,8 @@
-"""Every random choice of augmentation, as arrays: pure functions of (seed, epoch, id), or of (seed, step, lane).
+"""Draw the random parameters of augmentation, as NumPy arrays.
 
-Nothing here touches a pixel or knows torch. All loaders use these numbers, so all of them make the same samples.
+The parameters of a sample are pure functions of (seed, epoch, sample id). Those of mixing are pure functions of (seed,
+step, lane); a lane is one of L contiguous streams that every batch interleaves. This module neither processes pixels
+nor imports torch. All loaders use these parameters, so they all produce the same samples.
 """
 
 from __future__ import annotations
@@ -20,56 +22,56 @@ Boxes = NDArray[np.int32]
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-TRIES = 10  # of a crop or an erasing box, before giving up
-CENTRE_SHARE = 224 / 256  # of the short side: evaluation's resize to 256 and crop of 224
-ERASE_AREA = (0.02, 1 / 3)
-ERASE_ASPECT = (0.3, 1 / 0.3)  # height over width
+TRIES = 10  # attempts to draw a crop or an erasing box that fits
+CENTRE_FRACTION = 224 / 256  # side of the centre crop / short side, as in evaluation: resize to 256, crop 224
+ERASE_AREA = (0.02, 1 / 3)  # fraction of the sample's area
+ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleParams:
-    """What happens to each of n samples; L = the policy's layers, 0 without RandAugment."""
+    """Augmentation parameters of n samples. K is the number of RandAugment layers, 0 without RandAugment."""
 
     ids: Ints
-    """int64 [n]: the samples."""
+    """int64 [n]: sample ids."""
     windows: Boxes
-    """int32 [n, 4]: y, x, height, width of the crop, in source pixels."""
+    """int32 [n, 4]: y, x, height, width of the crop window, in source pixels."""
     flips: Bools
-    """bool [n]: flipped horizontally after the crop."""
+    """bool [n]: whether the crop is flipped horizontally."""
     ops: NDArray[np.int64]
-    """int64 [n, L]: RandAugment's operations, values of `ops.Op`, applied in this order."""
+    """int64 [n, K]: RandAugment operations, values of `ops.Op`, in the order of their application."""
     applied: Bools
-    """bool [n, L]: whether each is applied at all."""
+    """bool [n, K]: whether the operation is applied."""
     magnitudes: Floats
-    """float64 [n, L]: of 0..10."""
+    """float64 [n, K]: magnitudes of the operations, 0 to 10."""
     arguments: Floats
-    """float64 [n, L]: the magnitude and its sign in the operation's own unit, see `ops.arguments`."""
+    """float64 [n, K]: arguments of the operations, with their signs, in the units of `ops.arguments`."""
     erase_boxes: Boxes
-    """int32 [n, 4]: y, x, height, width of the erased box in the sample; all 0: none."""
+    """int32 [n, 4]: y, x, height, width of the erased box, in pixels of the sample. All 0: nothing is erased."""
     erase_keys: NDArray[np.uint64]
-    """uint64 [n]: the noise in the box is a function of this key and the place in the box."""
+    """uint64 [n]: the noise of each erased pixel is a hash of this key and the pixel's index in the box."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def take(self, rows: slice | Ints) -> SampleParams:
-        """The parameters of some of the samples, for instance a micro-batch's."""
+        """Return the parameters of some of the samples, for instance of a micro-batch."""
         return SampleParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixParams:
-    """How each of n rows is mixed with the other of its pair (2i, 2i+1)."""
+    """Mixing parameters of n rows. Rows 2i and 2i + 1 are a pair: each is mixed with the other, its partner."""
 
     lam: NDArray[np.float32]
-    """float32 [n]: the share that a row keeps of itself; 1: not mixed."""
+    """float32 [n], 0 to 1: weight of a row's own image and label; 1: the row is not mixed."""
     box: Boxes
-    """int32 [n, 4]: y, x, height, width of what CutMix pastes from the partner; all 0 under mixup."""
+    """int32 [n, 4]: y, x, height, width of the box that CutMix copies from the partner. All 0 for mixup."""
     use_cutmix: Bools
-    """bool [n]."""
+    """bool [n]: CutMix (True) or mixup (False)."""
 
     def take(self, rows: slice | Ints) -> MixParams:
-        """The parameters of some of the rows: whole pairs."""
+        """Return the parameters of some of the rows, which must be complete pairs."""
         return MixParams(lam=self.lam[rows], box=self.box[rows], use_cutmix=self.use_cutmix[rows])
 
 
@@ -82,7 +84,15 @@ def draw(
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
 ) -> SampleParams:
-    """All choices for the samples `ids` (int64 [n]) of sources `heights` x `widths` pixels (integers [n])."""
+    """Draw all parameters of n samples.
+
+    Args:
+        recipe: the augmentation recipe.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        ids: int64 [n]: sample ids.
+        heights, widths: integers [n]: sizes of the source images in pixels.
+    """
     ops, applied, magnitudes, argument = _rand_augment(recipe, seed, epoch, ids)
     return SampleParams(
         ids=ids,
@@ -106,14 +116,15 @@ def crop_windows(
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
 ) -> Boxes:
-    """Crop windows (y, x, height, width) in source pixels, int32 [n, 4].
+    """Draw crop windows (y, x, height, width) in source pixels, int32 [n, 4]; arguments as of `draw`.
 
-    The random resized crop of Inception, as torchvision and timm define it: ten tries at an area and an aspect ratio,
-    the first that fits placed at random; if none does, the largest centred window of permitted ratio.
+    The random resized crop of Inception, as in torchvision and timm: of ten drawn areas and aspect ratios, the first
+    that fits into the image is put at a random position. If none fits, the window is the largest centred window with an
+    aspect ratio in the permitted range.
     """
     height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     if recipe.crop == "centre":
-        side = np.maximum(np.rint(np.minimum(height, width) * CENTRE_SHARE), 1)
+        side = np.maximum(np.rint(np.minimum(height, width) * CENTRE_FRACTION), 1)
         return _centred(height, width, side, side)
     draw_area, draw_aspect = _tries(Stream.CROP, seed, epoch, ids)
     area = _between(recipe.scale, draw_area) * (height * width)[:, None]
@@ -129,33 +140,37 @@ def crop_windows(
 
 
 def flips(recipe: AugmentRecipe, *, seed: int, epoch: int, ids: Ints) -> Bools:
-    """Which samples are flipped horizontally, bool [n]."""
+    """Draw which samples are flipped horizontally, bool [n]."""
     return rng.uniform(Stream.FLIP, seed, epoch, ids) < recipe.flip
 
 
 def mix_params(recipe: AugmentRecipe, *, seed: int, step: int, lanes: Ints) -> MixParams:
-    """Mixup and CutMix of a global batch's rows, or of any whole pairs of them.
+    """Draw the mixing parameters of rows of a global batch.
 
-    Choice, share and box are drawn once per (step, lane), so a row's fate depends neither on the world size nor on the
-    micro-batch. CutMix's share is corrected to the area of the box after clipping.
+    Mixup or CutMix, the weight and the box are drawn once per (step, lane), so they do not depend on the world size or
+    the micro-batch size. The weight of CutMix is corrected to the area of the box after clipping.
 
     Args:
-        step: the run's step, counted over all epochs.
-        lanes: int64 [n], the lane of each row.
+        recipe: the augmentation recipe.
+        seed: seed of the run.
+        step: step of the training, counted over all epochs.
+        lanes: int64 [n]: lane of each row; the rows must be complete pairs.
     """
     return mix_params_of_steps(recipe, seed=seed, steps=range(step, step + 1), lanes=lanes)[0]
 
 
 def mix_params_of_steps(recipe: AugmentRecipe, *, seed: int, steps: range, lanes: Ints) -> list[MixParams]:
-    """`mix_params` for each of several consecutive steps, drawn at once: numpy's calls cost more than their arithmetic
-    for one step's few lanes."""
+    """Draw `mix_params` for several consecutive steps together, which is faster.
+
+    For the few lanes of one step, the overhead of the NumPy calls exceeds the arithmetic.
+    """
     lane, row = np.unique(lanes, return_inverse=True)
     count = len(lane)
     step = np.repeat(np.arange(steps.start, steps.stop), count)
     lane = np.tile(lane, len(steps))
-    cut = recipe.cutmix > 0
-    share = recipe.mix_switch if cut and recipe.mixup > 0 else float(cut)
-    use_cutmix: Bools = np.less(rng.uniform(Stream.MIX, seed, step, lane, 0), share)
+    has_cutmix = recipe.cutmix > 0
+    probability = recipe.mix_switch if has_cutmix and recipe.mixup > 0 else float(has_cutmix)
+    use_cutmix: Bools = np.less(rng.uniform(Stream.MIX, seed, step, lane, 0), probability)
     lam = np.ones(len(lane))
     for alpha, chosen in ((recipe.mixup, ~use_cutmix), (recipe.cutmix, use_cutmix)):
         if alpha > 0:
@@ -164,19 +179,20 @@ def mix_params_of_steps(recipe: AugmentRecipe, *, seed: int, steps: range, lanes
     box, kept = cutmix_box(lam, centre, recipe.size)
     box = np.where(use_cutmix[:, None], box, 0).astype(np.int32)
     lam = np.where(use_cutmix, kept, lam)
-    every = MixParams(lam=lam.astype(np.float32), box=box, use_cutmix=use_cutmix)
-    return [every.take(row + number * count) for number in range(len(steps))]
+    all_steps = MixParams(lam=lam.astype(np.float32), box=box, use_cutmix=use_cutmix)
+    return [all_steps.take(row + number * count) for number in range(len(steps))]
 
 
 def cutmix_box(lam: Floats, centre: Ints, size: int) -> tuple[Boxes, Floats]:
-    """The box that CutMix pastes, and the share that is then kept.
+    """Compute the box of CutMix, clipped to the image, and the weight that results from its area.
 
     Args:
-        lam: float64 [n], the share to keep.
-        centre: int64 [n, 2], y and x of the box's centre.
+        lam: float64 [n]: drawn weight, the fraction of the image outside the box before clipping.
+        centre: int64 [n, 2]: y and x of the box's centre, in pixels.
+        size: side of the image in pixels.
 
     Returns:
-        int32 [n, 4]: y, x, height and width, clipped to the image; float64 [n]: the share outside of it.
+        int32 [n, 4]: y, x, height, width of the clipped box; float64 [n]: the fraction of the image outside it.
     """
     side = (size * np.sqrt(1.0 - lam)).astype(np.int64)[:, None]
     start = centre - side // 2
@@ -186,7 +202,7 @@ def cutmix_box(lam: Floats, centre: Ints, size: int) -> tuple[Boxes, Floats]:
 
 
 def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tuple[Ints, Bools, Floats, Floats]:
-    """Operations, whether applied, magnitudes, arguments: [n, L] each."""
+    """Draw operations, whether they are applied, magnitudes and arguments, [n, K] each."""
     policy = recipe.policy
     if policy is None:
         none = np.zeros((len(ids), 0))
@@ -203,38 +219,41 @@ def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tu
 
 
 def _erase_boxes(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> Boxes:
-    """One box each, smaller than the sample; all 0 where the draw says no or ten tries fail."""
+    """Draw one box per sample, smaller than the sample. All 0 if nothing is erased or none of ten boxes fits."""
     all_boxes = np.zeros((len(ids), 4), np.int32)
-    wanted: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
-    ids = ids[wanted]
+    erased: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
+    ids = ids[erased]
     draw_area, draw_aspect = _tries(Stream.ERASE, seed, epoch, ids)
     area = _between(ERASE_AREA, draw_area) * (recipe.size * recipe.size)
     aspect = rng.exp(_between(_log(ERASE_ASPECT), draw_aspect))
     h, w = _rounded_root(area * aspect), _rounded_root(area / aspect)
     fits = (w > 0) & (h > 0) & (w < recipe.size) & (h < recipe.size)
     boxes = _placed((Stream.ERASE, seed, epoch, ids), (h, w), (recipe.size, recipe.size), fits)
-    all_boxes[wanted] = np.where(fits.any(axis=1, keepdims=True), boxes, 0)
+    all_boxes[erased] = np.where(fits.any(axis=1, keepdims=True), boxes, 0)
     return all_boxes
 
 
 def _tries(stream: Stream, seed: int, epoch: int, ids: Ints) -> Floats:
-    """Uniform [2, n, TRIES]: area and aspect of each try."""
+    """Draw uniform values [2, n, TRIES]: the area and the aspect ratio of each attempt."""
     return rng.uniform(stream, seed, epoch, ids[:, None], np.arange(TRIES), np.arange(2)[:, None, None])
 
 
 def _placed(
     key: tuple[Stream, int, int, Ints], sides: tuple[Floats, Floats], room: tuple[Ints | int, Ints | int], fits: Bools
 ) -> Boxes:
-    """The first try that fits, put at a uniformly drawn place in the room; int32 [n, 4].
+    """Put the first attempt that fits at a uniformly drawn position; int32 [n, 4].
 
     Args:
-        key: of the tries, which go on with their number and a word: 2 for y, 3 for x.
+        key: key of the draws, followed by the number of the attempt and a word: 2 for y, 3 for x.
+        sides: heights and widths of the attempts, [n, TRIES] each.
+        room: heights and widths of the images.
+        fits: bool [n, TRIES]: whether the attempt fits into the image.
     """
     rows, first = np.arange(len(fits)), fits.argmax(axis=1)
     h, w = (side[rows, first] for side in sides)
     height, width = room
     down, right = rng.uniform(*key, first, np.arange(2, 4)[:, None])
-    # An unfit first try gives nonsense here, which the caller replaces; the clip keeps it in range.
+    # If no attempt fits, the result is meaningless and the caller replaces it; the maximum keeps it in range.
     y, x = down * np.maximum(height - h + 1, 1), right * np.maximum(width - w + 1, 1)
     return np.stack([y, x, h, w], axis=1).astype(np.int32)
 

@@ -1,8 +1,8 @@
-"""Pixels of a decoded batch, on its device: RandAugment, normalisation, erasing, mixing.
+"""Apply augmentation to a decoded batch on its device: RandAugment, normalisation, random erasing and mixing.
 
-Which sample gets what is decided on the host, from the parameters, so that no kernel's result is ever waited for.
-On a GPU our own kernels do it all (randaugment.py, finishing.py). Here is what they are held to, in torch: samples that
-share a family of operations go through it together.
+The host selects the samples of each operation from the parameters, so it never waits for a kernel's result. On a GPU,
+this project's Triton kernels do all of the work (triton_impl/randaugment.py, triton_impl/finishing.py). Their reference
+in PyTorch is also here; it processes the samples of each group of operations together.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ __all__ = ["BatchAugment", "launch_all", "mix", "mix_targets", "normalise"]
 
 Arrays = list[NDArray[Any]]
 Run = Callable[[Tensor, Sequence[Tensor], tuple[int, int, int]], Tensor]
-Group = tuple[Run, Arrays]
+RowGroup = tuple[Run, Arrays]
 
 
 @dataclass(frozen=True)
 class OpGroup:
-    """Operations that share their kernels.
+    """Operations that are computed together.
 
-    `prepare(ops [n], arguments [n], size)` makes the arrays that `run(images [n, H, W, 3], arrays, recipe's fill)`
-    needs on the device.
+    `prepare(ops [n], arguments [n], size)` returns the arrays that are uploaded to the device as arguments of
+    `run(images [n, H, W, 3], tensors, fill)`, which returns the new images.
     """
 
     ops: tuple[Op, ...]
@@ -57,15 +57,15 @@ OP_GROUPS = (
 
 
 class BatchAugment:
-    """RandAugment, normalisation, erasing and mixing of one batch after another, by our own kernels where they serve
-    (`pipeline.augment.kernels`).
+    """Applies RandAugment, normalisation, random erasing and mixing to batches.
 
     Args:
-        recipe: what to do.
-        device: where the images are.
-        dtype: of the result, floating.
-        flip: also do the horizontal flips, for decoders that have not.
-        kernels: use our own kernels where there are any for the device; else torch.
+        recipe: the augmentation recipe.
+        device: device of the images.
+        dtype: floating-point dtype of the result.
+        flip: also apply the horizontal flips, for decoders that do not flip.
+        kernels: use this project's Triton kernels if they are available on the device and enabled
+            (`pipeline.augment.kernels`), else PyTorch.
     """
 
     def __init__(
@@ -82,21 +82,21 @@ class BatchAugment:
         self._eraser = Eraser(device)
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None = None) -> Tensor:
-        """The augmented samples; `images` itself is left as it is.
+        """Return the augmented batch. `images` is not modified.
 
         Args:
             images: uint8 [B, size, size, 3], RGB, contiguous, cropped and resized.
-            params: the draws for these B samples.
-            mixing: how they are mixed in pairs, if they are.
+            params: parameters of the B samples.
+            mixing: mixing parameters of the B rows. None: rows are not mixed.
 
         Returns:
-            dtype [B, 3, size, size] with channels-last strides.
+            dtype [B, 3, size, size], normalised, with channels-last strides.
 
         Raises:
-            ValueError: another shape or dtype, or an odd batch to mix.
+            ValueError: `images` has another shape or dtype, or B is odd and rows are mixed.
         """
         recipe, images = self._recipe, self.apply_ops(images, params)
-        if self._launches(FINISHING):
+        if self._uses_kernels(FINISHING):
             from pipeline.augment.triton_impl.finishing import finish
 
             return finish(images, params, mixing, self._eraser.quantiles, recipe.mean, recipe.std, self._dtype)
@@ -105,14 +105,17 @@ class BatchAugment:
         return result if mixing is None else mix(result, mixing)
 
     def apply_ops(self, images: Tensor, params: SampleParams) -> Tensor:
-        """The part on 8-bit pixels: flips, if they are ours to do, and RandAugment. uint8 [B, size, size, 3], new or,
-        where nothing is to be done, `images` itself."""
+        """Apply the operations on 8-bit pixels: flips (if `flip` is set) and RandAugment.
+
+        Returns:
+            uint8 [B, size, size, 3]: a new tensor, or `images` itself if there is no operation to apply.
+        """
         size = self._recipe.size
         if images.shape != (len(params), size, size, 3) or images.dtype != torch.uint8:
             raise ValueError(
-                f"uint8 [{len(params)}, {size}, {size}, 3] expected, {images.dtype} {list(images.shape)} found"
+                f"expected uint8 [{len(params)}, {size}, {size}, 3], got {images.dtype} {list(images.shape)}"
             )
-        if self._launches(RANDAUGMENT):
+        if self._uses_kernels(RANDAUGMENT):
             from pipeline.augment.triton_impl import randaugment
 
             return randaugment.apply_ops(images, params, self._recipe.fill, flip=self._flip)
@@ -125,20 +128,20 @@ class BatchAugment:
             for run, arrays in stage.groups:
                 rows, *rest = [next(tensors) for _ in arrays]
                 results.append(run(images.index_select(0, rows), rest, self._recipe.fill))
-            # Gathered back as whole samples: several times faster than scattering bytes into place.
+            # Gather whole samples, which is several times faster than scattering their bytes.
             images = torch.cat(results).index_select(0, next(tensors))
         return images
 
-    def _launches(self, family: str) -> bool:
+    def _uses_kernels(self, family: str) -> bool:
         return self._kernels and family not in switched_off()
 
     def _stages(self, params: SampleParams) -> list[Stage]:
         stages = []
         if self._flip and params.flips.any():
-            stages.append(Stage.of([(_flipped, [np.flatnonzero(params.flips)])], len(params)))
+            stages.append(Stage.of([(_flip, [np.flatnonzero(params.flips)])], len(params)))
         for layer in range(params.ops.shape[1]):
             ops, arguments = params.ops[:, layer], params.arguments[:, layer]
-            groups: list[Group] = []
+            groups: list[RowGroup] = []
             for group in OP_GROUPS:
                 rows = np.flatnonzero(params.applied[:, layer] & np.isin(ops, group.ops))
                 if len(rows):
@@ -150,31 +153,34 @@ class BatchAugment:
 
 @dataclass(frozen=True)
 class Stage:
-    """What happens to a batch at one time: every row is in one group."""
+    """At most one operation on each row of a batch. Every row is in exactly one group."""
 
-    groups: list[Group]
-    """Functions of (images, tensors, fill), each with its arrays: the rows it is for, then what it needs."""
-    back: NDArray[np.int64]
-    """Where, among all groups' rows one after another, each row of the batch is found."""
+    groups: list[RowGroup]
+    """Functions of (images, tensors, fill), each with its arrays: first its rows, then its arguments."""
+    order: NDArray[np.int64]
+    """int64 [B]: index of each row of the batch in the concatenated results of the groups."""
 
     @staticmethod
-    def of(groups: list[Group], batch: int) -> Stage:
-        """With one more group, for the rows that stay as they are."""
-        touched = np.concatenate([arrays[0] for _, arrays in groups])
-        groups = [*groups, (_kept, [np.setdiff1d(np.arange(batch), touched)])]
+    def of(groups: list[RowGroup], batch: int) -> Stage:
+        """Return a stage of these groups and one more group with the unchanged rows."""
+        changed = np.concatenate([arrays[0] for _, arrays in groups])
+        groups = [*groups, (_unchanged, [np.setdiff1d(np.arange(batch), changed)])]
         return Stage(groups, np.argsort(np.concatenate([arrays[0] for _, arrays in groups])))
 
     def arrays(self) -> Arrays:
-        """All that goes to the device, in the order in which it is used."""
-        return [*(array for _, arrays in self.groups for array in arrays), self.back]
+        """Return all arrays that are uploaded to the device, in the order of their use."""
+        return [*(array for _, arrays in self.groups for array in arrays), self.order]
 
 
 def launch_all(recipe: AugmentRecipe, dtype: torch.dtype, *, batch: int = 64) -> None:
-    """Launch every kernel that augments by this recipe, on black CPU images: for `fat.kernels.prefill`, which records
-    launches and runs none. What is compiled depends on the recipe and on the dtype of the result, not on the batch.
+    """Launch every kernel that a recipe uses, on black CPU images, for `fat.kernels.prefill`, which records launches.
+
+    The compiled code depends on the recipe and on the dtype of the result, not on the batch.
 
     Args:
-        batch: images; enough of them for every kind of operation to be drawn.
+        recipe: the augmentation recipe.
+        dtype: dtype of the augmented batch.
+        batch: number of images, large enough that every kind of operation is drawn.
     """
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -184,18 +190,19 @@ def launch_all(recipe: AugmentRecipe, dtype: torch.dtype, *, batch: int = 64) ->
     sides, lanes = np.full(batch, recipe.size), np.arange(batch) // 2
     params = draw(recipe, seed=0, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
     mixing = mix_params(recipe, seed=0, step=0, lanes=lanes) if recipe.mixes else None
-    with unset_fake_temporarily():  # parameters are NumPy arrays
+    with unset_fake_temporarily():  # fake tensors cannot hold the parameters, which are NumPy arrays
         images = torch.zeros(batch, recipe.size, recipe.size, 3, dtype=torch.uint8)
         randaugment.apply_ops(images, params, recipe.fill, flip=False)
         finish(images, params, mixing, torch.zeros(QUANTILES), recipe.mean, recipe.std, dtype)
 
 
 def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> Tensor:
-    """(images / 255 - mean) / std, computed in float32.
+    """Compute (images / 255 - mean) / std in float32.
 
     Args:
         images: uint8 [B, H, W, 3], contiguous.
-        mean, std: per channel, on the 0..1 scale.
+        mean, std: per channel, for values in 0 to 1.
+        dtype: floating-point dtype of the result.
 
     Returns:
         dtype [B, 3, H, W] with channels-last strides.
@@ -204,10 +211,10 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
     stream = torch.cuda.current_stream(images.device).cuda_stream if images.is_cuda else 0
     scale, offset = _scale_and_offset(mean, std, width, images.device, stream)
     rows = images.view(batch * height, width * 3)
-    if images.is_cuda:  # two kernels in all, each converting as it goes: a GPU pays by the byte
+    if images.is_cuda:  # two kernels that convert while they compute, because a GPU is limited by memory traffic
         result = torch.empty_like(rows, dtype=dtype)
         torch.add(torch.mul(rows, scale), offset, out=result)
-    else:  # mixed-type arithmetic is ten times slower on a CPU than a conversion and work in place
+    else:  # on a CPU, mixed-type arithmetic is ten times slower than conversion and in-place arithmetic
         result = rows.to(torch.float32).mul_(scale).add_(offset).to(dtype)
     return result.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
@@ -216,15 +223,17 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
 def _scale_and_offset(
     mean: Colour, std: Colour, width: int, device: torch.device, stream: int
 ) -> tuple[Tensor, Tensor]:
-    """A row of pixels each, float32 [width * 3]: a broadcast along three channels would be slow. Kept for each stream,
-    since what one has queued another cannot know to be there."""
+    """Return scale and offset of a row of pixels, float32 [width * 3]; broadcasting three channels would be slow.
+
+    Cached per stream, because another stream would have to wait for the upload.
+    """
     first, second = upload(scale_and_offset(mean, std, width), device)
     return first, second
 
 
-def _flipped(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+def _flip(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     return images.flip(2)
 
 
-def _kept(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
+def _unchanged(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
     return images

@@ -1,4 +1,4 @@
-"""What augmentation is asked for: one frozen recipe, and the three that have names."""
+"""The augmentation recipe, and the recipes that have a name: fat, light and none."""
 
 from __future__ import annotations
 
@@ -14,35 +14,36 @@ from shards.errors import UserError
 
 Range = tuple[float, float]
 Alpha = Annotated[float, Interval(ge=0, le=100)]
-"""Of Beta(alpha, alpha); 0 turns mixing off."""
+"""Parameter of Beta(alpha, alpha), from which the mixing weight is drawn; 0 turns mixing off."""
 CropArea = Annotated[float, Interval(ge=1e-6, le=1)]
-"""Area of a crop, as a share of the image's."""
-MAX_LAYERS = 16  # operations an image; each is a pass over it
+"""Area of a crop as a fraction of the image's area."""
+MAX_LAYERS = 16  # RandAugment operations per image; each is a pass over the image
 MAX_STD = 1000
 Colour = tuple[float, float, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandAugment:
-    """A RandAugment policy; its text form is timm's, for instance `rand-m9-mstd0.5-inc1`."""
+    """A RandAugment policy (arXiv 1909.13719) in timm's variant, for instance `rand-m9-mstd0.5-inc1`."""
 
     magnitude: int = 10
-    """The mean magnitude, of 0..10 (`m`)."""
+    """Mean magnitude, 0 to 10 (`m`)."""
     layers: int = 2
-    """Operations drawn per image, with replacement (`n`)."""
+    """Operations drawn per image, with replacement, 0 to 16 (`n`)."""
     probability: float = 0.5
-    """The chance that a drawn operation is applied (`p`)."""
+    """Probability that a drawn operation is applied (`p`)."""
     std: float = 0.0
-    """Standard deviation of the magnitude, which is clipped to 0..10 (`mstd`; over 100: uniform up to the mean)."""
+    """Standard deviation of the magnitude, which is clipped to 0 to 10. Above 100, the magnitude is uniform between 0
+    and the mean (`mstd`)."""
     increasing: bool = False
-    """Whether every operation grows stronger with its magnitude (`inc1`)."""
+    """Whether every operation becomes stronger with its magnitude (`inc1`)."""
 
 
 def parse_rand_augment(text: str) -> RandAugment:
-    """Read timm's syntax: `rand`, then any of -mINT -nINT -pFLOAT -mstdFLOAT -inc1, in any order.
+    """Parse timm's syntax: `rand`, then any of -mINT -nINT -pFLOAT -mstdFLOAT -inc1, in any order.
 
     Raises:
-        UserError: the part that is not understood, named.
+        UserError: a part is invalid or out of range; the message names it.
     """
     head, *parts = text.split("-")
     fields: dict[str, Any] = {}
@@ -57,17 +58,18 @@ def parse_rand_augment(text: str) -> RandAugment:
             fields["increasing"] = True
         else:
             raise UserError(
-                f"RandAugment {_short(text)}: part {_short(part)} is not one of mINT nINT pFLOAT mstdFLOAT inc1"
+                f"RandAugment {_short(text)}: unknown part {_short(part)}; expected mINT, nINT, pFLOAT, mstdFLOAT or "
+                "inc1"
             )
     if head != "rand":
         raise UserError(
-            f"RandAugment {_short(text)}: starts with {_short(head)}, 'rand' expected, as in rand-m9-mstd0.5-inc1"
+            f"RandAugment {_short(text)}: starts with {_short(head)}; expected 'rand', as in rand-m9-mstd0.5-inc1"
         )
     spec = RandAugment(**fields)
     if spec.magnitude > 10 or spec.probability > 1 or spec.layers > MAX_LAYERS or spec.std > MAX_STD:
         raise UserError(
-            f"RandAugment {_short(text)}: m up to 10, n up to {MAX_LAYERS}, p up to 1 and mstd up to {MAX_STD:,} "
-            "expected"
+            f"RandAugment {_short(text)}: expected m up to 10, n up to {MAX_LAYERS}, p up to 1 and mstd up to "
+            f"{MAX_STD:,}"
         )
     return spec
 
@@ -78,34 +80,42 @@ def _short(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentRecipe:
-    """How a training image becomes a sample. Without arguments: the `light` recipe."""
+    """The augmentation of training images. The defaults are the `light` recipe.
+
+    The steps are, in this order: crop and resize, flip, RandAugment (on 8-bit pixels), normalise, random erasing, mixup
+    or CutMix.
+
+    Raises:
+        UserError: a value is out of range.
+    """
 
     size: int = 224
-    """Side of the square sample, in pixels."""
+    """Side of the square sample in pixels, at least 1."""
     crop: Literal["random", "centre"] = "random"
-    """random: a random resized crop. centre: the centred square of 7/8 of the short side, without randomness."""
+    """random: a random resized crop. centre: the centred square with 7/8 of the short side, without randomness."""
     scale: Range = (0.08, 1.0)
-    """Area of the random crop, as a share of the image's: drawn uniformly."""
+    """Smallest and largest area of the random crop, as fractions of the image's area; drawn uniformly."""
     ratio: Range = (3 / 4, 4 / 3)
-    """Width over height of the random crop: drawn log-uniformly."""
+    """Smallest and largest aspect ratio (width / height) of the random crop; drawn log-uniformly."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     rand_augment: str | None = None
-    """RandAugment policy in timm's syntax (m, n, p, mstd, inc), for instance rand-m9-mstd0.5-inc1."""
+    """RandAugment policy in timm's syntax (m, n, p, mstd, inc), for instance rand-m9-mstd0.5-inc1. None: no
+    RandAugment."""
     erase: float = 0.0
     """Probability of random erasing: one box, filled with normal noise after normalisation."""
     mixup: float = 0.0
-    """Mixup's alpha: the mixing share is drawn from Beta(alpha, alpha). 0 turns mixup off."""
+    """Alpha of mixup, 0 to 100: the mixing weight is drawn from Beta(alpha, alpha). 0 turns mixup off."""
     cutmix: float = 0.0
-    """CutMix's alpha. 0 turns CutMix off."""
+    """Alpha of CutMix, 0 to 100. 0 turns CutMix off."""
     mix_switch: float = 0.5
-    """Probability of CutMix rather than mixup where both are on."""
+    """Probability of CutMix, instead of mixup, if both are on."""
     mean: Colour = (0.485, 0.456, 0.406)
-    """Mean of red, green and blue in 0..1, subtracted from every sample."""
+    """Mean of red, green and blue, 0 to 1; subtracted by the normalisation."""
     std: Colour = (0.229, 0.224, 0.225)
-    """Standard deviation of red, green and blue in 0..1, divided out."""
+    """Standard deviation of red, green and blue, for values in 0 to 1; the normalisation divides by it."""
     fill: tuple[int, int, int] = (124, 116, 104)
-    """Colour of the corners that geometric operations lay bare, 0..255."""
+    """Red, green and blue (0 to 255) of the areas that geometric operations leave uncovered."""
 
     def __post_init__(self) -> None:
         low, high = self.scale
@@ -118,27 +128,27 @@ class AugmentRecipe:
         for name in ("mixup", "cutmix"):
             _require(0 <= getattr(self, name) <= 100, name, getattr(self, name), "0 to 100")
         _require(all(value > 0 for value in self.std), "std", self.std, "positive numbers")
-        _require(all(0 <= value <= 255 for value in self.fill), "fill", self.fill, "three values of 0..255")
+        _require(all(0 <= value <= 255 for value in self.fill), "fill", self.fill, "three values from 0 to 255")
         if self.rand_augment is not None:
             parse_rand_augment(self.rand_augment)
 
     @property
     def policy(self) -> RandAugment | None:
-        """The RandAugment policy, read; None where there is none."""
+        """The parsed RandAugment policy, or None without RandAugment."""
         return None if self.rand_augment is None else parse_rand_augment(self.rand_augment)
 
     @property
     def mixes(self) -> bool:
-        """Whether samples are mixed in pairs."""
+        """Whether rows are mixed in pairs (mixup or CutMix)."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 def _require(holds: bool, field: str, value: object, expected: str) -> None:
     if not holds:
-        raise UserError(f"augmentation: {field} is {value}; {expected} expected")
+        raise UserError(f"augmentation: {field} is {value}; expected {expected}")
 
 
-# The FAT paper's recipe is DeiT's: see docs/augmentation.md.
+# fat: the recipe of the FAT paper, which is DeiT's (docs/augmentation.md).
 RECIPES: dict[str, AugmentRecipe] = {
     "fat": AugmentRecipe(rand_augment="rand-m9-mstd0.5-inc1", erase=0.25, mixup=0.8, cutmix=1.0),
     "light": AugmentRecipe(),
@@ -147,22 +157,32 @@ RECIPES: dict[str, AugmentRecipe] = {
 
 
 def augment_recipe(name: str, **overrides: Any) -> AugmentRecipe:
-    """The recipe of this name (`fat`, `light` or `none`), with some fields replaced: `augment_recipe("fat", size=160)`.
+    """Return a named recipe, with some fields replaced.
+
+    Args:
+        name: `fat`: random crop, flip, RandAugment, erasing, mixup and CutMix. `light`: random crop and flip. `none`:
+            centre crop.
+        overrides: fields of `AugmentRecipe`.
 
     Raises:
-        UserError: no such recipe, or a value out of range.
+        UserError: the name is unknown, or a value is out of range.
+
+    Example:
+        >>> from pipeline.augment.recipe import augment_recipe
+        >>> augment_recipe("fat", size=160).mixup
+        0.8
     """
     if name not in RECIPES:
-        raise UserError(f"augmentation {name!r}: one of {', '.join(RECIPES)} expected")
+        raise UserError(f"augmentation {name!r}: expected one of {', '.join(RECIPES)}")
     return replace(RECIPES[name], **overrides)
 
 
 def scale_and_offset(mean: Colour, std: Colour, pixels: int = 1) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What turns bytes into normalised numbers: value * scale + offset = (value / 255 - mean) / std.
+    """Return the scale and offset that normalise 8-bit values: value * scale + offset = (value / 255 - mean) / std.
 
     Args:
-        mean, std: per channel, on the 0..1 scale.
-        pixels: for how many pixels, one after the other.
+        mean, std: per channel, for values in 0 to 1.
+        pixels: how often to repeat the three channels.
 
     Returns:
         scale, offset: float32 [pixels * 3].

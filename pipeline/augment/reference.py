@@ -1,6 +1,6 @@
-"""The same augmentation of one sample by PIL and numpy: what the device's pixels are held to.
+"""Reference implementation of the augmentation of one sample, with PIL and NumPy.
 
-Slow and plain; for tests and for `pipeline look --diff`.
+It is slow and simple. Tests and `pipeline look --diff` compare the augmented batches with it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from pipeline.augment.torch_impl.geometry import matrices
 
 
 def reference_sample(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> NDArray[np.float32]:
-    """Sample `i` from its decoded source (mode RGB), before mixing: float32 [3, size, size]."""
+    """Augment sample `i`, without mixing.
+
+    Args:
+        image: decoded source image, mode RGB.
+        recipe: the augmentation recipe.
+        params: parameters of a batch.
+        i: row of the sample in `params`.
+
+    Returns:
+        float32 [3, size, size], normalised.
+    """
     image = rand_augment(crop(image, recipe, params, i), recipe, params, i)
     return erase(normalise(np.asarray(image), recipe), params, i).transpose(2, 0, 1)
 
 
 def crop(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> Image.Image:
-    """Crop, bicubic antialiased resize, flip."""
+    """Crop, resize (bicubic, antialiased) and flip."""
     y, x, height, width = params.windows[i].tolist()
     size = (recipe.size, recipe.size)
     image = image.crop((x, y, x + width, y + height)).resize(size, Image.Resampling.BICUBIC)
@@ -34,7 +44,7 @@ def crop(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int
 
 
 def rand_augment(image: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> Image.Image:
-    """RandAugment's layers on the cropped image."""
+    """Apply the operations of RandAugment to a cropped image."""
     for op, argument, applied in zip(params.ops[i], params.arguments[i], params.applied[i], strict=True):
         if applied:
             image = apply(image, Op(op), float(argument), recipe.fill)
@@ -42,7 +52,7 @@ def rand_augment(image: Image.Image, recipe: AugmentRecipe, params: SampleParams
 
 
 def apply(image: Image.Image, op: Op, argument: float, fill: tuple[int, int, int]) -> Image.Image:
-    """One operation; `argument` as `ops.arguments` defines it."""
+    """Apply one operation, with its argument in the unit of `ops.arguments`."""
     if op in _COLOUR:
         return _COLOUR[op](image, argument)
     if op == Op.ROTATE:
@@ -54,12 +64,12 @@ def apply(image: Image.Image, op: Op, argument: float, fill: tuple[int, int, int
 
 
 def normalise(pixels: NDArray[np.uint8], recipe: AugmentRecipe) -> NDArray[np.float32]:
-    """uint8 [H, W, 3] to float32, by the recipe's mean and standard deviation."""
+    """Convert uint8 [H, W, 3] to float32, normalised by the recipe's mean and standard deviation."""
     return ((pixels / 255.0 - np.asarray(recipe.mean)) / np.asarray(recipe.std)).astype(np.float32)
 
 
 def erase(values: NDArray[np.float32], params: SampleParams, i: int) -> NDArray[np.float32]:
-    """Random erasing of a normalised sample, float32 [size, size, 3]."""
+    """Apply random erasing to a normalised sample, float32 [size, size, 3], in place."""
     y, x, height, width = params.erase_boxes[i].tolist()
     bits = rng.extend(params.erase_keys[i], np.arange(height * width))
     words = np.stack([bits >> np.uint64(shift) for shift in (0, 16, 32)], axis=1) & np.uint64(QUANTILES - 1)
@@ -68,7 +78,7 @@ def erase(values: NDArray[np.float32], params: SampleParams, i: int) -> NDArray[
 
 
 def _posterize(image: Image.Image, bits: float) -> Image.Image:
-    """ImageOps.posterize refuses 0 bits; the recipe means black by it."""
+    """Keep the highest `bits` bits. 0 bits is black, which ImageOps.posterize does not accept."""
     return ImageOps.posterize(image, int(bits)) if bits else Image.new("RGB", image.size)
 
 

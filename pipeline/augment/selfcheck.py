@@ -1,7 +1,8 @@
-"""Compare augmentation's kernels with torch before a loader uses them: RandAugment's bytes, and finished batches.
+"""Self-check of the augmentation kernels: compare them with PyTorch before a loader uses them.
 
-RandAugment must give torch's bytes; a finished batch must be within one unit in the last place of its dtype and 2^-18
-of its largest value. Torch's side runs on the CPU, where its operations are held to PIL's (docs/augmentation.md).
+RandAugment must produce exactly the bytes of PyTorch. A finished batch (normalised, erased and mixed) may differ by one
+unit in the last place of its dtype plus 2^-18 of its largest value. The PyTorch reference runs on the CPU, where tests
+compare it with PIL (docs/augmentation.md).
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from pipeline.augment.pixels import BatchAugment, launch_all
 from pipeline.augment.recipe import AugmentRecipe
 
 SEED = 1
-ROUNDING = 2.0**-18  # of the largest value: float32 arithmetic, multiplications fused with additions or not
+ROUNDING = 2.0**-18  # fraction of the largest value: float32 arithmetic with or without fused multiply-add
 ODD_SIZE = 37
 MAGNITUDE = 8.7
-ERASED = 0.7  # of the samples, where the recipe erases
-FINISHED = 8  # samples of a finished batch
+ERASE_PROBABILITY = 0.7  # if the recipe erases at all
+FINISHING_BATCH = 8  # samples
 
 
 @dataclass(frozen=True)
 class Case:
-    """One batch that is augmented both ways."""
+    """One batch that is augmented by the kernels and by PyTorch."""
 
     family: str
     recipe: AugmentRecipe
@@ -51,16 +52,17 @@ class Case:
         return "uint8" if self.family == kernels.RANDAUGMENT else str(self.result).removeprefix("torch.")
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """Return the family that is wrong and how, or None. Raises whatever the kernels raise."""
-        wrong = self._bytes(device) if self.family == kernels.RANDAUGMENT else self._finished(device)
-        return None if wrong is None else (self.family, wrong)
+        """Return the failing kernel family and a description of the difference, or None. Kernel errors propagate."""
+        compare = self._compare_randaugment if self.family == kernels.RANDAUGMENT else self._compare_finishing
+        difference = compare(device)
+        return None if difference is None else (self.family, difference)
 
     def launch(self) -> None:
-        """Launch every kernel of this recipe on CPU images, for a recorder of launches."""
+        """Launch every kernel of this recipe on CPU images, to record the launches."""
         launch_all(self.recipe, self.result)
 
-    def _bytes(self, device: torch.device) -> str | None:
-        """Every operation in either direction, and another one behind it; flips."""
+    def _compare_randaugment(self, device: torch.device) -> str | None:
+        """Compare flips and every operation, in both directions and, in some samples, followed by a second one."""
         ops = np.stack([np.repeat(OPS, 2), np.roll(np.repeat(OPS, 2), 9)], axis=1).astype(np.int64)
         batch = len(ops)
         images, params = _images(batch, self.recipe.size), _drawn(self.recipe, batch)
@@ -80,11 +82,12 @@ class Case:
         if not bool(wrong.any()):
             return None
         worst = int(wrong.argmax())
-        done = ", ".join(OPS[op].title for op in params.ops[worst][params.applied[worst]])
-        return f"{int(wrong.sum())} bytes of {found.numel()} differ from torch's, most after {done}; none may"
+        applied = ", ".join(OPS[op].title for op in params.ops[worst][params.applied[worst]])
+        return f"{int(wrong.sum())} bytes of {found.numel()} differ from PyTorch (expected 0), most after {applied}"
 
-    def _finished(self, device: torch.device) -> str | None:
-        images, params = _images(FINISHED, self.recipe.size), _drawn(self.recipe, FINISHED)
+    def _compare_finishing(self, device: torch.device) -> str | None:
+        """Compare normalisation, erasing, mixing and the conversion to the result's dtype."""
+        images, params = _images(FINISHING_BATCH, self.recipe.size), _drawn(self.recipe, FINISHING_BATCH)
         mixing = _mixing(self.recipe)
         with kernels.disabled(kernels.RANDAUGMENT, *kernels.switched_off()):
             found = BatchAugment(self.recipe, device, self.result)(images.to(device), params, mixing).cpu()
@@ -92,36 +95,37 @@ class Case:
             exact = BatchAugment(self.recipe, torch.device("cpu"))(images, params, mixing)
         allowed = torch.finfo(self.result).eps * exact.abs() + ROUNDING * exact.abs().max()
         error = (found.float() - exact).abs()
-        fine = error <= allowed  # NaN is not
-        if bool(fine.all()):
+        passes = error <= allowed  # False for NaN
+        if bool(passes.all()):
             return None
-        if missing := int((~found.isfinite()).sum()):
-            return f"{missing} of {found.numel()} values are NaN or infinite"
+        if invalid := int((~found.isfinite()).sum()):
+            return f"{invalid} of {found.numel()} values are NaN or infinite"
         worst = int((error - allowed).argmax())
         return (
             f"off by {float(error.flatten()[worst]):.3g} where the bound is {float(allowed.flatten()[worst]):.3g} "
-            f"({int((~fine).sum())} of {found.numel()} values out of bounds)"
+            f"({int((~passes).sum())} of {found.numel()} values out of bounds)"
         )
 
 
 def cases(recipe: AugmentRecipe, dtype: torch.dtype) -> list[Case]:
-    """List the batches to compare for a recipe, at its image size and at an odd one.
+    """Return the comparisons of a recipe, at its image size and at an odd size.
 
     Args:
-        dtype: of the finished batches.
+        recipe: the augmentation recipe.
+        dtype: dtype of the finished batches.
     """
     found = []
     for size in (recipe.size, ODD_SIZE):
         sized = replace(recipe, size=size)
         if recipe.policy is not None:
             found.append(Case(kernels.RANDAUGMENT, sized, dtype))
-        plain = replace(sized, rand_augment=None, erase=ERASED if recipe.erase else 0.0)
+        plain = replace(sized, rand_augment=None, erase=ERASE_PROBABILITY if recipe.erase else 0.0)
         found.append(Case(kernels.FINISHING, plain, dtype))
     return found
 
 
 def _images(batch: int, size: int) -> Tensor:
-    """uint8 [batch, size, size, 3]: noise, and noise of few levels, by turns."""
+    """Return uint8 [batch, size, size, 3]: noise of all 256 levels and noise of 40 levels, alternating."""
     rng = np.random.default_rng(SEED)
     noise = rng.integers(256, size=(batch, size, size, 3))
     low = rng.integers(200, size=(batch, 1, 1, 3))
@@ -137,4 +141,4 @@ def _drawn(recipe: AugmentRecipe, batch: int) -> SampleParams:
 def _mixing(recipe: AugmentRecipe) -> MixParams | None:
     if not recipe.mixes:
         return None
-    return mix_params(recipe, seed=SEED, step=0, lanes=np.arange(FINISHED) // 2)
+    return mix_params(recipe, seed=SEED, step=0, lanes=np.arange(FINISHING_BATCH) // 2)

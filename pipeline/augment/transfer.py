@@ -1,4 +1,4 @@
-"""Small host arrays to the device: one pinned buffer and one asynchronous copy for all of a batch's parameters."""
+"""Upload small arrays to the device: one pinned buffer and one asynchronous copy for all parameters of a batch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ALIGN = 16  # bytes; every dtype may start there
+_ALIGN = 16  # bytes; a multiple of the size of every dtype
 
 
 def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
-    """The arrays as tensors on the device, same shapes and dtypes (uint64 becomes int64, bit for bit).
+    """Copy arrays to tensors on the device, with the same shapes and dtypes (uint64 becomes int64 with the same bits).
 
-    The host does not wait: the copy is queued on the current stream, and torch keeps the pinned buffer until it is
-    done.
+    The host does not wait: the copy is queued on the current stream, and PyTorch keeps the pinned buffer until the copy
+    is done.
     """
     starts = np.cumsum([0, *(-(-array.nbytes // _ALIGN) * _ALIGN for array in arrays)])
     buffer = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")

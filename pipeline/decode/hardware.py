@@ -89,7 +89,9 @@ def query_nvjpeg(load: Load, paths: list[str]) -> JpegEngine:
     if status == ARCH_MISMATCH:
         return JpegEngine(usable=False, found="this GPU has no JPEG engine that nvJPEG can use")
     if status:
-        return JpegEngine(usable=False, found=f"nvJPEG cannot use this GPU's JPEG engine (nvjpegCreateEx: {status})")
+        return JpegEngine(
+            usable=False, found=f"nvJPEG cannot use this GPU's JPEG engine (nvjpegCreateEx returned status {status})"
+        )
     try:
         engines, cores = ctypes.c_uint(), ctypes.c_uint()
         status = library.nvjpegGetHardwareDecoderInfo(handle, ctypes.byref(engines), ctypes.byref(cores))

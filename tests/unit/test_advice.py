@@ -83,7 +83,7 @@ ADVICE = [
     ((BATCH, "4", "--zero", "3", "--compile", "default"), 1, r"use --zero (\d)", "--zero"),
     ((BATCH, "4", "--zero", "3", "--compile", "default"), 1, r"or --compile (\w+)", "--compile"),
     ((BATCH, "4", "--compile", "cudagraphs"), 1, r"use --compile (\w+)", "--compile"),
-    ((BATCH, "4", "--bad-samples", "skip"), 1, r"as in (skip:\d+)", "--bad-samples"),
+    ((BATCH, "4", "--bad-samples", "skip"), 1, r"such as (skip:\d+)", "--bad-samples"),
     ((BATCH, "4", "--rand-augment", "m9"), 1, r"as in (rand-[\w.-]+)", "--rand-augment"),
 ]
 

@@ -76,7 +76,7 @@ def test_without_mixing_rows_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(("rows", "drawn"), [(3, 3), (4, 6)])
 def test_half_a_pair_is_refused(rows: int, drawn: int) -> None:
-    with pytest.raises(ValueError, match=f"whole pairs expected: {rows} images, {drawn} parameters"):
+    with pytest.raises(ValueError, match=f"expected an even number of images and as many parameters, got {rows} images and {drawn} parameters"):
         mix(images(rows), params(drawn))
 
 

@@ -57,7 +57,7 @@ def test_tables_are_numbered_and_measured_ones_named() -> None:
         by_table = np.isin(codes, OPS)
         assert np.array_equal(np.sort(table[by_table]), np.arange(len(each.tables)))
         assert (table[~by_table] == NO_TABLE).all()
-        assert np.array_equal(np.flatnonzero(np.isin(codes, HISTOGRAM_OPS)), each.measured)
+        assert np.array_equal(np.flatnonzero(np.isin(codes, HISTOGRAM_OPS)), each.histogram_jobs)
         inverted = table[codes == Op.INVERT]
         assert (each.tables[inverted] == np.arange(255, -1, -1)).all()
         assert each.tables.shape[1:] == (3, 256)

@@ -56,7 +56,7 @@ class NvJpeg:
     [
         (NvJpeg(), True, True, "7 JPEG engines of 4 cores"),
         (NvJpeg(create=ARCH_MISMATCH), True, False, "no JPEG engine that nvJPEG can use"),
-        (NvJpeg(create=6), True, False, "(status 6)"),
+        (NvJpeg(create=6), True, False, "returned status 6"),
         (NvJpeg(engines=0), True, False, "no JPEG engine that nvJPEG can use"),
         (NvJpeg(info=9), True, False, "no JPEG engine that nvJPEG can use"),
         (NvJpeg(), False, False, "set NVIDIA_DRIVER_CAPABILITIES to `all` or include `video`"),

@@ -214,14 +214,14 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: OfflineDriver
 def test_a_batch_is_augmented_in_five_launches(compiled: OfflineDriver) -> None:
     """Two rounds, and the rest."""
     LAUNCHES["augmentation"]()
-    assert compiled.launched == ["_measure", "_apply", "_measure", "_apply", "_finish"]
+    assert compiled.launched == ["_histogram_tables", "_apply", "_histogram_tables", "_apply", "_finish"]
 
 
 @pytest.mark.parametrize("capability", [90])
 def test_randaugment_is_compiled_as_torch_computes(compiled: OfflineDriver) -> None:
     """No multiplication is fused with the addition behind it, no library is called; copies take 16 bytes a thread."""
     LAUNCHES["augmentation"]()
-    for name in ("_measure", "_apply"):
+    for name in ("_histogram_tables", "_apply"):
         kernel = compiled.kernels[name]
         assert not kernel.metadata.enable_fp_fusion, name
         assert "mul.rn.f32" in kernel.asm["ptx"], name  # rounded by itself: what the assembler may not fuse either

@@ -137,7 +137,7 @@ def test_the_smallest_sizes_are_accepted() -> None:
 
 
 def test_an_evaluation_of_an_empty_split_is_rejected() -> None:
-    with pytest.raises(PlanError, match="^the split to evaluate has no samples$"):
+    with pytest.raises(PlanError, match="the split to evaluate has no samples"):
         EvalPlan(0, batch=4)
 
 

@@ -380,7 +380,7 @@ def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
             "_norm_relu",
         },
         "eval": {"_convolve", "_blocks", "_normalise"},
-        "augment": {"_measure", "_apply", "_finish"},
+        "augment": {"_histogram_tables", "_apply", "_finish"},
         "check": {
             "_convolve",
             "_blocks",

@@ -1,1 +1,1 @@
-"""Augmentation in plain torch, on any device."""
+"""Augmentation in plain PyTorch, on any device: the reference of the Triton kernels and their fallback."""

@@ -1,4 +1,4 @@
-"""Color and Sharpness: blends of an image with a degenerate one, bit for bit as PIL's ImageEnhance has them."""
+"""Color and Sharpness: blend an image with a degenerate image, with exactly the bytes of PIL's ImageEnhance."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from torch import Tensor
 from pipeline.augment.torch_impl.blocks import by_block
 from pipeline.augment.torch_impl.tables import luma
 
-# PIL's SMOOTH: the mean of 3 x 3 pixels, the middle one five times.
+# PIL's SMOOTH filter: the mean of 3 x 3 pixels, in which the middle pixel has weight 5 and the total weight is 13.
 MIDDLE, WEIGHTS = 5, 13
 
 
 def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
-    """The factors, float32 [n]."""
+    """Return the blending factors, float32 [n]."""
     return [arguments.astype(np.float32)]
 
 
 def colour(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
-    """Towards grey below factor 1, away from it above. images: uint8 [n, H, W, 3]; the same is returned."""
+    """Blend with the grey image: less colour below factor 1, more above. uint8 [n, H, W, 3] -> uint8 [n, H, W, 3]."""
     return by_block(_colour, images, *tensors)
 
 
 def sharpness(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
-    """Towards a smoothed image below factor 1, away from it above; the border of one pixel stays as it is."""
+    """Blend with a smoothed image: smoother below factor 1, sharper above. Border pixels are unchanged.
+
+    uint8 [n, H, W, 3] -> uint8 [n, H, W, 3].
+    """
     return by_block(_sharpness, images, *tensors)
 
 
@@ -40,7 +43,7 @@ def _colour(images: Tensor, factors: Tensor) -> Tensor:
 def _sharpness(images: Tensor, factors: Tensor) -> Tensor:
     smooth = images.to(torch.float32)
     if min(images.shape[1:3]) > 2:
-        # Sums fit 16 bits; thirteenths never tie.
+        # The sums fit into 16 bits, and a multiple of 1/13 is never halfway between two integers.
         wide = images.to(torch.int16)
         tall = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
         total = tall[:, :, :-2] + tall[:, :, 1:-1] + tall[:, :, 2:] + (MIDDLE - 1) * wide[:, 1:-1, 1:-1]
@@ -49,6 +52,9 @@ def _sharpness(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def _blend(degenerate: Tensor, images: Tensor, factors: Tensor) -> Tensor:
-    """degenerate + factor (image - degenerate), clipped and truncated; degenerate is float32 and of integers."""
+    """Compute degenerate + factor * (image - degenerate), clipped to 0 to 255 and truncated to uint8.
+
+    `degenerate` is float32 with integral values.
+    """
     difference = images.to(torch.float32).sub_(degenerate)
     return difference.mul_(factors[:, None, None, None]).add_(degenerate).clamp_(0, 255).to(torch.uint8)

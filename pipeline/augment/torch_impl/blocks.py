@@ -1,4 +1,4 @@
-"""How much of a batch is worked on at once."""
+"""Process a batch in blocks of samples, to limit the memory of intermediate values."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Pixels at once. On a CPU the intermediate values (up to 300 bytes a pixel) then nearly fit the caches and, more
-# important, memory that malloc keeps: a larger block is paid for in page faults. Elsewhere only memory limits it.
+# Pixels per block. On a CPU, the intermediate values (up to 300 bytes per pixel) of such a block nearly fit into the
+# caches and, more importantly, into memory that malloc keeps; larger blocks cause page faults. On other devices only
+# the available memory limits the size.
 _CPU_BLOCK = 1 << 16
 _BLOCK = 1 << 20
 
 
 def by_block(work: Callable[..., Tensor], images: Tensor, *others: Tensor) -> Tensor:
-    """`work(images, *others)`, where all are of n samples along dimension 0, and so is the result."""
+    """Compute `work(images, *others)` in blocks of samples.
+
+    All tensors, and the result, have the samples in dimension 0; `images` is [n, H, W, 3].
+    """
     block = _CPU_BLOCK if images.device == torch.device("cpu") else _BLOCK
-    at_once = max(1, block // (images.shape[1] * images.shape[2]))
-    if len(images) <= at_once:
+    samples = max(1, block // (images.shape[1] * images.shape[2]))
+    if len(images) <= samples:
         return work(images, *others)
-    parts = zip(images.split(at_once), *(other.split(at_once) for other in others), strict=True)
+    parts = zip(images.split(samples), *(other.split(samples) for other in others), strict=True)
     return torch.cat([work(*part) for part in parts])

@@ -1,4 +1,4 @@
-"""Random erasing: boxes of normal noise in the normalised batch, each value a function of its key and place."""
+"""Random erasing: fill boxes of the normalised batch with normal noise, a hash of the sample's key and the pixel."""
 
 from __future__ import annotations
 
@@ -15,47 +15,55 @@ QUANTILES = 1 << 16
 
 
 class Eraser:
-    """Writes the noise. It holds the normal's 65,536 quantiles: a table look-up gives the same value everywhere, where
-    a logarithm or cosine would differ between machines in its last bits."""
+    """Writes the noise of random erasing.
+
+    The noise is looked up in a table of 65,536 quantiles of the standard normal, which gives the same values on every
+    device; the last bits of a logarithm or cosine would differ between devices.
+    """
 
     def __init__(self, device: torch.device) -> None:
         (self.quantiles,) = upload([quantiles()], device)
 
     def __call__(self, images: Tensor, params: SampleParams) -> None:
-        """Overwrite the boxes in place; images: floating [B, 3, H, W], channels-last."""
-        drawn = np.flatnonzero(params.erase_boxes[:, 2])
-        if not len(drawn):
+        """Fill the boxes in place; images: floating-point [B, 3, H, W], channels-last."""
+        erased = np.flatnonzero(params.erase_boxes[:, 2])
+        if not len(erased):
             return
-        tops, lefts, heights, widths = params.erase_boxes[drawn].astype(np.int64).T
+        tops, lefts, heights, widths = params.erase_boxes[erased].astype(np.int64).T
         areas = heights * widths
-        boxes = np.stack([drawn, tops, lefts, widths, np.cumsum(areas) - areas])
-        box, area, key = upload([boxes, areas, params.erase_keys[drawn]], images.device)
-        # One entry per erased pixel: its sample and its place in the box, row by row. The host knows how many, so that
-        # the device need not be asked.
+        boxes = np.stack([erased, tops, lefts, widths, np.cumsum(areas) - areas])
+        box, area, key = upload([boxes, areas, params.erase_keys[erased]], images.device)
+        # One entry per erased pixel: its sample and its index in the box, row by row. The number of pixels is computed
+        # on the host, to avoid waiting for the device.
         pixels = int(areas.sum())
         sample, y, x, width, start = box.repeat_interleave(area, dim=1, output_size=pixels)
-        place = torch.arange(pixels, device=images.device) - start
-        noise = self._noise(key.repeat_interleave(area, output_size=pixels), place)
+        pixel = torch.arange(pixels, device=images.device) - start
+        noise = self._noise(key.repeat_interleave(area, output_size=pixels), pixel)
         batch, _, high, wide = images.shape
-        down = torch.div(place, width, rounding_mode="floor")
-        target = (sample * high + y + down) * wide + x + place - down * width
+        down = torch.div(pixel, width, rounding_mode="floor")
+        target = (sample * high + y + down) * wide + x + pixel - down * width
         images.permute(0, 2, 3, 1).view(batch * high * wide, 3).index_copy_(0, target, noise.to(images.dtype))
 
-    def _noise(self, keys: Tensor, place: Tensor) -> Tensor:
-        """Standard normal float32 [pixels, 3], each from 16 bits of the hash; keys and place: int64 [pixels]."""
-        bits = hash_pixel(keys, place)
+    def _noise(self, keys: Tensor, pixel: Tensor) -> Tensor:
+        """Return standard normal float32 [pixels, 3], each value from 16 bits of the hash.
+
+        Args:
+            keys: int64 [pixels]: key of the pixel's sample.
+            pixel: int64 [pixels]: index of the pixel in its box.
+        """
+        bits = hash_pixel(keys, pixel)
         words = torch.stack([bits, bits >> 16, bits >> 32], dim=1) & (QUANTILES - 1)
         return self.quantiles.index_select(0, words.view(-1)).view(-1, 3)
 
 
 def quantiles() -> NDArray[np.float32]:
-    """The standard normal's quantiles at the middles of 65,536 equal steps, float32."""
+    """Return the quantiles of the standard normal at the midpoints of 65,536 equal intervals, float32 [65536]."""
     return rng.normal_quantile((np.arange(QUANTILES) + 0.5) / QUANTILES).astype(np.float32)
 
 
-def hash_pixel(keys: Tensor, place: Tensor) -> Tensor:
-    """`rng.extend(keys, place)` on the device: int64, the same 64 bits."""
-    state = (keys ^ place) + _signed(rng.GOLDEN)
+def hash_pixel(keys: Tensor, pixel: Tensor) -> Tensor:
+    """Compute `rng.extend(keys, pixel)` on the device: int64 with the same 64 bits."""
+    state = (keys ^ pixel) + _signed(rng.GOLDEN)
     state = (state ^ _shift(state, 30)) * _signed(rng.MIX1)
     state = (state ^ _shift(state, 27)) * _signed(rng.MIX2)
     return state ^ _shift(state, 31)
@@ -66,5 +74,5 @@ def _signed(word: np.uint64) -> int:
 
 
 def _shift(state: Tensor, by: int) -> Tensor:
-    """A right shift that brings in zeros: torch has signed integers only."""
+    """Shift right and fill with zeros (a logical shift), because PyTorch's shift of int64 is arithmetic."""
     return (state >> by) & ((1 << (64 - by)) - 1)

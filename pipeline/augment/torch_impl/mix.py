@@ -1,4 +1,4 @@
-"""Mixup and CutMix: each row is mixed with the other of its pair, rows 2i and 2i + 1."""
+"""Mixup and CutMix: each row is mixed with its partner, the other row of the pair (2i, 2i + 1)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,28 @@ from pipeline.augment.transfer import upload
 
 
 def mix(images: Tensor, params: MixParams) -> Tensor:
-    """The mixed batch: lam x + (1 - lam) partner, or the partner's box pasted in.
+    """Mix a batch: lam * image + (1 - lam) * partner for mixup, or the image with the partner's box for CutMix.
 
     Args:
-        images: floating [B, 3, H, W], channels-last, B even.
-        params: of these B rows.
+        images: floating-point [B, 3, H, W], channels-last, B even.
+        params: mixing parameters of the B rows.
 
     Returns:
         A new tensor of the same shape, dtype and strides.
 
     Raises:
-        ValueError: an odd batch, or parameters of another length.
+        ValueError: B is odd, or there are not B parameters.
     """
     batch, channels, height, width = images.shape
     if batch % 2 or len(params.lam) != batch:
-        raise ValueError(f"whole pairs expected: {batch} images, {len(params.lam)} parameters")
+        raise ValueError(
+            f"expected an even number of images and as many parameters, got {batch} images and {len(params.lam)} "
+            "parameters"
+        )
     lam, cut, box = upload([params.lam, params.use_cutmix, params.box], images.device)
     own = torch.where(cut, 1.0, lam).view(-1, 2, 1, 1)
     y, x, high, wide = box.view(-1, 2, 4, 1).unbind(2)
-    # Rows of pixels with their channels side by side, so that nothing is broadcast along three channels.
+    # Merge width and channels, because broadcasting along three channels is slow.
     pairs = images.permute(0, 2, 3, 1).reshape(-1, 2, height, width * channels)
     line = torch.arange(height, device=images.device)
     column = torch.arange(width * channels, device=images.device)
@@ -36,7 +39,7 @@ def mix(images: Tensor, params: MixParams) -> Tensor:
     horizontal = (column >= x * channels) & (column < (x + wide) * channels)
     inside = vertical[..., None] & horizontal[..., None, :]
     mixed = torch.mul(pairs, own, out=torch.empty_like(pairs))
-    for side in (0, 1):  # in place and without a flipped copy: this is memory traffic and little else
+    for side in (0, 1):  # in place and without a flipped copy, because memory traffic limits the speed
         mine, partner = mixed[:, side], pairs[:, 1 - side]
         mine.addcmul_(partner, 1.0 - own[:, side])
         torch.where(inside[:, side], partner, mine, out=mine)
@@ -44,12 +47,13 @@ def mix(images: Tensor, params: MixParams) -> Tensor:
 
 
 def mix_targets(labels: Tensor, lam: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Soft targets of mixed rows, float32 [B, num_classes], each row summing to 1.
+    """Return the soft targets of mixed rows, float32 [B, num_classes]; each row sums to 1.
 
     Args:
         labels: int64 [B], B even.
-        lam: float32 [B], the share of a row's own label; the rest goes to its partner's.
-        smoothing: label smoothing, spread evenly over all classes.
+        lam: float32 [B]: weight of a row's own label; its partner's label has weight 1 - lam.
+        num_classes: number of classes.
+        smoothing: label smoothing, 0 to 1, distributed evenly over all classes.
     """
     partner = labels.view(-1, 2).flip(1).reshape(-1)
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)

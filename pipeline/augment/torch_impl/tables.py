@@ -1,7 +1,8 @@
-"""Eight of RandAugment's operations are look-up tables: a new value for each old one, per sample and channel.
+"""Eight RandAugment operations that are lookup tables: a new value for each old value, per sample and channel.
 
-Five tables depend on the drawn argument alone and are made on the host. AutoContrast, Equalize and Contrast depend on
-the image and are made on the device. One gather applies them all. All agree with PIL bit for bit.
+The tables of five operations depend on the drawn argument only and are computed on the host. Those of AutoContrast,
+Equalize and Contrast depend on the image and are computed on the device. One gather applies all tables. The results are
+exactly the bytes of PIL.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ OPS = (
     Op.CONTRAST,
     Op.BRIGHTNESS,
 )
-HISTOGRAM_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # their tables depend on the image
+HISTOGRAM_OPS = (Op.AUTO_CONTRAST, Op.EQUALIZE, Op.CONTRAST)  # their tables depend on the image's histogram
 LEVELS = 256
-# PIL's mode L: ITU-R 601-2's weights of red, green and blue in 16-bit fixed point, rounded.
+# PIL's mode L: ITU-R 601-2 weights of red, green and blue in 16-bit fixed point, with rounding.
 LUMA, LUMA_HALF, LUMA_BITS = (19595, 38470, 7471), 0x8000, 16
 
 
 def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -> list[NDArray[Any]]:
-    """Tables made on the host, uint8 [n, 256] (the identity for the rest); then which of the n are AutoContrast, which
-    Equalize, which Contrast (int64 each), and the latters' factors (float32)."""
+    """Return the arrays that `run` needs.
+
+    Returns:
+        The tables of the host, uint8 [n, 256], with the identity for operations whose table the device computes; the
+        rows of AutoContrast, Equalize and Contrast, int64 each; the factors of Contrast, float32.
+    """
     contrast = np.flatnonzero(ops == Op.CONTRAST)
     return [
         host_tables(ops, arguments),
@@ -48,7 +53,10 @@ def prepare(ops: NDArray[np.int64], arguments: NDArray[np.float64], size: int) -
 
 
 def host_tables(ops: NDArray[np.int64], arguments: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Invert, Posterize, Solarize, SolarizeAdd and Brightness as tables, uint8 [n, 256]; the identity for others."""
+    """Compute the tables of Invert, Posterize, Solarize, SolarizeAdd and Brightness, uint8 [n, 256].
+
+    Other operations get the identity.
+    """
     old = np.arange(LEVELS)
     tables = np.tile(old.astype(np.uint8), (len(ops), 1))
     for op, new in _HOST_TABLES.items():
@@ -74,7 +82,10 @@ _HOST_TABLES: dict[Op, Callable[[NDArray[np.int64], NDArray[np.float64]], NDArra
 
 
 def run(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -> Tensor:
-    """Make what tables are missing, then look up. images: uint8 [n, H, W, 3], contiguous; the same is returned."""
+    """Compute the tables that depend on the images, then apply all tables.
+
+    uint8 [n, H, W, 3], contiguous -> uint8 [n, H, W, 3].
+    """
     host, auto_contrast, equalize, contrast, factors = tensors
     tables = host.repeat(1, 3).view(-1, 3, LEVELS)
     for rows, make in (
@@ -88,14 +99,17 @@ def run(images: Tensor, tensors: Sequence[Tensor], fill: tuple[int, int, int]) -
 
 
 def _look_up(images: Tensor, tables: Tensor) -> Tensor:
-    places = _table_places(images, torch.int32)
-    return tables.reshape(-1).index_select(0, places.view(-1)).view(images.shape)
+    indices = _table_indices(images, torch.int32)
+    return tables.reshape(-1).index_select(0, indices.view(-1)).view(images.shape)
 
 
 def auto_contrast_tables(images: Tensor) -> Tensor:
-    """Stretch each channel's range to 0..255; a channel of one value stays. uint8 [n, 3, 256]."""
+    """Compute tables that stretch the range of each channel to 0 to 255, uint8 [n, 3, 256].
+
+    A channel with only one value is unchanged.
+    """
     low, high = (value.to(torch.float64)[..., None] for value in _extremes(images))
-    # A tensor over a tensor: torch takes `255.0 / x` as 255 times the reciprocal, which rounds twice.
+    # Divide two tensors, because PyTorch computes `255.0 / x` as 255 times the reciprocal, which rounds twice.
     scale = torch.full_like(low, 255.0) / (high - low).clamp(min=1.0)
     old = torch.arange(LEVELS, device=images.device)
     new = (old * scale - low * scale).clamp(0, 255)
@@ -103,7 +117,7 @@ def auto_contrast_tables(images: Tensor) -> Tensor:
 
 
 def equalize_tables(images: Tensor) -> Tensor:
-    """Level each channel's histogram, by PIL's integer arithmetic. uint8 [n, 3, 256]."""
+    """Compute tables that equalise the histogram of each channel, in PIL's integer arithmetic, uint8 [n, 3, 256]."""
     counts = _histograms(images)
     _, high = _extremes(images)
     last = counts.gather(2, high.to(torch.int64)[..., None])
@@ -116,7 +130,12 @@ def equalize_tables(images: Tensor) -> Tensor:
 
 
 def contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with the image's mean luma, rounded; factors float32 [n]. uint8 [n, 3, 256], all three channels alike."""
+    """Compute tables that blend with the rounded mean luma of the image, uint8 [n, 3, 256], the same in all channels.
+
+    Args:
+        images: uint8 [n, H, W, 3].
+        factors: float32 [n]: blending factors.
+    """
     pixels = images.shape[1] * images.shape[2]
     total = luma(images).sum(dim=(1, 2), dtype=torch.int64)
     mean = torch.div(2 * total + pixels, 2 * pixels, rounding_mode="floor").to(torch.float32)[:, None]
@@ -126,28 +145,31 @@ def contrast_tables(images: Tensor, factors: Tensor) -> Tensor:
 
 
 def luma(images: Tensor) -> Tensor:
-    """PIL's mode L: int32 [n, H, W] in 0..255, of uint8 [n, H, W, 3]."""
+    """Convert to PIL's mode L: uint8 [n, H, W, 3] -> int32 [n, H, W], 0 to 255."""
     red, green, blue = images.to(torch.int32).unbind(3)
     return (red * LUMA[0] + green * LUMA[1] + blue * LUMA[2] + LUMA_HALF) >> LUMA_BITS
 
 
 def _extremes(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of each channel, uint8 [n, 3]; over rows first, which a CPU does in long vectors."""
+    """Return the minimum and the maximum of each channel, uint8 [n, 3] each.
+
+    Rows are reduced first, so that a CPU can use long vectors.
+    """
     count, height, width, _ = images.shape
     rows = images.view(count, height, width * 3)
     return rows.amin(1).view(count, width, 3).amin(1), rows.amax(1).view(count, width, 3).amax(1)
 
 
 def _histograms(images: Tensor) -> Tensor:
-    """int64 [n, 3, 256]."""
-    places = _table_places(images, torch.int64).view(-1)
+    """Count the values of each channel, int64 [n, 3, 256]."""
+    indices = _table_indices(images, torch.int64).view(-1)
     counts = torch.zeros(len(images) * 3 * LEVELS, dtype=torch.int64, device=images.device)
     one = torch.ones(1, dtype=torch.int64, device=images.device)
-    return counts.scatter_add_(0, places, one.expand(len(places))).view(-1, 3, LEVELS)
+    return counts.scatter_add_(0, indices, one.expand(len(indices))).view(-1, 3, LEVELS)
 
 
-def _table_places(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where each value stands in flattened tables [n, 3, 256]; dtype [n, H, W * 3]."""
+def _table_indices(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the index of each value in flattened tables [n, 3, 256]; dtype [n, H, W * 3]."""
     count, height, width, _ = images.shape
     channel = torch.arange(3, dtype=dtype, device=images.device).repeat(width) * LEVELS
     sample = torch.arange(count, dtype=dtype, device=images.device)[:, None, None] * (3 * LEVELS)

@@ -1,1 +1,1 @@
-"""Augmentation as Triton kernels."""
+"""Triton kernels of augmentation. Their reference is `pipeline.augment.torch_impl`."""

@@ -1,6 +1,7 @@
-"""Triton: normalisation, erasing, mixing and the cast to the model's dtype in one pass over the batch.
+"""Triton kernel that finishes a batch: normalise, erase, mix and cast to the model's dtype in one pass.
 
-Torch takes some ten passes in fp32 for the same. A program reads both rows of a pair once, as bytes, and writes both.
+The same in plain PyTorch takes about ten passes in fp32. A program reads both rows of a pair once, as bytes, and writes
+both results.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pipeline.augment.params import MixParams, SampleParams
 from pipeline.augment.recipe import Colour, scale_and_offset
 from pipeline.augment.transfer import upload
 
-BLOCK, WARPS = 4096, 8  # numbers of one program: 16 bytes of input a thread
+BLOCK, WARPS = 4096, 8  # values per program: 16 bytes of input per thread
 CHANNELS = tl.constexpr(3)
-BITS = tl.constexpr(16)  # of the hash for each number of noise
+BITS = tl.constexpr(16)  # bits of the hash per noise value
 GOLDEN, MIX1, MIX2 = (tl.constexpr(int(word)) for word in (rng.GOLDEN, rng.MIX1, rng.MIX2))
 
 
@@ -32,7 +33,7 @@ def _finish(
     erase_keys,
     quantiles,
     lam,
-    cut,
+    use_cutmix,
     mix_boxes,
     out,
     numel,
@@ -46,10 +47,12 @@ def _finish(
     MIX: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """images uint8 -> out, both [B, numel] with numel = height * width * 3; a program takes BLOCK numbers of a sample,
-    or of the two samples of a pair."""
+    """Finish BLOCK values of a sample, or of both samples of a pair if MIX.
+
+    images is uint8 [B, numel] and out [B, numel], where numel = height * width * 3.
+    """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    known = at < numel
+    mask = at < numel
     channel = at % CHANNELS
     y, x = at // CHANNELS // width, at // CHANNELS % width
     scale = tl.where(channel == 0, scale0, tl.where(channel == 1, scale1, scale2))
@@ -57,29 +60,32 @@ def _finish(
     row = tl.program_id(1).to(tl.int64)
     if MIX:
         first = _erased(
-            images, erase_boxes, erase_keys, quantiles, 2 * row, at, known, channel, y, x, scale, offset, numel
+            images, erase_boxes, erase_keys, quantiles, 2 * row, at, mask, channel, y, x, scale, offset, numel
         )
         second = _erased(
-            images, erase_boxes, erase_keys, quantiles, 2 * row + 1, at, known, channel, y, x, scale, offset, numel
+            images, erase_boxes, erase_keys, quantiles, 2 * row + 1, at, mask, channel, y, x, scale, offset, numel
         )
-        _store_mixed(first, second, lam, cut, mix_boxes, out, 2 * row, at, known, y, x, numel)
-        _store_mixed(second, first, lam, cut, mix_boxes, out, 2 * row + 1, at, known, y, x, numel)
+        _store_mixed(first, second, lam, use_cutmix, mix_boxes, out, 2 * row, at, mask, y, x, numel)
+        _store_mixed(second, first, lam, use_cutmix, mix_boxes, out, 2 * row + 1, at, mask, y, x, numel)
     else:
-        own = _erased(images, erase_boxes, erase_keys, quantiles, row, at, known, channel, y, x, scale, offset, numel)
-        tl.store(out + row * numel + at, own.to(out.dtype.element_ty), mask=known)
+        own = _erased(images, erase_boxes, erase_keys, quantiles, row, at, mask, channel, y, x, scale, offset, numel)
+        tl.store(out + row * numel + at, own.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _erased(images, boxes, keys, quantiles, row, at, known, channel, y, x, scale, offset, numel):
-    """A sample's numbers, normalised, with noise in its box: 16 bits of the hash of the sample's key and the place in
-    the box, looked up among the normal's quantiles."""
-    value = tl.load(images + row * numel + at, mask=known, other=0).to(tl.float32) * scale + offset
+def _erased(images, boxes, keys, quantiles, row, at, mask, channel, y, x, scale, offset, numel):
+    """Load values of a sample, normalise them and fill its erase box with noise.
+
+    A noise value is the quantile of the standard normal that 16 bits of the hash of the sample's key and the pixel's
+    index in the box select.
+    """
+    value = tl.load(images + row * numel + at, mask=mask, other=0).to(tl.float32) * scale + offset
     top, left = tl.load(boxes + row * 4), tl.load(boxes + row * 4 + 1)
     high, wide = tl.load(boxes + row * 4 + 2), tl.load(boxes + row * 4 + 3)
     if high > 0:
-        inside = known & (y >= top) & (y < top + high) & (x >= left) & (x < left + wide)
-        place = ((y - top) * wide + (x - left)).to(tl.uint64)
-        state = (tl.load(keys + row).to(tl.uint64, bitcast=True) ^ place) + GOLDEN
+        inside = mask & (y >= top) & (y < top + high) & (x >= left) & (x < left + wide)
+        pixel = ((y - top) * wide + (x - left)).to(tl.uint64)
+        state = (tl.load(keys + row).to(tl.uint64, bitcast=True) ^ pixel) + GOLDEN
         state = (state ^ (state >> 30)) * MIX1
         state = (state ^ (state >> 27)) * MIX2
         state = state ^ (state >> 31)
@@ -90,13 +96,14 @@ def _erased(images, boxes, keys, quantiles, row, at, known, channel, y, x, scale
 
 
 @triton.jit
-def _store_mixed(own, partner, lam, cut, boxes, out, row, at, known, y, x, numel):
-    share = tl.where(tl.load(cut + row) != 0, 1.0, tl.load(lam + row))
+def _store_mixed(own, partner, lam, use_cutmix, boxes, out, row, at, mask, y, x, numel):
+    """Mix values of a row with those of its partner by mixup or CutMix, and store them."""
+    weight = tl.where(tl.load(use_cutmix + row) != 0, 1.0, tl.load(lam + row))
     top, left = tl.load(boxes + row * 4), tl.load(boxes + row * 4 + 1)
     high, wide = tl.load(boxes + row * 4 + 2), tl.load(boxes + row * 4 + 3)
     inside = (y >= top) & (y < top + high) & (x >= left) & (x < left + wide)
-    mixed = tl.where(inside, partner, own * share + partner * (1.0 - share))
-    tl.store(out + row * numel + at, mixed.to(out.dtype.element_ty), mask=known)
+    mixed = tl.where(inside, partner, own * weight + partner * (1.0 - weight))
+    tl.store(out + row * numel + at, mixed.to(out.dtype.element_ty), mask=mask)
 
 
 def finish(
@@ -108,27 +115,33 @@ def finish(
     std: Colour,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What `normalise`, `Eraser` and `mix` do, one after another, with one rounding at the end.
+    """Normalise, erase and mix a batch, like `normalise`, `Eraser` and `mix`, but with a single rounding at the end.
 
     Args:
-        images: uint8 [B, H, W, 3], contiguous; B even where mixing.
-        quantiles: the standard normal's, float32 [65536].
-        mean, std: per channel, on the 0..1 scale.
+        images: uint8 [B, H, W, 3], contiguous; B is even if rows are mixed.
+        params: parameters of the B samples; only the erasing is used.
+        mixing: mixing parameters of the B rows. None: rows are not mixed.
+        quantiles: quantiles of the standard normal, float32 [65536].
+        mean, std: per channel, for values in 0 to 1.
+        dtype: floating-point dtype of the result.
 
     Returns:
         dtype [B, 3, H, W] with channels-last strides.
 
     Raises:
-        ValueError: an odd batch to mix, or parameters of another length.
+        ValueError: rows are mixed and B is odd, or there are not B mixing parameters.
     """
     batch, height, width, _ = images.shape
     if mixing is not None and (batch % 2 or len(mixing.lam) != batch):
-        raise ValueError(f"whole pairs expected: {batch} images, {len(mixing.lam)} parameters")
+        raise ValueError(
+            f"expected an even number of images and as many parameters, got {batch} images and {len(mixing.lam)} "
+            "parameters"
+        )
     arrays: list[NDArray[Any]] = [params.erase_boxes, params.erase_keys]
     if mixing is not None:
         arrays += [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
     boxes, keys, *mix = upload(arrays, images.device)
-    lam, cut, mix_boxes = mix or (None, None, None)
+    lam, use_cutmix, mix_boxes = mix or (None, None, None)
     scale, offset = scale_and_offset(mean, std)
     out = torch.empty_like(images, dtype=dtype)
     numel = height * width * 3
@@ -138,7 +151,7 @@ def finish(
         keys,
         quantiles,
         lam,
-        cut,
+        use_cutmix,
         mix_boxes,
         out,
         numel,

@@ -1,8 +1,9 @@
-"""Triton: RandAugment on a batch of bytes, two launches a round: measure what needs statistics, then apply.
+"""Triton kernels of RandAugment on 8-bit images.
 
-The torch families (tables, blend, geometry) say what every operation is, and these kernels give their very bytes: the
-same arithmetic in the same order and width. Compiled without contraction to fused multiply-adds, which round once where
-torch rounds twice.
+Each pass (`passes.py`) has two launches: `_histogram_tables` computes the lookup tables that depend on the images, and
+`_apply` applies the operations. The PyTorch modules `tables`, `blend` and `geometry` define the operations. The kernels
+produce exactly the same bytes: the same arithmetic in the same order and precision, compiled without fused
+multiply-add, which rounds once where PyTorch rounds twice.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from pipeline.augment.torch_impl import blend, tables
 from pipeline.augment.transfer import upload
 from pipeline.augment.triton_impl import passes
 
-TILE, PART, WARPS = 2048, 128, 4  # pixels of a program; pixels at once where neighbours are read: one a thread
-BLOCK, MEASURING_WARPS = 4096, 16  # pixels at once of a program that counts levels
+TILE, PART, WARPS = 2048, 128, 4  # pixels per program of `_apply`; pixels per iteration if it reads neighbours
+BLOCK, HISTOGRAM_WARPS = 4096, 16  # pixels per iteration of `_histogram_tables`
 CHANNELS = tl.constexpr(3)
 JOB, MAP = tl.constexpr(4), tl.constexpr(6)  # columns of `OpPass.jobs` and `OpPass.numbers`
 LEVELS = tl.constexpr(tables.LEVELS)
@@ -33,24 +34,25 @@ SHEAR_Y, TRANSLATE_Y = tl.constexpr(int(Op.SHEAR_Y)), tl.constexpr(int(Op.TRANSL
 
 
 @triton.jit
-def _measure(source, jobs, numbers, measured, tables, pixels, BLOCK: tl.constexpr):
-    """The tables of AutoContrast, Equalize and Contrast; a program makes one channel's, from all of a sample's pixels.
+def _histogram_tables(source, jobs, numbers, histogram_jobs, tables, pixels, BLOCK: tl.constexpr):
+    """Compute the tables of AutoContrast, Equalize and Contrast; a program computes one channel of one sample.
 
-    Everything follows from the histogram of the channel, or of the luma: integers, so the order of counting is free.
+    The tables depend only on the histogram of the channel, or of the luma for Contrast. It consists of integers, so
+    the result does not depend on the order of counting.
     """
-    job, channel = tl.load(measured + tl.program_id(0)), tl.program_id(1)
+    job, channel = tl.load(histogram_jobs + tl.program_id(0)), tl.program_id(1)
     code = tl.load(jobs + job * JOB)
     image = source + tl.load(jobs + job * JOB + 1).to(tl.int64) * pixels * CHANNELS
     counts = tl.zeros([LEVELS], tl.int32)
     for start in range(0, pixels, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        known = at < pixels
+        mask = at < pixels
         if code == CONTRAST:
-            red, green, blue = _pixel(image, at, known)
+            red, green, blue = _pixel(image, at, mask)
             level = _luma(red, green, blue)
         else:
-            level = tl.load(image + at * CHANNELS + channel, mask=known, other=0).to(tl.int32)
-        counts += tl.histogram(level, LEVELS, mask=known)
+            level = tl.load(image + at * CHANNELS + channel, mask=mask, other=0).to(tl.int32)
+        counts += tl.histogram(level, LEVELS, mask=mask)
     old = tl.arange(0, LEVELS)
     if code == CONTRAST:
         total = tl.sum(counts.to(tl.int64) * old)
@@ -86,8 +88,10 @@ def _apply(
     TILE: tl.constexpr,
     PART: tl.constexpr,
 ):
-    """A round's operations, source -> work, both uint8 [samples, height, width, 3]; a program does TILE pixels of one
-    sample."""
+    """Apply the operations of a pass to TILE pixels of one sample.
+
+    source and work are uint8 [samples, height, width, 3].
+    """
     job, first = tl.program_id(1), tl.program_id(0) * TILE
     code, table = tl.load(jobs + job * JOB), tl.load(jobs + job * JOB + 3)
     pixels = height * width
@@ -95,54 +99,54 @@ def _apply(
     out = work + tl.load(jobs + job * JOB + 2).to(tl.int64) * pixels * CHANNELS
     own = numbers + job * MAP
     if (code == COPY) | (table >= 0):
-        for third in tl.static_range(3):  # 16 bytes a thread each
+        for third in tl.static_range(3):  # 16 bytes per thread in each iteration
             at = first * CHANNELS + third * TILE + tl.arange(0, TILE)
-            known = at < pixels * CHANNELS
-            value = tl.load(image + at, mask=known, other=0)
+            mask = at < pixels * CHANNELS
+            value = tl.load(image + at, mask=mask, other=0)
             if table >= 0:
                 entry = (table * CHANNELS + at % CHANNELS) * LEVELS + value.to(tl.int32)
-                value = tl.load(tables + entry, mask=known, other=0)
-            tl.store(out + at, value, mask=known)
+                value = tl.load(tables + entry, mask=mask, other=0)
+            tl.store(out + at, value, mask=mask)
     else:
         for start in range(first, tl.minimum(first + TILE, pixels), PART):
             at = start + tl.arange(0, PART)
-            known = at < pixels
+            mask = at < pixels
             y, x = at // width, at % width
             if code == FLIP:
-                red, green, blue = _pixel(image, y * width + (width - 1 - x), known)
+                red, green, blue = _pixel(image, y * width + (width - 1 - x), mask)
             elif code == COLOR:
-                red, green, blue = _pixel(image, at, known)
+                red, green, blue = _pixel(image, at, mask)
                 grey, factor = _luma(red, green, blue).to(tl.float32), tl.load(own).to(tl.float32)
                 red, green, blue = _blend(grey, red, factor), _blend(grey, green, factor), _blend(grey, blue, factor)
             elif code == SHARPNESS:
-                red, green, blue = _sharpness(image, at, known, x, y, width, height, tl.load(own).to(tl.float32))
+                red, green, blue = _sharpness(image, at, mask, x, y, width, height, tl.load(own).to(tl.float32))
             else:
                 if (code == SHEAR_X) | (code == TRANSLATE_X):
-                    red, green, blue, inside = _resample(image, own, known, x, y, width, height, True, False)
+                    red, green, blue, inside = _resample(image, own, mask, x, y, width, height, True, False)
                 elif (code == SHEAR_Y) | (code == TRANSLATE_Y):
-                    red, green, blue, inside = _resample(image, own, known, x, y, width, height, False, True)
+                    red, green, blue, inside = _resample(image, own, mask, x, y, width, height, False, True)
                 else:
-                    red, green, blue, inside = _resample(image, own, known, x, y, width, height, True, True)
+                    red, green, blue, inside = _resample(image, own, mask, x, y, width, height, True, True)
                 red = tl.where(inside, red, fill_red)
                 green = tl.where(inside, green, fill_green)
                 blue = tl.where(inside, blue, fill_blue)
-            tl.store(out + at * CHANNELS, red.to(tl.uint8), mask=known)
-            tl.store(out + at * CHANNELS + 1, green.to(tl.uint8), mask=known)
-            tl.store(out + at * CHANNELS + 2, blue.to(tl.uint8), mask=known)
+            tl.store(out + at * CHANNELS, red.to(tl.uint8), mask=mask)
+            tl.store(out + at * CHANNELS + 1, green.to(tl.uint8), mask=mask)
+            tl.store(out + at * CHANNELS + 2, blue.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def _pixel(image, at, known):
-    """Red, green and blue, int32."""
-    red = tl.load(image + at * CHANNELS, mask=known, other=0).to(tl.int32)
-    green = tl.load(image + at * CHANNELS + 1, mask=known, other=0).to(tl.int32)
-    blue = tl.load(image + at * CHANNELS + 2, mask=known, other=0).to(tl.int32)
+def _pixel(image, at, mask):
+    """Load red, green and blue of pixels, int32."""
+    red = tl.load(image + at * CHANNELS, mask=mask, other=0).to(tl.int32)
+    green = tl.load(image + at * CHANNELS + 1, mask=mask, other=0).to(tl.int32)
+    blue = tl.load(image + at * CHANNELS + 2, mask=mask, other=0).to(tl.int32)
     return red, green, blue
 
 
 @triton.jit
 def _byte(value):
-    """Clipped and truncated; int32."""
+    """Clip to 0 to 255 and truncate; int32."""
     return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
 
 
@@ -153,67 +157,74 @@ def _luma(red, green, blue):
 
 @triton.jit
 def _blend(degenerate, value, factor):
-    """degenerate, factor float32; value int32, as is the result."""
+    """Blend int32 values with float32 degenerate values by a float32 factor; the result is int32."""
     return _byte((value.to(tl.float32) - degenerate) * factor + degenerate)
 
 
 @triton.jit
-def _sharpness(image, at, known, x, y, width, height, factor):
-    red, green, blue = _pixel(image, at, known)
-    inner = known & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
+def _sharpness(image, at, mask, x, y, width, height, factor):
+    """Blend pixels with the smoothed image; pixels on the border are unchanged. Red, green and blue, int32."""
+    red, green, blue = _pixel(image, at, mask)
+    inner = mask & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
     reds, greens, blues = red * (MIDDLE - 1), green * (MIDDLE - 1), blue * (MIDDLE - 1)
     for down in tl.static_range(-1, 2):
         for right in tl.static_range(-1, 2):
-            more = _pixel(image, at + down * width + right, inner)
-            reds, greens, blues = reds + more[0], greens + more[1], blues + more[2]
+            neighbour = _pixel(image, at + down * width + right, inner)
+            reds, greens, blues = reds + neighbour[0], greens + neighbour[1], blues + neighbour[2]
     return (
-        _sharper(red, reds, inner, factor),
-        _sharper(green, greens, inner, factor),
-        _sharper(blue, blues, inner, factor),
+        _blend_smooth(red, reds, inner, factor),
+        _blend_smooth(green, greens, inner, factor),
+        _blend_smooth(blue, blues, inner, factor),
     )
 
 
 @triton.jit
-def _sharper(value, total, inner, factor):
+def _blend_smooth(value, total, inner, factor):
+    """Blend a channel with its smoothed value, which is computed from the weighted sum of the 3 x 3 pixels."""
     smooth = tl.floor((total.to(tl.float32) + WEIGHTS / 2) * (1 / WEIGHTS))
     return _blend(tl.where(inner, smooth, value.to(tl.float32)), value, factor)
 
 
 @triton.jit
-def _resample(image, numbers, known, x, y, width, height, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr):
-    """Bicubic, PIL's kernel: red, green, blue, int32, and whether the pixel's place is inside the image. The map is in
-    float64, as in PIL, so that a pixel on the edge falls on the same side."""
+def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, ALONG_Y: tl.constexpr):
+    """Resample pixels bicubically by an affine map: red, green, blue (int32), and whether the source is in the image.
+
+    The map is computed in float64, like in PIL, so that pixels on the edge are classified in the same way.
+    """
     centre_x, centre_y = x.to(tl.float64) + 0.5, y.to(tl.float64) + 0.5
-    inside, share_x, share_y = known, 0.0, 0.0
+    inside, fraction_x, fraction_y = mask, 0.0, 0.0
     if ALONG_X:
         a, b, c = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
-        within, x, share_x = _before(a * centre_x + b * centre_y + c, width)
+        within, x, fraction_x = _locate(a * centre_x + b * centre_y + c, width)
         inside = inside & within
     if ALONG_Y:
         d, e, f = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
-        within, y, share_y = _before(d * centre_x + e * centre_y + f, height)
+        within, y, fraction_y = _locate(d * centre_x + e * centre_y + f, height)
         inside = inside & within
-        r1, g1, b1 = _row(image, y - 1, x, share_x, inside, width, height, ALONG_X)
-        r2, g2, b2 = _row(image, y, x, share_x, inside, width, height, ALONG_X)
-        r3, g3, b3 = _row(image, y + 1, x, share_x, inside, width, height, ALONG_X)
-        r4, g4, b4 = _row(image, y + 2, x, share_x, inside, width, height, ALONG_X)
-        red, green = _cubic(r1, r2, r3, r4, share_y), _cubic(g1, g2, g3, g4, share_y)
-        blue = _cubic(b1, b2, b3, b4, share_y)
+        r1, g1, b1 = _row(image, y - 1, x, fraction_x, inside, width, height, ALONG_X)
+        r2, g2, b2 = _row(image, y, x, fraction_x, inside, width, height, ALONG_X)
+        r3, g3, b3 = _row(image, y + 1, x, fraction_x, inside, width, height, ALONG_X)
+        r4, g4, b4 = _row(image, y + 2, x, fraction_x, inside, width, height, ALONG_X)
+        red, green = _cubic(r1, r2, r3, r4, fraction_y), _cubic(g1, g2, g3, g4, fraction_y)
+        blue = _cubic(b1, b2, b3, b4, fraction_y)
     else:
-        red, green, blue = _row(image, y, x, share_x, inside, width, height, ALONG_X)
+        red, green, blue = _row(image, y, x, fraction_x, inside, width, height, ALONG_X)
     return _byte(red), _byte(green), _byte(blue), inside
 
 
 @triton.jit
-def _before(place, size):
-    """Whether it is inside, the second of the four pixels about it, and how far it is from that to the third."""
-    before = tl.floor(place - 0.5)
-    return (place >= 0) & (place < size), before.to(tl.int32), (place - 0.5 - before).to(tl.float32)
+def _locate(source, size):
+    """Return whether a coordinate is in the image, the second of its four neighbours, and its distance from that."""
+    before = tl.floor(source - 0.5)
+    return (source >= 0) & (source < size), before.to(tl.int32), (source - 0.5 - before).to(tl.float32)
 
 
 @triton.jit
-def _row(image, y, x, share, inside, width, height, ALONG_X: tl.constexpr):
-    """Red, green and blue in row y at x, or between x and x + 1: float32. Neighbours are clamped to the image."""
+def _row(image, y, x, fraction, inside, width, height, ALONG_X: tl.constexpr):
+    """Load red, green and blue (float32) in row y at x, or interpolate at x + fraction if ALONG_X.
+
+    Neighbours are clamped to the image.
+    """
     first = tl.minimum(tl.maximum(y, 0), height - 1) * width
     red, green, blue = _pixel(image, first + tl.minimum(tl.maximum(x, 0), width - 1), inside)
     red, green, blue = red.to(tl.float32), green.to(tl.float32), blue.to(tl.float32)
@@ -221,30 +232,30 @@ def _row(image, y, x, share, inside, width, height, ALONG_X: tl.constexpr):
         r1, g1, b1 = _pixel(image, first + tl.minimum(tl.maximum(x - 1, 0), width - 1), inside)
         r3, g3, b3 = _pixel(image, first + tl.minimum(tl.maximum(x + 1, 0), width - 1), inside)
         r4, g4, b4 = _pixel(image, first + tl.minimum(tl.maximum(x + 2, 0), width - 1), inside)
-        red = _cubic(r1.to(tl.float32), red, r3.to(tl.float32), r4.to(tl.float32), share)
-        green = _cubic(g1.to(tl.float32), green, g3.to(tl.float32), g4.to(tl.float32), share)
-        blue = _cubic(b1.to(tl.float32), blue, b3.to(tl.float32), b4.to(tl.float32), share)
+        red = _cubic(r1.to(tl.float32), red, r3.to(tl.float32), r4.to(tl.float32), fraction)
+        green = _cubic(g1.to(tl.float32), green, g3.to(tl.float32), g4.to(tl.float32), fraction)
+        blue = _cubic(b1.to(tl.float32), blue, b3.to(tl.float32), b4.to(tl.float32), fraction)
     return red, green, blue
 
 
 @triton.jit
 def _cubic(v1, v2, v3, v4, t):
-    """`geometry._cubic`: the same sums in the same order."""
+    """Interpolate like `geometry._cubic`, with the same operations in the same order."""
     bend = (v3 - v4) + (v1 - v2)
     return ((((v1 - v2) + bend - bend * t) * t) + (v3 - v1)) * t + v2
 
 
 def apply_ops(images: Tensor, params: SampleParams, fill: tuple[int, int, int], *, flip: bool) -> Tensor:
-    """Flips, if asked for, and RandAugment.
+    """Apply RandAugment to a batch, and the flips if `flip` is set.
 
     Args:
-        images: uint8 [B, H, W, 3], contiguous; left as they are.
-        params: the draws for these B samples.
-        fill: the colour that geometric operations lay bare.
-        flip: whether flips are to be done.
+        images: uint8 [B, H, W, 3], contiguous; not modified.
+        params: parameters of the B samples.
+        fill: red, green and blue (0 to 255) of areas that geometric operations leave uncovered.
+        flip: whether to apply the flips, before RandAugment.
 
     Returns:
-        uint8 [B, H, W, 3], contiguous; where nothing is to be done, `images` itself.
+        uint8 [B, H, W, 3], contiguous: a new tensor, or `images` itself if there is no operation to apply.
     """
     batch, height, width, _ = images.shape
     todo = passes.plan_passes(params, height, width, flip=flip)
@@ -253,17 +264,17 @@ def apply_ops(images: Tensor, params: SampleParams, fill: tuple[int, int, int], 
     tensors = iter(upload([array for each in todo for array in each.arrays()], images.device))
     source, work = images, images.new_empty(2 * batch, height, width, 3)
     for _ in todo:
-        jobs, numbers, measured, tables = (next(tensors) for _ in range(4))
-        if len(measured):
-            _measure[(len(measured), CHANNELS.value)](
+        jobs, numbers, histogram_jobs, tables = (next(tensors) for _ in range(4))
+        if len(histogram_jobs):
+            _histogram_tables[(len(histogram_jobs), CHANNELS.value)](
                 source,
                 jobs,
                 numbers,
-                measured,
+                histogram_jobs,
                 tables,
                 height * width,
                 BLOCK=BLOCK,
-                num_warps=MEASURING_WARPS,
+                num_warps=HISTOGRAM_WARPS,
                 enable_fp_fusion=False,
             )
         _apply[(triton.cdiv(height * width, TILE), len(jobs))](
