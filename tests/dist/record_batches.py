@@ -1,4 +1,4 @@
-"""A rank that trains nothing: it writes what it is fed, a JSON line per step, until it is done or killed.
+"""A rank that records its batches instead of training: one JSON line per step, until it ends or is killed.
 
     record_batches.py OUT train|eval START STOP PACE [options of launch/train.py]
 
@@ -58,7 +58,7 @@ def record(feed: Feed, out: Path, kind: str, start: int, stop: int, *, pace: flo
 
 
 def contents(batches: list[Batch]) -> dict[str, list[Any]]:
-    """Ids and a hash of each image, of the rows that hold a sample."""
+    """Return the id and a hash of the image of each row that has a sample."""
     ids = np.concatenate([batch.ids for batch in batches])
     images = torch.cat([batch.images for batch in batches])
     shown = torch.cat([batch.mask for batch in batches]).numpy()

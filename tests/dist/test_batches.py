@@ -1,4 +1,4 @@
-"""What ranks are fed, in real processes: the same global batches at every world size and after every interruption."""
+"""Batches of real processes: the same global batches at every world size and after every interruption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.launching import ROOT, environment
 
 WORLDS = (1, 2, 3, 4, 6, 8)
 GLOBAL = 96
-STEPS = 24  # of 14 per epoch
+STEPS = 24  # an epoch has 14
 SAMPLES = 360  # to evaluate
 OPTIONS = (
     *("--size", "32", "--augment", "fat", "--global-batch", str(GLOBAL), "--epochs", "3", "--warmup-epochs", "0"),
@@ -33,14 +33,14 @@ def ranks(launch: Launcher, digits: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def training(ranks: Ranks) -> Sequence:
-    """What one uninterrupted process is fed."""
+    """The batches of one uninterrupted process."""
     ranks.start(1, 0, STEPS)
     return ranks.join().steps
 
 
 @pytest.fixture(scope="module")
 def evaluation(ranks: Ranks) -> dict[int, str]:
-    """Pixel hash of each sample, from one uninterrupted process."""
+    """The pixel hash of each sample, from one uninterrupted process."""
     ranks.start(1, 0, kind="eval")
     steps = ranks.join().steps
     return {i: pixels for ids, hashes in steps.values() for i, pixels in zip(ids, hashes, strict=True)}
@@ -69,7 +69,7 @@ def test_same_global_batches_from_feed_processes(
     ranks = Ranks(launch, tmp_path, "--data", digits, *OPTIONS, "--feed-process", "on")
     ranks.start(2, 0, STEPS, pace=0.1)
     time.sleep(2)
-    found = ranks.kill()  # and their feed processes with them
+    found = ranks.kill()  # and with them their feed processes
     first = len(found.steps)
     assert found.steps == {step: training[step] for step in range(first)}
     ranks.start(3, first, STEPS)
@@ -79,13 +79,13 @@ def test_same_global_batches_from_feed_processes(
 
 
 def train_through_kills(ranks: Ranks, training: Sequence, draw: random.Random, kills: int) -> None:
-    """Kill the ranks at random moments, restart at another world size where the last whole step was, and compare."""
+    """Kill the ranks at random times, restart after the last complete step at another world size, and compare."""
     position, killed = 0, 0
     while position < STEPS:
         world = draw.choice(WORLDS)
         ranks.start(world, position, STEPS, pace=0.02)
         if killed < kills:
-            # Start-up takes a part of a second: some are killed before their first batch, others after many.
+            # Starting takes less than a second: some ranks are killed before their first batch, others much later.
             time.sleep(draw.uniform(0, 0.8 + 0.1 * world))
             found = ranks.kill()
             killed += 1
@@ -104,7 +104,7 @@ def train_through_kills(ranks: Ranks, training: Sequence, draw: random.Random, k
 
 
 def evaluate_through_kills(ranks: Ranks, evaluation: dict[int, str], draw: random.Random, kills: int) -> None:
-    """The same for an evaluation: what is not done yet goes on at another world size, each sample exactly once."""
+    """Kill an evaluation at random times and resume it at another world size: each sample exactly once."""
     state, seen, killed = {"samples": 0}, {}, 0
     while state["samples"] < SAMPLES:
         world = draw.choice(WORLDS)
@@ -129,11 +129,11 @@ def collect(found: Record, seen: dict[int, str]) -> None:
             seen[i] = pixels
 
 
-def test_killed_and_restarted_at_other_world_sizes_the_batches_are_the_same(ranks: Ranks, training: Sequence) -> None:
+def test_same_batches_after_kills_and_restarts_at_other_world_sizes(ranks: Ranks, training: Sequence) -> None:
     train_through_kills(ranks, training, random.Random(1), kills=4)
 
 
-def test_a_killed_evaluation_ends_at_other_world_sizes_with_each_sample_once(
+def test_a_killed_evaluation_resumes_at_other_world_sizes_with_each_sample_once(
     ranks: Ranks, evaluation: dict[int, str]
 ) -> None:
     assert sorted(evaluation) == list(range(SAMPLES))
@@ -143,7 +143,7 @@ def test_a_killed_evaluation_ends_at_other_world_sizes_with_each_sample_once(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(10))
-def test_a_long_campaign_of_kills(ranks: Ranks, training: Sequence, evaluation: dict[int, str], seed: int) -> None:
+def test_many_kills(ranks: Ranks, training: Sequence, evaluation: dict[int, str], seed: int) -> None:
     train_through_kills(ranks, training, random.Random(100 + seed), kills=20)
     for number in range(5):
         evaluate_through_kills(ranks, evaluation, random.Random(1000 * seed + number), kills=3)

@@ -40,5 +40,5 @@ def test_odd_batches_are_not_mixed() -> None:
     side = np.full(3, 64)
     params = draw(recipe, seed=3, epoch=1, ids=np.arange(3), heights=side, widths=side)
     mixing = mix_params(recipe, seed=3, step=2, lanes=np.zeros(4, np.int64))
-    with pytest.raises(ValueError, match="expected an even number of images and as many parameters, got 3 images and 4 parameters"):
+    with pytest.raises(ValueError, match=r"expected an even number of .* got 3 images and 4 parameters"):
         BatchAugment(recipe, torch.device("cpu"))(torch.zeros(3, 8, 8, 3, dtype=torch.uint8), params, mixing)

@@ -12,7 +12,7 @@ CLASSES, SIZE = 10, 32
 
 
 def random_batch(step: int, rows: range, *, device: str = "cpu", size: int = SIZE) -> Batch:
-    """The rows of a step's batch: float32 images [len(rows), 3, size, size], channels-last."""
+    """Return rows of the batch of a step: float32 images [len(rows), 3, size, size], channels-last."""
     generator = torch.Generator().manual_seed(step)
     images = torch.randn(rows.stop, 3, size, size, generator=generator)[rows.start :]
     labels = torch.randint(0, CLASSES, (rows.stop,), generator=generator)[rows.start :]

@@ -1,4 +1,4 @@
-"""DALI's graph for a GPU, run on a CPU: the same operators and arguments, but for the device."""
+"""Run DALI's GPU graph on a CPU, with the same operators and arguments except the device."""
 
 from __future__ import annotations
 

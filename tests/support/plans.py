@@ -11,7 +11,7 @@ shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambd
 
 @st.composite
 def plans(draw: st.DrawFn) -> TrainPlan:
-    """Small sets with every awkwardness: empty shards, shuffle blocks that do not divide, one lane to many."""
+    """Draw small plans with edge cases: empty shards, shuffle blocks that do not divide a lane, one or many lanes."""
     sizes = draw(shard_sizes)
     global_batch = draw(st.integers(1, min(24, sum(sizes))))
     lanes = draw(st.sampled_from([d for d in range(1, global_batch + 1) if global_batch % d == 0]))

@@ -25,7 +25,7 @@ GEOMETRIC = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
 
 
 def pictures(rng: np.random.Generator, count: int, height: int, width: int) -> NDArray[np.uint8]:
-    """Parts of a photo, noise, and noise of few levels by turns; uint8 [count, height, width, 3]."""
+    """Alternate parts of a photo, noise, and noise of few levels; uint8 [count, height, width, 3]."""
     photo = np.asarray(PHOTO.resize((2 * width, 2 * height)))
     photos = [photo[y : y + height, x : x + width] for y, x in rng.integers((height, width), size=(count, 2))]
     noise, low = rng.integers(256, size=(count, height, width, 3)), rng.integers(200, size=(count, 1, 1, 3))
@@ -34,7 +34,7 @@ def pictures(rng: np.random.Generator, count: int, height: int, width: int) -> N
 
 
 def parameters(ops: NDArray[np.int64], magnitudes: NDArray[np.float64], signs: NDArray[np.float64]) -> SampleParams:
-    """Of n samples that meet all of [n, L] operations, at [n, L] or [n, 1] magnitudes and signs; no flips."""
+    """Parameters of n samples: operations [n, K], all applied, magnitudes and signs [n, K] or [n, 1], no flips."""
     magnitudes, signs = np.broadcast_to(magnitudes, ops.shape), np.broadcast_to(signs, ops.shape)
     boxes = np.zeros((len(ops), 4), np.int32)
     return SampleParams(
@@ -51,14 +51,14 @@ def parameters(ops: NDArray[np.int64], magnitudes: NDArray[np.float64], signs: N
 
 
 def by_torch(image: NDArray[np.uint8], params: SampleParams, i: int, *, flip: bool) -> NDArray[np.uint8]:
-    """Sample i, uint8 [H, W, 3]."""
+    """Augment sample i with PyTorch, uint8 [H, W, 3]."""
     if flip and params.flips[i]:
         image = image[:, ::-1]
     for op, argument, applied in zip(params.ops[i], params.arguments[i], params.applied[i], strict=True):
         if applied:
             group = next(group for group in OP_GROUPS if op in group.ops)
             ops, values = np.array([op]), np.array([argument])
-            arrays = [geometry.matrices(ops, values, *image.shape[:2])]  # families are made for squares
+            arrays = [geometry.matrices(ops, values, *image.shape[:2])]  # OpGroup.prepare supports square images only
             if op not in GEOMETRIC:
                 arrays = group.prepare(ops, values, len(image))
             batch = torch.from_numpy(image[None].copy())
@@ -69,7 +69,7 @@ def by_torch(image: NDArray[np.uint8], params: SampleParams, i: int, *, flip: bo
 def expect_torchs_bytes(
     images: NDArray[np.uint8], params: SampleParams, *, flip: bool = False, device: str = "cpu"
 ) -> None:
-    """Of uint8 [n, H, W, 3], which themselves stay as they are."""
+    """Assert that the kernels give PyTorch's bytes for uint8 [n, H, W, 3] and do not modify their input."""
     given = torch.from_numpy(images).to(device)
     before = given.clone()
     found = randaugment.apply_ops(given, params, FILL, flip=flip)

@@ -1,4 +1,4 @@
-"""How the augmentation's draws are distributed, against timm's and the paper's recipe, with fixed seeds."""
+"""Distributions of the augmentation parameters, compared with timm's and the paper's recipe, with fixed seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def drawn(recipe: AugmentRecipe, count: int = MANY, height: int = 375, width: in
     return draw(recipe, seed=0, epoch=0, ids=ids, heights=np.full(count, height), widths=np.full(count, width))
 
 
-def test_crops_are_distributed_as_timms() -> None:
+def test_crops_have_the_distribution_of_timm() -> None:
     y, x, h, w = drawn(FAT).windows.T.astype(float)
     compare = {
         "rrc area fraction percentiles (500x375)": (h * w / (375 * 500), 0.015),
@@ -38,7 +38,7 @@ def test_crops_are_distributed_as_timms() -> None:
     np.testing.assert_allclose(np.percentile(top, PERCENT), np.array(PERCENT) / 100, atol=0.02)
 
 
-def test_erasing_is_distributed_as_timms() -> None:
+def test_erase_boxes_have_the_distribution_of_timm() -> None:
     boxes = drawn(augment_recipe("fat", size=56)).erase_boxes
     area = boxes[:, 2] * boxes[:, 3] / 56**2
     touched = area > 0
@@ -71,29 +71,29 @@ def test_operations_are_drawn_uniformly_with_replacement_and_applied_half_the_ti
     assert abs(both - 0.25) < five_sigma(0.25)
 
 
-def test_magnitudes_are_normal_about_nine_and_clipped_at_ten() -> None:
+def test_magnitudes_are_normal_with_mean_nine_and_clipped_at_ten() -> None:
     magnitudes = drawn(FAT).magnitudes.ravel()
     assert magnitudes.max() == 10.0
-    assert abs((magnitudes == 10.0).mean() - 0.02275) < 0.005  # two standard deviations up
+    assert abs((magnitudes == 10.0).mean() - 0.02275) < 0.005  # two standard deviations above the mean
     np.testing.assert_allclose(np.percentile(magnitudes, [2.5, 16, 50, 84]), [8.02, 8.503, 9, 9.497], atol=0.02)
 
 
-def test_a_huge_std_means_uniform_magnitudes() -> None:
+def test_an_mstd_above_100_gives_uniform_magnitudes() -> None:
     magnitudes = drawn(augment_recipe("fat", rand_augment="rand-m8-mstd101-inc1")).magnitudes
     np.testing.assert_allclose(np.percentile(magnitudes, [10, 50, 90]), [0.8, 4.0, 7.2], atol=0.1)
 
 
-def test_signs_are_even_and_two_percent_of_posterized_images_turn_black() -> None:
+def test_both_signs_are_equally_likely_and_two_percent_of_posterized_images_are_black() -> None:
     params = drawn(FAT)
     for op in (Op.ROTATE, Op.SHEAR_X, Op.TRANSLATE_Y):
         signs = params.arguments[params.ops == op] > 0
         assert abs(signs.mean() - 0.5) < five_sigma(0.5, len(signs))
     bits = params.arguments[params.ops == Op.POSTERIZE]
-    assert set(np.unique(bits)) == {0.0, 1.0, 2.0}  # 2: three standard deviations down
+    assert set(np.unique(bits)) == {0.0, 1.0, 2.0}  # 2: three standard deviations below the mean magnitude
     assert abs((bits == 0).mean() - 0.02275) < five_sigma(0.02275, len(bits))
 
 
-def test_mixup_and_cutmix_are_equally_likely_and_keep_what_their_law_says() -> None:
+def test_mixup_and_cutmix_are_equally_likely_and_their_weights_have_the_right_distribution() -> None:
     params = mix_params(FAT, seed=0, step=0, lanes=np.arange(MANY))
     cut = params.use_cutmix
     assert abs(cut.mean() - 0.5) < five_sigma(0.5)
@@ -114,7 +114,7 @@ def test_mixup_and_cutmix_are_equally_likely_and_keep_what_their_law_says() -> N
         ({"mixup": 0.0, "cutmix": 0.0}, 0.0, False),
     ],
 )
-def test_either_mix_can_be_turned_off(override: dict[str, float], cut_share: float, mixes: bool) -> None:
+def test_mixup_and_cutmix_can_each_be_turned_off(override: dict[str, float], cut_share: float, mixes: bool) -> None:
     recipe = augment_recipe("fat", **override)
     params = mix_params(recipe, seed=0, step=0, lanes=np.arange(5000))
     assert abs(params.use_cutmix.mean() - cut_share) <= five_sigma(cut_share, 5000)
@@ -123,15 +123,15 @@ def test_either_mix_can_be_turned_off(override: dict[str, float], cut_share: flo
 
 
 @pytest.mark.parametrize("row", TIMM["cutmix: lam cy cx yl yh xl xh corrected lam"].tolist())
-def test_cutmix_boxes_and_shares_are_timms(row: list[float]) -> None:
+def test_cutmix_boxes_and_weights_equal_those_of_timm(row: list[float]) -> None:
     lam, cy, cx, top, bottom, left, right, corrected = row
     box, kept = cutmix_box(np.array([lam]), np.array([[int(cy), int(cx)]]), 224)
     assert box.tolist() == [[top, left, bottom - top, right - left]]
     assert kept[0] == pytest.approx(corrected, abs=1e-12)
 
 
-def test_cutmix_boxes_follow_a_uniform_share_about_a_uniform_centre() -> None:
-    """Against the same law by numpy's generator."""
+def test_cutmix_boxes_have_a_uniform_area_and_a_uniform_centre() -> None:
+    """Compared with the same distribution from NumPy's generator."""
     params = mix_params(augment_recipe("fat", mixup=0.0), seed=0, step=0, lanes=np.arange(MANY))
     generator = np.random.default_rng(0)
     _, kept = cutmix_box(generator.uniform(size=MANY), generator.integers(0, 224, (MANY, 2)), 224)

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def erased(**changes: int) -> tuple[torch.Tensor, torch.Tensor, SampleParams]:
-    """Values after and before, and the draws; every sample has a box, if ten tries found one."""
+    """Return the values after and before erasing, and the parameters. Nearly every sample has a box."""
     recipe = augment_recipe("light", size=64, erase=1.0)
     ids = np.arange(100)
     sides = np.full(100, 64)
@@ -51,7 +51,7 @@ def test_the_noise_is_standard_normal_and_independent_between_channels_and_pixel
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}])
-def test_the_noise_is_new_in_every_epoch_and_run(change: dict[str, int]) -> None:
+def test_the_noise_differs_between_epochs_and_seeds(change: dict[str, int]) -> None:
     recipe = augment_recipe("light", size=64, erase=1.0)
     _, _, params = erased()
     _, _, others = erased(**change)
@@ -62,14 +62,14 @@ def test_the_noise_is_new_in_every_epoch_and_run(change: dict[str, int]) -> None
     assert (one != other).flatten(1).any(dim=1).numpy()[touched].all()
 
 
-def test_the_devices_hash_is_the_hosts() -> None:
+def test_the_hash_on_the_device_equals_the_hash_on_the_host() -> None:
     keys = rng.bits(Stream.ERASE_NOISE, 5, np.arange(1000))
     place = np.arange(1000) * 37
     there = hash_pixel(torch.from_numpy(keys.view(np.int64)), torch.from_numpy(place))
     assert np.array_equal(there.numpy().view(np.uint64), rng.extend(keys, place))
 
 
-def test_the_noise_table_is_the_normals() -> None:
+def test_the_noise_table_holds_the_quantiles_of_the_standard_normal() -> None:
     table = quantiles().astype(float)
     assert (np.diff(table) > 0).all()
     np.testing.assert_allclose(table, -table[::-1], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Golden values of all draws of many samples, for recipes that reach every branch (pipeline/augment/params.py).
+"""Golden values of all parameters of many samples, for recipes that reach every branch (pipeline/augment/params.py).
 
 A change of any of these changes every run. Digests are xxh3-64 of the arrays' bytes, so dtypes and shapes count too.
 """
@@ -17,7 +17,7 @@ from pipeline.augment.recipe import augment_recipe
 
 
 def sample_params(**options: Any) -> SampleParams:
-    """Draw for 2000 samples of all shapes, a few pixels wide to panoramas; sizes as the index stores them."""
+    """Draw parameters of 2000 samples, from a few pixels wide to panoramas, with the size dtype of the index."""
     ids = np.arange(2000)
     heights = (1 + ids % 7 * 83).astype(np.uint16)
     widths = (1 + ids // 7 % 11 * 97).astype(np.uint16)
@@ -157,7 +157,7 @@ def test_golden_mixes(options: dict[str, Any], expected: dict[str, str]) -> None
 
 
 def test_golden_boxes_of_cutmix() -> None:
-    """Inside the image, over its upper left and its lower right corner, all of it, nothing."""
+    """Boxes inside the image, across its upper left and lower right corners, of the whole image, and empty."""
     lam = np.array([0.75, 0.75, 0.75, 0.0, 1.0])
     box, kept = cutmix_box(lam, np.array([[5, 4], [1, 2], [9, 8], [5, 5], [3, 3]]), 10)
     assert box.dtype == np.int32

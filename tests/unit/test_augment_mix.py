@@ -1,4 +1,4 @@
-"""Laws of mixup and CutMix on pixels and targets (pipeline/augment/torch_impl/mix.py)."""
+"""Properties of mixup and CutMix on pixels and targets (pipeline/augment/torch_impl/mix.py)."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def params(count: int, step: int = 0, **overrides: float) -> MixParams:
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 500))
-def test_each_row_becomes_what_the_definition_says(step: int) -> None:
-    """Row by row, in a loop, as mixup's and CutMix's papers have it."""
+def test_each_row_equals_the_definition_of_mixup_or_cutmix(step: int) -> None:
+    """Compared with a loop over the rows that follows the papers of mixup and CutMix."""
     x, draws = images(16), params(16, step)
     mixed = mix(x, draws)
     for row in range(16):
@@ -43,14 +43,14 @@ def test_each_row_becomes_what_the_definition_says(step: int) -> None:
             torch.testing.assert_close(mixed[row], lam * own + (1 - lam) * partner, rtol=1e-6, atol=1e-6)
 
 
-def test_the_kept_share_of_pixels_is_lambda_under_cutmix() -> None:
+def test_lambda_is_the_fraction_of_pixels_that_cutmix_keeps() -> None:
     draws = params(64, mixup=0.0)
     own = torch.arange(64.0).view(64, 1, 1, 1).expand(64, 3, SIZE, SIZE)
     kept = (mix(own, draws) == own).float().mean(dim=(1, 2, 3))
     torch.testing.assert_close(kept, torch.from_numpy(draws.lam))
 
 
-def test_micro_batches_are_mixed_as_the_whole_batch_is() -> None:
+def test_micro_batches_are_mixed_like_the_whole_batch() -> None:
     x, draws = images(32), params(32)
     whole = mix(x, draws)
     for rows in (slice(0, 2), slice(2, 8), slice(8, 32)):
@@ -58,7 +58,7 @@ def test_micro_batches_are_mixed_as_the_whole_batch_is() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtype_and_strides_stay_and_the_sum_is_rounded_twice_at_most(dtype: torch.dtype) -> None:
+def test_dtype_and_strides_are_kept_and_the_sum_is_rounded_at_most_twice(dtype: torch.dtype) -> None:
     x, draws = images(16, dtype), params(16)
     before = x.clone()
     mixed = mix(x, draws)
@@ -69,19 +69,19 @@ def test_dtype_and_strides_stay_and_the_sum_is_rounded_twice_at_most(dtype: torc
     assert torch.equal(x, before)
 
 
-def test_without_mixing_rows_stay_as_they_are() -> None:
+def test_rows_are_unchanged_if_both_alphas_are_zero() -> None:
     x = images(8)
     assert torch.equal(mix(x, params(8, mixup=0.0, cutmix=0.0)), x)
 
 
 @pytest.mark.parametrize(("rows", "drawn"), [(3, 3), (4, 6)])
-def test_half_a_pair_is_refused(rows: int, drawn: int) -> None:
-    with pytest.raises(ValueError, match=f"expected an even number of images and as many parameters, got {rows} images and {drawn} parameters"):
+def test_odd_batches_and_parameters_of_another_length_are_rejected(rows: int, drawn: int) -> None:
+    with pytest.raises(ValueError, match=rf"expected an even number of .* got {rows} images and {drawn} parameters"):
         mix(images(rows), params(drawn))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_targets_share_the_labels_as_the_pixels_are_shared(smoothing: float) -> None:
+def test_targets_have_the_same_weights_as_the_pixels(smoothing: float) -> None:
     labels = torch.tensor([3, 1, 4, 4, 0, 2])
     lam = torch.tensor([0.7, 0.7, 0.2, 0.2, 1.0, 1.0])
     targets = mix_targets(labels, lam, 5, smoothing)
@@ -92,7 +92,7 @@ def test_targets_share_the_labels_as_the_pixels_are_shared(smoothing: float) -> 
     torch.testing.assert_close(targets, lam[:, None] * smooth + (1 - lam[:, None]) * partner)
 
 
-def test_cross_entropy_with_unmixed_targets_is_torchs_with_label_smoothing() -> None:
+def test_cross_entropy_with_unmixed_targets_equals_torch_with_label_smoothing() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(8, 10, generator=generator), torch.arange(8)
     targets = mix_targets(labels, torch.ones(8), 10, 0.1)

@@ -1,4 +1,4 @@
-"""Laws and golden values of the augmentation's draws (pipeline/augment/params.py)."""
+"""Properties and golden values of the augmentation parameters (pipeline/augment/params.py)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def drawn(recipe: AugmentRecipe, count: int = 100, height: int = 375, width: int
 
 @settings(deadline=None)
 @given(st.permutations(range(24)), st.integers(1, 24), st.integers(0, 2**40), st.integers(0, 1000))
-def test_a_samples_draws_depend_on_its_id_alone(order: list[int], count: int, seed: int, epoch: int) -> None:
-    """Whatever the batch is made of, in whatever order."""
+def test_the_parameters_of_a_sample_depend_on_its_id_only(order: list[int], count: int, seed: int, epoch: int) -> None:
+    """They do not depend on the other samples of the batch or on their order."""
     ids = np.arange(24) * 1_000_003
     heights, widths = 100 + np.arange(24) * 20, 600 - np.arange(24) * 20
     rows = np.array(order[:count])
@@ -34,7 +34,7 @@ def test_a_samples_draws_depend_on_its_id_alone(order: list[int], count: int, se
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"epoch": 1}])
-def test_seed_and_epoch_change_every_kind_of_draw(change: dict[str, int]) -> None:
+def test_seed_and_epoch_change_every_parameter(change: dict[str, int]) -> None:
     ids = np.arange(200)
     base = {"seed": 0, "epoch": 0, "ids": ids, "heights": ids + 300, "widths": ids + 300}
     one, other = draw(FAT, **base), draw(FAT, **(base | change))
@@ -44,7 +44,7 @@ def test_seed_and_epoch_change_every_kind_of_draw(change: dict[str, int]) -> Non
 
 
 def test_golden_values() -> None:
-    """A change of any of these changes every run."""
+    """Different values would change the data of every run."""
     params = draw(
         FAT,
         seed=7,
@@ -76,7 +76,7 @@ unit = st.floats(0.01, 1.0)
 )
 @example(heights=[100], width=1, scale=(1.0, 1.0), ratio=(3.0, 4.0), crop="random")
 @example(heights=[1], width=100, scale=(1.0, 1.0), ratio=(0.25, 0.3), crop="random")
-def test_every_window_lies_in_its_image(
+def test_every_crop_window_is_inside_its_image(
     heights: list[int], width: int, scale: tuple[float, float], ratio: tuple[float, float], crop: str
 ) -> None:
     low, high = sorted(scale)
@@ -96,14 +96,14 @@ def test_every_window_lies_in_its_image(
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(60, 2000, (0, 960, 60, 80)), (2000, 60, (960, 0, 80, 60))])
-def test_where_nothing_fits_the_window_is_centred_and_of_permitted_ratio(
+def test_if_no_drawn_crop_fits_the_window_is_centred_with_a_permitted_ratio(
     height: int, width: int, expected: tuple[int, ...]
 ) -> None:
     recipe = augment_recipe("light", scale=(0.9, 1.0))
     assert (drawn(recipe, 50, height, width).windows == expected).all()
 
 
-def test_none_is_evaluations_window_without_randomness() -> None:
+def test_the_recipe_none_uses_the_centre_crop_of_evaluation() -> None:
     params = drawn(augment_recipe("none"), 50, 375, 500)
     assert (params.windows == (23, 86, 328, 328)).all()
     assert not params.flips.any()
@@ -116,29 +116,29 @@ def test_crops_are_the_same_at_every_training_size() -> None:
     assert np.array_equal(small, large)
 
 
-def test_rows_of_a_lane_are_mixed_alike_whatever_else_is_in_the_batch() -> None:
+def test_all_rows_of_a_lane_have_the_same_mixing_in_any_batch() -> None:
     lanes = np.repeat(np.arange(64), 16)
     whole = mix_params(FAT, seed=3, step=17, lanes=lanes)
     for start, stop in ((0, 1024), (0, 16), (512, 768), (1008, 1024), (6, 8)):
         part = mix_params(FAT, seed=3, step=17, lanes=lanes[start:stop])
         assert_equal(whole.take(slice(start, stop)), part)
-    assert len(np.unique(whole.lam)) > 60  # CutMix's corrected shares coincide now and then
+    assert len(np.unique(whole.lam)) > 60  # corrected CutMix weights are sometimes equal
 
 
-def test_seed_step_and_lane_each_change_the_mix() -> None:
+def test_seed_step_and_lane_each_change_the_mixing() -> None:
     lanes = np.arange(8)
     draws = [mix_params(FAT, seed=seed, step=step, lanes=lanes).lam for seed in (0, 1) for step in (0, 1)]
     assert len(set(np.concatenate(draws).tolist())) == 32
 
 
 @pytest.mark.parametrize("recipe", [FAT, augment_recipe("fat", cutmix=0.0), augment_recipe("fat", mixup=0.0)])
-def test_steps_are_mixed_alike_whether_drawn_one_by_one_or_at_once(recipe: AugmentRecipe) -> None:
+def test_mixing_drawn_for_several_steps_equals_mixing_drawn_step_by_step(recipe: AugmentRecipe) -> None:
     lanes = np.repeat([7, 3, 40], 4)
     for step, at_once in enumerate(mix_params_of_steps(recipe, seed=3, steps=range(16, 32), lanes=lanes), start=16):
         assert_equal(mix_params(recipe, seed=3, step=step, lanes=lanes), at_once)
 
 
-def test_a_sample_is_described_by_what_is_done_to_it() -> None:
+def test_the_description_of_a_sample_lists_its_operations() -> None:
     params = drawn(augment_recipe("fat", erase=1.0), 300)
     words = ", ".join(describe(params, i) for i in range(300)).split(", ")
     for start in ("flip", "Rotate -", "Posterize 1-bit", "Solarize from 2", "TranslateX +", "AutoContrast", "erase 1"):

@@ -1,4 +1,4 @@
-"""RandAugment's operations against timm's and PIL's (pipeline/augment: tables, blend, geometry)."""
+"""RandAugment's operations, compared with timm and PIL (pipeline/augment: tables, blend, geometry)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GEOMETRIC_MEAN, GEOMETRIC_MAX = 0.005, 1
 
 
 def operate(images: NDArray[np.uint8], op: Op, argument: float) -> NDArray[np.int64]:
-    """One operation on uint8 [n, H, W, 3]."""
+    """Apply one operation to uint8 [n, H, W, 3]."""
     group = next(group for group in OP_GROUPS if op in group.ops)
     ops, values = np.full(len(images), op), np.full(len(images), argument)
     if op in GEOMETRIC:
@@ -48,8 +48,8 @@ def assert_close(op: Op, ours: NDArray[np.int64], theirs: NDArray[np.integer], w
 
 
 @pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
-def test_every_operation_is_timms(op: Op) -> None:
-    """At every magnitude and sign that the fixture holds."""
+def test_every_operation_equals_timm(op: Op) -> None:
+    """At every magnitude and sign of the fixture."""
     names = (f"{op.title}", f"{op.title}Increasing", f"{op.title}Rel")
     cases = [key for key in TIMM if key.startswith("op/") and key.split("/")[2] in names]
     assert len(cases) >= 2
@@ -63,7 +63,7 @@ def test_every_operation_is_timms(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
-def test_every_operation_is_pils_at_the_training_size(op: Op) -> None:
+def test_every_operation_equals_pil_at_the_training_size(op: Op) -> None:
     photos = [Image.fromarray(photo).resize((224, 224), Image.Resampling.BICUBIC) for photo in PHOTOS]
     stack = np.stack([np.asarray(photo) for photo in photos])
     for magnitude, sign in ((0.0, 1.0), (3.3, -1.0), (8.9, 1.0), (10.0, -1.0)):
@@ -79,7 +79,7 @@ TINY = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3) * 20
 
 @pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
 @pytest.mark.parametrize("image", [FLAT, TWO_VALUES, TINY], ids=["flat", "two values", "2 x 2"])
-def test_degenerate_images_come_out_as_pils(op: Op, image: NDArray[np.uint8]) -> None:
+def test_degenerate_images_equal_pil(op: Op, image: NDArray[np.uint8]) -> None:
     argument = float(arguments(np.array([op]), np.array([9.0]), np.array([-1.0]), increasing=True)[0])
     theirs = np.asarray(reference.apply(Image.fromarray(image[0]), op, argument, FILL))
     ours = operate(image, op, argument)[0]
@@ -91,8 +91,8 @@ def test_posterize_to_no_bits_is_black() -> None:
 
 
 @pytest.mark.parametrize("constant", [-0.5, -0.75], ids=["PIL's resize", "torch's grid_sample"])
-def test_the_bounds_would_catch_another_cubic_kernel(constant: float) -> None:
-    """A rotation by another kernel of the family fails them by far."""
+def test_the_bounds_detect_another_cubic_kernel(constant: float) -> None:
+    """A rotation with another kernel constant exceeds the bounds by far."""
     photo = Image.fromarray(PHOTOS[0])
     theirs = np.asarray(reference.apply(photo, Op.TRANSLATE_X, 0.105, FILL)).astype(np.int64)
     shift = 0.105 * photo.width

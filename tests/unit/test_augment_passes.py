@@ -1,4 +1,4 @@
-"""Passes of RandAugment (pipeline/augment/triton_impl/passes.py): every sample meets its own operations in order."""
+"""Passes of RandAugment (pipeline/augment/triton_impl/passes.py): every sample gets its operations in order."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def drawn(batch: int, seed: int, layers: int, probability: float = 0.5) -> Sampl
 
 
 @given(st.integers(1, 40), st.integers(0, 2**20), st.integers(0, 4), st.booleans())
-def test_operations_come_in_order_and_end_in_the_first_half(batch: int, seed: int, layers: int, flip: bool) -> None:
+def test_operations_are_in_order_and_end_in_the_first_half(batch: int, seed: int, layers: int, flip: bool) -> None:
     params = drawn(batch, seed, layers)
-    work: list[tuple[int, list[int]] | None] = [None] * (2 * batch)  # the sample there, and what it has met
+    work: list[tuple[int, list[int]] | None] = [None] * (2 * batch)  # (sample, its operations so far)
     source: list[tuple[int, list[int]] | None] = [(i, []) for i in range(batch)]
     passes = plan_passes(params, 24, 24, flip=flip)
     for number, each in enumerate(passes):
@@ -31,7 +31,7 @@ def test_operations_come_in_order_and_end_in_the_first_half(batch: int, seed: in
         for code, place, target, _ in each.jobs.tolist():
             found = before[place]
             assert found is not None
-            assert number == 0 or place not in each.jobs[:, 2], "one program would read what another writes"
+            assert number == 0 or place not in each.jobs[:, 2], "one program would read what another program writes"
             work[target] = (found[0], [*found[1], code])
         assert len(set(each.jobs[:, 2].tolist())) == len(each.jobs)
         source = work
@@ -41,8 +41,8 @@ def test_operations_come_in_order_and_end_in_the_first_half(batch: int, seed: in
         assert work[:batch] == [(i, codes or [COPY]) for i, codes in enumerate(wanted)]
 
 
-def test_a_sample_is_moved_only_when_something_happens_to_it() -> None:
-    """Its first pass apart, which copies what nothing happens to."""
+def test_a_sample_is_only_read_and_written_if_it_has_an_operation() -> None:
+    """Except in the first pass, which copies samples without an operation."""
     params = drawn(256, 1, 2)
     first, second = plan_passes(params, 24, 24, flip=False)
     assert len(first.jobs) == 256
@@ -51,7 +51,7 @@ def test_a_sample_is_moved_only_when_something_happens_to_it() -> None:
     assert COPY not in second.jobs[:, 0]
 
 
-def test_tables_are_numbered_and_measured_ones_named() -> None:
+def test_tables_are_numbered_and_those_from_histograms_are_listed() -> None:
     for each in plan_passes(drawn(300, 2, 2), 24, 24, flip=True):
         codes, table = each.jobs[:, 0], each.jobs[:, 3]
         by_table = np.isin(codes, OPS)
@@ -70,5 +70,5 @@ def test_rotations_come_first() -> None:
 
 
 @pytest.mark.parametrize("layers", [0, 2])
-def test_nothing_to_do_is_no_pass(layers: int) -> None:
+def test_without_operations_there_is_no_pass(layers: int) -> None:
     assert plan_passes(drawn(4, 0, layers, probability=0.0), 24, 24, flip=False) == []

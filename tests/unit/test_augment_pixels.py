@@ -1,4 +1,4 @@
-"""Whole augmented batches (pipeline/augment/pixels.py): parity, independence of the batch, layout, no waiting."""
+"""Augmented batches (pipeline/augment/pixels.py): parity, independence of the batch, strides, no synchronisation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def sources(count: int) -> list[Image.Image]:
 
 
 def batch(recipe: AugmentRecipe, count: int, *, flipped: bool = True) -> tuple[torch.Tensor, SampleParams]:
-    """Decoded photos, cropped and resized by PIL as the draws say."""
+    """Decoded photos, cropped and resized by PIL, and their parameters."""
     images = sources(count)
     params = draw(
         recipe,
@@ -48,9 +48,9 @@ BUSY = augment_recipe("fat", size=96, erase=0.5)
 
 
 @pytest.mark.parametrize("name", ["fat", "light", "none"])
-def test_samples_are_the_references(name: str) -> None:
-    """Crop, flip, RandAugment, normalise, erase: most samples within float32's rounding; in the others a few pixels are
-    off by a geometric operation's one level, which a second operation may double."""
+def test_samples_equal_the_reference(name: str) -> None:
+    """Crop, flip, RandAugment, normalise, erase. Most samples agree up to float32 rounding. In the others, a geometric
+    operation changes a few pixels by one level, which a second operation may double."""
     recipe = augment_recipe(name, size=96)
     count = 64
     images, params = batch(recipe, count)
@@ -63,7 +63,7 @@ def test_samples_are_the_references(name: str) -> None:
     assert np.median(difference.reshape(count, -1).max(axis=1)) < 1e-4
 
 
-def test_flips_are_done_on_request() -> None:
+def test_flips_are_applied_if_requested() -> None:
     flipped, params = batch(BUSY, 16)
     straight, _ = batch(BUSY, 16, flipped=False)
     assert not torch.equal(flipped, straight)
@@ -74,7 +74,7 @@ def test_flips_are_done_on_request() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["fat", "light"])
-def test_a_batch_comes_channels_last_in_the_dtype_asked_for(name: str, dtype: torch.dtype) -> None:
+def test_a_batch_is_channels_last_in_the_requested_dtype(name: str, dtype: torch.dtype) -> None:
     recipe = augment_recipe(name, size=96)
     images, params = batch(recipe, 8)
     result = BatchAugment(recipe, CPU, dtype)(images, params)
@@ -85,7 +85,7 @@ def test_a_batch_comes_channels_last_in_the_dtype_asked_for(name: str, dtype: to
     assert torch.equal(result, exact.to(dtype))
 
 
-def test_a_samples_pixels_depend_neither_on_its_batch_nor_on_the_threads() -> None:
+def test_the_pixels_of_a_sample_do_not_depend_on_its_batch_or_the_threads() -> None:
     images, params = batch(BUSY, 24)
     augment = BatchAugment(BUSY, CPU)
     whole = augment(images, params)
@@ -102,7 +102,7 @@ def test_a_samples_pixels_depend_neither_on_its_batch_nor_on_the_threads() -> No
         torch.set_num_threads(threads)
 
 
-def test_the_decoders_pixels_are_left_alone() -> None:
+def test_the_input_pixels_are_not_modified() -> None:
     images, params = batch(BUSY, 16)
     before = images.clone()
     BatchAugment(BUSY, CPU, flip=True)(images, params)
@@ -110,14 +110,14 @@ def test_the_decoders_pixels_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 96, 96, 3), (4, 96, 80, 3), (4, 3, 96, 96)])
-def test_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+def test_another_shape_is_rejected(shape: tuple[int, ...]) -> None:
     _, params = batch(BUSY, 4)
-    with pytest.raises(ValueError, match=r"uint8 \[4, 96, 96, 3\] expected"):
+    with pytest.raises(ValueError, match=r"expected uint8 \[4, 96, 96, 3\], got"):
         BatchAugment(BUSY, CPU)(torch.zeros(shape, dtype=torch.uint8), params)
 
 
-def test_nothing_is_read_back_from_the_device() -> None:
-    """On the meta device there are shapes but no values: whatever waited for one would raise."""
+def test_no_result_is_read_back_from_the_device() -> None:
+    """The meta device has shapes but no values, so reading a value would raise."""
     meta = torch.device("meta")
     _, params = batch(BUSY, 32)
     assert set(params.ops[params.applied]) == set(Op)
@@ -130,12 +130,12 @@ def test_nothing_is_read_back_from_the_device() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_gpu_makes_the_same_samples_without_synchronising() -> None:
+def test_a_gpu_gives_the_same_samples_without_synchronising() -> None:
     gpu = torch.device("cuda")
     images, params = batch(BUSY, 64)
     augment = BatchAugment(BUSY, gpu, torch.float32)
     there = images.to(gpu)
-    augment(there, params)  # the tables are made
+    augment(there, params)  # fills the caches
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -143,7 +143,7 @@ def test_a_gpu_makes_the_same_samples_without_synchronising() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     expected = mix(BatchAugment(BUSY, CPU)(images, params), mix_params(BUSY, seed=0, step=0, lanes=np.arange(64) // 2))
-    # A level is .0175 or so after normalisation; float32 sums may differ by rounding, so a truncation may now and then.
+    # A level is about .0175 after normalisation. float32 sums differ by rounding, which rarely changes a truncation.
     difference = (result.cpu() - expected).abs()
     assert difference.max() < 0.02
     assert difference.mean() < 1e-4
@@ -157,7 +157,7 @@ def test_normalisation_is_within_rounding_of_the_formula() -> None:
     torch.testing.assert_close(result.permute(0, 2, 3, 1).double(), expected, rtol=0, atol=1e-6)
 
 
-def test_arrays_arrive_as_they_left() -> None:
+def test_upload_keeps_shapes_dtypes_and_values() -> None:
     arrays: list[NDArray[np.generic]] = [
         np.arange(5),
         np.array([[1.5, 2.5]]),

@@ -1,4 +1,4 @@
-"""Recipes by name, policies in timm's syntax, what a magnitude means (pipeline/augment/recipe.py, ops.py)."""
+"""Named recipes, RandAugment policies, arguments of operations (pipeline/augment/recipe.py, ops.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from shards.errors import UserError
         ("rand-mstd101-m5", RandAugment(magnitude=5, std=101.0)),
     ],
 )
-def test_rand_augment_is_read_from_timms_syntax(text: str, expected: RandAugment) -> None:
+def test_rand_augment_policies_are_parsed_in_timms_syntax(text: str, expected: RandAugment) -> None:
     assert parse_rand_augment(text) == expected
 
 
@@ -39,7 +39,7 @@ def test_rand_augment_is_read_from_timms_syntax(text: str, expected: RandAugment
         ("rand-p1.5", "p up to 1"),
     ],
 )
-def test_what_is_wrong_with_a_policy_is_named(text: str, named: str) -> None:
+def test_an_invalid_part_of_a_policy_is_named(text: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
         augment_recipe("light", rand_augment=text)
 
@@ -63,12 +63,12 @@ def test_a_value_out_of_range_is_named(override: dict[str, object], named: str) 
         augment_recipe("fat", **override)
 
 
-def test_an_unknown_recipe_is_answered_with_the_known_ones() -> None:
+def test_the_message_for_an_unknown_recipe_lists_the_known_recipes() -> None:
     with pytest.raises(UserError, match="'heavy': expected one of fat, light, none"):
         augment_recipe("heavy")
 
 
-# What a magnitude means, at m and sign -1 and +1.
+# Operation, magnitude, and its arguments with sign -1 and with sign +1.
 INCREASING = [
     (Op.AUTO_CONTRAST, 9, 0, 0),
     (Op.EQUALIZE, 9, 0, 0),

@@ -10,8 +10,8 @@ import pytest
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def test_no_folder_of_tests_is_left_out(pytestconfig: pytest.Config) -> None:
-    """`dist` is among the folders that pytest leaves out unless it is told otherwise."""
+def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """By default, pytest does not collect folders named `dist`."""
     folders = {path.parent.name for path in TESTS.rglob("test_*.py")}
     assert {"unit", "dist", "slurm", "fuzz"} <= folders
     patterns = pytestconfig.getini("norecursedirs")

@@ -1,4 +1,4 @@
-"""What DALI is told to do on a GPU, done on a CPU: the same operators and arguments, but for the device."""
+"""DALI's GPU graph, run on a CPU with the same operators and arguments except the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZE = 64
 PHOTOS = [Image.fromarray(getattr(skimage.data, name)()) for name in ("astronaut", "coffee", "chelsea")]
 
 
-def test_training() -> None:
+def test_training_crops_resizes_and_flips_like_pil() -> None:
     found = decoded(SIZE, PHOTOS, evaluation=False, flip=np.array([True, False, True]))
     expected = [photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for photo in PHOTOS]
     for flipped in (0, 2):
@@ -31,10 +31,10 @@ def test_training() -> None:
     assert np.abs(found.astype(int) - np.stack(expected)).mean() < 2
 
 
-def test_arrays_that_dali_reads_without_a_copy_are_kept_until_it_has_read_them(
+def test_arrays_that_dali_reads_without_a_copy_stay_alive_until_it_has_read_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """DALI prefetches: it reads what it was given before the batch is asked for, and nobody else holds it then."""
+    """DALI prefetches: it reads arrays before their batch is requested, when no one else references them."""
     given: list[list[weakref.ref[np.ndarray]]] = []
     real = DaliDecoder._inputs
 
@@ -59,7 +59,7 @@ def test_arrays_that_dali_reads_without_a_copy_are_kept_until_it_has_read_them(
     assert len(given) == 6
 
 
-def test_evaluation() -> None:
+def test_evaluation_resizes_and_crops_like_pil() -> None:
     widths, heights = np.array([photo.size for photo in PHOTOS], np.int32).T
     window, region = eval_windows(heights, widths, SIZE)
     found = decoded(SIZE, PHOTOS, evaluation=True, window=window, region=region)

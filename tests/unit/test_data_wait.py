@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Device:
-    """A device that is at `now`, in milliseconds; what is put into its stream now will be done at `done`."""
+    """A device at time `now` (milliseconds); work that is queued now is done at time `done`."""
 
     now: float = 0.0
     done: float = 0.0
@@ -44,27 +44,27 @@ class Moment:
         return self.device.now >= self.at
 
     def elapsed_time(self, end_event: Moment) -> float:
-        assert self.query(), "CUDA raises: the event has not happened"
-        assert end_event.query(), "CUDA raises: the event has not happened"
+        assert self.query(), "CUDA raises an error: the event has not occurred"
+        assert end_event.query(), "CUDA raises an error: the event has not occurred"
         self.asked.append(self.device.now)
         return end_event.at - self.at
 
 
 def train(wait: DataWait, device: Device, ready: float, step: float, *, micro: int = 1) -> None:
-    """Hand over a step of so many milliseconds, whose last micro-batch is whole at `ready`."""
+    """Run a step of `step` milliseconds whose last micro-batch is complete at time `ready`."""
     wait.next_batches(iter([device.batch(ready * (n + 1) / micro) for n in range(micro)]), micro)
     device.done = max(device.done, ready, device.now) + step
     wait.mark_step_end()
 
 
-def test_a_host_that_waits_for_the_loader_far_ahead_of_the_device_waits_for_nothing() -> None:
+def test_waits_of_a_host_that_runs_ahead_of_the_device_do_not_count() -> None:
     device = Device()
     wait = DataWait(CPU, device.mark)
     device.now = 10.0
     wait.restart()
 
     def slow() -> Iterator[Any]:
-        for ready in (5.0, 40.0, 80.0):  # the host gets them late, the device has work until 110, 210
+        for ready in (5.0, 40.0, 80.0):  # late for the host, but the device has work until 110 and 210
             yield device.batch(ready)
 
     batches = slow()
@@ -77,12 +77,12 @@ def test_a_host_that_waits_for_the_loader_far_ahead_of_the_device_waits_for_noth
 
 
 @pytest.mark.parametrize("micro", [1, 3])
-def test_what_counts_is_from_the_end_of_a_step_to_the_last_batch_of_the_next(micro: int) -> None:
+def test_the_wait_is_the_time_from_the_end_of_a_step_to_the_last_batch_of_the_next(micro: int) -> None:
     device = Device()
     wait = DataWait(CPU, device.mark)
-    train(wait, device, ready=30.0, step=100.0, micro=micro)  # the device stood idle from the start
-    train(wait, device, ready=120.0, step=100.0, micro=micro)  # whole before the step before it ended, at 130
-    train(wait, device, ready=250.0, step=100.0, micro=micro)  # 20 ms after
+    train(wait, device, ready=30.0, step=100.0, micro=micro)  # the device is idle from the start
+    train(wait, device, ready=120.0, step=100.0, micro=micro)  # complete before the previous step ended, at 130
+    train(wait, device, ready=250.0, step=100.0, micro=micro)  # 20 ms after the previous step ended
     device.now = 1000.0
     assert wait.seconds() == pytest.approx(0.050)
     device.now = device.done = 2000.0
@@ -93,12 +93,12 @@ def test_what_counts_is_from_the_end_of_a_step_to_the_last_batch_of_the_next(mic
     assert wait.seconds() == pytest.approx(0.007)
 
 
-def test_events_are_read_when_they_have_happened_and_not_kept_longer() -> None:
+def test_events_are_read_once_they_have_occurred_and_then_released() -> None:
     device = Device()
     wait = DataWait(CPU, device.mark)
     for number in range(50):
         train(wait, device, ready=10.0 * number + 5.0, step=1.0)
-        device.now = max(0.0, 10.0 * number - 20.0)  # two steps behind
+        device.now = max(0.0, 10.0 * number - 20.0)  # the device is two steps behind
         assert len(wait._pending) <= 4
     before = wait.seconds()
     assert 0 < before < 0.5
@@ -106,7 +106,7 @@ def test_events_are_read_when_they_have_happened_and_not_kept_longer() -> None:
     assert before < wait.seconds() == pytest.approx(0.005 + 49 * 0.009)
 
 
-def test_on_a_cpu_it_is_the_time_that_taking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_the_wait_is_the_time_of_fetching_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("pipeline.data_wait.time.perf_counter", lambda: now)
     assert timed_event(CPU) is None
@@ -128,8 +128,8 @@ def test_on_a_cpu_it_is_the_time_that_taking_takes(monkeypatch: pytest.MonkeyPat
     assert wait.seconds() == 0.0
 
 
-def test_batches_tell_when_they_were_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An event without its time could not be read."""
+def test_batches_record_an_event_with_timing_when_they_are_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The elapsed time of an event without timing cannot be read."""
     made: list[SimpleNamespace] = []
 
     def event(*, enable_timing: bool) -> SimpleNamespace:

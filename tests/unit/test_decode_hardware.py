@@ -1,4 +1,4 @@
-"""Which decoder decodes JPEGs on a GPU: found out, and chosen once per run."""
+"""The JPEG decoder of a GPU: detection of the JPEG engine, and the choice that is made once per run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NONE = JpegEngine(usable=False, found="this GPU has no JPEG engine that nvJPEG c
 
 
 class NvJpeg:
-    """As much of the library as `query_nvjpeg` calls."""
+    """The functions of nvJPEG that `query_nvjpeg` calls."""
 
     def __init__(self, *, create: int = 0, info: int = 0, engines: int = 7) -> None:
         self._create, self._info, self._engines = create, info, engines
@@ -63,7 +63,7 @@ class NvJpeg:
         (None, True, False, "nvJPEG cannot be loaded (libnvjpeg.so.12: no such file)"),
     ],
 )
-def test_what_nvjpeg_answers_is_what_counts(library: NvJpeg | None, video: bool, usable: bool, found: str) -> None:
+def test_the_result_follows_nvjpegs_answers(library: NvJpeg | None, video: bool, usable: bool, found: str) -> None:
     def load(name: str) -> object:
         if name == "libnvcuvid.so.1" and video:
             return object()
@@ -78,13 +78,13 @@ def test_what_nvjpeg_answers_is_what_counts(library: NvJpeg | None, video: bool,
     assert library is None or library.open == 0
 
 
-def test_the_real_nvjpeg_can_be_asked_on_a_machine_without_a_gpu() -> None:
+def test_the_real_nvjpeg_can_be_queried_without_a_gpu() -> None:
     assert find_jpeg_engine(CPU) == JpegEngine(usable=False, found="no GPU")
     assert "/nvjpeg/lib/libnvjpeg.so." in decode_hardware.nvjpeg_paths()[0]
 
 
 @pytest.mark.parametrize(("engine", "load"), [(ENGINE, 1.0), (NONE, 0.0)])
-def test_an_open_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, engine: JpegEngine, load: float) -> None:
+def test_an_unset_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, engine: JpegEngine, load: float) -> None:
     monkeypatch.setattr(decode_hardware, "find_jpeg_engine", lambda _: engine)
     assert resolve_hw_decoder_load(LoaderOptions(), GPU).settings.hw_decoder_load == load
     assert resolve_hw_decoder_load(LoaderOptions(), CPU) == LoaderOptions()
@@ -95,7 +95,7 @@ def test_an_open_load_never_divides_a_batch(monkeypatch: pytest.MonkeyPatch, eng
 
 
 CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[str]]] = [
-    # engines of the ranks, given, began with, chosen, what is said
+    # engines of the ranks, load given, load at the start of the run, chosen load, messages
     ([ENGINE], None, None, 1.0, []),
     ([NONE, NONE], None, None, 0.0, []),
     ([ENGINE, NONE], None, None, 0.0, ["rank 1 cannot use a JPEG engine (this GPU has no"]),
@@ -103,7 +103,7 @@ CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[st
     ([ENGINE, NONE], 1.0, None, 1.0, ["--hw-decoder-load 1: rank 1 cannot use"]),
     ([NONE], 0.0, None, 0.0, []),
     ([ENGINE], None, 1.0, 1.0, []),
-    ([ENGINE], None, 0.0, 0.0, []),  # resumed on a better GPU: the pixels stay
+    ([ENGINE], None, 0.0, 0.0, []),  # resumed on a better GPU: same decoder, so the same pixels
     ([NONE], None, 1.0, 0.0, ["by the JPEG engine when the run began, and now are by the CUDA decoder (rank 0 cannot"]),
     ([ENGINE], 0.0, 1.0, 0.0, ["now are by the CUDA decoder: pixels may differ in rounding"]),
     ([ENGINE], None, 0.9, 0.9, ["pixels depend on a sample's position in its batch"]),
@@ -111,7 +111,7 @@ CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[st
 
 
 @pytest.mark.parametrize(("engines", "given", "began", "load", "said"), CHOICES)
-def test_all_ranks_decode_alike_and_what_differs_is_said_in_a_line(
+def test_all_ranks_use_the_same_load_and_differences_are_reported_in_one_line(
     engines: list[JpegEngine], given: float | None, began: float | None, load: float, said: list[str]
 ) -> None:
     chosen, messages = choose_load(engines, requested=given, previous=began)
@@ -128,10 +128,10 @@ def feed_of(data: Path, *options: str) -> tuple[Recipe, Feed]:
 
 
 @pytest.mark.parametrize("case", [(None, None, 1.0), (0.0, None, 0.0), (None, 0.9, 0.9), (0.0, 0.9, 0.9)])
-def test_a_run_records_its_decoder_and_a_resumed_one_keeps_it(
+def test_a_run_records_its_decoder_and_a_resumed_run_keeps_it(
     digits: Path, monkeypatch: pytest.MonkeyPatch, case: tuple[float | None, float | None, float]
 ) -> None:
-    """As on a GPU, which the device is made to look like; case: began with, given, used."""
+    """On a simulated GPU. Case: load at the start of the run, load given, load used."""
     began, given, load = case
     monkeypatch.setattr(jpeg_decoder, "decodes_on_gpu", lambda _: True)
     monkeypatch.setattr(jpeg_decoder, "find_jpeg_engine", lambda _: ENGINE)

@@ -1,4 +1,4 @@
-"""Evaluation of images of any aspect ratio: the same pixels as resizing the whole image and cutting its centre."""
+"""Evaluation of images of any aspect ratio: same pixels as resizing the whole image, then cropping its centre."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def job_of(pixels: list[NDArray[np.uint8]], size: int, crop_pct: float) -> Decod
 
 
 def reference(image: Image.Image, size: int, crop_pct: float) -> NDArray[np.int16]:
-    """Resize all of it, then cut."""
+    """Resize the whole image, then crop."""
     resize, anchor = eval_geometry(np.array([image.height]), np.array([image.width]), size, crop_pct)
     (high, wide), (y, x) = resize[0].tolist(), anchor[0].tolist()
     whole = image.resize((wide, high), Image.Resampling.BICUBIC)
@@ -68,7 +68,7 @@ def test_the_gpu_s_graph_gives_the_pixels_of_resize_then_crop() -> None:
         found = decoded(SIZE, some, evaluation=True, window=window, region=region)
         for row, photo in zip(found, some, strict=True):
             stored = Image.open(io.BytesIO(encoded(photo).tobytes())).convert("RGB")
-            # DALI treats the ends of an image otherwise than Pillow does: compare with its own whole resize.
+            # DALI handles borders differently than Pillow: compare with DALI's resize of the whole image.
             whole = resized_by_dali(np.asarray(stored))
             assert np.abs(row.astype(np.int16) - whole).max() <= 2, photo.size
 
@@ -87,7 +87,7 @@ def resized_by_dali(image: NDArray[np.uint8]) -> NDArray[np.int16]:
 
 @settings(max_examples=200, deadline=None)
 @given(height=st.integers(1, 65_500), width=st.integers(1, 65_500), size=st.integers(16, 600), crop=st.floats(0.5, 1.0))
-def test_windows_lie_in_the_image_and_regions_in_the_windows(height: int, width: int, size: int, crop: float) -> None:
+def test_regions_are_inside_windows_inside_the_image(height: int, width: int, size: int, crop: float) -> None:
     (window,), (region,) = eval_windows(np.array([height]), np.array([width]), size, crop)
     y, x, high, wide = window.tolist()
     assert 0 <= y < y + high <= height
@@ -97,11 +97,11 @@ def test_windows_lie_in_the_image_and_regions_in_the_windows(height: int, width:
     assert top + region_high <= high + 1e-6 * height
     assert left + region_wide <= wide + 1e-6 * width
     if max(height, width) > MAX_ASPECT * min(height, width):
-        assert max(high, wide) < 2 * min(height, width) + 12, "little more than the centre crop"
+        assert max(high, wide) < 2 * min(height, width) + 12, "the window is little more than the centre crop"
 
 
-def test_a_banner_takes_no_more_memory_than_its_centre() -> None:
-    """It took 6 GB to resize 65,500 x 2 pixels to 8,384,000 x 256."""
+def test_an_extreme_image_takes_no_more_memory_than_its_centre() -> None:
+    """Resizing 65,500 x 2 pixels to 8,384,000 x 256 would take 6 GB."""
     code = """
         import io, json, torch, numpy as np
         from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The feed process (pipeline/feed_process/): same batches, same errors, nothing left behind, never a hang."""
+"""The feed process (pipeline/feed_process/): same batches, same errors, no leaked resources, no hangs."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ def test_same_training_batches_with_and_without_the_process(
     assert with_it == without
 
 
-def test_same_evaluations_with_and_without_the_process_pass_after_pass(photos: Path) -> None:
+def test_same_repeated_evaluations_with_and_without_the_process(photos: Path) -> None:
     expected = all_of(evaluation(ShardSet(photos), feed_process="off"))
     with evaluation(ShardSet(photos)) as loader:
         assert [contents(batch) for batch in loader] == expected
         next(iter(loader))
-        assert [contents(batch) for batch in loader] == expected, "a pass that was broken off is begun anew"
+        assert [contents(batch) for batch in loader] == expected, "an interrupted pass starts again from the beginning"
 
 
 def test_a_loader_resumes_from_its_state_with_the_next_batch(photos: Path) -> None:
@@ -135,11 +135,11 @@ def test_same_batches_from_a_server_staged_by_the_process(photos: Path, tmp_path
             wait_until(lambda: len(list(tmp_path.rglob("*.tar"))) >= tars, "staged shards")
             found += [contents(batch) for batch in loader]
         assert found == expected
-        assert site.whole_reads()["train.index.npy"] <= 2, "to check the set and to stage it, not by the process"
+        assert site.whole_reads()["train.index.npy"] <= 2, "read to check and to stage the set, but not by the process"
         assert all_of(train(open_set(site.url, cache=tmp_path))) == expected
 
 
-def test_bad_samples_are_replaced_counted_and_reported_as_without_the_process(
+def test_bad_samples_are_replaced_counted_and_reported_like_without_the_process(
     copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for sample in (3, 11, 40):
@@ -156,8 +156,8 @@ def test_bad_samples_are_replaced_counted_and_reported_as_without_the_process(
     assert len(seen["on"][2]) >= 3
 
 
-def test_what_is_known_of_bad_samples_outlives_the_process(copied: Path) -> None:
-    """The budget is a loader's, not a process's: it is not renewed by a restart."""
+def test_the_bad_samples_found_are_remembered_when_the_process_restarts(copied: Path) -> None:
+    """The budget belongs to the loader: restarting the process does not reset it."""
     for sample in (3, 11):
         flip_a_bit(copied, sample)
     with train(ShardSet(copied), bad_samples="skip:1") as loader:
@@ -167,7 +167,7 @@ def test_what_is_known_of_bad_samples_outlives_the_process(copied: Path) -> None
         assert loader.bad_samples == 2
 
 
-def test_more_new_buffers_than_one_message_can_carry(digits: Path, tmp_path: Path) -> None:
+def test_more_new_buffers_than_fit_into_one_message(digits: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(digits, tmp_path / "set"))
     dataset, batch = ShardSet(path), 96
     first = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=5, shuffle_block_size=16).ids(
@@ -183,18 +183,18 @@ def test_more_new_buffers_than_one_message_can_carry(digits: Path, tmp_path: Pat
 
 
 def outcome(loader: TrainLoader) -> tuple[int, type, str, int]:
-    """Batches delivered before the error, and the error."""
+    """Return the number of batches delivered before the error, and the error."""
     delivered: list[Batch] = []
     with pytest.raises(UserError) as caught:
-        delivered.extend(loader)  # which keeps what came before
-    with pytest.raises(type(caught.value)):  # and again: nothing is skipped
+        delivered.extend(loader)  # keeps the batches before the error
+    with pytest.raises(type(caught.value)):  # every later call raises it again, so no batch is skipped
         next(loader)
     return len(delivered), type(caught.value), str(caught.value), caught.value.exit_code
 
 
 @pytest.mark.parametrize("bad_samples", ["raise", "skip:1"])
-def test_a_damaged_sample_is_the_same_error_at_the_same_place(copied: Path, bad_samples: str) -> None:
-    for sample in (11, 33):  # neither first nor last of their shards: found when they are read
+def test_a_damaged_sample_raises_the_same_error_after_the_same_batch(copied: Path, bad_samples: str) -> None:
+    for sample in (11, 33):  # not first or last of their shards, which are checked earlier
         flip_a_bit(copied, sample)
     found = {}
     for choice in ("on", "off"):
@@ -205,7 +205,7 @@ def test_a_damaged_sample_is_the_same_error_at_the_same_place(copied: Path, bad_
     assert "\n" not in found["on"][2]
 
 
-def test_a_lost_shard_and_a_server_that_fails_are_the_same_errors(copied: Path, tmp_path: Path) -> None:
+def test_a_missing_shard_and_a_failing_server_raise_the_same_errors(copied: Path, tmp_path: Path) -> None:
     found = {}
     for choice in ("on", "off"):
         loader = train(ShardSet(copied), feed_process=choice)
@@ -225,7 +225,7 @@ def test_a_lost_shard_and_a_server_that_fails_are_the_same_errors(copied: Path, 
     assert "not there" in message
 
 
-def test_an_error_of_another_kind_crosses_with_its_traceback(
+def test_an_unexpected_error_is_raised_with_its_traceback(
     photos: Path,
 ) -> None:
     broken = job_stream(ShardSet(photos))
@@ -240,7 +240,7 @@ def test_an_error_of_another_kind_crosses_with_its_traceback(
     assert "pipeline/jobs.py" in caught.value.__notes__[0]
 
 
-def test_a_killed_process_is_one_error_at_once(photos: Path) -> None:
+def test_a_killed_process_raises_one_error_immediately(photos: Path) -> None:
     before = children()
     with train(ShardSet(photos)) as loader:
         next(loader)
@@ -254,7 +254,7 @@ def test_a_killed_process_is_one_error_at_once(photos: Path) -> None:
     assert not children() - before
 
 
-def test_signals_to_the_group_do_not_end_it(process: FeedProcess) -> None:
+def test_signals_to_the_process_group_do_not_end_it(process: FeedProcess) -> None:
     batches = process.batches()
     next(batches)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -263,7 +263,7 @@ def test_signals_to_the_group_do_not_end_it(process: FeedProcess) -> None:
         next(batches)
 
 
-def test_signals_that_come_while_it_starts_do_not_end_it(photos: Path) -> None:
+def test_signals_during_its_start_do_not_end_it(photos: Path) -> None:
     process = FeedProcess(job_stream(ShardSet(photos)), BadSamples(budget=0, samples=80, seed=5))
     try:
         os.kill(process.pid, signal.SIGTERM)
@@ -313,7 +313,7 @@ def test_it_ends_with_the_training_process(photos: Path, end: str) -> None:
     wait_until(lambda: not is_running(pid), "the end of the feed process")
 
 
-def test_nothing_is_left_behind(digits: Path) -> None:
+def test_no_resources_are_leaked(digits: Path) -> None:
     def round_trip() -> None:
         with train(ShardSet(digits)) as loader:
             next(loader)
@@ -325,7 +325,7 @@ def test_nothing_is_left_behind(digits: Path) -> None:
             round_trip()
 
 
-def test_interrupting_it_ends_a_wait(process: FeedProcess) -> None:
+def test_interrupt_ends_a_wait(process: FeedProcess) -> None:
     os.kill(process.pid, signal.SIGSTOP)
     threading.Timer(0.2, process.interrupt).start()
     with pytest.raises(Interrupted):
@@ -342,7 +342,7 @@ def test_interrupting_it_ends_a_wait(process: FeedProcess) -> None:
         lambda image: np.split(image, [4])[1],
     ],
 )
-def test_memory_is_reused_when_nothing_refers_to_it_and_not_before(
+def test_memory_is_reused_only_once_it_is_not_referenced(
     process: FeedProcess, derive: Callable[[Any], Any]
 ) -> None:
     batches = process.batches()
@@ -351,7 +351,7 @@ def test_memory_is_reused_when_nothing_refers_to_it_and_not_before(
     for _ in range(30):
         next(batches)
     assert np.asarray(kept).tobytes() == before
-    assert len(process._buffers) < 16, "others' memory was used again meanwhile"
+    assert len(process._buffers) < 16, "buffers of other batches were reused"
     assert len(set(process._returned)) == len(process._returned)
 
 
@@ -370,7 +370,7 @@ def test_the_process_prepares_a_bounded_number_of_batches(process: FeedProcess) 
         return seconds() == before
 
     wait_until(rests, "a process that waits for its consumer")
-    # Those read ahead, the one being read or prepared, those handed over, and the one that was taken.
+    # Batches read ahead, being read, being prepared, sent ahead, and the one that was received.
     assert feed_buffers(process.pid) <= LoaderSettings().read_ahead + 2 + SENT_AHEAD + 2
 
 
@@ -381,7 +381,7 @@ def test_it_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize("python", ["/no/such/python", "/bin/false"])
-def test_where_it_cannot_start_threads_prepare_the_batches_with_one_warning(
+def test_if_it_cannot_start_threads_prepare_the_batches_with_one_warning(
     photos: Path, python: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = all_of(train(ShardSet(photos), feed_process="off"))
@@ -394,7 +394,7 @@ def test_where_it_cannot_start_threads_prepare_the_batches_with_one_warning(
 
 
 class Cudart:
-    """The two calls of CUDA's runtime; registers up to `most` ranges."""
+    """The two functions of the CUDA runtime that are used; registers at most `most` ranges."""
 
     def __init__(self, most: int) -> None:
         self.most, self.registered, self.asked = most, dict[int, int](), 0
@@ -412,7 +412,7 @@ class Cudart:
 
 
 @pytest.mark.parametrize("most", [99, 1])
-def test_buffers_are_page_locked_while_somebody_has_them(
+def test_buffers_are_page_locked_while_they_are_referenced(
     photos: Path, most: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cudart = Cudart(most)
@@ -430,13 +430,13 @@ def test_buffers_are_page_locked_while_somebody_has_them(
         process.close()
     if most > 1:
         ((start, size),) = cudart.registered.items()
-        assert start <= address < start + size, "of the batch that is still referred to"
+        assert start <= address < start + size, "an address in the batch that is still referenced"
     del kept
     assert not cudart.registered
     failures = [message for message in caplog.messages if "no page-locked memory" in message]
     assert len(failures) == (most == 1)
     if most == 1:
-        assert cudart.asked == 2, "after a failure it is not tried again"
+        assert cudart.asked == 2, "page-locking is not tried again after a failure"
 
 
 @pytest.mark.parametrize(
@@ -448,7 +448,7 @@ def test_buffers_are_page_locked_while_somebody_has_them(
         ("off", "cuda", "threads of the training process"),
     ],
 )
-def test_a_gpu_s_loader_uses_the_process_and_says_so(
+def test_loaders_on_a_gpu_use_the_process_and_report_it(
     photos: Path, choice: FeedChoice, device: str, expected: str
 ) -> None:
     loader = train(ShardSet(photos), feed_process=choice)

@@ -1,4 +1,4 @@
-"""The FFCV loader follows the plan, with the windows, flips and operations that DALI's uses."""
+"""The FFCV loader follows the plan, with the same crop windows, flips and operations as the DALI loader."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODES = {"jpg": ("ffcv", "jpg"), "raw": ("ffcv", "raw"), "both": ("both", "smart
 
 @pytest.fixture(scope="module")
 def sets(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One source as tars, as .betons of JPEGs and of pixels, and as tars beside a .beton of both."""
+    """One source as tars, as .beton files of JPEGs and of pixels, and as tars with a .beton of both."""
     folder = tmp_path_factory.mktemp("betons")
     source = photos.parent / "images"
     for name, (form, mode) in MODES.items():
@@ -68,7 +68,7 @@ def batches_of(loader: TrainLoader | EvalLoader) -> list[Batch]:
 
 
 class Recording:
-    """A decoder that notes its jobs."""
+    """A decoder that records its jobs."""
 
     def __init__(self, inner: Any, jobs: list[tuple[DecodeJob, Any]]) -> None:
         self._inner, self._jobs = inner, jobs
@@ -83,7 +83,7 @@ def record_jobs(patch: pytest.MonkeyPatch, jobs: list[tuple[DecodeJob, Any]]) ->
     patch.setattr(background, "make_decoder", lambda *args, **kwargs: Recording(make_decoder(*args, **kwargs), jobs))
 
 
-def test_dali_and_ffcv_are_asked_for_the_same_at_every_position(
+def test_dali_and_ffcv_get_the_same_jobs_at_every_position(
     sets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = augment_recipe("fat", size=64)
@@ -107,7 +107,7 @@ def test_dali_and_ffcv_are_asked_for_the_same_at_every_position(
 
 
 @pytest.mark.parametrize("name", ["tars", *MODES])
-def test_pixels_are_close_to_pils_however_the_set_is_stored(sets: dict[str, Path], name: str) -> None:
+def test_pixels_are_close_to_pil_for_every_storage_format(sets: dict[str, Path], name: str) -> None:
     recipe = augment_recipe("light", size=96)
     jobs: list[tuple[DecodeJob, Any]] = []
     loader = train(sets[name], "ffcv", recipe)
@@ -129,17 +129,17 @@ def test_pixels_are_close_to_pils_however_the_set_is_stored(sets: dict[str, Path
     assert np.mean(errors) < 3
 
 
-def test_every_way_of_storing_the_set_gives_the_same_batches(sets: dict[str, Path]) -> None:
+def test_every_storage_format_gives_the_same_batches(sets: dict[str, Path]) -> None:
     recipe = augment_recipe("fat", size=64)
     reference = batches_of(train(sets["tars"], "ffcv", recipe))
     for name, exact in (("jpg", True), ("raw", False), ("both", False)):
         for one, other in zip(reference, batches_of(train(sets[name], "ffcv", recipe)), strict=True):
             assert one.ids.tolist() == other.ids.tolist()
-            # Pixels were decoded beforehand, by the exact inverse DCT.
+            # Stored pixels were decoded at conversion, with the exact inverse DCT.
             assert torch.equal(one.images, other.images) if exact else (one.images - other.images).abs().mean() < 0.1
 
 
-def test_evaluation_pixels_are_close_to_dalis(sets: dict[str, Path]) -> None:
+def test_evaluation_pixels_are_close_to_dali(sets: dict[str, Path]) -> None:
     dataset = ShardSet(sets["both"])
     samples = dataset.split("val").samples
     images = []
@@ -152,14 +152,14 @@ def test_evaluation_pixels_are_close_to_dalis(sets: dict[str, Path]) -> None:
     assert (images[0] - images[1]).abs().mean() < 3
 
 
-def test_auto_takes_ffcv_for_a_beton_that_stands_alone_and_dali_elsewhere(sets: dict[str, Path]) -> None:
+def test_auto_selects_ffcv_for_a_beton_without_tars_and_dali_otherwise(sets: dict[str, Path]) -> None:
     recipe = augment_recipe("light", size=32)
     for name, expected in (("tars", "dali"), ("both", "dali"), ("jpg", "ffcv"), ("raw", "ffcv")):
         auto, named = (batches_of(train(sets[name], loader, recipe)) for loader in ("auto", expected))  # type: ignore[arg-type]
         assert all(torch.equal(a.images, b.images) for a, b in zip(auto, named, strict=True))
 
 
-def test_dali_reads_the_jpegs_of_a_beton_and_says_so_where_there_are_none(sets: dict[str, Path]) -> None:
+def test_dali_reads_the_jpegs_of_a_beton_and_rejects_one_with_pixels(sets: dict[str, Path]) -> None:
     recipe = augment_recipe("light", size=32)
     tars, beton = (batches_of(train(sets[name], "dali", recipe)) for name in ("tars", "jpg"))
     assert all(torch.equal(a.images, b.images) for a, b in zip(tars, beton, strict=True))
@@ -168,15 +168,15 @@ def test_dali_reads_the_jpegs_of_a_beton_and_says_so_where_there_are_none(sets: 
 
 
 def stored_as_pixels(path: Path) -> np.ndarray:
-    """Ids of the training samples that the .beton stores as pixels, int64 [n]."""
+    """Return the ids of the training samples that the .beton stores as pixels, int64 [n]."""
     rows = ShardSet(path).index("train", beton=True)
     return np.flatnonzero(rows["size"] == rows["height"].astype(np.int64) * rows["width"] * 3)
 
 
 @pytest.mark.parametrize("name", ["jpg", "raw", "both"])
 @pytest.mark.parametrize("check", [True, False])
-def test_a_damaged_sample_is_an_error_at_once(sets: dict[str, Path], tmp_path: Path, name: str, check: bool) -> None:
-    """Pixels too, also those beside tars: the .beton's index has the hashes of what it stores."""
+def test_a_damaged_sample_raises_an_error(sets: dict[str, Path], tmp_path: Path, name: str, check: bool) -> None:
+    """Also for pixels, with and without tars: the index of the .beton has the hashes of its contents."""
     path = Path(shutil.copytree(sets[name], tmp_path / "set"))
     sample = 11 if name == "jpg" else int(stored_as_pixels(path)[0])
     row = ShardSet(path).index("train", beton=True)[sample]
@@ -194,20 +194,20 @@ def test_a_damaged_sample_is_an_error_at_once(sets: dict[str, Path], tmp_path: P
         with pytest.raises(DecodeError, match=r"sample 11 could not be decoded"):
             batches()
     else:
-        assert batches(), "nobody can tell pixels from other pixels"
+        assert batches(), "damaged pixels cannot be detected without a hash"
 
 
-def test_a_beton_of_other_samples_is_refused(sets: dict[str, Path], tmp_path: Path) -> None:
+def test_a_beton_of_other_samples_is_rejected(sets: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(sets["both"], tmp_path / "set"))
-    assert 0 < len(stored_as_pixels(path)) < ShardSet(path).split("train").samples, "JPEGs and pixels"
+    assert 0 < len(stored_as_pixels(path)) < ShardSet(path).split("train").samples, "the .beton has JPEGs and pixels"
     (path / "train.beton").write_bytes(bytes((path / "train.beton").stat().st_size))
     with pytest.raises(ShardSetError, match=r"train\.beton: neither its first nor its last sample"):
         train(path, "ffcv", augment_recipe("light", size=32))
 
 
 @pytest.mark.parametrize("name", ["raw", "both"])
-def test_what_the_file_says_of_its_samples_is_not_needed(sets: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """Places, sizes and modes come from the index, whose hash is in the manifest; those in the file may be damaged."""
+def test_the_sample_table_in_the_beton_is_not_used(sets: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Offsets, sizes and modes come from the index, whose hash is in the manifest. Those in the file may be damaged."""
     path = Path(shutil.copytree(sets[name], tmp_path / "set"))
     metadata = HEADER.itemsize + 2 * FIELD.itemsize
     with (path / "train.beton").open("r+b") as file:
@@ -221,7 +221,7 @@ def test_what_the_file_says_of_its_samples_is_not_needed(sets: dict[str, Path], 
     )
 
 
-def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
+def test_without_ffcv_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
     monkeypatch.delitem(sys.modules, "pipeline.decode.ffcv", raising=False)
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     with pytest.raises(UserError, match=r"pip install 'fat-pipeline\[ffcv\]'"):
@@ -229,7 +229,7 @@ def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_a_beton_on_a_server_is_staged_shard_by_shard(sets: dict[str, Path], tmp_path: Path, name: str) -> None:
+def test_a_remote_beton_is_staged_shard_by_shard(sets: dict[str, Path], tmp_path: Path, name: str) -> None:
     recipe = augment_recipe("light", size=32)
     shards = len(ShardSet(sets[name]).split("train").shards)
     with serve(sets[name]) as site, train(site.url, "ffcv", recipe, cache=tmp_path) as loader:

@@ -1,4 +1,4 @@
-"""The house's import rules (docs/architecture.md): who may know whom, read from the source itself."""
+"""The import rules of this project (docs/architecture.md), checked in the source code."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
 
-# Our packages: what each may import of the others.
+# Packages of this project, and which of the others each may import.
 ALLOWED = {
     "shards": set(),
     "pipeline": {"shards"},
@@ -22,7 +22,7 @@ ALLOWED = {
 TRITON_FILES = (
     "attention", "batchnorm", "channel_sums", "depthwise", "depthwise_weight_grad", "gate", "norm", "norm_relu",
 )  # fmt: skip
-# Heavy libraries that one room alone may touch.
+# Large libraries, and the only folder that may import each.
 ONLY_IN = {
     "nvidia": {"pipeline/decode/dali.py"},
     "ffcv": {"pipeline/decode/ffcv.py"},
@@ -35,12 +35,12 @@ ONLY_IN = {
     "accelerate": {"launch/engine/accelerate.py"},
     "deepspeed": {"launch/engine/zero_state.py"},
 }
-# Files that others import inside functions only.
+# Files that may only be imported inside functions.
 LAZY = ONLY_IN["triton"] | ONLY_IN["ffcv"]
 TORCH_FREE = ("shards",)
-# Packages in whose root lie files of several layers, which import the folders and are imported by them.
+# Packages whose root contains files of several layers, which import the folders and are imported by them.
 ROOTS_OF_SEVERAL_LAYERS = ("pipeline", "pipeline/storage", "launch", "fat")
-# Folder -> those that it imports although they import it.
+# Folder -> folders that it imports although they import it.
 FOLDER_EXCEPTIONS = {
     "fat/kernels/ops": {"fat/kernels"},
     "fat/kernels/prefill": {"fat/account", "fat/kernels"},
@@ -55,7 +55,7 @@ def _sources() -> list[Path]:
 
 
 def _imports(path: Path) -> list[tuple[str, bool]]:
-    """(top-level module, whether it is imported at module level) of every import statement."""
+    """Return (top-level module, whether it is imported at module level) of every import statement."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     at_top: set[int] = set()
     stack: list[ast.AST] = [tree]
@@ -78,7 +78,7 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
 
 
 def _files_imported() -> dict[str, set[str]]:
-    """The modules of this project that each of them imports anywhere, but for type checking."""
+    """Return the modules of this project that each module imports, except for type checking."""
     paths = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in _sources()
     }
@@ -101,7 +101,7 @@ def _files_imported() -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("path", _sources(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path: Path) -> None:
+def test_imports_follow_the_rules_of_their_package(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     package = name.split("/", maxsplit=1)[0]
     for module, top in _imports(path):
@@ -117,22 +117,22 @@ def test_imports_run_one_way(path: Path) -> None:
             assert module in sys.stdlib_module_names, f"{name} imports {module} at module level"
 
 
-def test_files_named_here_import_what_they_alone_may() -> None:
+def test_the_listed_files_import_the_library_they_are_listed_for() -> None:
     for library, names in ONLY_IN.items():
         assert [name for name in names if library not in dict(_imports(ROOT / name))] == [], library
 
 
-def test_no_folder_holds_more_than_14_source_files() -> None:
+def test_no_folder_contains_more_than_14_source_files() -> None:
     folders = Counter(str(path.parent.relative_to(ROOT)) for path in _sources() if path.name != "__init__.py")
     assert not {folder: count for folder, count in folders.items() if count > 14}
 
 
-def test_files_import_one_another_without_a_circle() -> None:
+def test_files_have_no_import_cycle() -> None:
     TopologicalSorter(_files_imported()).prepare()
 
 
-def test_folders_import_one_another_without_a_circle() -> None:
-    """The folders of a package are layers; of `shards`, its root is the lowest one."""
+def test_folders_have_no_import_cycle() -> None:
+    """The folders of a package are layers. In `shards`, its root is the lowest layer."""
     folders: dict[str, set[str]] = {}
     for module, imported in _files_imported().items():
         folder = _folder(module)
@@ -143,7 +143,7 @@ def test_folders_import_one_another_without_a_circle() -> None:
         for imported in folders.values():
             imported.discard(root)
     for folder, imported in FOLDER_EXCEPTIONS.items():
-        assert imported <= folders.get(folder, set()), f"{folder}: remove what is no exception any more"
+        assert imported <= folders.get(folder, set()), f"{folder}: remove the exception, it is no longer needed"
         folders[folder] -= imported
     TopologicalSorter(folders).prepare()
 
@@ -154,7 +154,7 @@ def _folder(module: str) -> str:
 
 
 def _test_modules_imported(path: Path) -> set[str]:
-    """The test modules that a test module imports anywhere."""
+    """Return the test modules that a test module imports."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -164,8 +164,8 @@ def _test_modules_imported(path: Path) -> set[str]:
     return {name for name in names if name.rpartition(".")[2].startswith("test_") and "tests" in name.split(".")}
 
 
-def test_no_test_module_is_imported_by_another() -> None:
-    """Other than from tests/support, a change of one test would break another."""
+def test_no_test_module_imports_another() -> None:
+    """Otherwise a change of one test could break another. Shared helpers are in tests/support."""
     paths = list((ROOT / "tests").rglob("*.py"))
     assert not {str(path.relative_to(ROOT)): found for path in paths if (found := _test_modules_imported(path))}
 

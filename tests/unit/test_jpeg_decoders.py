@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Rounding:
-    """A decoder whose engine rounds the blue of its part of the batch up; its clock runs with the images decoded."""
+    """A decoder whose engine changes the blue channel of its part of a batch; its clock advances with every image."""
 
     def __init__(self, clock: list[float], load: float) -> None:
         self._clock, self._load = clock, load
@@ -51,7 +51,7 @@ def test_pixels_and_speed_are_compared() -> None:
 @pytest.mark.parametrize(
     ("greatest", "engine", "unused"), [(0, 101.0, True), (0, 99.0, True), (0, 150.0, False), (1, 100.0, False)]
 )
-def test_equal_pixels_at_equal_speed_mean_that_the_engine_is_not_used(
+def test_equal_pixels_at_equal_speed_are_reported_as_an_unused_engine(
     greatest: int, engine: float, unused: bool
 ) -> None:
     found = Comparison(images=8, mean=0.0, max=greatest, differing=0.0, rates={"0": 100.0, "1": engine, "0.9": 99.0})
@@ -59,7 +59,7 @@ def test_equal_pixels_at_equal_speed_mean_that_the_engine_is_not_used(
     assert ("seems to decode nothing" in str(found)) is unused
 
 
-def test_the_batch_that_is_compared_is_the_first_of_training(digits: Path) -> None:
+def test_the_compared_batch_is_the_first_batch_of_training(digits: Path) -> None:
     small = ("--size", "32", "--global-batch", "16", "--augment", "light")
     feed = Feed.of(parse(["--data", str(digits), *small]), World(0, 1, 0, 1, CPU, cores=2))
     job = first_batch(feed)
@@ -79,12 +79,12 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, dataset: Path) -> dict[str, 
     return json.loads(out.read_text())
 
 
-def test_without_an_engine_the_reason_is_told(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_engine_the_reason_is_named(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, tmp_path / "out.json", digits)["decoders"] == "not compared: no GPU"
 
 
-def test_the_figures_are_written(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the decoder of CPUs in both decoders' places."""
+def test_the_results_are_written(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU decoder in place of both GPU decoders."""
     monkeypatch.setattr("benchmarks.jpeg_decoders.find_jpeg_engine", lambda _: JpegEngine(usable=True, found="none"))
     found = run(monkeypatch, tmp_path / "out.json", digits)
     assert (found["images"], found["max"]) == (16, 0)

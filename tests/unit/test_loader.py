@@ -1,4 +1,4 @@
-"""Loaders on real shards: what is delivered is what the plan, the index and the recipe say."""
+"""Loaders on real shards: the batches follow the plan, the index and the recipe."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def train_loader(path: Path, recipe: AugmentRecipe, *, epochs: int = 1, start: P
 
 
 def pixels_of(batch: Batch, recipe: AugmentRecipe) -> np.ndarray:
-    """Back to 0..255, float64 [B, H, W, 3]."""
+    """Convert the images back to levels 0 to 255, float64 [B, H, W, 3]."""
     mean, std = (torch.tensor(v, dtype=torch.float64).view(1, 3, 1, 1) for v in (recipe.mean, recipe.std))
     return ((batch.images.double() * std + mean) * 255).permute(0, 2, 3, 1).numpy()
 
 
-def test_training_batches_are_the_plan_s_samples_cropped_and_flipped_as_drawn(photos: Path) -> None:
+def test_training_batches_contain_the_samples_of_the_plan_with_the_drawn_crops_and_flips(photos: Path) -> None:
     recipe = augment_recipe("light", size=96)
     plan, loader = train_loader(photos, recipe)
     dataset = ShardSet(photos)
@@ -71,7 +71,7 @@ def test_training_batches_are_the_plan_s_samples_cropped_and_flipped_as_drawn(ph
                     expected = expected.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
                 errors.append(np.abs(shown[row] - np.asarray(expected, np.float64)).mean())
     assert any(flips(recipe, seed=5, epoch=0, ids=np.arange(40)))
-    # Chroma upsampling differs between decoders, and the resize by a level here and there.
+    # Decoders differ in chroma upsampling, and the resize sometimes differs by one level.
     assert np.mean(errors) < 0.1
     assert np.max(errors) < 0.3
 
@@ -100,7 +100,7 @@ def test_global_batches_are_the_same_at_every_world_size(digits: Path, recipe_na
             assert torch.equal(images, expected)
 
 
-def test_a_loader_goes_on_from_its_state_with_the_very_next_batch(digits: Path) -> None:
+def test_a_loader_resumes_from_its_state_with_the_next_batch(digits: Path) -> None:
     recipe = augment_recipe("fat", size=32)
     plan, whole = train_loader(digits, recipe, epochs=2)
     with whole:
@@ -110,7 +110,7 @@ def test_a_loader_goes_on_from_its_state_with_the_very_next_batch(digits: Path) 
     assert state == {"epoch": 0, "step": 5}
     assert [b.position for b in first] == [plan.at(step) for step in range(5)]
     _, resumed = train_loader(digits, recipe, epochs=2)
-    next(resumed)  # and prefetching has begun
+    next(resumed)  # starts prefetching
     resumed.load_state_dict(state)
     with resumed:
         for batch in expected:
@@ -119,7 +119,7 @@ def test_a_loader_goes_on_from_its_state_with_the_very_next_batch(digits: Path) 
             assert torch.equal(again.images, batch.images)
 
 
-def test_state_counts_whole_steps_delivered_only(digits: Path) -> None:
+def test_the_state_counts_complete_delivered_steps_only(digits: Path) -> None:
     _, loader = train_loader(digits, augment_recipe("light", size=32), micro_batch=8)
     with loader:
         for expected in (0, 0, 1, 1, 1, 2):
@@ -127,7 +127,7 @@ def test_state_counts_whole_steps_delivered_only(digits: Path) -> None:
             assert loader.state_dict()["step"] == expected
 
 
-def test_training_goes_on_from_epoch_to_epoch_and_ends(digits: Path) -> None:
+def test_training_continues_across_epochs_and_ends_after_the_last(digits: Path) -> None:
     plan, loader = train_loader(digits, augment_recipe("light", size=16), epochs=2, start=Position(0, 57))
     with loader:
         positions = [batch.position for batch in loader]
@@ -136,7 +136,7 @@ def test_training_goes_on_from_epoch_to_epoch_and_ends(digits: Path) -> None:
     assert (1, 0) in positions
 
 
-def test_evaluation_shows_each_image_once_at_any_world_size(digits: Path) -> None:
+def test_evaluation_delivers_each_image_once_at_any_world_size(digits: Path) -> None:
     dataset = ShardSet(digits)
     labels = dataset.index("val")["label"]
     for world in (1, 3):
@@ -157,7 +157,7 @@ def test_evaluation_shows_each_image_once_at_any_world_size(digits: Path) -> Non
         assert seen[seen != NO_SAMPLE].tolist() == list(range(360))
 
 
-def test_a_broken_off_evaluation_goes_on_at_another_world_size(digits: Path) -> None:
+def test_an_interrupted_evaluation_resumes_at_another_world_size(digits: Path) -> None:
     def loader(world: int, rank: int) -> EvalLoader:
         plan = EvalPlan(360, batch=25, world=world, rank=rank)
         return EvalLoader(ShardSet(digits), plan, size=16, mean=(0.5,) * 3, std=(0.5,) * 3, device=CPU)
@@ -184,12 +184,12 @@ def test_a_broken_off_evaluation_goes_on_at_another_world_size(digits: Path) -> 
             assert len(second) == 5
             deliver(list(second))
             assert second.state_dict() == {"samples": 360}
-            assert [b.position.step for b in second] == list(range(8)), "the next pass is a whole one"
+            assert [b.position.step for b in second] == list(range(8)), "the next pass is complete"
     assert sorted(seen) == list(range(360))
     assert all(torch.equal(seen[i], images[i]) for i in seen)
 
 
-def test_evaluation_pixels_are_the_recipe_s(photos: Path) -> None:
+def test_evaluation_pixels_equal_resize_and_centre_crop_by_pil(photos: Path) -> None:
     dataset = ShardSet(photos)
     samples = dataset.split("val").samples
     recipe = AugmentRecipe()
@@ -210,7 +210,7 @@ def test_evaluation_pixels_are_the_recipe_s(photos: Path) -> None:
         assert np.abs(shown[row] - expected).mean() < 1.0
 
 
-def test_evaluation_geometry_keeps_the_ratio_of_256_to_224() -> None:
+def test_evaluation_geometry_has_the_ratio_256_to_224() -> None:
     resize, anchor = eval_geometry(np.array([375, 500, 64]), np.array([500, 333, 64]), 224)
     assert resize.tolist() == [[256, 341], [384, 256], [256, 256]]
     assert anchor.tolist() == [[16, 58], [80, 16], [16, 16]]
@@ -218,7 +218,7 @@ def test_evaluation_geometry_keeps_the_ratio_of_256_to_224() -> None:
     assert eval_geometry(np.array([80]), np.array([64]), 64, crop_pct=1)[0].tolist() == [[80, 64]]
 
 
-def test_nothing_is_left_behind(digits: Path) -> None:
+def test_no_resources_are_leaked(digits: Path) -> None:
     def round_trip() -> None:
         _, loader = train_loader(digits, augment_recipe("light", size=32))
         with loader:
@@ -238,8 +238,8 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_an_error_behind_the_decoder_ends_the_decoder_too(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the error is kept, and with it the frames that it came through."""
+def test_an_error_after_the_decoder_also_ends_the_decoder(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although the error, and with it the frames of its traceback, stays referenced."""
 
     def fails(*_: object) -> None:
         raise ArithmeticError
@@ -258,7 +258,7 @@ def test_an_error_behind_the_decoder_ends_the_decoder_too(digits: Path, monkeypa
 
 
 @pytest.mark.usefixtures("three_threads")
-def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(digits: Path) -> None:
+def test_the_loader_uses_one_torch_thread_and_does_not_change_the_number_of_others(digits: Path) -> None:
     def seen_by_a_new_thread() -> int:
         found: list[int] = []
         thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
@@ -282,7 +282,7 @@ def test_the_loader_s_thread_works_alone_and_leaves_torch_s_threads_to_others(di
     assert set(used) == {1}
 
 
-def test_options_change_speed_only(digits: Path) -> None:
+def test_performance_options_do_not_change_the_batches(digits: Path) -> None:
     recipe = augment_recipe("light", size=32)
     dataset = ShardSet(digits)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5)
@@ -295,11 +295,11 @@ def test_options_change_speed_only(digits: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe_name", ["light", "fat"])
-def test_synthetic_batches_have_the_plan_s_shape_and_read_nothing(
+def test_synthetic_batches_have_the_shape_of_the_plan_and_read_no_shards(
     tmp_path: Path, digits: Path, recipe_name: str
 ) -> None:
     for file in ("dataset.json", "train.index.npy", "val.index.npy"):
-        shutil.copy(digits / file, tmp_path)  # and no shards
+        shutil.copy(digits / file, tmp_path)  # without the shards
     dataset, recipe = ShardSet(tmp_path), augment_recipe(recipe_name, size=32)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=GLOBAL, seed=5, pairs=recipe.mixes)
     options = LoaderOptions(loader="synthetic")
@@ -323,7 +323,7 @@ def test_synthetic_batches_have_the_plan_s_shape_and_read_nothing(
     assert ids.tolist() == list(range(360))
 
 
-def test_options_left_open_come_to_the_defaults_and_zero_is_a_value() -> None:
+def test_unset_options_get_the_defaults_and_zero_is_not_unset() -> None:
     assert LoaderOptions().settings == LoaderSettings()
     given = LoaderOptions(read_ahead=0, decode_threads=7, dali=DaliOptions(hw_decoder_load=0.0))
     assert given.settings == LoaderSettings(read_ahead=0, decode_threads=7, hw_decoder_load=0.0)
@@ -337,6 +337,6 @@ def test_options_left_open_come_to_the_defaults_and_zero_is_a_value() -> None:
         (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: expected a number from 0 to 1"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(make: Callable[[], object], message: str) -> None:
+def test_options_out_of_range_are_rejected(make: Callable[[], object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()

@@ -26,7 +26,7 @@ SMALL, LARGE = 4, 12
 
 
 def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[str]]:
-    """Python functions that the training thread calls, C functions that it calls from Python included."""
+    """Count the functions that the training thread calls from Python, including C functions."""
     calls: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, arg: Any) -> None:
@@ -45,15 +45,15 @@ def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[st
     return calls.total() / STEPS, calls
 
 
-def test_the_training_thread_does_no_python_work_per_sample(tmp_path: Path, digits: Path) -> None:
+def test_the_training_thread_makes_no_python_calls_per_sample(tmp_path: Path, digits: Path) -> None:
     small, _ = calls_per_step(digits, tmp_path / "small", SMALL)
     large, calls = calls_per_step(digits, tmp_path / "large", LARGE)
-    # Three times the samples, the same calls; one call per sample and step would add 8.
+    # Three times the samples, but the same number of calls. One call per sample and step would add 8.
     assert large == pytest.approx(small, abs=2), calls.most_common(10)
 
 
 @pytest.mark.parametrize("options", [(), ("--accumulate",), ("--ema", "0.9")])
-def test_no_step_makes_the_host_wait(tmp_path: Path, digits: Path, options: tuple[str, ...]) -> None:
+def test_no_step_waits_for_the_device(tmp_path: Path, digits: Path, options: tuple[str, ...]) -> None:
     extra = ("--micro-batch", str(SMALL // 2)) if "--accumulate" in options else options
     with training(digits, tmp_path / "run", *extra, batch=SMALL, device="cpu") as step:
         step()
@@ -84,7 +84,7 @@ ONE, CPU = torch.ones(()), torch.device("cpu")
         ("new_tensor", lambda: ONE.new_tensor([1.0])),
     ],
 )
-def test_whatever_waits_is_counted_with_its_place(name: str, wait: Callable[[], object]) -> None:
+def test_every_wait_for_the_device_is_counted_with_its_location(name: str, wait: Callable[[], object]) -> None:
     with HostWaits() as waits:
         wait()
     assert waits.found.total() == 1
@@ -103,14 +103,14 @@ def test_whatever_waits_is_counted_with_its_place(name: str, wait: Callable[[], 
         lambda: torch.where(torch.ones(3).bool(), ONE, 0.0),
     ],
 )
-def test_work_that_the_device_can_do_alone_is_not_counted(work: Callable[[], object]) -> None:
+def test_work_without_a_wait_for_the_device_is_not_counted(work: Callable[[], object]) -> None:
     with HostWaits() as waits:
         work()
     assert not waits.found
 
 
 class Event:
-    """A CUDA event that happens when it is told to, or waited for."""
+    """A CUDA event that occurs when the test sets it or when it is waited for."""
 
     def __init__(self) -> None:
         self.happened, self.waited = False, False
@@ -120,11 +120,11 @@ class Event:
         return self.happened
 
     def synchronize(self) -> None:
-        assert all(one() is not None for one in self.guarded), "given back before it was waited for"
+        assert all(one() is not None for one in self.guarded), "released before the event was waited for"
         self.waited, self.happened = not self.happened, True
 
 
-def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
+def test_decoded_images_stay_alive_until_their_stream_has_read_them() -> None:
     events: list[Event] = []
     stream = SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1])
     in_use = InUseBuffers(stream)
@@ -137,7 +137,7 @@ def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
     events[0].happened = True
     in_use.keep(images.pop())
     assert [one() is None for one in held[:2]] == [True, False]
-    in_use.keep(images.pop())  # too many: the oldest is waited for
+    in_use.keep(images.pop())  # more than MAX_KEPT: waits for the oldest
     assert held[1]() is None
     assert [event.waited for event in events] == [False, True, *[False] * MAX_KEPT]
     in_use.close()
@@ -145,7 +145,7 @@ def test_decoded_images_are_held_until_their_stream_has_read_them() -> None:
     assert events[-1].waited
 
 
-def test_what_images_are_decoded_from_is_held_as_long_and_until_after_the_wait() -> None:
+def test_the_inputs_of_a_batch_stay_alive_until_after_the_wait() -> None:
     events: list[Event] = []
     in_use = InUseBuffers(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
     for _ in range(MAX_KEPT + 1):

@@ -1,4 +1,4 @@
-"""The prefetching thread (pipeline/prefetch.py): order, faults, and no leftovers."""
+"""The prefetching thread (pipeline/prefetch.py): order of items, errors, and no leaked threads."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pytest
 from pipeline.prefetch import Prefetcher
 
 
-def test_items_come_in_order_and_end() -> None:
+def test_items_are_delivered_in_order_and_end() -> None:
     items = Prefetcher(iter(range(100)), depth=3, name="t")
     assert list(items) == list(range(100))
     with pytest.raises(StopIteration):
         next(items)
 
 
-def test_a_fault_surfaces_after_the_items_before_it_and_stays() -> None:
+def test_an_error_is_raised_after_the_items_before_it_and_by_every_later_call() -> None:
     def source() -> Iterator[int]:
         yield 1
         yield 2
@@ -31,7 +31,7 @@ def test_a_fault_surfaces_after_the_items_before_it_and_stays() -> None:
             next(items)
 
 
-def test_it_runs_no_further_ahead_than_its_depth() -> None:
+def test_the_thread_runs_no_further_ahead_than_the_depth() -> None:
     made, four = 0, threading.Event()
 
     def source() -> Iterator[int]:
@@ -44,13 +44,13 @@ def test_it_runs_no_further_ahead_than_its_depth() -> None:
 
     items = Prefetcher(source(), depth=3, name="t")
     assert four.wait(30)
-    time.sleep(0.05)  # for a fifth, which must not come
-    assert made == 4  # three wait, one is in the thread's hands
+    time.sleep(0.05)  # time for a fifth item, which must not be produced
+    assert made == 4  # three are queued, the thread holds one
     assert items.ready == 3
     items.close()
 
 
-def test_closing_ends_the_thread_and_the_source() -> None:
+def test_close_ends_the_thread_and_closes_the_source() -> None:
     closed_in: list[str] = []
 
     def source() -> Iterator[int]:
@@ -70,7 +70,7 @@ def test_closing_ends_the_thread_and_the_source() -> None:
         next(items)
 
 
-def test_closing_wakes_a_consumer_that_waits_in_another_thread() -> None:
+def test_close_wakes_a_consumer_that_waits_in_another_thread() -> None:
     may_go_on = threading.Event()
 
     def source() -> Iterator[int]:

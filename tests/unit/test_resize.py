@@ -1,4 +1,4 @@
-"""The CPU's resize against PIL's own, pixel by pixel."""
+"""Resizing on the CPU, compared with PIL pixel by pixel."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def by_pil(window: NDArray[np.uint8], height: int, width: int) -> NDArray[np.int
     return np.asarray(Image.fromarray(window).resize((width, height), Image.Resampling.BICUBIC), np.int16)
 
 
-def test_training_windows_are_pils_but_for_rounding(photo: NDArray[np.uint8]) -> None:
+def test_training_windows_equal_pil_up_to_rounding(photo: NDArray[np.uint8]) -> None:
     flip = np.arange(len(WINDOWS)) % 2 == 1
     with Resizer(size=SIZE, threads=2, normalisation=None) as resize:
         batch = resize(cut(photo), job(flip=flip)).numpy().astype(np.int16)
@@ -49,7 +49,7 @@ def test_training_windows_are_pils_but_for_rounding(photo: NDArray[np.uint8]) ->
         assert difference.mean() < 0.2
 
 
-def test_evaluation_is_resized_whole_and_cut_at_the_anchor(photo: NDArray[np.uint8]) -> None:
+def test_evaluation_resizes_the_whole_image_and_crops_at_the_corner(photo: NDArray[np.uint8]) -> None:
     n = len(WINDOWS)
     scale = np.array(WINDOWS)[:, 2:] / (80, 96)
     region = np.hstack([(3, 17) * scale, SIZE * scale])
@@ -60,7 +60,7 @@ def test_evaluation_is_resized_whole_and_cut_at_the_anchor(photo: NDArray[np.uin
         assert np.abs(shown - by_pil(window, 80, 96)[3 : 3 + SIZE, 17 : 17 + SIZE]).max() <= 2
 
 
-def test_normalised_pixels_are_the_same_pixels(photo: NDArray[np.uint8]) -> None:
+def test_normalised_output_equals_the_normalised_uint8_output(photo: NDArray[np.uint8]) -> None:
     flip = np.arange(len(WINDOWS)) % 2 == 0
     normalisation = Normalisation(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3))
     with Resizer(size=SIZE, threads=2, normalisation=None) as resize:
@@ -71,6 +71,6 @@ def test_normalised_pixels_are_the_same_pixels(photo: NDArray[np.uint8]) -> None
     torch.testing.assert_close(normalised, (plain / 255 - mean) / std, atol=1e-5, rtol=1e-5)
 
 
-def test_an_error_in_a_thread_reaches_the_caller(photo: NDArray[np.uint8]) -> None:
+def test_an_error_in_a_thread_is_raised_at_the_caller(photo: NDArray[np.uint8]) -> None:
     with Resizer(size=SIZE, threads=2, normalisation=None) as resize, pytest.raises(RuntimeError):
         resize([np.zeros((0, 0, 3), np.uint8)] * len(WINDOWS), job())

@@ -1,4 +1,4 @@
-"""Which shards are read at which steps, for reading ahead (pipeline/plan.py)."""
+"""Shard requests: which shards are read at which steps (pipeline/plan.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How close the plan's order is to a full shuffle (docs/input.md states the figures), and how large a set may be."""
+"""How close the plan's order is to a full shuffle (figures: docs/input-pipeline.md), and how large a set may be."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_a_batch_is_spread_over_the_whole_set(plan: TrainPlan) -> None:
     draw = np.random.default_rng(0)
     rows = draw.permuted(batches(plan, 0), axis=1)
     distance = np.abs(np.diff(rows, axis=1)).mean()
-    assert distance == pytest.approx(SAMPLES / 3, rel=0.02), "as in a full shuffle"
+    assert distance == pytest.approx(SAMPLES / 3, rel=0.02), "the same as in a full shuffle"
     shards = [len(np.unique(batch // (SAMPLES // SHARDS))) for batch in rows]
     assert np.mean(shards) > 0.75 * SHARDS * (1 - (1 - 1 / SHARDS) ** GLOBAL)
 
 
-def test_samples_that_met_in_a_batch_meet_again_about_as_seldom_as_in_a_full_shuffle(plan: TrainPlan) -> None:
+def test_pairs_of_samples_share_a_batch_again_about_as_rarely_as_in_a_full_shuffle(plan: TrainPlan) -> None:
     step_of = np.full(SAMPLES, -1)
     step_of[batches(plan, 1)] = np.arange(plan.steps_per_epoch)[:, None]
     again = sum(int((np.bincount(step_of[batch]) ** 2).sum()) - GLOBAL for batch in batches(plan, 0))
@@ -59,7 +59,7 @@ def few_descriptors() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("shards", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_set_of_very_many_shards_opens_and_reads(
+def test_a_set_with_more_shards_than_file_descriptors_opens_and_reads(
     digits: Path, tmp_path: Path, few_descriptors: None, monkeypatch: pytest.MonkeyPatch, shards: int
 ) -> None:
     source, real_open = ShardSet(digits), os.open
