@@ -1,6 +1,6 @@
 """The FAT family (Fully Adaptive Transformer, arXiv 2306.00396): `fat.create_model("fat_b0")`.
 
-Imports torch alone. `fat.register_with_timm()` makes `timm.create_model("fat_b0")` work too.
+Importing it requires only torch. After `fat.register_with_timm()`, `timm.create_model("fat_b0")` works too.
 """
 
 from fat.account.cost import Cost, count

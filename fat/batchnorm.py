@@ -1,13 +1,14 @@
-"""BatchNorm in training without a pass of its own over memory.
+"""BatchNorm in training without a separate pass over memory.
 
-In FAT every BatchNorm but the stem's stands between a depthwise and a 1x1 convolution, with nothing in between. Once
-the statistics are known it is one affine map per channel, and that can be had by changing the 1x1 convolution's weights
-(a few thousand numbers) instead of the map (hundreds of megabytes). What is left is one read for the statistics, which
-our kernels have at hand when they write the map, and one correction of the gradient. `fat.fuse` does the same for
-inference, to the other neighbour and for good.
+In FAT every BatchNorm, except in the stem, is directly between a depthwise and a 1x1 convolution. With known batch
+statistics, BatchNorm is an affine transform per channel, which can be folded into the 1x1 convolution's weights (a few
+thousand numbers) instead of being applied to the feature map (hundreds of megabytes). Only two things remain: one read
+of the feature map for the statistics, which FAT's kernels compute while they write it, and one correction of the
+gradient. For inference, `fat.fuse` folds BatchNorm into the depthwise convolution instead.
 
-The map is stored less the running mean, which goes into the depthwise convolution's bias: a norm does not see what is
-added to a whole channel, but half precision does, where products with a mean of many deviations drown in its rounding.
+The running mean is subtracted from the stored feature map, through the depthwise convolution's bias. This does not
+change BatchNorm's result, but it keeps half precision accurate: where a channel's mean is many times its standard
+deviation, rounding errors of products with the mean would be larger than the deviations.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from torch import Tensor, nn
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that can leave the work on the map to the 1x1 convolution behind it."""
+    """BatchNorm2d that can be folded into the 1x1 convolution that follows it."""
 
     ranks = 1
-    """Over how many ranks the statistics are taken."""
-    running_mean: Tensor  # None only where `can_fold` is false
+    """Number of ranks over which the batch statistics are computed."""
+    running_mean: Tensor  # None only if `can_fold` is False
     running_var: Tensor
 
     @property
     def can_fold(self) -> bool:
-        """Whether it stands for the statistics of the batch and a known affine map, as it does while training."""
+        """Whether BatchNorm normalises with batch statistics and has an affine transform, as it does in training."""
         return self.training and self.momentum is not None and self.affine and self.track_running_stats
 
     def sync_stats(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """The same over all ranks that share statistics, differentiable; here there is one."""
+        """Return mean and variance over all ranks that share statistics, differentiably. This class uses one rank."""
         return mean, var
 
     def sync_sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks that share statistics."""
+        """Return the sum of `values` over all ranks that share statistics."""
         return values
 
     @torch.no_grad()
@@ -44,9 +45,9 @@ class BatchNorm(nn.BatchNorm2d):
         """Move the running statistics towards a batch's.
 
         Args:
-            drift: [C], the batch's mean less the running mean.
-            var: [C], without correction.
-            count: as for `correction`.
+            drift: [C], the batch's mean minus the running mean.
+            var: [C], the batch's biased variance.
+            count: values per channel on each rank.
         """
         correction = self.correction(count)
         assert self.momentum is not None
@@ -56,37 +57,37 @@ class BatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_((var * correction).to(self.running_var.dtype), self.momentum)
 
     def correction(self, count: int) -> float:
-        """What makes an unbiased variance of one that was taken from `count` values per channel on each rank.
+        """Return Bessel's correction, n / (n - 1), for a variance over n = `count` values per channel on each rank.
 
         Raises:
-            ValueError: of a single value, which has no variance.
+            ValueError: n is 1; a single value has no variance.
         """
         count *= self.ranks
         if count < 2:
-            raise ValueError("BatchNorm in training on one value per channel: use larger images or more of them")
+            raise ValueError("BatchNorm has one value per channel in training; use larger images or a larger batch")
         return count / (count - 1)
 
 
 def fold_into_conv(
     after: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The weights [O, C, 1, 1] and bias [O] with which `after`, a 1x1 convolution, does the norm's work too, in dtype.
+    """Return weights [O, C, 1, 1] and bias [O], in dtype, of `after(norm(x))` as one 1x1 convolution.
 
-    The mean is taken out with the weights as they are rounded: their rounding does not shift the result.
+    The mean is subtracted with the rounded weights, so that their rounding does not shift the result.
     """
     weight, bias = after.weight, after.bias
     assert bias is not None
     matrix = weight.flatten(1)
     rounded = (matrix * (norm.weight * (var + norm.eps).rsqrt())).to(dtype)
-    # Sums of products, not matrix products: autocast would round those.
+    # Not a matrix product: autocast would round its operands.
     total = bias + (matrix * norm.bias - rounded.to(mean.dtype) * mean).sum(1)
     return rounded.view_as(weight), total.to(dtype)
 
 
 def with_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x itself, its mean and its variance without correction over all but the channels: [C], float32 at least.
+    """Return x, and its mean and biased variance per channel: [C], in float32 or wider.
 
-    One operator for autograd, so that the gradients by all three reach x in one pass.
+    It is one autograd function, so that the gradients of all three results reach x in one pass.
     """
     result: tuple[Tensor, Tensor, Tensor] = _Statistics.apply(x)
     return result
@@ -110,8 +111,8 @@ class _Statistics(torch.autograd.Function):
 
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance without correction over all but the channels: [C], float32 at least. Not differentiable."""
-    if x.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses plain operations better
+    """Return mean and biased variance per channel: [C], in float32 or wider. Not differentiable."""
+    if x.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses var_mean with its neighbours
         eps = 1e-12
         mean, inverse = torch.batch_norm_stats(x, eps)
         return mean, (inverse.double().pow(-2) - eps).to(mean.dtype)

@@ -1,7 +1,6 @@
-"""What a FAT block is made of: FASA (fully adaptive self-attention), the convolutional feed-forward network, the block.
+"""The FAT block and its parts: FASA (fully adaptive self-attention) and the convolutional feed-forward network.
 
-Every map is a float tensor [B, C, H, W] whose memory is channels-last; the layout is never left. The weights may lie in
-either layout.
+Every feature map is a float tensor [B, C, H, W] in channels-last memory. The weights may have either memory format.
 """
 
 from __future__ import annotations
@@ -25,15 +24,15 @@ from fat.layers import (
     pointwise,
 )
 
-SHORTCUT_KERNEL = 5  # of the depthwise stride-2 convolution beside a reducing block
-POOL_KERNEL = 5  # of every depthwise stride-2 step from queries' to keys' resolution
+SHORTCUT_KERNEL = 5  # kernel size of the depthwise stride-2 convolution in `Shortcut`
+POOL_KERNEL = 5  # kernel size of every depthwise stride-2 convolution in `Pool`
 
 
 class Block(FusingModule):
-    """`x + cpe(x)`, then `x + FASA(norm(x))`, then `shortcut(x) + ConvFFN(norm(x))` (paper, section 3.1).
+    """FAT block: `x + cpe(x)`, then `x + FASA(norm(x))`, then `shortcut(x) + ConvFFN(norm(x))` (paper, section 3.1).
 
-    [B, dim, H, W] -> [B, out_dim, ceil(H / stride), ceil(W / stride)]. The shortcut is the identity unless the block
-    reduces (stride 2).
+    [B, dim, H, W] -> [B, out_dim, ceil(H / stride), ceil(W / stride)]. `cpe` is the convolutional positional encoding.
+    The shortcut is the identity unless the stride is 2 or `out_dim` differs from `dim`.
     """
 
     def __init__(
@@ -60,38 +59,38 @@ class Block(FusingModule):
         self.shortcut: nn.Module = nn.Identity()
         if stride > 1 or out_dim != dim:
             self.shortcut = Shortcut(dim, out_dim, stride)
-        self.construct()
+        self.finish_init()
 
     def decide_fusion(self) -> None:
         self._fuses_cpe = is_unmodified(self.cpe, ResidualDepthwise) and is_unmodified(self.norm1, GroupNorm1)
         self._fuses_sum = is_unmodified(self.drop_path, DropPath) and is_unmodified(self.norm2, GroupNorm1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._feed(*add_norm(self.drop_path, self.norm2, *self._attend(x), fuses=self._fuses_sum))
+        return self._ffn_residual(*add_norm(self.drop_path, self.norm2, *self._attend(x), fuses=self._fuses_sum))
 
-    def mix(self, x: Tensor) -> Tensor:
-        """Position and attention: the last map at the block's own resolution, which features are taken from."""
+    def apply_attention(self, x: Tensor) -> Tensor:
+        """Apply positional encoding and attention: the first half of the block, which keeps the resolution."""
         return self.drop_path(*self._attend(x))
 
-    def feed(self, x: Tensor) -> Tensor:
-        """The feed-forward half, which alone may reduce."""
-        return self._feed(x, self.norm2(x))
+    def apply_ffn(self, x: Tensor) -> Tensor:
+        """Apply the feed-forward network: the second half of the block, which has the stride."""
+        return self._ffn_residual(x, self.norm2(x))
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The map with its position, and the branch that is to be added to it."""
+        """Return x with its positional encoding, and the attention branch that is added to it."""
         x, normalised = convolve_norm(self.cpe, self.norm1, x, fuses=self._fuses_cpe)
         return x, self.attn(normalised)
 
-    def _feed(self, x: Tensor, normalised: Tensor) -> Tensor:
+    def _ffn_residual(self, x: Tensor, normalised: Tensor) -> Tensor:
         return self.drop_path(self.shortcut(x), self.ffn(normalised))
 
 
 class Shortcut(FusingModule, nn.Sequential):
-    """Beside a block that reduces: depthwise, BatchNorm, 1x1."""
+    """Shortcut of a block that changes resolution or width: depthwise convolution, BatchNorm, 1x1 convolution."""
 
     def __init__(self, dim: int, out_dim: int, stride: int) -> None:
         super().__init__(ConvNorm(depthwise(dim, SHORTCUT_KERNEL, stride)), pointwise(dim, out_dim))
-        self.construct()
+        self.finish_init()
 
     def decide_fusion(self) -> None:
         unit, after = self
@@ -105,9 +104,9 @@ class Shortcut(FusingModule, nn.Sequential):
 class FASA(FusingModule):
     """Fully adaptive self-attention: a local and a global branch that modulate each other (paper, section 3.2).
 
-    The local branch is a depthwise convolution of the queries, the global one attends from every position to the
-    (H / window) x (W / window) keys of a convolutionally pooled map. The released gating, `S * sigmoid(G) * G` with
-    `S = L * sigmoid(L)`, is the product of two SiLUs.
+    The local branch is a depthwise convolution of the queries. The global branch attends from every position to the
+    (H / window) x (W / window) keys of a feature map that convolutions have pooled. The gate of the released code,
+    `S * sigmoid(G) * G` with `S = L * sigmoid(L)`, is computed as the product of two SiLUs.
     """
 
     def __init__(self, dim: int, heads: int, kernel: int, window: int) -> None:
@@ -120,7 +119,7 @@ class FASA(FusingModule):
         self.pool = Pool(dim, window)
         self.local = depthwise(dim, kernel)
         self.proj = pointwise(dim, dim)
-        self.construct()
+        self.finish_init()
 
     def decide_fusion(self) -> None:
         self._fuses_gate = is_unmodified(self.local, Depthwise)
@@ -132,7 +131,10 @@ class FASA(FusingModule):
         return self.proj(convolve_gate(self.local, q, attended, fuses=self._fuses_gate))
 
     def attend(self, q: Tensor, kv: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)) v. q: [B, C, H, W]; kv: [B, 2 C, h, w], keys first; returns [B, C, H, W]."""
+        """Return softmax(q k^T / sqrt(d)) v of each head: [B, C, H, W].
+
+        q: [B, C, H, W]. kv: [B, 2 C, h, w]; keys are the first C channels, values the others.
+        """
         if kernels.can_attend(q, kv, self.heads):
             return kernels.attend(q, kv, self.heads, self.scale)
         k, v = kv.chunk(2, dim=1)
@@ -140,21 +142,23 @@ class FASA(FusingModule):
         return out.transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, q.shape[-2:])
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same of heads: q: [B, heads, H W, d]; k, v: [B, heads, h w, d]; returns q's shape."""
+        """Compute attention in PyTorch: q [B, heads, H W, d]; k, v [B, heads, h w, d]; returns q's shape."""
         if q.is_cuda:
             return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        # On a CPU the two are level in fp32, but in bf16 the backward of scaled_dot_product_attention is many times
-        # slower at 49 keys. The scale goes to the keys, of which there are few.
+        # On a CPU both variants are equally fast in fp32, but in bf16 with 49 keys the backward pass of
+        # scaled_dot_product_attention is many times slower. Scaling the keys is cheapest, since there are few of them.
         return ((q @ (k * self.scale).transpose(-2, -1)).softmax(dim=-1)) @ v
 
     def _split(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, heads, H W, C / heads]: a view where x is channels-last."""
+        """Reshape [B, C, H, W] to [B, heads, H W, C / heads]; a view if x is channels-last."""
         return x.flatten(2).transpose(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
 class Pool(FusingModule, nn.Sequential):
-    """The map that keys and values are taken from: each step halves the side by depthwise convolution and BatchNorm,
-    with a 1x1 convolution between steps; no activation (paper's fine-grained downsampling). Identity at window 1.
+    """Downsample the input of keys and values by `window` per side (the paper's fine-grained downsampling).
+
+    Each step halves the resolution by a depthwise convolution and BatchNorm; a 1x1 convolution follows every step but
+    the last. There is no activation. With window 1 it is the identity.
     """
 
     def __init__(self, dim: int, window: int) -> None:
@@ -162,30 +166,36 @@ class Pool(FusingModule, nn.Sequential):
         for _ in range(window.bit_length() - 1):
             steps += [ConvNorm(depthwise(dim, POOL_KERNEL, stride=2)), pointwise(dim, dim)]
         super().__init__(*steps[:-1])
-        self.construct()
+        self.finish_init()
 
     def decide_fusion(self) -> None:
         self._fuses = all(map(has_foldable_norm, [*self][::2])) and all(map(can_take_norm, [*self][1::2]))
 
     def project(self, x: Tensor, after: Pointwise, *, fuses: bool) -> Tensor:
-        """after(self(x)), each BatchNorm together with the 1x1 convolution behind it. fuses: of `after`."""
+        """Return after(self(x)), with each BatchNorm folded into the 1x1 convolution that follows it.
+
+        fuses: whether the last BatchNorm can be folded into `after`.
+        """
         if not (fuses and self._fuses and len(self)) or has_hooks(self):
             return after(self(x))
         steps = [*self, after]
-        for unit, behind in zip(steps[::2], steps[1::2], strict=True):
-            x = convolve_fold(unit, behind, x, fuses=True)
+        for unit, conv in zip(steps[::2], steps[1::2], strict=True):
+            x = convolve_fold(unit, conv, x, fuses=True)
         return x
 
 
 class ConvFFN(FusingModule):
-    """1x1 to the hidden width, GELU, depthwise (with an inner residual unless it reduces), BatchNorm, 1x1."""
+    """Feed-forward network: 1x1 to the hidden width, GELU, depthwise convolution, BatchNorm, 1x1 to the output width.
+
+    With stride 1 the depthwise convolution has a residual connection.
+    """
 
     def __init__(self, dim: int, hidden: int, out_dim: int, kernel: int, stride: int) -> None:
         super().__init__()
         self.fc1 = pointwise(dim, hidden)
         self.dw = ConvNorm(ResidualDepthwise(hidden, kernel) if stride == 1 else depthwise(hidden, kernel, stride))
         self.fc2 = pointwise(hidden, out_dim)
-        self.construct()
+        self.finish_init()
 
     def decide_fusion(self) -> None:
         self._fuses = has_foldable_norm(self.dw) and can_take_norm(self.fc2)

@@ -19,32 +19,32 @@ LIMITS = {
     "num_classes": (0, 10_000_000),
     "in_chans": (1, 4_096),
 }
-"""Smallest and largest value of each dimension: far beyond the variants, and small enough that the shapes of the whole
-network can be computed in seconds (`fat.load_model` does so before it takes memory)."""
+"""Smallest and largest value of each dimension. They are far larger than those of the variants, and small enough that
+`fat.load_model` computes all shapes of the network in seconds before it allocates memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FATConfig:
-    """Every dimension of one network of the family. Per-stage fields hold one entry for each of the four stages."""
+    """All dimensions of a FAT model. Per-stage fields have one entry for each of the four stages."""
 
     widths: tuple[int, ...]
-    """Channels of each stage; the stem's first convolution has half of the first."""
+    """Channels of each stage. The stem's first convolution has half as many as the first stage."""
     depths: tuple[int, ...]
     """Blocks of each stage; the last block of stages 1 to 3 halves the resolution."""
     heads: tuple[int, ...]
-    """Attention heads of each stage; they divide its width."""
+    """Attention heads of each stage; a divisor of its width."""
     kernels: tuple[int, ...] = (3, 5, 7, 9)
-    """Side of the depthwise kernels of positional encoding and local branch; odd."""
+    """Size of the depthwise kernels of the positional encoding and of FASA's local branch; odd."""
     windows: tuple[int, ...] = (8, 4, 2, 1)
-    """How much smaller, per side, the map is from which keys and values are taken; powers of two."""
+    """Downsampling factor, per side, of the feature map from which keys and values are computed; powers of two."""
     ffn_ratio: int = 4
-    """Hidden channels of the feed-forward network per channel."""
+    """Hidden channels of the feed-forward network, as a multiple of the stage's width."""
     ffn_kernel: int = 5
-    """Side of the feed-forward network's depthwise kernel; odd."""
+    """Size of the feed-forward network's depthwise kernel; odd."""
     drop_path: float = 0.0
-    """Drop probability of the last block's branches; rises linearly from 0 at the first. In [0, 1)."""
+    """Drop path probability of the last block, in [0, 1). It rises linearly from 0 at the first block."""
     num_classes: int = 1000
-    """Outputs of the classifier; 0 leaves it out."""
+    """Outputs of the classifier; 0: no classifier."""
     in_chans: int = 3
     """Channels of the input image."""
 
@@ -53,44 +53,48 @@ class FATConfig:
             value = getattr(self, name)
             if name in _PER_STAGE:
                 if not isinstance(value, tuple | list) or len(value) != STAGES:
-                    raise ValueError(f"{name}: {STAGES} positive integers expected, one per stage, not {_shown(value)}")
+                    raise ValueError(
+                        f"{name}: expected {STAGES} positive integers (one per stage), got {_shortened(value)}"
+                    )
                 checked: Any = tuple(_integer(name, entry, least, most) for entry in value)  # JSON gives lists
             else:
                 checked = _integer(name, value, least, most)
             object.__setattr__(self, name, checked)
         for width, heads in zip(self.widths, self.heads, strict=True):
             if width % heads:
-                raise ValueError(f"heads: {heads} heads do not divide a width of {width}")
+                raise ValueError(f"heads: a width of {width} is not divisible by {heads} heads")
         if self.widths[0] % 2:
-            raise ValueError(f"widths: the first must be even (the stem starts at its half), not {self.widths[0]}")
+            raise ValueError(
+                f"widths: expected an even first width (the stem starts with half of it), got {self.widths[0]}"
+            )
         for kernel in (*self.kernels, self.ffn_kernel):
             if kernel % 2 == 0:
-                raise ValueError(f"kernels: odd sides expected, not {kernel}")
+                raise ValueError(f"kernels: expected odd sizes, got {kernel}")
         for window in self.windows:
             if window & (window - 1):
-                raise ValueError(f"windows: powers of two expected, not {window}")
+                raise ValueError(f"windows: expected powers of two, got {window}")
         drop_path = self.drop_path
         if not isinstance(drop_path, Real) or isinstance(drop_path, bool) or not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path: a probability in [0, 1) expected, not {_shown(drop_path)}")
+            raise ValueError(f"drop_path: expected a probability in [0, 1), got {_shortened(drop_path)}")
 
     @classmethod
     def from_dict(cls, values: object) -> FATConfig:
-        """Build a config from what `to_dict` gave, read from outside: every field is checked.
+        """Build a config from the result of `to_dict`. Every field is checked, since it may come from any file.
 
-        Raises ValueError naming the field.
+        Raises ValueError that names the field.
         """
         if not isinstance(values, dict):
-            raise ValueError(f"a mapping of fields expected, not {_shown(values)}")
+            raise ValueError(f"expected a mapping of fields, got {_shortened(values)}")
         known = {field.name: field for field in fields(cls)}
         unknown = [name for name in values if name not in known]
         missing = [name for name, field in known.items() if field.default is MISSING and name not in values]
         if unknown or missing:
             fault, names = ("unknown", unknown) if unknown else ("missing", missing)
-            raise ValueError(f"{fault} field {_shown(names[0])}")
+            raise ValueError(f"{fault} field {_shortened(names[0])}")
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON can hold them; `FATConfig.from_dict` is the way back."""
+        """Return the fields as JSON-serialisable values, which `FATConfig.from_dict` accepts."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
@@ -98,19 +102,19 @@ _PER_STAGE = frozenset({"widths", "depths", "heads", "kernels", "windows"})
 
 
 def _integer(name: str, value: object, least: int, most: int) -> int:
-    # Not `int` alone: NumPy's integers are as good. A bool is an integer to Python.
+    # Integral includes NumPy's integers, but also bool.
     if not isinstance(value, Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-        raise ValueError(f"{name}: integers from {least} to {most:,} expected, not {_shown(value)}")
+        raise ValueError(f"{name}: expected integers from {least} to {most:,}, got {_shortened(value)}")
     return int(value)
 
 
-def _shown(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-# Parameters and multiply-accumulates at 224x224 (attention products included) beside each; `python -m
-# fat.account.table`.
+# The comments give parameters and multiply-accumulates at 224x224, attention products included, as printed by
+# `python -m fat.account.table`.
 VARIANTS: Mapping[str, FATConfig] = {
     "fat_b0": FATConfig(  # 4.49 M, 0.754 G
         widths=(32, 80, 160, 256), depths=(2, 2, 6, 2), heads=(2, 5, 10, 16), drop_path=0.05

@@ -1,4 +1,4 @@
-"""Deployment: a model as a graph of its own, for any batch and any image size."""
+"""Export a model with `torch.export` or to ONNX, for any batch size and image size."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from torch.export import Dim, ExportedProgram, export
 
 from fat.model import MIN_SIZE, FATFeatures, Trunk
 
-EXAMPLE_SIZE = 64  # of the images that are traced; the graph holds for any
-FREE = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE + 1), 3: Dim("width", min=MIN_SIZE + 1)}
+EXAMPLE_SIZE = 64  # side of the traced images in pixels; the graph accepts other sizes too
+DYNAMIC_SHAPES = {0: Dim("batch"), 2: Dim("height", min=MIN_SIZE + 1), 3: Dim("width", min=MIN_SIZE + 1)}
 
 
 def export_program(model: Trunk) -> ExportedProgram:
-    """The model as a `torch.export` program in eval mode: images float [B, in_chans, H, W] -> what the model returns.
+    """Export the model in eval mode with `torch.export`: images float [B, in_chans, H, W] -> the model's output.
 
-    Any batch and any H, W of 33 or more (a map of one pixel would be a graph of its own). The graph holds the attention
-    that is fast on the device where the model lies.
+    The program accepts any batch size and H, W of 33 or more; at 32, where the last feature map is one pixel, PyTorch
+    would need another graph. Attention is exported in the variant that is fast on the model's device.
     """
     parameter = next(model.parameters())
     images = parameter.new_zeros(2, model.config.in_chans, EXAMPLE_SIZE, EXAMPLE_SIZE)
-    return export(copy.deepcopy(model).eval(), (images,), dynamic_shapes=(FREE,))
+    return export(copy.deepcopy(model).eval(), (images,), dynamic_shapes=(DYNAMIC_SHAPES,))
 
 
 def export_onnx(model: Trunk, path: str | Path) -> None:
-    """Writes the model in eval mode as one ONNX file: input `images`, output `logits` or `map4` ... `map32`.
+    """Write the model in eval mode to an ONNX file.
 
-    Batch, height and width are as free as in `export_program`. Needs the packages onnx and onnxscript. For inference in
-    fp32 export `fuse(model)`, which has fewer operations.
+    The input is `images`; the output is `logits`, or `map4`, `map8`, `map16` and `map32` of a feature extractor. Batch
+    size, height and width are dynamic as in `export_program`. Requires the packages onnx and onnxscript. For inference
+    in fp32, export `fuse(model)`, which has fewer operations.
     """
     names = [f"map{r}" for r in model.feature_info.reduction()] if isinstance(model, FATFeatures) else ["logits"]
     torch.onnx.export(
@@ -38,7 +39,7 @@ def export_onnx(model: Trunk, path: str | Path) -> None:
         path,
         input_names=["images"],
         output_names=names,
-        dynamic_shapes=(FREE,),  # for their names; the program has them
+        dynamic_shapes=(DYNAMIC_SHAPES,),  # names the dimensions in the file; the program has the same shapes
         dynamo=True,
         external_data=False,
         verbose=False,

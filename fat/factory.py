@@ -1,4 +1,4 @@
-"""From a name to a model, by timm's conventions."""
+"""Create a model by name, following timm's conventions."""
 
 from __future__ import annotations
 
@@ -47,17 +47,21 @@ def create_model(
     features_only: bool = False,
     **dimensions: Any,
 ) -> Trunk:
-    """A FAT in training mode; its weights are drawn from torch's default generator by PyTorch's default initialisation.
+    """Create a FAT model in training mode, with PyTorch's default initialisation from its default generator.
 
-    name: one of `list_models()`, or a config. num_classes, in_chans, drop_path and `dimensions`, which may be any other
-    field of `FATConfig`, replace what that says (the variants: 1000 classes, 3 channels, the paper's drop path);
-    num_classes=0 leaves the classifier out. weights: a file to fill the model from, see `load_weights`, whose notes are
-    issued as warnings. replace_head: keep the fresh classifier where the file's has another number of classes, which is
-    an error otherwise. features_only: the four stages' maps instead of logits, see `FATFeatures`.
+    Args:
+        name: one of `list_models()`, or a config. The variants have 1000 classes, 3 input channels and the paper's drop
+            path rate.
+        num_classes: replaces the config's number of classes; 0 creates a model without classifier.
+        in_chans, drop_path, dimensions: replace these or any other fields of the config (`FATConfig`).
+        weights: file to load weights from (`load_weights`); what was decided about its content is issued as warnings.
+        replace_head: keep the newly initialised classifier if the file's classifier has another number of classes,
+            which is otherwise an error.
+        features_only: return the feature maps of the four stages instead of logits (`FATFeatures`).
     """
     if isinstance(name, str):
         if name not in VARIANTS:
-            raise ValueError(f"{name}: no such model; there are {', '.join(VARIANTS)}")
+            raise ValueError(f"{name}: unknown model; expected one of {', '.join(VARIANTS)}")
         name = VARIANTS[name]
     dimensions |= {"num_classes": num_classes, "in_chans": in_chans, "drop_path": drop_path}
     config = dataclasses.replace(name, **{field: value for field, value in dimensions.items() if value is not None})
@@ -70,5 +74,5 @@ def create_model(
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows."""
+    """Return the names that `create_model` accepts."""
     return list(VARIANTS)

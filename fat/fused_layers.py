@@ -1,8 +1,8 @@
-"""Neighbouring layers in one pass over memory, where our own kernels serve.
+"""Neighbouring layers computed in one pass over memory, where FAT's kernels can be used.
 
-`fuses` says whether the modules are of the kinds that an operator stands for, which the module that holds them decides
-beforehand (`fat.layers.FusingModule`); if they are not, they are called one after the other. `x` is read and the result
-written alike either way.
+`fuses` says whether the modules have the classes that the fused operator requires; the module that contains them
+decides this in advance (`fat.layers.FusingModule`). Otherwise they are called one after the other. Inputs and results
+have the same shapes and dtypes in both cases.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fat.layers import ConvNorm, Depthwise, DropPath, GroupNorm1, Pointwise, has
 
 
 def convolve_norm(conv: Depthwise, norm: GroupNorm1, x: Tensor, *, fuses: bool) -> tuple[Tensor, Tensor]:
-    """y = conv(x), which is x + depthwise(x), and norm(y)."""
+    """Return y = conv(x), where conv is residual (x + depthwise(x)), and norm(y)."""
     if fuses and conv.has_kernel and kernels.can_use(x) and not has_hooks(conv, norm):
         return kernels.depthwise_norm(x, conv.weight, conv.bias, norm.weight, norm.bias, norm.eps)
     y = conv(x)
@@ -25,7 +25,7 @@ def convolve_norm(conv: Depthwise, norm: GroupNorm1, x: Tensor, *, fuses: bool) 
 
 
 def add_norm(drop_path: DropPath, norm: GroupNorm1, x: Tensor, branch: Tensor, *, fuses: bool) -> tuple[Tensor, Tensor]:
-    """y = drop_path(x, branch), and norm(y)."""
+    """Return y = drop_path(x, branch) and norm(y)."""
     if fuses and kernels.can_use(x, branch) and not has_hooks(drop_path, norm):
         return kernels.add_norm(x, branch, drop_path.draw(x), norm.weight, norm.bias, norm.eps)
     y = drop_path(x, branch)
@@ -33,7 +33,7 @@ def add_norm(drop_path: DropPath, norm: GroupNorm1, x: Tensor, branch: Tensor, *
 
 
 def convolve_gate(conv: Depthwise, q: Tensor, other: Tensor, *, fuses: bool) -> Tensor:
-    """SiLU(conv(q)) * SiLU(other)."""
+    """Return SiLU(conv(q)) * SiLU(other)."""
     if not kernels.can_use(q, other):
         return F.silu(conv(q)) * F.silu(other)
     if fuses and conv.has_kernel and not has_hooks(conv):
@@ -42,8 +42,9 @@ def convolve_gate(conv: Depthwise, q: Tensor, other: Tensor, *, fuses: bool) -> 
 
 
 def convolve_relu(unit: nn.Module, x: Tensor) -> Tensor:
-    """ReLU(unit(x)), of a dense convolution with its BatchNorm."""
-    # The compiler joins what torch does by itself. `unit` is in a ModuleList, which does not say when it is replaced.
+    """Return ReLU(unit(x)), where `unit` is a dense convolution with BatchNorm."""
+    # torch.compile fuses these layers itself. The class of `unit` is checked at every call, because its ModuleList does
+    # not report that a child was replaced.
     if torch.compiler.is_compiling() or not (is_unmodified(unit, ConvNorm) and unit.can_fold and kernels.can_use(x)):
         return F.relu(unit(x))
     if has_hooks(unit, unit.conv, unit.bn):
@@ -53,18 +54,20 @@ def convolve_relu(unit: nn.Module, x: Tensor) -> Tensor:
 
 
 def convolve_fold(unit: ConvNorm, after: Pointwise, x: Tensor, *, fuses: bool, gelu: bool = False) -> Tensor:
-    """after(unit(x)), or after(unit(GELU(x))): a depthwise convolution with its BatchNorm, and a 1x1 convolution, whose
-    weights do BatchNorm's work while training (`fat.batchnorm`)."""
-    served = kernels.can_use(x)
-    # Eager and without our kernels as many bytes would pass, by more launches.
-    pays = served or torch.compiler.is_compiling()
-    if not (fuses and pays and unit.can_fold) or has_hooks(unit, unit.conv, unit.bn, after):
+    """Return after(unit(x)), or after(unit(GELU(x))), with BatchNorm folded into `after` in training (`fat.batchnorm`).
+
+    unit: a depthwise convolution with BatchNorm. after: a 1x1 convolution.
+    """
+    use_kernels = kernels.can_use(x)
+    # In eager mode without the kernels, folding moves as many bytes and launches more kernels.
+    is_faster = use_kernels or torch.compiler.is_compiling()
+    if not (fuses and is_faster and unit.can_fold) or has_hooks(unit, unit.conv, unit.bn, after):
         result: Tensor = after(unit(F.gelu(x) if gelu else x))
         return result
     conv, norm = unit.conv, unit.bn
     assert isinstance(conv, Depthwise)
     bias = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-    if served and conv.has_kernel:
+    if use_kernels and conv.has_kernel:
         y, mean, var = kernels.depthwise_stats(
             x, conv.weight, bias, stride=conv.stride[0], residual=conv.residual, gelu=gelu
         )
@@ -72,7 +75,7 @@ def convolve_fold(unit: ConvNorm, after: Pointwise, x: Tensor, *, fuses: bool, g
         y, mean, var = with_statistics(conv.convolve(F.gelu(x) if gelu else x, bias))
     mean, var = norm.sync_stats(mean, var)
     count = y.numel() // y.shape[1]
-    if served:
+    if use_kernels:
         kernels.update_running_stats(norm, mean, var, count)
         return project(y, *kernels.fold(after, norm, mean, var, y.dtype))
     norm.update_running_stats(mean, var, count)
@@ -80,10 +83,10 @@ def convolve_fold(unit: ConvNorm, after: Pointwise, x: Tensor, *, fuses: bool, g
 
 
 def has_foldable_norm(unit: object) -> bool:
-    """Whether a module is a depthwise convolution whose BatchNorm `convolve_fold` can leave to its neighbour."""
+    """Return whether a module is a depthwise convolution whose BatchNorm `convolve_fold` can fold."""
     return is_unmodified(unit, ConvNorm) and isinstance(unit.conv, Depthwise)
 
 
 def can_take_norm(after: object) -> bool:
-    """Whether a module is a 1x1 convolution whose weights can do BatchNorm's work."""
+    """Return whether a module is a 1x1 convolution into which BatchNorm can be folded."""
     return is_unmodified(after, Pointwise) and after.bias is not None

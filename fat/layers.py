@@ -1,4 +1,4 @@
-"""The layers that FAT's blocks share: convolutions by role, GroupNorm with one group, stochastic depth."""
+"""Layers of FAT's blocks: 1x1 and depthwise convolutions, GroupNorm with one group, stochastic depth."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from fat.batchnorm import BatchNorm
 from fat.kernels.ops.channel_sums import as_map, as_rows
 
 Kind = TypeVar("Kind", bound=nn.Module)
-MATRIX_PRODUCTS = True  # `project`'s; a switch for benchmarks
+MATRIX_PRODUCTS = True  # False: `project` always uses a convolution; for benchmarks
 
 
 def pointwise(dim: int, out_dim: int) -> Pointwise:
-    """1x1 convolution, with bias."""
+    """Create a 1x1 convolution with bias."""
     return Pointwise(dim, out_dim, 1)
 
 
 def depthwise(dim: int, kernel: int, stride: int = 1) -> Depthwise:
-    """Depthwise convolution, with bias; stride 2 gives ceil(n / 2)."""
+    """Create a depthwise convolution with bias; its output has ceil(n / stride) rows and columns."""
     return Depthwise(dim, kernel, stride)
 
 
@@ -35,33 +35,36 @@ class Pointwise(nn.Conv2d):
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution with weights [O, C, 1, 1]: in half precision, where our kernels serve, as a matrix product of the
-    map's positions, which adds the bias on its way out; after a convolution torch adds it in a pass of its own."""
-    served = MATRIX_PRODUCTS and kernels.can_use(x)
-    if not served or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
+    """Compute a 1x1 convolution with weights [O, C, 1, 1].
+
+    In half precision, where FAT's kernels can be used, it is a matrix product over the positions of the feature map,
+    which adds the bias without a separate pass over memory; PyTorch's convolution adds it in a second pass.
+    """
+    use_kernels = MATRIX_PRODUCTS and kernels.can_use(x)
+    if not use_kernels or (x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)):
         return F.conv2d(x, weight, bias)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return kernels.pointwise(x, weight, bias)
     rows, matrix = as_rows(x), weight.flatten(1).t()
-    # Not F.linear, which DeepSpeed's ZeRO 3 replaces by one that keeps gathered weights.
+    # Not F.linear: DeepSpeed's ZeRO 3 replaces it by a version that keeps the gathered weights in memory.
     return as_map(rows @ matrix if bias is None else torch.addmm(bias, rows, matrix), x)
 
 
 class Depthwise(nn.Conv2d):
-    """A depthwise convolution, by our own kernel where that serves."""
+    """A depthwise convolution, computed by FAT's kernel where that can be used."""
 
     residual = False
 
     def __init__(self, dim: int, kernel: int, stride: int = 1) -> None:
         super().__init__(dim, dim, kernel, stride, padding=kernel // 2, groups=dim)
         self.has_kernel = kernel in kernels.SIZES and stride in kernels.STRIDES
-        """Whether our own kernels have this size."""
+        """Whether FAT's kernels support this kernel size and stride."""
 
     def forward(self, input: Tensor) -> Tensor:
         return self.convolve(input, self.bias)
 
     def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """With another bias than its own."""
+        """Compute the convolution with `bias` in place of the module's own bias."""
         if self.has_kernel and kernels.can_use(x):
             return kernels.depthwise(x, self.weight, bias, stride=self.stride[0], residual=self.residual)
         output = self._conv_forward(x, self.weight, bias)
@@ -69,20 +72,21 @@ class Depthwise(nn.Conv2d):
 
 
 class ResidualDepthwise(Depthwise):
-    """x + depthwise(x).
+    """A depthwise convolution with a residual connection: x + depthwise(x).
 
-    The identity is never folded into half-precision weights, whose spacing near 1 is 2^-7; our kernel adds it in fp32.
+    The identity is not added to half-precision weights, since bf16 numbers near 1 are 2^-7 apart; the kernel adds x in
+    fp32.
     """
 
     residual = True
 
 
 class FusingModule(nn.Module, abc.ABC):
-    """A module that can run some of its children as one operator (`fat.fused_layers`).
+    """A module that can run some of its children as one fused operator (`fat.fused_layers`).
 
-    Whether the children are of the kinds that the operator stands for is decided by the constructor, when a child is
-    replaced, and in train() and eval(), not at every call. What can change without them is checked at every call:
-    hooks, BatchNorm's mode, and whether the kernels take the input.
+    Fusing requires children of the expected classes. This is checked in the constructor, when a child is replaced, and
+    in train() and eval(), because a check at every call would cost time. Conditions that can change without any of
+    these are checked at every call: hooks, BatchNorm's mode, and whether the kernels accept the input.
     """
 
     _constructed = False
@@ -91,8 +95,8 @@ class FusingModule(nn.Module, abc.ABC):
     def decide_fusion(self) -> None:
         """Store which children can be fused."""
 
-    def construct(self) -> None:
-        """End the constructor: all children are there."""
+    def finish_init(self) -> None:
+        """Decide on fusion for the first time; the last statement of every subclass's constructor."""
         self._constructed = True
         self.decide_fusion()
 
@@ -113,21 +117,21 @@ class FusingModule(nn.Module, abc.ABC):
 
 
 class ConvNorm(FusingModule):
-    """A convolution and its BatchNorm: one unit, since inference makes them one convolution (`fat.fuse`)."""
+    """A convolution followed by BatchNorm, which `fat.fuse` merges into one convolution for inference."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv
         self.bn = BatchNorm(conv.out_channels)
         self._kind = Depthwise if isinstance(conv, Depthwise) else nn.Conv2d
-        self.construct()
+        self.finish_init()
 
     def decide_fusion(self) -> None:
         self._has_foldable_types = is_unmodified(self.conv, self._kind) and isinstance(self.bn, BatchNorm)
 
     @property
     def can_fold(self) -> bool:
-        """Whether a neighbour can do BatchNorm's work now."""
+        """Whether BatchNorm can now be folded into the 1x1 convolution that follows (`fat.batchnorm`)."""
         return self._has_foldable_types and self.bn.can_fold
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,10 +139,10 @@ class ConvNorm(FusingModule):
 
 
 class GroupNorm1(nn.Module):
-    """GroupNorm with one group: statistics over C, H and W of each sample; affine in C.
+    """GroupNorm with one group: statistics over C, H and W of each sample, and an affine transform per channel.
 
-    Works in fp32 at least, autocast or not, and returns the dtype of its weights; by our own kernel, the dtype of x, or
-    autocast's: every reader would round to that.
+    Computes in fp32 or wider, also under autocast, and returns the dtype of its weights. FAT's kernel returns the dtype
+    of x instead, or autocast's dtype, because every layer that reads the result would round to it.
     """
 
     def __init__(self, dim: int, eps: float = 1e-5) -> None:
@@ -163,19 +167,22 @@ def _group_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 def norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The same as a layer norm over each sample's channels-last row: torch's GroupNorm returns NCHW memory on CUDA, and
-    every layer behind it would pay for that."""
-    maps = x.permute(0, 2, 3, 1)
-    rows = maps.flatten(1)
-    maps = F.layer_norm(rows, rows.shape[1:], eps=eps).view(maps.shape)
-    return torch.addcmul(bias, maps, weight).permute(0, 3, 1, 2)
+    """Compute GroupNorm with one group as a layer norm over each sample's values in channels-last order.
+
+    PyTorch's GroupNorm returns NCHW memory on CUDA, which would slow down every layer that follows.
+    """
+    nhwc = x.permute(0, 2, 3, 1)
+    rows = nhwc.flatten(1)
+    normalised = F.layer_norm(rows, rows.shape[1:], eps=eps).view(nhwc.shape)
+    return torch.addcmul(bias, normalised, weight).permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):
-    """x + branch, with stochastic depth: while training, a sample's branch is left out with probability `drop` and
-    scaled by 1 / keep otherwise (in fp32: bf16 would round that factor, a bias).
+    """Residual add with stochastic depth: x + branch.
 
-    Draws from the default generator of the device.
+    In training, each sample's branch is dropped with probability `drop` and otherwise scaled by 1 / (1 - drop). The
+    factor is fp32, because rounding it to bf16 would bias the result. Random numbers come from the device's default
+    generator.
     """
 
     def __init__(self, drop: float) -> None:
@@ -189,7 +196,7 @@ class DropPath(nn.Module):
         return x + branch if scale is None else torch.addcmul(x, branch, scale.view(-1, 1, 1, 1))
 
     def draw(self, x: Tensor) -> Tensor | None:
-        """Each sample's factor, fp32 at least, [B]; None where all are 1."""
+        """Draw the factor of each sample's branch, [B], in fp32 or wider. None: all factors are 1."""
         if self.drop == 0 or not self.training:
             return None
         keep = 1 - self.drop
@@ -201,12 +208,15 @@ class DropPath(nn.Module):
 
 
 def is_unmodified(module: object, kind: type[Kind]) -> TypeGuard[Kind]:
-    """Whether a module computes what `kind` does; a module of another kind, or one derived from it, may replace it."""
+    """Return whether a module is a `kind` whose forward is not overridden, so that it can be fused."""
     return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def has_hooks(*modules: nn.Module) -> bool:
-    """Whether a module has hooks, a user's or those by which ZeRO 3 gathers weights: it must be called as a module."""
+    """Return whether any module has hooks, such as those by which ZeRO 3 gathers weights.
+
+    A module with hooks cannot be fused: it must be called for its hooks to run.
+    """
     return any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         for module in modules

@@ -15,11 +15,11 @@ from fat.config import STAGES, FATConfig
 from fat.fused_layers import convolve_relu
 from fat.layers import ConvNorm, GroupNorm1, pointwise
 
-MIN_SIZE = 32  # the fourth stage has stride 32
+MIN_SIZE = 32  # pixels per side; the fourth stage has stride 32
 
 
 class Trunk(nn.Module):
-    """Stem and four stages: what classifier and feature pyramid have in common."""
+    """Stem and four stages, shared by the classifier `FAT` and the feature extractor `FATFeatures`."""
 
     def __init__(self, config: FATConfig) -> None:
         super().__init__()
@@ -28,20 +28,20 @@ class Trunk(nn.Module):
         self.stages = nn.ModuleList(Stage(config, index) for index in range(STAGES))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training keeps the input of each block only and computes the rest again in the backward pass."""
+        """Enable or disable activation checkpointing: only each block's input is stored for the backward pass."""
         for module in self.modules():
             if isinstance(module, Stage):
                 module.checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay leaves alone: biases and norms, that is all 1-D ones."""
+        """Return the names of the parameters without weight decay: biases and norm weights, which are the 1-D ones."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
 
 class FAT(Trunk):
-    """The classifier: [B, in_chans, H, W] -> logits [B, num_classes].
+    """FAT classifier: images [B, in_chans, H, W] -> logits [B, num_classes].
 
-    images: float, any memory layout, any H and W of at least 32.
+    images: float, in any memory format; H and W are at least 32.
     """
 
     def __init__(self, config: FATConfig) -> None:
@@ -55,29 +55,33 @@ class FAT(Trunk):
         return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """The normalised map of the last stage: [B, widths[3], ceil(H / 32), ceil(W / 32)]."""
+        """Return the normalised feature map of the last stage: [B, widths[3], ceil(H / 32), ceil(W / 32)]."""
         x = self.stem(images)
         for stage in self.stages:
             x = stage(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map of `forward_features` -> logits [B, classes], or the pooled features [B, widths[3]] if `pre_logits`."""
+        """Pool the result of `forward_features` and return logits [B, num_classes].
+
+        pre_logits: return the pooled features [B, widths[3]] instead.
+        """
         x = x.mean(dim=(2, 3))
         return x if pre_logits else self.head(x)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A fresh classifier, of `num_classes` outputs; 0 leaves it out, and the model returns pooled features."""
+        """Replace the classifier by a newly initialised one; with num_classes=0 the model returns pooled features."""
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.num_classes = num_classes
         self.head = _classifier(self.num_features, num_classes).to(self.norm.weight)
 
 
 class FATFeatures(Trunk):
-    """The backbone of detection and segmentation: images as for `FAT` -> one map per stage, finest first.
+    """Feature extractor for detection and segmentation: images as for `FAT` -> one feature map per stage, finest first.
 
-    Map i is [B, channels, ceil(H / reduction), ceil(W / reduction)] with channels and reduction from `feature_info`,
-    float, channels-last: the stage's last map at its own resolution, after all of its attention, without a norm.
+    Feature map i is float [B, channels[i], ceil(H / reduction[i]), ceil(W / reduction[i])], in channels-last memory,
+    with channels and reduction from `feature_info`. It is taken after the stage's last attention, before the stage
+    halves the resolution, and is not normalised.
     """
 
     def __init__(self, config: FATConfig) -> None:
@@ -86,17 +90,17 @@ class FATFeatures(Trunk):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         x = self.stem(images)
-        maps = []
+        features = []
         for stage in self.stages:
             assert isinstance(stage, Stage)
             fine, x = stage.forward_features(x)
-            maps.append(fine)
-        return maps
+            features.append(fine)
+        return features
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureInfo:
-    """What a head must know before the first image, under timm's names."""
+    """Channels and stride of each feature map, under timm's names."""
 
     widths: tuple[int, ...]
 
@@ -108,7 +112,7 @@ class FeatureInfo:
 
 
 class Stage(nn.Module):
-    """The blocks of one resolution; the last one halves it, except in the last stage."""
+    """The blocks of one resolution. The last block halves the resolution, except in the last stage."""
 
     def __init__(self, config: FATConfig, index: int) -> None:
         super().__init__()
@@ -138,7 +142,7 @@ class Stage(nn.Module):
         return x
 
     def forward_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(the last map of this stage's resolution, the stage's output)."""
+        """Return the last feature map at this stage's resolution, and the stage's output."""
         *blocks, last = self.blocks
         for block in blocks:
             x = self._run(block, x)
@@ -146,13 +150,13 @@ class Stage(nn.Module):
             x = self._run(last, x)
             return x, x
         assert isinstance(last, Block)
-        fine = self._run(last, x, part=last.mix)
-        return fine, self._run(last, fine, part=last.feed)
+        fine = self._run(last, x, part=last.apply_attention)
+        return fine, self._run(last, fine, part=last.apply_ffn)
 
     def _run(self, block: nn.Module, x: Tensor, part: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         function = part or block
-        recompute = self.checkpointing and self.training and torch.is_grad_enabled()
-        return checkpoint_block(function, x, block) if recompute else function(x)
+        checkpointing = self.checkpointing and self.training and torch.is_grad_enabled()
+        return checkpoint_block(function, x, block) if checkpointing else function(x)
 
 
 class Stem(nn.Module):
@@ -160,10 +164,10 @@ class Stem(nn.Module):
 
     def __init__(self, in_chans: int, width: int) -> None:
         super().__init__()
-        ends = (in_chans, width // 2, width, width, width)
+        channels = (in_chans, width // 2, width, width, width)
         strides = (2, 2, 1, 1)
         self.convs = nn.ModuleList(
-            ConvNorm(nn.Conv2d(ends[i], ends[i + 1], 3, stride, padding=1)) for i, stride in enumerate(strides)
+            ConvNorm(nn.Conv2d(channels[i], channels[i + 1], 3, stride, padding=1)) for i, stride in enumerate(strides)
         )
         self.proj = pointwise(width, width)
         self.norm = GroupNorm1(width)
@@ -171,7 +175,7 @@ class Stem(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if min(images.shape[-2:]) < MIN_SIZE:
             height, width = images.shape[-2:]
-            raise ValueError(f"images of {height}x{width}: at least {MIN_SIZE} per side, by which FAT reduces them")
+            raise ValueError(f"images of {height}x{width} pixels; FAT expects at least {MIN_SIZE} pixels per side")
         x = images.contiguous(memory_format=torch.channels_last)
         for conv in self.convs:
             x = convolve_relu(conv, x)

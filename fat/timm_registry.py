@@ -1,4 +1,4 @@
-"""Make the variants known to timm: `timm.create_model("fat_b3")`."""
+"""Register the variants with timm, for `timm.create_model("fat_b3")`."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def _entry_point(name: str) -> Callable[..., Trunk]:
             raise ValueError(f"{name}: no weights are published; pass weights=FILE")
         return create_model(name, drop_path=drop_path_rate, **options)
 
-    create.__name__ = create.__qualname__ = name  # the registry goes by them
+    create.__name__ = create.__qualname__ = name  # timm registers a model under its function's name
     return create

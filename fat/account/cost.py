@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, bytes kept for the backward pass."""
+"""Count a model's parameters, multiply-accumulates and bytes stored for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from fat.blocks import FASA
 from fat.model import Trunk
 
-BATCH = 2  # BatchNorm cannot train on one value per channel, which is all that a single 32x32 image leaves it
+BATCH = 2  # a single 32x32 image would leave BatchNorm one value per channel, on which it cannot train
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image at one size."""
+    """Cost of one image at one size."""
 
     parameters: int
-    """Trainable numbers."""
+    """Trainable numbers of the model."""
     conv_macs: int
-    """Multiply-accumulates of convolutions and linear layers: what the paper counts."""
+    """Multiply-accumulates of convolutions and linear layers, which the paper counts."""
     attention_macs: int
     """Multiply-accumulates of the two attention products, q k^T and softmax times v."""
     product_elements: int
-    """Numbers that convolutions, linear layers and attention take in and give out in one forward pass, weights left
-    out: what must pass through memory if everything between them is done while these pass by."""
+    """Input and output elements of convolutions, linear layers and attention in one forward pass, without weights: the
+    elements that must pass through memory if all other operations are fused into these."""
     activation_bytes: int
-    """Bytes that eager autograd keeps between forward and backward in the parameters' dtype, attention written out; the
-    copies that a device makes to suit its layout, some 3 % on a CPU, come on top."""
+    """Bytes that eager autograd stores between forward and backward pass in the parameters' dtype, without fused
+    attention. Copies to other memory formats, about 3 % on a CPU, are not included."""
 
     @property
     def macs(self) -> int:
@@ -39,21 +39,24 @@ class Cost:
 
     @property
     def training_flops(self) -> int:
-        """Floating-point operations of forward and backward, as model FLOP utilisation counts them: two for each
-        multiply-accumulate, and the backward pass is twice the forward."""
+        """Floating-point operations of forward and backward pass, as counted for model FLOP utilisation (MFU): two for
+        each multiply-accumulate, and twice as many in the backward as in the forward pass."""
         return 6 * self.macs
 
     def fused_bytes(self, itemsize: int, *, training: bool = True) -> int:
-        """Bytes that perfectly fused blocks move, in numbers of `itemsize` bytes; the floor of memory traffic.
+        """Return the bytes that perfectly fused blocks move, a lower bound of memory traffic.
 
-        Training passes each number three times: inputs are read forward, read again for the weight's gradient, and
-        their own gradient is written; outputs are written forward, and their gradient is read for either gradient.
+        In training each element is moved three times. Inputs are read in the forward pass, read again for the weight
+        gradient, and their gradient is written. Outputs are written in the forward pass, and their gradient is read
+        twice, for the input and the weight gradient.
+
+        itemsize: bytes per element.
         """
         return (3 if training else 1) * itemsize * self.product_elements
 
 
 def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
-    """The cost of one image, found by running a copy of the model on the meta device: nothing is computed.
+    """Count the cost of one image by running a copy of the model on the meta device, without computing values.
 
     size: side of a square image in pixels, or (height, width).
     """
@@ -78,13 +81,13 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         elif isinstance(module, FASA):
             module.register_forward_hook(add_attention)
 
-    own = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their identities apart
+    of_model = {tensor.untyped_storage()._cdata for tensor in (*twin.parameters(), *twin.buffers())}
+    saved: dict[int, torch.UntypedStorage] = {}  # references keep the addresses, which are the keys, from being reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        if storage._cdata not in of_model:
+            saved[storage._cdata] = storage
         return tensor
 
     dtype = next(twin.parameters()).dtype
@@ -97,5 +100,5 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         conv_macs=conv_macs // BATCH,
         attention_macs=attention_macs // BATCH,
         product_elements=elements // BATCH,
-        activation_bytes=sum(storage.nbytes() for storage in kept.values()) // BATCH,
+        activation_bytes=sum(storage.nbytes() for storage in saved.values()) // BATCH,
     )

@@ -1,5 +1,7 @@
-"""`python -m fat.account.roofline`: bytes and operations of a training step, counted from the models, and the speed
-that a device of given bandwidth and arithmetic could reach with them."""
+"""Count bytes and operations of a training step, and the throughput that a device could reach with them.
+
+    python -m fat.account.roofline [--batch 256] [--size 224] [--bandwidth TB/s] [--arithmetic TFLOP/s]
+"""
 
 from __future__ import annotations
 
@@ -23,83 +25,85 @@ from fat.config import VARIANTS
 from fat.layers import GroupNorm1, norm_rows
 from fat.model import FAT
 
-BATCH = 2  # BatchNorm cannot train on fewer values than that
-H200 = (4.3, 989.0)  # TB/s as copies reach it, dense bf16 TFLOP/s as the maker states it
+BATCH = 2  # a single image could leave BatchNorm one value per channel, on which it cannot train
+H200 = (4.3, 989.0)  # TB/s measured with copies; dense bf16 TFLOP/s from NVIDIA's data sheet
 
 aten: Any = torch.ops.aten
-# How many of the first arguments are read again: by kernels that must see all of a tensor before they can write, and
-# by those that are two.
+# Number of leading arguments that are read twice, because a kernel reads all of a tensor before it can write, or
+# because the operation consists of two kernels.
 SECOND_READ = {
     aten.native_batch_norm.default: 1,  # statistics, then the result
     aten._native_batch_norm_legit.default: 1,
     aten._batch_norm_with_update.default: 1,
-    aten.native_batch_norm_backward.default: 1,  # two sums, then the gradient
+    aten.native_batch_norm_backward.default: 1,  # two sums, then the input gradient
     aten.batch_norm_backward.default: 1,
     aten.native_layer_norm.default: 1,
     aten.native_layer_norm_backward.default: 1,
     aten.native_group_norm.default: 1,
     aten.native_group_norm_backward.default: 1,
-    aten.convolution_backward.default: 1,  # one kernel for the input's gradient, one for the weight's
-    # Our own (docs/kernels.md).
+    aten.convolution_backward.default: 1,  # one kernel for the input gradient, one for the weight gradient
+    # FAT's kernels (docs/kernels.md).
     torch.ops.fat.norm.default: 1,
     torch.ops.fat.add_norm.default: 1,
     torch.ops.fat.depthwise_norm.default: 1,
-    torch.ops.fat.norm_gradient.default: 2,  # the gradient and the map
+    torch.ops.fat.norm_gradient.default: 2,  # the gradient and the feature map
     torch.ops.fat.add_norm_gradient.default: 2,
 }
-# Where arithmetic is; everything between could be done while their operands pass by.
+# Operations with most of the arithmetic; all others could be fused into them.
 PRODUCTS = ("convolution", "mm", "scaled_dot_product", "attend")
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Of one image in a training step (forward and backward)."""
+    """Operations and memory traffic of one image in a training step (forward and backward)."""
 
     flops: int
-    """Floating-point operations: 2 per multiply-accumulate; backward is twice forward."""
+    """Floating-point operations: 2 per multiply-accumulate; the backward pass has twice those of the forward pass."""
     eager_bytes: int
-    """What the kernels of an eager run, without ours, read and write, each by itself."""
+    """Bytes read and written in eager mode without FAT's kernels, where no operations are fused."""
     bytes: int
-    """The same with our kernels (`fat.kernels`), the other operations still by themselves."""
+    """Bytes read and written in eager mode with FAT's kernels (`fat.kernels`)."""
     fused_bytes: int
-    """What perfectly fused blocks read and write (`Cost.fused_bytes`)."""
+    """Bytes that perfectly fused blocks read and write (`Cost.fused_bytes`)."""
     kernels: int
-    """Operations that an eager run starts per step, whatever the batch; most are one kernel."""
+    """Operations per step in eager mode without FAT's kernels, at any batch size; most are one kernel each."""
 
 
-def ceiling(flops: float, passed: float, *, bandwidth: float, arithmetic: float) -> float:
-    """Images per second that a device cannot exceed, memory and arithmetic overlapping perfectly.
+def ceiling(flops: float, moved: float, *, bandwidth: float, arithmetic: float) -> float:
+    """Return the highest possible throughput in images/s, when memory access and arithmetic overlap perfectly.
 
     Args:
-        flops, passed: operations and bytes per image.
-        bandwidth, arithmetic: the device's, in bytes/s and FLOP/s.
+        flops, moved: floating-point operations and bytes per image.
+        bandwidth, arithmetic: the device's bytes/s and FLOP/s.
     """
-    return 1 / max(passed / bandwidth, flops / arithmetic)
+    return 1 / max(moved / bandwidth, flops / arithmetic)
 
 
 def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16) -> Roofline:
-    """Count a training step, per image of `size` x `size` pixels; nothing is computed, but it takes some ten seconds.
+    """Count a training step per image of `size` x `size` pixels. No values are computed; it takes about ten seconds.
 
-    The optimiser is left out: with AdamW in fp32 28 bytes a parameter and step, 1 % at a batch of 256.
+    The optimizer is not included: AdamW in fp32 moves 28 bytes per parameter and step, 1 % at a batch size of 256.
 
     Args:
-        dtype: bfloat16 = autocast over fp32 parameters, as training runs on GPUs; float32 = without.
+        dtype: bfloat16: autocast with fp32 parameters, as in training on GPUs. float32: no autocast.
     """
     cost = count(model, size)
-    less, more, less_ours, more_ours = (
-        trace_step(model, size, dtype, batch, ours=ours) for ours in (False, True) for batch in (BATCH, 2 * BATCH)
+    small, large, small_fused, large_fused = (
+        trace_step(model, size, dtype, batch, use_kernels=use_kernels)
+        for use_kernels in (False, True)
+        for batch in (BATCH, 2 * BATCH)
     )
     return Roofline(
         flops=cost.training_flops,
-        eager_bytes=(more.bytes - less.bytes) // BATCH,  # what there is of weights is the same at any batch
-        bytes=(more_ours.bytes - less_ours.bytes) // BATCH,
+        eager_bytes=(large.bytes - small.bytes) // BATCH,  # the difference excludes weights, the same at any batch size
+        bytes=(large_fused.bytes - small_fused.bytes) // BATCH,
         fused_bytes=cost.fused_bytes(dtype.itemsize),
-        kernels=less.kernels,
+        kernels=small.kernels,
     )
 
 
 class Trace(TorchDispatchMode):
-    """Adds up what every operation that touches memory reads and writes."""
+    """Sum the bytes that operations read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,22 +112,22 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.fat.depthwise_stats.default:
-            args = (args[0], None, *args[2:])  # what x is the GELU of is for the backward pass
+            args = (args[0], None, *args[2:])  # the input of GELU is only saved for the backward pass, not read
         inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
-        if _moves(func, inputs, outputs):
-            passed = sum(map(_size, inputs)) + sum(map(_size, outputs))
-            passed += sum(map(_size, inputs[: SECOND_READ.get(func, 0)]))
+        if _accesses_memory(func, inputs, outputs):
+            moved = sum(map(_size, inputs)) + sum(map(_size, outputs))
+            moved += sum(map(_size, inputs[: SECOND_READ.get(func, 0)]))
             bias = _bias_bytes(func, args, outputs)
-            self.bytes += passed + bias
+            self.bytes += moved + bias
             self.kernels += 1 + (bias > 0)
             if any(name in func.name() for name in PRODUCTS):
-                self.product_bytes += passed
+                self.product_bytes += moved
         return result
 
 
 def _bias_bytes(func: Any, args: Any, outputs: list[Tensor]) -> int:
-    """What a convolution's bias costs beside it: cuDNN's do without, so torch adds it to the result afterwards, and
-    sums the gradient for it."""
+    """Return the additional bytes of a convolution's bias. cuDNN does not add it, so PyTorch adds it to the result in a
+    second kernel, and computes its gradient by a separate sum."""
     if func is aten.convolution.default and args[2] is not None:
         return 2 * _size(outputs[0])
     if func is aten.convolution_backward.default and args[-1][2]:
@@ -131,22 +135,22 @@ def _bias_bytes(func: Any, args: Any, outputs: list[Tensor]) -> int:
     return 0
 
 
-def _moves(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
-    """Whether an operation is more than another look at the same memory, or memory not yet written."""
+def _accesses_memory(func: Any, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+    """Return whether an operation reads or writes memory: it is not a view and not an allocation."""
     if not outputs or "aten::empty" in func.name() or "aten::new_empty" in func.name():
         return False
     if func._schema.is_mutable:
         return True
-    known = {tensor.untyped_storage()._cdata for tensor in inputs}
-    return any(tensor.untyped_storage()._cdata not in known for tensor in outputs)
+    storages = {tensor.untyped_storage()._cdata for tensor in inputs}
+    return any(tensor.untyped_storage()._cdata not in storages for tensor in outputs)
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes of it that are there: what is broadcast is read once."""
-    real = 1
+    """Return the bytes of a tensor in memory, in which broadcast dimensions count once."""
+    elements = 1
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        real *= length if stride else 1
-    return real * tensor.dtype.itemsize
+        elements *= length if stride else 1
+    return elements * tensor.dtype.itemsize
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -160,35 +164,37 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 class _OnGpuFASA(FASA):
-    """Attention as it is on a GPU, wherever it is counted."""
+    """FASA with the attention that is used on GPUs, for counting on another device."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
 class _OnGpuNorm(GroupNorm1):
-    """The norm as it is on a GPU."""
+    """GroupNorm1 with the implementation that is used on GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         return norm_rows(x.float(), self.weight, self.bias, self.eps)
 
 
-def trace_step(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: bool = False) -> Trace:
-    """The operations of a training step on `batch` images, as a GPU would run them, on memory that is not there; with
-    our kernels, or without."""
+def trace_step(model: FAT, size: int, dtype: torch.dtype, batch: int, *, use_kernels: bool = False) -> Trace:
+    """Trace the operations of a training step on `batch` images as a GPU would run them, on tensors without memory.
+
+    use_kernels: with FAT's kernels.
+    """
     trace = Trace()
     with FakeTensorMode(), torch.device("cpu"):
         twin = FAT(model.config)
-        swaps: dict[type[nn.Module], type[nn.Module]] = {FASA: _OnGpuFASA}
-        if not ours:
-            swaps |= {GroupNorm1: _OnGpuNorm, BatchNorm: nn.BatchNorm2d}
+        replacements: dict[type[nn.Module], type[nn.Module]] = {FASA: _OnGpuFASA}
+        if not use_kernels:
+            replacements |= {GroupNorm1: _OnGpuNorm, BatchNorm: nn.BatchNorm2d}
         for module in twin.modules():
-            module.__class__ = swaps.get(type(module), type(module))
-        twin.train()  # decides again what is fused
+            module.__class__ = replacements.get(type(module), type(module))
+        twin.train()  # decides again which layers are fused (FusingModule)
         images = torch.empty(batch, model.config.in_chans, size, size, dtype=dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(batch, dtype=torch.long)
-        with trace, kernels.assume_available() if ours else nullcontext():
+        with trace, kernels.assume_available() if use_kernels else nullcontext():
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
                 logits = twin(images)
             F.cross_entropy(logits.float(), labels).backward()
@@ -196,9 +202,15 @@ def trace_step(model: FAT, size: int, dtype: torch.dtype, batch: int, *, ours: b
 
 
 def table(batch: int, size: int, bandwidth: float, arithmetic: float) -> str:
-    """Markdown: a training step of each variant under bf16 autocast; bandwidth in TB/s, arithmetic in TFLOP/s."""
+    """Return a Markdown table of a training step of each variant under bf16 autocast.
+
+    bandwidth, arithmetic: the device's TB/s and TFLOP/s.
+    """
     limits = {"bandwidth": bandwidth * 1e12, "arithmetic": arithmetic * 1e12}
-    columns = ("TFLOP", "kernels eager", "GB eager", "GB ours", "GB fused", "img/s eager", "img/s ours", "img/s fused")
+    columns = (
+        *("TFLOP", "kernels eager", "GB eager", "GB FAT kernels", "GB fused"),
+        *("img/s eager", "img/s FAT kernels", "img/s fused"),
+    )
     lines = [("variant", *columns), ("-",) * (len(columns) + 1)]
     for name, config in VARIANTS.items():
         with torch.device("meta"):
@@ -220,11 +232,11 @@ def table(batch: int, size: int, bandwidth: float, arithmetic: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=256, help="images per step")
-    parser.add_argument("--size", type=int, default=224, help="side of the images in pixels")
-    parser.add_argument("--bandwidth", type=float, default=H200[0], help="TB/s of the device (an H200's)")
-    parser.add_argument("--arithmetic", type=float, default=H200[1], help="TFLOP/s of the device, bf16 (an H200's)")
+    parser.add_argument("--size", type=int, default=224, help="side of the square images in pixels")
+    parser.add_argument("--bandwidth", type=float, default=H200[0], help="memory bandwidth in TB/s (default: H200)")
+    parser.add_argument("--arithmetic", type=float, default=H200[1], help="bf16 peak in TFLOP/s (default: H200)")
     options = parser.parse_args()
     print(table(options.batch, options.size, options.bandwidth, options.arithmetic))
 

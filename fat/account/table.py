@@ -1,4 +1,4 @@
-"""`python -m fat.account.table [SIZE]`: the family's table, counted from the models themselves."""
+"""Print a table of the variants' dimensions and cost, counted from the models: `python -m fat.account.table [SIZE]`."""
 
 from __future__ import annotations
 
@@ -28,8 +28,11 @@ COLUMNS = (
 
 
 def table(size: int = 224) -> str:
-    """One line per variant, for one image of `size` x `size` pixels: 10^9 multiply-accumulates with and without the
-    attention products, 10^6 bytes that training in fp32 keeps between forward and backward; top-1 is the paper's."""
+    """Return one line per variant, for one image of `size` x `size` pixels.
+
+    GMAC: 10^9 multiply-accumulates, with (GMAC) and without (conv GMAC) the attention products. activation MB: 10^6
+    bytes that training in fp32 stores for the backward pass. top-1: from the paper.
+    """
     lines = [_line([title for title, _ in COLUMNS]), _line(["-" * width for _, width in COLUMNS])]
     for name, config in VARIANTS.items():
         with torch.device("meta"):

@@ -1,15 +1,16 @@
-"""FAT's own kernels (Triton), and the choice between them and plain torch.
+"""FAT's Triton kernels, and the choice between them and plain PyTorch.
 
     if kernels.can_use(x):
         y = kernels.depthwise(x, weight, bias)
 
-They serve maps [B, C, H, W] in channels-last memory on CUDA devices of compute capability 8.0 and up, where Triton is
-installed; float32, bfloat16 and float16. All else, and all of it under `kernels.use("off")`, is left to torch; so are
-`torch.export` and ONNX. An operator whose family of kernels is switched off (`fat.kernels.families`) runs in torch.
-With TRITON_INTERPRET=1 they serve CPU maps, slowly: that is how they are tested.
+The kernels require Triton and a CUDA device of compute capability 8.0 or higher. They accept feature maps [B, C, H, W]
+in channels-last memory, in float32, bfloat16 or float16. Everything else is computed by PyTorch, as are `torch.export`,
+ONNX export and everything under `kernels.use("off")`. An operator whose kernel family is switched off
+(`fat.kernels.families`) also falls back to PyTorch. With TRITON_INTERPRET=1 the kernels run on CPU tensors, slowly, for
+tests.
 
-Under autocast maps are read and stored in its dtype, weights stay as they are (fp32) and sums are in fp32.
-docs/kernels.md says what is fused and why.
+Under autocast, feature maps are read and stored in autocast's dtype, weights remain fp32, and sums are fp32.
+docs/kernels.md explains what is fused and why.
 """
 
 from __future__ import annotations
@@ -64,11 +65,11 @@ __all__ = [
 
 Mode = Literal["auto", "off", "unchecked"]
 MODES: tuple[Mode, ...] = ("auto", "off", "unchecked")
-MIN_CAPABILITY = (8, 0)  # bfloat16
+MIN_CAPABILITY = (8, 0)  # the first with bfloat16
 
 
 def can_use(*maps: Tensor) -> bool:
-    """Whether the kernels take these maps as they are, all of them. Weights may be in any float dtype."""
+    """Return whether the kernels accept all of these feature maps. Weights may have any floating-point dtype."""
     return all(
         x.ndim == 4
         and x.numel() > 0
@@ -84,23 +85,23 @@ _assumed = ContextVar("assumed", default=False)
 
 
 def mode() -> Mode:
-    """The mode that `use` has set, else "auto"."""
+    """Return the mode that `use` has set; "auto" by default."""
     return _mode.get()
 
 
 @contextmanager
 def use(mode: Mode) -> Iterator[None]:
-    """Set whether forward passes inside use the kernels.
+    """Set whether forward passes in this context use the kernels.
 
-    The mode is a context variable: it holds in this thread, and a new one starts with "auto". Backward passes, which
-    autograd runs in threads of its own, go by the mode of their forward pass.
+    The mode is a context variable: it applies to the current thread, and new threads start with "auto". Backward
+    passes, which autograd runs in other threads, use the mode of their forward pass.
 
     Args:
-        mode: auto = use them; `launch` compares them with torch before it trains, measures or evaluates a model. off =
-            torch alone. unchecked = use them without that comparison.
+        mode: "auto": use the kernels; `launch` runs the self-check, which compares them with PyTorch, before it trains,
+            measures or evaluates a model. "off": use only PyTorch. "unchecked": use the kernels without the self-check.
 
     Raises:
-        ValueError: another mode.
+        ValueError: unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"{mode}: expected {', '.join(MODES[:-1])} or {MODES[-1]}")
@@ -113,7 +114,7 @@ def use(mode: Mode) -> Iterator[None]:
 
 @contextmanager
 def assume_available() -> Iterator[None]:
-    """The kernels count as available on any device, to trace what they would do on tensors without memory."""
+    """Treat the kernels as available on any device, for tracing with tensors that have no memory."""
     token = _assumed.set(True)
     try:
         yield
@@ -122,12 +123,12 @@ def assume_available() -> Iterator[None]:
 
 
 def available(device: str) -> bool:
-    """Whether there are kernels for that type of device, "cuda" or "cpu", here and now.
+    """Return whether the kernels can run on a device type, "cuda" or "cpu", in the current mode.
 
-    A compiled model keeps the answer that it was compiled with.
+    A compiled model keeps the result from the time of its compilation.
     """
-    # Here, not in `serves`: the compiler of torch 2.11 takes is_exporting() to be true whatever it is asked in,
-    # but calls this function as it is.
+    # This check is not in `can_use`, because PyTorch 2.11's compiler assumes that is_exporting() is true in functions
+    # that it compiles. It does not compile this function, but calls it.
     if torch.compiler.is_exporting():
         return False
     if _assumed.get():
@@ -135,41 +136,42 @@ def available(device: str) -> bool:
     return mode() != "off" and supported(device)
 
 
-# What torch.compiler.assume_constant_result does; the decorator imports the compiler: a second, and Triton.
+# Same effect as torch.compiler.assume_constant_result, which would import the compiler and Triton and take a second.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def supported(device: str) -> bool:
-    """Whether there are kernels for that type of device, in any mode but "off"."""
+    """Return whether the kernels can run on a device type, "cuda" or "cpu", in a mode other than "off"."""
     return _supported(device, os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False) -> Tensor:
-    """Depthwise k x k convolution with padding k // 2, plus x in fp32 where `residual`. weight: [C, 1, k, k]."""
+    """Compute a depthwise k x k convolution with padding k // 2. weight: [C, 1, k, k]. residual: add x, in fp32."""
     return ops.depthwise(_cast(x), weight, bias, stride, residual)
 
 
 def can_attend(q: Tensor, kv: Tensor, heads: int) -> bool:
-    """Whether `attend` takes these maps."""
+    """Return whether `attend` accepts these feature maps."""
     return can_use(q, kv) and tiles.attention_fits(q.shape[1] // heads, kv.shape[2] * kv.shape[3])
 
 
 def attend(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v by heads. q [B, C, H, W]; kv [B, 2 C, h, w], keys first; returns q's shape."""
+    """Compute softmax(scale * q k^T) v for each head. q, result: [B, C, H, W]; kv: [B, 2 C, h, w], keys first."""
     return ops.attend(_cast(q), _cast(kv), heads, scale)
 
 
 def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
-    """SiLU(depthwise(q)) * SiLU(other). The backward pass works depthwise(q) out again."""
+    """Compute SiLU(depthwise(q)) * SiLU(other). The backward pass recomputes depthwise(q)."""
     return ops.depthwise_gate(_cast(q), weight, bias, _cast(other))
 
 
 def depthwise_stats(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, residual: bool = False, gelu: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(`depthwise` of x, or of GELU(x), its mean and its variance without correction, fp32 [C]), differentiable all."""
+    """Return `depthwise` of x, or of GELU(x), and its mean and biased variance per channel, fp32 [C]. All three results
+    are differentiable."""
     x = _cast(x)
-    if gelu:  # whose gradient is taken on the way out of the convolution's
+    if gelu:  # the gradient of GELU is computed in the kernel of the convolution's input gradient
         return ops.depthwise_stats(F.gelu(x.detach()), x, weight, bias, stride, residual)
     return ops.depthwise_stats(x, None, weight, bias, stride, residual)
 
@@ -177,15 +179,15 @@ def depthwise_stats(
 def fold(
     after: nn.Conv2d, norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Weights [O, C, 1, 1] and bias [O] with which `after`, a 1x1 convolution, does the norm's work too, in dtype."""
+    """Return weights [O, C, 1, 1] and bias [O], in dtype, of `after(norm(x))` as one 1x1 convolution."""
     assert after.bias is not None
     return ops.fold(after.weight, after.bias, norm.weight, norm.bias, mean, var, norm.eps, dtype)
 
 
 def update_running_stats(norm: BatchNorm, drift: Tensor, var: Tensor, count: int) -> None:
-    """`BatchNorm.update_running_stats`, in one launch; in none where the backward pass repeats the forward one."""
+    """Run `BatchNorm.update_running_stats` in one kernel, or do nothing if activation checkpointing recomputes."""
     batches, momentum = norm.num_batches_tracked, norm.momentum
-    if torch.compiler.is_compiling():  # joins what there is to do
+    if torch.compiler.is_compiling():  # the compiler fuses these operations itself
         norm.update_running_stats(drift, var, count)
     elif momentum and batches is not None:
         correction = norm.correction(count)
@@ -194,34 +196,37 @@ def update_running_stats(norm: BatchNorm, drift: Tensor, var: Tensor, count: int
         )
 
 
-def batch_norm_relu(x: Tensor, before: Tensor | None, norm: BatchNorm) -> Tensor:
-    """ReLU(norm(x + before)) in training, with BatchNorm over the batch, whose running statistics are moved. x: without
-    the bias `before` of the convolution behind it, which a norm takes out again; its gradient is zero."""
-    result, mean, var = ops.batch_norm_relu(_cast(x), before, norm)
-    drift = mean - norm.running_mean if before is None else mean - norm.running_mean + before.detach()
+def batch_norm_relu(x: Tensor, bias: Tensor | None, norm: BatchNorm) -> Tensor:
+    """Compute ReLU(norm(x + bias)) with batch statistics, and update the running statistics.
+
+    x: result of a convolution without its bias. bias: this bias, [C]; it only changes the running mean, since BatchNorm
+    subtracts it, and its gradient is zero.
+    """
+    result, mean, var = ops.batch_norm_relu(_cast(x), bias, norm)
+    drift = mean - norm.running_mean if bias is None else mean - norm.running_mean + bias.detach()
     update_running_stats(norm, drift, var, x.numel() // x.shape[1])
     return result
 
 
 def gate(local: Tensor, other: Tensor) -> Tensor:
-    """SiLU(local) * SiLU(other)."""
+    """Compute SiLU(local) * SiLU(other)."""
     return ops.gate(_cast(local), _cast(other))
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """GroupNorm with one group, statistics in fp32, in x's dtype. weight, bias: [C]."""
+    """Compute GroupNorm with one group, with fp32 statistics, in x's dtype. weight, bias: [C]."""
     return ops.norm(_cast(x), weight, bias, eps)[0]
 
 
 def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """x + scale * branch, worked out in fp32, in x's dtype. scale: fp32 [B], one factor per sample."""
+    """Compute x + scale * branch in fp32, and return it in x's dtype. scale: fp32 [B], a factor per sample."""
     return ops.add(_cast(x), _cast(branch), scale)
 
 
 def add_norm(
     x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(`add`, `norm` of it)."""
+    """Return y = `add` of x and branch, and `norm` of y."""
     total, normalised, _, _ = ops.add_norm(_cast(x), _cast(branch), scale, weight, bias, eps)
     return total, normalised
 
@@ -229,18 +234,18 @@ def add_norm(
 def depthwise_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + depthwise(x), `norm` of it)."""
+    """Return y = x + depthwise(x), and `norm` of y."""
     total, normalised, _, _ = ops.depthwise_norm(_cast(x), weight, bias, norm_weight, norm_bias, eps)
     return total, normalised
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """1x1 convolution by torch's matrix products, with the gradient by bias from our own sums."""
+    """Compute a 1x1 convolution by PyTorch's matrix product. The bias gradient is computed by FAT's kernel."""
     return ops.pointwise(_cast(x), weight, bias)
 
 
 def _cast(x: Tensor) -> Tensor:
-    """Custom operators take no part in autocast; this is the part that a convolution's maps take in it."""
+    """Cast a feature map to autocast's dtype, as PyTorch does for convolutions but not for custom operators."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))

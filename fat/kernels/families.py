@@ -1,11 +1,11 @@
-"""The families of kernels, and which of them are switched off: the operators of those run in plain torch.
+"""Kernel families, which can be switched off one by one so that their operators fall back to plain PyTorch.
 
     kernels.disable("norm")                  # for the rest of the process
-    with kernels.disabled("norm"): ...       # exactly these are off inside, for tests
+    with kernels.disabled("norm"): ...       # exactly these families are off in this context; for tests
 
-The state is one variable of the process, not of a thread: autograd runs backward passes in threads of its own. It is
-read at every call of an operator, inside the operator, so neither autograd nor the compiler sees a difference. A CUDA
-graph keeps what it was captured with.
+The state is shared by all threads of the process, because autograd runs backward passes in other threads. It is read
+inside each operator at every call, so it changes nothing for autograd and the compiler. A CUDA graph keeps the choice
+from its capture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from fat.kernels import reference
-from fat.kernels.ops.checks import on_its_device
+from fat.kernels.ops.checks import on_tensor_device
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -34,38 +34,38 @@ BATCH_NORM = "batch norm"
 FAMILIES = (CONVOLUTION, INPUT_GRADIENT, WEIGHT_GRADIENT, GATE, ATTENTION, BIAS_GRADIENT, NORM, BATCH_NORM)
 
 OPERATORS: dict[str, tuple[str, ...]] = {}
-"""Operator -> the families whose kernels it launches, its own family last. Filled where the operators are defined."""
+"""Operator -> families whose kernels it launches, its own family last. Filled by the decorator `launches`."""
 
 _off: frozenset[str] = frozenset()
 _lock = threading.Lock()
 
 
 def switched_off() -> frozenset[str]:
-    """The families that are switched off."""
+    """Return the families that are switched off."""
     return _off
 
 
 def disable(*families: str) -> None:
-    """Run the operators of these families in plain torch from now on.
+    """Switch these families off for the rest of the process.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: unknown family.
     """
     global _off  # noqa: PLW0603
-    _expect_families(families)
+    _check_families(families)
     with _lock:
         _off |= frozenset(families)
 
 
 @contextmanager
 def disabled(*families: str) -> Iterator[None]:
-    """Switch exactly these families off inside, in all threads; without arguments all kernels run.
+    """Switch exactly these families off in this context, in all threads; without arguments, switch all families on.
 
     Raises:
-        ValueError: there is no such family.
+        ValueError: unknown family.
     """
     global _off  # noqa: PLW0603
-    _expect_families(families)
+    _check_families(families)
     before = _off
     _off = frozenset(families)
     try:
@@ -75,29 +75,29 @@ def disabled(*families: str) -> Iterator[None]:
 
 
 def launches(*families: str) -> Callable[[Function], Function]:
-    """Decorate the implementation of an operator that launches kernels of these families, its own family last.
+    """Declare the families whose kernels an operator launches, its own family last. A decorator.
 
-    Where one of them is switched off, the operator's function of the same name in `fat.kernels.reference` runs instead.
+    If one of them is switched off, the function of the same name in `fat.kernels.reference` runs instead.
     """
 
     def decorate(function: Function) -> Function:
         name = function.__name__
         OPERATORS[name] = families
-        in_torch = getattr(reference, name)
+        fallback = getattr(reference, name)
 
         @functools.wraps(function)
         def run(first: torch.Tensor, *rest: Any, **options: Any) -> Any:
             if _off.isdisjoint(families):
                 return function(first, *rest, **options)
-            # The operator has its arguments already in the dtypes that autocast gives them.
+            # The arguments have been cast to autocast's dtype before (`fat.kernels._cast`).
             with torch.autocast(first.device.type, enabled=False):
-                return in_torch(first, *rest, **options)
+                return fallback(first, *rest, **options)
 
-        return on_its_device(run)  # type: ignore[return-value]
+        return on_tensor_device(run)  # type: ignore[return-value]
 
     return decorate
 
 
-def _expect_families(families: tuple[str, ...]) -> None:
+def _check_families(families: tuple[str, ...]) -> None:
     if unknown := sorted(set(families) - set(FAMILIES)):
-        raise ValueError(f"{', '.join(unknown)}: no such kernel family; there are {', '.join(FAMILIES)}")
+        raise ValueError(f"{', '.join(unknown)}: unknown kernel family; expected {', '.join(FAMILIES)}")

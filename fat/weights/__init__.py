@@ -1,1 +1,1 @@
-"""Weights files: loading, saving, and checkpoints of the released code and other tools."""
+"""Load and save weights files, and load checkpoints of the released code and other tools."""

@@ -1,4 +1,4 @@
-"""The classes that a model's outputs stand for; they travel with its weights."""
+"""The classes of a model's outputs, which are stored with its weights."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing import Any
 from fat.config import LIMITS
 
 MAX_TEXT = 4 * 2**20
-"""Bytes of a list in the header of a weights file: the 21,841 classes of ImageNet-21k with their names take 1.2 MB."""
+"""Maximum bytes of a class list in a weights file's header. The 21,841 named classes of ImageNet-21k take 1.2 MB."""
 MAX_COUNT = LIMITS["num_classes"][1]
 _DIGEST_DIGITS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassList:
-    """Classes in the order of a model's outputs. A model may have further outputs, which no class uses.
+    """Classes in the order of a model's outputs. A model may have more outputs than classes.
 
-    Where a list is too long for a file's header, only its length and digest are known.
+    If the list is too long for a file's header, the file stores only its length and digest.
     """
 
     count: int
     digest: str
-    """SHA-256 of the folder names in their order, 64 hex digits. Human-readable names are no part of it."""
+    """SHA-256 of the ordered folder names, 64 hex digits. Human-readable names are not included."""
     folders: tuple[str, ...] | None = None
-    """Folder name or synset id of each class, which identifies it; None where only the digest is known."""
+    """Folder name or synset id of each class, which identifies the class. None: only the digest is known."""
     names: tuple[str | None, ...] | None = None
-    """Human-readable names, which may repeat; None where no class has one."""
+    """Human-readable names, which need not be unique. None: no class has a name."""
 
     @classmethod
     def of(cls, folders: Sequence[str], names: Sequence[str | None] | None = None) -> ClassList:
-        """Make the list of these classes."""
+        """Create a list from folder names, in the order of the outputs, and optional human-readable names."""
         folders, names = tuple(folders), tuple(names or ())
         return cls(count=len(folders), digest=_digest(folders), folders=folders, names=names if any(names) else None)
 
     def dumps(self, limit: int | None = None) -> str:
-        """Return the list as JSON, or its length and digest alone where that takes more than `limit` bytes."""
+        """Return the list as JSON; if this has more than `limit` bytes, only its length and digest."""
         content: dict[str, Any] = {"count": self.count, "digest": self.digest}
         short = json.dumps(content)
         if self.folders is None:
@@ -51,29 +51,29 @@ class ClassList:
 
     @classmethod
     def loads(cls, text: str) -> ClassList:
-        """Read what `dumps` wrote, from a file that anybody may have written.
+        """Parse the output of `dumps`, from an untrusted file.
 
-        Raises ValueError where it is not such a list, or contradicts itself.
+        Raises ValueError if the text is not a class list or does not match its own count or digest.
         """
         try:
             content = json.loads(text)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
         if not isinstance(content, dict) or not {"count", "digest"} <= content.keys():
-            raise ValueError("no count and digest of classes in it")
+            raise ValueError("expected a mapping with the keys count and digest")
         count, digest = content["count"], content["digest"]
         if type(count) is not int or not 1 <= count <= MAX_COUNT:
-            raise ValueError(f"count: an integer from 1 to {MAX_COUNT:,} expected")
+            raise ValueError(f"count: expected an integer from 1 to {MAX_COUNT:,}")
         if not isinstance(digest, str) or len(digest) != _DIGEST_DIGITS:
-            raise ValueError(f"digest: {_DIGEST_DIGITS} hex digits expected")
+            raise ValueError(f"digest: expected {_DIGEST_DIGITS} hex digits")
         folders, names = content.get("folders"), content.get("names")
         for name, values, kinds in (("folders", folders, (str,)), ("names", names, (str, type(None)))):
             if values is not None and not (
                 isinstance(values, list) and len(values) == count and all(isinstance(v, kinds) for v in values)
             ):
-                raise ValueError(f"{name}: a list of {count} texts expected")
+                raise ValueError(f"{name}: expected a list of {count} strings")
         if folders is not None and _digest(folders) != digest:
-            raise ValueError("the classes do not match their digest")
+            raise ValueError("digest: does not match the folders")
         return cls(
             count=count,
             digest=digest,
@@ -82,7 +82,7 @@ class ClassList:
         )
 
     def has_same_classes(self, other: ClassList) -> bool:
-        """Whether both hold the same classes, in any order; False where one is known by its digest alone."""
+        """Return whether both lists have the same classes in any order; False if only the digest of one is known."""
         if self.folders is None or other.folders is None or self.count != other.count:
             return False
         return len(set(self.folders)) == self.count and set(self.folders) == set(other.folders)

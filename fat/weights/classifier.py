@@ -1,4 +1,4 @@
-"""The classifier of a weights file in a model of other outputs: kept, reordered or initialised afresh."""
+"""Fit the classifier of a weights file to a model's classes: keep it, reorder its rows or initialise a new one."""
 
 from __future__ import annotations
 
@@ -16,72 +16,89 @@ HEAD = "head."
 
 
 def match_classifier(
-    found: Mapping[str, Tensor], model: FAT, replace: bool, *, known: ClassList | None, wanted: ClassList | None
+    found: Mapping[str, Tensor],
+    model: FAT,
+    replace: bool,
+    *,
+    file_classes: ClassList | None,
+    model_classes: ClassList | None,
 ) -> tuple[dict[str, Tensor], str]:
-    """Return a file's tensors with the classifier that the model is to have, and a line that says what was decided.
+    """Return a file's tensors with the classifier to load into the model, and a line that describes the decision.
 
-    replace: whether the model's own may stand in for one of another number of classes. known: classes of the file, if
-    it says so. wanted: those of the model; None = only the number of classes is compared, and nothing is said.
-    Raises ValueError.
+    Args:
+        found: the file's tensors.
+        replace: keep the model's own classifier if the file's has another number of classes.
+        file_classes: classes of the file's outputs, if it stores them.
+        model_classes: classes of the model's outputs. None: compare only the numbers of classes, and return "" instead
+            of a description.
+
+    Raises:
+        ValueError: the numbers of classes differ, and `replace` is False.
     """
     weight = found.get(f"{HEAD}weight")
     rows = len(weight) if weight is not None and weight.ndim else 0
     outputs, note = model.num_classes, ""
-    if wanted is not None and outputs:
-        order, note = _decide(rows, outputs, known, wanted)
+    if model_classes is not None and outputs:
+        order, note = _decide(rows, outputs, file_classes, model_classes)
         if order is not None:
             return {n: t[order] if n.startswith(HEAD) and t.shape[:1] == (rows,) else t for n, t in found.items()}, note
     elif rows == outputs:
         return dict(found), ""
     elif outputs and not replace:
         if not rows:
-            return dict(found), ""  # strict loading names it, and what else is missing
+            return dict(found), ""  # strict loading reports it together with all other missing tensors
         raise ValueError(
-            f"weights of {rows} classes, and the model has {outputs}: ask for num_classes={rows}, or for a fresh head "
-            "by replace_head=True"
+            f"the weights have {rows} classes, the model has {outputs}; create the model with num_classes={rows}, or "
+            "initialise a new classifier with replace_head=True"
         )
     body = {name: t for name, t in found.items() if not name.startswith(HEAD)}
     return body | {f"{HEAD}{name}": t for name, t in model.head.state_dict().items()}, note
 
 
-def difference(known: ClassList, wanted: ClassList) -> str:
-    """Say in a few words how the classes of a model and of a data set differ."""
-    if known.folders is None or wanted.folders is None:
-        return f"{known.count:,} before, {wanted.count:,} now, and the former are known by a digest alone"
-    before, now = set(known.folders), set(wanted.folders)
-    gone = [folder for folder in known.folders if folder not in now]
-    new = [folder for folder in wanted.folders if folder not in before]
-    if gone or new:
-        facts = [f"{len(names):,} {word}: {listed(names)}" for word, names in (("gone", gone), ("new", new)) if names]
-        return "; ".join(facts)
-    for number, (old, folder) in enumerate(zip(known.folders, wanted.folders, strict=False)):
-        if old != folder:
-            return f"another order: class {number} was {printable(old, NAME_SHOWN)}, is {printable(folder, NAME_SHOWN)}"
-    return f"{known.count:,} before, {wanted.count:,} now"
+def difference(before: ClassList, now: ClassList) -> str:
+    """Describe in a few words how two class lists differ.
+
+    before: classes of weights or of a checkpoint. now: classes of the data set.
+    """
+    if before.folders is None or now.folders is None:
+        return f"{before.count:,} before, {now.count:,} now; the names of the former are not stored, only their digest"
+    known, wanted = set(before.folders), set(now.folders)
+    removed = [folder for folder in before.folders if folder not in wanted]
+    added = [folder for folder in now.folders if folder not in known]
+    if removed or added:
+        changes = (("removed", removed), ("added", added))
+        return "; ".join(f"{len(names):,} {change}: {listed(names)}" for change, names in changes if names)
+    for number, (old, new) in enumerate(zip(before.folders, now.folders, strict=False)):
+        if old != new:
+            change = f"was {printable(old, NAME_SHOWN)} and is now {printable(new, NAME_SHOWN)}"
+            return f"in another order: class {number} {change}"
+    return f"{before.count:,} before, {now.count:,} now"
 
 
-def _decide(rows: int, outputs: int, known: ClassList | None, wanted: ClassList) -> tuple[Tensor | None, str]:
-    """Return which row of the file's classifier each output takes (None = none of them), and a line that says so."""
-    same = known is None or known.digest == wanted.digest
+def _decide(
+    rows: int, outputs: int, file_classes: ClassList | None, model_classes: ClassList
+) -> tuple[Tensor | None, str]:
+    """Return the file's classifier row of each output (None: initialise a new classifier), and a description."""
+    same = file_classes is None or file_classes.digest == model_classes.digest
     if not rows:
-        fault = "have no classifier"
-    elif known is not None and not same and not known.has_same_classes(wanted):
-        fault = f"are of other classes ({difference(known, wanted)})"
+        reason = "have no classifier"
+    elif file_classes is not None and not same and not file_classes.has_same_classes(model_classes):
+        reason = f"have other classes ({difference(file_classes, model_classes)})"
     elif rows != outputs:
-        fault = f"have {rows:,} outputs, and {outputs:,} are wanted"
+        reason = f"have {rows:,} outputs and the model has {outputs:,}"
     else:
-        fault = ""
-    if fault:
-        return None, f"classifier: initialised afresh, because the weights {fault}"
-    if known is None:
+        reason = ""
+    if reason:
+        return None, f"classifier: newly initialised, because the weights {reason}"
+    if file_classes is None:
         return torch.arange(rows), (
-            f"classifier: kept, because its number of outputs, {rows:,}, is the same; the weights hold no class names, "
-            "so nothing shows that they are the same classes"
+            f"classifier: kept, because it has the same number of outputs ({rows:,}); the weights contain no class "
+            "names, so it could not be checked that the classes are the same"
         )
     if same:
-        return torch.arange(rows), f"classifier: kept, of the same {wanted.count:,} classes"
-    row_of = {folder: row for row, folder in enumerate(known.folders or ())}
-    order = [row_of[folder] for folder in wanted.folders or ()]
-    return torch.tensor([*order, *range(wanted.count, rows)]), (
-        f"classifier: kept, its rows reordered: the same {wanted.count:,} classes come in another order"
+        return torch.arange(rows), f"classifier: kept; the {model_classes.count:,} classes are the same"
+    row_of = {folder: row for row, folder in enumerate(file_classes.folders or ())}
+    order = [row_of[folder] for folder in model_classes.folders or ()]
+    return torch.tensor([*order, *range(model_classes.count, rows)]), (
+        f"classifier: kept, with reordered rows; the {model_classes.count:,} classes are the same in another order"
     )

@@ -1,4 +1,4 @@
-"""Find a model's tensors in a checkpoint of any tool: nested state dicts, prefixes of wrappers, moving averages."""
+"""Find a model's tensors in another tool's checkpoint: nested state dicts, wrappers' prefixes, moving averages."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 
 from fat.weights.safe_pickle import printable
 
-NAMED = 5  # names a message lists before it says how many more
-NAME_SHOWN = 120  # characters of each
+NAMED = 5  # maximum number of names in a message
+NAME_SHOWN = 120  # maximum characters of each name
 
-# What our names and those of the released implementation begin with; what stands before it is a wrapper's.
+# Beginning of a parameter name, in this implementation and in the released one. A prefix before it is a wrapper's.
 _MODEL = re.compile(
     r"(?:^|(?<=[./]))(?:stem\.(?:convs|proj|norm)|stages\.\d+\.blocks|patch_embed|layers\.\d+\.blocks)\."
 )
-# Wrappers that may stand anywhere in a name: torch.compile, FSDP, activation checkpointing.
+# Wrappers whose names can be anywhere in a parameter name: torch.compile, FSDP, activation checkpointing.
 _WRAPPER = re.compile(r"(?:^|(?<=[./]))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|average|averaged)(?:_|$)", re.IGNORECASE)
-# Of trainers and wrappers (DDP, Lightning, timm, MMPretrain, DeepSpeed, Composer): the weights as they are trained.
-_OPTIMIZER = re.compile(r"optim|exp_avg|momentum", re.IGNORECASE)  # their state is named like the parameters
-_PLAIN = frozenset({"", "model", "state_dict", "module", "model_state_dict"})  # decide between several trained models
+_OPTIMIZER = re.compile(r"optim|exp_avg|momentum", re.IGNORECASE)  # optimizer state has the parameters' names
+_PLAIN = frozenset({"", "model", "state_dict", "module", "model_state_dict"})  # preferred among several trained models
+# Keys of the trained weights (not averages) in checkpoints of DDP, Lightning, timm, MMPretrain, DeepSpeed, Composer.
 _TRAINED = frozenset(
     {
         "", "model", "module", "net", "network", "backbone", "encoder", "state", "state_dict", "model_state",
         "model_state_dict", "weights", "params", "online_model", "_forward_module",
     }
 )  # fmt: skip
-_MAX_MODELS = 64  # in one state dict, which bounds the time that a hostile file takes
-_COUNTER = "num_batches_tracked"  # of BatchNorm; averages leave it out, and nothing depends on it
+_MAX_MODELS = 64  # per state dict; limits the time that a malicious file can take
+_COUNTER = "num_batches_tracked"  # of BatchNorm; moving averages often lack it, and inference does not use it
 
 
 @dataclass(frozen=True)
@@ -38,21 +38,21 @@ class Entry:
     """One model in a checkpoint."""
 
     key: str
-    """Keys of the nested dicts that lead to its state dict, joined by dots; "" = the top level."""
+    """Keys of the nested dicts that lead to its state dict, joined by dots; "": the top level."""
     prefix: str
-    """What stands before the model's own names."""
+    """Prefix of the parameter names, which a wrapper added."""
     names: dict[str, tuple[str, str]]
-    """Model's own name -> (key of the state dict, name in it)."""
+    """Parameter name without prefix -> (key of the state dict, name in the state dict)."""
     wrappers: frozenset[str] = frozenset()
-    """Wrappers that were left out of the names."""
+    """Wrapper names that were removed from the parameter names."""
     outside: tuple[str, ...] = ()
     """Names in the same state dict that belong to no model."""
     notes: tuple[str, ...] = field(default=())
-    """What was found, and why this entry was chosen."""
+    """Messages on what was found and why this entry was chosen."""
 
     @property
     def label(self) -> str:
-        """Key and prefix, for people and for `select`."""
+        """Key and prefix, as shown in messages and accepted by `select`."""
         return ".".join(filter(None, (self.key, self.prefix.rstrip("./"))))
 
     @property
@@ -77,23 +77,29 @@ class Entry:
 
 
 def select(path: Path, state_dicts: Mapping[str, Collection[str]], wanted: str | None = None) -> Entry:
-    """Choose the model among the state dicts of a file.
+    """Choose the model to load from the state dicts of a file.
 
-    A moving average is preferred to the weights that it was taken of, as by timm, if it has all of their tensors.
+    As in timm, a moving average of the weights is preferred to the weights themselves, if it has all of their tensors.
 
-    path: for messages. state_dicts: key -> names of the tensors. wanted: label of an entry, as notes name it.
-    Raises ValueError where the file holds no tensors, no such entry, or several models of unknown standing.
+    Args:
+        path: for messages.
+        state_dicts: key -> names of the tensors.
+        wanted: label of the entry to load, as the notes show it.
+
+    Raises:
+        ValueError: the file has no tensors, lacks the wanted entry, or has several models of which none is preferred.
     """
     entries = [entry for key, names in state_dicts.items() for entry in _models(key, names)]
     if not entries:
         entries = _unknown(state_dicts)
     if not entries:
-        raise ValueError(f'{path}: no weights in it; save the model\'s state_dict(), bare or under "model"')
+        raise ValueError(f'{path}: contains no weights; save the model\'s state_dict(), directly or under "model"')
     if wanted is not None:
         chosen = next((entry for entry in entries if wanted in (entry.label, entry.key)), None)
         if chosen is None:
-            raise ValueError(f"{path}: no entry {printable(wanted)!r}; there are {listed(e.label for e in entries)}")
-        return _with_notes(_with_counters(chosen, _trained(entries)), entries, "as asked for")
+            labels = listed(e.label for e in entries)
+            raise ValueError(f"{path}: contains no entry {printable(wanted)!r}; expected one of {labels}")
+        return _with_notes(_with_counters(chosen, _trained(entries)), entries, "as requested")
     entries = [entry for entry in entries if not entry.is_of_optimizer] or entries
     entries.sort(key=lambda entry: -len(entry.names))
     swapped = next((entry for entry in entries if entry.key == "ema_state_dict" and "steps" in entry.outside), None)
@@ -109,16 +115,17 @@ def select(path: Path, state_dicts: Mapping[str, Collection[str]], wanted: str |
         missing = [name for name in original.names if name not in average.names] if original else []
         if original is None or all(name.endswith(_COUNTER) for name in missing):
             return _with_notes(_with_counters(average, trained), entries, "a moving average of the weights")
-        why = f"{printable(average.label)!r}, an average, lacks {len(missing)} of its tensors, such as {missing[0]}"
+        label = printable(average.label)
+        why = f"the moving average {label!r} lacks {len(missing)} of its tensors, such as {missing[0]}"
         return _with_notes(original, entries, why)
-    alike = [entry for entry in trained if len(entry.names) == len(trained[0].names)]
-    plain = [entry for entry in alike if entry.is_plain]
-    if len(alike) == 1 or len(plain) == 1:
-        return _with_notes((plain if len(plain) == 1 else alike)[0], entries, "")
+    complete = [entry for entry in trained if len(entry.names) == len(trained[0].names)]
+    plain = [entry for entry in complete if entry.is_plain]
+    if len(complete) == 1 or len(plain) == 1:
+        return _with_notes((plain if len(plain) == 1 else complete)[0], entries, "")
     if len(entries) > 1:
         raise ValueError(
-            f"{path}: several models in it ({listed(e.label for e in entries)}); ask for one by entry=, or save it "
-            "alone"
+            f"{path}: contains several models ({listed(e.label for e in entries)}); choose one with entry=, or save it "
+            "in a file of its own"
         )
     return _with_notes(entries[0], entries, "the only model in the file")
 
@@ -128,39 +135,39 @@ def _trained(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def _with_counters(entry: Entry, trained: list[Entry]) -> Entry:
-    """Complete an average by the counters of BatchNorm, which averages leave out."""
+    """Add BatchNorm's batch counters, which moving averages often lack, from the trained weights."""
     if not entry.is_average or not trained:
         return entry
-    of = trained[0].names
-    counters = {name: of[name] for name in of if name not in entry.names and name.endswith(_COUNTER)}
+    original = trained[0].names
+    counters = {name: original[name] for name in original if name not in entry.names and name.endswith(_COUNTER)}
     return Entry(entry.key, entry.prefix, entry.names | counters, entry.wrappers, entry.outside)
 
 
 def _models(key: str, names: Iterable[str]) -> list[Entry]:
-    """Return the models in one state dict, by prefix."""
-    own: dict[str, tuple[str, str]] = {}  # name without wrappers -> name in the file
+    """Return the models in one state dict. Each has its own prefix."""
+    unwrapped: dict[str, tuple[str, str]] = {}  # name without wrappers -> (key, name in the file)
     for name in names:
         plain = _WRAPPER.sub("", name)
-        if plain in own:  # strict loading names what is left of it
+        if plain in unwrapped:  # keep the full name, which strict loading reports as unknown
             plain = name
-        own[plain] = (key, name)
-    found = (_MODEL.search(name) for name in own)
+        unwrapped[plain] = (key, name)
+    found = (_MODEL.search(name) for name in unwrapped)
     counts = Counter(match.string[: match.start()] for match in found if match)
     prefixes = sorted((prefix for prefix, _ in counts.most_common(_MAX_MODELS)), key=len, reverse=True)
     models: dict[str, dict[str, tuple[str, str]]] = {prefix: {} for prefix in prefixes}
     outside = []
-    for name, place in own.items():
+    for name, location in unwrapped.items():
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         if prefix is None:
             outside.append(name)
         else:
-            models[prefix][name.removeprefix(prefix)] = place
-    wrappers = frozenset(word for _, name in own.values() for word in _WRAPPER.findall(name))
+            models[prefix][name.removeprefix(prefix)] = location
+    wrappers = frozenset(word for _, name in unwrapped.values() for word in _WRAPPER.findall(name))
     return [Entry(key, prefix, models[prefix], wrappers, tuple(outside)) for prefix in prefixes]
 
 
 def _unknown(state_dicts: Mapping[str, Collection[str]]) -> list[Entry]:
-    """Return the state dict of another model, if any, for strict loading to name what is in it."""
+    """Return the largest state dict of another architecture, if any, whose tensors strict loading then reports."""
     entries = [Entry(key, "", {name: (key, name) for name in names}) for key, names in state_dicts.items() if names]
     return sorted(entries, key=lambda entry: (not entry.is_trained, -len(entry.names)))[:1]
 
@@ -169,21 +176,22 @@ def _with_notes(chosen: Entry, entries: list[Entry], why: str) -> Entry:
     notes = []
     others = [entry.label or "the top level" for entry in entries if entry.label != chosen.label]
     if others or (why and chosen.label not in ("", "model")):
-        passed = f"; not used: {listed(others)}" if others else ""
+        unused = f"; not used: {listed(others)}" if others else ""
         reason = f" ({why})" if why else ""
-        notes.append(f"weights of {printable(chosen.label) or 'the top level'!r}{reason}{passed}")
+        notes.append(f"loaded the weights of {printable(chosen.label) or 'the top level'!r}{reason}{unused}")
     elif chosen.key not in ("", "model"):
-        notes.append(f"weights of {printable(chosen.key)!r}")
+        notes.append(f"loaded the weights of {printable(chosen.key)!r}")
     removed = [*sorted(f"{word}." for word in chosen.wrappers), *filter(None, [chosen.prefix])]
     if removed:
-        notes.append(f"names without {', '.join(repr(printable(text)) for text in removed)}, which a wrapper added")
+        prefixes = ", ".join(repr(printable(text)) for text in removed)
+        notes.append(f"removed {prefixes} from the parameter names, which a wrapper had added")
     if chosen.outside:
-        notes.append(f"not used, outside of the model: {listed(chosen.outside)}")
+        notes.append(f"not used, because not part of the model: {listed(chosen.outside)}")
     return Entry(chosen.key, chosen.prefix, chosen.names, chosen.wrappers, chosen.outside, tuple(notes))
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return the first few names, and how many more there are."""
+    """Join the first few names, and append how many more there are."""
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"{', '.join(printable(name, NAME_SHOWN) for name in names[:NAMED])}{more}"

@@ -1,4 +1,4 @@
-"""What the header of a weights file says of its model: dimensions, classes, and how it was trained."""
+"""Metadata in a weights file's header: the model's dimensions, its classes and facts of its training."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from fat.weights.safe_pickle import printable
 CONFIG_KEY, CLASSES_KEY, TRAINING_KEY = "fat_config", "fat_classes", "fat_training"
 MAX_SIZE = 8192  # pixels per side
 _MAX_STEP = 10**15
-_MAX_JSON = 64 * 2**10  # characters of the config, and of `fat_training`
+_MAX_JSON = 64 * 2**10  # characters of the config and of `fat_training`, each
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsInfo:
-    """What is known of the weights in a file; None = not said."""
+    """Metadata of a weights file. None: the file does not contain the fact."""
 
     config: FATConfig | None = None
     classes: ClassList | None = None
-    """Classes of the outputs; a long list by its digest alone."""
+    """Classes of the outputs; of a long list only its length and digest."""
     size: int | None = None
-    """Side of the images in pixels, 32 to 8192, in the evaluations of the training."""
+    """Side of the square images that training was evaluated on, 32 to 8192 pixels."""
     crop_pct: float | None = None
-    """Fraction of the short side that those looked at, in (0, 1]."""
+    """Fraction of the short side that the center crop kept in these evaluations, in (0, 1]."""
     step: int | None = None
-    """Optimiser steps done."""
+    """Optimizer steps that were trained."""
 
     def to_header(self) -> dict[str, str]:
-        """Return the metadata of a safetensors file; at most `fat.weights.classes.MAX_TEXT` bytes and a few hundred."""
+        """Return the metadata for a safetensors file: a few hundred bytes, and `MAX_TEXT` bytes of classes at most."""
         header = {}
         if self.config is not None:
             header[CONFIG_KEY] = json.dumps(self.config.to_dict())
@@ -50,36 +50,36 @@ class WeightsInfo:
 
     @classmethod
     def from_header(cls, path: Path, header: Mapping[str, str]) -> WeightsInfo:
-        """Read the metadata of a safetensors file, which anybody may have written.
+        """Parse the metadata of an untrusted safetensors file.
 
-        Raises ValueError naming the file and the fault.
+        Raises ValueError that names the file and the invalid field.
         """
 
-        def read(key: str, parse: Callable[[str], T], limit: int, fact: str) -> T | None:
+        def read(key: str, parse: Callable[[str], T], limit: int, fault: str) -> T | None:
             if key not in header:
                 return None
             try:
                 if len(header[key]) > limit:
-                    raise ValueError(f"{len(header[key]):,} characters, {limit:,} at most expected")
+                    raise ValueError(f"has {len(header[key]):,} characters; at most {limit:,} are allowed")
                 return parse(header[key])
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}: {key} in its header {fact} ({printable(str(error))})") from error
+                raise ValueError(f"{path}: {key} in its header {fault} ({printable(str(error))})") from error
 
-        config = read(CONFIG_KEY, lambda text: FATConfig.from_dict(json.loads(text)), _MAX_JSON, "describes no model")
-        classes = read(CLASSES_KEY, ClassList.loads, MAX_TEXT, "is no list of classes")
-        facts = read(TRAINING_KEY, _training, _MAX_JSON, "says nothing of the training") or {}
+        config = read(CONFIG_KEY, lambda text: FATConfig.from_dict(json.loads(text)), _MAX_JSON, "is not a config")
+        classes = read(CLASSES_KEY, ClassList.loads, MAX_TEXT, "is not a class list")
+        facts = read(TRAINING_KEY, _training, _MAX_JSON, "does not describe a training") or {}
         return cls(config=config, classes=classes, **facts)
 
 
 def _training(text: str) -> dict[str, Any]:
     facts = json.loads(text)
     if not isinstance(facts, dict) or not facts.keys() <= {"size", "crop_pct", "step"}:
-        raise ValueError("a mapping of size, crop_pct and step expected")
+        raise ValueError("expected a mapping of size, crop_pct and step")
     for name, least, most in (("size", MIN_SIZE, MAX_SIZE), ("step", 0, _MAX_STEP)):
         value = facts.get(name)
         if value is not None and (type(value) is not int or not least <= value <= most):
-            raise ValueError(f"{name}: an integer from {least} to {most:,} expected")
+            raise ValueError(f"{name}: expected an integer from {least} to {most:,}")
     crop = facts.get("crop_pct")
     if crop is not None and (type(crop) not in (int, float) or not 0 < crop <= 1):
-        raise ValueError("crop_pct: a number in (0, 1] expected")
+        raise ValueError("crop_pct: expected a number in (0, 1]")
     return facts

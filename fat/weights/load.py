@@ -1,4 +1,4 @@
-"""Load weights: safetensors that describe themselves, and checkpoints of the released code and other tools."""
+"""Load weights from safetensors files, and from checkpoints of the released code and other tools."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fat.weights.released_names import from_released, is_released
 from fat.weights.safe_pickle import open_checkpoint, printable
 
 MAX_HEADER = 16 * 2**20
-"""Bytes of a safetensors header: that of fat_b3 has 0.1 MB, and parsing takes ten times its size."""
+"""Maximum bytes of a safetensors header. That of fat_b3 has 0.1 MB; parsing takes ten times its size in memory."""
 
 
 def load_weights(
@@ -32,36 +32,48 @@ def load_weights(
     classes: ClassList | None = None,
     entry: str | None = None,
 ) -> tuple[str, ...]:
-    """Fill a model from a file, strictly: every tensor of the model is in the file, with its shape, and no other.
+    """Load weights from a file into a model, strictly: the file must have exactly the model's tensors and shapes.
 
-    path: .safetensors in our layout or the released one, or a `torch.save` file of either, bare or nested. Prefixes of
-    wrappers are removed, and of several state dicts one is chosen (`fat.weights.entries.select`); a pickle is read but
-    not executed. replace_head: leave the model's own classifier where the file's has another number of classes.
-    classes: those of the model's outputs; the file's classifier is then kept only for the same classes, its rows are
-    reordered where their order differs, and it is left out where they are others. entry: take this entry of a
-    checkpoint that holds several models. A model without classifier (num_classes=0) leaves the file's out, a feature
-    extractor the last norm too. Floating-point tensors of another precision are converted; a warning says where float64
-    loses digits. Returns what was found and decided, a line each, without the file's name. Raises ValueError naming the
-    file and the tensors that do not fit, whose type cannot be converted, or whose values are not finite.
+    The names may be those of this implementation or of the released one. Wrappers' prefixes are removed. If the file
+    has several state dicts, one is chosen (`fat.weights.entries.select`). Pickles are interpreted, never executed.
+
+    The file's classifier is ignored if the model has none (num_classes=0); the classifier and the last norm are ignored
+    if the model is a feature extractor. Floating-point tensors are converted to the model's precision, with a warning
+    if float64 values lose digits.
+
+    Args:
+        model: the model to fill.
+        path: .safetensors file, or a file written by `torch.save`.
+        replace_head: keep the model's own classifier if the file's has another number of classes.
+        classes: classes of the model's outputs. The file's classifier is then loaded only if it has the same classes,
+            with its rows reordered if their order differs; otherwise the model's own classifier is kept.
+        entry: load this entry of a checkpoint that contains several models.
+
+    Returns:
+        Messages on what was found and decided, one line each, without the file's name.
+
+    Raises:
+        ValueError: names the file, and the tensors that are missing, unknown, of another shape or dtype, or not finite.
     """
     path = Path(path)
     return _fill(path, read_weights(path, entry), model, replace_head, classes)
 
 
 def load_model(path: str | Path, *, entry: str | None = None) -> FAT:
-    """Make the model of a file, in eval mode: of one that `save_weights` wrote, or of one of the variants' weights.
+    """Create the model of a weights file, in eval mode.
 
-    Dimensions come from the file's header, else from its tensors. A warning says what was chosen among several models.
+    path: a file that `save_weights` wrote, whose header has the model's dimensions, or weights of one of the variants,
+    which is recognised by its tensors. If the file contains several models, a warning says which one was loaded.
     """
     path = Path(path)
     weights = read_weights(path, entry)
     config = weights.info.config or _recognised(weights.tensors)
     if config is None:
         raise ValueError(
-            f"{path}: no config in it, and its tensors are not those of {', '.join(VARIANTS)}; use "
+            f"{path}: contains no config, and its tensors are not those of {', '.join(VARIANTS)}; load it with "
             f"create_model(CONFIG, weights={str(path)!r})"
         )
-    with torch.device("meta"):  # a config may ask for more memory than its file has tensors for
+    with torch.device("meta"):  # check first: the config of a malicious file could require any amount of memory
         _fitting(path, weights, FAT(config))
     model = FAT(config)
     warn(path, _fill(path, weights, model))
@@ -69,15 +81,15 @@ def load_model(path: str | Path, *, entry: str | None = None) -> FAT:
 
 
 def warn(path: str | Path, notes: tuple[str, ...]) -> None:
-    """Issue what `load_weights` returned as warnings of the code that called the caller."""
+    """Issue the messages of `load_weights` as warnings, attributed to the caller of the calling function."""
     for note in notes:
         warnings.warn(f"{path}: {note}", stacklevel=3)
 
 
 def read_info(path: str | Path) -> WeightsInfo:
-    """Read what a weights file says of its model; a `torch.save` file says nothing. Reads the header alone.
+    """Read the metadata of a weights file from its header. Files written by `torch.save` have none.
 
-    Raises ValueError naming the file and what is wrong with it.
+    Raises ValueError that names the file and what is wrong with it.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -98,16 +110,16 @@ class Weights:
 
     info: WeightsInfo
     tensors: dict[str, Tensor]
-    """Under the file's names, without prefixes of wrappers."""
+    """Tensors by their names in the file, without wrappers' prefixes."""
     notes: tuple[str, ...]
-    """What was chosen and left out."""
+    """Messages on what was chosen and what was not used."""
 
 
 def read_weights(path: str | Path, entry: str | None = None) -> Weights:
-    """Read the tensors of one model; takes about as much memory as the file.
+    """Read the tensors of one model; uses about as much memory as the file has bytes.
 
-    entry: which one, where a checkpoint holds several.
-    Raises ValueError naming the file and what is wrong with it.
+    entry: entry to read if a checkpoint contains several models.
+    Raises ValueError that names the file and what is wrong with it.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -132,8 +144,8 @@ def _check_header(path: Path) -> None:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > min(MAX_HEADER, path.stat().st_size):
         raise ValueError(
-            f"{path}: not a readable safetensors file (a header of {header_bytes:,} bytes; "
-            f"{min(MAX_HEADER, path.stat().st_size):,} at most)"
+            f"{path}: not a readable safetensors file (header of {header_bytes:,} bytes; at most "
+            f"{min(MAX_HEADER, path.stat().st_size):,} are accepted)"
         )
 
 
@@ -151,10 +163,10 @@ def _fill(
                 rounded.append(name)
         if tensor.is_floating_point() and not torch.isfinite(found[name]).all():
             raise ValueError(
-                f"{path}: {printable(name)} has values that are not finite (nan or inf); use an earlier checkpoint"
+                f"{path}: {printable(name)} contains NaN or infinite values; use an earlier checkpoint"
             )
     if rounded:
-        warnings.warn(f"{path}: float64 weights are rounded to float32; {_some('rounded', rounded)}", stacklevel=3)
+        warnings.warn(f"{path}: float64 weights are rounded to float32: {listed(rounded)}", stacklevel=3)
     model.load_state_dict(found)
     return notes
 
@@ -162,17 +174,18 @@ def _fill(
 def _fitting(
     path: Path, weights: Weights, model: Trunk, replace_head: bool = False, classes: ClassList | None = None
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the file's tensors under the model's names, and notes. Takes no memory for the model, which may be on the
-    meta device.
+    """Return the file's tensors under the model's names, and messages. The model may be on the meta device.
 
-    Raises ValueError.
+    Raises ValueError if the tensors do not fit the model.
     """
     found, notes = weights.tensors, weights.notes
     if is_released(found):
         found = from_released(found, model.config)
     if isinstance(model, FAT):
         try:
-            found, note = match_classifier(found, model, replace_head, known=weights.info.classes, wanted=classes)
+            found, note = match_classifier(
+                found, model, replace_head, file_classes=weights.info.classes, model_classes=classes
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         notes += (note,) if note else ()
@@ -183,7 +196,7 @@ def _fitting(
 
 
 def _recognised(tensors: Mapping[str, Tensor]) -> FATConfig | None:
-    """Return the variant whose tensors these are, with the number of classes of their classifier."""
+    """Return the config of the variant that has these tensors, with their number of classes; None: no variant has."""
     head = tensors.get(f"{HEAD}weight")
     classes = len(head) if head is not None and head.ndim == 2 else 0
     if classes > MAX_COUNT:
@@ -200,26 +213,28 @@ def _recognised(tensors: Mapping[str, Tensor]) -> FATConfig | None:
 
 def _check_fit(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     shapes = [
-        f"{name} is {list(found[name].shape)}, expected {list(t.shape)}"
+        f"{name} has {list(found[name].shape)}, expected {list(t.shape)}"
         for name, t in expected.items()
         if name in found and found[name].shape != t.shape
     ]
-    types = [
-        f"{name} is {found[name].dtype}, expected {t.dtype}"
+    dtypes = [
+        f"{name} has {found[name].dtype}, expected {t.dtype}"
         for name, t in expected.items()
         if name in found and not _convertible(found[name].dtype, t.dtype)
     ]
     missing = [name for name in expected if name not in found]
     faults = [
-        _some("missing", missing),
-        _some("unknown", [name for name in found if name not in expected]),
-        _some("of another shape", shapes),
-        _some("of another type", types),
+        _fault("missing", missing),
+        _fault("unknown", [name for name in found if name not in expected]),
+        _fault("wrong shape", shapes),
+        _fault("wrong dtype", dtypes),
     ]
     if any(faults):
         headless = missing and all(name.startswith(HEAD) for name in missing)
         hint = (
-            "; they have no classifier: ask for num_classes=0, or a fresh head by replace_head=True" if headless else ""
+            "; the file has no classifier: create the model with num_classes=0, or pass replace_head=True"
+            if headless
+            else ""
         )
         raise ValueError(f"{path}: not this model's weights; {'; '.join(filter(None, faults))}{hint}")
 
@@ -229,9 +244,9 @@ _INTEGERS = frozenset({torch.uint8, torch.int8, torch.int16, torch.int32, torch.
 
 
 def _convertible(found: torch.dtype, expected: torch.dtype) -> bool:
-    """Whether values keep their meaning: integers in place of weights have lost their fractions or lack their scale."""
+    """Return whether a conversion keeps the values. Integers are not accepted as weights: they may be quantised."""
     return found == expected or any(found in kind and expected in kind for kind in (_FLOATS, _INTEGERS))
 
 
-def _some(fault: str, names: list[str]) -> str:
+def _fault(fault: str, names: list[str]) -> str:
     return f"{fault}: {listed(names)}" if names else ""

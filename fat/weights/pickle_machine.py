@@ -1,9 +1,9 @@
 """Interpret a pickle of tensors without executing it.
 
-A pickle is a program: it may import any name and call it, hash what takes hours to hash, or nest until the stack ends.
-Here the opcodes are interpreted one by one: nothing is imported or called, four harmless names have a meaning of our
-own, every other object becomes an inert one that swallows whatever is done to it, and dict keys that are no text are
-dropped unhashed.
+A pickle is a program: it can import and call any function, hash objects that take hours to hash, or nest objects until
+the stack overflows. Here the opcodes are interpreted one by one, and nothing is imported or called. The names that a
+state dict needs (`_call`, `_storage`) are implemented here; every other object is replaced by an inert one, on which
+all operations have no effect. Dict keys that are not strings are dropped without being hashed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 MAX_OPCODES = 500_000
-"""Opcodes of data.pkl: a checkpoint of fat_b3 with its optimizer's state has 0.1 million."""
+"""Maximum opcodes of data.pkl. A checkpoint of fat_b3 with its optimizer's state has 0.1 million."""
 
 DTYPES = {
     "DoubleStorage": torch.float64,
@@ -30,14 +30,14 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_MAX_DIMENSIONS = 64  # of torch
+_MAX_DIMENSIONS = 64  # PyTorch's limit
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _IGNORED = frozenset({"PROTO", "FRAME"})
 
 
 @dataclass(frozen=True)
 class StorageKey:
-    """Which member of the archive a storage is."""
+    """Name of the archive member that contains a storage, and the storage's dtype."""
 
     key: str
     dtype: torch.dtype
@@ -45,7 +45,7 @@ class StorageKey:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in the archive."""
+    """Location of a tensor in the archive."""
 
     storage: StorageKey
     offset: int
@@ -55,32 +55,32 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the pickle refers to; it is never imported."""
+    """A module attribute that the pickle refers to; it is never imported."""
 
     module: str
     name: str
 
 
 class _Inert:
-    """An object of a class that was not imported."""
+    """Replacement for an object whose class is not imported."""
 
 
 _INERT = _Inert()
 
 
 def interpret(program: bytes) -> Any:
-    """Run a pickle on a stack of plain values, `TensorEntry`s and inert objects; return what it would return."""
+    """Interpret a pickle and return its value, made of plain values, `TensorEntry` and inert objects."""
     machine = _Machine()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if count == MAX_OPCODES:
-            raise ValueError(f"more than {MAX_OPCODES:,} opcodes in its pickle")
+            raise ValueError(f"its pickle has more than {MAX_OPCODES:,} opcodes")
         try:
             if opcode.name == "STOP":
                 return machine.stack.pop()
             machine.step(opcode, argument)
         except IndexError:
-            raise ValueError("its pickle takes more from the stack than there is") from None
-    raise ValueError("its pickle has no end")
+            raise ValueError("its pickle pops from an empty stack") from None
+    raise ValueError("its pickle has no STOP opcode")
 
 
 class _Machine:
@@ -92,7 +92,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def step(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:  # noqa: PLR0912, PLR0915 - a case per opcode
-        """Execute an opcode. Those that are not listed push their argument, or are refused."""
+        """Interpret an opcode. An unlisted opcode pushes its argument, or raises ValueError if it has none."""
         stack = self.stack
         match opcode.name:
             case name if name in _IGNORED:
@@ -123,7 +123,7 @@ class _Machine:
                 self._memo[len(self._memo)] = stack[-1]
             case "GET" | "BINGET" | "LONG_BINGET":
                 if argument not in self._memo:
-                    raise ValueError(f"its pickle refers to entry {argument} of its memo, which it has not made")
+                    raise ValueError(f"its pickle reads entry {argument} of the memo, which it has not written")
                 stack.append(self._memo[argument])
             case "TUPLE" | "LIST" | "DICT" | "FROZENSET" | "OBJ" | "INST":
                 values = self._pop_mark()
@@ -150,14 +150,14 @@ class _Machine:
             case "NEWOBJ" | "NEWOBJ_EX":
                 self._pop(3 if opcode.name == "NEWOBJ_EX" else 2)
                 stack.append(_INERT)
-            case "BUILD":  # a state dict carries its modules' versions as an attribute: of no use here
+            case "BUILD":  # sets attributes; those of a state dict (its modules' versions) are not needed
                 self._pop(1)
             case "BINPERSID":
                 stack.append(_storage(*self._pop(1)))
             case name if not opcode.stack_before and len(opcode.stack_after) == 1 and argument is not None:
                 stack.append(argument)
             case name:
-                raise ValueError(f"opcode {name} in its pickle")
+                raise ValueError(f"its pickle has the unsupported opcode {name}")
 
     def _pop(self, count: int) -> list[Any]:
         if len(self.stack) < count:
@@ -168,7 +168,7 @@ class _Machine:
 
     def _pop_mark(self) -> list[Any]:
         if not self._below:
-            raise ValueError("its pickle goes back to a mark that it has not set")
+            raise ValueError("its pickle pops a mark that it has not set")
         values, self.stack = self.stack, self._below.pop()
         return values
 
@@ -194,13 +194,13 @@ def _extend(target: Any, values: list[Any]) -> None:
 
 
 def _fill(target: Any, values: list[Any]) -> None:
-    """Keys and values in turn."""
+    """Store alternating keys and values in a dict."""
     if isinstance(target, dict):
         for key, value in _pairs(values):
             if isinstance(key, str):
                 target[key] = value
             elif isinstance(value, TensorEntry):
-                raise ValueError(f"a tensor under a key of type {type(key).__name__}; expected names")
+                raise ValueError(f"a dict of tensors has a key of type {type(key).__name__}; expected strings")
 
 
 def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
@@ -208,7 +208,7 @@ def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _call(function: Any, arguments: Any) -> Any:
-    """Return the result that the call of a known function would have."""
+    """Return the result of calling one of the supported functions; an inert object for all others."""
     match function:
         case _Global("collections", "OrderedDict"):
             return {}
@@ -222,10 +222,10 @@ def _call(function: Any, arguments: Any) -> Any:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> TensorEntry:
     if not isinstance(storage, StorageKey) or not (isinstance(size, tuple) and isinstance(stride, tuple)):
-        raise ValueError("a tensor without storage or shape")
+        raise ValueError("a tensor has no storage or no shape")
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or len(size) > _MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a tensor whose shape, strides or offset are not natural numbers")
+        raise ValueError("a tensor has an invalid shape, stride or offset; expected non-negative integers")
     return TensorEntry(storage, offset, size, stride)
 
 
@@ -234,6 +234,6 @@ def _storage(pid: Any) -> StorageKey:
         case ("storage", _Global("torch", name), str(key), *_) if name in DTYPES:
             return StorageKey(key, DTYPES[name])
         case ("storage", _Global(_, name), *_):
-            raise ValueError(f"a storage of the unknown type {name[:100]}")
+            raise ValueError(f"a storage has the unsupported type {name[:100]}")
         case _:
-            raise ValueError("a storage that is not described as torch.save does")
+            raise ValueError("a storage is not described in the format of torch.save")

@@ -1,4 +1,4 @@
-"""Parameter names of the released implementation and ours, both ways. The tensors are the same."""
+"""Convert parameter names between the released implementation and this one. The tensors are the same."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from fat.config import FATConfig
 
 
 def from_released(state: Mapping[str, Tensor], config: FATConfig) -> dict[str, Tensor]:
-    """Released names -> ours. A name that the released network of this `config` does not have is kept as it is, so that
-    strict loading names it."""
-    ours = {released: own for own, released in _modules(config)}
-    return {_rename(name, ours): tensor for name, tensor in state.items()}
+    """Convert released names to the names of this implementation.
+
+    A name that the released model of this `config` does not have is kept, so that strict loading reports it.
+    """
+    names = {released: name for name, released in _modules(config)}
+    return {_rename(name, names): tensor for name, tensor in state.items()}
 
 
 def to_released(state: Mapping[str, Tensor], config: FATConfig) -> dict[str, Tensor]:
-    """Our names -> released ones."""
+    """Convert the names of this implementation to released names."""
     released = dict(_modules(config))
     return {_rename(name, released): tensor for name, tensor in state.items()}
 
 
 def is_released(state: Mapping[str, Tensor]) -> bool:
-    """Whether names are in the released layout."""
+    """Return whether the names are those of the released implementation."""
     return any(name.startswith(("patch_embed.", "layers.")) for name in state)
 
 
@@ -33,7 +35,7 @@ def _rename(name: str, modules: Mapping[str, str]) -> str:
 
 
 def _modules(config: FATConfig) -> Iterator[tuple[str, str]]:
-    """(our name, released name) of every module that owns tensors."""
+    """Yield (name, released name) of every module that has parameters or buffers."""
     for i in range(4):
         yield f"stem.convs.{i}.conv", f"patch_embed.conv{i + 1}.conv.0"
         yield f"stem.convs.{i}.bn", f"patch_embed.conv{i + 1}.conv.1"
@@ -41,9 +43,9 @@ def _modules(config: FATConfig) -> Iterator[tuple[str, str]]:
     yield "stem.norm", "patch_embed.layernorm"
     for stage, depth in enumerate(config.depths):
         for block in range(depth):
-            own, released = f"stages.{stage}.blocks.{block}", f"layers.{stage}.blocks.{block}"
-            for a, b in _block_modules(config.windows[stage]):
-                yield f"{own}.{a}", f"{released}.{b}"
+            prefix, released_prefix = f"stages.{stage}.blocks.{block}", f"layers.{stage}.blocks.{block}"
+            for name, released in _block_modules(config.windows[stage]):
+                yield f"{prefix}.{name}", f"{released_prefix}.{released}"
     yield "norm", "norm"
     yield "head", "head"
 

@@ -1,4 +1,4 @@
-"""Save weights as safetensors that describe themselves."""
+"""Save weights as a safetensors file whose header describes the model."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from fat.weights.header import WeightsInfo
 def save_weights(
     model: Trunk, path: str | Path, *, state: Mapping[str, Tensor] | None = None, info: WeightsInfo | None = None
 ) -> None:
-    """Write parameters and buffers as safetensors, with the config in the header, so that the file describes itself.
+    """Write parameters and buffers to a safetensors file, with the model's config in its header.
 
-    state: tensors to write in place of the model's own under the same names, for example an average of them. info:
-    classes, image size and other facts for the header; its config is the model's. The file appears whole or not at all.
-    Needs the safetensors package.
+    The file is written atomically. Requires the safetensors package.
+
+    Args:
+        model: the model whose parameters and buffers are saved.
+        path: file to write; an existing file is replaced.
+        state: tensors to write instead of the model's own, under the same names, such as their moving average.
+        info: classes, image size and other facts for the header. Its config is ignored: the model's is written.
     """
     from safetensors.torch import save_file
 
@@ -33,13 +37,13 @@ def save_weights(
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
         save_file(tensors, temporary, {"format": "pt", **header})
-        temporary.chmod(mode)  # safetensors creates files with mode 0600, whatever the umask is
+        temporary.chmod(mode)  # safetensors creates files with mode 0600 and ignores the umask
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the rename too must survive a power cut
+            os.fsync(folder)  # so that the rename survives a power failure
         finally:
             os.close(folder)
     finally:

@@ -227,7 +227,7 @@ def test_channel_sums(shape, dtype) -> None:
 def test_channel_sums_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last part has fewer rows, and its last step fewer still."""
     monkeypatch.setattr(sums, "launch_shape", sums.launch_shape.__wrapped__)
-    monkeypatch.setattr(sums, "AT_ONCE", 512)
+    monkeypatch.setattr(sums, "IN_FLIGHT", 512)
     monkeypatch.setattr(sums, "PROGRAMS", programs)
     check_channel_sums((3, 40, 7, 9), BF16, Draw.seeded(12, "cpu"))
 
@@ -241,6 +241,6 @@ def test_norm_and_relu(shape, dtype, offset) -> None:
 @pytest.mark.parametrize("programs", [1, 3])
 def test_norm_and_relu_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_relu, "launch_shape", norm_relu.launch_shape.__wrapped__)
-    monkeypatch.setattr(norm_relu, "AT_ONCE", 512)
+    monkeypatch.setattr(norm_relu, "IN_FLIGHT", 512)
     monkeypatch.setattr(norm_relu, "PROGRAMS", programs)
     check_norm_relu((3, 48, 7, 9), BF16, 3.0, Draw.seeded(14, "cpu"))

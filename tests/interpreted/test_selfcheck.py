@@ -198,32 +198,32 @@ def _raises(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 WRONG = [
-    Wrong(families.CONVOLUTION, depthwise, "convolve", _transposed, "off by"),
-    Wrong(families.CONVOLUTION, depthwise, "convolve", _without_last_row, "off by"),
-    Wrong(families.CONVOLUTION, depthwise, "convolve", _off_by_a_little(3), "off by"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _transposed, "exceeds the tolerance"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _without_last_row, "exceeds the tolerance"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _off_by_a_little(3), "exceeds the tolerance"),
     Wrong(families.CONVOLUTION, depthwise, "convolve", _raises, "RuntimeError: out of resource: shared memory"),
-    Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _off_by_a_little(3), "off by"),
+    Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _off_by_a_little(3), "exceeds the tolerance"),
     Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _unwritten(3), "NaN"),
-    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(0), "off by"),
-    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(1), "off by"),
-    Wrong(families.GATE, gate, "gate", _off_by_a_little(2), "off by"),
+    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(0), "exceeds the tolerance"),
+    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(1), "exceeds the tolerance"),
+    Wrong(families.GATE, gate, "gate", _off_by_a_little(2), "exceeds the tolerance"),
     Wrong(families.GATE, gate, "gate_gradient", _unwritten(4), "NaN"),
-    Wrong(families.ATTENTION, attention, "attend", _off_by_a_little(4), "off by"),
-    Wrong(families.ATTENTION, attention, "attend_gradient", _off_by_a_little(5), "off by"),
+    Wrong(families.ATTENTION, attention, "attend", _off_by_a_little(4), "exceeds the tolerance"),
+    Wrong(families.ATTENTION, attention, "attend_gradient", _off_by_a_little(5), "exceeds the tolerance"),
     Wrong(families.ATTENTION, attention, "attend_gradient", _unwritten(6), "NaN"),
-    Wrong(families.NORM, norm, "normalise", _scaled_result(0), "off by"),
-    Wrong(families.NORM, norm, "normalise", _off_by_a_little(4), "off by"),
-    Wrong(families.NORM, norm, "gradients", _off_by_a_little(7), "off by"),
-    Wrong(families.NORM, norm, "add", _off_by_a_little(3), "off by"),
-    Wrong(families.BATCH_NORM, batchnorm, "join", _scaled_result(1), "off by"),
-    Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), "off by"),
-    Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), "off by"),
-    Wrong(families.BATCH_NORM, batchnorm, "update_running_stats", _off_by_a_little(1), "off by"),
-    Wrong(families.BATCH_NORM, norm_relu, "moments", _scaled_result(1), "off by"),
-    Wrong(families.BATCH_NORM, norm_relu, "norm_relu", _off_by_a_little(6), "off by"),
-    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_sums", _times_too_much, "off by"),
-    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_gradient", _off_by_a_little(10), "off by"),
-    Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _off_by_a_little(1), "off by"),
+    Wrong(families.NORM, norm, "normalise", _scaled_result(0), "exceeds the tolerance"),
+    Wrong(families.NORM, norm, "normalise", _off_by_a_little(4), "exceeds the tolerance"),
+    Wrong(families.NORM, norm, "gradients", _off_by_a_little(7), "exceeds the tolerance"),
+    Wrong(families.NORM, norm, "add", _off_by_a_little(3), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, batchnorm, "merge_stats", _scaled_result(1), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, batchnorm, "update_running_stats", _off_by_a_little(1), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, norm_relu, "channel_stats", _scaled_result(1), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu", _off_by_a_little(6), "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_sums", _times_too_much, "exceeds the tolerance"),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_gradient", _off_by_a_little(10), "exceeds the tolerance"),
+    Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _off_by_a_little(1), "exceeds the tolerance"),
     Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _unwritten(1), "NaN"),
 ]
 
@@ -243,7 +243,7 @@ def test_a_wrong_family_is_refused_by_name(
     assert failure.family == wrong.family
     assert wrong.reason in failure.reason
     assert wrong.family in families.OPERATORS[failure.operator]
-    assert failure.shape.startswith(("map 2x", "weights "))
+    assert failure.shape.startswith(("feature map 2x", "weights "))
     assert failure.dtype in ("bfloat16", "float32")
 
 
@@ -307,11 +307,11 @@ def test_the_verdict_on_a_wrong_family_switches_it_off(
     assert families.NORM in verdict.checked
     said = capsys.readouterr().err
     warning = (
-        "warning: the depthwise convolution kernels do not agree with torch and are switched off: depthwise on map"
+        "warning: the depthwise convolution kernels do not agree with torch and are switched off: depthwise on feature map"
     )
     assert said.count("warning: ") == 1
     assert warning in said
-    assert "where the bound is" in said
+    assert "exceeds the tolerance of" in said
     assert kernels.switched_off() == {families.CONVOLUTION}
 
 

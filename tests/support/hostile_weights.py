@@ -1,6 +1,6 @@
-"""Weights files that cost a reader minutes or gigabytes, or that claim what they do not have.
+"""Malicious weights files: files that would cost a reader minutes or gigabytes, or that are inconsistent.
 
-`SAFETENSORS` and `CHECKPOINTS` name one of each kind, and write it to a path.
+`SAFETENSORS` and `CHECKPOINTS` map the name of each kind to a function that writes such a file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Storage:
-    """What `torch.save` keeps apart from the pickle: a member of the archive."""
+    """A tensor's storage, which `torch.save` writes as a separate member of the archive."""
 
     key: str = "0"
     kind: str = "FloatStorage"
@@ -29,7 +29,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Claim:
-    """A tensor as a pickle describes it, whatever its storage holds."""
+    """A tensor as described in a pickle; its storage need not exist or be large enough."""
 
     size: tuple[Any, ...] = (1,)
     stride: tuple[Any, ...] = (1,)
@@ -48,30 +48,30 @@ class _Pickler(pickle.Pickler):
 
 
 def program(saved: object) -> bytes:
-    """The pickle that `torch.save` would write; `Claim`s stand for tensors."""
+    """Return the pickle that `torch.save` would write for an object in which tensors are replaced by `Claim`."""
     out = io.BytesIO()
     _Pickler(out, 2).dump(saved)
     return out.getvalue()
 
 
 def write_checkpoint(
-    path: Path, pickled: bytes, storages: Iterable[tuple[str, bytes]] = (("0", bytes(4)),), packed: str = ""
+    path: Path, pickled: bytes, storages: Iterable[tuple[str, bytes]] = (("0", bytes(4)),), compressed: str = ""
 ) -> None:
-    """Write an archive as `torch.save` does, except that it compresses the member `packed`."""
+    """Write an archive in the format of `torch.save`, with the member `compressed` compressed."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in (("data.pkl", pickled), *((f"data/{key}", content) for key, content in storages)):
-            archive.writestr(f"a/{name}", content, zipfile.ZIP_DEFLATED if name == packed else zipfile.ZIP_STORED)
+            archive.writestr(f"a/{name}", content, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED)
 
 
 def write_directory(path: Path, members: int) -> None:
-    """Write an archive of nothing but a directory that lists one member `members` times."""
+    """Write an archive that consists only of a directory, which lists one member `members` times."""
     entry = b"PK\1\2" + bytes(24) + b"\1\0" + bytes(16) + b"a"
     end = b"PK\5\6" + bytes(8) + struct.pack("<II", len(entry) * members, 0) + bytes(2)
     path.write_bytes(entry * members + end)
 
 
 def write_safetensors(path: Path, header: bytes, content: bytes = b"", length: int | None = None) -> None:
-    """Write a header, valid or not; length: what the file says of the header's size."""
+    """Write a safetensors file. length: the header length that the file states, if it is wrong."""
     path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + content)
 
 
@@ -104,7 +104,7 @@ SAFETENSORS: dict[str, Callable[[Path], None]] = {
     "shape that overflows": lambda path: write_safetensors(path, _header(shape=[2**62, 8], data_offsets=[0, 0])),
     "negative offset": lambda path: write_safetensors(path, _header(data_offsets=[-4, 0])),
     "unknown dtype": lambda path: write_safetensors(path, _header(dtype="F7"), bytes(4)),
-    "bytes of no tensor": lambda path: write_safetensors(path, _header(), bytes(1000)),
+    "bytes that belong to no tensor": lambda path: write_safetensors(path, _header(), bytes(1000)),
 }
 
 CHECKPOINTS: dict[str, Callable[[Path], None]] = {
@@ -112,7 +112,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "compressed storage of 200 MB": lambda path: write_checkpoint(
         path, program({"model": {"x": Claim()}}), [("0", bytes(200_000_000))], "data/0"
     ),
-    "compressed pickle": lambda path: write_checkpoint(path, program({"x": Claim()}), packed="data.pkl"),
+    "compressed pickle": lambda path: write_checkpoint(path, program({"x": Claim()}), compressed="data.pkl"),
     "stride 0 of 3 billion elements": lambda path: write_checkpoint(path, program({"x": Claim((3 * 10**9,), (0,))})),
     "stride 0 of 10^18 elements": lambda path: write_checkpoint(path, program({"x": Claim((10**18,), (0,))})),
     "shape whose product overflows": lambda path: write_checkpoint(path, program({"x": Claim((2**40,) * 3, (0,) * 3)})),
@@ -120,15 +120,15 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "negative offset": lambda path: write_checkpoint(path, program({"x": Claim(offset=-5)})),
     "negative stride": lambda path: write_checkpoint(path, program({"x": Claim(stride=(-1,))})),
     "negative size": lambda path: write_checkpoint(path, program({"x": Claim((-1,))})),
-    "shape of text": lambda path: write_checkpoint(path, program({"x": Claim(("q",))})),
-    "shape and strides of other lengths": lambda path: write_checkpoint(path, program({"x": Claim((1,), (1, 1))})),
+    "shape of strings": lambda path: write_checkpoint(path, program({"x": Claim(("q",))})),
+    "strides longer than shape": lambda path: write_checkpoint(path, program({"x": Claim((1,), (1, 1))})),
     "key of another file": lambda path: write_checkpoint(
         path, program({"x": Claim(storage=Storage("../../../../etc/passwd"))})
     ),
     "storage of an unknown type": lambda path: write_checkpoint(
         path, program({"x": Claim(storage=Storage(kind="QInt8Storage"))})
     ),
-    "names that are no text": lambda path: write_checkpoint(path, program({"model": {5: Claim(), ("a",): Claim()}})),
+    "names other than strings": lambda path: write_checkpoint(path, program({"model": {5: Claim(), ("a",): Claim()}})),
     "pickle of 20 MB": lambda path: write_checkpoint(path, _PROTO + b"]" * 20_000_000 + b"."),
     "pickle of a million opcodes": lambda path: write_checkpoint(path, _PROTO + b"]" * 1_000_000 + b"."),
     "pickle nested 200,000 deep": lambda path: write_checkpoint(path, _PROTO + b"(" * 200_000 + b"t" * 200_000 + b"."),
@@ -140,7 +140,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "integer of 3 million digits": lambda path: write_checkpoint(path, b"I" + b"9" * 3_000_000 + b"\n."),
     "empty stack": lambda path: write_checkpoint(path, _PROTO + b"0" * 5 + b"."),
     "mark that was never set": lambda path: write_checkpoint(path, _PROTO + b"t."),
-    "pickle without end": lambda path: write_checkpoint(path, _PROTO + b"]"),
+    "pickle without STOP": lambda path: write_checkpoint(path, _PROTO + b"]"),
     "memo that was never set": lambda path: write_checkpoint(path, _PROTO + b"h\x07."),
     "no pickle": lambda path: write_checkpoint(path, b"\xff" * 100),
     "directory of 400,000 members": lambda path: write_directory(path, 400_000),

@@ -1,4 +1,4 @@
-"""Classes travel with the model: into checkpoints, weights and the run folder, and from there into what is read."""
+"""The class list is stored in checkpoints, weights and run folders, and checked on resume, evaluation, fine-tuning."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run(main: Callable[[], int], *args: object) -> int:
 
 
 def with_classes(digits: Path, out: Path, edit: Edit) -> Path:
-    """The digits with another class list; the images keep their labels."""
+    """Copy the digits data set and edit its class list; the images keep their labels."""
     shutil.copytree(digits, out)
     edit_manifest(out, lambda manifest: edit(manifest["classes"]))
     return out
@@ -57,15 +57,15 @@ def swap(entries: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps at 32 pixels with another crop than the default."""
+    """Run folder of two training steps at 32 pixels, with a crop_pct that is not the default."""
     out = tmp_path_factory.mktemp("run") / "run"
     options = ("--data", digits, "--out", out, "--stop-after", "2", "--crop-pct", "0.9", "--drop-path", "0")
     assert run(train, *SMALL, *options) == 0
     return out
 
 
-def always(path: Path, output: int, *, info: fat.WeightsInfo | None) -> Path:
-    """Weights whose model always answers with one output."""
+def constant_weights(path: Path, output: int, *, info: fat.WeightsInfo | None) -> Path:
+    """Save weights of a model that always predicts the same output."""
     torch.manual_seed(0)
     model = fat.create_model("fat_b0", num_classes=10)
     torch.nn.init.zeros_(model.head.weight)
@@ -74,18 +74,18 @@ def always(path: Path, output: int, *, info: fat.WeightsInfo | None) -> Path:
     return path
 
 
-# -- the list itself ---------------------------------------------------------------------------------------------
+# -- ClassList ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("names", [None, ["crane", "crane", None]], ids=["folders", "human-readable names, one twice"])
-def test_a_list_is_read_as_it_was_written(names: list[str | None] | None) -> None:
+def test_a_class_list_survives_a_round_trip(names: list[str | None] | None) -> None:
     written = fat.ClassList.of(["n02", 'q"\\', "日本"], names)
     assert fat.ClassList.loads(written.dumps()) == written
     short = fat.ClassList.loads(written.dumps(limit=10))
     assert (short.count, short.digest, short.folders) == (3, written.digest, None)
 
 
-def test_order_and_folders_make_the_digest_and_names_do_not() -> None:
+def test_the_digest_depends_on_folders_and_order_but_not_on_names() -> None:
     digests = {fat.ClassList.of(folders).digest for folders in (["a", "b"], ["b", "a"], ["a,b"], ["a", "b", "c"])}
     assert len(digests) == 4
     assert fat.ClassList.of(["a"], ["x"]).digest == fat.ClassList.of(["a"], ["y"]).digest
@@ -94,48 +94,48 @@ def test_order_and_folders_make_the_digest_and_names_do_not() -> None:
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
-        ({"count": 3}, "folders: a list of 3 texts expected"),
-        ({"count": True}, "count: an integer"),
-        ({"count": 10**9}, "count: an integer"),
-        ({"digest": "0" * 64}, "do not match their digest"),
-        ({"digest": 5}, "digest: 64 hex digits"),
-        ({"folders": ["a", 5]}, "folders: a list of 2 texts"),
-        ({"names": ["a", {}]}, "names: a list of 2 texts"),
+        ({"count": 3}, "folders: expected a list of 3 strings"),
+        ({"count": True}, "count: expected an integer"),
+        ({"count": 10**9}, "count: expected an integer"),
+        ({"digest": "0" * 64}, "digest: does not match the folders"),
+        ({"digest": 5}, "digest: expected 64 hex digits"),
+        ({"folders": ["a", 5]}, "folders: expected a list of 2 strings"),
+        ({"names": ["a", {}]}, "names: expected a list of 2 strings"),
     ],
 )
-def test_a_list_that_contradicts_itself_is_refused(change: dict[str, Any], fact: str, tmp_path: Path) -> None:
+def test_an_inconsistent_class_list_is_rejected(change: dict[str, Any], fact: str, tmp_path: Path) -> None:
     text = json.dumps(json.loads(fat.ClassList.of(["a", "b"]).dumps()) | change)
     save_file(fat.FAT(TINY).state_dict(), tmp_path / "w.safetensors", {"fat_classes": text})
-    with pytest.raises(ValueError, match=f"fat_classes in its header is no list of classes.*{fact}"):
+    with pytest.raises(ValueError, match=f"fat_classes in its header is not a class list.*{fact}"):
         fat.read_info(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(
     "training", ['{"size": 31}', '{"size": 1e9}', '{"crop_pct": 0}', '{"crop_pct": NaN}', "[]", "{"]
 )
-def test_an_image_size_out_of_range_is_refused(training: str, tmp_path: Path) -> None:
+def test_invalid_training_facts_are_rejected(training: str, tmp_path: Path) -> None:
     save_file(fat.FAT(TINY).state_dict(), tmp_path / "w.safetensors", {"fat_training": training})
-    with pytest.raises(ValueError, match="fat_training in its header says nothing of the training"):
+    with pytest.raises(ValueError, match="fat_training in its header does not describe a training"):
         fat.read_info(tmp_path / "w.safetensors")
 
 
-@pytest.mark.parametrize(("count", "listed"), [(21_841, True), (1_000_000, False)])
-def test_a_weights_file_stays_readable_whatever_the_number_of_classes(count: int, listed: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("count", "complete"), [(21_841, True), (1_000_000, False)])
+def test_a_weights_file_stays_readable_with_any_number_of_classes(count: int, complete: bool, tmp_path: Path) -> None:
     classes = fat.ClassList.of([f"n{i:08}" for i in range(count)], [f"name of {i}, or another" for i in range(count)])
     path = tmp_path / "w.safetensors"
     fat.save_weights(fat.FAT(TINY), path, info=fat.WeightsInfo(classes=classes, size=64))
     info = fat.read_info(path)
     assert info.classes is not None
     assert (info.classes.count, info.classes.digest) == (count, classes.digest)
-    assert (info.classes == classes) == listed
+    assert (info.classes == classes) == complete
     assert (info.config, info.size) == (TINY, 64)
     assert fat.load_model(path).config == TINY
 
 
-# -- what a run leaves -------------------------------------------------------------------------------------------
+# -- files of a run ----------------------------------------------------------------------------------------------
 
 
-def test_checkpoint_weights_and_run_folder_name_the_classes_and_the_image_size(trained: Path) -> None:
+def test_checkpoint_weights_and_run_folder_contain_the_classes_and_the_image_size(trained: Path) -> None:
     (checkpoint,) = (trained / "checkpoints").iterdir()
     for path in (trained / "weights.safetensors", checkpoint / "state.safetensors"):
         info = fat.read_info(path)
@@ -148,9 +148,9 @@ def test_checkpoint_weights_and_run_folder_name_the_classes_and_the_image_size(t
     assert fat.ClassList.loads((trained / "classes.json").read_text()).folders == tuple(FOLDERS)
 
 
-def test_the_state_of_a_checkpoint_is_a_weights_file_too(trained: Path) -> None:
+def test_the_state_of_a_checkpoint_can_be_loaded_as_a_weights_file(trained: Path) -> None:
     (checkpoint,) = (trained / "checkpoints").iterdir()
-    with pytest.warns(UserWarning, match="names without 'model/'"):
+    with pytest.warns(UserWarning, match="removed 'model/' from the parameter names"):
         loaded = fat.load_model(checkpoint / "state.safetensors")
     assert torch.equal(loaded.head.weight, load_file(trained / "weights.safetensors")["head.weight"])
 
@@ -161,9 +161,9 @@ def test_the_state_of_a_checkpoint_is_a_weights_file_too(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "fact"),
     [
-        (rename, "2 gone: 0_zero, 1_one; 2 new: other_0_zero, other_1_one"),
-        (swap, "another order: class 0 was 0_zero, is 1_one"),
-        (lambda entries: entries.append({"folder": "ten", "name": None}), "1 new: ten"),
+        (rename, "2 removed: 0_zero, 1_one; 2 added: other_0_zero, other_1_one"),
+        (swap, "in another order: class 0 was 0_zero and is now 1_one"),
+        (lambda entries: entries.append({"folder": "ten", "name": None}), "1 added: ten"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_classes(
@@ -178,7 +178,7 @@ def test_a_run_is_not_resumed_with_other_classes(
 def test_a_run_is_not_resumed_with_another_validation_split(
     trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its best accuracy would be compared with that of other images."""
+    """The best accuracy so far would be compared with the accuracy on other images."""
     out = Path(shutil.copytree(trained, tmp_path / "run"))
     shutil.copytree(digits, tmp_path / "set")
     options = ("--out", out, "--stop-after", "3", "--crop-pct", "0.9")
@@ -197,7 +197,7 @@ def test_a_run_is_not_resumed_with_another_validation_split(
         assert f", is {now})" in error
 
 
-def test_a_validation_split_may_be_added_and_that_is_said(
+def test_a_validation_split_can_be_added_on_resume_with_a_warning(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(digits, tmp_path / "set")
@@ -232,7 +232,7 @@ def test_the_size_and_crop_of_the_training_are_used_and_printed(
     assert list(figures[0]["classes"]) == FOLDERS
 
 
-def test_the_newest_checkpoint_says_which_one_is_the_best(
+def test_evaluating_the_newest_checkpoint_names_the_best_one(
     trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = CheckpointFolder(Path(shutil.copytree(trained, tmp_path / "run")) / "checkpoints")
@@ -242,8 +242,8 @@ def test_the_newest_checkpoint_says_which_one_is_the_best(
     newest = folder.save(best.load(), Progress(step=3, epoch_step=3, best=best.progress.best), best.fingerprint)
     for model in (tmp_path / "run", best.path):
         assert run(evaluate, model, "--data", digits, *QUICK, "--size", "32") == 0
-        said = capsys.readouterr().err
-        assert (f"note: {newest} is the newest checkpoint; the best is {best.path}" in said) == (model != best.path)
+        err = capsys.readouterr().err
+        assert (f"note: {newest} is the newest checkpoint; the best is {best.path}" in err) == (model != best.path)
 
 
 def classes_of(*folders: str) -> fat.ClassList:
@@ -253,7 +253,8 @@ def classes_of(*folders: str) -> fat.ClassList:
 def test_the_same_classes_in_another_order_are_mapped_by_folder(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = always(tmp_path / "w.safetensors", 0, info=fat.WeightsInfo(classes=classes_of(*FOLDERS[::-1]), size=32))
+    info = fat.WeightsInfo(classes=classes_of(*FOLDERS[::-1]), size=32)
+    path = constant_weights(tmp_path / "w.safetensors", 0, info=info)
     out = tmp_path / "figures.json"
     assert run(evaluate, path, "--data", digits, "--json", out) == 0
     assert "has the model's classes in another order; mapped by folder name" in capsys.readouterr().err
@@ -261,10 +262,10 @@ def test_the_same_classes_in_another_order_are_mapped_by_folder(
     assert {folder: entry["top1"] for folder, entry in classes.items()} == {f: float(f == "9_nine") for f in FOLDERS}
 
 
-def test_a_subset_of_the_model_s_classes_is_evaluated_among_themselves(
+def test_with_a_subset_of_the_models_classes_only_their_outputs_are_compared(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The model always answers with a class that the set does not have, else with its third."""
+    """The model's first choice is always a class that the set does not have, its second the set's third class."""
     classes = classes_of("a", "b", *FOLDERS)
     torch.manual_seed(0)
     model = fat.create_model("fat_b0", num_classes=12)
@@ -281,7 +282,7 @@ def test_a_subset_of_the_model_s_classes_is_evaluated_among_themselves(
 
 
 @pytest.mark.parametrize("where", ["run", "weights"])
-def test_classes_that_the_model_does_not_know_are_refused_by_name(
+def test_classes_that_the_model_was_not_trained_on_are_rejected_by_name(
     where: str, trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = with_classes(digits, tmp_path / "set", rename)
@@ -292,10 +293,10 @@ def test_classes_that_the_model_does_not_know_are_refused_by_name(
     assert error.count("\n") == 1
 
 
-def test_weights_without_class_names_are_evaluated_with_a_note_if_the_numbers_match(
+def test_weights_without_class_names_are_evaluated_with_a_note_if_the_number_of_classes_matches(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = always(tmp_path / "w.safetensors", 3, info=None)
+    path = constant_weights(tmp_path / "w.safetensors", 3, info=None)
     assert run(evaluate, path, "--data", digits, *QUICK, "--size", "32") == 0
     assert "w.safetensors holds no class names: nothing shows that its 10 outputs are the classes" in (
         capsys.readouterr().err
@@ -305,27 +306,27 @@ def test_weights_without_class_names_are_evaluated_with_a_note_if_the_numbers_ma
     assert "a model of 10 classes without class names" in capsys.readouterr().err
 
 
-def test_weights_of_another_tool_are_evaluated_and_what_was_chosen_is_said(
+def test_evaluating_weights_of_another_tool_names_the_chosen_model(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = fat.create_model("fat_b0", num_classes=10)
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state, "state_dict_ema": dict(state)}, tmp_path / "w.pth")
     assert run(evaluate, tmp_path / "w.pth", "--data", digits, *QUICK, "--size", "32") == 0
-    said = capsys.readouterr().err
-    assert "note: " in said
-    assert "weights of 'state_dict_ema.module' (a moving average" in said
-    assert "does not say at which image size it was trained" in said
+    err = capsys.readouterr().err
+    assert "note: " in err
+    assert "loaded the weights of 'state_dict_ema.module' (a moving average" in err
+    assert "does not say at which image size it was trained" in err
 
 
-def test_classes_of_one_human_readable_name_stay_apart(
+def test_classes_with_the_same_human_readable_name_are_counted_separately(
     trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def name_alike(entries: list[dict[str, Any]]) -> None:
+    def use_one_name(entries: list[dict[str, Any]]) -> None:
         for entry in entries:
             entry["name"] = "crane"
 
-    other, out = with_classes(digits, tmp_path / "set", name_alike), tmp_path / "figures.json"
+    other, out = with_classes(digits, tmp_path / "set", use_one_name), tmp_path / "figures.json"
     assert run(evaluate, trained, "--data", other, "--json", out) == 0
     result = json.loads(out.read_text())
     assert sum(entry["samples"] for entry in result["classes"].values()) == result["samples"] == 360
@@ -335,13 +336,13 @@ def test_classes_of_one_human_readable_name_stay_apart(
     assert sum(folder in table for folder in FOLDERS) == 5
 
 
-def test_two_classes_of_one_folder_are_refused(trained: Path, digits: Path, tmp_path: Path, capsys: Any) -> None:
+def test_two_classes_of_one_folder_are_rejected(trained: Path, digits: Path, tmp_path: Path, capsys: Any) -> None:
     other = with_classes(digits, tmp_path / "set", lambda entries: entries[1].update(folder="0_zero"))
     assert run(evaluate, trained, "--data", other, *QUICK) == 2
     assert "several classes of one folder name (0_zero)" in capsys.readouterr().err
 
 
-def test_a_digest_alone_is_enough_for_the_same_classes_and_refused_for_others() -> None:
+def test_a_digest_is_accepted_for_the_same_classes_and_rejected_for_other_classes() -> None:
     model, data = Path("w.safetensors"), Path("set")
     full = classes_of("a", "b", "c")
     short = fat.ClassList.loads(full.dumps(limit=0))
@@ -350,7 +351,7 @@ def test_a_digest_alone_is_enough_for_the_same_classes_and_refused_for_others() 
         map_classes(short, 3, classes_of("a", "b"), model=model, data=data)
 
 
-def test_a_run_with_a_digest_alone_finds_its_names_in_classes_json(
+def test_a_run_whose_checkpoints_have_only_a_digest_reads_the_names_from_classes_json(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("fat.weights.header.MAX_TEXT", 100)
@@ -363,52 +364,52 @@ def test_a_run_with_a_digest_alone_finds_its_names_in_classes_json(
     assert run(evaluate, out, "--data", other, *QUICK) == 0
     assert "mapped by folder name" in capsys.readouterr().err
     assert run(train, *SMALL, "--data", other, "--out", out, "--stop-after", "2") == 2
-    assert "another order: class 0 was 0_zero, is 1_one" in capsys.readouterr().err
+    assert "in another order: class 0 was 0_zero and is now 1_one" in capsys.readouterr().err
 
 
 # -- fine-tuning -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("known", "bias", "said"),
+    ("known", "bias", "message"),
     [
-        (FOLDERS, 3, "kept, of the same 10 classes"),
-        (FOLDERS[::-1], 6, "kept, its rows reordered: the same 10 classes come in another order"),
-        (["a", *FOLDERS[1:]], None, "initialised afresh, because the weights are of other classes (1 gone: a; 1 new: "),
-        (FOLDERS[:9], None, "initialised afresh, because the weights are of other classes (1 new: 9_nine)"),
-        (None, 3, "kept, because its number of outputs, 10, is the same; the weights hold no class names"),
+        (FOLDERS, 3, "kept; the 10 classes are the same"),
+        (FOLDERS[::-1], 6, "kept, with reordered rows; the 10 classes are the same in another order"),
+        (["a", *FOLDERS[1:]], None, "newly initialised, because the weights have other classes (1 removed: a; 1 added"),
+        (FOLDERS[:9], None, "newly initialised, because the weights have other classes (1 added: 9_nine)"),
+        (None, 3, "kept, because it has the same number of outputs (10); the weights contain no class names"),
     ],
-    ids=["same", "another order", "as many others", "one less", "no names"],
+    ids=["same", "another order", "one other class", "one class fewer", "no names"],
 )
-def test_what_becomes_of_the_classifier_depends_on_the_classes_and_is_said(
-    known: list[str] | None, bias: int | None, said: str, tmp_path: Path
+def test_fine_tuning_keeps_reorders_or_replaces_the_classifier_by_its_classes(
+    known: list[str] | None, bias: int | None, message: str, tmp_path: Path
 ) -> None:
     info = None if known is None else fat.WeightsInfo(classes=fat.ClassList.of(known))
-    weights = always(tmp_path / "w.safetensors", 3, info=info)
+    weights = constant_weights(tmp_path / "w.safetensors", 3, info=info)
     recipe = Recipe(model=ModelConfig(weights=weights))
     model = build_model(recipe, 10)
-    assert [line for line in load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS)) if said in line]
+    assert [line for line in load_initial_weights(model, recipe, fat.ClassList.of(FOLDERS)) if message in line]
     ones = (model.head.bias == 1).nonzero().flatten().tolist()
     assert ones == ([] if bias is None else [bias])
 
 
 @pytest.mark.parametrize("how", ["dry run", "training"])
-def test_fine_tuning_says_so_before_it_trains(
+def test_fine_tuning_reports_the_decision_on_the_classifier_before_training(
     how: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    weights = always(tmp_path / "w.safetensors", 3, info=fat.WeightsInfo(classes=classes_of(*FOLDERS[::-1])))
+    weights = constant_weights(tmp_path / "w.safetensors", 3, info=fat.WeightsInfo(classes=classes_of(*FOLDERS[::-1])))
     still = ("--lr", "0", "--min-lr", "0", "--warmup-lr", "0", "--stop-after", "1", "--out", tmp_path / "run")
     options = (*SMALL, *still, "--data", digits, "--weights", weights)
     assert run(train, *options, *(["--dry-run"] if how == "dry run" else [])) == 0
     shown = capsys.readouterr()
-    assert "classifier: kept, its rows reordered" in " ".join((shown.out + shown.err).split())
+    assert "classifier: kept, with reordered rows" in " ".join((shown.out + shown.err).split())
     if how == "training":
         assert load_file(tmp_path / "run" / "weights.safetensors")["head.bias"].argmax() == 6
-        assert run(train, *options) == 0  # resumed: the weights are those of the checkpoint
+        assert run(train, *options) == 0  # resumes: the weights come from the checkpoint
         assert "classifier:" not in capsys.readouterr().err
 
 
-def test_a_folder_in_place_of_weights_is_refused_with_the_file_to_give(
+def test_a_folder_given_as_weights_is_rejected_and_a_file_in_it_suggested(
     trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(train, *SMALL, "--data", digits, "--weights", trained, "--out", tmp_path / "run") == 2

@@ -1,4 +1,4 @@
-"""What a user of the network relies on: any image size, features, layout, the conventions' switches, clear refusals."""
+"""The model's interface: image sizes, feature maps, memory format, timm's methods, and errors for invalid arguments."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ def test_any_size_trains_and_evaluates_in_every_variant(name: str, size: tuple[i
 
 
 @pytest.mark.parametrize("size", [(31, 224), (224, 31), (8, 8)], ids=str)
-def test_images_under_the_last_stride_are_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"images of {size[0]}x{size[1]}: at least 32 per side"):
+def test_images_smaller_than_the_last_stride_are_rejected(size: tuple[int, int]) -> None:
+    expected = rf"images of {size[0]}x{size[1]} pixels; FAT expects at least 32 pixels per side"
+    with pytest.raises(ValueError, match=expected):
         fat.FAT(TINY)(images(1, size))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (97, 65), (33, 33)], ids=str)
-def test_features_are_four_maps_of_known_channels_and_strides(size: tuple[int, int]) -> None:
+def test_features_have_the_channels_and_strides_of_feature_info(size: tuple[int, int]) -> None:
     model = fat.create_model(TINY, features_only=True)
-    maps = model(images(2, size))
+    features = model(images(2, size))
     info = zip(model.feature_info.channels(), model.feature_info.reduction(), strict=True)
     expected = [(2, c, -(-size[0] // r), -(-size[1] // r)) for c, r in info]
-    assert [tuple(m.shape) for m in maps] == expected
+    assert [tuple(feature.shape) for feature in features] == expected
 
 
-def test_features_are_the_classifiers_own() -> None:
+def test_the_last_feature_map_is_the_input_of_the_classifiers_norm() -> None:
     classifier = fat.FAT(TINY).eval()
     backbone = fat.create_model(TINY, features_only=True).eval()
     backbone.load_state_dict(classifier.state_dict(), strict=False)
@@ -65,7 +66,7 @@ def test_every_parameter_of_a_feature_extractor_is_used() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_parts_make_the_whole() -> None:
+def test_forward_features_and_forward_head_compose_to_forward() -> None:
     model = fat.FAT(TINY).eval()
     with torch.no_grad():
         x = model.forward_features(images())
@@ -73,7 +74,7 @@ def test_parts_make_the_whole() -> None:
         assert model.forward_head(x, pre_logits=True).shape == (2, model.num_features)
 
 
-def test_reset_classifier_changes_nothing_else() -> None:
+def test_reset_classifier_changes_only_the_classifier() -> None:
     model = fat.FAT(TINY).double().eval()
     body = {name: t.clone() for name, t in model.state_dict().items() if not name.startswith("head.")}
     model.reset_classifier(7)
@@ -84,55 +85,55 @@ def test_reset_classifier_changes_nothing_else() -> None:
     assert model(images().double()).shape == (2, model.num_features)
 
 
-def test_weight_decay_spares_exactly_norms_and_biases() -> None:
+def test_no_weight_decay_contains_exactly_norms_and_biases() -> None:
     model = fat.FAT(TINY)
-    spared = model.no_weight_decay()
-    assert {name for name, p in model.named_parameters() if p.ndim == 1} == spared
-    assert "stages.0.blocks.0.cpe.weight" not in spared  # depthwise weights are decayed
-    assert {"head.bias", "norm.weight", "stem.convs.0.bn.weight"} <= spared
+    not_decayed = model.no_weight_decay()
+    assert {name for name, p in model.named_parameters() if p.ndim == 1} == not_decayed
+    assert "stages.0.blocks.0.cpe.weight" not in not_decayed  # depthwise weights are decayed
+    assert {"head.bias", "norm.weight", "stem.convs.0.bn.weight"} <= not_decayed
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16 autocast"])
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_channels_last_is_kept_at_every_module(autocast: bool, training: bool) -> None:
-    """With weights and images as torch makes them, in NCHW."""
+def test_every_module_returns_channels_last_memory(autocast: bool, training: bool) -> None:
+    """Weights and images are in PyTorch's default memory format, NCHW."""
     model = fat.FAT(TINY).train(training)
-    broken = []
+    failing = []
 
-    def look(name: str, output: torch.Tensor) -> None:
+    def check(name: str, output: torch.Tensor) -> None:
         if output.ndim == 4 and not output.is_contiguous(memory_format=torch.channels_last):
-            broken.append(name)
+            failing.append(name)
 
     for name, module in model.named_modules():
-        module.register_forward_hook(lambda _, __, output, name=name: look(name, output))
+        module.register_forward_hook(lambda _, __, output, name=name: check(name, output))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(images())
-    assert not broken
+    assert not failing
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_a_model_in_one_dtype_computes_in_it(dtype: torch.dtype) -> None:
+def test_the_output_has_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     assert fat.FAT(TINY).to(dtype)(images().to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"widths": (16, 32, 48)}, "widths: 4 positive integers"),
-        ({"heads": (3, 4, 6, 8)}, "3 heads do not divide a width of 16"),
-        ({"widths": (15, 32, 48, 64), "heads": (1, 4, 6, 8)}, "the first must be even"),
-        ({"kernels": (3, 4, 7, 9)}, "odd sides expected, not 4"),
-        ({"windows": (8, 3, 2, 1)}, "powers of two expected, not 3"),
-        ({"drop_path": 1.0}, r"a probability in \[0, 1\) expected"),
-        ({"num_classes": -1}, "num_classes: integers from 0"),
+        ({"widths": (16, 32, 48)}, "widths: expected 4 positive integers"),
+        ({"heads": (3, 4, 6, 8)}, "heads: a width of 16 is not divisible by 3 heads"),
+        ({"widths": (15, 32, 48, 64), "heads": (1, 4, 6, 8)}, "widths: expected an even first width .*, got 15"),
+        ({"kernels": (3, 4, 7, 9)}, "kernels: expected odd sizes, got 4"),
+        ({"windows": (8, 3, 2, 1)}, "windows: expected powers of two, got 3"),
+        ({"drop_path": 1.0}, r"drop_path: expected a probability in \[0, 1\), got 1.0"),
+        ({"num_classes": -1}, "num_classes: expected integers from 0 to 10,000,000, got -1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_impossible_dimensions_are_refused(change: dict[str, object], message: str) -> None:
+def test_invalid_dimensions_are_rejected(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fat.create_model(TINY, **change)
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"fat_b9: no such model; there are fat_b0, fat_b1, fat_b2, fat_b3"):
+def test_the_error_for_an_unknown_name_lists_the_models() -> None:
+    with pytest.raises(ValueError, match=r"fat_b9: unknown model; expected one of fat_b0, fat_b1, fat_b2, fat_b3"):
         fat.create_model("fat_b9")

@@ -16,7 +16,7 @@ from fat import kernels
 from fat.activation_checkpointing import checkpoint_block
 from fat.blocks import Block
 from fat.layers import DropPath, GroupNorm1, _group_norm, norm_rows
-from tests.support.tiny_fat import TINY, images, relative_error, settle
+from tests.support.tiny_fat import TINY, images, relative_error, set_running_stats
 
 Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -43,7 +43,7 @@ def test_norms_work_in_fp32_under_autocast(norm: Norm, monkeypatch: pytest.Monke
 
 def check_bf16(name: str) -> None:
     torch.manual_seed(0)
-    model = settle(fat.create_model(name))
+    model = set_running_stats(fat.create_model(name))
     exact = copy.deepcopy(model).double()
     batch = images(2, (96, 96))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Files of weights: ours and the released layout, read strictly and without executing anything."""
+"""Weights files of this project and of the released code: loaded strictly, without executing anything."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.tiny_fat import TINY
 
 @pytest.fixture
 def model() -> fat.FAT:
-    """A model whose every tensor differs from those of a fresh one."""
+    """A model in which every tensor differs from its initial value."""
     model = fat.FAT(TINY)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -33,12 +33,12 @@ def model() -> fat.FAT:
 
 
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = a.state_dict(), b.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Settings(dict[str, Any]):
-    """As yacs' CfgNode: a dict subclass with attributes, of a module that the reader does not have."""
+    """Like yacs' CfgNode: a dict subclass with attributes, from a module that the reader cannot import."""
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(fields)
@@ -46,7 +46,7 @@ class Settings(dict[str, Any]):
 
 
 class Trap:
-    """Unpickled by `pickle`, it creates a file."""
+    """An object that creates a folder when `pickle` loads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +55,7 @@ class Trap:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_file_describes_itself(model: fat.FAT, tmp_path: Path) -> None:
+def test_a_saved_file_contains_the_config(model: fat.FAT, tmp_path: Path) -> None:
     fat.save_weights(model, tmp_path / "w.safetensors")
     loaded = fat.load_model(tmp_path / "w.safetensors")
     assert loaded.config == TINY
@@ -65,7 +65,7 @@ def test_a_file_describes_itself(model: fat.FAT, tmp_path: Path) -> None:
         assert '"widths": [16, 32, 48, 64]' in file.metadata()["fat_config"]
 
 
-def test_an_average_is_saved_in_place_of_the_weights(model: fat.FAT, tmp_path: Path) -> None:
+def test_a_moving_average_can_be_saved_instead_of_the_weights(model: fat.FAT, tmp_path: Path) -> None:
     average = {name: torch.zeros_like(t) for name, t in model.state_dict().items()}
     fat.save_weights(model.to(memory_format=torch.channels_last), tmp_path / "w.safetensors", state=average)
     assert all(t.count_nonzero() == 0 for t in fat.load_model(tmp_path / "w.safetensors").state_dict().values())
@@ -95,27 +95,28 @@ def test_views_and_parameters_in_a_pickle_are_read(model: fat.FAT, tmp_path: Pat
 
 
 def test_a_pickle_is_not_executed(model: fat.FAT, tmp_path: Path) -> None:
-    sprung = tmp_path / "sprung"
-    torch.save({"model": model.state_dict(), "config": Trap(sprung)}, tmp_path / "w.pth")
+    created = tmp_path / "created"
+    torch.save({"model": model.state_dict(), "config": Trap(created)}, tmp_path / "w.pth")
     assert same(fat.create_model(TINY, weights=tmp_path / "w.pth"), model)
-    assert not sprung.exists()
+    assert not created.exists()
 
     torch.load(tmp_path / "w.pth", weights_only=False)
-    assert sprung.exists()  # the trap is a real one
+    assert created.exists()  # torch.load executes the pickle, so the test can fail
 
 
-def test_a_trap_among_the_weights_is_not_executed_either(model: fat.FAT, tmp_path: Path) -> None:
-    state: dict[str, Any] = {**model.state_dict(), "head.bias": Trap(tmp_path / "sprung")}
+def test_a_pickled_object_in_place_of_a_tensor_is_not_executed(model: fat.FAT, tmp_path: Path) -> None:
+    state: dict[str, Any] = {**model.state_dict(), "head.bias": Trap(tmp_path / "created")}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"missing: head\.bias"):
         fat.create_model(TINY, weights=tmp_path / "w.pth")
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "created").exists()
 
 
-def test_another_number_of_classes_is_refused_or_replaced_when_asked(model: fat.FAT, tmp_path: Path) -> None:
+def test_a_head_of_another_size_is_rejected_unless_replace_head_is_set(model: fat.FAT, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     fat.save_weights(model, path)
-    with pytest.raises(ValueError, match=re.escape(f"{path}: weights of 10 classes, and the model has 7")):
+    expected = f"{path}: the weights have 10 classes, the model has 7; create the model with num_classes=10"
+    with pytest.raises(ValueError, match=re.escape(expected)):
         fat.create_model(TINY, num_classes=7, weights=path)
     torch.manual_seed(0)
     replaced = fat.create_model(TINY, num_classes=7, weights=path, replace_head=True)
@@ -125,13 +126,13 @@ def test_another_number_of_classes_is_refused_or_replaced_when_asked(model: fat.
     assert torch.equal(replaced.norm.weight, model.norm.weight)
 
 
-def test_a_head_of_the_right_size_is_loaded_even_if_it_might_be_replaced(model: fat.FAT, tmp_path: Path) -> None:
+def test_a_head_of_the_right_size_is_loaded_even_with_replace_head(model: fat.FAT, tmp_path: Path) -> None:
     fat.save_weights(model, tmp_path / "w.safetensors")
     assert same(fat.create_model(TINY, weights=tmp_path / "w.safetensors", replace_head=True), model)
 
 
 @pytest.mark.parametrize("options", [{"num_classes": 0}, {"features_only": True}], ids=str)
-def test_a_backbone_takes_a_classifiers_file(model: fat.FAT, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_a_backbone_loads_a_classifiers_file(model: fat.FAT, tmp_path: Path, options: dict[str, Any]) -> None:
     fat.save_weights(model, tmp_path / "w.safetensors")
     backbone = fat.create_model(TINY, weights=tmp_path / "w.safetensors", **options)
     assert torch.equal(backbone.stages[3].blocks[0].cpe.weight, model.stages[3].blocks[0].cpe.weight)
@@ -142,11 +143,11 @@ def test_a_backbone_takes_a_classifiers_file(model: fat.FAT, tmp_path: Path, opt
     [
         ({"norm.bias": None}, "missing: norm.bias"),
         ({"mask_token": torch.zeros(1)}, "unknown: mask_token"),
-        ({"stem.proj.bias": torch.zeros(5)}, "of another shape: stem.proj.bias is [5], expected [16]"),
+        ({"stem.proj.bias": torch.zeros(5)}, "wrong shape: stem.proj.bias has [5], expected [16]"),
     ],
     ids=["missing", "unknown", "shape"],
 )
-def test_what_does_not_fit_is_named(
+def test_tensors_that_do_not_fit_the_model_are_named(
     model: fat.FAT, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
 ) -> None:
     state = {name: t for name, t in {**model.state_dict(), **change}.items() if t is not None}
@@ -156,11 +157,11 @@ def test_what_does_not_fit_is_named(
         fat.create_model(TINY, weights=tmp_path / "w.safetensors")
 
 
-def test_another_variants_file_is_refused_in_one_line(model: fat.FAT, tmp_path: Path) -> None:
+def test_weights_of_another_variant_are_rejected_in_one_line(model: fat.FAT, tmp_path: Path) -> None:
     fat.save_weights(model, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"missing: .* and \d+ more; of another shape: .* and \d+ more$") as refusal:
+    with pytest.raises(ValueError, match=r"missing: .* and \d+ more; wrong shape: .* and \d+ more$") as error:
         fat.create_model("fat_b0", num_classes=10, weights=tmp_path / "w.safetensors")
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +172,13 @@ def test_another_variants_file_is_refused_in_one_line(model: fat.FAT, tmp_path: 
         ("w.safetensors", b"no safetensors at all"),
     ],
 )
-def test_a_file_of_another_kind_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+def test_an_error_for_a_file_of_another_format_names_the_file(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / name))):
         fat.create_model(TINY, weights=tmp_path / name)
 
 
-def test_a_damaged_checkpoint_is_refused(model: fat.FAT, tmp_path: Path) -> None:
+def test_a_corrupt_checkpoint_is_rejected(model: fat.FAT, tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(model.state_dict(), path)
     content = bytearray(path.read_bytes())
@@ -187,26 +188,26 @@ def test_a_damaged_checkpoint_is_refused(model: fat.FAT, tmp_path: Path) -> None
         fat.create_model(TINY, weights=path)
 
 
-def test_a_checkpoint_without_weights_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_without_weights_is_rejected(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "model": {"lr": 0.1}}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no weights in it"):
+    with pytest.raises(ValueError, match="contains no weights"):
         fat.create_model(TINY, weights=tmp_path / "w.pth")
 
 
-def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_raises_file_not_found_error(tmp_path: Path) -> None:
     for name in ("w.pth", "w.safetensors"):
         with pytest.raises(FileNotFoundError):
             fat.create_model(TINY, weights=tmp_path / name)
 
 
-def test_no_model_without_a_config(model: fat.FAT, tmp_path: Path) -> None:
+def test_load_model_requires_a_config_or_a_variant(model: fat.FAT, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no config in it"):
+    with pytest.raises(ValueError, match="contains no config, and its tensors are not those of fat_b0"):
         fat.load_model(tmp_path / "w.pth")
 
 
-def test_hostile_files_are_refused_in_a_line_within_a_bound_of_memory(tmp_path: Path) -> None:
-    """Every kind of bomb and false claim, in a process with 120 s of CPU time and 120 MiB beyond its imports."""
+def test_hostile_files_are_rejected_in_one_line_with_bounded_memory(tmp_path: Path) -> None:
+    """Load every malicious file in a process with 120 s of CPU time, and 120 MiB of memory beyond its imports."""
     code = f"""
         import json, pathlib, resource
         import fat
@@ -235,12 +236,13 @@ def test_hostile_files_are_refused_in_a_line_within_a_bound_of_memory(tmp_path: 
         assert message != "loaded", name
         assert "\n" not in message
         assert len(message) < 1000, name
-        assert re.search("not a checkpoint|not a readable|not this model|no weights in it", message), (name, message)
+        assert re.search("not a checkpoint|not a readable|not this model|contains no weights", message), (name, message)
     assert peak < 120 * 2**20
 
 
 def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
-    """The file twice while it is read, and the model; 300 tensors of one storage; a config far larger than its file."""
+    """Memory while loading: about twice the file, and the model. Also for 300 tensors that share one storage, and for a
+    config whose model is far larger than its file."""
     huge = {**TINY.to_dict(), "widths": [16384] * 4, "heads": [16] * 4, "ffn_ratio": 64}
     code = f"""
         import json, os, torch, fat
@@ -274,13 +276,13 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
         print(json.dumps(found))
     """
     found = json.loads(run_measured(code))
-    expected = f"{tmp_path / 'huge.safetensors'}: not this model's weights; of another shape: stem.convs.0.conv"
+    expected = f"{tmp_path / 'huge.safetensors'}: not this model's weights; wrong shape: stem.convs.0.conv"
     assert found.pop("message").startswith(expected)
     assert max(found.values()) < 4, found
 
 
 def with_config(path: Path, config: object) -> Path:
-    """A whole file whose header holds this in place of its config."""
+    """Write a complete weights file with `config` as the config in its header."""
     text = config if isinstance(config, str) else json.dumps(config)
     save_file(fat.FAT(TINY).state_dict(), path, {"fat_config": text})
     return path
@@ -289,22 +291,22 @@ def with_config(path: Path, config: object) -> Path:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("{{{", "describes no model"),
-        ('{"a":' * 100_000, "describes no model"),
-        ([], "a mapping of fields expected"),
-        (None, "a mapping of fields expected"),
+        ("{{{", "is not a config"),
+        ('{"a":' * 100_000, "is not a config"),
+        ([], "expected a mapping of fields, got []"),
+        (None, "expected a mapping of fields, got None"),
         ({**TINY.to_dict(), "evil": 1}, "unknown field 'evil'"),
         ({k: v for k, v in TINY.to_dict().items() if k != "depths"}, "missing field 'depths'"),
-        ({**TINY.to_dict(), "drop_path": "x"}, "drop_path: a probability"),
-        ({**TINY.to_dict(), "drop_path": None}, "drop_path: a probability"),
-        ({**TINY.to_dict(), "drop_path": float("nan")}, "drop_path: a probability"),
-        ({**TINY.to_dict(), "drop_path": True}, "drop_path: a probability"),
+        ({**TINY.to_dict(), "drop_path": "x"}, "drop_path: expected a probability"),
+        ({**TINY.to_dict(), "drop_path": None}, "drop_path: expected a probability"),
+        ({**TINY.to_dict(), "drop_path": float("nan")}, "drop_path: expected a probability"),
+        ({**TINY.to_dict(), "drop_path": True}, "drop_path: expected a probability"),
     ],
 )
-def test_a_config_that_describes_no_model_is_refused(tmp_path: Path, config: object, message: str) -> None:
+def test_an_invalid_config_is_rejected(tmp_path: Path, config: object, message: str) -> None:
     path = with_config(tmp_path / "w.safetensors", config)
     with pytest.raises(
-        ValueError, match=f"{re.escape(str(path))}: fat_config in its header describes no model.*"
+        ValueError, match=f"{re.escape(str(path))}: fat_config in its header is not a config.*"
     ) as error:
         fat.load_model(path)
     assert message in str(error.value)
@@ -312,7 +314,7 @@ def test_a_config_that_describes_no_model_is_refused(tmp_path: Path, config: obj
 
 @pytest.mark.parametrize("field", LIMITS)
 @pytest.mark.parametrize("value", ["x", None, -1, 1.5, True, 10**9, 10**30, {}, [1, 2, 3]], ids=repr)
-def test_a_dimension_that_is_no_integer_in_range_is_refused_by_name(field: str, value: object) -> None:
+def test_a_dimension_that_is_not_an_integer_in_range_is_rejected_by_name(field: str, value: object) -> None:
     fields = TINY.to_dict()
     fields[field] = [value] * 4 if isinstance(fields[field], list) else value
     with pytest.raises(ValueError, match=f"^{field}: "):
@@ -320,31 +322,31 @@ def test_a_dimension_that_is_no_integer_in_range_is_refused_by_name(field: str, 
 
 
 def saved(model: fat.FAT, path: Path, change: Any) -> Path:
-    """The model's tensors, changed, with its config."""
+    """Save the model's config and its floating-point tensors, to which `change` was applied."""
     state = {name: change(t).contiguous() if t.is_floating_point() else t for name, t in model.state_dict().items()}
     save_file(state, path, {"fat_config": json.dumps(TINY.to_dict())})
     return path
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_are_refused_by_name(model: fat.FAT, tmp_path: Path, value: float) -> None:
+def test_tensors_with_values_that_are_not_finite_are_named(model: fat.FAT, tmp_path: Path, value: float) -> None:
     with torch.no_grad():
         model.head.weight[3, 2] = value
     fat.save_weights(model, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"w\.safetensors: head\.weight has values that are not finite"):
+    with pytest.raises(ValueError, match=r"w\.safetensors: head\.weight contains NaN or infinite values"):
         fat.load_model(tmp_path / "w.safetensors")
 
 
-def test_float64_that_float32_holds_is_converted_and_other_is_warned_of(model: fat.FAT, tmp_path: Path) -> None:
+def test_float64_is_converted_to_float32_with_a_warning_if_digits_are_lost(model: fat.FAT, tmp_path: Path) -> None:
     path = saved(model, tmp_path / "w.safetensors", torch.Tensor.double)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(fat.load_model(path), model)
     path = saved(model, tmp_path / "w.safetensors", lambda t: t.double() + 1e-12)
-    with pytest.warns(UserWarning, match=r"float64 weights are rounded to float32; rounded: head\.bias.* and \d+ more"):
+    with pytest.warns(UserWarning, match=r"float64 weights are rounded to float32: head\.bias.* and \d+ more"):
         fat.load_model(path)
     path = saved(model, tmp_path / "w.safetensors", lambda t: t.double() * 1e300)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="NaN or infinite values"):
         fat.load_model(path)
 
 
@@ -354,11 +356,11 @@ def test_half_precision_is_converted(model: fat.FAT, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn], ids=str)
-def test_weights_of_a_type_without_fractions_or_scale_are_refused(
+def test_weights_in_integer_and_float8_dtypes_are_rejected(
     model: fat.FAT, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     path = saved(model, tmp_path / "w.safetensors", lambda t: t.to(dtype))
     with pytest.raises(
-        ValueError, match=rf"of another type: stem\.convs\.0\.conv\.weight is {dtype}, expected torch\.float32"
+        ValueError, match=rf"wrong dtype: stem\.convs\.0\.conv\.weight has {dtype}, expected torch\.float32"
     ):
         fat.load_model(path)

@@ -1,4 +1,4 @@
-"""Checkpoints of other trainers and wrappers: which model in them is read, under which names, and what is said."""
+"""Checkpoints of other trainers and wrappers: the model that is loaded, its names, and the messages about it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ State = dict[str, Tensor]
 
 
 def filled(value: float) -> State:
-    """The tensors of a tiny model, all of one value, so that a mixture of two models shows."""
+    """Return a tiny model's state dict in which all values are equal, so that a mixture of two models is detected."""
     return {
         name: torch.full_like(t, value if t.is_floating_point() else 0)
         for name, t in fat.FAT(TINY).state_dict().items()
@@ -34,16 +34,16 @@ def under(prefix: str, state: Mapping[str, Any]) -> State:
 
 
 def load(path: Path, **options: Any) -> tuple[float, str]:
-    """Load a file; return the value of the model's tensors, and what was said."""
+    """Load a file; return the value of the model's tensors, and the messages."""
     model = fat.FAT(TINY)
-    said = "; ".join(fat.load_weights(model, path, **options))
+    notes = "; ".join(fat.load_weights(model, path, **options))
     values = {float(t.flatten()[0]) for t in model.state_dict().values() if t.is_floating_point()}
     assert len(values) == 1, f"tensors of several models: {values}"
-    return values.pop(), said
+    return values.pop(), notes
 
 
 def compiled_blocks(state: State) -> State:
-    """The names of a model whose blocks were compiled, or checkpointed, one by one."""
+    """Rename parameters as if each block had been wrapped by torch.compile or activation checkpointing."""
     wrapped = {}
     for number, (name, value) in enumerate(state.items()):
         wrapper = ("_orig_mod", "_checkpoint_wrapped_module")[number % 2]
@@ -62,8 +62,8 @@ PREFIXED: dict[str, Callable[[State], State]] = {
     "a backbone": lambda state: under("backbone.", state),
     "wrappers of wrappers": lambda state: under("model.module.backbone.", state),
     "FSDP": lambda state: under("_fsdp_wrapped_module.", state),
-    "a word of somebody's own": lambda state: under("visual_tower.", state),
-    "blocks compiled one by one": compiled_blocks,
+    "unknown prefix": lambda state: under("visual_tower.", state),
+    "each block compiled": compiled_blocks,
     "released names in DDP": lambda state: under("module.", to_released(state, TINY)),
 }
 
@@ -73,27 +73,27 @@ PREFIXED: dict[str, Callable[[State], State]] = {
 def test_prefixes_of_wrappers_are_removed_and_named(tmp_path: Path, wrapper: str, suffix: str) -> None:
     path, state = tmp_path / f"w{suffix}", PREFIXED[wrapper](filled(2.0))
     torch.save(state, path) if suffix == ".pth" else save_file(state, path)
-    value, said = load(path)
+    value, notes = load(path)
     assert value == 2.0
-    assert "which a wrapper added" in said
-    assert ("criterion.weight" in said) == (wrapper == "Lightning")
+    assert "from the parameter names, which a wrapper had added" in notes
+    assert ("criterion.weight" in notes) == (wrapper == "Lightning")
 
 
-def test_names_of_the_model_itself_are_nothing_to_speak_of(tmp_path: Path) -> None:
+def test_a_plain_state_dict_is_loaded_without_messages(tmp_path: Path) -> None:
     for number, saved in enumerate((filled(2.0), {"model": filled(2.0), "epoch": 3})):
         torch.save(saved, tmp_path / f"{number}.pth")
         assert load(tmp_path / f"{number}.pth") == (2.0, "")
 
 
 NESTED: dict[str, tuple[Callable[[State, State], Any], float, str]] = {
-    # (weights as trained, their average) -> what a tool saves; the value that must be read; what must be said
+    # (trained weights, their moving average) -> content of the file; the expected value; the expected message
     "Lightning": (lambda raw, _: {"state_dict": under("model.", raw), "hyper_parameters": {}}, 1, "'state_dict"),
-    "a loop of one's own": (
+    "custom training loop": (
         lambda raw, _: {"model_state_dict": raw, "optimizer_state_dict": {}},
         1,
         "model_state_dict",
     ),
-    "another loop": (lambda raw, _: {"network": raw, "epoch": 1}, 1, "'network'"),
+    "another custom loop": (lambda raw, _: {"network": raw, "epoch": 1}, 1, "'network'"),
     "DeepSpeed": (lambda raw, _: {"module": raw, "dp_world_size": 8}, 1, "'module'"),
     "Composer": (lambda raw, _: {"state": {"model": under("module.", raw)}, "rng": []}, 1, "state.model"),
     "timm": (
@@ -102,59 +102,59 @@ NESTED: dict[str, tuple[Callable[[State, State], Any], float, str]] = {
         "'state_dict_ema' (a moving average of the weights); not used: state_dict",
     ),
     "Swin": (lambda raw, average: {"model": raw, "model_ema": average}, 2, "'model_ema' (a moving average"),
-    "the short key": (lambda raw, average: {"model": raw, "ema": under("module.", average)}, 2, "'ema.module'"),
-    "an average among the names": (
+    "key ema": (lambda raw, average: {"model": raw, "ema": under("module.", average)}, 2, "'ema.module'"),
+    "average in the same state dict": (
         lambda raw, average: under("online_model.", raw) | under("ema_model.", average),
         2,
         "'ema_model' (a moving average",
     ),
-    "an average of parameters alone": (
+    "average without buffers": (
         lambda raw, average: {"model": raw, "ema": {n: t for n, t in average.items() if "running_" not in n}},
         1,
-        "'ema', an average, lacks",
+        "the moving average 'ema' lacks",
     ),
-    "an average without counters": (
+    "average without batch counters": (
         lambda raw, average: {"model": raw, "ema": {n: t for n, t in average.items() if "batches" not in n}},
         2,
         "'ema' (a moving average",
     ),
-    "an average that is only described": (lambda raw, _: {"model": raw, "ema": {"decay": 0.9}}, 1, ""),
+    "key ema without tensors": (lambda raw, _: {"model": raw, "ema": {"decay": 0.9}}, 1, ""),
 }
 
 
 @pytest.mark.parametrize("tool", NESTED)
 def test_the_model_is_found_among_nested_state_dicts(tmp_path: Path, tool: str) -> None:
-    make, expected, fact = NESTED[tool]
-    torch.save(make(filled(1.0), filled(2.0)), tmp_path / "w.pth")
-    value, said = load(tmp_path / "w.pth")
+    create, expected, note = NESTED[tool]
+    torch.save(create(filled(1.0), filled(2.0)), tmp_path / "w.pth")
+    value, notes = load(tmp_path / "w.pth")
     assert value == expected
-    assert fact in said
+    assert note in notes
 
 
-def test_the_entry_that_is_asked_for_is_taken(tmp_path: Path) -> None:
+def test_the_requested_entry_is_loaded(tmp_path: Path) -> None:
     torch.save({"state_dict": under("model.", filled(1.0)), "state_dict_ema": filled(2.0)}, tmp_path / "w.pth")
     assert load(tmp_path / "w.pth", entry="state_dict")[0] == 1.0
-    with pytest.raises(ValueError, match=r"no entry 'x'; there are .*state_dict_ema"):
+    with pytest.raises(ValueError, match=r"contains no entry 'x'; expected one of .*state_dict_ema"):
         load(tmp_path / "w.pth", entry="x")
 
 
-def test_two_models_of_unknown_standing_are_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_with_two_unknown_models_is_rejected_and_names_them(tmp_path: Path) -> None:
     torch.save(under("student.", filled(1.0)) | under("teacher.", filled(2.0)), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"several models in it \(student, teacher\); ask for one by entry="):
+    with pytest.raises(ValueError, match=r"contains several models \(student, teacher\); choose one with entry="):
         load(tmp_path / "w.pth")
     assert load(tmp_path / "w.pth", entry="teacher")[0] == 2.0
 
 
-def test_torchs_own_averaged_model_is_read(tmp_path: Path) -> None:
+def test_torchs_averaged_model_is_loaded(tmp_path: Path) -> None:
     model = fat.FAT(TINY)
     model.load_state_dict(filled(3.0))
     torch.save(AveragedModel(model, use_buffers=True).state_dict(), tmp_path / "w.pth")
-    value, said = load(tmp_path / "w.pth")
+    value, notes = load(tmp_path / "w.pth")
     assert value == 3.0
-    assert "n_averaged" in said
+    assert "n_averaged" in notes
 
 
-def test_what_a_wrapped_file_lacks_or_has_too_much_of_is_named_as_the_model_names_it(tmp_path: Path) -> None:
+def test_missing_and_unknown_tensors_are_named_without_the_wrappers_prefix(tmp_path: Path) -> None:
     state = filled(1.0)
     del state["norm.weight"]
     torch.save({"state_dict": under("module.", state | {"mask_token": torch.ones(1)})}, tmp_path / "w.pth")
@@ -164,40 +164,41 @@ def test_what_a_wrapped_file_lacks_or_has_too_much_of_is_named_as_the_model_name
         load(tmp_path / "w.pth")
 
 
-def test_another_network_is_refused_by_its_parameters(tmp_path: Path) -> None:
+def test_another_architecture_is_rejected_and_its_parameters_named(tmp_path: Path) -> None:
     state = {f"conv{i}.weight": torch.ones(1) for i in range(7)}
     torch.save({"state_dict": state, "other": {"x": torch.ones(1)}}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more; unknown: conv0\.weight, .* and 2 more"):
         load(tmp_path / "w.pth")
 
 
-def test_a_backbone_alone_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_backbone_without_classifier_is_rejected_with_the_remedy(tmp_path: Path) -> None:
     torch.save(under("backbone.", {n: t for n, t in filled(1.0).items() if "head" not in n}), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"missing: head\.weight, head\.bias; they have no classifier: ask for"):
+    remedy = r"the file has no classifier: create the model with num_classes=0, or pass replace_head=True"
+    with pytest.raises(ValueError, match=rf"missing: head\.weight, head\.bias; {remedy}"):
         load(tmp_path / "w.pth")
     model = fat.create_model(TINY, num_classes=3)
     fat.load_weights(model, tmp_path / "w.pth", replace_head=True)
     assert (model.norm.weight == 1).all()
 
 
-def test_a_file_without_tensors_says_what_to_save(tmp_path: Path) -> None:
+def test_a_file_without_tensors_is_rejected_with_the_remedy(tmp_path: Path) -> None:
     torch.save({"model": nn.Identity(), "epoch": 3}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="no weights in it; save the model's state_dict"):
+    with pytest.raises(ValueError, match="contains no weights; save the model's state_dict"):
         load(tmp_path / "w.pth")
 
 
-def test_a_choice_among_models_is_a_warning_of_create_model_and_load_model(tmp_path: Path) -> None:
+def test_create_model_and_load_model_warn_about_a_choice_among_models(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     model = fat.create_model("fat_b0", num_classes=7)
     torch.save({"state_dict": model.state_dict(), "state_dict_ema": under("module.", model.state_dict())}, path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = fat.load_model(path)  # neither has a config: the tensors are FAT-B0's
+        loaded = fat.load_model(path)  # the file has no config: FAT-B0 is recognised by its tensors
         fat.create_model("fat_b0", num_classes=7, weights=path)
-    said = [str(warning.message) for warning in caught]
+    messages = [str(warning.message) for warning in caught]
     assert {warning.filename for warning in caught} == {__file__}
-    assert sum("w.pth: weights of 'state_dict_ema.module' (a moving average" in line for line in said) == 2
-    assert sum("names without 'module.'" in line for line in said) == 2
+    assert sum("w.pth: loaded the weights of 'state_dict_ema.module' (a moving average" in m for m in messages) == 2
+    assert sum("removed 'module.' from the parameter names" in m for m in messages) == 2
     assert loaded.config == model.config
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -214,43 +215,43 @@ def test_a_choice_among_models_is_a_warning_of_create_model_and_load_model(tmp_p
     ],
     ids=["a long key over many dicts", "thousands of prefixes", "a name of wrappers"],
 )
-def test_hostile_nesting_and_names_are_refused_soon(tmp_path: Path, saved: Any) -> None:
+def test_hostile_nesting_and_names_are_rejected_quickly(tmp_path: Path, saved: Any) -> None:
     write_checkpoint(tmp_path / "w.pth", program(saved))
-    with pytest.raises(ValueError, match=r"w\.pth: ") as refused:
+    with pytest.raises(ValueError, match=r"w\.pth: ") as error:
         load(tmp_path / "w.pth")
-    assert len(str(refused.value)) < 5000
+    assert len(str(error.value)) < 5000
 
 
-def test_a_dict_that_holds_itself_is_read_once(tmp_path: Path) -> None:
+def test_a_dict_that_contains_itself_is_read_once(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "w.pth", b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.")
-    with pytest.raises(ValueError, match="no weights in it"):
+    with pytest.raises(ValueError, match="contains no weights"):
         load(tmp_path / "w.pth")
 
 
-def test_mmengine_swaps_the_average_and_the_weights(tmp_path: Path) -> None:
-    """EMAHook saves the average as `state_dict`, and the weights as `ema_state_dict`, with a count of steps."""
+def test_mmengine_checkpoints_load_the_average_from_state_dict(tmp_path: Path) -> None:
+    """MMEngine's EMAHook saves the average as `state_dict`, and the weights, with a step count, as `ema_state_dict`."""
     raw = under("module.", filled(1.0)) | {"steps": torch.tensor(9)}
     torch.save({"meta": {}, "state_dict": filled(2.0), "ema_state_dict": raw}, tmp_path / "w.pth")
-    value, said = load(tmp_path / "w.pth")
+    value, notes = load(tmp_path / "w.pth")
     assert value == 2.0
-    assert "MMEngine keeps the weights themselves in 'ema_state_dict'" in said
+    assert "MMEngine keeps the weights themselves in 'ema_state_dict'" in notes
 
 
 @pytest.mark.parametrize("path", [("optimizer", "moving_average"), ("optim", "ema"), ("optimizer_state", "swa")])
-def test_what_an_optimizer_keeps_is_no_model(tmp_path: Path, path: tuple[str, str]) -> None:
+def test_optimizer_state_is_not_loaded_as_a_model(tmp_path: Path, path: tuple[str, str]) -> None:
     torch.save({"model": filled(1.0), path[0]: {path[1]: filled(2.0)}}, tmp_path / "w.pth")
     assert load(tmp_path / "w.pth")[0] == 1.0
 
 
-def test_an_average_without_counters_may_be_asked_for(tmp_path: Path) -> None:
+def test_an_average_without_batch_counters_can_be_requested(tmp_path: Path) -> None:
     average = {name: value for name, value in filled(2.0).items() if not name.endswith("num_batches_tracked")}
     torch.save({"model": filled(1.0), "ema": average}, tmp_path / "w.pth")
     assert load(tmp_path / "w.pth", entry="ema")[0] == 2.0
 
 
-def test_two_models_of_one_standing_are_not_chosen_by_their_order(tmp_path: Path) -> None:
+def test_among_equally_likely_models_none_is_chosen(tmp_path: Path) -> None:
     torch.save({"encoder": filled(1.0), "backbone": filled(2.0)}, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=r"several models in it \(.*encoder.*ask for one by entry="):
+    with pytest.raises(ValueError, match=r"contains several models \(.*encoder.*choose one with entry="):
         load(tmp_path / "w.pth")
     assert load(tmp_path / "w.pth", entry="backbone")[0] == 2.0
     torch.save({"encoder": filled(1.0), "model": filled(2.0)}, tmp_path / "w.pth")

@@ -1,1 +1,1 @@
-"""The Triton kernels."""
+"""Triton kernels and the functions that launch them."""

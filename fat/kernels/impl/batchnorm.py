@@ -1,6 +1,6 @@
-"""Triton: what is left of BatchNorm between a depthwise and a 1x1 convolution. See `fat.batchnorm`.
+"""Triton kernels of BatchNorm between a depthwise and a 1x1 convolution (`fat.batchnorm`).
 
-All of it works on statistics and weights; the maps' share is done by the convolutions' own kernels.
+They compute only statistics and weights. Feature maps are processed by the convolutions' kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fat.kernels.impl import tiles
 
 @triton.jit(do_not_specialize=("parts", "each"))
 def _join(
-    moments,
+    stats,
     counts,
     mean_out,
     squares_out,
@@ -27,8 +27,9 @@ def _join(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """moments fp32 [parts, 2, channels] (mean, sum of squared deviations) over counts [parts] values -> the same of
-    groups of `each` parts, 2 channels apart. The LAST, which has but one group, writes the variance for the sum."""
+    """Merge partial statistics: stats fp32 [parts, 2, channels] (mean, sum of squared deviations) of counts [parts]
+    values -> the statistics of groups of `each` parts, stored 2 * channels apart. LAST: there is one group, and the
+    variance is stored instead of the sum of squared deviations."""
     group = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
@@ -39,7 +40,7 @@ def _join(
         part = first + tl.arange(0, ROWS)
         inside = (part < end)[:, None] & mask[None, :]
         count = tl.load(counts + part, mask=part < end, other=0.0)
-        total += count[:, None] * tl.load(moments + part[:, None] * 2 * channels + c[None, :], mask=inside, other=0.0)
+        total += count[:, None] * tl.load(stats + part[:, None] * 2 * channels + c[None, :], mask=inside, other=0.0)
         number += count
     count_all = tl.sum(number, axis=0)
     mean = tl.sum(total, axis=0) / count_all
@@ -49,8 +50,8 @@ def _join(
         inside = (part < end)[:, None] & mask[None, :]
         count = tl.load(counts + part, mask=part < end, other=0.0)
         at = part[:, None] * 2 * channels + c[None, :]
-        shift = tl.where(inside, tl.load(moments + at, mask=inside, other=0.0) - mean[None, :], 0.0)
-        squares += tl.load(moments + at + channels, mask=inside, other=0.0) + count[:, None] * shift * shift
+        shift = tl.where(inside, tl.load(stats + at, mask=inside, other=0.0) - mean[None, :], 0.0)
+        squares += tl.load(stats + at + channels, mask=inside, other=0.0) + count[:, None] * shift * shift
     result = tl.sum(squares, axis=0)
     if LAST:
         result /= count_all
@@ -87,16 +88,16 @@ def _fold(
     eps,
     CHANNELS: tl.constexpr,
 ):
-    """A row of a 1x1 convolution's weights [outputs, channels] and its bias, with the norm's work in them."""
+    """Fold BatchNorm into a row of a 1x1 convolution's weights [outputs, channels] and its bias."""
     row = tl.program_id(0)
     c = tl.arange(0, CHANNELS)
     mask = c < channels
-    own = tl.load(weight + row * channels + c, mask=mask, other=0.0).to(tl.float32)
+    row_weight = tl.load(weight + row * channels + c, mask=mask, other=0.0).to(tl.float32)
     scale = tl.load(gain + c, mask=mask, other=0.0).to(tl.float32)
     scale *= tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
-    rounded = (own * scale).to(folded.dtype.element_ty)
+    rounded = (row_weight * scale).to(folded.dtype.element_ty)
     tl.store(folded + row * channels + c, rounded, mask=mask)
-    added = own * tl.load(shift + c, mask=mask, other=0.0).to(tl.float32)
+    added = row_weight * tl.load(shift + c, mask=mask, other=0.0).to(tl.float32)
     added -= rounded.to(tl.float32) * tl.load(mean + c, mask=mask, other=0.0)
     total = tl.load(bias + row).to(tl.float32) + tl.sum(added, axis=0)
     tl.store(folded_bias + row, total.to(folded_bias.dtype.element_ty))
@@ -123,13 +124,14 @@ def _fold_gradient(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The gradients by weight [outputs, channels] and by what each channel has; a program takes some channels."""
+    """Gradients of weight [outputs, channels], and of gain, shift, mean and var [channels]. A program computes CHANNELS
+    channels."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
-    own_mean = tl.load(mean + c, mask=mask, other=0.0)
+    mean_c = tl.load(mean + c, mask=mask, other=0.0)
     rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
-    own_gain = tl.load(gain + c, mask=mask, other=0.0).to(tl.float32)
-    own_shift = tl.load(shift + c, mask=mask, other=0.0).to(tl.float32)
+    gain_c = tl.load(gain + c, mask=mask, other=0.0).to(tl.float32)
+    shift_c = tl.load(shift + c, mask=mask, other=0.0).to(tl.float32)
     scale_sum = tl.zeros((ROWS, CHANNELS), tl.float32)
     shift_sum = tl.zeros((ROWS, CHANNELS), tl.float32)
     mean_sum = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -137,36 +139,39 @@ def _fold_gradient(
         row = first + tl.arange(0, ROWS)
         inside = (row < outputs)[:, None] & mask[None, :]
         at = row[:, None] * channels + c[None, :]
-        own = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+        rows = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         grad_out = tl.load(grad_folded + at, mask=inside, other=0.0).to(tl.float32)
-        upper_bias = tl.load(grad_folded_bias + row, mask=row < outputs, other=0.0).to(tl.float32)[:, None]
-        mean_sum -= upper_bias * tl.load(folded + at, mask=inside, other=0.0).to(tl.float32)
-        grad_out -= upper_bias * own_mean[None, :]
-        scale_sum += grad_out * own
-        shift_sum += upper_bias * own
-        result = grad_out * (own_gain * rstd)[None, :] + upper_bias * own_shift[None, :]
+        grad_bias = tl.load(grad_folded_bias + row, mask=row < outputs, other=0.0).to(tl.float32)[:, None]
+        mean_sum -= grad_bias * tl.load(folded + at, mask=inside, other=0.0).to(tl.float32)
+        grad_out -= grad_bias * mean_c[None, :]
+        scale_sum += grad_out * rows
+        shift_sum += grad_bias * rows
+        result = grad_out * (gain_c * rstd)[None, :] + grad_bias * shift_c[None, :]
         tl.store(grad_weight + at, result.to(grad_weight.dtype.element_ty), mask=inside)
     grad_scale = tl.sum(scale_sum, axis=0)
     tl.store(grad_gain + c, (grad_scale * rstd).to(grad_gain.dtype.element_ty), mask=mask)
     tl.store(grad_shift + c, tl.sum(shift_sum, axis=0).to(grad_shift.dtype.element_ty), mask=mask)
     tl.store(grad_mean + c, tl.sum(mean_sum, axis=0), mask=mask)
-    tl.store(grad_var + c, grad_scale * own_gain * rstd * rstd * rstd * -0.5, mask=mask)
+    tl.store(grad_var + c, grad_scale * gain_c * rstd * rstd * rstd * -0.5, mask=mask)
 
 
-def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """moments fp32 [parts, 2, C], counts fp32 [parts] -> mean and variance without correction, fp32 [C]."""
+def merge_stats(stats: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge partial statistics to mean and biased variance, fp32 [C].
+
+    stats: fp32 [parts, 2, C], mean and sum of squared deviations of each part. counts: fp32 [parts], values per part.
+    """
     while True:
-        parts, _, channels = moments.shape
-        each = min(parts, tiles.JOINED_EACH)
+        parts, _, channels = stats.shape
+        each = min(parts, tiles.MERGED_EACH)
         groups = triton.cdiv(parts, each)
         counts_out = counts.new_empty(groups)
         if groups > 1:
-            out = moments.new_empty(groups, 2, channels)
+            out = stats.new_empty(groups, 2, channels)
             mean, squares = out[0].unbind()
         else:
-            mean, squares = (moments.new_empty(channels) for _ in range(2))
-        _join[(groups, triton.cdiv(channels, tiles.JOINED_CHANNELS))](
-            moments,
+            mean, squares = (stats.new_empty(channels) for _ in range(2))
+        _join[(groups, triton.cdiv(channels, tiles.MERGED_CHANNELS))](
+            stats,
             counts,
             mean,
             squares,
@@ -175,13 +180,13 @@ def join(moments: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
             channels,
             each,
             LAST=groups == 1,
-            ROWS=tiles.JOINED_ROWS,
-            CHANNELS=tiles.JOINED_CHANNELS,
-            num_warps=tiles.JOINED_WARPS,
+            ROWS=tiles.MERGED_ROWS,
+            CHANNELS=tiles.MERGED_CHANNELS,
+            num_warps=tiles.MERGED_WARPS,
         )
         if groups == 1:
             return mean, squares
-        moments, counts = out, counts_out
+        stats, counts = out, counts_out
 
 
 def update_running_stats(
@@ -193,9 +198,9 @@ def update_running_stats(
     momentum: float,
     correction: float,
 ) -> None:
-    """Moves the running statistics and counts a batch, in place."""
+    """Update the running statistics and the batch counter in place."""
     channels = drift.numel()
-    _update_running_stats[(triton.cdiv(channels, tiles.FOLLOWED),)](
+    _update_running_stats[(triton.cdiv(channels, tiles.RUNNING_STATS_CHANNELS),)](
         running_mean,
         running_var,
         batches,
@@ -204,8 +209,8 @@ def update_running_stats(
         channels,
         momentum,
         correction,
-        CHANNELS=tiles.FOLLOWED,
-        num_warps=tiles.FOLLOWED_WARPS,
+        CHANNELS=tiles.RUNNING_STATS_CHANNELS,
+        num_warps=tiles.RUNNING_STATS_WARPS,
     )
 
 
@@ -220,7 +225,7 @@ def fold(
     folded: Tensor,
     folded_bias: Tensor,
 ) -> None:
-    """Fills `folded` [O, C, 1, 1] and `folded_bias` [O]."""
+    """Compute the folded weights into `folded` [O, C, 1, 1] and `folded_bias` [O]."""
     outputs, channels = weight.shape[:2]
     wide = tiles.power_of_2(channels)
     _fold[(outputs,)](
@@ -250,7 +255,7 @@ def fold_gradient(
     folded: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """By weight, gain and shift in their dtypes, by mean and variance in fp32."""
+    """Return the gradients of weight, gain and shift, in their dtypes, and of mean and variance, in fp32."""
     outputs, channels = weight.shape[:2]
     results = tuple(torch.empty_like(tensor) for tensor in (weight, gain, shift, mean, var))
     _fold_gradient[(triton.cdiv(channels, tiles.FOLDED_CHANNELS),)](

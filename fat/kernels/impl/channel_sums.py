@@ -1,7 +1,7 @@
-"""Triton: sums of a channels-last map over everything but its channels, which are the gradients of biases.
+"""Triton kernels of the sum of each channel of a channels-last feature map, which is the gradient of a bias.
 
-The map is a dense matrix of one row per position. A program sums some rows of some channels; a second kernel adds what
-the programs have found. All of it in fp32, rounded once.
+The feature map is a contiguous matrix with one row per position. A program sums some rows of some channels, and a
+second kernel adds the partial sums. Sums are fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 from fat.kernels.impl import tiles
 
-WIDE = (128, 64, 32)  # channels of a program: whole cache lines or sectors side by side
-AT_ONCE, WARPS = 8192, 8  # elements that a program has on their way, 32 a thread in half precision: four accesses
-PROGRAMS = 512  # nearly four for each of an H100's multiprocessors, which hold four of them at a time
-JOINED_PARTS, JOINED_CHANNELS, JOINED_WARPS = 512, 16, 8
+WIDE = (128, 64, 32)  # choices for the channels of a program: full cache lines or adjacent sectors
+IN_FLIGHT, WARPS = 8192, 8  # elements that a program loads at once: 32 per thread, four accesses in half precision
+PROGRAMS = 512  # nearly four for each multiprocessor of an H100, which can run four of them at a time
+MERGED_PARTS, MERGED_CHANNELS, MERGED_WARPS = 512, 16, 8  # tile of the second kernel
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
 def _channel_sums(x, out, positions, channels, each, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """x [positions, channels] -> out [parts, channels], sums of `each` rows."""
+    """x [positions, channels] -> out [parts, channels], the sums of `each` rows per part."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     part = tl.program_id(1)
     start = part.to(tl.int64) * each
@@ -40,7 +40,7 @@ def _channel_sums(x, out, positions, channels, each, ROWS: tl.constexpr, CHANNEL
 
 @triton.jit(do_not_specialize=("parts",))
 def _joined_sums(sums, out, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.constexpr):
-    """sums fp32 [parts, channels] -> out [channels]; all of a channel's by one program, PARTS at once."""
+    """sums fp32 [parts, channels] -> out [channels]. A program adds all parts of its channels, PARTS at a time."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros((PARTS, CHANNELS), tl.float32)
     for first in range(0, parts, PARTS):
@@ -52,16 +52,16 @@ def _joined_sums(sums, out, parts, channels, PARTS: tl.constexpr, CHANNELS: tl.c
 
 @cache
 def launch_shape(positions: int, channels: int) -> tuple[int, int, int]:
-    """(channels of a program, rows at once, rows of a program)."""
+    """Return (channels per program, rows per iteration, rows per program)."""
     wide = tiles.widest(channels, WIDE)
-    rows = min(AT_ONCE // wide, tiles.power_of_2(positions))
+    rows = min(IN_FLIGHT // wide, tiles.power_of_2(positions))
     steps = triton.cdiv(positions, rows)
     parts = min(steps, max(1, PROGRAMS // triton.cdiv(channels, wide)))
     return wide, rows, rows * triton.cdiv(steps, parts)
 
 
 def channel_sums(x: Tensor, out: Tensor) -> None:
-    """Fills `out` [C]."""
+    """Compute the sums into `out` [C]."""
     channels = x.shape[1]
     positions = x.numel() // channels
     wide, rows, each = launch_shape(positions, channels)
@@ -71,18 +71,18 @@ def channel_sums(x: Tensor, out: Tensor) -> None:
         x, sums, positions, channels, each, ROWS=rows, CHANNELS=wide, num_warps=WARPS
     )
     if parts > 1:
-        join(sums, out)
+        merge(sums, out)
 
 
-def join(sums: Tensor, out: Tensor) -> None:
-    """sums fp32 [parts, ...], dense -> `out`, dense: the sum over parts, rounded to its dtype."""
+def merge(sums: Tensor, out: Tensor) -> None:
+    """Add partial sums, fp32 [parts, ...], into `out`, rounded to its dtype. Both tensors are contiguous."""
     parts, numbers = sums.shape[0], out.numel()
-    _joined_sums[(triton.cdiv(numbers, JOINED_CHANNELS),)](
+    _joined_sums[(triton.cdiv(numbers, MERGED_CHANNELS),)](
         sums,
         out,
         parts,
         numbers,
-        PARTS=min(JOINED_PARTS, tiles.power_of_2(parts)),
-        CHANNELS=JOINED_CHANNELS,
-        num_warps=JOINED_WARPS,
+        PARTS=min(MERGED_PARTS, tiles.power_of_2(parts)),
+        CHANNELS=MERGED_CHANNELS,
+        num_warps=MERGED_WARPS,
     )

@@ -1,12 +1,13 @@
-"""Triton: depthwise convolution over channels-last maps, and its gradient by the input, in two forms each.
+"""Triton kernels of the depthwise convolution over channels-last feature maps and its input gradient, in two forms.
 
-- columns (`_convolve`, `_spread`): each thread holds a column of output rows of 4 or 8 channels. A row of the input
-  that has been read is used for every kernel row that it falls under, so k (rows + k - 1) / rows reads serve k^2
-  products; it is read again, from the first cache, for every kernel column;
-- blocks (`_blocks`, `_spread_blocks`): each thread holds some rows by some columns of outputs of one or two channels. A
-  value that has been read and converted is used for every tap that it falls under.
+- columns (`_convolve`, `_spread`): each thread computes a column of output rows of 4 or 8 channels. An input row is
+  loaded once per kernel column and used for all kernel rows, so k (rows + k - 1) / rows loads per output serve k^2
+  products. The repeated loads hit the L1 cache.
+- blocks (`_blocks`, `_spread_blocks`): each thread computes a block of output rows and columns of one or two channels.
+  An input value is loaded and converted once, and used for all taps.
 
-Sums are in fp32 whatever the maps are. `fat.kernels.impl.tiles` chooses the form.
+`_spread` and `_spread_blocks` compute the input gradient at stride 2, a transposed convolution. Sums are fp32 for all
+dtypes. `fat.kernels.impl.tiles` chooses the form.
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ _PLAIN = tl.constexpr(PLAIN)
 _GATE = tl.constexpr(GATE)
 _GATE_GRADIENT = tl.constexpr(GATE_GRADIENT)
 _GELU_GRADIENT = tl.constexpr(GELU_GRADIENT)
-# How tiles fit a map along one direction: some may overlap its end, none does, one is as large as the map.
+# How tiles fit a feature map along one dimension. UNEVEN: a tile may extend beyond the end. EVEN: no tile does. WHOLE:
+# one tile covers the feature map.
 UNEVEN, EVEN, WHOLE = 0, 1, 2
 _UNEVEN = tl.constexpr(UNEVEN)
 _WHOLE = tl.constexpr(WHOLE)
-# Of the sizes only the number of channels decides how wide a load can be. Numbers of tiles are specialised where they
-# are 1: a tile that is as wide as the map takes fewer registers (gate's gradient, 5x5: 130 instead of 186).
+# Only the number of channels determines the width of loads, so other sizes are not specialised on alignment. Numbers of
+# tiles are specialised if they are 1, because a tile as wide as the feature map needs fewer registers (130 instead of
+# 186 for the 5x5 gate gradient).
 _TILES = ("row_tiles", "col_tiles", "channel_tiles")
 
 
@@ -45,7 +48,7 @@ def _convolve(
     gradient,
     out,
     gate_out,
-    moments,
+    stats,
     counts,
     height,
     width,
@@ -66,9 +69,9 @@ def _convolve(
 ):
     """x [B, height, width, channels], taps fp32 [KERNEL^2, channels] -> out [B, out_height, out_width, channels].
 
-    FLIP turns the kernel round (the gradient by the input at stride 1). moments, where given, gets (count, mean, sum of
-    squared deviations) of each program's outputs; with counts, those of each channel: moments (mean, squares) fp32
-    [tiles, 2, channels], counts fp32 [tiles].
+    FLIP: rotate the kernel by 180 degrees, for the input gradient at stride 1. With stats and no counts, each program
+    stores the count, mean and sum of squared deviations of its outputs. With both, it stores them per channel: mean and
+    squares in stats, fp32 [tiles, 2, channels], and counts, fp32 [tiles].
     """
     pad: tl.constexpr = KERNEL // 2
     program = tl.program_id(0)
@@ -92,18 +95,18 @@ def _convolve(
                 tap = KERNEL * KERNEL - 1 - tap
             weights = weights + (tl.load(taps + tap * channels + c, mask=mask, other=0.0)[None, :],)
         source_col = col * STRIDE + (tap_col - pad)
-        here = ((source_col >= 0) & (source_col < width))[:, None] & mask[None, :]
+        col_mask = ((source_col >= 0) & (source_col < width))[:, None] & mask[None, :]
         offsets = source_col[:, None] * channels + c[None, :]
         for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
             row = top * STRIDE + (i - pad)
-            inside = here & ((row >= 0) & (row < height))
+            inside = col_mask & ((row >= 0) & (row < height))
             values = tl.load(x + row * width * channels + offsets, mask=inside, other=0.0).to(tl.float32)
             for r in tl.static_range(ROWS):
                 if i - r * STRIDE >= 0 and i - r * STRIDE < KERNEL:
                     sums = sums[:r] + (sums[r] + values * weights[i - r * STRIDE],) + sums[r + 1 :]
 
     out += sample * out_height * out_width * channels
-    known_here = (col < out_width)[:, None] & mask[None, :]
+    out_mask = (col < out_width)[:, None] & mask[None, :]
     offsets = col[:, None] * channels + c[None, :]
     shift = tl.zeros((1, CHANNELS), tl.float32)
     if bias is not None:
@@ -112,52 +115,52 @@ def _convolve(
     rounded = ()
     for r in tl.static_range(ROWS):
         row = top + r
-        inside = known_here & (row < out_height)
-        place = row * out_width * channels + offsets
+        inside = out_mask & (row < out_height)
+        at = row * out_width * channels + offsets
         value = sums[r] + shift
         if RESIDUAL:
-            value += tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+            value += tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         if EPILOGUE == _GATE or EPILOGUE == _GATE_GRADIENT:
             base = sample * out_height * out_width * channels
-            other = tl.load(gate + base + place, mask=inside, other=0.0).to(tl.float32)
-            own = value * tl.sigmoid(value)
-            others = other * tl.sigmoid(other)
+            other = tl.load(gate + base + at, mask=inside, other=0.0).to(tl.float32)
+            value_silu = value * tl.sigmoid(value)
+            other_silu = other * tl.sigmoid(other)
             if EPILOGUE == _GATE:
-                value = own * others
+                value = value_silu * other_silu
             else:
-                grad_out = tl.load(gradient + base + place, mask=inside, other=0.0).to(tl.float32)
-                slope = tl.sigmoid(other) * (1 + other - others)
-                tl.store(gate_out + base + place, (grad_out * own * slope).to(gate_out.dtype.element_ty), mask=inside)
-                value = grad_out * others * (tl.sigmoid(value) * (1 + value - own))
+                grad_out = tl.load(gradient + base + at, mask=inside, other=0.0).to(tl.float32)
+                grad_other = grad_out * value_silu * (tl.sigmoid(other) * (1 + other - other_silu))
+                tl.store(gate_out + base + at, grad_other.to(gate_out.dtype.element_ty), mask=inside)
+                value = grad_out * other_silu * (tl.sigmoid(value) * (1 + value - value_silu))
         if EPILOGUE == _GELU_GRADIENT:
             base = sample * out_height * out_width * channels
-            value *= gelu_slope(tl.load(gate + base + place, mask=inside, other=0.0).to(tl.float32))
+            value *= gelu_slope(tl.load(gate + base + at, mask=inside, other=0.0).to(tl.float32))
         stored = value.to(out.dtype.element_ty)
-        tl.store(out + place, stored, mask=inside)
-        if moments is not None:
+        tl.store(out + at, stored, mask=inside)
+        if stats is not None:
             kept = tl.where(inside, stored.to(tl.float32), 0.0)
             total += kept
             rounded = rounded + (kept,)
-    if moments is not None:
+    if stats is not None:
         rows = tl.minimum(out_height - top, ROWS)
         if counts is None:
-            count = rows * tl.sum(tl.sum(known_here.to(tl.int32), axis=1), axis=0)
+            count = rows * tl.sum(tl.sum(out_mask.to(tl.int32), axis=1), axis=0)
             mean = tl.sum(tl.sum(total, axis=1), axis=0) / count
         else:
             count = rows * tl.sum((col < out_width).to(tl.int32), axis=0)
             mean = (tl.sum(total, axis=0) / count)[None, :]
         squares = tl.zeros((COLS, CHANNELS), tl.float32)
         for r in tl.static_range(ROWS):
-            deviation = tl.where(known_here & (top + r < out_height), rounded[r] - mean, 0.0)
+            deviation = tl.where(out_mask & (top + r < out_height), rounded[r] - mean, 0.0)
             squares += deviation * deviation
         if counts is None:
-            slot = moments + program.to(tl.int64) * 3
+            slot = stats + program.to(tl.int64) * 3
             tl.store(slot, count.to(tl.float32))
             tl.store(slot + 1, mean)
             tl.store(slot + 2, tl.sum(tl.sum(squares, axis=1), axis=0))
         else:
             tile = (program // channel_tiles).to(tl.int64)
-            slot = moments + tile * 2 * channels + c
+            slot = stats + tile * 2 * channels + c
             tl.store(slot, tl.sum(mean, axis=0), mask=mask)
             tl.store(slot + channels, tl.sum(squares, axis=0), mask=mask)
             tl.store(counts + tile, count.to(tl.float32))
@@ -173,13 +176,13 @@ def _repeated(value, COUNT: tl.constexpr):
 
 @triton.jit
 def _read(line, inside, left, width, channels: tl.constexpr, ACROSS: tl.constexpr, COLUMNS_FIT: tl.constexpr):
-    """ACROSS neighbouring values of a row of a map."""
+    """Load ACROSS adjacent values of a row of a feature map."""
     values = ()
     for q in tl.static_range(ACROSS):
-        here = inside
-        if COLUMNS_FIT == 0:  # UNEVEN; why not its name: see attention.py
-            here = here & (left + q < width)[:, None]
-        values = values + (tl.load(line + q * channels, mask=here, other=0.0),)
+        within = inside
+        if COLUMNS_FIT == 0:  # UNEVEN; a number, because a global constant would change cache keys (see attention.py)
+            within = within & (left + q < width)[:, None]
+        values = values + (tl.load(line + q * channels, mask=within, other=0.0),)
     return values
 
 
@@ -195,7 +198,7 @@ def _blocks(
     gradient,
     out,
     gate_out,
-    moments,
+    stats,
     counts,
     height,
     width,
@@ -217,11 +220,12 @@ def _blocks(
     ROWS_FIT: tl.constexpr,
     COLUMNS_FIT: tl.constexpr,
 ):
-    """As `_convolve`; a thread has ROWS x ACROSS outputs of one channel or two, and COLS such blocks lie side by side.
+    """Like `_convolve`, but a thread computes ROWS x ACROSS outputs of one or two channels. A tile has COLS such blocks
+    next to each other.
 
-    All is unrolled: a value of x that has been read and converted serves every tap and output that it falls under, the
-    weights stay in registers, and addresses differ by constants. What lies outside the map is not read where that is
-    known at compile time (ROWS_FIT, COLUMNS_FIT), and masked where it may be.
+    All loops are unrolled: each value of x is loaded and converted once for all taps and outputs, weights stay in
+    registers, and addresses differ by constants. Elements outside the feature map are not loaded if this is known at
+    compile time (ROWS_FIT, COLUMNS_FIT), and masked otherwise.
     """
     pad: tl.constexpr = KERNEL // 2
     program = tl.program_id(0)
@@ -232,14 +236,14 @@ def _blocks(
     top = (rest % row_tiles) * ROWS
     sample = (rest // row_tiles).to(tl.int64)
     mask = tl.full((1, CHANNELS), True, tl.int1) if channels % CHANNELS == 0 else (c < channels)[None, :]
-    spread = tl.zeros((COLS, 1), tl.int32)  # gives what is read for each channel the shape of a tile
+    spread = tl.zeros((COLS, 1), tl.int32)  # broadcasts the loads of one value per channel to the shape of a tile
 
     weights = ()
     for t in tl.static_range(KERNEL * KERNEL):
         tap = KERNEL * KERNEL - 1 - t if FLIP else t
         weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=mask, other=0.0)
         if RESIDUAL and t == KERNEL * KERNEL // 2:
-            weight += 1.0  # x itself
+            weight += 1.0  # adds x
         weights = weights + (weight,)
     shift = tl.zeros((COLS, CHANNELS), tl.float32)
     if bias is not None:
@@ -248,19 +252,19 @@ def _blocks(
 
     base = sample * out_height * out_width * channels
     start = left[:, None] * channels + c[None, :]
-    next_others, next_uppers = _repeated(0.0, 0), _repeated(0.0, 0)
+    next_others, next_grads = _repeated(0.0, 0), _repeated(0.0, 0)
     under = mask & (top < out_height)
     if EPILOGUE != _PLAIN:
         after = base + top * out_width * channels + start
         next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
     if EPILOGUE == _GATE_GRADIENT:
         after = base + top * out_width * channels + start
-        next_uppers = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
+        next_grads = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
 
     source = x + sample * height * width * channels
     first = (left * STRIDE - pad)[:, None] * channels + c[None, :]
     for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
-        # Of the rows and columns of a whole map, those outside add nothing.
+        # If one tile covers the feature map, rows and columns outside contribute nothing.
         if ROWS_FIT < _WHOLE or (i >= pad and i < pad + ROWS * STRIDE):
             row = top * STRIDE + (i - pad)
             line = source + row * width * channels + first
@@ -276,7 +280,7 @@ def _blocks(
                     values = values + (0.0,)
                 else:
                     values = values + (tl.load(line + j * channels, mask=inside, other=0.0).to(tl.float32),)
-            new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
+            new = ()  # a new tuple per row: Triton's compiler is slow if elements of a long tuple are replaced often
             for r in tl.static_range(ROWS):
                 for q in tl.static_range(ACROSS):
                     total = sums[r * ACROSS + q]
@@ -295,15 +299,15 @@ def _blocks(
         row = top + r
         line = base + row * out_width * channels + start
         out_line = out + line
-        others, uppers = next_others, next_uppers
-        # Read before anything is written: a read does not pass a write in front of it.
+        others, grads = next_others, next_grads
+        # Load the next row before storing this one: the compiler does not move a load before a store.
         if r + 1 < ROWS:
             under = mask & (row + 1 < out_height) if ROWS_FIT == _UNEVEN else mask
             after = line + out_width * channels
             if EPILOGUE != _PLAIN:
                 next_others = _read(gate + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
             if EPILOGUE == _GATE_GRADIENT:
-                next_uppers = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
+                next_grads = _read(gradient + after, under, left, out_width, channels, ACROSS, COLUMNS_FIT)
         for q in tl.static_range(ACROSS):
             inside = mask
             if ROWS_FIT == _UNEVEN:
@@ -313,25 +317,24 @@ def _blocks(
             value = sums[r * ACROSS + q]
             if EPILOGUE == _GATE or EPILOGUE == _GATE_GRADIENT:
                 other = others[q].to(tl.float32)
-                own = value * tl.sigmoid(value)
-                gated = other * tl.sigmoid(other)
+                value_silu = value * tl.sigmoid(value)
+                other_silu = other * tl.sigmoid(other)
                 if EPILOGUE == _GATE:
-                    value = own * gated
+                    value = value_silu * other_silu
                 else:
-                    grad_out = uppers[q].to(tl.float32)
-                    slope = tl.sigmoid(other) * (1 + other - gated)
-                    grad_gate = (grad_out * own * slope).to(gate_out.dtype.element_ty)
-                    tl.store(gate_out + line + q * channels, grad_gate, mask=inside)
-                    value = grad_out * gated * (tl.sigmoid(value) * (1 + value - own))
+                    grad_out = grads[q].to(tl.float32)
+                    grad_other = grad_out * value_silu * (tl.sigmoid(other) * (1 + other - other_silu))
+                    tl.store(gate_out + line + q * channels, grad_other.to(gate_out.dtype.element_ty), mask=inside)
+                    value = grad_out * other_silu * (tl.sigmoid(value) * (1 + value - value_silu))
             if EPILOGUE == _GELU_GRADIENT:
                 value *= gelu_slope(others[q].to(tl.float32))
             stored = value.to(out.dtype.element_ty)
             tl.store(out_line + q * channels, stored, mask=inside)
-            if moments is not None:
+            if stats is not None:
                 kept = tl.where(inside, stored.to(tl.float32), 0.0)
                 total += kept
                 rounded = rounded + (kept,)
-    if moments is not None:
+    if stats is not None:
         rows = tl.minimum(out_height - top, ROWS)
         columns = tl.sum(tl.minimum(tl.maximum(out_width - left, 0), ACROSS), axis=0)
         count = rows * columns
@@ -347,13 +350,13 @@ def _blocks(
                 deviation = tl.where(inside, rounded[r * ACROSS + q] - mean, 0.0)
                 squares += deviation * deviation
         if counts is None:
-            slot = moments + program.to(tl.int64) * 3
+            slot = stats + program.to(tl.int64) * 3
             tl.store(slot, count.to(tl.float32))
             tl.store(slot + 1, mean)
             tl.store(slot + 2, tl.sum(tl.sum(squares, axis=1), axis=0))
         else:
             tile = (program // channel_tiles).to(tl.int64)
-            slot = moments + tile * 2 * channels + c
+            slot = stats + tile * 2 * channels + c
             tl.store(slot, tl.sum(mean, axis=0), mask=c < channels)
             tl.store(slot + channels, tl.sum(squares, axis=0), mask=c < channels)
             tl.store(counts + tile, count.to(tl.float32))
@@ -361,10 +364,10 @@ def _blocks(
 
 @triton.jit
 def gelu_slope(x):
-    """The derivative of x times the normal distribution's function, fp32, to 1e-7.
+    """Derivative of GELU, x times the normal distribution function, in fp32 with an error below 1e-7.
 
-    The distribution's tail by formula 7.1.26 of Abramowitz and Stegun, which takes the same exponential as its density:
-    half of the instructions of erf and exp.
+    The distribution's tail is computed by formula 7.1.26 of Abramowitz and Stegun. It uses the same exponential as the
+    density, and so takes half as many instructions as erf and exp.
     """
     bell = tl.exp(-0.5 * x * x)
     t = 1.0 / (1.0 + 0.23164189 * tl.abs(x))
@@ -394,11 +397,11 @@ def _spread(
     COLS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """The gradient by the input of a stride-2 convolution, gathered: a program writes outputs of one parity of row and
-    column, under which every second kernel row and column falls, as a stride-1 convolution of the gradient.
+    """Input gradient of a stride-2 convolution. A program computes outputs with one parity of row and column, to which
+    every second kernel row and column contributes, as a stride-1 convolution of the gradient.
 
-    Output row 2 a + p takes kernel row t = t0 + 2 m from gradient row a + d - m, with t0 = (p + pad) mod 2 and
-    d = (p + pad - t0) / 2. Where the input is the GELU of `before`, the gradient by that.
+    Output row 2 a + p is the sum over kernel rows t = t0 + 2 m of gradient row a + d - m, with t0 = (p + pad) mod 2 and
+    d = (p + pad - t0) / 2. With `before`, the input is GELU(before), and the gradient of `before` is computed.
     """
     pad: tl.constexpr = KERNEL // 2
     half: tl.constexpr = (KERNEL + 1) // 2
@@ -428,14 +431,14 @@ def _spread(
         weights = ()
         for m in tl.static_range(half):
             tap_row = row_tap + 2 * m
-            real = mask & (tap_row < KERNEL) & (tap_col < KERNEL)
-            weights = weights + (tl.load(taps + (tap_row * KERNEL + tap_col) * channels + c, mask=real, other=0.0),)
+            valid = mask & (tap_row < KERNEL) & (tap_col < KERNEL)
+            weights = weights + (tl.load(taps + (tap_row * KERNEL + tap_col) * channels + c, mask=valid, other=0.0),)
         source_col = a + (col_shift - n)
-        here = ((source_col >= 0) & (source_col < grad_width))[:, None] & mask[None, :]
+        col_mask = ((source_col >= 0) & (source_col < grad_width))[:, None] & mask[None, :]
         offsets = source_col[:, None] * channels + c[None, :]
         for i in tl.static_range(ROWS + half - 1):
             row = top + row_shift + (i - (half - 1))
-            inside = here & ((row >= 0) & (row < grad_height))
+            inside = col_mask & ((row >= 0) & (row < grad_height))
             values = tl.load(gradient + row * grad_width * channels + offsets, mask=inside, other=0.0).to(tl.float32)
             for r in tl.static_range(ROWS):
                 if r + half - 1 - i >= 0 and r + half - 1 - i < half:
@@ -446,11 +449,11 @@ def _spread(
     for r in tl.static_range(ROWS):
         row = 2 * (top + r) + row_parity
         inside = (col < width)[:, None] & mask[None, :] & (row < height)
-        place = row * width * channels + col[:, None] * channels + c[None, :]
+        at = row * width * channels + col[:, None] * channels + c[None, :]
         if before is not None:
-            slope = gelu_slope(tl.load(before + base + place, mask=inside, other=0.0).to(tl.float32))
+            slope = gelu_slope(tl.load(before + base + at, mask=inside, other=0.0).to(tl.float32))
             sums = sums[:r] + (sums[r] * slope,) + sums[r + 1 :]
-        tl.store(out + base + place, sums[r].to(out.dtype.element_ty), mask=inside)
+        tl.store(out + base + at, sums[r].to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(
@@ -478,11 +481,11 @@ def _spread_blocks(
     ROWS_FIT: tl.constexpr,
     COLUMNS_FIT: tl.constexpr,
 ):
-    """As `_spread`, by threads that have what lies under ROWS x ACROSS positions of the gradient: 2 ROWS x 2 ACROSS
-    outputs. Output row o takes kernel row o + pad - 2 g from gradient row g."""
+    """Like `_spread`, but a thread computes the 2 ROWS x 2 ACROSS outputs of ROWS x ACROSS positions of the gradient.
+    Output row o is the sum over gradient rows g, with kernel row o + pad - 2 g."""
     pad: tl.constexpr = KERNEL // 2
-    above: tl.constexpr = pad // 2  # rows of the gradient before a block that reach into it
-    more: tl.constexpr = pad // 2 + (pad + 1) // 2
+    above: tl.constexpr = pad // 2  # gradient rows above a block that contribute to it
+    more: tl.constexpr = pad // 2 + (pad + 1) // 2  # gradient rows above and below
     program = tl.program_id(0)
     c = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     rest = program // channel_tiles
@@ -576,13 +579,22 @@ def convolve(
     residual: bool = False,
     epilogue: int = PLAIN,
     gate: Tensor | None = None,
-    gradient: Tensor | None = None,
+    grad_out: Tensor | None = None,
     gate_out: Tensor | None = None,
-    moments: Tensor | None = None,
+    stats: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> None:
-    """Fills `out` (and `gate_out`), and `moments`: fp32 [B, programs, 3], or with `counts` [tiles] [tiles, 2, C], their
-    numbers by `programs`."""
+    """Compute a depthwise convolution into `out`.
+
+    Args:
+        flip: rotate the kernel by 180 degrees.
+        residual: add x.
+        epilogue: PLAIN, or an operation on the result: GATE: multiply by SiLU(gate) after SiLU. GATE_GRADIENT: compute
+            the gradient of the gate's two inputs, from grad_out, into `out` and `gate_out`. GELU_GRADIENT: multiply by
+            the derivative of GELU at `gate`.
+        stats, counts: receive partial statistics of the result: stats fp32 [B, programs, 3] if counts is None, else
+            stats fp32 [tiles, 2, C] and counts fp32 [tiles]. `tile_counts` returns these numbers.
+    """
     batch, channels, height, width = x.shape
     out_height, out_width = out.shape[2:]
     tile = tiles.depthwise(weight.shape[-1], out_height, out_width, channels, stride)
@@ -602,10 +614,10 @@ def convolve(
         _taps(weight),
         bias,
         gate,
-        gradient,
+        grad_out,
         out,
         gate_out,
-        moments,
+        stats,
         counts,
         height,
         width,
@@ -626,24 +638,27 @@ def convolve(
     )
 
 
-def programs(weight: Tensor, out: Tensor, stride: int = 1) -> tuple[int, int]:
-    """Count, over one sample of `out`, tiles, and programs of each, which have some of the channels."""
+def tile_counts(weight: Tensor, out: Tensor, stride: int = 1) -> tuple[int, int]:
+    """Return the number of tiles per sample of `out`, and the number of programs per tile, which share its channels."""
     height, width = out.shape[2:]
     tile = tiles.depthwise(weight.shape[-1], height, width, out.shape[1], stride)
-    rows, cols, deep = _grid(tile, height, width, out.shape[1])
-    return rows * cols, deep
+    row_tiles, col_tiles, channel_tiles = _grid(tile, height, width, out.shape[1])
+    return row_tiles * col_tiles, channel_tiles
 
 
 def input_gradient(
-    gradient: Tensor, weight: Tensor, before: Tensor | None, out: Tensor, *, stride: int, residual: bool
+    grad_out: Tensor, weight: Tensor, gelu_input: Tensor | None, out: Tensor, *, stride: int, residual: bool
 ) -> None:
-    """Fills `out`, shaped as the convolution's input; where that is the GELU of `before`, with the gradient by that."""
+    """Compute the input gradient of a depthwise convolution into `out`, which has the shape of its input.
+
+    gelu_input: if the convolution's input is GELU(gelu_input), compute the gradient of gelu_input instead.
+    """
     if stride == 1:
-        epilogue = PLAIN if before is None else GELU_GRADIENT
-        convolve(gradient, weight, None, out, flip=True, residual=residual, epilogue=epilogue, gate=before)
+        epilogue = PLAIN if gelu_input is None else GELU_GRADIENT
+        convolve(grad_out, weight, None, out, flip=True, residual=residual, epilogue=epilogue, gate=gelu_input)
         return
     batch, channels, height, width = out.shape
-    grad_height, grad_width = gradient.shape[2:]
+    grad_height, grad_width = grad_out.shape[2:]
     tile = tiles.spread(weight.shape[-1], -(-height // 2), -(-width // 2), channels)
     grid = _grid(tile, -(-height // 2), -(-width // 2), channels)
     kernel, constants, parities = _spread, {}, 4
@@ -655,9 +670,9 @@ def input_gradient(
             "COLUMNS_FIT": _fit(tile.cols * tile.across, grad_width, width, 2, tile.across),
         }
     kernel[(parities * batch * grid[0] * grid[1] * grid[2],)](
-        gradient,
+        grad_out,
         _taps(weight),
-        before,
+        gelu_input,
         out,
         height,
         width,
@@ -675,19 +690,19 @@ def input_gradient(
 
 
 def _grid(tile: Tile, height: int, width: int, channels: int) -> tuple[int, int, int]:
-    """Tiles along rows, columns and channels."""
+    """Return the number of tiles along rows, columns and channels."""
     wide = tile.cols * tile.across if isinstance(tile, tiles.Blocks) else tile.cols
     return triton.cdiv(height, tile.rows), triton.cdiv(width, wide), triton.cdiv(channels, tile.channels)
 
 
 def _fit(tile: int, length: int, source: int, stride: int, block: int | None = None) -> int:
-    """How tiles fit a map of `length` along one direction, which is made from one of length `source`."""
+    """Return how tiles fit a feature map of `length` along one dimension, which is computed from one of `source`."""
     if length % tile or source != length * stride:
         return UNEVEN
     return WHOLE if length == (block or tile) else EVEN
 
 
 def _taps(weight: Tensor) -> Tensor:
-    """Depthwise weights [C, 1, k, k] as fp32 [k^2, C]: neighbouring threads, which hold neighbouring channels, read
-    neighbouring numbers."""
+    """Convert depthwise weights [C, 1, k, k] to fp32 [k^2, C], so that adjacent threads, which compute adjacent
+    channels, load adjacent numbers."""
     return weight.detach().flatten(1).t().to(torch.float32, memory_format=torch.contiguous_format).contiguous()

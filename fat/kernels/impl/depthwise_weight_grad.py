@@ -1,12 +1,12 @@
-"""Triton: gradients of a depthwise convolution by weight and bias, a split reduction in two passes.
+"""Triton kernels of the weight and bias gradients of a depthwise convolution, a split reduction in two passes.
 
-A program walks over tiles of its part of the batch and keeps one fp32 sum per tap in every thread; the parts are added
-by a second reduction. No atomics: the same input gives the same bits. `fat.kernels.impl.tiles` chooses one of two
-forms:
+A program iterates over the tiles of its part of the batch, and every thread accumulates one fp32 sum per tap. A second
+kernel adds the sums of all parts. There are no atomic additions, so the result is deterministic.
+`fat.kernels.impl.tiles` chooses one of two forms:
 
-- strips: a thread owns one column of a tile and 4 or 8 channels, and reads each row of x again for each kernel column;
-- patches: a thread owns adjacent columns, 7 where they divide the map, of one channel, and walks down the rows. A value
-  of x that has been read and converted serves every tap and column that it falls under.
+- strips: a thread processes one column of a tile and 4 or 8 channels, and loads each row of x once per kernel column.
+- patches: a thread processes adjacent columns of one channel (7 if they divide the feature map), row after row. A value
+  of x is loaded and converted once, and used for all taps and columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fat.kernels.impl import tiles
 
-# Sizes and loop counts that do not change the code: not specialised, so that maps of several sizes share a kernel.
+# Sizes and loop counts that do not change the code. They are not specialised, so that all image sizes share a kernel.
 _SIZES = [
     *("batch", "height", "width", "grad_height", "grad_width"),
     *("row_tiles", "col_tiles", "channel_tiles", "tiles_each", "rows_each"),
@@ -29,13 +29,13 @@ _SIZES = [
 
 @triton.jit
 def _completed(value, result, slope, shift, inside):
-    """The gradient by the convolution's result, fp32, with what the result's statistics add. 0 outside, as both are."""
+    """Gradient of the convolution's result, fp32, including that through its statistics; 0 outside the feature map."""
     return value.to(tl.float32) + (result.to(tl.float32) * slope[None, :] + tl.where(inside, shift[None, :], 0.0))
 
 
 @triton.jit
 def _from_statistics(mean, grad_mean, grad_var, c, mask, count):
-    """(slope, shift) fp32 [channels]: what mean and variance add to the gradient by y is slope * y + shift."""
+    """(slope, shift) fp32 [channels]: the gradient of y through its mean and variance is slope * y + shift."""
     slope = tl.load(grad_var + c, mask=mask, other=0.0) * (2.0 / count)
     shift = tl.load(grad_mean + c, mask=mask, other=0.0) / count - slope * tl.load(mean + c, mask=mask, other=0.0)
     return slope, shift
@@ -70,10 +70,10 @@ def _strips(
     CHANNELS: tl.constexpr,
 ):
     """gradient [B, grad_height, grad_width, channels], x [B, height, width, channels] -> out fp32 [parts, channels,
-    KERNEL^2] and bias_out fp32 [parts, channels]: each part's sums. A program takes COLUMNS kernel columns.
+    KERNEL^2] and bias_out fp32 [parts, channels], the sums of each part. A program computes COLUMNS kernel columns.
 
-    With y, the convolution's result, the gradients by its mean and variance [channels] are added to the gradient, and
-    the sum is written to completed.
+    With y, the convolution's result, the gradient through its mean and variance [channels] is added to the gradient,
+    and the sum is stored in completed.
     """
     pad: tl.constexpr = KERNEL // 2
     groups: tl.constexpr = (KERNEL + COLUMNS - 1) // COLUMNS
@@ -101,33 +101,33 @@ def _strips(
         sample = (tile // col_tiles // row_tiles).to(tl.int64)
         base = sample * grad_height * grad_width * channels
         source = x + sample * height * width * channels
-        uppers, results = (), ()
+        grads, results = (), ()
         for r in tl.static_range(ROWS):
             inside = (col < grad_width)[:, None] & mask[None, :] & (top + r < grad_height)
-            place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
-            uppers = uppers + (tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32),)
+            at = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
+            grads = grads + (tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32),)
             if y is not None:
-                results = results + (tl.load(y + place, mask=inside, other=0.0),)
-        if y is not None:  # only now: loads do not pass a store, which waits for its own
+                results = results + (tl.load(y + at, mask=inside, other=0.0),)
+        if y is not None:  # store after all loads: the compiler does not move a load before a store
             for r in tl.static_range(ROWS):
                 inside = (col < grad_width)[:, None] & mask[None, :] & (top + r < grad_height)
-                place = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
-                grad_out = _completed(uppers[r], results[r], slope, shift, inside)
-                tl.store(completed + place, grad_out.to(completed.dtype.element_ty), mask=inside & (group == 0))
-                uppers = uppers[:r] + (grad_out,) + uppers[r + 1 :]
+                at = base + ((top + r) * grad_width * channels + col[:, None] * channels + c[None, :])
+                grad_out = _completed(grads[r], results[r], slope, shift, inside)
+                tl.store(completed + at, grad_out.to(completed.dtype.element_ty), mask=inside & (group == 0))
+                grads = grads[:r] + (grad_out,) + grads[r + 1 :]
         for r in tl.static_range(ROWS):
-            bias_sum += uppers[r]
+            bias_sum += grads[r]
         for j in tl.static_range(COLUMNS):
             source_col = col * STRIDE + (first_tap + j - pad)
-            here = ((source_col >= 0) & (source_col < width))[:, None] & mask[None, :]
+            col_mask = ((source_col >= 0) & (source_col < width))[:, None] & mask[None, :]
             offsets = source_col[:, None] * channels + c[None, :]
             for i in tl.static_range((ROWS - 1) * STRIDE + KERNEL):
                 row = top * STRIDE + (i - pad)
-                inside = here & ((row >= 0) & (row < height))
+                inside = col_mask & ((row >= 0) & (row < height))
                 values = tl.load(source + row * width * channels + offsets, mask=inside, other=0.0).to(tl.float32)
                 for r in tl.static_range(ROWS):
                     if i - r * STRIDE >= 0 and i - r * STRIDE < KERNEL:
-                        new = sums[(i - r * STRIDE) * COLUMNS + j] + values * uppers[r]
+                        new = sums[(i - r * STRIDE) * COLUMNS + j] + values * grads[r]
                         before = sums[: (i - r * STRIDE) * COLUMNS + j]
                         sums = before + (new,) + sums[(i - r * STRIDE) * COLUMNS + j + 1 :]
 
@@ -144,8 +144,8 @@ def _strips(
 def _products(
     total, values, grad_out, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr
 ):
-    """total plus the products of one tap: column q of a row of the gradient and value q * STRIDE + FIRST of a row of x,
-    as far as it is one of the READ values."""
+    """total plus the products of one tap: for each column q, that of the gradient's row and value q * STRIDE + FIRST of
+    a row of x, if this is one of the READ values."""
     for q in tl.static_range(ACROSS):
         if q * STRIDE + FIRST >= 0 and q * STRIDE + FIRST < READ:
             total += values[q * STRIDE + FIRST] * grad_out[q]
@@ -153,12 +153,12 @@ def _products(
 
 
 @triton.jit
-def _upper_row(
+def _gradient_row(
     gradient,
     y,
-    place,
+    base,
     row,
-    real,
+    valid,
     left,
     grad_height,
     grad_width,
@@ -166,9 +166,9 @@ def _upper_row(
     ACROSS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """ACROSS values of a row of the gradient, and where given of y, as they are stored; 0 outside the map."""
-    inside = real & ((row >= 0) & (row < grad_height))
-    line = place + row * grad_width * channels
+    """Load ACROSS values of a row of the gradient, and of y if it is given; 0 outside the feature map."""
+    inside = valid & ((row >= 0) & (row < grad_height))
+    line = base + row * grad_width * channels
     values = _across(gradient + line, inside, left, grad_width, channels, ACROSS, EVEN)
     if y is not None:
         values = values + _across(y + line, inside, left, grad_width, channels, ACROSS, EVEN)
@@ -190,12 +190,12 @@ def _across(line, inside, left, grad_width, channels: tl.constexpr, ACROSS: tl.c
 def _rows(
     gradient,
     y,
-    place,
+    base,
     source,
     row,
     stop,
     ahead,
-    real,
+    valid,
     left,
     first,
     height,
@@ -210,25 +210,25 @@ def _rows(
     TOGETHER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """What TOGETHER steps need from row on: of each, a row of the gradient, and of y, and STRIDE rows of x."""
+    """Load the inputs of TOGETHER steps from row on: for each, a row of the gradient and of y, and STRIDE rows of x."""
     values = ()
     for step in tl.static_range(TOGETHER):
-        at = row + step
-        mask = real & (at < stop)
-        values = values + _upper_row(
-            gradient, y, place, at + ahead, mask, left, grad_height, grad_width, channels, ACROSS, EVEN
+        current = row + step
+        mask = valid & (current < stop)
+        values = values + _gradient_row(
+            gradient, y, base, current + ahead, mask, left, grad_height, grad_width, channels, ACROSS, EVEN
         )
-        values = values + _lower_rows(
-            source, at, mask, first, height, width, channels, STRIDE, ACROSS, READ, INNER, EVEN
+        values = values + _x_rows(
+            source, current, mask, first, height, width, channels, STRIDE, ACROSS, READ, INNER, EVEN
         )
     return values
 
 
 @triton.jit
-def _lower_rows(
+def _x_rows(
     source,
     row,
-    real,
+    valid,
     first,
     height,
     width,
@@ -239,14 +239,14 @@ def _lower_rows(
     INNER: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """READ values of each of the STRIDE rows of x from row * STRIDE on, as they are stored; 0 outside the map."""
+    """Load READ values of each of the STRIDE rows of x from row * STRIDE on; 0 outside the feature map."""
     values = ()
     for t in tl.static_range(STRIDE):
         line = source + (row * STRIDE + t) * width * channels
         for n in tl.static_range(READ):
-            inside = real
+            inside = valid
             if not EVEN or n < INNER or n >= INNER + STRIDE * ACROSS:
-                inside = real & ((first + n >= 0) & (first + n < width))[:, None]
+                inside = valid & ((first + n >= 0) & (first + n < width))[:, None]
             if not EVEN:
                 inside = inside & (row * STRIDE + t < height)
             values = values + (tl.load(line + n * channels, mask=inside, other=0.0),)
@@ -254,12 +254,12 @@ def _lower_rows(
 
 
 @triton.jit
-def _whole_row(
+def _complete_row(
     values,
     completed,
-    place,
+    base,
     row,
-    real,
+    valid,
     stored,
     left,
     slope,
@@ -270,11 +270,12 @@ def _whole_row(
     ACROSS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """A row of the gradient in fp32; with completed, what the statistics of y add included, and stored there."""
-    uppers = ()
-    inside = real & ((row >= 0) & (row < grad_height))
+    """Convert a row of the gradient to fp32. With completed, add the gradient through the statistics of y and store the
+    sum in completed."""
+    grads = ()
+    inside = valid & ((row >= 0) & (row < grad_height))
     if completed is not None:
-        line = completed + (place + row * grad_width * channels)
+        line = completed + (base + row * grad_width * channels)
     for q in tl.static_range(ACROSS):
         if completed is None:
             grad_out = values[q].to(tl.float32)
@@ -284,8 +285,8 @@ def _whole_row(
                 within = inside & (left + q < grad_width)[:, None]
             grad_out = _completed(values[q], values[ACROSS + q], slope, shift, within)
             tl.store(line + q * channels, grad_out.to(completed.dtype.element_ty), mask=within & stored)
-        uppers = uppers + (grad_out,)
-    return uppers
+        grads = grads + (grad_out,)
+    return grads
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -321,35 +322,37 @@ def _patches(
     WHOLE: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """As `_strips`; a program takes TAP_ROWS kernel rows (all of them at stride 2).
+    """Like `_strips`, but a program computes TAP_ROWS kernel rows (all of them at stride 2).
 
-    A tile is rows_each rows of COLS patches, which are counted over all samples; a patch is ACROSS columns. A thread
-    keeps the DEPTH rows of the gradient under which the current row of x falls, and reads one more with each row.
+    A patch is ACROSS columns of a sample. A tile is rows_each rows of COLS patches, which are numbered over all
+    samples. A thread keeps those DEPTH rows of the gradient to which the current row of x contributes, and loads one
+    more with each row.
 
-    What TOGETHER rows need is read at once; if EARLY, while the rows before them are worked on. In either case before
-    anything is stored: the compiler, which cannot know that these are different maps, moves no load past a store, and
-    the store waits for the values that complete it, so that each of a row's loads would wait for the memory in turn.
+    The inputs of TOGETHER rows are loaded at once and, if EARLY, while the previous rows are processed. In both cases
+    they are loaded before anything is stored. The compiler cannot know that the tensors do not overlap, so it moves no
+    load before a store; the store waits for its values, and the loads of a row would wait for memory one after another.
 
-    WHOLE: a patch is as wide as the map. EVEN: patches fill the map, and the map of x is STRIDE times as large.
+    WHOLE: a patch is as wide as the feature map. EVEN: patches fill the feature map exactly, and x is STRIDE times as
+    large as the gradient.
     """
     pad: tl.constexpr = KERNEL // 2
     groups: tl.constexpr = (KERNEL + TAP_ROWS - 1) // TAP_ROWS
-    # Kernel row i of a group meets row r * STRIDE + t of x and row r + (t + pad - i) / STRIDE of the gradient (less the
-    # group's first kernel row): from `behind` rows before r on.
+    # Kernel row i of a group multiplies row r * STRIDE + t of x with row r + (t + pad - i) / STRIDE of the gradient
+    # (minus the group's first kernel row), that is with rows from `behind` rows before r on.
     behind: tl.constexpr = TAP_ROWS - 1 - pad if STRIDE == 1 else pad // STRIDE
     DEPTH: tl.constexpr = TAP_ROWS if STRIDE == 1 else pad // STRIDE + (pad + STRIDE - 1) // STRIDE + 1
-    owner: tl.constexpr = pad // TAP_ROWS  # the group that passes every row of the gradient: adds the bias's sum
-    skipped: tl.constexpr = pad if WHOLE else 0  # columns of x that lie outside the map
-    READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns of x, of one row
-    INNER: tl.constexpr = pad - skipped  # of these, the first that lies under the patch
-    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values of a row of them
+    owner: tl.constexpr = pad // TAP_ROWS  # the group that loads every row of the gradient; it computes bias_out
+    skipped: tl.constexpr = pad if WHOLE else 0  # columns of x outside the feature map
+    READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns loaded of each row of x
+    INNER: tl.constexpr = pad - skipped  # the first of these columns that is inside the patch
+    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values loaded of each row of the gradient and y
     program = tl.program_id(0)
     group = program % groups
     rest = program // groups
     c = (rest % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     part = rest // channel_tiles
     mask = c < channels
-    ahead = DEPTH - 1 - behind - group * TAP_ROWS  # the newest row of the gradient, less the row that is at work
+    ahead = DEPTH - 1 - behind - group * TAP_ROWS  # newest loaded row of the gradient minus the current row
 
     sums = ()
     for _ in tl.static_range(TAP_ROWS * KERNEL):
@@ -366,30 +369,30 @@ def _patches(
         patch = (tile // row_tiles) * COLS + tl.arange(0, COLS)
         sample = patch // col_tiles
         left = (patch - sample * col_tiles) * ACROSS
-        real = (sample < batch)[:, None] & mask[None, :]
+        valid = (sample < batch)[:, None] & mask[None, :]
         sample = sample.to(tl.int64)
         first = left * STRIDE + (skipped - pad)
-        place = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
+        base = (sample * grad_height * grad_width + left)[:, None] * channels + c[None, :]
         source = x + ((sample * height * width + first)[:, None] * channels + c[None, :])
-        begin = tl.maximum(top, -ahead)  # the rows before it, and from stop on, meet no row of the gradient
+        begin = tl.maximum(top, -ahead)  # rows of x before begin and from stop on contribute to no row of the gradient
         stop = tl.minimum(tl.minimum(top + rows_each, grad_height), grad_height - ahead + DEPTH - 1)
 
         older = ()
         for n in tl.static_range(DEPTH - 1):
             before = begin + ahead - (DEPTH - 1) + n
-            older = older + _upper_row(
-                gradient, y, place, before, real, left, grad_height, grad_width, channels, ACROSS, EVEN
+            older = older + _gradient_row(
+                gradient, y, base, before, valid, left, grad_height, grad_width, channels, ACROSS, EVEN
             )
         if EARLY:
             next_rows = _rows(
                 gradient,
                 y,
-                place,
+                base,
                 source,
                 begin,
                 stop,
                 ahead,
-                real,
+                valid,
                 left,
                 first,
                 height,
@@ -404,16 +407,16 @@ def _patches(
                 TOGETHER,
                 EVEN,
             )
-        window = ()  # rows of the gradient, the oldest first
+        window = ()  # DEPTH - 1 rows of the gradient, the oldest first
         for n in tl.static_range(DEPTH - 1):
             before = begin + ahead - (DEPTH - 1) + n
             earlier = (before >= top) & (before < top + rows_each)
-            window = window + _whole_row(
+            window = window + _complete_row(
                 older[n * UPPER :][:UPPER],
                 completed,
-                place,
+                base,
                 before,
-                real,
+                valid,
                 earlier & (group == owner),
                 left,
                 slope,
@@ -432,12 +435,12 @@ def _patches(
                 next_rows = _rows(
                     gradient,
                     y,
-                    place,
+                    base,
                     source,
                     start_row + TOGETHER,
                     stop,
                     ahead,
-                    real,
+                    valid,
                     left,
                     first,
                     height,
@@ -456,12 +459,12 @@ def _patches(
                 rows = _rows(
                     gradient,
                     y,
-                    place,
+                    base,
                     source,
                     start_row,
                     stop,
                     ahead,
-                    real,
+                    valid,
                     left,
                     first,
                     height,
@@ -479,15 +482,15 @@ def _patches(
             for step in tl.static_range(TOGETHER):
                 row = start_row + step
                 newest = row + ahead
-                own = (newest >= top) & (newest < top + rows_each) & (row < stop)
-                here = rows[step * (UPPER + STRIDE * READ) :][: UPPER + STRIDE * READ]
-                newer = _whole_row(
-                    here,
+                in_tile = (newest >= top) & (newest < top + rows_each) & (row < stop)
+                loaded = rows[step * (UPPER + STRIDE * READ) :][: UPPER + STRIDE * READ]
+                newer = _complete_row(
+                    loaded,
                     completed,
-                    place,
+                    base,
                     newest,
-                    real,
-                    own & (group == owner),
+                    valid,
+                    in_tile & (group == owner),
                     left,
                     slope,
                     shift,
@@ -500,13 +503,13 @@ def _patches(
                 row_sum = tl.zeros((COLS, CHANNELS), tl.float32)
                 for q in tl.static_range(ACROSS):
                     row_sum += newer[q]
-                bias_sum += tl.where(own, row_sum, 0.0)
+                bias_sum += tl.where(in_tile, row_sum, 0.0)
                 window = window + newer
                 for t in tl.static_range(STRIDE):
                     values = ()
                     for n in tl.static_range(READ):
-                        values = values + (here[UPPER + t * READ + n].to(tl.float32),)
-                    new = ()  # built anew for each row: Triton's compiler is slow where a long tuple changes often
+                        values = values + (loaded[UPPER + t * READ + n].to(tl.float32),)
+                    new = ()  # a new tuple per row: Triton's compiler is slow if elements of a long tuple are replaced
                     for i in tl.static_range(TAP_ROWS):
                         if (t + pad - i) % STRIDE == 0:
                             below = window[((t + pad - i) // STRIDE + behind) * ACROSS :][:ACROSS]
@@ -544,7 +547,7 @@ def _column_sums(source, target, block, columns, parts, ROWS: tl.constexpr, WIDE
 def _add_parts(
     out, bias_out, grad_weight, grad_bias, parts, channels, TAPS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr
 ):
-    """out [parts, channels, TAPS] and bias_out [parts, channels] -> their sums over the parts, in one launch."""
+    """Sum out [parts, channels, TAPS] and bias_out [parts, channels] over the parts, in one launch."""
     block = tl.program_id(0)
     blocks = tl.cdiv(channels * TAPS, WIDE)
     if block < blocks:
@@ -555,36 +558,39 @@ def _add_parts(
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of the convolution's result y, whose mean and variance have gradients too: fp32 [C]."""
+    """The convolution's result y, its mean, and the gradients of its mean and variance, fp32 [C]."""
 
     y: Tensor
     mean: Tensor
     grad_mean: Tensor
     grad_var: Tensor
     completed: Tensor
-    """Is filled with the whole gradient by y."""
+    """Receives the complete gradient of y."""
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """As the kernels take them."""
+        """Arguments in the kernels' order."""
         return self.y, self.mean, self.grad_mean, self.grad_var, self.completed
 
 
 def weight_gradient(
-    gradient: Tensor, x: Tensor, *, kernel: int, stride: int, statistics: Statistics | None = None
+    grad_out: Tensor, x: Tensor, *, kernel: int, stride: int, statistics: Statistics | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients by weight, fp32 [C, 1, k, k], and bias, fp32 [C]. The form is `tiles.weight_gradient`'s."""
+    """Compute the gradients of weight, fp32 [C, 1, k, k], and bias, fp32 [C].
+
+    statistics: add the gradient through the result's mean and variance to grad_out before.
+    """
     batch, channels, height, width = x.shape
-    grad_height, grad_width = gradient.shape[2:]
+    grad_height, grad_width = grad_out.shape[2:]
     form = tiles.weight_gradient(kernel, stride, grad_height, grad_width, channels)
     grid = form.grid(kernel, batch, grad_height, grad_width, channels)
     out = x.new_empty(grid.parts, channels, kernel * kernel, dtype=torch.float32)
     bias_out = x.new_empty(grid.parts, channels, dtype=torch.float32)
     launch, sizes, constants = _strips, (), {}
     if isinstance(form, tiles.Patches):
-        launch, sizes, constants = _patches, (form.rows,), _fit(form, x, gradient, stride)
+        launch, sizes, constants = _patches, (form.rows,), _fit(form, x, grad_out, stride)
     launch[(grid.programs,)](
-        gradient,
+        grad_out,
         x,
         out,
         bias_out,
@@ -608,7 +614,7 @@ def weight_gradient(
     )
     grad_weight = out.new_empty(channels, 1, kernel, kernel)
     grad_bias = bias_out.new_empty(channels)
-    rows, wide, warps = tiles.added_parts(grid.parts)
+    rows, wide, warps = tiles.sum_parts_shape(grid.parts)
     _add_parts[(triton.cdiv(channels * kernel * kernel, wide) + triton.cdiv(channels, wide),)](
         out,
         bias_out,
@@ -624,8 +630,8 @@ def weight_gradient(
     return grad_weight, grad_bias
 
 
-def _fit(form: tiles.Patches, x: Tensor, gradient: Tensor, stride: int) -> dict[str, bool]:
-    """How patches fit the maps."""
-    height, width = gradient.shape[2:]
+def _fit(form: tiles.Patches, x: Tensor, grad_out: Tensor, stride: int) -> dict[str, bool]:
+    """Return the constexpr arguments that say how patches fit the feature maps."""
+    height, width = grad_out.shape[2:]
     even = width % form.across == 0 and x.shape[2:] == (height * stride, width * stride)
     return {"WHOLE": even and form.across == width, "EVEN": even}

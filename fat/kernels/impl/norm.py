@@ -1,9 +1,9 @@
-"""Triton: GroupNorm with one group over channels-last maps, with the residual add before it, and the gradients.
+"""Triton kernels of GroupNorm with one group over channels-last feature maps, with a residual add before it.
 
-A sample is one dense row of H W C numbers. Its moments are a split reduction: each part gives its count, mean and sum
-of squared deviations (two passes over registers, in fp32), and whoever normalises joins the parts, so that nothing
-cancels where deviations are small beside the mean. What is normalised is what was stored: the backward pass sees the
-same numbers.
+A sample is a contiguous row of H W C numbers. Its statistics are computed in two steps: each part of the row yields its
+count, mean and sum of squared deviations (in fp32, in two passes over registers), and the kernel that normalises merges
+the parts. This avoids cancellation if deviations are small compared with the mean. The statistics are those of the
+stored, rounded values, which the backward pass reads too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fat.kernels.impl import tiles
 
 
 @triton.jit
-def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
-    """out = x + scale[sample] * branch, summed in fp32, where there is a branch (x and scale may be missing); and the
-    moments of each part of what is stored, or of x, where there is room for them."""
+def _add(x, branch, scale, out, stats, numel, BLOCK: tl.constexpr):
+    """With a branch: out = x + scale[sample] * branch, computed in fp32; x and scale are optional. With stats: store
+    the statistics of each part of out, or of x if there is no branch."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
@@ -33,12 +33,12 @@ def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
             total += tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)
         stored = total.to(out.dtype.element_ty)
         tl.store(out + sample * numel + at, stored, mask=mask)
-    if moments is not None:
+    if stats is not None:
         value = tl.where(mask, stored.to(tl.float32), 0.0)
         count = tl.minimum(numel - part * BLOCK, BLOCK)
         mean = tl.sum(value, axis=0) / count
         deviation = tl.where(mask, value - mean, 0.0)
-        slot = moments + (sample * tl.num_programs(0) + part) * 3
+        slot = stats + (sample * tl.num_programs(0) + part) * 3
         tl.store(slot, count.to(tl.float32))
         tl.store(slot + 1, mean)
         tl.store(slot + 2, tl.sum(deviation * deviation, axis=0))
@@ -47,7 +47,7 @@ def _add(x, branch, scale, out, moments, numel, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=("parts",))
 def _normalise(
     x,
-    moments,
+    stats,
     weight,
     bias,
     out,
@@ -63,9 +63,9 @@ def _normalise(
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = part * BLOCK + tl.arange(0, BLOCK)
     mask = at < numel
-    value = tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)  # on its way while parts are joined
+    value = tl.load(x + sample * numel + at, mask=mask, other=0.0).to(tl.float32)  # loads while the parts are merged
 
-    slots = moments + sample * parts * 3
+    slots = stats + sample * parts * 3
     total = tl.zeros((PARTS,), tl.float32)
     for first in range(0, parts, PARTS):
         slot = first + tl.arange(0, PARTS)
@@ -104,13 +104,13 @@ def _sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Per part of a sample: sums of gradient * normalised x and of gradient over its positions, for each channel, and
-    the same over all channels with the gradient times weight."""
+    """For each part of a sample: the sums of gradient * normalised x and of gradient over its positions, per channel
+    (channel_sums), and over all channels with the gradient multiplied by weight (sample_sums)."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)
     mask = c < channels
     base = sample * positions * channels
-    own_mean, own_rstd = tl.load(mean + sample), tl.load(rstd + sample)
+    sample_mean, sample_rstd = tl.load(mean + sample), tl.load(rstd + sample)
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
     plain = tl.zeros((ROWS, CHANNELS), tl.float32)
     end = tl.minimum(part * each + each, positions)
@@ -120,7 +120,7 @@ def _sums(
         at = base + p[:, None] * channels + c[None, :]
         grad_out = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        products += grad_out * ((value - own_mean) * own_rstd)
+        products += grad_out * ((value - sample_mean) * sample_rstd)
         plain += grad_out
     grad_weight, grad_bias = tl.sum(products, axis=0), tl.sum(plain, axis=0)
     slot = sample * tl.num_programs(0) + part
@@ -165,10 +165,10 @@ def _input_gradient(
         plain += tl.load(sample_sums + (sample * parts + slot) * 2 + 1, mask=slot < parts, other=0.0)
     mean_product, mean_plain = tl.sum(products, axis=0) / numel, tl.sum(plain, axis=0) / numel
 
-    own_rstd = tl.load(rstd + sample)
+    sample_rstd = tl.load(rstd + sample)
     gain = tl.load(weight + at % channels, mask=mask, other=0.0).to(tl.float32)
-    normal = (value - tl.load(mean + sample)) * own_rstd
-    result = own_rstd * (grad_out * gain - mean_plain - normal * mean_product)
+    normal = (value - tl.load(mean + sample)) * sample_rstd
+    result = sample_rstd * (grad_out * gain - mean_plain - normal * mean_product)
     if residual is not None:
         result += tl.load(residual + at_sample, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at_sample, result.to(out.dtype.element_ty), mask=mask)
@@ -178,25 +178,34 @@ def _input_gradient(
         tl.store(branch_out + at_sample, result.to(branch_out.dtype.element_ty), mask=mask)
 
 
-def add(x: Tensor | None, branch: Tensor | None, scale: Tensor | None, out: Tensor, *, moments: bool) -> Tensor | None:
-    """Fills `out` where there is a branch; returns moments fp32 [B, parts, 3] of it, or of x, where asked for."""
+def add(
+    x: Tensor | None, branch: Tensor | None, scale: Tensor | None, out: Tensor, *, with_stats: bool
+) -> Tensor | None:
+    """Compute x + scale * branch into `out`, if there is a branch.
+
+    with_stats: return partial statistics of out, or of x if there is no branch, fp32 [B, parts, 3]: count, mean, sum of
+    squared deviations.
+    """
     batch, numel = out.shape[0], out[0].numel()
     parts = triton.cdiv(numel, tiles.FLAT)
-    found = out.new_empty(batch, parts, 3, dtype=torch.float32) if moments else None
-    _add[(parts, batch)](x, branch, scale, out, found, numel, BLOCK=tiles.FLAT, num_warps=tiles.FLAT_WARPS)
-    return found
+    stats = out.new_empty(batch, parts, 3, dtype=torch.float32) if with_stats else None
+    _add[(parts, batch)](x, branch, scale, out, stats, numel, BLOCK=tiles.FLAT, num_warps=tiles.FLAT_WARPS)
+    return stats
 
 
 def normalise(
-    x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float
+    x: Tensor, stats: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Fills `out`; returns each sample's mean and reciprocal standard deviation, fp32 [B]."""
+    """Normalise x into `out`, and return each sample's mean and reciprocal standard deviation, fp32 [B].
+
+    stats: partial statistics of x, as returned by `add`.
+    """
     batch, channels, numel = x.shape[0], x.shape[1], x[0].numel()
-    parts = moments.shape[1]
+    parts = stats.shape[1]
     mean, rstd = (x.new_empty(batch, dtype=torch.float32) for _ in range(2))
     _normalise[(triton.cdiv(numel, tiles.FLAT), batch)](
         x,
-        moments,
+        stats,
         weight,
         bias,
         out,
@@ -206,7 +215,7 @@ def normalise(
         channels,
         parts,
         eps,
-        PARTS=tiles.joined(parts),
+        PARTS=tiles.merge_block(parts),
         BLOCK=tiles.FLAT,
         num_warps=tiles.FLAT_WARPS,
     )
@@ -214,7 +223,7 @@ def normalise(
 
 
 def gradients(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -224,7 +233,10 @@ def gradients(
     out: Tensor,
     branch_out: Tensor | None,
 ) -> Tensor:
-    """Fills `out` (and `branch_out`); returns the gradients by weight and bias, fp32 [2, C]."""
+    """Compute the gradient of x, plus residual, into `out`, and scale times `out` into `branch_out` if it is given.
+
+    Returns the gradients of weight and bias, fp32 [2, C].
+    """
     batch, channels, height, width = x.shape
     positions, numel = height * width, x[0].numel()
     rows, each = tiles.column_sums(positions, channels)
@@ -232,7 +244,7 @@ def gradients(
     channel_sums = x.new_empty(batch * parts, 2, channels, dtype=torch.float32)
     sample_sums = x.new_empty(batch, parts, 2, dtype=torch.float32)
     _sums[(parts, batch)](
-        gradient,
+        grad_out,
         x,
         mean,
         rstd,
@@ -247,7 +259,7 @@ def gradients(
         num_warps=tiles.FLAT_WARPS,
     )
     _input_gradient[(triton.cdiv(numel, tiles.FLAT), batch)](
-        gradient,
+        grad_out,
         x,
         mean,
         rstd,
@@ -260,7 +272,7 @@ def gradients(
         numel,
         channels,
         parts,
-        PARTS=tiles.joined(parts),
+        PARTS=tiles.merge_block(parts),
         BLOCK=tiles.FLAT,
         num_warps=tiles.FLAT_WARPS,
     )

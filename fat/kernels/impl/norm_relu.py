@@ -1,8 +1,9 @@
-"""Triton: BatchNorm and ReLU behind a dense convolution, as in FAT's stem: statistics, result and gradients.
+"""Triton kernels of BatchNorm and ReLU after a dense convolution, as in FAT's stem: statistics, result and gradients.
 
-A map is a dense matrix of one row per position, and a program takes some rows, for which it keeps what the norm has per
-channel. The number of channels is a constant of the kernels: a model's stem has two, and where it is 24 nothing else
-would tell the compiler that rows begin at 16 bytes.
+A feature map is a contiguous matrix with one row per position. A program processes some rows, and keeps BatchNorm's
+values of each channel in registers. The number of channels is a constexpr argument: a model's stem has only two
+different numbers, and without the constant Triton's compiler would not know that rows of 24 channels are aligned to 16
+bytes.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from torch import Tensor
 from fat.kernels.impl import batchnorm, tiles
 from fat.kernels.impl import channel_sums as sums
 
-WIDE = (128, 64, 32)  # channels of a program
-AT_ONCE, WARPS = 4096, 8  # elements of each map that a program has on their way, 16 a thread
-PROGRAMS = 384  # of a split reduction: nearly three for each of an H100's multiprocessors
-STEPS = 4  # tiles that a program of the others walks over
+WIDE = (128, 64, 32)  # choices for the channels of a program
+IN_FLIGHT, WARPS = 4096, 8  # elements of each feature map that a program loads at once, 16 per thread
+PROGRAMS = 384  # of a split reduction: nearly three for each multiprocessor of an H100
+STEPS = 4  # tiles per program of the other kernels
 
 
 @triton.jit(do_not_specialize=("positions", "each"))
-def _moments(x, moments, counts, positions, each, channels: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """x [positions, channels] -> moments fp32 [parts, 2, channels] (mean, sum of squared deviations) of `each` rows.
+def _moments(x, stats, counts, positions, each, channels: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """x [positions, channels] -> stats fp32 [parts, 2, channels] (mean, sum of squared deviations) of `each` rows.
 
-    Sums are of differences from the part's first row, so that no mean, however large, drowns the deviations.
+    The part's first row is subtracted before summing, so that a large mean does not cancel the deviations' digits.
     """
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -47,7 +48,7 @@ def _moments(x, moments, counts, positions, each, channels: tl.constexpr, ROWS: 
         squares += value * value
     shift = tl.sum(total, axis=0)
     mean = shift / count
-    slot = moments + part * 2 * channels + c
+    slot = stats + part * 2 * channels + c
     tl.store(slot, origin + mean, mask=mask)
     tl.store(slot + channels, tl.sum(squares, axis=0) - shift * mean, mask=mask)
     tl.store(counts + part, count.to(tl.float32))
@@ -77,13 +78,13 @@ def _norm_relu(
     scale = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
     scale *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
     shift = tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
-    own_mean = tl.load(mean + c, mask=mask, other=0.0)
+    mean_c = tl.load(mean + c, mask=mask, other=0.0)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None] * channels + c[None, :]
         inside = (row < count)[:, None] & mask[None, :]
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        value = (value - own_mean[None, :]) * scale[None, :] + shift[None, :]
+        value = (value - mean_c[None, :]) * scale[None, :] + shift[None, :]
         value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
 
@@ -103,8 +104,8 @@ def _norm_relu_sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """out fp32 [parts, 2, channels]: sums of the gradient where the result is positive, and of it times the normalised
-    x."""
+    """out fp32 [parts, 2, channels]: the sums of grad_out and of grad_out * normalised x, where grad_out is the
+    gradient at positive results and 0 elsewhere."""
     part = tl.program_id(0)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
@@ -113,7 +114,7 @@ def _norm_relu_sums(
     gradient += start * channels
     x += start * channels
     result += start * channels
-    own_mean = tl.load(mean + c, mask=mask, other=0.0)
+    mean_c = tl.load(mean + c, mask=mask, other=0.0)
     plain = tl.zeros((ROWS, CHANNELS), tl.float32)
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(0, count, ROWS):
@@ -125,7 +126,7 @@ def _norm_relu_sums(
         kept = tl.load(result + at, mask=inside, other=0.0).to(tl.float32)
         grad_out = tl.where(kept <= 0, 0.0, grad_out)
         plain += grad_out
-        products += grad_out * (value - own_mean[None, :])
+        products += grad_out * (value - mean_c[None, :])
     rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
     slot = out + part * 2 * channels + c
     tl.store(slot, tl.sum(plain, axis=0), mask=mask)
@@ -151,7 +152,7 @@ def _norm_relu_gradient(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """share: one over how many values the statistics are of."""
+    """Gradient of x. share: 1 / number of values per channel over which the statistics were computed."""
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
     start = tl.program_id(0).to(tl.int64) * each
@@ -164,7 +165,7 @@ def _norm_relu_gradient(
     scale = rstd * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
     shift = tl.load(grad_bias + c, mask=mask, other=0.0) * share
     slope = tl.load(grad_weight + c, mask=mask, other=0.0) * share * rstd
-    own_mean = tl.load(mean + c, mask=mask, other=0.0)
+    mean_c = tl.load(mean + c, mask=mask, other=0.0)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
         at = row[:, None] * channels + c[None, :]
@@ -173,15 +174,15 @@ def _norm_relu_gradient(
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         kept = tl.load(result + at, mask=inside, other=0.0).to(tl.float32)
         grad_out = tl.where(kept <= 0, 0.0, grad_out)
-        found = scale[None, :] * (grad_out - shift[None, :] - (value - own_mean[None, :]) * slope[None, :])
+        found = scale[None, :] * (grad_out - shift[None, :] - (value - mean_c[None, :]) * slope[None, :])
         tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
 
 
 @cache
 def launch_shape(positions: int, channels: int, *, split: bool) -> tuple[int, int, int]:
-    """(channels of a program, rows at once, rows of a program), where parts are to be joined or not."""
+    """Return (channels per program, rows per iteration, rows per program). split: for a split reduction."""
     wide = tiles.widest(channels, WIDE)
-    rows = min(AT_ONCE // wide, tiles.power_of_2(positions))
+    rows = min(IN_FLIGHT // wide, tiles.power_of_2(positions))
     steps = triton.cdiv(positions, rows)
     if not split:
         return wide, rows, rows * STEPS
@@ -189,21 +190,21 @@ def launch_shape(positions: int, channels: int, *, split: bool) -> tuple[int, in
     return wide, rows, rows * triton.cdiv(steps, parts)
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance without correction over all but the channels, fp32 [C]."""
+def channel_stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and biased variance of each channel, fp32 [C]."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
     wide, rows, each = launch_shape(positions, channels, split=True)
     parts = triton.cdiv(positions, each)
-    found = x.new_empty(parts, 2, channels, dtype=torch.float32)
+    stats = x.new_empty(parts, 2, channels, dtype=torch.float32)
     counts = x.new_empty(parts, dtype=torch.float32)
     _moments[(parts, triton.cdiv(channels, wide))](
-        x, found, counts, positions, each, channels, ROWS=rows, CHANNELS=wide, num_warps=WARPS
+        x, stats, counts, positions, each, channels, ROWS=rows, CHANNELS=wide, num_warps=WARPS
     )
-    return batchnorm.join(found, counts)
+    return batchnorm.merge_stats(stats, counts)
 
 
 def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, out: Tensor) -> None:
-    """Fills `out`."""
+    """Compute ReLU(BatchNorm(x)) into `out`."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
     wide, rows, each = launch_shape(positions, channels, split=False)
     _norm_relu[(triton.cdiv(positions, each), triton.cdiv(channels, wide))](
@@ -211,19 +212,19 @@ def norm_relu(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
     )
 
 
-def norm_relu_sums(gradient: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """The gradients by bias and weight, fp32 [2, C]."""
+def norm_relu_sums(grad_out: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Return the gradients of bias and weight, in this order, fp32 [2, C]."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
     wide, rows, each = launch_shape(positions, channels, split=True)
     parts = triton.cdiv(positions, each)
-    found = x.new_empty(parts, 2, channels, dtype=torch.float32)
+    partial = x.new_empty(parts, 2, channels, dtype=torch.float32)
     _norm_relu_sums[(parts, triton.cdiv(channels, wide))](
-        gradient,
+        grad_out,
         x,
         result,
         mean,
         var,
-        found,
+        partial,
         positions,
         each,
         eps,
@@ -232,13 +233,13 @@ def norm_relu_sums(gradient: Tensor, x: Tensor, result: Tensor, mean: Tensor, va
         CHANNELS=wide,
         num_warps=WARPS,
     )
-    out = found.new_empty(2, channels)
-    sums.join(found, out)
+    out = partial.new_empty(2, channels)
+    sums.merge(partial, out)
     return out
 
 
 def norm_relu_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     result: Tensor,
     weight: Tensor,
@@ -250,11 +251,11 @@ def norm_relu_gradient(
     eps: float,
     out: Tensor,
 ) -> None:
-    """Fills `out`."""
+    """Compute the gradient of x into `out`."""
     channels, positions = x.shape[1], x.numel() // x.shape[1]
     wide, rows, each = launch_shape(positions, channels, split=False)
     _norm_relu_gradient[(triton.cdiv(positions, each), triton.cdiv(channels, wide))](
-        gradient,
+        grad_out,
         x,
         result,
         weight,

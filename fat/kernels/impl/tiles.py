@@ -1,5 +1,5 @@
-"""Launch shapes of the kernels, chosen from the maps' shapes alone: the same on every device and at every call, so that
-split reductions add in one order. Reasons and byte counts: docs/kernels.md.
+"""Launch shapes of the kernels. They depend only on the shapes of the feature maps, so that they are the same on every
+device and at every call, and split reductions always add in the same order. docs/kernels.md explains them.
 """
 
 from __future__ import annotations
@@ -7,38 +7,40 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-LANES = {3: 8, 5: 8, 7: 4, 9: 4}  # elements per thread, by kernel size: 8 is one 16-byte access in half precision;
-# with 8, the weights of a column of 7 or 9 taps and the sums leave no registers for occupancy
-STRIDE_2_LANES = 4  # the same of a forward pass at stride 2
-IN_BLOCKS = frozenset({3, 5})  # kernel sizes whose maps are computed in blocks. Of 7x7 the blocks take 40 to 100 s to
-# compile (Triton's coalescing pass is quadratic in their unrolled code); 81 weights leave little for sums
-SPREAD_ROWS = (2, 1)  # rows of the gradient of a thread's block, at stride 2
-WARP = 32
+# Channels per thread, by kernel size. 8 are one 16-byte access in half precision; with 8, the weights of a column of 7
+# or 9 taps and the sums would need too many registers for good occupancy.
+LANES = {3: 8, 5: 8, 7: 4, 9: 4}
+STRIDE_2_LANES = 4  # channels per thread of a forward pass at stride 2
+# Kernel sizes that use blocks at stride 1. For 7x7, blocks take 40 to 100 s to compile, because Triton's coalescing
+# pass is quadratic in the size of their unrolled code. For 9x9, 81 weights leave too few registers for sums.
+IN_BLOCKS = frozenset({3, 5})
+SPREAD_ROWS = (2, 1)  # choices for the gradient rows of a thread's block in the input gradient at stride 2
+WARP = 32  # threads
 MAX_WARPS = 4
-ROWS = (7, 8, 6, 5, 4)  # rows per thread, best first: 7 divides every map of a 224 image
+ROWS = (7, 8, 6, 5, 4)  # choices for rows per thread, best first; 7 divides every feature map of 224-pixel images
 MULTIPROCESSORS = 132  # of an H100 and an H200
-PROGRAMS = 1056  # of a split reduction: two for each of the four scheduling slots of an H100's multiprocessors
-ACROSS = (7, 8, 6, 5, 4)  # columns of a patch, best first, as ROWS
-PATCH_ROWS = 14  # that a thread walks down before it begins anew: fewer read more of the gradient twice
-TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows of one program: 81 sums in a thread leave 8 warps a multiprocessor
+PROGRAMS = 1056  # of a split reduction: two for each of the four schedulers of an H100's multiprocessors
+ACROSS = (7, 8, 6, 5, 4)  # choices for columns of a patch, best first, for the same reason as ROWS
+PATCH_ROWS = 14  # rows of a tile of patches; with fewer, a larger part of the gradient is loaded twice
+TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows per program; with all of 9x9, 81 sums would allow 8 warps at a time
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
-"""(kernel, stride, width of the gradient's map) whose weight gradients a device has computed faster in strips."""
-ADDED_ROWS, ADDED_COLUMNS = (16, 128), 32  # least and most, of the parts of a weight gradient that are added at once
-FLAT, FLAT_WARPS = 4096, 8  # elements of one program of a kernel that reads maps flat: 16 a thread
-COLUMN_SUMS = 4  # tiles of FLAT elements that a program of a reduction over positions walks over
-MIN_PARTS, MAX_PARTS = WARP, 256  # partial results that are joined at once; a warp takes 32 in the time of one
-JOINED_EACH = 128  # parts of a channel's moments that a program joins: two rounds for up to 16384 tiles
-JOINED_ROWS, JOINED_CHANNELS, JOINED_WARPS = 32, 32, 4  # at once
-FOLLOWED, FOLLOWED_WARPS = 128, 1  # running statistics that a program moves
-FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # of 1x1 weights: 128 to 2048 channels are 8 to 128 programs
-LEAST_PRODUCT = 16  # rows, columns and depth of a product by the matrix units
-ATTENTION_ROWS, ATTENTION_GRADIENT_ROWS, ATTENTION_WARPS = 128, 64, 4  # queries of one head at once
-MAX_KEYS, MAX_HEAD = 64, 64  # of attention: keys of a sample (49 at 224 pixels), channels of a head (16 or 32)
+"""(kernel, stride, width of the gradient) for which strips compute the weight gradient faster than patches."""
+SUMMED_PARTS, SUMMED_COLUMNS = (16, 128), 32  # parts of a weight gradient (minimum, maximum) and columns per iteration
+FLAT, FLAT_WARPS = 4096, 8  # elements per program of kernels that process flat arrays: 16 per thread
+COLUMN_SUMS = 4  # tiles of FLAT elements per program of a reduction over positions
+MIN_PARTS, MAX_PARTS = WARP, 256  # partial results merged per iteration; a warp merges 32 in the time of one
+MERGED_EACH = 128  # parts of a channel's statistics that a program merges: two rounds for up to 16384 tiles
+MERGED_ROWS, MERGED_CHANNELS, MERGED_WARPS = 32, 32, 4  # parts and channels per iteration of such a program
+RUNNING_STATS_CHANNELS, RUNNING_STATS_WARPS = 128, 1  # channels per program when running statistics are updated
+FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # tile of 1x1 weights; 128 to 2048 channels: 8 to 128 programs
+MIN_DOT_SIZE = 16  # minimum rows, columns and depth of tl.dot
+ATTENTION_ROWS, ATTENTION_GRADIENT_ROWS, ATTENTION_WARPS = 128, 64, 4  # queries of one head per iteration
+MAX_KEYS, MAX_HEAD = 64, 64  # of attention: keys per sample (49 at 224 pixels), channels per head (16 or 32)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a depthwise kernel works on: `rows` x `cols` positions of `channels` channels."""
+    """Outputs of one program of a depthwise kernel: `rows` x `cols` positions of `channels` channels, in columns."""
 
     rows: int
     cols: int
@@ -48,13 +50,14 @@ class Tile:
 
 @dataclass(frozen=True)
 class Blocks(Tile):
-    """The other form: a thread has `rows` x `across` positions of one channel or two, a tile `cols` such blocks."""
+    """Outputs of one program in blocks: a thread computes `rows` x `across` positions of one or two channels, and a
+    tile has `cols` such blocks."""
 
     across: int
 
 
 def depthwise(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile | Blocks:
-    """The form and launch shape of a depthwise kernel that writes maps of that size."""
+    """Choose the form and launch shape of a depthwise kernel whose result has this size."""
     form = blocks if kernel in IN_BLOCKS and stride == 1 else columns
     return form(kernel, height, width, channels, stride)
 
@@ -71,8 +74,11 @@ def blocks(
     lanes: int | None = None,
     most_warps: int = MAX_WARPS,
 ) -> Blocks:
-    """4 x 7 positions of two channels where they fit, else about 7 x 7 of one: their sums, k^2 weights and a row of x
-    are 100 to 140 numbers of a thread."""
+    """Return the blocks of a depthwise kernel: 4 x 7 positions of two channels if they fit, else about 7 x 7 of one.
+    With their sums, k^2 weights and a row of x, a thread keeps 100 to 140 numbers.
+
+    lanes: channels per thread.
+    """
     if rows is None:
         rows = 4 if kernel <= 5 and height % 4 == 0 else best(height)
         lanes = lanes or (2 if rows == 4 and kernel <= 5 else 1)
@@ -83,7 +89,7 @@ def blocks(
 
 
 def spread(kernel: int, height: int, width: int, channels: int) -> Tile | Blocks:
-    """The form and launch shape of the gradient by the input at stride 2, from a gradient map of that size."""
+    """Choose the form and launch shape of the input gradient at stride 2, from a gradient of this size."""
     return spread_blocks(kernel, height, width, channels)
 
 
@@ -91,7 +97,7 @@ def spread(kernel: int, height: int, width: int, channels: int) -> Tile | Blocks
 def spread_blocks(
     kernel: int, height: int, width: int, channels: int, *, rows: int | None = None, most_warps: int = MAX_WARPS
 ) -> Blocks:
-    """A position of the gradient makes four of the map: 2 x 7 of them are 56 sums."""
+    """Return the blocks of the input gradient at stride 2. 2 x 7 gradient positions are 56 sums: four outputs each."""
     del kernel
     wide, across = widest(channels), best(width)
     cols = min(power_of_2(-(-width // across)), max(1, most_warps * WARP // wide))
@@ -100,22 +106,22 @@ def spread_blocks(
 
 @cache
 def columns(kernel: int, height: int, width: int, channels: int, stride: int = 1) -> Tile:
-    """Each thread keeps some channels of a column of `rows` positions, so a row that has been read serves all kernel
-    rows."""
+    """Return the tile of a depthwise kernel in columns: a thread computes `rows` positions of some channels, and uses
+    each loaded row for all kernel rows."""
     wide = widest(channels)
-    # At stride 2 a column of outputs reads twice the rows: with 8 channels each, they leave room for 8 warps only.
+    # At stride 2 a column of outputs reads twice as many rows; with 8 channels each, registers allow only 8 warps.
     lanes = LANES[kernel] if stride == 1 else STRIDE_2_LANES
     cols = min(power_of_2(width), MAX_WARPS * WARP * lanes // wide)
-    # Where there are more threads than channels, Triton loads a weight in every thread that needs it; else in one, and
-    # hands it to the others through shared memory, with a barrier for each.
+    # If there are more threads than channels, Triton loads each weight in every thread that needs it. Otherwise it
+    # loads the weight in one thread and distributes it through shared memory, with a barrier for each weight.
     lanes = min(lanes, max(1, cols // 2))
     return Tile(best(height), cols, wide, warps(cols * wide // lanes))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Programs of a weight gradient: `parts`, each of up to `tiles_each` of the row_tiles x col_tiles tiles, times the
-    programs that share a part."""
+    """Programs of a weight gradient. The row_tiles x col_tiles tiles are divided into `parts` of up to `tiles_each`.
+    Each part is processed by programs / parts programs, for different channels and kernel rows or columns."""
 
     programs: int
     parts: int
@@ -127,7 +133,8 @@ class Grid:
 
 @dataclass(frozen=True)
 class Strips(Tile):
-    """A form of the weight gradient: a thread has a column of `rows` positions, and sums for some kernel columns."""
+    """Weight gradient in strips: a thread processes a column of `rows` positions, with sums for `columns` kernel
+    columns."""
 
     columns: int
 
@@ -141,23 +148,23 @@ class Strips(Tile):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Of the kernel."""
+        """Constexpr arguments of the kernel."""
         return {"COLUMNS": self.columns, "ROWS": self.rows, "COLS": self.cols, "CHANNELS": self.channels}
 
 
 @dataclass(frozen=True)
 class Walk:
-    """How threads walk down the rows of patches."""
+    """How threads iterate over the rows of patches."""
 
     each: int
-    """Channels of a thread."""
+    """Channels per thread."""
     together: int
-    """Rows that it reads at once."""
+    """Rows loaded at once."""
     early: bool
-    """It reads rows while it works on those before them."""
+    """Whether rows are loaded while the previous rows are processed."""
     resident: int
-    """Programs of one multiprocessor at a time, by the registers that these take: as many as there are in all, since
-    they take equally long."""
+    """Programs that a multiprocessor can run at a time, which is limited by their registers. The grid has as many
+    programs as can run at a time, because all take equally long."""
 
 
 WALKS: dict[tuple[int, int], tuple[Walk, ...]] = {
@@ -170,20 +177,20 @@ WALKS: dict[tuple[int, int], tuple[Walk, ...]] = {
     (7, 1): (Walk(1, 1, False, 3), Walk(1, 2, False, 2), Walk(2, 1, False, 2)),
     (9, 1): (Walk(1, 2, False, 4), Walk(1, 1, False, 4), Walk(2, 1, False, 3), Walk(2, 2, False, 3)),
 }
-"""(kernel, stride) -> walks, the one that is taken first; benchmarks/sweep.py compares them."""
+"""(kernel, stride) -> walks. The first one is used; benchmarks/sweep.py compares it with the others."""
 
 
 @dataclass(frozen=True)
 class Patches(Tile):
-    """The other form: a thread has `across` columns and walks down `rows` rows, with sums for `tap_rows` kernel rows. A
-    tile has `cols` such patches."""
+    """Weight gradient in patches: a thread processes `rows` rows of `across` columns, with sums for `tap_rows` kernel
+    rows. A tile has `cols` such patches."""
 
     across: int
     tap_rows: int
     walk: Walk
 
     def grid(self, kernel: int, batch: int, height: int, width: int, channels: int) -> Grid:
-        row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # patches side by side in one map
+        row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # patches per sample
         channel_tiles = -(-channels // self.channels)
         count, together = row_tiles * -(-batch * col_tiles // self.cols), channel_tiles * -(-kernel // self.tap_rows)
         parts = max(1, min(count, MULTIPROCESSORS * self.walk.resident // together))
@@ -191,7 +198,7 @@ class Patches(Tile):
 
     @property
     def constants(self) -> dict[str, int]:
-        """Of the kernel."""
+        """Constexpr arguments of the kernel."""
         sizes = {"ACROSS": self.across, "COLS": self.cols, "CHANNELS": self.channels}
         walk = {"TOGETHER": self.walk.together, "EARLY": self.walk.early}
         return {"TAP_ROWS": self.tap_rows, **walk, **sizes}
@@ -204,14 +211,15 @@ def _grid(count: int, together: int, parts: int, *tiles: int) -> Grid:
 
 
 def weight_gradient(kernel: int, stride: int, height: int, width: int, channels: int) -> Strips | Patches:
-    """The form and launch shape of the weight gradient from a gradient map of that size."""
+    """Choose the form and launch shape of the weight gradient, from a gradient of this size."""
     form = strips if (kernel, stride, width) in STRIPS else patches
     return form(kernel, stride, height, width, channels)
 
 
 @cache
 def strips(kernel: int, stride: int, height: int, width: int, channels: int) -> Strips:
-    """A thread keeps one sum for each tap of its kernel columns and each of its channels, which bounds both."""
+    """Return the weight gradient's strips. A thread has one sum per tap of its kernel columns and per channel, so the
+    number of registers limits both."""
     del stride
     wide = widest(channels)
     lanes, columns, rows = {3: (8, 3, 7), 5: (4, 5, 4), 7: (4, 4, 4), 9: (4, 3, 4)}[kernel]
@@ -229,7 +237,8 @@ def patches(
     walk: Walk | None = None,
     most_rows: int = PATCH_ROWS,
 ) -> Patches:
-    """A thread with one channel has its sums, DEPTH rows of the gradient and a row of x: 60 to 110 numbers."""
+    """Return the weight gradient's patches. For one channel, a thread keeps its sums, DEPTH rows of the gradient and a
+    row of x: 60 to 110 numbers."""
     walk = walk or walks(kernel, stride)[0]
     wide = widest(channels, (32, 16) if walk.each == 1 else (64, 32, 16))
     tap_rows = TAP_ROWS[kernel] if stride == 1 else kernel
@@ -238,49 +247,48 @@ def patches(
 
 
 def walks(kernel: int, stride: int) -> tuple[Walk, ...]:
-    """The first is taken, the others are for comparison."""
+    """Return the walks for a kernel size and stride. The first one is used; the others are for comparison."""
     return WALKS.get((kernel, stride), (Walk(1, 1, False, 3),))
 
 
 def other_patches(kernel: int, stride: int, height: int, width: int, channels: int) -> list[Patches]:
-    """Launch shapes to compare: every walk, over tiles of several heights."""
+    """Return launch shapes to compare: every walk, with tiles of several heights."""
     shape, heights = (kernel, stride, height, width, channels), (PATCH_ROWS, 2 * PATCH_ROWS, height)
     return list(dict.fromkeys(patches(*shape, walk, most) for walk in walks(kernel, stride) for most in heights))
 
 
-def added_parts(parts: int) -> tuple[int, int, int]:
-    """Parts at once, columns and warps of a program that adds a weight gradient's parts: up to 16 values a thread, so
-    that few reads wait for one another."""
-    rows = max(ADDED_ROWS[0], min(ADDED_ROWS[1], power_of_2(parts)))
-    return rows, ADDED_COLUMNS, warps(rows * ADDED_COLUMNS // 8)
+def sum_parts_shape(parts: int) -> tuple[int, int, int]:
+    """Return parts per iteration, columns and warps of a program that adds a weight gradient's parts. A thread loads up
+    to 16 values at once, so that few loads wait for each other."""
+    rows = max(SUMMED_PARTS[0], min(SUMMED_PARTS[1], power_of_2(parts)))
+    return rows, SUMMED_COLUMNS, warps(rows * SUMMED_COLUMNS // 8)
 
 
 def attention_fits(depth: int, keys: int) -> bool:
-    """Whether all keys of a head of `depth` channels fit into one tile."""
+    """Return whether all keys of a head of `depth` channels fit into one tile."""
     return depth <= MAX_HEAD and keys <= MAX_KEYS
 
 
 def column_sums(positions: int, channels: int) -> tuple[int, int]:
-    """Positions at once, and positions of one program, of a reduction over a sample's positions for each channel."""
+    """Return positions per iteration and per program, for a reduction over a sample's positions per channel."""
     rows = max(1, min(FLAT // power_of_2(channels), power_of_2(positions)))
     return rows, rows * COLUMN_SUMS
 
 
-def joined(parts: int) -> int:
-    """How many of the partial results of a sample are joined at once."""
+def merge_block(parts: int) -> int:
+    """Return how many partial results of a sample are merged per iteration."""
     return max(MIN_PARTS, min(MAX_PARTS, power_of_2(parts)))
 
 
 def widest(channels: int, choices: tuple[int, ...] = (64, 32)) -> int:
-    """The channels of a tile: of the choices, which are whole cache sectors side by side, the one that leaves fewest
-    lanes idle."""
+    """Choose the channels of a tile so that the fewest threads are idle. The choices are whole cache sectors."""
     if channels <= 16:
         return 16
     return min(choices, key=lambda wide: (-(-channels // wide) * wide, -wide))
 
 
 def best(length: int, choices: tuple[int, ...] = ROWS) -> int:
-    """The rows (or columns) of a tile that leave the fewest idle."""
+    """Choose the rows (or columns) of a tile so that the fewest are outside the feature map."""
     if length < choices[0]:
         return length
     return min(choices, key=lambda rows: -(-length // rows) * rows)
@@ -291,5 +299,5 @@ def warps(threads: int) -> int:
 
 
 def power_of_2(number: int) -> int:
-    """The smallest one that is not below `number`."""
+    """Return the smallest power of 2 that is at least `number`."""
     return 1 << (number - 1).bit_length()

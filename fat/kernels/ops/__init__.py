@@ -1,9 +1,11 @@
-"""The kernels as torch operators `fat::*`: shapes for tracing, gradients for autograd.
+"""The kernels as PyTorch operators `fat::*`, with shapes for tracing and gradients for autograd.
 
-Maps are [B, C, H, W] in channels-last memory, float32, bfloat16 or float16; weights any float dtype. Every sum is in
-fp32 and every result is rounded once, to the dtype of the map it belongs to; gradients of weights are summed in fp32
-and returned in the weight's dtype. An operator that is called with another layout or device raises ValueError;
-`fat.kernels` asks first. Triton is imported by the first call. There is no second derivative.
+Feature maps are [B, C, H, W] in channels-last memory, in float32, bfloat16 or float16; weights have any floating-point
+dtype. All sums are fp32. Results are rounded once, to the feature map's dtype; weight gradients to the weight's dtype.
+Operators raise ValueError for other memory formats, dtypes or devices, which `fat.kernels.can_use` checks beforehand.
+Triton is imported by the first call. Second derivatives are not supported.
+
+In this package `grad_out` is the gradient of the loss with respect to an operator's result.
 """
 
 from fat.kernels.ops.attention import attend, attend_gradient

@@ -1,4 +1,4 @@
-"""Operators `fat::attend*`: FASA's attention to the keys of a pooled map. See `fat.kernels.ops`."""
+"""Operators `fat::attend*`: FASA's attention to the keys of a pooled feature map. See `fat.kernels.ops`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch.library import custom_op
 
 from fat.kernels.families import ATTENTION, launches
 from fat.kernels.impl import tiles
-from fat.kernels.ops.checks import channels_last, expect
+from fat.kernels.ops.checks import channels_last, check_feature_maps
 
 
 @custom_op("fat::attend", mutates_args=())
 @launches(ATTENTION)
 def attend(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v by heads. q [B, C, H, W]; kv [B, 2 C, h, w], keys first; returns [B, C, H, W]."""
+    """Compute softmax(scale * q k^T) v for each head. q, result: [B, C, H, W]; kv: [B, 2 C, h, w], keys first."""
     from fat.kernels.impl import attention as kernels
 
-    _expect(q, kv, heads)
+    _check(q, kv, heads)
     out = torch.empty_like(q)
     kernels.attend(q, kv, heads, scale, out)
     return out
@@ -32,19 +32,19 @@ def _(q: Tensor, kv: Tensor, heads: int, scale: float) -> Tensor:
 
 @custom_op("fat::attend_gradient", mutates_args=())
 @launches(ATTENTION)
-def attend_gradient(gradient: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The gradients by q and kv."""
+def attend_gradient(grad_out: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the gradients of q and kv."""
     from fat.kernels.impl import attention as kernels
 
-    expect(gradient, q)
-    _expect(q, kv, heads)
+    check_feature_maps(grad_out, q)
+    _check(q, kv, heads)
     grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
-    kernels.attend_gradient(gradient, q, kv, heads, scale, grad_q, grad_kv)
+    kernels.attend_gradient(grad_out, q, kv, heads, scale, grad_q, grad_kv)
     return grad_q, grad_kv
 
 
 @attend_gradient.register_fake
-def _(gradient: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, kv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(kv)
 
 
@@ -53,24 +53,24 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(q, kv)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     q, kv = ctx.saved_tensors
-    return *attend_gradient(channels_last(gradient), q, kv, ctx.heads, ctx.scale), None, None
+    return *attend_gradient(channels_last(grad_out), q, kv, ctx.heads, ctx.scale), None, None
 
 
 attend.register_autograd(_backward, setup_context=_keep)
 
 
-def _expect(q: Tensor, kv: Tensor, heads: int) -> None:
-    expect(q, kv)
+def _check(q: Tensor, kv: Tensor, heads: int) -> None:
+    check_feature_maps(q, kv)
     channels, keys = q.shape[1], kv.shape[2] * kv.shape[3]
     if kv.shape[:2] != (q.shape[0], 2 * channels) or channels % heads:
         raise ValueError(
-            f"queries {tuple(q.shape)} in {heads} heads and keys with values {tuple(kv.shape)}: expected channels that "
-            f"the heads divide, and keys with values [{q.shape[0]}, {2 * channels}, h, w]"
+            f"q of shape {tuple(q.shape)} with {heads} heads and kv of shape {tuple(kv.shape)}: expected channels that "
+            f"are divisible by the heads, and kv of shape [{q.shape[0]}, {2 * channels}, h, w]"
         )
     depth = channels // heads
     if not tiles.attention_fits(depth, keys):
         raise ValueError(
-            f"{depth} channels a head, {keys} keys: expected at most {tiles.MAX_HEAD} and {tiles.MAX_KEYS}"
+            f"{depth} channels per head and {keys} keys: expected at most {tiles.MAX_HEAD} and {tiles.MAX_KEYS}"
         )

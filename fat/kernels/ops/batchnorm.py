@@ -1,5 +1,5 @@
 """Operators `fat::depthwise_stats` and `fat::fold`: BatchNorm between a depthwise and a 1x1 convolution, without a
-pass of its own over memory. See `fat.batchnorm` and `fat.kernels.ops`."""
+separate pass over memory. See `fat.batchnorm` and `fat.kernels.ops`."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, WEIGHT_GRADIENT, launches
-from fat.kernels.ops.checks import channels_last, empty_feature_map, expect, expect_weight
+from fat.kernels.ops.checks import channels_last, check_depthwise_weight, check_feature_maps, empty_feature_map
 from fat.kernels.ops.depthwise import depthwise_input_gradient
 
 
 @custom_op("fat::depthwise_stats", mutates_args=())
 @launches(CONVOLUTION, BATCH_NORM)
 def depthwise_stats(
-    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
+    x: Tensor, gelu_input: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`depthwise`, and mean and variance (without correction) of what it stores: fp32 [C]. Deterministic.
+    """Compute `depthwise`, and mean and biased variance of its stored result: fp32 [C]. Deterministic.
 
-    Where x is the GELU of `before`, the gradient goes there, and none to x.
+    gelu_input: if x = GELU(gelu_input), the gradient is propagated to it instead of to x.
     """
-    from fat.kernels.impl.batchnorm import join
-    from fat.kernels.impl.depthwise import convolve, programs
+    from fat.kernels.impl.batchnorm import merge_stats
+    from fat.kernels.impl.depthwise import convolve, tile_counts
 
-    expect(x, *(() if before is None else (before,)))
-    expect_weight(weight, x, stride, residual)
+    check_feature_maps(x, *(() if gelu_input is None else (gelu_input,)))
+    check_depthwise_weight(weight, x, stride, residual)
     out = _out(x, stride)
-    tiles = x.shape[0] * programs(weight, out, stride)[0]
-    moments = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
+    tiles = x.shape[0] * tile_counts(weight, out, stride)[0]
+    stats = x.new_empty(tiles, 2, x.shape[1], dtype=torch.float32)
     counts = x.new_empty(tiles, dtype=torch.float32)
-    convolve(x, weight, bias, out, stride=stride, residual=residual, moments=moments, counts=counts)
-    return out, *join(moments, counts)
+    convolve(x, weight, bias, out, stride=stride, residual=residual, stats=stats, counts=counts)
+    return out, *merge_stats(stats, counts)
 
 
 @depthwise_stats.register_fake
 def _(
-    x: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
+    x: Tensor, gelu_input: Tensor | None, weight: Tensor, bias: Tensor | None, stride: int, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
     return _out(x, stride), mean, var
@@ -51,46 +51,47 @@ def _out(x: Tensor, stride: int) -> Tensor:
 @custom_op("fat::depthwise_stats_gradient", mutates_args=())
 @launches(WEIGHT_GRADIENT, BATCH_NORM)
 def depthwise_stats_gradient(
-    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
+    grad_out: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradients by y and its statistics: the whole gradient by y, and those by weight and bias, fp32."""
+    """Return the complete gradient of y, including that through its mean and variance, and the gradients of weight and
+    bias, fp32. y: the convolution's result."""
     from fat.kernels.impl.depthwise_weight_grad import Statistics, weight_gradient
 
-    expect(gradient, x, y)
+    check_feature_maps(grad_out, x, y)
     completed = torch.empty_like(y)
     found = Statistics(y, mean, grad_mean, grad_var, completed)
-    return completed, *weight_gradient(gradient, x, kernel=kernel, stride=stride, statistics=found)
+    return completed, *weight_gradient(grad_out, x, kernel=kernel, stride=stride, statistics=found)
 
 
 @depthwise_stats_gradient.register_fake
 def _(
-    gradient: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
+    grad_out: Tensor, x: Tensor, y: Tensor, mean: Tensor, grad_mean: Tensor, grad_var: Tensor, kernel: int, stride: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = x.shape[1]
     grad_weight = x.new_empty(channels, 1, kernel, kernel, dtype=torch.float32)
     return torch.empty_like(y), grad_weight, x.new_empty(channels, dtype=torch.float32)
 
 
-def _keep_moments(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, before, weight, bias, ctx.stride, ctx.residual = inputs
+def _keep_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gelu_input, weight, bias, ctx.stride, ctx.residual = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, before, weight, output[0], output[1])
+    ctx.save_for_backward(x, gelu_input, weight, output[0], output[1])
 
 
-def _moments_backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
-    x, before, weight, y, mean = ctx.saved_tensors
+def _stats_backward(ctx: Any, grad_y: Tensor, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
+    x, gelu_input, weight, y, mean = ctx.saved_tensors
     completed, grad_weight, grad_bias = depthwise_stats_gradient(
         channels_last(grad_y), x, y, mean, grad_mean.contiguous(), grad_var.contiguous(), weight.shape[-1], ctx.stride
     )
     grad_input = None
-    if ctx.needs_input_grad[0 if before is None else 1]:
-        grad_input = depthwise_input_gradient(completed, weight, before, *x.shape[2:], ctx.stride, ctx.residual)
-    grad_x, grad_before = (grad_input, None) if before is None else (None, grad_input)
+    if ctx.needs_input_grad[0 if gelu_input is None else 1]:
+        grad_input = depthwise_input_gradient(completed, weight, gelu_input, *x.shape[2:], ctx.stride, ctx.residual)
+    grad_x, grad_gelu_input = (grad_input, None) if gelu_input is None else (None, grad_input)
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
-    return grad_x, grad_before, grad_weight.to(weight.dtype), grad_bias, None, None
+    return grad_x, grad_gelu_input, grad_weight.to(weight.dtype), grad_bias, None, None
 
 
-depthwise_stats.register_autograd(_moments_backward, setup_context=_keep_moments)
+depthwise_stats.register_autograd(_stats_backward, setup_context=_keep_stats)
 
 
 @custom_op("fat::update_running_stats", mutates_args=("running_mean", "running_var", "batches"))
@@ -104,7 +105,10 @@ def update_running_stats(
     momentum: float,
     correction: float,
 ) -> None:
-    """Moves running statistics [C] by momentum * drift and towards var * correction, and counts the batch."""
+    """Update running statistics [C] and the batch counter in place.
+
+    drift: mean of the batch minus running mean. var: biased variance; times `correction` it is unbiased.
+    """
     from fat.kernels.impl import batchnorm as kernels
 
     kernels.update_running_stats(running_mean, running_var, batches, drift, var, momentum, correction)
@@ -127,13 +131,13 @@ def fold(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """A 1x1 convolution's weights [O, C, 1, 1] and bias [O] with BatchNorm's work in them, in dtype.
+    """Fold BatchNorm into a 1x1 convolution's weights [O, C, 1, 1] and bias [O], returned in dtype.
 
-    gain, shift: BatchNorm's weight and bias. mean, var: fp32 [C].
+    gain, shift: BatchNorm's weight and bias, [C]. mean, var: fp32 [C].
     """
     from fat.kernels.impl import batchnorm as kernels
 
-    _expect_pointwise(weight, bias, gain, shift, mean, var)
+    _check_pointwise(weight, bias, gain, shift, mean, var)
     folded, folded_bias = _folded_shape(weight, bias, dtype=dtype)
     kernels.fold(weight, bias, gain, shift, mean, var, eps, folded, folded_bias)
     return folded, folded_bias
@@ -161,10 +165,10 @@ def fold_gradient(
     folded: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `fold` by weight, gain, shift, mean and var (the one by bias is by_folded_bias)."""
+    """Return the gradients of weight, gain, shift, mean and var (that of bias is grad_folded_bias)."""
     from fat.kernels.impl import batchnorm as kernels
 
-    _expect_pointwise(weight, grad_folded_bias, gain, shift, mean, var)
+    _check_pointwise(weight, grad_folded_bias, gain, shift, mean, var)
     return kernels.fold_gradient(grad_folded, grad_folded_bias, weight, gain, shift, mean, var, folded, eps)
 
 
@@ -188,12 +192,12 @@ def _fold_backward(ctx: Any, grad_folded: Tensor, grad_folded_bias: Tensor) -> t
 fold.register_autograd(_fold_backward, setup_context=_keep_fold)
 
 
-def _expect_pointwise(weight: Tensor, bias: Tensor, *of_channels: Tensor) -> None:
+def _check_pointwise(weight: Tensor, bias: Tensor, *of_channels: Tensor) -> None:
     outputs, channels = weight.shape[:2]
     if weight.shape[2:] != (1, 1) or bias.shape != (outputs,) or any(t.shape != (channels,) for t in of_channels):
         raise ValueError(
             f"weights of shape {tuple(weight.shape)}, bias {tuple(bias.shape)}, norm {tuple(of_channels[0].shape)}: "
-            "expected a 1x1 convolution [O, C, 1, 1], [O] and a norm [C] before it"
+            "expected those of a 1x1 convolution, [O, C, 1, 1] and [O], and of BatchNorm before it, [C]"
         )
     if not weight.flatten(1).is_contiguous() or any(t.device != weight.device for t in (bias, *of_channels)):
-        raise ValueError("a 1x1 convolution and a norm: expected dense weights, all on one device")
+        raise ValueError("weights of a 1x1 convolution and BatchNorm: expected contiguous tensors on one device")

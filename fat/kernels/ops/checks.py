@@ -1,4 +1,4 @@
-"""The maps that the operators take: [B, C, H, W] in channels-last memory, of a few dtypes, on one device."""
+"""Checks of the operators' arguments: memory format, dtype, device and shape."""
 
 from __future__ import annotations
 
@@ -19,23 +19,25 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def expect(first: Tensor, *others: Tensor) -> None:
-    """Raises ValueError unless all are alike and as the kernels read them."""
+def check_feature_maps(first: Tensor, *others: Tensor) -> None:
+    """Raise ValueError unless all are feature maps that the kernels accept, of one dtype and on one device."""
     for x in (first, *others):
         if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(
-                f"a map of shape {tuple(x.shape)} and strides {x.stride()}: fat::* kernels expect [B, C, H, W] in "
-                "channels-last memory; use .contiguous(memory_format=torch.channels_last)"
+                f"feature map of shape {tuple(x.shape)} and strides {x.stride()}: fat::* operators expect [B, C, H, W] "
+                "in channels-last memory; use .contiguous(memory_format=torch.channels_last)"
             )
         if x.dtype not in DTYPES:
-            raise ValueError(f"a map in {x.dtype}: fat::* kernels expect one of {', '.join(map(str, DTYPES))}")
+            raise ValueError(f"feature map in {x.dtype}: fat::* operators expect {', '.join(map(str, DTYPES))}")
         if (x.device, x.dtype) != (first.device, first.dtype):
             raise ValueError(
-                f"maps on {first.device} in {first.dtype} and on {x.device} in {x.dtype}: expected one device and dtype"
+                f"feature maps on {first.device} in {first.dtype} and on {x.device} in {x.dtype}: expected one device "
+                "and one dtype"
             )
 
 
-def expect_weight(weight: Tensor, x: Tensor, stride: int, residual: bool) -> None:
+def check_depthwise_weight(weight: Tensor, x: Tensor, stride: int, residual: bool) -> None:
+    """Raise ValueError unless these are depthwise weights for x that the kernels support."""
     kernel = weight.shape[-1]
     if weight.shape != (x.shape[1], 1, kernel, kernel) or kernel not in SIZES:
         raise ValueError(
@@ -45,7 +47,7 @@ def expect_weight(weight: Tensor, x: Tensor, stride: int, residual: bool) -> Non
     if stride not in STRIDES or (residual and stride != 1):
         raise ValueError(f"stride {stride}, residual {residual}: expected stride 1, or stride 2 without residual")
     if weight.device != x.device:
-        raise ValueError(f"depthwise weights on {weight.device} and a map on {x.device}: expected one device")
+        raise ValueError(f"depthwise weights on {weight.device}, feature map on {x.device}: expected one device")
 
 
 def empty_feature_map(like: Tensor, batch: int, channels: int, height: int, width: int) -> Tensor:
@@ -54,8 +56,8 @@ def empty_feature_map(like: Tensor, batch: int, channels: int, height: int, widt
     )
 
 
-def on_its_device(function: Function) -> Function:
-    """Triton launches on the current device, torch's operators on their tensors'."""
+def on_tensor_device(function: Function) -> Function:
+    """Make the device of the first argument current during a call, since Triton launches on the current device."""
 
     @functools.wraps(function)
     def run(first: Tensor, *rest: Any, **options: Any) -> Any:

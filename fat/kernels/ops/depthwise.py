@@ -1,4 +1,4 @@
-"""Operators `fat::depthwise*`: depthwise convolution, alone and with FASA's gate behind it. See `fat.kernels.ops`."""
+"""Operators `fat::depthwise*`: depthwise convolution, alone and followed by FASA's gate. See `fat.kernels.ops`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.families import CONVOLUTION, GATE, INPUT_GRADIENT, WEIGHT_GRADIENT, launches
-from fat.kernels.ops.checks import channels_last, empty_feature_map, expect, expect_weight
+from fat.kernels.ops.checks import channels_last, check_depthwise_weight, check_feature_maps, empty_feature_map
 
 
 @custom_op("fat::depthwise", mutates_args=())
 @launches(CONVOLUTION)
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool) -> Tensor:
-    """Depthwise k x k, padding k // 2; plus x where residual (stride 1). [B, C, ceil(H / stride), ceil(W / stride)]."""
+    """Compute a depthwise k x k convolution with padding k // 2: [B, C, ceil(H / stride), ceil(W / stride)].
+
+    residual: add x to the result; only with stride 1.
+    """
     from fat.kernels.impl.depthwise import convolve
 
-    expect(x)
-    expect_weight(weight, x, stride, residual)
+    check_feature_maps(x)
+    check_depthwise_weight(weight, x, stride, residual)
     out = _depthwise_shape(x, weight, bias, stride, residual)
     convolve(x, weight, bias, out, stride=stride, residual=residual)
     return out
@@ -33,37 +36,40 @@ def _depthwise_shape(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int
 @custom_op("fat::depthwise_input_gradient", mutates_args=())
 @launches(INPUT_GRADIENT)
 def depthwise_input_gradient(
-    gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
+    grad_out: Tensor, weight: Tensor, gelu_input: Tensor | None, height: int, width: int, stride: int, residual: bool
 ) -> Tensor:
-    """The gradient by x of `depthwise`: [B, C, height, width]. Where x is the GELU of `before`, by that."""
+    """Return the gradient of the input of `depthwise`: [B, C, height, width].
+
+    gelu_input: if x = GELU(gelu_input), return the gradient of gelu_input instead of that of x.
+    """
     from fat.kernels.impl.depthwise import input_gradient
 
-    expect(gradient, *(() if before is None else (before,)))
-    expect_weight(weight, gradient, stride, residual)
-    out = _input_gradient_shape(gradient, weight, before, height, width, stride, residual)
-    input_gradient(gradient, weight, before, out, stride=stride, residual=residual)
+    check_feature_maps(grad_out, *(() if gelu_input is None else (gelu_input,)))
+    check_depthwise_weight(weight, grad_out, stride, residual)
+    out = _input_gradient_shape(grad_out, weight, gelu_input, height, width, stride, residual)
+    input_gradient(grad_out, weight, gelu_input, out, stride=stride, residual=residual)
     return out
 
 
 @depthwise_input_gradient.register_fake
 def _input_gradient_shape(
-    gradient: Tensor, weight: Tensor, before: Tensor | None, height: int, width: int, stride: int, residual: bool
+    grad_out: Tensor, weight: Tensor, gelu_input: Tensor | None, height: int, width: int, stride: int, residual: bool
 ) -> Tensor:
-    return empty_feature_map(gradient, gradient.shape[0], gradient.shape[1], height, width)
+    return empty_feature_map(grad_out, grad_out.shape[0], grad_out.shape[1], height, width)
 
 
 @custom_op("fat::depthwise_weight_gradient", mutates_args=())
 @launches(WEIGHT_GRADIENT)
-def depthwise_weight_gradient(gradient: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
-    """The gradients by weight, fp32 [C, 1, kernel, kernel], and by bias, fp32 [C]. Deterministic."""
+def depthwise_weight_gradient(grad_out: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weight, fp32 [C, 1, kernel, kernel], and bias, fp32 [C]. Deterministic."""
     from fat.kernels.impl.depthwise_weight_grad import weight_gradient
 
-    expect(gradient, x)
-    return weight_gradient(gradient, x, kernel=kernel, stride=stride)
+    check_feature_maps(grad_out, x)
+    return weight_gradient(grad_out, x, kernel=kernel, stride=stride)
 
 
 @depthwise_weight_gradient.register_fake
-def _weight_gradient_shape(gradient: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+def _weight_gradient_shape(grad_out: Tensor, x: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     return (
         x.new_empty(channels, 1, kernel, kernel, dtype=torch.float32),
@@ -77,10 +83,10 @@ def _keep_depthwise(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _depthwise_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _depthwise_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     grad_x, grad_weight, grad_bias = convolution_gradients(
-        gradient, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], ctx.stride, ctx.residual
+        grad_out, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], ctx.stride, ctx.residual
     )
     return grad_x, grad_weight, grad_bias, None, None
 
@@ -89,7 +95,7 @@ depthwise.register_autograd(_depthwise_backward, setup_context=_keep_depthwise)
 
 
 def convolution_gradients(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
     bias_dtype: torch.dtype | None,
@@ -97,29 +103,29 @@ def convolution_gradients(
     stride: int,
     residual: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By x, weight and bias, as far as needed."""
-    gradient = channels_last(gradient)
+    """Return the gradients of x, weight and bias; None for those that are not needed."""
+    grad_out = channels_last(grad_out)
     grad_x = grad_weight = grad_bias = None
     if needed[0]:
-        grad_x = depthwise_input_gradient(gradient, weight, None, *x.shape[2:], stride, residual)
+        grad_x = depthwise_input_gradient(grad_out, weight, None, *x.shape[2:], stride, residual)
     if needed[1] or needed[2]:
-        grad_weight, grad_bias = depthwise_weight_gradient(gradient, x, weight.shape[-1], stride)
+        grad_weight, grad_bias = depthwise_weight_gradient(grad_out, x, weight.shape[-1], stride)
         grad_weight = grad_weight.to(weight.dtype)
         grad_bias = None if bias_dtype is None else grad_bias.to(bias_dtype)
     return grad_x, grad_weight, grad_bias
 
 
-# Depthwise convolution and FASA's gate: SiLU(depthwise(q)) * SiLU(other)
+# Depthwise convolution followed by FASA's gate: SiLU(depthwise(q)) * SiLU(other)
 
 
 @custom_op("fat::depthwise_gate", mutates_args=())
 @launches(CONVOLUTION, GATE)
 def depthwise_gate(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
-    """Stride 1; q and other of one shape and dtype."""
+    """Compute SiLU(depthwise(q)) * SiLU(other) with stride 1. q and other have the same shape and dtype."""
     from fat.kernels.impl.depthwise import GATE, convolve
 
-    expect(q, other)
-    expect_weight(weight, q, 1, False)
+    check_feature_maps(q, other)
+    check_depthwise_weight(weight, q, 1, False)
     out = torch.empty_like(q)
     convolve(q, weight, bias, out, epilogue=GATE, gate=other)
     return out
@@ -133,20 +139,20 @@ def _(q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
 @custom_op("fat::depthwise_gate_gradient", mutates_args=())
 @launches(CONVOLUTION, GATE)
 def depthwise_gate_gradient(
-    gradient: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor
+    grad_out: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by depthwise(q), which is worked out again, and by other."""
+    """Return the gradients of depthwise(q), which is recomputed, and of other."""
     from fat.kernels.impl.depthwise import GATE_GRADIENT, convolve
 
-    expect(gradient, q, other)
-    expect_weight(weight, q, 1, False)
+    check_feature_maps(grad_out, q, other)
+    check_depthwise_weight(weight, q, 1, False)
     grad_local, grad_other = torch.empty_like(q), torch.empty_like(other)
-    convolve(q, weight, bias, grad_local, epilogue=GATE_GRADIENT, gate=other, gradient=gradient, gate_out=grad_other)
+    convolve(q, weight, bias, grad_local, epilogue=GATE_GRADIENT, gate=other, grad_out=grad_out, gate_out=grad_other)
     return grad_local, grad_other
 
 
 @depthwise_gate_gradient.register_fake
-def _(gradient: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), torch.empty_like(other)
 
 
@@ -154,9 +160,9 @@ def _keep_depthwise_gate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
     ctx.save_for_backward(*inputs)
 
 
-def _depthwise_gate_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _depthwise_gate_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     q, weight, bias, other = ctx.saved_tensors
-    grad_local, grad_other = depthwise_gate_gradient(channels_last(gradient), q, weight, bias, other)
+    grad_local, grad_other = depthwise_gate_gradient(channels_last(grad_out), q, weight, bias, other)
     bias_dtype = None if bias is None else bias.dtype
     grad_q, grad_weight, grad_bias = convolution_gradients(
         grad_local, q, weight, bias_dtype, ctx.needs_input_grad[:3], 1, False

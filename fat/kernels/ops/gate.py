@@ -1,4 +1,4 @@
-"""Operators `fat::gate*`: FASA's gate where the local branch was computed elsewhere. See `fat.kernels.ops`."""
+"""Operators `fat::gate*`: FASA's gate, if the local branch was computed by another operator. See `fat.kernels.ops`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.families import GATE, launches
-from fat.kernels.ops.checks import channels_last, expect
+from fat.kernels.ops.checks import channels_last, check_feature_maps
 
 
 @custom_op("fat::gate", mutates_args=())
 @launches(GATE)
 def gate(local: Tensor, other: Tensor) -> Tensor:
-    """SiLU(local) * SiLU(other), of one shape and dtype."""
+    """Compute SiLU(local) * SiLU(other). Both have the same shape and dtype."""
     from fat.kernels.impl import gate as kernels
 
-    expect(local, other)
+    check_feature_maps(local, other)
     out = torch.empty_like(local)
     kernels.gate(local, other, out)
     return out
@@ -31,17 +31,17 @@ def _(local: Tensor, other: Tensor) -> Tensor:
 
 @custom_op("fat::gate_gradient", mutates_args=())
 @launches(GATE)
-def gate_gradient(gradient: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def gate_gradient(grad_out: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     from fat.kernels.impl import gate as kernels
 
-    expect(gradient, local, other)
+    check_feature_maps(grad_out, local, other)
     grad_local, grad_other = torch.empty_like(local), torch.empty_like(other)
-    kernels.gate_gradient(gradient, local, other, grad_local, grad_other)
+    kernels.gate_gradient(grad_out, local, other, grad_local, grad_other)
     return grad_local, grad_other
 
 
 @gate_gradient.register_fake
-def _(gradient: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_out: Tensor, local: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(local), torch.empty_like(other)
 
 
@@ -49,8 +49,8 @@ def _keep_gate(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _gate_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    return gate_gradient(channels_last(gradient), *ctx.saved_tensors)
+def _gate_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    return gate_gradient(channels_last(grad_out), *ctx.saved_tensors)
 
 
 gate.register_autograd(_gate_backward, setup_context=_keep_gate)

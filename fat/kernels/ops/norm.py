@@ -1,4 +1,4 @@
-"""Operators `fat::*norm*` and `fat::add`: GroupNorm with one group, the residual add and the convolution before it. See
+"""Operators `fat::*norm*` and `fat::add`: GroupNorm with one group, alone or after a residual add or a convolution. See
 `fat.kernels.ops`."""
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from torch import Tensor
 from torch.library import custom_op
 
 from fat.kernels.families import CONVOLUTION, NORM, launches
-from fat.kernels.ops.checks import channels_last, expect, expect_weight
+from fat.kernels.ops.checks import channels_last, check_depthwise_weight, check_feature_maps
 from fat.kernels.ops.depthwise import convolution_gradients
 
 
 @custom_op("fat::norm", mutates_args=())
 @launches(NORM)
 def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(normalised x, mean fp32 [B], reciprocal standard deviation fp32 [B])."""
+    """Return normalised x, its mean, fp32 [B], and its reciprocal standard deviation, fp32 [B]."""
     from fat.kernels.impl import norm as kernels
 
-    expect(x)
-    moments = kernels.add(x, None, None, x, moments=True)
-    assert moments is not None
+    check_feature_maps(x)
+    stats = kernels.add(x, None, None, x, with_stats=True)
+    assert stats is not None
     out = torch.empty_like(x)
-    return out, *kernels.normalise(x, moments, weight, bias, out, eps)
+    return out, *kernels.normalise(x, stats, weight, bias, out, eps)
 
 
 @norm.register_fake
@@ -35,13 +35,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tens
 @custom_op("fat::add", mutates_args=())
 @launches(NORM)
 def add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """x + scale * branch in x's dtype; scale: fp32 [B] or none."""
+    """Return x + scale * branch in x's dtype. scale: fp32 [B]; None: 1."""
     from fat.kernels.impl import norm as kernels
 
-    expect(x)
-    expect(branch)
+    check_feature_maps(x)
+    check_feature_maps(branch)
     out = torch.empty_like(x)
-    kernels.add(x, branch, scale, out, moments=False)
+    kernels.add(x, branch, scale, out, with_stats=False)
     return out
 
 
@@ -53,12 +53,12 @@ def _(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
 @custom_op("fat::scaled", mutates_args=())
 @launches(NORM)
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
-    """scale * x in x's dtype; scale: fp32 [B]."""
+    """Return scale * x in x's dtype. scale: fp32 [B]."""
     from fat.kernels.impl import norm as kernels
 
-    expect(x)
+    check_feature_maps(x)
     out = torch.empty_like(x)
-    kernels.add(None, x, scale, out, moments=False)
+    kernels.add(None, x, scale, out, with_stats=False)
     return out
 
 
@@ -72,15 +72,15 @@ def _(x: Tensor, scale: Tensor) -> Tensor:
 def add_norm(
     x: Tensor, branch: Tensor, scale: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`add`, and `norm` of it: (sum, normalised sum, mean, reciprocal standard deviation)."""
+    """Return y = `add` of x and branch, and `norm` of y: (y, normalised y, mean, reciprocal standard deviation)."""
     from fat.kernels.impl import norm as kernels
 
-    expect(x)
-    expect(branch)
+    check_feature_maps(x)
+    check_feature_maps(branch)
     total, out = torch.empty_like(x), torch.empty_like(x)
-    moments = kernels.add(x, branch, scale, total, moments=True)
-    assert moments is not None
-    return total, out, *kernels.normalise(total, moments, weight, bias, out, eps)
+    stats = kernels.add(x, branch, scale, total, with_stats=True)
+    assert stats is not None
+    return total, out, *kernels.normalise(total, stats, weight, bias, out, eps)
 
 
 @add_norm.register_fake
@@ -95,17 +95,17 @@ def _(
 def depthwise_norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor, norm_bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`depthwise` with residual, and `norm` of it: (map, normalised map, mean, reciprocal standard deviation)."""
+    """Return y = x + depthwise(x), and `norm` of y: (y, normalised y, mean, reciprocal standard deviation)."""
     from fat.kernels.impl import norm as kernels
-    from fat.kernels.impl.depthwise import convolve, programs
+    from fat.kernels.impl.depthwise import convolve, tile_counts
 
-    expect(x)
-    expect_weight(weight, x, 1, True)
+    check_feature_maps(x)
+    check_depthwise_weight(weight, x, 1, True)
     total, out = torch.empty_like(x), torch.empty_like(x)
-    tiles, deep = programs(weight, total)
-    moments = x.new_empty(x.shape[0], tiles * deep, 3, dtype=torch.float32)
-    convolve(x, weight, bias, total, residual=True, moments=moments)
-    return total, out, *kernels.normalise(total, moments, norm_weight, norm_bias, out, eps)
+    tiles, deep = tile_counts(weight, total)
+    stats = x.new_empty(x.shape[0], tiles * deep, 3, dtype=torch.float32)
+    convolve(x, weight, bias, total, residual=True, stats=stats)
+    return total, out, *kernels.normalise(total, stats, norm_weight, norm_bias, out, eps)
 
 
 @depthwise_norm.register_fake
@@ -118,19 +118,22 @@ def _(
 @custom_op("fat::norm_gradient", mutates_args=())
 @launches(NORM)
 def norm_gradient(
-    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
+    grad_out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `norm` by x, to which residual is added, and by weight and bias, fp32 [2, C]. Deterministic."""
+    """Return the gradient of the input of `norm`, plus `residual`, and those of weight and bias, fp32 [2, C].
+
+    Deterministic.
+    """
     from fat.kernels.impl import norm as kernels
 
-    expect(gradient, x, *(() if residual is None else (residual,)))
+    check_feature_maps(grad_out, x, *(() if residual is None else (residual,)))
     out = torch.empty_like(x)
-    return out, kernels.gradients(gradient, x, mean, rstd, weight, residual, None, out, None)
+    return out, kernels.gradients(grad_out, x, mean, rstd, weight, residual, None, out, None)
 
 
 @norm_gradient.register_fake
 def _(
-    gradient: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
+    grad_out: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), _affine(weight)
 
@@ -138,7 +141,7 @@ def _(
 @custom_op("fat::add_norm_gradient", mutates_args=())
 @launches(NORM)
 def add_norm_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -147,17 +150,20 @@ def add_norm_gradient(
     scale: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `norm_gradient`, with scale times the first result, in the branch's dtype, as the second."""
+    """Like `norm_gradient`, with scale times its first result inserted as the second result, in dtype.
+
+    dtype: of the branch.
+    """
     from fat.kernels.impl import norm as kernels
 
-    expect(gradient, x, residual)
+    check_feature_maps(grad_out, x, residual)
     out, branch_out = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-    return out, branch_out, kernels.gradients(gradient, x, mean, rstd, weight, residual, scale, out, branch_out)
+    return out, branch_out, kernels.gradients(grad_out, x, mean, rstd, weight, residual, scale, out, branch_out)
 
 
 @add_norm_gradient.register_fake
 def _(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -173,13 +179,13 @@ def _keep_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, _ = inputs
     _, mean, rstd = output
     ctx.bias_dtype = bias.dtype
-    ctx.set_materialize_grads(False)  # mean's and rstd's would be launches for nothing
+    ctx.set_materialize_grads(False)  # avoids kernels that would write zeros as the gradients of mean and rstd
     ctx.save_for_backward(x, mean, rstd, weight)
 
 
-def _norm_backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _norm_backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, mean, rstd, weight = ctx.saved_tensors
-    grad_x, affine = norm_gradient(channels_last(gradient), x, mean, rstd, weight, None)
+    grad_x, affine = norm_gradient(channels_last(grad_out), x, mean, rstd, weight, None)
     return grad_x, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
 
 
@@ -192,11 +198,11 @@ def _keep_add(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(scale)
 
 
-def _add_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _add_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     (scale,) = ctx.saved_tensors
-    gradient = channels_last(gradient)
-    grad_branch = gradient if scale is None else scaled(gradient, scale)
-    return gradient, grad_branch.to(ctx.branch_dtype), None
+    grad_out = channels_last(grad_out)
+    grad_branch = grad_out if scale is None else scaled(grad_out, scale)
+    return grad_out, grad_branch.to(ctx.branch_dtype), None
 
 
 add.register_autograd(_add_backward, setup_context=_keep_add)
@@ -211,16 +217,16 @@ def _keep_add_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _add_norm_backward(
-    ctx: Any, residual: Tensor | None, gradient: Tensor | None, *_: None
+    ctx: Any, residual: Tensor | None, grad_out: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     total, mean, rstd, weight, scale = ctx.saved_tensors
-    gradient, residual = _dense(gradient, total), _dense(residual, total)
+    grad_out, residual = _dense(grad_out, total), _dense(residual, total)
     if scale is None and ctx.branch_dtype == total.dtype:
-        grad_x, affine = norm_gradient(gradient, total, mean, rstd, weight, residual)
+        grad_x, affine = norm_gradient(grad_out, total, mean, rstd, weight, residual)
         grad_branch = grad_x
     else:
         grad_x, grad_branch, affine = add_norm_gradient(
-            gradient, total, mean, rstd, weight, residual, scale, ctx.branch_dtype
+            grad_out, total, mean, rstd, weight, residual, scale, ctx.branch_dtype
         )
     return grad_x, grad_branch, None, affine[0].to(weight.dtype), affine[1].to(ctx.bias_dtype), None
 
@@ -237,11 +243,11 @@ def _keep_depthwise_norm(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None
 
 
 def _depthwise_norm_backward(
-    ctx: Any, residual: Tensor | None, gradient: Tensor | None, *_: None
+    ctx: Any, residual: Tensor | None, grad_out: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     x, weight, total, mean, rstd, norm_weight = ctx.saved_tensors
-    gradient, residual = _dense(gradient, total), _dense(residual, total)
-    grad_total, affine = norm_gradient(gradient, total, mean, rstd, norm_weight, residual)
+    grad_out, residual = _dense(grad_out, total), _dense(residual, total)
+    grad_total, affine = norm_gradient(grad_out, total, mean, rstd, norm_weight, residual)
     grad_x, grad_weight, grad_bias = convolution_gradients(
         grad_total, x, weight, ctx.bias_dtype, ctx.needs_input_grad[:3], 1, True
     )
@@ -252,9 +258,9 @@ def _depthwise_norm_backward(
 depthwise_norm.register_autograd(_depthwise_norm_backward, setup_context=_keep_depthwise_norm)
 
 
-def _dense(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """None: of two results one was not used."""
-    return torch.zeros_like(like) if gradient is None else channels_last(gradient)
+def _dense(grad_out: Tensor | None, like: Tensor) -> Tensor:
+    """Return the gradient in channels-last memory, or zeros if it is None, which means that the result was not used."""
+    return torch.zeros_like(like) if grad_out is None else channels_last(grad_out)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

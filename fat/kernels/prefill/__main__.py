@@ -1,4 +1,4 @@
-"""`python -m fat.kernels.prefill`; see `fat.kernels.prefill.command`."""
+"""Run `fat.kernels.prefill.command`: `python -m fat.kernels.prefill`."""
 
 import sys
 

@@ -2,8 +2,8 @@
 
     TRITON_CACHE_DIR=DIR python -m fat.kernels.prefill [--models fat_b0 ...] [--batch 256] [--size 224] [--prune]
 
-Needs no GPU. The cache serves a machine of that compute capability with the same Python, the same versions of torch and
-Triton and the same sources, at the same paths: its keys are hashes of these, and it holds absolute paths.
+No GPU is needed. The cache can be used on machines with a GPU of the compiled compute capability, if Python, PyTorch,
+Triton and the sources have the same versions and paths: its keys are hashes of these, and it contains absolute paths.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 import fat
 from fat.kernels.prefill.work import evaluation, training_step
 
-KEPT = (".cubin", ".json", ".so")  # what a launch reads
+KEPT = (".cubin", ".json", ".so")  # the files in Triton's cache that a launch reads
 WORK = {"step": training_step, "eval": evaluation}
-EVERY = 5.0  # seconds between two lines of progress
+EVERY = 5.0  # seconds between progress lines
 
 
 def main() -> int:
@@ -31,9 +31,15 @@ def main() -> int:
         prog="python -m fat.kernels.prefill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_options(parser)
-    parser.add_argument("--models", nargs="+", choices=fat.list_models(), default=["fat_b0"])
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--work", nargs="+", choices=tuple(WORK), default=list(WORK))
+    parser.add_argument(
+        "--models", nargs="+", choices=fat.list_models(), default=["fat_b0"], help="models to compile kernels for"
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="autocast dtype; float32: none"
+    )
+    parser.add_argument(
+        "--work", nargs="+", choices=tuple(WORK), default=list(WORK), help="step: training step; eval: evaluation"
+    )
     options = parser.parse_args()
     work: list[Callable[[], object]] = []
     for name in options.models:
@@ -45,20 +51,24 @@ def main() -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of every tool that fills the cache."""
+    """Add the options of all tools that fill the cache."""
     parser.add_argument("--batch", type=_whole_number(1_000_000), default=256, help="images per micro-batch")
-    parser.add_argument("--size", type=_whole_number(8192), default=224, help="side of the images in pixels")
+    parser.add_argument("--size", type=_whole_number(8192), default=224, help="side of the square images in pixels")
     parser.add_argument(
-        "--capability", type=_capability, default=(9, 0), help="compute capability of the GPU (9.0: H100, H200)"
+        "--capability", type=_capability, default=(9, 0), help="compute capability to compile for (9.0: H100, H200)"
     )
-    parser.add_argument("--processes", type=_whole_number(1024), help="compilers at a time (one per core)")
-    parser.add_argument("--prune", action="store_true", help="delete all but machine code, metadata and launchers")
+    parser.add_argument(
+        "--processes", type=_whole_number(1024), help="number of parallel compiler processes (default: one per core)"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="delete cached files that no launch reads, such as intermediate code"
+    )
 
 
 def fill(work: Sequence[Callable[[], object]], options: argparse.Namespace) -> int:
-    """Compile what `work` launches, and print what was done. Returns an exit code: 1 when anything failed."""
+    """Compile the kernels that `work` launches, and print a summary. Returns an exit code: 1 if a kernel failed."""
     if importlib.util.find_spec("triton") is None:
-        print("error: Triton is not installed; install the triton package of this torch version", file=sys.stderr)
+        print("error: Triton is not installed; install the triton package for this PyTorch version", file=sys.stderr)
         return 2
     from fat.kernels.prefill.compile_ahead import cache_folder, compile_ahead
 
@@ -78,14 +88,14 @@ def fill(work: Sequence[Callable[[], object]], options: argparse.Namespace) -> i
 
 
 def prune(folder: Path) -> None:
-    """Delete the intermediate code in Triton's cache, which no launch reads."""
+    """Delete the files in Triton's cache that no launch reads, such as intermediate code."""
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix not in KEPT:
             path.unlink()
 
 
 class Progress:
-    """Prints how many kernels are compiled, at most once in `EVERY` seconds."""
+    """Prints how many kernels have been compiled, at most once every `EVERY` seconds."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream, self.last = stream, -EVERY
@@ -98,11 +108,11 @@ class Progress:
 
 
 def _whole_number(most: int) -> Callable[[str], int]:
-    """Return a parser of whole numbers from 1 to `most`, as argparse takes it."""
+    """Return an argparse type for integers from 1 to `most`."""
 
     def parse(text: str) -> int:
         if not (text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most):
-            raise argparse.ArgumentTypeError(f"{text[:60]}: a whole number from 1 to {most:,} expected")
+            raise argparse.ArgumentTypeError(f"{text[:60]}: expected an integer from 1 to {most:,}")
         return int(text)
 
     return parse

@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of some work before its first launch, in parallel processes, into Triton's cache."""
+"""Compile the Triton kernels of given functions into Triton's cache ahead of time, in parallel processes."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from fat.kernels.prefill.launches import Launch, cuda_target, record
 log = logging.getLogger(__name__)
 
 LOCK = "compile-ahead.lock"
-POLL = 0.1  # seconds between two looks at a lock that another process holds
-NAMED = 3  # failures that a report spells out
+POLL = 0.1  # seconds between two attempts to get a lock that another process holds
+NAMED = 3  # maximum number of failures in a report's message
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `compile_ahead` found and did."""
+    """Result of `compile_ahead`."""
 
     total: int = 0
-    """Distinct kernels of the work."""
+    """Distinct kernels that the work launches."""
     compiled: int = 0
     cached: int = 0
-    """Kernels that were in the cache already; what is left of the total has failed."""
+    """Kernels that were already in the cache. Kernels that are neither compiled nor cached have failed."""
     seconds: float = 0.0
     problem: str | None = None
-    """One line about everything that went wrong. Those kernels will be compiled by their first launch."""
+    """One line on everything that failed. These kernels will be compiled at their first launch."""
 
     def __str__(self) -> str:
         failed = self.total - self.compiled - self.cached
@@ -69,18 +69,18 @@ def compile_ahead(
     progress: Callable[[int, int], object] | None = None,
     wait: float = 600.0,
 ) -> Report:
-    """Compile every kernel that `work` would launch and that Triton's cache lacks. Never raises an `Exception`.
+    """Compile every kernel that `work` would launch and that is not in Triton's cache. Never raises an `Exception`.
 
-    Call it once per node (other local ranks wait for that), before anything is launched; callers that do not know of
-    each other take turns by a lock in the cache folder, and the second finds what the first has compiled.
+    Call it on one rank per node, before any kernel is launched, while the other local ranks wait. Independent callers
+    are serialised by a lock in the cache folder, and the second one finds what the first one has compiled.
 
     Args:
-        work: functions that launch kernels: those of `fat.kernels.prefill.work`, or others that `record` takes.
-        capability: compute capability to compile for, such as (9, 0); the default is that of the current device, and
-            without a device nothing is compiled.
-        processes: compilers at a time; the default is one per core that this process may use.
-        progress: is called with the numbers of kernels that are done and that are to be compiled, first with 0 done.
-        wait: seconds to wait for another process that is compiling; after that kernels compile when they are launched.
+        work: functions that launch kernels: those of `fat.kernels.prefill.work`, or others that `record` accepts.
+        capability: compute capability to compile for, such as (9, 0). None: that of the current device; without a
+            device nothing is compiled.
+        processes: number of parallel compiler processes. None: one per core that this process may use.
+        progress: called with the number of finished kernels and the number to compile; the first call has 0 finished.
+        wait: seconds to wait for another process that is compiling. After that, nothing is compiled ahead of time.
     """
     start = time.monotonic()
     if knobs.runtime.interpret or (capability is None and not torch.cuda.is_available()):
@@ -108,18 +108,20 @@ def compile_ahead(
     except TimeoutError as error:
         problems.append(str(error))
     except OSError as error:
-        problems.append(f"Triton's cache {cache_folder()} cannot be used ({one_line(error)}): set TRITON_CACHE_DIR")
+        problems.append(
+            f"Triton's cache folder {cache_folder()} cannot be used ({one_line(error)}); set TRITON_CACHE_DIR"
+        )
     except Exception as error:
         problems.append(one_line(error))
     return replace(report, seconds=time.monotonic() - start, problem=_summary(problems))
 
 
 def pin_cache_location() -> None:
-    """Make later launches of this process look kernels up where `compile_ahead` has put them.
+    """Set environment variables so that later launches of this process find the kernels from `compile_ahead`.
 
-    Unless they are set, torch.compile points TRITON_CACHE_DIR to a folder of its own and TRITON_PTXAS_PATH to torch's
-    assembler, whose version is part of the look-up. Call it in every rank before torch.compile compiles anything;
-    `compile_ahead` does so in the process that calls it.
+    If they are not set, torch.compile sets TRITON_CACHE_DIR to another folder, and TRITON_PTXAS_PATH to PyTorch's
+    assembler, whose version is part of the cache keys. Call this on every rank before torch.compile is used;
+    `compile_ahead` calls it in its own process.
     """
     if not knobs.runtime.interpret and torch.cuda.is_available():
         os.environ.setdefault("TRITON_CACHE_DIR", str(cache_folder()))
@@ -127,7 +129,7 @@ def pin_cache_location() -> None:
 
 
 def cache_folder() -> Path:
-    """Where Triton keeps compiled kernels: TRITON_CACHE_DIR, or ~/.triton/cache."""
+    """Return Triton's cache folder: TRITON_CACHE_DIR, or ~/.triton/cache."""
     return Path(knobs.cache.dir)
 
 
@@ -135,23 +137,25 @@ def _summary(problems: Sequence[str]) -> str | None:
     if not problems:
         return None
     more = f", and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-    return f"kernels not compiled ahead, but by their first launch: {', '.join(problems[:NAMED])}{more}"
+    return f"kernels that were not compiled ahead of time: {', '.join(problems[:NAMED])}{more}"
 
 
 def _recorded(work: Iterable[Callable[[], object]], target: GPUTarget, problems: list[str]) -> list[Launch]:
-    """The distinct launches of all that can be recorded."""
+    """Return the distinct launches of all functions that can be recorded; append an error to `problems` for others."""
     found: dict[str, Launch] = {}
     for run in work:
         try:
             found |= {repr(launch): launch for launch in record(run, target)}
         except Exception as error:
-            problems.append(f"those of {getattr(run, '__qualname__', run)} ({one_line(error)})")
+            problems.append(f"all kernels of {getattr(run, '__qualname__', run)} ({one_line(error)})")
     return list(found.values())
 
 
 def _to_compile(launches: Sequence[Launch], target: GPUTarget) -> list[Job]:
-    """A job for each kernel that is not in the cache or has no launcher there. The last launches come first: those of
-    the backward pass take longest to compile."""
+    """Return a job for each kernel whose machine code or launcher is not in the cache.
+
+    The last launches come first, because the kernels of the backward pass take longest to compile.
+    """
     jobs: list[Job] = []
     covered: set[Extension] = set()
     for launch in reversed(launches):
@@ -163,8 +167,8 @@ def _to_compile(launches: Sequence[Launch], target: GPUTarget) -> list[Job]:
             cached = not missing and _has_kernel(launch, target)
         except OSError:
             raise
-        except Exception:  # what is wrong with the kernel its job will say; what is in the cache its job will find
-            log.debug("%s: cannot be looked up", launch, exc_info=True)
+        except Exception:  # the job will report an invalid kernel, or find it in the cache
+            log.debug("%s: cannot be looked up in Triton's cache", launch, exc_info=True)
             cached = False
         if not cached:
             jobs.append(Job(launch, missing))
@@ -172,7 +176,7 @@ def _to_compile(launches: Sequence[Launch], target: GPUTarget) -> list[Job]:
 
 
 def _has_kernel(launch: Launch, target: GPUTarget) -> bool:
-    """Whether the cache holds the machine code, by the look-up that `triton.compile` begins with."""
+    """Return whether the cache contains the machine code, by the same look-up as at the start of `triton.compile`."""
     source, backend = launch.source, make_backend(target)
     options = backend.parse_options({**launch.options, **source.parse_options()})
     key = get_cache_key(source, backend, options, env_vars=get_cache_invalidating_env_vars())
@@ -185,14 +189,14 @@ def _has_kernel(launch: Launch, target: GPUTarget) -> bool:
         if not CompiledKernel(source, group, digest).kernel:
             raise ValueError("no machine code")
         return True
-    except (KeyError, TypeError, ValueError):  # an interrupted write: Triton would fail on it at every launch
+    except (KeyError, TypeError, ValueError):  # an incomplete entry, with which Triton would fail at every launch
         if folder := getattr(manager, "cache_dir", None):
             shutil.rmtree(folder, ignore_errors=True)
         return False
 
 
 def _extensions(launch: Launch) -> Iterator[Extension]:
-    """What launches that kernel: Triton's binding to the driver and, up to Triton 3.6, an extension by signature."""
+    """Yield the extensions that launch the kernel: Triton's driver binding and, up to Triton 3.6, one per signature."""
     folder = Path(nvidia.dirname)
     yield Extension("cuda_utils", (folder / "driver.c").read_text())
     if hasattr(nvidia, "make_launcher") and not any("tensordesc" in str(t) for t in launch.signature.values()):
@@ -200,7 +204,7 @@ def _extensions(launch: Launch) -> Iterator[Extension]:
 
 
 def _has_extension(extension: Extension) -> bool:
-    """By the look-up that `triton.runtime.build.compile_module_from_src` begins with."""
+    """Return whether the cache contains an extension, by the look-up of Triton's `compile_module_from_src`."""
     key = hashlib.sha256((extension.source + platform_key()).encode()).hexdigest()
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     path = get_cache_manager(key).get_file(f"{extension.name}{suffix}")
@@ -209,13 +213,13 @@ def _has_extension(extension: Extension) -> bool:
 
 @contextmanager
 def _locked(folder: Path, seconds: float) -> Iterator[bool]:
-    """Hold the folder's lock; yields whether another process held it before. A process that dies leaves it free.
+    """Hold the folder's lock, which the kernel releases if the process dies. Yields whether another process held it.
 
-    Raises TimeoutError when it is not free within `seconds`.
+    Raises TimeoutError if the lock is not acquired within `seconds`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     deadline, waited = time.monotonic() + seconds, False
-    # Not through a symbolic link, and without emptying what is there: other users may write to a shared folder.
+    # Do not follow symbolic links, and do not truncate: other users may write to a shared folder.
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     with os.fdopen(os.open(folder / LOCK, flags, 0o666), "r+") as file:
         while True:
@@ -227,36 +231,37 @@ def _locked(folder: Path, seconds: float) -> Iterator[bool]:
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"another process has held {folder / LOCK} for {seconds:.0f} s") from None
                 time.sleep(POLL)
-            except OSError:  # a file system without locks: at worst two processes compile the same
+            except OSError:  # a file system without locks: at worst, two processes compile the same kernels
                 break
         yield waited
 
 
 @dataclass(frozen=True)
 class _Result:
-    """Of a job."""
+    """Result of a job."""
 
     compiled: bool
-    """False when it has failed, or found everything in the cache."""
+    """False if the job failed or found everything in the cache."""
     error: str | None
 
 
 def _compile(
     jobs: Sequence[Job], target: GPUTarget, processes: int, progress: Callable[[int, int], object] | None
 ) -> list[_Result]:
-    """The result of each job, in their order."""
+    """Run the jobs, and return their results in the same order."""
     if not jobs:
         return []
-    results = [_Result(False, "the compiling process ended early")] * len(jobs)
+    results = [_Result(False, "the compiler process ended early")] * len(jobs)
     done = 0
     report: Callable[[int, int], Any] = progress or (lambda done, total: None)
     report(done, len(jobs))
     payload = pickle.dumps((divmod(target.arch, 10), min(processes, len(jobs)), list(jobs)))
-    # A fresh interpreter, since this one may hold a CUDA context, which does not survive a fork.
+    # A new interpreter, because this one may have a CUDA context, which cannot be used after a fork.
     command = [sys.executable, "-P", "-m", "fat.kernels.prefill.compiler"]
     environment = {
         **os.environ,
-        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),  # it forks
+        # The process forks, which is not safe with running threads.
+        **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }
     with (
@@ -281,5 +286,5 @@ def _compile(
         if compiler.wait() != 0 and not done:
             messages.seek(0)
             lines = messages.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(lines[-1] if lines else "the compiler did not start")
+            raise RuntimeError(lines[-1] if lines else "the compiler process did not start")
     return results

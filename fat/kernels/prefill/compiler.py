@@ -1,9 +1,8 @@
-"""Compile in processes. `compile_ahead` starts this module in a fresh interpreter, where nothing has touched CUDA.
+"""Compile kernels in parallel processes. `compile_ahead` runs this module in a new interpreter, without a CUDA context.
 
-Reads from standard input, pickled: the compute capability, the number of processes and a list of `Job`. Writes to
-standard output, as soon as a job has ended, a line of JSON: `index` of the job, `compiled` (false = was in the cache)
-and `error` (null = none). A process is forked for each job and ends with it, so that none can wait for another that was
-killed.
+It reads the pickled compute capability, number of processes and list of `Job` from standard input. As soon as a job has
+ended, it writes a line of JSON to standard output: `index` of the job, `compiled` (false: it was in the cache) and
+`error` (null: none). Each job runs in a forked process of its own, so that no job waits for a process that was killed.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from triton.runtime.cache import triton_key
 
 from fat.kernels.prefill.launches import Launch, cuda_target
 
-MAX_ERROR = 300  # characters: what is written to a pipe in one piece
+MAX_ERROR = 300  # characters; short enough that a line of JSON is written to the pipe atomically
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Extension:
 
 @dataclass(frozen=True)
 class Job:
-    """A kernel to compile, and extensions that it is launched by and that no other job builds."""
+    """A kernel to compile, and the extensions it needs for launching that no other job builds."""
 
     launch: Launch
     extensions: tuple[Extension, ...]
@@ -54,7 +53,7 @@ class Job:
 
 def main() -> None:
     results = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what compilers print is no result
+    os.dup2(2, 1)  # so that compiler output does not mix with the results
     capability, processes, jobs = pickle.load(sys.stdin.buffer)
     with tempfile.TemporaryDirectory() as folder:
         _prepare(jobs, cuda_target(capability), Path(folder))
@@ -62,9 +61,9 @@ def main() -> None:
 
 
 def _prepare(jobs: list[Job], target: GPUTarget, folder: Path) -> None:
-    """Do once what every job would do."""
+    """Do what every job needs once, before forking."""
     for module in sorted({job.launch.module for job in jobs}):
-        with suppress(Exception):  # its jobs will say why
+        with suppress(Exception):  # the jobs will report the error
             import_module(module)
     import_module("triton.compiler.code_generator")
     triton_key()
@@ -72,15 +71,15 @@ def _prepare(jobs: list[Job], target: GPUTarget, folder: Path) -> None:
     sources = [extension.source for job in jobs for extension in job.extensions]
     if sources:
         _link_without_driver(folder, sources)
-        # An extension is loaded by the process that launches; loading needs the CUDA driver.
+        # Do not load extensions after building them: loading requires the CUDA driver.
         build._load_module_from_path = lambda name, path: types.ModuleType(name)
 
 
 def _link_without_driver(folder: Path, sources: list[str]) -> None:
-    """Link extensions to a stand-in for libcuda where there is none: they look symbols up when they are loaded.
+    """If there is no libcuda, link extensions to a stub library. They resolve symbols only when they are loaded.
 
-    It defines the functions that they call, because linkers that drop libraries without a used symbol (--as-needed)
-    would otherwise leave libcuda out of the extension, which no machine could then load.
+    The stub defines the functions that the extensions call. Otherwise linkers with --as-needed would not record libcuda
+    as a dependency, and the extensions could not be loaded on any machine.
     """
     try:
         nvidia.library_dirs()
@@ -88,9 +87,9 @@ def _link_without_driver(folder: Path, sources: list[str]) -> None:
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or "gcc"
         library = folder / "libcuda.so.1"
         names = sorted(set(re.findall(r"\bcu[A-Z]\w*", "".join(sources))))
-        stand_in = folder / "libcuda.c"
-        stand_in.write_text("".join(f"void {name}(void) {{}}\n" for name in names), encoding="utf-8")
-        flags = ["-shared", "-w", "-o", str(library), f"-Wl,-soname,{library.name}", str(stand_in)]
+        stub = folder / "libcuda.c"
+        stub.write_text("".join(f"void {name}(void) {{}}\n" for name in names), encoding="utf-8")
+        flags = ["-shared", "-w", "-o", str(library), f"-Wl,-soname,{library.name}", str(stub)]
         subprocess.run([compiler, *flags], check=True)
         knobs.nvidia.libcuda_path = str(folder)
 
@@ -109,7 +108,7 @@ def _compile_all(jobs: list[Job], target: GPUTarget, processes: int, results: Bi
         if status != 0:
             code = os.waitstatus_to_exitcode(status)
             how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-            _write(results, index, error=f"the compiling process {how}")
+            _write(results, index, error=f"the compiler process {how}")
 
 
 def _compile_and_exit(index: int, job: Job, target: GPUTarget, results: BinaryIO) -> None:
@@ -125,8 +124,8 @@ def _compile_and_exit(index: int, job: Job, target: GPUTarget, results: BinaryIO
 
 
 def _compile(job: Job, target: GPUTarget) -> bool:
-    """Whether there was anything to compile."""
-    for extension in job.extensions:  # first, since others need them even where this kernel fails
+    """Run a job, and return whether there was anything to compile."""
+    for extension in job.extensions:  # first, because other kernels need them even if this one fails
         build.compile_module_from_src(
             extension.source,
             extension.name,
@@ -145,7 +144,7 @@ def _write(results: BinaryIO, index: int, *, compiled: bool = False, error: str 
 
 
 def one_line(error: BaseException) -> str:
-    """Its type and the last line of its message, where compilers say what is wrong."""
+    """Return an error's type and the last line of its message, which in compiler errors contains the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ": ".join([type(error).__name__, *lines[-1:]])[:MAX_ERROR]
 

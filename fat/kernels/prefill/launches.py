@@ -1,5 +1,7 @@
-"""Record the Triton kernels that a piece of work would launch. Nothing is computed, compiled or launched, and no device
-is needed: tensors have no memory, and the launches of the calling thread are intercepted."""
+"""Record the Triton kernels that a function would launch, without computing, compiling or launching anything.
+
+No GPU is needed: tensors have no memory, and launches of the calling thread are intercepted.
+"""
 
 from __future__ import annotations
 
@@ -24,43 +26,43 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from fat import kernels
 
-NAMESPACE = "fat"  # of the operators that launch kernels
+NAMESPACE = "fat"  # namespace of the operators that launch kernels
 _INTERCEPTING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What Triton compiles for a launch: a kernel with the types and specialised values of its arguments."""
+    """The input of Triton's compiler for a launch: a kernel with the types and specialised values of its arguments."""
 
     module: str
     name: str
-    """Of the kernel in its module."""
+    """Name of the kernel in its module."""
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], Any]
-    """What is known of an argument's value, such as that 16 divides it."""
+    """Known properties of an argument's value, such as divisibility by 16."""
     options: dict[str, Any]
-    """Warps, stages, architecture and the other options of the backend."""
+    """Options of the backend: warps, stages, architecture and others."""
 
     @property
     def source(self) -> ASTSource:
-        """As Triton's compiler takes it."""
+        """The kernel in the form that Triton's compiler accepts."""
         kernel = operator.attrgetter(self.name)(import_module(self.module))
         return ASTSource(kernel, self.signature, self.constants, self.attributes)
 
 
 def cuda_target(capability: tuple[int, int]) -> GPUTarget:
-    """The device of a compute capability as Triton's CUDA driver describes it."""
+    """Return the target that Triton's CUDA driver reports for a device of this compute capability."""
     major, minor = capability
     return GPUTarget("cuda", 10 * major + minor, 32)
 
 
 def record(work: Callable[[], object], target: GPUTarget) -> list[Launch]:
-    """The distinct launches of `work`, in the order of their first occurrence.
+    """Return the distinct launches of `work`, in the order of their first occurrence.
 
     Args:
-        work: is called once, under `FakeTensorMode` on CPU tensors, with the operators of `fat.kernels` doing what they
-            do on a device. Real tensors that it uses are replaced by fake ones; it must not read values.
+        work: called once under `FakeTensorMode` on CPU tensors, with the operators of `fat.kernels` running their CUDA
+            implementation. Real tensors that it uses are replaced by fake ones; it must not read their values.
     """
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -74,7 +76,7 @@ def record(work: Callable[[], object], target: GPUTarget) -> list[Launch]:
 
 
 class _OperatorsOfDevice(TorchDispatchMode):
-    """Custom operators run their implementation, and not the fake one that only gives shapes."""
+    """Run the real implementation of custom operators instead of the fake one that only computes shapes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         definition = _maybe_get_opdef(func) if func.namespace == NAMESPACE else None
@@ -83,7 +85,7 @@ class _OperatorsOfDevice(TorchDispatchMode):
 
 
 class _Pointer:
-    """A tensor as Triton's launcher looks at it. Memory of the allocator is aligned; a view of it may not be."""
+    """Replacement for a tensor argument of a launch. Allocated memory counts as aligned; a view of it may not be."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -99,7 +101,7 @@ class _Pointer:
 
 @contextmanager
 def _intercepted(target: GPUTarget) -> Iterator[dict[str, Launch]]:
-    """Launches of this thread are recorded; those of other threads run."""
+    """Record the launches of this thread. Launches of other threads run as usual."""
     backend, thread = make_backend(target), threading.get_ident()
     binders: dict[int, Callable[..., Any]] = {}
     found: dict[str, Launch] = {}
@@ -107,7 +109,7 @@ def _intercepted(target: GPUTarget) -> Iterator[dict[str, Launch]]:
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         if threading.get_ident() != thread:
             return launch(kernel, *args, grid=grid, warmup=warmup, **options)
-        # The same as in JITFunction.run, up to the compilation, but with the target that was asked for.
+        # Like JITFunction.run up to the compilation, but for the given target.
         options["debug"] = options.get("debug", kernel.debug) or knobs.runtime.debug
         options["instrumentation_mode"] = knobs.compilation.instrumentation_mode
         if id(kernel) not in binders:

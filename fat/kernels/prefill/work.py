@@ -1,4 +1,4 @@
-"""What training and evaluation do to a model, on tensors without memory: to record which kernels they would launch."""
+"""Training and evaluation passes on tensors without memory, to record the kernels that they would launch."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def training_step(
     dtype: torch.dtype = torch.bfloat16,
     freeze_bn: bool = False,
 ) -> Callable[[], object]:
-    """Forward and backward pass of one micro-batch.
+    """Return a function that runs the forward and backward pass of one micro-batch.
 
     Args:
-        model: on any device, not compiled by `torch.compile` or wrapped; it is left as it is.
+        model: on any device, not compiled or wrapped. It is not modified.
         images: shape [B, C, H, W].
-        dtype: bfloat16 or float16 = images in it, under autocast to it; float32 = without autocast.
-        freeze_bn: BatchNorm layers stay in evaluation mode.
+        dtype: bfloat16 or float16: dtype of the images and of autocast. float32: no autocast.
+        freeze_bn: BatchNorm layers are in evaluation mode.
     """
 
     def step() -> None:
@@ -46,7 +46,7 @@ def training_step(
 def evaluation(
     model: nn.Module, images: tuple[int, int, int, int], *, dtype: torch.dtype = torch.bfloat16
 ) -> Callable[[], object]:
-    """Forward pass of one batch in evaluation mode. Arguments as for `training_step`."""
+    """Return a function that runs the forward pass of one batch in evaluation mode. Arguments as in `training_step`."""
 
     def evaluate() -> None:
         with torch.no_grad():
@@ -63,7 +63,7 @@ def _forward(model: nn.Module, shape: tuple[int, int, int, int], dtype: torch.dt
 
 
 def fake_twin(model: Module) -> Module:
-    """A model with the same layers and, under `FakeTensorMode`, parameters and buffers without memory, on the CPU."""
+    """Copy a model to the CPU with new parameters and buffers, which under `FakeTensorMode` have no memory."""
     modules: dict[nn.Module, nn.Module] = {}
     tensors: dict[Tensor, Tensor] = {}
 
@@ -89,7 +89,7 @@ def fake_twin(model: Module) -> Module:
         if isinstance(module, FASA) and type(module).attention is FASA.attention:
             new.__class__ = _OnGpuFASA
         elif isinstance(module, BatchNorm):
-            new.__class__ = BatchNorm  # statistics of this rank alone: a collective would wait for the other ranks
+            new.__class__ = BatchNorm  # without synchronised statistics: a collective would wait for other ranks
         return new
 
     return cast(Module, twin(model))

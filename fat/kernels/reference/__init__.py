@@ -1,11 +1,14 @@
-"""What every operator `fat::*` returns, in plain torch: one function per operator, with the operator's arguments.
+"""Reference implementation of the operators `fat::*` in plain PyTorch: one function per operator, with its arguments.
 
-It has two uses. An operator whose kernel family is switched off (`fat.kernels.families`) runs these functions instead
-of the Triton kernels: sums in float32, results rounded once to the operator's dtypes, maps in channels-last memory. The
-self-check (`fat.kernels.selfcheck`) compares the kernels with them in float64: with `own`, the operator's own first
-result, nothing is rounded, and what the operator computes from its stored first result is computed from `own`.
+The functions have two uses:
 
-None of the functions is differentiable: the operators have autograd formulas of their own.
+- Fallback: an operator whose kernel family is switched off (`fat.kernels.families`) runs them instead of the Triton
+  kernels. Sums are float32, results are rounded once to the operator's dtypes, feature maps are channels-last.
+- Self-check: `fat.kernels.selfcheck` compares the kernels with them in float64. It passes `kernel_out`, the kernel's
+  first result. Then nothing is rounded, and whatever an operator computes from its stored first result is computed from
+  `kernel_out`.
+
+They are not differentiable, because the operators have their own autograd formulas.
 """
 
 from fat.kernels.reference.attention import attend, attend_gradient

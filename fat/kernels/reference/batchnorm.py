@@ -1,4 +1,4 @@
-"""BatchNorm between a depthwise and a 1x1 convolution."""
+"""Reference of BatchNorm between a depthwise and a 1x1 convolution."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fat.kernels.reference.precision import as_map, in_nchw, per_channel, sum_dt
 
 def depthwise_stats(
     x: Tensor,
-    before: Tensor | None,
+    gelu_input: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     stride: int,
     residual: bool,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = depthwise(x, weight, bias, stride, residual, own=own)
-    stored = (out if own is None else own).to(sum_dtype(own))
+    out = depthwise(x, weight, bias, stride, residual, kernel_out=kernel_out)
+    stored = (out if kernel_out is None else kernel_out).to(sum_dtype(kernel_out))
     var, mean = torch.var_mean(stored, dim=(0, 2, 3), correction=0)
     return out, mean, var
 
 
 def depthwise_stats_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     y: Tensor,
     mean: Tensor,
@@ -35,14 +35,14 @@ def depthwise_stats_gradient(
     kernel: int,
     stride: int,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = sum_dtype(own)
+    wide = sum_dtype(kernel_out)
     count = y.numel() // y.shape[1]
     slope = grad_var.to(wide) * (2 / count)
     shift = grad_mean.to(wide) / count - slope * mean.to(wide)
-    grad_y = in_nchw(gradient, wide) + (in_nchw(y, wide) * per_channel(slope) + per_channel(shift))
-    return as_map(grad_y, y.dtype, own), *weight_and_bias_gradient(grad_y, x, kernel, stride, own)
+    grad_y = in_nchw(grad_out, wide) + (in_nchw(y, wide) * per_channel(slope) + per_channel(shift))
+    return as_map(grad_y, y.dtype, kernel_out), *weight_and_bias_gradient(grad_y, x, kernel, stride, kernel_out)
 
 
 def update_running_stats(
@@ -54,7 +54,7 @@ def update_running_stats(
     momentum: float,
     correction: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> None:
     running_mean.add_(drift, alpha=momentum)
     running_var.lerp_(var * correction, momentum)
@@ -71,14 +71,14 @@ def fold(
     eps: float,
     dtype: torch.dtype,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    wide = sum_dtype(own)
+    wide = sum_dtype(kernel_out)
     matrix = weight.flatten(1).to(wide)
     product = matrix * (gain.to(wide) * (var.to(wide) + eps).rsqrt())
-    folded = product.to(dtype) if own is None else own.flatten(1)
+    folded = product.to(dtype) if kernel_out is None else kernel_out.flatten(1)
     total = bias.to(wide) + (matrix * shift.to(wide) - folded.to(wide) * mean.to(wide)).sum(1)
-    if own is None:
+    if kernel_out is None:
         return torch.empty_like(weight, dtype=dtype).copy_(folded.view_as(weight)), total.to(dtype)
     return product.view(weight.shape), total
 
@@ -94,9 +94,9 @@ def fold_gradient(
     folded: Tensor,
     eps: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide = sum_dtype(own)
+    wide = sum_dtype(kernel_out)
     outputs = weight.shape[0]
     matrix, grad_bias = weight.flatten(1).to(wide), grad_folded_bias.to(wide)[:, None]
     rstd = (var.to(wide) + eps).rsqrt()
@@ -109,7 +109,7 @@ def fold_gradient(
         -(grad_bias * folded.reshape(outputs, -1).to(wide)).sum(0),
         grad_scale * gain.to(wide) * rstd**3 * -0.5,
     )
-    if own is not None:
+    if kernel_out is not None:
         return results
     likes = (weight, gain, shift, mean, var)
     return tuple(torch.empty_like(a).copy_(b) for a, b in zip(likes, results, strict=True))  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Depthwise convolution, alone and with the gate behind it."""
+"""Reference of the depthwise convolution, alone and followed by FASA's gate."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ aten: Any = torch.ops.aten
 
 
 def depthwise(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool, *, own: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool, *, kernel_out: Tensor | None = None
 ) -> Tensor:
-    return as_map(_convolve(x, weight, bias, stride, residual, sum_dtype(own)), x.dtype, own)
+    return as_map(_convolve(x, weight, bias, stride, residual, sum_dtype(kernel_out)), x.dtype, kernel_out)
 
 
 def depthwise_input_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     weight: Tensor,
-    before: Tensor | None,
+    gelu_input: Tensor | None,
     height: int,
     width: int,
     stride: int,
     residual: bool,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> Tensor:
-    wide = sum_dtype(own)
-    grad_out = in_nchw(gradient, wide)
-    x = grad_out.new_empty(gradient.shape[0], gradient.shape[1], height, width)  # only its shape matters
-    grad_x = _backward(grad_out, x, weight.to(wide), stride, needed=(True, False))[0]
-    grad_x = grad_x + grad_out if residual else grad_x
-    if before is not None:
-        grad_x = aten.gelu_backward(grad_x, in_nchw(before, wide))
-    return as_map(grad_x, gradient.dtype, own)
+    wide = sum_dtype(kernel_out)
+    wide_grad = in_nchw(grad_out, wide)
+    x = wide_grad.new_empty(grad_out.shape[0], grad_out.shape[1], height, width)  # only its shape is used
+    grad_x = _backward(wide_grad, x, weight.to(wide), stride, needed=(True, False))[0]
+    grad_x = grad_x + wide_grad if residual else grad_x
+    if gelu_input is not None:
+        grad_x = aten.gelu_backward(grad_x, in_nchw(gelu_input, wide))
+    return as_map(grad_x, grad_out.dtype, kernel_out)
 
 
 def depthwise_weight_gradient(
-    gradient: Tensor, x: Tensor, kernel: int, stride: int, *, own: Tensor | None = None
+    grad_out: Tensor, x: Tensor, kernel: int, stride: int, *, kernel_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    wide = sum_dtype(own)
-    return weight_and_bias_gradient(in_nchw(gradient, wide), x, kernel, stride, own)
+    wide = sum_dtype(kernel_out)
+    return weight_and_bias_gradient(in_nchw(grad_out, wide), x, kernel, stride, kernel_out)
 
 
 def depthwise_gate(
-    q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, *, own: Tensor | None = None
+    q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, *, kernel_out: Tensor | None = None
 ) -> Tensor:
-    wide = sum_dtype(own)
-    return as_map(multiply_silus(_convolve(q, weight, bias, 1, False, wide), other.to(wide)), q.dtype, own)
+    wide = sum_dtype(kernel_out)
+    return as_map(multiply_silus(_convolve(q, weight, bias, 1, False, wide), other.to(wide)), q.dtype, kernel_out)
 
 
 def depthwise_gate_gradient(
-    gradient: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, *, own: Tensor | None = None
+    grad_out: Tensor, q: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor, *, kernel_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    wide = sum_dtype(own)
+    wide = sum_dtype(kernel_out)
     local = _convolve(q, weight, bias, 1, False, wide)
-    grad_local, grad_other = multiply_silus_gradient(gradient.to(wide), local, other.to(wide))
-    return as_map(grad_local, q.dtype, own), as_map(grad_other, other.dtype, own)
+    grad_local, grad_other = multiply_silus_gradient(grad_out.to(wide), local, other.to(wide))
+    return as_map(grad_local, q.dtype, kernel_out), as_map(grad_other, other.dtype, kernel_out)
 
 
 def weight_and_bias_gradient(
-    grad_out: Tensor, x: Tensor, kernel: int, stride: int, own: Tensor | None
+    grad_out: Tensor, x: Tensor, kernel: int, stride: int, kernel_out: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of a depthwise convolution by its weight and bias."""
+    """Return the gradients of a depthwise convolution's weight and bias."""
     weight = grad_out.new_zeros(x.shape[1], 1, kernel, kernel)
     _, grad_weight, grad_bias = _backward(grad_out, in_nchw(x, grad_out.dtype), weight, stride, needed=(False, True))
-    return as_float32(grad_weight, own).contiguous(), as_float32(grad_bias, own)
+    return as_float32(grad_weight, kernel_out).contiguous(), as_float32(grad_bias, kernel_out)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, residual: bool, wide: torch.dtype) -> Tensor:
@@ -82,7 +82,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, resid
 def _backward(
     grad_out: Tensor, x: Tensor, weight: Tensor, stride: int, *, needed: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a depthwise convolution by x (if the first is needed), weight and bias (if the second is)."""
+    """Return the gradients of a depthwise convolution's input, weight and bias.
+
+    needed: whether to compute the gradient of x, and whether to compute those of weight and bias.
+    """
     padding, channels = weight.shape[-1] // 2, x.shape[1]
     geometry = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], channels)
     found: tuple[Tensor, Tensor, Tensor] = aten.convolution_backward(

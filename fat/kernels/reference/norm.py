@@ -1,4 +1,4 @@
-"""GroupNorm with one group, and the residual add."""
+"""Reference of GroupNorm with one group, and of the residual add."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from fat.kernels.reference.precision import as_float32, as_map, per_channel, sca
 
 
 def norm(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, own: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, kernel_out: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _normalise(x, weight, bias, eps, own)
+    return _normalise(x, weight, bias, eps, kernel_out)
 
 
-def add(x: Tensor, branch: Tensor, scale: Tensor | None, *, own: Tensor | None = None) -> Tensor:
-    wide = sum_dtype(own)
-    return as_map(x.to(wide) + scale_samples(branch.to(wide), scale), x.dtype, own)
+def add(x: Tensor, branch: Tensor, scale: Tensor | None, *, kernel_out: Tensor | None = None) -> Tensor:
+    wide = sum_dtype(kernel_out)
+    return as_map(x.to(wide) + scale_samples(branch.to(wide), scale), x.dtype, kernel_out)
 
 
-def scaled(x: Tensor, scale: Tensor, *, own: Tensor | None = None) -> Tensor:
-    return as_map(scale_samples(x.to(sum_dtype(own)), scale), x.dtype, own)
+def scaled(x: Tensor, scale: Tensor, *, kernel_out: Tensor | None = None) -> Tensor:
+    return as_map(scale_samples(x.to(sum_dtype(kernel_out)), scale), x.dtype, kernel_out)
 
 
 def add_norm(
@@ -32,10 +32,10 @@ def add_norm(
     bias: Tensor,
     eps: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = add(x, branch, scale, own=own)
-    return total, *_normalise(total if own is None else own, weight, bias, eps, own)
+    total = add(x, branch, scale, kernel_out=kernel_out)
+    return total, *_normalise(total if kernel_out is None else kernel_out, weight, bias, eps, kernel_out)
 
 
 def depthwise_norm(
@@ -46,28 +46,28 @@ def depthwise_norm(
     norm_bias: Tensor,
     eps: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total = depthwise(x, weight, bias, 1, True, own=own)
-    return total, *_normalise(total if own is None else own, norm_weight, norm_bias, eps, own)
+    total = depthwise(x, weight, bias, 1, True, kernel_out=kernel_out)
+    return total, *_normalise(total if kernel_out is None else kernel_out, norm_weight, norm_bias, eps, kernel_out)
 
 
 def norm_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
     weight: Tensor,
     residual: Tensor | None,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grad_x, affine = _norm_gradient(gradient, x, mean, rstd, weight, residual, sum_dtype(own))
-    return as_map(grad_x, x.dtype, own), as_float32(affine, own)
+    grad_x, affine = _norm_gradient(grad_out, x, mean, rstd, weight, residual, sum_dtype(kernel_out))
+    return as_map(grad_x, x.dtype, kernel_out), as_float32(affine, kernel_out)
 
 
 def add_norm_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -76,26 +76,27 @@ def add_norm_gradient(
     scale: Tensor | None,
     dtype: torch.dtype,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x, affine = _norm_gradient(gradient, x, mean, rstd, weight, residual, sum_dtype(own))
-    return as_map(grad_x, x.dtype, own), as_map(scale_samples(grad_x, scale), dtype, own), as_float32(affine, own)
+    grad_x, affine = _norm_gradient(grad_out, x, mean, rstd, weight, residual, sum_dtype(kernel_out))
+    grad_branch = as_map(scale_samples(grad_x, scale), dtype, kernel_out)
+    return as_map(grad_x, x.dtype, kernel_out), grad_branch, as_float32(affine, kernel_out)
 
 
 def _normalise(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, own: Tensor | None
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, kernel_out: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = sum_dtype(own)
+    wide = sum_dtype(kernel_out)
     value = x.to(wide)
     var, mean = torch.var_mean(value, dim=(1, 2, 3), correction=0)
     rstd = (var + eps).rsqrt()
     normal = scale_samples(value - mean.view(-1, 1, 1, 1), rstd)
     out = normal * per_channel(weight.to(wide)) + per_channel(bias.to(wide))
-    return as_map(out, x.dtype, own), mean, rstd
+    return as_map(out, x.dtype, kernel_out), mean, rstd
 
 
 def _norm_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
@@ -103,7 +104,7 @@ def _norm_gradient(
     residual: Tensor | None,
     wide: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    grad_out = gradient.to(wide)
+    grad_out = grad_out.to(wide)
     normal = scale_samples(x.to(wide) - mean.to(wide).view(-1, 1, 1, 1), rstd)
     grad = grad_out * per_channel(weight.to(wide))
     means = [t.mean(dim=(1, 2, 3), keepdim=True) for t in (grad, grad * normal)]

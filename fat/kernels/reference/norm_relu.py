@@ -1,4 +1,4 @@
-"""BatchNorm and ReLU behind a dense convolution."""
+"""Reference of BatchNorm and ReLU after a dense convolution."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 from fat.kernels.reference.precision import as_float32, as_map, per_channel, sum_dtype
 
 
-def channel_stats(x: Tensor, *, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    var, mean = torch.var_mean(x.to(sum_dtype(own)), dim=(0, 2, 3), correction=0)
+def channel_stats(x: Tensor, *, kernel_out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    var, mean = torch.var_mean(x.to(sum_dtype(kernel_out)), dim=(0, 2, 3), correction=0)
     return mean, var
 
 
@@ -21,30 +21,30 @@ def norm_relu(
     var: Tensor,
     eps: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> Tensor:
-    wide = sum_dtype(own)
+    wide = sum_dtype(kernel_out)
     scale = weight.to(wide) * (var.to(wide) + eps).rsqrt()
     found = (x.to(wide) - per_channel(mean.to(wide))) * per_channel(scale) + per_channel(bias.to(wide))
-    return as_map(found.clamp_min(0), x.dtype, own)
+    return as_map(found.clamp_min(0), x.dtype, kernel_out)
 
 
 def norm_relu_sums(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     result: Tensor,
     mean: Tensor,
     var: Tensor,
     eps: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> Tensor:
-    grad_out, normal, _ = _norm_relu_parts(gradient, x, result, mean, var, eps, sum_dtype(own))
-    return as_float32(torch.stack([grad_out.sum(dim=(0, 2, 3)), (grad_out * normal).sum(dim=(0, 2, 3))]), own)
+    grad_out, normal, _ = _norm_relu_parts(grad_out, x, result, mean, var, eps, sum_dtype(kernel_out))
+    return as_float32(torch.stack([grad_out.sum(dim=(0, 2, 3)), (grad_out * normal).sum(dim=(0, 2, 3))]), kernel_out)
 
 
 def norm_relu_gradient(
-    gradient: Tensor,
+    grad_out: Tensor,
     x: Tensor,
     result: Tensor,
     weight: Tensor,
@@ -55,18 +55,18 @@ def norm_relu_gradient(
     count: int,
     eps: float,
     *,
-    own: Tensor | None = None,
+    kernel_out: Tensor | None = None,
 ) -> Tensor:
-    wide = sum_dtype(own)
-    grad_out, normal, rstd = _norm_relu_parts(gradient, x, result, mean, var, eps, wide)
+    wide = sum_dtype(kernel_out)
+    grad_out, normal, rstd = _norm_relu_parts(grad_out, x, result, mean, var, eps, wide)
     found = grad_out - per_channel(grad_bias.to(wide) / count) - normal * per_channel(grad_weight.to(wide) / count)
-    return as_map(found * per_channel(weight.to(wide) * rstd), x.dtype, own)
+    return as_map(found * per_channel(weight.to(wide) * rstd), x.dtype, kernel_out)
 
 
 def _norm_relu_parts(
-    gradient: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float, wide: torch.dtype
+    grad_out: Tensor, x: Tensor, result: Tensor, mean: Tensor, var: Tensor, eps: float, wide: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient that ReLU lets through, the normalised x, and the reciprocal standard deviation."""
+    """Return the gradient of ReLU's input, normalised x, and the reciprocal standard deviation."""
     rstd = (var.to(wide) + eps).rsqrt()
     normal = (x.to(wide) - per_channel(mean.to(wide))) * per_channel(rstd)
-    return gradient.to(wide).masked_fill(result <= 0, 0.0), normal, rstd
+    return grad_out.to(wide).masked_fill(result <= 0, 0.0), normal, rstd

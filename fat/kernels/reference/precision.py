@@ -1,6 +1,6 @@
 """Dtypes, memory formats and broadcasting of the reference.
 
-`own` is as in `fat.kernels.reference`: with it everything is float64, and nothing is rounded.
+`kernel_out` is explained in `fat.kernels.reference`: if it is given, everything is float64 and nothing is rounded.
 """
 
 from __future__ import annotations
@@ -11,31 +11,31 @@ from torch import Tensor
 from fat.kernels.ops.checks import channels_last
 
 
-def sum_dtype(own: Tensor | None) -> torch.dtype:
-    """Return the dtype of all sums."""
-    return torch.float32 if own is None else torch.float64
+def sum_dtype(kernel_out: Tensor | None) -> torch.dtype:
+    """Return the dtype in which all sums are computed."""
+    return torch.float32 if kernel_out is None else torch.float64
 
 
-def as_map(result: Tensor, dtype: torch.dtype, own: Tensor | None) -> Tensor:
-    """Round a map, and put it into channels-last memory."""
-    return channels_last(result.to(dtype)) if own is None else result
+def as_map(result: Tensor, dtype: torch.dtype, kernel_out: Tensor | None) -> Tensor:
+    """Round a feature map to dtype and copy it to channels-last memory; unchanged if `kernel_out` is given."""
+    return channels_last(result.to(dtype)) if kernel_out is None else result
 
 
-def as_float32(result: Tensor, own: Tensor | None) -> Tensor:
-    """Round statistics and gradients of weights."""
-    return result.to(torch.float32) if own is None else result
+def as_float32(result: Tensor, kernel_out: Tensor | None) -> Tensor:
+    """Round statistics or weight gradients to float32; unchanged if `kernel_out` is given."""
+    return result.to(torch.float32) if kernel_out is None else result
 
 
 def in_nchw(x: Tensor, wide: torch.dtype) -> Tensor:
-    """Copy a map into NCHW memory, for which torch has depthwise kernels of its own on every device, without TF32."""
+    """Copy a feature map to NCHW memory, for which PyTorch has depthwise kernels without TF32 on every device."""
     return x.to(wide).contiguous()
 
 
 def scale_samples(x: Tensor, scale: Tensor | None) -> Tensor:
-    """Multiply each sample of a map by its number; None = by 1."""
+    """Multiply each sample by its factor, scale [B]. None: all factors are 1."""
     return x if scale is None else x * scale.to(x.dtype).view(-1, 1, 1, 1)
 
 
 def per_channel(x: Tensor) -> Tensor:
-    """Make a number per channel broadcast over a map."""
+    """Reshape [C] so that it broadcasts over a feature map."""
     return x.view(-1, 1, 1)

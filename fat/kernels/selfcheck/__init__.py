@@ -1,18 +1,19 @@
-"""Compare every family of kernels with torch before a model is trained with them.
+"""Self-check: compare every kernel family with PyTorch before a model is trained with the kernels.
 
-    found = selfcheck.run(selfcheck.cases(model, size, torch.bfloat16), device)
+    failures = selfcheck.run(selfcheck.cases(model, size, torch.bfloat16), device)
 
-The operator calls are the model's own, traced from its forward and backward pass: its channels, kernel sizes and maps
-at a batch of 2, once at its image size and once at an odd one. Inputs are drawn from a seed, the memory that kernels
-write to is NaN beforehand. A result passes if it is within
+The operator calls are traced from the model's forward and backward pass, with a batch size of 2, at its image size and
+at an odd image size. So they have the model's channels, kernel sizes and resolutions. Inputs are random with a fixed
+seed, and the memory for results is filled with NaN beforehand. A result passes if it differs from the reference in
+float64 (`fat.kernels.reference`) by at most
 
     one unit in the last place of its dtype  +  2^-18 of the largest result
 
-of the same in float64 (`fat.kernels.reference`). The first term is the rounding of the result. The second is for sums
-in float32 in another order, with approximated exponentials: 32 units in float32's last place, 4 times what the tests
-allow (tests/support/kernel_checks.py), because a false alarm costs speed, and a wrong kernel is wrong by far more. What
-an operator computes from its stored result (a map's statistics, a folded bias) is compared with the same of that
-result.
+The first term allows for rounding the result. The second allows for float32 sums in another order and approximated
+exponentials: 32 units in float32's last place. It is 4 times the tolerance of the tests
+(tests/support/kernel_checks.py), because a false alarm costs throughput, while the error of a wrong kernel is far
+larger. Results that an operator computes from its stored result, such as a feature map's statistics or a folded bias,
+are compared with a reference that is computed from this stored result.
 """
 
 from fat.kernels.selfcheck.case import Case

@@ -1,4 +1,4 @@
-"""One call of an operator, compared with the same of its reference in float64."""
+"""One call of an operator, which is compared with its reference in float64."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from fat.kernels import reference
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, NORM, OPERATORS, WEIGHT_GRADIENT
 from fat.kernels.selfcheck.comparison import mismatch, poisoned_memory
 
-ODD_HEADS = 2  # whose 10 channels fill no tile
-DROP_SCALES = (0.0, 1.25)  # of drop path: of every two samples one is left out
+ODD_HEADS = 2  # heads of 10 channels, which fill no tile
+DROP_SCALES = (0.0, 1.25)  # drop path's factors: every second sample is dropped
 
-# Results of operators that have several: name, and the family that a wrong one is blamed on.
+# Operators with several results: each result's name, and the family that is at fault if it is wrong.
 RESULTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "depthwise_norm": (("map", CONVOLUTION), ("normalised map", NORM), ("mean", NORM), ("rstd", NORM)),
-    "depthwise_stats": (("map", CONVOLUTION), ("mean", BATCH_NORM), ("variance", BATCH_NORM)),
+    "depthwise_norm": (("output", CONVOLUTION), ("normalised output", NORM), ("mean", NORM), ("rstd", NORM)),
+    "depthwise_stats": (("output", CONVOLUTION), ("mean", BATCH_NORM), ("variance", BATCH_NORM)),
     "depthwise_stats_gradient": (
-        ("gradient by the map", BATCH_NORM),
-        ("gradient by weight", WEIGHT_GRADIENT),
-        ("gradient by bias", WEIGHT_GRADIENT),
+        ("gradient of output", BATCH_NORM),
+        ("gradient of weight", WEIGHT_GRADIENT),
+        ("gradient of bias", WEIGHT_GRADIENT),
     ),
 }
-SUMS = {  # arguments that are divided by the map's size
+SUMS = {  # arguments that the operator divides by the number of values per channel
     "depthwise_stats_gradient": ("grad_mean", "grad_var"),
     "norm_relu_gradient": ("grad_bias", "grad_weight"),
 }
-POSITIVE = ("var", "rstd", "running_var")  # arguments that are variances or their reciprocal roots
+POSITIVE = ("var", "rstd", "running_var")  # arguments that cannot be negative
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Spec:
         return torch.Size(self.shape).numel()
 
     def empty(self) -> Tensor:
-        """Make an uninitialised CPU tensor."""
+        """Create an uninitialised CPU tensor."""
         layout = torch.channels_last if self.is_map else torch.contiguous_format
         return torch.empty(self.shape, dtype=self.dtype, memory_format=layout)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of an operator `fat::*`: tensors by their shapes, other arguments as they are."""
+    """A call of an operator `fat::*`, with a `Spec` in place of each tensor argument."""
 
     operator: str
     arguments: tuple[Any, ...]
@@ -68,7 +68,7 @@ class Case:
     @property
     def shape(self) -> str:
         first = next(a for a in self.arguments if isinstance(a, Spec))
-        text = f"{'map' if first.is_map else 'weights'} {_times(first.shape)}"
+        text = f"{'feature map' if first.is_map else 'weights'} {_times(first.shape)}"
         taps = self.taps
         return f"{text}, kernel {taps}x{taps}" if taps else text
 
@@ -79,7 +79,7 @@ class Case:
 
     @property
     def taps(self) -> int | None:
-        """The depthwise kernel's side."""
+        """Size of the depthwise kernel, if the operator has one."""
         for argument, value in zip(self._function._schema.arguments, self.arguments, strict=True):
             if argument.name == "kernel":
                 return int(value)
@@ -92,26 +92,26 @@ class Case:
         return getattr(torch.ops.fat, self.operator).default
 
     def map_rows(self) -> list[int]:
-        """The heights of its maps, which decide how a tile is made."""
+        """Return the heights of the feature maps, which determine the kernels' tiles."""
         return [a.shape[2] for a in self.arguments if isinstance(a, Spec) and a.is_map]
 
     def with_channels(self, channels: int) -> Case:
-        """Return the same call on maps of another number of channels."""
+        """Return the same call with another number of channels."""
         old = next(a.shape[1] for a in self.arguments if isinstance(a, Spec) and a.is_map)
 
         def changed(name: str, a: Any) -> Any:
             if not isinstance(a, Spec):
                 return ODD_HEADS if name == "heads" else a
-            where = 1 if a.is_map else 0
-            if len(a.shape) <= where or a.shape[where] not in (old, 2 * old):  # keys and values are one map
+            dim = 1 if a.is_map else 0
+            if len(a.shape) <= dim or a.shape[dim] not in (old, 2 * old):  # 2: keys and values are one tensor
                 return a
-            return replace(a, shape=(*a.shape[:where], a.shape[where] // old * channels, *a.shape[where + 1 :]))
+            return replace(a, shape=(*a.shape[:dim], a.shape[dim] // old * channels, *a.shape[dim + 1 :]))
 
         named = zip(self._function._schema.arguments, self.arguments, strict=True)
         return Case(self.operator, tuple(changed(argument.name, a) for argument, a in named))
 
     def with_batch(self, batch: int) -> Case:
-        """Return the same call on maps of another batch size."""
+        """Return the same call with another batch size."""
 
         def changed(a: Any) -> Any:
             return replace(a, shape=(batch, *a.shape[1:])) if isinstance(a, Spec) and a.is_map else a
@@ -119,32 +119,36 @@ class Case:
         return Case(self.operator, tuple(map(changed, self.arguments)))
 
     def launch(self) -> tuple[Tensor, ...]:
-        """Call the operator on CPU tensors of any values, for a recorder of launches (`fat.kernels.prefill`)."""
+        """Call the operator on uninitialised CPU tensors, to record its kernel launches (`fat.kernels.prefill`)."""
         return _call(self._function, [a.empty() if isinstance(a, Spec) else a for a in self.arguments])
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """Return the family that is wrong and how, or None. Raises whatever the kernels raise."""
+        """Return the family at fault and a description, or None if the results are right.
+
+        Raises whatever the kernels raise.
+        """
         draw = Draw(device, self)
         arguments = [draw.tensor(a) if isinstance(a, Spec) else a for a in self.arguments]
         with poisoned_memory():
-            found = _call(self._function, _copies(arguments))
+            results = _call(self._function, _copies(arguments))
         wide = [_widened(a) if self._function._schema.is_mutable else a for a in arguments]
-        exact = _call(getattr(reference, self.operator), wide, self._function, own=found[0])
+        references = _call(getattr(reference, self.operator), wide, self._function, kernel_out=results[0])
         names = RESULTS.get(self.operator, ())
-        for number, (own, wanted) in enumerate(zip(found, exact, strict=True)):
-            name, family = names[number] if names else (_numbered(number, len(found)), self.families[-1])
-            if wrong := mismatch(own, wanted):
-                return family, f"{name}: {wrong}"
+        for number, (actual, expected) in enumerate(zip(results, references, strict=True)):
+            name, family = names[number] if names else (_numbered(number, len(results)), self.families[-1])
+            if fault := mismatch(actual, expected):
+                return family, f"{name}: {fault}"
         return None
 
 
 class Draw:
-    """Draws normal tensors with a mean other than 0 on a device, seeded by the case."""
+    """Draws random tensors on a device, normally distributed with a mean other than 0, with a seed from the case."""
 
     def __init__(self, device: torch.device, case: Case) -> None:
         self._device = device
         self._generator = torch.Generator(device).manual_seed(zlib.crc32(repr(case).encode()))
-        # Gradients by a map's mean and variance are divided by its size; as large as the map's own gradient they count.
+        # The operators divide gradients of means and variances by the number of values per channel. Multiplied by it
+        # here, they are as large as the gradient of the feature map, so that errors in them are detected.
         maps = [a for a in case.arguments if isinstance(a, Spec) and a.is_map]
         self._count = max((a.numel // a.shape[1] for a in maps), default=1)
         self._scaled = SUMS.get(case.operator, ())
@@ -159,7 +163,7 @@ class Draw:
         if spec.name in POSITIVE:
             drawn = drawn.abs() + 0.5
         elif spec.shape[1:2] == (1,):
-            drawn = drawn / spec.shape[-1]  # sums of k x k products about as large as the map
+            drawn = drawn / spec.shape[-1]  # keeps sums of k x k products about as large as the input
         else:
             drawn = drawn + 0.5
         drawn = drawn * self._count if spec.name in self._scaled else drawn
@@ -168,7 +172,7 @@ class Draw:
 
 
 def _call(function: Any, arguments: Sequence[Any], schema_of: Any = None, **options: Any) -> tuple[Tensor, ...]:
-    """Return the results; of an operator that returns None, the arguments that it has changed."""
+    """Return the results; for an operator that returns None, the arguments that it has modified."""
     result = function(*arguments, **options)
     if result is None:
         schema = (schema_of or function)._schema

@@ -1,4 +1,4 @@
-"""Make comparisons with torch one by one: what they are, when a result passes, and what a failure means."""
+"""Run the checks of a self-check one by one, and decide when a result passes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 
 from fat.kernels.families import disabled
 
-SUMMING = 2.0**-18  # of the largest result
+SUMMING = 2.0**-18  # tolerance for float32 sums, relative to the largest result
 
 
 class KernelFault(Exception):
-    """A kernel has left the device unusable for this process."""
+    """A kernel has made the device unusable for this process."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a family is switched off."""
+    """A failed check, for which a family is switched off."""
 
     family: str
     operator: str
     shape: str
-    """Of the first map and, where there is one, the kernel."""
+    """Shape of the first feature map, and the kernel size of a convolution."""
     dtype: str
     reason: str
 
@@ -35,11 +35,11 @@ class Failure:
 
 
 class Check(Protocol):
-    """One comparison of one family with torch; `Case` is one, augmentation has others."""
+    """A comparison of one kernel family with PyTorch. `Case` checks the model's operators; augmentation has others."""
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The families whose kernels are launched, the one that is checked last."""
+        """Families whose kernels are launched; the last one is the one that is checked."""
 
     @property
     def operator(self) -> str: ...
@@ -51,19 +51,22 @@ class Check(Protocol):
     def dtype(self) -> str: ...
 
     def compare(self, device: torch.device) -> tuple[str, str] | None:
-        """Return the family that is wrong and how, or None. Raises whatever the kernels raise."""
+        """Return the family at fault and a description, or None if the results are right.
+
+        Raises whatever the kernels raise.
+        """
 
     def launch(self) -> object:
-        """Launch its kernels on CPU tensors of any values, for a recorder of launches (`fat.kernels.prefill`)."""
+        """Launch the kernels on uninitialised CPU tensors, to record the launches (`fat.kernels.prefill`)."""
 
 
 def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
-    """Compare, and return the first failure of each family that fails. Synchronises the device after every check.
+    """Run the checks, and return the first failure of each family that fails. Synchronises the device after each check.
 
-    A family that has failed is not checked further, nor are operators that launch its kernels too.
+    After a family has failed, all other checks that launch its kernels are skipped.
 
     Raises:
-        KernelFault: a kernel has made the device unusable (an illegal address, for instance).
+        KernelFault: a kernel has made the device unusable, for example by an illegal memory access.
     """
     failures: dict[str, Failure] = {}
     with disabled():
@@ -71,43 +74,44 @@ def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
             if not failures.keys().isdisjoint(check.families):
                 continue
             try:
-                wrong = check.compare(device)
-                _wait(device)  # so that a fault is this check's
+                fault = check.compare(device)
+                _synchronise(device)  # attributes an asynchronous error to this check
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                wrong = check.families[-1], f"{type(error).__name__}: {_first_line(error)}"
-                _expect_usable(device, Failure(wrong[0], check.operator, check.shape, check.dtype, wrong[1]))
-            if wrong is not None:
-                failures[wrong[0]] = Failure(wrong[0], check.operator, check.shape, check.dtype, wrong[1])
+                fault = check.families[-1], f"{type(error).__name__}: {_first_line(error)}"
+                _check_device(device, Failure(fault[0], check.operator, check.shape, check.dtype, fault[1]))
+            if fault is not None:
+                failures[fault[0]] = Failure(fault[0], check.operator, check.shape, check.dtype, fault[1])
     return list(failures.values())
 
 
-def mismatch(own: Tensor, exact: Tensor) -> str | None:
-    """Describe how `own` is out of bounds; None if it is within them. NaN and infinity never are.
+def mismatch(actual: Tensor, expected: Tensor) -> str | None:
+    """Describe how `actual` differs from `expected`; None if it is within the tolerance. NaN and infinity never are.
 
     Args:
-        exact: what is expected, float64 for floating results.
+        actual: result of a kernel.
+        expected: result of the reference, float64 for floating-point results.
     """
-    eps = torch.finfo(own.dtype).eps if own.dtype.is_floating_point else 0.0
-    exact = exact.double()
-    allowed = eps * exact.abs() + SUMMING * exact.abs().max()
-    error = (own.double() - exact).abs()
-    fine = error <= allowed  # NaN is not
-    if bool(fine.all()):
+    eps = torch.finfo(actual.dtype).eps if actual.dtype.is_floating_point else 0.0
+    expected = expected.double()
+    allowed = eps * expected.abs() + SUMMING * expected.abs().max()
+    error = (actual.double() - expected).abs()
+    within = error <= allowed  # False for NaN
+    if bool(within.all()):
         return None
-    if missing := int((~own.isfinite()).sum()):
-        return f"{missing} of {own.numel()} values are NaN or infinite"
+    if count := int((~actual.isfinite()).sum()):
+        return f"{count} of {actual.numel()} values are NaN or infinite"
     worst = int((error - allowed).argmax())
     return (
-        f"off by {float(error.flatten()[worst]):.3g} where the bound is {float(allowed.flatten()[worst]):.3g} "
-        f"({int((~fine).sum())} of {own.numel()} values out of bounds)"
+        f"error {float(error.flatten()[worst]):.3g} exceeds the tolerance of {float(allowed.flatten()[worst]):.3g} "
+        f"({int((~within).sum())} of {actual.numel()} values are out of tolerance)"
     )
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill uninitialised memory with NaN, so that missing writes and early reads show."""
+    """Fill uninitialised memory with NaN, so that missing writes and premature reads are detected."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -116,14 +120,15 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _wait(device: torch.device) -> None:
+def _synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def _expect_usable(device: torch.device, failure: Failure) -> None:
+def _check_device(device: torch.device, failure: Failure) -> None:
+    """Raise KernelFault if the device is unusable after a failure."""
     try:
-        _wait(device)
+        _synchronise(device)
     except Exception as error:
         raise KernelFault(
             f"the {failure.family} kernels have made {device} unusable for this process ({failure})"
@@ -131,6 +136,6 @@ def _expect_usable(device: torch.device, failure: Failure) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """Return the error's first line; of Triton's compilation errors, which begin with the source, the message's."""
+    """Return the first line of an error's message, without the source code with which Triton's compile errors begin."""
     text = getattr(error, "error_message", None) or str(error)
     return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -1,4 +1,4 @@
-"""The operator calls of a model, to compare them: traced from a training step and an evaluation."""
+"""Trace the operator calls of a model's training step and evaluation, for the self-check."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from fat.kernels.selfcheck.case import Case, Spec
 from fat.model import MIN_SIZE, Stage, Trunk
 
 BATCH = 2
-LARGEST_ODD = 31  # rows of the first stage's map at the odd image size
+LARGEST_ODD = 31  # maximum rows of the first stage's feature map at the odd image size
 STEM_STRIDE = 4
-ODD_CHANNELS = 20  # fills no tile, and no 16-byte access
+ODD_CHANNELS = 20  # not a multiple of a tile's channels or of a 16-byte access
 
 
 def cases(
     model: Trunk, size: int, dtype: torch.dtype, *, gradients: bool = True, frozen_norms: bool = False
 ) -> list[Case]:
-    """List the operator calls to compare for a model, without duplicates, ordered by family.
+    """Return the operator calls to check for a model, without duplicates, ordered by family.
 
     Args:
-        model: is left as it is; its copy is traced on tensors without memory.
+        model: the model; a copy of it is traced, on tensors without memory.
         size: side of the square images in pixels.
-        dtype: bfloat16 = autocast over float32 parameters; float32 = without.
-        gradients: also those of training; else of evaluation alone.
-        frozen_norms: BatchNorm stays in evaluation mode in training (`--freeze-bn`).
+        dtype: bfloat16: autocast with float32 parameters. float32: no autocast.
+        gradients: include the calls of training; otherwise only those of evaluation.
+        frozen_norms: BatchNorm is in evaluation mode during training (`--freeze-bn`).
     """
     traced: list[tuple[str, int | tuple[int, int]]] = [("eval", size)]
     if gradients:
@@ -50,22 +50,23 @@ def cases(
     wanted = dict.fromkeys(case for calls in found for case in calls)
     if gradients:
         real, odd_calls = found[0], found[-1]
-        # Odd maps for which tiles are made as for the model's own: the same compiled kernels.
-        alike = [o for r, o in _paired(real, odd_calls) if o.map_rows() and _tiles(r) == _tiles(o)]
-        wanted = dict.fromkeys([*real, *found[1], *alike, *_odd_channels(alike or odd_calls), *_many_tiles(real)])
+        # Calls at the odd image size that use the same tiles, and so the same compiled kernels, as the model's own.
+        same_tiles = [o for r, o in _paired(real, odd_calls) if o.map_rows() and _tiles(r) == _tiles(o)]
+        odd_channels = _odd_channels(same_tiles or odd_calls)
+        wanted = dict.fromkeys([*real, *found[1], *same_tiles, *odd_channels, *_many_tiles(real)])
     order = {name: FAMILIES.index(families[-1]) for name, families in OPERATORS.items()}
     return sorted(wanted, key=lambda case: order[case.operator])
 
 
 def odd_rows(size: int) -> int:
-    """Choose an odd number of rows for the first stage's map that is tiled like the map of the real image size."""
+    """Choose an odd number of rows for the first stage's feature map that has the same tiles as the real image size."""
     real, least = -(-size // STEM_STRIDE), MIN_SIZE // STEM_STRIDE + 1
     tried = range(min(LARGEST_ODD, 2 * real + 1), least - 1, -2)
     return next((rows for rows in tried if tiles.best(rows) == tiles.best(real)), least)
 
 
 class _Calls(TorchDispatchMode):
-    """Records the calls of operators `fat::*`."""
+    """Records calls of the operators `fat::*`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,8 +87,11 @@ def _spec(name: str, value: Any) -> Any:
 
 
 def _shortened(model: Trunk) -> Trunk:
-    """The model with only those blocks of each stage whose calls differ: the first block of the first stage has no drop
-    path, and the last block of a stage may reduce."""
+    """Remove the blocks of each stage whose calls are the same as those of another block, and return the model.
+
+    Two kinds of blocks are special: the model's first block has no drop path, and a stage's last block may have
+    stride 2.
+    """
     for index, stage in enumerate(model.stages):
         assert isinstance(stage, Stage)
         blocks = list(stage.blocks)
@@ -98,7 +102,10 @@ def _shortened(model: Trunk) -> Trunk:
 
 
 def _trace(twin: Trunk, what: str, sides: int | tuple[int, int], dtype: torch.dtype) -> list[Case]:
-    """Return one pass's calls in order; what: "train", "eval" or "frozen" (training with BatchNorm in eval mode)."""
+    """Return the calls of one pass, in order.
+
+    what: "train", "eval" or "frozen" (training with BatchNorm in evaluation mode).
+    """
     twin.train(what != "eval")
     if what == "frozen":
         for module in twin.modules():
@@ -117,13 +124,14 @@ def _trace(twin: Trunk, what: str, sides: int | tuple[int, int], dtype: torch.dt
 
 
 def _paired(real: Sequence[Case], odd: Sequence[Case]) -> Iterator[tuple[Case, Case]]:
-    """Pair the calls of two passes over one model.
+    """Pair the corresponding calls of two passes of the same model.
 
-    A map's size decides whether attention is ours, so that its operators may be in one pass alone.
+    Operators with different numbers of calls are skipped: whether attention uses FAT's kernels depends on the image
+    size.
     """
-    numbers = [Counter(case.operator for case in calls) for calls in (real, odd)]
-    own, others = ([c for c in calls if numbers[0][c.operator] == numbers[1][c.operator]] for calls in (real, odd))
-    return zip(own, others, strict=True)
+    counts = [Counter(case.operator for case in calls) for calls in (real, odd)]
+    common = ([c for c in calls if counts[0][c.operator] == counts[1][c.operator]] for calls in (real, odd))
+    return zip(*common, strict=True)
 
 
 def _tiles(case: Case) -> list[int]:
@@ -131,7 +139,7 @@ def _tiles(case: Case) -> list[int]:
 
 
 def _odd_channels(calls: Sequence[Case]) -> list[Case]:
-    """Return a call of each operator on maps whose channels fill no tile; of convolutions, with the smallest kernel."""
+    """Return a call of each operator with `ODD_CHANNELS` channels; for convolutions, with the smallest kernel."""
     smallest: dict[str, Case] = {}
     for case in calls:
         if case.map_rows():
@@ -142,9 +150,9 @@ def _odd_channels(calls: Sequence[Case]) -> list[Case]:
 
 
 def _many_tiles(calls: Sequence[Case]) -> list[Case]:
-    """Return the smallest convolution with moments, at a batch size whose moments take two rounds to join."""
+    """Return the smallest convolution with statistics, at a batch size at which they are merged in two rounds."""
     smallest = min((case for case in calls if case.operator == "depthwise_stats"), key=_numbers, default=None)
-    return [] if smallest is None else [smallest.with_batch(tiles.JOINED_EACH + 1)]
+    return [] if smallest is None else [smallest.with_batch(tiles.MERGED_EACH + 1)]
 
 
 def _numbers(case: Case) -> int:
