@@ -1,5 +1,5 @@
-"""The kernels on the device: ten fresh inputs each, the network's own shapes, whole steps, captured graphs. The same
-checks run on small maps in Triton's interpreter (tests/interpreted)."""
+"""The kernels on a GPU: ten random inputs each, the model's shapes, training steps, CUDA graphs. The same checks run on
+small feature maps in Triton's interpreter (tests/interpreted)."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ INPUTS = 10
 
 @pytest.fixture(autouse=True)
 def _exact_references() -> Iterator[None]:
-    """fp32 references without TF32."""
+    """Disable TF32 for the fp32 references."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def on_fresh_inputs(check: Callable[[Draw], None]) -> None:
+def on_random_inputs(check: Callable[[Draw], None]) -> None:
     for _ in range(INPUTS):
         seed = secrets.randbits(32)
         try:
@@ -77,7 +77,7 @@ DEPTHWISE = [
     Case(9, 1, 2, 512, 7, 7, BF16, residual=True),
     Case(5, 2, 2, 64, 56, 56, BF16),
     Case(5, 2, 2, 640, 14, 14, BF16),
-    Case(3, 1, 1, 20, 13, 9, FP32, residual=True),  # the rest of the sizes, odd maps, odd channels
+    Case(3, 1, 1, 20, 13, 9, FP32, residual=True),  # all other kernel sizes, odd feature maps, odd channels
     Case(3, 2, 3, 24, 13, 9, FP16),
     Case(7, 2, 2, 33, 14, 13, FP32, bias=False),
     Case(9, 1, 1, 7, 13, 9, FP32),
@@ -87,18 +87,18 @@ DEPTHWISE = [
 
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 def test_depthwise(case: Case) -> None:
-    on_fresh_inputs(lambda draw: check_depthwise(case, draw))
+    on_random_inputs(lambda draw: check_depthwise(case, draw))
 
 
 @pytest.mark.parametrize("case", DEPTHWISE, ids=str)
 @pytest.mark.parametrize("form", ["strips", "patches"])
 def test_weight_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
-    on_fresh_inputs(lambda draw: check_weight_gradient(case, draw))
+    on_random_inputs(lambda draw: check_weight_gradient(case, draw))
 
 
 NORMED = [
-    Case(5, 1, 3, 128, 56, 56, BF16, residual=True),  # feed-forwards of B0's stages
+    Case(5, 1, 3, 128, 56, 56, BF16, residual=True),  # feed-forward networks of B0's stages
     Case(5, 1, 16, 320, 28, 28, BF16, residual=True),
     Case(5, 1, 2, 1024, 7, 7, BF16, residual=True),
     Case(5, 2, 2, 64, 56, 56, BF16),
@@ -108,8 +108,8 @@ NORMED = [
 
 
 @pytest.mark.parametrize("case", NORMED, ids=str)
-def test_depthwise_and_moments(case: Case) -> None:
-    on_fresh_inputs(lambda draw: check_depthwise_stats(case, draw))
+def test_depthwise_and_statistics(case: Case) -> None:
+    on_random_inputs(lambda draw: check_depthwise_stats(case, draw))
 
 
 FOLDED = [(32, 128, BF16), (512, 2048, BF16), (33, 20, FP32), (40, 72, FP16)]
@@ -117,7 +117,7 @@ FOLDED = [(32, 128, BF16), (512, 2048, BF16), (33, 20, FP32), (40, 72, FP16)]
 
 @pytest.mark.parametrize(("outputs", "channels", "dtype"), FOLDED)
 def test_fold(outputs: int, channels: int, dtype: torch.dtype) -> None:
-    on_fresh_inputs(lambda draw: check_fold(outputs, channels, dtype, draw))
+    on_random_inputs(lambda draw: check_fold(outputs, channels, dtype, draw))
 
 
 GATED = [Case(3, 1, 2, 32, 56, 56, BF16), Case(5, 1, 2, 80, 28, 28, BF16), Case(9, 1, 2, 20, 7, 9, FP32)]
@@ -125,15 +125,15 @@ GATED = [Case(3, 1, 2, 32, 56, 56, BF16), Case(5, 1, 2, 80, 28, 28, BF16), Case(
 
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_depthwise_gate(case: Case) -> None:
-    on_fresh_inputs(lambda draw: check_depthwise_gate(case, draw))
+    on_random_inputs(lambda draw: check_depthwise_gate(case, draw))
 
 
 @pytest.mark.parametrize("case", GATED, ids=str)
 def test_depthwise_and_norm(case: Case) -> None:
-    on_fresh_inputs(lambda draw: check_depthwise_norm(case, draw))
+    on_random_inputs(lambda draw: check_depthwise_norm(case, draw))
 
 
-# Queries, keys, heads: stages of B0 to B3, then what fills no tile.
+# Queries, keys, heads: stages of B0 to B3, then shapes that fill no tile.
 ATTENTION = [
     ((3, 32, 56, 56), (7, 7), 2, BF16),
     ((2, 64, 56, 56), (7, 7), 2, BF16),
@@ -146,19 +146,18 @@ ATTENTION = [
 
 @pytest.mark.parametrize(("queries", "keys", "heads", "dtype"), ATTENTION)
 def test_attention(queries: tuple[int, int, int, int], keys: tuple[int, int], heads: int, dtype: torch.dtype) -> None:
-    on_fresh_inputs(lambda draw: check_attend(queries, keys, heads, dtype, draw))
+    on_random_inputs(lambda draw: check_attend(queries, keys, heads, dtype, draw))
 
 
 MAPS = [((3, 32, 56, 56), BF16), ((2, 160, 28, 28), BF16), ((2, 512, 7, 7), BF16), ((3, 20, 13, 9), FP32)]
 
 
 @pytest.mark.parametrize(("shape", "dtype"), MAPS)
-def test_maps(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    """Gate, norm and add."""
-    on_fresh_inputs(lambda draw: check_gate(shape, dtype, draw))
-    on_fresh_inputs(lambda draw: check_norm(shape, dtype, 0.0, draw))
-    on_fresh_inputs(lambda draw: check_norm(shape, dtype, 50.0, draw))
-    on_fresh_inputs(lambda draw: check_add(shape, dtype, True, draw))
+def test_gate_norm_and_add(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    on_random_inputs(lambda draw: check_gate(shape, dtype, draw))
+    on_random_inputs(lambda draw: check_norm(shape, dtype, 0.0, draw))
+    on_random_inputs(lambda draw: check_norm(shape, dtype, 50.0, draw))
+    on_random_inputs(lambda draw: check_add(shape, dtype, True, draw))
 
 
 SUMMED = [((256, 32, 56, 56), BF16), ((3, 320, 28, 28), BF16), ((256, 1024, 7, 7), BF16), ((3, 20, 13, 9), FP32)]
@@ -166,7 +165,7 @@ SUMMED = [((256, 32, 56, 56), BF16), ((3, 320, 28, 28), BF16), ((256, 1024, 7, 7
 
 @pytest.mark.parametrize(("shape", "dtype"), SUMMED)
 def test_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    on_fresh_inputs(lambda draw: check_channel_sums(shape, dtype, draw))
+    on_random_inputs(lambda draw: check_channel_sums(shape, dtype, draw))
 
 
 STEM = [((16, 16, 112, 112), BF16), ((16, 48, 56, 56), BF16), ((16, 64, 56, 56), BF16), ((3, 20, 13, 9), FP32)]
@@ -174,7 +173,7 @@ STEM = [((16, 16, 112, 112), BF16), ((16, 48, 56, 56), BF16), ((16, 64, 56, 56),
 
 @pytest.mark.parametrize(("shape", "dtype"), STEM)
 def test_norm_and_relu(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    on_fresh_inputs(lambda draw: check_norm_relu(shape, dtype, 3.0, draw))
+    on_random_inputs(lambda draw: check_norm_relu(shape, dtype, 3.0, draw))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +204,7 @@ def test_opcheck(name: str) -> None:
 
 
 def gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the loss by all parameters, as one vector."""
+    """Return the gradient of the loss with respect to all parameters, as one vector."""
     model.zero_grad()
     with torch.autocast("cuda", BF16, enabled=dtype == BF16):
         logits = model(images)
@@ -214,8 +213,8 @@ def gradient(model: torch.nn.Module, images: Tensor, labels: Tensor, dtype: torc
 
 
 @pytest.mark.parametrize("variant", ["fat_b0", "fat_b3"])
-def test_gradients_of_the_whole_net(variant: str) -> None:
-    """In fp32 as eager's; under bf16 autocast as near to those as eager's own are, nearly."""
+def test_gradients_of_the_model(variant: str) -> None:
+    """In fp32 they equal those without kernels; under bf16 autocast their error is about that without kernels."""
     torch.manual_seed(0)
     model = fat.create_model(variant, drop_path=0.0).cuda().train()
     images = torch.randn(8, 3, 224, 224, device="cuda").contiguous(memory_format=torch.channels_last)
@@ -226,9 +225,9 @@ def test_gradients_of_the_whole_net(variant: str) -> None:
             with kernels.use(switch):
                 found[switch, dtype] = gradient(model, images, labels, dtype)
     exact = found["off", FP32]
-    off = {key: ((vector - exact).norm() / exact.norm()).item() for key, vector in found.items()}
-    assert off["auto", FP32] < 1e-3, off
-    assert off["auto", BF16] < 1.5 * off["off", BF16] + 1e-3, off
+    errors = {key: ((vector - exact).norm() / exact.norm()).item() for key, vector in found.items()}
+    assert errors["auto", FP32] < 1e-3, errors
+    assert errors["auto", BF16] < 1.5 * errors["off", BF16] + 1e-3, errors
 
 
 def test_a_step_is_captured_as_a_cuda_graph() -> None:
@@ -255,16 +254,17 @@ def test_a_step_is_captured_as_a_cuda_graph() -> None:
         step()
     for parameter in block.parameters():
         parameter.grad.zero_()
-    # BatchNorm's running mean stands in for the mean when maps are rounded (docs/kernels.md).
-    for buffer, was in zip(block.buffers(), before, strict=True):
-        buffer.copy_(was)
+    # The running mean is subtracted before feature maps are rounded, so results depend on it (docs/kernels.md).
+    for buffer, initial in zip(block.buffers(), before, strict=True):
+        buffer.copy_(initial)
     graph.replay()
-    scale = max(wanted.abs().max().item() for wanted in expected)  # biases before a BatchNorm have none but rounding
-    for parameter, wanted in zip(block.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, wanted, rtol=0.02, atol=1e-4 * scale)
+    # The gradient of a bias before BatchNorm is only rounding errors, hence the absolute tolerance.
+    scale = max(gradient.abs().max().item() for gradient in expected)
+    for parameter, gradient in zip(block.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.02, atol=1e-4 * scale)
 
 
-def test_a_compiled_block_trains_as_an_eager_one() -> None:
+def test_a_compiled_block_has_the_gradients_of_an_eager_one() -> None:
     torch.manual_seed(0)
     block = fat.create_model("fat_b0", drop_path=0.0).cuda().stages[1].blocks[0]
     x = torch.randn(4, 80, 28, 28, device="cuda").contiguous(memory_format=torch.channels_last)
@@ -273,13 +273,13 @@ def test_a_compiled_block_trains_as_an_eager_one() -> None:
         block.zero_grad()
         run(x).square().mean().backward()
         results.append([parameter.grad.clone() for parameter in block.parameters()])
-    scale = max(wanted.abs().max().item() for wanted in results[0])
+    scale = max(gradient.abs().max().item() for gradient in results[0])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4 * scale)
 
 
 @pytest.mark.parametrize("mixes", [False, True])
-def test_augmentation_is_finished_as_in_torch(mixes: bool) -> None:
+def test_the_finishing_kernel_computes_the_same_as_torch(mixes: bool) -> None:
     recipe = augment_recipe("fat", rand_augment=None, erase=0.5)
     sides = np.full(16, 400)
     for _ in range(INPUTS):
@@ -288,13 +288,13 @@ def test_augmentation_is_finished_as_in_torch(mixes: bool) -> None:
         mixing = mix_params(recipe, seed=seed, step=1, lanes=np.arange(16) // 2) if mixes else None
         images = torch.randint(256, (16, 224, 224, 3), dtype=torch.uint8, device="cuda")
         found = {}
-        for own in (True, False):
-            found[own] = BatchAugment(recipe, torch.device("cuda"), kernels=own)(images, params, mixing)
+        for use in (True, False):
+            found[use] = BatchAugment(recipe, torch.device("cuda"), kernels=use)(images, params, mixing)
         torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-5, msg=f"seed {seed}")
 
 
 def test_weight_gradients_of_pointwise_convolutions_are_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over as many positions as a batch of 256 has in stage 1; the engine forbids sums of parts in bf16."""
+    """Over the positions of a batch of 256 in stage 1. The engine disables reduced-precision reductions in bf16."""
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", False)
     x, gradient = (torch.randn(256, c, 56, 56, device="cuda").to(BF16) for c in (128, 32))
     x, gradient = (t.contiguous(memory_format=torch.channels_last) for t in (x + 1, gradient))
@@ -302,13 +302,13 @@ def test_weight_gradients_of_pointwise_convolutions_are_summed_in_fp32(monkeypat
     (found,) = torch.autograd.grad(project(x, weight, torch.zeros(32, device="cuda", dtype=BF16)), weight, gradient)
     rows, columns = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (gradient, x))
     exact = sum(a.double().t() @ b.double() for a, b in zip(rows.split(1 << 16), columns.split(1 << 16), strict=True))
-    off = (found.flatten(1).double() - exact).abs()
-    assert (off <= 2**-8 * exact.abs() + 1e-3 * exact.abs().max()).all()
+    error = (found.flatten(1).double() - exact).abs()
+    assert (error <= 2**-8 * exact.abs() + 1e-3 * exact.abs().max()).all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_every_family_passes_the_check_before_use(dtype: torch.dtype) -> None:
-    """What a first training run on this device compares."""
+def test_every_family_passes_the_self_check(dtype: torch.dtype) -> None:
+    """The checks are those of a training run on this device."""
     checks: list[selfcheck.Check] = [
         *selfcheck.cases(fat.create_model("fat_b0"), 224, dtype),
         *augment_selfcheck.cases(augment_recipe("fat"), dtype),
@@ -317,7 +317,7 @@ def test_every_family_passes_the_check_before_use(dtype: torch.dtype) -> None:
     assert selfcheck.run(checks, torch.device("cuda")) == []
 
 
-def test_a_wrong_kernel_is_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_fails_the_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     from fat.kernels.impl import norm
 
     normalise = norm.normalise
@@ -331,7 +331,7 @@ def test_a_wrong_kernel_is_refused_on_a_device(monkeypatch: pytest.MonkeyPatch) 
     assert [failure.family for failure in failures] == ["norm"]
 
 
-def test_what_is_not_served_on_a_device() -> None:
+def test_unsupported_tensors_are_rejected() -> None:
     x = torch.zeros(1, 32, 8, 8, device="cuda").contiguous(memory_format=torch.channels_last)
     assert kernels.can_use(x)
     assert not kernels.can_use(x.contiguous())

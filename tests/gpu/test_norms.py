@@ -1,4 +1,4 @@
-"""BatchNorm over ranks by torch's CUDA kernels, in a group of one: the CPU's test has several. `make gpu`."""
+"""Synchronised BatchNorm with PyTorch's CUDA kernels, in a group of one rank; the CPU test has several. `make gpu`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def group() -> Iterator[dist.ProcessGroup]:
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_it_is_batch_norm(
+def test_it_computes_the_same_as_batch_norm(
     group: dist.ProcessGroup, layout: torch.memory_format, dtype: torch.dtype, tolerance: float, compiled: bool
 ) -> None:
     torch.manual_seed(0)
@@ -36,9 +36,9 @@ def test_it_is_batch_norm(
     cotangent = torch.randn_like(images)
     plain = nn.BatchNorm2d(48).cuda()
     nn.init.normal_(plain.weight)
-    wide = GlobalBatchNorm(copy.deepcopy(plain), group)
+    synchronised = GlobalBatchNorm(copy.deepcopy(plain), group)
     found = []
-    for norm in (plain, torch.compile(wide, fullgraph=True) if compiled else wide):
+    for norm in (plain, torch.compile(synchronised, fullgraph=True) if compiled else synchronised):
         x = images.clone().requires_grad_()
         y = norm(x)
         y.backward(cotangent)

@@ -1,4 +1,4 @@
-"""The loop never waits for the device: CUDA's own check of synchronisation raises at whatever would. `make gpu`."""
+"""The training loop never waits for the device: CUDA's sync debug mode raises at every synchronisation. `make gpu`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def checked() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_check_notices(checked: None) -> None:
+def test_the_sync_debug_mode_raises(checked: None) -> None:
     with pytest.raises(RuntimeError, match="synchronizing"):
         torch.ones((), device="cuda").item()
 
 
 @pytest.mark.parametrize("zero", [1, 2])
 def test_no_step_with_zero_waits_for_the_device(tmp_path: Path, photos: Path, zero: int) -> None:
-    """In a process of its own, which DeepSpeed needs for its process group."""
+    """In a separate process, which DeepSpeed needs for its process group."""
     out = tmp_path / "waits.json"
     script = ("tests/dist/host_waits_run.py", out, tmp_path / "run", "--data", photos, "--zero", str(zero))
     done = python(tmp_path, *script, "--ema", "0.9")
@@ -43,7 +43,7 @@ def test_no_step_with_zero_waits_for_the_device(tmp_path: Path, photos: Path, ze
 @pytest.mark.parametrize("options", [(), ("--ema", "0.9"), ("--augment", "light"), ("--micro-batch", "16")])
 def test_neither_loop_nor_loader_waits_for_the_device(tmp_path: Path, photos: Path, options: tuple[str, ...]) -> None:
     with training(photos, tmp_path / "run", *options, batch=32, device="cuda") as step:
-        for _ in range(3):  # allocations, kernels' choice
+        for _ in range(3):  # the first steps allocate memory and select kernels
             step()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

@@ -1,5 +1,5 @@
-"""RandAugment's kernels on the device, at the training size: the bytes that torch makes on the CPU, few launches, no
-waiting. The same checks run on small images in Triton's interpreter (tests/interpreted)."""
+"""RandAugment's kernels on a GPU, at the training size: the same bytes as PyTorch on the CPU, few launches, and no
+synchronisation. The same checks run on small images in Triton's interpreter (tests/interpreted)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(seed: int, batch: int = BATCH) -> SampleParams:
     return draw(RECIPE, seed=seed, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
 
 
-def on_fresh_inputs(check: Callable[[int], None]) -> None:
+def on_random_inputs(check: Callable[[int], None]) -> None:
     for _ in range(INPUTS):
         seed = secrets.randbits(31)
         try:
@@ -46,12 +46,12 @@ def test_batches_of_the_recipe() -> None:
         images = pictures(np.random.default_rng(seed), BATCH, 224, 224)
         expect_torchs_bytes(images, drawn(seed), flip=True, device="cuda")
 
-    on_fresh_inputs(check)
+    on_random_inputs(check)
 
 
 @pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
 def test_every_operation(op: Op) -> None:
-    """At any magnitude and sign, on squares and oblongs."""
+    """At any magnitude and sign, on square and rectangular images."""
 
     def check(seed: int) -> None:
         rng = np.random.default_rng(seed)
@@ -60,22 +60,22 @@ def test_every_operation(op: Op) -> None:
         for height, width in ((224, 224), (97, 131)):
             expect_torchs_bytes(pictures(rng, 9, height, width), params, device="cuda")
 
-    on_fresh_inputs(check)
+    on_random_inputs(check)
 
 
-def test_torch_on_the_device_makes_the_same_bytes() -> None:
+def test_torch_on_the_gpu_returns_the_same_bytes() -> None:
     for _ in range(INPUTS):
         seed = secrets.randbits(31)
         images = torch.from_numpy(pictures(np.random.default_rng(seed), BATCH, 224, 224)).to(GPU)
         found = {}
-        for own in (True, False):
-            found[own] = BatchAugment(RECIPE, GPU, flip=True, kernels=own).apply_ops(images, drawn(seed))
+        for use in (True, False):
+            found[use] = BatchAugment(RECIPE, GPU, flip=True, kernels=use).operate(images, drawn(seed))
         wrong = (found[True] != found[False]).flatten(1).sum(1)
         assert not wrong.any(), f"seed {seed}: bytes that differ, by sample: {wrong.tolist()}"
 
 
 def test_five_launches_and_two_uploads_without_waiting() -> None:
-    """Measure and apply, twice, and finish; the parameters of RandAugment, and those of the rest."""
+    """Launches: measure and apply, twice, and finish. Uploads: RandAugment's parameters, and all other parameters."""
     params, augment = drawn(3), BatchAugment(RECIPE, GPU, torch.bfloat16)
     mixing = mix_params(RECIPE, seed=1, step=0, lanes=np.arange(BATCH) // 2)
     images = torch.from_numpy(pictures(np.random.default_rng(1), BATCH, 224, 224)).to(GPU)

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `make gpu`. Each has its CPU twin in tests/unit or tests/dist."""
+"""Training on GPUs: `make gpu`. tests/unit or tests/dist has a CPU test for each of these tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def engine_of(run: Path) -> dict[str, object]:
     return json.loads((run / "recipe.json").read_text())["engine"]
 
 
-def test_the_bare_command_trains_with_bf16_and_on_several_gpus_with_zero_1(tmp_path: Path, digits: Path) -> None:
+def test_by_default_training_uses_bf16_and_on_several_gpus_zero_1(tmp_path: Path, digits: Path) -> None:
     run, gpus = tmp_path / "run", torch.cuda.device_count()
     done = accelerate(tmp_path, *FEW_STEPS, "--data", digits, "--out", run, "--stop-after", "12")
     assert done.returncode == 0, done.stderr
@@ -30,7 +30,7 @@ def test_the_bare_command_trains_with_bf16_and_on_several_gpus_with_zero_1(tmp_p
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_every_stage_trains_and_goes_on(tmp_path: Path, digits: Path, zero: int) -> None:
+def test_every_zero_stage_trains_and_resumes(tmp_path: Path, digits: Path, zero: int) -> None:
     options = (*FEW_STEPS, "--data", digits, "--out", tmp_path / "run", "--zero", str(zero), "--ema", "0.9")
     for stop in ("4", "8"):
         done = python(tmp_path, "launch/train.py", *options, "--stop-after", stop)
@@ -40,7 +40,7 @@ def test_every_stage_trains_and_goes_on(tmp_path: Path, digits: Path, zero: int)
 
 @pytest.mark.parametrize("zero", [0, 1])
 def test_two_ranks_share_one_gpu(tmp_path: Path, digits: Path, zero: int) -> None:
-    """The multi-rank CUDA path (BatchNorm over ranks, autocast, ZeRO, checkpoint) over gloo, on any one GPU."""
+    """The multi-rank CUDA path (synchronised BatchNorm, autocast, ZeRO, checkpoint) with gloo, on one GPU."""
     run = tmp_path / "run"
     options = (*FEW_STEPS, "--data", digits, "--out", run, "--zero", str(zero), "--sync-bn", "on")
     for stop in ("4", "8"):
@@ -52,7 +52,7 @@ def test_two_ranks_share_one_gpu(tmp_path: Path, digits: Path, zero: int) -> Non
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_model_learns_the_same(tmp_path: Path, digits: Path, mode: str) -> None:
+def test_a_compiled_model_has_the_losses_of_an_eager_one(tmp_path: Path, digits: Path, mode: str) -> None:
     losses = {}
     for compile_mode in ("off", mode):
         run = tmp_path / compile_mode
@@ -63,7 +63,7 @@ def test_a_compiled_model_learns_the_same(tmp_path: Path, digits: Path, mode: st
     assert losses[mode] == pytest.approx(losses["off"], rel=0.05)
 
 
-def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
+def test_images_decoded_on_the_gpu_equal_those_of_the_cpu(photos: Path) -> None:
     from pipeline.augment.recipe import augment_recipe
     from pipeline.batch_shape import BatchShape
     from pipeline.loader import TrainLoader
@@ -78,18 +78,18 @@ def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
         shape = BatchShape(global_batch=32)
         with TrainLoader(dataset, plan, shape, recipe, epochs=1, device=torch.device(device)) as loader:
             batches.append(next(loader))
-            picks = loader.resolved
+            resolved = loader.resolved
     on_cpu, on_gpu = batches
     assert on_cpu.ids.tolist() == on_gpu.ids.tolist()
     assert on_gpu.images.is_cuda
     assert on_gpu.images.is_contiguous(memory_format=torch.channels_last)
-    # nvJPEG upsamples chroma by its own rule; a level is 1/255/0.226 = .017 of a normalised value.
-    off = (on_cpu.images - on_gpu.images.cpu()).abs().mean().item()
-    assert off < 2 * 0.017, picks
+    # nvJPEG upsamples chroma differently. One level of a pixel is 1 / 255 / 0.226 = 0.017 of a normalised value.
+    error = (on_cpu.images - on_gpu.images.cpu()).abs().mean().item()
+    assert error < 2 * 0.017, resolved
 
 
 @pytest.mark.timeout(900)
-def test_the_fastest_options_are_measured_and_trained_with(tmp_path: Path, digits: Path) -> None:
+def test_training_uses_the_tuned_options(tmp_path: Path, digits: Path) -> None:
     run, file = tmp_path / "run", tmp_path / "tuned.toml"
     training = ("--size", "64", "--global-batch", "64", "--augment", "light", "--zero", "0")
     done = python(

@@ -1,6 +1,6 @@
-"""Captured training on a CUDA device: `make gpu`.
+"""Training with CUDA graphs on a GPU: `make gpu`.
 
-tests/unit/test_cuda_graphs.py has the same with a stand-in for CUDA.
+tests/unit/test_cuda_graphs.py tests the same with a CPU replacement for CUDA graphs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tests.support.batches import CLASSES, random_batch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 ROWS, SIDE, STEPS = 8, 64, 6
-LEAST_NORM = 1e-2  # of a gradient that is more than rounding: biases before a BatchNorm have none
-# A block of each kind, of B0's widths.
+LEAST_NORM = 1e-2  # gradients below it can be only rounding errors, such as those of biases before BatchNorm
+# One block per stage, with B0's widths.
 CONFIG = fat.FATConfig(
     num_classes=CLASSES, widths=(32, 80, 160, 256), depths=(1, 1, 1, 1), heads=(2, 5, 10, 16), drop_path=0.3
 )
@@ -34,12 +34,12 @@ def fat_model() -> nn.Module:
     return fat.create_model(CONFIG)
 
 
-def train(*options: str, accumulation: int = 1, make: Callable[[], nn.Module] = fat_model) -> dict[str, Any]:
-    """A few steps, an evaluation in between and one at the end."""
+def train(*options: str, accumulation: int = 1, create: Callable[[], nn.Module] = fat_model) -> dict[str, Any]:
+    """Train a few steps, with an evaluation in between and one at the end, and return the results."""
     recipe = parse(["--size", str(SIDE), "--zero", "0", *options])
     torch.manual_seed(0)
     world = World(0, 1, 0, 1, torch.device("cuda", 0))
-    engine = Engine(make(), recipe, world, micro_batch=ROWS, accumulation=accumulation)
+    engine = Engine(create(), recipe, world, micro_batch=ROWS, accumulation=accumulation)
     results, evaluations = [], []
     for step in range(STEPS):
         numbers = range(step * accumulation, (step + 1) * accumulation)
@@ -78,7 +78,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: flo
     ],
 )
 def test_replayed_training_is_eager_training(options: tuple[str, ...], accumulation: int, tolerance: float) -> None:
-    """Up to the order of atomic additions, which differs from run to run."""
+    """The results agree except for the order of atomic additions, which differs from run to run."""
     replayed = train(*options, accumulation=accumulation)
     assert replayed["notes"] == []
     assert replayed["compile"] == "cudagraphs: forward and backward of 6 parts"
@@ -86,7 +86,7 @@ def test_replayed_training_is_eager_training(options: tuple[str, ...], accumulat
 
 
 def test_captured_gradients_are_eager_gradients_of_the_same_drop_path() -> None:
-    """Several replays, each with a seed and images of its own."""
+    """Several replays, each with another seed and other images."""
     torch.manual_seed(0)
     device = torch.device("cuda", 0)
     eager, replayed = (fat_model().to(device).train() for _ in range(2))
@@ -100,33 +100,33 @@ def test_captured_gradients_are_eager_gradients_of_the_same_drop_path() -> None:
         for model in (eager, replayed):
             torch.manual_seed(number)
             model(images).square().sum().backward()
-        for (name, ours), theirs in zip(replayed.named_parameters(), eager.parameters(), strict=True):
-            error = (ours.grad - theirs.grad).norm() / theirs.grad.norm().clamp(min=LEAST_NORM)
+        for (name, actual), expected in zip(replayed.named_parameters(), eager.parameters(), strict=True):
+            error = (actual.grad - expected.grad).norm() / expected.grad.norm().clamp(min=LEAST_NORM)
             assert error < 1e-2, (name, float(error))
         for model in (eager, replayed):
             model.zero_grad(set_to_none=True)
 
 
 class WaitsForTheDevice(nn.Module):
-    """A model that reads the device in its forward pass, which no capture allows."""
+    """A model that synchronises with the device in its forward pass, which a capture does not allow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, CLASSES, 3)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        maps = self.conv(images)
-        return maps.mean(dim=(2, 3)) * (1.0 if maps.sum().item() < 1e9 else 0.5)
+        features = self.conv(images)
+        return features.mean(dim=(2, 3)) * (1.0 if features.sum().item() < 1e9 else 0.5)
 
 
-def test_what_cannot_be_captured_trains_eagerly_with_one_line() -> None:
-    failed = train("--precision", "fp32", make=WaitsForTheDevice)
+def test_a_model_that_cannot_be_captured_is_trained_eagerly_with_a_warning() -> None:
+    failed = train("--precision", "fp32", create=WaitsForTheDevice)
     (note,) = failed["notes"]
     assert note.startswith("warning: CUDA graph capture failed (")
     assert "\n" not in note
     assert failed["compile"].startswith("off (capture failed")
-    assert_close(failed, train("--precision", "fp32", "--compile", "off", make=WaitsForTheDevice), 1e-4)
-    # The stream, the allocator and later captures are as they were.
+    assert_close(failed, train("--precision", "fp32", "--compile", "off", create=WaitsForTheDevice), 1e-4)
+    # The failed capture has no effect on the stream, the allocator and later captures.
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert train("--precision", "fp32")["notes"] == []
 

@@ -1,5 +1,5 @@
-"""Tests in Triton's interpreter, on CPU tensors. Triton reads TRITON_INTERPRET when it is first imported, so they need
-a process of their own, which tests/unit/test_kernels.py starts."""
+"""Tests in Triton's interpreter, on CPU tensors. Triton reads TRITON_INTERPRET when it is imported, so these tests run
+in a separate process, which tests/unit/test_kernels.py starts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _poisoned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.7's interpreter multiplies the bits of bfloat16 numbers, which it keeps as 16-bit integers."""
+    """Fix tl.dot of bfloat16, which Triton 3.7's interpreter stores as 16-bit integers and multiplies as such."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -38,8 +38,8 @@ def _products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _patched_once() -> Iterator[None]:
-    """Triton 3.7's interpreter searches its whole language for what to replace at every call of a function by a kernel,
-    and makes its table of dtypes for every operation: a third of the time. Here it does both once."""
+    """Speed up Triton 3.7's interpreter by a third. It searches its language module for functions to patch whenever a
+    kernel calls a function, and creates a table of dtypes for every operation; here it does both once."""
     from triton.runtime import interpreter
 
     replace, replaced = interpreter._patch_lang, set[int]()
@@ -50,7 +50,7 @@ def _patched_once() -> Iterator[None]:
         if namespace not in replaced:
             replaced.add(namespace)
             replace(function)
-        return interpreter._LangPatchScope()  # in which nothing is to be undone
+        return interpreter._LangPatchScope()  # an empty scope: nothing to restore
 
     def known_dtype(dtype: Any) -> Any:
         dtype = dtype.scalar

@@ -1,4 +1,4 @@
-"""The operators as torch sees them: gradients by autograd, schemas, fake tensors, compilation, autocast, limits."""
+"""The operators' integration with PyTorch: autograd, schemas, fake tensors, compilation, autocast, argument checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1) -
 
 
 def attended(q: Tensor, kv: Tensor) -> Tensor:
-    """In two heads."""
+    """Compute attention with two heads."""
     split = [x.flatten(2).unflatten(1, (2, -1)).mT for x in (q, *kv.chunk(2, 1))]
     return F.scaled_dot_product_attention(*split, scale=0.3).mT.reshape(q.shape)
 
@@ -46,7 +46,7 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.group_norm(x, 1, weight, bias, 1e-5)
 
 
-def moments(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_stats(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return y, y.mean(dim=(0, 2, 3)), y.var(dim=(0, 2, 3), correction=0)
 
 
@@ -60,7 +60,7 @@ X, Y = maps(FP32, FP32)
 WEIGHT, BIAS, GAIN, SHIFT = weights()
 KV = Draw.seeded(11, "cpu").map(SHAPE[0], 2 * SHAPE[1], 3, 2, FP32)
 MATRIX = Draw.seeded(10, "cpu").tensor(6, SHAPE[1], 1, 1)
-# name: (ours, the same in torch, arguments that need gradients)
+# name -> (function of fat.kernels, the same in PyTorch, arguments that require gradients)
 FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Tensor]]] = {
     "depthwise": (kernels.depthwise, convolved, [X, WEIGHT, BIAS]),
     "depthwise, stride 2": (
@@ -87,19 +87,19 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
         lambda x, y, *a: (added(x, y), normalised(added(x, y), *a)),
         [X, Y, GAIN, SHIFT],
     ),
-    "add and norm, nothing dropped": (
+    "add and norm without drop path": (
         lambda x, y, *a: kernels.add_norm(x, y, None, *a, 1e-5),
         lambda x, y, *a: (x + y, normalised(x + y, *a)),
         [X, Y, GAIN, SHIFT],
     ),
-    "depthwise and moments": (
+    "depthwise and statistics": (
         lambda *a: kernels.depthwise_stats(*a, residual=True),
-        lambda x, *a: moments(x + convolved(x, *a)),
+        lambda x, *a: with_stats(x + convolved(x, *a)),
         [X, WEIGHT, BIAS],
     ),
-    "depthwise of GELU, and moments": (
+    "depthwise of GELU, and statistics": (
         lambda *a: kernels.depthwise_stats(*a, stride=2, gelu=True),
-        lambda x, *a: moments(convolved(F.gelu(x), *a, 2)),
+        lambda x, *a: with_stats(convolved(F.gelu(x), *a, 2)),
         [X, WEIGHT, BIAS],
     ),
     "fold": (
@@ -118,28 +118,28 @@ FUNCTIONS: dict[str, tuple[Callable[..., object], Callable[..., object], list[Te
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_reach_every_argument(name: str) -> None:
-    ours, reference, arguments = FUNCTIONS[name]
-    own = [argument.clone().requires_grad_() for argument in arguments]
+    function, reference, arguments = FUNCTIONS[name]
+    leaves = [argument.clone().requires_grad_() for argument in arguments]
     exact = [argument.double().requires_grad_() for argument in arguments]
-    results = [_outputs(function(*leaves)) for function, leaves in ((ours, own), (reference, exact))]
+    results = [_outputs(function(*leaves)), _outputs(reference(*exact))]
     draw = Draw.seeded(9, "cpu")
-    cotangents = [draw.tensor(*result.shape) for result in results[0]]  # contiguous: the backward pass makes its layout
+    cotangents = [draw.tensor(*result.shape) for result in results[0]]  # contiguous: the operators must convert them
     torch.autograd.backward(results[0], cotangents)
     torch.autograd.backward(results[1], [cotangent.double() for cotangent in cotangents])
-    for place, (a, b) in enumerate(zip(own, exact, strict=True)):
+    for number, (a, b) in enumerate(zip(leaves, exact, strict=True)):
         assert a.grad is not None
-        expect(f"by argument {place}", a.grad, b.grad)
+        expect(f"gradient of argument {number}", a.grad, b.grad)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_compiles_to_one_graph(name: str) -> None:
-    """Forward and backward, with the same bits as eager."""
+    """Forward and backward pass are compiled, and gradients are bitwise equal to those in eager mode."""
     torch._dynamo.reset()
-    ours, _, arguments = FUNCTIONS[name]
+    function, _, arguments = FUNCTIONS[name]
     gradients = []
-    for function in (ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
+    for call in (function, torch.compile(function, backend="aot_eager", fullgraph=True)):
         leaves = [argument.clone().requires_grad_() for argument in arguments]
-        sum(output.square().sum() for output in _outputs(function(*leaves))).backward()
+        sum(output.square().sum() for output in _outputs(call(*leaves))).backward()
         gradients.append([leaf.grad for leaf in leaves])
     for eager, compiled in zip(*gradients, strict=True):
         assert torch.equal(eager, compiled)
@@ -203,7 +203,7 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.fat, name), arguments)
 
 
-def test_autocast_stores_maps_in_its_dtype_and_sums_weight_gradients_in_theirs() -> None:
+def test_under_autocast_feature_maps_have_its_dtype_and_weight_gradients_that_of_the_weights() -> None:
     x, weight, bias = (argument.clone().requires_grad_() for argument in (X, WEIGHT, BIAS))
     with torch.autocast("cpu", BF16):
         out = kernels.depthwise(x, weight, bias)
@@ -212,8 +212,8 @@ def test_autocast_stores_maps_in_its_dtype_and_sums_weight_gradients_in_theirs()
     assert (x.grad.dtype, weight.grad.dtype, bias.grad.dtype) == (FP32, FP32, FP32)
     rounded = X.to(BF16)
     expect("out", out.detach(), convolved(rounded.double(), WEIGHT.double(), BIAS.double()))
-    # Ones summed in fp32: the corner taps see (H - 1) (W - 1) inputs, rounded to bf16 as maps and no further.
-    expect("by weight", weight.grad[:, 0, 0, 0], rounded.double()[:, :, :-1, :-1].sum(dim=(0, 2, 3)))
+    # The output's gradient is 1, so a corner tap's gradient is an fp32 sum of (H - 1) (W - 1) inputs in bf16.
+    expect("gradient of weight", weight.grad[:, 0, 0, 0], rounded.double()[:, :, :-1, :-1].sum(dim=(0, 2, 3)))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_autocast_stores_maps_in_its_dtype_and_sums_weight_gradients_in_theirs()
         (X[:, :, :, ::2], "channels-last"),
     ],
 )
-def test_what_is_not_served_is_left_to_torch_and_refused_by_the_operator(x: Tensor, why: str) -> None:
+def test_unsupported_feature_maps_are_rejected_by_can_use_and_by_the_operator(x: Tensor, why: str) -> None:
     assert kernels.can_use(X)
     assert not kernels.can_use(x)
     assert not kernels.can_use(X, x)
@@ -233,16 +233,16 @@ def test_what_is_not_served_is_left_to_torch_and_refused_by_the_operator(x: Tens
         ops.norm(x, GAIN, SHIFT, 1e-5)
 
 
-def test_refused_weights() -> None:
+def test_unsupported_weights_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"\(20, 1, 4, 4\) for 20 channels: expected \[20, 1, k, k\] with k one of 3"):
         kernels.depthwise(X, torch.zeros(20, 1, 4, 4), None)
     with pytest.raises(ValueError, match="stride 3"):
         kernels.depthwise(X, WEIGHT, None, stride=3)
-    with pytest.raises(ValueError, match="one device and dtype"):
+    with pytest.raises(ValueError, match="expected one device and one dtype"):
         ops.gate(X, Y.to(BF16))
 
 
-def test_the_mode_holds_inside() -> None:
+def test_the_mode_applies_within_its_context() -> None:
     with kernels.use("off"):
         assert not kernels.can_use(X)
         with kernels.use("unchecked"):
@@ -253,7 +253,7 @@ def test_the_mode_holds_inside() -> None:
         pass
 
 
-def test_empty_maps_are_left_to_torch() -> None:
+def test_the_kernels_do_not_accept_empty_feature_maps() -> None:
     assert not kernels.can_use(X[:0])
 
 

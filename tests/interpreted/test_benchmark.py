@@ -1,4 +1,4 @@
-"""That the benchmarks of kernels run to their end and write what they say; their times mean nothing here."""
+"""The benchmarks of kernels run to their end and write the documented results. Their times are meaningless here."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Device:
-    """Stands in for torch.cuda: records how long the device was kept busy before each timed call."""
+    """Replacement for torch.cuda that records how long the device was kept busy before each timed call."""
 
     def __init__(self) -> None:
         self.cycles: list[int] = []
@@ -90,7 +90,7 @@ def test_the_other_form_is_the_one_that_is_not_chosen(monkeypatch: pytest.Monkey
     assert (tiles.weight_gradient(*shape), other()) == (tiles.strips(*shape), tiles.patches(*shape))
 
 
-def test_sweep_tries_tiles_and_puts_the_table_back() -> None:
+def test_sweep_tries_tiles_and_restores_the_choice() -> None:
     tried: list[tiles.Tile] = []
     before = tiles.depthwise(3, 56, 56, 64)
     found = benchmark.sweep(benchmark.Clock(1), lambda: tried.append(tiles.depthwise(3, 56, 56, 64)))
@@ -99,8 +99,7 @@ def test_sweep_tries_tiles_and_puts_the_table_back() -> None:
     assert tiles.depthwise(3, 56, 56, 64) == before
 
 
-def test_ways_of_the_library_agree_with_ours() -> None:
-    """What is compared does the same thing."""
+def test_compared_implementations_return_the_same_results() -> None:
     for job in kernel_jobs.depthwise_jobs((1, 16, 5, 5), 3, 1, torch.float32):
         results = {way: call() for way, call in job.ways.items()}
         if kernel_jobs.OTHER_FORM in results:
@@ -118,7 +117,7 @@ def test_ways_of_the_library_agree_with_ours() -> None:
 
 
 def test_augmentation_by_torch_and_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What only a GPU can tell is given: the step's time, launches, and the device's part of the time."""
+    """Values that only a GPU can measure are given: the step's time, the launches and the device's time."""
     monkeypatch.setattr(augment.OnGpu, "step_seconds", lambda self: 0.02)
     monkeypatch.setattr(augment, "on_the_device", lambda work: (5, 1e-3))
     report = augment.OnGpu(augment.Bench(6, 16, 1, torch.device("cpu"))).report()

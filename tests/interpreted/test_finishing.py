@@ -1,4 +1,4 @@
-"""Normalisation, erasing, mixing and the cast in one kernel, against the same in torch."""
+"""The kernel of normalisation, erasing, mixing and cast computes the same as PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BATCH = 8
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mixes", [False, True])
-def test_by_kernels_does_what_torch_does(mixes: bool, dtype: torch.dtype) -> None:
+def test_the_kernel_computes_the_same_as_torch(mixes: bool, dtype: torch.dtype) -> None:
     recipe = augment_recipe("fat", size=37, rand_augment=None, erase=0.7)
     side = np.full(BATCH, 64)
     params = draw(recipe, seed=3, epoch=1, ids=np.arange(BATCH), heights=side, widths=side)
@@ -26,16 +26,16 @@ def test_by_kernels_does_what_torch_does(mixes: bool, dtype: torch.dtype) -> Non
     assert not erased.all()
     assert mixing is None or 0 < mixing.use_cutmix.mean() < 1
     images = torch.randint(256, (BATCH, 37, 37, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    ours = BatchAugment(recipe, torch.device("cpu"), dtype)(images, params, mixing)
-    assert ours.dtype == dtype
-    assert ours.is_contiguous(memory_format=torch.channels_last)
+    found = BatchAugment(recipe, torch.device("cpu"), dtype)(images, params, mixing)
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
     with kernels.disabled(kernels.FINISHING):
         exact = BatchAugment(recipe, torch.device("cpu"), torch.float32)(images, params, mixing)
     allowed = torch.finfo(dtype).eps * exact.abs() + 2.0**-21 * exact.abs().max()
-    assert ((ours.float() - exact).abs() <= allowed).all()
+    assert ((found.float() - exact).abs() <= allowed).all()
 
 
-def test_odd_batches_are_not_mixed() -> None:
+def test_mixing_a_batch_with_an_odd_number_of_images_is_rejected() -> None:
     recipe = augment_recipe("fat", size=8, rand_augment=None)
     side = np.full(3, 64)
     params = draw(recipe, seed=3, epoch=1, ids=np.arange(3), heights=side, widths=side)

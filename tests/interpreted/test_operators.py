@@ -1,4 +1,4 @@
-"""Every kernel against float64: kernel sizes, strides, odd maps, channels that fill no tile, dtypes, batches."""
+"""Every kernel against float64: kernel sizes, strides, odd feature maps, channels that fill no tile, dtypes."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from tests.support.kernel_checks import (
     check_weight_gradient,
 )
 
-# Pairs of (kernel, stride), (kernel, dtype), (map, stride) and of each with bias and residual all occur. Tiles are 7 or
-# fewer rows high and 8 to 64 columns wide, 16, 32 or 64 channels deep.
+# All pairs of (kernel, stride), (kernel, dtype) and (size, stride) occur, and each of them with bias and residual.
+# Tiles have up to 7 rows, 8 to 64 columns, and 16, 32 or 64 channels.
 DEPTHWISE = [
     Case(3, 1, 2, 20, 7, 7, FP32, residual=True),
     Case(3, 1, 1, 40, 14, 14, BF16),
@@ -59,7 +59,7 @@ def test_depthwise(case: Case) -> None:
     check_depthwise(case, Draw.seeded(1, "cpu"))
 
 
-# Maps that are one block, that blocks fill, and that they do not, along both directions.
+# Feature maps of one block, of several blocks, and those that blocks do not fill, along both dimensions.
 BLOCKS = [
     Case(3, 1, 1, 20, 14, 7, FP32),
     Case(5, 1, 2, 8, 7, 28, BF16, residual=True),
@@ -82,7 +82,7 @@ def test_depthwise_in_both_forms(form: str, case: Case, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["blocks", "columns"])
-def test_depthwise_gate_and_moments_in_both_forms(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_depthwise_gate_norm_and_statistics_in_both_forms(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "depthwise", getattr(tiles, form))
     check_depthwise_gate(Case(3, 1, 1, 20, 14, 14, FP32), Draw.seeded(12, "cpu"))
     check_depthwise_norm(Case(3, 1, 1, 40, 9, 14, FP32), Draw.seeded(13, "cpu"))
@@ -139,11 +139,11 @@ def test_depthwise_and_norm(case: Case) -> None:
     ],
     ids=str,
 )
-def test_depthwise_and_moments(case: Case) -> None:
+def test_depthwise_and_statistics(case: Case) -> None:
     check_depthwise_stats(case, Draw.seeded(7, "cpu"))
 
 
-# Maps of one and of more tiles of 14 rows, of one and of more patches, filled by them or not.
+# Feature maps of one and of several tiles of 14 rows, of one and of several patches, which fill them or not.
 FORMS = [
     Case(3, 1, 2, 20, 16, 9, FP32),
     Case(3, 1, 9, 8, 7, 7, BF16),
@@ -157,7 +157,7 @@ FORMS = [
 @pytest.mark.parametrize("case", FORMS, ids=str)
 @pytest.mark.parametrize("form", ["strips", "patches"])
 def test_weight_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In few parts, so that a part has several tiles and the last part fewer."""
+    """With few parts, so that each part has several tiles and the last part has fewer."""
     monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
     monkeypatch.setattr(tiles, "PROGRAMS", 8)
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
@@ -167,7 +167,7 @@ def test_weight_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytes
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [Case(5, 2, 1, 8, 31, 9, FP32), Case(9, 1, 1, 8, 15, 3, BF16)], ids=str)
 @pytest.mark.parametrize("form", ["strips", "patches"])
-def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_gradient_in_both_forms(form: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "weight_gradient", getattr(tiles, form))
     monkeypatch.setattr(tiles, "PROGRAMS", 8)
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
@@ -179,10 +179,10 @@ def test_moments_gradient_in_both_forms(form: str, case: Case, monkeypatch: pyte
 @pytest.mark.parametrize(
     "case", [Case(3, 1, 2, 20, 16, 9, FP32), Case(5, 2, 3, 8, 15, 14, FP32), Case(9, 1, 2, 8, 7, 7, BF16)], ids=str
 )
-def test_moments_gradient_in_other_walks(case: Case, walk: tiles.Walk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that are read at once do not fill the map."""
+def test_statistics_gradient_in_other_walks(case: Case, walk: tiles.Walk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of rows that are loaded at once does not divide the feature map."""
     monkeypatch.setattr(tiles, "walks", lambda *_: (walk,))
-    monkeypatch.setattr(tiles, "patches", tiles.patches.__wrapped__)  # forgets nothing
+    monkeypatch.setattr(tiles, "patches", tiles.patches.__wrapped__)  # without its cache
     monkeypatch.setattr(tiles, "MULTIPROCESSORS", 1)
     check_depthwise_stats(case, Draw.seeded(11, "cpu"))
 
@@ -206,7 +206,7 @@ def test_gate(shape, dtype) -> None:
     check_gate(shape, dtype, Draw.seeded(4, "cpu"))
 
 
-@pytest.mark.parametrize("offset", [0.0, 100.0], ids=["centred", "mean of 100 deviations"])
+@pytest.mark.parametrize("offset", [0.0, 100.0], ids=["mean 0", "mean of 100 standard deviations"])
 @pytest.mark.parametrize(("shape", "dtype"), MAPS)
 def test_norm(shape, dtype, offset) -> None:
     check_norm(shape, dtype, offset, Draw.seeded(5, "cpu"))
@@ -224,8 +224,8 @@ def test_channel_sums(shape, dtype) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 3, 64])
-def test_channel_sums_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last part has fewer rows, and its last step fewer still."""
+def test_channel_sums_in_parts_of_several_iterations(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last part has fewer rows, and its last iteration is not full."""
     monkeypatch.setattr(sums, "launch_shape", sums.launch_shape.__wrapped__)
     monkeypatch.setattr(sums, "IN_FLIGHT", 512)
     monkeypatch.setattr(sums, "PROGRAMS", programs)
@@ -239,7 +239,7 @@ def test_norm_and_relu(shape, dtype, offset) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 3])
-def test_norm_and_relu_in_parts_of_several_steps(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norm_and_relu_in_parts_of_several_iterations(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm_relu, "launch_shape", norm_relu.launch_shape.__wrapped__)
     monkeypatch.setattr(norm_relu, "IN_FLIGHT", 512)
     monkeypatch.setattr(norm_relu, "PROGRAMS", programs)

@@ -1,4 +1,4 @@
-"""RandAugment's kernels against the torch families: the same bytes."""
+"""RandAugment's kernels return the same bytes as PyTorch."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_every_magnitude_and_sign(op: Op) -> None:
 
 
 @pytest.mark.parametrize("op", [Op.TRANSLATE_X, Op.TRANSLATE_Y], ids=lambda op: op.title)
-def test_sums_that_should_be_whole_numbers_and_places_on_the_edge(op: Op) -> None:
-    """At fifths of a pixel every 125th sum is a whole number, and rounding decides whether it falls short of it; at
-    halves the first or the last pixels lie on the edge."""
+def test_translations_at_which_rounding_decides(op: Op) -> None:
+    """With translations by fifths of a pixel, every 125th sum should be an integer, and rounding decides on which side
+    of it the sum is. With halves, the first or the last pixels are exactly at the edge."""
     shifts, size = np.array([-0.5, 0.5, 3.6, 0.8]), 48
     params = parameters(np.full((4, 1), op), np.zeros((4, 1)), np.ones((4, 1)))
     params = replace(params, arguments=shifts[:, None] / size)
@@ -56,8 +56,7 @@ def test_degenerate_images(op: Op, name: str) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("flip", [False, True])
-def test_layers_flips_and_untouched_samples(batch: int, flip: bool) -> None:
-    """One to three operations of a sample, or none."""
+def test_samples_with_zero_to_three_operations_and_flips(batch: int, flip: bool) -> None:
     recipe = augment_recipe("fat", size=24, rand_augment="rand-m9-mstd2-inc1-p0.6-n3")
     sides = np.full(batch, 64)
     params = draw(recipe, seed=batch, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
@@ -81,7 +80,7 @@ def test_every_pair_of_kinds_of_operation(first: Op) -> None:
     ids=lambda op: op.title,
 )
 def test_samples_of_several_tiles(op: Op, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where pixels are changed and where they are counted; the last ones not full."""
+    """Both for the kernel that changes pixels and the one that counts them; the last tiles are not full."""
     monkeypatch.setattr(randaugment, "TILE", 256)
     monkeypatch.setattr(randaugment, "BLOCK", 512)
     ops = np.full((1, 1), op)
@@ -90,7 +89,7 @@ def test_samples_of_several_tiles(op: Op, monkeypatch: pytest.MonkeyPatch) -> No
     )
 
 
-def test_the_whole_chain_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_augment_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, batch, cpu = augment_recipe("fat", size=13), 8, torch.device("cpu")
     sides = np.full(batch, 64)
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
@@ -101,15 +100,15 @@ def test_the_whole_chain_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(len(images))
         return apply_ops(images, *args, **options)
 
-    monkeypatch.setattr(randaugment, "apply_ops", counted)
-    ours = BatchAugment(recipe, cpu, flip=True)(images, params)
+    monkeypatch.setattr(randaugment, "operate", counted)
+    found = BatchAugment(recipe, cpu, flip=True)(images, params)
     assert calls == [batch]
     exact = BatchAugment(recipe, cpu, flip=True, kernels=False)(images, params)
     assert calls == [batch]
-    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)
 
 
-def test_nothing_is_launched_where_nothing_is_to_be_done() -> None:
+def test_without_operations_the_images_are_returned_unchanged() -> None:
     recipe, sides = augment_recipe("light", size=8), np.full(2, 64)
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(2), heights=sides, widths=sides)
     images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The check of kernels against torch: right ones pass, and each family that is made wrong is refused by name."""
+"""The self-check of kernels: right kernels pass, and a fault in any family is attributed to this family."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ NET = FATConfig(
     widths=(8, 8, 8, 8),
     depths=(1, 1, 1, 2),
     heads=(1, 1, 1, 1),
-    kernels=(3, 5, 7, 11),  # there is no kernel of 11x11: the gate stands alone there
+    kernels=(3, 5, 7, 11),  # 11x11 is not supported by the kernels, so that the gate is a separate operator
     windows=(2, 1, 1, 1),
     ffn_ratio=2,
     drop_path=0.4,
     num_classes=3,
 )
-SIZE = 33  # maps of 9, 5, 3 and 2
-LARGEST = 4000  # numbers that go into a call, with the interpreter
+SIZE = 33  # feature maps of 9, 5, 3 and 2 pixels per side
+LARGEST = 4000  # maximum input elements of a call, because the interpreter is slow
 RECIPE: AugmentRecipe = augment_recipe("fat", size=8)
 
 
 @pytest.fixture(autouse=True)
 def _all_switched_on() -> Iterator[None]:
-    """No family stays switched off."""
+    """Switch all families on again after each test."""
     with kernels.disabled(), augment_kernels.disabled():
         yield
 
@@ -68,7 +68,7 @@ def numbers(case: Case) -> int:
 
 @pytest.fixture(scope="module")
 def few_cases(every_case: list[Case]) -> list[Case]:
-    """Of every operator the call with the fewest numbers, for the interpreter is slow."""
+    """Return the smallest call of each operator, because the interpreter is slow."""
     smallest: dict[str, Case] = {}
     for case in sorted(every_case, key=numbers):
         smallest.setdefault(case.operator, case)
@@ -84,7 +84,7 @@ def test_right_kernels_pass(every_case: list[Case]) -> None:
 
 
 @pytest.mark.slow
-def test_moments_of_many_tiles_are_joined_in_two_rounds(
+def test_statistics_of_many_tiles_are_merged_in_two_rounds(
     every_case: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (case,) = (case for case in every_case if case.map_rows() and case.arguments[0].shape[0] > BATCH)
@@ -101,7 +101,7 @@ def test_moments_of_many_tiles_are_joined_in_two_rounds(
 
 
 def test_right_kernels_pass_without_autocast(few_cases: list[Case]) -> None:
-    """The same calls with fp32 maps."""
+    """The same calls with fp32 feature maps."""
 
     def wider(a: Any) -> Any:
         if isinstance(a, Spec):
@@ -113,7 +113,7 @@ def test_right_kernels_pass_without_autocast(few_cases: list[Case]) -> None:
 
 
 def changed(function: Callable[..., Any], change: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
-    """The launch function, and then `change` to what it was called with."""
+    """Wrap a launch function so that `change` is applied to its arguments after the call."""
 
     @wraps(function)
     def run(*args: Any, **options: Any) -> Any:
@@ -125,13 +125,13 @@ def changed(function: Callable[..., Any], change: Callable[[tuple[Any, ...], dic
 
 
 def spoil(value: Tensor) -> None:
-    """Move one number by 3 % of the largest one: 4 units in bfloat16's last place, where 1 is allowed."""
+    """Change one element by 3 % of the largest one: 4 units in bfloat16's last place, where 1 is allowed."""
     value[(0,) * value.ndim] += (0.03 * value.float().abs().max()).to(value.dtype)
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """A launch function that is made wrong, and the family that must be refused for it."""
+    """A fault in a launch function, and the family that must fail because of it."""
 
     family: str
     module: Any
@@ -144,7 +144,7 @@ class Wrong:
 
 
 def _transposed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Taps in the wrong order."""
+    """Pass the kernel transposed."""
     return lambda x, weight, *rest, **options: function(x, weight.transpose(2, 3), *rest, **options)
 
 
@@ -155,25 +155,25 @@ def _without_last_row(function: Callable[..., Any]) -> Callable[..., Any]:
     return changed(function, change)
 
 
-def _unwritten(place: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _unwritten(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def change(args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            args[place][(-1,) * args[place].ndim] = float("nan")
+            args[index][(-1,) * args[index].ndim] = float("nan")
 
         return changed(function, change)
 
     return make
 
 
-def _off_by_a_little(place: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _off_by_a_little(index: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
-        return changed(function, lambda args, options: spoil(args[place]))
+        return changed(function, lambda args, options: spoil(args[index]))
 
     return make
 
 
 def _scaled_result(number: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """One of the results is 0.1 % too large."""
+    """Make one of the results 0.1 % too large."""
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
@@ -186,7 +186,7 @@ def _scaled_result(number: int) -> Callable[[Callable[..., Any]], Callable[..., 
     return make
 
 
-def _times_too_much(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _scaled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args: function(*args) * 1.001
 
 
@@ -197,45 +197,46 @@ def _raises(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+INEXACT = "exceeds the tolerance"
 WRONG = [
-    Wrong(families.CONVOLUTION, depthwise, "convolve", _transposed, "exceeds the tolerance"),
-    Wrong(families.CONVOLUTION, depthwise, "convolve", _without_last_row, "exceeds the tolerance"),
-    Wrong(families.CONVOLUTION, depthwise, "convolve", _off_by_a_little(3), "exceeds the tolerance"),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _transposed, INEXACT),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _without_last_row, INEXACT),
+    Wrong(families.CONVOLUTION, depthwise, "convolve", _off_by_a_little(3), INEXACT),
     Wrong(families.CONVOLUTION, depthwise, "convolve", _raises, "RuntimeError: out of resource: shared memory"),
-    Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _off_by_a_little(3), "exceeds the tolerance"),
+    Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _off_by_a_little(3), INEXACT),
     Wrong(families.INPUT_GRADIENT, depthwise, "input_gradient", _unwritten(3), "NaN"),
-    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(0), "exceeds the tolerance"),
-    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(1), "exceeds the tolerance"),
-    Wrong(families.GATE, gate, "gate", _off_by_a_little(2), "exceeds the tolerance"),
+    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(0), INEXACT),
+    Wrong(families.WEIGHT_GRADIENT, depthwise_weight_grad, "weight_gradient", _scaled_result(1), INEXACT),
+    Wrong(families.GATE, gate, "gate", _off_by_a_little(2), INEXACT),
     Wrong(families.GATE, gate, "gate_gradient", _unwritten(4), "NaN"),
-    Wrong(families.ATTENTION, attention, "attend", _off_by_a_little(4), "exceeds the tolerance"),
-    Wrong(families.ATTENTION, attention, "attend_gradient", _off_by_a_little(5), "exceeds the tolerance"),
+    Wrong(families.ATTENTION, attention, "attend", _off_by_a_little(4), INEXACT),
+    Wrong(families.ATTENTION, attention, "attend_gradient", _off_by_a_little(5), INEXACT),
     Wrong(families.ATTENTION, attention, "attend_gradient", _unwritten(6), "NaN"),
-    Wrong(families.NORM, norm, "normalise", _scaled_result(0), "exceeds the tolerance"),
-    Wrong(families.NORM, norm, "normalise", _off_by_a_little(4), "exceeds the tolerance"),
-    Wrong(families.NORM, norm, "gradients", _off_by_a_little(7), "exceeds the tolerance"),
-    Wrong(families.NORM, norm, "add", _off_by_a_little(3), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, batchnorm, "merge_stats", _scaled_result(1), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, batchnorm, "update_running_stats", _off_by_a_little(1), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, norm_relu, "channel_stats", _scaled_result(1), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, norm_relu, "norm_relu", _off_by_a_little(6), "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_sums", _times_too_much, "exceeds the tolerance"),
-    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_gradient", _off_by_a_little(10), "exceeds the tolerance"),
-    Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _off_by_a_little(1), "exceeds the tolerance"),
+    Wrong(families.NORM, norm, "normalise", _scaled_result(0), INEXACT),
+    Wrong(families.NORM, norm, "normalise", _off_by_a_little(4), INEXACT),
+    Wrong(families.NORM, norm, "gradients", _off_by_a_little(7), INEXACT),
+    Wrong(families.NORM, norm, "add", _off_by_a_little(3), INEXACT),
+    Wrong(families.BATCH_NORM, batchnorm, "merge_stats", _scaled_result(1), INEXACT),
+    Wrong(families.BATCH_NORM, batchnorm, "fold", _off_by_a_little(7), INEXACT),
+    Wrong(families.BATCH_NORM, batchnorm, "fold_gradient", _scaled_result(4), INEXACT),
+    Wrong(families.BATCH_NORM, batchnorm, "update_running_stats", _off_by_a_little(1), INEXACT),
+    Wrong(families.BATCH_NORM, norm_relu, "channel_stats", _scaled_result(1), INEXACT),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu", _off_by_a_little(6), INEXACT),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_sums", _scaled, INEXACT),
+    Wrong(families.BATCH_NORM, norm_relu, "norm_relu_gradient", _off_by_a_little(10), INEXACT),
+    Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _off_by_a_little(1), INEXACT),
     Wrong(families.BIAS_GRADIENT, channel_sums, "channel_sums", _unwritten(1), "NaN"),
 ]
 
 
 def _one_of_each_family() -> list[Any]:
-    """WRONG, all but the first of each family marked slow."""
+    """Return WRONG, with all but the first entry of each family marked as slow."""
     first = {wrong.family: wrong for wrong in reversed(WRONG)}.values()
     return [pytest.param(wrong, marks=() if wrong in first else pytest.mark.slow) for wrong in WRONG]
 
 
 @pytest.mark.parametrize("wrong", _one_of_each_family(), ids=str)
-def test_a_wrong_family_is_refused_by_name(
+def test_a_fault_is_attributed_to_its_family(
     wrong: Wrong, few_cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wrong.module, wrong.function, wrong.make(getattr(wrong.module, wrong.function)))
@@ -247,12 +248,12 @@ def test_a_wrong_family_is_refused_by_name(
     assert failure.dtype in ("bfloat16", "float32")
 
 
-def test_every_family_is_made_wrong() -> None:
+def test_faults_are_tested_in_every_family() -> None:
     assert {wrong.family for wrong in WRONG} == set(kernels.FAMILIES)
 
 
 def step(model: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """Result and gradients, with the same drop path every time."""
+    """Return the result and gradients of a training step of a copy, with the same drop path at every call."""
     model = copy.deepcopy(model)
     torch.manual_seed(1)
     result = model(inputs)
@@ -261,7 +262,7 @@ def step(model: nn.Module, inputs: Tensor) -> list[Tensor]:
 
 
 def break_launches(off: Collection[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch families off, and let whoever launches their kernels fail."""
+    """Switch families off, and make every launch of their kernels raise."""
     kernels.disable(*off)
     for wrong in WRONG:
         if wrong.family in off:
@@ -272,8 +273,8 @@ def break_launches(off: Collection[str], monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_stage_trains_with_a_family_switched_off(
     family: str, model: fat.FAT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the kernels of that family do, results are torch's."""
-    # Launches of the convolution are also those of the input's gradient at stride 1.
+    """The fallback is used even if the family's kernels raise."""
+    # The input gradient at stride 1 is launched by the same function as the convolution.
     off = {families.CONVOLUTION, families.INPUT_GRADIENT} if family == families.CONVOLUTION else {family}
     break_launches(off, monkeypatch)
     drawn = torch.randn(2, 8, 5, 4, generator=torch.Generator().manual_seed(2))
@@ -291,27 +292,24 @@ def expect_torchs_step(model: nn.Module, inputs: Tensor) -> None:
     with kernels.use("off"):
         exact = step(model, inputs)
     scale = max(float(t.abs().max()) for t in exact)
-    for own, wanted in zip(found, exact, strict=True):
-        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5 * scale)
+    for actual, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_the_verdict_on_a_wrong_family_switches_it_off(
+def test_a_wrong_kernel_is_reported_and_its_family_switched_off(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the launch function to the warning."""
     torch.manual_seed(0)
     model = fat.create_model(NET)
     monkeypatch.setattr(depthwise, "convolve", _transposed(depthwise.convolve))
     verdict = check_kernels(model, ALONE, size=SIZE, dtype=torch.float32, gradients=False)
     assert [failure.family for failure in verdict.failed] == [families.CONVOLUTION]
     assert families.NORM in verdict.checked
-    said = capsys.readouterr().err
-    warning = (
-        "warning: the depthwise convolution kernels do not agree with torch and are switched off: depthwise on feature map"
-    )
-    assert said.count("warning: ") == 1
-    assert warning in said
-    assert "exceeds the tolerance of" in said
+    err = capsys.readouterr().err
+    warning = "warning: the depthwise convolution kernels do not agree with torch and are switched off: depthwise on"
+    assert err.count("warning: ") == 1
+    assert f"{warning} feature map" in err
+    assert "exceeds the tolerance of" in err
     assert kernels.switched_off() == {families.CONVOLUTION}
 
 
@@ -357,7 +355,7 @@ def _lost(finish: Callable[..., Tensor]) -> Callable[..., Tensor]:
         (augment_kernels.FINISHING, finishing, "finish", _lost, "NaN"),
     ],
 )
-def test_wrong_augmentation_is_refused_by_name_and_left_to_torch(  # noqa: PLR0917
+def test_a_fault_in_augmentation_is_attributed_to_its_family_which_falls_back_to_torch(  # noqa: PLR0917
     family: str, module: Any, function: str, make: Any, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(augment_selfcheck, "ODD_SIZE", 9)
@@ -366,5 +364,5 @@ def test_wrong_augmentation_is_refused_by_name_and_left_to_torch(  # noqa: PLR09
     (failure,) = selfcheck.run(checks, CPU)
     assert failure.family == family
     assert reason in failure.reason
-    augment_kernels.disable(family)  # now torch compares itself with itself
+    augment_kernels.disable(family)  # the fallback passes
     assert selfcheck.run([check for check in checks if check.family == family], CPU) == []

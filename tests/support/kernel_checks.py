@@ -1,9 +1,11 @@
-"""What every kernel is held to, on whatever device: the float64 reference, within one unit in the last place of the
-dtype it writes and a few of fp32's, from inputs drawn from a seed, into memory poisoned with NaN.
+"""Checks of every kernel against results in float64, on any device.
 
-Used by tests/interpreted (Triton's interpreter) and tests/gpu, and for the operators in plain torch
-(`fat.kernels.reference`) by tests/unit/test_kernel_reference.py. What is expected is computed here, by autograd in
-float64, and not by `fat.kernels.reference`: so an error in that shows too.
+A result may differ by one unit in the last place of its dtype, plus a few units of fp32's. Inputs are random with a
+given seed, and memory for results is filled with NaN beforehand.
+
+The checks are used by tests/interpreted (Triton's interpreter) and tests/gpu, and for the reference implementation
+(`fat.kernels.reference`) by tests/unit/test_kernel_reference.py. Expected results are computed here by autograd in
+float64, independently of `fat.kernels.reference`, so that errors in the reference are detected too.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from fat.kernels import ops
 from fat.kernels.selfcheck import comparison
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-SUMMING = 2.0**-20  # of the largest result: what an fp32 sum in another order may differ by
+SUMMING = 2.0**-20  # tolerance for fp32 sums in another order, relative to the largest result
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A depthwise convolution of a map [batch, channels, height, width]."""
+    """A depthwise convolution of a feature map [batch, channels, height, width]."""
 
     kernel: int
     stride: int
@@ -46,14 +48,14 @@ class Case:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """As in the self-check, and make sure of it."""
+    """Fill uninitialised memory with NaN as in the self-check, and assert that this works."""
     with comparison.poisoned_memory():
         assert torch.empty(8).isnan().all()
         yield
 
 
 def check_depthwise(case: Case, draw: Draw) -> None:
-    """Forward, gradient by input, gradients by weight and bias; the weight's twice, for the same bits."""
+    """Check the result and all gradients of a depthwise convolution, and that weight gradients are deterministic."""
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
     weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
     bias = draw.tensor(case.channels) if case.bias else None
@@ -66,17 +68,17 @@ def check_depthwise(case: Case, draw: Draw) -> None:
     exact = _convolve(*leaves, case.stride, case.residual)
     grad_x, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, gradient.double())
     size = case.height, case.width
-    own = ops.depthwise_input_gradient(gradient, weight, None, *size, case.stride, case.residual)
-    expect("by x", own, grad_x)
-    before = draw.like(x)
-    (slope,) = torch.autograd.grad(F.gelu(leaf := before.double().requires_grad_()).sum(), leaf)
-    own = ops.depthwise_input_gradient(gradient, weight, before, *size, case.stride, case.residual)
-    expect("by what x is the GELU of", own, grad_x * slope)
+    found = ops.depthwise_input_gradient(gradient, weight, None, *size, case.stride, case.residual)
+    expect("gradient of x", found, grad_x)
+    gelu_input = draw.like(x)
+    (slope,) = torch.autograd.grad(F.gelu(leaf := gelu_input.double().requires_grad_()).sum(), leaf)
+    found = ops.depthwise_input_gradient(gradient, weight, gelu_input, *size, case.stride, case.residual)
+    expect("gradient of GELU's input", found, grad_x * slope)
     _check_weight_gradient(case, gradient, x, grad_weight, grad_bias)
 
 
 def check_weight_gradient(case: Case, draw: Draw) -> None:
-    """Gradients by weight and bias, twice, for the same bits."""
+    """Check the weight and bias gradients of a depthwise convolution, and that they are deterministic."""
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
     leaves = [draw.tensor(case.channels, 1, case.kernel, case.kernel), draw.tensor(case.channels)]
     leaves = [leaf.double().requires_grad_() for leaf in leaves]
@@ -86,18 +88,19 @@ def check_weight_gradient(case: Case, draw: Draw) -> None:
 
 
 def _check_weight_gradient(case: Case, gradient: Tensor, x: Tensor, grad_weight: Tensor, grad_bias: Tensor) -> None:
-    own, again = (ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride) for _ in range(2))
-    expect("by weight", own[0], grad_weight)
-    expect("by bias", own[1], grad_bias)
-    assert torch.equal(own[0], again[0])
-    assert torch.equal(own[1], again[1])
+    found, again = (ops.depthwise_weight_gradient(gradient, x, case.kernel, case.stride) for _ in range(2))
+    expect("gradient of weight", found[0], grad_weight)
+    expect("gradient of bias", found[1], grad_bias)
+    assert torch.equal(found[0], again[0])
+    assert torch.equal(found[1], again[1])
 
 
 def check_depthwise_stats(case: Case, draw: Draw) -> None:
-    """The convolution, the moments of what it has stored, and the gradients by all three; twice, for the same bits."""
+    """Check a depthwise convolution, the statistics of its stored result, and that gradients are right and
+    deterministic."""
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
     weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
-    bias = 5 * draw.tensor(case.channels) if case.bias else None  # means of several deviations
+    bias = 5 * draw.tensor(case.channels) if case.bias else None  # means of several standard deviations
     out, mean, var = ops.depthwise_stats(x, None, weight, bias, case.stride, case.residual)
     exact = _convolve(x.double(), weight.double(), _double(bias), case.stride, case.residual)
     expect("out", out, exact)
@@ -109,25 +112,24 @@ def check_depthwise_stats(case: Case, draw: Draw) -> None:
     count = out.numel() // case.channels
     gradient, grad_mean, grad_var = draw.like(out), draw.tensor(case.channels), draw.tensor(case.channels)
     leaf = stored.clone().requires_grad_()
-    moments = leaf.mean(dim=(0, 2, 3)), leaf.var(dim=(0, 2, 3), correction=0)
-    scaled = count * grad_mean, count * grad_var  # as large as the gradient itself
+    stats = leaf.mean(dim=(0, 2, 3)), leaf.var(dim=(0, 2, 3), correction=0)
+    scaled = count * grad_mean, count * grad_var  # as large as the gradient of the result
     cotangents = [gradient.double(), *(cotangent.double() for cotangent in scaled)]
-    (completed,) = torch.autograd.grad([leaf * 1, *moments], leaf, cotangents)
+    (completed,) = torch.autograd.grad([leaf * 1, *stats], leaf, cotangents)
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, draw.tensor(case.channels))]
     exact = _convolve(*leaves, case.stride, case.residual)
     _, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, completed)
     found = [
         ops.depthwise_stats_gradient(gradient, x, out, mean, *scaled, case.kernel, case.stride) for _ in range(2)
     ]
-    for name, own, again, wanted in zip(
-        ("gradient", "by weight", "by bias"), *found, (completed, grad_weight, grad_bias), strict=True
-    ):
-        expect(name, own, wanted, 4 * SUMMING * (1 + size.item()))
-        assert torch.equal(own, again)
+    names = ("gradient of output", "gradient of weight", "gradient of bias")
+    for name, actual, again, expected in zip(names, *found, (completed, grad_weight, grad_bias), strict=True):
+        expect(name, actual, expected, 4 * SUMMING * (1 + size.item()))
+        assert torch.equal(actual, again)
 
 
 def check_fold(outputs: int, channels: int, dtype: torch.dtype, draw: Draw) -> None:
-    """A 1x1 convolution with a norm's work in it, against the two one after the other; and the gradients."""
+    """Check a 1x1 convolution into which BatchNorm is folded against the two layers, and its gradients."""
     weight, bias = draw.tensor(outputs, channels, 1, 1), draw.tensor(outputs)
     gain, shift, mean = (draw.tensor(channels) for _ in range(3))
     var = draw.tensor(channels).square() + 0.1
@@ -135,16 +137,16 @@ def check_fold(outputs: int, channels: int, dtype: torch.dtype, draw: Draw) -> N
     leaves = [t.double().requires_grad_() for t in (weight, gain, shift, mean, var)]
     exact = leaves[0] * (leaves[1] * (leaves[4] + EPS).rsqrt()).view(1, -1, 1, 1)
     expect("weights", folded, exact)
-    # The values are those of the weights as they were rounded, the slopes those of exact ones.
+    # The bias is computed from the rounded weights, but its gradients are those of exact weights.
     rounded = exact + (folded.double() - exact).detach()
     exact_bias = bias.double() + (leaves[0].flatten(1) * leaves[2] - rounded.flatten(1) * leaves[3]).sum(1)
     expect("bias", folded_bias, exact_bias)
 
     grad_folded, grad_bias = draw.tensor(outputs, channels, 1, 1).to(dtype), draw.tensor(outputs).to(dtype)
-    wanted = torch.autograd.grad([exact, exact_bias], leaves, [grad_folded.double(), grad_bias.double()])
+    gradients = torch.autograd.grad([exact, exact_bias], leaves, [grad_folded.double(), grad_bias.double()])
     found = ops.fold_gradient(grad_folded, grad_bias, weight, gain, shift, mean, var, folded, EPS)
-    for name, own, value in zip(("weight", "gain", "shift", "mean", "var"), found, wanted, strict=True):
-        expect(f"by {name}", own, value, 2 * SUMMING)  # rsqrt is an approximation, and cubed in one of them
+    for name, actual, expected in zip(("weight", "gain", "shift", "mean", "var"), found, gradients, strict=True):
+        expect(f"gradient of {name}", actual, expected, 2 * SUMMING)  # one of them cubes rsqrt, an approximation
 
 
 def check_depthwise_gate(case: Case, draw: Draw) -> None:
@@ -177,15 +179,15 @@ def _check_gate(
     expect("out", out, exact)
     gradient = draw.like(out)
     grad_local, grad_other = torch.autograd.grad(exact, leaves, gradient.double())
-    own = backward(gradient)
-    expect("by local", own[0], grad_local)
-    expect("by other", own[1], grad_other)
+    found = backward(gradient)
+    expect("gradient of local", found[0], grad_local)
+    expect("gradient of other", found[1], grad_other)
 
 
 def check_attend(
     queries: tuple[int, int, int, int], keys: tuple[int, int], heads: int, dtype: torch.dtype, draw: Draw
 ) -> None:
-    """Attention, and its gradients twice, for the same bits."""
+    """Check attention and its gradients, and that the gradients are deterministic."""
     batch, channels = queries[:2]
     q, kv = draw.map(*queries, dtype), draw.map(batch, 2 * channels, *keys, dtype)
     scale = (channels // heads) ** -0.5
@@ -195,15 +197,15 @@ def check_attend(
     out = ops.attend(q, kv, heads, scale)
     expect("out", out, exact, 4 * SUMMING)  # exponentials are approximated
     gradient = draw.like(out)
-    wanted = torch.autograd.grad(exact, leaves, gradient.double())
+    gradients = torch.autograd.grad(exact, leaves, gradient.double())
     found, again = (ops.attend_gradient(gradient, q, kv, heads, scale) for _ in range(2))
-    for name, own, same, by in zip(("by q", "by kv"), found, again, wanted, strict=True):
-        expect(name, own, by, 4 * SUMMING)
-        assert torch.equal(own, same)
+    for name, actual, repeated, expected in zip(("q", "kv"), found, again, gradients, strict=True):
+        expect(f"gradient of {name}", actual, expected, 4 * SUMMING)
+        assert torch.equal(actual, repeated)
 
 
 def check_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: float, draw: Draw) -> None:
-    """offset: the maps' mean, in standard deviations."""
+    """Check GroupNorm and its gradients. offset: mean of x in standard deviations."""
     x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)
     weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
     out, mean, rstd = ops.norm(x, weight, bias, EPS)
@@ -213,20 +215,20 @@ def check_norm(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: flo
     leaves = [leaf.double().requires_grad_() for leaf in (x, weight, bias)]
     grad_x, grad_weight, grad_bias = torch.autograd.grad(_norm(*leaves), leaves, gradient.double())
     slack = SUMMING * (1 + offset)
-    own, affine = ops.norm_gradient(gradient, x, mean, rstd, weight, None)
-    expect("by x", own, grad_x, slack)
-    expect("by weight", affine[0], grad_weight, slack)
-    expect("by bias", affine[1], grad_bias)
-    own, _ = ops.norm_gradient(gradient, x, mean, rstd, weight, residual)
-    expect("by x with residual", own, grad_x + residual.double(), slack)
+    found, affine = ops.norm_gradient(gradient, x, mean, rstd, weight, None)
+    expect("gradient of x", found, grad_x, slack)
+    expect("gradient of weight", affine[0], grad_weight, slack)
+    expect("gradient of bias", affine[1], grad_bias)
+    found, _ = ops.norm_gradient(gradient, x, mean, rstd, weight, residual)
+    expect("gradient of x plus residual", found, grad_x + residual.double(), slack)
     scale = draw.scale(shape[0])
     total, branch, _ = ops.add_norm_gradient(gradient, x, mean, rstd, weight, residual, scale, FP32)
-    assert torch.equal(total, own)
-    expect("by branch", branch, (grad_x + residual.double()) * scale.double().view(-1, 1, 1, 1), slack)
+    assert torch.equal(total, found)
+    expect("gradient of branch", branch, (grad_x + residual.double()) * scale.double().view(-1, 1, 1, 1), slack)
 
 
 def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool, draw: Draw) -> None:
-    """The add, and the norm of what the add has stored."""
+    """Check the residual add, and the norm of its stored result."""
     x, branch = draw.map(*shape, dtype), draw.map(*shape, BF16)
     scale = draw.scale(shape[0]) if scaled else None
     weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
@@ -241,8 +243,10 @@ def check_add(shape: tuple[int, int, int, int], dtype: torch.dtype, scaled: bool
 
 
 def check_norm_relu(shape: tuple[int, int, int, int], dtype: torch.dtype, offset: float, draw: Draw) -> None:
-    """BatchNorm and ReLU from their statistics to their gradients, sums twice for the same bits. offset: the maps' mean
-    in standard deviations."""
+    """Check statistics, result and gradients of BatchNorm and ReLU, and that sums are deterministic.
+
+    offset: mean of x in standard deviations.
+    """
     x = (draw.map(*shape, dtype) + offset).contiguous(memory_format=torch.channels_last)
     weight, bias = draw.tensor(shape[1]), draw.tensor(shape[1])
     slack = 4 * SUMMING * (1 + offset**2)
@@ -257,61 +261,64 @@ def check_norm_relu(shape: tuple[int, int, int, int], dtype: torch.dtype, offset
     result = ops.norm_relu(x, weight, bias, mean, var, EPS)
     expect("result", result, exact.clamp_min(0), slack)
     gradient = draw.like(x)
-    passed = gradient.double() * (result > 0)  # not of the exact result, whose sign rounding may have changed
+    passed = gradient.double() * (result > 0)  # not the exact result: rounding may change the sign
     grad_x, grad_weight, grad_bias = torch.autograd.grad(exact, leaves, passed)
     sums, again = (ops.norm_relu_sums(gradient, x, result, mean, var, EPS) for _ in range(2))
-    expect("by bias", sums[0], grad_bias)
-    expect("by weight", sums[1], grad_weight, slack)
+    expect("gradient of bias", sums[0], grad_bias)
+    expect("gradient of weight", sums[1], grad_weight, slack)
     assert torch.equal(sums, again)
     count = x.numel() // shape[1]
-    own = ops.norm_relu_gradient(gradient, x, result, weight, mean, var, *sums, count, EPS)
-    expect("by x", own, grad_x, slack)
+    found = ops.norm_relu_gradient(gradient, x, result, weight, mean, var, *sums, count, EPS)
+    expect("gradient of x", found, grad_x, slack)
 
 
 def check_channel_sums(shape: tuple[int, int, int, int], dtype: torch.dtype, draw: Draw) -> None:
-    """In fp32 and in the map's dtype, twice, for the same bits."""
+    """Check channel sums in fp32 and in x's dtype, and that they are deterministic."""
     x = (draw.map(*shape, dtype) + 0.5).contiguous(memory_format=torch.channels_last)
-    for found_in in (FP32, dtype):
-        own, again = (ops.channel_sums(x, found_in) for _ in range(2))
-        assert own.dtype == found_in
-        expect("sums", own, x.double().sum(dim=(0, 2, 3)))
-        assert torch.equal(own, again)
+    for result_dtype in (FP32, dtype):
+        found, again = (ops.channel_sums(x, result_dtype) for _ in range(2))
+        assert found.dtype == result_dtype
+        expect("sums", found, x.double().sum(dim=(0, 2, 3)))
+        assert torch.equal(found, again)
 
 
 def check_depthwise_norm(case: Case, draw: Draw) -> None:
-    """The convolution, and the norm of what it has stored."""
+    """Check a depthwise convolution, and the norm of its stored result."""
     x = draw.map(case.batch, case.channels, case.height, case.width, case.dtype)
     weight = draw.tensor(case.channels, 1, case.kernel, case.kernel)
     bias, norm_weight, norm_bias = (draw.tensor(case.channels) for _ in range(3))
     total, *found = ops.depthwise_norm(x, weight, bias, norm_weight, norm_bias, EPS)
-    expect("map", total, _convolve(x.double(), weight.double(), bias.double(), 1, True))
+    expect("output", total, _convolve(x.double(), weight.double(), bias.double(), 1, True))
     _check_normalised(total, found, norm_weight, norm_bias)
 
 
 def _check_normalised(x: Tensor, found: Sequence[Tensor], weight: Tensor, bias: Tensor, offset: float = 0.0) -> None:
     out, mean, rstd = found
-    slack = SUMMING * (1 + offset)  # rounding of x itself, which the norm magnifies
+    slack = SUMMING * (1 + offset)  # the norm magnifies the rounding of x
     expect("normalised", out, _norm(x.double(), weight.double(), bias.double()), slack)
     expect("mean", mean, x.double().mean(dim=(1, 2, 3)), slack)
     expect("rstd", rstd, (x.double().var(dim=(1, 2, 3), correction=0) + EPS).rsqrt(), slack)
 
 
 def expect(what: str, actual: Tensor, exact: Tensor, slack: float = SUMMING) -> None:
-    """Same shape, maps in channels-last memory, within one unit in the last place."""
+    """Assert that a result has the shape, memory format (channels-last) and values of `exact`, within the tolerance.
+
+    slack: tolerance relative to the largest result, in addition to one unit in the last place.
+    """
     assert actual.shape == exact.shape
-    if actual.ndim == 4:  # depthwise weights are both, contiguous and channels-last
+    if actual.ndim == 4:  # also holds for depthwise weights, which are contiguous and channels-last
         assert actual.is_contiguous(memory_format=torch.channels_last), f"{what}: strides {actual.stride()}"
     exact = exact.detach()
     allowed = torch.finfo(actual.dtype).eps * exact.abs() + slack * exact.abs().max()
     off = (actual.double() - exact).abs()
     assert not actual.isnan().any(), f"{what}: {actual.isnan().sum()} of {actual.numel()} are NaN"
     worst = (off / allowed.clamp_min(1e-300)).max().item()
-    assert (off <= allowed).all(), f"{what}: {worst:.2f} times the allowed error"
+    assert (off <= allowed).all(), f"{what}: error is {worst:.2f} times the tolerance"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Normal tensors from one generator, on one device."""
+    """Draws normally distributed tensors from one generator, on one device."""
 
     device: str
     generator: torch.Generator
@@ -331,7 +338,7 @@ class Draw:
         return self.tensor(*x.shape).to(x.dtype).contiguous(memory_format=torch.channels_last)
 
     def scale(self, batch: int) -> Tensor:
-        """Drop path's: of every two samples one is left out."""
+        """Return drop path's factors [batch]: every third sample is dropped."""
         return torch.tensor([0.0, 1.25, 1.25], device=self.device).repeat(batch)[:batch]
 
 

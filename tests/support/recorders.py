@@ -1,4 +1,4 @@
-"""Recorders for CPUs: what CUDA graphs do to memory, without CUDA."""
+"""CPU replacements for recording CUDA graphs, which treat memory as CUDA graphs do."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from launch.engine.cuda_graph_capture import Results, Work
 
 
 class ReplayOnCpu:
-    """Runs the recorded work again at every replay and writes the results into the memory of the first run.
+    """Runs the recorded work again at every replay, and writes the results into the memory of the first run.
 
-    Recorded work shares a memory pool: what one work has allocated may lie where an earlier one has had its
-    intermediate results, so replaying the earlier one overwrites it, here with NaN.
+    All recordings share a memory pool. Tensors of a recording can be in memory that an earlier recording used for
+    intermediate results, so replaying the earlier recording overwrites them; here it overwrites them with NaN.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -51,11 +51,11 @@ class ReplayOnCpu:
 
 
 class _Allocations(TorchDispatchMode):
-    """Finds out which tensors are allocated inside."""
+    """Records which tensors are allocated in the context."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Weak references, so that no address is used twice.
+        # Weak references instead of addresses, which could be reused.
         self._before, self._inside = set[StorageWeakRef](), set[StorageWeakRef]()
 
     def made(self, tensor: Tensor) -> bool:
@@ -73,7 +73,7 @@ def _storages(tree: Any) -> set[StorageWeakRef]:
 
 
 class FailsAt(ReplayOnCpu):
-    """Fails at the capture of this number, counted from 1."""
+    """Fails at the capture with the given number, counted from 1."""
 
     def __init__(self, device: torch.device, number: int) -> None:
         super().__init__(device)

@@ -1,5 +1,5 @@
-"""Launches of Triton kernels without a GPU: each is compiled by the real launch code for a device of some compute
-capability, and left at that."""
+"""Launch Triton kernels without a GPU: Triton's launch code compiles each kernel for a given compute capability, but
+does not run it."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from unittest import mock
 
 
 class OfflineDriver:
-    """What Triton asks its driver for, and what was launched."""
+    """Replacement for Triton's CUDA driver, which also stores what was launched."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.kernels: dict[str, Any] = {}
         self.launched: list[str] = []
         self.utils: Any = None
-        """What loads machine code; there is none."""
+        """Loader of machine code; None, since nothing is loaded."""
 
     def get_current_target(self) -> Any:
         from triton.backends.compiler import GPUTarget
@@ -34,7 +34,7 @@ class OfflineDriver:
         return 0
 
     def registers(self, name: str, folder: Path) -> tuple[int, int]:
-        """(registers of a thread, bytes of registers spilled)."""
+        """Return the registers per thread and the bytes of spilled registers of a kernel."""
         import triton
 
         binary = folder / f"{name}.cubin"

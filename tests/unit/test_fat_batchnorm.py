@@ -1,4 +1,4 @@
-"""BatchNorm done by its neighbours against BatchNorm done by itself, in plain torch."""
+"""BatchNorm folded into its neighbours computes the same as BatchNorm itself, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def fold(norm: BatchNorm, after: nn.Conv2d, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_statistics_are_those_of_the_values(layout: torch.memory_format, dtype: torch.dtype) -> None:
+def test_statistics_are_mean_and_biased_variance_per_channel(layout: torch.memory_format, dtype: torch.dtype) -> None:
     x = (drawn(1, 3, 5, 9, 7) * 0.5 + torch.arange(5).view(-1, 1, 1) * 10).to(dtype).to(memory_format=layout)
     mean, var = statistics(x)
     assert mean.dtype == var.dtype == torch.promote_types(dtype, torch.float32)
@@ -48,7 +48,7 @@ def test_statistics_are_those_of_the_values(layout: torch.memory_format, dtype: 
     torch.testing.assert_close(var.double(), x.double().var(dim=(0, 2, 3), correction=0), rtol=1e-4, atol=1e-5)
 
 
-def test_folding_is_the_norm_and_the_convolution() -> None:
+def test_folding_has_the_gradients_of_norm_and_convolution() -> None:
     norm, after = norm_and_pointwise(5, 4)
     x = (drawn(2, 3, 5, 4, 3) + 7).requires_grad_()
     cotangent = drawn(4, 3, 4, 4, 3)
@@ -65,33 +65,34 @@ def test_gradients_by_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("deviations", [0.0, 10.0, 50.0])
-def test_half_precision_does_not_drown_in_a_large_mean(deviations: float) -> None:
-    """Channels with that mean, a running mean a fifth of a deviation off, and a gradient with a mean of its own."""
+def test_half_precision_is_accurate_with_a_large_mean(deviations: float) -> None:
+    """Channels whose mean is `deviations` standard deviations, with a running mean that is a fifth of a deviation off,
+    and a gradient with a mean other than 0."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     unit, after = ConvNorm(depthwise(64, 3)).train(), pointwise(64, 16)
     with torch.no_grad():
-        unit.conv.weight.mul_(3)  # a result of one deviation, about
+        unit.conv.weight.mul_(3)  # so that the standard deviation of the result is about 1
         unit.conv.bias.add_(deviations)
         unit.bn.running_mean.copy_(unit.conv.bias + 0.2)
     x = drawn(6, 8, 64, 14, 14, dtype=torch.float32)
     cotangent = drawn(7, 8, 16, 14, 14) + 0.3
 
     def run(dtype: torch.dtype) -> list[Tensor]:
-        own, own_after = copy.deepcopy(unit), copy.deepcopy(after)
+        first, second = copy.deepcopy(unit), copy.deepcopy(after)
         fold = partial(convolve_fold, fuses=True)
         call = torch.compile(fold, backend="aot_eager", fullgraph=True) if dtype == BF16 else fold
         if dtype == torch.float64:
-            own, own_after = own.double(), own_after.double()
+            first, second = first.double(), second.double()
         with torch.autocast("cpu", BF16, enabled=dtype == BF16):
-            out = call(own, own_after, x if dtype == BF16 else x.double())
+            out = call(first, second, x if dtype == BF16 else x.double())
         out.backward(cotangent.to(out.dtype))
-        return [out.detach(), own.bn.weight.grad, own.conv.weight.grad, own_after.weight.grad, own.bn.running_mean]
+        return [out.detach(), first.bn.weight.grad, first.conv.weight.grad, second.weight.grad, first.bn.running_mean]
 
     names = ("out", "gain", "depthwise", "pointwise", "running mean")
     for name, found, exact in zip(names, run(BF16), run(torch.float64), strict=True):
-        off = (found.double() - exact).norm() / exact.norm()
-        assert off < 0.02, f"{name}: {off}"
+        error = (found.double() - exact).norm() / exact.norm()
+        assert error < 0.02, f"{name}: {error}"
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -110,17 +111,17 @@ def test_compiled_training_folds_and_computes_the_same(residual: bool) -> None:
     results = []
     fold = partial(convolve_fold, fuses=True)
     for call in (fold, torch.compile(fold, backend=record, fullgraph=True)):
-        own, own_after = copy.deepcopy(unit), copy.deepcopy(after)
-        output = call(own, own_after, x)
+        first, second = copy.deepcopy(unit), copy.deepcopy(after)
+        output = call(first, second, x)
         output.square().sum().backward()
-        gradients = [parameter.grad for parameter in (*own.parameters(), *own_after.parameters())]
-        results.append([output, *gradients, *own.buffers()])
+        gradients = [parameter.grad for parameter in (*first.parameters(), *second.parameters())]
+        results.append([output, *gradients, *first.buffers()])
     torch.testing.assert_close(*results)
     assert not any("batch_norm" in name for name in seen)
 
 
 def folds(module: nn.Module, x: Tensor) -> bool:
-    """Whether a pass leaves BatchNorm's work to the 1x1 convolution; either way it computes the same."""
+    """Return whether a forward pass folds BatchNorm, and assert that the result is the same."""
     expected = copy.deepcopy(module)(x)
     with (
         mock.patch("torch.compiler.is_compiling", return_value=True),
@@ -130,8 +131,8 @@ def folds(module: nn.Module, x: Tensor) -> bool:
     return bool(called.called)
 
 
-def test_what_stands_in_for_batch_norm_is_left_to_itself() -> None:
-    """Frozen, replaced or hooked norms are called as modules, whenever they change."""
+def test_frozen_replaced_and_hooked_modules_are_not_folded() -> None:
+    """The decision is updated whenever the modules change."""
     ffn, x = ConvFFN(4, 8, 4, 3, 1).train(), drawn(8, 2, 4, 5, 5, dtype=torch.float32)
     assert folds(ffn, x)
     assert not folds(ffn.eval(), x)
@@ -144,11 +145,11 @@ def test_what_stands_in_for_batch_norm_is_left_to_itself() -> None:
         assert not folds(ffn, x)
         hook.remove()
     assert folds(ffn, x)
-    ffn.dw.bn.momentum = None  # the running mean of all batches
+    ffn.dw.bn.momentum = None  # a cumulative average, which folding does not support
     assert not folds(ffn, x)
     ffn.dw.bn.momentum = 0.1
     norm, after = ffn.dw.bn, ffn.fc2
-    ffn.fc2 = nn.Sequential(after)  # an adapter about it
+    ffn.fc2 = nn.Sequential(after)  # such as an adapter
     assert not folds(ffn, x)
     ffn.fc2 = after
     assert folds(ffn, x)
@@ -162,33 +163,33 @@ def test_what_stands_in_for_batch_norm_is_left_to_itself() -> None:
     assert not folds(ffn, x)
 
 
-def test_a_single_value_is_refused() -> None:
+def test_a_single_value_per_channel_is_rejected() -> None:
     norm, _ = norm_and_pointwise(4, 4)
     with pytest.raises(ValueError, match="one value per channel"):
         norm.update_running_stats(torch.zeros(4), torch.zeros(4), 1)
 
 
-def test_statistics_follow_as_torchs_do() -> None:
-    ours, _ = norm_and_pointwise(5, 1)
-    theirs = nn.BatchNorm2d(5).double()
+def test_running_stats_are_updated_as_in_torch() -> None:
+    norm, _ = norm_and_pointwise(5, 1)
+    reference = nn.BatchNorm2d(5).double()
     for step in range(3):
         x = drawn(step, 4, 5, 3, 3) + step
-        theirs(x)
+        reference(x)
         mean, var = statistics(x)
-        ours.update_running_stats(mean - ours.running_mean, var, 4 * 9)
-    torch.testing.assert_close(dict(ours.named_buffers()), dict(theirs.named_buffers()))
+        norm.update_running_stats(mean - norm.running_mean, var, 4 * 9)
+    torch.testing.assert_close(dict(norm.named_buffers()), dict(reference.named_buffers()))
 
 
-def test_a_compiled_net_trains_as_an_eager_one() -> None:
-    """The one folds its norms, the other does not."""
+def test_a_compiled_model_has_the_gradients_of_an_eager_one() -> None:
+    """The compiled model folds BatchNorm, the eager one does not."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = fat.FAT(TINY).double().train()
     images, cotangent = drawn(9, 2, 3, 64, 64), drawn(10, 2, TINY.num_classes)
     results = []
     for compiled in (False, True):
-        own = copy.deepcopy(model)
-        call = torch.compile(own, backend="aot_eager", fullgraph=True) if compiled else own
+        twin = copy.deepcopy(model)
+        call = torch.compile(twin, backend="aot_eager", fullgraph=True) if compiled else twin
         (call(images) * cotangent).sum().backward()
-        results.append({name: p.grad for name, p in own.named_parameters()} | dict(own.named_buffers()))
+        results.append({name: p.grad for name, p in twin.named_parameters()} | dict(twin.named_buffers()))
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-8)

@@ -1,4 +1,4 @@
-"""The costs that FAT.md and the paper state, counted from the models."""
+"""Counted costs of the models agree with the paper."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 import fat
 from tests.support.tiny_fat import PARAMETERS, TINY
 
-GMAC = {"fat_b0": 0.754, "fat_b1": 1.243, "fat_b2": 2.131, "fat_b3": 4.632}  # at 224, attention products included
-PAPER_GMAC = {"fat_b0": 0.7, "fat_b1": 1.2, "fat_b2": 2.0, "fat_b3": 4.4}  # without them, as printed
+# At 224 pixels: with the attention products; from the paper, without them.
+GMAC = {"fat_b0": 0.754, "fat_b1": 1.243, "fat_b2": 2.131, "fat_b3": 4.632}
+PAPER_GMAC = {"fat_b0": 0.7, "fat_b1": 1.2, "fat_b2": 2.0, "fat_b3": 4.4}
 
 
 @pytest.mark.parametrize("name", fat.list_models())
-def test_costs_of_the_paper(name: str) -> None:
+def test_costs_agree_with_the_paper(name: str) -> None:
     with torch.device("meta"):
         cost = fat.count(fat.create_model(name))
     assert cost.parameters == PARAMETERS[name]
@@ -23,7 +24,7 @@ def test_costs_of_the_paper(name: str) -> None:
     assert cost.conv_macs / 1e9 == pytest.approx(PAPER_GMAC[name], abs=0.05)
 
 
-def test_counting_leaves_the_model_alone() -> None:
+def test_counting_does_not_change_the_model() -> None:
     model = fat.FAT(TINY).eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     fat.count(model, 64)
@@ -32,25 +33,25 @@ def test_counting_leaves_the_model_alone() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_activation_bytes_are_those_that_autograd_keeps() -> None:
-    """Counted again on real memory, which has a copy of each block's queries more."""
+def test_activation_bytes_are_those_that_autograd_stores() -> None:
+    """Compared with real memory, which also has a copy of each block's queries."""
     model = fat.FAT(TINY).train()
     images = torch.randn(2, 3, 96, 64)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}
+    of_model = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(images)
-    real = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    real = sum(t.untyped_storage().nbytes() for address, t in saved.items() if address not in of_model)
     assert output.requires_grad
     assert fat.count(model, (96, 64)).activation_bytes == pytest.approx(real / 2, rel=0.04)
 
 
-def test_costs_grow_with_the_image() -> None:
+def test_costs_grow_with_the_image_size() -> None:
     model = fat.FAT(TINY)
     small, large = fat.count(model, 64), fat.count(model, (128, 128))
     assert large.parameters == small.parameters
@@ -59,7 +60,7 @@ def test_costs_grow_with_the_image() -> None:
     assert large.activation_bytes > 4 * small.activation_bytes
 
 
-def test_the_table_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["fat.account.table"])
     runpy.run_module("fat.account.table", run_name="__main__")
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}

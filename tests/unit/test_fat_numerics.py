@@ -1,4 +1,4 @@
-"""Precision, gradients and chance: what is exact, what is close, and what a seed decides."""
+"""Precision, gradients, drop path, reproducibility and activation checkpointing of the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.tiny_fat import TINY, images, relative_error, set_running_sta
 Norm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
-def test_both_norms_agree_and_keep_the_layout() -> None:
-    """The CUDA form, which runs anywhere, against torch's GroupNorm."""
+def test_both_norms_agree_and_keep_the_memory_format() -> None:
+    """The implementation for CUDA, which runs on any device, against PyTorch's GroupNorm."""
     x = images(3, (5, 7), 8).double().contiguous(memory_format=torch.channels_last)
     weight, bias = torch.rand(8).double(), torch.rand(8).double()
     found = norm_rows(x, weight, bias, 1e-5)
@@ -31,8 +31,8 @@ def test_both_norms_agree_and_keep_the_layout() -> None:
 
 
 @pytest.mark.parametrize("norm", [_group_norm, norm_rows])
-def test_norms_work_in_fp32_under_autocast(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a bf16 map whose mean is large beside its spread, which bf16 sums would lose."""
+def test_norms_compute_in_fp32_under_autocast(norm: Norm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a bf16 feature map with a mean of many standard deviations, for which bf16 sums would be wrong."""
     monkeypatch.setattr("fat.layers._group_norm", norm)
     x = (images(2, (32, 32), 8) + 100).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
@@ -84,12 +84,12 @@ def test_drop_path_is_unbiased() -> None:
     branch = torch.ones(samples, 1, 1, 1, dtype=torch.bfloat16)
     out = DropPath(drop).train()(torch.full_like(branch, 2, dtype=torch.float32), branch)
     kept = torch.tensor(2 + 1 / (1 - drop))
-    assert set(out.unique().tolist()) == {2.0, float(kept)}  # whole samples, the factor not rounded to bf16
+    assert set(out.unique().tolist()) == {2.0, float(kept)}  # samples are dropped as a whole, with an fp32 factor
     five_sigma = 5 * (drop / (1 - drop) / samples) ** 0.5
     assert abs(out.mean().item() - 3) < five_sigma
 
 
-def test_drop_path_rises_linearly_and_acts_in_training_only() -> None:
+def test_drop_path_rises_linearly_and_is_only_active_in_training() -> None:
     model = fat.create_model("fat_b0", drop_path=0.22)
     rates = [block.drop_path.drop for stage in model.stages for block in stage.blocks]
     assert rates == pytest.approx([0.02 * i for i in range(12)])
@@ -97,7 +97,7 @@ def test_drop_path_rises_linearly_and_acts_in_training_only() -> None:
     assert torch.equal(model(images()), model(images()))
 
 
-def test_one_seed_gives_one_result() -> None:
+def test_the_same_seed_gives_the_same_gradients() -> None:
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         model = fat.create_model(TINY, drop_path=0.5).train()
@@ -110,26 +110,26 @@ def test_one_seed_gives_one_result() -> None:
 
 
 @pytest.mark.parametrize("features_only", [False, True])
-def test_checkpointing_changes_memory_only(features_only: bool) -> None:
-    """Gradients, BatchNorm's statistics and counters, and drop path's draws stay."""
+def test_activation_checkpointing_does_not_change_results(features_only: bool) -> None:
+    """Gradients, BatchNorm's statistics and counters, and drop path are the same."""
 
     def run(checkpointing: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         torch.manual_seed(0)
         model = fat.create_model(TINY, drop_path=0.3, features_only=features_only).train()
         model.set_grad_checkpointing(checkpointing)
         output = model(images(4))
-        maps = output if isinstance(output, list) else [output]
-        sum(m.square().sum() for m in maps).backward()
+        outputs = output if isinstance(output, list) else [output]
+        sum(m.square().sum() for m in outputs).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers())
 
-    for kept, again in zip(run(False), run(True), strict=True):
-        assert kept.keys() == again.keys()
-        for name, tensor in kept.items():
-            torch.testing.assert_close(again[name], tensor, msg=name, rtol=1e-5, atol=1e-5)
+    for stored, recomputed in zip(run(False), run(True), strict=True):
+        assert stored.keys() == recomputed.keys()
+        for name, tensor in stored.items():
+            torch.testing.assert_close(recomputed[name], tensor, msg=name, rtol=1e-5, atol=1e-5)
 
 
-def test_recomputation_uses_the_kernels_as_its_forward_pass_did() -> None:
-    """On a GPU autograd recomputes in a thread of its own, where the context variable has its default."""
+def test_recomputation_uses_the_kernels_mode_of_the_forward_pass() -> None:
+    """On a GPU autograd recomputes in another thread, where the context variable has its default."""
     modes: list[kernels.Mode] = []
 
     def block(x: torch.Tensor) -> torch.Tensor:
@@ -144,10 +144,10 @@ def test_recomputation_uses_the_kernels_as_its_forward_pass_did() -> None:
     assert modes == ["off", "off"]
 
 
-def test_checkpointing_keeps_less() -> None:
-    def kept(checkpointing: bool) -> int:
+def test_activation_checkpointing_stores_less() -> None:
+    def stored(checkpointing: bool) -> int:
         model = fat.FAT(TINY).train()
         model.set_grad_checkpointing(checkpointing)
         return fat.count(model, 64).activation_bytes
 
-    assert kept(True) < kept(False) / 3
+    assert stored(True) < stored(False) / 3

@@ -1,4 +1,4 @@
-"""The network is the released one: its own weights give its own logits, gradients and buffers."""
+"""The model equals the released one: its weights give the same logits, gradients and buffers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Group = dict[str, torch.Tensor]
 
 @pytest.fixture(scope="module")
 def released() -> dict[str, Group]:
-    """The fixture by group: weight, grad, buffer_after under our names; `` holds input, logits and cotangent.
+    """Load the fixture by group: weight, grad and buffer_after by parameter name; "" has input, logits and cotangent.
 
-    Its weights were recorded with the buffers of *after* the training step (the two are equal, counters too), while its
-    eval logits come from those before. They follow: before = (after - momentum x batch statistics) / (1 - momentum).
-    A wrong batch statistic would show in the eval logits.
+    The fixture's weights contain the buffers *after* the training step, equal to buffer_after, but its eval logits were
+    computed with the buffers before. These are computed here: before = (after - momentum x batch statistics) /
+    (1 - momentum). A wrong batch statistic would change the eval logits.
     """
     groups: dict[str, Group] = {}
     with np.load(FIXTURE) as arrays:
@@ -68,7 +68,7 @@ def test_train_logits_gradients_and_buffers(model: fat.FAT, released: dict[str, 
     before_norm = {f"{name}.conv" for name, module in model.named_modules() if hasattr(module, "bn")}
     for name, gradient in gradients.items():
         module, _, leaf = name.rpartition(".")
-        if leaf == "bias" and module in before_norm:  # BatchNorm takes any constant away: the true gradient is 0
+        if leaf == "bias" and module in before_norm:  # BatchNorm subtracts any constant, so the true gradient is 0
             assert gradient.norm() < 1e-4 * gradients[f"{module}.weight"].norm(), name
         else:
             assert relative_error(gradient, released["grad"][name]) < 1e-4, name
@@ -80,7 +80,7 @@ def test_train_logits_gradients_and_buffers(model: fat.FAT, released: dict[str, 
 
 
 @pytest.mark.parametrize("name", fat.list_models())
-def test_parameter_counts_of_the_paper(name: str) -> None:
+def test_parameter_counts_agree_with_the_paper(name: str) -> None:
     with torch.device("meta"):
         model = fat.create_model(name)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]

@@ -1,4 +1,4 @@
-"""fat needs torch alone, and makes itself known to timm only when asked to."""
+"""Importing fat requires only torch, and models are registered with timm only on request."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ OPTIONAL = ("timm", "safetensors", "onnx", "onnxruntime", "onnxscript", "triton"
 
 
 def test_importing_fat_imports_no_optional_package(tmp_path: Path) -> None:
-    """Each is there, and would end the process if it were imported."""
+    """Importing any of the optional packages would end the process."""
     for name in OPTIONAL:
         (tmp_path / f"{name}.py").write_text("import os; os._exit(3)")
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fat; fat.create_model('fat_b0')"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_importing_fat_leaves_the_import_system_alone() -> None:
+def test_importing_fat_does_not_change_the_import_system() -> None:
     program = "import sys, torch; before = list(sys.meta_path); import fat; assert sys.meta_path == before"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_registered_variants_are_made_with_timms_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the part of timm's registry that is used: a decorator that goes by the function's name."""
+def test_registered_variants_accept_timms_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uses a replacement for timm's registry: a decorator that registers a function under its name."""
     registry = {}
     models = ModuleType("timm.models")
     models.register_model = lambda function: registry.setdefault(function.__name__, function)

@@ -1,4 +1,4 @@
-"""The counted roofline against independent counts: FAT.md's estimates, and the operations' own shapes."""
+"""The counted roofline agrees with independent counts: estimates by hand, and the shapes of operations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fat
 from fat.account.roofline import Roofline, ceiling, roofline, trace_step
 from tests.support.tiny_fat import TINY
 
-# GB of a step of 256 images under bf16 autocast, estimated by hand before any of this was counted.
+# GB of a step of 256 images under bf16 autocast (eager, fused), estimated by hand.
 ESTIMATED = {"fat_b0": (127, 29), "fat_b3": (449, 111)}
 
 
@@ -30,27 +30,27 @@ def test_bytes_agree_with_the_estimates(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ESTIMATED)
-def test_our_kernels_move_less_than_half_of_eager_and_less_than_twice_the_floor(name: str) -> None:
+def test_the_kernels_move_less_than_half_of_eager_and_less_than_twice_the_fused_bytes(name: str) -> None:
     found = counted(name)
     assert found.fused_bytes < found.bytes < 0.5 * found.eager_bytes
     assert found.bytes < 2 * found.fused_bytes
 
 
-def test_fused_bytes_are_what_the_products_of_an_eager_run_pass() -> None:
-    """Counted from layers' shapes in the one, from operations' tensors in the other."""
+def test_fused_bytes_are_those_of_the_products_of_an_eager_run() -> None:
+    """The former are counted from the shapes of layers, the latter from the tensors of operations."""
     model = fat.create_model("fat_b0")
-    less, more = (trace_step(model, 224, torch.bfloat16, batch).product_bytes for batch in (2, 4))
-    assert fat.count(model).fused_bytes(2) == pytest.approx((more - less) / 2, rel=0.05)
+    small, large = (trace_step(model, 224, torch.bfloat16, batch).product_bytes for batch in (2, 4))
+    assert fat.count(model).fused_bytes(2) == pytest.approx((large - small) / 2, rel=0.05)
 
 
-def test_flops_are_those_that_torch_counts() -> None:
-    """Forward only: torch's counter takes the gradients of depthwise convolutions for those of full ones."""
+def test_flops_agree_with_torchs_counter() -> None:
+    """Only in the forward pass: PyTorch's counter counts gradients of depthwise convolutions as those of dense ones."""
     model = fat.FAT(TINY)
     with FlopCounterMode(display=False) as counter:
         model(torch.randn(2, 3, 64, 64))
     assert fat.count(model, 64).training_flops / 3 == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
 
 
-def test_the_ceiling_is_the_scarcer_of_memory_and_arithmetic() -> None:
+def test_the_ceiling_is_limited_by_the_slower_of_memory_and_arithmetic() -> None:
     assert ceiling(10, 5, bandwidth=100, arithmetic=1000) == 20
     assert ceiling(100, 5, bandwidth=100, arithmetic=1000) == 10

@@ -1,4 +1,4 @@
-"""examples/segmentation.py does what it says: the features carry a segmentation head, and it learns."""
+"""examples/segmentation.py trains a segmentation head on the feature maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_a_segmentation_head_learns_on_the_features() -> None:
     assert iou > 0.5  # all background would give 0.27
 
 
-def test_the_head_answers_for_every_pixel_of_any_size() -> None:
+def test_the_head_predicts_every_pixel_at_any_image_size() -> None:
     model = EXAMPLE["SemanticFPN"](fat.create_model("fat_b0", features_only=True), 3).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 97, 65)).shape == (1, 3, 97, 65)

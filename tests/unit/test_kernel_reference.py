@@ -1,4 +1,4 @@
-"""The operators in plain torch, which take a failed kernel family's place, held to what the kernels are held to."""
+"""The reference implementation of the operators, the fallback of a failed family, passes the checks of the kernels."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from tests.support.kernel_checks import (
 CHECKS: dict[str, Callable[[torch.dtype, Draw], None]] = {
     "depthwise": lambda dtype, draw: check_depthwise(Case(3, 1, 2, 20, 13, 9, dtype, residual=True), draw),
     "depthwise, stride 2": lambda dtype, draw: check_depthwise(Case(5, 2, 2, 17, 13, 9, dtype, bias=False), draw),
-    "gate behind it": lambda dtype, draw: check_depthwise_gate(Case(7, 1, 1, 16, 7, 9, dtype), draw),
-    "norm behind it": lambda dtype, draw: check_depthwise_norm(Case(9, 1, 2, 20, 7, 9, dtype), draw),
-    "moments": lambda dtype, draw: check_depthwise_stats(Case(5, 1, 2, 24, 8, 9, dtype, residual=True), draw),
-    "moments, stride 2": lambda dtype, draw: check_depthwise_stats(Case(5, 2, 3, 20, 13, 9, dtype), draw),
+    "depthwise and gate": lambda dtype, draw: check_depthwise_gate(Case(7, 1, 1, 16, 7, 9, dtype), draw),
+    "depthwise and norm": lambda dtype, draw: check_depthwise_norm(Case(9, 1, 2, 20, 7, 9, dtype), draw),
+    "statistics": lambda dtype, draw: check_depthwise_stats(Case(5, 1, 2, 24, 8, 9, dtype, residual=True), draw),
+    "statistics, stride 2": lambda dtype, draw: check_depthwise_stats(Case(5, 2, 3, 20, 13, 9, dtype), draw),
     "fold": lambda dtype, draw: check_fold(33, 20, dtype, draw),
     "channel sums": lambda dtype, draw: check_channel_sums((3, 20, 13, 9), dtype, draw),
     "norm and relu": lambda dtype, draw: check_norm_relu((3, 20, 13, 9), dtype, 3.0, draw),
     "gate": lambda dtype, draw: check_gate((3, 20, 13, 9), dtype, draw),
     "norm": lambda dtype, draw: check_norm((3, 20, 13, 9), dtype, 0.0, draw),
-    "norm of a mean of 100 deviations": lambda dtype, draw: check_norm((3, 20, 13, 9), dtype, 100.0, draw),
+    "norm, mean of 100 standard deviations": lambda dtype, draw: check_norm((3, 20, 13, 9), dtype, 100.0, draw),
     "add": lambda dtype, draw: check_add((3, 20, 13, 9), dtype, True, draw),
-    "add, nothing dropped": lambda dtype, draw: check_add((3, 20, 13, 9), dtype, False, draw),
+    "add without drop path": lambda dtype, draw: check_add((3, 20, 13, 9), dtype, False, draw),
 }
 
 
@@ -55,8 +55,8 @@ def _all_families_are_off() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("name", CHECKS)
-def test_operators_in_torch_are_as_exact_as_the_kernels(name: str, dtype: torch.dtype) -> None:
-    """`kernel_checks` computes what it expects with autograd in float64, not with `fat.kernels.reference`."""
+def test_the_reference_is_as_exact_as_the_kernels(name: str, dtype: torch.dtype) -> None:
+    """`kernel_checks` computes expected results by autograd in float64, not with `fat.kernels.reference`."""
     CHECKS[name](dtype, Draw.seeded(1, "cpu"))
 
 
@@ -65,9 +65,9 @@ def test_update_running_stats() -> None:
     mean, drift = draw.tensor(20), draw.tensor(20)
     var, new = draw.tensor(20).square(), draw.tensor(20).square()
     batches = torch.tensor(3)
-    own = [mean.clone(), var.clone(), batches.clone()]
-    ops.update_running_stats(*own, drift, new, 0.1, 1.25)
-    torch.testing.assert_close(own, [mean + 0.1 * drift, 0.9 * var + 0.1 * 1.25 * new, batches + 1])
+    found = [mean.clone(), var.clone(), batches.clone()]
+    ops.update_running_stats(*found, drift, new, 0.1, 1.25)
+    torch.testing.assert_close(found, [mean + 0.1 * drift, 0.9 * var + 0.1 * 1.25 * new, batches + 1])
 
 
 @pytest.mark.parametrize("name", families.OPERATORS)
@@ -75,7 +75,7 @@ def test_every_operator_has_a_reference(name: str) -> None:
     assert callable(getattr(reference, name))
 
 
-def test_autocast_does_not_reach_into_them() -> None:
+def test_autocast_does_not_change_the_reference() -> None:
     draw = Draw.seeded(3, "cpu")
     x, weight = draw.map(1, 16, 5, 5, FP32), draw.tensor(16, 1, 3, 3)
     plain = ops.depthwise(x, weight, None, 1, False)
@@ -83,17 +83,16 @@ def test_autocast_does_not_reach_into_them() -> None:
         assert torch.equal(ops.depthwise(x, weight, None, 1, False), plain)
 
 
-def test_exact_results_follow_from_what_the_operator_has_stored() -> None:
-    """With `own`, statistics are those of `own`, in float64, and nothing is rounded."""
+def test_with_kernel_out_statistics_are_computed_from_it_without_rounding() -> None:
     draw = Draw.seeded(4, "cpu")
     x, branch, weight = draw.map(2, 16, 5, 5, BF16), draw.map(2, 16, 5, 5, BF16), draw.tensor(16)
-    own = draw.map(2, 16, 5, 5, BF16)
-    total, _, mean, _ = reference.add_norm(x, branch, None, weight, weight, EPS, own=own)
+    stored = draw.map(2, 16, 5, 5, BF16)
+    total, _, mean, _ = reference.add_norm(x, branch, None, weight, weight, EPS, kernel_out=stored)
     assert torch.equal(total, x.double() + branch.double())
-    torch.testing.assert_close(mean, own.double().mean(dim=(1, 2, 3)), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(mean, stored.double().mean(dim=(1, 2, 3)), rtol=1e-12, atol=1e-12)
 
 
-def test_a_family_is_switched_off_by_its_name_for_all_threads() -> None:
+def test_a_family_is_switched_off_in_all_threads() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     with kernels.disabled():
@@ -102,6 +101,6 @@ def test_a_family_is_switched_off_by_its_name_for_all_threads() -> None:
         kernels.disable("gate")
         kernels.disable("norm")
         assert kernels.switched_off() == {"gate", "norm"}
-        with pytest.raises(ValueError, match="gates: no such kernel family; there are depthwise convolution, "):
+        with pytest.raises(ValueError, match="gates: unknown kernel family; expected depthwise convolution, "):
             kernels.disable("gates")
     assert kernels.switched_off() == set(kernels.FAMILIES)

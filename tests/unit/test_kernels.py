@@ -1,4 +1,4 @@
-"""The Triton kernels where there is no GPU: their numerics in its interpreter, their machine code by its compiler."""
+"""The Triton kernels without a GPU: their results in Triton's interpreter, and their machine code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.augment.params import draw, mix_params
 from pipeline.augment.recipe import augment_recipe
 from tests.support.triton_offline import OfflineDriver, launches_only_compile
 
-pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
+pytest.importorskip("triton", reason="Triton is only available on Linux; without it FAT uses plain PyTorch")
 
 ROOT = Path(__file__).resolve().parents[2]
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -29,7 +29,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_in_the_interpreter(which: str) -> None:
-    """tests/interpreted, in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
+    """Run tests/interpreted in another process, because Triton reads TRITON_INTERPRET when it is imported."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests/interpreted", "-m", which, "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
@@ -127,17 +127,17 @@ LAUNCHES = {
     "stage 2": _depthwise(5, 80, 28),
     "stage 3": _depthwise(7, 160, 14),
     "stage 4": _depthwise(9, 256, 7),
-    "reducing": _depthwise(5, 256, 56, stride=2),
+    "stride 2": _depthwise(5, 256, 56, stride=2),
     "block": _block(5, 128, 28),
     "fold": _fold,
     "sums": _sums,
     "stem": _stem,
     "augmentation": _augment,
 }
-REGISTERS = 255  # of a thread; what does not fit is spilled to memory
+REGISTERS = 255  # maximum per thread; values that do not fit are spilled to memory
 
 
-ON_OLDER = ("stage 2",)  # one size shows that the older cards have every instruction
+ON_OLDER = ("stage 2",)  # one size shows that older GPUs support all instructions
 
 
 @pytest.mark.parametrize(("what", "capability"), [(what, 80 if what in ON_OLDER else 90) for what in LAUNCHES])
@@ -153,8 +153,8 @@ def test_compiles_for_gpus_without_spilling(what: str, compiled: OfflineDriver, 
 @pytest.mark.parametrize(
     ("shape", "lanes", "loads"),
     [
-        # A row of x and of the gradient, each value read once by a thread: 7 columns, and k - 1 around them. Rows are
-        # read by twos for some kernel sizes: a map of 7 takes the time of 8.
+        # A thread loads each value of a row of x and of the gradient once: 7 columns, and k - 1 around them. For some
+        # kernel sizes two rows are loaded at a time, so that 7 rows take the time of 8.
         (Shape(3, 1, 56, 64, False), 1, (7 + 9) / 7),
         (Shape(5, 1, 28, 80, True), 1, (7 + 7 + 11) / 7),
         (Shape(5, 1, 7, 256, False), 7 / 8, 2),
@@ -164,7 +164,7 @@ def test_compiles_for_gpus_without_spilling(what: str, compiled: OfflineDriver, 
     ],
     ids=str,
 )
-def test_patches_are_resident_as_planned_and_read_each_value_once(shape: Shape, lanes: float, loads: float) -> None:
+def test_patches_reach_the_planned_occupancy_and_load_each_value_once(shape: Shape, lanes: float, loads: float) -> None:
     found = measure(shape, "patches", 80 if shape.kernel == 3 else 90)
     assert found["warps"] >= tiles.MAX_WARPS * tiles.walks(shape.kernel, shape.stride)[0].resident
     assert found["spilled"] == 0
@@ -176,7 +176,7 @@ COMPILES_FOR_A_MINUTE = pytest.param(Shape(5, 1, 56, 128, True), marks=pytest.ma
 
 
 @pytest.mark.parametrize("shape", [Shape(3, 1, 56, 32, False), COMPILES_FOR_A_MINUTE], ids=str)
-def test_every_walk_is_resident_as_planned(shape: Shape) -> None:
+def test_every_walk_reaches_the_planned_occupancy(shape: Shape) -> None:
     for walk in tiles.walks(shape.kernel, shape.stride):
         found = measure(shape, "patches", 90, walk)
         assert found["warps"] >= tiles.MAX_WARPS * walk.resident, walk
@@ -189,14 +189,14 @@ def test_strips_compile_without_spilling() -> None:
 
 @pytest.mark.parametrize("capability", [90])
 def test_forward_at_stride_2_needs_few_registers(compiled: OfflineDriver, tmp_path: Path) -> None:
-    LAUNCHES["reducing"]()
+    LAUNCHES["stride 2"]()
     registers, spilled = compiled.registers("_convolve", tmp_path)
     assert registers <= 104
     assert spilled == 0
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: OfflineDriver) -> None:
+def test_half_precision_feature_maps_are_loaded_16_bytes_at_a_time(compiled: OfflineDriver) -> None:
     LAUNCHES["block"]()
     for name in ("_normalise", "_add", "_sums", "_input_gradient", "_gate_gradient"):
         code = compiled.kernels[name].asm["ptx"]
@@ -205,33 +205,33 @@ def test_half_precision_maps_are_read_16_bytes_at_a_time(compiled: OfflineDriver
         LAUNCHES[what]()
     for name, kernel in compiled.kernels.items():
         loads = kernel.asm["ptx"].count("ld.global.v4.b32")
-        # On their way together: of one map, or of one to three.
+        # Number of loads in flight: four of one feature map, or at least two of one to three feature maps.
         assert loads >= 4 * name.startswith("_channel_sums"), name
         assert loads >= 2 * name.startswith(("_norm_relu", "_moments")), name
 
 
 @pytest.mark.parametrize("capability", [90])
 def test_a_batch_is_augmented_in_five_launches(compiled: OfflineDriver) -> None:
-    """Two rounds, and the rest."""
+    """Two rounds of RandAugment, and one launch for all other operations."""
     LAUNCHES["augmentation"]()
     assert compiled.launched == ["_histogram_tables", "_apply", "_histogram_tables", "_apply", "_finish"]
 
 
 @pytest.mark.parametrize("capability", [90])
-def test_randaugment_is_compiled_as_torch_computes(compiled: OfflineDriver) -> None:
-    """No multiplication is fused with the addition behind it, no library is called; copies take 16 bytes a thread."""
+def test_randaugment_is_compiled_to_the_arithmetic_of_torch(compiled: OfflineDriver) -> None:
+    """No multiplication is fused with an addition, no library is called, and copies have 16 bytes per thread."""
     LAUNCHES["augmentation"]()
     for name in ("_histogram_tables", "_apply"):
         kernel = compiled.kernels[name]
         assert not kernel.metadata.enable_fp_fusion, name
-        assert "mul.rn.f32" in kernel.asm["ptx"], name  # rounded by itself: what the assembler may not fuse either
+        assert "mul.rn.f32" in kernel.asm["ptx"], name  # .rn forbids the assembler to fuse it
         assert not re.findall(r"\bfma\.|\bcall\b", kernel.asm["ptx"]), name
     assert "ld.global.v4.b32" in compiled.kernels["_apply"].asm["ptx"]
 
 
 @pytest.mark.parametrize("kernel", [3, 5, 7, 9])
 @pytest.mark.parametrize(("side", "channels"), [(56, 32), (56, 256), (28, 80), (14, 160), (7, 256), (7, 2048)])
-def test_tiles_leave_few_lanes_idle(kernel: int, side: int, channels: int) -> None:
+def test_tiles_leave_few_threads_idle(kernel: int, side: int, channels: int) -> None:
     tile = tiles.depthwise(kernel, side, side, channels)
     assert tile.cols * tile.channels >= 32 * tile.warps
     wide = tile.cols

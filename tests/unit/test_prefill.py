@@ -1,4 +1,4 @@
-"""Compilation of Triton kernels before their first launch, by the compiler itself and without a GPU."""
+"""Compilation of Triton kernels ahead of time, with Triton's compiler and without a GPU."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from unittest import mock
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is made for Linux; without it FAT runs as plain torch")
+pytest.importorskip("triton", reason="Triton is only available on Linux; without it FAT uses plain PyTorch")
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("compiles, which the interpreter does not", allow_module_level=True)
+    pytest.skip("needs Triton's compiler, which the interpreter does not use", allow_module_level=True)
 
 import triton
 import triton.language as tl
@@ -53,7 +53,7 @@ def _wrong(source):
 
 @triton.constexpr_function
 def _die():
-    __import__("os").kill(__import__("os").getpid(), 9)  # Triton forbids functions that it knows by name
+    __import__("os").kill(__import__("os").getpid(), 9)  # a constexpr function cannot use imported modules
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _deadly(source):
 
 
 def copies(*blocks: int) -> Callable[[], object]:
-    """As many kernels as blocks."""
+    """Return a function that launches one kernel per block size."""
 
     def run() -> None:
         for block in blocks:
@@ -87,10 +87,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def launch_for_real(kind: str) -> None:
-    """Print the kernels that Triton's own code launches, and what had to be compiled or built for them.
+    """Print the kernels that Triton's launch code launches, and what had to be compiled or built for them.
 
     Args:
-        kind: "training" = a step and an evaluation, "evaluation" = the latter alone.
+        kind: "training": a training step and an evaluation. "evaluation": only an evaluation.
     """
     from triton import knobs
     from triton.backends.nvidia import driver as nvidia
@@ -142,7 +142,7 @@ def test_a_step_finds_all_its_kernels_in_the_cache(kind: str, cache: Path, monke
     assert [name for name, hit in found["hits"] if not hit] == []
     assert len(found["hits"]) == report.total
     assert found["built"] == []
-    for extension in cache.rglob("*.so"):  # else no machine can load it, and each builds its own
+    for extension in cache.rglob("*.so"):  # otherwise the extension cannot be loaded
         needed = subprocess.run(["readelf", "-d", extension], capture_output=True, text=True, check=True).stdout
         assert "Shared library: [libcuda.so.1]" in needed
 
@@ -165,7 +165,7 @@ def test_all_launches_of_a_step_of_fat_b0_are_recorded(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("model", ["fat_b0", "fat_b3"])
 def test_sizes_that_bound_loops_are_not_specialised(model: str) -> None:
-    """Blocks of outputs and the stem are: their channels are constants, so that addresses are."""
+    """The number of kernels stays small. Only blocks and the stem have one kernel per number of channels."""
     with torch.device("meta"):
         step = training_step(fat.create_model(model), (256, 3, 224, 224))
     names = Counter(launch.name for launch in launches.record(step, TARGET))
@@ -175,7 +175,7 @@ def test_sizes_that_bound_loops_are_not_specialised(model: str) -> None:
     assert names.total() <= 120
 
 
-def test_a_model_is_left_as_it_was() -> None:
+def test_recording_does_not_change_the_model() -> None:
     model = fat.create_model("fat_b0", num_classes=10).eval()
     before = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
     kinds = [type(module) for module in model.modules()]
@@ -190,14 +190,14 @@ def test_a_model_is_left_as_it_was() -> None:
         assert tensor.grad is None, name
 
 
-def test_frozen_norms_are_recorded_as_such() -> None:
+def test_frozen_norms_launch_no_batchnorm_kernels() -> None:
     def names(**options: bool) -> set[str]:
         return {launch.name for launch in launches.record(training_step(block(), IMAGES, **options), TARGET)}
 
     assert names() - names(freeze_bn=True) >= {"_join", "_fold", "_update_running_stats"}
 
 
-def test_memory_that_is_not_aligned_makes_another_kernel() -> None:
+def test_unaligned_memory_is_recorded_as_another_kernel() -> None:
     def run() -> None:
         for start in (0, 1, 4):  # elements of 4 bytes
             _copy[(1,)](torch.empty(64)[start:], torch.empty(64), 60, BLOCK=64)
@@ -207,7 +207,7 @@ def test_memory_that_is_not_aligned_makes_another_kernel() -> None:
     assert not shifted.attributes[0,]
 
 
-def test_launches_of_other_threads_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_of_other_threads_are_not_intercepted(monkeypatch: pytest.MonkeyPatch) -> None:
     launched: list[str] = []
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: launched.append(kernel.fn.__name__))
 
@@ -221,7 +221,7 @@ def test_launches_of_other_threads_go_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert launched == ["_copy"]
 
 
-def test_what_cannot_be_compiled_is_named_and_the_rest_is_compiled(cache: Path) -> None:
+def test_kernels_that_fail_to_compile_are_named_and_all_others_compiled(cache: Path) -> None:
     def unreadable() -> None:
         assert torch.zeros(1).item() == 0
 
@@ -236,7 +236,7 @@ def test_what_cannot_be_compiled_is_named_and_the_rest_is_compiled(cache: Path) 
     assert report.problem is not None
     assert "\n" not in report.problem
     assert "_wrong (CompileTimeAssertionFailure: wrong on purpose)" in report.problem
-    assert "_deadly (the compiling process was killed by signal 9)" in report.problem
+    assert "_deadly (the compiler process was killed by signal 9)" in report.problem
     assert "unreadable (DataDependentOutputException" in report.problem
     assert ahead([copies(32, 64)]).cached == 2
 
@@ -258,7 +258,7 @@ def test_a_cache_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch:
     assert "\n" not in report.problem
 
 
-def test_an_entry_whose_write_was_interrupted_is_compiled_again(cache: Path) -> None:
+def test_an_incomplete_cache_entry_is_compiled_again(cache: Path) -> None:
     assert ahead([copies(32, 64, 128, 256)]).compiled == 4
     folders = sorted(path.parent for path in cache.rglob("_copy.cubin"))
     for folder, name in zip(folders, ("_copy.json", "__grp___copy.json", "_copy.cubin"), strict=False):
@@ -293,7 +293,7 @@ def holder(cache: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def test_a_process_that_holds_the_lock_is_waited_for_until_it_dies(holder: subprocess.Popen[bytes]) -> None:
+def test_a_lock_is_waited_for_and_released_when_its_holder_dies(holder: subprocess.Popen[bytes]) -> None:
     late = ahead([copies(32)], wait=0.0)
     assert late.compiled == 0
     assert late.problem is not None
@@ -302,7 +302,7 @@ def test_a_process_that_holds_the_lock_is_waited_for_until_it_dies(holder: subpr
     assert ahead([copies(32)]).compiled == 1
 
 
-def test_a_link_in_place_of_the_lock_is_not_followed(cache: Path, tmp_path: Path) -> None:
+def test_a_symbolic_link_in_place_of_the_lock_file_is_not_followed(cache: Path, tmp_path: Path) -> None:
     cache.mkdir()
     (tmp_path / "mine").write_text("mine")
     (cache / compile_ahead.LOCK).symlink_to(tmp_path / "mine")
@@ -312,14 +312,14 @@ def test_a_link_in_place_of_the_lock_is_not_followed(cache: Path, tmp_path: Path
     assert (tmp_path / "mine").read_text() == "mine"
 
 
-def test_nothing_is_compiled_without_a_device_to_compile_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_without_a_gpu_and_a_capability(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert compile_ahead.compile_ahead([copies(32)]) == compile_ahead.Report()
     assert not cache.exists()
 
 
 def test_kernels_are_found_after_torch_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which sets the cache's folder and the assembler of its process, where they are not set."""
+    """torch.compile sets the variables of Triton's cache folder and assembler, if they are not set."""
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
     from triton.backends.nvidia.compiler import get_ptxas_version
 
@@ -351,9 +351,9 @@ def test_the_command_fills_and_prunes_the_cache(
     options = ["--batch", "32", "--size", "64", "--capability", "8.0", "--processes", "1", "--prune"]
     monkeypatch.setattr(sys, "argv", ["prefill", *options])
     assert command.main() == 0
-    said = capsys.readouterr().out
-    assert "compiling kernels 2/2" in said
-    assert "2 kernels: 2 compiled, 0 in the cache" in said
+    shown = capsys.readouterr().out
+    assert "compiling kernels 2/2" in shown
+    assert "2 kernels: 2 compiled, 0 in the cache" in shown
     kept = Counter(path.suffix for path in cache.rglob("*") if path.is_file())
     assert kept.keys() == {".cubin", ".json", ".so"}
     assert kept[".cubin"] == 2
@@ -362,7 +362,7 @@ def test_the_command_fills_and_prunes_the_cache(
 
 
 @pytest.mark.parametrize("kind", list(gpu_run.WORK))
-def test_what_a_gpu_run_launches_is_recorded(kind: str) -> None:
+def test_launches_of_a_benchmark_run_are_recorded(kind: str) -> None:
     work = list(gpu_run.WORK[kind](argparse.Namespace(models=["fat_b0"], batch=2, size=224, sweep=[])))
     found = launches.record(work[0 if kind in ("check", "tests") else -1], TARGET)
     names = {launch.name for launch in found}
