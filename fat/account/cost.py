@@ -20,7 +20,7 @@ class Cost:
     """Cost of one image at one size."""
 
     parameters: int
-    """Trainable numbers of the model."""
+    """Number of trainable parameters."""
     conv_macs: int
     """Multiply-accumulates of convolutions and linear layers, which the paper counts."""
     attention_macs: int

@@ -163,14 +163,14 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
         yield from _tensors(list(tree.values()))
 
 
-class _OnGpuFASA(FASA):
+class GpuFASA(FASA):
     """FASA with the attention that is used on GPUs, for counting on another device."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, scale=self.scale)
 
 
-class _OnGpuNorm(GroupNorm1):
+class GpuGroupNorm1(GroupNorm1):
     """GroupNorm1 with the implementation that is used on GPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,9 +185,9 @@ def trace_step(model: FAT, size: int, dtype: torch.dtype, batch: int, *, use_ker
     trace = Trace()
     with FakeTensorMode(), torch.device("cpu"):
         twin = FAT(model.config)
-        replacements: dict[type[nn.Module], type[nn.Module]] = {FASA: _OnGpuFASA}
+        replacements: dict[type[nn.Module], type[nn.Module]] = {FASA: GpuFASA}
         if not use_kernels:
-            replacements |= {GroupNorm1: _OnGpuNorm, BatchNorm: nn.BatchNorm2d}
+            replacements |= {GroupNorm1: GpuGroupNorm1, BatchNorm: nn.BatchNorm2d}
         for module in twin.modules():
             module.__class__ = replacements.get(type(module), type(module))
         twin.train()  # decides again which layers are fused (FusingModule)

@@ -2,7 +2,7 @@
 
 The released training script saves its settings, a yacs object, together with the weights. `torch.load` with
 weights_only=True rejects such files, even if the class is allowed, because it is a dict subclass. Here the archive is
-read with size limits, and its pickle is interpreted (`fat.weights.pickle_machine`).
+read with size limits, and its pickle is interpreted (`fat.weights.pickle_interpreter`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fat.weights.pickle_machine import TensorEntry, interpret
+from fat.weights.pickle_interpreter import TensorEntry, interpret
 
 MAX_PROGRAM = 16 * 2**20
 """Maximum bytes of data.pkl. A checkpoint of fat_b3 with its optimizer's state has 0.4 MB."""
@@ -150,8 +150,9 @@ class _Storages:
         if member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{name} is compressed, which torch.save never does; save the file again with torch.save")
         if member.compress_size != member.file_size:  # zipfile would allocate memory for the stated size
-            sizes = f"states {member.file_size:,} bytes, but has {member.compress_size:,} in the archive"
-            raise ValueError(f"{name} {sizes}")
+            raise ValueError(
+                f"{name} has {member.compress_size:,} bytes in the archive, but is listed with {member.file_size:,}"
+            )
         if member.file_size > min(limit, self._left):
             raise ValueError(f"{name} has {member.file_size:,} bytes; at most {min(limit, self._left):,} are accepted")
         self._left -= member.file_size

@@ -63,7 +63,7 @@ def test_a_compiled_model_has_the_losses_of_an_eager_one(tmp_path: Path, digits:
     assert losses[mode] == pytest.approx(losses["off"], rel=0.05)
 
 
-def test_images_decoded_on_the_gpu_equal_those_of_the_cpu(photos: Path) -> None:
+def test_pixels_decoded_on_the_gpu_are_those_of_the_cpu(photos: Path) -> None:
     from pipeline.augment.recipe import augment_recipe
     from pipeline.batch_shape import BatchShape
     from pipeline.loader import TrainLoader

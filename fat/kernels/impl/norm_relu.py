@@ -146,13 +146,13 @@ def _norm_relu_gradient(
     out,
     positions,
     each,
-    share,
+    inverse_count,
     eps,
     channels: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Gradient of x. share: 1 / number of values per channel over which the statistics were computed."""
+    """Gradient of x. inverse_count: 1 / number of values per channel over which the statistics were computed."""
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     mask = c < channels
     start = tl.program_id(0).to(tl.int64) * each
@@ -163,8 +163,8 @@ def _norm_relu_gradient(
     out += start * channels
     rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
     scale = rstd * tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
-    shift = tl.load(grad_bias + c, mask=mask, other=0.0) * share
-    slope = tl.load(grad_weight + c, mask=mask, other=0.0) * share * rstd
+    shift = tl.load(grad_bias + c, mask=mask, other=0.0) * inverse_count
+    slope = tl.load(grad_weight + c, mask=mask, other=0.0) * inverse_count * rstd
     mean_c = tl.load(mean + c, mask=mask, other=0.0)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)

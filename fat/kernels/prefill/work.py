@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fat.account.roofline import _OnGpuFASA
+from fat.account.roofline import GpuFASA
 from fat.batchnorm import BatchNorm
 from fat.blocks import FASA
 
@@ -87,7 +87,7 @@ def fake_twin(model: Module) -> Module:
             name: None if child is None else twin(child) for name, child in module._modules.items()
         }
         if isinstance(module, FASA) and type(module).attention is FASA.attention:
-            new.__class__ = _OnGpuFASA
+            new.__class__ = GpuFASA
         elif isinstance(module, BatchNorm):
             new.__class__ = BatchNorm  # without synchronised statistics: a collective would wait for other ranks
         return new

@@ -70,20 +70,20 @@ _INERT = _Inert()
 
 def interpret(program: bytes) -> Any:
     """Interpret a pickle and return its value, made of plain values, `TensorEntry` and inert objects."""
-    machine = _Machine()
+    interpreter = _Interpreter()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
         if count == MAX_OPCODES:
             raise ValueError(f"its pickle has more than {MAX_OPCODES:,} opcodes")
         try:
             if opcode.name == "STOP":
-                return machine.stack.pop()
-            machine.step(opcode, argument)
+                return interpreter.stack.pop()
+            interpreter.step(opcode, argument)
         except IndexError:
             raise ValueError("its pickle pops from an empty stack") from None
     raise ValueError("its pickle has no STOP opcode")
 
 
-class _Machine:
+class _Interpreter:
     """The state of a pickle: a stack, the stacks below the marks, and the memo."""
 
     def __init__(self) -> None:
