@@ -1,1 +1,1 @@
-"""Where images come from: every source gives a `Scan`, and nothing after it knows which source it was."""
+"""Read sources of images. A `Scan` lists the images of every layout in the same form."""

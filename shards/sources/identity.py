@@ -1,6 +1,6 @@
-"""Digests that tell one source from another, and from itself after it has changed, wherever it lies.
+"""Digests that identify a source and detect changes to it.
 
-Times of last change and places are no part of them, so a copy of a source is the same source.
+Modification times and paths are not hashed, so a copy of a source has the same digest.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from shards.redact import display_name
 from shards.sources.listing import Entry, Listing
 from shards.sources.scan import Scan
 
-_TAIL = 2**16  # bytes at the end of a Parquet file: its footer, or the end of it
+_TAIL = 2**16  # hashed bytes at the end of a Parquet file, which contain its footer or the end of the footer
 _MODULUS = 2**64
-_SAMPLED = 256  # images of a split, by the hash of their names
-_HEAD = 2**12
+_SAMPLED = 256  # images per split whose content is hashed; selected by the hash of their names
+_HEAD = 2**12  # hashed bytes at the start of such an image
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What tells a source from others."""
+    """The digest of a source, and the listings from which changes can be described."""
 
     digest: str
     splits: Mapping[str, Listing] = field(default_factory=dict)
-    """Its images by split; empty where they cannot be listed without unpacking them."""
+    """Split -> its images; empty if they cannot be listed without unpacking them (Parquet)."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Then, what `digests_of_files` gives."""
+    """Result of `digests_of_files` if `splits` is empty."""
 
 
 def digest_of_listing(found: Scan) -> str:
-    """Hash the classes in their order, and names, sizes and labels of each split, whatever order they came in.
+    """Hash the classes in order, and the names, sizes, and labels of the images of each split in any order.
 
-    Of some images the first bytes count too, because images without compression all have one size.
+    The first bytes of some images are hashed too, because uncompressed images often have equal sizes.
 
     Returns:
         xxh3-64, 16 hex digits.
@@ -51,9 +51,9 @@ def digest_of_listing(found: Scan) -> str:
 
 
 def digest_of_samples(splits: Mapping[str, Listing]) -> str:
-    """Hash names and sizes of samples whose names begin with their label, as `digest_of_listing`.
+    """Like `digest_of_listing`, but for samples whose names content with their label.
 
-    The classes are left out: they depend on the options.
+    The classes are not hashed, because they depend on the options.
 
     Returns:
         xxh3-64, 16 hex digits.
@@ -71,18 +71,18 @@ def _digest(splits: Mapping[str, Listing], classes: Sequence[object], *, labels:
             for i, (size, number) in enumerate(zip(sizes, numbers, strict=True))
         ]
         sampled = sorted(heapq.nsmallest(_SAMPLED, zip(hashes, range(len(hashes)), strict=True)))
-        begin = xxhash.xxh3_64()
+        content = xxhash.xxh3_64()
         for _, i in sampled:
-            begin.update(_begin(next(listing.entries(i, i + 1))))
-        digests[split] = (len(listing), sum(hashes) % _MODULUS, begin.hexdigest())
+            content.update(_first_bytes(next(listing.entries(i, i + 1))))
+        digests[split] = (len(listing), sum(hashes) % _MODULUS, content.hexdigest())
     return xxhash.xxh3_64_hexdigest(json.dumps([classes, digests]).encode())
 
 
-def _begin(entry: Entry) -> bytes:
-    """Return the first bytes of an image; nothing of a link to nothing, which the conversion will reject.
+def _first_bytes(entry: Entry) -> bytes:
+    """Return the first bytes of an image; b"" for a broken link, which the conversion will reject.
 
     Raises:
-        StorageFailed: it cannot be read: without what it holds, the source could not be told from others later.
+        StorageFailed: the image cannot be read. Its content is needed to identify the source.
     """
     name = entry.name[entry.name.rfind(b"/") + 1 :]
     path = bytes(entry.container.path) + (b"/" + name if entry.offset is None else b"")
@@ -99,10 +99,10 @@ def _begin(entry: Entry) -> bytes:
 
 
 def digests_of_files(files: Sequence[Path], source: Path) -> dict[str, str]:
-    """Hash sizes and last bytes of files whose images cannot be listed without unpacking them.
+    """Hash the size and last bytes of each file, for files whose images cannot be listed without unpacking them.
 
     Returns:
-        Name below the source -> xxh3-64, 16 hex digits.
+        Path relative to the source -> xxh3-64, 16 hex digits.
 
     Raises:
         OSError: a file cannot be read.
@@ -120,7 +120,7 @@ def digests_of_files(files: Sequence[Path], source: Path) -> dict[str, str]:
 
 
 def digest_of_files(digests: Mapping[str, str]) -> str:
-    """Hash what `digests_of_files` gives.
+    """Combine the result of `digests_of_files` into one digest.
 
     Returns:
         xxh3-64, 16 hex digits.

@@ -1,7 +1,7 @@
-"""What a source holds, before any of it is opened as an image: names, places, sizes and labels.
+"""Listings of the images of a source: names, locations, sizes, and labels, before any image is decoded.
 
-A listing lives in flat arrays and on disk, because a large source has millions of entries and several processes work
-from the same list: a worker maps the few rows of its shard and never holds the rest.
+A listing is stored in flat arrays on disk, because a large source has millions of images and several processes use the
+same listing: a worker maps only the rows of its shard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shards.files.durable import durable_write, save_array
 from shards.redact import display_name
 
 LOOSE = 2**64 - 1
-"""In place of an offset: the container is a folder, and the entry a file in it, not a range of bytes in an archive."""
+"""Offset of an entry that is a file in a folder, not a byte range of an archive."""
 
 ROW = np.dtype(
     [
@@ -29,54 +29,51 @@ ROW = np.dtype(
         ("container", "<u4"),
         ("offset", "<u8"),
         ("size", "<u8"),
-        ("mtime", "<i8"),  # of the file, in whole seconds since 1970; 0 for a range of an archive
+        ("mtime", "<i8"),  # of the file, in seconds since 1970; 0 for a byte range of an archive
         ("label", "<u4"),
-        ("ambiguous", "u1"),  # another entry of the split would have the same key
+        ("ambiguous", "u1"),  # 1 if another entry of the split would have the same key
     ]
 )
 Rows = NDArray[np.void]
 _ROWS_AT_ONCE = 1024
 _SUFFIXES = (".rows.npy", ".names.npy", ".places.json")
 
-# A key is what stands before '.jpg' in the tar. Readers split names at the first dot and indexes at white space, and
-# plain ustar headers hold 100 characters of ASCII.
+# A key is the part of a member's name before '.jpg'. Readers split names at the first dot and indexes at white space,
+# and plain ustar headers hold 100 ASCII characters.
 MAX_KEY = 95
 _KEY_BYTES = bytes(c if chr(c).isascii() and (chr(c).isalnum() or chr(c) in "-_/") else ord("_") for c in range(256))
 
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """A folder or an archive that holds images, as it was when they were listed."""
+    """A folder or an archive of images, with its state when the images were listed."""
 
     path: Path
     size: int
-    """Bytes of the archive."""
+    """Size of the archive in bytes."""
     mtime: int
-    """Whole seconds since 1970: file systems and hosts differ in what they know beyond that."""
+    """Modification time in whole seconds since 1970: the precision below a second differs between file systems."""
 
     @classmethod
     def of(cls, path: Path) -> Container:
-        """Describe `path`; taken before it is listed, so that a change meanwhile shows."""
+        """Return the state of `path`. Call this before listing it, so that later changes are detected."""
         status = path.stat()
         return cls(path, status.st_size, int(status.st_mtime))
 
     def is_still(self, status: os.stat_result) -> bool:
-        """Whether the archive has the size and the time of last change that it had."""
+        """Return whether the archive still has the same size and modification time."""
         return (status.st_size, int(status.st_mtime)) == (self.size, self.mtime)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One image of the source.
-
-    Its name is "CLASS/FILE" whatever the layout it came in, so that the same images make the same shards from a folder
-    and from an archive.
-    """
+    """One image of a source."""
 
     name: bytes
+    """CLASS/FILE in every layout, so that the same images give the same shards from a folder and from an archive."""
     container: Container
     offset: int | None
-    """Of the first byte in the container; None when the container is a folder and the file stands in it."""
+    """Offset of the first byte in the archive; None if the container is a folder."""
     size: int
     mtime: int
     label: int
@@ -84,29 +81,29 @@ class Entry:
 
     @property
     def key(self) -> str:
-        place = b"" if self.offset is None else b"%s %d" % (os.fsencode(self.container.path.name), self.offset)
-        return sample_key(self.name, self.name + place if self.ambiguous else None)
+        location = b"" if self.offset is None else b"%s %d" % (os.fsencode(self.container.path.name), self.offset)
+        return sample_key(self.name, self.name + location if self.ambiguous else None)
 
     @property
     def path(self) -> str:
-        """Where to find it, for messages."""
+        """Location of the image, for messages."""
         if self.offset is None:
             return display_name(bytes(self.container.path / _basename(self.name)))
         return f"{self.container.path}[{display_name(self.name)}]"
 
 
 class Listing:
-    """Entries of one split.
+    """Images of one split.
 
     Args:
-        rows: `ROW` [entries].
-        names: all names, one after the other, uint8 [bytes].
-        containers: folders and archives that the rows refer to.
+        rows: `ROW` [images].
+        names: concatenated names of all images, uint8 [bytes].
+        containers: folders and archives that `rows["container"]` refers to.
     """
 
     def __init__(self, rows: Rows, names: NDArray[np.uint8], containers: list[Container]) -> None:
         self.rows, self.names, self.containers = rows, names, containers
-        self._text = np.asarray(names).data  # quicker to cut than an array, let alone a mapped one
+        self._text = np.asarray(names).data  # slicing a memoryview is faster than slicing an array
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -116,8 +113,8 @@ class Listing:
         return self._text[start : start + int(self.rows["name_length"][i])].tobytes()
 
     def entries(self, start: int, stop: int) -> Iterator[Entry]:
-        for some in range(start, stop, _ROWS_AT_ONCE):
-            rows = self.rows[some : min(some + _ROWS_AT_ONCE, stop)].tolist()
+        for first in range(start, stop, _ROWS_AT_ONCE):
+            rows = self.rows[first : min(first + _ROWS_AT_ONCE, stop)].tolist()
             for name_start, name_length, container, offset, size, mtime, label, ambiguous in rows:
                 yield Entry(
                     name=self._text[name_start : name_start + name_length].tobytes(),
@@ -130,28 +127,29 @@ class Listing:
                 )
 
     def save(self, stem: Path) -> list[Path]:
-        """Write the listing; returns the files."""
-        rows, names, places = (stem.with_suffix(suffix) for suffix in _SUFFIXES)
+        """Write the listing and return the paths of the files."""
+        rows, names, containers_file = (stem.with_suffix(suffix) for suffix in _SUFFIXES)
         save_array(rows, self.rows)
         save_array(names, self.names)
-        # Surrogates of names that are no UTF-8 survive as \udcXX.
+        # Bytes of paths that are not UTF-8 are written as escaped surrogates, \udcXX.
         containers = [(str(one.path), one.size, one.mtime) for one in self.containers]
-        durable_write(places, json.dumps(containers).encode())
-        return [rows, names, places]
+        durable_write(containers_file, json.dumps(containers).encode())
+        return [rows, names, containers_file]
 
     @classmethod
     def load(cls, stem: Path) -> Listing:
-        """Map a listing whose files are those that were written."""
-        rows, names, places = (stem.with_suffix(suffix) for suffix in _SUFFIXES)
+        """Map the files of a listing into memory."""
+        rows, names, containers_file = (stem.with_suffix(suffix) for suffix in _SUFFIXES)
+        containers = json.loads(containers_file.read_bytes())
         return cls(
             rows=np.load(rows, mmap_mode="r"),
             names=np.load(names, mmap_mode="r"),
-            containers=[Container(Path(path), size, mtime) for path, size, mtime in json.loads(places.read_bytes())],
+            containers=[Container(Path(path), size, mtime) for path, size, mtime in containers],
         )
 
 
 class ListingBuilder:
-    """Collects entries, one container at a time, without keeping an object for each."""
+    """Builds a listing, one container at a time, without an object per image."""
 
     def __init__(self) -> None:
         self._names = bytearray()
@@ -159,7 +157,7 @@ class ListingBuilder:
         self._containers: list[Container] = []
 
     def add_files(self, folder: Container, found: Sequence[tuple[bytes, int, int, int]]) -> None:
-        """Add (name, size, time of last change in seconds, label) of each file of a folder."""
+        """Add the files of a folder: (name, size, modification time in seconds, label) of each."""
         names, sizes, mtimes, labels = zip(*found, strict=True) if found else ((), (), (), ())
         rows = self._add(folder, names)
         rows["offset"] = LOOSE
@@ -168,7 +166,7 @@ class ListingBuilder:
         rows["label"] = labels
 
     def add_ranges(self, archive: Container, found: Sequence[tuple[bytes, int, int, int]]) -> None:
-        """Add (name, offset, size, label) of each range of an archive."""
+        """Add byte ranges of an archive: (name, offset, size, label) of each."""
         names, offsets, sizes, labels = zip(*found, strict=True) if found else ((), (), (), ())
         rows = self._add(archive, names)
         rows["offset"] = offsets
@@ -195,10 +193,12 @@ class ListingBuilder:
 
 
 def sample_key(name: bytes, unique: bytes | None = None) -> str:
-    """The key of an image in the tar: its class and file name, in letters, digits, '-' and '_' only.
+    """Return the key of an image in a shard: its class and file name, in letters, digits, '-', '_', and '/' only.
 
-    Keys that several files would share get a hash of something that tells them apart (`unique`); keys that would be
-    too long are cut, and get a hash of the name.
+    Too long keys are truncated and end with a hash of the name.
+
+    Args:
+        unique: bytes whose hash is appended to distinguish several images that would have the same key.
     """
     base = name.rfind(b"/") + 1
     dot = name.rfind(b".")
@@ -206,8 +206,8 @@ def sample_key(name: bytes, unique: bytes | None = None) -> str:
     key = stem.translate(_KEY_BYTES).decode("ascii")
     if unique is None and len(key) <= MAX_KEY:
         return key
-    mark = "-" + xxhash.xxh3_64_hexdigest(unique or name)
-    return key[: MAX_KEY - len(mark)] + mark
+    suffix = "-" + xxhash.xxh3_64_hexdigest(unique or name)
+    return key[: MAX_KEY - len(suffix)] + suffix
 
 
 def _basename(name: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What a source is asked for, and what it gives."""
+"""Options for scanning a source, and the result of a scan."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # command lines import the options, and start without loading the rest
+if TYPE_CHECKING:  # the command line imports the options and has to start fast
     from shards.format.manifest_fields import ClassEntry
     from shards.sources.listing import Listing
     from shards.sources.unused import UnusedEntry
@@ -18,32 +18,32 @@ Layout = Literal["class-tars", "folder", "ilsvrc", "kaggle", "parquet", "webdata
 
 @dataclass(frozen=True, kw_only=True)
 class ScanOptions:
-    """How to read a source."""
+    """Options for scanning a source."""
 
     layout: Layout | None = None
-    """None = whatever it looks like."""
+    """Layout of the source; None: detect it."""
     val_fraction: float = 0.0
-    """Fraction of each class that becomes the validation split, for sources that have none."""
+    """Fraction of each class that is split off for validation, for sources without a validation split."""
     classes: Path | None = None
-    """File that names the classes in the order of their labels, one a line: folder, then a human name if any."""
+    """Text file with one class per line, in the order of the labels: folder, then optionally a readable name."""
     seed: int = 0
     workers: int | None = None
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source holds."""
+    """Result of a scan: the classes and images of a source."""
 
     layout: Layout
     classes: tuple[ClassEntry, ...]
     splits: dict[str, Listing]
     unused: tuple[UnusedEntry, ...] = ()
-    """What of the source the set does not use."""
+    """Files of the source that are not used."""
     notes: tuple[str, ...] = ()
-    """Lines that the person should see."""
+    """Messages that inform the user."""
     warnings: tuple[str, ...] = ()
-    """Lines about what may well be a mistake; --strict refuses the source for them."""
+    """Messages about likely mistakes, for which --strict rejects the source; 'doubts' in the manifest."""
     digest: str = ""
-    """Tells the source from others (`shards.sources.identity`), before --classes and --val-fraction; set by `scan`."""
+    """Digest of the source before --classes and --val-fraction apply (`shards.sources.identity`); set by `scan`."""
     files: dict[str, str] = field(default_factory=dict)
-    """Parquet file below the source -> its digest; set by `scan`."""
+    """Path of each Parquet file relative to the source -> its digest; set by `scan`."""

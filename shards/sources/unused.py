@@ -1,4 +1,4 @@
-"""What a scan of a source did not use, for the summary at the end of a conversion and for dataset.json."""
+"""Count the files of a source that are not used, for the summary of a conversion and for dataset.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shards.redact import one_line
 from shards.schema import Count
 
 MAX_ENTRIES = 500
-"""Different (reason, kind) that are kept apart; the rest are counted together by reason."""
+"""Maximum number of (reason, kind) pairs; further kinds are counted together by reason as kind 'other'."""
 MAX_TEXT = 4096
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
@@ -21,30 +21,30 @@ Text = Annotated[str, Field(max_length=MAX_TEXT)]
 
 @dataclass(frozen=True, kw_only=True)
 class UnusedEntry:
-    """Files, folders or samples of one kind that were not used, for one reason."""
+    """Number of files, folders, or samples of one kind that are not used for one reason."""
 
     reason: Text
-    """Such as 'not an image' or 'folder of a file manager'."""
+    """For example 'not an image' or 'hidden'."""
     kind: Text
-    """Suffix in lower case ('.txt'), the name of a folder, or 'samples'."""
+    """Suffix in lower case ('.txt'), name of a folder, or 'rows' (Parquet)."""
     count: Count
     example: Text
-    """Path of the first one below the source."""
+    """Path of the first one, relative to the source."""
 
 
 @dataclass
 class UnusedFiles:
-    """Counts what a scan does not use."""
+    """Counts the files that a scan does not use."""
 
     _counts: dict[tuple[str, str], tuple[int, str]] = field(default_factory=dict)
 
     def add(self, reason: str, path: bytes | str, *, kind: str | None = None, count: int = 1) -> None:
-        """Count one file, or `count` of them.
+        """Count one file, or `count` files.
 
         Args:
-            reason: why it is not used.
-            path: below the source; only the first of each (reason, kind) is kept, as the example.
-            kind: None = the suffix of the path's last part.
+            reason: why they are not used.
+            path: relative to the source; the first one of each (reason, kind) is kept as the example.
+            kind: kind of the files; None: the suffix of `path`.
         """
         text = one_line(path.decode("utf-8", "backslashreplace") if isinstance(path, bytes) else path)[:MAX_TEXT]
         if kind is None:
@@ -64,7 +64,7 @@ class UnusedFiles:
 
 
 def merge(parts: Iterable[Iterable[UnusedEntry]]) -> tuple[UnusedEntry, ...]:
-    """Add up the counts of several scans."""
+    """Return the sums of the counts of several scans."""
     total = UnusedFiles()
     for part in parts:
         for entry in part:

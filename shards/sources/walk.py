@@ -1,4 +1,4 @@
-"""What a source's folders hold, and what of it is never looked at."""
+"""List the folders of a source, without hidden files and metadata of other programs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from shards.format.manifest import MANIFEST_NAME
 from shards.images.formats import APPLE_DOUBLE, named_as_image
 from shards.sources.unused import UnusedFiles
 
-METADATA = "metadata of a file manager, NAS system, version control or archive"
+METADATA = "metadata of a file manager, NAS system, version control, or archive"
 HIDDEN = "hidden"
 SHARD_SET = "a shard set"
 MAX_DEPTH = 6
-"""Folders between a source and a file of it that holds samples (refs/convert/parquet/default/train/0000.parquet)."""
+"""Maximum folder depth of tars and Parquet files (example: refs/convert/parquet/default/train/0000.parquet)."""
 WORK_FOLDER = ".making"
 MAX_COUNTED = 1_000_000
-"""Files and folders that are counted in a folder that is not used."""
+"""Maximum number of files and folders that are counted in a folder that is not used."""
 MAX_KEPT = 2_000_000
-"""Names that an `cached_folder_listings` keeps, about 100 bytes each."""
+"""Maximum number of names in the cache of `cached_folder_listings`, at about 100 bytes each."""
 _SNAPSHOTS = frozenset({".snapshot", ".snapshots", ".zfs", "~snapshot", "#snapshot", "@recently-snapshot"})
-"""They hold the whole store once more for each day: never entered."""
+"""Folders of snapshots, which contain a copy of the file system for each day; their files are not counted."""
 
-# In lower case. Folders with copies, thumbnails and deleted files, and files that describe a folder.
+# In lower case: folders of copies, thumbnails, and deleted files, and files that describe a folder.
 _METADATA_NAMES = frozenset(
     (
         # macOS and its file servers
@@ -52,7 +52,7 @@ _METADATA_PATTERN = re.compile(rb"\.trash(es)?|\.trash-\d+|found\.\d{3}")
 
 
 def skip_reason(name: bytes) -> str | None:
-    """Return why a file or folder of this name is not looked at; None where it is."""
+    """Return why a file or folder of this name is skipped; None if it is not skipped."""
     lower = name.lower()
     if lower in _METADATA_NAMES or _METADATA_PATTERN.fullmatch(lower) or name.startswith(APPLE_DOUBLE):
         return METADATA
@@ -61,22 +61,22 @@ def skip_reason(name: bytes) -> str | None:
 
 @dataclass
 class FolderContents:
-    """What stands directly in a folder; names, sorted."""
+    """Sorted names of the entries of a folder."""
 
     folders: list[bytes] = field(default_factory=list)
     images: list[bytes] = field(default_factory=list)
-    """By their names."""
+    """Files with the suffix of an image."""
     files: list[bytes] = field(default_factory=list)
-    """All others."""
+    """All other files."""
     skipped: list[tuple[bytes, str]] = field(default_factory=list)
-    """Name and reason."""
+    """(name, reason) of skipped entries."""
 
     def add_to(self, unused: UnusedFiles, below: bytes, folder: Path) -> None:
-        """Count what is skipped: files, and those in skipped folders.
+        """Count the skipped files, including those in skipped folders.
 
         Args:
-            below: path of the folder below the source, ending with '/'; empty for the source.
-            folder: the folder.
+            below: path of the folder relative to the source, ending with '/'; empty for the source.
+            folder: path of the folder.
         """
         for name, reason in self.skipped:
             path = folder / os.fsdecode(name)
@@ -84,44 +84,45 @@ class FolderContents:
 
 
 @dataclass
-class _Found:
-    """What was found so far in an `cached_folder_listings`."""
+class _Cache:
+    """Results that `cached_folder_listings` keeps."""
 
     contents: dict[Path, FolderContents] = field(default_factory=dict)
     files: dict[Path, int] = field(default_factory=dict)
     names: int = 0
 
 
-_found: ContextVar[_Found | None] = ContextVar("found", default=None)
+_cache: ContextVar[_Cache | None] = ContextVar("folder_listings", default=None)
 
 
 @contextmanager
 def cached_folder_listings() -> Iterator[None]:
-    """Keep what `look` and `count_files` find until the block ends, in which a source is recognised and scanned.
+    """Cache the results of `list_folder` and `count_files` until the block ends.
 
-    Both look at the same folders many times, and a network file system takes minutes for each walk of a million files.
+    Detecting and scanning a layout list the same folders many times, and on a network file system a walk of a million
+    files takes minutes.
     """
-    if _found.get() is not None:
+    if _cache.get() is not None:
         yield
         return
-    token = _found.set(_Found())
+    token = _cache.set(_Cache())
     try:
         yield
     finally:
-        _found.reset(token)
+        _cache.reset(token)
 
 
 def count_files(path: Path) -> int:
     """Return the number of files in and below a folder, at most `MAX_COUNTED`; 1 for a file or an empty folder.
 
-    Links are not followed. Snapshots of a file server and folders that cannot be read count as 1.
+    Links are not followed. Snapshot folders and folders that cannot be read count as 1.
     """
     if path.is_symlink() or not path.is_dir() or path.name.lower() in _SNAPSHOTS:
         return 1
-    found = _found.get() or _Found()
-    if path not in found.files:
-        found.files[path] = _count_files(path)
-    return found.files[path]
+    cache = _cache.get() or _Cache()
+    if path not in cache.files:
+        cache.files[path] = _count_files(path)
+    return cache.files[path]
 
 
 def _count_files(path: Path) -> int:
@@ -139,13 +140,13 @@ def list_folder(folder: Path) -> FolderContents:
     Raises:
         OSError: it cannot be read.
     """
-    found = _found.get() or _Found()
-    contents = found.contents.get(folder)
+    cache = _cache.get() or _Cache()
+    contents = cache.contents.get(folder)
     if contents is None:
         contents = _list(folder)
-        found.names += len(contents.folders) + len(contents.images) + len(contents.files) + len(contents.skipped)
-        if found.names <= MAX_KEPT:
-            found.contents[folder] = contents
+        cache.names += len(contents.folders) + len(contents.images) + len(contents.files) + len(contents.skipped)
+        if cache.names <= MAX_KEPT:
+            cache.contents[folder] = contents
     return contents
 
 
@@ -176,33 +177,33 @@ def _is_folder(entry: os.DirEntry[bytes]) -> bool:
 
 
 def files_below(source: Path, *suffixes: str) -> list[Path]:
-    """The files below a folder whose names end so (in any case), sorted; the file itself where `source` is one.
+    """Return the sorted files below a folder that have one of the suffixes (in any case), or `source` if it is a file.
 
-    Folders that `skip_reason` names, and shard sets below the source, are not entered.
+    Folders that `skip_reason` rejects, and shard sets below the source, are skipped.
 
     Raises:
         OSError: a folder cannot be read.
     """
     if source.is_file():
         return [source]
-    wanted = tuple(suffix.encode() for suffix in suffixes)
-    return sorted(_files_below(source, wanted, MAX_DEPTH, set()))
+    encoded = tuple(suffix.encode() for suffix in suffixes)
+    return sorted(_files_below(source, encoded, MAX_DEPTH, set()))
 
 
-def _files_below(folder: Path, wanted: tuple[bytes, ...], depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
+def _files_below(folder: Path, suffixes: tuple[bytes, ...], depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
     status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:  # a link to a folder that is read anyway
+    if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was already visited
         return
     seen.add((status.st_dev, status.st_ino))
     contents = list_folder(folder)
-    yield from (folder / os.fsdecode(name) for name in contents.files if name.lower().endswith(wanted))
+    yield from (folder / os.fsdecode(name) for name in contents.files if name.lower().endswith(suffixes))
     if depth:
         for name in contents.folders:
-            yield from _files_below(folder / os.fsdecode(name), wanted, depth - 1, seen)
+            yield from _files_below(folder / os.fsdecode(name), suffixes, depth - 1, seen)
 
 
 def is_shard_set(folder: bytes) -> bool:
-    """Return whether a folder is a set of this project, or one that is being made."""
+    """Return whether a folder is a shard set, complete or in conversion."""
     if os.path.lexists(os.path.join(folder, os.fsencode(WORK_FOLDER))):
         return True
     has_manifest = os.path.lexists(os.path.join(folder, MANIFEST_NAME.encode()))

@@ -1,1 +1,1 @@
-"""One file per layout of a source, and their recognition."""
+"""Source layouts, one module each, and their detection."""

@@ -1,6 +1,6 @@
-"""A folder of class tars, as ImageNet-21k is given out: CLASS.tar, or train/CLASS.tar and val/CLASS.tar.
+"""Layout class-tars: one tar per class, CLASS.tar or SPLIT/CLASS.tar, as ImageNet-21k is distributed.
 
-Nothing is unpacked: entries are byte ranges of the tars.
+Nothing is unpacked: the images are byte ranges of the tars.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from shards.sources.scan import Scan
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import skip_reason
 
-_TARS_LOOKED_AT, _MEMBERS_LOOKED_AT = 4, 64
+_INSPECTED_TARS, _INSPECTED_MEMBERS = 4, 64
 _NUMBERED = re.compile(r".*[-_.]\d{3,}|\d{4,}|(part|shard|batch|chunk)\W*\d+", re.IGNORECASE)
-"""Names that tools give to shards: pets-000001."""
+"""Names of numbered shards: pets-000001."""
 
 
 def are_class_tars(tars: list[Path]) -> bool:
-    """Return whether tars look like one for each class: several, of images alone, whose names tell no split.
+    """Return whether tars look like one tar per class: several tars of images only, without a split in their names.
 
     Raises:
-        UserError: one of those that are looked at is damaged.
-        StorageFailed: it cannot be read.
+        UserError: one of the inspected tars is damaged.
+        StorageFailed: one of the inspected tars cannot be read.
     """
     return (
         len(tars) > 1
         and not any(splits_in(tar.stem) for tar in tars)
-        and all(map(_holds_images, tars[:_TARS_LOOKED_AT]))
+        and all(map(_holds_images, tars[:_INSPECTED_TARS]))
     )
 
 
 def scan_class_tars(source: Path) -> Scan:
-    """List the images of all tars; each is of the class that its tar's name, without .tar, tells.
+    """List the images of all tars; the class of an image is the name of its tar without .tar.
 
     Raises:
-        UserError: no tars, one without images, or a damaged one.
+        UserError: there are no tars, or a tar has no images or is damaged.
         StorageFailed: a tar cannot be read.
     """
     tars = tar_files(source)
     if not tars:
-        raise UserError(f"{source}: no tars in it; expected CLASS.tar with the images of one class")
+        raise UserError(f"{source}: no tars found; expected CLASS.tar with the images of one class")
     named = assign_splits(tars, source, by_folder=True)
     names = class_order({os.fsencode(tar.stem) for tar in tars})
-    shown = display_class_names(names, source, "class tars")
+    class_names = display_class_names(names, source, "class tars")
     labels = {name: label for label, name in enumerate(names)}
     builders: dict[str, ListingBuilder] = {}
     unused = UnusedFiles()
@@ -72,27 +72,30 @@ def scan_class_tars(source: Path) -> Scan:
             else:
                 if member.name.endswith(f".{LABEL_SUFFIX}"):
                     raise UserError(
-                        f"{tar}: labels in it ({member.name}), so not the tar of one class; give --from webdataset"
+                        f"{tar}: contains a label ({member.name}), so it is not the tar of one class; use --from "
+                        "webdataset"
                     )
                 unused.add(reason, f"{relative_to_source(tar, source)}/{member.name}")
         if len(folders) > 1:
             raise UserError(
-                f"{tar}: {len(folders):,} folders in it (such as {max(folders)}), so it is not the tar of one class; "
-                "unpack the tars (tar xf), and give the folder of class folders"
+                f"{tar}: contains {len(folders):,} folders (such as {max(folders)}), so it is not the tar of one "
+                "class; unpack the tars (tar xf) and convert the folder of class folders"
             )
         if not used:
-            raise UserError(f"{tar}: a class tar without images; copy or download it again, or remove it")
+            raise UserError(f"{tar}: the class tar has no images; copy or download it again, or remove it")
         builders.setdefault(named.splits[tar], ListingBuilder()).add_ranges(container, used)
-    human = human_names(source) if source.is_dir() else {}
+    readable = human_names(source) if source.is_dir() else {}
     if all(_NUMBERED.fullmatch(tar.stem) for tar in tars):
-        warnings.append(f"{tars[0]}: taken for the class '{shown[0]}', though all tars are named like numbered shards")
+        warnings.append(
+            f"{tars[0]}: read as class '{class_names[0]}', although all tars are named like numbered shards"
+        )
     return Scan(
         "class-tars",
-        tuple(replace(ClassEntry(folder=folder), name=human.get(folder)) for folder in shown),
+        tuple(replace(ClassEntry(folder=folder), name=readable.get(folder)) for folder in class_names),
         {split: builder.build() for split, builder in builders.items()},
         unused.entries(),
         (
-            f"{source}: tars of images alone, read as one for each class: {len(names):,} classes",
+            f"{source}: the tars contain only images, so each tar is read as one class: {len(names):,} classes",
             *named.all_notes(builders),
         ),
         (*named.warnings, *warnings),
@@ -100,10 +103,10 @@ def scan_class_tars(source: Path) -> Scan:
 
 
 def _holds_images(tar: Path) -> bool:
-    """Whether the first members of a tar are images alone."""
+    """Return whether the first members of a tar are images only."""
     with reading(tar), os.fdopen(open_regular(tar), "rb") as file:
         found = read_members(file, os.fstat(file.fileno()).st_size, f"{tar}")
-        reasons = [_reason_unused(member) for member in itertools.islice(found, _MEMBERS_LOOKED_AT)]
+        reasons = [_reason_unused(member) for member in itertools.islice(found, _INSPECTED_MEMBERS)]
     return None in reasons and "not an image" not in reasons
 
 

@@ -1,4 +1,4 @@
-"""Which layout a source has, from its names alone."""
+"""Detect the layout of a source from its file names, and scan it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from shards.sources.walk import cached_folder_listings, list_folder
 
 EXPECTED = (
     "expected class folders (or train/ and val/ of them), ILSVRC2012_img_train.tar, the Kaggle layout (ILSVRC/), "
-    "Parquet files, WebDataset tars, or one tar a class"
+    "Parquet files, WebDataset tars, or one tar per class"
 )
-_LOOKED_AT = 16
-"""Folders that are opened to tell class folders; a source may have a million."""
+_INSPECTED = 16
+"""Number of folders that are inspected to detect class folders; a source may have a million folders."""
 
 
 @cached_folder_listings()
 def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
-    """List what a source holds, with its classes in order and its splits as asked for.
+    """List the images of a source, with the class order and splits that the options specify.
 
     Args:
-        spool: folder for what must be unpacked before it can be shuffled (Parquet).
+        spool: folder for images that must be unpacked before they can be shuffled (Parquet).
 
     Raises:
-        UserError: there is nothing, or nothing usable, at `source`.
+        UserError: the source does not exist or cannot be used.
     """
     layout = options.layout or detect_layout(source)
     if layout == "parquet":
@@ -52,7 +52,7 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
     digest = found.digest or digest_of_listing(found)
     for split, listing in found.splits.items():
         if not len(listing):
-            raise UserError(f"{source}: no images in split '{split}'; fill it, or remove it")
+            raise UserError(f"{source}: split '{split}' has no images; add images, or remove the split")
     found = _check_training(source, found, options)
     if options.classes is not None:
         found = order_classes(found, options.classes)
@@ -67,7 +67,7 @@ def scan(source: Path, options: ScanOptions, spool: Path) -> Scan:
 
 @cached_folder_listings()
 def current_identity(source: Path, layout: Layout) -> Identity:
-    """Return what tells the source from others now, as a scan would; nothing is unpacked.
+    """Return the identity of the source in its current state, equal to that of a scan; nothing is unpacked.
 
     Raises:
         UserError: the source cannot be listed.
@@ -84,69 +84,70 @@ def current_identity(source: Path, layout: Layout) -> Identity:
 
 @cached_folder_listings()
 def detect_layout(source: Path) -> Layout:
-    """The layout that `source` looks like.
+    """Return the layout of a source.
 
     Raises:
-        UserError: none of them.
+        UserError: the source has no known layout.
     """
     if source.is_file():
         kind = "webdataset" if source.name.endswith(COMPRESSED_SUFFIXES) else FILES.get(source.suffix)
         if kind is None:
-            raise UserError(f"{source}: a file of no known kind; {EXPECTED}")
+            raise UserError(f"{source}: unknown file type; {EXPECTED}")
         return "ilsvrc" if source.name == TRAIN_TAR else kind
     if not source.is_dir():
         raise UserError(f"{source}: no such file or folder")
     if not any(vars(list_folder(source)).values()):
-        raise UserError(f"{source}: empty folder; {EXPECTED}")
-    return next((layout for layout, looks_so in FOLDERS.items() if looks_so(source)), "folder")
+        raise UserError(f"{source}: the folder is empty; {EXPECTED}")
+    return next((layout for layout, matches in LAYOUTS.items() if matches(source)), "folder")
 
 
 def _has_class_folders(source: Path) -> bool:
-    """Whether there are split folders around folders of images, or nothing but folders of images."""
+    """Return whether a source has split folders that contain folders of images, or only folders of images."""
     try:
         roots = find_split_folders(source).roots.values()
-    except UserError:  # which the scanner of another layout need not say
+    except UserError:  # may have another layout; reported if it is scanned as layout folder
         return False
     if any(root != source for root in roots):
-        classes = (root / os.fsdecode(name) for root in roots for name in list_folder(root).folders[:_LOOKED_AT])
+        classes = (root / os.fsdecode(name) for root in roots for name in list_folder(root).folders[:_INSPECTED])
         return any(map(_holds_images, classes))
     contents = list_folder(source)
-    folders = [source / os.fsdecode(name) for name in contents.folders[:_LOOKED_AT]]
-    # A compressed tar beside class folders is what they were unpacked from.
+    folders = [source / os.fsdecode(name) for name in contents.folders[:_INSPECTED]]
+    # A compressed tar next to class folders is assumed to be their archive.
     data = _UNCOMPRESSED if folders else _DATA
     return not any(name.lower().endswith(data) for name in contents.files) and all(map(_holds_images, folders))
 
 
-def _lists_of_tars(source: Path) -> bool:
-    """Whether the Parquet files are lists of what tars of the same names hold, as img2dataset writes them."""
+def _describe_tars(source: Path) -> bool:
+    """Return whether the Parquet files describe tars of the same names, as written by img2dataset."""
     tars = {tar.with_suffix("") for tar in tar_files(source)}
     return bool(tars) and all(file.with_suffix("") in tars for file in parquet_files(source))
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether a folder, or one in it, holds images, and no tars or Parquet files."""
+    """Return whether a folder or its subfolders contain images, and the folder has no tars or Parquet files."""
     contents = list_folder(folder)
     if any(name.lower().endswith(_DATA) for name in contents.files):
         return False
-    below = (list_folder(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
+    below = (list_folder(folder / os.fsdecode(name)) for name in contents.folders[:_INSPECTED])
     return bool(contents.images) or any(inside.images for inside in below)
 
 
 def _check_training(source: Path, found: Scan, options: ScanOptions) -> Scan:
-    """Note a source that has no training images.
+    """Add a note if a source has no training images.
 
     Raises:
-        UserError: it has several other splits, or is to be split.
+        UserError: the source has no training images, but several other splits, or a split is requested.
     """
     if TRAIN in found.splits:
         return found
     splits = ", ".join(found.splits)
     if len(found.splits) > 1 or options.val_fraction:
         raise UserError(
-            f"{source}: only {splits}, no split '{TRAIN}'; add a folder {TRAIN}/ (or files named so), or convert each "
-            "split alone for evaluation"
+            f"{source}: has only the splits {splits}, but no split '{TRAIN}'; add a folder {TRAIN}/ (or files with "
+            f"'{TRAIN}' in their names), or convert each split separately for evaluation"
         )
-    return replace(found, notes=(*found.notes, f"{source}: only split '{splits}': a set for evaluation"))
+    note = f"{source}: has only split '{splits}', so the shard set is for evaluation only"
+    return replace(found, notes=(*found.notes, note))
 
 
 _SCANNERS: dict[Layout, Callable[[Path], Scan]] = {
@@ -158,11 +159,11 @@ _SCANNERS: dict[Layout, Callable[[Path], Scan]] = {
 FILES: dict[str, Layout] = {".tar": "webdataset", ".parquet": "parquet"}
 _UNCOMPRESSED = tuple(suffix.encode() for suffix in FILES)
 _DATA = (*_UNCOMPRESSED, *(suffix.encode() for suffix in COMPRESSED_SUFFIXES))
-FOLDERS: dict[Layout, Callable[[Path], object]] = {
+LAYOUTS: dict[Layout, Callable[[Path], object]] = {
     "ilsvrc": lambda source: (source / TRAIN_TAR).is_file(),
     "kaggle": kaggle_root,
     "folder": _has_class_folders,
-    "parquet": lambda source: parquet_files(source) and not _lists_of_tars(source),
+    "parquet": lambda source: parquet_files(source) and not _describe_tars(source),
     "class-tars": lambda source: are_class_tars(tar_files(source)),
     "webdataset": lambda source: tar_files(source) or compressed_tars(source),
 }

@@ -1,4 +1,4 @@
-"""Class folders: SOURCE/train/CLASS/*, SOURCE/val/CLASS/*, SOURCE/test/CLASS/*, or SOURCE/CLASS/* for one split."""
+"""Layout folder: class folders SOURCE/SPLIT/CLASS/*, or SOURCE/CLASS/* for training images only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shards.sources.naming.folder_names import (
     reject_containers,
 )
 from shards.sources.naming.split_folders import find_split_folders
-from shards.sources.naming.split_lists import find_split_lists, lists_below, some_lists, split_list_warnings
+from shards.sources.naming.split_lists import find_split_lists, format_list_paths, lists_below, split_list_warnings
 from shards.sources.naming.splits import similar_splits_in, splits_in
 from shards.sources.scan import Scan
 from shards.sources.unused import UnusedFiles, merge
@@ -33,31 +33,34 @@ from shards.sources.walk import METADATA, count_files, list_folder, skip_reason
 
 
 def scan_folder(source: Path) -> Scan:
-    """List class folders.
+    """List the images of class folders.
 
     Raises:
-        UserError: no such folder, no class folders, or a class folder without images; or as `find_split_folders`.
+        UserError: there is no such folder, it has no class folders, or a class folder has no images; or as
+            `find_split_folders`.
     """
     folders = find_split_folders(source)
     reject_containers(folders.roots)
     found = scan_classes(folders.roots, source)
     names = human_names(source)
     lists = find_split_lists(source, folders.roots.values())
-    beside = {split for name in list_folder(source).folders for split in splits_in(os.fsdecode(name))}  # some are not used
+    # Splits of the folders below the source, including folders that are not used.
+    named = {split for name in list_folder(source).folders for split in splits_in(os.fsdecode(name))}
     return replace(
         found,
         classes=tuple(replace(entry, name=names.get(entry.folder)) for entry in found.classes),
         unused=merge([folders.unused.entries(), found.unused]),
         notes=(*folders.notes, *found.notes),
-        warnings=(*folders.warnings, *split_list_warnings(lists, beside | folders.roots.keys()), *found.warnings),
+        warnings=(*folders.warnings, *split_list_warnings(lists, named | folders.roots.keys()), *found.warnings),
     )
 
 
 def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
-    """List the class folders of each split's root; classes are numbered in the order of `class_order`.
+    """List the class folders of each split; labels follow the order of `class_order`.
 
     Args:
-        source: a folder above the roots, or the root.
+        roots: split -> the folder that contains its class folders.
+        source: the only root, or a folder above all roots.
     """
     folders = {split: _class_folders(root) for split, root in roots.items()}
     names = class_order({name for some in folders.values() for name in some})
@@ -66,7 +69,7 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
     builders = {split: ListingBuilder() for split in roots}
     unused = UnusedFiles()
     empty: list[tuple[Path, str]] = []
-    divided: list[str] = []
+    other_split: list[str] = []
     annotated: list[str] = []
     masks: list[str] = []
     for split, root in roots.items():
@@ -75,64 +78,65 @@ def scan_classes(roots: dict[str, Path], source: Path) -> Scan:
             folder = root / os.fsdecode(name)
             images = 0
             others: list[bytes] = []
-            for container, found, passed_over in _walk(bytes(folder), name):
-                for path, reason, what, count in passed_over:
+            for container, found, unused_entries in _walk(bytes(folder), name):
+                for path, reason, what, count in unused_entries:
                     unused.add(reason, below + path, kind=what, count=count)
-                others += [path for path, *_ in passed_over]
+                others += [path for path, *_ in unused_entries]
                 images += len(found)
                 builders[split].add_files(container, [(path, size, mtime, labels[name]) for path, size, mtime in found])
-                if found and _names_another(container.path, folder, split):
-                    divided.append(
-                        f"{container.path}: {split} images ({len(found):,}) in a folder named as another split"
+                if found and _is_named_like_another_split(container.path, folder, split):
+                    other_split.append(
+                        f"{container.path}: {split} images ({len(found):,}) in a folder named like another split"
                     )
                 if container.path != folder and is_annotation_subfolder(container.path.name):
-                    what = f"{format_count(len(found), 'image')} in it taken for the class" if found else "not used"
-                    annotated.append(f"{container.path}: named as annotations, but in a class folder; {what}")
-                beside = find_annotation_images([path for path, *_ in found])
-                if beside:
-                    example = display_name(os.path.basename(beside[0]))
+                    what = f"{format_count(len(found), 'image')} used as images of the class" if found else "not used"
+                    annotated.append(f"{container.path}: named like annotations, but in a class folder; {what}")
+                annotations = find_annotation_images([path for path, *_ in found])
+                if annotations:
+                    example = display_name(os.path.basename(annotations[0]))
                     masks.append(
-                        f"{container.path}: {format_count(len(beside), 'image')} named as annotations of others ({example})"
+                        f"{container.path}: {format_count(len(annotations), 'image')} named like annotations of other "
+                        f"images ({example})"
                     )
             if images == 0:
                 empty.append((folder, describe_files(others)))
     if empty:
         more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
         folder, holds = empty[0]
-        what = f" but {holds}" if holds else ""
-        raise UserError(f"{folder}: a class folder without images{what}{more}; {_remedy(folder)}")
+        what = f", only {holds}" if holds else ""
+        raise UserError(f"{folder}: the class folder has no images{what}{more}; {_remedy(folder)}")
     return Scan(
         layout="folder",
         classes=tuple(ClassEntry(folder=name) for name in shown),
         splits={split: builder.build() for split, builder in builders.items()},
         unused=unused.entries(),
-        warnings=tuple(join_first(lines, 1) for lines in (divided, annotated, masks) if lines),
+        warnings=tuple(join_first(lines, 1) for lines in (other_split, annotated, masks) if lines),
     )
 
 
 def _remedy(folder: Path) -> str:
-    """What to do about a class folder without images, so that nothing it says is lost."""
+    """Return what to do about a class folder without images, without losing split lists in it."""
     root = folder.parent
-    around = find_nested_class_root(root, [os.fsdecode(name) for name in list_folder(root).folders])
-    if around is not None and around != folder:
-        return f"if the folders in {around} are the classes, give it as the source"
+    nested = find_nested_class_root(root, [os.fsdecode(name) for name in list_folder(root).folders])
+    if nested is not None and nested != folder:
+        return f"if the folders in {nested} are the classes, convert that folder"
     lists = lists_below(folder)
     if lists:
         return (
-            f"it holds lists of splits ({some_lists(lists)}): make train/ and test/ of class folders by them, then "
-            "move it out of the source"
+            f"it contains split lists ({format_list_paths(lists)}): sort the images into class folders in train/ and "
+            "test/ as they specify, then move this folder out of the source"
         )
-    return "fill it or, if it is no class, move it out of the source"
+    return "add images, or move the folder out of the source if it is not a class"
 
 
-def _names_another(inside: Path, folder: Path, split: str) -> bool:
-    """Whether a folder below a class folder is named as another split than the one that it is in."""
+def _is_named_like_another_split(inside: Path, folder: Path, split: str) -> bool:
+    """Return whether a folder below a class folder is named like a split other than `split`."""
     parts = inside.relative_to(folder).parts
     return any(not (splits_in(part) | similar_splits_in(part)) <= {split} for part in parts)
 
 
 def _class_folders(root: Path) -> list[bytes]:
-    """Names of the folders in `root`, sorted.
+    """Return the sorted names of the folders in `root`.
 
     Raises:
         UserError: there are none.
@@ -144,16 +148,16 @@ def _class_folders(root: Path) -> list[bytes]:
 
 
 Images = list[tuple[bytes, int, int]]
-"""Name, bytes and time of last change of each."""
-PassedOver = list[tuple[bytes, str, str | None, int]]
-"""Path below the root, why it is not used, its kind as `UnusedFiles.add` takes it, and files in it."""
-Found = tuple[Container, Images, PassedOver]
+"""(name, bytes, modification time) of each image."""
+UnusedEntries = list[tuple[bytes, str, str | None, int]]
+"""(path below the root, reason, kind as in `UnusedFiles.add`, number of files) of each unused entry."""
+Found = tuple[Container, Images, UnusedEntries]
 
 
 def _walk(top: bytes, name: bytes) -> Iterator[Found]:
-    """Folder, images and other files of a class folder and of each one below it, in a fixed order.
+    """Yield (folder, images, unused entries) of a class folder and each folder below it, in a fixed order.
 
-    Links are followed, except those that lead back to a folder they stand in.
+    Links are followed, except links to a parent folder.
     """
     above = {_identity(os.fsencode(parent)) for parent in Path(os.fsdecode(os.path.realpath(top))).parents}
     pending = [(top, name, above)]
@@ -164,26 +168,26 @@ def _walk(top: bytes, name: bytes) -> Iterator[Found]:
             yield (
                 Container.of(Path(os.fsdecode(folder))),
                 [],
-                [(prefix, "link to a folder that it stands in", "link", 1)],
+                [(prefix, "link to a parent folder", "link", 1)],
             )
             continue
         container = Container.of(Path(os.fsdecode(folder)))
-        found, folders, passed_over = _list(folder, prefix)
-        yield container, found, passed_over
+        found, folders, unused_entries = _list(folder, prefix)
+        yield container, found, unused_entries
         pending += [(folder + b"/" + sub, prefix + b"/" + sub, ancestors | {identity}) for sub in reversed(folders)]
 
 
-def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], PassedOver]:
+def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], UnusedEntries]:
     found: Images = []
     folders: list[bytes] = []
-    passed_over: PassedOver = []
+    unused_entries: UnusedEntries = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             path = prefix + b"/" + entry.name
             reason = skip_reason(entry.name)
             if reason is not None:
                 kind_of = os.fsdecode(entry.name) if reason == METADATA else None
-                passed_over.append((path, reason, kind_of, count_files(Path(os.fsdecode(entry.path)))))
+                unused_entries.append((path, reason, kind_of, count_files(Path(os.fsdecode(entry.path)))))
                 continue
             status = file_status(entry)
             if stat.S_ISDIR(status.st_mode):
@@ -192,12 +196,12 @@ def _list(folder: bytes, prefix: bytes) -> tuple[Images, list[bytes], PassedOver
                 found.append((path, status.st_size, int(status.st_mtime)))
             else:
                 is_file = stat.S_ISREG(status.st_mode) or stat.S_ISLNK(status.st_mode)
-                passed_over.append((path, "not an image" if is_file else kind(status.st_mode), None, 1))
-    return found, folders, passed_over
+                unused_entries.append((path, "not an image" if is_file else kind(status.st_mode), None, 1))
+    return found, folders, unused_entries
 
 
 def file_status(entry: os.DirEntry[AnyStr]) -> os.stat_result:
-    """Status of what the entry leads to; of a link to nothing or to itself, that of the link."""
+    """Return the status of an entry, following links; for a broken or circular link, the status of the link."""
     try:
         return entry.stat()
     except FileNotFoundError:
@@ -209,11 +213,11 @@ def file_status(entry: os.DirEntry[AnyStr]) -> os.stat_result:
 
 
 def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:
-    """Whether it is a regular file, and an image by its name or, failing that, by its content.
+    """Return whether an entry is a regular file that is an image by its name or, failing that, by its content.
 
-    A link to nothing is one by its name, and rejected when it is read.
+    A broken link is judged by its name, and rejected when it is read.
     """
-    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # begins as the TIFF of its thumbnail
+    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # their content begins like a TIFF
         return False
     if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and named_as_image(entry.name)):
         return named_as_image(entry.name)

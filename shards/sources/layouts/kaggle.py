@@ -1,4 +1,4 @@
-"""ImageNet-1K as Kaggle gives it out: ILSVRC/Data/CLS-LOC/train/SYNSET/*, a flat val/, and lists beside ILSVRC."""
+"""Layout kaggle: Kaggle's ImageNet-1K, ILSVRC/Data/CLS-LOC/train/SYNSET/*, a flat val/, and lists next to ILSVRC/."""
 
 from __future__ import annotations
 
@@ -24,60 +24,60 @@ SOLUTION = "LOC_val_solution.csv"
 
 
 def kaggle_root(source: Path) -> Path | None:
-    """The folder that holds ILSVRC/, where `source` is that folder or ILSVRC itself."""
+    """Return the folder that contains ILSVRC/, if `source` is that folder or ILSVRC/; else None."""
     root = source.absolute().parent if source.absolute().name == "ILSVRC" else source
     return root if (root / DATA).is_dir() else None
 
 
 def scan_kaggle(source: Path) -> Scan:
-    """List the images.
+    """List the images of the classification task.
 
     Raises:
         UserError: a part of the layout is missing, or a validation image has no label.
     """
     root = kaggle_root(source)
     if root is None:
-        raise UserError(f"{source}: no {DATA} in it, so this is not the Kaggle layout")
+        raise UserError(f"{source}: no folder {DATA}, so it does not have the Kaggle layout")
     data = root / DATA
     found = scan_classes({TRAIN: data / "train"}, root)
     labels = {entry.folder: label for label, entry in enumerate(found.classes)}
     splits, unused = dict(found.splits), found.unused
     notes: list[str] = []
     if (data / "val").is_dir():
-        splits[VAL], others = _scan_val(data / "val", _read_solution(root / SOLUTION), labels)
-        unused = merge([unused, others])
+        splits[VAL], unused_val = _scan_val(data / "val", _read_solution(root / SOLUTION), labels)
+        unused = merge([unused, unused_val])
     else:
-        notes.append(f"{data / 'val'}: not there, so the set gets no validation split")
+        notes.append(f"{data / 'val'}: not found, so the shard set has no validation split")
     if (data / "test").is_dir():
         test = UnusedFiles()
         test.add(
             "test images without labels", os.fsencode(DATA / "test"), kind="test", count=count_files(data / "test")
         )
         unused = merge([unused, test.entries()])
-        notes.append(f"{data / 'test'}: not used, as its images have no labels")
-    beside = UnusedFiles()
+        notes.append(f"{data / 'test'}: not used, because its images have no labels")
+    others = UnusedFiles()
     for folder in (root, root / "ILSVRC"):
         for path in sorted(folder.iterdir()):
             if path.name not in (SOLUTION, *MAPPING_FILES, "ILSVRC", "Data"):
                 kind = path.name if path.is_dir() else None
                 below = os.fsencode(path.relative_to(root))
-                beside.add("beside the images of the classification task", below, kind=kind, count=count_files(path))
-    unused = merge([unused, beside.entries()])
+                others.add("not part of the classification task", below, kind=kind, count=count_files(path))
+    unused = merge([unused, others.entries()])
     names = human_names(root)
     classes = tuple(ClassEntry(folder=folder, name=names.get(folder)) for folder in labels)
     return Scan("kaggle", classes, splits, unused, tuple(notes))
 
 
 def _read_solution(path: Path) -> dict[str, str]:
-    """Image id -> synset id, the first word of each prediction string.
+    """Read the list of validation labels: image id -> synset id, which is the first word of each prediction string.
 
     Raises:
-        UserError: missing, not such a list, or two classes for one image.
-        StorageFailed: it cannot be read.
+        UserError: the file is missing or not such a list, or an image has two classes.
+        StorageFailed: the file cannot be read.
     """
     if not path.exists():
-        raise UserError(f"{path}: missing; without it the validation images have no labels")
-    what = "the list ImageId,PredictionString; download it again"
+        raise UserError(f"{path}: not found; it contains the labels of the validation images")
+    what = "a list ImageId,PredictionString; download it again"
     truth: dict[str, str] = {}
     try:
         for row in csv.DictReader(io.StringIO(read_list(path, what), newline="")):
@@ -87,13 +87,13 @@ def _read_solution(path: Path) -> dict[str, str]:
                     f"{path}: image {image} has two classes, {truth[image]} and {synset}; download it again"
                 )
     except (KeyError, IndexError, AttributeError, csv.Error) as error:
-        fault = error if isinstance(error, csv.Error) else "a row without one of the two fields"
+        fault = error if isinstance(error, csv.Error) else "a row lacks one of the two fields"
         raise UserError(f"{path}: damaged ({fault}); expected {what}") from None
     return truth
 
 
 def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tuple[Listing, tuple[UnusedEntry, ...]]:
-    """The images of a flat folder, and its other files."""
+    """List the images of the flat validation folder; also return its unused files."""
     builder = ListingBuilder()
     container = Container.of(folder)
     found: list[tuple[bytes, int, int, int]] = []
@@ -107,9 +107,9 @@ def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tu
                 continue
             synset = truth.get(os.path.splitext(entry.name)[0])
             if synset is None:
-                raise UserError(f"{entry.path}: not in {SOLUTION}, so it has no label; download the list again")
+                raise UserError(f"{entry.path}: has no label in {SOLUTION}; download the list again")
             if synset not in labels:
-                raise UserError(f"{entry.path}: its class in {SOLUTION} is {synset}, which train/ does not have")
+                raise UserError(f"{entry.path}: has class {synset} in {SOLUTION}, which is not a folder of train/")
             name = os.fsencode(f"{synset}/{entry.name}")
             found.append((name, status.st_size, int(status.st_mtime), labels[synset]))
     builder.add_files(container, found)

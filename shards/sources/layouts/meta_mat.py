@@ -1,7 +1,7 @@
-"""ImageNet's meta.mat (MATLAB level 5), read by scipy in a process of its own.
+"""Read ImageNet's meta.mat (MATLAB level 5) with scipy, in a separate process.
 
-scipy's parser ends its process (SIGSEGV) on some damaged files, and allocates whatever sizes a file states. The parent
-passes the file by a pipe and gets JSON back; the child may use `MAX_MEMORY` and `MAX_SECONDS`.
+scipy's parser crashes (SIGSEGV) on some damaged files and allocates any size that a file states. The parent process
+sends the file through a pipe and receives JSON; the child process is limited to `MAX_MEMORY` and `MAX_SECONDS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 MAX_MEMORY = 2**32
 """Bytes of address space."""
 MAX_SECONDS = 60
-"""Of CPU time; the real file takes a second."""
+"""CPU seconds; the real file takes one."""
 NO_SCIPY = 3  # exit status
 
 
@@ -25,9 +25,9 @@ def read_synsets(meta: bytes) -> list[list[Any]]:
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: one line on what is wrong with the file.
+        ValueError: the file is damaged; the message is one line.
     """
-    # -P: the folder of this file is not put on the path, where its neighbours would hide modules of other packages.
+    # -P: without it, this folder would be on sys.path, and its modules would shadow other packages.
     child = subprocess.run(
         [sys.executable, "-P", __file__],
         input=meta,
@@ -39,7 +39,7 @@ def read_synsets(meta: bytes) -> list[list[Any]]:
         raise ImportError("scipy")
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(lines[-1] if lines else f"its parser ended with status {child.returncode}")  # of a signal: < 0
+        raise ValueError(lines[-1] if lines else f"its parser ended with status {child.returncode}")  # < 0: signal
     rows: list[list[Any]] = json.loads(child.stdout)
     return rows
 
@@ -58,12 +58,12 @@ def _main() -> None:
 
     def integer(value: object) -> int:
         if not isinstance(value, int | np.integer):
-            raise ValueError(f"{type(value).__name__} where a number should be")
+            raise ValueError(f"expected a number, found {type(value).__name__}")
         return int(value)
 
     def text(value: object) -> str:
         if not isinstance(value, str):
-            raise ValueError(f"{type(value).__name__} where text should be")
+            raise ValueError(f"expected text, found {type(value).__name__}")
         return str(value)
 
     try:
@@ -72,7 +72,7 @@ def _main() -> None:
             [integer(row["ILSVRC2012_ID"]), text(row["WNID"]), text(row["words"]), integer(row["num_children"])]
             for row in table
         ]
-    except Exception as error:  # scipy may raise anything on damaged data; the parent reports it
+    except Exception as error:  # scipy raises exceptions of any type on damaged data; the parent reports them
         sys.exit(f"{type(error).__name__}: {error}".replace("\n", " "))
     json.dump(rows, sys.stdout)
 

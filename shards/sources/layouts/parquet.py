@@ -1,8 +1,8 @@
-"""Parquet files as dataset hubs give them: a column of encoded images and a column of labels.
+"""Layout parquet: files from data set hubs, with a column of encoded images and a column of labels.
 
-Images in a Parquet page have no place of their own in the file, and reading one means decompressing its page: shuffling
-them in place would read everything thousands of times. So each file is unpacked once, in order, into a spool file
-beside the shards to be (as large again as the source, removed at the end), and entries are byte ranges of that.
+Reading one image of a Parquet file requires decompressing its page, so reading in shuffled order would decompress each
+page thousands of times. Each file is therefore unpacked once, in order, into a spool file in the output folder, and the
+images are byte ranges of the spool files. They need as much disk space as the source, and are removed at the end.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from shards.sources.walk import files_below
 from shards.workers.pool import run_jobs
 
 ISOLATED = True
-"""Whether pyarrow, which ends its process on some damaged files, reads in others than this, unless `workers` is 1."""
+"""Whether pyarrow runs in worker processes unless `workers` is 1, because it crashes on some damaged files."""
 _NEEDS = "reading Parquet needs pyarrow; install it with: pip install 'fat-pipeline[parquet]'"
 
 
 def parquet_files(source: Path) -> list[Path]:
-    """The Parquet files below a folder, by name; the file itself where `source` is one."""
+    """Return the sorted Parquet files below a folder, or `source` if it is a file."""
     return files_below(source, ".parquet")
 
 
 def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path | None = None) -> Scan:
-    """UnpackJob all files into `spool` and list them.
+    """Unpack the images of all files into `spool` and list them.
 
     Args:
-        classes: file that names the classes, as `number_classes` takes it.
+        spool: folder for the spool files.
+        classes: file that names the classes; see `number_classes`.
 
     Raises:
-        UserError: pyarrow is not installed; the columns are not there, of other types, or not the same in all files; a
-            file is damaged; or labels that `number_classes` refuses.
+        UserError: pyarrow is not installed; columns are missing, have other types, or differ between files; a file is
+            damaged; or `number_classes` rejects the labels.
         StorageFailed: a file cannot be read.
     """
     try:
@@ -57,29 +58,30 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
     jobs = [UnpackJob(file, spool / f"{i:05d}.bin", named.splits[file] == TEST) for i, file in enumerate(files)]
     isolated = ISOLATED and workers != 1
     contents = run_jobs(inspect, files, workers, Progress("inspecting", len(files), "files"), isolated=isolated)
-    names, more_notes = _agreed(files, contents)
+    names, more_notes = _common_class_names(files, contents)
     with Progress("unpacking", sum(one.rows for one in contents)) as progress:
         labels = run_jobs(unpack, jobs, workers, progress, isolated=isolated)
     if not any(file.first for file in labels):
-        raise UserError(f"{source}: no images with labels in its Parquet files")
+        raise UserError(f"{source}: its Parquet files contain no images with labels")
     top, where = largest_label(labels)
     if 0 < len(names) <= top:
         raise UserError(
             f"{where}: label {top}, but the file's metadata names {len(names):,} classes (0 to {len(names) - 1}); "
-            "correct the labels, or write the files again without the metadata 'huggingface'"
+            "correct the labels, or write the files again without the metadata key 'huggingface'"
         )
     known = _named_classes(names if top >= 0 else [])
     numbered = number_classes(labels, sum(one.rows for one in contents), known=known, classes=classes)
     builders: dict[str, ListingBuilder] = {}
     unused, warnings = UnusedFiles(), list(named.warnings)
     warnings += count_non_archive_files(source, set(files), "parquet", set(named.splits.values()), unused)
-    for job, own in zip(jobs, numbered.labels, strict=True):
+    for job, labels_of_file in zip(jobs, numbered.labels, strict=True):
         found = load_unpacked(job)
         if found is None:
-            raise UserError(f"{job.file}: changed while it was unpacked; run the same command again")
+            raise UserError(f"{job.file}: changed while it was being unpacked; repeat the command")
         if found.unlabeled:
-            unused.add("image without a label", relative_to_source(job.file, source), kind="rows", count=found.unlabeled)
-            warnings.append(f"{job.file}: {found.unlabeled:,} test images without labels, not used")
+            path = relative_to_source(job.file, source)
+            unused.add("image without a label", path, kind="rows", count=found.unlabeled)
+            warnings.append(f"{job.file}: {found.unlabeled:,} test images have no labels and are not used")
         if not found.images and found.unlabeled:
             continue
         texts = found.labels.texts
@@ -90,7 +92,7 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
                     f"{texts[label] if texts else label}/{name}".encode("utf-8", "surrogateescape"),
                     offset,
                     size,
-                    int(own[label]),
+                    int(labels_of_file[label]),
                 )
                 for name, offset, size, label in found.images
             ],
@@ -101,7 +103,7 @@ def scan_parquet(source: Path, spool: Path, workers: int | None, classes: Path |
 
 
 def _named_classes(names: list[str | None]) -> list[ClassEntry]:
-    """Classes that are told apart by their names, as class folders are; by their numbers where names do not do so."""
+    """Return the classes, identified by their names; by their numbers if names are missing or not unique."""
     folders = [one_line(name) if name else "" for name in names]
     if all(folders) and len(set(folders)) == len(folders):
         shown = [folder.split(",")[0] for folder in folders]
@@ -112,25 +114,25 @@ def _named_classes(names: list[str | None]) -> list[ClassEntry]:
     return [ClassEntry(folder=str(label), name=folder.split(",")[0] or None) for label, folder in enumerate(folders)]
 
 
-def _agreed(files: list[Path], contents: list[ParquetInfo]) -> tuple[list[str | None], tuple[str, ...]]:
-    """Names that the files give the class numbers, empty where none does; and notes on them.
+def _common_class_names(files: list[Path], contents: list[ParquetInfo]) -> tuple[list[str | None], tuple[str, ...]]:
+    """Return the class names that the files state (an empty list if none does), and notes on them.
 
     Raises:
-        UserError: two files differ in their columns or in the names of the classes.
+        UserError: two files differ in their columns or class names.
     """
     named: Path | None = None
     names: list[str | None] = []
     for file, one in zip(files, contents, strict=True):
         if one.columns != contents[0].columns:
             raise UserError(
-                f"{file}: images and labels in columns {' and '.join(one.columns)}, but in {files[0].name} in "
-                f"{' and '.join(contents[0].columns)}; expected the same columns in all files of a source"
+                f"{file}: images and labels are in columns {' and '.join(one.columns)}, but in {files[0].name} they "
+                f"are in {' and '.join(contents[0].columns)}; all files of a source must have the same columns"
             )
         if one.names and named and one.names != names:
-            place = next(i for i, (a, b) in enumerate(zip_longest(one.names, names)) if a != b)
+            differs = next(i for i, (a, b) in enumerate(zip_longest(one.names, names)) if a != b)
             raise UserError(
-                f"{file}: its metadata does not name the classes as that of {named.name} does (class {place} differs); "
-                "expected files of one data set"
+                f"{file}: its class names differ from those in {named.name} (first at class {differs}); all files must "
+                "be of the same data set"
             )
         if one.names and not named:
             named, names = file, one.names

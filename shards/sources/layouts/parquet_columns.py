@@ -1,4 +1,4 @@
-"""What the schema of a Parquet file says: which columns hold images and labels, and the names of the classes."""
+"""Find the columns of images and labels, and the class names, in the schema of a Parquet file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shards.errors import UserError
 from shards.format.manifest_fields import MAX_CLASSES
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes")
-"""Names of the column of images, in any case; of several the first of these."""
+"""Names of the image column, in any case, in order of preference."""
 LABEL_COLUMNS = (
     "label",
     "labels",
@@ -23,14 +23,14 @@ LABEL_COLUMNS = (
     "fine_label",
     "coarse_label",
 )
-"""Names of the column of labels, in any case; of several the first of these."""
+"""Names of the label column, in any case, in order of preference."""
 
 
 def find_columns(schema: Any, file: Path) -> tuple[str, str]:
-    """Names of the columns of images and of labels.
+    """Return the names of the image column and of the label column.
 
     Raises:
-        UserError: they are not there, or of types that hold no images or no class numbers.
+        UserError: a column is missing, or has a type that cannot hold images or labels.
     """
     import pyarrow as pa
 
@@ -38,18 +38,18 @@ def find_columns(schema: Any, file: Path) -> tuple[str, str]:
     images, labels = _candidates(names, IMAGE_COLUMNS), _candidates(names, LABEL_COLUMNS)
     if not images or not labels:
         raise UserError(
-            f"{file}: columns {', '.join(names)}; expected an image ({' or '.join(IMAGE_COLUMNS)}) "
-            f"and a label ({' or '.join(LABEL_COLUMNS)})"
+            f"{file}: has the columns {', '.join(names)}; expected an image column ({' or '.join(IMAGE_COLUMNS)}) "
+            f"and a label column ({' or '.join(LABEL_COLUMNS)})"
         )
     image, label = images[0], labels[0]
     for name in (image, label):
         if names.count(name) > 1:
-            raise UserError(f"{file}: column {name} occurs {names.count(name)} times; expected it once")
+            raise UserError(f"{file}: column {name} occurs {names.count(name)} times; expected only once")
     kind = schema.field(label).type
     if not _holds_labels(kind):
         raise UserError(
-            f"{file}: column {label} is of type {kind}; expected one class number or one text for each image: write "
-            "such a column, and leave out images of several labels"
+            f"{file}: column {label} has type {kind}; expected one class number or class name per image: write such a "
+            "column, and omit images with several labels"
         )
     kind = schema.field(image).type
     data, path = kind, None
@@ -60,14 +60,14 @@ def find_columns(schema: Any, file: Path) -> tuple[str, str]:
     is_text = path is None or any(is_kind(path) for is_kind in texts)
     if data is None or not (pa.types.is_binary(data) or pa.types.is_large_binary(data)) or not is_text:
         raise UserError(
-            f"{file}: column {image} is of type {kind}, which holds no image bytes; expected binary, or a struct of "
-            "bytes (binary) and path (string): export the data set with its images embedded"
+            f"{file}: column {image} has type {kind}, which cannot hold image bytes; expected binary, or a struct of "
+            "bytes (binary) and path (string): export the data set with embedded images"
         )
     return image, label
 
 
 def _holds_labels(kind: Any) -> bool:
-    """Whether a column of this pyarrow type may hold class numbers or names of classes."""
+    """Return whether a column of this pyarrow type may hold class numbers or class names."""
     from pyarrow import types
 
     if types.is_dictionary(kind):
@@ -78,33 +78,33 @@ def _holds_labels(kind: Any) -> bool:
 
 
 def other_columns(names: list[str], chosen: tuple[str, str]) -> tuple[str, ...]:
-    """Notes on columns that could have been chosen instead."""
+    """Return notes on other columns that could be the image or label column."""
     return tuple(
-        f"column '{column}' holds the {what}; not used: {', '.join(others)} (of several names the first of "
-        f"{', '.join(known)} is taken)"
+        f"{what} are read from column '{column}'; not used: {', '.join(others)} (order of preference: "
+        f"{', '.join(known)})"
         for what, column, known in zip(("images", "labels"), chosen, (IMAGE_COLUMNS, LABEL_COLUMNS), strict=True)
         if (others := [name for name in _candidates(names, known) if name != column])
     )
 
 
 def _candidates(names: list[str], known: tuple[str, ...]) -> list[str]:
-    """Those of `names` that are among the known ones, in the order of these."""
-    return [name for wanted in known for name in names if name.lower() == wanted]
+    """Return those of `names` that are in `known`, in the order of `known`."""
+    return [name for candidate in known for name in names if name.lower() == candidate]
 
 
 def class_names(
     file: Path, metadata: dict[bytes, bytes] | None, column: str
 ) -> tuple[list[str | None], tuple[str, ...]]:
-    """Names that the hub's own metadata gives the labels, empty where there are none; and what is wrong with them."""
+    """Return the class names from the Hugging Face metadata (an empty list if there are none), and notes on faults."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return [], ()
     try:
         names = json.loads(text)["info"]["features"][column].get("names")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return [], (f"{file}: its Hugging Face metadata is damaged, so the classes are named by their numbers",)
+        return [], (f"{file}: the Hugging Face metadata is damaged, so classes are named by their numbers",)
     if names is None:
         return [], ()
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) > MAX_CLASSES:
-        return [], (f"{file}: its class names are not a list of texts, so the classes are named by their numbers",)
+        return [], (f"{file}: the class names in the metadata are not strings, so classes are named by their numbers",)
     return names, ()

@@ -1,4 +1,4 @@
-"""UnpackJob the images of one Parquet file into a spool file, in a worker process."""
+"""Unpack the images of one Parquet file into a spool file, in a worker process."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from shards.workers.worker import Report
 
 BATCH_ROWS = 64
 MAX_FOOTER = 2**26
-"""Bytes of a file's metadata."""
+"""Maximum bytes of a file's metadata."""
 MAX_CHUNK = 2**31
-"""Bytes of one column of one row group, packed and unpacked: a worker holds it in memory."""
+"""Maximum bytes of one column of one row group, compressed and uncompressed: a worker holds it in memory."""
 MAX_RATIO = 100
-"""Bytes that a file may unpack to, for each of its own; encoded images hardly shrink."""
-_SMALL = 2**26  # bytes that any file may unpack to
-_MAX_RECORD = 2**31  # bytes of the list of an unpacked file
+"""Maximum ratio of unpacked size to file size; encoded images hardly compress."""
+_SMALL = 2**26  # unpacked bytes that are allowed at any ratio
+_MAX_RECORD = 2**31  # bytes of the record of an unpacked file
 _AGAIN = "download it again"
 
 
 @dataclass(frozen=True)
 class UnpackJob:
-    """One file to be unpacked in a worker process."""
+    """Job to unpack one file in a worker process."""
 
     file: Path
     spool: Path
     unlabeled: bool = False
-    """Count rows without a label instead of refusing them: the file is of a test split."""
+    """Count rows without a label instead of raising an error, because the file belongs to a test split."""
 
     @property
     def record(self) -> Path:
@@ -49,43 +49,44 @@ class UnpackJob:
 
 @dataclass(frozen=True)
 class ParquetInfo:
-    """What a file says of itself."""
+    """Contents of a Parquet file according to its metadata."""
 
     rows: int
     columns: tuple[str, str]
-    """Names of the columns of images and of labels."""
+    """Names of the image column and of the label column."""
     names: list[str | None]
-    """Of the classes, by label; empty where it gives none."""
+    """Class names by label; empty if the file has none."""
     notes: tuple[str, ...]
-    """Lines that the person should see."""
+    """Messages that inform the user."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What was unpacked from a file, which is recorded when it is done."""
+    """Record of an unpacked file, written when unpacking is complete."""
 
     source: tuple[str, int, int]
-    """Path, bytes and time of last change of the file. A file that comes or goes shifts the spools of the others."""
+    """(path, bytes, modification time) of the file, because adding or removing files renumbers the spool files."""
     bytes: Count
-    """Of the spool."""
+    """Size of the spool file."""
     images: list[tuple[str, Count, Count, Count]]
-    """Name, offset, size and label of each, the last as `LabelReader.read` gives it."""
+    """(name, offset, size, label) of each image; the label is a result of `LabelReader.read`."""
     labels: FileLabels
     unlabeled: Count
-    """Rows that have no label."""
+    """Number of rows without a label."""
 
 
 _UNPACKED = TypeAdapter(Unpacked)
 
 
 def unpack(job: UnpackJob, report: Report) -> FileLabels:
-    """Write a file's images one after the other, and a list of (name, offset, size, label); skip what is done.
+    """Write the images of a file to its spool file, and the record; do nothing if both are complete.
 
     Returns:
-        Its labels.
+        The labels of the file.
 
     Raises:
-        UserError: a row without image bytes or a valid label, a damaged page, or more than `MAX_RATIO` times the file.
+        UserError: a row has no image bytes or no valid label, a page is damaged, or the file unpacks to more than
+            `MAX_RATIO` times its size.
     """
     before = load_unpacked(job)
     if before is not None:
@@ -109,11 +110,11 @@ def unpack(job: UnpackJob, report: Report) -> FileLabels:
                 continue
             if at + len(data) > most:
                 raise UserError(
-                    f"{shown}: unpacks to more than {most:,} bytes, {MAX_RATIO} times the file: damaged, or made to "
-                    "fill disks"
+                    f"{shown}: the file unpacks to more than {most:,} bytes, {MAX_RATIO} times its size, so it is "
+                    "damaged or malicious"
                 )
             found.append((name, at, len(data), place))
-            if len(data) <= MAX_ENCODED:  # larger ones are rejected by their size, unread
+            if len(data) <= MAX_ENCODED:  # larger images will be rejected because of their size, unread
                 write_all(file, data)
                 at += len(data)
             report(1, len(data))
@@ -123,7 +124,7 @@ def unpack(job: UnpackJob, report: Report) -> FileLabels:
 
 
 def load_unpacked(job: UnpackJob) -> Unpacked | None:
-    """What was unpacked; None where that is not done, or not of this file as it is now."""
+    """Read the record of an unpacked file; None if unpacking is incomplete or the file has changed since."""
     try:
         record = parse_json(read_bounded(job.record, _MAX_RECORD), _UNPACKED, limit=_MAX_RECORD)
         spooled = job.spool.stat().st_size
@@ -138,10 +139,10 @@ def _identity(file: Path, status: os.stat_result) -> tuple[str, int, int]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[Any, tuple[str, int, int]]]:
-    """Open a Parquet file whose metadata has been looked at, and say which file it is.
+    """Open a Parquet file after checking its footer; yields the file and its identity.
 
     Raises:
-        UserError: it is damaged, or no such file.
+        UserError: the file is damaged or does not exist.
         StorageFailed: it cannot be read.
     """
     import pyarrow.parquet as pq
@@ -157,7 +158,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, tuple[str, int, int]]]:
             footer = int.from_bytes(end[:4], "little")
             if footer > MAX_FOOTER:
                 raise UserError(
-                    f"{file}: {footer:,} bytes of metadata, more than the {MAX_FOOTER:,} that a file may have"
+                    f"{file}: has {footer:,} bytes of metadata; at most {MAX_FOOTER:,} are allowed"
                 )
             table = stack.enter_context(pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True))
         yield table, identity
@@ -165,17 +166,17 @@ def _opened(file: Path) -> Iterator[tuple[Any, tuple[str, int, int]]]:
 
 @contextmanager
 def _readable_errors(file: Path) -> Iterator[None]:
-    """Convert what pyarrow raises in the block, which reads `file`, into an error of one line.
+    """Convert errors of pyarrow while reading `file` to errors with a one-line message.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the file is damaged.
         StorageFailed: it cannot be read.
     """
     import pyarrow as pa
 
     try:
         yield
-    # pyarrow has its own errors, plain OSErrors without a number, and those of converting text and numbers.
+    # pyarrow raises its own errors, OSErrors without errno, and errors from converting text and numbers.
     except (pa.ArrowException, OSError, ValueError, LookupError, ArithmeticError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise storage_error(file, error) from error
@@ -183,7 +184,7 @@ def _readable_errors(file: Path) -> Iterator[None]:
 
 
 def inspect(file: Path, report: Report) -> ParquetInfo:
-    """Check the types and sizes that a file states, before any row is read."""
+    """Check the column types and sizes in the metadata of a file, before reading rows."""
     report.start(os.fsencode(file))
     with _opened(file) as (table, _), _readable_errors(file):
         columns = find_columns(table.schema_arrow, file)
@@ -195,8 +196,8 @@ def inspect(file: Path, report: Report) -> ParquetInfo:
                 size = max(column.total_compressed_size, column.total_uncompressed_size)
                 if column.path_in_schema.partition(".")[0] in columns and not 0 <= size <= MAX_CHUNK:
                     raise UserError(
-                        f"{file}: row group {group} has {size:,} bytes in column {column.path_in_schema}, more than "
-                        f"the {MAX_CHUNK:,} that are held in memory at once; write the file with smaller row groups"
+                        f"{file}: row group {group} has {size:,} bytes in column {column.path_in_schema}; at most "
+                        f"{MAX_CHUNK:,} are allowed; write the file again with smaller row groups"
                     )
         names, notes = class_names(file, table.schema_arrow.metadata, columns[1])
         others = other_columns(table.schema_arrow.names, columns)
@@ -211,8 +212,8 @@ def _rows(table: Any, file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _unwrap(file: Path, image: Any, number: int) -> tuple[bytes, str]:
-    """Encoded bytes and name of an image: plain bytes, or the hubs' struct of bytes and path."""
+    """Return the encoded bytes and the name of an image, which is bytes or a struct of bytes and path."""
     data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
     if not isinstance(data, bytes):
-        raise UserError(f"{file}: row {number} holds no image bytes; export the data set with its images embedded")
+        raise UserError(f"{file}: row {number} has no image bytes; export the data set with embedded images")
     return data, Path(path).name if path else f"{display_name(os.fsencode(file.stem))}-{number:06d}"

@@ -1,4 +1,4 @@
-"""Existing WebDataset tars: KEY.jpg (or another image) and KEY.cls."""
+"""Layout webdataset: existing WebDataset tars with KEY.jpg (or another image format) and KEY.cls."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from shards.sources.walk import files_below
 
 
 def tar_files(source: Path) -> list[Path]:
-    """The tars below a folder, by name; the file itself where `source` is one."""
+    """Return the sorted tars below a folder, or `source` if it is a file."""
     return files_below(source, ".tar")
 
 
 def split_of(path: Path, root: Path) -> str:
-    """The split that a tar's path below the source names, else 'train'."""
+    """Return the split in a tar's path relative to the source; 'train' if there is none."""
     return named_split(relative_to_source(path, root)) or TRAIN
 
 
 def compressed_tars(source: Path) -> list[Path]:
-    """Return the tars, where `tar_files` looks, whose names say that they are compressed."""
+    """Return the sorted files below a folder with the suffix of a compressed tar, or `source` if it is a file."""
     return files_below(source, *COMPRESSED_SUFFIXES)
 
 
@@ -40,16 +40,17 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
     """List the samples of all tars.
 
     Args:
-        classes: file that names the classes, as `number_classes` takes it.
+        classes: file that names the classes; see `number_classes`.
 
     Raises:
-        UserError: no tars, a compressed or damaged one, no samples in one, or labels that `number_classes` refuses.
+        UserError: there are no tars; a tar is compressed, damaged, or without samples; or `number_classes` rejects the
+            labels.
     """
     found = list_samples(source)
     numbered = number_classes(
         [found.labels],
         sum(map(len, found.splits.values())),
-        known=_known(source, largest_label([found.labels])[0]),
+        known=_manifest_classes(source, largest_label([found.labels])[0]),
         classes=classes,
     )
     digest = digest_of_samples(found.splits)
@@ -59,8 +60,8 @@ def scan_webdataset(source: Path, classes: Path | None = None) -> Scan:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """The samples of all tars, before their labels are those of classes."""
+class ListedSamples:
+    """The samples of all tars; their labels are results of `LabelReader.read`, not yet class numbers."""
 
     splits: dict[str, Listing]
     labels: FileLabels
@@ -69,42 +70,44 @@ class Listed:
     warnings: tuple[str, ...]
 
 
-def list_samples(source: Path) -> Listed:
-    """List the samples of all tars; raises what `scan_webdataset` raises of tars."""
+def list_samples(source: Path) -> ListedSamples:
+    """List the samples of all tars; raise UserError for unusable tars as `scan_webdataset` does."""
     tars = tar_files(source)
     unused = UnusedFiles()
     for tar in [] if source.is_file() else compressed_tars(source):
         if not {tar.with_suffix(""), tar.with_suffix(".tar")} & set(tars):
-            members(tar)  # raises, as it is compressed
-            raise UserError(f"{tar}: a tar that is not compressed, whatever its name says; rename it to end with .tar")
+            members(tar)  # raises an error if the tar is compressed
+            raise UserError(f"{tar}: not compressed despite its name; rename it so that it ends with .tar")
         unused.add("compressed copy of a tar", tar.name)
     if not tars:
-        raise UserError(f"{source}: no tars in it")
+        raise UserError(f"{source}: no tars found")
     named = assign_splits(tars, source)
-    beside = count_non_archive_files(source, {*tars, *compressed_tars(source)}, "webdataset", set(named.splits.values()), unused)
+    archives = {*tars, *compressed_tars(source)}
+    warnings = count_non_archive_files(source, archives, "webdataset", set(named.splits.values()), unused)
     builders: dict[str, ListingBuilder] = {}
     labels = LabelReader()
     parts = []
     for tar in tars:
         container = Container.of(tar)
         split = named.splits[tar]
-        samples, others = read_tar(tar, labels, split)
-        parts.append(others)
+        samples, unused_members = read_tar(tar, labels, split)
+        parts.append(unused_members)
         if samples:
-            stem = relative_to_source(tar, source)[: -len(tar.suffix)]  # tars of one name may stand in several folders
+            # The relative path, because tars in different folders may have the same name.
+            stem = relative_to_source(tar, source)[: -len(tar.suffix)]
             builders.setdefault(split, ListingBuilder()).add_ranges(
                 container, [_row(stem, one, labels) for one in samples]
             )
     splits = {split: builder.build() for split, builder in builders.items()}
     if not splits:
-        raise UserError(f"{source}: no images with labels in its tars")
-    everything = merge([unused.entries(), *parts])
-    return Listed(
+        raise UserError(f"{source}: its tars contain no images with labels")
+    all_unused = merge([unused.entries(), *parts])
+    return ListedSamples(
         splits,
         labels.found(),
-        everything,
+        all_unused,
         named.all_notes(builders),
-        (*named.warnings, *beside, *incomplete_sample_warnings(everything)),
+        (*named.warnings, *warnings, *incomplete_sample_warnings(all_unused)),
     )
 
 
@@ -117,8 +120,8 @@ def incomplete_sample_warnings(unused: Iterable[UnusedEntry]) -> tuple[str, ...]
     )
 
 
-def _known(source: Path, top: int) -> tuple[ClassEntry, ...]:
-    """The classes of a set of ours; none of other tars.
+def _manifest_classes(source: Path, top: int) -> tuple[ClassEntry, ...]:
+    """Return the classes of the manifest if the source is a shard set; an empty tuple for other tars.
 
     Args:
         top: largest class number in the tars.
@@ -128,8 +131,8 @@ def _known(source: Path, top: int) -> tuple[ClassEntry, ...]:
     classes = Manifest.load(source).classes
     if top >= len(classes):
         raise UserError(
-            f"{source / MANIFEST_NAME}: {len(classes):,} classes, but label {top:,} occurs in the tars: they are not "
-            "of this set; move the file away to shard the tars by their own numbers"
+            f"{source / MANIFEST_NAME}: has {len(classes):,} classes, but label {top:,} occurs in the tars, so they do "
+            "not belong to this shard set; move the file away to use the class numbers of the tars"
         )
     return classes
 

@@ -1,1 +1,1 @@
-"""What names of folders, files and lists say: splits, classes and labels."""
+"""Derive splits, classes, and labels from the names of folders and files, and from lists."""

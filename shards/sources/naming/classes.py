@@ -1,4 +1,4 @@
-"""Classes and splits, as every source has them: order, names, ImageNet's counts, a validation split where none is."""
+"""Order and names of classes, splitting off a validation split, and notes on ImageNet-1K's counts."""
 
 from __future__ import annotations
 
@@ -21,60 +21,60 @@ from shards.sources.scan import TRAIN, VAL, Scan
 SYNSET = re.compile(r"n\d{8}")
 IMAGENET_CLASSES = 1000
 IMAGENET_IMAGES = {TRAIN: 1_281_167, VAL: 50_000}
-SHOWN = 8
-"""Classes that a message names; of the others it says how many there are."""
+MAX_SHOWN = 8
+"""Number of names shown in a message; only the number of further names is shown."""
 MAPPING_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
 
 
 def read_classes(path: Path) -> list[ClassEntry]:
-    """Read a file of one class a line: folder, white space, human names separated by commas (the first counts).
+    """Read a file with one class per line: folder, white space, comma-separated names (only the first name is used).
 
     Raises:
-        UserError: missing, empty, not text, of more than `MAX_CLASSES`, or a folder named twice.
+        UserError: the file is missing, empty, or not text; it has more than `MAX_CLASSES` classes, or a folder twice.
         StorageFailed: it cannot be read.
     """
-    lines = read_list(path, "a text file with one class a line").splitlines()
+    lines = read_list(path, "a text file with one class per line").splitlines()
     entries = []
     for line in filter(None, map(str.strip, lines)):
         folder, _, names = line.partition(" ") if "\t" not in line else line.partition("\t")
         entries.append(ClassEntry(folder=one_line(folder), name=one_line(names.split(",")[0].strip()) or None))
     if not entries:
-        raise UserError(f"{path}: no classes in it; expected one a line")
+        raise UserError(f"{path}: contains no classes; expected one per line")
     if len(entries) > MAX_CLASSES:
-        raise UserError(f"{path}: {len(entries):,} classes, more than the {MAX_CLASSES:,} that a set may have")
+        raise UserError(f"{path}: has {len(entries):,} classes; at most {MAX_CLASSES:,} are allowed")
     twice = first_duplicate(entry.folder for entry in entries)
     if twice is not None:
-        raise UserError(f"{path}: class '{twice}' is named twice; remove one of the lines")
+        raise UserError(f"{path}: contains class '{twice}' twice; remove one of the lines")
     return entries
 
 
 def class_order(names: Iterable[bytes]) -> list[bytes]:
-    """Sort class folders: by number where all names are decimal numbers (0, 1, 2, ..., 10), else as bytes."""
+    """Sort class folders: numerically if all names are decimal numbers (0, 1, 2, ..., 10), else as bytes."""
     ordered = sorted(names)
     return sorted(ordered, key=int) if all(map(bytes.isdigit, ordered)) else ordered
 
 
-def display_class_names(names: Sequence[bytes], place: Path, what: str) -> list[str]:
-    """Return the names of class folders, or of what stands for them, as text.
+def display_class_names(names: Sequence[bytes], location: Path, what: str) -> list[str]:
+    """Return the names of class folders, or of class tars, as displayable text.
 
     Args:
-        place: where they stand, for messages.
-        what: they are, in the plural, for messages.
+        location: their folder, for messages.
+        what: "class folders" or "class tars", for messages.
 
     Raises:
-        UserError: two of them read alike, or there are more than `MAX_CLASSES`.
+        UserError: two names have the same text, or there are more than `MAX_CLASSES`.
     """
     shown = [display_name(name) for name in names]
     twice = first_duplicate(shown)
     if twice is not None:
-        raise UserError(f"{place}: two {what} that both read as '{twice}'; rename one")
+        raise UserError(f"{location}: two {what} have names that are displayed as '{twice}'; rename one")
     if len(names) > MAX_CLASSES:
-        raise UserError(f"{place}: {len(names):,} {what}, more than the {MAX_CLASSES:,} classes that a set may have")
+        raise UserError(f"{location}: has {len(names):,} {what}; at most {MAX_CLASSES:,} classes are allowed")
     return shown
 
 
 def first_duplicate(names: Iterable[str]) -> str | None:
-    """The first name that came before; None where all differ."""
+    """Return the first name that occurs a second time; None if all are different."""
     seen: set[str] = set()
     for name in names:
         if name in seen:
@@ -84,7 +84,7 @@ def first_duplicate(names: Iterable[str]) -> str | None:
 
 
 def human_names(folder: Path) -> dict[str, str | None]:
-    """Class folder -> name, from the mapping file that a source brings along; empty where it brings none."""
+    """Return class folder -> readable name from the mapping file of a source; empty if it has no such file."""
     for name in MAPPING_FILES:
         if (folder / name).exists():
             return {entry.folder: entry.name for entry in read_classes(folder / name)}
@@ -92,50 +92,55 @@ def human_names(folder: Path) -> dict[str, str | None]:
 
 
 def order_classes(found: Scan, path: Path) -> Scan:
-    """Give the classes the order, and the names, of a file.
+    """Order and name the classes as in a file.
 
     Raises:
-        UserError: the source has classes that the file does not name.
+        UserError: the source has classes that are not in the file.
     """
-    classes, move = match_classes(found.classes, read_classes(path), path)
+    classes, new_labels = match_classes(found.classes, read_classes(path), path)
     for listing in found.splits.values():
-        listing.rows["label"] = move[listing.rows["label"]]
+        listing.rows["label"] = new_labels[listing.rows["label"]]
     return replace(found, classes=classes)
 
 
 def match_classes(
-    found: Sequence[ClassEntry], wanted: Sequence[ClassEntry], path: Path
+    found: Sequence[ClassEntry], listed: Sequence[ClassEntry], path: Path
 ) -> tuple[tuple[ClassEntry, ...], NDArray[np.uint32]]:
-    """Give the classes of a source the order, and the names, of the lines of `path`, matched by the folder.
+    """Order and name the classes of a source as in the file `path`, matched by folder.
+
+    Args:
+        found: classes of the source.
+        listed: classes of the file.
+        path: the file, for messages.
 
     Returns:
-        The classes, and the label that each of `found` gets.
+        The classes, and the new label of each class in `found`.
 
     Raises:
-        UserError: one of `found` is not among `wanted`.
+        UserError: a class in `found` is not in `listed`.
     """
-    places = {entry.folder: place for place, entry in enumerate(wanted)}
-    unknown = [entry.folder for entry in found if entry.folder not in places]
+    labels = {entry.folder: label for label, entry in enumerate(listed)}
+    unknown = [entry.folder for entry in found if entry.folder not in labels]
     if unknown:
-        raise UserError(f"{path}: does not name class '{unknown[0]}' ({len(unknown)} such in the source); add it")
+        raise UserError(f"{path}: does not list class '{unknown[0]}' ({len(unknown)} missing classes); add it")
     names = {entry.folder: entry.name for entry in found}
-    classes = tuple(ClassEntry(folder=entry.folder, name=entry.name or names.get(entry.folder)) for entry in wanted)
-    return classes, np.array([places[entry.folder] for entry in found], dtype=np.uint32)
+    classes = tuple(ClassEntry(folder=entry.folder, name=entry.name or names.get(entry.folder)) for entry in listed)
+    return classes, np.array([labels[entry.folder] for entry in found], dtype=np.uint32)
 
 
 def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
-    """Take a share of every class for validation; which images is decided by a hash of their names.
+    """Split off a fraction of every class for validation, selected by a hash of the image names.
 
-    A class of two images or more keeps at least one on either side; a class of one image stays in training.
+    A class with at least two images keeps at least one in each split; a class with one image stays in training.
 
     Raises:
-        UserError: the source has a validation split, the share is none, or all classes have one image.
+        UserError: the source has a validation split, the fraction is invalid, or every class has only one image.
     """
     if fraction == 0:
         return found
     check_fraction(fraction)
     if VAL in found.splits:
-        raise UserError(f"--val-fraction {fraction:g}: the source has a validation split; leave the option out")
+        raise UserError(f"--val-fraction {fraction:g}: the source already has a validation split; remove the option")
     listing = found.splits[TRAIN]
     draws = np.fromiter(
         (xxhash.xxh3_64_intdigest(b"val-fraction/" + listing.name(i), seed) for i in range(len(listing))),
@@ -146,35 +151,36 @@ def split_off_val(found: Scan, fraction: float, seed: int) -> Scan:
     order = np.lexsort((draws, labels))
     sizes = np.bincount(labels, minlength=len(found.classes))
     rank = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    asked = np.round(sizes * fraction)
-    taken = np.where(sizes > 1, asked.clip(1, np.maximum(sizes - 1, 1)), 0)
+    requested = np.round(sizes * fraction)
+    taken = np.where(sizes > 1, requested.clip(1, np.maximum(sizes - 1, 1)), 0)
     chosen = np.zeros(len(order), dtype=bool)
     chosen[order] = rank < np.repeat(taken, sizes)
     if not chosen.any():
         raise UserError(
-            f"--val-fraction {fraction:g}: no class has more than one image, so none can be taken for validation; add "
-            "images, or leave the option out"
+            f"--val-fraction {fraction:g}: no class has more than one image, so none can be used for validation; add "
+            "images, or remove the option"
         )
     splits = {
         **found.splits,
         TRAIN: Listing(listing.rows[~chosen], listing.names, listing.containers),
         VAL: Listing(listing.rows[chosen], listing.names, listing.containers),
     }
-    return replace(found, splits=splits, notes=found.notes + _notes_on_small_classes(found, fraction, taken - asked))
+    notes = _small_class_notes(found, fraction, taken - requested)
+    return replace(found, splits=splits, notes=found.notes + notes)
 
 
-def _notes_on_small_classes(found: Scan, fraction: float, added: NDArray[np.float64]) -> tuple[str, ...]:
-    """Name the classes that are too small for the share.
+def _small_class_notes(found: Scan, fraction: float, added: NDArray[np.float64]) -> tuple[str, ...]:
+    """Return notes on classes that are too small for the fraction.
 
     Args:
-        added: images taken for validation beyond those that the share asks for; float64 [classes].
+        added: validation images in excess of the requested fraction, may be negative; float64 [classes].
     """
     folders = [entry.folder for entry in found.classes]
     sizes = np.bincount(found.splits[TRAIN].rows["label"], minlength=len(folders))
     facts = (
-        (sizes == 1, "a single image, which stays in training"),
-        ((sizes > 1) & (added > 0), "too few images for that share, and one of them becomes validation"),
-        ((sizes > 1) & (added < 0), "too few images for that share, and one of them stays in training"),
+        (sizes == 1, "only one image, which stays in training"),
+        ((sizes > 1) & (added > 0), "too few images for this fraction; one image of each is used for validation"),
+        ((sizes > 1) & (added < 0), "too few images for this fraction; one image of each stays in training"),
     )
     return tuple(
         f"--val-fraction {fraction:g}: {np.count_nonzero(which):,} of {len(folders):,} classes have {fact}: "
@@ -185,34 +191,34 @@ def _notes_on_small_classes(found: Scan, fraction: float, added: NDArray[np.floa
 
 
 def quoted(folder: str) -> str:
-    """Return a class folder in quotes, which show spaces at its ends; what is not ASCII stays as it is."""
+    """Return a class folder in quotes, so that leading and trailing spaces are visible; non-ASCII is unchanged."""
     return f"'{folder}'"
 
 
 def format_count(number: int, what: str) -> str:
-    """Return a number with what is counted, in the plural where it is not one: "1,000 images"."""
+    """Return a number with a noun, in the plural unless the number is 1: "1,000 images"."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
-def join_first(texts: Iterable[str], most: int = SHOWN) -> str:
-    """Join texts by commas; beyond the first `most` of them, say how many more there are."""
+def join_first(texts: Iterable[str], most: int = MAX_SHOWN) -> str:
+    """Join the first `most` texts with commas and append the number of further texts."""
     listed = list(texts)
     more = f" and {len(listed) - most:,} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + more
 
 
 def check_fraction(fraction: float) -> None:
-    """Refuse a share of validation images that is none.
+    """Check the value of --val-fraction.
 
     Raises:
-        UserError: it is not from 0 to 1, or 1, or not a number.
+        UserError: it is not a number from 0 (inclusive) to 1 (exclusive).
     """
     if not 0 <= fraction < 1:
-        raise UserError(f"--val-fraction {fraction:g}: a share between 0 and 1 is expected")
+        raise UserError(f"--val-fraction {fraction:g}: expected a number from 0 to less than 1")
 
 
 def imagenet_notes(found: Scan) -> tuple[str, ...]:
-    """Notes on what a source that has ImageNet-1K's look lacks of it."""
+    """Return notes on differences from ImageNet-1K's counts, for a source that looks like ImageNet-1K."""
     folders = [entry.folder for entry in found.classes]
     if not all(map(SYNSET.fullmatch, folders)):
         return ()
@@ -220,9 +226,9 @@ def imagenet_notes(found: Scan) -> tuple[str, ...]:
         return ()
     notes = []
     if len(folders) != IMAGENET_CLASSES:
-        notes.append(f"ImageNet-1K has {IMAGENET_CLASSES:,} classes, this source {len(folders):,}")
+        notes.append(f"ImageNet-1K has {IMAGENET_CLASSES:,} classes, but this source has {len(folders):,}")
     for split, listing in found.splits.items():
         expected = IMAGENET_IMAGES.get(split)
         if expected is not None and len(listing) != expected:
-            notes.append(f"ImageNet-1K has {expected:,} {split} images, this source {len(listing):,}")
+            notes.append(f"ImageNet-1K has {expected:,} {split} images, but this source has {len(listing):,}")
     return tuple(notes)

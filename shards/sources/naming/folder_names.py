@@ -1,4 +1,4 @@
-"""Names of class folders that say something else than a class: images/ beside masks/, or tests/."""
+"""Detect folders whose names suggest that they are not classes: images/ next to masks/, or tests/."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from shards.sources.scan import TRAIN
 from shards.sources.walk import list_folder
 
 FEW_CONTAINERS = 10
-"""Classes among which `images` or `masks` is hardly one of them. Among a thousand it may be."""
+"""Number of classes up to which a name such as `images` or `masks` causes a warning; among 1,000 it may be a class."""
 FEW_SIMILAR_TO_SPLITS = 100
-"""Classes among which `tests` or `evaluation` is hardly one of them."""
+"""Number of classes up to which a name such as `tests` or `evaluation` causes a warning."""
 _IMAGES = frozenset(("images", "imgs", "jpegs", "jpgs", "photos", "pictures", "pngs", "tifs", "tiffs"))
 _ANNOTATIONS = frozenset(
     (
@@ -26,9 +26,9 @@ _ANNOTATIONS = frozenset(
     )
 )
 _PAIRS = frozenset(("ground", "truth")), frozenset(("image", "sets"))
-"""Two words that name annotations together."""
+"""Pairs of words that together denote annotations."""
 _IMAGE_WORDS = _IMAGES | {"bmp", "image", "img", "jpeg", "jpg", "photo", "picture", "png", "rgb", "tif", "tiff"}
-"""With what names one image, which is a container only beside others: {mask, no_mask} are classes."""
+"""Words for images including singulars, which denote a container only next to others: {mask, no_mask} are classes."""
 _ANNOTATION_WORDS = _ANNOTATIONS | {
     *("ann", "anno", "annotation", "bbox", "boxes", "csv", "depth", "depths", "edges", "flow", "gt", "json", "label"),
     *("mask", "normals", "seg", "segmentation", "trimap", "txt", "xml"),
@@ -39,115 +39,116 @@ _FILLERS = frozenset(
         *("original", "originals", "part", "raw", "resized", "set"),
     )
 )
-"""Words beside which a container's word says no more than that."""
+"""Words without meaning of their own in the name of a container."""
 _IN_CLASSES = _ANNOTATIONS | {"annotation", "gt", "label", "mask"}
 _ANNOTATION_OF = re.compile(
     rb"(.+)[-_. ](?:mask|seg|segmentation|label|gt|depth|annotation)s?(?:[-_ ]?\d+)?\.[^./]+", re.I | re.S
 )
-_LOOKED_AT = 16
-"""Folders that are opened to see images in one of them."""
+_INSPECTED = 16
+"""Number of subfolders that are inspected to find images in one of them."""
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_A-Za-z]+")
 
 
 def is_image_container(name: str) -> bool:
-    """Return whether a folder's name says that it holds images, and nothing of them: `Images`, `img_dir`."""
+    """Return whether a folder's name means only that it contains images: `Images`, `img_dir`."""
     words = _words(name)
     return _only(words, _IMAGE_WORDS) and not words & _ANNOTATION_WORDS
 
 
 def is_annotation_container(name: str) -> bool:
-    """Return whether a folder's name says that it holds annotations: `masks`, `ground_truth`, `SegmentationClass`."""
+    """Return whether a folder's name means that it contains annotations: `masks`, `ground_truth`."""
     words = _words(name)
     return _has_pair(words) or (_only(words, _IMAGE_WORDS | _ANNOTATION_WORDS) and not is_image_container(name))
 
 
 def is_annotation_subfolder(name: str) -> bool:
-    """Return whether a folder in a class folder holds annotations by its name, rather than images of the class."""
+    """Return whether the name of a folder in a class folder means annotations, not images of the class."""
     words = _words(name)
     return is_annotation_container(name) and (_has_pair(words) or bool(words & _IN_CLASSES))
 
 
 def find_annotation_images(images: Sequence[bytes]) -> list[bytes]:
-    """Return those images of a folder that are named as annotations of others in it: 1_mask.png beside 1.png."""
+    """Return the images of a folder that are named like annotations of other images: 1_mask.png next to 1.png."""
     stems = {os.path.splitext(image)[0] for image in images} if any(map(_ANNOTATION_OF.fullmatch, images)) else set()
     return [image for image in images if (match := _ANNOTATION_OF.fullmatch(image)) and match[1] in stems]
 
 
 def reject_containers(roots: Mapping[str, Path]) -> None:
-    """Refuse folders of which none can be a class: images/ alone, or beside masks/.
+    """Reject splits in which no folder can be a class: only images/, or images/ next to masks/.
 
     Args:
-        roots: split -> the folder of its class folders.
+        roots: split -> the folder that contains its class folders.
 
     Raises:
-        UserError: all folders of a split are containers, one of them of images, and one surely.
+        UserError: all folders of a split are named like containers, at least one of them like a container of images
+            and at least one unambiguously.
     """
     for root in roots.values():
         names = [os.fsdecode(name) for name in list_folder(root).folders]
         if not names or len(_containers(names)) < len(names):
             continue
-        of_images, sure = any(map(is_image_container, names)), any(map(_is_sure, names))
-        if not (of_images and sure) and not (len(names) == 1 and (of_images or sure)):
+        of_images, unambiguous = any(map(is_image_container, names)), any(map(_is_unambiguous, names))
+        if not (of_images and unambiguous) and not (len(names) == 1 and (of_images or unambiguous)):
             continue
         raise UserError(
-            f"{root}: no class folders in it but {_quoted(names)}, whose names say images or annotations; "
-            f"{_advice(root, names)}; a class of such a name must be renamed"
+            f"{root}: no class folders in it, only {_quoted(names)}, which are named like folders of images or "
+            f"annotations; {_advice(root, names)}; if one of them is a class, rename it"
         )
 
 
 def find_nested_class_root(root: Path, names: Sequence[str]) -> Path | None:
-    """Return the folder of images among these that holds folders of images, which may be the classes."""
-    around = [root / name for name in names if is_image_container(name) and _holds_folders_of_images(root / name)]
-    return around[0] if len(around) == 1 else None
+    """Return the image container among `names` that contains folders of images, which may be the classes."""
+    nested = [root / name for name in names if is_image_container(name) and _holds_folders_of_images(root / name)]
+    return nested[0] if len(nested) == 1 else None
 
 
 def _holds_folders_of_images(folder: Path) -> bool:
     contents = list_folder(folder)
-    inside = (list_folder(folder / os.fsdecode(name)) for name in contents.folders[:_LOOKED_AT])
+    inside = (list_folder(folder / os.fsdecode(name)) for name in contents.folders[:_INSPECTED])
     return not contents.images and any(one.images for one in inside)
 
 
 def _advice(root: Path, names: Sequence[str]) -> str:
-    around = find_nested_class_root(root, names)
-    if around is not None:
-        return f"if the folders in {around} are the classes, give it as the source"
-    return f"images are expected as {root}/CLASS/IMAGE: make a folder for each class and move its images there"
+    nested = find_nested_class_root(root, names)
+    if nested is not None:
+        return f"if the folders in {nested} are the classes, convert that folder"
+    return f"expected images as {root}/CLASS/IMAGE: create a folder for each class and move its images there"
 
 
 def class_name_warnings(classes: Sequence[ClassEntry]) -> list[str]:
-    """Return the warnings about classes that are named by folders, of which a name says something else."""
+    """Return warnings about class folders whose names suggest that they are not classes."""
     names = [entry.folder for entry in classes]
     lines = []
     containers = _containers(names)
-    if len(names) <= FEW_CONTAINERS and (any(map(_is_sure, containers)) or len(containers) > 1):
+    if len(names) <= FEW_CONTAINERS and (any(map(_is_unambiguous, containers)) or len(containers) > 1):
         lines.append(
-            f"{_quoted(containers)}: taken for {'classes' if len(containers) > 1 else 'a class'}, though named as "
-            "images or annotations; move what is no class out of the source"
+            f"{_quoted(containers)}: read as {'classes' if len(containers) > 1 else 'a class'}, although named like "
+            "folders of images or annotations; move folders that are not classes out of the source"
         )
     elif _differ_by_number(names):
         lines.append(
-            f"{_quoted(names)}: taken for classes, though named as parts of one set of images; expected a folder for "
-            "each class"
+            f"{_quoted(names)}: read as classes, although named like parts of one set of images; expected one folder "
+            "per class"
         )
     near = {name: split for name in names if (split := similar_split(name))}
     if len(names) <= FEW_SIMILAR_TO_SPLITS:
         lines += [
-            f"{quoted(name)}: taken for a class, though its name is near that of split '{split}'; if it is that split, "
-            f"it is expected as {split}/CLASS/IMAGE{'' if split == TRAIN else f', beside {TRAIN}/CLASS/IMAGE'}"
+            f"{quoted(name)}: read as a class, although its name resembles split '{split}'; if it is that split, "
+            f"rename it: expected {split}/CLASS/IMAGE{'' if split == TRAIN else f' next to {TRAIN}/CLASS/IMAGE'}"
             for name, split in near.items()
         ]
     return lines
 
 
 def _containers(names: Sequence[str]) -> list[str]:
-    """Those of some folders that are containers by their names. Folders `label_0` and `label_1` may be classes."""
+    """Return the folders that are named like containers. Folders `label_0` and `label_1` may be classes."""
     found = [name for name in names if is_image_container(name) or is_annotation_container(name)]
-    numbered = len(names) > 1 and len(set(map(_words, names))) == 1 and not any(map(_is_sure, names))
+    numbered = len(names) > 1 and len(set(map(_words, names))) == 1 and not any(map(_is_unambiguous, names))
     return [] if numbered else found
 
 
-def _is_sure(name: str) -> bool:
-    """Whether a container's name is in the plural, or names nothing that could be shown in an image."""
+def _is_unambiguous(name: str) -> bool:
+    """Return whether a container's name is unambiguous: a plural, or something that no image shows."""
     words = _words(name)
     return _has_pair(words) or bool(words & (_IMAGES | _ANNOTATIONS))
 
@@ -157,18 +158,18 @@ def _has_pair(words: frozenset[str]) -> bool:
 
 
 def _differ_by_number(names: Sequence[str]) -> bool:
-    """Whether names are those of the parts of one set: `pets_images_part_1` and `pets_images_part_2`."""
+    """Return whether the names denote parts of one set: `pets_images_part_1` and `pets_images_part_2`."""
     words = {frozenset(_words(name)) for name in names}
     return len(names) > 1 and len(words) == 1 and bool(next(iter(words)) & _IMAGES)
 
 
 def _only(words: frozenset[str], allowed: frozenset[str]) -> bool:
-    """Whether words are of those allowed, and of those that add nothing."""
+    """Return whether the words are `allowed` words, at least one of them, and filler words."""
     return bool(words & allowed) and words <= allowed | _FILLERS
 
 
 def _words(name: str) -> frozenset[str]:
-    """Words of a name in lower case; `JPEGImages` is two."""
+    """Return the words of a name in lower case; `JPEGImages` has two."""
     return frozenset(word.lower() for word in _WORD.findall(name))
 
 

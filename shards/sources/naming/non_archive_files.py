@@ -1,4 +1,4 @@
-"""What stands beside the archives of a source: indexes of theirs, lists, and images that are not used."""
+"""Count the files of a source of tars or Parquet files that are not these archives: indexes, lists, unused images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from shards.sources.scan import Layout
 from shards.sources.unused import UnusedFiles
 from shards.sources.walk import MAX_DEPTH, is_shard_set, list_folder
 
-TAR_INDEX = "index of a tar that is used"
-PART_OF_SET = "belongs to the shard set that is read"
-_INDEX_SUFFIX = ".idx"  # as DALI's wds2idx writes them, and this project beside its shards
+TAR_INDEX = "index of a tar"
+PART_OF_SET = "metadata of the shard set that is read"
+_INDEX_SUFFIX = ".idx"  # indexes written by DALI's wds2idx and by this project
 _SET_FILES = (MANIFEST_NAME.encode(), REJECTS_NAME.encode())
 _SET_SUFFIXES = (b".index.npy", b".beton")
 
@@ -23,13 +23,14 @@ _SET_SUFFIXES = (b".index.npy", b".beton")
 def count_non_archive_files(
     source: Path, used: Collection[Path], layout: Layout, splits: Collection[str], unused: UnusedFiles
 ) -> list[str]:
-    """Count the files below a source of archives that are none of those in use; return warnings about them.
+    """Count the files below a source that are not among its archives; return warnings about them.
 
     Args:
-        source: the folder; a single file has nothing beside it.
-        used: the archives.
-        layout: as which they are read.
-        splits: of which they are.
+        source: folder or file; nothing is counted for a file.
+        used: the archives of the source.
+        layout: layout of the archives.
+        splits: splits of the archives.
+        unused: receives the counts.
     """
     if source.is_file():
         return []
@@ -56,22 +57,24 @@ def count_non_archive_files(
             elif is_set and folder == source and (name in _SET_FILES or name.endswith(_SET_SUFFIXES)):
                 unused.add(PART_OF_SET, below + name)
             else:
-                unused.add("beside the files that are used", below + name)
+                unused.add("not an archive that is read", below + name)
                 lists += [path] if splits_of_list(path.name) else []
         pending += [folder / os.fsdecode(name) for name in reversed(contents.folders)]
-    return [*_images_beside(source, used, layout, images), *split_list_warnings(lists, splits)]
+    return [*_unused_image_warnings(source, used, layout, images), *split_list_warnings(lists, splits)]
 
 
-def _images_beside(source: Path, used: Collection[Path], layout: Layout, images: list[bytes]) -> list[str]:
+def _unused_image_warnings(source: Path, used: Collection[Path], layout: Layout, images: list[bytes]) -> list[str]:
     if not images:
         return []
     archives = sorted(used)
     folders = {path.split(b"/")[-2] for path in images if b"/" in path}
-    read_folders = (
-        "--from folder reads class folders instead" if len(folders) > 1 else "move out of it what is not meant"
+    remedy = (
+        "to convert class folders instead, use --from folder"
+        if len(folders) > 1
+        else "move the files that do not belong to the source out of it"
     )
     more = f" and {len(archives) - 1:,} more" if len(archives) > 1 else ""
     return [
-        f"{source}: read as {layout} because of {archives[0]}{more}, so {len(images):,} images beside that (such as "
-        f"{display_name(images[0])}) are not used; {read_folders}"
+        f"{source}: read as layout {layout} because of {archives[0]}{more}, so {len(images):,} image files (such as "
+        f"{display_name(images[0])}) are not used; {remedy}"
     ]

@@ -1,7 +1,7 @@
-"""Lists beside class folders or archives that divide the images into splits: train.txt, test.csv, splits.json.
+"""Detect split lists next to class folders or archives: train.txt, test.csv, splits.json.
 
-They are not read: formats differ from set to set. That they are there is a warning, as images of theirs may be in another
-split than the one that they are used for.
+The lists are not read, because their formats differ between data sets. They cause a warning, because images that they
+list may be used for the wrong split.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ SUFFIXES = frozenset(
     (".csv", ".json", ".jsonl", ".list", ".lst", ".mat", ".npy", ".npz", ".pkl", ".tsv", ".txt", ".xlsx")
 )
 _DIVISIONS = frozenset(("fold", "folds", "partition", "partitions", "setid", "split", "splits"))
-"""Words of lists that divide images without naming a split."""
+"""Words in the names of lists for several splits."""
 _NO_LISTS = frozenset(
     (
         *("acc", "args", "config", "configs", "history", "license", "log", "logs", "loss", "losses", "metrics"),
         *("predictions", "readme", "report", "requirements", "results", "state", "stats", "submission"),
     )
 )
-"""Words of files that a training program writes: test_results.json."""
-_PLACES = frozenset(("imdb", "list", "lists", "meta", "metadata", "split", "splits"))
-"""Folders beside a folder of class folders that are for lists."""
+"""Words in the names of other files, such as output of training programs: test_results.json."""
+_LIST_FOLDERS = frozenset(("imdb", "list", "lists", "meta", "metadata", "split", "splits"))
+"""Names of folders for lists, next to a folder of class folders."""
 _WORD = re.compile(r"[^\W\d_]+")
 _MAX_FOLDERS = 64
-"""Folders that are opened to find lists; beside the class folders there may be any number."""
+"""Maximum number of folders that are searched for lists."""
 _SHOWN = 3
 
 
 def splits_of_list(name: str) -> set[str]:
-    """Return the splits that a file of this name lists; none if it is no such list.
+    """Return the splits that a file of this name may list; an empty set if the file is not a split list.
 
-    A list that names none of them, such as splits.json, may be of all three.
+    A list for several splits, such as splits.json, may list all three.
     """
     stem, suffix = os.path.splitext(name)
     if suffix.lower() not in SUFFIXES:
@@ -53,17 +53,17 @@ def splits_of_list(name: str) -> set[str]:
 
 
 def find_split_lists(source: Path, roots: Collection[Path]) -> list[Path]:
-    """Find the lists of a source of class folders: those below it, or those around an images/ that is given alone.
+    """Find the split lists of a source of class folders: below it or, if the source is an images/ folder, around it.
 
     Args:
-        roots: the folders of class folders.
+        roots: the folders that contain class folders.
     """
     here = Path(os.path.abspath(source))
     return lists_below(source, roots) or (_lists_around(here.parent) if is_image_container(here.name) else [])
 
 
 def lists_below(folder: Path, roots: Collection[Path] = ()) -> list[Path]:
-    """Find the lists below a folder, but not in the class folders in `roots`."""
+    """Find the split lists below a folder, except in the class folders in `roots`."""
     pending, found, seen = [folder], list[Path](), set[tuple[int, int]]()
     while pending and len(seen) < _MAX_FOLDERS:
         folder = pending.pop(0)
@@ -73,7 +73,7 @@ def lists_below(folder: Path, roots: Collection[Path] = ()) -> list[Path]:
                 continue
             seen.add((status.st_dev, status.st_ino))
             contents = list_folder(folder)
-        except PermissionError:  # a folder that is used and cannot be read is refused by the scan
+        except PermissionError:  # if the folder is used, the scan reports the error
             continue
         found += _lists_in(folder, contents.files)
         if folder not in roots:
@@ -86,9 +86,9 @@ def _lists_around(folder: Path) -> list[Path]:
         contents = list_folder(folder)
         found = _lists_in(folder, contents.files)
         for name in map(os.fsdecode, contents.folders):
-            if name.lower() in _PLACES or is_annotation_container(name):
+            if name.lower() in _LIST_FOLDERS or is_annotation_container(name):
                 found += _lists_in(folder / name, list_folder(folder / name).files)
-    except PermissionError:  # above the source, where nothing needs to be readable
+    except PermissionError:  # outside the source, so it need not be readable
         return []
     return found
 
@@ -98,26 +98,26 @@ def _lists_in(folder: Path, files: Sequence[bytes]) -> list[Path]:
 
 
 def split_list_warnings(lists: Sequence[Path], splits: Collection[str]) -> list[str]:
-    """Return a warning if lists name other splits than training, of which the source has none.
+    """Return a warning if lists are for validation or test splits and the source has only a training split.
 
     Args:
-        splits: those of the source's folders or files, used or not.
+        splits: splits of the source's folders or files, used or not.
     """
-    others = [path for path in lists if splits_of_list(path.name) - {TRAIN}]
-    if not others or set(splits) != {TRAIN}:
+    other_splits = [path for path in lists if splits_of_list(path.name) - {TRAIN}]
+    if not other_splits or set(splits) != {TRAIN}:
         return []
     look_like = (
-        "look like lists of splits, which are not read"
-        if len(others) > 1
-        else "looks like a list of splits, which is not read"
+        "look like split lists, which are not read"
+        if len(other_splits) > 1
+        else "looks like a split list, which is not read"
     )
-    lack = sorted({split for path in others for split in splits_of_list(path.name)} - {TRAIN})
+    missing = sorted({split for path in other_splits for split in splits_of_list(path.name)} - {TRAIN})
     return [
-        f"{some_lists(others)}: {look_like}: {' or '.join(lack)} images may be among the {TRAIN} images; divide the "
-        f"images by the lists into {TRAIN}/ and {TEST}/, or move the lists out of the source"
+        f"{format_list_paths(other_splits)}: {look_like}, so {' or '.join(missing)} images may be among the {TRAIN} "
+        f"images; move the images into {TRAIN}/ and {TEST}/ as the lists specify, or move the lists out of the source"
     ]
 
 
-def some_lists(lists: Sequence[Path]) -> str:
-    """Return the first few of some lists, and how many there are."""
+def format_list_paths(lists: Sequence[Path]) -> str:
+    """Return the first few paths of lists and the number of further lists."""
     return join_first((one_line(f"{path}") for path in lists), _SHOWN)
