@@ -1,4 +1,4 @@
-"""What may well be a mistake in a source is said before the work, kept in dataset.json, and refused by --strict."""
+"""Likely mistakes in the classes of a source are reported, stored in dataset.json, and rejected by --strict."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def warnings(names: list[str], **counts: list[int]) -> str:
         (["a", "b"], {"train": [2, 0], "val": [1, 1]}, "1 class has no training images: 'b'"),
         (["a", "b", "c"], {"train": [1, 1, 1], "val": [0, 1, 0]}, "2 classes have no validation images: 'a', 'c'"),
         (["a", "b"], {"train": [1, 1], "test": [0, 1]}, "1 class has no test images: 'a'"),
-        (["a", "b", "c"], {"train": [1, 0, 1]}, "1 of 3 classes have no images at all: 'b'"),
+        (["a", "b", "c"], {"train": [1, 0, 1]}, "1 of 3 classes have no images in any split: 'b'"),
         (["0", "1", "2", "3", "4"], {"train": [1, 0, 0, 0, 1]}, "3 of 5 labels do not occur: 1 to 3"),
         (["0", "1", "2", "3"], {"train": [0, 1, 0, 1]}, "2 of 4 labels do not occur: 0, 2"),
-        # The class that nothing has is said once, and not once more for each split.
+        # A class without images in any split is reported once, not once per split.
         (
             ["0", "1", "2"],
             {"train": [1, 0, 0], "val": [0, 0, 1]},
@@ -61,64 +61,64 @@ def warnings(names: list[str], **counts: list[int]) -> str:
         ),
     ],
 )
-def test_classes_without_images(names: list[str], counts: dict[str, list[int]], said: str) -> None:
+def test_classes_without_images_are_reported(names: list[str], counts: dict[str, list[int]], said: str) -> None:
     assert warnings(names, **counts) == said
 
 
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["Daisy", "daisy"], "only by case: 'Daisy' and 'daisy'"),
-        (["straße", "STRASSE"], r"only by case: 'stra\xdfe' and 'STRASSE'"),
-        (["daisy", "daisy "], "only by spaces: 'daisy' and 'daisy '"),
-        (["hot  dog", "hot dog"], "only by spaces: 'hot  dog' and 'hot dog'"),
-        (["caf\u00e9", "cafe\u0301"], r"only by Unicode form: 'caf\xe9' and 'cafe\u0301'"),
-        (["dog", "dog\u200b"], r"only by invisible characters: 'dog' and 'dog\u200b'"),
-        (["01", "1"], "only by leading zeros: '01' and '1'"),
-        (["Daisy", "daisy "], "only by case or spaces: 'Daisy' and 'daisy '"),
+        (["Daisy", "daisy"], "only in case: 'Daisy' and 'daisy'"),
+        (["straße", "STRASSE"], r"only in case: 'stra\xdfe' and 'STRASSE'"),
+        (["daisy", "daisy "], "only in spaces: 'daisy' and 'daisy '"),
+        (["hot  dog", "hot dog"], "only in spaces: 'hot  dog' and 'hot dog'"),
+        (["caf\u00e9", "cafe\u0301"], r"only in Unicode form: 'caf\xe9' and 'cafe\u0301'"),
+        (["dog", "dog\u200b"], r"only in invisible characters: 'dog' and 'dog\u200b'"),
+        (["01", "1"], "only in leading zeros: '01' and '1'"),
+        (["Daisy", "daisy "], "only in case or spaces: 'Daisy' and 'daisy '"),
     ],
 )
-def test_classes_that_look_alike(names: list[str], said: str) -> None:
-    assert warnings(names, train=[1] * len(names)) == f"classes whose names differ {said}"
+def test_similar_class_names_are_reported(names: list[str], said: str) -> None:
+    assert warnings(names, train=[1] * len(names)) == f"names of classes differ {said}"
 
 
 @pytest.mark.parametrize(
     "names", [["cat", "cats"], ["crane", "crane_bird"], ["10", "1"], ["café", "cafe"], ["ab", "a b"]]
 )
-def test_names_that_differ_are_no_doubt(names: list[str]) -> None:
+def test_clearly_different_names_cause_no_warning(names: list[str]) -> None:
     assert warnings(names, train=[1] * len(names)) == ""
 
 
-def test_a_long_list_is_shortened() -> None:
+def test_long_lists_of_classes_are_shortened() -> None:
     said = warnings([f"c{i}" for i in range(100)], train=[1] * 100, val=[1] * 10 + [0] * 90)
     assert said.startswith("90 classes have no validation images: 'c10', ")
     assert said.endswith("'c17' and 82 more")
 
 
 @given(st.lists(st.integers(0, 10**12), unique=True, min_size=1))
-def test_numbers_are_ordered_as_numbers(numbers: list[int]) -> None:
+def test_class_folders_named_by_numbers_are_sorted_numerically(numbers: list[int]) -> None:
     assert class_order({b"%d" % number for number in numbers}) == [b"%d" % number for number in sorted(numbers)]
 
 
 @given(st.sets(st.binary(min_size=1, max_size=3), min_size=1))
-def test_other_names_are_ordered_as_bytes(names: set[bytes]) -> None:
+def test_other_class_folders_are_sorted_as_bytes(names: set[bytes]) -> None:
     assert class_order({*names, b"n"}) == sorted({*names, b"n"})
 
 
-def test_numbered_folders_get_the_labels_of_their_numbers(tmp_path: Path) -> None:
+def test_labels_of_numbered_folders_follow_numeric_order(tmp_path: Path) -> None:
     for split in ("train", "val"):
         class_folders(tmp_path / "in" / split, {str(c): 1 for c in range(12)})
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
     assert [entry.folder for entry in found.classes] == [str(c) for c in range(12)]
     (note,) = found.notes
-    assert "named by numbers" in note
+    assert "names of the 12 class folders are numbers" in note
     assert "0, 1, 2, 3, ..., 11" in note
     assert "0, 1, 10, 11, ..., 9" in note
     assert found.warnings == ()
 
 
 @pytest.mark.parametrize("names", ["0 1 2", "00 01 10", "n01440764 n01443537", "1 2 ten"])
-def test_an_order_that_is_that_of_the_text_is_not_said(names: str, tmp_path: Path) -> None:
+def test_no_note_if_numeric_order_equals_text_order(names: str, tmp_path: Path) -> None:
     found = scan(class_folders(tmp_path / "in", dict.fromkeys(names.split(), 1)), ScanOptions(), tmp_path / "spool")
     assert [entry.folder for entry in found.classes] == names.split()
     assert found.notes == ()
@@ -129,18 +129,18 @@ def test_an_order_that_is_that_of_the_text_is_not_said(names: str, tmp_path: Pat
     [
         ("0 1 3", "numbered 0 to 3, without 2: "),
         ("1 2 3 7 8", "numbered 1 to 8, without 4 to 6: "),
-        ("1 2 3", None),  # counted from one
-        ("4711 9900 120034", None),  # they count nothing
+        ("1 2 3", None),  # numbered from 1
+        ("4711 9900 120034", None),  # no consecutive numbers
         ("0 1 x", None),
     ],
 )
-def test_numbers_that_lack_among_folders(names: str, said: str | None, tmp_path: Path) -> None:
+def test_gaps_in_the_numbers_of_class_folders_are_reported(names: str, said: str | None, tmp_path: Path) -> None:
     found = scan(class_folders(tmp_path / "in", dict.fromkeys(names.split(), 1)), ScanOptions(), tmp_path / "spool")
     assert len(found.warnings) == (said is not None)
     assert said is None or said in found.warnings[0]
 
 
-def test_tars_have_the_same_doubts_as_folders(tmp_path: Path) -> None:
+def test_missing_labels_of_tars_are_reported(tmp_path: Path) -> None:
     labelled_tar(tmp_path / "in" / "train-0.tar", [0, 2, 5])
     labelled_tar(tmp_path / "in" / "val-0.tar", [0, 1])
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
@@ -161,23 +161,23 @@ BLACK = encoded(Image.new("RGB", (64, 64), (12, 12, 12)))
         (BLACK, True),
         (encoded(Image.new("RGB", (300, 200), "red")), True),
         (encoded(Image.new("L", (64, 64), 255)), True),
-        (encoded(Image.fromarray(np.full((64, 64), 4095, np.uint16) >> 8), "PNG"), True),  # 12 bits in 16
+        (encoded(Image.fromarray(np.full((64, 64), 4095, np.uint16) >> 8), "PNG"), True),  # 12 of 16 bits
         (encoded(Image.new("RGB", (64, 64), "white"), "PNG"), True),
-        (encoded(Image.fromarray(NOISE // 16)), True),  # nearly black, of many values
+        (encoded(Image.fromarray(NOISE // 16)), True),  # nearly black, with many values
         (encoded(Image.fromarray(NOISE // 16), "PNG"), True),
         (encoded(Image.fromarray(NOISE // 4)), False),
         (jpeg(1, 64), False),
-        (encoded(Image.new("RGB", (8, 8), "red")), False),  # too small to tell
+        (encoded(Image.new("RGB", (8, 8), "red")), False),  # too small to decide
         (encoded(Image.fromarray(np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)), "PNG"), False),
     ],
 )
-def test_blank_images_are_recognised(image: bytes, blank: bool) -> None:
+def test_blank_images_are_detected(image: bytes, blank: bool) -> None:
     assert accept(image, ImageRules()).blank == blank
     assert accept(image, ImageRules(max_side=48)).blank == blank
 
 
 @pytest.mark.parametrize(("blank", "images", "said"), [(0, 10, 0), (1, 100, 0), (2, 100, 1), (10, 10, 1)])
-def test_few_blank_images_are_no_doubt(blank: int, images: int, said: int) -> None:
+def test_few_blank_images_cause_no_warning(blank: int, images: int, said: int) -> None:
     assert len(blank_image_warnings("train", blank, images)) == said
 
 
@@ -185,17 +185,17 @@ def two_classes(root: Path) -> Path:
     return class_folders(root, {"a": 4, "b": 4})
 
 
-def test_doubts_that_only_the_images_give(tmp_path: Path) -> None:
+def test_warnings_that_depend_on_decoded_images(tmp_path: Path) -> None:
     source = two_classes(tmp_path / "in")
     for i in range(4):
         (source / "b" / f"{i}.jpg").write_bytes(b"no image")
     (source / "a" / "black.jpg").write_bytes(BLACK)
     expected = [
-        "1 class lost all training images as rejects: 'b'",
+        "all training images of 1 class were rejected: 'b'",
         "1 of 5 train images are nearly black or of a single colour (20.0%)",
     ]
     strict = Options(scan=ONE.scan, max_rejects=1.0, strict=True)
-    with pytest.raises(ConversionFailed, match=r"--strict: 1 class lost all .* \(and 1 more doubts\)"):
+    with pytest.raises(ConversionFailed, match=r"--strict: all training images of 1 class .* \(and 1 more doubts\)"):
         convert(source, tmp_path / "set", strict)
     assert not (tmp_path / "set" / "dataset.json").exists()
     outcome = convert(source, tmp_path / "set", Options(scan=ONE.scan, max_rejects=1.0))
@@ -203,7 +203,7 @@ def test_doubts_that_only_the_images_give(tmp_path: Path) -> None:
     assert outcome.manifest.made["doubts"] == expected
 
 
-def test_strict_refuses_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strict_rejects_the_source_before_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class_folders(tmp_path / "in" / "train", {"a": 2, "B": 2, "b": 2})
     class_folders(tmp_path / "in" / "val", {"a": 2}, first=100)
     with pytest.raises(
@@ -212,10 +212,10 @@ def test_strict_refuses_before_anything_is_written(tmp_path: Path, capsys: pytes
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE.scan, strict=True))
     assert not (tmp_path / "set").exists()
     said = capsys.readouterr().err
-    assert "note: classes whose names differ only by case: 'B' and 'b'" in said, "all warnings, to be corrected at once"
+    assert "note: names of classes differ only in case: 'B' and 'b'" in said, "all warnings must be printed"
 
 
-def test_strict_counts_in_parts_and_at_their_end(tmp_path: Path) -> None:
+def test_strict_applies_when_the_parts_of_a_conversion_are_joined(tmp_path: Path) -> None:
     source = two_classes(tmp_path / "in")
     (source / "a" / "black.jpg").write_bytes(BLACK)
     convert(source, tmp_path / "set", Options(scan=ONE.scan, strict=True), ConversionPart(1, 1))
@@ -224,7 +224,7 @@ def test_strict_counts_in_parts_and_at_their_end(tmp_path: Path) -> None:
     assert finish(tmp_path / "set", workers=1) is not None
 
 
-def test_indexed_tars_have_doubts_and_unused_members(tmp_path: Path) -> None:
+def test_indexed_tars_have_warnings_and_unused_members(tmp_path: Path) -> None:
     tar = labelled_tar(tmp_path / "a.tar", [0, 2], {"readme.txt": b"x", "9.jpg": BLACK, "9.cls": b"2"})
     before = sorted(tmp_path.iterdir())
     with pytest.raises(ConversionFailed, match="--strict: 1 of 3 labels do not occur: 1"):
@@ -240,7 +240,7 @@ def test_indexed_tars_have_doubts_and_unused_members(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.02, 0.3, 0.5, 0.98])
-def test_a_share_leaves_an_image_on_either_side(fraction: float, tmp_path: Path) -> None:
+def test_val_fraction_keeps_an_image_of_each_class_in_both_splits(fraction: float, tmp_path: Path) -> None:
     sizes = {"a": 60, "b": 25, "c": 3, "d": 2, "e": 1}
     source = class_folders(tmp_path / "in", sizes)
     found = scan(source, ScanOptions(val_fraction=fraction), tmp_path / "spool")
@@ -249,20 +249,20 @@ def test_a_share_leaves_an_image_on_either_side(fraction: float, tmp_path: Path)
     assert (train > 0).all()
     assert (val[:4] > 0).all()
     assert val[0] == min(59, max(1, round(60 * fraction)))
-    assert any("1 of 5 classes have a single image, which stays in training: 'e'" in note for note in found.notes)
+    assert any("1 of 5 classes have only one image, which stays in training: 'e'" in note for note in found.notes)
     if fraction == 0.02:
-        assert any("one of them becomes validation: 'b', 'c', 'd'" in note for note in found.notes)
+        assert any("one image of each is used for validation: 'b', 'c', 'd'" in note for note in found.notes)
     if fraction == 0.98:
-        assert any("one of them stays in training: 'c', 'd'" in note for note in found.notes)
+        assert any("one image of each stays in training: 'c', 'd'" in note for note in found.notes)
 
 
-def test_a_share_of_classes_of_one_image_is_refused(tmp_path: Path) -> None:
+def test_val_fraction_is_rejected_if_every_class_has_only_one_image(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", {"a": 1, "b": 1})
     with pytest.raises(UserError, match="no class has more than one image"):
         scan(source, ScanOptions(val_fraction=0.5), tmp_path / "spool")
 
 
-def test_training_repeats_the_doubts(tmp_path: Path) -> None:
+def test_training_repeats_the_warnings_of_the_manifest(tmp_path: Path) -> None:
     class_folders(tmp_path / "in" / "train", {"a": 2, "b": 2})
     class_folders(tmp_path / "in" / "val", {"a": 2}, first=100)
     convert(tmp_path / "in", tmp_path / "set", ONE)

@@ -1,4 +1,4 @@
-"""A conversion lists each folder of its source at most twice, as a walk of a network file system takes minutes."""
+"""A conversion lists each folder of its source at most twice, because walking a network file system takes minutes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def one_folder(root: Path) -> None:
 def tars(root: Path) -> None:
     for i in range(4):
         labelled_tar(root / "train" / f"{i}.tar", [0, 1])
-    (root / "train" / "0.tar.gz").write_bytes(b"as it was downloaded")
+    (root / "train" / "0.tar.gz").write_bytes(b"the downloaded archive")
 
 
 def class_tars(root: Path) -> None:
@@ -54,8 +54,8 @@ def tables(root: Path) -> None:
         pq.write_table(pa.table({"image": images, "label": [0, 1]}), root / f"{split}.parquet")
 
 
-def beside(root: Path) -> None:
-    """Folders that are not used, and ones that are skipped."""
+def add_unused_folders(root: Path) -> None:
+    """Add folders that are not used and folders that are skipped."""
     for top in ("raw/deep", "__MACOSX"):
         for i in range(3):
             (root / top / f"{i}").mkdir(parents=True)
@@ -67,25 +67,25 @@ def test_each_folder_is_listed_at_most_twice(layout: Callable[[Path], None], tmp
     source = tmp_path / "in"
     layout(source)
     if layout is not one_folder:
-        beside(source)
+        add_unused_folders(source)
     with count_listings(source) as listings:
         assert convert(source, tmp_path / "set", ONE) is not None
     every = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_dir()} | {"."}
-    assert set(listings) == every, "the counter counts"
+    assert set(listings) == every, "every folder must be listed"
     assert max(listings.values()) <= 2, listings
     with count_listings(source) as again:
         assert convert(source, tmp_path / "set", ONE) is None
     assert max(again.values()) <= 2, again
 
 
-def test_what_is_listed_is_kept_in_the_block_alone(tmp_path: Path) -> None:
+def test_listings_are_cached_only_inside_the_block(tmp_path: Path) -> None:
     class_folders(tmp_path, {"a": 1})
     with cached_folder_listings():
         assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
         with cached_folder_listings():
             class_folders(tmp_path, {"b": 1})
             assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1)
-        assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1), "the outer block goes on"
+        assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a"], 1), "the outer block keeps its cache"
     assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b"], 2)
     class_folders(tmp_path, {"c": 1})
     assert (list_folder(tmp_path).folders, count_files(tmp_path)) == ([b"a", b"b", b"c"], 3)

@@ -1,4 +1,4 @@
-"""Folders whose names say images, annotations or nearly a split are no classes without a word."""
+"""Class folders named like images, annotations, or splits are rejected or reported as warnings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shards.sources.naming.splits import similar_split, splits_in
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.source_folders.source import pictures, put
 
-MASKS = (
+ANNOTATIONS = (
     "masks",
     "Masks",
     "labels",
@@ -33,7 +33,7 @@ def scan_it(source: Path) -> Scan:
     return scan(source, ScanOptions(workers=1), source.parent / "spool")
 
 
-def refusal(source: Path) -> str:
+def error_of(source: Path) -> str:
     with pytest.raises(UserError) as caught:
         scan_it(source)
     return str(caught.value)
@@ -43,20 +43,20 @@ def warnings(*names: str) -> str:
     return "\n".join(class_name_warnings([ClassEntry(folder=name) for name in names]))
 
 
-@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("annotations", ANNOTATIONS)
 @pytest.mark.parametrize("place", ["", "train/", "unpacked/"])
-def test_images_beside_their_annotations_are_no_two_classes(masks: str, place: str, tmp_path: Path) -> None:
-    pictures(tmp_path / "in", f"{place}{{images,{masks}}}/{{1,2}}.jpg")
-    said = refusal(tmp_path / "in")
-    assert f"{tmp_path / 'in' / place}: no class folders in it but " in said
-    assert f"'{masks}'" in said
-    assert "/CLASS/IMAGE: make a folder for each class" in said
+def test_images_and_their_annotations_are_not_two_classes(annotations: str, place: str, tmp_path: Path) -> None:
+    pictures(tmp_path / "in", f"{place}{{images,{annotations}}}/{{1,2}}.jpg")
+    said = error_of(tmp_path / "in")
+    assert f"{tmp_path / 'in' / place}: no class folders in it, only " in said
+    assert f"'{annotations}'" in said
+    assert "/CLASS/IMAGE: create a folder for each class" in said
 
 
 @pytest.mark.parametrize("images", IMAGES)
-def test_images_of_any_name_beside_masks_are_no_class(images: str, tmp_path: Path) -> None:
+def test_image_folders_of_any_name_next_to_masks_are_not_classes(images: str, tmp_path: Path) -> None:
     pictures(tmp_path / "in", f"{{{images},masks}}/{{1,2}}.jpg")
-    assert "no class folders in it but " in refusal(tmp_path / "in")
+    assert "no class folders in it, only " in error_of(tmp_path / "in")
 
 
 @pytest.mark.parametrize(
@@ -71,38 +71,38 @@ def test_images_of_any_name_beside_masks_are_no_class(images: str, tmp_path: Pat
         "JPEGImages,SegmentationClass,SegmentationObject",
     ],
 )
-def test_images_without_labels_are_refused_with_what_to_make(names: str, tmp_path: Path) -> None:
+def test_folders_of_images_without_classes_are_rejected_with_a_remedy(names: str, tmp_path: Path) -> None:
     pictures(tmp_path / "in", f"{{{names}}}/{{1,2}}.jpg")
-    assert f"images are expected as {tmp_path}/in/CLASS/IMAGE: make a folder for each class" in refusal(tmp_path / "in")
+    assert f"expected images as {tmp_path}/in/CLASS/IMAGE: create a folder for each class" in error_of(tmp_path / "in")
 
 
 @pytest.mark.parametrize("exported", ["{train,valid}/", "", "VOCdevkit/VOC2012/"])
-def test_advice_on_sets_of_boxes_is_valid_when_followed(exported: str, tmp_path: Path) -> None:
-    """Annotations without images are not to be filled or removed; what is left would be a class of all images."""
+def test_following_the_advice_for_detection_data_sets_works(exported: str, tmp_path: Path) -> None:
+    """The advice must not be to fill or remove the annotations: the remaining folder would be a class of all images."""
     source = tmp_path / "in"
     pictures(source, f"{exported}{{JPEGImages,SegmentationClass}}/{{1,2}}.jpg")
     put(source, f"{exported}{{Annotations/1.xml,ImageSets/Main/train.txt,labels/1.txt}}", "x")
-    said = refusal(source)
-    assert "fill it" not in said
-    assert "make a folder for each class" in said
+    said = error_of(source)
+    assert "add images" not in said
+    assert "create a folder for each class" in said
     for folder in [path for path in source.rglob("*") if path.name in ("JPEGImages", "SegmentationClass")]:
         for name in ("cat", "dog"):
             (folder.parent / name).mkdir(exist_ok=True)
         for image in folder.iterdir():
             image.rename(folder.parent / ("cat" if image.stem == "1" else "dog") / image.name)
         folder.rmdir()
-    said = refusal(source)
-    assert "if it is no class, move it out of the source" in said
+    said = error_of(source)
+    assert "move the folder out of the source if it is not a class" in said
     for folder in [path for path in source.rglob("*") if path.name in ("Annotations", "ImageSets", "labels")]:
         folder.rename(tmp_path / str(folder).replace("/", "-"))
     assert [entry.folder for entry in scan_it(source).classes] == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("beside", ["meta/classes.txt", "Annotation/a/1", "labels/1.txt", "segmentations/a/1.png"])
-def test_class_folders_in_images_are_named_as_the_source_to_give(beside: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["meta/classes.txt", "Annotation/a/1", "labels/1.txt", "segmentations/a/1.png"])
+def test_the_error_names_the_images_folder_that_contains_class_folders(other: str, tmp_path: Path) -> None:
     pictures(tmp_path / "in", "images/{a,b}/{1,2}.jpg")
-    put(tmp_path / "in", beside, "x") if not beside.endswith("png") else pictures(tmp_path / "in", beside)
-    assert f"if the folders in {tmp_path}/in/images are the classes, give it as the source" in refusal(tmp_path / "in")
+    put(tmp_path / "in", other, "x") if not other.endswith("png") else pictures(tmp_path / "in", other)
+    assert f"if the folders in {tmp_path}/in/images are the classes, convert that folder" in error_of(tmp_path / "in")
     assert [entry.folder for entry in scan_it(tmp_path / "in" / "images").classes] == ["a", "b"]
 
 
@@ -119,10 +119,10 @@ def test_class_folders_in_images_are_named_as_the_source_to_give(beside: str, tm
         "pets_images_part_1 pets_images_part_2",
     ],
 )
-def test_containers_among_few_classes_are_doubted(names: str) -> None:
+def test_containers_among_few_classes_cause_a_warning(names: str) -> None:
     said = warnings(*names.split())
-    assert "taken for" in said
-    assert "named as" in said
+    assert "read as" in said
+    assert "named like" in said
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,11 @@ def test_containers_among_few_classes_are_doubted(names: str) -> None:
         "train_station trains trainer testimonials valley validated tested contest evaluation_of_pets",
     ],
 )
-def test_real_classes_are_not_doubted(names: str) -> None:
+def test_real_classes_cause_no_warning(names: str) -> None:
     assert warnings(*names.split()) == ""
 
 
-NEAR = {
+SIMILAR = {
     "train": "trainings trn trainimages trainimgs",
     "val": "evaluation Evaluation evaluations evaluate evals validate validations valids vals held_out HeldOut valimgs",
     "test": "tests Tests tests2 testings tst testimages testfolder",
@@ -156,29 +156,31 @@ NEAR = {
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [(name, split) for split, names in NEAR.items() for name in names.split()],
+    [(name, split) for split, names in SIMILAR.items() for name in names.split()],
 )
 @pytest.mark.parametrize("below", ["{1,2}.jpg", "{a,b}/{1,2}.jpg"])
-def test_folders_nearly_named_as_splits_are_doubted(name: str, split: str, below: str, tmp_path: Path) -> None:
+def test_class_folders_with_names_similar_to_splits_cause_a_warning(
+    name: str, split: str, below: str, tmp_path: Path
+) -> None:
     pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{below}")
     found = scan_it(tmp_path / "in")
     assert len(found.classes) == 3
     (warning,) = found.warnings
-    assert warning.startswith(f"'{name}': taken for a class, though its name is near that of split '{split}'")
-    assert f"expected as {split}/CLASS/IMAGE" in warning
+    assert warning.startswith(f"'{name}': read as a class, although its name resembles split '{split}'")
+    assert f"expected {split}/CLASS/IMAGE" in warning
 
 
 @pytest.mark.parametrize(
     "name", ["train_data", "training_set", "trainset", "testset", "val2017", "train2017", "test", "eval", "hold-out"]
 )
-def test_words_of_splits_are_not_near_but_known(name: str, tmp_path: Path) -> None:
+def test_names_of_splits_are_splits_not_similar_names(name: str, tmp_path: Path) -> None:
     assert splits_in(name)
     assert similar_split(name) is None
     pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{{1,2}}.jpg")
-    assert f"{name}: names split " in refusal(tmp_path / "in")
+    assert f"{name}: named like split " in error_of(tmp_path / "in")
 
 
-def test_all_folders_nearly_named_as_splits(tmp_path: Path) -> None:
+def test_a_warning_is_given_for_each_similar_name(tmp_path: Path) -> None:
     pictures(tmp_path / "in", "{trainings,tests}/{cat,dog}/{1,2}.jpg")
     assert [warning.split(":")[0] for warning in scan_it(tmp_path / "in").warnings] == ["'tests'", "'trainings'"]
 
@@ -186,18 +188,18 @@ def test_all_folders_nearly_named_as_splits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        ("masks/1.png", "{0}/COVID/masks: named as annotations, but in a class folder; 1 image in it taken"),
-        ("ground_truth/1.png", "{0}/COVID/ground_truth: named as annotations"),
-        ("labels/1.txt", "{0}/COVID/labels: named as annotations, but in a class folder; not used"),
-        ("images/1_mask.png", "{0}/COVID/images: 1 image named as annotations of others (1_mask.png)"),
-        ("images/1_mask_1.png", "{0}/COVID/images: 1 image named as annotations of others (1_mask_1.png)"),
-        ("tests/1.png", "{0}/COVID/tests: train images (1) in a folder named as another split"),
-        ("images/3_mask.png", None),  # of no image
+        ("masks/1.png", "{0}/COVID/masks: named like annotations, but in a class folder; 1 image used"),
+        ("ground_truth/1.png", "{0}/COVID/ground_truth: named like annotations"),
+        ("labels/1.txt", "{0}/COVID/labels: named like annotations, but in a class folder; not used"),
+        ("images/1_mask.png", "{0}/COVID/images: 1 image named like annotations of other images (1_mask.png)"),
+        ("images/1_mask_1.png", "{0}/COVID/images: 1 image named like annotations of other images (1_mask_1.png)"),
+        ("tests/1.png", "{0}/COVID/tests: train images (1) in a folder named like another split"),
+        ("images/3_mask.png", None),  # there is no image 3.png
         ("images/mask.png", None),
         ("depth of field/1.png", None),
     ],
 )
-def test_annotations_in_class_folders_are_doubted(inside: str, said: str | None, tmp_path: Path) -> None:
+def test_annotations_in_class_folders_cause_a_warning(inside: str, said: str | None, tmp_path: Path) -> None:
     source = tmp_path / "in"
     pictures(source, "{COVID,Normal}/images/{1,2}.png")
     pictures(source, f"COVID/{inside}") if inside.endswith("png") else put(source, f"COVID/{inside}", "x")

@@ -1,4 +1,4 @@
-"""What stands beside tars and Parquet files, and where they stand themselves, is said for what it is."""
+"""Files next to tars and Parquet files are counted, and misleading locations of archives are reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def archive(root: Path, name: str) -> None:
         (["cat.tar", "dog.tar"], "class-tars"),
     ],
 )
-def test_a_stray_archive_beside_class_folders_is_doubted_with_the_layout(
+def test_an_archive_next_to_class_folders_causes_a_warning_that_names_the_layout(
     archives: list[str], layout: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "in"
@@ -51,8 +51,8 @@ def test_a_stray_archive_beside_class_folders_is_doubted_with_the_layout(
     assert found.layout == layout
     more = " and 1 more" if len(archives) > 1 else ""
     assert found.warnings[0] == (
-        f"{source}: read as {layout} because of {source}/{archives[0]}{more}, so 4 images beside that (such as "
-        "cat/1.jpg) are not used; --from folder reads class folders instead"
+        f"{source}: read as layout {layout} because of {source}/{archives[0]}{more}, so 4 image files (such as "
+        "cat/1.jpg) are not used; to convert class folders instead, use --from folder"
     )
     instead = scan(source, ScanOptions(workers=1, layout="folder"), tmp_path / "spool")
     assert [entry.folder for entry in instead.classes] == ["cat", "dog"]
@@ -62,9 +62,9 @@ def test_a_stray_archive_beside_class_folders_is_doubted_with_the_layout(
 @pytest.mark.parametrize(
     ("made", "source", "named", "split"),
     [
-        ("test/0000.tar", "test/0000.tar", "stands in a folder named test", "test"),
-        ("val/0000.tar", "val/0000.tar", "stands in a folder named val", "val"),
-        ("Test_Set/0000.parquet", "Test_Set/0000.parquet", "stands in a folder named Test_Set", "test"),
+        ("test/0000.tar", "test/0000.tar", "is in a folder named test", "test"),
+        ("val/0000.tar", "val/0000.tar", "is in a folder named val", "val"),
+        ("Test_Set/0000.parquet", "Test_Set/0000.parquet", "is in a folder named Test_Set", "test"),
         ("test/0000.tar", "test", "is a folder named test", "test"),
         ("validation/0000.parquet", "validation", "is a folder named validation", "val"),
         ("test", "test", "is a folder named test", "test"),
@@ -75,16 +75,16 @@ def test_a_stray_archive_beside_class_folders_is_doubted_with_the_layout(
         ("tests/0000.tar", "tests", "is a folder named tests", "test"),
     ],
 )
-def test_a_source_in_a_folder_named_as_a_split_is_doubted(
+def test_a_source_in_a_folder_named_like_a_split_causes_a_warning(
     made: str, source: str, named: str, split: str, tmp_path: Path
 ) -> None:
-    """Its name is above the source, where it does not count."""
+    """Only names below the source determine the split."""
     archive(tmp_path / "in", made)
     found = scan_it(tmp_path / "in" / source)
     assert list(found.splits) == ["train"]
     (warning,) = found.warnings
-    assert f"its images become split 'train', though it {named}; to keep them as split '{split}'" in warning
-    if "rename" in warning:
+    assert f"its images are used for split 'train', although it {named}; to use them for split '{split}'" in warning
+    if "renamed to" in warning:
         folder = tmp_path / "in" / made.split("/", maxsplit=1)[0]
         folder.rename(folder.with_name(split))
     followed = scan_it(tmp_path / "in")
@@ -94,12 +94,12 @@ def test_a_source_in_a_folder_named_as_a_split_is_doubted(
 @pytest.mark.parametrize(
     "made", ["train/0000.tar", "training", "testimonials", "test_project", "valley/0000.tar", "pets"]
 )
-def test_a_source_of_another_name_is_no_doubt(made: str, tmp_path: Path) -> None:
+def test_a_source_in_a_folder_of_another_name_causes_no_warning(made: str, tmp_path: Path) -> None:
     archive(tmp_path / "in", made)
     assert scan_it(tmp_path / "in" / made).warnings == ()
 
 
-def test_a_file_that_names_its_split_is_of_it_whatever_its_folder(tmp_path: Path) -> None:
+def test_the_split_in_a_file_name_overrides_its_folder(tmp_path: Path) -> None:
     archive(tmp_path / "in", "test/train-0.tar")
     archive(tmp_path / "in", "data-test.parquet")
     for source, split in (("test/train-0.tar", "train"), ("data-test.parquet", "test")):
@@ -108,14 +108,14 @@ def test_a_file_that_names_its_split_is_of_it_whatever_its_folder(tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["evaluation-0.tar", "tests/0000.tar", "pets_validate.parquet"])
-def test_archives_nearly_named_as_splits_are_doubted(name: str, tmp_path: Path) -> None:
+def test_archives_with_names_similar_to_splits_cause_a_warning(name: str, tmp_path: Path) -> None:
     archive(tmp_path / "in", name)
     (warning,) = scan_it(tmp_path / "in").warnings
-    assert f"no split named, so training, though {name} is near the name of split '" in warning
+    assert f"no split in the name, so used for training, although {name} resembles split '" in warning
 
 
 @pytest.mark.parametrize("form", ["tar", "both"])
-def test_files_of_a_set_that_is_the_source_are_no_worry(
+def test_metadata_of_a_shard_set_that_is_converted_again_causes_no_note(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures(tmp_path / "in", "{train/{cat,dog}/{1,2},val/{cat,dog}/3}.jpg")
@@ -129,22 +129,22 @@ def test_files_of_a_set_that_is_the_source_are_no_worry(
     unused = ShardSet(tmp_path / "second").manifest.made["unused"]
     twice = form == "both"
     assert {(entry["kind"], entry["reason"]): entry["count"] for entry in unused} == {
-        (".idx", "index of a tar that is used"): 2,
-        (".npy", "belongs to the shard set that is read"): 4 if twice else 2,
-        **({(".beton", "belongs to the shard set that is read"): 2} if twice else {}),
-        (".json", "belongs to the shard set that is read"): 1,
-        (".jsonl", "belongs to the shard set that is read"): 1,
-        (".txt", "beside the files that are used"): 1,
-        (".idx", "beside the files that are used"): 1,
+        (".idx", "index of a tar"): 2,
+        (".npy", "metadata of the shard set that is read"): 4 if twice else 2,
+        **({(".beton", "metadata of the shard set that is read"): 2} if twice else {}),
+        (".json", "metadata of the shard set that is read"): 1,
+        (".jsonl", "metadata of the shard set that is read"): 1,
+        (".txt", "not an archive that is read"): 1,
+        (".idx", "not an archive that is read"): 1,
     }
     said = capsys.readouterr().out
-    assert "not used: 2 .idx: index of a tar that is used (such as train-000000.idx)" in said
+    assert "not used: 2 .idx: index of a tar (such as train-000000.idx)" in said
     assert "note:" not in said
 
 
-def test_indexes_of_another_tool_belong_to_their_tars(tmp_path: Path) -> None:
+def test_indexes_of_dali_are_counted_as_indexes_of_their_tars(tmp_path: Path) -> None:
     for name in ("pets-0", "more/pets-1"):
         archive(tmp_path / "in", f"{name}.tar")
         put(tmp_path / "in", f"{name}.idx", "v1.2 2\n")
     unused = scan_it(tmp_path / "in").unused
-    assert [(entry.reason, entry.count) for entry in unused] == [("index of a tar that is used", 2)]
+    assert [(entry.reason, entry.count) for entry in unused] == [("index of a tar", 2)]

@@ -1,4 +1,4 @@
-"""Sources that look alike: what is not the one must not be read, or taken, as the other."""
+"""Sources that resemble another layout, another source, or another split are not confused with it."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def tar(path: Path, members: list[tuple[str, bytes]]) -> None:
             file.addfile(header, io.BytesIO(data))
 
 
-def test_labels_behind_many_images_are_not_dropped(tmp_path: Path) -> None:
-    """All images first, all labels then: the first members alone look like the tar of a class."""
+def test_tars_with_all_images_before_all_labels_are_not_read_as_class_tars(tmp_path: Path) -> None:
+    """The first members, which are inspected to detect the layout, are images only."""
     for part in range(2):
         images = [(f"{i:03d}.jpg", jpeg(i)) for i in range(70)]
         tar(tmp_path / f"part{part}.tar", [*images, *((f"{i:03d}.cls", b"%d" % (i % 5)) for i in range(70))])
-    with pytest.raises(UserError, match=r"part0\.tar: labels in it .*give --from webdataset"):
+    with pytest.raises(UserError, match=r"part0\.tar: contains a label .*use --from webdataset"):
         scan(tmp_path, ONE, tmp_path / "spool")
     found = scan(tmp_path, ScanOptions(layout="webdataset", workers=1), tmp_path / "spool")
     assert len(found.classes) == 5
 
 
-def test_tars_of_class_folders_are_not_classes(tmp_path: Path) -> None:
+def test_tars_of_class_folders_are_not_read_as_class_tars(tmp_path: Path) -> None:
     for number in range(2):
         tar(tmp_path / f"batch{number}.tar", [(f"{name}/{number}.jpg", jpeg(number)) for name in ("cat", "dog")])
-    with pytest.raises(UserError, match=r"batch0\.tar: 2 folders in it .*tar xf"):
+    with pytest.raises(UserError, match=r"batch0\.tar: contains 2 folders .*tar xf"):
         scan(tmp_path, ONE, tmp_path / "spool")
 
 
 @pytest.mark.parametrize("names", [("00001", "00002"), ("part0", "part1"), ("shard-1", "shard-2")])
-def test_class_tars_named_like_shards_are_doubted(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_class_tars_named_like_shards_cause_a_warning(names: tuple[str, ...], tmp_path: Path) -> None:
     for name in names:
         tar(tmp_path / f"{name}.tar", [("a.jpg", jpeg(1)), ("b.jpg", jpeg(2))])
     found = scan(tmp_path, ONE, tmp_path / "spool")
@@ -62,15 +62,15 @@ def bitmaps(root: Path, shade: int) -> Path:
     return root
 
 
-def test_images_of_one_size_are_told_apart_by_their_content(tmp_path: Path) -> None:
-    """Uncompressed images of one shape all have the same size: MNIST and KMNIST as bitmaps."""
+def test_sources_with_images_of_equal_sizes_are_distinguished_by_content(tmp_path: Path) -> None:
+    """Uncompressed images of the same shape have equal sizes: MNIST and KMNIST as bitmaps."""
     convert(bitmaps(tmp_path / "one", 40), tmp_path / "set", Options(scan=ONE))
     with pytest.raises(UserError, match="converted from a different source"):
         convert(bitmaps(tmp_path / "two", 90), tmp_path / "set", Options(scan=ONE))
     assert convert(bitmaps(tmp_path / "copy", 40), tmp_path / "set", Options(scan=ONE)) is None
 
 
-def test_a_label_that_was_corrected_in_a_tar_makes_another_source(tmp_path: Path) -> None:
+def test_a_changed_label_in_a_tar_makes_it_another_source(tmp_path: Path) -> None:
     samples = [
         (f"{i:02d}.{suffix}", data) for i in range(40) for suffix, data in (("jpg", jpeg(i)), ("cls", b"%d" % (i % 4)))
     ]
@@ -82,21 +82,22 @@ def test_a_label_that_was_corrected_in_a_tar_makes_another_source(tmp_path: Path
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE))
 
 
-def test_classes_whose_names_hold_split_words_are_no_splits(tmp_path: Path) -> None:
+def test_class_names_that_contain_a_split_are_rejected_as_ambiguous(tmp_path: Path) -> None:
     for name in ("bullet_train", "test_tube"):
         for sub in "ab":
             (tmp_path / name / sub).mkdir(parents=True)
             (tmp_path / name / sub / "x.jpg").write_bytes(jpeg(1))
-    with pytest.raises(UserError, match="bullet_train: holds folders, and may be a class or the train split"):
+    with pytest.raises(UserError, match="bullet_train: contains folders, so it may be a class or the train split"):
         scan(tmp_path, ONE, tmp_path / "spool")
 
 
-def test_images_beside_a_tar_are_doubted(tmp_path: Path) -> None:
+def test_images_next_to_a_tar_cause_a_warning(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.jpg").write_bytes(jpeg(1))
     tar(tmp_path / "backup.tar", [("0.jpg", jpeg(0)), ("0.cls", b"0"), ("1.jpg", jpeg(1)), ("1.cls", b"1")])
     found = scan(tmp_path, ONE, tmp_path / "spool")
     (warning,) = found.warnings
-    assert "read as webdataset because of" in warning
-    assert "2 images beside that (such as a/x.jpg) are not used; --from folder reads class folders instead" in warning
+    assert "read as layout webdataset because of" in warning
+    assert "2 image files (such as a/x.jpg) are not used; to convert class folders" in warning
+    assert "--from folder" in warning

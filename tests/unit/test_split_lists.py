@@ -1,4 +1,4 @@
-"""Lists that divide the images into splits are not read, and that is said where the source is not divided so."""
+"""Split lists are not read; a warning is given if the source lacks the splits that they list."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CLASSES = "{cat,dog}/{1,2}.jpg"
         ("valley.csv", ""),
     ],
 )
-def test_a_list_names_its_splits(name: str, splits: str) -> None:
+def test_the_splits_of_a_list_follow_from_its_name(name: str, splits: str) -> None:
     assert splits_of_list(name) == set(splits.split())
 
 
@@ -60,21 +60,21 @@ def test_a_list_names_its_splits(name: str, splits: str) -> None:
         (CLASSES, "splits.json", "", "test or val"),
         (f"pets/{CLASSES}", "{trainval,test}.txt", "", "test"),
         (f"pets/{CLASSES}", "pets/test.lst", "", "test"),
-        # Food-101, CUB-200, Stanford Dogs and DTD, whose folder of class folders is given
+        # Food-101, CUB-200, Stanford Dogs, and DTD, if their images/ folder is converted
         (f"images/{CLASSES}", "meta/{train,test}.json", "images", "test"),
         (f"images/{CLASSES}", "train_test_split.txt", "images", "test"),
         (f"Images/{CLASSES}", "lists/{train,test}_list.mat", "Images", "test"),
         (f"images/{CLASSES}", "labels/{train,val,test}1.txt", "images", "test or val"),
     ],
 )
-def test_lists_of_splits_near_class_folders_are_doubted(
+def test_split_lists_near_class_folders_cause_a_warning(
     images: str, lists: str, source: str, named: str, tmp_path: Path
 ) -> None:
     pictures(tmp_path / "in", images)
     put(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in" / source, ScanOptions(), tmp_path / "spool")
-    warning = next(warning for warning in found.warnings if "of splits" in warning)
-    assert f"{named} images may be among the train images; divide" in warning
+    warning = next(warning for warning in found.warnings if "split list" in warning)
+    assert f"{named} images may be among the train images; move the images into train/ and test/" in warning
     for path in tmp_path.rglob("*.*"):
         assert (f"{path}" in warning) == bool(splits_of_list(path.name) - {"train"}), warning
 
@@ -87,29 +87,29 @@ def test_lists_of_splits_near_class_folders_are_doubted(
         (f"{{train,val}}/{CLASSES}", "{train,val}.txt"),
         (f"{{train,test}}/{CLASSES}", "meta/train_test_split.txt"),
         (f"images/{{train,test}}/{CLASSES}", "meta/train_test_split.txt"),
-        (CLASSES, "../{train,test}.txt"),  # beside a source that is not named images
-        (CLASSES, "cat/test.txt"),  # of the class's own
-        (f"{{train,val}}/{CLASSES}", "{test,splits}.txt"),  # divided, whatever else there may be lists of
+        (CLASSES, "../{train,test}.txt"),  # outside a source that is not named images
+        (CLASSES, "cat/test.txt"),  # in a class folder
+        (f"{{train,val}}/{CLASSES}", "{test,splits}.txt"),  # the source already has several splits
         (f"images/{{train,val}}/{CLASSES}", "meta/{train,val,test}.txt"),
     ],
 )
-def test_lists_that_say_no_more_than_the_folders_are_no_doubt(images: str, lists: str, tmp_path: Path) -> None:
+def test_split_lists_cause_no_warning_if_the_source_has_splits(images: str, lists: str, tmp_path: Path) -> None:
     pictures(tmp_path / "in", images)
     put(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
-    assert not any("of splits" in warning for warning in found.warnings)
+    assert not any("split list" in warning for warning in found.warnings)
 
 
-def test_a_list_of_a_split_that_is_not_used_is_no_doubt(tmp_path: Path) -> None:
-    """As Kaggle's test/, which has no labels."""
+def test_a_list_of_an_unused_split_causes_no_warning(tmp_path: Path) -> None:
+    """Example: Kaggle's test/, which has no labels."""
     pictures(tmp_path / "in", f"train/{CLASSES}")
     pictures(tmp_path / "in", "test/{1,2}.jpg")
     put(tmp_path / "in", "test.csv", "1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
-    assert not any("of splits" in warning for warning in found.warnings)
+    assert not any("split list" in warning for warning in found.warnings)
 
 
-def test_a_folder_beside_that_cannot_be_read_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folders_are_ignored_when_searching_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures(tmp_path / "in", f"{{train,val}}/{CLASSES}")
     put(tmp_path / "in", "notes/private/test.txt", "cat/1.jpg\n")
 
@@ -122,22 +122,22 @@ def test_a_folder_beside_that_cannot_be_read_is_no_error(tmp_path: Path, monkeyp
     assert lists_below(tmp_path / "in") == []
 
 
-def test_a_folder_that_holds_itself_is_looked_at_once(tmp_path: Path) -> None:
+def test_a_link_to_the_folder_itself_is_not_followed_twice(tmp_path: Path) -> None:
     put(tmp_path, "test.txt", "cat/1.jpg\n")
     (tmp_path / "again").symlink_to(".")
     assert lists_below(tmp_path) == [tmp_path / "test.txt"]
 
 
-def test_a_folder_of_lists_among_classes_is_refused_with_what_it_is(tmp_path: Path) -> None:
+def test_a_folder_of_split_lists_among_classes_is_rejected_with_a_remedy(tmp_path: Path) -> None:
     pictures(tmp_path / "in", CLASSES)
     put(tmp_path / "in", "meta/{train,test}.txt", "cat/1.jpg\n")
-    lists = rf"it holds lists of splits \({tmp_path}/in/meta/test.txt, {tmp_path}/in/meta/train.txt\): make train/ and"
+    lists = rf"it contains split lists \({tmp_path}/in/meta/test.txt, {tmp_path}/in/meta/train.txt\): sort the images"
     with pytest.raises(UserError, match=lists):
         scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
 
 
 @pytest.mark.parametrize("kind", ["webdataset", "class-tars", "parquet"])
-def test_lists_of_splits_beside_archives_are_doubted(kind: str, tmp_path: Path) -> None:
+def test_split_lists_next_to_archives_cause_a_warning(kind: str, tmp_path: Path) -> None:
     source = tmp_path / "in"
     if kind == "webdataset":
         tar(source, "pets-0.tar", samples("pets", [0, 1]))
@@ -152,13 +152,15 @@ def test_lists_of_splits_beside_archives_are_doubted(kind: str, tmp_path: Path) 
     assert [warning.split(" looks like")[0] for warning in found.warnings] == [f"{source}/test.txt:"]
 
 
-def test_lists_end_in_the_summary_and_strict_refuses_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_split_lists_are_in_the_summary_and_rejected_by_strict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures(tmp_path / "in", CLASSES)
     put(tmp_path / "in", "{train,test}.txt", "cat/1.jpg\n")
     command = ["shard", f"{tmp_path / 'in'}", "--out", f"{tmp_path / 'set'}", "--workers", "1"]
     assert pipeline([*command, "--strict"]) == 2
-    assert "--strict: test.txt: looks like a list of splits" in capsys.readouterr().err.replace(f"{tmp_path}/in/", "")
+    assert "--strict: test.txt: looks like a split list" in capsys.readouterr().err.replace(f"{tmp_path}/in/", "")
     assert pipeline(command) == 0
-    assert pipeline([*command, "--strict"]) == 2, "of a finished set too"
+    assert pipeline([*command, "--strict"]) == 2, "also for a complete shard set"
     assert pipeline(command) == 0
-    assert "note: test.txt: looks like a list of splits, which is not read" in capsys.readouterr().out
+    assert "note: test.txt: looks like a split list, which is not read" in capsys.readouterr().out

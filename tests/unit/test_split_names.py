@@ -1,4 +1,4 @@
-"""One rule says which split a path names, for folders, tars and Parquet files alike."""
+"""The split of a folder, tar, or Parquet file follows from its path by the same rules."""
 
 from __future__ import annotations
 
@@ -123,11 +123,12 @@ SPLITS = {
         .
     """,
 }
+NO_SPLIT = "no split in the name, so used for training"
 TABLE = [(line.strip(), split) for split, lines in SPLITS.items() for line in lines.strip().splitlines()]
 
 
 @pytest.mark.parametrize(("path", "split"), TABLE, ids=[path for path, _ in TABLE])
-def test_a_path_names_its_split_by_whole_words(path: str, split: str | None) -> None:
+def test_the_split_of_a_path_follows_from_whole_words(path: str, split: str | None) -> None:
     assert named_split(path) == split
 
 
@@ -136,8 +137,8 @@ def test_the_table_is_long_enough() -> None:
 
 
 @pytest.mark.parametrize("path", ["train_val-0.tar", "train/test-dev/0.tar", "train-test-split/0.parquet"])
-def test_a_part_that_names_two_splits_is_refused(path: str) -> None:
-    with pytest.raises(UserError, match=r"names several splits .*; rename it"):
+def test_names_with_two_splits_are_rejected(path: str) -> None:
+    with pytest.raises(UserError, match=r"contains several splits .*; rename it"):
         named_split(path)
 
 
@@ -156,7 +157,7 @@ def test_a_part_that_names_two_splits_is_refused(path: str) -> None:
         ("", False),
     ],
 )
-def test_a_name_that_says_more_than_a_split_may_be_a_class(name: str, alone: bool) -> None:
+def test_names_only_a_split_is_true_for_split_names_without_other_words(name: str, alone: bool) -> None:
     assert names_only_a_split(name) == alone
 
 
@@ -165,22 +166,22 @@ def test_a_name_that_says_more_than_a_split_may_be_a_class(name: str, alone: boo
     [
         (["train-0.tar", "train-1.tar", "val-0.tar"], [], []),
         (["train/a/0.tar", "train/b/0.tar", "val-0.tar"], [], []),
-        (["a.tar", "b.tar"], ["a.tar, b.tar: no split named, so training"], []),
-        (["a.tar", "val.tar"], ["a.tar: no split named, so training"], []),
-        (["a.tar", "train.tar"], [], ["a.tar: no split named, so training, beside train*, which is named so"]),
-        (["dev.tar", "train.tar", "val.tar"], [], ["dev*, val*: joined as split 'val'"]),
-        (["en/train/0.tar", "fr/train/0.tar"], [], ["en/train, fr/train: joined as split 'train'"]),
-        (["a/train-0.tar", "b/train-0.tar"], [], ["a/train*, b/train*: joined as split 'train'"]),
+        (["a.tar", "b.tar"], [f"a.tar, b.tar: {NO_SPLIT}"], []),
+        (["a.tar", "val.tar"], [f"a.tar: {NO_SPLIT}"], []),
+        (["a.tar", "train.tar"], [], [f"a.tar: {NO_SPLIT}, although train* is named like split 'train'"]),
+        (["dev.tar", "train.tar", "val.tar"], [], ["dev*, val*: merged into split 'val'"]),
+        (["en/train/0.tar", "fr/train/0.tar"], [], ["en/train, fr/train: merged into split 'train'"]),
+        (["a/train-0.tar", "b/train-0.tar"], [], ["a/train*, b/train*: merged into split 'train'"]),
     ],
 )
-def test_files_of_no_split_and_of_several_places_are_said(
+def test_files_without_a_split_and_merged_folders_are_reported(
     names: list[str], notes: list[str], warnings: list[str]
 ) -> None:
     found = assign_splits([Path("in") / name for name in names], Path("in"))
     assert (list(found.notes), list(found.warnings)) == (notes, warnings)
 
 
-def test_a_test_split_without_validation_is_said_when_it_has_samples() -> None:
+def test_a_missing_validation_split_is_noted_if_the_test_split_has_samples() -> None:
     found = assign_splits([Path("in/train.tar"), Path("in/test.tar")], Path("in"))
     assert "in/test.tar: kept as split 'test'" in found.all_notes({"train", "test"})[0]
     assert found.all_notes({"train"}) == ()

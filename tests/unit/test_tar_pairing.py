@@ -1,4 +1,4 @@
-"""Images and labels of tars are paired by key, wherever they stand; what belongs to no sample is counted."""
+"""Images and labels of tars are paired by key in any order; files that belong to no sample are counted."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def write_tar(path: Path, files: Files) -> Path:
 
 
 def samples_of(tar: Path) -> dict[str, tuple[bytes, int]]:
-    """Key -> bytes of the image, label."""
+    """Return key -> (bytes of the image, label)."""
     data = tar.read_bytes()
     found, _ = read_tar(tar, LabelReader(), TRAIN)
     assert [sample.image.offset for sample in found] == sorted(sample.image.offset for sample in found)
@@ -82,8 +82,8 @@ SUFFIXES = st.sets(st.sampled_from([*ORDER, "cls", "json", "txt", "depth.png", "
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=KEYS, data=st.data())
 def test_any_order_of_the_members_gives_the_same_samples(keys: list[str], data: st.DataObject, tmp_path: Path) -> None:
-    files: Files = [("whole.jpg", b"whole"), ("whole.cls", b"0")]
-    samples = {"whole": (b"whole", 0)}
+    files: Files = [("complete.jpg", b"complete"), ("complete.cls", b"0")]
+    samples = {"complete": (b"complete", 0)}
     unused: Counter[str] = Counter()
     for i, key in enumerate(keys):
         content = {suffix: b"%d" % i if suffix == "cls" else f"{i}{suffix}".encode() for suffix in data.draw(SUFFIXES)}
@@ -92,19 +92,19 @@ def test_any_order_of_the_members_gives_the_same_samples(keys: list[str], data: 
         image = next((suffix for suffix in ORDER if suffix in content), None)
         if image and "cls" in content:
             samples[key] = content[image], i
-            unused["beside an image and its label"] += len(content) - 2
+            unused["additional file of a sample"] += len(content) - 2
         elif "cls" in content:
             unused["label without an image"] += 1
-            unused["beside a label without an image"] += len(content) - 1
+            unused["additional file of a label without an image"] += len(content) - 1
         else:
             images = sum(suffix in (*ORDER, "depth.png") for suffix in content)
             unused["image without a label"] += images
-            unused["not part of a sample of image and label"] += len(content) - images
+            unused["not part of a sample"] += len(content) - images
         if data.draw(st.booleans()):
             folder, _, name = key.rpartition("/")
             fork = f"{folder}/._{name}" if folder else f"._{name}"
             files += [(f"{fork}.jpg", b"\0\5\26\7"), (f"{fork}.cls", b"\0\5\26\7")]
-            unused["resource fork of macOS"] += 2
+            unused["macOS resource fork"] += 2
     tar = write_tar(tmp_path / "t.tar", data.draw(st.permutations(files)))
     assert samples_of(tar) == samples
     assert unused_of(tar) == +unused
@@ -112,7 +112,7 @@ def test_any_order_of_the_members_gives_the_same_samples(keys: list[str], data: 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=KEYS)
-def test_neighbours_are_the_samples_that_webdataset_makes_of_them(keys: list[str], tmp_path: Path) -> None:
+def test_adjacent_members_form_the_same_samples_as_in_webdataset(keys: list[str], tmp_path: Path) -> None:
     tar = write_tar(
         tmp_path / "t.tar",
         [one for i, key in enumerate(keys) for one in ((f"{key}.jpg", b"%d" % i), (f"{key}.CLS", b"7"))],
@@ -123,18 +123,18 @@ def test_neighbours_are_the_samples_that_webdataset_makes_of_them(keys: list[str
 
 SAMPLE: Files = [("z.jpg", jpeg(0)), ("z.cls", b"0")]
 HIDDEN: dict[str, tuple[str, str]] = {
-    "fork": ("._z.jpg", "resource fork of macOS"),
-    "fork in a folder": ("d/._z.cls", "resource fork of macOS"),
-    "folder of a macOS zip": ("__MACOSX/d/z.jpg", "resource fork of macOS"),
+    "fork": ("._z.jpg", "macOS resource fork"),
+    "fork in a folder": ("d/._z.cls", "macOS resource fork"),
+    "folder of a macOS zip": ("__MACOSX/d/z.jpg", "macOS resource fork"),
     "hidden file": ("d/.z.jpg", "hidden file"),
     "hidden folder": (".thumbnails/y.jpg", "hidden file"),
-    "metadata": ("__info__", "metadata of WebDataset"),
-    "webdataset's metadata": ("__meta__/y.jpg", "metadata of WebDataset"),
+    "metadata": ("__info__", "WebDataset metadata"),
+    "webdataset's metadata": ("__meta__/y.jpg", "WebDataset metadata"),
 }
 
 
 @pytest.mark.parametrize("name", HIDDEN)
-def test_hidden_members_are_left_out_and_counted(name: str, tmp_path: Path) -> None:
+def test_hidden_members_are_skipped_and_counted(name: str, tmp_path: Path) -> None:
     member, reason = HIDDEN[name]
     tar = write_tar(tmp_path / "t.tar", [(member, b"no label"), *SAMPLE])
     assert samples_of(tar) == {"z": (SAMPLE[0][1], 0)}
@@ -146,57 +146,57 @@ IMAGES: dict[str, tuple[list[str], str]] = {
     "jpeg before webp": (["webp", "jpeg"], "jpeg"),
     "png before tif": (["tif", "png"], "png"),
     "bmp before tif": (["tif", "bmp"], "bmp"),
-    "a plain suffix before one with a dot": (["depth.png", "tif"], "tif"),
+    "a suffix without a dot before one with a dot": (["depth.png", "tif"], "tif"),
     "one suffix with a dot": (["image.jpg"], "image.jpg"),
 }
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_which_image_of_a_sample_is_used(name: str, tmp_path: Path) -> None:
+def test_the_image_of_a_sample_is_selected_by_preference(name: str, tmp_path: Path) -> None:
     suffixes, expected = IMAGES[name]
     tar = write_tar(tmp_path / "t.tar", [*((f"a.{suffix}", suffix.encode()) for suffix in suffixes), ("a.cls", b"1")])
     assert samples_of(tar) == {"a": (expected.encode(), 1)}
-    others = {"beside an image and its label": len(suffixes) - 1} if len(suffixes) > 1 else {}
+    others = {"additional file of a sample": len(suffixes) - 1} if len(suffixes) > 1 else {}
     assert unused_of(tar) == others
 
 
-def test_a_mask_is_never_the_image_of_a_sample_that_lacks_its_own(tmp_path: Path) -> None:
+def test_a_mask_is_not_used_as_the_image_of_an_incomplete_sample(tmp_path: Path) -> None:
     files: Files = [("a.jpg", b"a"), ("a.mask.png", b"m"), ("a.cls", b"0"), ("b.mask.png", b"m"), ("b.cls", b"1")]
     tar = write_tar(tmp_path / "t.tar", files)
     assert samples_of(tar) == {"a": (b"a", 0)}
     assert unused_of(tar)["label without an image"] == 1
 
 
-REFUSED: dict[str, tuple[Files, str]] = {
-    "joined tars": (
+INVALID: dict[str, tuple[Files, str]] = {
+    "concatenated tars": (
         [*SAMPLE, ("y.jpg", b""), ("y.cls", b"0"), *SAMPLE],
-        r"z\.jpg: key 'z' has two files of suffix 'jpg', at bytes 512 and [\d,]+; make the tar again with a key",
+        r"z\.jpg: key 'z' has two files with suffix 'jpg', at bytes 512 and [\d,]+; create the tar again",
     ),
-    "a label twice": ([*SAMPLE, ("z.CLS", b"1")], r"z\.CLS: key 'z' has two files of suffix 'cls'"),
+    "a label twice": ([*SAMPLE, ("z.CLS", b"1")], r"z\.CLS: key 'z' has two files with suffix 'cls'"),
     "keys with dots": (
         [one for i in range(2) for one in ((f"cat.v1.{i}.jpg", b""), (f"cat.v1.{i}.cls", b"0"))],
         r"the key of a sample ends at the first dot of the file name, so this is key 'cat' with suffix 'v1\.0\.jpg'",
     ),
     "labels as .txt": (
         [("0.jpg", b""), ("0.txt", b"0"), ("1.jpg", b""), ("1.txt", b"1")],
-        r"found 2 \.jpg, 2 \.txt; expected KEY\.jpg and KEY\.cls .*; write labels that are in other files to KEY\.cls",
+        r"found 2 \.jpg, 2 \.txt, but no labels; expected KEY\.jpg and KEY\.cls .*; if the labels are in other files",
     ),
-    "labels as .cls.txt": ([("0.jpg", b""), ("0.cls.txt", b"0")], r"found 1 \.jpg, 1 \.cls\.txt; expected"),
-    "labels as .json": ([("0.jpg", b""), ("0.json", b'{"label": 0}')], r"found 1 \.jpg, 1 \.json; expected"),
+    "labels as .cls.txt": ([("0.jpg", b""), ("0.cls.txt", b"0")], r"found 1 \.jpg, 1 \.cls\.txt, but no labels"),
+    "labels as .json": ([("0.jpg", b""), ("0.json", b'{"label": 0}')], r"found 1 \.jpg, 1 \.json, but no labels"),
     "class folders": (
         [("cat/0.jpg", b""), ("dog/0.jpg", b"")],
-        r"found 2 \.jpg and no labels; .* must be unpacked to class folders",
+        r"found 2 \.jpg, but no labels; .* unpack a tar of class folders",
     ),
     "no pair": ([("0.jpg", b""), ("1.cls", b"0")], "but no key has both an image and a label"),
     "no images": ([("0.npy", b""), ("0.cls", b"0")], r"found 1 \.npy, 1 \.cls; expected KEY\.jpg"),
     "nothing": ([], "found no files; expected"),
-    "hidden files alone": ([("._0.jpg", b""), ("._0.cls", b"0")], "found no files; expected"),
+    "only hidden files": ([("._0.jpg", b""), ("._0.cls", b"0")], "found no files; expected"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_tars_that_cannot_be_paired_are_refused_by_shard_and_index(name: str, tmp_path: Path) -> None:
-    files, complaint = REFUSED[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_tars_that_cannot_be_paired_are_rejected_by_shard_and_index(name: str, tmp_path: Path) -> None:
+    files, complaint = INVALID[name]
     tar = write_tar(tmp_path / "in/t.tar", files)
     with pytest.raises(UserError, match=rf"t\.tar: .*{complaint}") as shard:
         scan(tar, ONE, tmp_path / "spool")
@@ -205,17 +205,17 @@ def test_tars_that_cannot_be_paired_are_refused_by_shard_and_index(name: str, tm
     assert str(index.value) == str(shard.value)
 
 
-def test_the_members_of_a_tar_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_members_of_a_tar_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tar = write_tar(tmp_path / "t.tar", SAMPLE)
     monkeypatch.setattr(members_module, "MAX_MEMBERS", 2)
     assert len(samples_of(tar)) == 1
     monkeypatch.setattr(members_module, "MAX_MEMBERS", 1)
-    with pytest.raises(UserError, match=r"t\.tar: more than 1 files; split it"):
+    with pytest.raises(UserError, match=r"t\.tar: contains more than 1 files; split it"):
         samples_of(tar)
 
 
-def test_incomplete_samples_are_doubts_of_shard_and_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All images before all labels, one image and one label without the other."""
+def test_shard_and_index_warn_about_incomplete_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All images precede all labels; one image has no label, and one label has no image."""
     files = [*((f"{i}.jpg", jpeg(i)) for i in range(4)), *((f"{i}.cls", b"%d" % (i % 2)) for i in (4, 2, 1, 0))]
     tar = write_tar(tmp_path / "in/t.tar", [*files, ("__MACOSX/0.jpg", b"")])
     convert(tar.parent, tmp_path / "set", Options(scan=ONE))
@@ -233,7 +233,7 @@ def test_incomplete_samples_are_doubts_of_shard_and_index(tmp_path: Path, capsys
         assert [entry["reason"] for entry in shard_set.manifest.made["unused"]] == [
             "image without a label",
             "label without an image",
-            "resource fork of macOS",
+            "macOS resource fork",
         ]
         assert all(f"note: {warning}" in said for warning in warnings)
     strict = Options(scan=ONE, strict=True)
@@ -252,12 +252,12 @@ COMPRESSED = {
 
 @pytest.mark.parametrize("kind", COMPRESSED)
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "t.tar.bz2", "t.tar.xz", "t.txz", "t.tar.zst"])
-def test_compressed_tars_are_refused_by_name(kind: str, name: str, tmp_path: Path) -> None:
+def test_compressed_tars_are_rejected_with_the_command_to_decompress(kind: str, name: str, tmp_path: Path) -> None:
     compress, command = COMPRESSED[kind]
     tar = write_tar(tmp_path / "in" / name, SAMPLE)
     tar.write_bytes(compress(tar.read_bytes()))
     assert detect_layout(tar) == detect_layout(tar.parent) == "webdataset"
-    complaint = rf"{name}: compressed by {kind}; .*{command} \S+\)"
+    complaint = rf"{name}: compressed with {kind}, .*{command} \S+\)"
     for source in (tar, tar.parent):
         with pytest.raises(UserError, match=complaint):
             scan(source, ONE, tmp_path / "spool")
@@ -266,18 +266,18 @@ def test_compressed_tars_are_refused_by_name(kind: str, name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "of a folder/t.tar"])
-def test_the_advice_for_a_compressed_tar_is_valid(name: str, tmp_path: Path) -> None:
+def test_the_advice_for_a_compressed_tar_works(name: str, tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "in" / name, SAMPLE)
     tar.write_bytes(gzip.compress(tar.read_bytes()))
     with pytest.raises(UserError) as caught:
         scan(tar, ONE, tmp_path / "spool")
-    advice = str(caught.value).partition("uncompress it (")[2].partition("), or")[0]
+    advice = str(caught.value).partition("decompress it (")[2].partition("), or")[0]
     subprocess.run(["bash", "-c", advice], check=True, timeout=60)
     assert [path.name for path in tar.parent.iterdir()] == ["t.tar"]
     assert len(scan(tar.parent, ONE, tmp_path / "spool").splits["train"]) == 1
 
 
-def test_compressed_tars_beside_others(tmp_path: Path) -> None:
+def test_compressed_copies_of_tars_are_not_used(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "in/a.tar", SAMPLE)
     (tmp_path / "in/a.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
     (tmp_path / "in/a.tgz").write_bytes(gzip.compress(tar.read_bytes()))
@@ -287,16 +287,16 @@ def test_compressed_tars_beside_others(tmp_path: Path) -> None:
         ("compressed copy of a tar", 1),
     ]
     (tmp_path / "in/b.tar.gz").write_bytes(gzip.compress(tar.read_bytes()))
-    with pytest.raises(UserError, match=r"b\.tar\.gz: compressed by gzip"):
+    with pytest.raises(UserError, match=r"b\.tar\.gz: compressed with gzip"):
         scan(tmp_path / "in", ONE, tmp_path / "spool")
     tar.rename(tmp_path / "in/b.tar.gz")
     (tmp_path / "in/a.tar.gz").unlink()
     (tmp_path / "in/a.tgz").unlink()
-    with pytest.raises(UserError, match=r"b\.tar\.gz: a tar that is not compressed, whatever its name says; rename it"):
+    with pytest.raises(UserError, match=r"b\.tar\.gz: not compressed despite its name; rename it"):
         scan(tmp_path / "in", ONE, tmp_path / "spool")
 
 
-def test_the_archive_of_class_folders_beside_them_is_no_source(tmp_path: Path) -> None:
+def test_an_archive_next_to_its_unpacked_class_folders_is_not_used(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "0.jpg").write_bytes(jpeg(0))

@@ -236,8 +236,8 @@ def number_classes(
         if classes is None and len(names) == images:
             raise UserError(
                 f"{labeled[0].first}: label {_short(labeled[0].texts[0])}: each of the {images:,} images has a "
-                "different text, so the labels are captions or file names, not classes; write class numbers, or list the classes "
-                "with --classes FILE"
+                "different text, so the labels are captions or file names, not classes; write class numbers, or list "
+                "the classes with --classes FILE"
             )
         found = tuple(ClassEntry(folder=name) for name in names)
         numbers = {name: number for number, name in enumerate(names)}
