@@ -270,7 +270,7 @@ CLASS_FILES = {
     "a different name for each image": (["dog", "cat"], "dog\ncat\n", (["dog", "cat"], [0, 1])),
     "line n is for number n": ([1, 0, 1], "dog\ncat\n", (["dog", "cat"], [1, 0, 1])),
     "lines begin with numbers": ([1, 0, 1], "1 cat\n0 dog\n", (["1", "0"], [0, 1, 0])),
-    "more classes than images": ([1500], "\n".join(f"c{i}" for i in range(1501)), ([f"c{i}" for i in range(1501)], [1500])),
+    "a large label": ([1500], "\n".join(f"c{i}" for i in range(1501)), ([f"c{i}" for i in range(1501)], [1500])),
 }
 
 

@@ -122,7 +122,7 @@ TARS: dict[str, tuple[bytes, str]] = {
     "padded label": (tarred(labelled(b"0" * 24 + b"5")), "has more than 20 digits"),
     "empty label": (tarred(labelled(b"")), "label '' means that the image has no label"),
     "label 2^32": (tarred(labelled(b"4294967296")), "label 4294967296 is out of range; expected a class number from 0"),
-    "label 50 million": (tarred(labelled(b"50000000")), "label 50000000 is out of range; expected a class number from 0"),
+    "label 50 million": (tarred(labelled(b"50000000")), "label 50000000 is out of range; expected a class number"),
     "two image suffixes with dots": (
         tarred([("a.left.jpg", IMAGES[1]), ("a.right.jpg", IMAGES[0]), ("a.cls", b"1")]),
         r"key 'a' with suffix 'left.jpg', and the tar has 2 such image suffixes",
@@ -147,7 +147,10 @@ TARS: dict[str, tuple[bytes, str]] = {
         "a.jpg is a sparse file",
     ),
     "negative size": (raw_header(b"a.jpg", b"\xff" * 12) + bytes(1024), "a.jpg has an invalid size of -1 bytes"),
-    "size of 8 EiB": (raw_header(b"a.jpg", b"\x80\0\0\0\x7f" + b"\xff" * 7) + bytes(1024), "truncated: the file ends within a.jpg"),
+    "size of 8 EiB": (
+        raw_header(b"a.jpg", b"\x80\0\0\0\x7f" + b"\xff" * 7) + bytes(1024),
+        "truncated: the file ends within a.jpg",
+    ),
     "negative pax size": (
         pax(b"14 size=-1024\n") + raw_header(b"a.jpg", b"%011o\0" % 0) + bytes(1024),
         "a.jpg has an invalid size.* -1,024 bytes",
@@ -290,10 +293,10 @@ PARQUET: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     ),
     "negative label": (lambda: {"image": IMAGES, "label": [0, 1, 0, -2]}, "row 3: label -2"),
     "text and numbers": (lambda: {"image": IMAGES, "label": ["0", "b", "0", "b"]}, "row 1: label 'b', but "),
-    "float labels": (lambda: {"image": IMAGES, "label": [0.0, 1.0, 0.5, 0.0]}, "row 2: label 0.5 is not a class number"),
+    "float labels": (lambda: {"image": IMAGES, "label": [0.0, 1.0, 0.5, 0.0]}, "row 2: label 0.5 is not a class"),
     "list labels": (lambda: {"image": IMAGES, "label": [[0]] * 4}, "column label has type list"),
     "label 2^40": (lambda: {"image": IMAGES, "label": [0, 0, 0, 2**40]}, "row 3: label 1099511627776 is out of range"),
-    "label 50 million": (lambda: {"image": IMAGES, "label": [0, 0, 0, 50_000_000]}, "row 3: label 50000000 is out of range"),
+    "label 50 million": (lambda: {"image": IMAGES, "label": [0, 0, 0, 50_000_000]}, "row 3: label 50000000 is out of"),
     "zero rows": (
         lambda: {"image": column([], "binary"), "label": column([], "int64")},
         "its Parquet files contain no images with labels",
@@ -323,7 +326,7 @@ PARQUET_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda data: b"", "not a Parquet file, or truncated"),
     "truncated": (lambda data: data[: len(data) // 2], "not a Parquet file, or truncated"),
     "footer flipped": (lambda data: _flip(len(data) - 150, _flip(len(data) - 200, data)), "damaged"),
-    "footer of 2 GiB": (lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", "2,147,483,647 bytes of metadata"),
+    "footer of 2 GiB": (lambda data: data[:-8] + b"\xff\xff\xff\x7fPAR1", "has 2,147,483,647 bytes of metadata"),
     "footer larger than the file": (lambda data: data[:-8] + b"\xff\xff\x0f\x00PAR1", "damaged"),
     "first page header": (lambda data: data[:4] + bytes(60) + data[64:], "damaged"),
     "page flipped": (lambda data: _flip(600, data), "damaged"),
@@ -377,12 +380,15 @@ def test_too_large_column_chunks_are_rejected_before_they_are_read(
     assert_rejected(tmp_path / "in", tmp_path, r"row group 0 has [0-9,]+ bytes in column image; at most 500")
 
 
-def test_parquet_files_with_a_too_high_compression_ratio_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parquet_files_with_a_too_high_compression_ratio_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A dictionary page stores 500 copies of an image of 64 KiB in a small file."""
     image = random.Random(0).randbytes(2**16)
     write_parquet(tmp_path / "in" / "train.parquet", {"image": [image] * 500, "label": [0] * 500})
     monkeypatch.setattr(parquet_unpack, "_SMALL", 2**20)
-    assert_rejected(tmp_path / "in", tmp_path, "row [0-9]+: the file unpacks to more than [0-9,]+ bytes, 100 times its size")
+    complaint = "row [0-9]+: the file unpacks to more than [0-9,]+ bytes, 100 times its size"
+    assert_rejected(tmp_path / "in", tmp_path, complaint)
 
 
 @pytest.mark.parametrize("names", [[1, 2], "cat", {"a": 1}, ["a", None]])
@@ -508,10 +514,10 @@ def test_a_damaged_meta_mat_is_read_or_raises_a_user_error(seed: int, flips: int
 
 ILSVRC: dict[str, tuple[Entries, str]] = {
     "a class tar twice": ([*TRAIN, TRAIN[0]], "contains n00000001.tar twice"),
-    "one class in two folders": ([(f"{d}/n00000001.tar", INNER["n00000001"]) for d in "xy"], "contains n00000001.tar twice"),
+    "one class in two folders": ([(f"{d}/n00000001.tar", INNER["n00000001"]) for d in "xy"], "n00000001.tar twice"),
     "text for a class tar": ([TRAIN[0], ("n00000002.tar", b"hello" * 200)], "n00000002.tar: damaged at byte"),
-    "a class of text": ([TRAIN[0], ("n00000002.tar", tarred([("a.txt", b"x")]))], "n00000002.tar: the class tar has no"),
-    "a class of a tar": ([TRAIN[0], ("n00000002.tar", tarred([("n3.tar", b"x")]))], "n00000002.tar: the class tar has no"),
+    "a class of text": ([TRAIN[0], ("n00000002.tar", tarred([("a.txt", b"x")]))], "n00000002.tar: the class tar has"),
+    "a class of a tar": ([TRAIN[0], ("n00000002.tar", tarred([("n3.tar", b"x")]))], "n00000002.tar: the class tar has"),
     "only resource forks": ([("._n00000002.tar", b"\0\5\x16\7" + bytes(600))], "no class tars in it"),
 }
 
@@ -536,7 +542,7 @@ def test_a_duplicate_validation_image_is_rejected(tmp_path: Path) -> None:
     twice: Entries = [(f"{d}/ILSVRC2012_val_00000001.JPEG", IMAGES[0]) for d in "ab"]
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(tarred([*twice, ("b.JPEG", IMAGES[1])]))
     (tmp_path / ilsvrc.DEVKITS[0]).write_bytes(kit())
-    with pytest.raises(UserError, match="contains ILSVRC2012_val_00000001.JPEG twice, so the labels cannot be assigned"):
+    with pytest.raises(UserError, match=r"ILSVRC2012_val_00000001\.JPEG twice, so the labels cannot be assigned"):
         convert(tmp_path, tmp_path / ".set", ONE)
 
 
@@ -652,7 +658,8 @@ def test_special_files_in_a_source_never_block(place: str, tmp_path: Path, monke
     elif place == "devkit":
         (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tarred(list(TRAIN)))
         os.mkfifo(tmp_path / ilsvrc.DEVKITS[0])
-        assert_rejected(tmp_path / "ILSVRC2012_img_train.tar", tmp_path, "devkit_t12.tar.gz: a fifo, not a regular file")
+        tar = tmp_path / "ILSVRC2012_img_train.tar"
+        assert_rejected(tar, tmp_path, "devkit_t12.tar.gz: a fifo, not a regular file")
     else:
         (source / "a").rename(tmp_path / "away")
         os.mkfifo(source / f"x.{place}")

@@ -1,4 +1,4 @@
-"""Several layouts, one result: the same images give the same shards, whatever they came in."""
+"""The same images give the same shards in every source layout."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from shards.sources.scan import Scan, ScanOptions
 
 ONE = ScanOptions(workers=1)
 
-# Sorted by synset, which is the order of labels. The development kit numbers them otherwise.
+# Sorted by synset, which is the order of labels. The numbers in the development kit have another order.
 SYNSETS = {"n01440764": "tench, Tinca tinca", "n01443537": "goldfish", "n02119789": "kit fox, Vulpes macrotis"}
 DEVKIT_NUMBERS = {"n01440764": 2, "n01443537": 3, "n02119789": 1}
-INNER_NODE = ("n00001740", 1001)  # the kit also lists synsets that are no classes
-TRAIN_EACH, VAL = 4, ["n02119789", "n01440764", "n01443537", "n02119789", "n01443537"]  # truth, by image number
+INNER_NODE = ("n00001740", 1001)  # the kit also lists synsets that are not classes
+TRAIN_EACH, VAL = 4, ["n02119789", "n01440764", "n01443537", "n02119789", "n01443537"]  # class of each validation image
 
 
 def jpeg(number: int) -> bytes:
@@ -130,7 +130,7 @@ def test_imagenet_gives_the_same_shards_from_every_layout(layout: str, tmp_path:
 
 
 @pytest.mark.parametrize("layout", IMAGENET_LAYOUTS)
-def test_validation_labels_follow_the_synset_not_the_number(layout: str, tmp_path: Path) -> None:
+def test_validation_labels_follow_the_order_of_synsets(layout: str, tmp_path: Path) -> None:
     source = IMAGENET_LAYOUTS[layout](tmp_path / "in")
     val = scan(source, ONE, tmp_path / "spool").splits["val"]
     found = {Path(val.name(i).decode()).name: int(val.rows["label"][i]) for i in range(len(val))}
@@ -139,23 +139,23 @@ def test_validation_labels_follow_the_synset_not_the_number(layout: str, tmp_pat
 
 
 @pytest.mark.parametrize("layout", ["ilsvrc", "kaggle"])
-def test_what_claims_to_be_imagenet_is_counted(layout: str, tmp_path: Path) -> None:
+def test_differences_from_imagenet_are_noted(layout: str, tmp_path: Path) -> None:
     notes = scan(IMAGENET_LAYOUTS[layout](tmp_path / "in"), ONE, tmp_path / "spool").notes
     assert notes == (
-        "ImageNet-1K has 1,000 classes, this source 3",
-        f"ImageNet-1K has 1,281,167 train images, this source {len(TRAIN_IMAGES)}",
-        f"ImageNet-1K has 50,000 val images, this source {len(VAL)}",
+        "ImageNet-1K has 1,000 classes, but this source has 3",
+        f"ImageNet-1K has 1,281,167 train images, but this source has {len(TRAIN_IMAGES)}",
+        f"ImageNet-1K has 50,000 val images, but this source has {len(VAL)}",
     )
 
 
-def test_a_folder_of_a_thousand_synsets_claims_to_be_imagenet(tmp_path: Path) -> None:
+def test_a_folder_of_1000_synsets_is_compared_with_imagenet(tmp_path: Path) -> None:
     for c in range(1000):
         write(tmp_path / "in" / f"n{c:08d}" / "1.jpg", b"")
     notes = scan(tmp_path / "in", ONE, tmp_path / "spool").notes
-    assert notes == ("ImageNet-1K has 1,281,167 train images, this source 1,000",)
+    assert notes == ("ImageNet-1K has 1,281,167 train images, but this source has 1,000",)
 
 
-def test_ilsvrc_needs_the_kit_for_validation_and_takes_it_unpacked(tmp_path: Path) -> None:
+def test_the_ilsvrc_validation_tar_requires_the_development_kit(tmp_path: Path) -> None:
     source = as_ilsvrc(tmp_path / "in")
     kit = source / "ILSVRC2012_devkit_t12.tar.gz"
     with tarfile.open(kit) as tar:
@@ -163,7 +163,7 @@ def test_ilsvrc_needs_the_kit_for_validation_and_takes_it_unpacked(tmp_path: Pat
     kit.unlink()
     assert len(scan(source, ONE, tmp_path / "spool").splits["val"]) == len(VAL)
     (source / "ILSVRC2012_devkit_t12").rename(source / "elsewhere")
-    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: has no labels; put ILSVRC2012_devkit_t12"):
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_val\.tar: its labels are missing; add ILSVRC2012_devkit_t12"):
         scan(source, ONE, tmp_path / "spool")
     (source / "ILSVRC2012_img_val.tar").unlink()
     found = scan(source, ONE, tmp_path / "spool")
@@ -172,24 +172,24 @@ def test_ilsvrc_needs_the_kit_for_validation_and_takes_it_unpacked(tmp_path: Pat
     assert len(scan(source / "ILSVRC2012_img_train.tar", ONE, tmp_path / "spool").splits["train"]) == len(TRAIN_IMAGES)
 
 
-def test_kaggle_needs_the_solution(tmp_path: Path) -> None:
+def test_the_kaggle_layout_requires_the_list_of_validation_labels(tmp_path: Path) -> None:
     source = as_kaggle(tmp_path / "in")
     assert detect_layout(source / "ILSVRC") == "kaggle"
     (source / "LOC_val_solution.csv").unlink()
-    with pytest.raises(UserError, match=r"LOC_val_solution\.csv: missing"):
+    with pytest.raises(UserError, match=r"LOC_val_solution\.csv: not found"):
         scan(source, ONE, tmp_path / "spool")
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])
-def test_a_truncated_tar_is_named(keep: float, tmp_path: Path) -> None:
+def test_a_truncated_tar_is_rejected_by_name(keep: float, tmp_path: Path) -> None:
     tar = as_ilsvrc(tmp_path / "in") / "ILSVRC2012_img_train.tar"
     data = tar.read_bytes()
     tar.write_bytes(data[: int(keep * len(data.rstrip(b"\0")))])
-    with pytest.raises(UserError, match=r"img_train\.tar: (ends within|damaged|no tar)"):
+    with pytest.raises(UserError, match=r"img_train\.tar: (truncated|damaged|not a tar)"):
         scan(tmp_path / "in", ONE, tmp_path / "spool")
 
 
-def test_a_damaged_header_in_the_middle_is_not_the_end(tmp_path: Path) -> None:
+def test_a_damaged_header_is_not_treated_as_the_end_of_the_tar(tmp_path: Path) -> None:
     tar = as_ilsvrc(tmp_path / "in") / "ILSVRC2012_img_val.tar"
     data = bytearray(tar.read_bytes())
     third = data.index(b"ILSVRC2012_val_00000003")
@@ -212,7 +212,7 @@ def write_parquet(path: Path, rows: list[tuple[bytes, str | None, int]], names: 
     pq.write_table(table, path, row_group_size=2)
 
 
-def test_parquet_as_dataset_hubs_give_it(tmp_path: Path) -> None:
+def test_parquet_files_of_a_data_set_hub_are_converted(tmp_path: Path) -> None:
     names = ["tench, Tinca tinca", "goldfish", "kit fox, Vulpes macrotis"]
     order = list(SYNSETS)
     train = [(data, Path(name).name, order.index(name[:9])) for name, data in TRAIN_IMAGES.items()]
@@ -227,10 +227,10 @@ def test_parquet_as_dataset_hubs_give_it(tmp_path: Path) -> None:
     assert samples(shard_set, "train") == {(data, label) for data, _, label in train}
     assert samples(shard_set, "val") == {(data, label) for data, _, label in val}
     assert verify(tmp_path / "set", workers=1) == []
-    assert not (tmp_path / "set" / ".making").exists(), "the spool is gone"
+    assert not (tmp_path / "set" / ".making").exists(), "the spool files must be removed"
 
 
-def test_a_validation_folder_alone_is_a_validation_split(tmp_path: Path) -> None:
+def test_a_source_with_only_a_validation_folder_has_only_a_validation_split(tmp_path: Path) -> None:
     for synset in SYNSETS:
         write(tmp_path / "in" / "val" / synset / "1.jpg", jpeg(0))
     found = scan(tmp_path / "in", ONE, tmp_path / "spool")
@@ -245,20 +245,20 @@ def samples(shard_set: ShardSet, split: str) -> set[tuple[bytes, int]]:
     }
 
 
-def test_parquet_of_other_columns_is_refused(tmp_path: Path) -> None:
+def test_parquet_files_without_image_columns_are_rejected(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     pq.write_table(pa.table({"text": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match=r"a\.parquet: columns text; expected an image"):
+    with pytest.raises(UserError, match=r"a\.parquet: has the columns text; expected an image column"):
         scan(tmp_path, ONE, tmp_path / "spool")
     write_parquet(tmp_path / "a.parquet", [(None, "http://elsewhere/1.jpg", 0)], None)  # type: ignore[list-item]
-    with pytest.raises(UserError, match=r"column image is of type struct<.*>, which holds no image bytes"):
+    with pytest.raises(UserError, match=r"column image has type struct<.*>, which cannot hold image bytes"):
         scan(tmp_path, ONE, tmp_path / "spool")
 
 
 def as_webdataset(root: Path, form: int = tarfile.PAX_FORMAT) -> Path:
-    """Tars as others write them: directories, other members, other header formats."""
+    """Write tars like other tools: with directories, additional members, and other header formats."""
     root.mkdir()
     for split, count in (("train", 3), ("val", 1)):
         for shard in range(count):
@@ -275,7 +275,7 @@ def as_webdataset(root: Path, form: int = tarfile.PAX_FORMAT) -> Path:
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_webdataset_tars(tmp_path: Path, form: int) -> None:
+def test_webdataset_tars_are_converted(tmp_path: Path, form: int) -> None:
     source = as_webdataset(tmp_path / "in", form)
     assert detect_layout(source) == "webdataset"
     convert(source, tmp_path / "set", Options(scan=ONE))
@@ -283,10 +283,10 @@ def test_webdataset_tars(tmp_path: Path, form: int) -> None:
     assert samples(shard_set, "train") == {(jpeg(10 * shard + i), i) for shard in range(3) for i in range(5)}
     assert samples(shard_set, "val") == {(jpeg(100 + i), i) for i in range(5)}
     assert sum(entry["count"] for entry in shard_set.manifest.made["unused"]) == 4 * (5 + 1)
-    assert verify(tmp_path / "set", workers=1) == [], "keys that repeat in every tar stay apart"
+    assert verify(tmp_path / "set", workers=1) == [], "keys that occur in every tar must stay unique"
 
 
-def test_a_set_of_ours_can_be_sharded_again(tmp_path: Path) -> None:
+def test_a_shard_set_can_be_converted_again(tmp_path: Path) -> None:
     convert(as_folder(tmp_path / "in"), tmp_path / "once", Options(scan=ONE))
     convert(tmp_path / "once", tmp_path / "twice", Options(scan=ScanOptions(seed=1, workers=1)))
     once, twice = ShardSet(tmp_path / "once"), ShardSet(tmp_path / "twice")
@@ -295,10 +295,10 @@ def test_a_set_of_ours_can_be_sharded_again(tmp_path: Path) -> None:
         assert samples(once, split) == samples(twice, split)
 
 
-def test_a_tar_of_images_alone_is_refused(tmp_path: Path) -> None:
+def test_a_tar_of_only_images_is_rejected(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(0)})
     with pytest.raises(
-        UserError, match=r"no samples in it: found 1 \.jpg and no labels; expected KEY\.jpg and KEY\.cls"
+        UserError, match=r"no samples: found 1 \.jpg, but no labels; expected KEY\.jpg and KEY\.cls"
     ):
         scan(tmp_path / "a.tar", ONE, tmp_path / "spool")
 
@@ -314,7 +314,7 @@ def names(found: Scan, split: str) -> set[bytes]:
     return {listing.name(i) for i in range(len(listing))}
 
 
-def test_a_validation_split_is_taken_from_every_class(tmp_path: Path) -> None:
+def test_val_fraction_splits_off_images_of_every_class(tmp_path: Path) -> None:
     source = one_folder(tmp_path / "in")
     found = scan(source, ScanOptions(val_fraction=0.25), tmp_path / "spool")
     assert list(np.bincount(found.splits["val"].rows["label"])) == [1, 1, 1]
@@ -324,15 +324,15 @@ def test_a_validation_split_is_taken_from_every_class(tmp_path: Path) -> None:
     assert names(found, "val") != names(other, "val")
 
 
-def test_a_validation_split_of_nothing_is_refused(tmp_path: Path) -> None:
-    for fraction, complaint in ((1.0, "between 0 and 1"), (-1, "between 0")):
+def test_an_invalid_val_fraction_is_rejected(tmp_path: Path) -> None:
+    for fraction, complaint in ((1.0, "expected a number from 0 to less than 1"), (-1, "expected a number from 0")):
         with pytest.raises(UserError, match=complaint):
             scan(one_folder(tmp_path / f"in{fraction}"), ScanOptions(val_fraction=fraction), tmp_path / "spool")
-    with pytest.raises(UserError, match="has a validation split"):
+    with pytest.raises(UserError, match="already has a validation split"):
         scan(as_folder(tmp_path / "both"), ScanOptions(val_fraction=0.1), tmp_path / "spool")
 
 
-def test_a_file_can_order_and_name_the_classes(tmp_path: Path) -> None:
+def test_a_classes_file_orders_and_names_the_classes(tmp_path: Path) -> None:
     source = one_folder(tmp_path / "in")
     order = tmp_path / "classes.txt"
     order.write_text("n02119789\tkit fox, Vulpes\nn01440764 tench\nn99999999\n\nn01443537\n")
@@ -351,13 +351,13 @@ def test_a_file_can_order_and_name_the_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("n01440764\nn01443537\n", "does not name class 'n02119789'"),
-        ("a\na\n", "named twice"),
-        ("\n", "no classes in it"),
-        (None, "missing; expected a text file with one class a line"),
+        ("n01440764\nn01443537\n", "does not list class 'n02119789'"),
+        ("a\na\n", "contains class 'a' twice"),
+        ("\n", "contains no classes"),
+        (None, "missing; expected a text file with one class per line"),
     ],
 )
-def test_a_classes_file_that_does_not_fit(content: str | None, complaint: str, tmp_path: Path) -> None:
+def test_an_invalid_classes_file_is_rejected(content: str | None, complaint: str, tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     if content is not None:
         path.write_text(content)
@@ -365,9 +365,9 @@ def test_a_classes_file_that_does_not_fit(content: str | None, complaint: str, t
         scan(one_folder(tmp_path / "in"), ScanOptions(classes=path), tmp_path / "spool")
 
 
-def test_the_layout_can_be_insisted_on(tmp_path: Path) -> None:
+def test_an_explicit_layout_overrides_detection(tmp_path: Path) -> None:
     source = as_folder(tmp_path / "in")
-    with pytest.raises(UserError, match="not the Kaggle layout"):
+    with pytest.raises(UserError, match="does not have the Kaggle layout"):
         scan(source, ScanOptions(layout="kaggle"), tmp_path / "spool")
-    with pytest.raises(UserError, match="no tars in it"):
+    with pytest.raises(UserError, match="no tars found"):
         scan(source, ScanOptions(layout="webdataset"), tmp_path / "spool")

@@ -1,4 +1,4 @@
-"""What was begun is finished from the source as it was; what is finished needs its source no more."""
+"""A conversion is resumed only if its source is unchanged; a complete set no longer needs its source."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def write_table(path: Path, labels: list[int]) -> None:
 
 
 def made_long_ago(source: Path) -> Path:
-    """Set the times of a source back, so that they tell whatever is done to it."""
+    """Set all modification times of a source to the past, so that any change is visible in them."""
     for path in (source, *source.rglob("*")):
         os.utime(path, (1_000_000, 1_000_000))
     return source
@@ -72,8 +72,8 @@ def start(how: str, source: Path, out: Path, options: Options = SMALL) -> object
 
 
 def begin(source: Path, out: Path, how: str, *, complete: bool = False) -> None:
-    """Make the shards of the first part; of all, where they are to be joined or to be complete."""
-    convert(source, out, SMALL, ConversionPart(1, 2))
+    """Write the shards of the first part, or of both parts if `how` or `complete` requires it."""
+    convert(source, out, SMALL, Part(1, 2))
     if how == "finish" or complete:
         convert(source, out, SMALL, ConversionPart(2, 2))
 
@@ -89,13 +89,13 @@ MADE: dict[str, Callable[[Path], Path]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is done to a source, and what is said of it."""
+    """A change of a source, and the message about it."""
 
     kind: str
     """Key of `MADE`."""
     what: str
     said: str
-    """Regular expression."""
+    """Regular expression of the message."""
     change: Change
 
     def __str__(self) -> str:
@@ -123,7 +123,7 @@ def jpg(source: Path) -> Path:
 
 @pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize("case", GROWN, ids=str)
-def test_a_source_that_differs_is_refused(case: Case, how: str, tmp_path: Path) -> None:
+def test_a_changed_source_is_rejected_until_it_is_restored(case: Case, how: str, tmp_path: Path) -> None:
     source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
     shutil.copytree(source, tmp_path / "kept")
     begin(source, out, how)
@@ -150,10 +150,12 @@ def test_a_source_that_differs_is_refused(case: Case, how: str, tmp_path: Path) 
         ("the content of images differ", lambda s: jpg(s).write_bytes(jpg(s).read_bytes()[:-1] + b"x")),
         ("names of its classes", lambda s: (s / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
     ],
-    ids=["size", "content", "human names"],
+    ids=["size", "content", "readable names"],
 )  # fmt: skip
 @pytest.mark.parametrize("how", ["convert", "finish"])
-def test_what_no_folder_tells_is_found_by_a_listing(fact: str, change: Change, how: str, tmp_path: Path) -> None:
+def test_changes_that_keep_folder_times_are_detected_by_listing(
+    fact: str, change: Change, how: str, tmp_path: Path
+) -> None:
     source = folders(tmp_path / "in")
     begin(source, tmp_path / "set", how)
     change(source)
@@ -162,7 +164,7 @@ def test_what_no_folder_tells_is_found_by_a_listing(fact: str, change: Change, h
     assert fact.format(source) in str(caught.value)
 
 
-def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) -> None:
+def test_a_split_off_validation_split_is_not_reported_as_a_change(tmp_path: Path) -> None:
     source = class_folders(tmp_path / "in", {"a": 6, "b": 6})
     options = Options(shard_bytes=4000, scan=ScanOptions(workers=1, val_fraction=0.5))
     convert(source, tmp_path / "set", options, ConversionPart(1, 2))
@@ -171,7 +173,7 @@ def test_a_validation_split_that_was_split_off_is_no_difference(tmp_path: Path) 
         convert(source, tmp_path / "set", options)
 
 
-def test_a_source_read_through_a_link_is_the_same(tmp_path: Path) -> None:
+def test_a_source_and_a_link_to_it_are_the_same_source(tmp_path: Path) -> None:
     source, link = folders(tmp_path / "in"), tmp_path / "link"
     link.symlink_to(source)
     convert(link, tmp_path / "set", SMALL, ConversionPart(1, 2))
@@ -183,7 +185,7 @@ def test_a_source_read_through_a_link_is_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", STARTS)
-def test_files_that_are_no_images_do_not_matter(how: str, tmp_path: Path) -> None:
+def test_new_files_that_are_not_images_are_not_a_change(how: str, tmp_path: Path) -> None:
     source = made_long_ago(folders(tmp_path / "in"))
     begin(source, tmp_path / "set", how)
     (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
@@ -191,8 +193,8 @@ def test_files_that_are_no_images_do_not_matter(how: str, tmp_path: Path) -> Non
     start(how, source, tmp_path / "set")
 
 
-def test_a_part_does_not_list_a_source_that_looks_the_same(tmp_path: Path) -> None:
-    """Thousands of them would list millions of files at once."""
+def test_a_part_does_not_list_a_source_whose_folders_are_unchanged(tmp_path: Path) -> None:
+    """Otherwise thousands of parts would list millions of files at the same time."""
     source = made_long_ago(folders(tmp_path / "in"))
     begin(source, tmp_path / "set", "part")
     with count_listings(source) as listings:
@@ -200,12 +202,12 @@ def test_a_part_does_not_list_a_source_that_looks_the_same(tmp_path: Path) -> No
     assert listings == {}
     (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
     with count_listings(source) as listings:
-        convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
-    assert set(listings) > {"train/cat"}, "the counter counts"
+        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+    assert set(listings) > {"train/cat"}, "the changed source must be listed"
 
 
-def test_a_change_within_the_second_of_the_listing_is_found(tmp_path: Path) -> None:
-    """Times in whole seconds do not tell it."""
+def test_a_change_within_the_second_of_the_listing_is_detected(tmp_path: Path) -> None:
+    """Modification times in whole seconds do not show such a change."""
     source = folders(tmp_path / "in")
     begin(source, tmp_path / "set", "part")
     folder = source / "train" / "cat"
@@ -232,10 +234,10 @@ REMOVED = [
 
 @pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize("case", REMOVED, ids=str)
-def test_what_no_shard_needs_any_more_may_be_removed(
+def test_a_source_may_be_removed_when_all_shards_are_written(
     case: Case, how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """People remove what is converted, to save room, before the parts are joined."""
+    """Users remove converted images to free disk space before the parts are joined."""
     source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
     begin(source, out, how, complete=True)
     case.change(source)
@@ -248,20 +250,20 @@ def test_what_no_shard_needs_any_more_may_be_removed(
 
 
 def add_unseen(source: Path) -> None:
-    """Add an image, and a folder without any, for which the source cannot be listed."""
+    """Add an image, and a class folder without images, which makes listing the source fail."""
     shutil.copy(jpg(source), source / "train/cat/9.jpg")
     (source / "train/extra").mkdir()
 
 
 HIDDEN = [
-    Case("folder", "image added", "it can no longer be read .*/extra: a class folder without images", add_unseen),
-    Case("tars", "tar emptied", "it can no longer be read with layout ", lambda s: (s / "b.tar").write_bytes(b"")),
+    Case("folder", "image added", "it cannot be read as it was .*/extra: the class folder has no images", add_unseen),
+    Case("tars", "tar emptied", "it cannot be read as it was ", lambda s: (s / "b.tar").write_bytes(b"")),
 ]
 
 
 @pytest.mark.parametrize("how", STARTS)
 @pytest.mark.parametrize("case", HIDDEN, ids=str)
-def test_a_source_that_cannot_be_listed_may_hold_nothing_new(case: Case, how: str, tmp_path: Path) -> None:
+def test_a_changed_source_that_cannot_be_listed_is_rejected(case: Case, how: str, tmp_path: Path) -> None:
     source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
     begin(source, out, how, complete=True)
     case.change(source)
@@ -269,8 +271,8 @@ def test_a_source_that_cannot_be_listed_may_hold_nothing_new(case: Case, how: st
         start(how, source, out)
 
 
-def test_the_folder_above_the_set_and_names_that_are_not_utf_8_do_not_look_changed(tmp_path: Path) -> None:
-    """Otherwise every part lists the whole source."""
+def test_writing_the_set_into_the_source_is_not_a_change(tmp_path: Path) -> None:
+    """Otherwise every part would list the entire source; one folder name is not UTF-8."""
     source = folders(tmp_path / "in")
     around = source / os.fsdecode(b"pets-\xff")
     (source / "train").rename(around)
@@ -287,7 +289,7 @@ def test_the_folder_above_the_set_and_names_that_are_not_utf_8_do_not_look_chang
 
 @pytest.mark.parametrize("how", ["convert", "part"])
 @pytest.mark.parametrize("case", REMOVED, ids=str)
-def test_what_shards_need_may_not_be_removed(case: Case, how: str, tmp_path: Path) -> None:
+def test_removing_images_of_missing_shards_is_rejected(case: Case, how: str, tmp_path: Path) -> None:
     source, out = made_long_ago(MADE[case.kind](tmp_path / "in")), tmp_path / "set"
     begin(source, out, how)
     case.change(source)
@@ -297,7 +299,7 @@ def test_what_shards_need_may_not_be_removed(case: Case, how: str, tmp_path: Pat
 
 @pytest.fixture
 def attributes(tmp_path: Path) -> None:
-    """Skip where the file system has no attributes of files, which the place of a source is kept in."""
+    """Skip the test if the file system has no extended attributes, which store the location of the source."""
     try:
         os.setxattr(tmp_path, "user.test", b"")
     except OSError as error:
@@ -306,7 +308,7 @@ def attributes(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("attributes")
 @pytest.mark.parametrize("arguments", [{}, {"part": "2/2"}, {"finish": True}, {"layout": "folder"}])
-def test_a_finished_set_whose_source_was_removed_is_complete(
+def test_a_set_whose_source_was_removed_is_reported_as_complete(
     arguments: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = folders(tmp_path / "in"), tmp_path / "in-shards"
@@ -327,7 +329,9 @@ def test_a_finished_set_whose_source_was_removed_is_complete(
         ({"layout": "webdataset"}, "source of layout 'folder', not 'webdataset'"),
     ],
 )
-def test_other_options_are_refused_without_the_source(arguments: dict[str, object], fact: str, tmp_path: Path) -> None:
+def test_other_options_are_rejected_even_without_the_source(
+    arguments: dict[str, object], fact: str, tmp_path: Path
+) -> None:
     source, out = folders(tmp_path / "in"), tmp_path / "in-shards"
     convert(source, out, Options(scan=SMALL.scan))
     shutil.rmtree(source)
@@ -336,7 +340,7 @@ def test_other_options_are_refused_without_the_source(arguments: dict[str, objec
 
 
 @pytest.mark.usefixtures("attributes")
-def test_the_set_of_a_removed_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_set_of_a_removed_source_file_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = labelled_tar(tmp_path / "pets.tar", [0, 1])
     command = Shard(file, workers=1)
     assert command.run() == 0
@@ -348,8 +352,8 @@ def test_the_set_of_a_removed_file_is_found(tmp_path: Path, capsys: pytest.Captu
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("arguments", [{}, {"finish": True}, {"layout": "folder"}])
-def test_a_source_that_never_was_is_an_error(arguments: dict[str, object], known: bool, tmp_path: Path) -> None:
-    """So is one of a set of which it is not known where its source was: a copy."""
+def test_a_source_that_never_existed_is_an_error(arguments: dict[str, object], known: bool, tmp_path: Path) -> None:
+    """A copy of a set does not record the location of its source, so the source is unknown."""
     source, out = folders(tmp_path / "in"), tmp_path / "set"
     convert(source, out, Options(scan=SMALL.scan))
     if not known:
@@ -364,7 +368,7 @@ def test_a_source_that_never_was_is_an_error(arguments: dict[str, object], known
     assert caught.value.exit_code == 2
 
 
-def test_a_removed_source_begins_nothing(tmp_path: Path) -> None:
+def test_a_missing_source_creates_no_files(tmp_path: Path) -> None:
     for arguments in ({}, {"part": "1/2"}):
         with pytest.raises(UserError, match="nowhere: no such file or folder"):
             Shard(tmp_path / "nowhere", workers=1, **arguments).run()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A set knows its source: another one, or what it was changed into, is not taken for it."""
+"""A shard set is not continued or confirmed with another source, or with a changed source."""
 
 from __future__ import annotations
 
@@ -45,33 +45,33 @@ def write_table(path: Path, labels: list[int], metadata: dict[bytes, bytes] | No
 MADE: dict[str, Callable[[Path], Path]] = {"folder": folders, "tars": tars, "parquet": tables}
 
 CHANGES: list[tuple[str, str, Callable[[Path], object]]] = [
-    ("folder", "a class more", lambda root: class_folders(root / "train", {"cow": 1})),
-    ("folder", "an image more", lambda root: (root / "train/cat/9.jpg").write_bytes(jpeg(9))),
-    ("folder", "an image less", lambda root: (root / "train/cat/0.jpg").unlink()),
-    ("folder", "another size", lambda root: (root / "train/cat/0.jpg").write_bytes(jpeg(9, 80))),
-    ("folder", "a class renamed", lambda root: (root / "train/cat").rename(root / "train/tac")),
-    ("folder", "an image moved", lambda root: (root / "train/cat/0.jpg").rename(root / "train/dog/7.jpg")),
-    ("folder", "a split more", lambda root: shutil.copytree(root / "train", root / "val")),
-    ("folder", "a human name", lambda root: (root / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
-    ("tars", "a tar more", lambda root: labelled_tar(root / "c.tar", [0])),
-    ("tars", "a tar less", lambda root: (root / "b.tar").unlink()),
-    ("tars", "a tar renamed", lambda root: (root / "a.tar").rename(root / "z.tar")),
-    ("tars", "another label", lambda root: labelled_tar(root / "b.tar", [0, 0])),
-    ("tars", "a sample more", lambda root: labelled_tar(root / "b.tar", [1, 0, 1])),
-    ("tars", "another order", lambda root: labelled_tar(root / "b.tar", [0, 1])),
-    ("parquet", "a file more", lambda root: write_table(root / "train-2.parquet", [0])),
-    ("parquet", "a file less", lambda root: (root / "train-1.parquet").unlink()),
-    ("parquet", "a row more", lambda root: write_table(root / "train-1.parquet", [0, 1, 1])),
-    ("parquet", "other labels", lambda root: write_table(root / "train-1.parquet", [1, 1])),
-    ("parquet", "labels exchanged", lambda root: write_table(root / "train-1.parquet", [1, 0])),
-    ("parquet", "a file renamed", lambda root: (root / "train-1.parquet").rename(root / "train-9.parquet")),
+    ("folder", "class added", lambda root: class_folders(root / "train", {"cow": 1})),
+    ("folder", "image added", lambda root: (root / "train/cat/9.jpg").write_bytes(jpeg(9))),
+    ("folder", "image removed", lambda root: (root / "train/cat/0.jpg").unlink()),
+    ("folder", "image size changed", lambda root: (root / "train/cat/0.jpg").write_bytes(jpeg(9, 80))),
+    ("folder", "class renamed", lambda root: (root / "train/cat").rename(root / "train/tac")),
+    ("folder", "image moved", lambda root: (root / "train/cat/0.jpg").rename(root / "train/dog/7.jpg")),
+    ("folder", "split added", lambda root: shutil.copytree(root / "train", root / "val")),
+    ("folder", "readable names added", lambda root: (root / "synset_words.txt").write_text("cat Tom\ndog Rex\n")),
+    ("tars", "tar added", lambda root: labelled_tar(root / "c.tar", [0])),
+    ("tars", "tar removed", lambda root: (root / "b.tar").unlink()),
+    ("tars", "tar renamed", lambda root: (root / "a.tar").rename(root / "z.tar")),
+    ("tars", "label changed", lambda root: labelled_tar(root / "b.tar", [0, 0])),
+    ("tars", "sample added", lambda root: labelled_tar(root / "b.tar", [1, 0, 1])),
+    ("tars", "labels swapped in a tar", lambda root: labelled_tar(root / "b.tar", [0, 1])),
+    ("parquet", "file added", lambda root: write_table(root / "train-2.parquet", [0])),
+    ("parquet", "file removed", lambda root: (root / "train-1.parquet").unlink()),
+    ("parquet", "row added", lambda root: write_table(root / "train-1.parquet", [0, 1, 1])),
+    ("parquet", "label changed in a table", lambda root: write_table(root / "train-1.parquet", [1, 1])),
+    ("parquet", "labels swapped in a table", lambda root: write_table(root / "train-1.parquet", [1, 0])),
+    ("parquet", "file renamed", lambda root: (root / "train-1.parquet").rename(root / "train-9.parquet")),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "change"), [(kind, change) for kind, _, change in CHANGES], ids=[c[1] for c in CHANGES]
 )
-def test_a_finished_set_is_not_that_of_a_changed_source(
+def test_a_complete_set_is_rejected_for_a_changed_source(
     kind: str, change: Callable[[Path], object], tmp_path: Path
 ) -> None:
     source, out = MADE[kind](tmp_path / "in"), tmp_path / "set"
@@ -86,7 +86,7 @@ def test_a_finished_set_is_not_that_of_a_changed_source(
     assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_set_is_not_made_from_another_source(tmp_path: Path) -> None:
+def test_a_set_is_rejected_for_another_source(tmp_path: Path) -> None:
     a = folders(tmp_path / "A")
     b = class_folders(tmp_path / "B" / "train", {"bus": 3, "car": 3}).parent
     convert(a, tmp_path / "done", SMALL)
@@ -104,7 +104,7 @@ def test_a_set_is_not_made_from_another_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_a_copy_is_the_same_source_and_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
+def test_a_copy_of_a_source_is_the_same_source_and_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
     source = MADE[kind](tmp_path / "in")
     (tmp_path / "far" / "away").mkdir(parents=True)
     copy = tmp_path / "far" / "away" / "copy"
@@ -119,17 +119,17 @@ def test_a_copy_is_the_same_source_and_gives_the_same_bytes(kind: str, tmp_path:
     )
 
 
-def test_notes_and_doubts_name_no_place(tmp_path: Path) -> None:
+def test_notes_and_warnings_in_the_manifest_contain_no_absolute_path(tmp_path: Path) -> None:
     source = folders(tmp_path / "in")
     (source / "train" / "loose.jpg").write_bytes(jpeg(5))
     outcome = convert(source, tmp_path / "set", SMALL)
     assert outcome is not None
-    assert outcome.manifest.made["doubts"][0].startswith("train: not used: 1 images outside of any class folder")
+    assert outcome.manifest.made["doubts"][0].startswith("train: 1 images outside any class folder are not used")
     assert str(tmp_path) not in (tmp_path / "set" / "dataset.json").read_text()
 
 
-def test_notes_of_a_single_file_name_no_place(tmp_path: Path) -> None:
-    """Hugging Face's metadata is damaged, which the note says of the file's whole path."""
+def test_notes_on_a_single_file_contain_no_absolute_path(tmp_path: Path) -> None:
+    """The note on damaged Hugging Face metadata begins with the path of the file."""
     made = []
     for name in ("one", "two"):
         file = tmp_path / name / f"{name}.parquet"
@@ -138,10 +138,10 @@ def test_notes_of_a_single_file_name_no_place(tmp_path: Path) -> None:
         assert outcome is not None
         made.append(outcome.manifest.made["notes"])
     assert made[0] == made[1] != []
-    assert made[0][0].startswith("the source: its Hugging Face metadata is damaged")
+    assert made[0][0].startswith("the source: the Hugging Face metadata is damaged")
 
 
-def test_files_that_add_nothing_change_no_source(tmp_path: Path) -> None:
+def test_unused_files_and_modification_times_do_not_change_a_source(tmp_path: Path) -> None:
     source = folders(tmp_path / "in")
     convert(source, tmp_path / "set", SMALL)
     (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
@@ -149,7 +149,7 @@ def test_files_that_add_nothing_change_no_source(tmp_path: Path) -> None:
     assert convert(source, tmp_path / "set", SMALL) is None
 
 
-def test_labels_count_where_names_do_not_tell_them() -> None:
+def test_the_digest_depends_on_labels() -> None:
     digests = set()
     for labels in ((0, 1), (1, 0), (0, 0)):
         builder = ListingBuilder()
@@ -162,14 +162,14 @@ def test_labels_count_where_names_do_not_tell_them() -> None:
     assert len(digests) == 3
 
 
-def test_options_are_no_part_of_the_source(tmp_path: Path) -> None:
+def test_the_digest_does_not_depend_on_options(tmp_path: Path) -> None:
     first = class_folders(tmp_path / "in", {"a": 2, "b": 2})
     digests = {scan(first, ScanOptions(), tmp_path / "spool").digest}
     digests.add(scan(first, ScanOptions(val_fraction=0.5, seed=3), tmp_path / "spool").digest)
     assert len(digests) == 1
 
 
-def test_another_layout_for_a_finished_set_is_refused(tmp_path: Path) -> None:
+def test_another_layout_for_a_complete_set_is_rejected(tmp_path: Path) -> None:
     source = folders(tmp_path / "in")
     convert(source, tmp_path / "set", SMALL)
     with pytest.raises(UserError, match="source of layout 'folder', not 'webdataset'; omit --from"):
@@ -178,7 +178,7 @@ def test_another_layout_for_a_finished_set_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("differs", ["tool", "source", "options"])
-def test_what_a_killed_scan_unpacked_is_not_used_by_another(
+def test_spool_files_of_a_killed_scan_are_used_only_by_the_same_conversion(
     differs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = tables(tmp_path / "in"), tmp_path / "set"
@@ -197,7 +197,7 @@ def test_what_a_killed_scan_unpacked_is_not_used_by_another(
         patch.setattr(WorkFolder, "save_plan", killed)
         with pytest.raises(KeyboardInterrupt):
             convert(source, out, SMALL)
-    assert [path.stat().st_mtime_ns for path in spooled] == times, "the same scan goes on with it"
+    assert [path.stat().st_mtime_ns for path in spooled] == times, "the same conversion must reuse them"
     options = SMALL
     if differs == "tool":
         monkeypatch.setattr("shards.convert.convert.tool_version", lambda: "fat-pipeline 99")
@@ -209,7 +209,7 @@ def test_what_a_killed_scan_unpacked_is_not_used_by_another(
     unpacked: list[Path] = []
     unpack = parquet.unpack
     monkeypatch.setattr(parquet, "unpack", lambda job, report: (unpacked.append(job.spool), unpack(job, report))[1])
-    for path in spooled:  # what would be mixed in
+    for path in spooled:  # detects their use
         path.write_bytes(b"\0" * path.stat().st_size)
     assert convert(source, out, options) is not None
     assert not (out / "rejects.jsonl").exists()
