@@ -1,1 +1,1 @@
-"""Reading samples: local files, remote sets, staging and the cache."""
+"""Read samples from local files and from remote sets, which are staged into a cache."""

@@ -1,4 +1,4 @@
-"""What becomes of samples whose bytes are damaged or gone: the run stops, or others take their places."""
+"""Handling of bad samples (damaged or missing bytes): stop the run, or use replacement samples."""
 
 from __future__ import annotations
 
@@ -14,57 +14,60 @@ from shards.errors import ShardSetError
 
 log = logging.getLogger(__name__)
 
-# A substitute may be damaged itself. If so many in a row are, the set is no set.
-TRIES = 100
+# A replacement sample may be bad too. This many bad ones in a row mean that most of the set is damaged.
+MAX_REPLACEMENTS = 100
 
 
 class BadSamples:
-    """Puts substitutes in the places of bad samples, as long as a budget lasts.
+    """Replaces bad samples, up to a budget.
 
-    The substitute is a function of (seed, epoch, bad id) and of which samples are damaged, so every rank and world size
-    comes to the same, and no rank's steps become fewer.
+    The replacement sample is a function of (seed, epoch, id of the bad sample) and of which samples are bad. It is
+    therefore the same on every rank and at every world size, and every rank keeps its number of steps.
 
     Args:
-        budget: different bad samples to put up with; 0 = none.
-        samples: of the split.
-        seed: of the run.
+        budget: distinct bad samples to tolerate; 0: raise on the first one.
+        samples: number of samples in the split.
+        seed: seed of the run.
     """
 
     def __init__(self, *, budget: int, samples: int, seed: int) -> None:
         self._budget, self._samples, self._seed = budget, samples, seed
         self.ids: set[int] = set()
-        """Ids of the bad samples met so far."""
+        """Ids of the bad samples found so far."""
 
     @property
     def count(self) -> int:
-        """Different bad samples met so far."""
+        """Number of distinct bad samples found so far."""
         return len(self.ids)
 
     def replace_bad_samples(self, encoded: Encoded, reader: SampleReader, *, epoch: int) -> Encoded:
-        """The batch with all rows good; its `ids` are those of what it holds.
+        """Return the batch with every bad row replaced; its `ids` name the samples that it now contains.
 
         Raises:
-            ShardSetError: the budget is used up, or 0.
+            ShardSetError: the budget is 0 or exceeded.
         """
         if not encoded.faults:
             return encoded
         ids, rows, raw, images = encoded.ids.copy(), encoded.rows.copy(), encoded.raw.copy(), list(encoded.images)
         for fault in sorted(encoded.faults, key=lambda fault: fault.row):
             self._note(fault)
-            found = self._substitute(fault, reader, epoch)
-            log.warning("epoch %d: sample %d takes the place of a bad one: %s", epoch, found.ids[0], fault.error)
+            found = self._replacement(fault, reader, epoch)
+            log.warning("epoch %d: bad sample replaced by sample %d: %s", epoch, found.ids[0], fault.error)
             ids[fault.row], rows[fault.row], raw[fault.row] = found.ids[0], found.rows[0], found.raw[0]
             images[fault.row] = found.images[0]
         return dataclasses.replace(encoded, ids=ids, rows=rows, raw=raw, images=images, faults=[])
 
-    def _substitute(self, fault: Fault, reader: SampleReader, epoch: int) -> Encoded:
-        for attempt in range(TRIES):
-            chosen = rng.integers(self._samples, Stream.REPLACEMENT, self._seed, epoch, fault.id, attempt)
+    def _replacement(self, fault: Fault, reader: SampleReader, epoch: int) -> Encoded:
+        for attempt in range(MAX_REPLACEMENTS):
+            chosen = rng.integers(self._samples, Stream.SUBSTITUTE, self._seed, epoch, fault.id, attempt)
             found = reader.read(np.atleast_1d(chosen))
             if not found.faults:
                 return found
             self._note(found.faults[0])
-        raise ShardSetError(f"{TRIES} substitutes for a bad sample are bad as well; the sample: {fault.error}")
+        raise ShardSetError(
+            f"all {MAX_REPLACEMENTS} replacement samples drawn for a bad sample are bad too; run 'pipeline verify' on "
+            f"the set; the bad sample: {fault.error}"
+        )
 
     def _note(self, fault: Fault) -> None:
         self.ids.add(fault.id)
@@ -72,6 +75,6 @@ class BadSamples:
             raise fault.error
         if len(self.ids) > self._budget:
             raise ShardSetError(
-                f"{len(self.ids)} bad samples are more than --bad-samples skip:{self._budget} allows; "
-                f"the last one: {fault.error}"
+                f"found {len(self.ids)} bad samples, more than --bad-samples skip:{self._budget} allows; run 'pipeline "
+                f"verify' on the set; the last one: {fault.error}"
             )

@@ -1,4 +1,4 @@
-"""The files of a split, opened for reading: a bounded number of descriptors, however many shards there are."""
+"""Read access to the files of a split, with a bounded number of open file descriptors."""
 
 from __future__ import annotations
 
@@ -26,55 +26,59 @@ class Interrupted(Exception):
 
 
 class ShardFiles(Protocol):
-    """Where a reader gets bytes from. Thread-safe."""
+    """The files from which a `SampleReader` reads. Thread-safe."""
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
-        """Fill `target` (uint8 [n]) from file number `file`.
+        """Fill `target` (uint8 [n]) with the bytes at `offset` of file number `file`.
 
         Raises:
             ShardSetError: the file is missing or too short.
-            StorageFailed: it cannot be read.
+            StorageFailed: the file cannot be read.
             Interrupted: `interrupt` was called.
         """
         ...
 
     def random_access(self) -> bool:
-        """Return whether a few bytes anywhere in a file can be read without the rest of it."""
+        """Return whether any range of a file can be read without the rest of the file."""
         ...
 
     def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
-        """The same if it takes no waiting, as when the bytes are in the page cache; False otherwise."""
+        """Fill `target` like `read`, but only if that does not block (bytes in the page cache).
+
+        Returns:
+            Whether `target` was filled.
+        """
         ...
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
-        """What will be read, file by file in order, to be fetched before it is."""
+        """Start to fetch the requested shards, in the order in which they will be read."""
         ...
 
     def advance(self, step: int) -> None:
-        """All batches before `step` have been read."""
+        """Mark all batches before `step` as read."""
         ...
 
     def name(self, file: int) -> str:
-        """The file, for messages."""
+        """Return the path or URL of a file, for messages."""
         ...
 
     def interrupt(self) -> None:
-        """Let reads that wait for something, and all later ones, end at once."""
+        """Make waiting reads and all later reads raise `Interrupted`."""
         ...
 
     def close(self) -> None:
-        """Give everything back; nobody reads any more."""
+        """Release all resources. The caller no longer reads."""
         ...
 
 
 class LocalFiles:
-    """Files of this machine's file systems; when too many are open, the one that was opened first is closed.
+    """Files on local or mounted file systems. When too many are open, the one that was opened first is closed.
 
-    No memory maps: a map whose file is truncated is a SIGBUS, network file systems punish page faults, and thousands of
-    shards exhaust them.
+    Files are not memory-mapped: truncation of a mapped file raises SIGBUS, page faults are slow on network file
+    systems, and thousands of shards exceed the limit of mappings.
 
     Args:
-        max_open: descriptors to hold; None = `MAX_OPEN`, or fewer under a low limit of open files.
+        max_open: maximum number of open descriptors. None: `MAX_OPEN`, or fewer if the process may open few files.
     """
 
     def __init__(self, paths: Sequence[Path], *, max_open: int | None = None) -> None:
@@ -88,7 +92,7 @@ class LocalFiles:
         read_with_retries(
             self._paths[file],
             lambda: self._read_once(file, target, offset),
-            remedy="copy it again, or run 'pipeline verify' on the set",
+            remedy="copy the file again, or run 'pipeline verify' on the set",
         )
 
     def random_access(self) -> bool:
@@ -99,17 +103,17 @@ class LocalFiles:
         return handle is not None and read_cached(handle.number, target, offset)
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
-        """It is here already."""
+        """Do nothing: the files are local."""
 
     def advance(self, step: int) -> None:
-        """Files are closed when others are opened."""
+        """Do nothing: `_add` closes files when too many are open."""
 
     def name(self, file: int) -> str:
         return str(self._paths[file])
 
     @property
     def open_count(self) -> int:
-        """Descriptors held."""
+        """Number of open descriptors."""
         return len(self._open)
 
     def interrupt(self) -> None:
@@ -122,7 +126,7 @@ class LocalFiles:
     def _read_once(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
         if self._interrupted:
             raise Interrupted
-        # Readers hold a reference: an evicted handle is closed when its last reader is done.
+        # A reader holds a reference: a handle removed from `_open` is closed when its last reader is done.
         handle = self._open.get(file) or self._add(file)
         try:
             _fill(handle.number, target, offset, self._paths[file])
@@ -133,15 +137,15 @@ class LocalFiles:
             raise
 
     def _add(self, file: int) -> _Handle:
-        # Opened outside of the lock: on a network file system that takes a while, and others need not wait for it.
+        # Open without holding the lock: on a network file system this is slow, and other threads would wait.
         # Without O_NONBLOCK, opening a named pipe would wait for a writer.
         try:
             opened = _Handle(os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._hold_fewer()
+                self._lower_limit()
             raise
-        # Lustre fails reads that would wait for a lock of another host. A pipe cannot be read at an offset anyway.
+        # On Lustre, a non-blocking read fails while another host holds a lock. (Reading a pipe at an offset fails.)
         os.set_blocking(opened.number, True)
         with self._lock:
             handle = self._open.setdefault(file, opened)
@@ -149,8 +153,8 @@ class LocalFiles:
                 self._open.popitem(last=False)
         return handle
 
-    def _hold_fewer(self) -> None:
-        """Close half of the files, and keep no more from now on: other parts of the process need descriptors too."""
+    def _lower_limit(self) -> None:
+        """Close half of the files and lower the limit: other parts of the process need descriptors too."""
         with self._lock:
             self._limit = max(1, min(self._limit, len(self._open)) // 2)
             while len(self._open) > self._limit:
@@ -158,7 +162,7 @@ class LocalFiles:
 
 
 class _Handle:
-    """A file descriptor that closes itself."""
+    """A file descriptor that is closed when its last reference is gone."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -168,7 +172,7 @@ class _Handle:
 
 
 def read_cached(handle: int, target: NDArray[np.uint8], offset: int) -> bool:
-    """Fill `target` if the bytes are in the page cache; False where they are not, or where nobody can tell (NFS)."""
+    """Fill `target` if the bytes are in the page cache; return False if they are not or this is unknown (NFS)."""
     try:
         return os.preadv(handle, [target], offset, os.RWF_NOWAIT) == len(target)  # type: ignore[list-item]
     except OSError:
@@ -176,11 +180,11 @@ def read_cached(handle: int, target: NDArray[np.uint8], offset: int) -> bool:
 
 
 def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:
-    """Fill `target` from `offset` of an open file.
+    """Fill `target` with the bytes at `offset` of an open file.
 
     Raises:
-        ShardSetError: the file ends before.
-        StorageFailed: it cannot be read.
+        ShardSetError: the file is too short.
+        StorageFailed: the file cannot be read.
     """
     try:
         _fill(handle, target, offset, path)
@@ -189,13 +193,13 @@ def read_fully(handle: int, target: NDArray[np.uint8], offset: int, path: Path) 
 
 
 def _fill(handle: int, target: NDArray[np.uint8], offset: int, path: Path) -> None:
-    """Fill `target` from `offset`; preadv may deliver less than asked for."""
+    """Fill `target` with the bytes at `offset`, in a loop because preadv may return fewer bytes than requested."""
     done = 0
     while done < len(target):
         got = os.preadv(handle, [target.data[done:]], offset + done)
         if got == 0:
             raise ShardSetError(
-                f"{path}: ends at byte {offset + done}, inside a sample of {len(target)} bytes at {offset}: truncated; "
-                "copy the shard again"
+                f"{path}: truncated: the file ends at byte {offset + done}, inside a sample of {len(target)} bytes at "
+                f"offset {offset}; copy the shard again"
             )
         done += got

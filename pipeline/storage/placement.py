@@ -1,4 +1,4 @@
-"""Where the samples of a split are stored: as files in tars, or as images of a .beton; here or on a server."""
+"""Locations of the samples of a split: in tar shards or a .beton file, on local storage or on a server."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ from shards.format.tar import BLOCK
 
 @dataclass(frozen=True)
 class SampleLocations:
-    """Where n samples are stored, and what is known of their bytes. All arrays are [n]."""
+    """File, offset and size of n samples. All arrays are [n]."""
 
     rows: NDArray[np.void]
-    """INDEX_DTYPE: label, height, width and the rest, copied from the index."""
+    """Index entries (INDEX_DTYPE: label, height, width, ...), copied."""
     files: NDArray[np.int64]
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     raw: NDArray[np.bool_]
-    """Stored as pixels, uint8 [height, width, 3], not as a JPEG."""
+    """True: stored as pixels, uint8 [height, width, 3]; False: stored as a JPEG."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The stored samples of a split."""
+    """Index and files of a split."""
 
     index: Index
-    """Offsets, sizes and hashes of the stored bytes, be they JPEGs or pixels."""
+    """Offsets, sizes and hashes of the stored bytes (JPEGs or pixels)."""
     files: ShardFiles
     one_file: bool = False
-    """All shards are runs of bytes of one file."""
+    """All shards are byte ranges of one file."""
     pixels: bool = False
-    """A .beton that may store pixels. Its JPEGs are smaller than their pixels, so the size tells which is which."""
+    """The file is a .beton that may store pixels. A JPEG is smaller than its pixels, so the size distinguishes them."""
     starts: NDArray[np.int64] | None = None
-    """int64 [shards]: where each file's bytes begin, if files are parts of one."""
+    """int64 [shards]: offset at which each file begins in the .beton, if the files are segments of one."""
 
     def locate(self, ids: Ids) -> SampleLocations:
-        """Find samples; O(len(ids))."""
+        """Return the locations of samples, in O(len(ids))."""
         rows = self.index[ids]
         shards = rows["shard"].astype(np.int64)
         offsets, sizes = rows["offset"].astype(np.int64), rows["size"].astype(np.int64)
@@ -66,20 +66,20 @@ class Storage:
         )
 
     def key(self, file: int, offset: int) -> str | None:
-        """The key of the sample whose bytes begin there, for messages; None where it has none."""
+        """Return the key of the sample at this offset, for messages; None if the file stores no keys."""
         is_tar = not self.one_file and self.starts is None
         return tar_key(self.files, file, offset) if is_tar else None
 
 
 def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open: int | None = None) -> Storage:
-    """The stored samples of a set.
+    """Open the files of a split for reading.
 
     Args:
-        beton: read the .beton, if there is one, even where there are tars.
-        max_open: file descriptors to hold; None = as many as `LocalFiles` thinks right.
+        beton: prefer the .beton file if the set has both tars and a .beton.
+        max_open: maximum number of open files; None: the default of `LocalFiles`.
 
     Raises:
-        ShardSetError: no such split, a damaged index, or pixels where JPEGs are wanted.
+        ShardSetError: the split does not exist, its index is damaged, or it stores pixels and `beton` is False.
     """
     entry = dataset.split(split)
     remote = dataset if isinstance(dataset, RemoteSet) else None
@@ -93,19 +93,19 @@ def open_storage(dataset: ShardSet, split: str, *, beton: bool = False, max_open
     path = dataset.path / entry.beton.name
     if not beton and entry.beton.mode != "jpg":
         raise ShardSetError(
-            f"{path}: stores pixels (mode {entry.beton.mode}), which the FFCV loader alone reads: use --loader ffcv"
+            f"{path}: stores pixels (mode {entry.beton.mode}), which only the FFCV loader can read; use --loader ffcv"
         )
-    # The file's own metadata is not read: the index says the same, and its hash is in the manifest.
+    # The metadata inside the .beton is not used: the index has the same values and is verified by its hash.
     index = dataset.index(split, beton=True)
     storage = Storage(index, LocalFiles([path]), one_file=True, pixels=entry.beton.mode != "jpg")
     return _in_segments(storage, entry.beton, remote) if remote else storage
 
 
 def _in_segments(storage: Storage, beton: BetonEntry, remote: RemoteSet) -> Storage:
-    """A .beton on a server: each shard's run of bytes is staged, and checked, by itself."""
-    lasts = np.searchsorted(storage.index["shard"], np.arange(len(beton.segments)), side="right") - 1
-    ends_of = storage.locate(lasts)
-    ends = ends_of.offsets + ends_of.sizes
+    """Split a remote .beton into one file per shard, so that each is staged and verified separately."""
+    last_ids = np.searchsorted(storage.index["shard"], np.arange(len(beton.segments)), side="right") - 1
+    last = storage.locate(last_ids)
+    ends = last.offsets + last.sizes
     first = storage.locate(np.zeros(1, np.int64)).offsets
     starts = np.concatenate([first, ends[:-1]])
     files = [
@@ -116,10 +116,10 @@ def _in_segments(storage: Storage, beton: BetonEntry, remote: RemoteSet) -> Stor
 
 
 def tar_key(files: ShardFiles, file: int, offset: int) -> str | None:
-    """The name in the tar header before a member's bytes; None where there is no readable one.
+    """Return the sample key from the tar header before a member's data; None if the header cannot be read.
 
-    A name too long for its header stands in full in an extended header (GNU `L`, pax `x`) two blocks before: taken
-    when that is one block of content, as it nearly always is.
+    A name that is too long for the header is stored in an extended header (GNU `L`, pax `x`) before it. It is read only
+    if its content fits into one block, which is nearly always the case.
     """
     try:
         header = tarfile.TarInfo.frombuf(_block(files, file, offset - BLOCK), "utf-8", "surrogateescape")

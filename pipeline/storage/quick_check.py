@@ -1,4 +1,4 @@
-"""Check in about a second, before training, that the files of a set are those that its manifest and index describe."""
+"""A check before training, of about a second, that the files of a set match its manifest and index."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ def quick_check(
     seconds: float = SECONDS,
     allow_one_bad_sample: bool = False,
 ) -> int:
-    """Compare every file's size, then the first and the last sample of as many shards as there is time for.
+    """Compare the size of every file, then verify the first and last sample of as many shards as time permits.
 
-    A truncated shard has another size; one that is stale, or has changed places with another, has other samples.
+    The size reveals a truncated shard, the samples a shard that is outdated or was swapped with another one.
 
     Args:
-        reader: of the split.
-        rank, world: this rank among all. Each begins at another shard, so that together they look at more of them.
-        seconds: to spend on samples, at least one look at some.
-        allow_one_bad_sample: a shard with one bad sample of two is left to whoever reads it.
+        reader: reader of the split.
+        rank, world: each rank starts at a different shard, so that the ranks together check more shards.
+        seconds: time limit in seconds for the samples; at least `SHARDS_AT_ONCE` shards are checked.
+        allow_one_bad_sample: accept a shard if one of its two samples is good.
 
     Returns:
-        Shards whose samples were looked at; 0 of a set whose server sends whole files only, as each of those is checked
-        by its hash when it is staged.
+        Number of shards whose samples were checked. 0 if the server does not support range requests; each file is then
+        verified by its hash when it is staged.
 
     Raises:
-        ShardSetError: names the file.
-        StorageFailed: storage failed, which says nothing about the set.
+        ShardSetError: a file does not match; the message names it.
+        StorageFailed: the storage failed, which does not mean that the set is damaged.
     """
     dataset.check_sizes(split)
     if not reader.random_access():
@@ -50,22 +50,22 @@ def quick_check(
     shards = np.roll(shards, -(rank * len(shards) // world))
     first = np.cumsum(counts) - counts
     end = time.monotonic() + seconds
-    for at in range(0, len(shards), SHARDS_AT_ONCE):
-        some = shards[at : at + SHARDS_AT_ONCE]
+    for start in range(0, len(shards), SHARDS_AT_ONCE):
+        some = shards[start : start + SHARDS_AT_ONCE]
         ids = np.stack([first[some], first[some] + counts[some] - 1], axis=1).ravel()
-        _judge(reader, reader.read(ids), some, allow_one_bad_sample)
+        _check_shards(reader, reader.read(ids), some, allow_one_bad_sample)
         if time.monotonic() > end:
-            return at + len(some)
+            return start + len(some)
     return len(shards)
 
 
-def _judge(reader: SampleReader, looked_at: Encoded, shards: np.ndarray, allow_one_bad_sample: bool) -> None:
-    bad = {fault.row for fault in looked_at.faults}
-    for place, shard in enumerate(shards.tolist()):
-        if {2 * place, 2 * place + 1} <= bad:
+def _check_shards(reader: SampleReader, samples: Encoded, shards: np.ndarray, allow_one_bad_sample: bool) -> None:
+    bad = {fault.row for fault in samples.faults}
+    for number, shard in enumerate(shards.tolist()):
+        if {2 * number, 2 * number + 1} <= bad:
             raise ShardSetError(
-                f"{reader.file_of(shard)}: neither its first nor its last sample is the one in the index: "
-                "stale, or another shard under its name; copy it again, or run 'pipeline verify' on the set"
+                f"{reader.file_of(shard)}: neither the first nor the last sample matches the index: the file is "
+                "outdated or belongs to another shard; copy it again, or run 'pipeline verify' on the set"
             )
     if not allow_one_bad_sample:
-        looked_at.checked()
+        samples.checked()

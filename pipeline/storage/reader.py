@@ -1,4 +1,4 @@
-"""Sample ids -> encoded bytes, read ahead in threads and checked against the index's hashes."""
+"""Read the encoded bytes of samples by id, ahead of time in threads, and verify them by the hashes in the index."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from shards.errors import ShardSetError, StorageFailed
 T = TypeVar("T")
 
 Sample = tuple[int, int, int, int | None]
-"""Row in the batch, file, offset, and the hash of its bytes (None = not to be checked)."""
+"""Row in the batch, file, offset, expected hash (None: not verified)."""
 
-# Batches that are begun at once. What is in the page cache is read there and then, by as many threads as gain by it.
+# Threads that start batches. They also read what is in the page cache; more threads do not make that faster.
 BATCH_THREADS = 2
-# Samples per task: enough to amortise the hand-over, few enough that a small batch keeps many threads busy.
+# Samples per task: enough to amortize the overhead of a task, few enough that a small batch uses many threads.
 SAMPLES_PER_TASK = 8
 
-# Of a sample whose bytes are wrong: they may have been damaged on the way here.
-READINGS = 2
+# Attempts to read a sample with the right hash: its bytes may have been damaged in transfer.
+READ_ATTEMPTS = 2
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A sample whose file is missing or ends before it, or whose bytes are not the ones that were sharded."""
+    """A bad sample: its file is missing or truncated, or its bytes do not have the hash in the index."""
 
     row: int
     id: int
@@ -49,19 +49,19 @@ class Encoded:
     ids: Ids
     """int64 [n]."""
     images: list[NDArray[np.uint8]]
-    """n arrays of uint8 [bytes], views into one buffer: JPEGs, or pixels where `raw`."""
+    """n arrays of uint8 [bytes], views into one buffer: JPEGs, or pixels if `raw`."""
     rows: NDArray[np.void]
-    """INDEX_DTYPE [n]: label, height, width and the rest, copied from the index."""
+    """Index entries (INDEX_DTYPE [n]: label, height, width, ...), copied."""
     raw: NDArray[np.bool_]
-    """bool [n]: stored as pixels, uint8 [height x width x 3] (a .beton may)."""
+    """bool [n]. True: pixels, uint8 [height x width x 3] (only in a .beton); False: a JPEG."""
     faults: list[Fault] = field(default_factory=list)
-    """Rows whose bytes are worthless."""
+    """Bad samples. The bytes of their rows must not be used."""
 
     def checked(self) -> Encoded:
-        """Itself, if all rows are good.
+        """Return the batch if all rows are good.
 
         Raises:
-            ShardSetError: what is wrong with the first bad row.
+            ShardSetError: the error of the first bad row.
         """
         if self.faults:
             raise min(self.faults, key=lambda fault: fault.row).error
@@ -69,17 +69,17 @@ class Encoded:
 
 
 Started = tuple[Encoded, list[Future[None]]]
-"""A batch, and who still reads for it."""
+"""A batch and the tasks that are still reading it."""
 
 
 class SampleReader:
     """Reads batches of one split. Thread-safe; close it, or use it as a context manager.
 
     Args:
-        storage: where the samples are; closed with the reader.
-        threads: reading threads.
+        storage: index and files of the split; closed with the reader.
+        threads: number of reading threads.
         check: verify each sample's hash (xxh3-64, several GB/s per core).
-        buffers: memory to read into; None = ordinary memory.
+        buffers: pool of the buffers to read into; None: a new pool of pageable memory.
     """
 
     def __init__(
@@ -96,34 +96,34 @@ class SampleReader:
         self._batches = ThreadPoolExecutor(BATCH_THREADS, thread_name_prefix="batch-reader")
 
     def read(self, ids: Ids) -> Encoded:
-        """Read one batch and wait for it; samples that are missing or damaged are in its `faults`.
+        """Read one batch and wait for it; bad samples are listed in its `faults`.
 
         Raises:
-            StorageFailed: storage failed, which may have passed by another start.
+            StorageFailed: the storage failed, possibly only temporarily.
         """
         return _gather(*self._start(ids))
 
     def read_ahead(self, batches: Iterable[tuple[Ids, T]], ahead: int) -> Iterator[tuple[Encoded, T]]:
-        """Read a stream of (ids, anything) in order, up to `ahead` batches before they are asked for.
+        """Read a stream of (ids, anything) in order, up to `ahead` batches before the consumer requests them.
 
-        Reads that are still under way when the consumer leaves end when the reader is closed.
+        Pending reads of a generator that is not exhausted end when the reader is closed.
         """
-        under_way: deque[tuple[Future[Started], T]] = deque()
+        pending: deque[tuple[Future[Started], T]] = deque()
         for ids, extra in batches:
-            under_way.append((self._batches.submit(self._start, ids), extra))
-            if len(under_way) > ahead:
-                started, first = under_way.popleft()
+            pending.append((self._batches.submit(self._start, ids), extra))
+            if len(pending) > ahead:
+                started, first = pending.popleft()
                 yield _gather(*started.result()), first
-        while under_way:
-            started, first = under_way.popleft()
+        while pending:
+            started, first = pending.popleft()
             yield _gather(*started.result()), first
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
-        """Shards that will be read, in order; those on a server are then fetched beforehand. To be told once."""
+        """Start to fetch remote shards in the order in which they will be read. Call at most once."""
         self._storage.files.prefetch(requests)
 
     def advance(self, step: int) -> None:
-        """All batches before `step` have been read."""
+        """Mark all batches before `step` as read."""
         self._storage.files.advance(step)
 
     def random_access(self) -> bool:
@@ -131,11 +131,11 @@ class SampleReader:
         return self._storage.files.random_access()
 
     def file_of(self, shard: int) -> str:
-        """The file of a shard, for messages."""
+        """Return the path or URL of a shard's file, for messages."""
         return self._storage.files.name(0 if self._storage.one_file else shard)
 
     def interrupt(self) -> None:
-        """Let whoever waits for bytes go: what is under way ends with an error."""
+        """Make waiting reads and all later reads raise `Interrupted`."""
         self._storage.files.interrupt()
 
     def close(self) -> None:
@@ -151,22 +151,21 @@ class SampleReader:
         self.close()
 
     def _start(self, ids: Ids) -> Started:
-        """Read what is in the page cache at once, and have the threads read the rest.
+        """Read samples that are in the page cache, and submit tasks that read the others.
 
-        Threads that have nothing to wait for mostly wait for each other (the interpreter's lock): what is in the page
-        cache is not worth handing out.
+        Reading from the page cache in more threads would not be faster: they would wait for the interpreter lock.
         """
-        places = self._storage.locate(ids)
-        buffer = self._buffers.bytes(int(places.sizes.sum()))
-        images = [buffer[start:end] for start, end in pairwise([0, *np.cumsum(places.sizes).tolist()])]
-        batch = Encoded(ids=ids, images=images, rows=places.rows, raw=places.raw)
+        locations = self._storage.locate(ids)
+        buffer = self._buffers.bytes(int(locations.sizes.sum()))
+        images = [buffer[start:end] for start, end in pairwise([0, *np.cumsum(locations.sizes).tolist()])]
+        batch = Encoded(ids=ids, images=images, rows=locations.rows, raw=locations.raw)
         read_if_cached = self._storage.files.read_if_cached
-        # Neighbours in storage are read by one task: sorting by place makes them neighbours here.
-        by_place = np.lexsort((places.offsets, places.files))
+        # Sort by location, so that one task reads samples that are stored next to each other.
+        by_location = np.lexsort((locations.offsets, locations.files))
         waiting = []
-        for sample in self._samples(places, by_place):
+        for sample in self._samples(locations, by_location):
             row, file, offset, expected = sample
-            if not (read_if_cached(file, images[row], offset) and _is_good(images[row], expected)):
+            if not (read_if_cached(file, images[row], offset) and _has_hash(images[row], expected)):
                 waiting.append(sample)
         tasks = [
             self._pool.submit(self._read_some, batch, waiting[start : start + SAMPLES_PER_TASK])
@@ -174,27 +173,27 @@ class SampleReader:
         ]
         return batch, tasks
 
-    def _samples(self, places: SampleLocations, order: NDArray[np.int64]) -> list[Sample]:
-        hashes = places.rows["hash"].tolist()
+    def _samples(self, locations: SampleLocations, order: NDArray[np.int64]) -> list[Sample]:
+        hashes = locations.rows["hash"].tolist()
         if not self._check:
             hashes = [None] * len(hashes)
-        files, offsets = places.files.tolist(), places.offsets.tolist()
+        files, offsets = locations.files.tolist(), locations.offsets.tolist()
         return [(row, files[row], offsets[row], hashes[row]) for row in order.tolist()]
 
     def _read_some(self, batch: Encoded, samples: list[Sample]) -> None:
         for row, file, offset, expected in samples:
             target = batch.images[row]
             try:
-                for _ in range(READINGS):
+                for _ in range(READ_ATTEMPTS):
                     self._storage.files.read(file, target, offset)
-                    if _is_good(target, expected):
+                    if _has_hash(target, expected):
                         break
                 else:
                     raise ShardSetError(
-                        f"{self._storage.files.name(file)}: the {len(target)} bytes at offset {offset} are not the "
-                        "ones that were sharded: their hash differs; run 'pipeline verify' on the set"
+                        f"{self._storage.files.name(file)}: the {len(target)} bytes at offset {offset} are damaged: "
+                        "their hash differs from the index; run 'pipeline verify' on the set"
                     )
-            except StorageFailed as error:  # says nothing about the sample, so nothing may take its place
+            except StorageFailed as error:  # the sample may be good, so it must not be replaced
                 raise StorageFailed(f"{error} (sample {batch.ids[row]})") from error
             except ShardSetError as error:
                 sample, key = int(batch.ids[row]), self._storage.key(file, offset)
@@ -202,7 +201,7 @@ class SampleReader:
                 batch.faults.append(Fault(row, sample, ShardSetError(f"{error} ({which})")))
 
 
-def _is_good(image: NDArray[np.uint8], expected: int | None) -> bool:
+def _has_hash(image: NDArray[np.uint8], expected: int | None) -> bool:
     return expected is None or xxh3_64_intdigest(image) == expected  # type: ignore[arg-type]
 
 

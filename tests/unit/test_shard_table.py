@@ -17,7 +17,7 @@ from pipeline.storage.remote.shard_table import ShardState, ShardTable
 from pipeline.storage.remote.staging import StagedFile, whole_file
 
 FILES: list[StagedFile] = [whole_file(f"{number}.tar", 10 * (number + 1), "0" * 16) for number in range(6)]
-SHARE = 80
+MAX_BYTES = 80
 SHARDS = st.integers(0, len(FILES) - 1)
 
 
@@ -35,7 +35,7 @@ def is_open(handle: int) -> bool:
 
 def table_of(*requests: list[int]) -> ShardTable:
     """Return a table that has accepted one request per step, each for some shards."""
-    table = ShardTable(FILES, share=SHARE)
+    table = ShardTable(FILES, max_bytes=MAX_BYTES)
     table.prefetch(ShardRequest(step, step, shards) for step, shards in enumerate(requests))
     for _ in table.look_ahead():
         pass
@@ -121,7 +121,7 @@ class Table(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.table = ShardTable(FILES, share=SHARE)
+        self.table = ShardTable(FILES, max_bytes=MAX_BYTES)
         self.made: set[int] = set()
         self.readers: list[int] = []
         self.step = 0

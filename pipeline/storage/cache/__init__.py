@@ -1,1 +1,1 @@
-"""A bounded cache of fetched files that the processes of a node share."""
+"""A bounded cache of downloaded files, shared by the processes of a node."""

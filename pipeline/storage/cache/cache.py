@@ -1,14 +1,14 @@
-"""A bounded folder of fetched files that the processes of a node share; the least recently used one is evicted first.
+"""A bounded folder of downloaded files, shared by the processes of a node; the least recently used are evicted first.
 
-The cache works in a subfolder that it has made and marked (`pipeline.storage.cache.folder`), and counts and removes
-only files that it has recorded (`pipeline.storage.cache.record`). All coordination is by the kernel's file locks, which
-go when their holder dies, however it dies:
+The cache works in a subfolder that it has created and marked (`pipeline.storage.cache.folder`). It counts and removes
+only files that it has recorded (`pipeline.storage.cache.record`). Processes coordinate by file locks (flock), which the
+kernel releases when their holder dies:
 
-- a process that uses a file holds a shared lock on it (a *lease*), and no process evicts it;
-- a process that fetches a file holds an exclusive lock on its part, which counts as if it were whole already; the part
-  of a process that died is resumed by the next one;
-- files are recorded, published and evicted under one lock of the folder, so that the bound holds for all processes
-  together.
+- A process that uses a file holds a shared lock on it (a *lease*). A file with a lease is not evicted.
+- A process that downloads a file holds an exclusive lock on its partial file, which counts with its final size. If the
+  process dies, the next one resumes the download.
+- Files are recorded, published and evicted while holding the lock of the folder, so that the size limit applies to all
+  processes together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 import xxhash
 
 from pipeline.storage.cache.errors import ForeignFile, PartRemoved, cache_errors, storage_failed
-from pipeline.storage.cache.eviction import Eviction, Stored, forget, status_of
+from pipeline.storage.cache.eviction import CachedFile, Eviction, forget, status_of
 from pipeline.storage.cache.folder import REMEDY, CacheFolder
 from pipeline.storage.cache.partial_file import Busy, PartialFile
 from pipeline.storage.cache.record import Entry, new_entry
@@ -38,9 +38,9 @@ from shards.schema import plain_file_name
 
 log = logging.getLogger(__name__)
 
-# Of what is free on the file system (or taken by the cache already), when no bound is given.
-DEFAULT_SHARE = 0.8
-# The folder itself is at fault, and will be at the next start.
+# Default limit, as a fraction of the space that is free on the file system or used by the cache.
+DEFAULT_FRACTION = 0.8
+# Errors caused by the folder itself, so that another attempt with the same folder fails too.
 _UNUSABLE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOENT),
     *(errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL),
@@ -53,68 +53,75 @@ def _never() -> None:
 
 
 class Cache:
-    """A cache of one node.
+    """The cache of one node.
 
     Args:
-        place: a folder on a local disk, which may hold other things; the cache makes a subfolder of it.
-        limit: bytes that all cached files together may take, above 0; None = four fifths of what is free there.
-        shared: all members of the folder's group use one cache. Files of other users are read once they are found to
-            have the right hash; members of the group are trusted not to change them later.
+        parent: folder on a local disk, which may contain other files; the cache creates a subfolder in it.
+        limit: maximum total size of the cached files in bytes, above 0. None: `DEFAULT_FRACTION` of the free space.
+        shared: share the cache with all members of the folder's group. Files of other users are read after their hash
+            has been verified; members of the group are trusted not to change them later.
 
     Raises:
-        UserError: the folder cannot be used: see `CacheFolder.locked`.
-        DiskFull: there is not even room for its record.
+        UserError: the folder cannot be used; see `CacheFolder.locked`.
+        DiskFull: the disk is too full to write the cache's record.
     """
 
-    def __init__(self, place: Path, limit: int | None = None, shared: bool = False) -> None:
+    def __init__(self, parent: Path, limit: int | None = None, shared: bool = False) -> None:
         if limit is not None and not 0 < limit < math.inf:
-            raise UserError(f"--cache-size: {limit} bytes, expected a finite size above 0")
-        self.place, self._folder = place, CacheFolder(place, shared=shared)
-        self._eviction = Eviction(place, self._folder)
-        # (path, device, inode, size, time of change) of files whose hash this process knows to be right.
+            raise UserError(f"--cache-size: expected a finite size above 0, got {limit} bytes")
+        self.parent, self._folder = parent, CacheFolder(parent, shared=shared)
+        self._eviction = Eviction(parent, self._folder)
+        # (path, device, inode, size, modification time) of files whose hash this process has verified.
         self._verified: set[tuple[Path, int, int, int, int]] = set()
         try:
             with self._folder.locked(_never) as (root, record):
-                used = sum(stored.entry.size for stored in self._eviction.stored(root, record))
+                used = sum(file.entry.size for file in self._eviction.cached_files(root, record))
                 damaged = record.damaged
-            share = (shutil.disk_usage(self.folder).free + used) * DEFAULT_SHARE
+            default = (shutil.disk_usage(self.folder).free + used) * DEFAULT_FRACTION
         except OSError as error:
             if error.errno not in _UNUSABLE:
-                raise storage_failed(self.place, error) from error
-            raise UserError(f"--cache {self.place}: cannot be used ({error.strerror}); give another folder") from error
+                raise storage_failed(self.parent, error) from error
+            raise UserError(
+                f"--cache {self.parent}: cannot be used as a cache ({error.strerror}); specify another folder"
+            ) from error
         if damaged:
             log.warning(
-                "%s: %d damaged lines; files that they named are neither counted nor removed", record.path, damaged
+                "%s: ignoring %d damaged lines; the cache neither counts nor removes the files that they recorded",
+                record.path,
+                damaged,
             )
-        self.limit = int(share if limit is None else limit)
+        self.limit = int(default if limit is None else limit)
 
     @property
     def folder(self) -> Path:
-        """The cache's own folder; files are in FOLDER/SET/NAME."""
+        """Folder of the cache; it contains the files as FOLDER/SET/NAME."""
         return self._folder.path
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Path, int, bool]]:
-        """Pickle the folder only; the other process verifies its files itself."""
-        return Cache, (self.place, self.limit, self._folder.shared)
+        """Pickle the arguments only: the receiving process must verify files itself."""
+        return Cache, (self.parent, self.limit, self._folder.shared)
 
     def lease(self, path: Path, size: int, digest: str, *, check_interrupt: Callable[[], None] = _never) -> int | None:
-        """Open a finished file, which is not evicted while the descriptor is open; None if there is no such file.
+        """Open a complete file; it is not evicted while the descriptor is open.
 
-        A file of another size is discarded. So is one of another hash, which is computed when this process leases the
-        file for the first time, unless it has fetched it itself, and again when the file has changed since.
+        A file whose size or hash is wrong is removed. The hash is verified when this process leases the file for the
+        first time, unless it has downloaded the file itself, and again after the file has changed.
 
         Args:
             path: FOLDER/SET/NAME.
-            size: bytes.
-            digest: xxh3-64, 16 hex digits.
+            size: expected size in bytes.
+            digest: expected hash, xxh3-64 in 16 hex digits.
             check_interrupt: called repeatedly; raises to end the call.
 
+        Returns:
+            File descriptor; None if the cache does not contain the file.
+
         Raises:
-            ForeignFile: there is such a file with other content that the cache has not made.
+            ForeignFile: a file with this name and other content exists that the cache did not create.
             CacheLocked, StorageFailed: the cache cannot be read.
         """
-        folder, _ = self._place_of(path)
-        with cache_errors(self.place):
+        folder, _ = self._set_and_name(path)
+        with cache_errors(self.parent):
             try:
                 with self._folder.opened() as root, self._folder.set_folder(root, folder) as inside:
                     handle = self._open(path, os.O_RDONLY, inside)
@@ -128,11 +135,11 @@ class Cache:
                     return None
                 fault = self._fault(path, handle, size, digest, check_interrupt)
                 if fault is None:
-                    with contextlib.suppress(PermissionError):  # another user's
+                    with contextlib.suppress(PermissionError):  # the file belongs to another user of a shared cache
                         os.utime(handle, ns=(time.time_ns(), found.st_mtime_ns))
                     return handle
                 self._discard(path, found, fault, check_interrupt)
-            except BlockingIOError:  # about to be removed
+            except BlockingIOError:  # another process is about to remove the file
                 pass
             except BaseException:
                 os.close(handle)
@@ -141,16 +148,19 @@ class Cache:
             return None
 
     def begin(self, path: Path, size: int, *, check_interrupt: Callable[[], None] = _never) -> PartialFile | Busy:
-        """Become the one process that fetches a file. Arguments as of `lease`.
+        """Start or resume the download of a file, in at most one process at a time. Arguments are those of `lease`.
+
+        Returns:
+            The partial file to write; `Busy` if another process downloads the file or has completed it.
 
         Raises:
-            CacheFull: there is no room, and nothing that is not in use.
-            ForeignFile: the name is taken by something that the cache has not made.
+            CacheFull: there is no free space, and all cached files are in use.
+            ForeignFile: a file with this name exists that the cache did not create.
             CacheLocked, StorageFailed: the cache cannot be written.
         """
-        folder, name = self._place_of(path)
+        folder, name = self._set_and_name(path)
         with (
-            cache_errors(self.place),
+            cache_errors(self.parent),
             self._folder.locked(check_interrupt) as (root, record),
             self._folder.set_folder(root, folder, create=True) as inside,
         ):
@@ -161,8 +171,8 @@ class Cache:
                 return Busy(path, found.st_size)
             handle = None if entry is None or entry.size != size else self._open_part(entry, inside)
             if entry is None or handle is None:
-                if entry is not None and not self._eviction.evict(Stored(entry, entry.part, 0, 0), root, record):
-                    return Busy(path, 0)  # with another size; it will be found to be damaged
+                if entry is not None and not self._eviction.evict(CachedFile(entry, entry.part, 0, 0), root, record):
+                    return Busy(path, 0)  # another process downloads it with another size, which `lease` will reject
                 self._eviction.make_room(size, path, root, record, limit=self.limit)
                 entry = new_entry(folder, name, size)
                 record.put(entry)
@@ -177,7 +187,7 @@ class Cache:
             return PartialFile(self, handle, path, entry, check_interrupt)
 
     def publish(self, part: PartialFile) -> int:
-        """Rename a verified part to its final name; return a lease. For `PartialFile.finish`."""
+        """Rename a complete, verified file to its final name and return a lease. Called by `PartialFile.finish`."""
         folder, name = part.entry.key
         handle, path = part.handle, part.path
         with (
@@ -187,10 +197,10 @@ class Cache:
             mine = os.fstat(handle)
             found = status_of(part.entry.part, inside)
             if found is None or found.st_ino != mine.st_ino:
-                raise PartRemoved(f"{path}: removed while it was fetched")
+                raise PartRemoved(f"{path}: its partial file was removed by another program during the download")
             if status_of(name, inside) is not None:
                 raise self._foreign_file(path)
-            # The folder's lock is held, so no process evicts the file between the two locks.
+            # Changing the lock from exclusive to shared is not atomic; the folder's lock prevents eviction meanwhile.
             fcntl.flock(handle, fcntl.LOCK_SH)
             record.put(replace(part.entry, state="whole"))
             os.rename(part.entry.part, name, src_dir_fd=inside, dst_dir_fd=inside)
@@ -199,29 +209,29 @@ class Cache:
             return os.dup(handle)
 
     def remove_part(self, part: PartialFile) -> None:
-        """For `PartialFile.discard`."""
+        """Remove a partial file and its record. Called by `PartialFile.discard`."""
         folder, _ = part.entry.key
-        with cache_errors(self.place), self._folder.locked(part.check_interrupt) as (root, record):
+        with cache_errors(self.parent), self._folder.locked(part.check_interrupt) as (root, record):
             if record.entries.get(part.entry.key) == part.entry:
                 with contextlib.suppress(FileNotFoundError), self._folder.set_folder(root, folder) as inside:
                     os.unlink(part.entry.part, dir_fd=inside)
                 forget(part.entry, record)
 
-    def _place_of(self, path: Path) -> tuple[str, str]:
+    def _set_and_name(self, path: Path) -> tuple[str, str]:
         folder, name = path.parent.name, path.name
         try:
             if path.parent.parent != self.folder:
-                raise ValueError(f"not in a folder of {self.folder}")
+                raise ValueError(f"not in a subfolder of {self.folder}")
             return plain_file_name(folder), plain_file_name(name)
         except ValueError as error:
-            raise UserError(f"{path}: {error}, so the cache cannot hold it") from error
+            raise UserError(f"{path}: cannot be stored in the cache: {error}") from error
 
     def _open(self, path: Path, flags: int, folder: int) -> int:
         shared = self._folder.shared
         return open_file(path.name, flags, folder=folder, path=path, remedy=REMEDY, shared=shared)
 
     def _open_part(self, entry: Entry, folder: int) -> int | None:
-        """None where there is none, or nothing that can be written on."""
+        """Return a descriptor of the partial file; None if it does not exist or is not safe to write."""
         try:
             return self._open(self.folder / entry.folder / entry.part, os.O_RDWR, folder)
         except (FileNotFoundError, NotPrivate):
@@ -230,24 +240,24 @@ class Cache:
     def _fault(
         self, path: Path, handle: int, size: int, digest: str, check_interrupt: Callable[[], None]
     ) -> str | None:
-        """Return what is wrong with the file; None = nothing."""
+        """Describe what is wrong with the file; None if it is good."""
         found = os.fstat(handle)
         if found.st_size != size:
-            return f"{size:,} bytes expected, {found.st_size:,} found"
+            return f"expected {size:,} bytes, found {found.st_size:,}"
         if _identity(path, found) in self._verified:
             return None
         hashed = xxhash.xxh3_64()
-        for at in range(0, size, _CHUNK):
+        for offset in range(0, size, _CHUNK):
             check_interrupt()
-            hashed.update(os.pread(handle, _CHUNK, at))
+            hashed.update(os.pread(handle, _CHUNK, offset))
         if hashed.hexdigest() != digest:
-            return f"hash {digest} expected, {hashed.hexdigest()} found"
+            return f"expected hash {digest}, found {hashed.hexdigest()}"
         self._verified.add(_identity(path, found))
         return None
 
     def _discard(self, path: Path, damaged: os.stat_result, fault: str, check_interrupt: Callable[[], None]) -> None:
-        """Remove a damaged file. Processes that have it open can still read it; no other process opens it."""
-        folder, name = self._place_of(path)
+        """Remove a damaged file. Processes that have it open can still read it."""
+        folder, name = self._set_and_name(path)
         with (
             contextlib.suppress(FileNotFoundError),
             self._folder.locked(check_interrupt) as (root, record),
@@ -259,13 +269,15 @@ class Cache:
                 return
             if entry is None or entry.state != "whole":
                 raise self._foreign_file(path, fault)
-            log.warning("%s: damaged in the cache (%s); removed, and fetched again", path, fault)
+            log.warning("%s: damaged in the cache (%s); removed, downloading it again", path, fault)
             os.unlink(name, dir_fd=inside)
             forget(entry, record)
 
     def _foreign_file(self, path: Path, fault: str = "") -> ForeignFile:
-        facts = f"not the set's file ({fault}), and " if fault else ""
-        return ForeignFile(f"{path}: {facts}not recorded as made by this cache; move it away, or give another --cache")
+        facts = f" and is not the file of the set ({fault})" if fault else ""
+        return ForeignFile(
+            f"{path}: was not created by this cache{facts}; move it away, or specify another folder with --cache"
+        )
 
 
 def _identity(path: Path, found: os.stat_result) -> tuple[Path, int, int, int, int]:

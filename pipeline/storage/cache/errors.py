@@ -1,4 +1,4 @@
-"""Why a file cannot be put into the cache, or read from it."""
+"""Errors of the cache."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 from shards.errors import StorageFailed, UserError
 from shards.files.private_folder import NotPrivate
 
-# EFBIG is what a limit on the size of files says.
+# EFBIG: the limit of the file size (ulimit -f) was reached.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class CacheFull(UserError):
-    """All of the cache's room is in use, or too small altogether."""
+    """The file does not fit: all cached files are in use, or it is larger than the cache's limit."""
 
 
 class DiskFull(CacheFull):
-    """The disk that the cache is on is full, whatever the cache may hold."""
+    """The disk of the cache is full, although the cache is below its limit."""
 
     exit_code = 1
 
     @classmethod
     def of(cls, folder: Path, reason: str) -> DiskFull:
-        return cls(f"--cache {folder}: {reason}; free some space there, or give another folder")
+        return cls(f"--cache {folder}: {reason}; free disk space, or specify another folder with --cache")
 
 
 class ForeignFile(UserError):
@@ -33,16 +33,16 @@ class ForeignFile(UserError):
 
 
 class PartRemoved(StorageFailed):
-    """A partial file, or its folder, was removed by something other than the cache."""
+    """A partial file, or its folder, was removed by another program."""
 
 
 @contextlib.contextmanager
-def cache_errors(place: Path, when_full: Callable[[], object] = lambda: None) -> Iterator[None]:
-    """Raise errors of the file system inside the block as errors of the cache.
+def cache_errors(folder: Path, when_full: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Convert errors of the file system that occur inside the block to errors of the cache.
 
     Args:
-        place: the folder that `--cache` names.
-        when_full: called first where the disk is full.
+        folder: the folder that `--cache` names.
+        when_full: called before `DiskFull` is raised.
     """
     try:
         yield
@@ -52,11 +52,14 @@ def cache_errors(place: Path, when_full: Callable[[], object] = lambda: None) ->
         if error.errno in _FULL:
             with contextlib.suppress(UserError):
                 when_full()
-        raise storage_failed(place, error) from error
+        raise storage_failed(folder, error) from error
 
 
 def storage_failed(folder: Path, error: OSError) -> UserError:
-    """Return the error of a cache whose disk is full (`DiskFull`) or failed (`StorageFailed`)."""
+    """Return the error for a full disk (`DiskFull`) or another failure of it (`StorageFailed`)."""
     if error.errno in _FULL:
         return DiskFull.of(folder, str(error.strerror))
-    return StorageFailed(f"--cache {folder}: {error.strerror or error}; correct that, or give another folder")
+    return StorageFailed(
+        f"--cache {folder}: reading or writing the cache failed: {error.strerror or error}; check the disk, or specify "
+        "another folder with --cache"
+    )

@@ -1,4 +1,4 @@
-"""Which files of the cache exist, and which are evicted to make room: the least recently used that nobody uses."""
+"""Eviction of the least recently used cached files that no process uses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from shards.files.private_folder import NotPrivate, open_file
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A recorded file that exists."""
+class CachedFile:
+    """A recorded file that exists, complete or partial."""
 
     entry: Entry
     name: str
@@ -32,18 +32,18 @@ class Stored:
 
 @dataclass(frozen=True)
 class Eviction:
-    """Looks at the files of a cache and removes some. All calls are made with the folder's lock held.
+    """Lists and removes the files of a cache. The caller of each method holds the folder's lock.
 
-    Args of its methods: `root`, descriptor of the cache's folder; `record`, the files that the cache has made.
+    Arguments of its methods: `root`, descriptor of the cache's folder; `record`, the files that the cache has created.
     """
 
-    place: Path
+    parent: Path
     """The folder that `--cache` names."""
     folder: CacheFolder
 
-    def stored(self, root: int, record: Record) -> list[Stored]:
-        """Return the recorded files that exist; remove all others from the record."""
-        stored: list[Stored] = []
+    def cached_files(self, root: int, record: Record) -> list[CachedFile]:
+        """Return the recorded files that exist; remove missing ones from the record."""
+        files: list[CachedFile] = []
         by_folder: dict[str, list[Entry]] = {}
         for entry in record.entries.values():
             by_folder.setdefault(entry.folder, []).append(entry)
@@ -53,24 +53,29 @@ class Eviction:
                     found = [(entry, _find(entry, inside)) for entry in entries]
             except FileNotFoundError:
                 found = [(entry, None) for entry in entries]
-            except NotPrivate:  # such as a symbolic link, whose target does not belong to the cache
+            except NotPrivate:  # replaced, for example by a symbolic link to a folder that does not belong to the cache
                 continue
-            stored.extend(file for _, file in found if file is not None)
+            files.extend(file for _, file in found if file is not None)
             for entry, file in found:
                 if file is None:
                     forget(entry, record)
-        return stored
+        return files
 
     def make_room(self, size: int, path: Path, root: int, record: Record, *, limit: int) -> None:
-        """Evict the least recently used files until `size` bytes fit; evict none if that is impossible."""
+        """Evict the least recently used files until `size` bytes fit; evict none if that is impossible.
+
+        Raises:
+            CacheFull: the file is larger than `limit`, or too many files are in use.
+            DiskFull: the disk is too full, because of files of other programs.
+        """
         if size > limit:
             raise CacheFull(
-                f"--cache {self.place}: {path.name} has {size:,} bytes, more than the {limit:,} that the "
-                "cache may hold; give a larger --cache-size"
+                f"--cache {self.parent}: {path.name} has {size:,} bytes, more than the cache's limit of {limit:,} "
+                "bytes; specify a larger --cache-size"
             )
-        files = sorted(self.stored(root, record), key=lambda file: file.used)
+        files = sorted(self.cached_files(root, record), key=lambda file: file.used)
         over = sum(file.entry.size for file in files) + size - limit
-        # Others write to the disk too; what parts still lack of their size is spoken for.
+        # Other programs write to the disk too. Space for the rest of partial files is reserved.
         lacking = size + sum(file.entry.size - file.stored for file in files) - self._free()
         evicted = []
         for file in files:
@@ -80,18 +85,18 @@ class Eviction:
                 evicted.append(file)
                 over, lacking = over - file.entry.size, lacking - file.entry.size
         for file in evicted if max(over, lacking) <= 0 else ():
-            if not self.evict(file, root, record):  # in use since a moment ago
+            if not self.evict(file, root, record):  # leased by another process after the dry run
                 over, lacking = over + file.entry.size, lacking + file.entry.size
         if lacking > 0:
-            raise DiskFull.of(self.place, f"no space left on the device for the {size:,} bytes of {path.name}")
+            raise DiskFull.of(self.parent, f"no space left on the device for {path.name} ({size:,} bytes)")
         if over > 0:
             raise CacheFull(
-                f"--cache {self.place}: no room for {path.name}: all of the {limit:,} bytes that it may hold "
-                "are in use; give a larger --cache-size"
+                f"--cache {self.parent}: no space for {path.name} ({size:,} bytes): the cache has reached its limit of "
+                f"{limit:,} bytes and its files are in use; specify a larger --cache-size"
             )
 
-    def evict(self, file: Stored, root: int, record: Record, *, dry: bool = False) -> bool:
-        """Remove an unused file; return whether it was removed, or with `dry` whether it can be."""
+    def evict(self, file: CachedFile, root: int, record: Record, *, dry: bool = False) -> bool:
+        """Remove a file that no process uses; return whether it was removed or, if `dry`, can be removed."""
         path = self.folder.path / file.entry.folder / file.name
         try:
             with self.folder.set_folder(root, file.entry.folder) as inside:
@@ -112,22 +117,22 @@ class Eviction:
             return False
 
     def _free(self) -> float:
-        """Bytes free on the file system; infinite where it does not say, as some in user space: writing will tell."""
+        """Return the free bytes of the file system; infinity if it does not report them, as some FUSE systems."""
         usage = shutil.disk_usage(self.folder.path)
         return usage.free if usage.total else math.inf
 
 
-def _find(entry: Entry, folder: int) -> Stored | None:
-    """Find the complete file or its part."""
+def _find(entry: Entry, folder: int) -> CachedFile | None:
+    """Find the complete or the partial file."""
     for name in (entry.name, entry.part) if entry.state == "whole" else (entry.part,):
         found = status_of(name, folder)
         if found is not None and stat.S_ISREG(found.st_mode):
-            return Stored(entry, name, found.st_size, max(found.st_atime_ns, found.st_mtime_ns))
+            return CachedFile(entry, name, found.st_size, max(found.st_atime_ns, found.st_mtime_ns))
     return None
 
 
 def status_of(name: str, folder: int) -> os.stat_result | None:
-    """Return the status of what has this name, be it a symbolic link; None = nothing."""
+    """Return the status of a directory entry, without following symbolic links; None if it does not exist."""
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
@@ -135,6 +140,6 @@ def status_of(name: str, folder: int) -> os.stat_result | None:
 
 
 def forget(entry: Entry, record: Record) -> None:
-    """Remove a missing file from the record. If that fails, as on a full disk, the next process tries again."""
+    """Remove a missing file from the record. If that fails (full disk), the next process tries again."""
     with contextlib.suppress(OSError):
         record.put(replace(entry, state="gone"), durable=False)

@@ -1,4 +1,4 @@
-"""The folder of a cache: a marked subfolder that the cache has created itself, never a folder of the user."""
+"""The folder of a cache: a marked subfolder that the cache creates, so that it never works in a folder of the user."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ NAME = "fat-pipeline-cache"
 MARKER = ".fat-pipeline-cache.json"
 LOCK = ".lock"
 LOCK_SECONDS = 60.0
-"""Longest wait for the folder's lock, which is held only while a few files are removed."""
-_UNUSUAL_SECONDS = 0.5  # of waiting, after which the holder is looked for: that takes milliseconds
+"""Timeout in seconds for the folder's lock, which is normally held only while a few files are removed."""
+_UNUSUAL_SECONDS = 0.5  # of waiting before the holder is searched for, which takes milliseconds
 _MARKER_LIMIT = 4096
-REMEDY = "remove it, or give another --cache"
+REMEDY = "remove it, or specify another folder with --cache"
+END_PROCESS = "end that process, or resume it if it is suspended"
 
 
 class CacheLocked(StorageFailed):
-    """Another process has held the folder's lock for too long."""
+    """Another process has held the folder's lock for longer than `LOCK_SECONDS`."""
 
 
 @dataclass(frozen=True)
 class _Marker:
     identity: Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
-    """Random; lines of the record are signed with it."""
+    """Random; part of the hash of every line of the record."""
     format: Literal["fat-pipeline cache"] = "fat-pipeline cache"
     version: Literal[1] = 1
 
@@ -52,20 +53,20 @@ class CacheFolder:
     """A marked folder with its lock and its record.
 
     Args:
-        place: parent folder; may hold other files.
-        shared: the folder is used by all members of the group of `place`.
+        parent: parent folder; may contain other files.
+        shared: the folder is used by all members of the group of `parent`.
     """
 
-    def __init__(self, place: Path, *, shared: bool) -> None:
+    def __init__(self, parent: Path, *, shared: bool) -> None:
         self.shared = shared
-        self.path = place.absolute() / f"{NAME}-{'shared' if shared else os.geteuid()}"
-        hint = "" if shared else ", or share one with --cache-shared"
+        self.path = parent.absolute() / f"{NAME}-{'shared' if shared else os.geteuid()}"
+        hint = "" if shared else ", or share a cache with --cache-shared"
         self.remedy = f"{REMEDY}{hint}"
         self._record = Record(self.path, remedy=REMEDY, shared=shared)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """Return a descriptor of the folder, which is created if necessary, and checked."""
+        """Yield a descriptor of the folder, which is created if it does not exist. Checks its owner and mode."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = open_folder(self.path, remedy=self.remedy, shared=self.shared)
         try:
@@ -75,18 +76,18 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def locked(self, check_interrupt: Callable[[], None]) -> Iterator[tuple[int, Record]]:
-        """Hold the folder's lock; yields its descriptor and its record.
+        """Hold the folder's lock; yield the folder's descriptor and its record.
 
         Args:
             check_interrupt: called while another process holds the lock; raises to end the wait.
 
         Raises:
-            CacheLocked: another process has held it for `LOCK_SECONDS`.
-            UserError: the folder is not one that a cache has made.
+            CacheLocked: another process has held the lock for `LOCK_SECONDS`.
+            UserError: the folder was not created by a cache.
             OSError: the disk is full, or failed.
         """
         with self.opened() as folder:
-            self._refuse_foreign(folder)
+            self._reject_foreign(folder)
             lock = self._lock(folder, check_interrupt)
             try:
                 with self._record.opened(folder, self._marker(folder).identity):
@@ -96,7 +97,11 @@ class CacheFolder:
 
     @contextlib.contextmanager
     def set_folder(self, folder: int, name: str, *, create: bool = False) -> Iterator[int]:
-        """A descriptor of a set's folder inside; FileNotFoundError where there is none."""
+        """Yield a descriptor of the subfolder of a set.
+
+        Raises:
+            FileNotFoundError: it does not exist, and `create` is False.
+        """
         handle = open_folder(self.path / name, remedy=REMEDY, shared=self.shared, inside=folder, create=create)
         try:
             yield handle
@@ -111,12 +116,12 @@ class CacheFolder:
             locked = False
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = os.fstat(lock).st_nlink > 0  # otherwise it was replaced by another lock file
+                locked = os.fstat(lock).st_nlink > 0  # otherwise the file was removed and may have been recreated
             except BlockingIOError:
                 if wait is None:
-                    wait, since = Wait("", limit=LOCK_SECONDS, remedy="continue or end that process"), time.monotonic()
+                    wait, since = Wait("", limit=LOCK_SECONDS, remedy=END_PROCESS), time.monotonic()
                 if time.monotonic() - since > _UNUSUAL_SECONDS:
-                    wait.what = f"{self.path / LOCK}: held by {lock_holder(lock)}"
+                    wait.what = f"{self.path / LOCK}: the lock of the cache is held by {lock_holder(lock)}"
             finally:
                 if not locked:
                     os.close(lock)
@@ -129,19 +134,19 @@ class CacheFolder:
                 except StorageFailed as error:
                     raise CacheLocked(str(error)) from error
 
-    def _refuse_foreign(self, folder: int) -> None:
+    def _reject_foreign(self, folder: int) -> None:
         """Raise UserError if the folder has no marker and is not empty."""
         names = set(os.listdir(folder)) - {LOCK}
         unknown = sorted(name for name in names if not is_temporary(name, re.escape(MARKER)))
-        # Asked for by name too: another process may be making the folder while it is listed.
+        # Check for the marker by name too: another process may have created it after the folder was listed.
         if unknown and MARKER not in names and not _exists(MARKER, folder):
             raise UserError(
-                f"{self.path}: neither empty nor made by a cache ({len(unknown)} entries, such as {unknown[0]!r}, and "
-                f"no {MARKER}); move it away, or give another --cache"
+                f"{self.path}: not created by a cache: it has {len(unknown)} entries, such as {unknown[0]!r}, but no "
+                f"{MARKER}; move it away, or specify another folder with --cache"
             )
 
     def _marker(self, folder: int) -> _Marker:
-        """Return the folder's marker; write it if there is none."""
+        """Return the folder's marker; write it if it does not exist."""
         path = self.path / MARKER
         try:
             handle = self._open(folder, MARKER, os.O_RDONLY)
@@ -155,7 +160,7 @@ class CacheFolder:
         except ValueError as error:
             raise UserError(
                 f"{path}: damaged ({error}), so the files of the cache cannot be identified; remove {self.path}, or "
-                "give another --cache"
+                "specify another folder with --cache"
             ) from error
         finally:
             os.close(handle)

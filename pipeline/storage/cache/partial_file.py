@@ -1,4 +1,4 @@
-"""A file of the cache while it is fetched."""
+"""A file of the cache during its download."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from shards.files.waiting import lock_holder
 
 @dataclass(frozen=True)
 class Busy:
-    """Another process fetches the file, or has just finished it."""
+    """Another process downloads the file, or has just completed it."""
 
     path: Path
-    """Path of the file."""
+    """Path of the complete file."""
     done: int
-    """Bytes fetched so far."""
+    """Bytes downloaded so far."""
     part: Path | None = None
-    """The partial file; None = the file is complete."""
+    """Path of the partial file; None: the file is complete."""
 
     def holder(self) -> str:
-        """Describe the process (see `lock_holder`). Takes milliseconds where many locks are held on the machine."""
+        """Describe the downloading process (see `lock_holder`). Takes milliseconds if the machine has many locks."""
         with contextlib.suppress(OSError):
             if self.part is not None:
                 handle = os.open(self.part, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -38,10 +38,10 @@ class Busy:
 
 
 class _Cache(Protocol):
-    """What a part asks of its cache."""
+    """The methods of the cache that a partial file uses."""
 
     @property
-    def place(self) -> Path: ...
+    def parent(self) -> Path: ...
 
     def publish(self, part: PartialFile) -> int: ...
 
@@ -49,7 +49,7 @@ class _Cache(Protocol):
 
 
 class PartialFile:
-    """What there is so far of a file that this process fetches."""
+    """A partial file that this process downloads. It holds the exclusive lock on the file until it is closed."""
 
     def __init__(
         self, cache: _Cache, handle: int, path: Path, entry: Entry, check_interrupt: Callable[[], None]
@@ -63,44 +63,44 @@ class PartialFile:
         return os.pread(self.handle, stop - start, start)
 
     def append(self, content: bytes) -> None:
-        """Add to the end.
+        """Append bytes.
 
         Raises:
-            DiskFull: the disk is full; what was there is removed, as it may be in others' way.
+            DiskFull: the disk is full; the partial file was removed to free space for other programs.
             StorageFailed: the disk failed otherwise.
         """
         view = memoryview(content)
-        with cache_errors(self._cache.place, self.discard):
+        with cache_errors(self._cache.parent, self.discard):
             while view:
                 written = os.pwrite(self.handle, view, self.done)
                 self.done, view = self.done + written, view[written:]
 
     def restart(self) -> None:
-        """Throw away what is there."""
-        with cache_errors(self._cache.place, self.discard):
+        """Truncate the file to zero bytes."""
+        with cache_errors(self._cache.parent, self.discard):
             os.ftruncate(self.handle, 0)
         self.done = 0
 
     def finish(self) -> int:
-        """Publish the whole file under its name; returns a lease of it.
+        """Publish the complete file under its final name; return a lease of it.
 
         Raises:
-            PartRemoved: the part was removed.
-            ForeignFile: its name is taken.
-            UserError: what `append` raises.
+            PartRemoved: another program removed the partial file.
+            ForeignFile: a file with the final name exists.
+            UserError: see `append`.
         """
-        with cache_errors(self._cache.place, self.discard):
+        with cache_errors(self._cache.parent, self.discard):
             os.ftruncate(self.handle, self.done)
             os.fsync(self.handle)
             return self._cache.publish(self)
 
     def discard(self) -> None:
-        """Remove the part."""
+        """Remove the partial file."""
         self._cache.remove_part(self)
 
     def __enter__(self) -> PartialFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Release the part; if it is not finished, another process may resume it."""
+        """Release the lock; if the file is not complete, another process may resume the download."""
         os.close(self.handle)

@@ -1,9 +1,9 @@
-"""The record of a cache folder: the files that the cache has created and may count and remove.
+"""The record of a cache folder: the files that the cache has created and may therefore count and remove.
 
-A file of lines that only grows. A line is written and synced, under the folder's lock, before the file that it names
-appears; so a process that is killed leaves a line without a file, which is harmless, and never a file without a line.
-Each line begins with a hash of the folder's identity and of the rest of it: a line that was cut off or altered, or that
-belongs to another folder, counts for nothing, and what it named is left alone.
+The record is an append-only text file. A line is written and synced, under the folder's lock, before the file that it
+names is created. A process that is killed can therefore leave a line without a file, which is harmless, but never a
+file without a line. Each line starts with a hash of the folder's identity and of the rest of the line. A line that is
+truncated, altered or copied from another folder is ignored, and the file that it names is not touched.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PART = ".part"
 _SHOWN_OF_NAME = 40
 _MAX_LINE = 4096
 _HEAD = 36  # bytes of the first line
-# Outdated lines, beyond one per file, at which the file is rewritten.
+# The record is rewritten when it has more than this number of lines that do not describe an existing file.
 _MAX_STALE = 2000
 
 State = Literal["part", "whole", "gone"]
 Key = tuple[str, str]
-"""Folder of the set, name of the file."""
+"""(folder of the set, name of the file)."""
 _Token = Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]
 _LINE = TypeAdapter(tuple[State, FileName, FileName, Count, _Token])
 
@@ -43,14 +43,14 @@ class Entry:
     """One file of the cache."""
 
     folder: str
-    """Folder of the set, inside the cache."""
+    """Name of the set's folder in the cache."""
     name: str
     size: int
-    """Bytes of the complete file."""
+    """Size of the complete file in bytes."""
     token: str
-    """Random part of the name of the incomplete file."""
+    """Random component of the partial file's name."""
     state: State
-    """`part`: incomplete. `whole`: renamed, or about to be."""
+    """`part`: incomplete. `whole`: renamed to its final name, or about to be. `gone`: removed."""
 
     @property
     def key(self) -> Key:
@@ -58,7 +58,7 @@ class Entry:
 
     @property
     def part(self) -> str:
-        """Random name of the incomplete file."""
+        """Name of the partial file."""
         return f"{self.name[:_SHOWN_OF_NAME]}.{self.token}{PART}"
 
 
@@ -67,22 +67,22 @@ def new_entry(folder: str, name: str, size: int) -> Entry:
 
 
 class Record:
-    """A folder's record as one process has read it. The caller of each method holds the folder's lock."""
+    """A folder's record as read by this process. The caller of each method holds the folder's lock."""
 
     def __init__(self, folder: Path, *, remedy: str, shared: bool) -> None:
         self.path, self._remedy, self._shared = folder / NAME, remedy, shared
         self.entries: dict[Key, Entry] = {}
         self._head, self._identity, self._read, self._lines = b"", "", 0, 0
         self.damaged = 0
-        """Lines that cannot be read."""
+        """Number of damaged lines."""
 
     @contextlib.contextmanager
     def opened(self, folder: int, identity: str) -> Iterator[None]:
-        """Read what was added since the last time; entries may be put while the block runs.
+        """Read the lines added since the last call. `put` may be called inside the block.
 
         Args:
             folder: descriptor of the cache's folder.
-            identity: of the cache.
+            identity: identity of the cache, from its marker.
         """
         self._handle = self._open(folder)
         try:
@@ -93,7 +93,7 @@ class Record:
                 self.entries, self._read, self._lines, self.damaged = {}, 0, 0, 0
             if not found.st_size:
                 self._append(_head_line(identity), durable=True)
-            self._read_on(os.fstat(self._handle).st_size)
+            self._read_until(os.fstat(self._handle).st_size)
             if self._lines > len(self.entries) + _MAX_STALE:
                 self._compact(folder)
             yield
@@ -101,10 +101,10 @@ class Record:
             os.close(self._handle)
 
     def put(self, entry: Entry, *, durable: bool = True) -> None:
-        """Add a line.
+        """Add or replace an entry.
 
         Raises:
-            OSError: the disk is full, or failed; what the record says of the entry is as before.
+            OSError: the disk is full, or failed; the record is unchanged.
         """
         self._append(_line(entry, self._identity), durable=durable)
         self._apply(entry)
@@ -113,9 +113,9 @@ class Record:
         flags = os.O_RDWR | os.O_CREAT
         return open_file(NAME, flags, folder=folder, path=self.path, remedy=self._remedy, shared=self._shared)
 
-    def _read_on(self, size: int) -> None:
+    def _read_until(self, size: int) -> None:
         content = os.pread(self._handle, size - self._read, self._read)
-        *lines, _rest = content.split(b"\n")  # the rest is a line that was cut off; the next one follows on it
+        *lines, _incomplete = content.split(b"\n")  # `_append` terminates an incomplete line before the next one
         for line in lines:
             self._read += len(line) + 1
             entry = _parse(line, self._identity)
@@ -151,9 +151,9 @@ class Record:
             content, at = content[written:], at + written
 
     def _compact(self, folder: int) -> None:
-        """Rewrite the record with the current entries; a process that is killed meanwhile leaves the old file."""
+        """Replace the record atomically by one with the current entries only."""
         lines = [_head_line(self._identity), *(_line(entry, self._identity) for entry in self.entries.values())]
-        with contextlib.suppress(OSError):  # there is another time
+        with contextlib.suppress(OSError):  # a later call will try again
             write_file(NAME, b"".join(lines), folder=folder, path=self.path, remedy=self._remedy, shared=self._shared)
             os.close(self._handle)
             self._handle = self._open(folder)
@@ -161,7 +161,7 @@ class Record:
 
 
 def _head_line(identity: str) -> bytes:
-    """Return a random first line, which distinguishes a rewritten file from the old one."""
+    """Return a random first line, by which other processes notice that the file was rewritten."""
     content = json.dumps(secrets.token_hex(8)).encode()
     return _hash(content, identity) + b" " + content + b"\n"
 
@@ -172,7 +172,7 @@ def _line(entry: Entry, identity: str) -> bytes:
 
 
 def _parse(line: bytes, identity: str) -> Entry | Literal["other", "damaged"]:
-    """What a line says; `other`: the first line."""
+    """Parse a line. "other" stands for a valid line that is no entry: the first one."""
     digest, _, content = line.partition(b" ")
     if digest != _hash(content, identity):
         return "damaged"

@@ -1,1 +1,1 @@
-"""Shard sets on a web server or in an object store: read by fsspec, staged into a cache."""
+"""Shard sets on a web server or in an object store, read through fsspec and staged into a cache."""

@@ -1,4 +1,4 @@
-"""The bytes of a file as they arrive from a server: every answer is checked before its bytes are used."""
+"""Streams of a remote file's bytes. Every response of a server is checked before its bytes are used."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ T = TypeVar("T")
 
 STALL_SECONDS = 30.0
 STALL_BYTES = 30 << 10
-"""A transfer that brings less than this in `STALL_SECONDS` (1 KiB/s) has stalled."""
+"""A transfer of fewer bytes than this in `STALL_SECONDS` (1 KiB/s) has stalled."""
 HAND_OVER_SECONDS = 5.0
-"""A piece of a slow transfer is handed over before it is full, so that others see the file grow."""
+"""After this time an incomplete piece is returned, so that processes waiting for the file see it grow."""
 OBJECT_RATE = 128 << 10
-"""Bytes/s. File systems that do not say how far a transfer is have `STALL_SECONDS` and this rate for each request."""
-_READ = 256 << 10  # bytes taken from a connection at once
+"""Bytes/s. A request to a file system that does not report progress may take `STALL_SECONDS` plus size / rate."""
+_READ = 256 << 10  # maximum bytes per read from a connection
 _PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
 
 
 @dataclass
 class ServerFacts:
-    """Properties of a server, as its answers show them."""
+    """Properties of a server that were found out from its responses."""
 
     url: str
-    """Of the set's folder."""
+    """URL of the set's folder."""
     sends_ranges: bool | None = None
-    """Whether it sends parts of files; None = not known yet."""
+    """Whether it supports range requests; None: not known yet."""
 
 
 class Body(abc.ABC):
-    """The bytes [start, stop) of one file, as they arrive; `stop` None = to its end."""
+    """A stream of the bytes [start, stop) of one file; `stop` None: to the end of the file."""
 
     received = 0
-    """Bytes so far."""
+    """Number of bytes received so far."""
 
     def __init__(self, stop: int | None) -> None:
         self.stop = stop
 
     @abc.abstractmethod
     def start(self, size: int) -> concurrent.futures.Future[bytes]:
-        """Begin to read the next bytes: `size`, or fewer where the answer ends or breaks off."""
+        """Start to read the next `size` bytes; fewer if the response ends or is interrupted before."""
 
     def extra_seconds(self, size: int) -> float:
-        """Seconds that `size` bytes may take beyond `STALL_SECONDS` where `received` says nothing meanwhile."""
+        """Return the seconds, beyond `STALL_SECONDS`, that `size` bytes may take without an update of `received`."""
         return 0.0
 
     def close(self) -> None:  # noqa: B027 - by default there is nothing to release
@@ -64,11 +64,11 @@ class Body(abc.ABC):
 
 
 class WebBody(Body):
-    """An answer of a web server, from one request by fsspec's own session.
+    """The response of a web server to one request in fsspec's session.
 
     Args:
-        last: if the server sends the whole file instead of a part, take it up to here, and skip what is before `start`.
-            None = take it only from its beginning.
+        last: if the server ignores the range and sends the complete file, read it up to this offset and skip the bytes
+            before `start`. None: accept a complete file only if `start` is 0.
     """
 
     def __init__(
@@ -85,14 +85,14 @@ class WebBody(Body):
         self._facts, self._fs, self._url = facts, fs, url
         self._start, self._last = start, last
         self._response: aiohttp.ClientResponse | None = None
-        self._head = b""  # of the body, read already
+        self._head = b""  # first bytes of the body, read by `_check_whole`
 
     def start(self, size: int) -> concurrent.futures.Future[bytes]:
         return asyncio.run_coroutine_threadsafe(self._read(size), self._fs.loop)
 
     def close(self) -> None:
         if self._response is not None:
-            # A connection whose body was read to its end is kept for other requests; any other one is closed.
+            # aiohttp keeps the connection for other requests if the body was read to its end, else closes it.
             self._fs.loop.call_soon_threadsafe(self._response.close)
 
     async def _read(self, size: int) -> bytes:
@@ -106,7 +106,7 @@ class WebBody(Body):
                     break
         except Exception:
             if self.stop is None or len(content) < STALL_BYTES:
-                raise  # what has come of a piece is worth keeping, but not a few bytes at a time
+                raise  # keep what was received of a piece, unless it is only a few bytes
         return bytes(content)
 
     async def _some(self, response: aiohttp.ClientResponse, size: int) -> bytes:
@@ -131,15 +131,18 @@ class WebBody(Body):
         return self._response
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
-        """Check status and headers, and skip what was not asked for.
+        """Check status and headers, and skip bytes that were not requested.
 
         Raises:
-            BadAnswer: another request may be answered.
-            RemoteError, OSError: none will be.
+            BadAnswer: another request may succeed.
+            RemoteError, OSError: another request would fail too.
         """
         hops = [each.url.scheme for each in (*response.history, response)]
         if hops[0] == "https" and set(hops) != {"https"}:
-            raise RemoteError(f"{redact(self._url)}: redirects from https:// to http://; refused: not the same server")
+            raise RemoteError(
+                f"{redact(self._url)}: the server redirects from https:// to http://, which is not secure; correct the "
+                "URL or the redirect"
+            )
         status = response.status
         if status in (404, 410):
             raise FileNotFoundError(f"status {status}")
@@ -150,13 +153,16 @@ class WebBody(Body):
             raise RemoteError(too_short(self._url, self.stop, int(span[3])))
         if status == 206 and self.stop is not None:
             if span is None or span[1] is None or int(span[1]) != self._start:
-                said = response.headers.get("Content-Range", "no range")
-                raise BadAnswer(f"{said[:60]} where byte {self._start:,} and those after it were asked for")
+                found = response.headers.get("Content-Range", "none")
+                raise BadAnswer(f"requested bytes from {self._start:,}, got Content-Range: {found[:60]}")
             self._facts.sends_ranges = True
         elif status == 200:
             await self._check_whole(response)
         elif 400 <= status < 500 and status not in (408, 416, 425, 429):
-            raise RemoteError(f"{redact(self._url)}: status {status} {response.reason}; check the URL and the server")
+            raise RemoteError(
+                f"{redact(self._url)}: the server answered with status {status} {response.reason}; check the URL and "
+                "the configuration of the server"
+            )
         else:
             raise BadAnswer(f"status {status} {response.reason}")
 
@@ -164,15 +170,15 @@ class WebBody(Body):
         self._head = await response.content.read(1024)
         self.received += len(self._head)
         if _PAGE.match(self._head):
-            raise BadAnswer("a web page in place of the file (maintenance, or a login?)")
+            raise BadAnswer("got a web page instead of the file (maintenance or login page?)")
         if self.stop is None:
             return
-        # Of a compressed answer, which was not asked for, the length says nothing.
+        # Content-Length of a compressed response is not the length of the file.
         length = None if "Content-Encoding" in response.headers else response.content_length
         expected = max(self.stop, self._last or 0)
         if length is not None and length < expected:
-            raise BadAnswer(f"a file of {length:,} bytes where the manifest says {expected:,} or more")
-        # A server that knows ranges may answer a request for all bytes of a file in this way too.
+            raise BadAnswer(f"got a file of {length:,} bytes, the manifest requires at least {expected:,}")
+        # Status 200 is also a valid answer of a server with range support if all bytes of the file were requested.
         if self._start > 0 or (length is not None and length > self.stop):
             self._facts.sends_ranges = False
         if self._last is not None:
@@ -183,12 +189,12 @@ class WebBody(Body):
         while left:
             some = await self._some(response, left)
             if not some:
-                raise BadAnswer(f"the file ends before byte {self._start:,}")
+                raise BadAnswer(f"the response ends before byte {self._start:,}, the first one requested")
             left -= len(some)
 
 
 class ObjectBody(Body):
-    """A file of another file system of fsspec, read range by range."""
+    """A file of an fsspec file system other than the web's (s3://, gs://, ...), read by one range request per piece."""
 
     def __init__(self, fs: Any, path: str, start: int, stop: int | None) -> None:
         super().__init__(stop)
@@ -214,12 +220,12 @@ class ObjectBody(Body):
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            content = b""  # as s3fs says that a range is not satisfiable
+            content = b""  # s3fs reports an unsatisfiable range as EINVAL
         if len(content) < size:
             found = await self._size()
             if found < self.stop:
                 raise RemoteError(too_short(self._fs.unstrip_protocol(self._path), self.stop, found))
-            raise BadAnswer(f"{len(content):,} bytes from byte {self._at:,} on; more were asked for")
+            raise BadAnswer(f"requested {size:,} bytes from {self._at:,}, got {len(content):,}")
         content = bytes(content[:size])
         self._at += size
         self.received += size
@@ -228,20 +234,22 @@ class ObjectBody(Body):
     async def _size(self) -> int:
         size = (await self._call("info", self._path)).get("size")
         if size is None:
-            raise RemoteError(f"{redact(self._path)}: this file system does not tell the size of a file")
+            raise RemoteError(
+                f"{redact(self._path)}: this file system of fsspec does not report file sizes and is not supported"
+            )
         return int(size)
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Call a method of the file system, which blocks unless the file system is asynchronous."""
+        """Call a method of the file system. Blocks unless the file system is asynchronous."""
         if self._is_async:
             return await getattr(self._fs, f"_{method}")(*args, **kwargs)
         return getattr(self._fs, method)(*args, **kwargs)
 
 
 def _in_thread(work: Callable[[], T]) -> concurrent.futures.Future[T]:
-    """Run a call that may block forever in a daemon thread, which does not delay the exit."""
+    """Run a call that may block forever in a daemon thread, which does not delay the exit of the process."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # cannot be cancelled any more: its result may be set at any time
+    future.set_running_or_notify_cancel()  # prevents cancellation, after which set_result would raise
 
     def run() -> None:
         try:

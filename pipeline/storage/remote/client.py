@@ -1,7 +1,7 @@
-"""Files of a folder on a web server or in an object store, by fsspec.
+"""Read the files of a folder on a web server or in an object store through fsspec.
 
-Every answer is checked before its bytes are used, and no more is read than was asked for. What may pass (a server that
-restarts, a transfer that breaks off or stalls, a maintenance page) is repeated for `RETRY_SECONDS`.
+Every response is checked before its bytes are used, and only requested bytes are read. Requests that fail temporarily
+(server restart, interrupted or stalled transfer, maintenance page) are repeated for `RETRY_SECONDS`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from shards.redact import redact
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0
-"""How long requests are repeated without progress."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests; doubled every time
-PIECE = 8 << 20  # bytes asked for, and handed over, at once
+"""Time without progress after which requests are no longer repeated."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests; doubled after each failure
+PIECE = 8 << 20  # bytes requested, and yielded, at once
 _POLL_SECONDS = 0.1
 
 
@@ -41,7 +41,7 @@ class Remote:
     """A folder behind a URL that fsspec knows (s3://bucket/set, https://host/set, gs://, ...). Thread-safe.
 
     Args:
-        facts: shared with others of the same URL.
+        facts: properties of the server, shared by all instances for the same URL.
 
     Raises:
         UserError: the URL carries credentials, its protocol is unknown, or a package for it is not installed.
@@ -57,21 +57,23 @@ class Remote:
         except ImportError as error:
             raise UserError(f"{self.url}: {error}; install it with: pip install 'fat-pipeline[remote]'") from error
         except ValueError as error:
-            raise UserError(f"{self.url}: {error}; s3://, https:// and others that fsspec knows are read") from error
+            raise UserError(
+                f"{self.url}: {error}; expected a URL that fsspec supports, such as https://host/set or s3://bucket/set"
+            ) from error
         self._is_web = _is_web(self._fs)
         self._interrupted = threading.Event()
         self._retrying, self._waiting = WarningThrottle(), WarningThrottle()
         self.facts = facts or ServerFacts(self.url)
         if not self._is_web:
             self.facts.sends_ranges = True
-        self._asking = threading.Lock()
+        self._probing = threading.Lock()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Return bytes [start, stop) of a file that has them.
+        """Return bytes [start, stop) of a file.
 
         Raises:
-            NoRanges: the server sends whole files only, and this is not the beginning of one.
-            RemoteError: the file is not there, ends before, or may not be read.
+            NoRanges: the server does not support range requests, and `start` is not 0.
+            RemoteError: the file does not exist, is too short, or may not be read.
             ServerFailed: the server failed for `RETRY_SECONDS`.
             Interrupted: `interrupt` was called.
         """
@@ -80,13 +82,14 @@ class Remote:
     def pieces(self, name: str, start: int, stop: int, *, whole: bool = False) -> Iterator[bytes]:
         """Yield bytes [start, stop) of a file in consecutive pieces of at most `PIECE` bytes.
 
-        A transfer that breaks off is resumed behind the last piece.
+        An interrupted transfer is resumed after the last piece.
 
         Args:
-            whole: of a server that sends whole files only, take one, and skip what is before `start`.
+            whole: if the server does not support range requests, read the complete file and skip the bytes before
+                `start`.
 
         Raises:
-            What `read` raises.
+            The errors of `read`.
         """
         retries, at = Retries(self, name), start
         body: Body | None = None
@@ -98,7 +101,7 @@ class Remote:
                     assert body.stop is not None
                     piece = self._run(body, min(PIECE, body.stop - at), name)
                     if not piece:
-                        raise BadAnswer(f"the answer ends at byte {at:,} of {body.stop:,}")
+                        raise BadAnswer(f"the response ends at byte {at:,} of {body.stop:,}")
                 except Exception as error:
                     if body is not None:
                         body.close()
@@ -116,10 +119,10 @@ class Remote:
                 body.close()
 
     def read_all(self, name: str, limit: int) -> bytes:
-        """Return a whole file of at most `limit` bytes.
+        """Return a complete file of at most `limit` bytes.
 
         Raises:
-            RemoteError: it has more; otherwise what `read` raises.
+            RemoteError: the file is larger; also the errors of `read`.
         """
         retries = Retries(self, name)
         while True:
@@ -135,14 +138,15 @@ class Remote:
                 body.close()
         if len(content) > limit:
             raise RemoteError(
-                f"{redact(self.url)}/{name}: more than {limit:,} bytes, the limit of such a file; check the URL"
+                f"{redact(self.url)}/{name}: larger than the {limit:,} bytes that are allowed for this file; "
+                "check the URL"
             )
         return bytes(content)
 
     def has_ranges(self, name: str) -> bool:
-        """Return whether the server sends parts of files; asks for a byte of a file where that is not known yet."""
+        """Return whether the server supports range requests. If that is not known yet, request one byte of a file."""
         if self.facts.sends_ranges is None:
-            with self._asking:  # one request, even from several threads
+            with self._probing:  # a single request, even if several threads call this method
                 if self.facts.sends_ranges is None:
                     with contextlib.suppress(NoRanges):
                         self.read(name, 1, 2)
@@ -159,7 +163,7 @@ class Remote:
         return ObjectBody(self._fs, path, start, stop)
 
     def _run(self, body: Body, size: int, name: str) -> bytes:
-        """Read from a body, and stop waiting when it makes no progress."""
+        """Read from a body; raise `BadAnswer` if it makes no progress."""
         if self._interrupted.is_set():
             raise Interrupted
         begun = moved = time.monotonic()
@@ -177,10 +181,11 @@ class Remote:
                 if body.received - received >= STALL_BYTES:
                     moved, received = now, body.received
                 if now - moved > limit:
-                    raise BadAnswer(f"stalled: {body.received - received:,} bytes in {now - moved:.0f} s")
+                    raise BadAnswer(f"transfer stalled: {body.received - received:,} bytes in {now - moved:.0f} s")
                 if now - begun > SILENT_SECONDS and self._waiting.due():
                     log.warning(
-                        "%s/%s: %s of %s bytes after %.0f s; a transfer of less than %s bytes in %.0f s is repeated",
+                        "%s/%s: slow transfer: %s of %s bytes after %.0f s; it will be repeated if fewer than %s bytes "
+                        "arrive in %.0f s",
                         redact(self.url),
                         name,
                         f"{body.received - before:,}",
@@ -194,39 +199,39 @@ class Remote:
 
 
 class Retries:
-    """Decides whether a failed request for a file is repeated, and for how long."""
+    """Decides whether, when and for how long failed requests for a file are repeated."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self._remote, self._where = remote, f"{redact(remote.url)}/{name}"
         self.progress()
 
     def progress(self) -> None:
-        """Note that bytes have arrived."""
+        """Reset the time limit and the pause, because bytes have arrived."""
         self._since, self._failures, self._pause = time.monotonic(), 0, FIRST_PAUSE
 
     def failed(self, error: Exception) -> None:
         """Sleep before the next request, or raise.
 
         Raises:
-            RemoteError: another request would meet the same.
+            RemoteError: the error is permanent.
             ServerFailed: no progress for `RETRY_SECONDS`.
             Interrupted: see `Remote.interrupt`.
         """
         if isinstance(error, Interrupted | RemoteError):
             raise error
-        if final := permanent_failure(error):
-            raise RemoteError(f"{self._where}: {final}") from error
+        if permanent := permanent_failure(error):
+            raise RemoteError(f"{self._where}: {permanent}") from error
         self._failures += 1
         reason = describe(error)
         spent = time.monotonic() - self._since
         if spent >= RETRY_SECONDS:
             raise ServerFailed(
-                f"{self._where}: failed {self._failures} times in {spent:.0f} s, the last time with {reason}; "
-                "check the server, and run the same command again: what was fetched is kept"
+                f"{self._where}: the request failed {self._failures} times in {spent:.0f} s, last error: {reason}; "
+                "check the server, then run the same command again (downloaded data is kept)"
             ) from error
         level = logging.WARNING if self._remote._retrying.due() else logging.INFO
-        log.log(level, "%s: %s; asking again for at most %.0f s", self._where, reason, RETRY_SECONDS - spent)
-        # Random, so that the ranks of a job do not all repeat their requests at once.
+        log.log(level, "%s: %s; retrying for up to %.0f s", self._where, reason, RETRY_SECONDS - spent)
+        # Randomized, so that the ranks of a job do not all repeat their requests at the same time.
         pause = min(self._pause * random.uniform(0.5, 1.0), RETRY_SECONDS - spent)
         if self._remote._interrupted.wait(pause):
             raise Interrupted from error
@@ -236,16 +241,16 @@ class Retries:
 def _is_web(fs: Any) -> bool:
     try:
         from fsspec.implementations.http import HTTPFileSystem
-    except ImportError:  # without aiohttp no file system is one
+    except ImportError:  # aiohttp is not installed, so no HTTPFileSystem can exist
         return False
     return isinstance(fs, HTTPFileSystem)
 
 
 def _web_options(url: str) -> dict[str, Any]:
-    """Options for fsspec's web file system: use ~/.netrc and the proxies of the environment, if there are any."""
+    """Return options for fsspec's web file system: use ~/.netrc and the proxies of the environment, if they exist."""
     import fsspec
 
-    # Not an option of ours: curl, requests and aiohttp look for the file in the same way.
+    # NETRC is not an option of this project: curl, requests and aiohttp read it too.
     netrc = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
     if urlsplit(url).scheme not in ("http", "https") or not (netrc.exists() or getproxies_environment()):
         return {}

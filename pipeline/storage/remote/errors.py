@@ -1,4 +1,4 @@
-"""Errors of servers, and which of them are permanent."""
+"""Errors of remote servers, and their classification as permanent or transient."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from shards.errors import UserError, first_line
 from shards.redact import redact
 
 CREDENTIAL_HELP = (
-    "credentials come from the environment (AWS_* for s3://), the configuration of fsspec (~/.config/fsspec/) or, for "
+    "credentials are read from the environment (AWS_* for s3://), fsspec's configuration (~/.config/fsspec/) or, for "
     "http(s)://, ~/.netrc"
 )
-# Names of botocore's errors for missing credentials, so that botocore need not be imported.
+# botocore's errors for missing credentials, by name so that botocore need not be imported.
 _NO_CREDENTIALS = (
     "NoCredentialsError",
     "PartialCredentialsError",
@@ -26,58 +26,59 @@ _NO_CREDENTIALS = (
 
 
 class RemoteError(UserError):
-    """A server that cannot be used, or lacks a file of the set."""
+    """The server cannot be used, or does not have a file of the set."""
 
 
 class ServerFailed(RemoteError):
-    """A server that failed for `RETRY_SECONDS`; a later start may succeed."""
+    """Requests to the server failed for `RETRY_SECONDS`; a later attempt may succeed."""
 
     exit_code = 1
 
 
 class NoRanges(RemoteError):
-    """A server that answers a request for a part of a file with the whole file."""
+    """The server does not support range requests: it sends the complete file."""
 
 
 class BadAnswer(Exception):
-    """An answer without the bytes that were asked for; the next one may have them."""
+    """A response without the requested bytes. Another request may succeed."""
 
 
 def no_ranges(url: str) -> str:
-    """Return the message for a server that sends whole files where parts are needed."""
+    """Return the message for a server without support for range requests, where they are needed."""
     return (
-        f"{redact(url)}: this server ignores Range requests and sends whole files; give a cache with room for them "
-        "(--cache DIR, --cache-size GIB), or serve the set by another server, such as nginx"
+        f"{redact(url)}: the server ignores HTTP range requests and sends complete files, so shards can be read only "
+        "from the cache, which is too small: specify a larger one (--cache DIR, --cache-size GIB), or use a server "
+        "that supports range requests, such as nginx"
     )
 
 
 def too_short(url: str, expected: int, found: int) -> str:
-    """Return the message for a file that ends before the bytes that the manifest promises."""
+    """Return the message for a remote file that is shorter than the manifest requires."""
     return (
-        f"{redact(url)}: {expected:,} bytes or more expected by the manifest, {found:,} there: truncated; "
-        "copy it there again"
+        f"{redact(url)}: truncated on the server: it has {found:,} bytes, the manifest requires at least {expected:,}; "
+        "upload the file again"
     )
 
 
 def permanent_failure(error: BaseException) -> str | None:
     """Return a message for a permanent error, or None for a transient one. No other code classifies these errors."""
     for cause in _chain(error):
-        fact = getattr(cause, "verify_message", None)  # aiohttp's own error of this kind has none, but its cause has
+        fact = getattr(cause, "verify_message", None)  # aiohttp's own certificate error has none, but its cause has
         if isinstance(cause, ssl.SSLCertVerificationError) and fact:
             return (
-                f"its certificate is not trusted ({fact}); name the authority "
-                "that signed it in SSL_CERT_FILE (for s3:// in AWS_CA_BUNDLE)"
+                f"the server's TLS certificate is not trusted ({fact}); set SSL_CERT_FILE (for s3://: AWS_CA_BUNDLE) "
+                "to a file with the certificate of the authority that signed it"
             )
         if type(cause).__name__ in _NO_CREDENTIALS:
             return f"{describe(cause)}; {CREDENTIAL_HELP}"
     if isinstance(error, PermissionError):
         return f"access denied ({describe(error)}); {CREDENTIAL_HELP}"
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return f"not there ({describe(error)}); check the URL"
+        return f"not found on the server ({describe(error)}); check the URL"
     kind = {each.__name__ for each in type(error).__mro__}
     if "RedirectClientError" in kind:
-        return f"redirects to another kind of address ({describe(error)}); refused"
-    return f"not a URL ({describe(error)})" if kind & {"InvalidURL", "NonHttpUrlClientError"} else None
+        return f"the server redirects to a URL that is not http(s):// ({describe(error)}); check the URL"
+    return f"not a valid URL ({describe(error)})" if kind & {"InvalidURL", "NonHttpUrlClientError"} else None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -89,6 +90,6 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def describe(error: BaseException) -> str:
-    """Return an error's class and first line, without credentials."""
+    """Return the class and the first line of an error, without credentials."""
     text = redact(first_line(error))
     return text if isinstance(error, BadAnswer) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -1,4 +1,4 @@
-"""The state of every shard of a remote set, and the requests for them that come next."""
+"""The state of every shard of a remote set, and the upcoming requests for shards."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pipeline.plan import ShardRequest
 from pipeline.storage.cache.partial_file import Busy
 from pipeline.storage.remote.staging import Progress, StagedFile
 
-# Shards that are local at once; each is a file descriptor. Others stay in the cache as long as there is room.
+# Maximum number of requested shards; each needs a file descriptor. Released shards stay in the cache until evicted.
 MAX_LOCAL = 400
-# Looked ahead at once: a set of few shards requests the same ones again and again, to the last epoch.
+# Maximum number of accepted requests. Without it, a set of few shards would accept all requests up to the last epoch.
 MAX_REQUESTS = 1024
 
 
 class ShardState(enum.Enum):
-    """Where a shard is, for this process: REMOTE -> DOWNLOADING -> LOCAL -> REMOTE, or back when staging fails."""
+    """State of a shard in this process: REMOTE -> DOWNLOADING -> LOCAL -> REMOTE, or back if staging fails."""
 
     REMOTE = "on the server, from which its samples are read; also while another process stages it"
     DOWNLOADING = "being staged by a thread of this process; its samples are still read from the server"
@@ -28,47 +28,47 @@ class ShardState(enum.Enum):
 
 @dataclass(slots=True)
 class Shard:
-    """What this process knows of a shard."""
+    """State of one shard in this process."""
 
     state: ShardState = ShardState.REMOTE
     lease: int = -1
     """File descriptor, if LOCAL."""
     requests: int = 0
-    """Requests that still ask for it."""
+    """Number of accepted requests that include the shard."""
     readers: int = 0
-    """Threads that read from it."""
+    """Number of threads that are reading from it."""
     retry_at: float = 0.0
     """Earliest time (`time.monotonic`) of the next attempt to stage it."""
     progress: Progress = field(default_factory=Progress)
-    """Of another process that stages it."""
+    """Progress of another process that stages it."""
 
 
 class ShardTable:
-    """States of shards; not thread-safe: the caller holds a lock.
+    """States of all shards. Not thread-safe: the caller holds a lock.
 
     Args:
-        share: bytes that the requested shards may have together.
+        max_bytes: maximum total size of the requested shards.
     """
 
-    def __init__(self, files: Sequence[StagedFile], *, share: int) -> None:
-        self._files, self._share = files, share
+    def __init__(self, files: Sequence[StagedFile], *, max_bytes: int) -> None:
+        self._files, self._max_bytes = files, max_bytes
         self._shards = [Shard() for _ in files]
         self._upcoming: Iterator[ShardRequest] = iter(())
         self._next: ShardRequest | None = None
         self._requests: deque[ShardRequest] = deque()
-        self._requested: dict[int, None] = {}  # shards of `_requests`, in the order of the first that asks for each
+        self._requested: dict[int, None] = {}  # shards of `_requests`, in the order of their first request
         self._requested_bytes = 0
 
     def __getitem__(self, file: int) -> Shard:
         return self._shards[file]
 
     def lease(self, file: int) -> int | None:
-        """File descriptor of a LOCAL shard; None in the other states."""
+        """Return the file descriptor of a LOCAL shard; None in the other states."""
         shard = self._shards[file]
         return shard.lease if shard.state is ShardState.LOCAL else None
 
     def begin(self, file: int) -> bool:
-        """REMOTE -> DOWNLOADING; False if it is in another state."""
+        """Change REMOTE to DOWNLOADING; return False if the shard is in another state."""
         shard = self._shards[file]
         if shard.state is not ShardState.REMOTE:
             return False
@@ -76,24 +76,24 @@ class ShardTable:
         return True
 
     def end(self, file: int, lease: int | Busy | None, *, retry_at: float = 0.0) -> None:
-        """DOWNLOADING -> LOCAL with a lease, else back to REMOTE."""
+        """Change DOWNLOADING to LOCAL if there is a lease, else back to REMOTE."""
         shard = self._shards[file]
         if isinstance(lease, int):
             shard.state, shard.lease, shard.progress = ShardState.LOCAL, lease, Progress()
-            self.release(file)  # the reader may be past it
+            self.release(file)  # its requests may have been dropped during the download
         else:
             shard.state, shard.retry_at = ShardState.REMOTE, retry_at
 
     def release(self, file: int) -> None:
-        """LOCAL -> REMOTE, unless the shard is still requested or read; its file stays in the cache while there is
-        room."""
+        """Change LOCAL to REMOTE, unless the shard is still requested or read. Its file stays in the cache until it is
+        evicted."""
         shard = self._shards[file]
         if shard.state is ShardState.LOCAL and not shard.requests and not shard.readers:
             os.close(shard.lease)
             shard.state, shard.lease = ShardState.REMOTE, -1
 
     def next_to_stage(self, now: float) -> int | None:
-        """Begin the requested shard that is read first, of those that may be staged now."""
+        """Return the first requested shard that may be staged now, after changing it to DOWNLOADING; None if none."""
         for file in self._requested:
             if self._shards[file].retry_at <= now and self.begin(file):
                 return file
@@ -102,11 +102,11 @@ class ShardTable:
     # -- requests --------------------------------------------------------------------------------------------------
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
-        """Take requests from here, in order, as `look_ahead` finds room for them."""
+        """Set the iterator of upcoming requests, which `look_ahead` accepts in order."""
         self._upcoming = requests
 
     def look_ahead(self) -> Iterator[int]:
-        """Accept the requests that come next, as far as the share goes; yields the bytes of each before it is."""
+        """Accept upcoming requests up to `max_bytes`; yield the size of each in bytes before it is accepted."""
         while len(self._requests) < MAX_REQUESTS:
             self._next = self._next or next(self._upcoming, None)
             if self._next is None:
@@ -114,7 +114,7 @@ class ShardTable:
             yield sum(self._files[file].bytes for file in self._next.shards)
             new = [file for file in self._next.shards if file not in self._requested]
             size = sum(self._files[file].bytes for file in new)
-            full = self._requested_bytes + size > self._share or len(self._requested) + len(new) > MAX_LOCAL
+            full = self._requested_bytes + size > self._max_bytes or len(self._requested) + len(new) > MAX_LOCAL
             if self._requested and full:
                 return
             self._requested_bytes += size
@@ -125,7 +125,7 @@ class ShardTable:
             self._next = None
 
     def drop_before(self, step: float) -> None:
-        """Drop the requests of which only batches before `step` have read."""
+        """Drop the requests that only batches before `step` need."""
         while self._requests and self._requests[0].last < step:
             for file in self._requests.popleft().shards:
                 self._shards[file].requests -= 1

@@ -1,7 +1,7 @@
-"""The shards of a remote set: staged once per node into a cache, those that the plan reads next first.
+"""The shards of a remote set, staged once per node into a cache, in the order in which the plan reads them.
 
-The first batch waits for no shard: a sample whose shard is not local yet is read from the server directly, as a range
-of bytes. So a cache that is too small costs speed, and nothing else.
+The first batch does not wait for shards: a sample whose shard is not local yet is read directly from the server by a
+range request. A cache that is too small therefore only reduces speed.
 """
 
 from __future__ import annotations
@@ -20,35 +20,38 @@ from numpy.typing import NDArray
 from pipeline.plan import ShardRequest
 from pipeline.storage.cache.cache import Cache
 from pipeline.storage.cache.errors import CacheFull, ForeignFile
-from pipeline.storage.cache.folder import CacheLocked
+from pipeline.storage.cache.folder import END_PROCESS, CacheLocked
 from pipeline.storage.cache.partial_file import Busy
 from pipeline.storage.files import Interrupted, read_cached, read_fully
 from pipeline.storage.remote.client import Remote
 from pipeline.storage.remote.errors import NoRanges, no_ranges
 from pipeline.storage.remote.shard_table import ShardTable
-from pipeline.storage.remote.staging import STALLED_SECONDS, OtherProcess, StagedFile, stage
+from pipeline.storage.remote.staging import STALLED_SECONDS, DownloadWait, StagedFile, stage
 from shards.files.retry import WarningThrottle
 
 log = logging.getLogger(__name__)
 
 STAGING_THREADS = 4
 NO_ROOM_SECONDS = 60.0
-"""How long a sample waits for room in the cache where it cannot be read past the cache."""
+"""Timeout in seconds for free cache space, for servers without range requests."""
 RETRY_SECONDS = 0.2
 FULL_CACHE_SECONDS = 5.0
+"""Pause before the next attempt to stage into a full or locked cache."""
 
 
 class StagedFiles:
-    """A split's shards, some local and some still on the server (see `pipeline.storage.files.ShardFiles`).
+    """The shards of a split, some in the cache and some still on the server. Implements `ShardFiles`.
 
     Args:
-        share: bytes of the cache that this process may hold at once.
+        max_bytes: maximum total size of the cached files that this process may keep in use.
     """
 
-    def __init__(self, files: Sequence[StagedFile], *, remote: Remote, cache: Cache, folder: Path, share: int) -> None:
+    def __init__(
+        self, files: Sequence[StagedFile], *, remote: Remote, cache: Cache, folder: Path, max_bytes: int
+    ) -> None:
         self._files, self._remote, self._cache, self._folder = files, remote, cache, folder
         self._change = threading.Condition()
-        self._shards = ShardTable(files, share=share)  # used with the lock of `_change` held
+        self._shards = ShardTable(files, max_bytes=max_bytes)  # used while holding the lock of `_change`
         self._logged: set[str] = set()
         self._full_until = 0.0
         self._no_room = WarningThrottle()
@@ -59,39 +62,39 @@ class StagedFiles:
         ]
 
     def prefetch(self, requests: Iterator[ShardRequest]) -> None:
-        """Begin to stage what will be read, in this order."""
+        """Start to stage the requested shards, in the order in which they will be read."""
         self._shards.prefetch(requests)
         self.advance(-1)
         for thread in self._threads:
             thread.start()
 
     def advance(self, step: int) -> None:
-        """Release what only batches before `step` have read, and look further ahead."""
+        """Release shards that only batches before `step` need, and request further ones."""
         with self._change:
             self._shards.drop_before(step)
             for needed in self._shards.look_ahead():
                 if self._remote.facts.sends_ranges is False and needed > self._cache.limit:
-                    # Otherwise each batch would fetch whole files that the previous batch has evicted.
+                    # Otherwise each batch would download files that were evicted for the previous batch.
                     self._failure = NoRanges(
-                        f"{no_ranges(self._remote.url)}; {needed:,} bytes are needed at a time, the cache may hold "
-                        f"{self._cache.limit:,}"
+                        f"{no_ranges(self._remote.url)}; the shards that are read at the same time have {needed:,} "
+                        f"bytes, the cache is limited to {self._cache.limit:,} bytes"
                     )
                     break
             self._change.notify_all()
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
-        """Fill `target` from the shard, wherever it is.
+        """Fill `target` from the shard, in the cache or on the server.
 
         Raises:
-            ShardSetError: the shard ends before.
-            NoRanges: the server sends whole files only, and the cache has no room for this one.
-            RemoteError: staging of any shard, or this read, has failed for good.
+            ShardSetError: the shard is too short.
+            NoRanges: the server does not support range requests, and the cache has no space for the shard.
+            RemoteError: this read, or staging of any shard, failed permanently.
         """
         with self._reading(file) as lease:
             if lease is None and self._remote.has_ranges(self._files[file].source):
                 try:
                     return self._read_remote(self._files[file], target, offset)
-                except NoRanges:  # of this file, though of others
+                except NoRanges:  # the server supports ranges for other files, but not for this one
                     pass
             local = self._wait_until_local(file) if lease is None else lease
             read_fully(local, target, offset, self._folder / self._files[file].name)
@@ -124,7 +127,7 @@ class StagedFiles:
 
     @contextlib.contextmanager
     def _reading(self, file: int) -> Iterator[int | None]:
-        """Yield the shard's lease, None if it is not LOCAL; no lease of it is given back while the block runs."""
+        """Yield the shard's lease, None if it is not LOCAL. The shard is not released while the block runs."""
         with self._change:
             if self._failure is not None:
                 raise self._failure
@@ -142,13 +145,13 @@ class StagedFiles:
         target[:] = np.frombuffer(self._remote.read(entry.source, start, start + len(target)), np.uint8)
 
     def _wait_until_local(self, file: int) -> int:
-        """Stage a shard whose samples cannot be read before; returns its lease, for a caller in `_reading`.
+        """Stage a shard, or wait until it is staged, and return its lease. The caller is inside `_reading`.
 
         Raises:
-            NoRanges: there is no room for it in the cache.
+            NoRanges: the cache has no space for the shard.
         """
         entry = self._files[file]
-        other, no_room_until = OtherProcess(entry), 0.0
+        other, no_room_until = DownloadWait(entry), 0.0
         while True:
             with self._change:
                 if self._failure is not None:
@@ -164,7 +167,7 @@ class StagedFiles:
                 if not no_room_until:
                     no_room_until = time.monotonic() + NO_ROOM_SECONDS
                     if self._no_room.due():
-                        log.warning("%s; waiting for room for at most %.0f s", error, NO_ROOM_SECONDS)
+                        log.warning("%s; waiting up to %.0f s for free cache space", error, NO_ROOM_SECONDS)
                 if entry.bytes > self._cache.limit or time.monotonic() > no_room_until:
                     raise NoRanges(f"{no_ranges(self._remote.url)} ({error})") from error
             finally:
@@ -173,45 +176,51 @@ class StagedFiles:
                         self._shards.end(file, lease)
             if isinstance(lease, Busy):
                 other.pause(lease, RETRY_SECONDS)
-            elif lease is None:  # a staging thread is at it, and ends by itself; or there is no room yet
+            elif lease is None:  # a staging thread is downloading the shard, or the cache is full
                 time.sleep(RETRY_SECONDS)
 
     # -- staging threads -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        """Stage what is requested, until the reader is closed or staging has failed for good."""
+        """Stage requested shards until the reader is closed or staging fails permanently."""
         while (file := self._choose()) is not None:
             lease: int | Busy | None = None
             retry_at = time.monotonic() + RETRY_SECONDS
             try:
                 lease = self._stage(file)
             except CacheFull as error:
-                self._log_once("full", f"{error}; what finds no room is read from the server sample by sample")
+                self._log_once(
+                    "full", f"{error}; samples of shards that do not fit are read individually from the server (slower)"
+                )
                 self._full_until = time.monotonic() + FULL_CACHE_SECONDS
             except CacheLocked as error:
-                self._log_once("lock", f"{error}; until then, samples are read from the server one by one")
+                self._log_once(
+                    "lock", f"{error}; until then, samples are read individually from the server (slower)"
+                )
                 self._full_until = time.monotonic() + FULL_CACHE_SECONDS
             except ForeignFile as error:
-                self._log_once(str(error), f"{error}; its samples are read from the server one by one")
+                self._log_once(
+                    str(error), f"{error}; samples of this shard are read individually from the server (slower)"
+                )
                 retry_at = math.inf
             except Interrupted:
                 return
-            except BaseException as error:  # whatever it was, it belongs to the reader
+            except BaseException as error:  # raised by the next read
                 self._failure = error
                 return
             if isinstance(lease, Busy) and self._shards[file].progress.stalled(lease):
                 self._log_once(
                     "stalled",
-                    f"{lease.path}: fetched by {lease.holder()}, which has stood at {lease.done:,} "
-                    f"bytes for {STALLED_SECONDS:.0f} s; continue or end that process; until then, samples of this and "
-                    "other such files are read from the server one by one",
+                    f"{lease.path}: being downloaded by {lease.holder()}, which has made no progress beyond "
+                    f"{lease.done:,} bytes for {STALLED_SECONDS:.0f} s; {END_PROCESS}; until then, samples of this and "
+                    "any other such shard are read individually from the server (slower)",
                 )
                 retry_at = time.monotonic() + FULL_CACHE_SECONDS
             with self._change:
                 self._shards.end(file, lease, retry_at=retry_at)
 
     def _choose(self) -> int | None:
-        """Wait for a shard to stage, the one that is read first; None when there is nothing more to do."""
+        """Wait for the next shard to stage; None when the reader is closed or has failed."""
         with self._change:
             while not self._closed and self._failure is None:
                 now = time.monotonic()
@@ -229,9 +238,9 @@ class StagedFiles:
             raise Interrupted
 
     def _log_once(self, reason: str, message: str) -> None:
-        """Warn once per reason that samples are read from the server instead of the cache."""
+        """Warn, once per reason, that samples are read from the server instead of the cache."""
         if self._remote.facts.sends_ranges is False:
-            return  # then none are, and the read that waits for the shard raises an error that says why
+            return  # samples cannot be read individually; the read that waits for the shard raises the error
         with self._change:
             logged = reason in self._logged
             self._logged.add(reason)

@@ -1,4 +1,4 @@
-"""URLs of shard sets: which locations are remote, and which URLs are rejected."""
+"""Validation of the URLs of remote shard sets."""
 
 from __future__ import annotations
 
@@ -14,43 +14,44 @@ log = logging.getLogger(__name__)
 
 
 def is_remote(location: object) -> bool:
-    """Whether a set's location is a URL."""
+    """Return whether the location of a set is a URL."""
     return "://" in str(location)
 
 
 def check_url(url: str) -> None:
-    """Reject a URL that carries credentials: it would end up in recipe.json, in logs and in lists of processes.
+    """Raise UserError if a URL contains credentials, which would appear in recipe.json, logs and process lists.
 
     Raises:
-        UserError: a password, a user of a web server (often a token), or a query (such as a signature).
+        UserError: the URL contains a password, a user name for a web server (often a token), a query (often a
+            signature) or a fragment.
     """
     for part in url.split("::"):
         try:
             split = urlsplit(part)
             secret = split.password is not None or (split.scheme in ("http", "https") and split.username is not None)
         except ValueError as error:
-            raise UserError(f"{redact(url)}: not a URL ({redact(str(error))})") from None
+            raise UserError(f"{redact(url)}: not a valid URL ({redact(str(error))})") from None
         if secret:
-            raise UserError(f"{redact(url)}: credentials in the URL; give it without them: {CREDENTIAL_HELP}")
+            raise UserError(f"{redact(url)}: the URL contains credentials; remove them from it: {CREDENTIAL_HELP}")
         if split.query or split.fragment:
             raise UserError(
-                f"{redact(part.partition('#')[0])}: a query (?...) or fragment (#...) in the URL of a folder; "
-                f"give it without: {CREDENTIAL_HELP}; a digest is pinned by #xxh3=HEX or #sha256=HEX"
+                f"{redact(part.partition('#')[0])}: the URL of a set must not have a query (?...), or a fragment "
+                f"(#...) other than #xxh3=HEX or #sha256=HEX; remove it: {CREDENTIAL_HELP}"
             )
 
 
 def warn_without_tls(url: str) -> None:
-    """Log a warning if others on the network can read and change the data."""
+    """Log a warning if the URL is http:// and the server is not on this machine."""
     split = urlsplit(url.rpartition("::")[2])
-    if split.scheme == "http" and not _is_this_machine(split.hostname or ""):
+    if split.scheme == "http" and not _is_loopback(split.hostname or ""):
         log.warning(
-            "%s: http without TLS: others on the network can read and change what is sent; hashes notice damage, not "
-            "an attacker; use https://",
+            "%s: http:// is not encrypted: others on the network can read and modify the data; the hashes of the set "
+            "detect damage, not an attack; use https://",
             redact(url),
         )
 
 
-def _is_this_machine(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
