@@ -1,14 +1,15 @@
-"""What augmentation costs per image: our batched torch operations against PIL's, the same draws on the same photos.
+"""Compare the cost of augmentation per image: this project's batched PyTorch operations against PIL, same random draws.
 
-One run, interleaved pairs (ours, PIL's, ours, ...), medians; both single-threaded unless --threads says otherwise.
-PIL's side does what a DataLoader worker does per image after decoding: RandAugment by PIL, then tensor, normalise and
-erase by torch. Our side takes a batch on --device, where the images already are. Mixing and the draws are timed on
-their own, and so is the bare memory of the result, which a CPU must fault in.
+The two are timed alternately in one run (ours, PIL, ours, ...), and medians are reported. Both use a single thread
+unless --threads specifies more. The PIL side does what a DataLoader worker does with each decoded image: RandAugment in
+PIL, then conversion to a tensor, normalization and erasing in PyTorch. Our side augments a batch that is already on
+--device. Timed separately: mixing, the random draws, and the allocation of the result (page faults on a CPU).
 
-On a GPU also our kernels (pipeline/augment/triton_impl/randaugment.py, finishing.py) against torch's, on a batch as
-large as a training step's: launches, the time from the first to the last byte, the time that the device works, the
-bytes that RandAugment moves over the bandwidth of a copy, and all that as shares of a B0 training step (goal: 3 % at
-most).
+On a GPU, the Triton kernels (pipeline/augment/triton_impl/randaugment.py, finishing.py) are also compared with PyTorch
+on a batch of a training step: number of launches, elapsed time, device time, RandAugment's memory traffic relative to
+the bandwidth of a copy, and the device time as a fraction of a FAT-B0 training step (goal: at most 3 %).
+
+Runs on any machine; use an otherwise idle one, and a GPU to measure the kernels.
 
     python benchmarks/augment.py --out benchmarks/results/augment.json
 """
@@ -57,8 +58,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--step-batch", type=int, default=256, help="of what is compared with a training step")
-    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--step-batch", type=int, default=256, help="images in the training step (GPU)")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     bench = Bench(args.batch, args.size, args.pairs, torch.device(args.device))
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 class Bench:
-    """Times both sides on the same photos and draws."""
+    """Times both implementations with the same photos and random draws."""
 
     def __init__(self, batch: int, size: int, pairs: int, device: torch.device) -> None:
         self.batch, self.size, self.pairs, self.device = batch, size, pairs, device
@@ -89,7 +90,7 @@ class Bench:
         self.images = torch.from_numpy(np.stack([np.asarray(photo) for photo in self.photos])).to(device)
 
     def operation(self, op: Op) -> dict[str, float]:
-        """One operation on every image, 8-bit pixels to 8-bit pixels."""
+        """Time one RandAugment operation on every image, uint8 to uint8."""
         recipe = augment_recipe("fat", size=self.size, erase=0.0)
         params = self.params(recipe)
         magnitude, sign = np.full(self.batch, 9.0), np.where(np.arange(self.batch) % 2, 1.0, -1.0)
@@ -113,7 +114,7 @@ class Bench:
         return self._compare(lambda: augment.apply_ops(self.images, params), pil)
 
     def recipe(self, name: str) -> dict[str, float]:
-        """Everything between the decoded crop and the tensor, mixing aside."""
+        """Time everything between the decoded crop and the final tensor, except mixing."""
         recipe = augment_recipe(name, size=self.size)
         params = self.params(recipe)
         augment = BatchAugment(recipe, self.device)
@@ -124,7 +125,7 @@ class Bench:
         return self._compare(lambda: augment(self.images, params), pil)
 
     def ours_alone(self) -> dict[str, float]:
-        """The parts that have no counterpart per image."""
+        """Time the parts without a PIL counterpart."""
         recipe = augment_recipe("fat", size=self.size)
         samples = BatchAugment(recipe, self.device)(self.images, self.params(recipe))
         mixing = draws.mix_params(recipe, seed=0, step=0, lanes=np.arange(self.batch) // 2)
@@ -138,7 +139,7 @@ class Bench:
         return {name: statistics.median(self.time(part) for _ in range(self.pairs)) for name, part in parts.items()}
 
     def _compare(self, ours: Callable[[], Any], pil: Callable[[], Any]) -> dict[str, float]:
-        ours(), pil()  # warm
+        ours(), pil()  # warm-up
         times = [(self.time(ours), self.time(pil)) for _ in range(self.pairs)]
         return {
             "ours": statistics.median(mine for mine, _ in times),
@@ -147,7 +148,7 @@ class Bench:
         }
 
     def time(self, work: Callable[[], Any]) -> float:
-        """Microseconds per image."""
+        """Return microseconds per image."""
         start = time.perf_counter()
         work()
         if self.device.type == "cuda":
@@ -160,7 +161,7 @@ class Bench:
 
 
 class OnGpu:
-    """Our kernels against torch's on the same photos and draws, and both against a step of training."""
+    """Compares the Triton kernels with PyTorch on the same photos and draws, and both with a training step."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.recipe = bench, augment_recipe("fat", size=bench.size)
@@ -196,8 +197,8 @@ class OnGpu:
         }
 
     def figures(self, work: Callable[[], Any], step: float) -> dict[str, float]:
-        """Of one batch, without and with the host's part."""
-        work()  # compiles
+        """Return launches, device time and elapsed time for one batch."""
+        work()  # compiles the kernels
         launches, working = on_the_device(work)
         times = [self.bench.time(work) * self.bench.batch / 1e6 for _ in range(self.bench.pairs)]
         return {
@@ -208,12 +209,12 @@ class OnGpu:
         }
 
     def moved(self) -> int:
-        """Bytes that must be read and written: a sample in each of its rounds, and once more where it is measured."""
-        todo = passes.plan_passes(self.params, self.bench.size, self.bench.size, flip=False)
-        return sum((2 * len(each.jobs) + len(each.histogram_jobs)) * self.bench.images[0].numel() for each in todo)
+        """Return the bytes that RandAugment must move: read and write per sample and round, a read per measurement."""
+        todo = rounds.plan(self.params, self.bench.size, self.bench.size, flip=False)
+        return sum((2 * len(each.jobs) + len(each.measured)) * self.bench.images[0].numel() for each in todo)
 
     def step_seconds(self) -> float:
-        """Of B0 under bf16 autocast, replayed as a CUDA graph: the fastest step that needs no compiler."""
+        """Time a FAT-B0 step under bf16 autocast, replayed as a CUDA graph (the fastest mode without a compiler)."""
         from benchmarks.step import step
 
         options = argparse.Namespace(batch=self.bench.batch, size=self.bench.size, dtype="bfloat16")
@@ -222,13 +223,14 @@ class OnGpu:
         return statistics.median(self.bench.time(once) * self.bench.batch / 1e6 for _ in range(self.bench.pairs))
 
     def copied_per_second(self) -> float:
+        """Return the bandwidth of a device-to-device copy in bytes/s."""
         from benchmarks.kernels import Clock, copy_bandwidth
 
         return copy_bandwidth(Clock(self.bench.pairs))
 
 
 def on_the_device(work: Callable[[], Any]) -> tuple[int, float]:
-    """Kernels and copies, and the seconds that they take in all."""
+    """Return the number of kernels and copies, and their total device time in seconds."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         work()
         torch.cuda.synchronize()
@@ -237,7 +239,7 @@ def on_the_device(work: Callable[[], Any]) -> tuple[int, float]:
 
 
 def pil_sample(photo: Image.Image, recipe: AugmentRecipe, params: SampleParams, i: int) -> torch.Tensor:
-    """A DataLoader worker's share after decoding."""
+    """Augment one decoded image as a DataLoader worker does."""
     pixels = torch.from_numpy(np.array(reference.rand_augment(photo, recipe, params, i)))
     values = pixels.permute(2, 0, 1).contiguous().to(torch.float32).div_(255)
     values.sub_(torch.tensor(recipe.mean)[:, None, None]).div_(torch.tensor(recipe.std)[:, None, None])
@@ -247,7 +249,7 @@ def pil_sample(photo: Image.Image, recipe: AugmentRecipe, params: SampleParams, 
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Describe the machine and library versions."""
     return {
         "cpu": cpu_name(),
         "cores": cores(),
@@ -270,8 +272,8 @@ def show(report: dict[str, Any]) -> None:
         print(json.dumps({key: value for key, value in found.items() if key != "rows"}))
         for row in found["rows"]:
             print(
-                f"{row['part']:12}{row['way']:8}{row['launches']:4} launches, {row['ms']:8.3f} ms with the host, "
-                f"{row['device ms']:8.3f} ms of the device: {row['share of a step']:.1%} of a step"
+                f"{row['part']:12}{row['way']:8}{row['launches']:4} launches, {row['ms']:8.3f} ms elapsed, "
+                f"{row['device ms']:8.3f} ms device time: {row['share of a step']:.1%} of a step"
             )
 
 

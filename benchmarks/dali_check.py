@@ -1,11 +1,12 @@
-"""Run DALI's operators one after the other, before the loader does: decode, resize, flip, normalise, evaluation's crop.
+"""Check each DALI operator that the loader uses: decode, resize, flip, normalize, evaluation crop.
 
     python benchmarks/dali_check.py PHOTOS [--device cuda|cpu] [--batch 64] [--out FILE.json]
 
-PHOTOS is a folder of `pipeline sample photos`. On a GPU the images are decoded there (`mixed`) by CUDA and by the
-hardware decoder; whether both give the same pixels decides whether a sample's pixels depend on its place in a batch.
-With --device cpu every operator runs on DALI's CPU backend. A check that fails is reported and the others go on.
-Exit status: 0 all checks passed, 1 some failed.
+Run it on a new GPU machine before a training run: a problem of the driver or DALI is then reported for one operator.
+PHOTOS is a folder written by `pipeline sample photos`. With a GPU, images are decoded by the CUDA decoder and by the
+hardware decoder (`mixed` backend) and their pixels are compared: if they differ, the pixels of a sample depend on its
+row in the batch, because the decoders share a batch. With --device cpu, all operators run on DALI's CPU backend.
+The remaining checks run even if one fails. Exit status: 0 all checks passed, 1 some failed.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from benchmarks.model import reason
 from pipeline.decode.hardware import find_jpeg_engine
 from shards.cores import cores
 
-WINDOW_START, WINDOW_SIDE = 8, 64  # pixels of the crop window, which every photo holds
+WINDOW_START, WINDOW_SIDE = 8, 64  # pixels; every photo is large enough for this crop window
 BATCHES, WARM_UP, TIMED = 3, 4, 24
-RATE_BATCH = 4  # times the batch of the other checks
+RATE_BATCH = 4  # batch size for throughput, as a multiple of --batch
 CUBIC = {"interp_type": types.INTERP_CUBIC, "antialias": True}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One check."""
+    """The result of one check."""
 
     check: str
     found: str
@@ -52,10 +53,10 @@ class Row:
 
 @dataclass
 class Checks:
-    """Checks on one device.
+    """The checks for one device.
 
     Args:
-        images: encoded JPEGs, of which batches are made in order.
+        images: encoded JPEGs, used in order for the batches.
         device: cuda or cpu.
         batch: images per batch.
     """
@@ -65,7 +66,7 @@ class Checks:
     batch: int
 
     def run(self) -> Iterator[Row]:
-        """Run all of them; a row as soon as it is known."""
+        """Run all checks; yield each result as soon as it is known."""
         for name, work in (self.on_gpu() if self.device == "cuda" else self.on_cpu()).items():
             start = time.perf_counter()
             try:
@@ -104,25 +105,23 @@ class Checks:
         }
 
     def outputs(self, stage: str, **options: Any) -> str:
-        """Shape, dtype and mean of what some batches come to."""
+        """Run some batches and describe shape, dtype and mean of the last one."""
         pipe = self.pipeline(stage, **options)
         for _ in range(BATCHES):
             found = self.next(pipe)
         shapes = {tuple(image.shape) for image in found}
         mean = torch.stack([image.float().mean() for image in found]).mean().item()
         if not np.isfinite(mean) or (stage != "normalise" and not 0 < mean < 255):
-            raise ValueError(f"mean {mean}: no image has that")
+            raise ValueError(f"mean pixel value {mean} is not plausible for photos")
         shown = str(next(iter(shapes))) if len(shapes) == 1 else f"{len(shapes)} shapes"
         return f"{len(found)} images, {shown}, {found[0].dtype} on {found[0].device}, mean {mean:.2f}"
 
     def difference(self) -> str:
-        """Whether pixels depend on who decodes them, and so on their sample's place in a batch."""
+        """Compare the pixels of the CUDA and the hardware decoder."""
         by_cuda, by_hardware = (self.next(self.pipeline("decode", load=load)) for load in (0.0, 1.0))
-        levels = torch.stack(
-            [(one.float() - other.float()).abs() for one, other in zip(by_cuda, by_hardware, strict=True)]
-        )
-        share = (levels > 0).float().mean().item()
-        return f"mean {levels.mean().item():.3f}, max {levels.max().item():.0f} levels, {share:.1%} of values differ"
+        levels = torch.stack([(a.float() - b.float()).abs() for a, b in zip(by_cuda, by_hardware, strict=True)])
+        differing = (levels > 0).float().mean().item()
+        return f"mean {levels.mean().item():.3f}, max {levels.max().item():.0f}, {differing:.1%} of values differ"
 
     def rate(self, **options: Any) -> str:
         batch = RATE_BATCH * self.batch
@@ -138,7 +137,7 @@ class Checks:
         return f"{batches * batch / (time.perf_counter() - start):,.0f}"
 
     def next(self, pipe: Pipeline) -> list[torch.Tensor]:
-        """The next batch's images, copied out of DALI's memory."""
+        """Return the images of the next batch, copied out of DALI's memory."""
         if self.device == "cpu":
             (images,) = pipe.run()
             return [torch.from_numpy(np.array(image)) for image in images]
@@ -157,21 +156,21 @@ class Checks:
         threads: int | None = None,
         window: bool = True,
     ) -> Pipeline:
-        """A pipeline up to a stage.
+        """Build a pipeline up to a stage.
 
         Args:
-            load: share of the images for the hardware decoder, on a GPU.
-            window: decode a window of each image, else whole images.
+            load: fraction of the images for the hardware decoder (GPU only).
+            window: decode a window of each image; False: complete images.
         """
         on_gpu, batch = self.device == "cuda", batch or self.batch
-        turn = itertools.count()
+        counter = itertools.count()
 
         def source() -> tuple[Any, ...]:
-            first = next(turn) * batch
-            places = np.arange(first, first + batch)
+            first = next(counter) * batch
+            numbers = np.arange(first, first + batch)
             pair = np.ones((batch, 2), np.int32)
-            encoded = [self.images[place % len(self.images)] for place in places]
-            return encoded, WINDOW_START * pair, WINDOW_SIDE * pair, (places[:, None] % 2).astype(np.int32)
+            encoded = [self.images[number % len(self.images)] for number in numbers]
+            return encoded, WINDOW_START * pair, WINDOW_SIDE * pair, (numbers[:, None] % 2).astype(np.int32)
 
         pipe = Pipeline(
             batch_size=batch,
@@ -207,25 +206,28 @@ class Checks:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("photos", type=Path, help="folder of `pipeline sample photos`")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where the operators run")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
+    parser.add_argument("photos", type=Path, help="folder written by `pipeline sample photos`")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="device of the operators")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
-    # One source serves all stages, though some need only a part of what it hands over.
+    # All stages share one external source, and some do not use all of its outputs.
     warnings.filterwarnings("ignore", message="The external source node")
     images, _ = photos(options.photos)
     if not images:
-        parser.error(f"{options.photos} has no train/*/*.JPEG; make it with: pipeline sample photos {options.photos}")
+        parser.error(
+            f"{options.photos}: no file matches train/*/*.JPEG; create the folder with: pipeline sample photos "
+            f"{options.photos}"
+        )
     if options.device == "cuda":
         if not torch.cuda.is_available():
-            parser.error("torch finds no CUDA device; --device cpu checks DALI's CPU backend")
-        torch.zeros(1, device="cuda")  # torch makes the context that DALI then shares
+            parser.error("PyTorch finds no CUDA device; use --device cpu to check DALI's CPU backend")
+        torch.zeros(1, device="cuda")  # creates the CUDA context, which DALI then shares
     rows: list[Row] = []
     for row in Checks(images, options.device, options.batch).run():
         rows.append(row)
         print(f"{row.check:34} {row.found} ({row.seconds:.1f} s)", flush=True)
-        if options.out:  # after each: a crash in a library loses only its own row
+        if options.out:  # write after each check, so that a crash in a library loses only that check's result
             options.out.write_text(json.dumps({"results": [asdict(row) for row in rows]}, indent=1) + "\n")
     return int(any(row.failed for row in rows))
 

@@ -1,19 +1,19 @@
-"""Decode + crop + resize + flip alone, in images/s and host CPU time per image: by window operator and share of the
-hardware decoder.
+"""Compare DALI's decoding operators (decode, crop, resize, flip) in images/s and host CPU time per image.
 
     python benchmarks/decode.py [--loads 0 0.5 0.65 0.8 0.9 1] [--batch 256] [--rounds 5] [--count 500] [--data DIR]
                                 [--out FILE.json]
 
-Encoded JPEGs (`pipeline sample photos`, handed over from memory, so nothing is read) go through DALI, on the GPU
-(`mixed`) where there is one. Operators:
+Meant for a GPU with a hardware JPEG decoder, to choose `--hw-decoder-load`. Encoded JPEGs of `pipeline sample photos`
+are passed from memory, so that no file access is timed. On a GPU, DALI's `mixed` backend decodes them. Operators:
 
-  slice    decoders.image_slice, the window handed in: what training uses
-  whole    decoders.image, then the window cut out
-  random   decoders.image_random_crop, DALI drawing its own windows: what people usually write
-  reader   as `whole`, but DALI's file reader reads the images, again and again the same 768
-  cached   as `reader`, with the decoded images kept in GPU memory (`cache_size`): what decoding costs when it is free
+  slice    decoders.image_slice with given windows, as in training
+  whole    decoders.image, then a crop of the window
+  random   decoders.image_random_crop, with windows drawn by DALI, as in most DALI pipelines
+  reader   like `whole`, with 768 images read by DALI's file reader
+  cached   like `reader`, with decoded images cached in GPU memory (`cache_size`): all costs except decoding
 
-Turns are interleaved and medians reported. Without a GPU there is no hardware decoder, and one load stands for all.
+The operators run alternately; medians are reported. Without a GPU there is no hardware decoder, and only the first load
+is measured.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from shards.cores import cores
 SIZE = 224
 RECIPE = augment_recipe("light", size=SIZE)
 OPERATORS = ("slice", "whole", "random")
-FROM_FILES = ("reader", "cached")  # DALI's cache knows an image by its file, so DALI has to read it
+FROM_FILES = ("reader", "cached")  # DALI's cache identifies an image by its file name, so DALI must read the files
 FILES = 768
 CACHE = {"cache_size": 8192, "cache_type": "threshold", "cache_threshold": 0}  # MB; bytes of the smallest image kept
 AHEAD = 2
@@ -56,21 +56,21 @@ class Options:
     """Compare ways to decode."""
 
     loads: tuple[float, ...] = (0.0, 0.5, 0.65, 0.8, 0.9, 1.0)
-    """Shares of the images that the hardware decoder is given."""
+    """Fractions of the images for the hardware decoder."""
     operators: tuple[str, ...] = OPERATORS
-    """Window operators."""
+    """Decoding operators."""
     batch: int = 256
     """Images per batch."""
     rounds: int = 5
     """Interleaved rounds."""
     batches: int = 8
-    """Batches per turn."""
+    """Batches per operator and round."""
     count: int = 500
-    """Photos to make, when `--data` is not given."""
+    """Photos to generate."""
     data: Path | None = None
-    """Folder to keep photos/ in, or with those of an earlier run."""
+    """Folder for photos/, which are generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """Write the results to this JSON file."""
 
 
 def photo_paths(folder: Path) -> list[Path]:
@@ -78,7 +78,7 @@ def photo_paths(folder: Path) -> list[Path]:
 
 
 def photos(folder: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Encoded images, and their heights and widths."""
+    """Read the encoded images, and their heights and widths, int [n, 2]."""
     paths = photo_paths(folder)
     sizes = [Image.open(path).size for path in paths]
     return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths], np.array(sizes).reshape(-1, 2)[:, ::-1]
@@ -89,7 +89,7 @@ def decode(operator: str, load: float, images: list[np.ndarray], sizes: np.ndarr
     rng = itertools.count()
     by_file = operator in FROM_FILES
     if by_file:
-        assert options.data is not None, "main sets it"
+        assert options.data is not None, "set by main"
         paths, images = photo_paths(options.data / "photos")[:FILES], images[:FILES]
 
     def batch() -> tuple[Any, ...]:

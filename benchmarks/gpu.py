@@ -1,32 +1,32 @@
-"""Run everything that needs a GPU within a time budget. A second call continues where the first one ended.
+"""Run all GPU tests and benchmarks within a time limit. Another call continues where the previous one ended.
 
     python3 benchmarks/gpu.py [PROFILE ...] [--seconds 600] [--out DIR] [--only REGEX] [--work DIR] [--cpu]
 
-Profiles (`benchmarks/gpu_run/parts.py` lists their parts):
+Profiles (their parts are defined in `benchmarks/gpu_run/parts.py`):
 
-  contact  everything once, about 230 s: correctness tests side by side, then the first timings
-  measure  timed parts one at a time, in order of value, about 360 s
-  sweep    other launch shapes of the depthwise kernels, 70 s
-  peers    other people's models under torch.compile, 70 s each
+  contact  every test and a first timing of each kind, about 230 s; tests run in parallel
+  measure  further timings, one at a time, the most important first, about 360 s
+  sweep    launch configurations of the depthwise kernels, 70 s
+  peers    other models under torch.compile, 70 s each
 
-A first run on a machine that is available for 15 minutes, by commands of at most 10 minutes, takes two commands:
+To use a machine that is available for 15 minutes and limits a command to 10 minutes, run two commands:
 
-    python3 benchmarks/gpu.py contact --seconds 280 --out DIR     # let the command run for 300 s
-    python3 benchmarks/gpu.py measure --seconds 350 --out DIR     # at once, on the same machine; 370 s
+    python3 benchmarks/gpu.py contact --seconds 280 --out DIR     # allow 300 s for the command
+    python3 benchmarks/gpu.py measure --seconds 350 --out DIR     # directly after it, on the same machine; allow 370 s
 
-If parts of `contact` fail, release the machine first and repair them. On the next machine `measure` also unpacks the
-kit and makes its data, some 30 s: give it the time that is left, less 50 s.
+If parts of `contact` fail, release the machine and fix the cause before `measure`. On a new machine, `measure` first
+unpacks the kit and generates its data, which takes about 30 s: pass the time that is left minus 50 s as --seconds.
 
-Neither an installed project nor a virtual environment is needed: this Python with its packages is used. If a folder
-.kit exists, what it holds is unpacked first (docs/performance.md tells how to prepare it).
+The project need not be installed: the script uses the packages of the Python that runs it. If a folder .kit exists, its
+packages are unpacked first (docs/performance.md explains how to prepare it).
 
-A part is ended after twice its expected time (at least 30 s), and does not begin when fewer seconds are left than it
-needs. Results are kept in the work folder and copied to DIR after every part and every 15 s: gpu.json (all results, by
-device), gpu.md (a table), results.tar.gz (also the whole output of every part). When the script is killed, its parts
-end too, and only the results of those that were running are lost. Parts that have passed on the same kind of GPU with
-the same sources do not run again; on another machine this needs DIR/gpu.json.
+A part is ended after twice its expected time (at least 30 s). It is not started if less time is left than it needs.
+Results are kept in the work folder and copied to DIR after every part and every 15 s: gpu.json (all results by device),
+gpu.md (a table), results.tar.gz (also the complete output of every part). If the script is killed, its parts end too,
+and only the results of running parts are lost. Parts that have passed on the same type of GPU with the same source
+files are skipped; copy DIR/gpu.json to continue on another machine.
 
-Exit status: 0 all parts passed, 1 some failed, 2 no GPU or bad options, 3 time ran out before every part had its turn.
+Exit status: 0 all parts passed, 1 some failed, 2 no GPU or invalid options, 3 some parts did not run for lack of time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from benchmarks.gpu_run.results import Results
 from benchmarks.gpu_run.runner import Runner
 from shards.cores import cores
 
-# The interpreter's imports are a part of the call.
+# Start of the process, so that the time for imports counts too.
 START = time.monotonic() - (time.time() - psutil.Process().create_time())
 SOURCES = ("benchmarks", "fat", "launch", "pipeline", "shards", "tests")
 BAD_INPUT, TIME_IS_UP = 2, 3
@@ -60,24 +60,30 @@ BAD_INPUT, TIME_IS_UP = 2, 3
 def main() -> int:
     options = arguments()
     if not options.cpu and not has_gpu():
-        print(f"error: {sys.executable} finds no CUDA device (torch.cuda.is_available() is False)", file=sys.stderr)
+        print(
+            f"error: {sys.executable} finds no CUDA device (torch.cuda.is_available() is False); use --cpu to rehearse",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     options.work.mkdir(parents=True, exist_ok=True)
     lock = (options.work / "lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        print(f"error: another call is using {options.work}; wait for it, or give --work DIR", file=sys.stderr)
+        print(
+            f"error: {options.work} is in use by another run; wait for it, or specify another --work DIR",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     results = Results(options.work, options.out, device_of(machine()), digest_of_sources())
     runner = Runner(results, machine, start=START, seconds=options.seconds, on_cpu=options.cpu)
-    sys.path.append(str(runner.site))  # for the versions of packages that the kit brings
+    sys.path.append(str(runner.site))  # so that `machine` finds the versions of the kit's packages
     chosen = selection(parts(), options.profiles, options.only, runner)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, runner.stop)
     with results.copied():
         states = runner.run(chosen)
-    print(f"done after {time.monotonic() - START:.0f} s; results in {options.out}", flush=True)
+    print(f"finished after {time.monotonic() - START:.0f} s; results are in {options.out}", flush=True)
     if runner.stopped_by:
         return 128 + runner.stopped_by
     return 1 if "failed" in states else TIME_IS_UP if states & {"time ran out", "not run"} else 0
@@ -86,19 +92,19 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profiles", nargs="*", metavar="PROFILE", help="default: contact and measure")
-    parser.add_argument("--seconds", type=float, default=600.0, help="of this call; the next call continues")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="where to copy the results")
-    parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="parts whose names this finds")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time limit; the next call continues")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for copies of the results")
+    parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="run only parts with a matching name")
     work = Path(tempfile.gettempdir()) / "fat-gpu"
-    parser.add_argument("--work", type=Path, default=work, help=f"for results, data and caches, default {work}")
-    parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU: begin every part, on small inputs")
+    parser.add_argument("--work", type=Path, default=work, help=f"folder for results, data, caches; default {work}")
+    parser.add_argument("--cpu", action="store_true", help="rehearse without a GPU: run every part with small inputs")
     options = parser.parse_args()
     options.profiles = options.profiles or list(PROFILES[:2])
     if unknown := set(options.profiles) - set(PROFILES):
         parser.error(f"unknown profile {', '.join(sorted(unknown))}: expected {', '.join(PROFILES)}")
     names = [part.name for part in parts() if part.profile in options.profiles]
     if not any(options.only.search(name) for name in names):
-        parser.error(f"--only {options.only.pattern}: none of {', '.join(names)}")
+        parser.error(f"--only {options.only.pattern}: no part matches; the parts are {', '.join(names)}")
     options.work, options.out = options.work.absolute(), options.out.absolute()
     return options
 
@@ -107,11 +113,11 @@ def regex(text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"not a regular expression: {error}") from None
+        raise argparse.ArgumentTypeError(f"not a valid regular expression: {error}") from None
 
 
 def selection(table: list[Part], profiles: list[str], only: re.Pattern[str], runner: Runner) -> list[Part]:
-    """Parts of these profiles, in order, before them what they need of others: the kit, and data that is not there."""
+    """Return the matching parts of these profiles, and the parts that create missing data for them, in order."""
     chosen = [part for part in table if part.profile in profiles and only.search(part.name)]
     paths = {path for part in chosen for path in part.uses} | {"site", "{cache}"}
     makers = [p for p in table if paths.intersection(p.makes) and p.available and not runner.done(p)]
@@ -119,7 +125,7 @@ def selection(table: list[Part], profiles: list[str], only: re.Pattern[str], run
 
 
 def digest_of_sources() -> str:
-    """Of every file that could change a result, committed or not."""
+    """Hash every source file that could change a result, committed or not."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in (ROOT / folder).rglob("*")):
         if path.suffix in {".py", ".toml"} or (path.suffix == ".json" and "results" not in path.parts):
@@ -134,7 +140,7 @@ def has_gpu() -> bool:
 
 
 def machine() -> dict[str, Any]:
-    """GPUs, cores and versions; of the kit's packages too, once they are unpacked."""
+    """Describe GPUs, cores and versions, including the kit's packages once they are unpacked."""
     import torch
 
     from launch.machine.provenance import installed_version, versions
@@ -145,7 +151,7 @@ def machine() -> dict[str, Any]:
 
 
 def device_of(about: dict[str, Any]) -> str:
-    """What a machine's results count for."""
+    """Return the name of the device under which results are stored."""
     return ", ".join(about["gpus"]) or "cpu"
 
 

@@ -1,7 +1,7 @@
-"""Loaders measured against each other in one run: they take turns, and pairs of one round are compared.
+"""Compare loaders by running them alternately in one process, so that changes of the machine's load affect all alike.
 
-Each turn starts a loader afresh. Besides the rate, the CPU time of each image is taken, of this process and its
-children: on a machine that is shared with others it says more.
+Each turn starts a new loader. In addition to the rate, the CPU time per image of this process and its children is
+measured: it depends less on other programs on the machine.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from launch.machine.provenance import cpu_name
 from shards.cores import cores
 
 Maker = Callable[[], Iterator[int]]
-"""Starts a loader, which yields how many units (images, bytes) each batch has."""
+"""Starts a loader that yields the number of units (images, bytes) of each batch."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One loader's turn."""
+    """Measurements of one loader in one round."""
 
     rate: float
     """Units per second."""
@@ -34,7 +34,11 @@ class Turn:
 
 
 def run_interleaved(makers: Mapping[str, Maker], *, rounds: int, units: int, warm_up: int) -> dict[str, list[Turn]]:
-    """Let every loader run once a round, in rotating order. The first `warm_up` units fill its queues, unmeasured."""
+    """Run every loader once per round, in rotating order. The first `warm_up` units fill its queues and are not timed.
+
+    Returns:
+        For each loader, its turns by round.
+    """
     turns: dict[str, list[Turn]] = {name: [] for name in makers}
     for number in range(rounds):
         names = list(makers)
@@ -50,7 +54,7 @@ def run_interleaved(makers: Mapping[str, Maker], *, rounds: int, units: int, war
 
 
 def ratio(turns: dict[str, list[Turn]], one: str, other: str) -> dict[str, float]:
-    """Median of pairs: how many times faster `one` is, and how many times less CPU time it takes."""
+    """Return medians over rounds: how many times faster `one` is, and how many times less CPU time it needs."""
     pairs = list(zip(turns[one], turns[other], strict=True))
     return {
         "rate": statistics.median(a.rate / b.rate for a, b in pairs),
@@ -69,7 +73,7 @@ def medians(turns: dict[str, list[Turn]]) -> dict[str, dict[str, float]]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe the machine."""
     gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
     return {
         "cpu": cpu_name(),
@@ -88,7 +92,7 @@ def _consume(loader: Iterator[int], wanted: int) -> int:
 
 
 def _cpu_seconds() -> float:
-    """Of this process, and of its children that are alive."""
+    """Return the CPU seconds of this process and of its running children."""
     pids = [int(pid) for children in Path("/proc/self/task").glob("*/children") for pid in children.read_text().split()]
     ticks = 0
     for pid in pids:

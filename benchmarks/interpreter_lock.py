@@ -1,27 +1,27 @@
-"""How much of its rate the loader keeps beside a main thread that holds the interpreter lock.
+"""Measure how much Python's global interpreter lock (GIL) slows the loader down while the main thread runs the model.
 
-A loader's thread waits for the interpreter lock while the main thread launches the model. Compared are loaders whose
-batches are read and prepared in threads of the training process and in a process of their own (`--feed-process`). The
-real `TrainLoader` over `pipeline sample photos` (paper's augmentation) delivers batches beside
-main threads that hold the lock for a known share of the time, and beside the same load without the lock. The quotient
-of the two rates is what the lock alone costs; the two share the cores alike. What the main thread keeps of its own rate
-is found in the same way.
+The loader's threads wait for the GIL while the main thread launches kernels. Compared are loaders that read and prepare
+batches in threads of the training process and in a feed process (`--feed-process`). The real `TrainLoader`, with the
+paper's augmentation on photos of `pipeline sample photos`, delivers batches while a main thread holds the GIL for a
+known fraction of the time, and while it causes the same CPU load without the GIL. The ratio of the two rates is the
+cost of the GIL alone, because both use the cores alike. The slowdown of the main thread is measured in the same way.
 
-What the loader does per batch:
+Work of the loader per batch:
 
-  feed    plan, reading, hashes, draws, and the hand-over to the loader's thread, which discards the images
-  host    the Python work of a GPU run: plan, reading, hashes, draws, external_source, RandAugment's passes, uploads,
-          launches. No pixels: DALI reads the JPEGs' headers only, and a launch is LAUNCH seconds of bytecode. So it
-          makes as many batches per second as a GPU run needs.
-  pixels  the whole loader on CPUs, decoding and augmentation included: a few batches per second.
+  feed    plan, reading, hashes, random draws, and the transfer to the loader's thread, which discards the images
+  host    the Python work of a GPU run: plan, reading, hashes, draws, external_source, RandAugment's rounds, uploads,
+          launches. No pixels: DALI reads only the JPEG headers, and a launch is LAUNCH seconds of bytecode. The rate of
+          batches is therefore as high as in a GPU run.
+  pixels  the complete loader on CPUs, including decoding and augmentation: a few batches per second
 
-Main threads (the loads without the lock do the same in a C loop that releases it):
+Main threads (the load without the GIL is a C loop of the same duration that releases it):
 
-  replay  holds the lock for 15 % of every millisecond, as a training step replayed from CUDA graphs needs it
-  eager   calls small torch operators one after the other: each takes and releases the lock, as an eager step does
-  python  holds the lock for 90 % of every millisecond in bytecode: worse than any training step
+  replay  holds the GIL for 15 % of every millisecond, like a training step replayed from CUDA graphs
+  eager   calls small PyTorch operators in sequence: each acquires and releases the GIL, like an eager step
+  python  holds the GIL for 90 % of every millisecond in bytecode, more than any training step
 
-Also counted, and hardly dependent on what else the machine does: CPU milliseconds per batch of the parts of the work.
+Also measured: CPU milliseconds per batch of each part of the work, which hardly depend on the load of the machine. The
+rates are meaningful only on an otherwise idle machine with at least 4 cores. Needs no GPU.
 
     python benchmarks/interpreter_lock.py [--rounds 5] [--seconds 3] [--batch 256] [--works feed host pixels]
                                           [--feeds threads process] [--data DIR] [--out FILE.json]
@@ -73,15 +73,16 @@ from shards.format.dataset import ShardSet
 SIZE = 224
 CPU = torch.device("cpu")
 MANY_EPOCHS = 1_000_000
-WARM_UP = 24  # batches: queues are full then, and every buffer has been used once
-LAUNCH = 30e-6  # seconds of a Triton launch from Python
-PERIOD = 1e-3  # seconds in which a main thread takes the lock once
-NEEDED = 15_000  # images/s of one GPU
+WARM_UP = 24  # batches until queues are full and every buffer has been used once
+LAUNCH = 30e-6  # seconds for a Triton launch from Python
+PERIOD = 1e-3  # seconds in which a main thread acquires the lock once
+NEEDED = 15_000  # images/s that one GPU consumes
 T = TypeVar("T")
 Work = Literal["feed", "host", "pixels"]
 Feed = Literal["threads", "process"]
 TAKING = "taking a batch from the feed process"
-LEFT = (TAKING, "external_source and DALI's run", "rounds, uploads, launches")  # to training, beside a feed process
+# Parts that remain in the training process if there is a feed process.
+LEFT = (TAKING, "external_source and DALI's run", "rounds, uploads, launches")
 
 
 @dataclass(frozen=True)
@@ -91,25 +92,25 @@ class Options:
     rounds: int = 5
     """Interleaved rounds."""
     seconds: float = 3.0
-    """Per measurement."""
+    """Seconds per measurement."""
     batch: int = 256
-    """Images per batch of the host's work; a quarter of it with pixels."""
+    """Images per batch; a quarter of it for `pixels`."""
     works: tuple[Work, ...] = ("feed", "host", "pixels")
-    """What the loader does."""
+    """Work of the loader."""
     feeds: tuple[Feed, ...] = ("threads", "process")
-    """Where batches are read and prepared."""
+    """Read and prepare batches in threads of this process, or in a feed process."""
     intervals: tuple[float, ...] = (5e-3, 5e-4)
-    """Switch intervals (sys.setswitchinterval) in seconds; Python's own is 5e-3."""
+    """Switch intervals (sys.setswitchinterval) in seconds; Python's default is 5e-3."""
     count: int = 3000
-    """Photos to make, when `--data` is not given."""
+    """Photos to generate."""
     data: Path | None = None
-    """Folder to keep photos/ and photos-shards/ in, or with those of an earlier run."""
+    """Folder for photos/ and photos-shards/, generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """Write the results to this JSON file."""
 
 
 class HostDecoder(DaliDecoder):
-    """DALI fed as on a GPU. It hands the windows through; the images are always the same."""
+    """DALI with the inputs of a GPU run, but without decoding: it always returns the same images."""
 
     def decode(self, jobs: Iterable[tuple[DecodeJob, T]]) -> Generator[tuple[Tensor, DecodeJob, T], None, None]:
         in_flight: deque[tuple[DecodeJob, T, tuple[Any, ...]]] = deque()
@@ -135,7 +136,7 @@ class HostDecoder(DaliDecoder):
 
 
 def host_pipeline(source: Iterator[tuple[Any, ...]], batch: int, threads: int, ahead: int) -> Pipeline:
-    """DALI's part of the host's work: its threads read the headers of the images; the rest is handed through."""
+    """Build a pipeline in which DALI's threads read the headers of the images and pass the other inputs through."""
     pipe = Pipeline(batch_size=batch, num_threads=threads, device_id=None, prefetch_queue_depth=ahead, seed=0)
     with pipe:
         encoded, *rest = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
@@ -144,7 +145,7 @@ def host_pipeline(source: Iterator[tuple[Any, ...]], batch: int, threads: int, a
 
 
 class HostAugment:
-    """`BatchAugment` on a GPU, up to its launches."""
+    """The host's part of `BatchAugment` on a GPU, with busy-waiting instead of launches."""
 
     def __init__(
         self, recipe: AugmentRecipe, device: torch.device, dtype: torch.dtype = torch.float32, *, kernels: bool = True
@@ -160,7 +161,7 @@ def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> N
     todo = passes.plan_passes(params, size, size, flip=False)
     upload([array for each in todo for array in each.arrays()], CPU)
     for _ in todo:
-        hold(2 * LAUNCH)  # measure, apply
+        hold(2 * LAUNCH)  # the kernels "measure" and "apply"
     mixed: list[NDArray[Any]] = [] if mixing is None else [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
     upload([params.erase_boxes, params.erase_keys, *mixed], CPU)
     hold(LAUNCH)
@@ -176,7 +177,7 @@ class NoDecoder(HostDecoder):
 
 
 class NoAugment(HostAugment):
-    """Does nothing."""
+    """Returns constant images without any work."""
 
     def __call__(self, images: Tensor, params: SampleParams, mixing: MixParams | None) -> Tensor:
         return self._images
@@ -192,7 +193,7 @@ def host_decoder(loader: str, options: Any, *, size: int, batch: int, **_: Any) 
 
 
 class Loader(TrainLoader):
-    """The loader; it tells how many batches are ready."""
+    """The loader, with access to the number of batches that are ready."""
 
     @property
     def ready(self) -> int:
@@ -215,7 +216,7 @@ def loader_of(dataset: ShardSet, work: Work, batch: int, feed: Feed = "threads")
 
 
 def hold(seconds: float) -> None:
-    """Run bytecode, holding the lock."""
+    """Run bytecode for this time, holding the lock."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass
@@ -235,8 +236,8 @@ _per_second = 0.0
 
 
 def burn(seconds: float) -> None:
-    """Keep a core busy in C without the lock."""
-    global _per_second  # noqa: PLW0603 - calibrated once
+    """Keep a core busy in C for this time, without the lock."""
+    global _per_second  # noqa: PLW0603 - cache of the calibration
     if not _per_second:
         start = time.thread_time()
         for _ in range(200):
@@ -249,17 +250,17 @@ def burn(seconds: float) -> None:
         todo -= size
 
 
-def part(share: float, busy: Callable[[float], None]) -> Callable[[], None]:
-    """A period of which `busy` takes a share."""
+def part(fraction: float, busy: Callable[[float], None]) -> Callable[[], None]:
+    """Return a function that runs `busy` for a fraction of a period and sleeps for the rest."""
 
     def once() -> None:
-        busy(share * PERIOD)
-        time.sleep((1 - share) * PERIOD)
+        busy(fraction * PERIOD)
+        time.sleep((1 - fraction) * PERIOD)
 
     return once
 
 
-# Of each main thread: what it does with the lock, and the same without it.
+# For each main thread: (its load with the lock, the same load without it).
 MAIN: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
     "replay": (part(0.15, hold), part(0.15, burn)),
     "eager": (eager, part(1.0, burn)),
@@ -268,7 +269,8 @@ MAIN: dict[str, tuple[Callable[[], None], Callable[[], None]]] = {
 
 
 def rates(loader: Loader | None, main: Callable[[], None] | None, seconds: float) -> tuple[float, float]:
-    """(batches, turns of the main thread) per second, of at least one; without `main`, batches are only taken."""
+    """Return (batches, iterations of the main thread) per second. Without `main`, only consume batches; without
+    `loader`, only run the main thread."""
     batches = turns = 0
     start = time.perf_counter()
     while time.perf_counter() - start < seconds or not (turns if loader is None else batches):
@@ -287,9 +289,10 @@ def rates(loader: Loader | None, main: Callable[[], None] | None, seconds: float
 
 
 def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
-    """Rates in interleaved rounds, and what loader and main thread keep of theirs beside the lock: medians of both.
+    """Measure rates in interleaved rounds, and the fractions of their rates that loader and main thread keep.
 
-    Names are those of the feed and of the main thread.
+    Returns:
+        Medians by "feed, main thread", and the values of all rounds.
     """
     batch, seconds = options.batch // 4 if work == "pixels" else options.batch, options.seconds
     every: dict[str, dict[str, list[float]]] = {"batches_per_second": {}, "loader_keeps": {}, "main_keeps": {}}
@@ -328,10 +331,10 @@ def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
 
 
 def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
-    """CPU milliseconds per batch of the host's work, by part: an upper bound of the time that the lock is held.
+    """Return the CPU milliseconds per batch of the host's work by part, an upper bound of the time holding the lock.
 
-    Of the thread that does it: DALI's own threads, which never hold the lock, are not in it. With a feed process, those
-    in `LEFT` are what the training process does; without it, all but `TAKING`.
+    Only the calling thread is measured, not DALI's threads, which never hold the lock. With a feed process, the
+    training process does the parts in `LEFT`; without one, all parts except `TAKING`.
     """
     recipe = augment_recipe("fat", size=SIZE)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=batch, seed=0, pairs=True)
@@ -376,7 +379,7 @@ def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
 
 
 def _median_cpu(work: Callable[[int], object], *, times: int = 31) -> float:
-    """Seconds of this thread."""
+    """Return the median CPU seconds of this thread per call."""
     work(0)
     found = []
     for number in range(times):
@@ -407,17 +410,17 @@ def main() -> None:
     needed = NEEDED / options.batch
     for feed, names in (("threads", own.keys() - {"batch", TAKING}), ("process", LEFT)):
         total = sum(own[name] for name in names)
-        share = total * needed / 1e3
-        print(f"{feed}: {total:.2f} ms in the training process, {share:.0%} of one core at {NEEDED:,} images/s")
+        load = total * needed / 1e3
+        print(f"{feed}: {total:.2f} ms in the training process, {load:.0%} of one core at {NEEDED:,} images/s")
     for work in options.works:
         found = result[work]
         alone = ", ".join(f"{feed} {found['batches_per_second'][f'{feed}, alone']:.1f}" for feed in options.feeds)
-        print(f"{work}, batches of {found['batch']} a second, alone: {alone}")
+        print(f"{work}, batches of {found['batch']} images per second without a main thread: {alone}")
         for name, value in found["loader_keeps"].items():
             speed = found["batches_per_second"][name]
-            print(f"  {name:44s} {speed:8.1f} a second; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")
-    load, cores = result["machine"]["load"], result["machine"]["cores"]
-    print(f"load average {load:.1f} on {cores} cores; rates say something on a quiet machine only")
+            print(f"  {name:44s} {speed:8.1f} /s; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")
+    average, cores = result["machine"]["load"], result["machine"]["cores"]
+    print(f"load average {average:.1f} on {cores} cores; the rates are meaningful only on an otherwise idle machine")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

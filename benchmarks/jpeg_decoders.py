@@ -2,10 +2,10 @@
 
     python benchmarks/jpeg_decoders.py SET [--batch 256] [--size 224] [--seconds 1] [--out FILE.json]
 
-DALI decodes, crops and resizes the same batch at `--hw-decoder-load` 0 (CUDA decoder), 1 (JPEG engine) and 0.9 (both
-share the batch). Printed are the rate of each, and how far the pixels of engine and CUDA decoder are apart, in levels
-of 0..255. Equal pixels at equal speed mean that the engine decodes nothing. Without a usable engine nothing is
-compared, and the reason is printed.
+DALI decodes, crops and resizes the same batch at `--hw-decoder-load` 0 (CUDA decoder), 1 (JPEG engine) and 0.9 (both).
+The output is the rate of each, and the difference of the pixels of engine and CUDA decoder in levels of 0..255. Equal
+pixels at equal speed suggest that the engine is not used. Meant for GPUs with a JPEG engine (A100, H100, ...); without
+a usable engine, the reason is printed and nothing is compared.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from pipeline.storage.placement import open_storage
 from pipeline.storage.reader import SampleReader
 
 LOADS = (0.0, 1.0, 0.9)
-WARM_UP = 3  # batches; the decoder allocates its buffers meanwhile
-EQUAL = 1.02  # rates that differ by less are equal
+WARM_UP = 3  # batches in which the decoder allocates its buffers
+EQUAL = 1.02  # rates with a ratio below this are considered equal
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,20 @@ class Options:
     size: int = 224
     """Side of the decoded images in pixels."""
     seconds: float = 1.0
-    """Per load, after a warm-up."""
+    """Measured seconds per load, after a warm-up."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """Write the results to this JSON file."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the JPEG engine and the CUDA decoder differ."""
+    """Differences between the JPEG engine and the CUDA decoder."""
 
     images: int
     mean: float
-    """Absolute difference in pixel levels of 0..255, over all values."""
+    """Mean absolute difference in pixel levels of 0..255."""
     max: int
+    """Maximum absolute difference."""
     differing: float
     """Fraction of the values that differ."""
     rates: dict[str, float]
@@ -72,7 +73,7 @@ class Comparison:
 
     @property
     def unused(self) -> bool:
-        """Whether the engine seems to decode nothing."""
+        """Whether the engine appears not to be used."""
         cuda, engine = self.rates["0"], self.rates["1"]
         return self.max == 0 and max(cuda, engine) < EQUAL * min(cuda, engine)
 
@@ -81,12 +82,12 @@ class Comparison:
         return (
             f"engine against CUDA over {self.images} images: mean {self.mean:.3f}, max {self.max} levels, "
             f"{self.differing:.1%} of the values differ; decoding, images/s by --hw-decoder-load: {rates}"
-            + ("; the JPEG engine seems to decode nothing" if self.unused else "")
+            + ("; the JPEG engine appears not to be used" if self.unused else "")
         )
 
 
 def first_batch(feed: Feed) -> DecodeJob:
-    """The first batch of training, encoded, with its crop windows and flips."""
+    """Return the first batch of training, encoded, with its crop windows and flips."""
     plan, ids = feed.plan, feed.plan.ids(feed.plan.at(0), feed.shape.rows(0))
     pinned = feed.world.device.type == "cuda"
     with SampleReader(open_storage(feed.dataset, "train"), check=False, buffers=BufferPool(pinned=pinned)) as reader:
@@ -103,12 +104,12 @@ def compare(
     seconds: float,
     now: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Decode `job` again and again at each load.
+    """Decode `job` repeatedly at each load.
 
     Args:
-        decoder: makes a decoder that gives a share of the batch to the engine.
-        seconds: per load.
-        now: the clock, in seconds.
+        decoder: creates a decoder that assigns the given fraction of the batch to the engine.
+        seconds: measured time per load.
+        now: clock, in seconds.
     """
     pixels, rates = dict[float, torch.Tensor](), dict[str, float]()
     for load in LOADS:
@@ -119,7 +120,7 @@ def compare(
         begun, taken = now(), 0
         while now() - begun < seconds:
             images, _, _ = next(stream)
-            images[0, 0, 0, 0].item()  # waits until the batch is decoded
+            images[0, 0, 0, 0].item()  # synchronizes: waits until the batch is decoded
             taken += len(images)
         rates[f"{load:g}"] = taken / (now() - begun)
         stream.close()
@@ -147,7 +148,7 @@ def main() -> None:
             return DaliDecoder(options.size, options.batch, device, threads=settings.decode_threads, settings=settings)
 
         own = torch.cuda.Stream(device) if device.type == "cuda" else None
-        with torch.cuda.stream(own):  # as loaders do
+        with torch.cuda.stream(own):  # the loaders also decode on a stream of their own
             comparison = compare(decoder, first_batch(feed), seconds=options.seconds)
         found |= {"decoders": str(comparison)} | asdict(comparison)
     else:

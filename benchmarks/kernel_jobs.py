@@ -1,4 +1,4 @@
-"""What `benchmarks/kernels.py` compares: every kernel at FAT's own shapes, beside the library's way."""
+"""The comparisons of `benchmarks/kernels.py`: every Triton kernel, at FAT's shapes, with its PyTorch equivalents."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from fat.layers import ConvNorm, ResidualDepthwise, pointwise
 Ways = dict[str, Callable[[], object]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
-MANY_LAUNCHES = 20_000_000  # cycles, ten milliseconds: a forward and backward pass through autograd, some 60 launches
+MANY_LAUNCHES = 20_000_000  # cycles (10 ms): enough for about 60 launches of a forward and backward pass
 OTHER_FORM = "other form"
 
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel at one shape: what is compared, and the least bytes that it must move."""
+    """One kernel at one shape, with the implementations to compare and its minimum memory traffic in bytes."""
 
     name: str
     shape: tuple[int, int, int, int]
     bytes: int
     ways: Ways
     head_start: int = 0
-    """Device cycles that its launches need at least, however fast the host seemed when it was timed."""
+    """Minimum cycles for which the device waits while the host launches the job."""
     trains: bool = True
-    """A training step launches it at such a shape."""
+    """Whether a training step launches the kernel at this shape."""
 
 
 def jobs(options: argparse.Namespace) -> Iterator[Job]:
-    """Each shape once, though variants share it."""
+    """Yield the jobs of all variants and stages, each shape once."""
     seen: set[tuple[str, tuple[int, ...]]] = set()
     for variant, stage in itertools.product(options.variants, options.stages):
         config = VARIANTS[variant]
@@ -76,10 +76,10 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 def depthwise_jobs(
     shape: tuple[int, int, int, int], kernel: int, stride: int, dtype: torch.dtype, *, normed: bool = True
 ) -> Iterator[Job]:
-    """Stride 1 is x + depthwise(x), for the library too.
+    """Yield a depthwise convolution and its gradients; at stride 1, all implementations compute x + depthwise(x).
 
     Args:
-        normed: a BatchNorm follows where FAT has such a convolution.
+        normed: in FAT, a BatchNorm follows this convolution.
     """
     _, channels, height, width = shape
     residual = stride == 1
@@ -145,8 +145,8 @@ def depthwise_jobs(
 
 
 def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:
-    """Wrap a call to use the form of the weight gradient that `fat.kernels.impl.tiles` does not choose, and forward at
-    stride 2 as many channels a thread as at stride 1."""
+    """Wrap a call so that it uses the form of the weight gradient that `fat.kernels.impl.tiles` does not choose, and,
+    in the forward pass at stride 2, as many channels per thread as at stride 1."""
     depthwise = tiles.depthwise
 
     def other(kernel: int, stride: int, height: int, width: int, channels: int) -> tiles.Strips | tiles.Patches:
@@ -162,11 +162,11 @@ def in_the_other_form(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def weight_forms(call: Callable[[], object]) -> Iterator[tuple[tiles.Patches, Callable[[], object]]]:
-    """The launch shapes of the weight gradient that a call computes, each with the call in it."""
+    """Yield each launch configuration of the weight gradient that `call` computes, and `call` wrapped to use it."""
     chosen = tiles.weight_gradient
-    with mock.patch.object(tiles, "weight_gradient", wraps=chosen) as asked:
+    with mock.patch.object(tiles, "weight_gradient", wraps=chosen) as recorded:
         call()
-    for form in tiles.other_patches(*asked.call_args.args):
+    for form in tiles.other_patches(*recorded.call_args.args):
 
         def run(form: tiles.Patches = form) -> object:
             with mock.patch.object(tiles, "weight_gradient", return_value=form):
@@ -178,8 +178,8 @@ def weight_forms(call: Callable[[], object]) -> Iterator[tuple[tiles.Patches, Ca
 def norm_of_the_batch_jobs(
     shape: tuple[int, int, int, int], kernel: int, outputs: int, dtype: torch.dtype
 ) -> Iterator[Job]:
-    """A feed-forward from GELU's input to the result of its second 1x1 convolution, forward and backward: BatchNorm has
-    no time of its own where its neighbours do its work."""
+    """Yield a feed-forward from the input of GELU to the output of its second 1x1 convolution, forward and backward.
+    BatchNorm cannot be timed separately, because the adjacent kernels do its work."""
     channels = shape[1]
     torch.manual_seed(0)
     unit = ConvNorm(ResidualDepthwise(channels, kernel)).to(DEVICE).train()
@@ -197,8 +197,8 @@ def norm_of_the_batch_jobs(
     yield Job(
         f"GELU, depthwise {kernel}x{kernel} + x, BatchNorm, 1x1: both ways",
         shape,
-        # Forward: read, GELU written and read, convolved written and read. Backward: the 1x1's gradient written and
-        # read; convolved, GELU's result and input read; result written.
+        # Forward: input read; GELU's output and the convolution's output written and read. Backward: gradient of the
+        # 1x1 convolution written and read; convolution's output, GELU's output and input read; result written.
         11 * size + 3 * small,
         {
             "ours": lambda: step("auto", x, gradient),
@@ -234,7 +234,7 @@ def gate_jobs(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype)
 
 
 def attention_jobs(shape: tuple[int, int, int, int], keys: int, heads: int, dtype: torch.dtype) -> Iterator[Job]:
-    """Of every position to `keys` x `keys` keys and values."""
+    """Yield attention of every position to `keys` x `keys` keys and values."""
     batch, channels = shape[:2]
     q, gradient, kv = maps(shape, dtype), maps(shape, dtype), maps((batch, 2 * channels, keys, keys), dtype)
     scale = (channels // heads) ** -0.5
@@ -266,7 +266,7 @@ def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
     half, half_bias = weight.to(dtype), bias.to(dtype)
 
     def rows(x: Tensor) -> Tensor:
-        """FAT's way without kernels."""
+        """The implementation of FAT without kernels."""
         flat = x.permute(0, 2, 3, 1).flatten(1)
         normal = F.layer_norm(flat, flat.shape[1:], eps=EPS).view(x.permute(0, 2, 3, 1).shape)
         return torch.addcmul(half_bias, normal, half).permute(0, 3, 1, 2)
@@ -302,7 +302,7 @@ def bias_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
 
 
 def stem_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
-    """BatchNorm in training and ReLU."""
+    """Yield BatchNorm in training mode with ReLU, as in the stem."""
     x, gradient, weight, bias = maps(shape, dtype), maps(shape, dtype), rand(shape[1]), rand(shape[1])
     size, count = x.numel() * x.element_size(), x.numel() // shape[1]
     mean, var = ops.channel_stats(x)
@@ -329,7 +329,7 @@ def silu_gate(local: Tensor, other: Tensor) -> Tensor:
 
 
 def backward_of(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[], object]:
-    """The backward pass alone; the last tensor is the cotangent."""
+    """Return the backward pass of a function alone; the last tensor is the gradient of its output."""
     *inputs, cotangent = tensors
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     out = function(*leaves)

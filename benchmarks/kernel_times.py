@@ -1,15 +1,15 @@
-"""Where the device's time goes in a training step: milliseconds and launches of each kernel, by torch's profiler.
+"""Break down the device time of a training step by kernel (milliseconds and launches), with the PyTorch profiler.
 
     python benchmarks/kernel_times.py [--models fat_b0 fat_b3] [--ways channels-last library] [--batch 256] [--size 224]
                                       [--steps 3] [--top 40] [--loader SET] [--out FILE.json]
 
-The steps are those of benchmarks/step.py, run eagerly, so that every kernel has its name: the device's own time is the
-same as in a replayed graph. `busy` is the share of the steps' time in which some kernel ran; 1 - busy is what the host
-was late for. On CPUs operators take the place of kernels, which rehearses the script.
+The steps are those of benchmarks/step.py, run eagerly, so that the profiler reports every kernel by name; the device
+time is the same as in a replayed CUDA graph. `busy` is the fraction of the elapsed time in which a kernel ran; in the
+rest, the device waited for the host. Meant for a GPU; on a CPU, operators are reported instead of kernels.
 
-With --loader, also of a batch of the training loader on a shard set: decoding, resizing and augmentation, DALI's own
-kernels among them. That much of the device the loader takes from every training step; the JPEG engines' own time is not
-in it.
+With --loader, the kernels of the training loader (decoding, resizing and augmentation, including those of DALI) are
+also reported per batch: the device time that the loader takes from every training step. It does not include the time
+of the JPEG engines.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from launch.feed import Feed
 from launch.machine.device_peaks import synchronize
 from launch.machine.world import World
 
-WARM_UP = 3  # steps: allocations, kernels' choice
-LOADER_BATCHES = 4  # batches profiled for each step: they are short
+WARM_UP = 3  # steps for allocations and the choice of kernels
+LOADER_BATCHES = 4  # batches of the loader per --steps, because a batch is shorter than a step
 
 
 def main() -> int:
@@ -49,13 +49,13 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 2)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--top", type=int, default=40, help="kernels to print")
+    parser.add_argument("--top", type=int, default=40, help="number of kernels to print")
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16" if DEVICE == "cuda" else "float32"
     )
-    parser.add_argument("--loader", metavar="SET", help="also profile the training loader on this shard set, first")
-    parser.add_argument("--augment", default="fat", help="of the loader")
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--loader", metavar="SET", help="first profile the training loader on this shard set")
+    parser.add_argument("--augment", default="fat", help="augmentation of the loader")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
     setting = {name: getattr(options, name) for name in ("batch", "size", "steps", "dtype")}
@@ -77,12 +77,13 @@ def main() -> int:
 
 
 def kernel_times(model: str, way: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model run in one way: kernels by time, most first."""
+    """Profile one model in one mode."""
     return profiled(model, way, step(model, way, True, options), options.steps, options)
 
 
 def loader_times(model: str, augment: Literal["fat", "light", "none"], options: argparse.Namespace) -> dict[str, Any]:
-    """The training loader alone: kernels of a batch by time, most first. It runs ahead, by as much when it ends."""
+    """Profile the training loader alone. It prefetches batches before the profile starts and as many before it ends, so
+    that the average per batch is right."""
     data = DataConfig(data=options.loader, global_batch=options.batch, size=options.size, augment=augment)
     device = torch.device("cuda", torch.cuda.current_device()) if DEVICE == "cuda" else torch.device("cpu")
     feed = Feed.of(Recipe(data=data), World(0, 1, 0, 1, device))
@@ -95,7 +96,7 @@ def loader_times(model: str, augment: Literal["fat", "light", "none"], options: 
 def profiled(
     model: str, way: str, once: Callable[[], object], steps: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """What some calls of `once` take, each; the table of it is printed."""
+    """Profile some calls of `once`; print and return the time per call of each kernel, the longest first."""
     for _ in range(WARM_UP):
         once()
     kind = ProfilerActivity.CUDA if DEVICE == "cuda" else ProfilerActivity.CPU
@@ -111,15 +112,15 @@ def profiled(
         if microseconds > 0:
             spent[event.key][0] += microseconds / 1000 / steps
             spent[event.key][1] += event.count / steps
-    if not spent and (DEVICE == "cuda" or model != "loader"):  # a CPU's profiler does not see the loader's threads
-        raise RuntimeError("the profiler saw no kernel: CUPTI may not be permitted on this machine")
+    if not spent and (DEVICE == "cuda" or model != "loader"):  # the CPU profiler does not record the loader's threads
+        raise RuntimeError("the profiler recorded no kernels; this machine may not permit CUPTI (profiling counters)")
     kernels: list[dict[str, Any]] = [
         {"kernel": name, "ms": round(ms, 4), "launches": round(count, 1)}
         for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])
     ]
     total, wall = sum(ms for ms, _ in spent.values()), 1000 * seconds / steps
     unit = "batch" if model == "loader" else "step"
-    print(f"\n{model} {way}: {wall:.2f} ms a {unit}, kernels {total:.2f} ms, busy {total / wall:.0%}", flush=True)
+    print(f"\n{model} {way}: {wall:.2f} ms per {unit}, kernels {total:.2f} ms, busy {total / wall:.0%}", flush=True)
     for row in kernels[: options.top]:
         print(f"{row['ms']:9.3f} ms {row['ms'] / total:6.1%} {row['launches']:7.1f} x  {row['kernel'][:110]}")
     return {

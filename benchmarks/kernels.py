@@ -1,25 +1,23 @@
-"""FAT's own kernels against the library's way, as shares of the bandwidth at which the device copies memory.
+"""Compare FAT's Triton kernels with PyTorch, as fractions of the bandwidth at which the device copies memory.
 
     python benchmarks/kernels.py [--variants fat_b0 fat_b3] [--stages 1 2 3 4] [--batch 256] [--size 224]
                                  [--dtype bfloat16] [--rounds 10] [--sweep] [--out FILE.json]
 
-For every depthwise convolution, gate and norm of the chosen stages (a stage at its own resolution), forward and
-gradients, and for the part of the feed-forward about its BatchNorm: the median time of the rounds, ways taking turns,
-the cache emptied before each call; and the least bytes, every map that must be read or written counted once, over that
-time and over the copy's bandwidth (a copy reads and writes: twice its size). A share of 1 is what a copy of as many
-bytes would take.
+Measured are all depthwise convolutions, gates, norms and attentions of the given stages, forward and backward, and the
+part of the feed-forward around its BatchNorm. The implementations run alternately, the device's cache is flushed before
+each call, and the median of the rounds is reported. `share` is the minimum memory traffic (every feature map that must
+be read or written, counted once) divided by the time and by the bandwidth of a copy (which reads and writes its size):
+1 means as fast as a copy of as many bytes. Implementations:
 
   ours           fat.kernels
-  channels-last  torch (cuDNN for convolutions), channels-last maps and weights, as FAT runs without kernels
-  contiguous     the same with NCHW maps, as the released implementation runs
-  other form     of weight gradients: the form that fat/kernels/impl/tiles.py does not choose. Where it is faster, add
-  the
-                 (kernel, stride, width of the gradient's map) to its STRIPS, or take it out. Forward at stride 2: with
-                 8 channels a thread instead of tiles.STRIDE_2_LANES
+  channels-last  PyTorch (cuDNN for convolutions) with channels-last feature maps and weights, like FAT without kernels
+  contiguous     PyTorch with NCHW feature maps, like the released implementation of FAT
+  other form     of weight gradients: the form that fat/kernels/impl/tiles.py does not choose. If it is faster, add
+                 (kernel, stride, width of the gradient) to its STRIPS, or remove it. Forward at stride 2: with 8
+                 channels per thread instead of tiles.STRIDE_2_LANES
 
---sweep also tries other launch shapes for the depthwise kernels and prints the fastest beside the one that
-fat/kernels/impl/tiles.py chooses. Needs a CUDA device; with TRITON_INTERPRET=1 it runs on the CPU, whose times mean
-nothing.
+--sweep also tries other launch configurations of the depthwise kernels and prints the fastest. Needs a CUDA device;
+with TRITON_INTERPRET=1 the script runs on the CPU, but its times are meaningless.
 """
 
 from __future__ import annotations
@@ -46,12 +44,12 @@ from benchmarks.kernel_jobs import DEVICE, OTHER_FORM, Ways, jobs, weight_forms
 from fat.kernels.impl import tiles
 from launch.machine.device_peaks import random_bytes
 
-FLUSH = 256 << 20  # bytes that are overwritten before each call: more than any second-level cache
-COPY = 1 << 30  # bytes of the copy
-SLOW = 0.05  # seconds of a call from which three rounds are enough
-CYCLES_PER_SECOND = 2_000_000_000  # of a multiprocessor's clock, at most
-MARGIN = 2.0  # a host is sometimes slower than when it was timed
-LEAST_CYCLES = 4_000_000  # two milliseconds
+FLUSH = 256 << 20  # bytes overwritten before each call: larger than any L2 cache
+COPY = 1 << 30  # bytes copied to measure the bandwidth
+SLOW = 0.05  # seconds; slower calls are measured three times only
+CYCLES_PER_SECOND = 2_000_000_000  # upper bound of a multiprocessor's clock
+MARGIN = 2.0  # because the host can be slower than when its launch time was measured
+LEAST_CYCLES = 4_000_000  # 2 ms
 
 
 def main() -> None:
@@ -62,11 +60,11 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--sweep", action="store_true", help="try other launch shapes for the depthwise kernels")
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--sweep", action="store_true", help="also try other launch configurations")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("torch finds no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, untimed")
+        parser.error("PyTorch finds no CUDA device; set TRITON_INTERPRET=1 to run on the CPU (times are meaningless)")
 
     clock = Clock(options.rounds)
     bandwidth = copy_bandwidth(clock)
@@ -102,7 +100,7 @@ def main() -> None:
 
 
 def sweep(clock: Clock, call: Callable[[], object]) -> list[dict[str, Any]]:
-    """Launch shapes of a depthwise kernel by time, the fastest first."""
+    """Time the launch configurations of a depthwise kernel; return them, the fastest first."""
     found: list[dict[str, Any]] = []
     for change in others():
 
@@ -116,7 +114,7 @@ def sweep(clock: Clock, call: Callable[[], object]) -> list[dict[str, Any]]:
 
 
 def sweep_weights(clock: Clock, call: Callable[[], object]) -> list[dict[str, Any]]:
-    """The same of a weight gradient."""
+    """Time the launch configurations of a weight gradient; return them, the fastest first."""
     found: list[dict[str, Any]] = []
     for form, run in weight_forms(call):
         seconds = clock.measure({"ours": run})["ours"]
@@ -131,9 +129,9 @@ def others() -> Iterator[dict[str, int]]:
 
 
 class Clock:
-    """Device seconds of calls that take turns.
+    """Measures the device time of calls that run alternately.
 
-    Before each call the device is kept busy until the host has launched all of it, so that launching is not timed.
+    Before each call, the device sleeps until the host has launched all kernels, so that launch overhead is not timed.
     """
 
     def __init__(self, rounds: int) -> None:
@@ -141,10 +139,10 @@ class Clock:
         self.flush = torch.empty(FLUSH if DEVICE == "cuda" else 1, dtype=torch.uint8, device=DEVICE)
 
     def measure(self, ways: Ways, least: int = LEAST_CYCLES) -> dict[str, float]:
-        """Median seconds of each way.
+        """Return the median device seconds of each implementation.
 
         Args:
-            least: device cycles that the host is given at least to launch a call.
+            least: minimum device cycles to sleep while the host launches a call.
         """
         cycles = {way: head_start(self._launch_seconds(call), least) for way, call in ways.items()}
         times: dict[str, list[float]] = {way: [] for way in ways}
@@ -155,11 +153,11 @@ class Clock:
         return {way: median(taken) for way, taken in times.items()}
 
     def _launch_seconds(self, call: Callable[[], object]) -> float:
-        """Host seconds of a call that has been compiled and has chosen its algorithms."""
+        """Return the host seconds for launching a call, after a first call for compilation and autotuning."""
         call()
         if DEVICE != "cuda":
             return 0.0
-        torch.cuda.synchronize()  # an idle device: launching must not wait for a full queue
+        torch.cuda.synchronize()  # empty the launch queue: launching blocks when it is full
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start
@@ -182,12 +180,12 @@ class Clock:
 
 
 def head_start(launch_seconds: float, least: int) -> int:
-    """Cycles for which the device sleeps while the host launches a call."""
+    """Return the cycles for which the device sleeps while the host launches a call."""
     return max(least, int(MARGIN * CYCLES_PER_SECOND * launch_seconds))
 
 
 def copy_bandwidth(clock: Clock) -> float:
-    """Bytes per second, read and written."""
+    """Return the bandwidth of a device-to-device copy: bytes read and written per second."""
     source = random_bytes(COPY if DEVICE == "cuda" else 1 << 20, torch.device(DEVICE))
     target = torch.empty_like(source)
     return 2 * source.numel() / clock.measure({"copy": lambda: target.copy_(source)})["copy"]

@@ -1,16 +1,18 @@
-"""Images per second of loaders that do the same work, in one run: ours and the libraries' own.
+"""Compare this project's loaders with those of DALI and FFCV and with a PyTorch DataLoader, in images/s.
 
-All: random resized crop to 224, horizontal flip, normalise to float32, batches of 64 in random order, on `pipeline
-sample photos` data, as many threads or workers as there are cores.
+All of them do a random resized crop to 224 pixels, horizontal flip and normalization to float32, in batches of 64 in
+random order, on photos of `pipeline sample photos`, with as many threads or workers as there are cores:
 
-- ours, DALI / ours, FFCV: through the plan, in full random order, every sample's hash checked;
-- DALI's own: its webdataset reader with a shuffle buffer of 1024, the same operators (bicubic, antialiased), its output
-  taken without a copy;
-- FFCV's own: its Loader on the same .beton, RANDOM order, the page cache;
-- PIL: a DataLoader over the JPEG files with our windows;
-- ours, DALI, `fat`: the paper's augmentation besides; what it takes more is its cost beyond decoding.
+- ours, DALI / ours, FFCV: in the order of the plan (fully random), with the hash of every sample verified
+- DALI's own: DALI's webdataset reader with a shuffle buffer of 1024 and the same operators (bicubic, antialiased);
+  the output is used without a copy
+- FFCV's own: FFCV's Loader on the same .beton, RANDOM order, page cache
+- PIL: a DataLoader over the JPEG files, with the same crop windows as ours
+- ours, DALI, fat: with the paper's augmentation; the additional time is the cost of augmentation
 
-    python benchmarks/loader.py [--rounds 7] [--images 1024] [--count 2000] [--out FILE.json]
+Runs on any machine, with the decoders on the GPU if there is one; use an otherwise idle machine.
+
+    python benchmarks/loader.py [--rounds 7] [--images 1024] [--count 2000] [--data DIR] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -58,11 +60,11 @@ class Options:
     images: int = 1024
     """Images per loader and round."""
     count: int = 2000
-    """Photos to make, when `--data` is not given."""
+    """Photos to generate."""
     data: Path | None = None
-    """Folder to keep photos/ and photos-shards/ in, or with those of an earlier run."""
+    """Folder for photos/ and photos-shards/, generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """Write the results to this JSON file."""
 
 
 def ours(dataset: ShardSet, device: torch.device, loader: LoaderName, recipe: str = "light") -> Iterator[int]:
@@ -148,7 +150,7 @@ def ffcv(dataset: ShardSet, device: torch.device) -> Iterator[int]:
 
 
 class PilPhotos(torch.utils.data.Dataset[torch.Tensor]):
-    """What a plain PyTorch script does, with the same windows."""
+    """A data set as in a plain PyTorch script, with the same crop windows as ours."""
 
     def __init__(self, folder: Path) -> None:
         self.paths = sorted((folder / "train").glob("*/*.JPEG"))
@@ -215,7 +217,7 @@ def main() -> None:
     result["fat_beyond_decoding_us"] = 1e6 * (found["ours, DALI, fat"]["cpu"] - found["ours, DALI"]["cpu"])
     show(result)
     if not has_ffcv:
-        print("FFCV is not installed: its two loaders were left out")
+        print("FFCV is not installed: skipped 'ours, FFCV' and 'FFCV's own'")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -224,10 +226,10 @@ def main() -> None:
 def show(result: dict[str, Any]) -> None:
     print(f"\n{result['machine']['cpu']}, {result['machine']['cores']} cores, load {result['machine']['load']:.1f}")
     for name, figures in result["medians"].items():
-        print(f"{name:20s} {figures['rate']:7.0f} img/s  {figures['cpu'] * 1e6:6.0f} us of CPU per image")
+        print(f"{name:20s} {figures['rate']:7.0f} images/s  {figures['cpu'] * 1e6:6.0f} us of CPU per image")
     for name, figures in result["ratios"].items():
-        print(f"{name:32s} {figures['rate']:5.2f} of the rate, {figures['cpu']:5.2f} by CPU time (medians of pairs)")
-    print(f"the fat recipe beyond decoding and normalising: {result['fat_beyond_decoding_us']:.0f} us of CPU per image")
+        print(f"{name:32s} {figures['rate']:5.2f} by rate, {figures['cpu']:5.2f} by CPU time (median of ratios)")
+    print(f"augmentation of the recipe fat: {result['fat_beyond_decoding_us']:.0f} us of CPU per image")
 
 
 if __name__ == "__main__":

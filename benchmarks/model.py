@@ -1,21 +1,21 @@
-"""How fast the models run, in images/s, and what each way of running them gains over the plain one.
+"""Compare ways to run the FAT models (memory format, kernels, torch.compile, fusion), in images/s.
 
     python benchmarks/model.py [--variants fat_b0 ...] [--ways plain channels-last ...] [--batch N] [--size 224]
                                [--rounds 7] [--dtype float32|bfloat16] [--out FILE.json]
 
-Compares, in one run and interleaved round by round (medians of the rounds, ratios of the same round):
+All modes run in one process, alternately in each round; reported are medians of the rounds and of the ratios:
 
-  plain           NCHW memory, eager, as the released implementation runs
-  torch           channels-last activations (and here weights), eager, without our kernels
-  channels-last   the model as it is: the same with our own kernels where there are any (on a CPU there are none)
-  compiled        the same under torch.compile
-  graphs          the same with CUDA graphs as well (mode reduce-overhead): no time between kernels
+  plain           NCHW memory format, eager, like the released implementation
+  torch           channels-last activations and weights, eager, without Triton kernels (GPU only)
+  channels-last   the default: channels-last, eager, with Triton kernels on a GPU
+  compiled        channels-last under torch.compile
+  graphs          compiled with CUDA graphs (mode reduce-overhead; GPU only)
   fused           inference only: BatchNorm and identities folded (`fat.fuse`)
   fused compiled  inference only: both
 
-`inference` is a forward pass in eval mode, `training` forward and backward with cross-entropy. bfloat16 is by autocast
-(not for the fused, whose weights are meant for fp32). Each way warms up, and compiles, before any round. Ratios to a
-busy machine mean little: the load at the start is recorded.
+`inference` is a forward pass in eval mode, `training` a forward and backward pass with cross-entropy. bfloat16 uses
+autocast (except for fused models, whose weights are meant for fp32). Every mode is compiled and warmed up before the
+first round. Runs on a CPU or a GPU; use an otherwise idle machine (the load average at the start is recorded).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fat.model import Stem
 from launch.machine.provenance import cpu_name
 from shards.cores import cores
 
-ON_CUDA = ("torch", "graphs")  # what makes a difference there only
+ON_CUDA = ("torch", "graphs")  # modes that differ from others on a GPU only
 WAYS = ("plain", "torch", "channels-last", "compiled", "graphs", "fused", "fused compiled")
 MODES = ("inference", "training")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     dtypes = ("bfloat16", "float32") if DEVICE == "cuda" else ("float32", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, default=dtypes[0])
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
     setting = {
@@ -77,12 +77,12 @@ def main() -> None:
     for variant in options.variants:
         rows: dict[str, dict[str, Any]] = {way: {"variant": variant, "way": way} for way in options.ways}
         for mode in MODES:
-            torch._dynamo.reset()  # compiled models of one process share a bounded cache
+            torch._dynamo.reset()  # because all compiled models of a process share one bounded cache
             ways = [way for way in options.ways if mode == "inference" or not way.startswith("fused")]
             steps = {way: step(variant, way, mode == "training", options) for way in ways}
             times, failed = interleave(steps, options.rounds)
             for way, why in failed.items():
-                print(f"{variant:8} {way:15} {mode} left out: {why}")
+                print(f"{variant:8} {way:15} {mode} skipped: {why}")
             for way in times:
                 rows[way].update(figures(mode, times, way, options.batch))
         for row in rows.values():
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def step(variant: str, way: str, training: bool, options: argparse.Namespace) -> Callable[[], None]:
-    """One forward, or forward and backward, of a model set up in that way."""
+    """Build a model in the given mode; return a function that runs one forward (and, if `training`, backward) pass."""
     torch.manual_seed(0)
     model = fat.create_model(variant).to(DEVICE).train(training)
     if way.startswith("fused"):
@@ -127,8 +127,12 @@ def step(variant: str, way: str, training: bool, options: argparse.Namespace) ->
 
 
 def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds of each step in each round, after two untimed calls of each; and why some were left out, which mostly is
-    that they find no memory beside the others, whatever error a library has for that."""
+    """Time the steps alternately, after two untimed calls of each.
+
+    Returns:
+        Seconds of each step by round, and the errors of steps that failed and were skipped (mostly out of memory, for
+        which libraries raise various errors).
+    """
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     for round_number in range(-2, rounds):
@@ -140,7 +144,7 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[
                 failed[way] = reason(error)
                 del steps[way]
                 times.pop(way, None)
-            if way in failed:  # here, where the exception no longer holds what it had allocated
+            if way in failed:  # outside the except block, where the exception no longer refers to the tensors
                 free()
             elif round_number >= 0:
                 times.setdefault(way, []).append(time.perf_counter() - start)
@@ -148,19 +152,19 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[
 
 
 def free() -> None:
-    """Give back the memory of what is no longer used; models, optimisers and graphs refer to themselves."""
+    """Free unused memory, with a garbage collection because models, optimizers and graphs have reference cycles."""
     gc.collect()
     if DEVICE == "cuda":
         try:
             torch.cuda.empty_cache()
-        except RuntimeError as error:  # a CUDA error of an earlier call is reported by the next, and belongs to that
-            print(f"while freeing memory: {reason(error)}", flush=True)
+        except RuntimeError as error:  # CUDA may report the error of an earlier, asynchronous call
+            print(f"error while freeing memory: {reason(error)}", flush=True)
 
 
 def reason(error: Exception) -> str:
-    """In a line."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0][:200] if said else ''}"
+    """Return the class and the first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
 
 
 def figures(mode: str, times: dict[str, list[float]], way: str, batch: int) -> dict[str, float]:
@@ -177,7 +181,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 class PlainStem(Stem):
-    """Leaves the images in the memory layout that they have."""
+    """Keeps the memory format of the images."""
 
     def forward(self, images: Tensor) -> Tensor:
         for conv in self.convs:
@@ -196,16 +200,16 @@ class PlainNorm(GroupNorm1):
 
 
 def make_plain(model: nn.Module) -> None:
-    """The same weights and arithmetic with NCHW activations throughout."""
+    """Change a model to use NCHW activations throughout, with the same weights and arithmetic."""
     for module in model.modules():
         for plain in (PlainStem, PlainFASA, PlainNorm):
             if type(module) is plain.__base__:
                 module.__class__ = plain
-    model.train(model.training)  # decides again what is fused
+    model.train(model.training)  # updates which layers are fused
 
 
 def machine() -> str:
-    """The processor by name, with the cores that this process may use."""
+    """Return the name of the GPU, or of the CPU with the cores that this process may use."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     return f"{cpu_name()}, {cores()} cores, {torch.get_num_threads()} threads"

@@ -1,20 +1,20 @@
-"""Training steps of other people's models beside FAT's, by the same engine on the same device, in images/s.
+"""Compare training steps of FAT with those of other models (timm), in the same engine on the same device, in images/s.
 
     python benchmarks/peers.py [--models fat_b0 ... efficientnet_b0 ...] [--ways graph compiled eager] [--batch 256]
                                [--size 224] [--rounds 5] [--steps 4] [--fat-figures FILE.json] [--out FILE.json]
 
-A step is `launch.engine.engine.Engine`'s: forward under bf16 autocast, cross-entropy, backward, clipping, fused AdamW,
-with channels-last weights and images and without ZeRO. Every model has 1000 classes and its own default regularisation
-(FAT's drop path; timm's models have none). Ways:
+A step is that of `launch.engine.engine.Engine`: forward under bf16 autocast, cross-entropy, backward, gradient clipping
+and fused AdamW, with channels-last weights and images and without ZeRO. Every model has 1000 classes and its default
+regularization (FAT: drop path; timm's models: none). Modes (--ways):
 
-  graph     eager, the step captured as a CUDA graph (compile mode `cudagraphs`): seconds per model, needs CUDA
-  compiled  the model under torch.compile: a minute or more per model. One that cannot be compiled whole is run with
-            graph breaks, one that cannot be compiled at all eager, and its row says so
+  graph     eager, with the step captured as a CUDA graph (compile mode `cudagraphs`): seconds per model, needs CUDA
+  compiled  the model under torch.compile: a minute or more per model. If a model cannot be compiled as a whole, it runs
+            with graph breaks; if it cannot be compiled at all, eagerly. Its row says so
   eager     neither
 
-Models take no turns: each is built, warmed up, timed (the median of the rounds) and freed before the next. Ratios are
-to the fastest row of each FAT model, in this run or in --fat-figures, an earlier --out of the same machine. Models that
-are not FAT come from timm; the batch on a CPU is 8.
+Each model is built, warmed up, timed (median of the rounds) and freed before the next one. Ratios are relative to the
+fastest row of each FAT model, in this run or in --fat-figures (the --out of an earlier run on the same machine). Meant
+for a GPU; needs timm. The default batch size on a CPU is 8.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from pipeline.plan import Position
 WAYS = ("graph", "compiled", "eager")
 CLASSES = 1000
 LR = 1e-6
-# Steps: choice of algorithms, allocations, and the capture, which takes some steps itself.
+# Steps for the choice of algorithms, allocations and the capture, which itself takes several steps.
 WARM_UP = 5 if DEVICE == "cuda" else 1
 WHOLE, BREAKS, EAGER = "whole", "with graph breaks", "not at all, so eager"
 
@@ -66,8 +66,8 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="per round")
-    parser.add_argument("--fat-figures", type=Path, help="FAT's rows are in this file, if it exists")
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--fat-figures", type=Path, help="file with FAT's results, if it exists")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
     world = connect()
@@ -87,14 +87,14 @@ def main() -> int:
 
 
 def fat_figures(file: Path | None) -> list[Row]:
-    """FAT's rows of an earlier run; none where there is no such file."""
+    """Read FAT's rows from the file of an earlier run; return none if the file does not exist."""
     if file is None or not file.exists():
         return []
     return [row for row in json.loads(file.read_text(encoding="utf-8"))["results"] if row["model"].startswith("fat_")]
 
 
 def measure(name: str, way: str, world: World, options: argparse.Namespace) -> Row:
-    """A row: the model by the first of the ways to compile it that works."""
+    """Measure a model and return its row; for `compiled`, use the first compilation mode that works."""
     row: Row = {"model": name, "way": way}
     for how in (WHOLE, BREAKS, EAGER) if way == "compiled" else ("",):
         torch._dynamo.reset()
@@ -105,7 +105,7 @@ def measure(name: str, way: str, world: World, options: argparse.Namespace) -> R
             row |= timed(name, way, how, world, options) | ({"compiled": how} if how else {})
         except Exception as error:
             failure = reason(error)
-        free()  # here, where nothing holds the model any more
+        free()  # outside the except block, where the exception no longer refers to the model
         if not failure:
             return row
         if how in (WHOLE, BREAKS):
@@ -114,7 +114,7 @@ def measure(name: str, way: str, world: World, options: argparse.Namespace) -> R
 
 
 def timed(name: str, way: str, how: str, world: World, options: argparse.Namespace) -> Row:
-    """Figures of one model."""
+    """Measure one model."""
     torch.manual_seed(0)
     model = build(name)
     if how in (WHOLE, BREAKS):
@@ -133,19 +133,19 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
     synchronize(world.device)
     warm = time.perf_counter() - start
     seconds = [seconds_of(step, options.steps, world.device) for _ in range(options.rounds)]
-    # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
+    # Reserved, not allocated memory, because PyTorch counts the private pools of CUDA graphs as free between captures.
     memory = torch.cuda.max_memory_reserved() if world.device.type == "cuda" else 0
     return {
         "images/s": round(options.batch * options.steps / median(seconds), 1),
         "engine": engine.description,
-        "compiled": engine.resolved["compile"],  # says why, where the engine could not capture the model
+        "compiled": engine.resolved["compile"],  # includes the reason if the engine could not capture the model
         "warm-up s": round(warm, 1),
         "GB": round(memory / 1e9, 1),
     }
 
 
 def engine_of(model: nn.Module, way: str, world: World, options: argparse.Namespace) -> Engine:
-    """The engine as training has it on one GPU."""
+    """Build the engine as training does on one GPU."""
     mode: Any = "cudagraphs" if way == "graph" else "off"
     recipe = Recipe(
         parallel=ParallelConfig(zero=0),
@@ -156,7 +156,7 @@ def engine_of(model: nn.Module, way: str, world: World, options: argparse.Namesp
 
 
 def random_batch(rows: int, size: int, dtype: torch.dtype, device: torch.device) -> Batch:
-    """Random images and labels on the device."""
+    """Return random images and labels on the device."""
     images = torch.randn(rows, 3, size, size, device=device, dtype=dtype)
     return Batch(
         images=images.contiguous(memory_format=torch.channels_last),
@@ -169,7 +169,7 @@ def random_batch(rows: int, size: int, dtype: torch.dtype, device: torch.device)
 
 
 def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Of some steps, from an idle device to an idle device."""
+    """Return the seconds of some steps, from an idle device to an idle device."""
     synchronize(device)
     start = time.perf_counter()
     for _ in range(steps):
@@ -179,7 +179,7 @@ def seconds_of(step: Callable[[], None], steps: int, device: torch.device) -> fl
 
 
 def add_ratios(rows: list[Row], fat_rows: list[Row]) -> None:
-    """Add to each row its images/s over those of every FAT model's fastest row."""
+    """Add to each row the ratio of its images/s to the fastest row of every FAT model."""
     best: dict[str, float] = {}
     for row in [*fat_rows, *rows]:
         if row["model"].startswith("fat_") and "images/s" in row:

@@ -1,17 +1,19 @@
-"""Fill Triton's cache, on a machine without a GPU, with the kernels that tests and benchmarks on a GPU will launch.
+"""Compile the kernels of GPU tests and benchmarks into Triton's cache, on a machine without a GPU.
 
     TRITON_CACHE_DIR=DIR python benchmarks/prefill.py [--models fat_b0 ...] [--batch 256] [--prune] [--sweep fat_b0]
                                                       [--work step eval augment check digits benchmarks sweep tests]
 
-  step, eval   a training step of each model, and its evaluation
-  augment      augmentation by the recipe `fat`
-  check        the comparison of kernels with torch at the start of a run of each model with that augmentation
-  digits       the demo's run: FAT-B0 on 64 pixels, recipe `light`, its evaluation and its comparison with torch
-  benchmarks   what benchmarks/kernels.py compares
-  sweep        what benchmarks/sweep.py tries
-  tests        what tests/gpu/test_kernels.py checks, and the steps of tests/gpu/test_training_step.py
+Kinds of --work:
 
-`python -m fat.kernels.prefill` does the first two, and says which machines the cache serves.
+  step, eval   a training step of each model, and its evaluation
+  augment      augmentation with the recipe `fat`
+  check        the self-check of kernels at the start of a run, for each model with that augmentation
+  digits       the demo: FAT-B0 at 64 pixels, recipe `light`, its evaluation and self-check
+  benchmarks   the kernels of benchmarks/kernels.py
+  sweep        the kernels of benchmarks/sweep.py
+  tests        the kernels of tests/gpu/test_kernels.py and tests/gpu/test_training_step.py
+
+`python -m fat.kernels.prefill` does only `step` and `eval`, and documents on which machines the cache can be used.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from fat.kernels.prefill.work import evaluation, training_step
 
 Work = Callable[[], object]
 DIGITS, DIGITS_BATCH, DIGITS_SIZE = 10, 64, 64
-DIGITS_LAST = 40  # images in the last batch of an evaluation: 360 in batches of 64
+DIGITS_LAST = 40  # images in the last batch of the evaluation: 360 images in batches of 64
 TEST_BATCH, TEST_SIZE = 8, 224
 
 
@@ -49,7 +51,7 @@ def main() -> int:
         nargs="+",
         choices=fat.list_models(),
         default=[],
-        help="with benchmarks: their weight gradients' sweep",
+        help="models whose weight gradients' launch configurations are compiled by the work `benchmarks`",
     )
     options = parser.parse_args()
     return fill([run for kind in options.work for run in WORK[kind](options)], options)
@@ -92,7 +94,8 @@ def benchmarks(options: argparse.Namespace) -> Iterator[Work]:
         wanted = argparse.Namespace(
             variants=variants, stages=[1, 2, 3, 4], batch=options.batch, size=options.size, dtype="bfloat16"
         )
-        stay = mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module)  # `to` swaps no fakes
+        # `Module.to` fails for fake tensors.
+        stay = mock.patch.object(torch.nn.Module, "to", lambda module, *args, **kwargs: module)
         with stay, mock.patch.object(kernel_jobs, "DEVICE", "cpu"):
             for job in kernel_jobs.jobs(wanted):
                 if not sweep:
@@ -175,7 +178,7 @@ def model(name: str | fat.FATConfig, **config: Any) -> fat.FAT:
 
 
 def compared(checks: Sequence[selfcheck.Check]) -> Work:
-    """What a comparison with torch launches."""
+    """Launch the kernels of a self-check."""
 
     def run() -> None:
         for check in checks:

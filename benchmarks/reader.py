@@ -1,13 +1,15 @@
-"""Bytes per second of the reader alone, without decoding, and whether slow storage holds decoding up.
+"""Measure the sample reader without decoding, in bytes/s, and the effect of slow storage on the loader.
 
-- ours: through the plan, in full random order, in threads, every sample's hash checked, ids to bytes in fresh memory;
-- read(2): one thread that reads the same samples in the same order into one buffer and does nothing else;
-- memory copy: one thread that copies them out of memory-mapped shards;
+All read the same samples in the same order from the page cache:
 
-all from the page cache. Then images per second of the whole loader (DALI, `light`), with 20 ms of latency added to
-every read, as on a slow network file system, and without.
+- ours: `SampleReader` in the order of the plan (fully random), in threads, with the hash of every sample verified
+- read(2): one thread that only reads the samples into one buffer
+- memory copy: one thread that copies the samples from memory-mapped shards
 
-    python benchmarks/reader.py [--rounds 7] [--count 2000] [--out FILE.json]
+Then the complete loader (DALI, recipe `light`) is measured in images/s, with and without an additional latency of 20 ms
+per read, as on a slow network file system. Needs no GPU; use an otherwise idle machine.
+
+    python benchmarks/reader.py [--rounds 7] [--count 2000] [--data DIR] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -55,11 +57,11 @@ class Options:
     rounds: int = 7
     """Interleaved rounds."""
     count: int = 2000
-    """Photos to make, when `--data` is not given."""
+    """Photos to generate."""
     data: Path | None = None
-    """Folder to keep photos/ and photos-shards/ in, or with those of an earlier run."""
+    """Folder for photos/ and photos-shards/, generated if they do not exist. Default: a temporary folder."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """Write the results to this JSON file."""
 
 
 def batches(dataset: ShardSet) -> Iterator[tuple[NDArray[np.int64], int]]:
@@ -76,8 +78,8 @@ def ours(dataset: ShardSet) -> Iterator[int]:
             yield sum(map(len, encoded.checked().images))
 
 
-def places(dataset: ShardSet) -> Iterator[list[tuple[int, int, int]]]:
-    """Shard, offset and size of each sample of each batch."""
+def locations(dataset: ShardSet) -> Iterator[list[tuple[int, int, int]]]:
+    """Yield shard, offset and size of the samples of each batch."""
     index = dataset.index("train")
     for ids, _ in batches(dataset):
         rows = index[ids]
@@ -89,7 +91,7 @@ def system_reads(dataset: ShardSet) -> Iterator[int]:
     handles = [os.open(dataset.shard_path("train", shard), os.O_RDONLY) for shard in shards]
     buffer = memoryview(np.empty(BATCH << 20, np.uint8).data)
     try:
-        for batch in places(dataset):
+        for batch in locations(dataset):
             at = 0
             for shard, offset, size in batch:
                 at += os.preadv(handles[shard], [buffer[at : at + size]], offset)
@@ -103,7 +105,7 @@ def memory_copies(dataset: ShardSet) -> Iterator[int]:
     shards = range(len(dataset.split("train").shards))
     maps = [np.memmap(dataset.shard_path("train", shard), np.uint8, mode="r") for shard in shards]
     buffer = np.empty(BATCH << 20, np.uint8)
-    for batch in places(dataset):
+    for batch in locations(dataset):
         at = 0
         for shard, offset, size in batch:
             buffer[at : at + size] = maps[shard][offset : offset + size]
@@ -112,14 +114,14 @@ def memory_copies(dataset: ShardSet) -> Iterator[int]:
 
 
 class SlowFiles(LocalFiles):
-    """A file system where every read takes `LATENCY` longer."""
+    """Files on a simulated slow file system, where every read takes `LATENCY` longer."""
 
     def read(self, file: int, target: NDArray[np.uint8], offset: int) -> None:
         time.sleep(LATENCY)
         super().read(file, target, offset)
 
     def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
-        return False  # network file systems cannot tell what is cached
+        return False  # like network file systems, which do not support RWF_NOWAIT
 
 
 def slow_storage(dataset: ShardSet, split: str, **options: Any) -> Storage:
@@ -173,9 +175,9 @@ def main() -> None:
     for name, figures in medians(reading).items():
         print(f"{name:16s} {figures['rate'] / 1e9:6.2f} GB/s  {figures['cpu'] * 1e9:6.3f} s of CPU per GB")
     for name, figures in medians(latency).items():
-        print(f"{name:16s} {figures['rate']:6.0f} img/s")
+        print(f"{name:16s} {figures['rate']:6.0f} images/s")
     for name, figures in result["ratios"].items():
-        print(f"{name:32s} {figures['rate']:5.2f} of the rate, {figures['cpu']:5.2f} by CPU time (medians of pairs)")
+        print(f"{name:32s} {figures['rate']:5.2f} by rate, {figures['cpu']:5.2f} by CPU time (median of ratios)")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")

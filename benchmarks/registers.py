@@ -2,19 +2,20 @@
 
     python benchmarks/registers.py [--variants fat_b0 fat_b3] [--size 224] [--capability 90] [--walks]
 
-Both forms (`fat/kernels/impl/tiles.py`) are compiled by the launch code for each shape of FAT that trains, in bfloat16:
+Both forms (`fat/kernels/impl/tiles.py`) are compiled by the launch code, in bfloat16, for each shape that occurs in
+training FAT. Columns of the table:
 
-  kernel        size and stride; "+ statistics" also completes the gradient by those of BatchNorm
-  map           of the gradient, and channels
-  registers     of a thread
-  spilled       bytes of a thread's stack
-  shared        bytes of a program's shared memory
-  warps         of a multiprocessor at a time (of 64), as far as registers and shared memory bound them
-  lanes         share of the lanes that have a position and a channel of the map
-  instructions  of a thread in the innermost loop, per position and channel of the gradient, idle lanes counted
-  bytes         that the same loop asks the first-level cache for, per position and channel
+  kernel        kernel size and stride; "+ statistics": the kernel also applies the gradient of BatchNorm's statistics
+  map           side of the gradient's feature map, and channels
+  registers     per thread
+  spilled       bytes of stack per thread
+  shared        bytes of shared memory per program
+  warps         warps per multiprocessor (of 64) that registers and shared memory allow
+  lanes         fraction of the lanes that compute an element of the feature map
+  instructions  of the innermost loop, per thread and element of the gradient, including idle lanes
+  bytes         loaded in that loop from the L1 cache, per element of the gradient
 
-The least are k^2 multiply-adds and, from memory, 4 bytes at stride 1 and 10 at stride 2.
+Lower bounds per element: k^2 multiply-adds and, from memory, 4 bytes at stride 1 and 10 bytes at stride 2.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ KERNELS = ("_strips", "_patches")
 
 @dataclass(frozen=True)
 class Shape:
-    """A weight gradient: its convolution reads a square map of `side`."""
+    """A weight gradient of a depthwise convolution whose input is a square feature map of `side`."""
 
     kernel: int
     stride: int
@@ -58,7 +59,7 @@ class Shape:
 
     @property
     def out(self) -> int:
-        """Side of the gradient's map."""
+        """Side of the gradient's feature map."""
         return -(-self.side // self.stride)
 
     def __str__(self) -> str:
@@ -66,7 +67,7 @@ class Shape:
         return f"{self.kernel}x{self.kernel}{stride}" + " + statistics" * self.statistics
 
     def launch(self) -> None:
-        """Call the operator on maps of one sample."""
+        """Call the operator with feature maps of one sample."""
         x, gradient = (
             torch.zeros(1, self.channels, side, side, dtype=torch.bfloat16).contiguous(
                 memory_format=torch.channels_last
@@ -84,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["fat_b0", "fat_b3"])
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--capability", type=int, default=90, help="of the device: 80, 90")
+    parser.add_argument("--capability", type=int, default=90, help="compute capability of the device: 80, 90")
     parser.add_argument("--walks", action="store_true", help="compare the walks of patches instead of the forms")
     options = parser.parse_args()
     columns = ("registers", "spilled", "shared", "warps", "lanes", "instructions", "bytes")
@@ -101,7 +102,7 @@ def main() -> None:
 
 
 def shapes(variants: list[str], size: int) -> list[Shape]:
-    """Each once, though variants and layers share it."""
+    """Return the distinct shapes of all variants and layers."""
     found: dict[Shape, None] = {}
     for variant in variants:
         config = VARIANTS[variant]
@@ -114,13 +115,13 @@ def shapes(variants: list[str], size: int) -> list[Shape]:
             if stage + 1 < len(config.widths):
                 found[Shape(config.ffn_kernel, 2, side, hidden, True)] = None
                 found[Shape(POOL_KERNEL, 2, side, width, True)] = None
-            for halved in range(1, window.bit_length() - 1):  # the pools after the first
+            for halved in range(1, window.bit_length() - 1):  # the second and later pools of an attention
                 found[Shape(POOL_KERNEL, 2, side >> halved, width, True)] = None
     return list(found)
 
 
 def measure(shape: Shape, form: str, capability: int = 90, walk: tiles.Walk | None = None) -> dict[str, Any]:
-    """The table's columns for one shape in one form."""
+    """Compile one shape in one form and return the columns of the table."""
     choose = FORMS[form] if walk is None else partial(tiles.patches, walk=walk)
     kernel = compiled(shape, choose, capability)
     launch = choose(shape.kernel, shape.stride, shape.out, shape.out, shape.channels)
@@ -129,7 +130,7 @@ def measure(shape: Shape, form: str, capability: int = 90, walk: tiles.Walk | No
     threads, shared = launch.warps * WARP, kernel.metadata.shared
     programs = min(PROGRAMS, WARPS // launch.warps, REGISTERS // (-(-registers // 8) * 8 * threads))
     programs = min(programs, SHARED // (shared + 1024))
-    # Positions and channels that all threads of a part work on together in one pass of the loop.
+    # Positions and channels that all threads of a program process together in one iteration of the loop.
     if isinstance(launch, tiles.Strips):
         group, across, high = launch.columns, launch.cols, launch.rows
         passes = float(-(-shape.kernel // group))
@@ -156,7 +157,7 @@ def measure(shape: Shape, form: str, capability: int = 90, walk: tiles.Walk | No
 
 
 def walked(shape: Shape, launch: tiles.Patches) -> Iterator[int]:
-    """Rows that each group of kernel rows walks down: those that meet the gradient."""
+    """Yield the number of rows over which each group of kernel rows iterates: those that overlap the gradient."""
     pad = shape.kernel // 2
     for first in range(0, shape.kernel, launch.tap_rows):
         last = first + launch.tap_rows - 1
@@ -164,7 +165,7 @@ def walked(shape: Shape, launch: tiles.Patches) -> Iterator[int]:
 
 
 def compiled(shape: Shape, choose: Callable[..., tiles.Tile], capability: int) -> Any:
-    """The kernel of the chosen form, compiled as its launch on a device of that capability would."""
+    """Compile the kernel of the chosen form as its launch on a device of that capability would."""
     import triton
 
     target = cuda_target(divmod(capability, 10))
@@ -174,7 +175,7 @@ def compiled(shape: Shape, choose: Callable[..., tiles.Tile], capability: int) -
 
 
 def disassemble(binary: bytes) -> tuple[str, list[tuple[str, str]]]:
-    """cuobjdump's resource usage; and (instruction, arguments), with (label, "") where code can jump to."""
+    """Return the resource usage printed by cuobjdump, and the code as (instruction, arguments) or (label, "")."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -192,7 +193,7 @@ def disassemble(binary: bytes) -> tuple[str, list[tuple[str, str]]]:
 
 
 def innermost(code: list[tuple[str, str]]) -> list[str]:
-    """The instructions of the shortest loop that multiplies and adds."""
+    """Return the instructions of the shortest loop that contains a multiply-add."""
     at = {name: number for number, (name, _) in enumerate(code) if name.startswith(".L")}
     loops = []
     for number, (op, rest) in enumerate(code):

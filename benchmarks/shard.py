@@ -1,15 +1,17 @@
-"""How fast sharding is, beside tools that do the same work on as many processes, in one run.
+"""Compare `pipeline shard` with other tools that do the same work with as many processes, in images/s.
 
-Photos as `pipeline sample photos` makes them, from memory to memory (`--work`, by default /dev/shm), so that it is
-the tools that are compared and not the disk. All take turns; medians of `--rounds`, ratios within a round.
+Photos of `pipeline sample photos` are read from and written to memory (--work, /dev/shm by default), so that the speed
+of the disk does not matter. The tools run alternately; reported are medians of --rounds and of the ratios in a round.
 
-- check: `pipeline shard` (every image decoded for a check) against the decoder alone (simplejpeg, full size, RGB, on
-  encoded images already in memory), and against webdataset's ShardWriter with that decoder as its check;
-- pack: `pipeline shard --check header` against `tar cf` of the same folder, and against ShardWriter without a check;
-- ffcv: `pipeline shard --format ffcv --max-side 400 --quality 90` against FFCV's DatasetWriter with
-  RGBImageField(write_mode='jpg', max_resolution=400, jpeg_quality=90) on images opened by Pillow.
+- check: `pipeline shard` (which decodes every image to verify it), compared with the decoder alone (simplejpeg, full
+  size, RGB, images already in memory) and with webdataset's ShardWriter plus verification by the same decoder
+- pack: `pipeline shard --check header`, compared with `tar cf` of the same folder and with ShardWriter alone
+- ffcv: `pipeline shard --format ffcv --max-side 400 --quality 90`, compared with FFCV's DatasetWriter with
+  RGBImageField(write_mode='jpg', max_resolution=400, jpeg_quality=90) on images opened by Pillow
 
-    python benchmarks/shard.py [--rounds 7] [--count 4000] [--processes 2] [--out FILE.json]
+Needs webdataset and FFCV, no GPU, and at least --processes idle cores.
+
+    python benchmarks/shard.py [--rounds 7] [--count 4000] [--processes 2] [--work DIR] [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ from shards.sources.scan import ScanOptions
 
 SHARD_BYTES = 32 * 2**20
 MAX_SIDE, QUALITY = 400, 90
-PACK_COPIES = 4  # of the photos: packing is too quick for fewer
+PACK_COPIES = 4  # copies of each photo for `pack`, which would be too short to time otherwise
 PACKERS = ("pipeline shard --check header", "ShardWriter", "tar cf")
 IMAGENET = 1_281_167
 
@@ -56,13 +58,13 @@ class Options:
     rounds: int = 7
     """Interleaved rounds."""
     count: int = 4000
-    """Photos to make."""
+    """Photos to generate."""
     processes: int = 2
     """Worker processes of each tool."""
     work: Path = Path("/dev/shm")
-    """Where to read and write."""
+    """Folder for sources and results; a temporary subfolder is created and removed."""
     out: Path | None = None
-    """JSON file for the figures."""
+    """Write the results to this JSON file."""
 
 
 def pipeline_shard(source: Path, out: Path, processes: int, rules: ImageRules, beton: bool = False) -> None:
@@ -77,7 +79,7 @@ def pipeline_shard(source: Path, out: Path, processes: int, rules: ImageRules, b
 
 
 def decoder_alone(files: list[Path]) -> float:
-    """Seconds for decoding images that are in memory."""
+    """Return the seconds for decoding images that are already in memory."""
     encoded = [file.read_bytes() for file in files]
     began = time.perf_counter()
     for data in encoded:
@@ -86,7 +88,7 @@ def decoder_alone(files: list[Path]) -> float:
 
 
 def shard_writer(job: tuple[list[tuple[Path, int]], Path, bool]) -> None:
-    """What people write with webdataset: read, check, write."""
+    """Read, verify and write samples with webdataset, as its documentation shows."""
     import webdataset
 
     samples, out, check = job
@@ -184,7 +186,7 @@ def compare(options: Options, work: Path) -> dict[str, object]:
 
 
 def measure(contender: Callable[[Path], object], out: Path) -> float:
-    """Seconds for one run, start and end of its processes included."""
+    """Return the seconds of one run, including start and end of its processes."""
     began = time.perf_counter()
     contender(out)
     took = time.perf_counter() - began
@@ -218,8 +220,8 @@ def report(seconds: dict[str, list[float]], options: Options, total: int) -> dic
 
 
 def machine(options: Options, load: float) -> dict[str, object]:
-    """What the figures were measured on, and how much else it had to do."""
-    from launch.machine.provenance import cpu_name  # imports torch, which the converting processes do without
+    """Describe the machine and its load before the benchmark."""
+    from launch.machine.provenance import cpu_name  # imports torch, which the converting processes need not load
 
     return {
         "cpu": cpu_name(),

@@ -1,24 +1,24 @@
-"""Whole training steps, and inference, in images/s: each way of running a model in one run, and other models beside it.
+"""Compare complete training steps and inference of FAT in different modes, and of other models, in images/s.
 
     python benchmarks/step.py [--models fat_b0 ... swin_tiny_patch4_window7_224 ...] [--ways ...] [--modes ...]
                               [--batch N] [--size 224] [--rounds 7] [--dtype bfloat16|float32] [--alone]
                               [--out FILE.json]
 
-Ways, each interleaved with the others round by round (medians of rounds, ratios within a round); with --alone one after
-the other, each freed before the next is built, where memory does not hold several:
+Modes (--ways); they run alternately in each round, and medians of the rounds and of the ratios are reported:
 
-  contiguous      NCHW memory, eager
-  library         channels-last weights and activations, eager, without FAT's own kernels
-  channels-last   the same with them, where they serve
-  graph           the same, the whole step replayed as one CUDA graph
-  graph conv1x1   the same, 1x1 convolutions left to cuDNN
+  contiguous      NCHW memory format, eager
+  library         channels-last weights and activations, eager, without FAT's Triton kernels
+  channels-last   the same with Triton kernels (GPU)
+  graph           the same, with the complete step replayed as one CUDA graph
+  graph conv1x1   the same, with 1x1 convolutions in cuDNN instead of matrix products
   compiled        channels-last under torch.compile
   compiled graph  both
 
-A training step is forward, cross-entropy, backward, gradient clipping and fused AdamW; bfloat16 is by autocast. Models
-that are not ours come from timm, where it is installed, and are left out with a word where it is not. Graphs need CUDA.
-A way that fails is reported with its reason; one that may have failed because of the others (no memory, a CUDA error, a
-capture that was disturbed) is run again by itself.
+With --alone, the modes run in sequence, each freed before the next is built, for models of which only one fits into
+memory. A training step is forward, cross-entropy, backward, gradient clipping and fused AdamW; bfloat16 uses autocast.
+Models other than FAT come from timm and are skipped if it is not installed. If a mode fails, the reason is reported; if
+other modes may have caused it (out of memory, CUDA error, disturbed capture), the mode runs again alone. Meant for a
+GPU; on a CPU, the modes with graphs are omitted.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from fat import layers
 from fat.kernels import use
 
 WAYS = ("contiguous", "library", "channels-last", "graph", "graph conv1x1", "compiled", "compiled graph")
-OURS = ("library", "graph conv1x1")  # ways that differ for FAT only
+OURS = ("library", "graph conv1x1")  # modes for FAT only
 MODES = ("training", "inference")
 OTHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 CLIP = 5.0
-GRAPH_WARM_UP = 3  # runs on a side stream before a capture, as torch asks for
-# In errors that a way may have because of another: no memory, an error that was reported late, a broken capture.
+GRAPH_WARM_UP = 3  # runs on a side stream before a capture, as PyTorch requires
+# Parts of error messages that another mode may have caused: out of memory, asynchronous errors, disturbed captures.
 SHARED_FAILURES = ("memory", "alloc", "captur", "cuda error")
 
 
@@ -67,21 +67,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     dtypes = ("bfloat16", "float32") if DEVICE == "cuda" else ("float32", "bfloat16")
     parser.add_argument("--dtype", choices=dtypes, default=dtypes[0])
-    parser.add_argument("--alone", action="store_true", help="one way after the other, not taking turns")
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--alone", action="store_true", help="run the modes in sequence, one in memory at a time")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in training
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the setting of training
     setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "dtype")}
     setting |= {"machine": machine(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in setting.items()))
     results: list[dict[str, Any]] = []
     for name in options.models:
         if name not in fat.list_models() and importlib.util.find_spec("timm") is None:
-            print(f"{name}: timm is not installed; left out")
+            print(f"{name}: skipped, because timm is not installed")
             continue
         for mode in options.modes:
-            torch._dynamo.reset()  # compiled models of one process share a bounded cache
+            torch._dynamo.reset()  # because all compiled models of a process share one bounded cache
             results += compare(name, mode == "training", options)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per way of running this model."""
+    """Measure a model in all modes and return one row per mode."""
     mode = "training" if training else "inference"
     ways = [way for way in options.ways if way not in OURS or name in fat.list_models()]
     rows: dict[str, dict[str, Any]] = {way: {"model": name, "mode": mode, "way": way} for way in ways}
@@ -115,7 +115,8 @@ def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict
 def run(
     rows: dict[str, dict[str, Any]], ways: Sequence[str], training: bool, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds of these ways, which take turns; the row of one that fails says why. All their memory is given back."""
+    """Time modes alternately and return their seconds by round; the row of a mode that fails gets the reason. Frees all
+    memory."""
     steps: dict[str, Callable[[], None]] = {}
     for way in ways:
         try:
@@ -124,19 +125,19 @@ def run(
         except Exception as error:
             steps.pop(way, None)
             rows[way]["failed"] = reason(error)
-        if way not in steps:  # here, where the exception no longer holds what it had built
+        if way not in steps:  # outside the except block, where the exception no longer refers to the model
             free()
     times, failed = interleave(steps, options.rounds)
     for way, why in failed.items():
         rows[way]["failed"] = why
     steps.clear()
-    graph_pool.cache_clear()  # a pool that has lost its last graph takes no other
+    graph_pool.cache_clear()  # because a pool cannot be used again after its last graph was freed
     free()
     return times
 
 
 def step(name: str, way: str, training: bool, options: argparse.Namespace) -> Callable[[], None]:
-    """One step of a model set up in that way; returns when the device has done it."""
+    """Build a model in the given mode; return a function that runs one step and waits for the device."""
     torch.manual_seed(0)
     model = build(name).to(DEVICE).train(training)
     images = torch.randn(options.batch, 3, options.size, options.size, device=DEVICE)
@@ -176,14 +177,14 @@ def step(name: str, way: str, training: bool, options: argparse.Namespace) -> Ca
 
 @contextmanager
 def switched(way: str) -> Iterator[None]:
-    """FAT's kernels and matrix products as the way has them."""
+    """Switch FAT's kernels and matrix products on or off as the mode requires."""
     kernels = use("off" if way == "library" else "auto")
     with kernels, mock.patch.object(layers, "MATRIX_PRODUCTS", way != "graph conv1x1"):
         yield
 
 
 def captured(once: Callable[[], None]) -> Callable[[], None]:
-    """The same work as one CUDA graph. Model, optimizer and images live as long as the result: the graph reads them."""
+    """Capture the work as one CUDA graph. The result keeps model, optimizer and images alive, which the graph uses."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -202,19 +203,19 @@ def captured(once: Callable[[], None]) -> Callable[[], None]:
 
 @cache
 def graph_pool() -> Any:
-    """All graphs take turns with the same memory: the largest models leave no room for several."""
+    """Return the memory pool that all graphs share: the memory does not suffice for several pools of large models."""
     return torch.cuda.graph_pool_handle()
 
 
 def build(name: str) -> nn.Module:
-    """Ours, or timm's by this name (the first of the family, where timm names its versions)."""
+    """Create a FAT model, or timm's model of this name (the first of `NAME*` if there is no exact match)."""
     if name in fat.list_models():
         return fat.create_model(name)
     import timm
 
     names = [name] if timm.is_model(name) else timm.list_models(f"{name}*")
     if not names:
-        raise ValueError(f"timm {timm.__version__} has no {name}")
+        raise ValueError(f"timm {timm.__version__} has no model named {name}*")
     return timm.create_model(names[0])
 
 

@@ -1,15 +1,16 @@
-"""Other forms and launch shapes of the most expensive depthwise kernels of FAT-B0 and FAT-B3, timed on a device.
+"""Time alternative forms and launch configurations of the most expensive depthwise kernels of FAT-B0 and FAT-B3.
 
     python benchmarks/sweep.py [--kernels REGEX] [--batch 256] [--rounds 5] [--seconds 45] [--out FILE.json]
 
-For each call, in order of its share of a training step at 224 pixels, and each candidate: microseconds, and the least
-bytes over them as a share of the bandwidth at which the device copies memory; `fastest` marks the best, `chosen` what
-fat/kernels/impl/tiles.py chooses. Ends early when the seconds are over. `benchmarks/prefill.py --work sweep` compiles
-the same kernels beforehand, without which most of the time goes into compiling them.
+Needs a CUDA device. Use it after a change of these kernels, to update fat/kernels/impl/tiles.py. The calls are in the
+order of their fraction of a training step at 224 pixels. For each candidate, the table shows microseconds, and the
+minimum memory traffic divided by the time, as a fraction of the bandwidth of a copy. `fastest` marks the best
+candidate; `chosen` is the choice of tiles.py. The script ends when --seconds are over. Run `benchmarks/prefill.py
+--work sweep` before, or most of the time is spent compiling kernels.
 
-Form and shape: "columns" is a thread with a column of outputs of 4 or 8 channels, "blocks RxA" one with R rows by A
-columns, "/2" two channels of them, "w8" eight warps a program. Of weight gradients: "strips", or the numbers of a walk
-(fat/kernels/impl/tiles.py) and the rows of a tile.
+Names of candidates: "columns": a thread computes a column of outputs with 4 or 8 channels; "blocks RxA": R rows by A
+columns; "/2": with two channels; "w8": eight warps per program. For weight gradients: "strips", or the parameters of a
+walk (fat/kernels/impl/tiles.py) and the rows of a tile.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Candidate = tuple[str, AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class Call:
-    """An operator at one shape: kernel size, channels and side of the larger map."""
+    """An operator at one shape: kernel size, channels and side of the larger feature map."""
 
     operator: str
     kernel: int
@@ -55,7 +56,7 @@ class Call:
         return f"{self.operator} {self.kernel}x{self.kernel} {self.channels}x{self.side}x{self.side}"
 
     def make(self, batch: int) -> tuple[Callable[[], object], int]:
-        """The call, and the least bytes it moves."""
+        """Return a function that makes the call, and its minimum memory traffic in bytes."""
         shape = (batch, self.channels, self.side, self.side)
         x, other = (maps(shape, torch.bfloat16) for _ in range(2))
         weight = torch.randn(self.channels, 1, self.kernel, self.kernel, device=kernel_jobs.DEVICE)
@@ -110,14 +111,14 @@ CALLS = [
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="of calls' names")
+    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), metavar="REGEX", help="calls to time")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=45.0)
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if kernel_jobs.DEVICE != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("torch finds no CUDA device; TRITON_INTERPRET=1 runs the kernels on the CPU, untimed")
+        parser.error("PyTorch finds no CUDA device; set TRITON_INTERPRET=1 to run on the CPU (times are meaningless)")
 
     end = time.monotonic() + options.seconds
     clock = Clock(options.rounds)
@@ -130,7 +131,7 @@ def main() -> int:
         if not options.kernels.search(str(call)):
             continue
         if time.monotonic() > end:
-            print(f"time is up before {call}")
+            print(f"stopped before {call}: --seconds {options.seconds:g} are over")
             break
         run, least = call.make(options.batch)
         rows: list[dict[str, Any]] = []
@@ -138,7 +139,7 @@ def main() -> int:
             try:
                 with shaped:
                     seconds = clock.measure({"ours": run})["ours"]
-            except Exception as error:  # a candidate that does not fit the device ends no sweep
+            except Exception as error:  # a candidate may exceed the resources of the device; continue with the others
                 rows.append({"candidate": label, "failed": f"{type(error).__name__}: {error}"[:200]})
                 continue
             share = least / seconds / bandwidth
@@ -155,7 +156,7 @@ def main() -> int:
 
 
 def candidates(call: Call) -> Iterator[Candidate]:
-    """Names, and contexts in which the call is launched so."""
+    """Yield names of candidates, and contexts in which the call uses them."""
     yield CHOSEN, nullcontext()
     if "weight gradient" in call.operator:
         stride = 2 if call.operator.startswith("stride 2") else 1

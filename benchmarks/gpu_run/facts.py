@@ -1,4 +1,4 @@
-"""Facts about a GPU machine on which other parts depend: driver, decoder library, compiler, headers, environment.
+"""Print facts about a GPU machine that affect the other parts: driver, libraries, compiler, headers, environment.
 
 python benchmarks/gpu_run/facts.py [--out FILE.json]
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 
 LIBRARIES = {
-    "libcuda.so.1": "the driver",
-    "libnvcuvid.so.1": "without it JPEGs cannot be decoded in hardware, and hw_decoder_load has no effect",
-    "libnvidia-ml.so.1": "nvidia-smi's library",
+    "libcuda.so.1": "driver",
+    "libnvcuvid.so.1": "required for hardware JPEG decoding; without it, hw_decoder_load has no effect",
+    "libnvidia-ml.so.1": "library of nvidia-smi",
 }
 PROGRAMS = ("gcc", "g++", "nvcc", "xz")
 PREFIXES = ("TRITON", "CUDA", "TORCH", "NVIDIA", "OMP_", "LD_LIBRARY_PATH")
@@ -29,7 +29,7 @@ PREFIXES = ("TRITON", "CUDA", "TORCH", "NVIDIA", "OMP_", "LD_LIBRARY_PATH")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the facts as JSON")
+    parser.add_argument("--out", type=Path, help="write the facts to this JSON file")
     options = parser.parse_args()
     found = facts()
     for name, value in found.items():
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def facts() -> dict[str, str]:
-    """Facts by name, for people."""
+    """Return facts by name, as text."""
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     memory = psutil.virtual_memory()
     return {
@@ -52,7 +52,7 @@ def facts() -> dict[str, str]:
         **{name: f"{presence(name)} ({meaning})" for name, meaning in LIBRARIES.items()},
         **{name: shutil.which(name) or "not found" for name in PROGRAMS},
         "Python": f"{platform.python_version()}, {sys.executable}",
-        "Python.h": f"{header}: {'there' if header.exists() else 'missing, so Triton cannot compile its launchers'}",
+        "Python.h": f"{header}: {'found' if header.exists() else 'missing, so Triton cannot compile its launchers'}",
         "cores": f"{len(os.sched_getaffinity(0))} of {os.cpu_count()}",
         "memory": f"{memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB available",
         "/dev/shm": f"{psutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB free",
@@ -67,15 +67,15 @@ def presence(library: str) -> str:
         ctypes.CDLL(library)
     except OSError as error:
         return f"missing: {error}"
-    return "there"
+    return "found"
 
 
 def output(*command: str) -> str:
-    """What a program prints, in a line."""
+    """Run a program and return its output in one line."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return f"no answer: {error}"
+        return f"failed: {error}"
     return "; ".join((done.stdout or done.stderr).strip().splitlines())
 
 

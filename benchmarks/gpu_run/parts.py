@@ -1,8 +1,8 @@
-"""The parts of `benchmarks/gpu.py`: tests, benchmarks and training runs, in the order in which they are run.
+"""The parts of `benchmarks/gpu.py` (tests, benchmarks and training runs) in the order in which they run.
 
-`contact` touches everything once: correctness parts side by side, then timed parts one at a time. `measure` has timed
-parts only, in order of value. Both together are expected to take at most `BUDGET` seconds. `peers` compiles other
-people's models, a minute each, and `sweep` tries launch shapes, when there is time beyond that.
+`contact` runs everything once: first tests in parallel, then timed parts one at a time. `measure` has only timed parts,
+the most important first. Both together are expected to take at most `BUDGET` seconds. `sweep` (launch configurations)
+and `peers` (other models under torch.compile, a minute each) are for additional time.
 """
 
 from __future__ import annotations
@@ -13,67 +13,68 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KIT = ROOT / ".kit"  # packages and kernels to unpack on a machine without a package registry
+KIT = ROOT / ".kit"  # packages and compiled kernels, for machines without access to a package index
 PROFILES = ("contact", "measure", "sweep", "peers")
-BUDGET = 590.0  # seconds that `contact` and `measure` are expected to take together
-LIMIT = 2.0  # a part is ended after so many times its expected seconds
-LEAST_LIMIT = 30.0  # seconds; a cold disk or driver delays short parts by more than their own time
+BUDGET = 590.0  # seconds for `contact` and `measure` together
+LIMIT = 2.0  # time limit of a part, as a multiple of its expected time
+LEAST_LIMIT = 30.0  # minimum time limit in seconds: a cold disk or driver can delay short parts by more than that
 
 Command = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One thing to run.
+    """A test, benchmark or training run.
 
-    Words of the commands may contain {out} (JSON file for figures), {run} (a fresh folder for anything else), {data},
-    {site}, {caches} and {parts} (folders), {photos} (how many to make). The command `python` is this interpreter.
+    Words of the commands may contain {out} (JSON file for results), {run} (empty folder for other output), {data},
+    {site}, {caches} and {parts} (folders), {photos} (number of photos). The command `python` stands for
+    `sys.executable`.
     """
 
     name: str
     profile: str
     commands: tuple[Command, ...]
-    """Run one after the other; the first that fails ends the part."""
+    """Commands, run in sequence until one fails."""
     expected: float
-    """Seconds on an H100 with 16 cores."""
+    """Expected seconds on an H100 with 16 cores."""
     least: float
-    """Seconds that must be left for it to begin."""
+    """Seconds that must be left to start the part."""
     together: bool = False
-    """Run beside its neighbours in the table that have this too, because nothing in it is timed."""
+    """Run in parallel with adjacent parts that also set this. Only for parts that time nothing."""
     after: tuple[str, ...] = ()
-    """Parts beside it that must have ended first."""
+    """Names of parallel parts that must have ended before."""
     makes: tuple[str, ...] = ()
-    """Paths in the work folder that it makes for others; it runs again when one is gone."""
+    """Paths in the work folder that the part creates for other parts. It runs again if one is missing."""
     uses: tuple[str, ...] = ()
-    """Paths in the work folder that others make."""
+    """Paths in the work folder that other parts create."""
     files: tuple[Path, ...] = ()
-    """It is left out where one of these does not exist."""
+    """Required files: if one is missing, the part is skipped."""
     modules: tuple[str, ...] = ()
-    """It is left out where one of these cannot be imported."""
+    """Required modules: if one cannot be imported, the part is skipped."""
     environment: dict[str, str] = field(default_factory=dict)
     shown: int = 0
-    """Lines of its output to print when it has passed."""
+    """Number of output lines to print if the part passes."""
     on_cpu: Command = ()
-    """Options added to the last command by --cpu, so that a rehearsal without a GPU stays small."""
+    """Options that --cpu appends to the last command, to keep a rehearsal without a GPU small."""
 
     @property
     def available(self) -> bool:
-        """Whether the files that it needs exist."""
+        """Whether all required files exist."""
         return all(file.exists() for file in self.files)
 
     @property
     def limit(self) -> float:
-        """Seconds after which it is ended."""
+        """Time limit in seconds."""
         return max(LIMIT * self.expected, LEAST_LIMIT)
 
 
 def parts() -> list[Part]:
-    """All parts, in order."""
+    """Return all parts in order."""
     return [*contact(), *measure(), *sweep(), *peers()]
 
 
 def contact() -> Iterator[Part]:
-    """Everything once. Longest chain of the parallel parts: kit, photos-data, dali-check, digits-zero1."""
+    """Yield the parts of `contact`. Longest chain of parallel parts: kit, photos-data, dali-check, digits-zero1."""
 
     def part(name: str, *commands: Command, **settings: object) -> Part:
         return Part(name=name, profile="contact", commands=commands, **settings)  # type: ignore[arg-type]
@@ -138,7 +139,7 @@ def contact() -> Iterator[Part]:
         shown=14,
         on_cpu=("--device", "cpu", "--batch", "16"),
     )
-    # Each of the others in test_training.py starts training several times: minutes.
+    # The other tests in test_training.py take minutes: each starts training several times.
     pixels = "tests/gpu/test_training.py::test_pixels_decoded_on_the_gpu_are_those_of_the_cpu"
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/gpu").glob("test_*.py"))
     others = [file for file in files if file not in KERNEL_TESTS and not pixels.startswith(file)]
@@ -168,7 +169,7 @@ def contact() -> Iterator[Part]:
         together=True,
         after=("digits-data", "dali-check"),
         uses=("data/digits-shards",),
-        # The kit has no sources of DeepSpeed's CPU operators.
+        # ZeRO on a CPU needs DeepSpeed's CPU operators, whose sources are not in the kit.
         on_cpu=("--zero", "0", "--stop-after", "2", "--global-batch", "8"),
     )
     yield part("step-b0", step("fat_b0"), expected=22, least=20, on_cpu=SMALL)
@@ -198,12 +199,12 @@ def contact() -> Iterator[Part]:
 
 
 def measure() -> Iterator[Part]:
-    """Timed parts, in order of value."""
+    """Yield the timed parts of `measure`, the most important first."""
 
     def part(name: str, *commands: Command, **settings: object) -> Part:
         return Part(name=name, profile="measure", commands=commands, **settings)  # type: ignore[arg-type]
 
-    # B3 has no memory for two ways side by side on an H100.
+    # FAT-B3 is too large for two modes in the memory of an H100 at the same time, hence --alone.
     yield part("step-b3", step("fat_b3", "--alone"), expected=25, least=25, on_cpu=SMALL)
     yield part("bench-b3", bench("b3", steps=10), expected=42, least=40, uses=("data/photos-shards",), on_cpu=FEW)
     yield part("step-b1", step("fat_b1"), expected=20, least=20, on_cpu=SMALL)
@@ -281,12 +282,12 @@ def measure() -> Iterator[Part]:
         ),
         expected=60,
         least=60,
-        on_cpu=("--ways", "channels-last", *SMALL),  # compiling for a CPU takes minutes and tells nothing of a GPU
+        on_cpu=("--ways", "channels-last", *SMALL),  # compilation for a CPU takes minutes
     )
 
 
 def sweep() -> Iterator[Part]:
-    """Launch shapes of the depthwise kernels: after a change to them, what fat/kernels/impl/tiles.py should choose."""
+    """Yield the sweep of the depthwise kernels' launch configurations, used to update fat/kernels/impl/tiles.py."""
     yield Part(
         name="sweep",
         profile="sweep",
@@ -298,7 +299,7 @@ def sweep() -> Iterator[Part]:
 
 
 def peers() -> Iterator[Part]:
-    """Other people's models under torch.compile, the most interesting first; the FAT figures are of peers-graph."""
+    """Yield one part per other model under torch.compile. FAT's results for the ratios come from peers-graph."""
     for name in PEERS:
         yield Part(
             name=f"peer-{name}",
@@ -318,8 +319,8 @@ def peers() -> Iterator[Part]:
 
 KERNEL_TESTS = ("tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py")
 PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
-CRASHES_ON_CPU = "fastvit_t8"  # in torch 2.11's channels-last convolutions, at 224 pixels
-FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # several test processes share the cores
+CRASHES_ON_CPU = "fastvit_t8"  # at 224 pixels, in the channels-last convolutions of PyTorch 2.11
+FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # because test processes run in parallel
 SMALL = ("--batch", "2", "--size", "64", "--rounds", "1")
 EAGER = ("--ways", "eager", "--batch", "2", "--rounds", "1", "--steps", "1")
 FEW = ("--global-batch", "4", "--size", "64")
@@ -358,14 +359,14 @@ def decode(*words: str) -> Command:
 
 
 def gpu_tests(workers: int, *tests: str) -> Command:
-    """pytest on the GPU's tests; side by side and with a limit each where those plugins are installed."""
+    """Return the pytest command for GPU tests, parallel and with a timeout per test if the plugins are installed."""
     side_by_side = ("-n", str(workers)) if importlib.util.find_spec("xdist") else ()
     limit = ("--timeout", "120") if importlib.util.find_spec("pytest_timeout") else ()
     return python("-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *limit, *side_by_side, *tests)
 
 
 def longest_chain(together: list[Part]) -> float:
-    """Seconds that parts side by side are expected to take: the longest path through `after`."""
+    """Return the expected seconds of parallel parts: the longest path through `after`."""
     ends: dict[str, float] = {}
     for part in together:
         ends[part.name] = max((ends[name] for name in part.after if name in ends), default=0.0) + part.expected

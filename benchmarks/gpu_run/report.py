@@ -1,4 +1,4 @@
-"""Summarise a part of `benchmarks/gpu.py` in one line: its figures, or how it ended."""
+"""Summarize the result of a part of `benchmarks/gpu.py` in one line."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-FACTS = ("GPUs", "libnvcuvid.so.1", "gcc", "Python.h")  # those on which most depends
+FACTS = ("GPUs", "libnvcuvid.so.1", "gcc", "Python.h")  # the most important ones
 
 
 def summary(result: dict[str, Any]) -> str:
-    """State and seconds; then the figures of a part that passed, else its last line of output as well."""
+    """Return state and duration, then the figures; also the last line of output unless the part passed with figures."""
     found = figures_in_a_line(result["figures"]) if result.get("figures") else ""
     last = result["tail"].splitlines()[-1:]
     ended = f"{result['state']}, {result['seconds']:.0f} s"
@@ -19,7 +19,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def figures_in_a_line(found: dict[str, Any]) -> str:
-    """The figures of one of the benchmarks."""
+    """Format the results of any of the benchmarks."""
     return next((describe(found) for key, describe in KINDS.items() if key in found), "")
 
 
@@ -34,7 +34,7 @@ def of_augmentation(found: dict[str, Any]) -> str:
     if "on a GPU" not in found:
         return "; ".join(f"{name} {row['ours']:.1f} us an image" for name, row in found["recipes"].items())
     return "; ".join(
-        f"{row['part']} by {row['way']}: {row['launches']} launches, {row['device ms']:.3f} ms, "
+        f"{row['part']}, {row['way']}: {row['launches']} launches, {row['device ms']:.3f} ms, "
         f"{row['share of a step']:.1%} of a step"
         for row in found["on a GPU"]["rows"]
     )
@@ -56,7 +56,7 @@ def of_kernels(found: dict[str, Any]) -> str:
         for way in dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, dict))
         if (some := [row[way]["share"] for row in rows if way in row])
     )
-    return f"copy {found['copy GB/s']:,.0f} GB/s; {len(rows)} kernels, shares of it: {shares}"
+    return f"copy {found['copy GB/s']:,.0f} GB/s; {len(rows)} kernels, fractions of that bandwidth: {shares}"
 
 
 def of_training(found: dict[str, Any]) -> str:
@@ -78,7 +78,7 @@ def of_rows(found: dict[str, Any]) -> str:
 
 
 def row_in_a_line(row: dict[str, Any]) -> str:
-    """A row of step.py, model.py, peers.py, kernel_times.py or dali_check.py."""
+    """Format a row of step.py, model.py, peers.py, kernel_times.py or dali_check.py."""
     if "check" in row:
         return f"{row['check']}: {row['found']}"
     if "kernels ms" in row:
@@ -89,7 +89,7 @@ def row_in_a_line(row: dict[str, Any]) -> str:
     return " ".join([*names, row.get("failed") or ", ".join([*rates, *ratios])])
 
 
-# By a key that only these figures have; the first that is found counts.
+# Formatter by a key that identifies the benchmark; the first key that is found is used.
 KINDS: dict[str, Callable[[dict[str, Any]], str]] = {
     "verdict": of_bench,
     "recipes": of_augmentation,

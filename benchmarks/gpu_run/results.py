@@ -1,4 +1,4 @@
-"""Keep the results of `benchmarks/gpu.py` in a work folder, and copy them so that no kill leaves half a file."""
+"""Store the results of `benchmarks/gpu.py` in a work folder, and copy them atomically to the output folder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from benchmarks.gpu_run.report import summary
 from shards.files.durable import TEMPORARY, durable_write
 
 Result = dict[str, Any]
-COPY_EVERY = 15.0  # seconds between two copies to the output folder
-LARGEST = 8 << 20  # bytes of a file in the archive: outputs and figures are smaller, checkpoints larger
+COPY_EVERY = 15.0  # seconds between copies to the output folder
+LARGEST = 8 << 20  # maximum bytes of a file in the archive, which excludes checkpoints
 FILE, TABLE, ARCHIVE = "gpu.json", "gpu.md", "results.tar.gz"
 
 
 class Results:
-    """Results by device and part; of several for the same part, the newest counts.
+    """The newest result of each part, by device.
 
     Args:
-        work: folder of this machine; gpu.json there is written whenever a part begins or ends.
-        out: folder of the copies: gpu.json, gpu.md and results.tar.gz, each of which is replaced atomically. What its
-            gpu.json holds is taken over, so that it is all that another machine needs to continue.
-        device: on which parts run now.
-        sources: digest of the sources that run now.
+        work: work folder on this machine; its gpu.json is written whenever a part starts or ends.
+        out: folder for copies: gpu.json, gpu.md and results.tar.gz, each replaced atomically. The results of an
+            existing gpu.json are kept, so that a run can continue on another machine with this file.
+        device: device of this run.
+        sources: digest of the current source files.
     """
 
     def __init__(self, work: Path, out: Path, device: str, sources: str) -> None:
@@ -40,7 +40,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         for folder in (work, out):
             for file in (FILE, TABLE, ARCHIVE):
-                for leftover in folder.glob(f".{file}.*{TEMPORARY}"):  # of a call that was killed
+                for leftover in folder.glob(f".{file}.*{TEMPORARY}"):  # from a run that was killed
                     leftover.unlink()
         self._lock = threading.Lock()
         self._news = threading.Event()
@@ -50,17 +50,17 @@ class Results:
                 known = self._devices.setdefault(name, {})
                 known |= {p: r for p, r in results.items() if p not in known or known[p]["at"] <= r["at"]}
         self.here = self._devices.setdefault(device, {})
-        for name, result in self.here.items():  # later parts read the figures of earlier ones
+        for name, result in self.here.items():  # restore the figures, which later parts read
             if "figures" in result and not (figures := self.parts / f"{name}.json").exists():
                 figures.write_text(json.dumps(result["figures"], indent=1))
 
     def passed(self, name: str) -> bool:
-        """Whether a part has passed on this device with these sources."""
+        """Return whether a part has passed on this device with the current sources."""
         result = self.here.get(name, {})
         return result.get("state") == "passed" and result["sources"] == self.sources
 
     def record(self, name: str, result: Result) -> None:
-        """Keep a part's new result; `copied` copies it soon."""
+        """Store the new result of a part. `copied` will copy it to the output folder."""
         with self._lock:
             self.here[name] = result | {"sources": self.sources, "at": time.time()}
             durable_write(self.work / FILE, self._json())
@@ -76,7 +76,7 @@ class Results:
 
     @contextlib.contextmanager
     def copied(self) -> Iterator[None]:
-        """Copy at the start, after every new result, every 15 s, and at the end of the block, however it ends."""
+        """Copy the results at the start of the block, after every new result, every 15 s, and at the end."""
         ended = threading.Event()
 
         def copy_regularly() -> None:
@@ -87,7 +87,7 @@ class Results:
                     return
                 try:
                     self.copy()
-                except OSError as error:  # such as a full disk, which may have room again later
+                except OSError as error:  # the next copy may succeed, for example after the disk was full
                     print(f"warning: cannot copy the results to {self.out}: {error}", file=sys.stderr, flush=True)
 
         self.copy()
@@ -110,25 +110,25 @@ class Results:
             machines = [", ".join(f"{key} {value}" for key, value in r["machine"].items()) for r in results.values()]
             lines += ["", f"## {device}", "", *dict.fromkeys(machines), "", "| part | s | result |", "|-|-|-|"]
             for name, result in results.items():
-                older = "" if result["sources"] == self.sources else f" (of other sources, {result['sources']})"
+                older = "" if result["sources"] == self.sources else f" (other source files, {result['sources']})"
                 lines.append(f"| {name} | {result['seconds']:.0f} | {summary(result).replace('|', '/')}{older} |")
         return ("\n".join(lines) + "\n").encode()
 
 
 def read(file: Path) -> dict[str, dict[str, Result]]:
-    """Results by device and part in a gpu.json; none where there is no such file."""
+    """Read results by device and part from a gpu.json; return an empty dict if it does not exist."""
     try:
         found: dict[str, dict[str, Result]] = json.loads(file.read_text(encoding="utf-8"))["devices"]
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError):
-        print(f"warning: {file} is no results file of this script; it is replaced", file=sys.stderr)
+        print(f"warning: {file}: not a results file of this script; it will be replaced", file=sys.stderr)
         return {}
     return found
 
 
 def archive(folder: Path, files: dict[str, bytes]) -> bytes:
-    """A .tar.gz of these files and of the folder's. Files may change meanwhile: each is read once, as it is then."""
+    """Return a .tar.gz of `files` and of the files in a folder. Each is read once, so that it may change meanwhile."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w:gz", compresslevel=3) as tar:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -1,4 +1,4 @@
-"""Run the parts of `benchmarks/gpu.py`, one at a time or side by side, within the time that there is."""
+"""Run the parts of `benchmarks/gpu.py`, sequentially or in parallel, within a time limit."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from benchmarks.gpu_run.results import Result, Results
 from benchmarks.gpu_run.watchdog import MARK, end_all, watched
 from launch.machine.provenance import git_state
 
-KEPT_LINES, FAILED_LINES = 12, 200  # of a part's output, in gpu.json
-READ_BACK = 1 << 20  # bytes of the output, to find these in
+KEPT_LINES, FAILED_LINES = 12, 200  # lines of the output of a passed and of a failed part in gpu.json
+READ_BACK = 1 << 20  # bytes of the output in which these lines are searched
 SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
-SLOWER = 20.0  # with --cpu: times the limits, which are for a machine with many idle cores
-PHOTOS, FEW_PHOTOS = 2000, 64  # to make; the second with --cpu
-POLL = 0.5  # seconds between two looks at whether a part has ended or shall end
+SLOWER = 20.0  # factor for the time limits with --cpu
+PHOTOS, FEW_PHOTOS = 2000, 64  # number of photos; the second with --cpu
+POLL = 0.5  # seconds between checks whether a part has ended or must be stopped
 
 
 class Runner:
-    """Runs parts one at a time or side by side, within the time that is left.
+    """Runs parts sequentially or in parallel until the time limit.
 
     Args:
-        machine: says what the results are of.
-        start: of this call, by `time.monotonic`.
-        seconds: that this call has.
-        on_cpu: rehearse.
+        results: storage for the results.
+        machine: returns a description of the machine.
+        start: start of this run (`time.monotonic`).
+        seconds: time limit from `start`.
+        on_cpu: rehearse without a GPU.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class Runner:
     ) -> None:
         self.results, self.machine, self.on_cpu = results, machine, on_cpu
         self.start, self.end = start, start + seconds
-        self.mark = f"{uuid.uuid4()}/"  # in the environment of all that this call starts
+        self.mark = f"{uuid.uuid4()}/"  # in the environment of all processes that this run starts
         self.stopped_by = 0
-        """Number of the signal that asked to end."""
+        """Number of the signal that requested the end of the run; 0: none."""
         work = results.work
         self.site, self.data = work / "site", work / "data"
         self.data.mkdir(exist_ok=True)
-        # Compiled kernels hold absolute paths, so the folder does not depend on the work folder.
+        # Compiled kernels contain absolute paths, so this folder must not depend on the work folder.
         self.cache = Path(os.environ.get("TRITON_CACHE_DIR") or Path(tempfile.gettempdir()) / "triton-cache")
         kept = {
             "TRITON_CACHE_DIR": self.cache,
@@ -60,46 +61,47 @@ class Runner:
         self.environment = {name: str(path) for name, path in kept.items()} | os.environ
         self.environment |= {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), str(self.site), os.environ.get("PYTHONPATH", "")])),
-            "PYTHONUNBUFFERED": "1",  # what a killed part had said is not lost
-            "PYTHONDONTWRITEBYTECODE": "",  # later parts import the kit faster
-            "DS_IGNORE_CUDA_DETECTION": "1",  # DeepSpeed looks for nvcc otherwise
+            "PYTHONUNBUFFERED": "1",  # keeps the output of a part that is killed
+            "PYTHONDONTWRITEBYTECODE": "",  # write bytecode, so that later parts import the kit faster
+            "DS_IGNORE_CUDA_DETECTION": "1",  # otherwise DeepSpeed searches for nvcc
         } | ({"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "PASSIVE"} if on_cpu else {})
 
     def run(self, chosen: list[Part]) -> set[str]:
-        """Run parts; returns the states in which they ended."""
+        """Run parts and return the set of their final states."""
         states: set[str] = set()
         with watched(self.mark):
             for group in groups(chosen):
-                with ThreadPoolExecutor(len(group)) as pool:  # as many threads as parts: they wait for one another
+                with ThreadPoolExecutor(len(group)) as pool:  # one thread per part, because parts wait for each other
                     futures: dict[str, Future[str]] = {}
                     for part in group:
                         before = [futures[name] for name in part.after if name in futures]
                         futures[part.name] = pool.submit(self.turn, part, before)
-                    # Python handles a signal when the main thread runs, and not every signal ends its waiting.
+                    # Poll: Python runs signal handlers in the main thread, which must not block indefinitely.
                     while wait(futures.values(), timeout=POLL).not_done:
                         pass
                 states |= {future.result() for future in futures.values()}
         return states
 
     def stop(self, number: int, frame: object) -> None:
-        """End the running parts and begin no others, as a signal's handler: an exception could leave one running."""
+        """Signal handler: end the running parts and start no others. It only sets a flag, because an exception could
+        leave a part running."""
         self.stopped_by = number
 
     def turn(self, part: Part, before: list[Future[str]]) -> str:
-        """Run a part when those before it have ended, unless it has passed already; returns its state."""
+        """Wait for the parts `before`, run a part unless it has already passed, and return its state."""
         wait(before)
         if self.stopped_by:
             return "not run"
         if self.done(part):
-            print(f"-- {part.name}: passed before", flush=True)
+            print(f"-- {part.name}: passed in an earlier run", flush=True)
             return "passed"
         state, reason = self.obstacle(part)
         if state:
             result: Result = {"state": state, "seconds": 0.0, "tail": reason, "machine": self.machine()}
-            if state == "left out" or part.name not in self.results.here:  # an earlier result says more than "not run"
+            if state == "left out" or part.name not in self.results.here:  # "not run" must not replace a result
                 self.results.record(part.name, result)
         else:
-            begun = {"state": "begun", "seconds": 0.0, "tail": "the call was killed", "machine": self.machine()}
+            begun = {"state": "begun", "seconds": 0.0, "tail": "the run was killed", "machine": self.machine()}
             self.results.record(part.name, begun)
             result = self.attempt(part)
             self.results.record(part.name, result)
@@ -110,31 +112,31 @@ class Runner:
         return str(result["state"])
 
     def done(self, part: Part) -> bool:
-        """Whether it has passed, and what it makes for others is there."""
+        """Return whether a part has passed and the paths that it creates exist."""
         return self.results.passed(part.name) and all(self.made(path).exists() for path in part.makes)
 
     def made(self, path: str) -> Path:
         return self.results.work / path.format(cache=self.cache)
 
     def obstacle(self, part: Part) -> tuple[str, str]:
-        """State and reason of a part that cannot be begun; two empty strings if it can."""
+        """Return state and reason if a part cannot be started; two empty strings if it can."""
         if not part.available:
             missing = [str(file.relative_to(ROOT)) for file in part.files if not file.exists()]
-            return "left out", f"there is no {', '.join(missing)}"
+            return "left out", f"{', '.join(missing)} does not exist"
         probe = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
         for name in part.modules:
             if subprocess.call([sys.executable, "-c", probe, name], env=self.environment) != 0:
-                return "left out", f"{name} cannot be imported here"
+                return "left out", f"module {name} cannot be imported"
         left = self.end - time.monotonic()
         if left < part.least:
-            return "not run", f"{left:.0f} s left, {part.least:.0f} needed; call again"
+            return "not run", f"{left:.0f} s are left, {part.least:.0f} s are needed; run the script again"
         for path in part.uses:
             if not self.made(path).exists():
-                return "not run", f"{path} was not made; see the part that makes it"
+                return "not run", f"{path} does not exist; see the result of the part that creates it"
         return "", ""
 
     def attempt(self, part: Part) -> Result:
-        """Run a part's commands: output goes to NAME.txt, figures to NAME.json, other files to NAME.run/."""
+        """Run a part's commands. Output goes to NAME.txt, figures to NAME.json, other files to NAME.run/."""
         stem = self.results.parts / part.name
         out, output, run = (stem.with_name(f"{part.name}.{kind}") for kind in ("json", "txt", "run"))
         for file in (out, output):
@@ -142,7 +144,7 @@ class Runner:
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir()
         for path in map(self.made, part.makes):
-            if self.results.work in path.parents:  # the cache may be the caller's
+            if self.results.work in path.parents:  # never delete a Triton cache of the user
                 shutil.rmtree(path, ignore_errors=True)
         places = {"out": out, "run": run, "parts": stem.parent, "site": self.site, "caches": self.cache.parent}
         values = places | {"data": self.data, "photos": FEW_PHOTOS if self.on_cpu else PHOTOS}
@@ -170,15 +172,16 @@ class Runner:
             "machine": self.machine(),
             "tail": "\n".join(lines[-max(KEPT_LINES, part.shown) if state == "passed" else -FAILED_LINES :]),
         }
-        with contextlib.suppress(FileNotFoundError, ValueError):  # one that was ended may have written some
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a part that was ended may have written some figures
             result["figures"] = json.loads(out.read_text(encoding="utf-8"))
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a training run
+        with contextlib.suppress(FileNotFoundError, ValueError):  # only a training run writes metrics
             metrics = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
             result["figures"] = {"training": {line["kind"]: line for line in metrics}}
         return result
 
     def finish(self, words: list[str], until: float, output: Path, part: Part) -> int | None:
-        """Exit status of a command, or None if it was ended here; all that it has started ends too, in any session."""
+        """Run a command; return its exit status, or None if it was ended at the time limit. All processes that it has
+        started are killed at its end, including those in other sessions."""
         mark = f"{self.mark}{part.name}/"
         environment = self.environment | part.environment | {MARK: mark}
         with output.open("ab") as sink:
@@ -195,14 +198,14 @@ class Runner:
 
 
 def end_of(file: Path) -> list[str]:
-    """Its last lines: a part that hangs may have printed without end."""
+    """Return the last lines of a file, without reading all of it: its size is not limited."""
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - READ_BACK))
         return stream.read(READ_BACK).decode(errors="replace").strip().splitlines()
 
 
 def groups(chosen: list[Part]) -> Iterator[list[Part]]:
-    """Parts in order; neighbours that may run side by side in one list."""
+    """Yield the parts in order, in lists of adjacent parts that may run in parallel."""
     group: list[Part] = []
     for part in chosen:
         if group and not (part.together and group[-1].together):
@@ -214,6 +217,6 @@ def groups(chosen: list[Part]) -> Iterator[list[Part]]:
 
 
 def commands(part: Part, *, on_cpu: bool) -> list[Command]:
-    """A part's commands, with its options for a rehearsal."""
+    """Return a part's commands, with its additional options for --cpu."""
     *first, last = part.commands
     return [*first, (*last, *part.on_cpu) if on_cpu else last]

@@ -1,10 +1,10 @@
-"""End what `benchmarks/gpu.py` has started when it has ended, however it was ended.
+"""Kill all processes that `benchmarks/gpu.py` has started when it ends, even by SIGKILL.
 
     python benchmarks/gpu_run/watchdog.py MARK
 
-The script starts this program in a session of its own, with a pipe as its standard input. Only the script holds the
-other end, so the pipe closes when the script ends, even by SIGKILL. Then every process whose environment has a
-FAT_GPU_MARK that begins with MARK is killed: it would otherwise keep the GPU busy during the next call.
+The script starts this program in a new session, with a pipe as its standard input. Only the script holds the write end,
+so the pipe is closed when the script ends. Then every process whose environment variable FAT_GPU_MARK begins with MARK
+is killed: it would otherwise keep the GPU busy during the next run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from contextlib import contextmanager, suppress
 import psutil
 
 MARK = "FAT_GPU_MARK"
-WAIT = 0.1  # seconds until killed processes are looked for again
-ATTEMPTS = 100  # a process that is in a call of the GPU's driver ends late
+WAIT = 0.1  # seconds between attempts
+ATTEMPTS = 100  # because a process inside a call of the GPU driver ends late
 
 
 def main() -> None:
     sys.stdin.buffer.read()
-    time.sleep(WAIT)  # what the script was starting at that moment has its mark by then
+    time.sleep(WAIT)  # until a process that the script was just starting has its mark
     end_all(sys.argv[1])
 
 
@@ -42,10 +42,10 @@ def end_all(mark: str) -> None:
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
-    """Running processes whose mark begins like this and their descendants, without the caller."""
+    """Return running processes whose mark begins with `mark`, and their descendants, without the calling process."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # it has ended meanwhile, or belongs to somebody else
+        with suppress(psutil.Error, OSError):  # the process has ended, or belongs to another user
             if process.environ().get(MARK, "").startswith(mark):
                 family = [process, *process.children(recursive=True)]
                 found |= {member.pid: member for member in family if alive(member)}
@@ -54,16 +54,16 @@ def processes_of(mark: str) -> list[psutil.Process]:
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether it still runs: one that has been killed is a zombie until its parent asks for its status."""
+    """Return whether a process still runs. A killed process is a zombie until its parent reads its status."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @contextmanager
 def watched(mark: str) -> Iterator[None]:
-    """End all processes with this mark when the block ends, or when this process is killed in it."""
+    """Kill all processes with this mark when the block ends, or when this process is killed inside it."""
     command = [sys.executable, os.path.abspath(__file__), mark]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):
-        yield  # after it the pipe is closed, and the watchdog waited for
+        yield  # then Popen.__exit__ closes the pipe and waits for the watchdog
 
 
 if __name__ == "__main__":
