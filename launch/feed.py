@@ -93,11 +93,11 @@ class Feed:
                 "see docs/training.md, Large batches, for the learning rate and warm-up"
             )
         optim = self.recipe.optim
-        if optim.warmup > 2 * optim.most_warmup:
+        if optim.warmup > 2 * optim.max_warmup:
             share = 0.5 * (1 + math.cos(math.pi * optim.warmup / optim.epochs))
             lines.append(
                 f"warning: --warmup-epochs {optim.warmup:g} of --epochs {optim.epochs}: the cosine spans all epochs, "
-                f"so the rate falls to {share:.0%} of --lr when warm-up ends; use at most {optim.most_warmup:g}"
+                f"so the rate falls to {share:.0%} of --lr when warm-up ends; use at most {optim.max_warmup:g}"
             )
         manifest = self.dataset.manifest
         lines += [f"note: {self.dataset.path}: {doubt}" for doubt in manifest.made.get("doubts", [])]

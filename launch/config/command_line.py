@@ -26,8 +26,8 @@ _SCHEMA = TypeAdapter(Recipe)
 RecipeFiles = Annotated[
     tyro.conf.UseAppendAction[tuple[Path, ...]],
     tyro.conf.arg(
-        help="TOML file of options, in the sections [model], [data], [optim] and so on, as grouped below. May be given "
-        "several times: later files override earlier ones, and the command line overrides all.",
+        help="TOML file of options, in sections named like the groups below: [model], [data], [optim] and so on. Later "
+        "files override earlier ones. Options on the command line override all files.",
         help_behavior_hint="(repeatable)",
     ),
 ]
@@ -35,14 +35,14 @@ RecipeFiles = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class _Files:
-    """Parsed before the rest: they give the defaults that the other options override."""
+    """The recipe files. They are parsed first, because they set the defaults of all other options."""
 
     recipe: RecipeFiles = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TrainCommand(_Files):
-    """All options of the command line."""
+    """All options of the training command."""
 
     all: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
 
@@ -53,12 +53,12 @@ def parse(
     """Return the recipe of a command line: the defaults, then every `--recipe FILE` in order, then single options.
 
     Args:
-        defaults: sections that replace defaults, as a recipe file has them.
-        prog: name of the command in messages; None = that of the process.
+        defaults: values that replace the defaults, by section as in a recipe file.
+        prog: name of the command in messages. None: the name of the process.
 
     Raises:
-        RecipeError: an unreadable recipe file or contradictory options.
-        SystemExit: unknown options (status 2), --help (status 0).
+        RecipeError: a recipe file is invalid, or options contradict one another.
+        SystemExit: unknown option (status 2), --help (status 0).
     """
     args = list(sys.argv[1:] if args is None else args)
     flat = (tyro.conf.OmitArgPrefixes,)
@@ -80,20 +80,20 @@ def parse(
 
 
 def apply_file(recipe: Recipe, path: Path) -> Recipe:
-    """`recipe` with the values of a TOML file put in.
+    """Return `recipe` with the values of a TOML file applied.
 
     Raises:
-        RecipeError: unreadable file, unknown section or field, or a value of the wrong type.
+        RecipeError: the file cannot be read, a section or field is unknown, or a value has the wrong type.
     """
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
-            raise RecipeError(f"{path}: more than {MAX_BYTES >> 20} MiB; name a TOML file of options")
+            raise RecipeError(f"{path}: larger than {MAX_BYTES >> 20} MiB; use a TOML file of options")
         values = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number without end
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or too many digits
         raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
     try:
         return _with_values(recipe, values)
@@ -102,13 +102,16 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
 
 
 def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
-    """`recipe` with some values replaced, which are nested as in TOML, within the fields' types and ranges.
+    """Return `recipe` with values replaced, checked against the types and ranges of the fields.
+
+    Args:
+        values: nested by section, as in a TOML file.
 
     Raises:
-        UserError: names the section and the field, what was found and what was expected.
+        UserError: names the section and the field, the value found and the value expected.
     """
     try:
-        merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)  # TOML has dates
+        merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)  # str: TOML dates
         return _SCHEMA.validate_json(merged, strict=True, extra="forbid")
     except ValidationError as error:
         raise RecipeError(first_error(error)) from None

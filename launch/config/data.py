@@ -1,4 +1,4 @@
-"""What a run is fed: the shard set, the order of samples and their augmentation."""
+"""Options of the data: the shard set, batch sizes, the order of samples and their augmentation."""
 
 from __future__ import annotations
 
@@ -21,69 +21,78 @@ from shards.option_help import default
 from shards.ranges import Batch, Fraction, check_ranges
 
 DEFAULT_DATA = Path("imagenet-shards")
-# FAT reduces images by 32.
+# FAT downsamples images by 32.
 ModelSide = Annotated[int, Interval(ge=32, le=8192)]
-# The image is resized to size / crop_pct first: a small share of a large image is a huge one.
+# Evaluation resizes the image to size / crop_pct first: a small value makes that image huge.
 CropPct = Annotated[float, Interval(ge=0.1, le=1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What the run is fed."""
+    """Shard set, batch sizes, order of samples and augmentation."""
 
     data: Annotated[str | None, default("$FAT_DATA, else ./imagenet-shards")] = None
-    """Shard set made by 'pipeline shard': a folder, or a URL (s3://, https://, what fsspec knows)."""
+    """Shard set written by 'pipeline shard': a folder, or a URL (s3://, https://, or another scheme that fsspec
+    supports)."""
     set_digest: Annotated[str | None, default("not checked")] = None
-    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
-    behind the set's location."""
+    """Expected digest of the set's dataset.json, as xxh3=HEX or sha256=HEX ('pipeline info' prints it). Training does
+    not start if the digest differs. Appending #xxh3=HEX to --data has the same effect."""
     cache: Annotated[Path | None, default("$FAT_CACHE, else the temporary folder")] = None
-    """Folder on a local disk in which a remote set is staged, once per node, in a subfolder of the cache's own."""
+    """Folder on a local disk in which the shards of a remote set are staged, once per node. Only a subfolder that is
+    created in it is used."""
     cache_size: Annotated[
-        Annotated[float, Interval(gt=0, le=10**9)] | None, default("four fifths of what is free there")
+        Annotated[float, Interval(gt=0, le=10**9)] | None, default("80 % of the free space of the cache's disk")
     ] = None
-    """Room in the cache in GiB."""
+    """Maximum size of the cache in GiB, for all sets together. When it is full, the least recently used shards are
+    evicted, and downloaded again when they are needed."""
     cache_shared: bool = False
-    """All users in the group of the cache's folder use one cache, instead of one each."""
+    """Share one cache between all users in the group of the cache folder, instead of one cache per user."""
     size: ModelSide = 224
-    """Side of the images in pixels."""
+    """Height and width of the model's input images in pixels, in training and evaluation."""
     global_batch: Batch = 1024
-    """Images per optimiser step over all ranks. Part of the run: it cannot change on resume."""
-    micro_batch: Annotated[Batch | None, default("all of the rank's images at once")] = None
-    """Images per forward pass of a rank; gradients are accumulated over the rest."""
-    eval_batch: Annotated[Batch | None, default("the rank's rows of a global batch, at most 256")] = None
-    """Images per rank and evaluation step."""
-    lanes: Annotated[Batch | None, default("the largest divisor of half the batch up to 64")] = None
-    """Contiguous streams that every batch interleaves."""
+    """Images per optimizer step, over all ranks. The default learning rates are proportional to it. It cannot change
+    when a run is resumed."""
+    micro_batch: Annotated[Batch | None, default("all images of the rank in one forward pass")] = None
+    """Images per forward pass of a rank. A smaller number needs less memory; gradients are accumulated over the
+    micro-batches of a step."""
+    eval_batch: Annotated[Batch | None, default("the images of the rank in a global batch, at most 256")] = None
+    """Images per rank and evaluation step. Use a smaller number if evaluation runs out of memory."""
+    lanes: Annotated[Batch | None, default("the largest divisor of half the global batch, up to 64")] = None
+    """Number of lanes, the contiguous streams of samples that every batch interleaves. It must divide the global batch.
+    More lanes mix samples better, and read from more shards at a time. It cannot change when a run is resumed."""
     shuffle_block_size: Annotated[int, Interval(ge=1, le=10**9)] = DEFAULT_SHUFFLE_BLOCK_SIZE
-    """Samples among which each lane shuffles."""
+    """Samples in a shuffle block, within which each lane shuffles. Use a larger number for sets whose shards are not
+    shuffled; reads are then less sequential. It cannot change when a run is resumed."""
     augment: Literal["fat", "light", "none"] = "fat"
-    """Augmentation: the paper's, crop and flip only, or a fixed centre crop. The fields below override parts of it."""
-    crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("that of --augment")] = None
-    """Area of the random crop, as shares of the image."""
+    """Augmentation preset. fat = the paper's; light = random crop and horizontal flip only; none = a fixed centre crop.
+    The options below override parts of it."""
+    crop_scale: Annotated[tuple[CropShare, CropShare] | None, default("that of --augment")] = None
+    """Smallest and largest area of the random crop, as fractions of the image's area."""
     crop_pct: CropPct = CROP_PCT
-    """Fraction of the short side that evaluation looks at: the centre crop after resizing to size / crop_pct."""
-    flip: Annotated[Fraction | None, default("that of --augment")] = None
+    """Fraction of the short side that evaluation's centre crop keeps: the image is resized to size / crop_pct and
+    cropped to size."""
+    flip: Annotated[Share | None, default("that of --augment")] = None
     """Probability of a horizontal flip."""
     rand_augment: Annotated[str | None, default("that of --augment")] = None
-    """RandAugment in timm's syntax, such as rand-m9-mstd0.5-inc1; '' = off."""
-    erase: Annotated[Fraction | None, default("that of --augment")] = None
-    """Probability of random erasing."""
+    """RandAugment policy in timm's syntax, such as rand-m9-mstd0.5-inc1. An empty string turns RandAugment off."""
+    erase: Annotated[Share | None, default("that of --augment")] = None
+    """Probability of random erasing, per image."""
     mixup: Annotated[Alpha | None, default("that of --augment")] = None
-    """Mixup's alpha; 0 = off."""
+    """Mixup alpha: images are mixed with a weight drawn from Beta(alpha, alpha). 0 turns mixup off."""
     cutmix: Annotated[Alpha | None, default("that of --augment")] = None
-    """Cutmix's alpha; 0 = off."""
+    """CutMix alpha: the area of the pasted box is drawn from Beta(alpha, alpha). 0 turns CutMix off."""
     loader: LoaderOptions = field(default_factory=LoaderOptions)
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.augmentation()  # the laws between its parts
-        # Before anything of the recipe is saved or shown.
+        self.augmentation()  # raises if the augmentation options contradict one another
+        # A URL with credentials is rejected here, before any of the recipe is saved or printed.
         location, _ = split_digest(self.data or "", self.set_digest)
         if is_remote(location):
             check_url(location)
 
     def augmentation(self) -> AugmentRecipe:
-        """The augmentation recipe that the fields amount to."""
+        """Return the preset `augment` with the overriding options applied."""
         overrides: dict[str, Any] = {
             "scale": self.crop_scale,
             "flip": self.flip,
@@ -97,7 +106,7 @@ class DataConfig:
         return augment_recipe(self.augment, size=self.size, **overrides)
 
     def with_environment(self, environment: Mapping[str, str]) -> DataConfig:
-        """Fill `data` and `cache` from FAT_DATA and FAT_CACHE where they are None; for command lines."""
+        """Return these options with `data` and `cache` from FAT_DATA and FAT_CACHE where they are None."""
         data, cache = environment.get("FAT_DATA"), environment.get("FAT_CACHE")
         return replace(self, data=self.data or data or None, cache=self.cache or (Path(cache) if cache else None))
 
@@ -105,10 +114,10 @@ class DataConfig:
         """Open the shard set, which may be on a server.
 
         Args:
-            local_ranks: ranks of this machine, which share the cache of a remote set.
+            local_ranks: number of ranks on this machine; they share the cache of a remote set.
 
         Raises:
-            UserError: no such set, another one than `set_digest` says, or a cache that cannot be used.
+            UserError: the set does not exist, does not match `set_digest`, or its cache cannot be used.
         """
         location, pin = self._located()
         return open_set(
@@ -121,10 +130,10 @@ class DataConfig:
         )
 
     def location(self) -> Path | str:
-        """The shard set's folder or URL, without a digest behind it: `data`, else ./imagenet-shards.
+        """Return the shard set's folder or URL without its digest: `data`, else ./imagenet-shards.
 
         Raises:
-            RecipeError: none was named and the default does not exist.
+            RecipeError: `data` is None and the default does not exist.
         """
         return self._located()[0]
 
@@ -132,8 +141,8 @@ class DataConfig:
         data = self.data or (DEFAULT_DATA if DEFAULT_DATA.exists() else None)
         if data is None:
             raise RecipeError(
-                f"no data: give --data SET, set FAT_DATA, or make ./{DEFAULT_DATA} with 'pipeline shard imagenet/' "
-                f"(neither FAT_DATA nor ./{DEFAULT_DATA} exists)"
+                f"no data set: neither --data nor FAT_DATA is set, and ./{DEFAULT_DATA} does not exist; use --data "
+                f"SET, or create ./{DEFAULT_DATA} with 'pipeline shard imagenet/'"
             )
         location, pin = split_digest(data, self.set_digest)
         return location if is_remote(location) else Path(location), pin

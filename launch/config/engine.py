@@ -1,4 +1,4 @@
-"""How the model is distributed and executed: what changes its speed, and last bits of its results."""
+"""Options of distribution, precision and execution. They affect speed and memory, and results only by rounding."""
 
 from __future__ import annotations
 
@@ -19,35 +19,39 @@ class ParallelConfig:
     """Distribution over ranks, and precision."""
 
     zero: Literal["auto", 0, 1, 2, 3] = "auto"
-    """DeepSpeed ZeRO stage; 0 = plain data parallel. auto = 1 on several GPUs, 0 on one GPU and on CPUs."""
+    """DeepSpeed ZeRO stage. 0 = DistributedDataParallel without DeepSpeed; auto = 1 on several GPUs, 0 on one GPU and
+    on CPUs. A run can be resumed with another stage. Try 0 on slow networks."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16 = autocast with fp32 parameters and statistics. auto = bf16 on GPUs, fp32 on CPUs."""
+    """bf16 = autocast to bfloat16, with parameters, optimizer state and BatchNorm statistics in float32; fp32 = float32
+    throughout; auto = bf16 on GPUs, fp32 on CPUs."""
     sync_bn: str = "auto"
-    """BatchNorm over ranks: auto (synchronized on several GPUs), on, off, or group:N (within N neighbouring ranks)."""
+    """Ranks over which BatchNorm statistics are computed. on = all ranks; off = each rank alone; group:N = groups of N
+    consecutive ranks; auto = on for several GPUs, else off. group:8 avoids communication between nodes of 8 GPUs."""
     numa_binding: bool = True
-    """Bind each rank to the cores (and so to the memory) near its GPU, where there are several NUMA nodes."""
+    """Bind each rank to the CPU cores and memory of its GPU's NUMA node, on machines with several NUMA nodes."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|on|off|group:[1-9]\d{0,5}", self.sync_bn):
-            raise RecipeError(f"--sync-bn {printable(self.sync_bn)}: auto, on, off or group:N (up to 999999) expected")
+            raise RecipeError(f"--sync-bn {printable(self.sync_bn)}: expected auto, on, off or group:N, N up to 999999")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
-    """How the model is executed. 'pipeline tune' measures which of these values are fastest."""
+    """Execution of the model. 'pipeline tune' measures which of these values are fastest on a machine."""
 
     memory_format: Annotated[MemoryFormat | None, default("channels-last without ZeRO, else contiguous")] = None
-    """Memory format of the weights; with ZeRO only contiguous is possible. Images and activations are channels-last
-    either way."""
+    """Memory format of the weights. ZeRO supports only contiguous weights. Images and activations are channels-last in
+    either case."""
     kernels: Annotated[Literal["auto", "off", "unchecked"] | None, default("$FAT_KERNELS, else auto")] = None
-    """FAT's own kernels, where there are any (docs/kernels.md). auto = compared with torch at every start, and switched
-    off where they do not agree; unchecked = without that."""
+    """Triton kernels for the model (docs/kernels.md). auto = compare each kernel family with PyTorch at every start,
+    and fall back to PyTorch for families that differ; unchecked = skip this self-check; off = use PyTorch only."""
     compile: Annotated[
         Literal["off", "cudagraphs", "default", "reduce-overhead", "max-autotune"] | None,
-        default("cudagraphs on GPUs where they can be captured, else off"),
+        default("cudagraphs on GPUs if capture is possible, else off"),
     ] = None
-    """off = eager; cudagraphs = forward and backward captured as CUDA graphs, without torch.compile; the others are
-    modes of torch.compile, of which reduce-overhead and max-autotune use CUDA graphs of their own
-    (docs/performance.md)."""
+    """Execution mode. off = eager; cudagraphs = forward and backward captured as CUDA graphs, without torch.compile;
+    default, reduce-overhead, max-autotune = modes of torch.compile, the last two with CUDA graphs of their own
+    (docs/performance.md). Compilation takes minutes at every start."""
     optimizer_impl: Annotated[OptimizerImpl | None, default("fused")] = None
-    """fused = one kernel per group of parameters; foreach = several."""
+    """Implementation of the optimizer: fused = one kernel per group of parameters; foreach = one kernel per operation,
+    and the host waits for the gradient norm at every step."""

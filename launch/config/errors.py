@@ -1,4 +1,4 @@
-"""The error that a contradictory or impossible configuration raises."""
+"""The error for a contradictory or invalid configuration."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from shards.errors import UserError
 
 
 class RecipeError(UserError):
-    """Options that contradict one another or make no sense."""
+    """Options that are invalid or contradict one another."""

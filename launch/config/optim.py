@@ -1,4 +1,4 @@
-"""The optimizer, its learning-rate schedule and the loss."""
+"""Options of the optimizer, its learning-rate schedule and the loss."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from launch.config.errors import RecipeError
 from shards.option_help import default
 from shards.ranges import Decay, check_ranges
 
-# The released code's rates are given for a batch of 512 and scale linearly.
+# The released code gives its learning rates for a batch of 512 and scales them linearly.
 LR_REFERENCE_BATCH = 512
 DEFAULT_WARMUP = 20.0
-# Of all epochs. The cosine spans the whole training, so the rate falls when a long warm-up ends: by 2.5 % after this.
-MOST_WARMUP = 0.1
+# Fraction of all epochs. The cosine begins at step 0, so the learning rate drops when warm-up ends: by 2.5 % at this
+# length, and by more after a longer warm-up.
+MAX_WARMUP_FRACTION = 0.1
 
 OptimizerName = Literal["adamw"]
 Rate = Annotated[float, Interval(ge=0, le=100)]
@@ -23,56 +24,58 @@ Rate = Annotated[float, Interval(ge=0, le=100)]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """The optimizer, its schedule and the loss."""
+    """Optimizer, learning-rate schedule, loss and moving average of the weights."""
 
     optimizer: OptimizerName = "adamw"
-    """Optimizer."""
+    """Optimizer. AdamW is the only one at present."""
     epochs: Annotated[int, Interval(ge=1, le=1_000_000)] = 300
-    """Passes over the training split."""
+    """Epochs, that is, passes over the training split. The learning-rate schedule spans all of them. It cannot change
+    when a run is resumed."""
     lr: Annotated[Rate | None, default("5e-4 x global batch / 512")] = None
-    """Where the cosine starts, and so the rate that warm-up aims at."""
+    """Peak learning rate: warm-up rises to it, and the cosine schedule starts from it."""
     warmup_lr: Annotated[Rate | None, default("5e-7 x global batch / 512")] = None
-    """Learning rate of the first step."""
+    """Learning rate of the first step, from which warm-up rises."""
     min_lr: Annotated[Rate | None, default("5e-6 x global batch / 512")] = None
-    """Learning rate at the end."""
+    """Learning rate at the end of training."""
     warmup_epochs: Annotated[
-        Annotated[float, Interval(ge=0, le=1_000_000)] | None, default("20, or a tenth of --epochs where that is less")
+        Annotated[float, Interval(ge=0, le=1_000_000)] | None, default("20, but at most a tenth of --epochs")
     ] = None
-    """Epochs of linear warm-up."""
+    """Epochs of linear warm-up. Use more for large global batches."""
     weight_decay: Rate = 0.05
-    """Decoupled weight decay; 1-D parameters and biases have none."""
+    """Decoupled weight decay. It is not applied to biases and other 1-D parameters."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's decay rates."""
+    """AdamW's decay rates of the first and second moment."""
     eps: Annotated[float, Interval(gt=0, le=1)] = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, added to the denominator for numerical stability."""
     clip_grad: Annotated[float, Interval(ge=0, le=10**9)] = 5.0
-    """Largest gradient norm; 0 = no clipping."""
+    """Maximum global norm of the gradients; larger gradients are scaled down. 0 turns clipping off."""
     label_smoothing: Decay = 0.1
-    """Fraction of the target spread evenly over all classes."""
+    """Label smoothing: fraction of the target probability that is spread evenly over all classes."""
     ema: Decay = 0.0
-    """Decay per step of a moving average of the weights, evaluated and exported beside them; 0 = none. Step t decays by
-    (1 + t) / (10 + t) at most, so that the average of a short run is of weights that were trained."""
+    """Decay per step of the EMA, a moving average of the weights, such as 0.9999; 0 = no EMA. It is evaluated and
+    exported in addition to the weights. In step t the decay is at most (1 + t) / (10 + t), so that the EMA of a short
+    run does not contain its random initialization."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.warmup >= self.epochs:
             raise RecipeError(
-                f"--warmup-epochs {self.warmup:g} of --epochs {self.epochs}: warm-up must be shorter; use at most "
-                f"{self.most_warmup:g}, or leave it out"
+                f"--warmup-epochs {self.warmup:g}: must be less than --epochs {self.epochs}; use at most "
+                f"{self.max_warmup:g}, or omit the option"
             )
 
     @property
     def warmup(self) -> float:
-        """Epochs of warm-up, with the default filled in."""
-        return min(DEFAULT_WARMUP, self.most_warmup) if self.warmup_epochs is None else self.warmup_epochs
+        """Epochs of warm-up: `warmup_epochs`, or its default."""
+        return min(DEFAULT_WARMUP, self.max_warmup) if self.warmup_epochs is None else self.warmup_epochs
 
     @property
-    def most_warmup(self) -> float:
-        """Epochs of warm-up after which the cosine has fallen by no more than 2.5 %."""
-        return self.epochs * MOST_WARMUP
+    def max_warmup(self) -> float:
+        """Longest recommended warm-up in epochs: the learning rate drops by at most 2.5 % when it ends."""
+        return self.epochs * MAX_WARMUP_FRACTION
 
     def rates(self, global_batch: int) -> tuple[float, float, float]:
-        """(first, peak, last) learning rate."""
+        """Return the first, the peak and the last learning rate."""
         scale = global_batch / LR_REFERENCE_BATCH
         return (
             5e-7 * scale if self.warmup_lr is None else self.warmup_lr,

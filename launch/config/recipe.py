@@ -1,7 +1,7 @@
-"""The recipe: everything that decides what a run computes, in one frozen dataclass per concern.
+"""The recipe: all training options, as one frozen dataclass per section.
 
-The docstrings of the fields are the command line's help (`launch.config.command_line`). The defaults are the paper's
-recipe for every variant. Numbers are the released code's unless a docstring says otherwise.
+The docstrings of the fields are the help texts of the command line (`launch.config.command_line`). The defaults are the
+paper's recipe for every variant; numbers that the paper does not give are those of the released code.
 """
 
 from __future__ import annotations
@@ -36,5 +36,5 @@ class Recipe:
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested plain values without credentials, as `recipe.json` holds them."""
+        """Return the options as nested dictionaries without credentials, as they are saved in recipe.json."""
         return typing.cast(dict[str, Any], redacted(dataclasses.asdict(self)))

@@ -1,4 +1,4 @@
-"""The run folder: checkpoints, metrics, and how long a run lasts."""
+"""Options of the run folder, its checkpoints and metrics, and of the length of a run."""
 
 from __future__ import annotations
 
@@ -14,26 +14,31 @@ from launch.machine.network import START_TIMEOUT
 from shards.option_help import default
 from shards.ranges import Seconds, Seed, Steps, check_ranges
 
-# The ranks that wait for the one that waits for the run folder's lock end with a timeout that names no lock.
-LONGEST_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
-# The watchdog's last resort ends a stuck trainer a minute after the hang timeout.
-BEYOND_HANG = 120.0
+# Rank 0 waits for the lock while the other ranks wait for rank 0. Their timeout must not come first: its message would
+# not mention the lock.
+MAX_LOCK_WAIT = (START_TIMEOUT - timedelta(minutes=1)).total_seconds()
+# Seconds after the hang timeout. The watchdog kills a trainer that is stuck at most a minute after it.
+LOCK_WAIT_MARGIN = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """The run as a whole."""
+    """Run folder, seed, length and evaluation."""
 
     out: Path = Path("runs/fat")
-    """Run folder: recipe, metrics, checkpoints, curves."""
+    """Run folder, to which recipe, metrics, checkpoints, weights and curves are written. With several nodes it must be
+    on storage that all of them share."""
     seed: Seed = 0
-    """Seed of everything random."""
-    stop_after: Annotated[Steps | None, default("train to the end")] = None
-    """End after this many optimizer steps (the schedule still spans all epochs)."""
+    """Seed of all random numbers: initialization, order of samples, augmentation and drop path. It cannot change when a
+    run is resumed."""
+    stop_after: Annotated[Steps | None, default("train all epochs")] = None
+    """End the run after this many optimizer steps, counted from the start of training. The learning-rate schedule still
+    spans all epochs."""
     eval_every: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
-    """Evaluate and write a checkpoint every N epochs, and at the end."""
+    """Epochs between evaluations. The last step is always evaluated. A checkpoint is written after each evaluation."""
     dry_run: bool = False
-    """Show what the run would be (steps, rates, memory, checkpoint size) and touch nothing."""
+    """Print steps, learning rates, estimated memory and checkpoint size of the run, then exit without writing
+    anything."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -41,41 +46,44 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Checkpoints and resuming."""
+    """Saving checkpoints and resuming from them."""
 
     resume: Literal["auto", "never"] = "auto"
-    """auto = resume from the newest checkpoint of the run folder, if there is one."""
-    save_every: Annotated[Steps | None, default("at evaluations only")] = None
-    """Write a checkpoint every N optimizer steps too."""
+    """auto = resume from the newest checkpoint of the run folder, if there is one; never = start from the beginning,
+    and move earlier checkpoints and metrics to checkpoints-before-N in the run folder."""
+    save_every: Annotated[Steps | None, default("after evaluations only")] = None
+    """Optimizer steps between checkpoints, in addition to those after evaluations."""
     keep: Annotated[int, Interval(ge=1, le=1_000_000)] = 3
-    """Checkpoints to keep, besides the best."""
-    lock_wait: Annotated[Seconds | None, default("--hang-timeout and two minutes, at most 29 minutes")] = None
-    """Seconds to wait for an earlier trainer that still holds the run folder: it may be saving or stuck, and the lock
-    of a dead host takes a minute or more to expire."""
+    """Number of newest checkpoints to keep. The best checkpoint is kept in addition."""
+    lock_wait: Annotated[Seconds | None, default("--hang-timeout plus 120, at most 1740")] = None
+    """Seconds to wait for another trainer that holds the lock of the run folder. An earlier trainer of the run may
+    still be saving or hanging, and the lock of a host that crashed expires after a minute."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if self.lock_wait is not None and self.lock_wait > LONGEST_LOCK_WAIT:
+        if self.lock_wait is not None and self.lock_wait > MAX_LOCK_WAIT:
             raise RecipeError(
-                f"--lock-wait {self.lock_wait:g}: at most {LONGEST_LOCK_WAIT:g}, as the other ranks of a start wait no "
-                "longer than half an hour for the first"
+                f"--lock-wait {self.lock_wait:g}: expected at most {MAX_LOCK_WAIT:g}, because the other ranks wait "
+                "only 30 minutes for rank 0"
             )
 
     def lock_seconds(self, hang_timeout: float) -> float:
-        """Seconds to wait for the run folder's lock, with the default filled in."""
+        """Return the seconds to wait for the run folder's lock: `lock_wait`, or its default."""
         if self.lock_wait is not None:
             return self.lock_wait
-        return min(hang_timeout + BEYOND_HANG, LONGEST_LOCK_WAIT)
+        return min(hang_timeout + LOCK_WAIT_MARGIN, MAX_LOCK_WAIT)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics."""
+    """Logging of metrics."""
 
     log_every: Annotated[int, Interval(ge=1, le=100_000)] = 10
-    """Optimizer steps between two lines of metrics. Losses of all of them are kept on the device until then."""
+    """Optimizer steps between two log lines. Losses stay on the device until then, so that steps need not wait for the
+    GPU."""
     tracker: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Also log to these. wandb: project $WANDB_PROJECT, else fat-pipeline; WANDB_MODE=offline needs no server."""
+    """Experiment trackers to log to, in addition to metrics.jsonl. wandb logs to the project $WANDB_PROJECT (default:
+    fat-pipeline); WANDB_MODE=offline logs without a server."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

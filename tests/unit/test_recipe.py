@@ -59,7 +59,7 @@ def test_a_recipe_survives_json() -> None:
         ("[data]\nglobal_batsh = 3", "data.global_batsh: Unexpected keyword argument, found 3; --help lists"),
         ("data = 3", "data: .* found 3; --help lists the options of each section"),
         ("[data]\nglobal_batch = 'many'", "global_batch: Input should be a valid integer, found 'many'"),
-        ("[optim]\nepochs = 5\nwarmup_epochs = 9", "warmup-epochs 9 of --epochs 5"),
+        ("[optim]\nepochs = 5\nwarmup_epochs = 9", "warmup-epochs 9: must be less than --epochs 5"),
         ("[data", "not a readable TOML"),
     ],
 )
@@ -96,7 +96,7 @@ def test_help_shows_the_fields_docstrings(capsys: pytest.CaptureFixture[str]) ->
         parse(["--help"])
     assert error.value.code == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "Images per optimiser step over all ranks." in shown
+    assert "Images per optimizer step, over all ranks." in shown
     assert "--recipe" in shown
     assert "(default: 5e-4 x global batch / 512)" in shown
     assert "None = " not in shown
@@ -108,7 +108,7 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FAT_DATA", raising=False)
-    with pytest.raises(RecipeError, match="no data: give --data SET, set FAT_DATA, or make"):
+    with pytest.raises(RecipeError, match="neither --data nor FAT_DATA is set, and .* does not exist; use --data SET"):
         parse([]).data.location()
     (tmp_path / "imagenet-shards").mkdir()
     assert parse([]).data.location() == Path("imagenet-shards")

@@ -109,7 +109,7 @@ def changed(*path: str, value: Any) -> str:
         (changed("recipe", "data", "size", value=-3), "recipe.data.size: Input should be greater than or equal to 32"),
         (changed("recipe", "data", "size", value=1e300), "recipe.data.size"),
         (changed("recipe", "data", "crop_pct", value="x"), "recipe.data.crop_pct"),
-        (changed("recipe", "optim", "warmup_epochs", value=300), "--warmup-epochs 300 of --epochs 300"),
+        (changed("recipe", "optim", "warmup_epochs", value=300), "--warmup-epochs 300: must be less than --epochs 300"),
         (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
     ],
 )
