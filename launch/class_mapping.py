@@ -1,4 +1,4 @@
-"""The classes of a data set among the outputs of a model, by folder name."""
+"""Map the classes of a data set to the outputs of a model, by folder name."""
 
 from __future__ import annotations
 
@@ -11,61 +11,64 @@ from shards.errors import UserError
 
 
 def map_classes(
-    known: fat.ClassList | None, outputs: int, wanted: fat.ClassList, *, model: Path, data: Path
+    trained: fat.ClassList | None, outputs: int, evaluated: fat.ClassList, *, model: Path, data: Path
 ) -> tuple[list[int] | None, list[str]]:
-    """Find the output of each class of a data set.
+    """Find the model output of each class of a data set.
 
     Args:
-        known: classes of the model; None = its weights hold no class names.
-        outputs: of the model.
-        wanted: classes of the data set.
-        model, data: for messages.
+        trained: classes of the model; None: its weights have no class names.
+        outputs: number of outputs of the model.
+        evaluated: classes of the data set.
+        model, data: paths, for messages.
 
     Returns:
-        The output of each class, None = output i is class i, and further outputs take part as in training; and what a
-        person must know to read the figures, nothing where model and set have the same classes in one order.
+        The output of each class (None: output i is class i, and all outputs are compared), and notes that the reader of
+        the results must know. There are none if model and set have the same classes in the same order.
 
     Raises:
-        UserError: the set has classes that the model does not know, or that cannot be compared.
+        UserError: the set has classes that the model was not trained on, or the classes cannot be compared.
     """
-    _check_unique(wanted, data)
-    if known is None:
-        if outputs != wanted.count:
+    _check_unique(evaluated, data)
+    if trained is None:
+        if outputs != evaluated.count:
             raise UserError(
-                f"{model}: a model of {outputs:,} classes without class names, and {data} has {wanted.count:,} "
-                "classes; give the data set that it was trained on"
+                f"{model}: has {outputs:,} outputs and no class names, but {data} has {evaluated.count:,} classes; use "
+                "the data set that the model was trained on"
             )
         return None, [
-            f"{model} holds no class names: nothing shows that its {outputs:,} outputs are the classes of {data}, "
-            "in their order; if they are not, the accuracy means nothing"
+            f"{model} has no class names: its {outputs:,} outputs are assumed to be the classes of {data}, in the same "
+            "order; otherwise the accuracy is meaningless"
         ]
-    if known.count > outputs:
-        raise UserError(f"{model}: {known.count:,} class names for {outputs:,} outputs; export the weights again")
-    if known.digest == wanted.digest:
+    if trained.count > outputs:
+        raise UserError(f"{model}: {trained.count:,} class names for {outputs:,} outputs; export the weights again")
+    if trained.digest == evaluated.digest:
         return None, []
-    if known.folders is None or wanted.folders is None:
+    if trained.folders is None or evaluated.folders is None:
         raise UserError(
-            f"{model}: not trained on the classes of {data}, or on these in another order: it holds only a digest of "
-            f"its {known.count:,} class names, which differs; evaluate the run folder, whose classes.json has the names"
+            f"{model}: its classes differ from those of {data}, or have another order; it contains only a digest of "
+            f"its {trained.count:,} class names; evaluate the run folder, whose classes.json has the names"
         )
-    _check_unique(known, model)
-    output_of = {folder: output for output, folder in enumerate(known.folders)}
-    unknown = [folder for folder in wanted.folders if folder not in output_of]
+    _check_unique(trained, model)
+    output_of = {folder: output for output, folder in enumerate(trained.folders)}
+    unknown = [folder for folder in evaluated.folders if folder not in output_of]
     if unknown:
         raise UserError(
-            f"{model}: does not know {len(unknown):,} of the {wanted.count:,} classes of {data}: {listed(unknown)}; "
-            f"its own {known.count:,} are {listed(known.folders)}; give a data set whose class folders have these names"
+            f"{model}: was not trained on {len(unknown):,} of the {evaluated.count:,} classes of {data}: "
+            f"{listed(unknown)}; its {trained.count:,} classes are {listed(trained.folders)}; use a data set whose "
+            "class folders have these names"
         )
-    mapped = [output_of[folder] for folder in wanted.folders]
-    if wanted.count == known.count:
+    mapped = [output_of[folder] for folder in evaluated.folders]
+    if evaluated.count == trained.count:
         return mapped, [f"{data} has the model's classes in another order; mapped by folder name"]
     return mapped, [
-        f"{data} has {wanted.count:,} of the model's {known.count:,} classes: only their outputs are compared, so the "
-        "accuracy is higher than among all classes"
+        f"{data} has {evaluated.count:,} of the model's {trained.count:,} classes: only their outputs are compared, so "
+        "the accuracy is higher than with all classes"
     ]
 
 
 def _check_unique(classes: fat.ClassList, where: Path) -> None:
     repeated = [folder for folder, count in Counter(classes.folders or ()).items() if count > 1]
     if repeated:
-        raise UserError(f"{where}: several classes of one folder name ({listed(repeated)}); shard the source again")
+        raise UserError(
+            f"{where}: several classes have the same folder name ({listed(repeated)}); convert the source again"
+        )

@@ -1,4 +1,4 @@
-"""The `pipeline` command: one verb per job, each a frozen dataclass with a `run` method."""
+"""The `pipeline` command. Each subcommand is a frozen dataclass of its options with a `run` method."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from launch.config.recipe import Recipe
 
 CHART_FORMATS = (".png", ".pdf", ".svg")
-MODERATE_BATCH = {"cuda": 256, "cpu": 16}  # images per forward pass: the default of 1024 is that of several GPUs
+BENCH_BATCH = {"cuda": 256, "cpu": 16}  # images per forward pass; the recipe's 1024 is meant for several GPUs
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Make a small real data set as an ImageNet-like folder."""
+    """Create a small real data set as an ImageNet-like folder."""
 
     what: (
         Annotated[SampleDigits, subcommand("digits", prefix_name=False)]
@@ -45,21 +45,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure loader alone, model alone and both together: which of the two waits for the other, and what limits it.
+    """Measure the throughput of the loader alone, of the model alone and of both together, to find the bottleneck.
 
-    Options of the training follow behind `--` ('launch/train.py --help' lists them): pipeline bench SET -- --variant b3
+    Training options (see 'launch/train.py --help') follow after `--`: pipeline bench SET -- --variant b3
     """
 
     dataset: tyro.conf.Positional[str]
     """Shard set: a folder or a URL."""
     ranks: Annotated[int, Interval(ge=1, le=1_000_000)] = 1
-    """Ranks that the training will have: one of them is measured, with its part of the global batch."""
+    """Number of ranks of the training. One rank is measured, with its part of the global batch."""
     steps: Annotated[Annotated[int, Interval(ge=1, le=1_000_000)] | None, default("30 on a GPU, 6 on CPUs")] = None
-    """Steps per round of each measurement; there are three rounds."""
+    """Optimizer steps per round of each measurement. There are three rounds."""
     json: Annotated[Path | None, default("not written")] = None
-    """File for all figures."""
+    """JSON file to write, with all measurements."""
     chart: Path = Path("bench.png")
-    """Bar chart to write."""
+    """Bar chart to write: .png, .pdf or .svg."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -76,7 +76,7 @@ class Bench:
             check_output(self.json, "--json")
         check_output(self.chart, "--chart", CHART_FORMATS)
         cuda = torch.cuda.is_available()
-        recipe = self._recipe(training, MODERATE_BATCH["cuda" if cuda else "cpu"])
+        recipe = self._recipe(training, BENCH_BATCH["cuda" if cuda else "cpu"])
         steps = self.steps or (30 if cuda else 6)
         with kernels_from_environment():
             figures = bench(recipe, ranks=self.ranks, steps=steps)
@@ -87,7 +87,7 @@ class Bench:
         return 0
 
     def _recipe(self, training: Sequence[str], rows: int) -> Recipe:
-        """The recipe of the training options; where they give no batch size, with at most `rows` per forward pass."""
+        """Return the recipe of the training options; without a batch size, with at most `rows` per forward pass."""
         from pipeline.batch_shape import BatchShape
 
         recipe = _training_recipe(self.dataset, training)
@@ -98,29 +98,30 @@ class Bench:
             return recipe
         smaller = _training_recipe(self.dataset, training, {"global_batch": rows * self.ranks})
         if smaller != recipe:
-            _say(f"no --global-batch or --micro-batch is given: {rows} images per forward pass are measured")
+            _print(f"neither --global-batch nor --micro-batch is set: measuring {rows} images per forward pass")
         return smaller
 
 
 @dataclass(frozen=True)
 class Tune:
-    """Measure which performance options of model and loader are fastest here, and write them as a recipe file.
+    """Measure which performance options of model and loader are fastest on this machine; write them as a recipe file.
 
-    Options of the training follow behind `--` ('launch/train.py --help' lists them); what is given there is not tried
-    otherwise: pipeline tune SET --ranks 8 -- --variant b3. Then train with: --recipe tuned.toml
+    Training options (see 'launch/train.py --help') follow after `--`; the ones that are set there are not varied:
+    pipeline tune SET --ranks 8 -- --variant b3. Then train with: --recipe tuned.toml
     """
 
     dataset: tyro.conf.Positional[str]
     """Shard set: a folder or a URL."""
     out: Path = Path("tuned.toml")
-    """Recipe file to write; an earlier one is replaced."""
+    """Recipe file to write. An existing one is replaced."""
     ranks: Annotated[int, Interval(ge=1, le=1024)] = 1
-    """Ranks that the training will have on this machine: each has its share of the cores and of the global batch."""
+    """Number of ranks of the training on this machine. One rank is measured, with its part of the cores and of the
+    global batch."""
     what: Literal["both", "model", "input"] = "both"
-    """What to measure."""
+    """What to measure: options of the model, of its input (the loader), or of both."""
     seconds: Annotated[float, Interval(gt=0, le=1_000_000)] = 60.0
-    """About what model and input may take, each; every value is measured once at least, and compiling the model (on
-    GPUs) takes minutes."""
+    """Approximate duration of the measurements in seconds, for model and input each. It may take longer, because every
+    value is measured at least once, and compiling the model on GPUs takes minutes."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -136,31 +137,31 @@ class Tune:
         options = f"--ranks {self.ranks} --what {self.what} --seconds {self.seconds:g}"
         command = f"pipeline tune {shlex.quote(self.dataset)} {options} -- {shlex.join(training)}"
         with kernels_from_environment():
-            text = tune(recipe, targets, ranks=self.ranks, seconds=self.seconds, command=command, say=_say)
+            text = tune(recipe, targets, ranks=self.ranks, seconds=self.seconds, command=command, say=_print)
         write_fragment(self.out, text)
-        _say(f"wrote {self.out}; train with --recipe {self.out}")
+        _print(f"wrote {self.out}; train with --recipe {self.out}")
         return 0
 
 
 def _training_recipe(dataset: str, training: Sequence[str], data: Mapping[str, Any] | None = None) -> Recipe:
-    """Return the recipe of training options, on a shard set, whatever set a recipe file names.
+    """Return the recipe of training options on a shard set; a recipe file cannot select another set.
 
     Args:
         training: options of launch/train.py.
-        data: defaults of [data] that differ from the recipe's.
+        data: values of [data] that replace the defaults.
 
     Raises:
-        UserError: see `launch.config.command_line.parse`; or the options name another set.
+        UserError: see `launch.config.command_line.parse`; or `training` selects another set with --data.
     """
     from launch.config.command_line import parse
 
     recipe = parse(["--data", dataset, *training], defaults={"data": data or {}}, prog="-- [training options]")
     if recipe.data.data != dataset:
-        raise UserError(f"--data {recipe.data.data}: not the set {dataset} that was named first; leave --data out")
+        raise UserError(f"--data {recipe.data.data}: differs from the set {dataset} of the command; omit --data")
     return recipe
 
 
-VERBS: dict[str, Callable[..., Any]] = {
+SUBCOMMANDS: dict[str, Callable[..., Any]] = {
     "shard": Shard,
     "index": Index,
     "verify": Verify,
@@ -172,16 +173,16 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(printable(line))
 
 
-DESCRIPTION = "Make, check and look at shard sets for training vision backbones."
-INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
+DESCRIPTION = "Create, verify, view and measure shard sets for training vision backbones."
+INTERRUPTED = 130  # exit status that shells report for a process ended by Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0 done, 1 the job failed, 2 bad input."""
+    """Run one subcommand; return the exit status: 0 done, 1 failed, 2 invalid input."""
     protect_output()
     limit_openmp()
     raise_limit()
@@ -190,13 +191,13 @@ def main(args: Sequence[str] | None = None) -> int:
     args, training = args[:end], args[end + 1 :]
     try:
         command = tyro.extras.subcommand_cli_from_dict(
-            VERBS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
+            SUBCOMMANDS, args=args, prog="pipeline", description=DESCRIPTION, config=(tyro.conf.OmitArgPrefixes,)
         )
         if isinstance(command, Bench | Tune):
             return command.run(training)
         if training:
             raise UserError(
-                f"-- {' '.join(training)}: only 'bench' and 'tune' take training options behind --; leave them out"
+                f"-- {' '.join(training)}: only 'bench' and 'tune' accept training options after --; omit them"
             )
         return int(command.run())
     except UserError as error:
@@ -204,13 +205,13 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `pipeline info SET | head`
+    except BrokenPipeError:  # the reader of the output has ended, as in `pipeline info SET | head`
         sys.stderr.close()
         return 1
     except Exception as error:
-        if (judged := open_files_error(error)) is None:
+        if (known := open_files_error(error)) is None:
             raise
-        return report(judged)
+        return report(known)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run would be, without running it."""
+"""Describe a run without starting it (--dry-run)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import fat
 from launch.config.recipe import Recipe
 from launch.engine.execution import Execution, zero_and_precision
 from launch.engine.memory import check_batches_fit
-from launch.engine.schedule import rate_of
+from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World
-from launch.prepare import set_up
+from launch.prepare import prepare_run
 from shards.errors import UserError
 from shards.redact import printable
 
@@ -25,7 +25,7 @@ MIB = 2**20
 
 
 def show_run(recipe: Recipe, world: World) -> None:
-    """Print what the run would be, once.
+    """Print a description of the run, on rank 0.
 
     Raises:
         UserError: recipe, data and world do not fit together.
@@ -34,35 +34,32 @@ def show_run(recipe: Recipe, world: World) -> None:
     def warn_of_memory(feed: Feed) -> None:
         try:
             check_batches_fit(feed)
-        except UserError as error:  # the run may be meant for another machine
+        except UserError as error:  # only a warning: the run may be meant for another machine
             if world.is_main:
-                print(printable(f"warning: not on this machine: {error}"))
+                print(printable(f"warning: too large for this machine: {error}"))
 
-    setup = set_up(recipe, world, check_memory=warn_of_memory)
-    feed, decoder_messages = choose_jpeg_decoder(setup.feed, previous=setup.decoder_before)
+    run = prepare_run(recipe, world, check_memory=warn_of_memory)
+    feed, decoder_messages = choose_jpeg_decoder(run.feed, previous=run.previous_decoder_load)
     if world.is_main:
-        print(
-            *map(printable, (*setup.messages, *decoder_messages)),
-            describe_run(feed, setup.model, setup.execution),
-            sep="\n",
-        )
+        messages = map(printable, (*run.messages, *decoder_messages))
+        print(*messages, describe_run(feed, run.model, run.execution), sep="\n")
 
 
 def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
-    """Steps, learning rates, memory, checkpoint size and, if the run folder knows a speed, the time; as text.
+    """Return a table of steps, learning rates, memory and checkpoint size as text.
 
-    Reads the data set's manifest and the run folder, writes nothing.
+    If the metrics in the run folder have a throughput, the table also has the training time.
     """
     recipe, plan, shape, world = feed.recipe, feed.plan, feed.shape, feed.world
     zero, precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
     total = recipe.optim.epochs * plan.steps_per_epoch
     cost = fat.count(model, recipe.data.size)
     state = 4 * cost.parameters
-    shared = world.size if zero else 1
+    shards = world.size if zero else 1
     activations = cost.activation_bytes * shape.micro_rows * (0.5 if precision == "bf16" else 1)
     average = state if recipe.optim.ema else 0
     title = f"dry run of fat_{recipe.model.variant}"
-    table = Table("what", "value", show_header=False, title=title, title_justify="left")
+    table = Table("name", "value", show_header=False, title=title, title_justify="left")
     table.add_row(
         "data",
         Text(f"{plan.samples:,} images, {feed.classes:,} classes, {printable(feed.dataset.path)}", overflow="fold"),
@@ -79,34 +76,34 @@ def describe_run(feed: Feed, model: fat.FAT, execution: Execution) -> str:
         f"{plan.lanes} lanes",
     )
     table.add_row("steps", f"{total:,} = {recipe.optim.epochs} epochs x {plan.steps_per_epoch:,}")
-    table.add_row("left out", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
-    rate = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+    table.add_row("omitted", f"{plan.samples % plan.global_batch} images per epoch, a different subset every epoch")
+    rate = lr_schedule(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
     steps = sorted({round(i * (total - 1) / (SAMPLED_RATES - 1)) for i in range(SAMPLED_RATES)})
     table.add_row("learning rate", "\n".join(f"step {step:>9,}  {rate(step):.3e}" for step in steps))
     table.add_row("parameters", f"{cost.parameters:,}")
     table.add_row("multiply-accumulates", f"{cost.macs / 1e9:.3f} G per image of {recipe.data.size} pixels")
     table.add_row(
         "memory per rank, about",
-        f"{(2 * state + 2 * state / shared + average / shared + activations) / MIB:,.0f} MiB: weights and gradients "
-        f"{2 * state / MIB:,.0f}, moments {2 * state / shared / MIB:,.0f}, average {average / shared / MIB:,.0f}, "
+        f"{(2 * state + 2 * state / shards + average / shards + activations) / MIB:,.0f} MiB: weights and gradients "
+        f"{2 * state / MIB:,.0f}, optimizer state {2 * state / shards / MIB:,.0f}, EMA {average / shards / MIB:,.0f}, "
         f"activations {activations / MIB:,.0f}",
     )
     table.add_row("checkpoint", f"{(3 * state + average) / MIB:,.0f} MiB")
-    speed = _known_speed(feed)
+    speed = _last_throughput(feed)
     table.add_row(
         "time",
-        f"{speed * 3600 / plan.samples:.2f} epochs per hour, "
-        f"{total * plan.global_batch / speed / 3600:,.1f} hours in all at {speed:,.0f} images/s, as last measured"
+        f"{speed * 3600 / plan.samples:.2f} epochs per hour, {total * plan.global_batch / speed / 3600:,.1f} hours in "
+        f"total, at the last measured throughput of {speed:,.0f} images/s"
         if speed
-        else Text(f"unknown: no run in {printable(recipe.run.out)} has measured a speed yet", overflow="fold"),
+        else Text(f"unknown: no run in {printable(recipe.run.out)} has measured a throughput yet", overflow="fold"),
     )
     text = io.StringIO()
     Console(width=110, file=text).print(table)
     return text.getvalue().rstrip()
 
 
-def _known_speed(feed: Feed) -> float | None:
-    """The last speed in the run folder's metrics."""
+def _last_throughput(feed: Feed) -> float | None:
+    """Return the last throughput in the run folder's metrics, in images/s."""
     from launch.run.metrics_file import read_metrics
 
     try:

@@ -1,4 +1,4 @@
-"""Accuracy of any checkpoint or weights file, each image exactly once at any world size.
+"""Evaluate the accuracy of a run, a checkpoint or a weights file. Every image is counted once at any world size.
 
 python launch/evaluate.py runs/fat --data imagenet-shards/
 accelerate launch --multi_gpu --num_processes 8 launch/evaluate.py weights.safetensors --fuse
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-# As a script, Python puts launch/ first on the path; the project's root belongs there.
+# Python puts a script's folder, launch/, first on the import path; imports need the project's root there instead.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -40,10 +40,11 @@ from pipeline.augment.recipe import AugmentRecipe
 from pipeline.loader import EvalLoader, LoaderOptions
 from pipeline.plan import EvalPlan
 from shards.files.output import check_output, write_output
+from shards.option_help import default
 from shards.ranges import check_ranges
 from shards.redact import printable
 
-WORST_SHOWN = 5
+WORST_CLASSES = 5
 
 
 @dataclass(frozen=True)
@@ -51,43 +52,47 @@ class Evaluate:
     """Evaluate a run, a checkpoint or a weights file."""
 
     model: tyro.conf.Positional[Path]
-    """Run folder (its newest checkpoint), one of its checkpoints, or a weights file (.safetensors, or a file of
-    torch.save, also of another tool)."""
-    data: str | None = None
-    """Shard set, a folder or a URL. None = $FAT_DATA, else ./imagenet-shards."""
-    set_digest: str | None = None
-    """xxh3=HEX or sha256=HEX that the set's dataset.json must have (printed by 'pipeline info'); the same as #xxh3=HEX
-    behind the set's location."""
+    """Run folder (its newest checkpoint is evaluated), checkpoint folder, or weights file: .safetensors, or a
+    checkpoint that torch.save wrote, also one of another training program."""
+    data: Annotated[str | None, default("$FAT_DATA, else ./imagenet-shards")] = None
+    """Shard set: a folder or a URL."""
+    set_digest: Annotated[str | None, default("not checked")] = None
+    """Expected digest of the set's dataset.json, as xxh3=HEX or sha256=HEX ('pipeline info' prints it). The evaluation
+    does not start if the digest differs. Appending #xxh3=HEX to --data has the same effect."""
     split: str = "val"
     """Split to evaluate."""
-    cache: Path | None = None
-    """Folder in which a remote set is staged. None = $FAT_CACHE, else the temporary folder."""
-    size: ModelSide | None = None
-    """Side of the images in pixels. None = that of the training, else 224."""
-    crop_pct: CropPct | None = None
-    """Fraction of the short side that is looked at. None = that of the training, else 0.875."""
+    cache: Annotated[Path | None, default("$FAT_CACHE, else the temporary folder")] = None
+    """Folder on a local disk in which the shards of a remote set are staged."""
+    size: Annotated[ModelSide | None, default("that of the training, else 224")] = None
+    """Height and width of the model's input images in pixels."""
+    crop_pct: Annotated[CropPct | None, default("that of the training, else 0.875")] = None
+    """Fraction of the short side that the centre crop keeps: the image is resized to size / crop_pct and cropped to
+    size."""
     batch: Annotated[int, Interval(ge=1, le=65536)] = 128
-    """Images per rank and step."""
-    limit: Annotated[int, Interval(ge=1, le=10**12)] | None = None
-    """Only the first N images."""
+    """Images per rank and step. Use a smaller number if the evaluation runs out of memory."""
+    limit: Annotated[Annotated[int, Interval(ge=1, le=10**12)] | None, default("all images")] = None
+    """Evaluate only the first N images of the split."""
     average: bool = False
-    """The run's moving average instead of its weights."""
+    """Evaluate the run's EMA, the moving average of its weights, instead of the weights."""
     fuse: bool = False
-    """Fold BatchNorm into the convolutions first (fat.fuse)."""
+    """Fold BatchNorm into the convolutions before the evaluation (fat.fuse)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto = bf16 autocast on GPUs, fp32 on CPUs."""
-    json: Path | None = None
-    """Also write the figures as JSON, per class too, by folder name."""
+    """bf16 = autocast to bfloat16; fp32 = float32; auto = bf16 on GPUs, fp32 on CPUs."""
+    json: Annotated[Path | None, default("not written")] = None
+    """JSON file to write, with the results in total and per class (by folder name)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
 
 def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
-    """Run the evaluation; collective. Rank 0 gets samples, top1, top5, loss (shares), and top-1 by class folder.
+    """Run the evaluation. Collective.
+
+    Returns:
+        On rank 0 samples, top1 and top5 (fractions), loss, and the same by class folder; None on other ranks.
 
     Raises:
-        UserError: no such model or data, or they do not fit.
+        UserError: model or data do not exist, or the data set has other classes than the model.
     """
     if command.json is not None:
         check_output(command.json, "--json")
@@ -99,16 +104,16 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
     entries = dataset.manifest.classes
     classes = fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
     model = found.model
-    mapped, doubts = map_classes(
+    mapped, class_notes = map_classes(
         found.classes, model.config.num_classes, classes, model=command.model, data=dataset.path
     )
     size, crop_pct = command.size or found.size, command.crop_pct or found.crop_pct
-    notes = [*found.notes, *doubts]
+    notes = [*found.notes, *class_notes]
     if world.is_main:
         step = "" if found.step is None else f", step {found.step:,}"
         kind = ", moving average" if command.average else ""
-        what = f"{samples:,} images of split '{command.split}' of {dataset.path}, size {size}, crop {crop_pct:g}"
-        print(printable(f"{found.source}{step}{kind}: {what}"), flush=True)
+        data_set = f"{samples:,} images of split '{command.split}' of {dataset.path}, size {size}, crop {crop_pct:g}"
+        print(printable(f"{found.source}{step}{kind}: {data_set}"), flush=True)
         for note in notes:
             print(f"note: {printable(note)}", file=sys.stderr, flush=True)
     images = 4.0 * 3 * size**2 * command.batch  # bytes, as float32
@@ -169,14 +174,14 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The figures as text, with the classes that fare worst."""
+    """Print the results and the classes with the lowest accuracy."""
     console = Console(highlight=False)
     console.print(
         f"top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, loss {result['loss']:.4f} "
         f"over {result['samples']} images"
     )
     classes = result["classes"]
-    worst = sorted((c["top1"], folder) for folder, c in classes.items() if c["samples"])[:WORST_SHOWN]
+    worst = sorted((c["top1"], folder) for folder, c in classes.items() if c["samples"])[:WORST_CLASSES]
     named = any(classes[folder]["name"] for _, folder in worst)
     columns = ("class", "name", "top-1", "images") if named else ("class", "top-1", "images")
     table = Table(*columns, title="hardest classes", title_justify="left")
@@ -187,7 +192,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
 
     @kernels_from_environment()
     def run() -> int:

@@ -1,4 +1,4 @@
-"""What a run is fed: a function of the shard set, the recipe and the seed."""
+"""The data side of a run: shard set, augmentation, plan and loaders, as functions of recipe, seed and world."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from pipeline.loader import EvalLoader, LoaderOptions, TrainLoader
 from pipeline.plan import EvalPlan, TrainPlan
 from shards.format.dataset import ShardSet
 
-# More rows than this make an evaluation no faster, only larger.
+# Larger batches need more memory and do not make evaluation faster.
 MAX_EVAL_BATCH = 256
-# Below this many rows, launching kernels takes longer than running them, whatever the variant.
+# With fewer rows, launching kernels takes longer than running them, for every variant.
 MIN_ROWS_PER_GPU = 32
-# AdamW with linear scaling and 20 epochs of warm-up is known to hold to about here.
+# Linear scaling of AdamW's learning rate, with 20 epochs of warm-up, is known to work up to about this batch size.
 LARGE_BATCH = 4096
 
 
 @dataclass(frozen=True)
 class Feed:
-    """The data side of a run: set, augmentation, order, and this rank's part of it."""
+    """Shard set, augmentation and plan of a run, and this rank's part of every batch."""
 
     recipe: Recipe
     world: World
@@ -40,18 +40,18 @@ class Feed:
 
     @classmethod
     def of(cls, recipe: Recipe, world: World) -> Feed:
-        """Open the set and lay the plan.
+        """Open the shard set and compute the plan.
 
         Raises:
-            UserError: no such set, a damaged one, or sizes that do not fit together.
+            UserError: the set does not exist or is damaged, or batch sizes, lanes and world size do not fit together.
         """
         data = recipe.data
         augment = data.augmentation()
         dataset = data.open(local_ranks=world.local_size)
-        how: dict[str, Any] = {"world": world.size, "micro_batch": data.micro_batch, "pairs": augment.mixes}
-        # First, so that the global batch that it names fits everything else too.
-        check_enough_samples(dataset.split("train").samples, data.global_batch, lanes=data.lanes, **how)
-        shape = BatchShape(global_batch=data.global_batch, rank=world.rank, **how)
+        layout: dict[str, Any] = {"world": world.size, "micro_batch": data.micro_batch, "pairs": augment.mixes}
+        # Checked first, because the global batch that its message suggests also passes the checks that follow.
+        check_enough_samples(dataset.split("train").samples, data.global_batch, lanes=data.lanes, **layout)
+        shape = BatchShape(global_batch=data.global_batch, rank=world.rank, **layout)
         plan = TrainPlan(
             dataset.shard_samples("train"),
             global_batch=data.global_batch,
@@ -64,66 +64,67 @@ class Feed:
         if recipe.model.classes is not None and recipe.model.classes < classes:
             raise RecipeError(f"--classes {recipe.model.classes}: the data set has {classes}; use at least as many")
         for split in dataset.manifest.splits:
-            dataset.check_sizes(split)  # loaders do so as well; here it comes before anything is written
+            dataset.check_sizes(split)  # as loaders do, but before anything is written
         return cls(recipe, world, dataset, augment, shape, plan)
 
     @property
     def classes(self) -> int:
-        """Classes of the model: the recipe's, else the data set's."""
+        """Number of outputs of the model: that of the recipe, else the number of classes in the data set."""
         return self.recipe.model.classes or len(self.dataset.manifest.classes)
 
     @property
     def class_list(self) -> fat.ClassList:
-        """Classes of the data set; the model may have more outputs."""
+        """Classes of the data set. The model may have more outputs."""
         entries = self.dataset.manifest.classes
         return fat.ClassList.of([entry.folder for entry in entries], [entry.name for entry in entries])
 
     def advice(self) -> list[str]:
-        """Warnings about sizes that keep no GPU busy or that the recipe was not made for, and doubts about the data."""
+        """Return warnings about inefficient or untested sizes, an unshuffled set, and notes of the set's conversion."""
         lines = []
-        rows, wanted = self.shape.micro_rows, MIN_ROWS_PER_GPU
-        if self.world.device.type == "cuda" and rows < wanted:
+        rows, minimum = self.shape.micro_rows, MIN_ROWS_PER_GPU
+        if self.world.device.type == "cuda" and rows < minimum:
             lines.append(
-                f"warning: {rows} images per GPU and forward pass cannot keep a GPU busy, {wanted} or more can; "
-                f"use fewer GPUs than {self.world.size}, or a larger --global-batch (docs/training.md, Large batches)"
+                f"warning: {rows} images per GPU and forward pass are too few to keep a GPU busy; {minimum} or more "
+                f"are enough; use fewer GPUs than {self.world.size}, or a larger --global-batch (docs/training.md)"
             )
         if self.plan.global_batch > LARGE_BATCH:
             lines.append(
-                f"warning: a global batch of {self.plan.global_batch} is beyond what the recipe was made for (1024); "
-                "see docs/training.md, Large batches, for the learning rate and warm-up"
+                f"warning: --global-batch {self.plan.global_batch} is much larger than the 1024 for which the default "
+                "learning rates and warm-up were chosen; see docs/training.md for large batches"
             )
         optim = self.recipe.optim
         if optim.warmup > 2 * optim.max_warmup:
-            share = 0.5 * (1 + math.cos(math.pi * optim.warmup / optim.epochs))
+            remaining = 0.5 * (1 + math.cos(math.pi * optim.warmup / optim.epochs))
             lines.append(
                 f"warning: --warmup-epochs {optim.warmup:g} of --epochs {optim.epochs}: the cosine spans all epochs, "
-                f"so the rate falls to {share:.0%} of --lr when warm-up ends; use at most {optim.max_warmup:g}"
+                f"so the learning rate drops to {remaining:.0%} of --lr after warm-up; use at most {optim.max_warmup:g}"
             )
         manifest = self.dataset.manifest
         lines += [f"note: {self.dataset.path}: {doubt}" for doubt in manifest.made.get("doubts", [])]
         if "val" not in manifest.splits:
             lines.append(
-                f"warning: {self.dataset.path} has no validation split: nothing is evaluated, and there is no best "
-                "checkpoint; 'pipeline shard --val-fraction 0.1' makes one"
+                f"warning: {self.dataset.path} has no validation split: nothing is evaluated, and no checkpoint is "
+                "marked as best; 'pipeline shard --val-fraction 0.1' creates a validation split"
             )
         if not manifest.shuffled:
             run = manifest.made.get("class_run", {}).get("train", 1.0)
             lines.append(
-                f"warning: {self.dataset.path} was not shuffled by 'pipeline shard'; its samples come in runs of "
-                f"{run:.1f} of one class on average (shuffled ones of about 1), mixed over {self.plan.lanes} lanes "
-                f"and shuffle blocks of {self.plan.shuffle_block_size}; if runs are long, shard the set anew"
+                f"warning: {self.dataset.path} was not shuffled by 'pipeline shard': on average {run:.1f} consecutive "
+                f"samples have the same class (about 1 in a shuffled set), and training only mixes {self.plan.lanes} "
+                f"lanes and shuffles blocks of {self.plan.shuffle_block_size}; if this number is large, convert the "
+                "source again"
             )
         return lines
 
     @property
     def last_step(self) -> int:
-        """Optimiser steps of the run, from the start of training."""
-        whole = self.recipe.optim.epochs * self.plan.steps_per_epoch
+        """Optimizer step at which the run ends, counted from the start of training."""
+        total = self.recipe.optim.epochs * self.plan.steps_per_epoch
         stop = self.recipe.run.stop_after
-        return whole if stop is None else min(whole, stop)
+        return total if stop is None else min(total, stop)
 
     def train_loader(self, *, step: int, dtype: torch.dtype) -> TrainLoader:
-        """This rank's micro-batches from optimiser step `step` to the end of training."""
+        """Return a loader of this rank's micro-batches from optimizer step `step` to the end of training."""
         return TrainLoader(
             self.dataset,
             self.plan,
@@ -139,27 +140,30 @@ class Feed:
 
     @property
     def loader_options(self) -> LoaderOptions:
-        """The recipe's, with this rank's share of the cores."""
+        """Loader options of the recipe. By default a rank has as many decode threads as cores."""
         options = self.recipe.data.loader
         return options if options.decode_threads else replace(options, decode_threads=self.world.cores)
 
     def with_recipe(self, recipe: Recipe) -> Feed:
-        """The same for a recipe that differs in how the loader works."""
+        """Return a copy with a recipe that differs only in options that do not affect the plan."""
         return replace(self, recipe=recipe)
 
     def with_loader(self, **changes: Any) -> Feed:
-        """The same by a loader that works otherwise; `changes` of `LoaderOptions`."""
+        """Return a copy with changed fields of `LoaderOptions`."""
         data = self.recipe.data
         data = replace(data, loader=replace(data.loader, **changes))
         return self.with_recipe(replace(self.recipe, data=data))
 
     @property
     def eval_rows(self) -> int:
-        """Images of this rank's batches in an evaluation; the last one may have fewer."""
+        """Images per evaluation batch of this rank. The last batch may have fewer."""
         return self.recipe.data.eval_batch or min(MAX_EVAL_BATCH, self.shape.rank_rows)
 
     def eval_loader(self, *, dtype: torch.dtype) -> AbstractContextManager[EvalLoader | None]:
-        """This rank's share of the validation split, to be closed; None where the set has none."""
+        """Return a loader of this rank's part of the validation split, which the caller closes.
+
+        None if the set has no validation split.
+        """
         if "val" not in self.dataset.manifest.splits:
             return nullcontext()
         samples = self.dataset.split("val").samples

@@ -1,6 +1,6 @@
-"""Choose once per run which decoder decodes JPEGs on the GPUs: the same on every rank, and kept when a run is resumed.
+"""Choose the JPEG decoder of a run on GPUs: the same on every rank, and the same when the run is resumed.
 
-Two decoders round differently (`pipeline.decode.hardware`), so what a run is fed depends on this choice.
+The JPEG engine and the CUDA decoder round differently (`pipeline.decode.hardware`), so pixels depend on the choice.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pipeline.decode.hardware import JpegEngine, describe_jpeg_decoder, find_jpe
 
 
 def choose_jpeg_decoder(feed: Feed, *, previous: float | None) -> tuple[Feed, list[str]]:
-    """Choose `hw_decoder_load` for all ranks where DALI decodes on GPUs; returns the feed with it, and warnings.
-
-    Collective.
+    """Choose `hw_decoder_load` for all ranks if DALI decodes on GPUs. Collective.
 
     Args:
-        previous: what the run began with, if this start resumes it.
+        previous: the run's previous value; None: unknown, or a new run.
+
+    Returns:
+        The feed with this value, and warnings.
     """
     if not decodes_on_gpu(feed):
         return feed, []
@@ -30,7 +31,7 @@ def choose_jpeg_decoder(feed: Feed, *, previous: float | None) -> tuple[Feed, li
 
 
 def decodes_on_gpu(feed: Feed) -> bool:
-    """Whether DALI decodes this feed's JPEGs on a GPU."""
+    """Return whether DALI decodes this feed's JPEGs on a GPU."""
     loader = resolve_loader(feed.recipe.data.loader, feed.dataset.split("train"))
     return feed.world.device.type == "cuda" and loader == "dali"
 
@@ -38,31 +39,30 @@ def decodes_on_gpu(feed: Feed) -> bool:
 def choose_load(
     engines: Sequence[JpegEngine], *, requested: float | None, previous: float | None
 ) -> tuple[float, list[str]]:
-    """Choose `hw_decoder_load` for all ranks; returns warnings too.
+    """Choose `hw_decoder_load` for all ranks; return it and warnings.
 
     Args:
-        engines: of each rank. All of them decode by CUDA where one has no engine: ranks must round alike.
-        requested: by the user.
-        previous: what the run began with, if this start resumes it.
+        engines: the JPEG engine of each rank. Ranks must round alike, so the default is CUDA unless all have an engine.
+        requested: value of the option; None: not set.
+        previous: the run's previous value; None: unknown, or a new run.
     """
-    without = next(((rank, engine.found) for rank, engine in enumerate(engines) if not engine.usable), None)
-    able = without is None
-    lacking = f"rank {without[0]} cannot use a JPEG engine ({without[1]})" if without else ""
+    unusable = [f"rank {n} cannot use a JPEG engine ({e.found})" for n, e in enumerate(engines) if not e.usable]
+    missing = unusable[0] if unusable else ""
     messages = []
     if requested is not None:
         load = requested
-        if load > 0 and not able:
-            messages.append(f"warning: --hw-decoder-load {load:g}: {lacking}; the CUDA decoder decodes its images")
+        if load > 0 and missing:
+            messages.append(f"warning: --hw-decoder-load {load:g}: {missing}; the CUDA decoder decodes its images")
     else:
-        load = (1.0 if previous is None else previous) if able else 0.0
-        if previous is None and not able and any(engine.usable for engine in engines):
-            messages.append(f"warning: {lacking}, so the CUDA decoder decodes on all ranks")
+        load = 0.0 if missing else 1.0 if previous is None else previous
+        if previous is None and missing and any(engine.usable for engine in engines):
+            messages.append(f"warning: {missing}, so the CUDA decoder decodes on all ranks")
     if previous is not None and load != previous:
-        why = f" ({lacking})" if lacking and requested is None else ""
+        why = f" ({missing})" if missing and requested is None else ""
         messages.append(
-            f"warning: JPEGs were decoded by the {describe_jpeg_decoder(previous)} when the run began, and now are by the "
-            f"{describe_jpeg_decoder(load)}{why}: pixels may differ in rounding"
+            f"warning: JPEGs were decoded by the {describe_jpeg_decoder(previous)} when the run began, and are now "
+            f"decoded by the {describe_jpeg_decoder(load)}{why}: pixels may differ in rounding"
         )
-    if shared := mixed_decoders_warning(load):
-        messages.append(shared)
+    if mixed := mixed_decoders_warning(load):
+        messages.append(mixed)
     return load, messages

@@ -1,4 +1,7 @@
-"""Check that recipe, data and processes fit together, before anything is written: for training and for --dry-run."""
+"""Prepare a run without writing anything: resolve its recipe, check it against data and processes, build the model.
+
+Used by training and by --dry-run.
+"""
 
 from __future__ import annotations
 
@@ -19,18 +22,18 @@ from launch.run.saved_recipe import inherit_options, read_previous_start
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What will be trained, on which data."""
+class PreparedRun:
+    """A validated run: data, recipe and model."""
 
     feed: Feed
-    """With the recipe, in which options that the command line leaves open may come from an earlier start."""
+    """Its recipe has options of the run's first start where the command line does not set them."""
     model: fat.FAT
     """Initialized, on the CPU."""
     execution: Execution
     resumes: bool
-    """Whether the run folder holds a part of this run."""
-    decoder_before: float | None
-    """`hw_decoder_load` with which the run began; None = not known, or a new run."""
+    """Whether the run folder has checkpoints from which this start resumes."""
+    previous_decoder_load: float | None
+    """`hw_decoder_load` at the run's previous start; None: unknown, or a new run."""
     messages: tuple[str, ...]
 
     @property
@@ -38,18 +41,23 @@ class Setup:
         return self.feed.recipe
 
 
-def set_up(recipe: Recipe, world: World, *, check_memory: Callable[[Feed], object] = check_batches_fit) -> Setup:
-    """Resolve the recipe and build the model. Collective; writes nothing.
+def prepare_run(
+    recipe: Recipe, world: World, *, check_memory: Callable[[Feed], object] = check_batches_fit
+) -> PreparedRun:
+    """Resolve the recipe, check it and build the model. Collective; writes nothing.
+
+    Args:
+        check_memory: raises if the batches do not fit into memory.
 
     Raises:
         UserError: recipe, data and world do not fit together.
     """
     resumes = broadcast_from_rank0(lambda: will_resume(recipe), world)
     saved, messages = read_previous_start(recipe.run.out, world) if resumes else (None, [])
-    decoder_before = None
+    previous_decoder_load = None
     if saved is not None:
-        decoder_before = saved.recipe.data.loader.dali.hw_decoder_load
-        # Of rank 0 on all ranks: their cores may differ.
+        previous_decoder_load = saved.recipe.data.loader.dali.hw_decoder_load
+        # All ranks must resolve the same recipe, so rank 0's device and number of cores count for all.
         machine = broadcast_from_rank0(lambda: (device_name(world.device), world.cores), world)
         recipe, inherited = inherit_options(recipe, saved, *machine)
         messages += inherited
@@ -59,4 +67,5 @@ def set_up(recipe: Recipe, world: World, *, check_memory: Callable[[Feed], objec
     execution = Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=world.size)
     model = build_model(recipe, feed.classes)
     loaded = load_initial_weights(model, recipe, feed.class_list)
-    return Setup(feed, model, execution, resumes, decoder_before, (*messages, *(() if resumes else loaded)))
+    messages += [] if resumes else loaded
+    return PreparedRun(feed, model, execution, resumes, previous_decoder_load, tuple(messages))

@@ -1,26 +1,28 @@
-"""Draw the curves of a run: `python -m launch.report RUN` writes RUN/curves.png."""
+"""Plot the curves of a run: `python -m launch.report RUN` writes RUN/curves.png."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from launch.run.curves import draw_curves
 from shards.errors import UserError, report
+from shards.option_help import default
 from shards.redact import printable, protect_output
 
 
 @dataclass(frozen=True)
 class Report:
-    """Draw loss, accuracy and learning rate of a run."""
+    """Plot loss, accuracy and learning rate of a run."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
-    out: Path | None = None
-    """Picture to write. None = RUN/curves.png."""
+    out: Annotated[Path | None, default("RUN/curves.png")] = None
+    """Figure to write: .png, .pdf or .svg."""
 
 
 def main() -> int:

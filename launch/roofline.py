@@ -1,4 +1,4 @@
-"""Compare the speed of training with what the arithmetic and the memory of the device allow."""
+"""Compare the throughput of training with the limits that arithmetic and memory of the device set."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from launch.machine.device_peaks import DevicePeaks, device_peaks
 
 @dataclass(frozen=True)
 class Roofline:
-    """The cost of one image in training, and the peaks of one device. Rates are images per second of that device."""
+    """Cost of training on one image, and peaks of one device. Rates are in images per second and device."""
 
     flops: int
-    """Floating-point operations, forward and backward."""
+    """Floating-point operations of forward and backward."""
     bytes: int
-    """What perfectly fused blocks read from memory and write to it."""
+    """Bytes that perfectly fused blocks read from device memory and write to it."""
     peaks: DevicePeaks
 
     @classmethod
     def of(cls, feed: Feed, engine: Engine) -> Roofline:
-        """Count the recipe's model and measure this rank's device: some tenths of a second."""
+        """Count the operations of the recipe's model and measure this rank's device, in less than a second."""
         model, size = feed.recipe.model, feed.recipe.data.size
         with torch.device("meta"):
             cost = fat.count(fat.create_model(f"fat_{model.variant}", num_classes=feed.classes), size)
@@ -34,13 +34,13 @@ class Roofline:
 
     @property
     def rate(self) -> float:
-        """Largest rate that the device allows."""
+        """Upper bound of the rate on this device."""
         return ceiling(self.flops, self.bytes, bandwidth=self.peaks.bandwidth, arithmetic=self.peaks.arithmetic)
 
     def mfu(self, rate: float) -> float:
-        """Model FLOP utilization at a rate."""
+        """Return the model FLOPs utilization at a rate, as a fraction."""
         return rate * self.flops / self.peaks.arithmetic
 
     def bandwidth(self, rate: float) -> float:
-        """Fraction of the copy bandwidth that fused blocks would use at a rate."""
+        """Return the fraction of the copy bandwidth that perfectly fused blocks use at a rate."""
         return rate * self.bytes / self.peaks.bandwidth

@@ -1,6 +1,7 @@
 """Submit a training run to SLURM: `python -m launch.submit --nodes 4 -- --variant b3 --data SET`.
 
-Checks the recipe before the job is queued, renders `launch/slurm/train.sbatch` into the run folder, and submits it.
+Validates the recipe before the job is queued, renders `launch/slurm/train.sbatch` into the run folder, prints it and
+submits it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from shards.errors import UserError, report
 from shards.files.durable import durable_write
 from shards.redact import printable, protect_output, redact
 
-INTERRUPTED = 130  # exit status that shells use for a process ended by Ctrl-C
+INTERRUPTED = 130  # exit status that shells report for a process ended by Ctrl-C
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit status: 0: submitted (or printed), 2: invalid input or rejected."""
+    """Run the command line; return the exit status: 0 submitted or shown, 2 invalid input or rejected by SLURM."""
     protect_output()
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)
@@ -47,14 +48,14 @@ def main(args: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     print(f"submitted job {number}: {printable(path)}")
-    print(f"log:          {printable(path.parent / f'job-{number}.out')}")
-    print(f"to save and requeue the job:  scancel --signal=USR2 --batch {number}")
-    print(f"to save and end the job:      scancel {number}")
+    print(f"log:               {printable(path.parent / f'job-{number}.out')}")
+    print(f"save and requeue:  scancel --signal=USR2 --batch {number}")
+    print(f"save and end:      scancel {number}")
     return 0
 
 
 def _reject_credentials(args: Sequence[str]) -> None:
-    """Reject credentials before the script is printed or written, because other users may read it.
+    """Reject credentials before the script, which other users may be able to read, is printed or written.
 
     Raises:
         SubmitError: an argument contains a URL with a password or a signature.
@@ -62,13 +63,13 @@ def _reject_credentials(args: Sequence[str]) -> None:
     for arg in args:
         if redact(arg) != arg:
             raise SubmitError(
-                f"{arg}: the credentials in this URL would be stored in the job's script; remove them, and set them in "
-                "the environment or the fsspec configuration on the nodes"
+                f"{arg}: credentials in a URL would be saved in the job's script; remove them, and set them in the "
+                "environment or the configuration of the storage library (fsspec) on the nodes"
             )
 
 
 def write(script: str, run: Path) -> Path:
-    """Write the script into the run folder, and return its path.
+    """Write the script to the run folder; return its path.
 
     Raises:
         UserError: the folder cannot be written.
@@ -83,13 +84,13 @@ def write(script: str, run: Path) -> Path:
 
 
 def submit(script: Path) -> int:
-    """Submit a script with sbatch, and return the job id.
+    """Submit a script with sbatch; return the job id.
 
     Raises:
-        SubmitError: sbatch is not installed on this machine, or it rejected the script.
+        SubmitError: sbatch is not on the PATH, or it rejected the script.
     """
     if shutil.which("sbatch") is None:
-        raise SubmitError(f"sbatch is not on the PATH of this machine; on a login node run: sbatch {script}")
+        raise SubmitError(f"sbatch is not on the PATH of this machine; run on a login node: sbatch {script}")
     command = ["sbatch", "--parsable", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     number = done.stdout.strip().split(";")[0]

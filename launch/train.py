@@ -1,4 +1,4 @@
-"""Train a FAT backbone: `accelerate launch launch/train.py --variant b0 --data SET`. Reads top to bottom like a run."""
+"""Train a FAT backbone: `accelerate launch launch/train.py --variant b0 --data SET`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-# As a script, Python puts launch/ first on the path; the project's root belongs there.
+# Python puts a script's folder, launch/, first on the import path; imports need the project's root there instead.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.machine.standard_streams import ignore_failing_output, open_missing_streams
 
 if __name__ == "__main__":
-    open_missing_streams()  # before libraries open files
+    open_missing_streams()  # before libraries open files, which could become the standard streams
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe
@@ -27,11 +27,11 @@ from launch.dry_run import show_run
 from launch.engine.engine import Engine
 from launch.engine.execution import kernels_from_environment
 from launch.engine.kernel_check import check_training_kernels
-from launch.engine.schedule import rate_of
+from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import World, connect, run_command
-from launch.prepare import set_up
+from launch.prepare import prepare_run
 from launch.resilience.guards import Guards
 from launch.resilience.preempt import Preemption, StopRequested, deadline
 from launch.resilience.preflight import preflight
@@ -40,7 +40,7 @@ from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.folder import CHECKPOINTS, RunFolder
 from launch.run.lock import FolderLock
 from launch.run.metrics import Metrics
-from launch.run.progress import SCORED, Progress
+from launch.run.progress import WEIGHTS_KINDS, Progress
 from launch.run.status import EXIT_STATUS, Preempted, read_status, write_status
 from launch.run.trackers import Trackers, start_trackers
 from shards.errors import UserError, open_files_error
@@ -48,19 +48,19 @@ from shards.redact import printable
 
 
 def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
-    """One run, from the recipe to its last checkpoint, curves and weights.
+    """Train from the recipe to the last checkpoint, curves and weights. Collective.
 
     Args:
-        lock: taken here at the latest, when the run folder is made.
+        lock: of the run folder; acquired here if that folder did not exist before.
 
     Raises:
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.
-        Preempted: the run was asked to leave, and has been saved.
+        Preempted: the run was asked to stop, and has been saved.
     """
     stop_at = deadline(recipe.preempt, started=time.monotonic(), job_end=os.environ.get("SLURM_JOB_END_TIME", ""))
-    feed, engine, folder, trackers, messages, resolved = prepare(recipe, world, lock)
+    feed, engine, folder, trackers, messages, resolved = build_components(recipe, world, lock)
     recipe, plan = feed.recipe, feed.plan
-    state, resumed = folder.resume()
+    state, resume_messages = folder.resume()
     with (
         folder,
         Metrics(recipe, feed, engine, state, trackers) as metrics,
@@ -69,24 +69,27 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         feed.train_loader(step=state.step, dtype=engine.input_dtype) as train_loader,
         feed.eval_loader(dtype=engine.input_dtype) as val_loader,
     ):
-        metrics.begin(*resumed, *messages, *engine.notes, *feed.advice(), resolved=resolved | train_loader.resolved)
+        warnings = feed.advice()
+        metrics.log_start(
+            *resume_messages, *messages, *engine.notes, *warnings, resolved=resolved | train_loader.resolved
+        )
         guards = Guards(engine, recipe.watchdog)
-        lr = rate_of(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
+        lr = lr_schedule(recipe.optim, global_batch=plan.global_batch, steps_per_epoch=plan.steps_per_epoch)
 
         def log() -> None:
-            """Read the device: check and log the steps since the last time."""
-            metrics.say(*(f"warning: {fact}" for fact in (*guards.check(), *folder.complaints())))
-            metrics.interval(skipped=guards.skipped, replaced=train_loader.bad_samples)
+            """Check and log the steps since the last call. Waits for the device."""
+            metrics.print(*(f"warning: {fact}" for fact in (*guards.check(), *folder.save_errors())))
+            metrics.log_interval(skipped=guards.skipped, replaced=train_loader.bad_samples)
 
         def save() -> Progress:
             return folder.save(replace(state, seconds=metrics.seconds))
 
         def evaluate() -> Progress:
             results = {}
-            for scored in SCORED if recipe.optim.ema else SCORED[:1]:
+            for kind in WEIGHTS_KINDS if recipe.optim.ema else WEIGHTS_KINDS[:1]:
                 batches = watchdog.beat_on_each(preemption.until_stop(val_loader or ()))
-                results[scored] = engine.evaluate(batches, average=scored == "average")
-            return state.evaluated(metrics.evaluation(state.step, results))
+                results[kind] = engine.evaluate(batches, average=kind == "average")
+            return state.evaluated(metrics.log_evaluation(state.step, results))
 
         try:
             if state.pending_evaluation and val_loader is not None:
@@ -96,10 +99,10 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
                 if preemption.save_requested():
                     log()
                     state = save()
-                batches = metrics.take(train_loader, feed.shape.accumulation)
+                batches = metrics.next_batches(train_loader, feed.shape.accumulation)
                 result = engine.step(batches, step=state.step, lr=lr(state.step))
                 guards.note(state.step, result, batches)
-                metrics.step(state.step, lr(state.step), result)
+                metrics.add_step(state.step, lr(state.step), result)
                 state = state.after(state.step + 1, plan.at(state.step + 1))
                 watchdog.beat(state.step)
 
@@ -117,17 +120,17 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
         except StopRequested as request:
             log()
             folder.save_and_stop(replace(state, seconds=metrics.seconds), str(request))
-        metrics.say(*folder.finish(state))
+        metrics.print(*folder.finish(state))
         metrics.finish(state)
 
 
 def due(count: int, every: int | None) -> bool:
-    """Whether something that happens every `every` steps (None = never) is due after step `count`."""
+    """Return whether an action that is done every `every` steps (None: never) is due after step `count`."""
     return every is not None and count % every == 0
 
 
-class Prepared(NamedTuple):
-    """What a run needs beside its recipe."""
+class Components(NamedTuple):
+    """The objects that `train` uses, and messages for the log."""
 
     feed: Feed
     engine: Engine
@@ -135,37 +138,40 @@ class Prepared(NamedTuple):
     trackers: Trackers | None
     messages: tuple[str, ...]
     resolved: dict[str, str]
-    """Values of options that were left open, for the log."""
+    """Names and chosen values of options that were not set."""
 
 
-def prepare(recipe: Recipe, world: World, lock: FolderLock) -> Prepared:
-    """Validate everything, then take the run folder and build the engine. Collective."""
-    setup = set_up(recipe, world)
-    trackers = start_trackers(setup.recipe, world, resumes=setup.resumes)
-    lock.take(world, make=True)
-    verdict = check_training_kernels(setup.recipe, setup.feed, setup.model)  # before anything is compiled or captured
-    feed, decoder_messages = choose_jpeg_decoder(setup.feed, previous=setup.decoder_before)
+def build_components(recipe: Recipe, world: World, lock: FolderLock) -> Components:
+    """Validate the run, acquire the lock of its folder and build the engine. Collective."""
+    prepared = prepare_run(recipe, world)
+    trackers = start_trackers(prepared.recipe, world, resumes=prepared.resumes)
+    lock.acquire(world, create=True)
+    # Kernels that fail the check are disabled before the model is compiled or captured with them.
+    kernels = check_training_kernels(prepared.recipe, prepared.feed, prepared.model)
+    feed, decoder_messages = choose_jpeg_decoder(prepared.feed, previous=prepared.previous_decoder_load)
     shape = feed.shape
-    engine = Engine(setup.model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
-    folder = RunFolder(feed.recipe, feed, engine, verdict)
-    messages = (*setup.messages, *decoder_messages)
-    return Prepared(feed, engine, folder, trackers, messages, engine.resolved | verdict.resolved)
+    engine = Engine(prepared.model, feed.recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
+    folder = RunFolder(feed.recipe, feed, engine, kernels)
+    messages = (*prepared.messages, *decoder_messages)
+    return Components(feed, engine, folder, trackers, messages, engine.resolved | kernels.resolved)
 
 
 def main() -> int:
-    """The command line; returns the exit status: 0 done, 1 failed, 2 bad input (with one line), 75 saved and left."""
+    """Run the command line; return the exit status: 0 done, 1 failed, 2 bad input (one line), 75 preempted and
+    saved."""
     ignore_failing_output()
     try:
         return run_command(kernels_from_environment()(lambda: run_recipe(parse())))
     except KeyboardInterrupt:  # the training loop handles Ctrl-C itself
-        print("interrupted before training began; nothing is lost", file=sys.stderr, flush=True)
+        print("interrupted before training started; nothing is lost", file=sys.stderr, flush=True)
         return 128 + signal.SIGINT
 
 
 def run_recipe(recipe: Recipe) -> int:
-    """The run of a recipe; returns the exit status."""
+    """Start or resume the run of a recipe; return the exit status."""
     if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
-        # 'never' is about the run as it was when the job was submitted, not about the job's own earlier starts.
+        # --resume never applies to runs before the job was submitted. A requeued job resumes what it has trained
+        # itself.
         recipe = replace(recipe, checkpoint=replace(recipe.checkpoint, resume="auto"))
     lock = FolderLock(recipe.run.out, wait=recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout))
     with lock, failure_in_status(recipe.run.out, lock):
@@ -173,28 +179,28 @@ def run_recipe(recipe: Recipe) -> int:
         if recipe.run.dry_run:
             show_run(recipe, world)
             return 0
-        lock.take(world, make=False)  # a folder that bad input would leave empty is not made yet
+        lock.acquire(world, create=False)  # no folder is created before the input has been validated
         if world.is_main:
-            write_status(recipe.run.out, "running")  # an earlier end of this run must not be taken for this one's
+            write_status(recipe.run.out, "running")  # replaces the status of an earlier start
         warnings = preflight(recipe, world)
         if warnings and world.is_main:
             print(*map(printable, warnings), sep="\n", file=sys.stderr, flush=True)
         try:
             train(recipe, world, lock)
         except Preempted as reason:
-            print(f"saved and leaving: {printable(reason)}", file=sys.stderr, flush=True)
+            print(f"saved and stopping: {printable(reason)}", file=sys.stderr, flush=True)
             return EXIT_STATUS
         return 0
 
 
 @contextmanager
 def failure_in_status(run: Path, lock: FolderLock) -> Iterator[None]:
-    """Say in RUN/status how a start failed, unless the run folder, which knows more, has done so."""
+    """Write to RUN/status why the start failed, unless `RunFolder` has already written the reason."""
     try:
         yield
     except Exception as error:
-        if lock.taken and read_status(run) == "running":
-            # With the step: rank 0, which knows it, may write at the same time, and must not lose it to another rank.
+        if lock.acquired and read_status(run) == "running":
+            # With the step, because this rank may overwrite a status in which rank 0 has just written the step.
             step = CheckpointFolder(run / CHECKPOINTS).newest_step()
             known = error if isinstance(error, UserError) else open_files_error(error)
             refused = known is not None and known.exit_code == UserError.exit_code

@@ -1,6 +1,6 @@
-"""Model and optimiser -> wrapped by accelerate: plain data parallel (DDP), or DeepSpeed's ZeRO.
+"""Wrap model and optimizer with accelerate, for DDP or DeepSpeed's ZeRO.
 
-The only file that calls accelerate; `launch/engine/zero_state.py` knows DeepSpeed's insides.
+This is the only file that calls accelerate. `launch/engine/zero_state.py` accesses DeepSpeed's internal state.
 """
 
 from __future__ import annotations
@@ -32,29 +32,33 @@ def wrap(
     accumulation: int,
     clip_grad: float,
 ) -> tuple[Any, Any]:
-    """(wrapped model, optimiser that steps): DDP and torch's own without ZeRO, else DeepSpeed's of both. Collective.
+    """Wrap model and optimizer. Collective.
 
-    With ZeRO 1 and 2 and a fused optimiser, the gradient norm, clipping and the skipping of updates are left to the
-    caller (`OptimizerState.clip_gradients`), since DeepSpeed's own make the host wait for the device.
+    With ZeRO 1 and 2 and a fused optimizer, the caller computes the gradient norm, clips and skips updates
+    (`OptimizerState.clip_gradients`), because DeepSpeed's implementation makes the host wait for the device.
 
     Args:
         model: on its device.
-        zero: ZeRO stage; 0 = plain.
-        bf16, micro_batch, accumulation, clip_grad: DeepSpeed must know them; DDP need not.
+        zero: ZeRO stage; 0 = DDP.
+        bf16, micro_batch, accumulation, clip_grad: only for the DeepSpeed configuration.
+
+    Returns:
+        The wrapped model, and the optimizer to step: PyTorch's without ZeRO, else DeepSpeed's.
 
     Raises:
-        RecipeError: the processes were launched so that they would not train together.
+        RecipeError: the processes were launched in a way in which they would not train together.
     """
     cuda = world.device.type == "cuda"
     if not cuda:
-        # accelerate decides by these: "use CPU" would silently bypass DeepSpeed, and is what plain gloo ranks need.
+        # accelerate reads these variables. ACCELERATE_USE_CPU is necessary for DDP with gloo, but would silently bypass
+        # DeepSpeed.
         os.environ["DS_ACCELERATOR"] = "cpu"
         if zero:
             os.environ.pop("ACCELERATE_USE_CPU", None)
         else:
             os.environ["ACCELERATE_USE_CPU"] = "true"
     if zero and not dist.is_initialized():
-        # DeepSpeed wants a process group even for one process; this one needs no port.
+        # DeepSpeed requires a process group even for one process. A HashStore needs no port.
         for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
             os.environ.setdefault(name, str(value))
         dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -63,7 +67,7 @@ def wrap(
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
-    # Buffers are averaged when they matter (`Engine.average_statistics`), not broadcast at every step.
+    # `Engine.average_statistics` averages buffers before they are used, so DDP need not broadcast them at every step.
     handlers: list[Any] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if dist.is_initialized():
         handlers.append(InitProcessGroupKwargs(backend=dist.get_backend()))
@@ -79,17 +83,17 @@ def wrap(
             clip_grad=clip_grad,
         )
         plugin = DeepSpeedPlugin(hf_ds_config=config)
-    # Accelerate keeps the settings of a process's first engine, and `pipeline tune` makes several.
+    # Accelerate keeps the settings of the first engine of a process, but `pipeline tune` builds several.
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     accelerator = Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
     _check_agreement(accelerator, world)
     with warnings.catch_warnings():
-        # `broadcast_buffers` has a new name in the newest torch only.
+        # The newest PyTorch deprecates `broadcast_buffers`, but older versions lack its new name.
         warnings.simplefilter("ignore", FutureWarning)
         wrapped, _ = accelerator.prepare(model, optimizer)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
-        # Every 100th step (by default) DDP waits for the events of the step before, for statistics that nobody reads.
+        # By default DDP waits for the device at every 100th step, to collect statistics that are not used here.
         wrapped._set_ddp_runtime_logging_sample_rate(2**31 - 1)
     return (wrapped, wrapped.optimizer) if zero else (wrapped, optimizer)
 
@@ -97,10 +101,10 @@ def wrap(
 def deepspeed_config(
     zero: int, model: nn.Module, *, fused: bool, bf16: bool, micro_batch: int, accumulation: int, clip_grad: float
 ) -> dict[str, Any]:
-    """`launch/zero/zeroN.json`, completed for this model and training; see `wrap`.
+    """Return the configuration `launch/zero/zeroN.json`, completed with the values of this run (see `wrap`).
 
     Args:
-        fused: whether the optimiser is.
+        fused: whether the optimizer is fused.
     """
     config: dict[str, Any] = json.loads((FOLDER / f"zero{zero}.json").read_text(encoding="utf-8"))
     config["train_micro_batch_size_per_gpu"] = micro_batch
@@ -110,7 +114,7 @@ def deepspeed_config(
     if zero == 3:
         settings["overlap_comm"] &= next(model.parameters()).is_cuda
     else:
-        # The buffer is allocated whole in every backward pass: it is no larger than the gradients.
+        # Every backward pass allocates a full bucket, so it should not be larger than all gradients.
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         settings["reduce_bucket_size"] = min(settings["reduce_bucket_size"], trained)
     caller_clips = zero < 3 and fused
@@ -120,12 +124,15 @@ def deepspeed_config(
 
 
 def _check_agreement(accelerator: Any, world: World) -> None:
-    """The traps of launching end here: ranks that each believe to be alone would train apart without a word."""
+    """Raise RecipeError if launcher, torch.distributed and accelerate disagree about the number of processes.
+
+    Otherwise each rank could silently train alone.
+    """
     kind, seen = accelerator.distributed_type.value, accelerator.num_processes
     joined = dist.get_world_size() if dist.is_initialized() else 1
     if joined != world.size or seen != world.size or (kind == "NO" and world.size > 1):
         raise RecipeError(
-            f"WORLD_SIZE is {world.size}, torch.distributed sees {joined}, accelerate {seen} processes of type {kind}: "
-            "the ranks would not train together; launch with 'accelerate launch --multi_gpu --num_processes N "
-            "launch/train.py ...' (on CPUs too)"
+            f"WORLD_SIZE is {world.size}, but torch.distributed has {joined} processes and accelerate {seen} of type "
+            f"{kind}: the ranks would not train together; launch with 'accelerate launch --multi_gpu --num_processes "
+            "N launch/train.py ...' (on CPUs too)"
         )

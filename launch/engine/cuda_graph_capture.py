@@ -1,4 +1,4 @@
-"""Capture work on a device as CUDA graphs."""
+"""Capture and replay CUDA graphs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # eager passes before the capture, as many as torch.cuda.make_graphed_callables makes
+WARM_UP = 3  # eager passes before the capture, as in torch.cuda.make_graphed_callables
 
 Results: TypeAlias = list[Tensor | None]
 Work: TypeAlias = Callable[[], Results]
 
 
 class Recorder(Protocol):
-    """Captures work on static tensors, to replay it."""
+    """Captures work on static tensors for replay."""
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        """Run `work`, so that nothing is compiled, initialised or chosen for the first time during a capture."""
+        """Run `work` eagerly, so that nothing is compiled, initialized or tuned for the first time during a capture."""
 
     def record(self, work: Work) -> tuple[Results, Callable[[], None]]:
-        """Capture `work`; returns its results, which stay where they are, and what computes them anew in place."""
+        """Capture `work`; return its static results, and a function that replays it and overwrites the results."""
 
     def release(self) -> None:
-        """Give memory back after the last reference to results and replays is gone."""
+        """Free memory, after the last reference to results and replay functions has been deleted."""
 
 
 class CudaRecorder:
@@ -41,7 +41,7 @@ class CudaRecorder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, work: Callable[[], object]) -> None:
-        gc.collect()  # graphs and tracebacks of failed captures hold memory, and may not be finalised in a capture
+        gc.collect()  # frees graphs of failed captures now: their finalizers must not run during a capture
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
@@ -53,32 +53,32 @@ class CudaRecorder:
         graph, before, failure = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device), None
         results: Results = []
         try:
-            # thread_local: NCCL's watchdog and the loader may call CUDA from their threads meanwhile.
+            # thread_local: NCCL's watchdog and the loader may call CUDA from their threads during the capture.
             with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 try:
                     results = work()
                 except Exception as error:
-                    failure = error  # raised below: the end of the capture would hide it behind an error of its own
+                    failure = error  # raised below: ending an invalid capture raises a less specific error
         except Exception as error:
             failure = failure or error
-            torch.cuda.set_stream(before)  # torch.cuda.graph has left its own stream current
+            torch.cuda.set_stream(before)  # torch.cuda.graph did not restore the current stream
             self._abandon(graph)
         if failure is not None:
             raise failure
         return results, graph.replay
 
     def release(self) -> None:
-        gc.collect()  # parts, autograd nodes and tracebacks refer to one another
+        gc.collect()  # model parts, autograd nodes and tracebacks form reference cycles
         torch.cuda.empty_cache()
 
     def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Do what `CUDAGraph.capture_end` leaves undone when the capture was invalid.
+        """Reset state of PyTorch that `CUDAGraph.capture_end` does not reset after an invalid capture.
 
-        The allocator would go on to believe in a capture and put off the reuse of memory that other streams have used,
-        and the default generator would refuse to draw: "Offset increment outside graph capture".
+        Otherwise the allocator would assume that a capture is still running and postpone the reuse of memory, and the
+        default generator would raise "Offset increment outside graph capture".
         """
         index = torch.cuda.current_device() if self._device.index is None else self._device.index
-        with suppress(RuntimeError):  # raised where torch has ended the allocation itself
+        with suppress(RuntimeError):  # raised if PyTorch has already ended the allocation
             torch._C._cuda_endAllocateToPool(index, self._pool)
             torch._C._cuda_releasePool(index, self._pool)
             _ABANDONED.append(graph)
@@ -88,7 +88,7 @@ class CudaRecorder:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Pause Python's garbage collector: finalisers that call CUDA, such as a graph's, would invalidate a capture."""
+    """Pause Python's garbage collector: finalizers that call CUDA, such as those of graphs, invalidate a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -98,8 +98,8 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-# The allocator of pinned memory asks these graphs whether a stream is being captured, and is never told to stop.
+# The allocator of pinned memory keeps pointers to these graphs, to query whether they are being captured.
 _ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 RECORDERS: dict[str, Callable[[torch.device], Recorder]] = {"cuda": CudaRecorder}
-"""By type of device."""
+"""Recorder class of each device type."""

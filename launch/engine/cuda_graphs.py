@@ -1,12 +1,12 @@
 """Training passes of a model as CUDA graphs.
 
-An eager step of FAT-B0 launches some 1,700 kernels, at 85 us of one CPU core each on the host of an H200: the host
-limits the speed, whatever the GPU is. A CUDA graph launches all kernels of a pass by one call.
+An eager step of FAT-B0 launches about 1,700 kernels. Each costs 85 us of a CPU core on the host of an H200, so that the
+host limits the throughput. A CUDA graph launches all kernels of a pass with one call.
 
-Each part of the model (stem, four stages, head) has a graph for its forward and one for its backward pass, so that DDP
-and DeepSpeed reduce the gradients of later parts while the backward graphs of earlier parts run. All graphs share one
-memory pool, which is right as long as they are replayed in the order in which they were captured: that is the order of
-training, and `_CapturedPart.backward` raises at any other. Gradients of parameters lie outside the pool.
+Each part of the model (stem, four stages, head) has one graph for its forward pass and one for its backward pass, so
+that DDP and DeepSpeed can reduce the gradients of later parts while the backward graphs of earlier parts run. All
+graphs share one memory pool. This requires that they are replayed in the order of capture, which is that of training;
+`_CapturedPart.backward` raises an error for any other order. Gradients of parameters are allocated outside the pool.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from launch.engine.cuda_graph_capture import Recorder, Results
 
 
 class GraphedModel:
-    """Replays the training passes of a model once `capture` has recorded them.
+    """Replays the training passes of a model after `capture` has recorded them.
 
-    Replaces `model.forward` on the instance, so that names, wrappers and checkpoints do not change. A pass in eval mode
-    or without gradients runs eagerly. Each forward pass must be followed by its backward pass before the next one.
+    It replaces `model.forward` on the instance, so that names, wrappers and checkpoints do not change. Passes in eval
+    mode or without gradients run eagerly. Each forward pass must be followed by its backward pass before the next
+    forward pass.
 
     Args:
-        model: one tensor in, one tensor out; before DDP or DeepSpeed wrap it.
+        model: module with one input and one output tensor, not yet wrapped by DDP or DeepSpeed.
         recorder: captures and replays.
-        keeps_gradients: replays write the parameters' `grad` themselves, in memory that stays, instead of handing
-            gradients to autograd one by one: each backward pass overwrites those of the one before, and no hook is
-            called. Not for micro-batches that add up, nor where DDP or DeepSpeed wait for gradients.
+        keeps_gradients: replays write to static `grad` tensors of the parameters, instead of passing gradients to
+            autograd. Each backward pass overwrites the previous gradients, and no hooks are called. Invalid with
+            gradient accumulation, DDP or DeepSpeed.
     """
 
     def __init__(self, model: nn.Module, recorder: Recorder, *, keeps_gradients: bool = False) -> None:
@@ -44,66 +45,67 @@ class GraphedModel:
         self._eager = model.forward
         self._parts = _parts(model)
         self._captured: list[_CapturedPart] = []
-        # Makes autograd call the backward passes where it is not told of the parameters; gets no gradient.
+        # With `keeps_gradients`, replaces the parameters as an input of the autograd node, so that it has a backward.
         self._anchor = torch.zeros((), requires_grad=True)
         model.forward = self._forward
 
     def warm_up(self, images: Tensor, autocast: torch.dtype | None) -> None:
-        """Run forward and backward eagerly. Gradients, buffers and random generators are left as they were.
+        """Run forward and backward eagerly. Gradients, buffers and random generators do not change.
 
         Args:
-            images: float [B, C, H, W] on the model's device, of the shape, dtype and memory format of every batch.
-            autocast: dtype of autocast; None = without.
+            images: float [B, C, H, W] on the model's device, with the shape, dtype and memory format of every batch.
+            autocast: dtype of autocast; None: no autocast.
         """
         leaves = [part.leaves() for part in self._parts]
 
-        def both() -> None:
+        def forward_backward() -> None:
             x = images
-            for part, own in zip(self._parts, leaves, strict=True):
-                x = part.run(own, x, autocast)
-            # A dense gradient, as in the capture: that of a sum has strides of 0, for which other kernels may run.
-            by_output = torch.ones_like(x)
-            torch.autograd.grad(x, [leaf for own in leaves for leaf in own.values()], by_output, allow_unused=True)
+            for part, part_leaves in zip(self._parts, leaves, strict=True):
+                x = part.run(part_leaves, x, autocast)
+            # A dense gradient, as in the capture. The expanded gradient of a sum could select other kernels.
+            grad_output = torch.ones_like(x)
+            inputs = [leaf for part_leaves in leaves for leaf in part_leaves.values()]
+            torch.autograd.grad(x, inputs, grad_output, allow_unused=True)
 
-        with _unchanged(self._model, images.device):
-            self._recorder.warm_up(both)
+        with _preserve_state(self._model, images.device):
+            self._recorder.warm_up(forward_backward)
 
     def capture(self, images: Tensor, autocast: torch.dtype | None) -> None:
-        """Record forward and backward of every part. Gradients, buffers and random generators are left as they were.
+        """Record forward and backward of every part. Gradients, buffers and random generators do not change.
 
-        To be called outside autocast, in the modes (training or evaluation of each layer) of the steps to come. For the
-        arguments see `warm_up`.
+        Call it outside autocast, with every layer in the mode (train or eval) of the following steps. For the arguments
+        see `warm_up`.
 
         Raises:
-            Exception: something in the model cannot be captured, or memory does not suffice; call `discard` then.
+            Exception: an operation of the model cannot be captured, or memory is exhausted. Call `discard` then.
         """
         for name, module in self._model.named_modules():
             if name and has_hooks(module):
-                raise RuntimeError(f"{name} has hooks, which a replay does not call")
+                raise RuntimeError(f"{name} has hooks, which a replay would not call")
         for name, parameter in self._model.named_parameters() if self.keeps_gradients else ():
             if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-                raise RuntimeError(f"{name} has hooks, which a replay does not call")
+                raise RuntimeError(f"{name} has hooks, which a replay would not call")
         captured: list[_CapturedPart] = []
-        with _unchanged(self._model, images.device):
+        with _preserve_state(self._model, images.device):
             x = images.clone()
             for part in self._parts:
                 captured.append(_CapturedPart(part, x, autocast, self._recorder))
                 x = captured[-1].output.detach().requires_grad_()
-            by_output: Tensor | None = torch.empty_like(captured[-1].output)
-            for step in reversed(captured):
-                assert by_output is not None
-                by_output = step.record_backward(by_output, self._recorder)
+            grad_output: Tensor | None = torch.empty_like(captured[-1].output)
+            for captured_part in reversed(captured):
+                assert grad_output is not None
+                grad_output = captured_part.record_backward(grad_output, self._recorder)
         self._captured = captured
 
     def discard(self) -> None:
-        """Let the model run eagerly for good."""
+        """Delete all graphs and restore the model's eager `forward`."""
         self._captured = []
         del self._model.forward
         self._recorder.release()
 
     @property
     def parts(self) -> int:
-        """How many parts are replayed."""
+        """Number of parts that are replayed."""
         return len(self._captured)
 
     def _forward(self, images: Tensor) -> Tensor:
@@ -111,8 +113,8 @@ class GraphedModel:
             return cast(Tensor, self._eager(images))
         if images.shape != self._captured[0].input.shape:
             raise ValueError(
-                f"a batch of shape {tuple(images.shape)}: the CUDA graphs were captured for "
-                f"{tuple(self._captured[0].input.shape)}; use --compile off where shapes change"
+                f"batch of shape {tuple(images.shape)}, but the CUDA graphs were captured for "
+                f"{tuple(self._captured[0].input.shape)}; use --compile off if shapes change"
             )
         x, keep = images, self.keeps_gradients
         for part in self._captured:
@@ -122,7 +124,7 @@ class GraphedModel:
 
 
 class _Part(nn.Module):
-    """A section of a model, one tensor in and one out, and the modules whose parameters it uses."""
+    """A part of a model with one input and one output tensor, and the modules that own its parameters."""
 
     def __init__(self, function: Callable[[Tensor], Tensor], *owners: nn.Module) -> None:
         super().__init__()
@@ -136,15 +138,15 @@ class _Part(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def leaves(self) -> dict[str, Tensor]:
-        """Tensors on the memory of the parameters, to differentiate by.
+        """Return tensors that share the parameters' memory, with respect to which gradients are computed.
 
-        AccumulateGrad nodes of the parameters themselves, which DDP and DeepSpeed hold, belong to the stream on which
-        they were made: autograd would draw that stream into the capture.
+        The AccumulateGrad nodes of the parameters, which DDP and DeepSpeed use, belong to the stream on which they were
+        created. If they took part in the capture, autograd would include that stream.
         """
         return {name: parameter.detach().requires_grad_() for name, parameter in self.trained().items()}
 
     def run(self, leaves: dict[str, Tensor], x: Tensor, autocast: torch.dtype | None) -> Tensor:
-        # Without the cache: casts of the weights must be part of every graph, and of every replay.
+        # Without the cache, because every graph, and so every replay, must cast the weights again.
         cast_to = torch.autocast(x.device.type, autocast, enabled=autocast is not None, cache_enabled=False)
         with torch.enable_grad(), cast_to:
             return cast(Tensor, functional_call(self, leaves, (x,)))
@@ -158,7 +160,7 @@ def _parts(model: nn.Module) -> list[_Part]:
 
 
 class _CapturedPart:
-    """The two graphs of a part and their static tensors: input, output and all gradients.
+    """The forward and backward graph of a part, and their static tensors: input, output and all gradients.
 
     Args:
         x: the static input.
@@ -169,7 +171,7 @@ class _CapturedPart:
         self._addresses = self._present_addresses()
         self._leaves = part.leaves()
         self._passes = 0
-        self._kept: Tensor | None = None  # the last output with its autograd graph, until the backward pass uses it up
+        self._kept: Tensor | None = None  # the last output with its autograd graph, until the backward pass frees it
 
         def forward() -> Results:
             self._kept = part.run(self._leaves, x, autocast)
@@ -178,87 +180,91 @@ class _CapturedPart:
         results, self._replay_forward = recorder.record(forward)
         self.output = cast(Tensor, results[0])
 
-    def record_backward(self, by_output: Tensor, recorder: Recorder) -> Tensor | None:
-        """Capture the backward pass from the static gradient of the output; returns that of the input, if any."""
+    def record_backward(self, grad_output: Tensor, recorder: Recorder) -> Tensor | None:
+        """Capture the backward pass from the static gradient of the output; return that of the input, if any."""
         inputs = [self.input] if self.input.requires_grad else []
         leaves = list(self._leaves.values())
-        # Not in the graphs' pool: gradients that are accumulated must outlive the next forward pass, whose intermediate
-        # results the pool may put where backward graphs have allocated theirs. Each has memory of its own, laid out as
-        # its parameter: AccumulateGrad takes it over without a copy (or it stays the parameter's `grad`), and clipping
-        # scales nothing twice.
+        # Allocated outside the graphs' pool: accumulated gradients must survive the next forward pass, which may reuse
+        # the pool's memory. Each gradient has separate memory with the strides of its parameter, so that AccumulateGrad
+        # adopts it without a copy (or it remains the parameter's `grad`), and clipping scales no element twice.
         static = [torch.empty_like(leaf, requires_grad=False) for leaf in leaves]
 
         def backward() -> Results:
             output, self._kept = self._kept, None
             assert output is not None
-            found = torch.autograd.grad(output, [*inputs, *leaves], by_output, allow_unused=True)
-            own = found[len(inputs) :]
-            used = [(s, g) for s, g in zip(static, own, strict=True) if g is not None]
+            found = torch.autograd.grad(output, [*inputs, *leaves], grad_output, allow_unused=True)
+            grads = found[len(inputs) :]
+            used = [(s, g) for s, g in zip(static, grads, strict=True) if g is not None]
             torch._foreach_copy_([s for s, _ in used], [g for _, g in used])
-            return [*found[: len(inputs)], *(None if g is None else s for s, g in zip(static, own, strict=True))]
+            return [*found[: len(inputs)], *(None if g is None else s for s, g in zip(static, grads, strict=True))]
 
-        self._by_output = by_output
+        self._grad_output = grad_output
         self._gradients, self._replay_backward = recorder.record(backward)
-        self._by_parameters = self._gradients[len(inputs) :]
+        self._parameter_grads = self._gradients[len(inputs) :]
         return self._gradients[0] if inputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Replay on x; the result is overwritten by the next replay."""
+        """Replay the forward pass on `x`. The next replay overwrites the result."""
         if self._present_addresses() != self._addresses:
             raise RuntimeError("parameters have moved in memory since the CUDA graphs were captured")
         self._passes += 1
-        _put(self.input, x)
+        _copy_to_static(self.input, x)
         self._replay_forward()
         return self.output.detach()
 
-    def backward(self, by_output: Tensor, number: int, *, keep: bool = False) -> Results:
-        """Replay on the gradient of forward pass `number`: gradients of input (None: it needs none) and parameters.
+    def backward(self, grad_output: Tensor, number: int, *, keep: bool = False) -> Results:
+        """Replay the backward pass of forward pass `number`; return the gradients of the input and of the parameters.
+
+        The gradient of the input is None if it does not require one.
 
         Args:
-            keep: leave the parameters' gradients in their `grad`, and return None for all of them together.
+            keep: keep the parameters' gradients in their `grad`, and return a single None instead.
         """
         if number != self._passes:
             raise RuntimeError("a second forward pass has overwritten the activations of this backward pass")
         if not keep:
             self._save_accumulated()
-        _put(self._by_output, by_output)
+        _copy_to_static(self._grad_output, grad_output)
         self._replay_backward()
-        by_input = cast(Tensor, self._gradients[0]).detach() if self.input.requires_grad else None
+        grad_input = cast(Tensor, self._gradients[0]).detach() if self.input.requires_grad else None
         if not keep:
-            return [by_input, *(None if g is None else g.detach() for g in self._by_parameters)]
-        for parameter, gradient in zip(self.parameters, self._by_parameters, strict=True):
+            return [grad_input, *(None if g is None else g.detach() for g in self._parameter_grads)]
+        for parameter, gradient in zip(self.parameters, self._parameter_grads, strict=True):
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        return [by_input, None]
+        return [grad_input, None]
 
     @property
     def passes(self) -> int:
-        """Forward passes so far."""
+        """Number of forward passes so far."""
         return self._passes
 
     def _save_accumulated(self) -> None:
-        """Move gradients of an earlier micro-batch out of the memory that is about to be overwritten.
+        """Copy accumulated gradients out of the static tensors, which the next replay overwrites.
 
-        AccumulateGrad does not copy the first gradient of a parameter, it takes the static tensor itself.
+        AccumulateGrad does not copy the first gradient of a parameter: it uses the static tensor as `grad`.
         """
-        taken = [
+        static_grads = [
             parameter
-            for parameter, static in zip(self.parameters, self._by_parameters, strict=True)
+            for parameter, static in zip(self.parameters, self._parameter_grads, strict=True)
             if parameter.grad is not None and static is not None and parameter.grad.data_ptr() == static.data_ptr()
         ]
-        if not taken:
+        if not static_grads:
             return
-        kept = [torch.empty_like(cast(Tensor, parameter.grad)) for parameter in taken]
-        torch._foreach_copy_(kept, [cast(Tensor, parameter.grad) for parameter in taken])
-        for parameter, gradient in zip(taken, kept, strict=True):
-            cast(Tensor, parameter.grad).data = gradient  # the same object, to which DeepSpeed may refer
+        copies = [torch.empty_like(cast(Tensor, parameter.grad)) for parameter in static_grads]
+        torch._foreach_copy_(copies, [cast(Tensor, parameter.grad) for parameter in static_grads])
+        for parameter, gradient in zip(static_grads, copies, strict=True):
+            cast(Tensor, parameter.grad).data = gradient  # keeps the tensor object, because DeepSpeed may refer to it
 
     def _present_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.parameters]
 
 
 class _Replay(torch.autograd.Function):
-    """(part, keep, input, parameters) -> output, as one node of autograd; with `keep` an anchor is all parameters."""
+    """One autograd node that replays a part: (part, keep, input, parameters) -> output.
+
+    With `keep`, a single anchor tensor takes the place of the parameters.
+    """
 
     @staticmethod
     def forward(ctx: Any, part: _CapturedPart, keep: bool, x: Tensor, *_: Tensor) -> Tensor:
@@ -268,19 +274,19 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_output: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.part.backward(by_output, ctx.number, keep=ctx.keep)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.part.backward(grad_output, ctx.number, keep=ctx.keep)
 
 
-def _put(static: Tensor, value: Tensor) -> None:
-    """Copy, unless the neighbouring graph has left the value here already."""
+def _copy_to_static(static: Tensor, value: Tensor) -> None:
+    """Copy `value` into a static tensor, unless the neighbouring graph has already written it there."""
     if static.data_ptr() != value.data_ptr():
         static.detach().copy_(value)
 
 
 @contextmanager
-def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Put buffers (BatchNorm's statistics) and random generators back afterwards."""
+def _preserve_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore buffers (BatchNorm statistics) and random generators on exit."""
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:

@@ -1,7 +1,7 @@
-"""Model + optimiser -> a step, on one process or many, plain (DDP) or with DeepSpeed's ZeRO.
+"""The engine: runs training steps and evaluations, on one process or several, with DDP or DeepSpeed's ZeRO.
 
-`launch/engine/execution.py` says how the model is run, `launch/engine/accelerate.py` knows accelerate,
-`launch/engine/zero_state.py` DeepSpeed.
+Related files: `launch/engine/execution.py` (how the model is executed), `launch/engine/accelerate.py` (wrapping),
+`launch/engine/zero_state.py` (access to DeepSpeed's state).
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from pipeline.rng import Stream, seed64
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves on the device; reading it waits for the step.
+    """Results of a step, on the device. Reading them waits for the step to finish.
 
-    DeepSpeed itself has read the norm at ZeRO 3, and at ZeRO 1 and 2 with an optimiser that is not fused.
+    With ZeRO 3, and with ZeRO 1 and 2 if the optimizer is not fused, DeepSpeed has already waited to read the norm.
     """
 
     loss: Tensor
     """float32 scalar: mean over this rank's rows."""
     grad_norm: Tensor
-    """float32 scalar: global norm before clipping, the same on every rank; not finite = the update was skipped."""
+    """float32 scalar: global norm before clipping, equal on all ranks. If it is not finite, the update was skipped."""
 
 
 class Engine:
-    """A model in training.
+    """A model in training, with its optimizer and EMA.
 
     Args:
-        model: on the CPU; moved and wrapped here.
-        recipe: optimiser, precision, ZeRO stage, BatchNorm, compilation.
+        model: on the CPU; it is moved to the device and wrapped.
+        recipe: optimizer, precision, ZeRO stage, BatchNorm, execution.
         world: from `connect`.
-        micro_batch, accumulation: rows per forward pass and passes per step of this rank.
+        micro_batch, accumulation: rows per forward pass, and forward passes per step, of this rank.
 
-    With CUDA graphs, forward and backward are captured here, and every batch must have the recipe's image size.
+    With CUDA graphs, the constructor captures forward and backward, and every batch must have the recipe's image size.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe, world: World, *, micro_batch: int, accumulation: int) -> None:
         self.world = world
-        # Weight gradients of 1x1 convolutions are sums over all positions of a batch: no parts of them in bf16.
+        # Weight gradients of 1x1 convolutions are sums over all pixels of a batch; bf16 partial sums are too inexact.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.zero, self.precision = zero_and_precision(recipe.parallel, world.device, ranks=world.size)
         self.execution = Execution.of(recipe, world.device, accumulation=accumulation, ranks=world.size)
@@ -65,16 +65,16 @@ class Engine:
         model = self.execution.apply_memory_format(model.to(world.device))
         model = convert_sync_batchnorm(model, recipe.parallel.sync_bn, world)
         self.execution.compile_model(model)
-        # Before wrapping: wrappers call `model.forward` as they find it.
+        # Before wrapping, because wrappers call `model.forward`, which GraphedModel replaces.
         graphed = self.execution.compile == "cudagraphs"
-        # Nobody else looks at the gradients of one process's whole batch.
+        # Static gradients require that neither DDP, DeepSpeed nor accumulation uses them.
         keeps = not self.zero and world.size == 1 and accumulation == 1
         recorder = RECORDERS[world.device.type](world.device) if graphed else None
         self._graphs = GraphedModel(model, recorder, keeps_gradients=keeps) if recorder else None
         optim = recipe.optim
-        kind = OPTIMIZERS[optim.optimizer]
+        spec = OPTIMIZERS[optim.optimizer]
         groups = parameter_groups(model, optim.weight_decay)
-        optimizer = kind.build(groups, optim.betas, optim.eps, self.execution.optimizer_impl)
+        optimizer = spec.build(groups, optim.betas, optim.eps, self.execution.optimizer_impl)
         self._wrapped, self._optimizer = wrap(
             model,
             optimizer,
@@ -87,32 +87,32 @@ class Engine:
         )
         self.model: nn.Module = self._wrapped.module if self.zero else model
         self._frozen = batch_norms(self.model) if recipe.model.freeze_bn else []
-        self._wrapped.eval()  # so that the first `_set_training_mode` sees to the frozen layers
+        self._wrapped.eval()  # so that the first `_set_training_mode` also sets the mode of frozen layers
         self._staging: dict[str, Tensor] = {}
         self._state = OptimizerState(
-            self.zero, self.model, self._optimizer, world, moments=kind.moments, decay=optim.ema
+            self.zero, self.model, self._optimizer, world, moments=spec.moments, decay=optim.ema
         )
         self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
-        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # as `wrap` has told DeepSpeed
+        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # see `wrap`
         self.notes: list[str] = []
-        """Lines for the log about how the engine was set up."""
+        """Messages for the log about the setup of the engine."""
         if self._graphs is not None:
             self._capture(self._graphs, micro_batch)
 
     @property
     def input_dtype(self) -> torch.dtype:
-        """Dtype in which images should come."""
+        """Dtype of the images that `step` expects."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
     def step(self, batches: Sequence[Batch], *, step: int, lr: float) -> StepResult:
-        """One optimiser step over this rank's micro-batches; skipped on all ranks if a gradient is not finite.
+        """Run one optimizer step on this rank's micro-batches. All ranks skip the update if a gradient is not finite.
 
         Args:
-            batches: as many as `accumulation`.
-            step: global step number, which (with seed and rank) seeds drop path.
+            batches: `accumulation` micro-batches.
+            step: global step number. With seed and rank, it seeds drop path.
             lr: learning rate of this step.
         """
-        # CUDA graphs take seed and offset of the generator at each replay, so they draw afresh as well.
+        # A replay of a CUDA graph reads the generator's seed and offset, so that it draws new random numbers too.
         seed_generators(self.world.device, seed64(Stream.DROP_PATH, self._recipe.run.seed, step, self.world.rank))
         for group in self._optimizer.param_groups:
             group["lr"] = lr
@@ -125,7 +125,7 @@ class Engine:
     def _plain_step(self, batches: Sequence[Batch], update: Updater) -> StepResult:
         total = torch.zeros((), device=self.world.device)
         for number, batch in enumerate(batches):
-            # DDP exchanges gradients at the last micro-batch only.
+            # DDP reduces gradients only in the last micro-batch.
             local = self.world.size > 1 and number < len(batches) - 1
             with self._wrapped.no_sync() if local else contextlib.nullcontext():
                 with autocast(self.world.device, self.precision):
@@ -144,17 +144,17 @@ class Engine:
             last = number == len(batches) - 1
             self._wrapped.set_gradient_accumulation_boundary(last)
             loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
-            self._wrapped.backward(loss)  # divides by the number of micro-batches itself
+            self._wrapped.backward(loss)  # DeepSpeed divides by the number of micro-batches
             if last and self._clips:
                 norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
             self._wrapped.step()
             total += loss.detach() / len(batches)
-        if norm is None:  # DeepSpeed has read the norm, and skipped the update where it is not finite
+        if norm is None:  # DeepSpeed has computed the norm, and skipped the update if it is not finite
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)
 
     def _set_training_mode(self) -> None:
-        if self.model.training:  # setting the mode of all layers costs the host a millisecond or two
+        if self.model.training:  # setting the mode of all layers takes 1 to 2 ms of host time
             return
         self._wrapped.train()
         for norm in self._frozen:
@@ -162,15 +162,15 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], *, average: bool = False) -> dict[str, float]:
-        """Accuracy over all ranks' batches: samples, top1, top5 (shares) and loss. Collective.
+        """Return samples, top1, top5 (fractions) and loss over the batches of all ranks. Collective.
 
         Args:
-            average: evaluate the moving average instead of the present weights.
+            average: evaluate the EMA instead of the current weights.
         """
         self.average_statistics()
         self._wrapped.eval()
-        # The bare module: wrappers would add collectives. Eager where training is compiled: a second compilation, for
-        # evaluation, would hold the run up for minutes.
+        # The unwrapped module, because wrappers would add collectives. Eager even if training is compiled, because
+        # compiling again for evaluation would take minutes.
         forward = self.model.forward if self.execution.uses_compiler else self.model
         totals = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with self._state.averaged() if average else contextlib.nullcontext(), fat.kernels.use(self.execution.kernels):
@@ -182,7 +182,7 @@ class Engine:
         return {"samples": int(samples), "top1": top1 / samples, "top5": top5 / samples, "loss": loss / samples}
 
     def average_statistics(self) -> None:
-        """Make BatchNorm's running statistics the mean over ranks; synchronised ones are already. Collective."""
+        """Average BatchNorm's running statistics over ranks (synchronized ones are equal already). Collective."""
         if self.world.size == 1:
             return
         buffers = [*self.statistics(), *self._state.averaged_statistics]
@@ -192,27 +192,27 @@ class Engine:
             buffer.copy_(part.view_as(buffer))
 
     def statistics(self) -> list[Tensor]:
-        """BatchNorm's running means and variances, live."""
+        """Return BatchNorm's running means and variances (not copies)."""
         return [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Tensor]:
-        """Canonical state (see `launch.engine.zero_state`), full tensors on the CPU, untouched by training until the
-        next call.
+        """Return the canonical state (see `launch.engine.zero_state`) as full tensors on the CPU. Collective.
 
-        Collective: every rank must call it; the result is complete on rank 0 and empty elsewhere.
+        Rank 0 gets the state, other ranks an empty one. Training does not change the tensors, but the next call
+        overwrites them.
         """
         self.average_statistics()
         state = self._state.state_dict()
         if not self.world.is_main:
             return {}
         cuda = self.world.device.type == "cuda"
-        if not self._staging:  # kept: touching fresh memory costs more than copying
+        if not self._staging:  # allocated once, because page faults of new memory cost more than the copy
             self._staging = {
                 key: torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda) for key, value in state.items()
             }
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # thousands of small copies: waking threads for each takes far longer than copying
+        torch.set_num_threads(1)  # waking threads for each of thousands of small copies takes longer than the copies
         for key, value in state.items():
             self._staging[key].copy_(value, non_blocking=True)
         torch.set_num_threads(threads)
@@ -221,27 +221,33 @@ class Engine:
         return dict(self._staging)
 
     def load_state_dict(self, state: dict[str, Tensor], *, steps: int) -> None:
-        """Take back what `state_dict` gave, on every rank alike. `steps` optimiser steps lie behind it.
+        """Load a `state_dict`. Collective: every rank passes the same state.
+
+        Args:
+            steps: number of optimizer steps after which the state was saved.
 
         Raises:
-            RecipeError: the state is of another model.
+            RecipeError: the state belongs to another model.
         """
         try:
             self._state.load_state_dict(state, steps=steps)
         except ValueError as error:
             raise RecipeError(
-                f"the checkpoint is of another model: {error}; use its recipe, or another run folder (--out)"
+                f"the checkpoint belongs to another model: {error}; use its recipe, or another run folder (--out)"
             ) from None
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks, which would keep the model in memory when this process makes another engine."""
+        """Remove DeepSpeed's hooks, which would keep the model in memory when this process builds another engine."""
         if self.zero:
             self._wrapped.destroy()
 
     def digest(self) -> int:
-        """A 63-bit digest of the parameters as this rank holds them, to compare with other ranks'. Reads the device."""
+        """Return a 63-bit digest of this rank's parameters, to compare with that of other ranks. Waits for the device.
+
+        With ZeRO 3, whose ranks have different parts of the parameters, it is 0.
+        """
         if self.zero == 3:
-            return 0  # no rank holds what another holds
+            return 0
         total = torch.zeros((), dtype=torch.int64, device=self.world.device)
         for number, parameter in enumerate(self._state.parameters):
             words = parameter.detach().flatten().contiguous().view(torch.int32)
@@ -250,28 +256,28 @@ class Engine:
 
     @property
     def description(self) -> str:
-        """For people: engine and precision."""
+        """Data parallelism and precision, for messages."""
         return f"{f'DeepSpeed ZeRO-{self.zero}' if self.zero else 'plain data parallel'}, {self.precision}"
 
     @property
     def resolved(self) -> dict[str, str]:
-        """What the engine works with, for people and the log."""
+        """Names and chosen values of execution options, for the log."""
         ranks = {norm.ranks for norm in batch_norms(self.model) if isinstance(norm, GlobalBatchNorm)}
         over = f"over {ranks.pop()} ranks" if ranks else "per rank" if self.world.size > 1 else "of the whole batch"
-        how, device = self.execution, self.world.device.type
+        execution, device = self.execution, self.world.device.type
         detail = f": forward and backward of {self._graphs.parts} parts" if self._graphs else ""
-        detail = f" ({how.eager_because})" if how.eager_because else detail
+        detail = f" ({execution.eager_reason})" if execution.eager_reason else detail
         return {
             "engine": self.description,
-            "compile": how.compile + detail,
-            "channels-last": "activations" if how.memory_format == "contiguous" else "weights and activations",
-            "kernels": "torch's" if how.kernels == "off" or not fat.kernels.supported(device) else "FAT's own",
-            "optimiser": f"{how.optimizer_impl} {self._recipe.optim.optimizer}",
+            "compile": execution.compile + detail,
+            "channels-last": "activations" if execution.memory_format == "contiguous" else "weights and activations",
+            "kernels": "PyTorch" if execution.kernels == "off" or not fat.kernels.supported(device) else "Triton",
+            "optimiser": f"{execution.optimizer_impl} {self._recipe.optim.optimizer}",
             "BatchNorm": "frozen" if self._frozen else over,
         }
 
     def _capture(self, graphs: GraphedModel, rows: int) -> None:
-        """Capture the training passes as CUDA graphs; else training is eager. Collective."""
+        """Capture the training passes as CUDA graphs; if that fails on a rank, all ranks train eagerly. Collective."""
         self._set_training_mode()
         size, device = self._recipe.data.size, self.world.device
         generator = torch.Generator(device).manual_seed(0)
@@ -282,17 +288,17 @@ class Engine:
             reason = capture_on_all_ranks(graphs, images, cast_to, self.world)
         if reason:
             self._graphs = None
-            self.execution = replace(self.execution, compile="off", eager_because=f"capture failed: {reason}")
+            self.execution = replace(self.execution, compile="off", eager_reason=f"capture failed: {reason}")
             self.notes.append(
                 f"warning: CUDA graph capture failed ({reason}); training continues eagerly, without graphs"
             )
 
 
 def seed_generators(device: torch.device, value: int) -> None:
-    """Seed the CPU's generator and, of a CUDA device, that of the current one (which `connect` has set).
+    """Seed the CPU's generator and, for a CUDA device, that of the current device, which `connect` has set.
 
-    `torch.manual_seed` would seed those of all other kinds of devices as well: for each kind that is not there, it
-    looks at the source files of all callers, to remember where it was asked.
+    `torch.manual_seed` is slower: it also seeds all other device types, and for each type that is not available it
+    formats a stack trace.
     """
     torch.default_generator.manual_seed(value)
     if device.type == "cuda":

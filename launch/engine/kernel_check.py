@@ -1,5 +1,5 @@
-"""Before a model runs with FAT's own kernels: compile them in parallel, compare each family with torch, and switch off
-the families that fail. docs/kernels.md tells what is compared, and the bounds.
+"""Self-check of the Triton kernels: compile them in parallel, compare each kernel family with PyTorch, and disable the
+families that fail. docs/kernels.md describes the comparisons and their tolerances.
 """
 
 from __future__ import annotations
@@ -32,39 +32,39 @@ Work = Callable[[], object]
 
 
 class KernelsUnusable(UserError):
-    """A kernel has made the device unusable, so the process must end."""
+    """A kernel has left the device in an error state, so the process must end."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class KernelCheckResult:
-    """What the comparison has found, the same on every rank. Written to recipe.json."""
+    """Result of the self-check, equal on all ranks. It is written to recipe.json."""
 
     checked: tuple[str, ...] = ()
-    """Families that were compared with torch."""
+    """Kernel families that were compared with PyTorch."""
     failed: tuple[Failure, ...] = ()
-    """Those of them that are switched off, and why: they failed on any node."""
+    """Families that failed on any node, and are therefore disabled on all."""
     seconds: float = 0.0
     """Duration of the comparison on rank 0's node, without compilation."""
     warnings: tuple[str, ...] = ()
-    """Why no comparison could be made, or kernels could not be compiled ahead, on any node."""
+    """Why the comparison or the compilation ahead of time failed, on any node."""
     compilation: str = ""
-    """How many kernels were compiled before their first launch, on rank 0's node."""
+    """Summary of the kernels that were compiled ahead of time on rank 0's node."""
 
     @property
     def resolved(self) -> dict[str, str]:
-        """Summaries for the log, beside those of the engine."""
+        """Summaries for the log, by name."""
         check = "; ".join(("not compared", *self.warnings))
         if self.checked:
-            off = ", ".join(failure.family for failure in self.failed)
-            outcome = f"switched off: {off}" if off else "all agree with torch"
+            disabled = ", ".join(failure.family for failure in self.failed)
+            outcome = f"disabled: {disabled}" if disabled else "all agree with PyTorch"
             check = f"{len(self.checked)} families compared in {self.seconds:.1f} s; {outcome}"
         return {"kernel check": check} | ({"kernel compilation": self.compilation} if self.compilation else {})
 
 
 def check_training_kernels(recipe: Recipe, feed: Feed, model: fat.FAT) -> KernelCheckResult:
-    """`check_kernels` for a training run."""
+    """Run `check_kernels` for a training run. Collective."""
     _, precision = zero_and_precision(recipe.parallel, feed.world.device, ranks=feed.world.size)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     frozen, sides = recipe.model.freeze_bn, (3, recipe.data.size, recipe.data.size)
@@ -95,25 +95,24 @@ def check_kernels(
     mode: kernels.Mode | None = None,
     passes: Sequence[Work] = (),
 ) -> KernelCheckResult:
-    """Compile the kernels that a model and its loader will use, compare them with torch, and switch off the families
-    that fail.
+    """Compile the kernels of a model and its loader, compare them with PyTorch, and disable the families that fail.
 
-    Collective: the first rank of every node compiles and compares while its other ranks wait, and a family that fails
-    on one node is switched off on all ranks, so that results do not depend on the rank. Rank 0 prints progress and
-    warnings to stderr. Nothing is compared where kernels do not serve, or with mode "unchecked".
+    Collective: the first rank of every node compiles and compares while the node's other ranks wait. A family that
+    fails on one node is disabled on all ranks, so that results do not depend on the rank. Rank 0 prints progress and
+    warnings to stderr. Nothing is compared if kernels are not used, or with mode "unchecked".
 
     Args:
-        model: is left as it is.
-        size: side of its images in pixels.
-        dtype: bfloat16 = under autocast, float32 = without; also of the loader's batches.
-        gradients: whether it is trained, or evaluated only.
-        frozen_norms: BatchNorm stands still in training.
-        augment: what the loader does on the device, if anything.
-        mode: the model's kernels; None = `fat.kernels.mode()`, by which augmentation goes in any case.
-        passes: what the model will run, for `fat.kernels.prefill`.
+        model: it is not changed.
+        size: height and width of its images in pixels.
+        dtype: of the batches. bfloat16: the model runs under autocast; float32: without.
+        gradients: whether the model is trained, not only evaluated.
+        frozen_norms: whether BatchNorm uses its running statistics in training.
+        augment: augmentation that the loader runs on the device; None: none.
+        mode: kernel mode of the model; None: `fat.kernels.mode()`, which the loader always uses.
+        passes: functions that run the model, from `fat.kernels.prefill`.
 
     Raises:
-        KernelsUnusable: a kernel has made the device unusable.
+        KernelsUnusable: a kernel has left the device in an error state.
     """
     of_model = (mode or kernels.mode()) if kernels.supported(world.device.type) else "off"
     of_loader = kernels.mode() if augment is not None and augment_kernels.available(world.device) else "off"
@@ -129,12 +128,12 @@ def check_kernels(
     work = list(passes) if of_model != "off" else []
     if augment is not None and of_loader != "off":
         work.append(lambda: launch_all(augment, dtype))
-    mine: KernelCheckResult | None = None
+    result: KernelCheckResult | None = None
     if world.local_rank == 0:
-        mine = _check_on_this_node(cases, work, world)
+        result = _check_on_this_node(cases, work, world)
     elif work:
-        compile_kernels((), tell=False)  # nothing, but let launches find what the first rank has compiled
-    nodes = [verdict for verdict in world.gather(mine) if verdict is not None]
+        compile_kernels((), show_progress=False)  # compiles nothing; loads kernels that local rank 0 has compiled
+    nodes = [result for result in world.gather(result) if result is not None]
     failed: dict[str, Failure] = {}
     for failure in (failure for node in nodes for failure in node.failed):
         failed.setdefault(failure.family, failure)
@@ -142,28 +141,28 @@ def check_kernels(
     kernels.disable(*failed.keys() & set(kernels.FAMILIES))
     augment_kernels.disable(*failed.keys() & set(augment_kernels.FAMILIES))
     if world.is_main:
-        off = [
-            f"the {family} kernels do not agree with torch and are switched off: {failure}"
+        disabled = [
+            f"the {family} kernels differ from PyTorch, so PyTorch is used instead: {failure}"
             for family, failure in failed.items()
         ]
-        for line in (*off, *warnings):
+        for line in (*disabled, *warnings):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     return replace(nodes[0], failed=tuple(failed.values()), warnings=tuple(warnings))
 
 
 def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], world: World) -> KernelCheckResult:
-    """Compile the kernels of `work` and of the comparison, and compare."""
+    """Compile the kernels of `work` and of the comparison, then compare."""
     checks: list[Check] = []
     warnings: list[str] = []
     try:
         checks = cases()
-    except Exception as error:  # a comparison that cannot be made is no reason not to train
-        why = f"{type(error).__name__}: {first_line(error)}"
-        warnings.append(f"kernels: the comparison could not be made ({why}); they are used unchecked")
+    except Exception as error:  # a failure of the self-check alone must not prevent training
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        warnings.append(f"the self-check of the kernels failed ({reason}); they are used unchecked")
     launches = [*work, *(check.launch for check in checks)]
     if not launches:
         return KernelCheckResult(warnings=tuple(warnings))
-    compilation, problem = compile_kernels(launches, tell=world.is_main)
+    compilation, problem = compile_kernels(launches, show_progress=world.is_main)
     if problem is not None:
         warnings.append(problem)
     start = time.perf_counter()
@@ -183,15 +182,15 @@ def _check_on_this_node(cases: Callable[[], list[Check]], work: Sequence[Work], 
     )
 
 
-def compile_kernels(work: Sequence[Work], *, tell: bool) -> tuple[str, str | None]:
-    """Compile what `work` launches into Triton's cache, and make this process look kernels up there.
+def compile_kernels(work: Sequence[Work], *, show_progress: bool) -> tuple[str, str | None]:
+    """Compile the kernels that `work` launches into Triton's cache, from which this process then loads kernels.
 
     Returns:
-        A summary, empty if nothing is launched; and what went wrong in a line, None if nothing did.
+        A summary (empty if no kernel is launched), and the first error in one line (None if there was none).
     """
     try:
         from fat.kernels.prefill.compile_ahead import compile_ahead
-    except ImportError as error:  # it uses parts of Triton that another version may not have
-        return "", f"kernels not compiled ahead, but by their first launch: {first_line(error)}"
-    report = compile_ahead(work, processes=cores(), progress=Progress(sys.stderr) if tell else None)
+    except ImportError as error:  # it uses internals of Triton that other versions may not have
+        return "", f"kernels are compiled at their first launch, not ahead of time: {first_line(error)}"
+    report = compile_ahead(work, processes=cores(), progress=Progress(sys.stderr) if show_progress else None)
     return str(report) if report.total else "", report.problem

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch, and the accuracy over many batches."""
+"""The training loss of a micro-batch, and the accuracy of evaluation batches."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pipeline.loader import Batch
 
 
 def soft_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor:
-    """Mean cross-entropy against smoothed (and, where rows were mixed, shared) labels; float32 scalar.
+    """Return the mean cross-entropy with label smoothing and, if rows were mixed, mixed labels, as a float32 scalar.
 
     Args:
-        logits: [B, classes], any float dtype; the softmax is taken in float32.
+        logits: [B, classes], any float dtype; the softmax is computed in float32.
     """
     logits = logits.float()
     if batch.lam is None:
@@ -27,7 +27,7 @@ def soft_cross_entropy(logits: Tensor, batch: Batch, smoothing: float) -> Tensor
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast to bf16 where `precision` is bf16; nothing at fp32."""
+    """Return a context of autocast to bfloat16 if `precision` is bf16, else an empty one."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
@@ -39,12 +39,12 @@ def count_batches(
     precision: str,
     outputs: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Evaluate batches one by one, without gradients; yields labels int64 [B] and their `count_correct`.
+    """Evaluate batches without gradients; yield the labels (int64 [B]) of each batch and its `count_correct`.
 
     Args:
         forward: images [B, 3, H, W] -> logits [B, N].
         precision: bf16 or fp32.
-        outputs: int64 [classes], the output of the model for each class; None = the first ones, in order.
+        outputs: int64 [classes], the model output of each class; None: output i is class i.
     """
     for batch in batches:
         with torch.no_grad(), autocast(device, precision):
@@ -55,7 +55,7 @@ def count_batches(
 
 
 def count_correct(logits: Tensor, batch: Batch) -> Tensor:
-    """Per row: 1, top-1 hit, top-5 hit, cross-entropy; all 0 where the mask is False. float64 [B, 4]."""
+    """Return 1, top-1 hit, top-5 hit and cross-entropy of each row (zeros if its mask is False), as float64 [B, 4]."""
     logits = logits.float()
     hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
     losses = F.cross_entropy(logits, batch.labels, reduction="none")

@@ -1,4 +1,4 @@
-"""Check that batches and activations fit into memory, from the sizes alone."""
+"""Check that batches and activations fit into memory, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from launch.feed import Feed
 from launch.machine.world import World
 from shards.memory import check_memory
 
-# What FAT-B0 keeps of an image between forward and backward, per pixel in float32, is 1,354 bytes (`fat.count`); the
-# other variants keep more.
+# A lower bound: FAT-B0 keeps 1,354 bytes of float32 activations per pixel of an image for the backward pass
+# (`fat.count`), and the other variants keep more.
 ACTIVATION_BYTES_PER_PIXEL = 1000
 CHANNELS = 3
 
 
 def check_batches_fit(feed: Feed) -> None:
-    """Compare the memory that a rank's batches take at least, on all ranks of this machine, with what there is.
+    """Check that the batches of all ranks on this machine fit into its memory, by a lower bound of their size.
 
-    Counted are encoded images read ahead, decoded batches and, on CPUs, activations. The weights are not: they do not
-    depend on these options.
+    The bound counts encoded images that are read ahead, decoded batches and, on CPUs, activations. It does not count
+    weights, because they do not depend on the options that the message names.
 
     Raises:
-        UserError: names the options that decide, what they take and what the machine has.
+        UserError: names these options, the memory that they need and the memory of the machine.
     """
     data, settings, world = feed.recipe.data, feed.loader_options.settings, feed.world
     rows, pixels = feed.shape.micro_rows, data.size**2
     _, precision = zero_and_precision(feed.recipe.parallel, world.device, ranks=world.size)
     itemsize = 2 if precision == "bf16" else 4
-    # All micro-batches of the step in use, those that are ready, and those that are being decoded (as bytes);
-    # evaluation has its own.
+    # All micro-batches of the current step, the batches that are ready, and those being decoded (as uint8). Evaluation
+    # has separate batches.
     ahead = settings.ready * itemsize + settings.decode_ahead
     numbers = feed.shape.rank_rows * itemsize + rows * ahead + feed.eval_rows * (itemsize + ahead)
     batches = numbers * pixels * CHANNELS
@@ -49,7 +49,7 @@ def check_batches_fit(feed: Feed) -> None:
 
 
 def check_device_memory(what: str, needed: float, remedy: str, world: World) -> None:
-    """Compare what each rank needs on its device with what there is: on CPUs, all ranks of this machine share it.
+    """Check that `needed` bytes per rank fit on its device; on CPUs, the ranks of this machine share its memory.
 
     Raises:
         UserError: see `shards.memory.check_memory`.

@@ -1,4 +1,4 @@
-"""Optimisers by name. A new one is an entry here: how it is built, and what state a checkpoint must hold of it."""
+"""The optimizers. To add one, add an entry to `OPTIMIZERS`: how to build it, and the state to save in checkpoints."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ Groups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Kind:
-    """One optimiser."""
+class OptimizerSpec:
+    """How to build an optimizer, and its state."""
 
     build: Callable[[Groups, tuple[float, float], float, OptimizerImpl], torch.optim.Optimizer]
-    """(parameter groups, betas, eps, form) -> optimiser; the learning rate is set at every step."""
+    """(parameter groups, betas, eps, implementation) -> optimizer. The learning rate is set at every step."""
     moments: tuple[str, ...]
-    """Names of its per-parameter state of the parameter's own shape; a scalar tensor `step` stands beside them."""
+    """Names of the state tensors that have the shape of their parameter. A scalar tensor `step` exists in addition."""
 
 
-def _adamw(groups: Groups, betas: tuple[float, float], eps: float, form: OptimizerImpl) -> torch.optim.Optimizer:
-    fused = form == "fused"
+def _adamw(groups: Groups, betas: tuple[float, float], eps: float, impl: OptimizerImpl) -> torch.optim.Optimizer:
+    fused = impl == "fused"
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=fused, foreach=not fused)
 
 
 class Updater:
-    """Clips gradients by their global norm and steps, unless it is not finite.
+    """Clips gradients by their global norm and steps the optimizer, if the norm is finite.
 
-    A fused optimiser does all that on the device, without anybody reading the norm on the host. Others make the host
-    wait. For fused AdamW these are torch's own operations, bit by bit, but not torch's Python around them, which looks
-    at every parameter a dozen times in every step: hooks of the optimiser are not called.
+    With a fused optimizer, all of this runs on the device; otherwise the host waits for the norm. For fused AdamW the
+    results are bitwise those of PyTorch, whose Python code is bypassed because it visits every parameter a dozen times
+    per step: hooks of the optimizer are not called.
 
     Args:
-        optimizer: AdamW of `OPTIMIZERS`, with state (`create_state`), of which only the values change later.
-        parameters: all of its parameters, in the order of their norms. Each gets a gradient in every step.
+        optimizer: AdamW of `OPTIMIZERS`, after `create_state`. Its state tensors must not be replaced later.
+        parameters: all of its parameters, in the order in which their norms are summed. Each gets a gradient in every
+            step.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor]) -> None:
@@ -50,7 +51,7 @@ class Updater:
 
     @torch.no_grad()
     def __call__(self, max_norm: float) -> torch.Tensor:
-        """Clip and step; returns the norm before clipping, a float32 scalar.
+        """Clip and step; return the norm before clipping, a float32 scalar.
 
         Args:
             max_norm: 0 = no clipping.
@@ -88,8 +89,8 @@ class Updater:
 
 
 def create_state(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Tensor], moments: Sequence[str]) -> None:
-    """Give an optimiser the state that it would make at its first step, so that a checkpoint can be loaded before."""
-    fused = optimizer.defaults["fused"]  # else the host reads the number of steps at every step
+    """Create the state that an optimizer creates in its first step, so that a checkpoint can be loaded before it."""
+    fused = optimizer.defaults["fused"]  # other implementations read the step number on the host at every step
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.tensor(0.0, device=parameter.device if fused else "cpu"),
@@ -98,10 +99,10 @@ def create_state(optimizer: torch.optim.Optimizer, parameters: Sequence[torch.Te
 
 
 def clip_by_norm(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: float) -> None:
-    """Scale gradients down so that their global norm is at most `max_norm`, on the device alone.
+    """Scale gradients down so that their global norm is at most `max_norm`, without waiting for the device.
 
     Args:
-        norm: float32 scalar, their present global norm.
+        norm: float32 scalar, the current global norm.
         max_norm: 0 = no clipping.
     """
     if max_norm:
@@ -109,7 +110,7 @@ def clip_by_norm(gradients: list[torch.Tensor], norm: torch.Tensor, max_norm: fl
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> None:
-    """Make the next step of a fused optimiser change nothing if the norm is not finite, which the device decides.
+    """Make the next step of a fused optimizer change nothing if the norm is not finite, without waiting for the device.
 
     Args:
         norm: float32 scalar.
@@ -121,13 +122,16 @@ def _not_finite(norm: torch.Tensor) -> torch.Tensor:
     return norm.isfinite().logical_not().float()
 
 
-OPTIMIZERS: dict[str, Kind] = {"adamw": Kind(_adamw, ("exp_avg", "exp_avg_sq"))}
+OPTIMIZERS: dict[str, OptimizerSpec] = {"adamw": OptimizerSpec(_adamw, ("exp_avg", "exp_avg_sq"))}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Two groups: 1-D parameters, biases and what the model names itself have no weight decay; the rest has."""
+    """Return two groups of parameters, with and without weight decay.
+
+    Without it are 1-D parameters, biases and the parameters in `model.no_weight_decay()`.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    no_decay: set[str] = getattr(model, "no_weight_decay", set)()
-    kept = [p for name, p in named if p.ndim > 1 and name not in no_decay]
-    free = [p for name, p in named if p.ndim <= 1 or name in no_decay]
-    return [{"params": kept, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    excluded: set[str] = getattr(model, "no_weight_decay", set)()
+    decay = [p for name, p in named if p.ndim > 1 and name not in excluded]
+    no_decay = [p for name, p in named if p.ndim <= 1 or name in excluded]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]

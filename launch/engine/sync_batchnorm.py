@@ -1,4 +1,4 @@
-"""BatchNorm over several ranks: synchronised, in groups, or frozen."""
+"""BatchNorm with statistics over all ranks or over groups of ranks."""
 
 from __future__ import annotations
 
@@ -16,82 +16,82 @@ from launch.config.recipe import Recipe
 from launch.machine.world import World
 from pipeline.batch_shape import divisors, nearest
 
-# Attention pools to a 32nd of the image's side, rounded up.
+# Attention pools the image to ceil(side / 32) pixels per side: from this size on, to more than one pixel.
 MIN_SIZE_OF_ONE_IMAGE = 33
 
 
-def convert_sync_batchnorm(model: nn.Module, wanted: str, world: World) -> nn.Module:
-    """BatchNorm's statistics over all ranks, or over groups of N neighbours (`group:N`), where there are several ranks.
+def convert_sync_batchnorm(model: nn.Module, sync_bn: str, world: World) -> nn.Module:
+    """Replace BatchNorm layers by layers whose statistics are over all ranks, or over groups of consecutive ranks.
 
-    Each layer then costs a small collective forward and one backward; groups inside a node keep those off the network.
+    Each of them adds a small collective to the forward and to the backward pass. Groups within a node avoid network
+    traffic. If `sync_bn` resolves to off, the model is returned unchanged.
 
     Args:
-        wanted: auto, on, off or group:N (`RunConfig.sync_bn`).
+        sync_bn: auto, on, off or group:N (`ParallelConfig.sync_bn`).
 
     Raises:
-        RecipeError: asked for what cannot be.
+        RecipeError: there is only one rank, or N does not divide the world size.
     """
-    if not over_ranks(wanted, world.size, world.device):
+    if not syncs_over_ranks(sync_bn, world.size, world.device):
         return model
     if world.size == 1:
-        raise RecipeError(f"--sync-bn {wanted}: needs several ranks, here is one; use auto")
-    size = int(wanted.removeprefix("group:")) if wanted.startswith("group:") else world.size
+        raise RecipeError(f"--sync-bn {sync_bn}: requires several ranks, but there is only one; use auto")
+    size = int(sync_bn.removeprefix("group:")) if sync_bn.startswith("group:") else world.size
     if world.size % size:
         raise RecipeError(
-            f"--sync-bn {wanted}: {size} does not divide the world size {world.size}; the nearest that do: "
+            f"--sync-bn {sync_bn}: {size} does not divide the world size {world.size}; the nearest that do: "
             f"{nearest(size, divisors(world.size))}"
         )
-    # Groups of their own, not the default one that reduces gradients: on one communicator these small all-reduces would
-    # queue behind buckets of gradients in the backward pass, and captured collectives (`launch.engine.cuda_graphs`)
-    # would mix with eager ones, which depends on NCCL_GRAPH_MIXING_SUPPORT. Every rank takes part in making every
-    # group.
+    # Separate process groups, because on the communicator that reduces gradients, these small all-reduces would queue
+    # behind gradient buckets, and captured collectives (`launch.engine.cuda_graphs`) would mix with eager ones, which
+    # NCCL_GRAPH_MIXING_SUPPORT may forbid. Every rank must call `new_group` for every group.
     groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world.size, size)]
     group = groups[world.rank // size]
     assert group is not None
     return _replace(model, group)
 
 
-def over_ranks(wanted: str, ranks: int, device: torch.device) -> bool:
-    """Whether statistics are to be those of several ranks (`RunConfig.sync_bn`, resolved)."""
-    return wanted != "off" and (wanted != "auto" or (ranks > 1 and device.type == "cuda"))
+def syncs_over_ranks(sync_bn: str, ranks: int, device: torch.device) -> bool:
+    """Return whether BatchNorm statistics are computed over several ranks (resolves `ParallelConfig.sync_bn`)."""
+    return sync_bn != "off" and (sync_bn != "auto" or (ranks > 1 and device.type == "cuda"))
 
 
 def check_values_per_channel(recipe: Recipe, rows: int, world: World) -> None:
-    """Reject batches whose BatchNorm statistics would be those of one value.
+    """Raise RecipeError if a BatchNorm layer would have only one value per channel.
 
     Args:
         rows: images per forward pass of a rank.
 
     Raises:
-        RecipeError: one image in a forward pass, of a size whose pooled maps have one pixel.
+        RecipeError: a forward pass has one image, whose pooled feature maps have one pixel.
     """
     smallest = MIN_SIZE_OF_ONE_IMAGE
     alone = rows == 1 and recipe.data.size < smallest and not recipe.model.freeze_bn
-    if alone and not over_ranks(recipe.parallel.sync_bn, world.size, world.device):
+    if alone and not syncs_over_ranks(recipe.parallel.sync_bn, world.size, world.device):
         raise RecipeError(
-            f"--size {recipe.data.size}: one image per forward pass leaves BatchNorm one value per channel, which has "
-            f"no variance; use two images or more (--global-batch, --micro-batch), or --size {smallest} or more"
+            f"--size {recipe.data.size}: one image per forward pass gives BatchNorm one value per channel, which has "
+            f"no variance; use at least two images (--global-batch, --micro-batch), or --size {smallest} or more"
         )
 
 
 def batch_norms(model: nn.Module) -> list[nn.Module]:
-    """All BatchNorm layers, synchronised or not."""
+    """Return all BatchNorm layers, synchronized or not."""
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 class GlobalBatchNorm(BatchNorm):
-    """BatchNorm whose training statistics are those of all ranks of a group, each with the same number of values.
+    """BatchNorm whose training statistics are over all ranks of a group, which all have the same number of values.
 
-    torch's SyncBatchNorm allows for ranks with different numbers, and to leave out those without any it makes the host
-    wait for the device in every layer; nor can it be compiled whole. Here ranks have equal numbers by plan, so one
-    all-reduce forward and one backward are all there is.
+    PyTorch's SyncBatchNorm supports ranks with different numbers of values. For that it makes the host wait for the
+    device in every layer, and it cannot be compiled as one graph. The plan gives all ranks equal numbers, so that one
+    all-reduce in the forward and one in the backward pass are sufficient.
 
-    images: float [B, C, H, W], any memory layout and dtype; statistics are float32, and combined over ranks in float64,
-    where the mean of squares less the square of the mean keeps its digits.
+    images: float [B, C, H, W], any memory format and dtype. Statistics are float32. They are combined over ranks in
+    float64, because the mean of squares minus the square of the mean is inexact in float32.
     """
 
     def __init__(self, norm: nn.BatchNorm2d, group: dist.ProcessGroup) -> None:
-        """Take over the parameters and buffers of `norm`."""
+        """Use the parameters and buffers of `norm`."""
         super().__init__(norm.num_features, norm.eps, norm.momentum, device="meta")
         self._parameters.update(norm._parameters)
         self._buffers.update(norm._buffers)
@@ -102,45 +102,45 @@ class GlobalBatchNorm(BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        output, mean, var = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
+        output, mean, var = _Normalize.apply(input, self.weight, self.bias, self.eps, self.group, self.ranks)
         assert self.running_mean is not None
         self.update_running_stats(mean - self.running_mean, var, input.numel() // input.shape[1])
         return output
 
     def sync_stats(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = _Share.apply(mean, var, self.group, self.ranks)
+        result: tuple[Tensor, Tensor] = _SyncStatistics.apply(mean, var, self.group, self.ranks)
         return result
 
     def sync_sum(self, values: Tensor) -> Tensor:
         return _sum_over_ranks(values, self.group)
 
 
-class _Share(torch.autograd.Function):
-    """(mean, biased variance, group, ranks), [C] float32 -> the same of all ranks' values together."""
+class _SyncStatistics(torch.autograd.Function):
+    """(mean, biased variance, group, ranks) of a rank -> mean and biased variance over all ranks; [C] float32."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
-        total_mean, total_var = _over_ranks(mean, var, group, ranks)
+        total_mean, total_var = _combine_over_ranks(mean, var, group, ranks)
         ctx.save_for_backward(mean, total_mean)
         ctx.group, ctx.ranks = group, ranks
         return total_mean, total_var
 
     @staticmethod
-    def backward(ctx: Any, by_mean: Tensor, by_var: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Tensor | None, ...]:
         mean, total_mean = ctx.saved_tensors
-        by_mean, by_var = (_sum_over_ranks(torch.cat([by_mean, by_var]), ctx.group) / ctx.ranks).chunk(2)
-        return by_mean + 2 * (mean - total_mean) * by_var, by_var, None, None
+        grad_mean, grad_var = (_sum_over_ranks(torch.cat([grad_mean, grad_var]), ctx.group) / ctx.ranks).chunk(2)
+        return grad_mean + 2 * (mean - total_mean) * grad_var, grad_var, None, None
 
 
-class _Normalise(torch.autograd.Function):
-    """(input, weight, bias, eps, group, ranks) -> normalised input, and the mean and biased variance over all ranks."""
+class _Normalize(torch.autograd.Function):
+    """(input, weight, bias, eps, group, ranks) -> normalized input, and the mean and biased variance over all ranks."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917 - autograd hands them over by position
+    def forward(  # noqa: PLR0917 - autograd passes arguments by position
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, eps: float, group: dist.ProcessGroup, ranks: int
     ) -> tuple[Tensor, Tensor, Tensor]:
-        input = input.contiguous(memory_format=_layout(input))
-        mean, var = _over_ranks(*statistics(input), group, ranks)
+        input = input.contiguous(memory_format=_memory_format(input))
+        mean, var = _combine_over_ranks(*statistics(input), group, ranks)
         output = F.batch_norm(input, mean, var, weight, bias, training=False, eps=eps)
         ctx.save_for_backward(input, weight, mean, (var + eps).rsqrt())
         ctx.group, ctx.ranks = group, ranks
@@ -148,24 +148,24 @@ class _Normalise(torch.autograd.Function):
         return output, mean, var
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         input, weight, mean, inverse = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=_layout(input))  # kernels walk both alike
-        # torch has kernels for the parts, but the compiler fuses plain operations better.
+        grad_out = grad_out.contiguous(memory_format=_memory_format(input))  # PyTorch's kernels expect equal strides
+        # Compiled code is faster with plain operations, which the compiler fuses, than with PyTorch's kernels.
         fused = input.is_cuda and not torch.compiler.is_compiling()
         if fused:
-            sums = torch.batch_norm_backward_reduce(grad, input, mean, inverse, weight, True, False, False)[:2]
+            sums = torch.batch_norm_backward_reduce(grad_out, input, mean, inverse, weight, True, False, False)[:2]
         else:
-            grads, centred = grad.float(), input.float() - _per_channel(mean)
+            grads, centred = grad_out.float(), input.float() - _per_channel(mean)
             sums = grads.sum(dim=(0, 2, 3)), (grads * centred).sum(dim=(0, 2, 3))
-        # Weights' gradients are averaged with all others afterwards: those of this rank's rows are wanted here.
+        # Gradients of this rank only: DDP or DeepSpeed averages them over ranks with all other gradients.
         grad_weight, grad_bias = (sums[1] * inverse).to(weight.dtype), sums[0].to(weight.dtype)
         total, total_centred = _sum_over_ranks(torch.cat(sums), ctx.group).chunk(2)
         count = ctx.ranks * (input.numel() // input.shape[1])
         if fused:
             counts = torch.full((1,), count, dtype=torch.int32, device=input.device)
             grad_input = torch.batch_norm_backward_elemt(
-                grad, input, mean, inverse, weight, total, total_centred, counts
+                grad_out, input, mean, inverse, weight, total, total_centred, counts
             )
         else:
             slope = inverse * weight
@@ -175,7 +175,7 @@ class _Normalise(torch.autograd.Function):
         return grad_input.to(input.dtype), grad_weight, grad_bias, None, None, None
 
 
-def _over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
+def _combine_over_ranks(mean: Tensor, var: Tensor, group: dist.ProcessGroup, ranks: int) -> tuple[Tensor, Tensor]:
     dtype, mean, var = mean.dtype, mean.double(), var.double()
     mean, second = (_sum_over_ranks(torch.cat([mean, var + mean * mean]), group) / ranks).chunk(2)
     return mean.to(dtype), (second - mean * mean).clamp_(min=0).to(dtype)
@@ -185,7 +185,7 @@ def _sum_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(values, "sum", group))
 
 
-def _layout(input: Tensor) -> torch.memory_format:
+def _memory_format(input: Tensor) -> torch.memory_format:
     last = input.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
 
@@ -195,7 +195,7 @@ def _per_channel(values: Tensor) -> Tensor:
 
 
 def _replace(model: nn.Module, group: dist.ProcessGroup) -> nn.Module:
-    """Put a `GlobalBatchNorm` in the place of every BatchNorm2d; the model itself is changed and returned."""
+    """Replace every BatchNorm2d by a `GlobalBatchNorm`, in place; return the model."""
     if isinstance(model, nn.BatchNorm2d):
         return GlobalBatchNorm(model, group)
     for name, child in model.named_children():

@@ -1,7 +1,7 @@
-"""The float32 parameters and the optimiser's moments, wherever ZeRO keeps them, and their moving average.
+"""Access to float32 parameters, optimizer moments and EMA, independently of how ZeRO partitions them.
 
-The optimiser works on *owners*: the parameters themselves without ZeRO, this rank's flat partitions of them with ZeRO.
-What goes out and comes in here is canonical: full float32 tensors by parameter name.
+The optimizer updates *owners*: the parameters without ZeRO, this rank's flat partitions of them with ZeRO. State is
+saved and loaded in canonical form: full float32 tensors by parameter name.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ AVERAGE = "ema"
 
 
 class OptimizerState:
-    """Full views of a sharded optimiser. Everything but `update_average` is collective.
+    """Parameters, moments and EMA of a possibly sharded optimizer. All methods but `update_average` are collective.
 
     Args:
-        zero: ZeRO stage; 0 = plain.
-        model: the bare module, after wrapping.
-        optimizer: torch's own without ZeRO, else DeepSpeed's wrapper around it.
-        moments: names of the optimiser's state tensors.
-        decay: of the moving average, in the long run (`average_decay`); 0 = none.
+        zero: ZeRO stage; 0 = DDP.
+        model: the unwrapped module, after wrapping.
+        optimizer: PyTorch's optimizer without ZeRO, else DeepSpeed's wrapper around it.
+        moments: names of the optimizer's state tensors.
+        decay: maximum decay of the EMA (`average_decay`); 0 = no EMA.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class OptimizerState:
         self._outer, self._moments = optimizer, moments
         self._inner = optimizer.optimizer if zero else optimizer
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # BatchNorm's running means and variances, live.
+        # BatchNorm's running means and variances.
         self._statistics = {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
         self._create_moments()
         self._ema = [owner.detach().clone() for owner in self._owners()] if decay else []
@@ -50,16 +50,16 @@ class OptimizerState:
 
     @torch.no_grad()
     def clip_gradients(self, max_norm: float) -> Tensor:
-        """Clip ZeRO's reduced gradients by their global norm, on the device alone. Collective, ZeRO 1 and 2 only.
+        """Clip ZeRO's reduced gradients by their global norm without waiting for the device. ZeRO 1 and 2 only.
 
-        To be called between the last backward pass of a step and DeepSpeed's `step`, with a fused optimiser, which then
-        skips its update where the norm is not finite.
+        Call it between the last backward pass of a step and DeepSpeed's `step`. The optimizer must be fused; it then
+        skips the update if the norm is not finite.
 
         Args:
             max_norm: 0 = no clipping.
 
         Returns:
-            float32 scalar: the norm before clipping, the same on every rank.
+            float32 scalar: the norm before clipping, equal on all ranks.
         """
         gradients = [gradient for group in self._outer.averaged_gradients.values() for gradient in group]
         norm = nn.utils.get_total_norm(gradients)
@@ -73,64 +73,64 @@ class OptimizerState:
 
     @torch.no_grad()
     def update_average(self, step: int) -> None:
-        """Move the average towards the present parameters and BatchNorm statistics. Local to the rank, no sync.
+        """Update the EMA with the current parameters and BatchNorm statistics, without waiting for device or ranks.
 
         Args:
-            step: the optimiser step just made, counted from 0 at the start of training.
+            step: index of the last optimizer step, counted from 0 at the start of training.
         """
         if self._decay:
-            share = 1 - average_decay(self._decay, step + 1)
-            torch._foreach_lerp_(self._ema, [owner.detach() for owner in self._owners()], share)
+            weight = 1 - average_decay(self._decay, step + 1)
+            torch._foreach_lerp_(self._ema, [owner.detach() for owner in self._owners()], weight)
             for average, buffer in zip(self._ema_buffers, self._statistics.values(), strict=True):
-                # A bad forward pass leaves statistics that are not finite until the guards mend them.
-                average.lerp_(torch.where(buffer.isfinite(), buffer, average), share)
+                # After a bad step, statistics may not be finite until the guards restore them.
+                average.lerp_(torch.where(buffer.isfinite(), buffer, average), weight)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The module holds the moving average in here."""
-        # With ZeRO the module has weights of its own. They are gathered here, not when they are put back: a rank that
-        # fails in between must not wait for the others.
-        present = self._gathered() if self._zero else {}
-        self._exchange_average()
+        """Return a context in which the module has the weights and statistics of the EMA."""
+        # With ZeRO the module has separate weights. They are gathered before the context, not after it, because a rank
+        # that raises within it must not run a collective.
+        current = self._gathered() if self._zero else {}
+        self._swap_average()
         self._write_module(self._gathered() if self._zero else {})
         try:
             yield
         finally:
-            self._exchange_average()
-            self._write_module(present)
+            self._swap_average()
+            self._write_module(current)
 
     @property
     def averaged_statistics(self) -> list[Tensor]:
-        """BatchNorm's running means and variances in the moving average, live."""
+        """BatchNorm's running means and variances in the EMA (not copies)."""
         return self._ema_buffers
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`model/NAME`, `exp_avg/NAME`, `exp_avg_sq/NAME`, buffers, and with an average `ema/NAME`.
+        """Return `model/NAME` (parameters and buffers), `exp_avg/NAME`, `exp_avg_sq/NAME` and, with an EMA, `ema/NAME`.
 
-        Tensors may be views of live ones: copy before the next step.
+        Tensors may share memory with the model: copy them before the next step.
         """
         state = {f"model/{name}": value for name, value in self._gathered().items()}
         for moment in self._moments:
             state |= {f"{moment}/{name}": value for name, value in self._gathered(moment).items()}
         state |= {f"model/{name}": buffer for name, buffer in self._model.named_buffers()}
         if self._decay:
-            self._exchange_average()
+            self._swap_average()
             average = self._gathered() | self._statistics
             state |= {f"{AVERAGE}/{name}": value.detach().clone() for name, value in average.items()}
-            self._exchange_average()
+            self._swap_average()
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor], *, steps: int) -> None:
-        """Load a `state_dict` after `steps` optimiser steps. Collective: every rank passes the same state.
+        """Load a `state_dict`, saved after `steps` optimizer steps. Collective: every rank passes the same state.
 
-        An average that the state lacks starts from its parameters.
+        If the state has no EMA, it starts from the parameters of the state.
 
         Raises:
             ValueError: names the tensors that are missing, unknown, or of another shape or dtype; nothing was loaded.
         """
-        if faults := self._faults(state):
-            raise ValueError(faults)
+        if mismatch := self._describe_mismatch(state):
+            raise ValueError(mismatch)
         if self._decay:
             average = weights_of(state, average=True) or weights_of(state)
             self._write_owners(average)
@@ -147,8 +147,8 @@ class OptimizerState:
         for owner in self._owners():
             self._inner.state[owner]["step"].fill_(steps)
 
-    def _faults(self, state: dict[str, Tensor]) -> str:
-        """What is wrong with a state; empty where it fits."""
+    def _describe_mismatch(self, state: dict[str, Tensor]) -> str:
+        """Return how a state differs from the one that this model saves, or an empty string."""
         shapes = {name: torch.Size(getattr(p, "ds_shape", p.shape)) for name, p in self._names.items()}
         parameters = {name: (shape, torch.float32) for name, shape in shapes.items()}
         buffers = {name: (buffer.shape, buffer.dtype) for name, buffer in self._model.named_buffers()}
@@ -166,7 +166,7 @@ class OptimizerState:
             "unknown": sorted(state.keys() - expected.keys()),
             "of another shape or dtype": differing,
         }
-        return "; ".join(f"{len(keys)} {fault}, such as {keys[0]}" for fault, keys in found.items() if keys)
+        return "; ".join(f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in found.items() if keys)
 
     # -- owners --------------------------------------------------------------------------------------------------
 
@@ -186,18 +186,18 @@ class OptimizerState:
                 lazy_init_hp_params_optimizer_state(parameters, owner, self._inner.state)
 
     @torch.no_grad()
-    def _exchange_average(self) -> None:
-        """Let average and present values trade places, so that what gathers parameters gathers the average."""
+    def _swap_average(self) -> None:
+        """Swap the EMA with the current values, so that methods that gather parameters gather the EMA."""
         average = [*self._ema, *self._ema_buffers]
         for x, y in zip([*self._owners(), *self._statistics.values()], average, strict=True):
-            kept = x.detach().clone()
+            copy = x.detach().clone()
             x.copy_(y)
-            y.copy_(kept)
+            y.copy_(copy)
 
     # -- full tensors --------------------------------------------------------------------------------------------
 
     def _gathered(self, moment: str = "") -> dict[str, Tensor]:
-        """Full float32 values of the parameters, or of a moment of theirs, by name."""
+        """Return the full float32 values of the parameters, or of one of their moments, by name."""
         if not self._zero:
             states = self._inner.state
             return {name: states[p][moment] if moment else p.detach() for name, p in self._names.items()}
@@ -210,7 +210,7 @@ class OptimizerState:
 
     @torch.no_grad()
     def _write_module(self, values: dict[str, Tensor]) -> None:
-        """Put full values into the parameters that the forward pass uses."""
+        """Write full values to the parameters that the forward pass uses."""
         gathered: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self._zero == 3:
             from deepspeed.runtime.zero import GatheredParameters
@@ -221,7 +221,7 @@ class OptimizerState:
                 self._names[name].copy_(value)
 
     def _write_owners(self, values: dict[str, Tensor], moment: str = "") -> None:
-        """Put full values into the float32 parameters that the optimiser works on, or into a moment of theirs."""
+        """Write full values to the float32 parameters that the optimizer updates, or to one of their moments."""
         if not self._zero:
             for name, target in self._gathered(moment).items():
                 target.copy_(values[name])
@@ -243,7 +243,7 @@ class OptimizerState:
             write_moment(parameter, value, moment) if moment else write(parameter, value)
 
     def _own_partition(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's slice of a ZeRO-3 parameter, padded (which DeepSpeed's own full setters forget)."""
+        """Return this rank's slice of a ZeRO-3 parameter, with padding, which DeepSpeed's full setters omit."""
         size = parameter.partition_numel()
         flat = value.flatten()
         padded = nn.functional.pad(flat, (0, size * self._world.size - flat.numel()))
@@ -251,10 +251,10 @@ class OptimizerState:
 
 
 def weights_of(state: dict[str, Tensor], *, average: bool = False) -> dict[str, Tensor]:
-    """Select the model's tensors of a canonical state, by their names in the model.
+    """Return the weights and buffers in a canonical state, by their names in the model.
 
     Args:
-        average: those of the moving average; empty if the state has none.
+        average: return those of the EMA; empty if the state has none.
     """
 
     def tensors(kind: str) -> dict[str, Tensor]:
@@ -267,9 +267,9 @@ def weights_of(state: dict[str, Tensor], *, average: bool = False) -> dict[str, 
 
 
 def average_decay(decay: float, updates: int) -> float:
-    """Return the decay of the moving average's update number `updates`, counted from 1.
+    """Return the EMA's decay in update number `updates`, counted from 1.
 
-    The first updates decay faster, so that a short run's average does not consist of its random start. Source:
-    TensorFlow, `tf.train.ExponentialMovingAverage` with `num_updates`.
+    It is smaller in the first updates, so that the EMA of a short run does not contain its random initialization.
+    Source: TensorFlow, `tf.train.ExponentialMovingAverage` with `num_updates`.
     """
     return min(decay, (1 + updates) / (10 + updates))

@@ -1,13 +1,14 @@
-"""Checkpoints: complete or absent, never half; independent of world size and ZeRO stage.
+"""Format and validation of checkpoints, which are independent of world size and ZeRO stage.
 
-A checkpoint is a folder `step-00001234/` with `state.safetensors` (what `Engine.state_dict` gave; its header says for
-which model and classes, as that of a weights file does) and `meta.json`
-(counters, position, best metric, clock, the run's fingerprint, size and hash of every other file, and the hash of all
-this). It is written under a temporary name, fsynced and renamed, so a folder of that name is whole unless it was
-damaged later, which the hashes show.
+A checkpoint is a folder `step-00001234/` with two files:
 
-Damaged checkpoints are skipped. Checkpoints that cannot be read (permissions, I/O errors) end the start, because they
-may be undamaged.
+- `state.safetensors`: `Engine.state_dict()`. As in a weights file, the header describes the model and its classes.
+- `meta.json`: step, position, best accuracy, training time, the run's fingerprint, size and hash of the state, and a
+  hash of this metadata.
+
+It is written under a temporary name, fsynced and renamed, so that a folder with this name is complete unless it is
+damaged later, which the hashes detect. Damaged checkpoints are skipped. If a checkpoint cannot be read (permissions,
+I/O errors), the start fails, because the checkpoint may be undamaged.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ Scalar = str | int | float | bool | None
 
 
 class CheckpointError(UserError):
-    """A run folder that cannot be resumed from or written to."""
+    """A checkpoint that cannot be written, or from which this run cannot resume."""
 
 
 class DamagedCheckpoint(CheckpointError):
-    """A checkpoint whose content is not what was written."""
+    """A checkpoint whose content differs from what was written."""
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Options that must not change between save and resume (`fixed`: global batch, seed, data set, ...), and others."""
+    """Options that must be equal when a run is resumed (`fixed`), and options that may change with a warning
+    (`free`)."""
 
     fixed: dict[str, Scalar]
     free: dict[str, Scalar]
@@ -80,7 +82,7 @@ _SCHEMA = TypeAdapter(Meta)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint on disk."""
+    """A complete, undamaged checkpoint on disk."""
 
     path: Path
     progress: Progress
@@ -88,11 +90,11 @@ class Checkpoint:
     state: FileEntry
 
     def load(self) -> dict[str, Tensor]:
-        """Read the state, float32 on the CPU; the bytes that are loaded are the ones that are hashed.
+        """Read the state, as float32 tensors on the CPU. The hash of the loaded bytes is checked again.
 
         Raises:
-            StorageFailed: the file cannot be read, or is not the one that was checked when the checkpoint was chosen.
-            CheckpointError: the file is missing, or what was saved is no readable state.
+            StorageFailed: the file cannot be read, or has changed since the checkpoint was chosen.
+            CheckpointError: the file is missing, or not a safetensors file.
         """
         path = self.path / STATE
         try:
@@ -102,103 +104,103 @@ class Checkpoint:
                 path, error, "the run folder (--out) must be on storage that all nodes share"
             ) from error
         if len(content) != self.state.bytes or xxhash.xxh3_64_hexdigest(content) != self.state.xxh3:
-            raise StorageFailed(f"{path}: has changed since it was checked; start again")
+            raise StorageFailed(f"{path}: has changed since it was checked; start the run again")
         try:
             return safetensors.torch.load(content)
         except SafetensorError as error:
             raise CheckpointError(
-                f"{path}: not a readable state ({error}); remove {self.path}, then start again"
+                f"{path}: not a valid safetensors file ({error}); remove {self.path}, then start the run again"
             ) from error
 
     def info(self) -> fat.WeightsInfo:
-        """Read what the state's header says of the model: dimensions, classes, image size.
+        """Read the header of the state: dimensions of the model, classes, image size.
 
         Raises:
-            CheckpointError: it is not readable.
+            CheckpointError: the header is invalid.
             OSError: the file cannot be read.
         """
         try:
             return fat.read_info(self.path / STATE)
         except ValueError as error:
             raise CheckpointError(
-                f"{self.path / STATE}: not a readable state ({error}); remove {self.path}, then start again"
+                f"{self.path / STATE}: invalid header ({error}); remove {self.path}, then start the run again"
             ) from error
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open one checkpoint by the path of its folder.
+    """Open a checkpoint by the path of its folder.
 
     Raises:
-        DamagedCheckpoint: it is not what was written, or no checkpoint.
+        DamagedCheckpoint: the checkpoint is damaged, or the folder is not a checkpoint.
         StorageFailed: it cannot be read.
-        CheckpointError: another version wrote it.
+        CheckpointError: it was written in another version of the format.
     """
     found = NAME.fullmatch(path.absolute().name)
     if found is None:
-        raise DamagedCheckpoint(f"{path}: not the name of a checkpoint (step-00001234)")
+        raise DamagedCheckpoint(f"{path}: not a checkpoint folder; expected a name like step-00001234")
     return read_checkpoint(path, int(found[1]))
 
 
 def read_checkpoint(path: Path, step: int) -> Checkpoint:
-    """Read the checkpoint of step `step`. Raises what `open_checkpoint` does."""
+    """Read and verify the checkpoint of step `step`. Raises the errors of `open_checkpoint`."""
     meta = read_meta(path, step)
     for name, file in meta.files.items():
         try:
             found = FileEntry(*hash_file(path / name))
         except OSError as error:
-            _judge(path, name, error)
+            _raise_read_error(path, name, error)
         if found != file:
             raise _damaged(path, f"{name} does not match its hash")
     return Checkpoint(path, meta.progress, meta.fingerprint, meta.files[STATE])
 
 
 def read_meta(path: Path, step: int) -> Meta:
-    """Read and check meta.json of the checkpoint of step `step`.
+    """Read and validate meta.json of the checkpoint of step `step`.
 
     Raises:
-        DamagedCheckpoint: it is missing, or not what was written.
+        DamagedCheckpoint: the file is missing or damaged.
         StorageFailed: it cannot be read.
-        CheckpointError: another version wrote it.
+        CheckpointError: it was written in another version of the format.
     """
     try:
         content = read_regular(path / META, limit=_META_LIMIT)
     except OSError as error:
-        _judge(path, META, error)
+        _raise_read_error(path, META, error)
     try:
         values = parse_json(content, _OBJECT, limit=_META_LIMIT)
         if values.pop("hash", None) != _content_hash(values):
             raise ValueError(f"{META} does not match its hash")
         if values.get("version") != VERSION:
             raise CheckpointError(
-                f"{path}: checkpoint version {values.get('version')}, this tool reads {VERSION}; resume with the tool "
-                "that wrote it, or use another run folder (--out)"
+                f"{path}: checkpoint version {values.get('version')}, but this program reads version {VERSION}; resume "
+                "with the program that wrote it, or use another run folder (--out)"
             )
         meta = parse_json(_canonical(values), _SCHEMA, limit=_META_LIMIT)
-        if fault := _fault(meta, step):
-            raise ValueError(f"{META}: {fault}")
+        if contradiction := _contradiction(meta, step):
+            raise ValueError(f"{META}: {contradiction}")
     except ValueError as error:
         raise _damaged(path, str(error)) from None
     return meta
 
 
-def _fault(meta: Meta, step: int) -> str:
+def _contradiction(meta: Meta, step: int) -> str:
     """Return the first contradiction in the metadata, or an empty string."""
     progress = meta.progress
     whole_epochs = progress.step - progress.epoch_step
     if progress.step != step:
         return f"written for step {progress.step}"
     if whole_epochs < 0 or (whole_epochs % progress.epoch if progress.epoch else whole_epochs):
-        return f"step {progress.step} cannot be step {progress.epoch_step} of epoch {progress.epoch}"
+        return f"step {progress.step} contradicts step {progress.epoch_step} of epoch {progress.epoch}"
     if progress.is_best and (progress.pending_evaluation or not progress.best):
         return "marked as the best without an evaluation"
     return "" if STATE in meta.files else f"no {STATE}"
 
 
-def _judge(path: Path, name: str, error: OSError) -> NoReturn:
-    """Raise `StorageFailed` for a file that may be whole, `DamagedCheckpoint` for one that is missing or no file."""
-    judged = storage_error(path / name, error)
-    if isinstance(judged, StorageFailed):
-        raise judged from error
+def _raise_read_error(path: Path, name: str, error: OSError) -> NoReturn:
+    """Raise `DamagedCheckpoint` if a file is missing or not a file, else `StorageFailed`: it may be undamaged."""
+    failure = storage_error(path / name, error)
+    if isinstance(failure, StorageFailed):
+        raise failure from error
     raise _damaged(path, f"{name}: {error.strerror}") from error
 
 
@@ -211,7 +213,7 @@ def render_meta(values: dict[str, Any]) -> str:
 
 
 def _content_hash(values: dict[str, Any]) -> str:
-    """Return xxh3-64 of the values in canonical JSON."""
+    """Return the xxh3-64 hash of the values in canonical JSON."""
     return xxhash.xxh3_64_hexdigest(_canonical(values))
 
 
@@ -220,7 +222,7 @@ def _canonical(values: dict[str, Any]) -> bytes:
 
 
 def hash_file(path: Path) -> tuple[int, str]:
-    """Size and xxh3 of a regular file."""
+    """Return size and xxh3-64 hash of a regular file."""
     digest, size = xxhash.xxh3_64(), 0
     with open(open_regular(path), "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK):

@@ -38,12 +38,13 @@ from launch.run.progress import Progress
 from shards.errors import UserError, storage_error
 from shards.files.durable import sync_folder
 
-# Of a save under way, and of a checkpoint that is being replaced by another of the same step.
+# Names of a checkpoint that is being written (tmp), and of one that is being replaced by another of the same step.
 UNFINISHED = re.compile(r"\.(step-[0-9]{8,})\.[0-9a-f]{8}\.(tmp|replaced)")
 
 
 class Entry(NamedTuple):
-    """A name in the folder that may be a checkpoint. Ordered by step; one that was being replaced comes first."""
+    """A folder that may be a checkpoint. Sorted by step; a checkpoint that was being replaced precedes its
+    successor."""
 
     step: int
     in_place: bool
@@ -55,8 +56,8 @@ class CheckpointFolder:
 
     Args:
         folder: RUN/checkpoints.
-        keep: how many of the newest to keep, besides the best.
-        info: what the header of every state says of the model.
+        keep: number of newest checkpoints to keep, in addition to the best.
+        info: description of the model, for the header of every state.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3, info: fat.WeightsInfo | None = None) -> None:
@@ -66,44 +67,44 @@ class CheckpointFolder:
         self._damaged: set[Path] = set()
 
     def prepare(self) -> None:
-        """Remove what a killed trainer left, and check that checkpoints can be written.
+        """Remove or restore unfinished checkpoints of a killed trainer, and check that checkpoints can be written.
 
-        The caller holds the lock of the run folder.
+        The caller must hold the lock of the run folder.
 
         Raises:
             UserError: the folder cannot be written.
         """
         try:
-            self._make()
-            for path, of, kind in self._unfinished():
+            self._create()
+            for path, name, kind in self._unfinished():
                 if kind == "tmp":
                     _remove(path)
-                elif not os.path.lexists(self.folder / of):  # killed between two renames
-                    path.rename(self.folder / of)
+                elif not os.path.lexists(self.folder / name):  # the trainer was killed between two renames
+                    path.rename(self.folder / name)
             check_writable(self.folder)
         except OSError as error:
             raise unwritable(self.folder, error) from error
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> Path:
-        """Write one checkpoint, then drop old ones.
+        """Write a checkpoint, then remove old ones.
 
         Raises:
-            CheckpointError: the folder cannot be written; earlier checkpoints are untouched.
+            CheckpointError: the folder cannot be written; earlier checkpoints are unchanged.
         """
         final = self.folder / f"step-{progress.step:08d}"
-        temporary, replaced = _beside(final, "tmp"), _beside(final, "replaced")
+        temporary, replaced = _unfinished_path(final, "tmp"), _unfinished_path(final, "replaced")
         try:
-            self._make()
+            self._create()
             temporary.mkdir()
             safetensors.torch.save_file(state, temporary / STATE, self._header)
             size, digest = hash_file(temporary / STATE)
             meta = Meta(VERSION, progress, fingerprint, {STATE: FileEntry(size, digest)})
             (temporary / META).write_bytes(render_meta(asdict(meta)).encode())
-            # safetensors creates files with mode 0600, whatever the umask is.
+            # safetensors ignores the umask and creates files with mode 0600.
             os.chmod(temporary / STATE, os.stat(temporary / META).st_mode & 0o777)
             for path in (temporary / STATE, temporary / META, temporary):
                 sync_folder(path)
-            if os.path.lexists(final):  # the same step again: a complete one must exist at all times
+            if os.path.lexists(final):  # a checkpoint of this step exists; a complete one must exist at all times
                 if final.is_symlink() or not final.is_dir():
                     raise FileExistsError("another file has this name; move it away")
                 final.rename(replaced)
@@ -112,34 +113,34 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             fact = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise CheckpointError(f"{final}: checkpoint not written ({fact})") from error
-        finally:  # after an error of any kind
+        finally:  # also after errors of other types
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 if not os.path.lexists(final):
                     replaced.rename(final)
         self._damaged.discard(final)
         with contextlib.suppress(OSError, UserError):  # removing old checkpoints is not essential
-            self._drop_old(progress.step)
+            self._remove_old(progress.step)
         return final
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest undamaged checkpoint, and one line for each damaged one that was skipped.
+        """Return the newest undamaged checkpoint, and a message for each damaged one that was skipped.
 
         Raises:
-            StorageFailed: the folder or a checkpoint cannot be read (permissions, I/O error), so it may be whole.
-            CheckpointError: the newest was written by another version.
+            StorageFailed: the folder or a checkpoint cannot be read (permissions, I/O error); it may be undamaged.
+            CheckpointError: the newest checkpoint was written in another version of the format.
         """
-        complaints: list[str] = []
+        skipped: list[str] = []
         for entry in reversed(self._entries()):
             try:
-                return read_checkpoint(entry.path, entry.step), complaints
+                return read_checkpoint(entry.path, entry.step), skipped
             except DamagedCheckpoint as error:
-                complaints.append(str(error))
+                skipped.append(str(error))
                 self._damaged.add(entry.path)
-        return None, complaints
+        return None, skipped
 
     def best(self) -> Path | None:
-        """Return the newest checkpoint that was the best when it was saved; None = none is known.
+        """Return the newest checkpoint that was the best when it was saved; None if there is none.
 
         Raises:
             StorageFailed: the folder cannot be read.
@@ -151,15 +152,15 @@ class CheckpointFolder:
         return None
 
     def is_empty(self) -> bool:
-        """Whether there is nothing to resume from, not even a damaged checkpoint.
+        """Return whether the folder has no checkpoints, damaged ones included.
 
         Raises:
             StorageFailed: the folder cannot be read.
         """
         return not self._entries()
 
-    def set_aside(self) -> Path | None:
-        """Move all checkpoints aside for a run that starts from the beginning; return their new folder, if any.
+    def archive(self) -> Path | None:
+        """Move all checkpoints to RUN/checkpoints-before-N; return that folder, or None if there are no checkpoints.
 
         Raises:
             UserError: the folder cannot be written.
@@ -170,8 +171,8 @@ class CheckpointFolder:
         while os.path.lexists(target := self.folder.with_name(f"{self.folder.name}-before-{number}")):
             number += 1
         try:
-            self.folder.rename(target)  # in one step, so that the new run cannot find some of them
-            self._make()
+            self.folder.rename(target)  # atomic, so that the new run cannot find some of the old checkpoints
+            self._create()
             for name in os.listdir(target):
                 if not (NAME.fullmatch(name) or UNFINISHED.fullmatch(name)):
                     (target / name).rename(self.folder / name)
@@ -179,20 +180,21 @@ class CheckpointFolder:
             raise unwritable(self.folder, error) from error
         return target
 
-    def _make(self) -> None:
+    def _create(self) -> None:
         if not self.folder.is_dir():
             self.folder.mkdir(parents=True)
             sync_folder(self.folder.parent)
 
     def newest_step(self) -> int | None:
-        """Return the step in the newest checkpoint's name, whole or damaged; None where there is none to be seen."""
+        """Return the step of the newest checkpoint, complete or damaged; None if there is none or the folder fails."""
         try:
             return max((entry.step for entry in self._entries()), default=None)
         except UserError:
             return None
 
     def _entries(self) -> list[Entry]:
-        """What may be a checkpoint, oldest first; read only, so that others may look while a trainer works."""
+        """Return the folders that may be checkpoints, oldest first. Changes nothing, so that it is safe during
+        training."""
         try:
             names = os.listdir(self.folder)
         except FileNotFoundError:
@@ -204,55 +206,56 @@ class CheckpointFolder:
             unfinished = UNFINISHED.fullmatch(name)
             if found := NAME.fullmatch(name):
                 entries.append(Entry(int(found[1]), True, self.folder / name))
-            elif unfinished and unfinished[2] == "replaced":  # killed while it was replaced
+            elif unfinished and unfinished[2] == "replaced":  # the trainer was killed while replacing it
                 entries.append(Entry(int(unfinished[1].removeprefix("step-")), False, self.folder / name))
         return sorted(entries)
 
     def _unfinished(self) -> Iterator[tuple[Path, str, str]]:
-        """(path, name of the checkpoint, tmp or replaced) of what a killed trainer left."""
+        """Yield path, checkpoint name and kind (tmp or replaced) of unfinished checkpoints."""
         for name in os.listdir(self.folder):
             if found := UNFINISHED.fullmatch(name):
                 yield self.folder / name, found[1], found[2]
 
-    def _drop_old(self, saved_step: int) -> None:
+    def _remove_old(self, saved_step: int) -> None:
         for path, _, kind in self._unfinished():
             if kind == "replaced":
                 _remove(path)
-        # Newer ones can only be damaged (a whole one would have been resumed from): they take no good one's place.
+        # Checkpoints of later steps must be damaged, or the run would have resumed from them. They do not count for
+        # `keep`.
         entries = [entry for entry in self._entries() if entry.in_place and entry.step <= saved_step]
-        whole, best, unread = [], [], []
+        complete, best, unreadable = [], [], []
         for entry in entries:
             try:
-                meta = read_meta(entry.path, entry.step)  # not the state: hashing all of them takes too long
+                meta = read_meta(entry.path, entry.step)  # without the state, because hashing takes too long
             except DamagedCheckpoint:
                 continue
             except UserError:
-                unread.append(entry)  # may be the best
+                unreadable.append(entry)  # it may be the best
                 continue
             if entry.path not in self._damaged:
-                whole.append(entry)
+                complete.append(entry)
                 best += [entry] if meta.progress.is_best else []
-        newest = whole[-self.keep :]
-        kept = {*newest, *best[-1:], *unread}
+        newest = complete[-self.keep :]
+        kept = {*newest, *best[-1:], *unreadable}
         for entry in entries:
             if newest and entry < newest[0] and entry not in kept:
                 _remove(entry.path)
 
 
-def _beside(final: Path, kind: str) -> Path:
+def _unfinished_path(final: Path, kind: str) -> Path:
     return final.with_name(f".{final.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def _remove(path: Path) -> None:
-    """Remove a complete or partial checkpoint; keep a symlink, and a folder with files of other names."""
+    """Remove a complete or partial checkpoint, unless it is a symlink or contains files of other programs."""
     if path.is_symlink() or not path.is_dir():
         return
     unfinished = UNFINISHED.fullmatch(path.name)
-    # safetensors has temporary files of its own in the folder that it writes to.
+    # A folder with kind tmp may contain temporary files of safetensors.
     if not (unfinished and unfinished[2] == "tmp"):
         if not set(os.listdir(path)) <= {META, STATE}:
             return
-        going = _beside(path.with_name(unfinished[1] if unfinished else path.name), "tmp")
-        path.rename(going)  # if this is killed, no partial checkpoint must keep its name
-        path = going
+        temporary = _unfinished_path(path.with_name(unfinished[1] if unfinished else path.name), "tmp")
+        path.rename(temporary)  # if the trainer is killed now, no partial checkpoint has a checkpoint's name
+        path = temporary
     shutil.rmtree(path, ignore_errors=True)

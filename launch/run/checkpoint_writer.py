@@ -1,4 +1,4 @@
-"""Write checkpoints in a thread, so that training does not wait for the disk."""
+"""Write checkpoints in a background thread, so that training does not wait for the disk."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from launch.run.checkpoint_folder import CheckpointFolder
 from launch.run.progress import Progress
 
 MAX_FAILURES = 3
-"""Consecutive failed saves after which the run ends: a short outage or a full disk may pass, but training on without
-checkpoints would lose hours of work."""
+"""Consecutive failed saves after which the run ends. Short outages are tolerated, but training for hours without
+checkpoints would risk that work."""
 
 
 class BackgroundWriter:
-    """Saves checkpoints in a thread, one at a time, so that training does not wait for the disk.
+    """Saves checkpoints in a background thread, one at a time.
 
-    A save that fails (disk full) leaves the earlier checkpoints and the run alive; `complaints` tells.
+    If a save fails, for example because the disk is full, the run continues and earlier checkpoints are unchanged;
+    `errors` returns the message.
     """
 
     def __init__(self, folder: CheckpointFolder) -> None:
         self._folder = folder
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._pending: tuple[Future[Path], Progress] | None = None
-        self._complaints: list[str] = []
+        self._errors: list[str] = []
         self.failures = 0
         """Number of consecutive failed saves, up to the last save."""
         self.saved: Progress | None = None
-        """Of the last checkpoint that was written; None = none yet."""
+        """Progress in the last checkpoint that was written; None: none yet."""
         self.reason = ""
-        """Reason of the last failed save."""
+        """Error message of the last failed save."""
 
     def save(self, state: dict[str, Tensor], progress: Progress, fingerprint: Fingerprint) -> None:
-        """Begin to write; waits for the one before. Nobody may change `state` before `wait` has returned."""
+        """Start to write, after waiting for the previous save. `state` must not change before `wait` has returned."""
         self.wait()
         self._pending = self._pool.submit(self._folder.save, state, progress, fingerprint), progress
 
@@ -49,15 +50,15 @@ class BackgroundWriter:
                 self.failures, self.saved = 0, progress
             except CheckpointError as error:
                 self.failures, self.reason = self.failures + 1, str(error)
-                self._complaints.append(self.reason)
+                self._errors.append(self.reason)
         return self.failures == 0
 
-    def complaints(self) -> list[str]:
-        """What went wrong since the last call. Does not wait."""
+    def errors(self) -> list[str]:
+        """Return the errors of saves since the last call, without waiting for the current save."""
         if self._pending is not None and self._pending[0].done():
             self.wait()
-        told, self._complaints = self._complaints, []
-        return told
+        errors, self._errors = self._errors, []
+        return errors
 
     def close(self) -> None:
         self.wait()

@@ -1,4 +1,4 @@
-"""Draw loss, accuracy and learning rate of a run from its metrics."""
+"""Plot loss, accuracy and learning rate of a run from its metrics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from launch.run.metrics import EVALUATIONS, SCORED_NAMES
+from launch.run.metrics import EVALUATION_KINDS, WEIGHTS_NAMES
 from launch.run.metrics_file import METRICS_NAME, read_metrics
-from launch.run.progress import Scored
+from launch.run.progress import WeightsKind
 from shards.errors import UserError, storage_error
 from shards.files.output import check_output, write_output
 
@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object] = log.warning) -> Path:
-    """Write the curves of `run` as PNG.
+    """Plot the curves of `run`; return the path of the figure.
 
     Args:
-        warn: is told of damaged lines, which are left out.
+        out: figure to write, .png, .pdf or .svg. None: RUN/curves.png.
+        warn: called with a message if lines of the metrics are damaged; they are skipped.
 
     Raises:
-        UserError: no metrics there, or they cannot be read, or the picture cannot be written.
+        UserError: the metrics do not exist or cannot be read, or the figure cannot be written.
     """
     out = out or run / "curves.png"
     check_output(out, "--out", FORMATS)
@@ -35,20 +36,19 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
         lines = read_metrics(run, warn)
     except FileNotFoundError:
         raise UserError(
-            f"{run}: no {METRICS_NAME}, so no run has written here; give the folder named by --out"
+            f"{run}: contains no {METRICS_NAME}, so it is not a run folder; use the --out folder of a training run"
         ) from None
     except OSError as error:
-        raise storage_error(run / METRICS_NAME, error, "give the folder named by --out") from error
+        raise storage_error(run / METRICS_NAME, error, "use the --out folder of a training run") from error
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     train = [line for line in lines if line["kind"] == "train"]
-    evals = {scored: [line for line in lines if line["kind"] == kind] for scored, kind in EVALUATIONS.items()}
-    evals = {scored: found for scored, found in evals.items() if found}
-    # A set without a validation split has no accuracies: no panel that looks as if they were all zero.
-    panels = 3 if evals else 2
+    evals = {weights: [line for line in lines if line["kind"] == kind] for weights, kind in EVALUATION_KINDS.items()}
+    evals = {weights: found for weights, found in evals.items() if found}
+    panels = 3 if evals else 2  # without a validation split there are no accuracies to plot
     figure, (loss, rate, *rest) = plt.subplots(1, panels, figsize=(13 * panels / 3, 3.6), constrained_layout=True)
     loss.plot(
         [t["step"] for t in train],
@@ -56,8 +56,8 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
         label="training",
         linewidth=1,
     )
-    for scored, found in evals.items():
-        name = f", {SCORED_NAMES[scored]}" if len(evals) > 1 else ""
+    for weights, found in evals.items():
+        name = f", {WEIGHTS_NAMES[weights]}" if len(evals) > 1 else ""
         loss.plot(*_column(found, "loss"), "o-", label=f"validation{name}", markersize=3)
     loss.set(title="loss", xlabel="step", yscale="log")
     loss.legend(frameon=False)
@@ -75,21 +75,21 @@ def draw_curves(run: Path, out: Path | None = None, warn: Callable[[str], object
     return out
 
 
-def _draw_accuracy(axes: Any, evals: dict[Scored, list[dict[str, Any]]]) -> None:
-    """Draw top-1 and top-5 of the weights and, where there is one, of their average; the title names the best."""
-    for scored, found in evals.items():
-        name = f", {SCORED_NAMES[scored]}" if len(evals) > 1 else ""
-        for figure in ("top1", "top5"):
-            steps, values = _column(found, figure)
-            label = f"{figure[:3]}-{figure[3:]}{name}"
+def _draw_accuracy(axes: Any, evals: dict[WeightsKind, list[dict[str, Any]]]) -> None:
+    """Plot top-1 and top-5 accuracy of the weights and, if there is one, of their EMA; the title has the best top-1."""
+    for weights, found in evals.items():
+        name = f", {WEIGHTS_NAMES[weights]}" if len(evals) > 1 else ""
+        for metric in ("top1", "top5"):
+            steps, values = _column(found, metric)
+            label = f"{metric[:3]}-{metric[3:]}{name}"
             axes.plot(steps, [100 * value for value in values], "o-", label=label, markersize=3)
-    tops = {scored: max(line["top1"] for line in found) for scored, found in evals.items()}
-    best = max(tops, key=lambda scored: tops[scored])  # of equal ones, the weights
-    of = f" ({SCORED_NAMES[best]})" if len(evals) > 1 else ""
-    axes.set(title=f"validation accuracy, best {tops[best]:.2%}{of}", xlabel="step", ylabel="%")
+    tops = {weights: max(line["top1"] for line in found) for weights, found in evals.items()}
+    best = max(tops, key=lambda weights: tops[weights])  # max prefers the first of equal values: the weights
+    name = f" ({WEIGHTS_NAMES[best]})" if len(evals) > 1 else ""
+    axes.set(title=f"validation accuracy, best {tops[best]:.2%}{name}", xlabel="step", ylabel="%")
     axes.legend(frameon=False)
 
 
 def _column(lines: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """Steps, and the values of that name."""
+    """Return the steps of the lines, and their values of that name."""
     return [line["step"] for line in lines], [line[name] for line in lines]

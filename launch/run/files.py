@@ -1,4 +1,4 @@
-"""Open, read and check files of a run folder, which other users or failing disks may have changed."""
+"""Open, read and check files of a run folder. Other users or failing disks may have changed them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shards.errors import UserError
 from shards.files import regular
 from shards.files.durable import temporary_name
 
-# The path cannot be a run folder; other errors are faults of the storage.
+# Errors of paths that cannot be a run folder. All other errors are failures of the storage.
 _BAD_PATH = (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT, errno.EINVAL)
 _PROBE_BYTES = 4096
 
@@ -25,7 +25,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Open a regular file like `shards.files.regular.open_regular`, but raise only `OSError`.
 
     Raises:
-        IsADirectoryError: the path leads to a folder, a fifo, a socket or a device.
+        IsADirectoryError: the path is a folder, a FIFO, a socket or a device.
         OSError: `os.open` failed.
     """
     try:
@@ -45,7 +45,7 @@ def read_regular(path: Path, *, limit: int, flags: int = os.O_RDONLY) -> bytes:
 
 
 def check_writable(folder: Path) -> None:
-    """Write and remove a temporary file.
+    """Check that files can be written to a folder, by writing and removing a temporary file.
 
     Raises:
         OSError: the folder cannot be written.
@@ -64,16 +64,16 @@ def check_writable(folder: Path) -> None:
 
 
 def unwritable(run: Path, error: OSError) -> UserError:
-    """Convert an error from writing `run` or a file in it.
+    """Convert an error from writing to the run folder `run`.
 
     Returns:
-        A `UserError` (exit status 2) where the path cannot be a run folder, else a `FolderFailed` (exit status 1): a
-        full or failing disk and missing permissions may be corrected before the next start.
+        A `UserError` (exit status 2) if the path cannot be a run folder, else a `FolderFailed` (exit status 1): a full
+        or failing disk and missing permissions may be corrected before the next start.
     """
-    path = error.filename2 or error.filename  # of a rename, the name that the file was to have
+    path = error.filename2 or error.filename  # filename2 is the target of a rename
     where = Path(os.fsdecode(path)) if isinstance(path, str | bytes) else run
     name = "" if where == run else f"{where.relative_to(run) if where.is_relative_to(run) else where}: "
     fact = f"{run}: the run folder cannot be written ({name}{error.strerror or error})"
     if error.errno in _BAD_PATH:
-        return UserError(f"{fact}; move away what is there, or choose another with --out")
-    return FolderFailed(f"{fact}; free some space or correct the permissions, or choose another with --out")
+        return UserError(f"{fact}; move the file at this path away, or use another run folder (--out)")
+    return FolderFailed(f"{fact}; free disk space or correct the permissions, or use another run folder (--out)")

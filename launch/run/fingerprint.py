@@ -1,4 +1,4 @@
-"""What a checkpoint holds of its run, and whether a run may resume from it."""
+"""The fingerprint of a run in its checkpoints, and the check whether a run may resume from a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fat.weights.classifier import difference
 from launch.config.recipe import Recipe
 from launch.feed import Feed
 from launch.run.checkpoint import Checkpoint, CheckpointError, Fingerprint
-from launch.run.saved_recipe import full_classes
+from launch.run.saved_recipe import restore_class_names
 
 
 def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
-    """What every checkpoint holds of its run: `fixed` decides what is fed and what a step means, `free` may change."""
+    """Return the fingerprint of a run: `fixed` are the options that determine its batches and steps."""
     plan, optim = feed.plan, recipe.optim
     validation = feed.dataset.manifest.splits.get("val")
     return Fingerprint(
@@ -42,52 +42,53 @@ def fingerprint(recipe: Recipe, feed: Feed) -> Fingerprint:
 
 
 def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
-    """Refuse to resume a run as another one; returns what else differs.
+    """Check that a run may resume from a checkpoint; return the differences that are permitted.
 
     Raises:
-        CheckpointError: names each difference that would change what is fed or what a step means.
+        CheckpointError: options differ that determine the batches or steps of a run; names each of them.
     """
 
     def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-        return [f"{key} was {before.get(key)}, is {value}" for key, value in now.items() if before.get(key) != value]
+        return [f"{key} was {before.get(key)}, now {value}" for key, value in now.items() if before.get(key) != value]
 
     fixed = found.fingerprint.fixed
     added = fixed.get("val_index") is None and current.fixed.get("val_index") is not None
-    if added:  # no accuracy of other images is compared with the new ones
+    if added:  # permitted: there are no earlier accuracies, which would not be comparable
         fixed = fixed | {"val_index": current.fixed["val_index"]}
     if changed := changes(fixed, current.fixed):
         raise CheckpointError(
-            f"{found.path}: saved by a different run ({'; '.join(changed)}); "
-            "use the same options, another run folder (--out), or --resume never, which sets the old one aside"
+            f"{found.path}: saved by a run with other options ({'; '.join(changed)}); use the same options, another "
+            "run folder (--out), or --resume never, which keeps the old checkpoints in checkpoints-before-N"
         )
-    said = ["the data set had no validation split, and has one now"] if added else []
-    return said + changes(found.fingerprint.free, current.free)
+    permitted = ["the data set had no validation split, and has one now"] if added else []
+    return permitted + changes(found.fingerprint.free, current.free)
 
 
 def check_classes(found: Checkpoint, current: fat.ClassList, *, run: Path) -> None:
-    """Refuse to resume with a data set of other classes, or of the same ones in another order.
+    """Check that the data set has the classes of the checkpoint's run, in the same order.
 
     Raises:
         CheckpointError: names the classes that differ.
     """
     known = found.info().classes
     if known is not None and known.digest != current.digest:
+        differing = difference(restore_class_names(run, known), current)
         raise CheckpointError(
-            f"{found.path}: saved by a run with other classes ({difference(full_classes(run, known), current)}); use "
-            "the data set that it began with, another run folder (--out), or --resume never, which sets the old one "
-            "aside"
+            f"{found.path}: saved by a run with other classes ({differing}); "
+            "use the data set of that run, another run folder (--out), or --resume never, which keeps the old "
+            "checkpoints in checkpoints-before-N"
         )
 
 
 def check_position(found: Checkpoint, steps_per_epoch: int) -> None:
-    """Raise an error if a checkpoint's step and position in the plan contradict each other.
+    """Check that a checkpoint's step and position in the plan do not contradict each other.
 
     Raises:
-        CheckpointError: names both.
+        CheckpointError: they do; names both.
     """
     progress = found.progress
     if (progress.epoch, progress.epoch_step) != divmod(progress.step, steps_per_epoch):
         raise CheckpointError(
-            f"{found.path}: step {progress.step} is not step {progress.epoch_step} of epoch {progress.epoch}, at "
-            f"{steps_per_epoch} steps per epoch; remove this checkpoint, then start again"
+            f"{found.path}: step {progress.step} is not step {progress.epoch_step} of epoch {progress.epoch}, with "
+            f"{steps_per_epoch} steps per epoch; remove this checkpoint, then start the run again"
         )

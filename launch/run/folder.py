@@ -1,4 +1,4 @@
-"""The run folder: what a run writes, and how it goes on from there."""
+"""The run folder: all files of a run, and how the run is resumed from them."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ from shards.redact import printable, redacted
 T = TypeVar("T")
 
 CHECKPOINTS = "checkpoints"
-AGAIN = "correct that, then start the run again: it resumes"
+RESUME_HINT = "correct this, then start the run again: it resumes"
 
-# Names of files whose temporary files a killed process may leave.
+# Files whose temporary files are removed, because a killed process may have left them.
 _WRITTEN = r"probe|recipe\.json|classes\.json|status|curves\.png|weights(-ema)?\.safetensors"
 
 
 class RunFolder:
     """RUN/: recipe.json, classes.json, status, metrics.jsonl, checkpoints/, weights.safetensors, curves.png.
 
-    Rank 0 alone writes. As a context manager it keeps RUN/status true: running, preempted, finished or failed, with
-    step and reason.
+    Only rank 0 writes. As a context manager, it updates RUN/status (running, preempted, finished or failed) with step
+    and reason.
     """
 
     def __init__(self, recipe: Recipe, feed: Feed, engine: Engine, kernels: KernelCheckResult) -> None:
@@ -70,64 +70,67 @@ class RunFolder:
         self._resumed = Progress()
 
     def resume(self) -> tuple[Progress, list[str]]:
-        """Load the newest whole checkpoint into the engine, if the recipe says so and there is one; describe the run.
+        """Resume from the newest undamaged checkpoint, if `--resume` permits it and there is one; write recipe.json.
 
-        Collective: rank 0 chooses, all ranks read. Returns where the run stands, and lines for people.
+        Collective: rank 0 chooses the checkpoint, all ranks read it.
+
+        Returns:
+            The progress of the run, and messages.
 
         Raises:
-            CheckpointError: it belongs to another run, or not every rank can read it.
-            StorageFailed: a checkpoint that may be whole cannot be read.
+            CheckpointError: the checkpoint belongs to another run, or not every rank can read it.
+            StorageFailed: a checkpoint that may be undamaged cannot be read.
             UserError: the folder cannot be written.
         """
         world, plan = self._engine.world, self._feed.plan
-        found, story = broadcast_from_rank0(self._choose, world)
+        found, messages = broadcast_from_rank0(self._choose_checkpoint, world)
         if found is not None:
             changed = check_fingerprint(found, self._fingerprint)
             check_position(found, plan.steps_per_epoch)
-            story += [f"warning: {fact}; the run goes on with the new value" for fact in changed]
+            messages += [f"warning: {fact}; the run continues with the new value" for fact in changed]
             self._engine.load_state_dict(found.load(), steps=found.progress.step)
             self._resumed = found.progress
         if world.is_main:
-            self._describe()
-        story.append(
+            self._write_description()
+        messages.append(
             f"fat_{self._recipe.model.variant} on {world.size} x {world.device.type}, {self._engine.description}; "
             f"{plan.samples} images of {self._feed.dataset.path}, {plan.steps_per_epoch} steps of {plan.global_batch} "
             f"per epoch, {plan.lanes} lanes"
         )
-        story.append(f"going on from {found.path}" if found else f"starting in {self.path}")
-        return self._resumed, story
+        messages.append(f"resuming from {found.path}" if found else f"starting in {self.path}")
+        return self._resumed, messages
 
-    def _choose(self) -> tuple[Checkpoint | None, list[str]]:
-        """The checkpoint to go on from, and lines for people; on rank 0."""
+    def _choose_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """Return the checkpoint to resume from, and messages. On rank 0."""
         check_metrics(self.path)
-        self._tidy_up()
+        self._remove_temporary_files()
         self._checkpoints.prepare()
         if self._recipe.checkpoint.resume == "never":
-            aside = self._set_aside()
-            return None, [f"the earlier run's checkpoints and metrics are now in {aside}"] if aside else []
-        found, complaints = self._checkpoints.newest()
+            archive = self._archive()
+            return None, [f"the earlier run's checkpoints and metrics are now in {archive}"] if archive else []
+        found, skipped = self._checkpoints.newest()
         if found is not None:
             check_classes(found, self._feed.class_list, run=self.path)
-        story = [f"warning: {complaint}" for complaint in complaints]
-        if found is None and complaints:  # otherwise new checkpoints of the same steps would overwrite them
-            story.append(
-                "warning: no checkpoint is whole, so the run starts from the beginning; the damaged ones and the "
-                f"metrics are now in {self._set_aside()}"
+        messages = [f"warning: {message}" for message in skipped]
+        if found is None and skipped:  # archived, because new checkpoints of the same steps would overwrite them
+            messages.append(
+                "warning: all checkpoints are damaged, so the run starts from the beginning; the damaged checkpoints "
+                f"and the metrics are now in {self._archive()}"
             )
-        return found, story
+        return found, messages
 
-    def _set_aside(self) -> Path | None:
-        """Move the checkpoints, and with them the metrics, out of the way; where to, if there were any checkpoints."""
-        aside = self._checkpoints.set_aside()
+    def _archive(self) -> Path | None:
+        """Move checkpoints and metrics to checkpoints-before-N; return that folder, or None without checkpoints."""
+        archive = self._checkpoints.archive()
         metrics = self.path / METRICS_NAME
         try:
-            if aside is not None and metrics.exists():
-                metrics.rename(aside / METRICS_NAME)
+            if archive is not None and metrics.exists():
+                metrics.rename(archive / METRICS_NAME)
         except OSError as error:
             raise unwritable(self.path, error) from error
-        return aside
+        return archive
 
-    def _tidy_up(self) -> None:
+    def _remove_temporary_files(self) -> None:
         """Check that files can be written, and remove temporary files of trainers that were killed."""
         try:
             check_writable(self.path)
@@ -138,17 +141,17 @@ class RunFolder:
             raise unwritable(self.path, error) from error
 
     def save(self, progress: Progress) -> Progress:
-        """Begin to write a checkpoint; returns `progress`. Collective; a thread writes while training goes on.
+        """Start to write a checkpoint in a background thread; return `progress`. Collective.
 
         Raises:
             RunFailed: the last `MAX_FAILURES` saves have failed.
         """
-        self._writer.wait()  # the engine stages every state in the same memory
+        self._writer.wait()  # `state_dict` overwrites the tensors of the previous save
         failures, reason = self._on_main(lambda: (self._writer.failures, self._writer.reason))
         if failures >= MAX_FAILURES:
             raise RunFailed(
-                f"{failures} checkpoints in a row could not be written, the last: {reason}; the run ends here, because "
-                "further training would be lost. Free some space or correct the permissions, then start it again"
+                f"{failures} consecutive checkpoints could not be written, the last with: {reason}; the run ends, "
+                "because further training could be lost; free disk space or correct the permissions, then start again"
             )
         state = self._engine.state_dict()
         if self._engine.world.is_main:
@@ -156,46 +159,46 @@ class RunFolder:
         return progress
 
     def save_and_stop(self, progress: Progress, reason: str) -> NoReturn:
-        """Save, wait for it, and end the run in good order. Collective.
+        """Save, wait for the save and end the run by an exception. Collective.
 
         Raises:
-            Preempted: saved.
-            RunFailed: not saved, although tried twice.
+            Preempted: the checkpoint was saved.
+            RunFailed: saving failed twice.
         """
         if self._save_durably(progress):
             raise Preempted(reason or "another rank's request")
-        raise RunFailed(f"asked to leave ({reason}), but the checkpoint could not be written, twice")
+        raise RunFailed(f"asked to stop ({reason}), but two attempts to write the checkpoint failed")
 
     def _save_durably(self, progress: Progress) -> bool:
-        """Save, and wait for it; once more if that fails. Collective."""
+        """Save and wait for the save, with a second attempt if it fails; return whether it succeeded. Collective."""
         for _ in range(2):
             self.save(progress)
             if self._on_main(self._writer.wait):
                 return True
         return False
 
-    def _on_main(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and return its result on every rank. Collective."""
-        return broadcast_from_rank0(make, self._engine.world)
+    def _on_main(self, function: Callable[[], T]) -> T:
+        """Call `function` on rank 0 and return its result on every rank. Collective."""
+        return broadcast_from_rank0(function, self._engine.world)
 
-    def complaints(self) -> list[str]:
-        """Checkpoints that could not be written since the last call."""
-        return self._writer.complaints()
+    def save_errors(self) -> list[str]:
+        """Return the errors of failed saves since the last call."""
+        return self._writer.errors()
 
     def finish(self, progress: Progress) -> list[str]:
-        """Wait for the last checkpoint, export the weights, draw the curves. Collective. Returns messages.
+        """Wait for the last checkpoint, export the weights and plot the curves; return messages. Collective.
 
         Raises:
             RunFailed: the last checkpoint or the weights could not be written, so the run is not finished.
         """
         if not (self._on_main(self._writer.wait) or self._save_durably(progress)):
-            raise RunFailed(f"the last checkpoint, of step {progress.step}, could not be written; {AGAIN}")
+            raise RunFailed(f"the last checkpoint, of step {progress.step}, could not be written; {RESUME_HINT}")
         state = self._engine.state_dict()
         return self._on_main(lambda: self._export(state, progress.step))
 
     def _export(self, state: dict[str, Tensor], step: int) -> list[str]:
-        story = [f"warning: {complaint}" for complaint in self.complaints()]
-        with torch.device("meta"):  # only its config is needed
+        messages = [f"warning: {error}" for error in self.save_errors()]
+        with torch.device("meta"):  # the model is only used for its config
             model = fat.FAT(config_of(self._recipe, self._feed.classes))
         info = replace(self._info, step=step)
         for name, average in (("weights", False), ("weights-ema", True)):
@@ -205,49 +208,50 @@ class RunFolder:
                     fat.save_weights(model, path, state=tensors, info=info)
                 except (OSError, SafetensorError) as error:
                     fact = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-                    raise RunFailed(f"{path}: the weights could not be written ({fact}); {AGAIN}") from error
-                story.append(f"wrote {path}")
+                    raise RunFailed(f"{path}: the weights could not be written ({fact}); {RESUME_HINT}") from error
+                messages.append(f"wrote {path}")
         try:
-            picture = draw_curves(self.path, warn=lambda fact: story.append(f"warning: {fact}"))
-            story.append(f"wrote {picture}")
-        except Exception as error:  # a plot must not fail a run whose weights are saved
-            story.append(f"warning: no curves were drawn ({first_line(error) or type(error).__name__})")
-        return story
+            figure = draw_curves(self.path, warn=lambda fact: messages.append(f"warning: {fact}"))
+            messages.append(f"wrote {figure}")
+        except Exception as error:  # a failed plot must not fail a run whose weights are saved
+            messages.append(f"warning: the curves could not be plotted ({first_line(error) or type(error).__name__})")
+        return messages
 
     def __enter__(self) -> RunFolder:
-        self._status("running")
+        self._write_status("running")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._writer.close()
-        for complaint in self.complaints():
-            print(f"warning: {printable(complaint)}", file=sys.stderr, flush=True)
+        for message in self.save_errors():
+            print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
         if kind is None:
-            if not self._status("finished"):
+            if not self._write_status("finished"):
                 print(f"warning: {self.path / STATUS_NAME} could not be written; the run is finished", file=sys.stderr)
         elif issubclass(kind, Preempted):
-            self._status("preempted", str(error))
+            self._write_status("preempted", str(error))
         else:
-            self._status_of_failure(kind, error)
+            self._write_failure(kind, error)
 
-    def _status_of_failure(self, kind: type[BaseException], error: BaseException | None) -> None:
+    def _write_failure(self, kind: type[BaseException], error: BaseException | None) -> None:
         found = read_content(self.path)
         if found is None or found.status == "running":
-            refused = isinstance(error, UserError) and error.exit_code == UserError.exit_code
-            self._status("refused" if refused else "failed", f"{kind.__name__}: {error}")
-        elif found.step is None:  # another rank has said why this one was cut off, but does not know the checkpoints
-            self._status(found.status, found.reason, found.nodes or ())
+            invalid_input = isinstance(error, UserError) and error.exit_code == UserError.exit_code
+            self._write_status("refused" if invalid_input else "failed", f"{kind.__name__}: {error}")
+        elif found.step is None:  # another rank, which does not know the step, has written why the run failed
+            self._write_status(found.status, found.reason, found.nodes or ())
 
-    def _status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:
+    def _write_status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:
         if not self._engine.world.is_main:
             return True
         saved = self._writer.saved or self._resumed
         best = (saved.best, saved.best_of) if saved.best_of else None
         return write_status(self.path, status, step=saved.step, reason=reason, nodes=nodes, best=best)
 
-    def _describe(self) -> None:
+    def _write_description(self) -> None:
+        """Write recipe.json and classes.json."""
         engine = self._engine
         description = {
             "recipe": self._recipe.to_dict(),
@@ -271,7 +275,7 @@ class RunFolder:
 
 
 def will_resume(recipe: Recipe) -> bool:
-    """Whether the run folder holds a part of this run.
+    """Return whether the run folder has checkpoints and `--resume` permits resuming from them.
 
     Raises:
         StorageFailed: the checkpoints cannot be listed.

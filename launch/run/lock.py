@@ -1,7 +1,7 @@
-"""One trainer at a time in a run folder: rank 0 holds RUN/.lock as long as its run lives.
+"""The lock of a run folder, RUN/.lock, which rank 0 holds during the run, so that only one trainer uses the folder.
 
-Two would overwrite each other's checkpoints, and it takes little to start two: `accelerate launch` with one process
-does not pass signals on, so the trainer of a launcher that was ended goes on.
+Two trainers would overwrite each other's checkpoints. They are easily started by accident: `accelerate launch` with one
+process does not forward signals, so that the trainer continues when its launcher is killed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LOCK_NAME = ".lock"
 
 
 class FolderInUse(UserError):
-    """Another trainer works in the run folder."""
+    """Another trainer uses the run folder."""
 
 
 class FolderLock(contextlib.ExitStack):
-    """The lock of a run folder, released by `close`. `shards.files.lock` says what a killed holder leaves.
+    """The lock of a run folder, released by `close`. See `shards.files.lock` for holders that were killed.
 
     Args:
         wait: seconds to wait for an earlier trainer, which may be saving.
@@ -31,31 +31,31 @@ class FolderLock(contextlib.ExitStack):
     def __init__(self, run: Path, *, wait: float) -> None:
         super().__init__()
         self._run, self._wait = run, wait
-        self.taken = False
-        """Whether this launch has the folder to itself; known on every rank."""
+        self.acquired = False
+        """Whether this start holds the lock; equal on all ranks."""
 
-    def take(self, world: World, *, make: bool) -> None:
-        """Take it, if it is not taken yet. Collective.
+    def acquire(self, world: World, *, create: bool) -> None:
+        """Acquire the lock, unless it has been acquired already. Collective.
 
         Args:
-            make: make the folder; else there is nothing to take where it does not exist.
+            create: create the folder if it does not exist; otherwise the lock of a missing folder is not acquired.
 
         Raises:
-            FolderInUse: another trainer has it; names its host and process.
+            FolderInUse: another trainer holds the lock; names its host and process.
             UserError: the folder cannot be written.
         """
-        if not self.taken:
-            self.taken = broadcast_from_rank0(lambda: self._take(make), world)
+        if not self.acquired:
+            self.acquired = broadcast_from_rank0(lambda: self._acquire(create), world)
 
-    def _take(self, make: bool) -> bool:
+    def _acquire(self, create: bool) -> bool:
         try:
-            if make:
+            if create:
                 self._run.mkdir(parents=True, exist_ok=True)
             elif not self._run.is_dir():
                 return False
             self.enter_context(file_lock(self._run / LOCK_NAME, f"run folder {self._run}", wait=self._wait))
         except LockHeld as error:
-            raise FolderInUse(f"{error}, or give this run another --out") from None
+            raise FolderInUse(f"{error}, or use another run folder (--out)") from None
         except OSError as error:
             raise unwritable(self._run, error) from error
         return True

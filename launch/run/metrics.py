@@ -1,6 +1,6 @@
-"""Metrics: RUN/metrics.jsonl is the truth, the terminal is a view of it.
+"""Collect the metrics of a run and write them to RUN/metrics.jsonl, to the trackers and to the terminal.
 
-Losses and norms stay on the device until a line is due, so that no step waits for the log.
+Losses and gradient norms stay on the device until a log line is due, so that steps do not wait for the device.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from launch.engine.engine import Engine, StepResult
 from launch.feed import Feed
 from launch.roofline import Roofline
 from launch.run.metrics_file import MetricsLog
-from launch.run.progress import Progress, Scored
+from launch.run.progress import Progress, WeightsKind
 from launch.run.trackers import Trackers
 from pipeline.batch import Batch
 from pipeline.data_wait import DataWait
 from shards.redact import printable
 
-# Kinds of the lines about evaluations, and what people call what they are of.
-EVALUATIONS: dict[Scored, str] = {"weights": "eval", "average": "eval-ema"}
-SCORED_NAMES: dict[Scored, str] = {"weights": "weights", "average": "moving average"}
+# `kind` of the metrics lines of evaluations, and names for messages.
+EVALUATION_KINDS: dict[WeightsKind, str] = {"weights": "eval", "average": "eval-ema"}
+WEIGHTS_NAMES: dict[WeightsKind, str] = {"weights": "weights", "average": "moving average"}
 
 
 class Metrics:
-    """A run's running account: intervals of steps, evaluations, the clock; to the log and the terminal.
+    """Collects and logs the metrics of training intervals and evaluations, and measures the time of training.
 
-    A context manager; closing it ends the display.
+    It is a context manager, which closes the log and the progress bar on exit.
     """
 
     def __init__(
         self, recipe: Recipe, feed: Feed, engine: Engine, progress: Progress, trackers: Trackers | None = None
     ) -> None:
-        self._world, self._plan, self._begun_at = engine.world, feed.plan, progress
+        self._world, self._plan, self._resumed = engine.world, feed.plan, progress
         main = self._world.is_main
         self._log = MetricsLog(recipe.run.out if main else None, trackers)
         self._display = Display(enabled=main, total_steps=feed.last_step, done=progress.step)
@@ -50,47 +50,51 @@ class Metrics:
         self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
         self._rate, self._wait = 0.0, DataWait(self._world.device)
-        self._last: dict[Scored, float] = {}  # top-1 of the last evaluation
+        self._last: dict[WeightsKind, float] = {}  # top-1 of the last evaluation
         self.restart_interval()
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.say(*self._log.close())
+        self.print(*self._log.close())
         self._display.close()
 
     def _write(self, kind: str, **values: Any) -> None:
         self._log.write(kind, **values)
-        self.say(*self._log.messages())
+        self.print(*self._log.messages())
 
     def restart_interval(self) -> None:
-        """Begin a new interval, so that evaluating and saving do not count as training."""
+        """Start a new interval, so that the throughput does not include evaluation and saving."""
         self._interval_started = time.perf_counter()
         self._wait.restart()
         self._results: list[StepResult] = []
 
-    def take(self, loader: Iterator[Batch], count: int) -> list[Batch]:
-        """Return the batches of the next step, and account for the time that the device waits for them."""
+    def next_batches(self, loader: Iterator[Batch], count: int) -> list[Batch]:
+        """Return the batches of the next step, and measure how long the device waits for them."""
         return self._wait.next_batches(loader, count)
 
-    def say(self, *lines: str) -> None:
+    def print(self, *lines: str) -> None:
         for line in lines:
-            self._display.say(line)
+            self._display.print(line)
 
-    def step(self, step: int, rate: float, result: StepResult) -> None:
-        """Account for optimiser step `step`, whose work has been handed over; nothing is read from the device."""
+    def add_step(self, step: int, rate: float, result: StepResult) -> None:
+        """Add optimizer step `step`, whose kernels have been launched. Does not wait for the device.
+
+        Args:
+            rate: learning rate of the step.
+        """
         self._wait.mark_step_end()
         self._step, self._rate = step, rate
         self._results.append(result)
-        self._display.step(step + 1)
+        self._display.update(step + 1)
 
-    def interval(self, *, skipped: int, replaced: int) -> None:
-        """Write a line about the steps since the last one. Reads the device; collective.
+    def log_interval(self, *, skipped: int, replaced: int) -> None:
+        """Write a line about the steps since the last interval. Collective; waits for the device.
 
         Args:
-            skipped: updates skipped so far.
-            replaced: damaged samples that this rank has replaced so far.
+            skipped: number of updates skipped so far.
+            replaced: number of damaged samples that this rank has replaced so far.
         """
         if not self._results:
             return
@@ -111,61 +115,66 @@ class Metrics:
             "images_per_second": round(rate, 1),
             **self._utilization(rate / self._world.size),
             "data_wait": round(self._wait.seconds() / seconds, 4),
-            # Reserved, not allocated: what CUDA graphs compute in counts as free between captures.
+            # Reserved, not allocated memory: the pool of CUDA graphs does not count as allocated between captures.
             "memory_bytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0,
             "skipped": skipped,
             "replaced": int(replaced_by_all),
         }
         epoch = self._plan.at(self._step).epoch
         self._write("train", step=self._step + 1, epoch=epoch, lr=self._rate, **values)
-        self._display.interval(self._step + 1, epoch, self._rate, values)
+        self._display.show_interval(self._step + 1, epoch, self._rate, values)
         self.restart_interval()
 
     def _utilization(self, rate: float) -> dict[str, float]:
-        """What `rate` images per second use of each device, where rank 0 logs it."""
+        """Return the utilization of a device at `rate` images per second, on rank 0."""
         if self._roofline is None:
             return {}
         return {"mfu": round(self._roofline.mfu(rate), 4), "bandwidth": round(self._roofline.bandwidth(rate), 4)}
 
-    def begin(self, *messages: str, resolved: dict[str, str]) -> None:
-        """Log how the run starts, and the values to which engine and loader have resolved open options."""
-        self._write("resolved", step=self._begun_at.step, **resolved)
-        self.say(*messages, "; ".join(f"{name}: {value}" for name, value in resolved.items()))
+    def log_start(self, *messages: str, resolved: dict[str, str]) -> None:
+        """Log messages of the start, and the values of options that were not set.
 
-    def evaluation(self, step: int, results: Mapping[Scored, dict[str, float]]) -> dict[Scored, float]:
-        """Write a line about each evaluation; returns top-1 of the weights and, if evaluated, of their average."""
+        Args:
+            resolved: name and value of each.
+        """
+        self._write("resolved", step=self._resumed.step, **resolved)
+        self.print(*messages, "; ".join(f"{name}: {value}" for name, value in resolved.items()))
+
+    def log_evaluation(self, step: int, results: Mapping[WeightsKind, dict[str, float]]) -> dict[WeightsKind, float]:
+        """Write a line about each evaluation; return the top-1 accuracies."""
         epoch = self._plan.at(step).epoch
-        for scored, result in results.items():
-            self._write(EVALUATIONS[scored], step=step, epoch=epoch, **result)
-            self.say(
-                f"epoch {epoch}{f', {SCORED_NAMES[scored]}' if len(results) > 1 else ''}: top-1 {result['top1']:.2%}, "
-                f"top-5 {result['top5']:.2%}, loss {result['loss']:.4f} over {result['samples']} images"
+        for weights, result in results.items():
+            self._write(EVALUATION_KINDS[weights], step=step, epoch=epoch, **result)
+            name = f", {WEIGHTS_NAMES[weights]}" if len(results) > 1 else ""
+            self.print(
+                f"epoch {epoch}{name}: top-1 {result['top1']:.2%}, top-5 {result['top5']:.2%}, "
+                f"loss {result['loss']:.4f} over {result['samples']} images"
             )
-        self._last = {scored: result["top1"] for scored, result in results.items()}
+        self._last = {weights: result["top1"] for weights, result in results.items()}
         return self._last
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, over all starts of the run."""
-        return self._begun_at.seconds + time.perf_counter() - self._clock
+        """Seconds of training so far, in all starts of the run."""
+        return self._resumed.seconds + time.perf_counter() - self._clock
 
     def finish(self, progress: Progress) -> None:
-        """Write the last line, and say how the run ended: the best accuracy and the last ones."""
+        """Write the last line, and print the best and the last accuracies."""
         best = {"best": progress.best, "best_of": progress.best_of} if progress.best_of else {"best": None}
         self._write("end", step=progress.step, seconds=round(progress.seconds, 1), **best)
         text = f"{progress.step} steps in {progress.seconds:.0f} s"
         if progress.best_of:
             text += f", best top-1 {progress.best:.2%}"
-            text += f" ({SCORED_NAMES[progress.best_of]})" if "average" in self._last else ""
+            text += f" ({WEIGHTS_NAMES[progress.best_of]})" if "average" in self._last else ""
         if len(self._last) > 1:
             text += "; at the end: " + ", ".join(
-                f"{SCORED_NAMES[name]} {top1:.2%}" for name, top1 in self._last.items()
+                f"{WEIGHTS_NAMES[weights]} {top1:.2%}" for weights, top1 in self._last.items()
             )
-        self.say(text)
+        self.print(text)
 
 
 class Display:
-    """Progress on a terminal as a bar, elsewhere as a line per interval; silent on ranks other than 0."""
+    """Shows progress on stderr of rank 0: a progress bar on a terminal, otherwise a line per interval."""
 
     def __init__(self, *, enabled: bool, total_steps: int, done: int) -> None:
         self._enabled = enabled
@@ -184,15 +193,15 @@ class Display:
             self._task = self._bar.add_task("", total=total_steps, completed=done)
             self._bar.start()
 
-    def say(self, text: str) -> None:
-        """A line that stays."""
+    def print(self, text: str) -> None:
+        """Print a line (above the progress bar)."""
         self.console.print(printable(text), markup=False, soft_wrap=True)
 
-    def step(self, step: int) -> None:
+    def update(self, step: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
-    def interval(self, step: int, epoch: int, lr: float, values: dict[str, Any]) -> None:
+    def show_interval(self, step: int, epoch: int, lr: float, values: dict[str, Any]) -> None:
         loss, norm = (float("nan") if values[name] is None else values[name] for name in ("loss", "grad_norm"))
         text = (
             f"epoch {epoch} loss {loss:.3f} lr {lr:.2e} norm {norm:.2f} "
@@ -202,7 +211,7 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)
         else:
-            self.say(f"step {step}/{self._total} {text}")
+            self.print(f"step {step}/{self._total} {text}")
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl: append-only JSON lines, written by rank 0 and read by reports."""
+"""Write and read RUN/metrics.jsonl, an append-only file of JSON lines that rank 0 writes."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Append-only JSON lines, and `trackers` of them; on rank 0 only (elsewhere `folder` is None: nothing is written).
+    """Writes metrics to metrics.jsonl and to trackers. On ranks other than 0, `folder` is None and nothing is written.
 
-    A view of the run, which never ends it: lines that cannot be written are kept in memory and written, in order, when
-    the file can be written again. `messages` tells once when that begins and once when it is over.
+    Write errors do not end the run: lines are kept in memory, and written in order when the file can be written again.
+    `messages` returns one message when such a failure begins, and one when it ends.
     """
 
     def __init__(self, folder: Path | None, trackers: Trackers | None = None) -> None:
         self._path = folder / METRICS_NAME if folder else None
         self._handle: int | None = None
-        self._waiting: collections.deque[bytes] = collections.deque()
+        self._pending: collections.deque[bytes] = collections.deque()
         self._problem = ""
         self._messages: list[str] = []
         self._trackers = trackers
@@ -44,11 +44,12 @@ class MetricsLog:
             trackers.open(folder)
 
     def write(self, kind: str, **values: Any) -> None:
-        """Write one line: its kind ("start", "train", "eval", "end"), the Unix time, and the values."""
+        """Write a line with its kind ("start", "resolved", "train", "eval", "eval-ema", "end"), Unix time and
+        values."""
         if self._path is None:
             return
         line = json.dumps(redacted({"kind": kind, "time": round(time.time(), 3), **values})) + "\n"
-        self._waiting.append(line.encode())
+        self._pending.append(line.encode())
         self._flush(self._path)
         numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
         if self._trackers is not None:
@@ -56,17 +57,17 @@ class MetricsLog:
 
     def messages(self) -> list[str]:
         """Return messages since the last call."""
-        told, self._messages = self._messages, []
-        return told + (self._trackers.messages() if self._trackers else [])
+        messages, self._messages = self._messages, []
+        return messages + (self._trackers.messages() if self._trackers else [])
 
     def close(self) -> list[str]:
         """Write pending lines and close the trackers; return messages."""
         if self._path is not None:
             self._flush(self._path)
-            if self._waiting:
+            if self._pending:
                 self._messages.append(
-                    f"warning: {self._path}: {len(self._waiting)} lines were not written ({self._problem}); "
-                    "checkpoints do not need them"
+                    f"warning: {self._path}: {len(self._pending)} lines could not be written ({self._problem}); "
+                    "checkpoints are not affected"
                 )
             self._close_file()
         if self._trackers is not None:
@@ -74,40 +75,40 @@ class MetricsLog:
         return self.messages()
 
     def _flush(self, path: Path) -> None:
-        """Write the waiting lines, if the file can be written."""
-        waiting = len(self._waiting)
+        """Write the pending lines, if the file can be written."""
+        pending = len(self._pending)
         try:
             if self._handle is not None and os.fstat(self._handle).st_nlink == 0:  # the file was removed
                 self._close_file()
             if self._handle is None:
                 self._handle = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-            while self._waiting:
-                _append(self._handle, self._waiting[0])
-                self._waiting.popleft()
+            while self._pending:
+                _append(self._handle, self._pending[0])
+                self._pending.popleft()
         except OSError as error:
             if not self._problem:
                 self._messages.append(
-                    f"warning: {path}: cannot be written ({error.strerror}); its lines are kept in memory, and written "
-                    "when it can be"
+                    f"warning: {path}: cannot be written ({error.strerror}); lines are kept in memory until it can be "
+                    "written again"
                 )
             self._problem = error.strerror or str(error)
             self._close_file()
         else:
             if self._problem:
-                self._messages.append(f"note: {path}: can be written again, {waiting} lines have been")
+                self._messages.append(f"note: {path}: {pending} lines that were kept in memory have been written")
             self._problem = ""
 
     def _close_file(self) -> None:
         handle, self._handle = self._handle, None
         if handle is not None:
-            with contextlib.suppress(OSError):  # network file systems may report earlier errors here
+            with contextlib.suppress(OSError):  # network file systems may report earlier write errors on close
                 os.close(handle)
 
 
 def _append(handle: int, line: bytes) -> None:
-    """Append a whole line, or nothing: the part of it that a full disk has taken is cut off again."""
+    """Append a complete line. If the disk is full, truncate a part of it that has been written."""
     size = os.fstat(handle).st_size
-    if size and os.pread(handle, 1, size - 1) != b"\n":  # an earlier process was cut off in the middle of a line
+    if size and os.pread(handle, 1, size - 1) != b"\n":  # an earlier process was killed while it wrote a line
         line = b"\n" + line
     try:
         while line:
@@ -118,29 +119,29 @@ def _append(handle: int, line: bytes) -> None:
 
 
 def check_metrics(run: Path) -> None:
-    """Raise an error if the metrics file is not a regular file.
+    """Check that metrics.jsonl is a regular file, if it exists.
 
     Raises:
-        UserError: a folder, a fifo or a device.
+        UserError: it is a folder, a FIFO or a device.
     """
     try:
         os.close(open_regular(run / METRICS_NAME))
     except IsADirectoryError as error:
         raise UserError(f"{run / METRICS_NAME}: {error.strerror}; move it away, or use another run folder") from None
     except OSError:
-        pass  # not there yet, or not readable: whether it can be written shows when it is
+        pass  # the file does not exist yet or cannot be read; `MetricsLog` reports write errors
 
 
 def read_metrics(folder: Path, warn: Callable[[str], object] = log.warning) -> list[dict[str, Any]]:
-    """Read all lines of a run. Where a resumed run repeated steps, a step's later line wins.
+    """Return all lines of a run. If a resumed run has repeated steps, only the last line of each step is returned.
 
-    Damaged lines, as after a power cut, are left out.
+    Damaged lines, for example after a power failure, are skipped.
 
     Args:
-        warn: is told once how many lines are damaged.
+        warn: called once with the number of damaged lines, if there are any.
 
     Raises:
-        OSError: the file is missing, no file, or cannot be read.
+        OSError: the file is missing, not a regular file, or cannot be read.
     """
     lines: dict[tuple[str, int], dict[str, Any]] = {}
     damaged = 0
@@ -157,7 +158,7 @@ def read_metrics(folder: Path, warn: Callable[[str], object] = log.warning) -> l
             lines.pop(key, None)
             lines[key] = line
     if damaged:
-        warn(f"{folder / METRICS_NAME}: left out {damaged} damaged line{'s' if damaged > 1 else ''}")
+        warn(f"{folder / METRICS_NAME}: skipped {damaged} damaged line{'s' if damaged > 1 else ''}")
     return list(lines.values())
 
 
@@ -167,13 +168,13 @@ class _Line(BaseModel, strict=True):
 
 
 class _Train(_Line):
-    """What readers of this kind of line compute with, as below."""
+    """The fields of a train line that readers use. (`_Evaluation`: those of an evaluation.)"""
 
     step: int
     epoch: int
     lr: Finite
     images_per_second: Finite
-    loss: Finite | None = None  # null where all steps of an interval were skipped
+    loss: Finite | None = None  # null if all steps of the interval were skipped
 
 
 class _Evaluation(_Line):

@@ -1,4 +1,4 @@
-"""Where a run stands, saved with every checkpoint."""
+"""The progress of a run, which is saved in every checkpoint."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from pydantic import Field
 from pipeline.plan import Position
 from shards.schema import Count
 
-Scored = Literal["weights", "average"]
-"""What an evaluation is of: the weights as trained, or their moving average."""
-SCORED: tuple[Scored, ...] = get_args(Scored)
+WeightsKind = Literal["weights", "average"]
+"""Which weights an evaluation uses: the trained weights, or their EMA."""
+WEIGHTS_KINDS: tuple[WeightsKind, ...] = get_args(WeightsKind)
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stands; saved with every checkpoint."""
+    """The progress of a run, saved in every checkpoint."""
 
     step: Count = 0
-    """Optimiser steps done."""
+    """Number of optimizer steps done."""
     epoch: Count = 0
     epoch_step: Count = 0
-    """Position in the plan: steps done of `epoch`."""
+    """Number of steps done in `epoch`; together they are the position in the plan."""
     best: Fraction = 0.0
     """Best top-1 so far (share), of the weights or of their average."""
-    best_of: Scored | None = None
-    """Which of the two reached it; None = there is no best yet."""
+    best_of: WeightsKind | None = None
+    """Which weights reached `best`; None: nothing has been evaluated yet."""
     is_best: bool = False
-    """Whether it was reached here."""
+    """Whether `best` was reached at this step."""
     pending_evaluation: bool = False
-    """Whether the evaluation due at this step was broken off."""
+    """Whether the evaluation of this step was interrupted."""
     seconds: Seconds = 0.0
-    """Time trained, over all restarts."""
+    """Training time in seconds, over all starts of the run."""
 
     def after(self, step: int, position: Position) -> Progress:
-        """The progress after an optimizer step.
+        """Return the progress after an optimizer step.
 
         Args:
-            step: optimizer steps done.
-            position: where the plan stands then.
+            step: number of optimizer steps done.
+            position: position in the plan after the step.
         """
         return replace(self, step=step, epoch=position.epoch, epoch_step=position.step, is_best=False)
 
-    def evaluated(self, top1: Mapping[Scored, float]) -> Progress:
-        """The progress after an evaluation at this step; of equally good ones, the weights are the best."""
+    def evaluated(self, top1: Mapping[WeightsKind, float]) -> Progress:
+        """Return the progress after an evaluation at this step. With equal accuracies, the weights count as best."""
         best_of, best = max(top1.items(), key=itemgetter(1))
         if best <= self.best:
             return replace(self, is_best=False, pending_evaluation=False)

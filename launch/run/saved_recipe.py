@@ -1,4 +1,4 @@
-"""Read and validate RUN/recipe.json, which may have been edited, copied or damaged."""
+"""Read and validate RUN/recipe.json, which users may have edited or copied, and which may be damaged."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from shards.schema import parse_json
 
 RECIPE_NAME = "recipe.json"
 CLASSES_NAME = "classes.json"
-"""Classes of the outputs, as `fat.ClassList.dumps` writes them; complete, however many there are."""
-MAX_BYTES = 1 << 20  # one of a large run has 6 kB
+"""File of the classes of the model's outputs (`fat.ClassList.dumps`), with all names."""
+MAX_BYTES = 1 << 20  # a typical recipe.json has 6 kB
 Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 
 
@@ -55,24 +55,24 @@ def read_saved_run(run: Path) -> SavedRun:
     """Read RUN/recipe.json.
 
     Raises:
-        UserError: there is none, or it is not what a run of this version writes; names the field.
+        UserError: the file is missing or invalid; names the field.
     """
     path = run / RECIPE_NAME
     try:
         return parse_json(read_regular(path, limit=MAX_BYTES), _SCHEMA, limit=MAX_BYTES)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a run folder") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); use a run folder") from error
     except ValueError as error:
-        raise UserError(f"{path}: not the recipe of a run ({error}); restore it, or give a weights file") from error
+        raise UserError(f"{path}: invalid recipe ({error}); restore the file, or use a weights file") from error
     except UserError as error:  # options that contradict one another
-        raise UserError(f"{path}: not the recipe of a run ({error}); restore it") from error
+        raise UserError(f"{path}: invalid recipe ({error}); restore the file") from error
 
 
-def full_classes(run: Path, known: fat.ClassList) -> fat.ClassList:
-    """Return the names of classes of which a header holds the digest alone, if RUN/classes.json has them.
+def restore_class_names(run: Path, known: fat.ClassList) -> fat.ClassList:
+    """Return the classes with names from RUN/classes.json, if `known` has only a digest and the file has its names.
 
     Raises:
-        UserError: that file cannot be read, or is damaged.
+        UserError: the file cannot be read, or is damaged.
     """
     path = run / CLASSES_NAME
     if known.folders is not None:
@@ -82,66 +82,66 @@ def full_classes(run: Path, known: fat.ClassList) -> fat.ClassList:
     except FileNotFoundError:
         return known
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); correct that, or remove it") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct this, or remove the file") from error
     except ValueError as error:
-        raise UserError(f"{path}: not the classes of a run ({error}); restore it, or remove it") from error
+        raise UserError(f"{path}: invalid list of classes ({error}); restore or remove the file") from error
     return found if found.digest == known.digest else known
 
 
 def read_previous_start(run: Path, world: World) -> tuple[SavedRun | None, list[str]]:
-    """Read RUN/recipe.json of a run that is resumed, on rank 0 for all ranks; returns it and messages. Collective."""
+    """Read RUN/recipe.json of a run that is resumed, on rank 0 for all ranks; return it and messages. Collective."""
 
     def read() -> tuple[SavedRun | None, list[str]]:
         try:
             return read_saved_run(run), []
         except UserError as error:
-            return None, [f"warning: {error}; options that are not given have their defaults"]
+            return None, [f"warning: {error}; options that are not set get their defaults"]
 
     return broadcast_from_rank0(read, world)
 
 
 def inherit_options(recipe: Recipe, saved: SavedRun, device: str, cores: int) -> tuple[Recipe, list[str]]:
-    """Fill performance options that `recipe` leaves open (None), [compile] and [data.loader], from a run's recipe.json.
+    """Set performance options of [compile] and [data.loader] that are unset (None) to those of a run's recipe.json.
 
-    What is open in both stays open. Compile options are inherited on the same device only, thread counts and the like
-    on a machine of as many cores. The JPEG decoder is not inherited here (`launch.jpeg_decoder`).
+    Options of [compile] are inherited only if the device is the same, options of [data.loader] only if the number of
+    cores is the same too. The JPEG decoder is not inherited here, but in `launch.jpeg_decoder`.
 
     Args:
         device: name of rank 0's device (`device_name`).
-        cores: of rank 0.
+        cores: number of cores of rank 0.
 
     Returns:
         The recipe, and messages.
     """
     before, engine = saved.recipe, saved.engine
-    compile_ = _filled(recipe.compile, before.compile)
+    compile_ = _fill_unset(recipe.compile, before.compile)
     loader = recipe.data.loader
-    dali = _filled(loader.dali, dataclasses.replace(before.data.loader.dali, hw_decoder_load=None))
-    loader = dataclasses.replace(_filled(loader, before.data.loader), dali=dali)
+    dali = _fill_unset(loader.dali, dataclasses.replace(before.data.loader.dali, hw_decoder_load=None))
+    loader = dataclasses.replace(_fill_unset(loader, before.data.loader), dali=dali)
     messages = []
-    if engine.device != device and (lost := _differences(recipe.compile, compile_)):
-        messages.append(f"note: the run began on {engine.device}; not taken from its recipe.json: {', '.join(lost)}")
+    if engine.device != device and (ignored := _differences(recipe.compile, compile_)):
+        messages.append(f"note: the run began on {engine.device}; its recipe.json is ignored for {', '.join(ignored)}")
         compile_ = recipe.compile
     if (engine.device, engine.cores) != (device, cores):
         loader = recipe.data.loader
-    taken = [
+    inherited = [
         *_differences(recipe.compile, compile_),
         *_differences(recipe.data.loader, loader),
         *_differences(recipe.data.loader.dali, loader.dali),
     ]
-    if taken:
-        messages.append(f"from the run's recipe.json: {', '.join(taken)}")
+    if inherited:
+        messages.append(f"from the run's recipe.json: {', '.join(inherited)}")
     return dataclasses.replace(recipe, compile=compile_, data=dataclasses.replace(recipe.data, loader=loader)), messages
 
 
-def _filled(options: T, before: T) -> T:
-    """`options` with its fields that are None taken from `before`."""
+def _fill_unset(options: T, before: T) -> T:
+    """Return `options` with fields that are None replaced by those of `before`."""
     names = [f.name for f in dataclasses.fields(options)]  # type: ignore[arg-type]
     return dataclasses.replace(options, **{n: getattr(before, n) for n in names if getattr(options, n) is None})  # type: ignore[type-var]
 
 
 def _differences(before: Any, after: Any) -> list[str]:
-    """The fields that differ, as options of the command line."""
+    """Return the fields that differ as command-line options, with the values of `after`."""
     values = [(f.name, getattr(before, f.name), getattr(after, f.name)) for f in dataclasses.fields(after)]
     return [
         f"--{name.replace('_', '-')} {new}"

@@ -1,4 +1,4 @@
-"""RUN/status: one line that says how a run stands, for schedulers and people."""
+"""RUN/status: a line of JSON with the status of a run, for schedulers and users."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from launch.run.files import open_regular, read_regular
-from launch.run.progress import Fraction, Scored
+from launch.run.progress import Fraction, WeightsKind
 from shards.errors import UserError
 from shards.files.durable import temporary_name
 from shards.redact import redact
@@ -21,11 +21,11 @@ from shards.schema import Count, parse_json
 
 STATUS_NAME = "status"
 Status = Literal["running", "preempted", "stalled", "finished", "failed", "refused"]
-"""preempted: saved and left when asked to. stalled: ended by the watchdog. refused: bad input, which another start
-would meet again. `launch/slurm/train.sbatch` starts a run again after preempted, and within a budget after stalled,
-failed and running (it was killed)."""
+"""preempted: stopped on request, after a checkpoint was saved. stalled: ended by the watchdog. refused: invalid input,
+with which another start would fail too. `launch/slurm/train.sbatch` restarts a run that was preempted, and a limited
+number of times one that is stalled, failed or running (it was killed)."""
 
-EXIT_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_STATUS = 75  # of a preempted run: EX_TEMPFAIL of sysexits.h, "try again later"
 
 _LIMIT = 1 << 20
 
@@ -47,7 +47,7 @@ class StatusContent:
     reason: str
     nodes: list[str] | None = None
     best: Fraction | None = None
-    best_of: Scored | None = None
+    best_of: WeightsKind | None = None
 
 
 _SCHEMA = TypeAdapter(StatusContent)
@@ -62,15 +62,15 @@ def write_status(
     nodes: Sequence[str] = (),
     best: tuple[float, str] | None = None,
 ) -> bool:
-    """Replace RUN/status, if there is a run folder.
+    """Replace RUN/status, if the run folder exists.
 
     Args:
-        step: optimiser steps in the newest checkpoint; None = not known yet.
-        nodes: hosts that should not be used for the next start.
-        best: best top-1 so far (share), and what reached it: "weights" or "average".
+        step: step of the newest checkpoint; None: not known yet.
+        nodes: hosts that the next start should not use.
+        best: best top-1 accuracy so far (fraction), and which weights reached it ("weights" or "average").
 
     Returns:
-        Whether it was written. No error is raised: a full disk may be why the run ends, and that error must be shown.
+        Whether it was written. No error is raised, so that the error that ends the run, such as a full disk, is shown.
     """
     content: dict[str, Any] = {"status": status, "step": step, "reason": redact(reason)}
     if best is not None:
@@ -92,7 +92,7 @@ def write_status(
 
 
 def _overwrite(path: Path, text: bytes) -> bool:
-    """Overwrite the existing file in place: on a full disk, its block is still allocated."""
+    """Overwrite an existing file in place, which succeeds on a full disk, because its block is already allocated."""
     try:
         handle = open_regular(path, os.O_WRONLY)
     except OSError:
@@ -109,13 +109,13 @@ def _overwrite(path: Path, text: bytes) -> bool:
 
 
 def read_status(run: Path) -> Status | None:
-    """Return the status in RUN/status; None if there is none that can be read."""
+    """Return the status in RUN/status; None if the file is missing or invalid."""
     content = read_content(run)
     return None if content is None else content.status
 
 
 def read_content(run: Path) -> StatusContent | None:
-    """Return all of RUN/status; None if it cannot be read."""
+    """Return the content of RUN/status; None if the file is missing or invalid."""
     try:
         return parse_json(read_regular(run / STATUS_NAME, limit=_LIMIT), _SCHEMA, limit=_LIMIT)
     except (OSError, ValueError):

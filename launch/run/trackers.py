@@ -1,4 +1,4 @@
-"""Views of the metrics for TensorBoard and Weights & Biases."""
+"""Log metrics to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from shards.files.durable import durable_write
 from shards.redact import redacted
 
 WANDB_ID = "wandb-id"
-"""File of the run folder that names the run at Weights & Biases, so that a resumed run continues it."""
+"""File of the run folder with the run's id at Weights & Biases, so that a resumed run continues to log to it."""
 PROJECT = "fat-pipeline"
 
-_PASSING = ("Comm", "Connection", "Timeout")
-"""In the names of errors that another start may not meet."""
+_TRANSIENT = ("Comm", "Connection", "Timeout")
+"""Parts of the names of errors that may not occur in the next start."""
 _EXTRAS = {"tensorboard": "track", "wandb": "wandb"}
-# What to do about one that cannot start.
+# What to do if a tracker cannot start.
 _REMEDIES = {
     "tensorboard": "repair the installation ('pip install --force-reinstall tensorboard')",
     "wandb": "log in ('wandb login', or WANDB_API_KEY), or log to files only (WANDB_MODE=offline)",
@@ -32,24 +32,23 @@ _REMEDIES = {
 
 
 class TrackerFailed(RecipeError):
-    """A tracker's server cannot be reached, which another start may not meet."""
+    """The server of a tracker cannot be reached; another start may succeed."""
 
     exit_code = 1
 
 
 class Trackers:
-    """The trackers that the recipe names. Rank 0 alone makes them.
+    """The trackers of `--tracker`, on rank 0.
 
-    They are tried before the run has a folder: a new run is refused there, while one that goes on leaves out what does
-    not start, since its earlier work must not wait for a server. Later failures never end the run: `messages` reports
-    the first of each, and the tracker is tried again at the next line.
+    They start before the run folder is created. If one cannot start, a new run ends with an error, but a resumed run
+    continues without it. Later failures never end the run: `messages` returns the first of consecutive failures of a
+    tracker, and the next line is logged to it again.
 
     Args:
-        resumes: the run has begun before, in its run folder.
+        resumes: whether the run is resumed from its run folder.
 
     Raises:
-        RecipeError: a library is not installed; for a new run, one cannot be imported, or the server cannot be logged
-            in to.
+        RecipeError: a library is not installed; or, for a new run, it cannot be imported or the login fails.
     """
 
     def __init__(self, recipe: Recipe, *, resumes: bool = False) -> None:
@@ -61,24 +60,24 @@ class Trackers:
         for name in recipe.log.tracker:
             if importlib.util.find_spec(name) is None:
                 raise RecipeError(
-                    f"--tracker {name}: {name} is not installed; pip install 'fat-pipeline[{_EXTRAS[name]}]', or leave "
-                    "it out"
+                    f"--tracker {name}: {name} is not installed; run pip install 'fat-pipeline[{_EXTRAS[name]}]', or "
+                    "omit the tracker"
                 )
         for name in recipe.log.tracker:
             try:
-                self._try_out(name)
+                self._start(name)
             except Exception as error:  # a tracker may raise anything
                 if not resumes:
                     fact = first_line(error) or type(error).__name__
-                    passing = isinstance(error, OSError) or any(word in type(error).__name__ for word in _PASSING)
-                    kind = TrackerFailed if passing else RecipeError
+                    transient = isinstance(error, OSError) or any(word in type(error).__name__ for word in _TRANSIENT)
+                    kind = TrackerFailed if transient else RecipeError
                     raise kind(
-                        f"--tracker {name}: cannot start ({fact}); {_REMEDIES[name]}, or leave it out"
+                        f"--tracker {name}: cannot start ({fact}); {_REMEDIES[name]}, or omit the tracker"
                     ) from error
-                self._failed(name, error)
+                self._report_failure(name, error)
 
-    def _try_out(self, name: str) -> None:
-        """Import the library; start what needs no run folder."""
+    def _start(self, name: str) -> None:
+        """Import the library and log in, without the run folder."""
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
@@ -96,7 +95,7 @@ class Trackers:
         )
 
     def open(self, folder: Path) -> None:
-        """Start what writes into the run folder, which exists now."""
+        """Open the files of the trackers in the run folder, which exists now."""
         for name in self._recipe.log.tracker:
             if name == "tensorboard":
                 self._try(name, lambda: self._open_tensorboard(folder))
@@ -112,29 +111,29 @@ class Trackers:
         self._trackers["tensorboard"] = writer
 
     def log(self, values: dict[str, int | float], *, step: int) -> None:
-        """Log numbers by name."""
+        """Log values by name."""
         for name, tracker in self._trackers.items():
             log = _log_scalars if name == "tensorboard" else _log_to_wandb
             self._try(name, lambda log=log, tracker=tracker: log(tracker, values, step))  # type: ignore[misc]
 
     def finish(self) -> None:
-        """Write what they hold, and close them."""
+        """Flush and close the trackers."""
         for name, tracker in self._trackers.items():
             self._try(name, tracker.close if name == "tensorboard" else tracker.finish)
 
     def messages(self) -> list[str]:
         """Return warnings since the last call."""
-        told, self._messages = self._messages, []
-        return told
+        messages, self._messages = self._messages, []
+        return messages
 
     def _try(self, name: str, action: Callable[[], Any]) -> None:
         try:
             action()
             self._failing.discard(name)
         except Exception as error:  # a tracker may raise anything, and must not end the run
-            self._failed(name, error)
+            self._report_failure(name, error)
 
-    def _failed(self, name: str, error: Exception) -> None:
+    def _report_failure(self, name: str, error: Exception) -> None:
         if name not in self._failing:
             self._failing.add(name)
             fact = first_line(error) or type(error).__name__
@@ -142,14 +141,14 @@ class Trackers:
 
 
 def start_trackers(recipe: Recipe, world: World, *, resumes: bool) -> Trackers | None:
-    """Make the trackers of rank 0. Collective: what refuses them is raised on every rank.
+    """Create the trackers on rank 0; None on other ranks. Collective: errors are raised on every rank.
 
     Raises:
         RecipeError: see `Trackers`.
     """
-    made: list[Trackers] = []
-    broadcast_from_rank0(lambda: made.append(Trackers(recipe, resumes=resumes)), world)
-    return made[0] if made else None
+    created: list[Trackers] = []
+    broadcast_from_rank0(lambda: created.append(Trackers(recipe, resumes=resumes)), world)
+    return created[0] if created else None
 
 
 def _log_scalars(writer: Any, values: dict[str, int | float], step: int) -> None:
@@ -163,7 +162,7 @@ def _log_to_wandb(run: Any, values: dict[str, int | float], step: int) -> None:
 
 
 def _saved_id(run: Path) -> str:
-    """The id that an earlier start has left in the run folder; empty where there is none."""
+    """Return the id that an earlier start has saved in the run folder, or an empty string."""
     try:
         text = read_regular(run / WANDB_ID, limit=1024).decode().strip()
     except (OSError, ValueError):
@@ -172,7 +171,7 @@ def _saved_id(run: Path) -> str:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Nested values as `section.name`, in the types that every tracker takes."""
+    """Return nested values by `section.name`, converted to types that every tracker accepts."""
     flat: dict[str, int | float | str | bool] = {}
     for name, value in values.items():
         if isinstance(value, dict):

@@ -38,7 +38,7 @@ def test_a_training_whose_launcher_was_ended_keeps_its_run_folder_until_it_is_ki
         assert error.startswith(
             f"error: run folder {run} is in use by process {orphan} on {host}; wait for it"
         )
-        assert error.endswith(f"(lock: {run}/.lock), or give this run another --out")
+        assert error.endswith(f"(lock: {run}/.lock), or use another run folder (--out)")
         assert "waiting for it for up to 1 s" in second.stderr
         assert before == status(run) == {"status": "running", "step": 0, "reason": ""}
         assert ranks_of(run) == [orphan]

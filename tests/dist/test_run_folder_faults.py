@@ -30,17 +30,17 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error(
         filler = fill(disk)
         assert process.wait(timeout=240) == 1
         assert process.stderr is not None
-        printed = process.stderr.read()
-        assert "3 checkpoints in a row could not be written, the last" in printed
-        assert "/launch/machine/world.py" not in printed  # the launcher prints its own traceback
-        ended = status(run)
-        assert ended["status"] == "failed"
+        said = process.stderr.read()
+        assert "3 consecutive checkpoints could not be written, the last" in said
+        assert "/launch/machine/world.py" not in said  # the launcher has a traceback of its own
+        left = status(run)
+        assert left["status"] == "failed"
         newest = max(path.name for path in (run / "checkpoints").iterdir())
         assert newest == f"step-{ended['step']:08d}"
         filler.unlink()
         done = train(*OPTIONS, *options, "--stop-after", str(ended["step"] + 3))
         assert done.returncode == 0, done.stderr
-        assert f"going on from {run / 'checkpoints' / newest}" in done.stderr
+        assert f"resuming from {run / 'checkpoints' / newest}" in done.stderr
         steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
         # Every step of the resumed run is logged. Later steps may be logged too, from before the failure.
         assert sorted(set(steps) | set(range(1, ended["step"] + 4))) == sorted(steps)

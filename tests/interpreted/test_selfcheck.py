@@ -305,11 +305,13 @@ def test_a_wrong_kernel_is_reported_and_its_family_switched_off(
     verdict = check_kernels(model, ALONE, size=SIZE, dtype=torch.float32, gradients=False)
     assert [failure.family for failure in verdict.failed] == [families.CONVOLUTION]
     assert families.NORM in verdict.checked
-    err = capsys.readouterr().err
-    warning = "warning: the depthwise convolution kernels do not agree with torch and are switched off: depthwise on"
-    assert err.count("warning: ") == 1
-    assert f"{warning} feature map" in err
-    assert "exceeds the tolerance of" in err
+    said = capsys.readouterr().err
+    warning = (
+        "warning: the depthwise convolution kernels differ from PyTorch, so PyTorch is used instead: depthwise on map"
+    )
+    assert said.count("warning: ") == 1
+    assert warning in said
+    assert "where the bound is" in said
     assert kernels.switched_off() == {families.CONVOLUTION}
 
 

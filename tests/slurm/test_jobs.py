@@ -68,7 +68,7 @@ def test_a_run_stops_before_its_time_limit_and_loses_no_batch(cluster: Cluster, 
     assert ended["JobState"] == "COMPLETED", job.log
     starts = range(int(ended["Restarts"]) + 1)
     assert len(starts) > 1
-    assert "saved and leaving: the deadline" in job.log
+    assert "saved and stopping: the deadline" in job.log
     assert [step for start in starts for step in steps_of(job, start)] == list(range(80))
     assert job.batches() == uninterrupted(digits, 80)
 

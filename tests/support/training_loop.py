@@ -14,7 +14,7 @@ import fat
 from launch.config.command_line import parse
 from launch.config.resilience import WatchdogConfig
 from launch.engine.engine import Engine
-from launch.engine.schedule import rate_of
+from launch.engine.schedule import lr_schedule
 from launch.feed import Feed
 from launch.machine.world import World
 from launch.resilience.guards import Guards
@@ -48,7 +48,7 @@ def training(
     model = fat.create_model(replace(CONFIG, num_classes=feed.classes))
     engine = Engine(model, recipe, world, micro_batch=shape.micro_rows, accumulation=shape.accumulation)
     guards = Guards(engine, WatchdogConfig(compare_every=0))
-    rate = rate_of(recipe.optim, global_batch=batch, steps_per_epoch=feed.plan.steps_per_epoch)
+    rate = lr_schedule(recipe.optim, global_batch=batch, steps_per_epoch=feed.plan.steps_per_epoch)
     numbers = itertools.count()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -62,10 +62,10 @@ def training(
         def step() -> None:
             number = next(numbers)
             preemption.save_requested()
-            batches = metrics.take(loader, shape.accumulation)
+            batches = metrics.next_batches(loader, shape.accumulation)
             result = engine.step(batches, step=number, lr=rate(number))
             guards.note(number, result, batches)
-            metrics.step(number, rate(number), result)
+            metrics.add_step(number, rate(number), result)
             watchdog.beat(number + 1)
 
         yield step

@@ -12,7 +12,7 @@ import torch
 
 from launch.config.command_line import parse
 from launch.engine.execution import Execution
-from launch.engine.schedule import rate_of
+from launch.engine.schedule import lr_schedule
 from launch.engine.sync_batchnorm import check_values_per_channel, convert_sync_batchnorm
 from launch.feed import Feed
 from launch.machine.world import World
@@ -129,7 +129,7 @@ def test_the_default_warm_up_fits_any_number_of_epochs(tiny: Path, epochs: int) 
     recipe = parse(["--data", str(tiny), "--global-batch", "2", "--epochs", str(epochs)])
     assert recipe.optim.warmup == (20 if epochs >= 200 else pytest.approx(epochs / 10))
     steps = 18
-    rate = rate_of(recipe.optim, global_batch=recipe.data.global_batch, steps_per_epoch=steps)
+    rate = lr_schedule(recipe.optim, global_batch=recipe.data.global_batch, steps_per_epoch=steps)
     rates = [rate(step) for step in range(epochs * steps)]
     assert max(rates) > 0.97 * recipe.optim.rates(recipe.data.global_batch)[1]
     after = [now / before for before, now in itertools.pairwise(rates[: len(rates) // 2]) if now < before]

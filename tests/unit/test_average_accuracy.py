@@ -17,7 +17,7 @@ from launch.run import metrics
 from launch.run.curves import draw_curves
 from launch.run.metrics import Metrics
 from launch.run.metrics_file import METRICS_NAME
-from launch.run.progress import Progress, Scored
+from launch.run.progress import Progress, WeightsKind
 from launch.run.status import read_content, write_status
 from pipeline.plan import Position
 
@@ -37,7 +37,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     return lambda: Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress())  # type: ignore[arg-type]
 
 
-def results(**top1: float) -> dict[Scored, dict[str, float]]:
+def results(**top1: float) -> dict[WeightsKind, dict[str, float]]:
     return {scored: {"top1": value, **LOSS} for scored, value in top1.items()}  # type: ignore[misc]
 
 
@@ -54,7 +54,7 @@ def results(**top1: float) -> dict[Scored, dict[str, float]]:
     ],
 )
 def test_the_best_is_the_better_of_the_two(
-    before: Progress, top1: dict[Scored, float], expected: tuple[float, str | None, bool]
+    before: Progress, top1: dict[WeightsKind, float], expected: tuple[float, str | None, bool]
 ) -> None:
     found = before.evaluated(top1)
     assert (found.best, found.best_of, found.is_best) == expected

@@ -39,9 +39,9 @@ def save(folder: CheckpointFolder, step: int, *, is_best: bool = False) -> Path:
 def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     save(folder, 20)
-    found, complaints = folder.newest()
+    found, skipped = folder.newest()
     assert found is not None
-    assert (found.progress.step, found.progress.epoch, found.fingerprint, complaints) == (20, 2, FINGERPRINT, [])
+    assert (found.progress.step, found.progress.epoch, found.fingerprint, skipped) == (20, 2, FINGERPRINT, [])
     assert folder.newest_step() == 20
     assert found.load()["model/w"].eq(20).all()
 
@@ -119,12 +119,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     damage(save(folder, 20))
-    found, complaints = folder.newest()
+    found, skipped = folder.newest()
     assert found is not None
     assert found.progress.step == 10
-    assert len(complaints) == 1
-    assert "step-000000" in complaints[0]
-    assert "damaged" in complaints[0]
+    assert len(skipped) == 1
+    assert "step-000000" in skipped[0]
+    assert "damaged" in skipped[0]
 
 
 def test_no_flipped_bit_of_the_metadata_changes_what_is_resumed(tmp_path: Path) -> None:
@@ -178,9 +178,9 @@ def test_metadata_that_contradicts_itself_is_damage_whatever_its_hash(tmp_path: 
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     rewritten(save(folder, 20), **progress)
-    found, complaints = folder.newest()
+    found, skipped = folder.newest()
     assert found is not None
-    assert (found.progress.step, len(complaints)) == (10, 1)
+    assert (found.progress.step, len(skipped)) == (10, 1)
 
 
 def test_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
     meta = json.loads((path / "meta.json").read_text()) | {"version": 9, "more": 1}
     meta.pop("hash")
     (path / "meta.json").write_text(checkpoint.render_meta(meta))
-    with pytest.raises(CheckpointError, match="checkpoint version 9, this tool reads 1"):
+    with pytest.raises(CheckpointError, match="checkpoint version 9, but this program reads version 1"):
         folder.newest()
 
 
@@ -231,8 +231,8 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path) -> 
     paths = ["0", *(f"{number}/step-00000020/{name}" for number, name in [(1, "meta.json"), (2, "meta.json")])]
     for line, path in zip(unreadable, (*paths, "3/step-00000020/state.safetensors"), strict=True):
         assert line.startswith(f"1 {path}: cannot be read (Permission denied for user "), done.stderr
-        assert ", mode 0000); ask its owner for access (chmod, chgrp), then start again" in line
-    assert unwritable.startswith("1 unwritable: the run folder cannot be written (Permission denied); free some space")
+        assert ", mode 0000); have its owner give you access (chmod, chgrp), then start again" in line
+    assert unwritable.startswith("1 unwritable: the run folder cannot be written (Permission denied); free disk space")
 
 
 def test_a_state_that_was_exchanged_after_it_was_checked_is_not_loaded(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_state_that_was_exchanged_after_it_was_checked_is_not_loaded(tmp_path:
     found, _ = folder.newest()
     assert found is not None
     (older / "state.safetensors").rename(newer / "state.safetensors")
-    with pytest.raises(StorageFailed, match="has changed since it was checked; start again"):
+    with pytest.raises(StorageFailed, match="has changed since it was checked; start the run again"):
         found.load()
 
 
@@ -284,13 +284,13 @@ def test_killed_while_it_replaces_a_checkpoint_the_replaced_one_is_found(tmp_pat
     folder = CheckpointFolder(tmp_path)
     saved = save(folder, 20)
     replaced = saved.rename(tmp_path / f".{saved.name}.0123abcd.replaced")
-    found, complaints = folder.newest()
+    found, skipped = folder.newest()
     assert found is not None
-    assert (found.path, complaints) == (replaced, [])  # nothing was moved: another process may have looked
+    assert (found.path, skipped) == (replaced, [])  # nothing was moved: another process may have looked
     folder.prepare()
-    found, complaints = folder.newest()
+    found, skipped = folder.newest()
     assert found is not None
-    assert (found.path, complaints) == (saved, [])
+    assert (found.path, skipped) == (saved, [])
     assert [path.name for path in save(folder, 20).parent.iterdir()] == [saved.name]
 
 
@@ -330,11 +330,11 @@ def test_files_of_the_user_stay_and_so_does_the_checkpoint_that_they_are_in(tmp_
         save(folder, step)
     assert (checkpoints / "step-00000010" / "notes.txt").exists()
     assert (checkpoints / "step-00000010" / "meta.json").exists()
-    aside = folder.set_aside()
+    aside = folder.archive()
     assert aside == tmp_path / "checkpoints-before-1"
     assert sorted(path.name for path in aside.iterdir()) == ["step-00000010", "step-00000030"]
     assert [path.name for path in checkpoints.iterdir()] == ["results"]
-    assert folder.set_aside() is None
+    assert folder.archive() is None
 
 
 def test_damaged_checkpoints_take_no_whole_one_s_place(tmp_path: Path) -> None:
@@ -345,9 +345,9 @@ def test_damaged_checkpoints_take_no_whole_one_s_place(tmp_path: Path) -> None:
     lose_meta(tmp_path / "step-00000020")
     save(folder, 5)  # so that there is another whole one
     resumed = CheckpointFolder(tmp_path, keep=2)
-    found, complaints = resumed.newest()
+    found, skipped = resumed.newest()
     assert found is not None
-    assert (found.progress.step, len(complaints)) == (5, 2)
+    assert (found.progress.step, len(skipped)) == (5, 2)
     save(resumed, 40)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert {"step-00000005", "step-00000040"} <= set(names)
@@ -390,7 +390,7 @@ def test_a_save_that_fails_loses_nothing_and_is_counted(tmp_path: Path, monkeypa
             writer.save(state, Progress(step=20, epoch=2), FINGERPRINT)
             assert not writer.wait()
             assert writer.failures == failures
-    assert writer.complaints()[0].endswith("step-00000020: checkpoint not written (No space left on device)")
+    assert writer.errors()[0].endswith("step-00000020: checkpoint not written (No space left on device)")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000010", "step-00000020"]
     assert isinstance(folder.newest()[0], Checkpoint)
     writer.save(state, Progress(step=30, epoch=3), FINGERPRINT)
@@ -455,13 +455,13 @@ def test_whatever_is_damaged_the_newest_whole_checkpoint_is_found(tmp_path: Path
             for step, files in original.items()
             if all(_has(folder / f"step-{step:08d}" / name, content) for name, content in files.items())
         ]
-        found, complaints = CheckpointFolder(folder).newest()
+        found, skipped = CheckpointFolder(folder).newest()
         if found is None:
-            assert (whole, len(complaints)) == ([], 4), seed
+            assert (whole, len(skipped)) == ([], 4), seed
             continue
         step = found.progress.step
         assert step >= max(whole, default=0), seed  # a flip of white space harms nothing
-        assert len(complaints) == sum(other > step for other in original), seed
+        assert len(skipped) == sum(other > step for other in original), seed
         assert found.load()["model/w"].eq(step).all(), seed
         assert found.progress == Progress(step=step, epoch=step // 10, best=0.5), seed
 

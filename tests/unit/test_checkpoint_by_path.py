@@ -34,7 +34,7 @@ def test_a_checkpoint_opens_by_its_path(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["step-0000020", "step-00000020x", "last", "xstep-00000020"])
 def test_a_folder_of_another_name_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     path = saved(tmp_path, Progress(step=20, epoch=2)).rename(tmp_path / name)
-    with pytest.raises(DamagedCheckpoint, match=r"not the name of a checkpoint \(step-00001234\)"):
+    with pytest.raises(DamagedCheckpoint, match=r"not a checkpoint folder; expected a name like step-00001234"):
         open_checkpoint(path)
 
 
@@ -47,9 +47,9 @@ def test_a_renamed_checkpoint_is_damaged(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("progress", "fault"),
     [
-        (Progress(step=20, epoch=3), "step 20 cannot be step 0 of epoch 3"),
-        (Progress(step=20, epoch=1, epoch_step=21), "step 20 cannot be step 21 of epoch 1"),
-        (Progress(step=20, epoch_step=19), "step 20 cannot be step 19 of epoch 0"),
+        (Progress(step=20, epoch=3), "step 20 contradicts step 0 of epoch 3"),
+        (Progress(step=20, epoch=1, epoch_step=21), "step 20 contradicts step 21 of epoch 1"),
+        (Progress(step=20, epoch_step=19), "step 20 contradicts step 19 of epoch 0"),
         (Progress(step=20, epoch=2, is_best=True), "marked as the best without an evaluation"),
         (
             Progress(step=20, epoch=2, best=0.5, is_best=True, pending_evaluation=True),
@@ -116,7 +116,7 @@ def test_a_state_that_grew_or_changed_after_it_was_checked_is_not_loaded(tmp_pat
     good = state.read_bytes()
     for bad in (good + b"\0", good[:-1], good[:-1] + bytes([good[-1] ^ 1])):
         state.write_bytes(bad)
-        with pytest.raises(StorageFailed, match="has changed since it was checked; start again"):
+        with pytest.raises(StorageFailed, match="has changed since it was checked; start the run again"):
             found.load()
     state.write_bytes(good)
     assert found.load()["model/w"].tolist() == [1.0, 1.0, 1.0]
@@ -131,7 +131,7 @@ def test_a_saved_state_that_is_no_state_is_named(tmp_path: Path) -> None:
     (path / "meta.json").write_text(checkpoint.render_meta(meta))
     found = open_checkpoint(path)
     for read in (found.load, found.info):
-        with pytest.raises(CheckpointError, match=r"not a readable state .*; remove .*step-00000020, then start again"):
+        with pytest.raises(CheckpointError, match=r"(not a valid safetensors file|invalid header) .*; remove .*step-00000020, then start the run"):
             read()
 
 

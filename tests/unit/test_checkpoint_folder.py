@@ -68,7 +68,7 @@ def test_the_newest_best_is_found_whatever_is_damaged(tmp_path: Path) -> None:
 def test_an_empty_folder_is_one_without_checkpoints(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "deep" / "checkpoints")
     assert folder.is_empty()
-    assert folder.set_aside() is None
+    assert folder.archive() is None
     folder.prepare()
     assert names(folder.folder) == []
     (folder.folder / "notes").mkdir()
@@ -98,7 +98,7 @@ def test_checkpoints_are_set_aside_under_the_next_free_name(tmp_path: Path) -> N
         save(folder, number)
         (folder.folder / "notes").touch()
         (folder.folder / ".step-00000009.0123abcd.tmp").mkdir()
-        assert folder.set_aside() == tmp_path / f"checkpoints-before-{number}"
+        assert folder.archive() == tmp_path / f"checkpoints-before-{number}"
         assert names(tmp_path / f"checkpoints-before-{number}") == [".step-00000009.0123abcd.tmp", f"step-{number:08d}"]
         assert names(folder.folder) == ["notes"]
 
@@ -121,9 +121,9 @@ def test_a_checkpoint_found_damaged_does_not_count_until_it_is_written_again(tmp
     folder = CheckpointFolder(tmp_path, keep=1)
     save(folder, 1)
     flip_state(save(CheckpointFolder(tmp_path, keep=9), 2))
-    found, complaints = folder.newest()
+    found, skipped = folder.newest()
     assert found is not None
-    assert (found.progress.step, complaints) == (
+    assert (found.progress.step, skipped) == (
         1,
         [f"{tmp_path}/step-00000002: damaged (state.safetensors does not match its hash); skipped"],
     )
@@ -269,7 +269,7 @@ def test_a_fault_while_old_checkpoints_are_removed_is_no_failed_save(
         raise error
 
     folder = CheckpointFolder(tmp_path)
-    monkeypatch.setattr(folder, "_drop_old", fail)
+    monkeypatch.setattr(folder, "_remove_old", fail)
     assert save(folder, 1) == tmp_path / "step-00000001"
 
 
@@ -278,7 +278,7 @@ def test_checkpoints_that_cannot_be_set_aside_are_named(tmp_path: Path, monkeypa
     save(folder, 1)
     monkeypatch.setattr(Path, "rename", raise_eio)
     with pytest.raises(UserError, match=rf"^{folder.folder}: the run folder cannot be written \(Input/output error\)"):
-        folder.set_aside()
+        folder.archive()
 
 
 def raise_eio(*_: object, **__: object) -> NoReturn:
@@ -288,11 +288,11 @@ def raise_eio(*_: object, **__: object) -> NoReturn:
 def test_a_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     writer = BackgroundWriter(folder)
-    assert (writer.wait(), writer.failures, writer.saved, writer.reason, writer.complaints()) == (True, 0, None, "", [])
+    assert (writer.wait(), writer.failures, writer.saved, writer.reason, writer.errors()) == (True, 0, None, "", [])
     first = Progress(step=1, epoch_step=1)
     writer.save(STATE, first, FINGERPRINT)
     assert writer.wait()
-    assert (writer.saved, writer.complaints()) == (first, [])
+    assert (writer.saved, writer.errors()) == (first, [])
     shutil.rmtree(folder.folder)
     folder.folder.touch()
     for failures in (1, 2):
@@ -300,11 +300,11 @@ def test_a_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Pa
         assert not writer.wait()
         assert (writer.failures, writer.saved) == (failures, first)
     reason = f"{folder.folder}/step-00000002: checkpoint not written (File exists)"
-    assert (writer.reason, writer.complaints(), writer.complaints()) == (reason, [reason, reason], [])
+    assert (writer.reason, writer.errors(), writer.errors()) == (reason, [reason, reason], [])
     folder.folder.unlink()
     last = Progress(step=3, epoch_step=3)
     writer.save(STATE, last, FINGERPRINT)
     writer.close()
-    assert (writer.failures, writer.saved, writer.complaints()) == (0, last, [])
+    assert (writer.failures, writer.saved, writer.errors()) == (0, last, [])
     with pytest.raises(RuntimeError, match="after shutdown"):
         writer.save(STATE, last, FINGERPRINT)

@@ -206,7 +206,7 @@ def test_every_gradient_has_memory_of_its_own_in_its_parameter_s_layout(recorder
     replayed.capture(images, None)
     model(images).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    static = [tensor.data_ptr() for part in replayed._captured for tensor in part._by_parameters if tensor is not None]
+    static = [tensor.data_ptr() for part in replayed._captured for tensor in part._parameter_grads if tensor is not None]
     assert sorted(gradient.data_ptr() for gradient in gradients) == sorted(static)  # none was copied
     assert len(set(static)) == len(static)
     for parameter in model.parameters():
@@ -337,8 +337,8 @@ def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked
     monkeypatch.setattr("torch.distributed.get_backend", lambda: "gloo")
     execution = resolved(parse([*options]), CPU, accumulation=1, ranks=2)
     assert execution.compile == "off"
-    assert reason in execution.eager_because
-    assert not resolved(parse([*options, "--compile", "off"]), CPU, accumulation=1, ranks=2).eager_because
+    assert reason in execution.eager_reason
+    assert not resolved(parse([*options, "--compile", "off"]), CPU, accumulation=1, ranks=2).eager_reason
     with pytest.raises(RecipeError, match=f"--compile cudagraphs: .*{reason}.*; use --compile off"):
         resolved(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1, ranks=2)
 
@@ -353,8 +353,8 @@ def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
 
 def test_cpus_train_eagerly_without_a_word() -> None:
     execution = resolved(parse([]), CPU, accumulation=1, ranks=1)
-    assert (execution.compile, execution.eager_because) == ("off", "")
-    with pytest.raises(RecipeError, match="--compile cudagraphs: needs a CUDA device, and this is cpu"):
+    assert (execution.compile, execution.eager_reason) == ("off", "")
+    with pytest.raises(RecipeError, match="--compile cudagraphs: requires a CUDA device, but this one is cpu"):
         resolved(parse(["--compile", "cudagraphs"]), CPU, accumulation=1, ranks=1)
 
 
@@ -434,7 +434,7 @@ def test_gradients_stay_in_the_graphs_memory_unless_micro_batches_add_up(
     engine = engine_of(accumulation=accumulation)
     train(engine, steps=1, accumulation=accumulation)
     gradients = [parameter.grad for parameter in engine.model.parameters()]
-    static = [gradient for part in engine._graphs._captured for gradient in part._by_parameters]
+    static = [gradient for part in engine._graphs._captured for gradient in part._parameter_grads]
     assert all(gradient is None for gradient in gradients) is not stay
     if stay:
         assert {id(gradient) for gradient in gradients} == {id(gradient) for gradient in static}

@@ -133,8 +133,7 @@ def test_invalid_options_of_pipeline_commands(
         ("--hang-timeout nan", "--hang-timeout nan: expected a number from 0 to 100,000,000"),
         (
             "--lock-wait 1741",
-            "--lock-wait 1741: at most 1740, as the other ranks of a start wait no longer than half an hour for the "
-            "first",
+            "--lock-wait 1741: expected at most 1740, because the other ranks wait only 30 minutes for rank 0",
         ),
         ("--recipe none.toml", "none.toml: no such recipe file"),
     ],

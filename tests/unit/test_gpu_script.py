@@ -124,7 +124,7 @@ def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
 
     match list(words):
         case ["python", "-m", "launch.cli", *options]:
-            for verb in cli.VERBS.values():
+            for verb in cli.SUBCOMMANDS.values():
                 patch.setattr(verb, "run", after(lambda self, *training: [*map(command_line.parse, training)]))
             cli.main(options)
         case ["python", "-m", "accelerate.commands.launch", "launch/train.py", *options]:

@@ -298,13 +298,13 @@ def test_a_failed_family_is_switched_off_with_one_warning(
     assert kernels.switched_off() == {families.NORM}
     assert augment_kernels.switched_off() == {augment_kernels.FINISHING}
     assert capsys.readouterr().err.splitlines() == [
-        "warning: the norm kernels do not agree with torch and are switched off: add_norm on feature map 2x8x9x9 "
-        f"bfloat16: {REASON}",
-        "warning: the batch finishing kernels do not agree with torch and are switched off: batch finishing on images "
+        "warning: the norm kernels differ from PyTorch, so PyTorch is used instead: add_norm on map 2x8x9x9 bfloat16: "
+        "mean: off by 0.5 where the bound is 0.01",
+        "warning: the batch finishing kernels differ from PyTorch, so PyTorch is used instead: batch finishing on images "
         "of 64x64 bfloat16: 1 of 9 are NaN",
     ]
     assert verdict.failed == (NORM, failed)
-    assert verdict.resolved["kernel check"].endswith("; switched off: norm, batch finishing")
+    assert verdict.resolved["kernel check"].endswith("; disabled: norm, batch finishing")
 
 
 @pytest.mark.parametrize(
@@ -406,10 +406,10 @@ def test_unchecked_kernels_are_compiled_and_unused_ones_are_not(
 
 def test_an_incompatible_version_of_triton_is_a_warning_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fat.kernels.prefill.compile_ahead", None)
-    summary, problem = kernel_check.compile_kernels([lambda: None], tell=False)
+    summary, problem = kernel_check.compile_kernels([lambda: None], show_progress=False)
     assert summary == ""
     assert problem is not None
-    assert problem.startswith("kernels not compiled ahead, but by their first launch: import of fat.kernels.prefill.")
+    assert problem.startswith("kernels are compiled at their first launch, not ahead of time: import of fat.kernels.prefill.")
 
 
 def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,8 +448,8 @@ def test_a_run_stores_the_verdict_in_recipe_json_and_in_the_metrics(
     }
     assert kept == {"checked": ["norm"], "failed": [failed], "seconds": 1.25, "warnings": [], "compilation": ""}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    (resolved,) = (line for line in lines if line["kind"] == "resolved")
-    assert resolved["kernel check"] == "1 families compared in 1.2 s; switched off: norm"
+    (picks,) = (line for line in lines if line["kind"] == "resolved")
+    assert picks["kernel check"] == "1 families compared in 1.2 s; disabled: norm"
 
 
 def test_an_operator_of_a_switched_off_family_launches_no_kernels() -> None:

@@ -39,13 +39,13 @@ def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(
         for step in range(2, 102):  # more than the rest of the file's last page
             log.write("train", step=step, **TRAIN)
         (warning,) = log.messages()
-        assert "cannot be written (No space left on device); its lines are kept in memory" in warning
+        assert "cannot be written (No space left on device); lines are kept in memory" in warning
         content = (disk / METRICS_NAME).read_bytes()
         assert content.endswith(b"}\n")  # the line that filled the page was cut off again
         filler.unlink()
         log.write("train", step=102, **TRAIN)
         (note,) = log.messages()
-        assert "can be written again" in note
+        assert "lines that were kept in memory have been written" in note
         assert log.close() == []
         assert steps_of(disk) == list(range(1, 103))
         assert [line["step"] for line in read_metrics(disk)] == list(range(1, 103))
@@ -58,7 +58,7 @@ def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> Non
     (first,) = log.messages()
     assert "cannot be written (No such file or directory)" in first
     (last,) = log.close()
-    assert "3 lines were not written (No such file or directory)" in last
+    assert "3 lines could not be written (No such file or directory)" in last
 
 
 def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path) -> N
     run.mkdir()
     log.write("train", step=6, **TRAIN)
     (note,) = log.messages()
-    assert note.endswith("can be written again, 7 lines have been")
+    assert note.endswith(": 7 lines that were kept in memory have been written")
     assert log.close() == []
     assert steps_of(run) == list(range(7))
 
@@ -91,7 +91,7 @@ def test_a_line_that_was_torn_by_a_power_cut_spoils_none_after_it(tmp_path: Path
     assert log.close() == []
     warnings: list[str] = []
     assert [line["step"] for line in read_metrics(tmp_path, warnings.append)] == [2]
-    assert warnings == [f"{tmp_path / METRICS_NAME}: left out 1 damaged line"]
+    assert warnings == [f"{tmp_path / METRICS_NAME}: skipped 1 damaged line"]
 
 
 DAMAGED = [

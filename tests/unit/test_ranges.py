@@ -204,7 +204,7 @@ def test_one_image_with_one_value_per_channel_is_refused() -> None:
     def check(rows: int, *options: str) -> None:
         check_values_per_channel(parse(["--size", "32", *options]), rows, world)
 
-    with pytest.raises(UserError, match="--size 32: one image per forward pass leaves BatchNorm one value per channel"):
+    with pytest.raises(UserError, match="--size 32: one image per forward pass gives BatchNorm one value per channel"):
         check(1)
     check(2)
     check(1, "--size", "33")
@@ -249,7 +249,7 @@ def test_a_dry_run_of_what_another_machine_may_hold_is_a_warning(
     monkeypatch.setattr(sys, "argv", ["train.py", *options])
     assert train() == 0
     assert (
-        "warning: not on this machine: --global-batch 1024, --size 128: 1,024 images per rank"
+        "warning: too large for this machine: --global-batch 1024, --size 128: 1,024 images per rank"
         in capsys.readouterr().out
     )
 

@@ -95,7 +95,7 @@ def test_accuracy_is_shown_for_classes_with_any_name(capsys: pytest.CaptureFixtu
 
 def test_lines_of_training_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(enabled=True, total_steps=1, done=0)
-    display.say(f"{MARKUP} a\nb")
+    display.print(f"{MARKUP} a\nb")
     assert capsys.readouterr().err == f"{MARKUP} a\\nb\n"
 
 

@@ -55,7 +55,7 @@ def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
 def save(folder: RunFolder, *steps: int) -> None:
     for step in steps:
         folder.save(Progress(step=step, epoch=step // 22, epoch_step=step % 22))
-    assert folder.complaints() == []
+    assert folder.save_errors() == []
 
 
 def start(folders: Folders, *steps: int) -> Path:
@@ -79,14 +79,14 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], *, with_hash: b
 def test_a_damaged_fingerprint_passes_over_to_the_older_checkpoint(folders: Folders) -> None:
     checkpoints = start(folders, 14, 21)
     edit(checkpoints / "step-00000021", lambda meta: meta["fingerprint"]["fixed"].update(seed=1), with_hash=False)
-    progress, story = folders().resume()
+    progress, messages = folders().resume()
     assert progress.step == 14
-    assert any("step-00000021: damaged (meta.json does not match its hash); skipped" in line for line in story)
+    assert any("step-00000021: damaged (meta.json does not match its hash); skipped" in line for line in messages)
 
 
 def test_a_whole_checkpoint_of_another_run_is_refused(folders: Folders) -> None:
     start(folders, 14)
-    with pytest.raises(CheckpointError, match=r"saved by a different run \(seed was 0, is 1\)"):
+    with pytest.raises(CheckpointError, match=r"saved by a run with other options \(seed was 0, now 1\)"):
         folders("--seed", "1").resume()
 
 
@@ -94,7 +94,7 @@ def test_a_position_that_is_not_in_the_plan_is_refused(folders: Folders) -> None
     checkpoints = start(folders, 21)
     position = {"epoch": 1, "epoch_step": 11}
     edit(checkpoints / "step-00000021", lambda meta: meta["progress"].update(position), with_hash=True)
-    with pytest.raises(CheckpointError, match="step 21 is not step 11 of epoch 1, at 22 steps per epoch"):
+    with pytest.raises(CheckpointError, match="step 21 is not step 11 of epoch 1, with 22 steps per epoch"):
         folders().resume()
 
 
@@ -103,9 +103,9 @@ def test_without_any_whole_checkpoint_the_damaged_ones_are_set_aside(folders: Fo
     for path in checkpoints.iterdir():
         (path / "meta.json").unlink()
     (checkpoints.parent / "metrics.jsonl").write_text("{}\n")
-    progress, story = folders().resume()
+    progress, messages = folders().resume()
     assert progress.step == 0
-    assert "no checkpoint is whole, so the run starts from the beginning" in story[2]
+    assert "all checkpoints are damaged, so the run starts from the beginning" in messages[2]
     aside = checkpoints.with_name("checkpoints-before-1")
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000014", "step-00000021"]
 
@@ -179,7 +179,7 @@ def test_wrong_tensors_under_a_right_hash_are_refused_by_name(
     size, digest = checkpoint.hash_file(path / "state.safetensors")
     entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
     edit(path, lambda meta: meta.update(files=entry), with_hash=True)
-    with pytest.raises(RecipeError, match=f"the checkpoint is of another model: .*{message}"):
+    with pytest.raises(RecipeError, match=f"the checkpoint belongs to another model: .*{message}"):
         folders().resume()
 
 
@@ -189,7 +189,7 @@ def test_a_state_that_is_no_state_is_refused_whatever_its_hash(folders: Folders)
     size, digest = checkpoint.hash_file(path / "state.safetensors")
     entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
     edit(path, lambda meta: meta.update(files=entry), with_hash=True)
-    with pytest.raises(CheckpointError, match=r"not a readable state .*; remove .*step-00000014, then start again"):
+    with pytest.raises(CheckpointError, match=r"not a valid safetensors file .*; remove .*step-00000014, then start the run again"):
         folders().resume()
 
 
@@ -206,7 +206,7 @@ def test_saves_that_fail_in_a_row_end_the_run(folders: Folders, tmp_path: Path) 
                 for step in range(4, 4 + MAX_FAILURES + 1):
                     folder.save(Progress(step=step, epoch_step=step))
 
-        with pytest.raises(RunFailed, match="3 checkpoints in a row could not be written, the last") as failed:
+        with pytest.raises(RunFailed, match="3 consecutive checkpoints could not be written, the last") as failed:
             train()
         assert failed.value.exit_code == 1
         assert read_status(disk / "run") == "failed"
@@ -236,7 +236,7 @@ def test_a_run_without_its_last_files_is_not_finished(
                 if last == "checkpoint":
                     fill(disk)
                 folder.save(progress)
-                folder.complaints()
+                folder.save_errors()
                 folder.finish(progress)
 
         with pytest.raises(RunFailed, match=f"{last}.* could not be written.*start the run again: it resumes"):
@@ -275,8 +275,8 @@ def test_curves_that_cannot_be_drawn_fail_no_run(folders: Folders) -> None:
     progress = Progress(step=22, epoch=1)
     with folder:
         folder.save(progress)
-        story = folder.finish(progress)  # there are no metrics at all
-    assert any(line.startswith("warning: no curves were drawn (") for line in story)
+        messages = folder.finish(progress)  # there are no metrics at all
+    assert any(line.startswith("warning: the curves could not be plotted (") for line in messages)
     assert read_status(folder.path) == "finished"
     mode = (folder.path / "weights.safetensors").stat().st_mode & 0o777
     assert mode == (folder.path / "status").stat().st_mode & 0o777  # the umask's
@@ -304,7 +304,7 @@ def test_the_temporary_name_of_weights_is_recognised(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "fact"),
     [
-        ("recipe.json", r"the run folder cannot be written \(recipe.json: Is a directory\); move away what is there"),
+        ("recipe.json", r"the run folder cannot be written \(recipe.json: Is a directory\); move the file at this path away"),
         ("metrics.jsonl", r"metrics\.jsonl: not a regular file; move it away"),
     ],
 )

@@ -70,7 +70,7 @@ def test_options_of_another_machine_are_not_inherited(
     assert performance(recipe) == expected
     if device != HERE:
         assert messages == [
-            "note: the run began on another; not taken from its recipe.json: --compile off, --optimizer-impl foreach"
+            "note: the run began on another; its recipe.json is ignored for --compile off, --optimizer-impl foreach"
         ]
 
 
@@ -79,7 +79,7 @@ def test_a_damaged_recipe_is_a_warning(tmp_path: Path) -> None:
     found, messages = read_previous_start(tmp_path, World(0, 1, 0, 1, torch.device("cpu")))
     assert found is None
     assert len(messages) == 1
-    assert messages[0].startswith(f"warning: {tmp_path}/recipe.json: not the recipe of a run")
+    assert messages[0].startswith(f"warning: {tmp_path}/recipe.json: invalid recipe")
 
 
 DESCRIPTION: dict[str, Any] = {
@@ -119,10 +119,10 @@ def test_a_recipe_of_another_shape_is_refused_in_one_line(tmp_path: Path, conten
         read_saved_run(tmp_path)
     shown = str(refused.value)
     assert fact in shown
-    assert shown.startswith(f"{tmp_path}/recipe.json: not the recipe of a run (")
+    assert shown.startswith(f"{tmp_path}/recipe.json: invalid recipe (")
     assert "\n" not in shown
 
 
 def test_a_folder_without_a_recipe_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"recipe\.json: cannot be read \(No such file.*\); give a run folder"):
+    with pytest.raises(UserError, match=r"recipe\.json: cannot be read \(No such file.*\); use a run folder"):
         read_saved_run(tmp_path)

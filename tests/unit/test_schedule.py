@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch.config.optim import OptimConfig
-from launch.engine.schedule import rate_of
+from launch.engine.schedule import lr_schedule
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz"
 
@@ -16,7 +16,7 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz"
 def test_every_rate_of_300_epochs_is_timms() -> None:
     with np.load(FIXTURE) as fixture:
         expected = fixture["lr (300 epochs x 10 steps, batch 1024)"]
-    rate = rate_of(OptimConfig(), global_batch=1024, steps_per_epoch=10)
+    rate = lr_schedule(OptimConfig(), global_batch=1024, steps_per_epoch=10)
     np.testing.assert_allclose([rate(step) for step in range(3000)], expected, rtol=1e-12)
 
 

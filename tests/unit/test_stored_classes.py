@@ -193,7 +193,7 @@ def test_a_run_is_not_resumed_with_another_validation_split(
         edit_manifest(tmp_path / "set", edit)
         assert run(train, *SMALL, "--data", tmp_path / "set", *options) == 2
         error = capsys.readouterr().err
-        assert "saved by a different run (val_index was " in error
+        assert "saved by a run with other options (val_index was " in error
         assert f", is {now})" in error
 
 
@@ -289,7 +289,7 @@ def test_classes_that_the_model_was_not_trained_on_are_rejected_by_name(
     model = trained if where == "run" else trained / "weights.safetensors"
     assert run(evaluate, model, "--data", other, *QUICK) == 2
     error = capsys.readouterr().err
-    assert f"{model}: does not know 2 of the 10 classes of {other}: other_0_zero, other_1_one; its own 10 are" in error
+    assert f"{model}: was not trained on 2 of the 10 classes of {other}: other_0_zero, other_1_one; its 10 classes are" in error
     assert error.count("\n") == 1
 
 
@@ -298,7 +298,7 @@ def test_weights_without_class_names_are_evaluated_with_a_note_if_the_number_of_
 ) -> None:
     path = constant_weights(tmp_path / "w.safetensors", 3, info=None)
     assert run(evaluate, path, "--data", digits, *QUICK, "--size", "32") == 0
-    assert "w.safetensors holds no class names: nothing shows that its 10 outputs are the classes" in (
+    assert "w.safetensors has no class names: its 10 outputs are assumed to be the classes" in (
         capsys.readouterr().err
     )
     fewer = with_classes(digits, tmp_path / "set", lambda entries: entries.append({"folder": "ten", "name": None}))
@@ -313,10 +313,10 @@ def test_evaluating_weights_of_another_tool_names_the_chosen_model(
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"state_dict": state, "state_dict_ema": dict(state)}, tmp_path / "w.pth")
     assert run(evaluate, tmp_path / "w.pth", "--data", digits, *QUICK, "--size", "32") == 0
-    err = capsys.readouterr().err
-    assert "note: " in err
-    assert "loaded the weights of 'state_dict_ema.module' (a moving average" in err
-    assert "does not say at which image size it was trained" in err
+    said = capsys.readouterr().err
+    assert "note: " in said
+    assert "weights of 'state_dict_ema.module' (a moving average" in said
+    assert "does not record the image size of its training" in said
 
 
 def test_classes_with_the_same_human_readable_name_are_counted_separately(
@@ -413,4 +413,4 @@ def test_a_folder_given_as_weights_is_rejected_and_a_file_in_it_suggested(
     trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(train, *SMALL, "--data", digits, "--weights", trained, "--out", tmp_path / "run") == 2
-    assert f"--weights {trained}: a folder; give a weights file, such as {trained}/weights" in capsys.readouterr().err
+    assert f"--weights {trained}: is a folder; use a weights file, such as {trained}/weights" in capsys.readouterr().err

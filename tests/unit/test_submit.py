@@ -110,7 +110,7 @@ def test_a_full_disk_has_its_own_exit_status(
 
     monkeypatch.setattr("launch.submit.durable_write", full)
     assert main(["--", "--out", str(tmp_path / "run")]) == 1
-    assert "the run folder cannot be written (No space left on device); free some space" in capsys.readouterr().err
+    assert "the run folder cannot be written (No space left on device); free disk space" in capsys.readouterr().err
 
 
 def test_without_sbatch_the_script_is_written_for_submission_elsewhere(

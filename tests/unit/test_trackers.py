@@ -87,7 +87,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_there_is_a_folder(
     monkeypatch.setattr(util, "find_spec", lambda library, *a: None if library == hide else find_spec(library, *a))
     assert trained(digits, tmp_path / "run", "--tracker", name) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith(f"error: --tracker {name}: {name} is not installed; pip install {advice}")
+    assert shown.startswith(f"error: --tracker {name}: {name} is not installed; run pip install {advice}")
     assert shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
