@@ -210,8 +210,8 @@ class OnGpu:
 
     def moved(self) -> int:
         """Return the bytes that RandAugment must move: read and write per sample and round, a read per measurement."""
-        todo = rounds.plan(self.params, self.bench.size, self.bench.size, flip=False)
-        return sum((2 * len(each.jobs) + len(each.measured)) * self.bench.images[0].numel() for each in todo)
+        todo = passes.plan_passes(self.params, self.bench.size, self.bench.size, flip=False)
+        return sum((2 * len(each.jobs) + len(each.histogram_jobs)) * self.bench.images[0].numel() for each in todo)
 
     def step_seconds(self) -> float:
         """Time a FAT-B0 step under bf16 autocast, replayed as a CUDA graph (the fastest mode without a compiler)."""

@@ -201,7 +201,7 @@ def open_reader(
     dataset: ShardSet, split: str, options: LoaderOptions, *, buffers: BufferPool | None = None, beton: bool = False
 ) -> SampleReader:
     """Return a reader of a split that is configured by loader options."""
-    storage = storage_of(dataset, split, beton=beton)
+    storage = open_storage(dataset, split, beton=beton)
     threads = options.settings.read_threads
     return SampleReader(storage, threads=threads, check=options.check_hashes, buffers=buffers)
 

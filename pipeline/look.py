@@ -55,7 +55,7 @@ class Look:
     """Side of the augmented images in pixels."""
     count: Annotated[int, Interval(ge=1, le=10_000)] = 24
     """Number of images."""
-    flip: Share | None = None
+    flip: Fraction | None = None
     """Probability of a horizontal flip. None: the recipe's probability."""
     crop_scale: tuple[CropArea, CropArea] | None = None
     """Smallest and largest area of the random crop, as fractions of the image's area. None: the recipe's range."""

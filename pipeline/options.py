@@ -55,7 +55,7 @@ class LoaderSettings:
 class DaliOptions:
     """Options of DALI's GPU decoder. They have no effect on a CPU or with another decoder."""
 
-    hw_decoder_load: Annotated[Share | None, default("1 if every rank's GPU has a JPEG engine, else 0")] = None
+    hw_decoder_load: Annotated[Fraction | None, default("1 if every rank's GPU has a JPEG engine, else 0")] = None
     """Fraction (0 to 1) of each batch that the GPU's JPEG engine decodes; the CUDA decoder decodes the rest. The two
     round differently, so between 0 and 1 the pixels of a sample depend on its position in the batch."""
     preallocate_width: Annotated[JpegSide | None, default("0")] = None

@@ -46,7 +46,7 @@ class DataConfig:
     """Maximum size of the cache in GiB, for all sets together. When it is full, the least recently used shards are
     evicted, and downloaded again when they are needed."""
     cache_shared: bool = False
-    """Share one cache between all users in the group of the cache folder, instead of one cache per user."""
+    """Fraction one cache between all users in the group of the cache folder, instead of one cache per user."""
     size: ModelSide = 224
     """Height and width of the model's input images in pixels, in training and evaluation."""
     global_batch: Batch = 1024
@@ -66,16 +66,16 @@ class DataConfig:
     augment: Literal["fat", "light", "none"] = "fat"
     """Augmentation preset. fat = the paper's; light = random crop and horizontal flip only; none = a fixed centre crop.
     The options below override parts of it."""
-    crop_scale: Annotated[tuple[CropShare, CropShare] | None, default("that of --augment")] = None
+    crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("that of --augment")] = None
     """Smallest and largest area of the random crop, as fractions of the image's area."""
     crop_pct: CropPct = CROP_PCT
     """Fraction of the short side that evaluation's centre crop keeps: the image is resized to size / crop_pct and
     cropped to size."""
-    flip: Annotated[Share | None, default("that of --augment")] = None
+    flip: Annotated[Fraction | None, default("that of --augment")] = None
     """Probability of a horizontal flip."""
     rand_augment: Annotated[str | None, default("that of --augment")] = None
     """RandAugment policy in timm's syntax, such as rand-m9-mstd0.5-inc1. An empty string turns RandAugment off."""
-    erase: Annotated[Share | None, default("that of --augment")] = None
+    erase: Annotated[Fraction | None, default("that of --augment")] = None
     """Probability of random erasing, per image."""
     mixup: Annotated[Alpha | None, default("that of --augment")] = None
     """Mixup alpha: images are mixed with a weight drawn from Beta(alpha, alpha). 0 turns mixup off."""

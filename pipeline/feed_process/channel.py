@@ -49,7 +49,7 @@ class BatchMessage:
     """The batch without its images."""
     spans: NDArray[np.int64]
     """int64 [n, 3]: buffer number, first byte and end of each image."""
-    met: set[int]
+    bad_ids: set[int]
     """Ids of all bad samples found so far."""
     dropped: list[int]
     """Numbers of the buffers that will not be used again."""
@@ -61,7 +61,7 @@ class End:
 
     error: BaseException | None
     """The error that ended the work, if any."""
-    met: set[int]
+    bad_ids: set[int]
     """Ids of all bad samples found."""
 
 

@@ -108,7 +108,7 @@ class _BatchSender:
                 os.close(handle)
         dropped = self._buffers.dropped()
         spans_array = np.array(spans, np.int64).reshape(-1, 3)
-        self._channel.send(BatchMessage(with_images(batch, []), spans_array, bad.met, dropped))
+        self._channel.send(BatchMessage(with_images(batch, []), spans_array, bad.ids, dropped))
 
     def _listen(self) -> None:
         try:

@@ -59,7 +59,7 @@ class BadSamples:
 
     def _replacement(self, fault: Fault, reader: SampleReader, epoch: int) -> Encoded:
         for attempt in range(MAX_REPLACEMENTS):
-            chosen = rng.integers(self._samples, Stream.SUBSTITUTE, self._seed, epoch, fault.id, attempt)
+            chosen = rng.integers(self._samples, Stream.REPLACEMENT, self._seed, epoch, fault.id, attempt)
             found = reader.read(np.atleast_1d(chosen))
             if not found.faults:
                 return found

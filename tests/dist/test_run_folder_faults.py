@@ -36,14 +36,14 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_clear_error(
         left = status(run)
         assert left["status"] == "failed"
         newest = max(path.name for path in (run / "checkpoints").iterdir())
-        assert newest == f"step-{ended['step']:08d}"
+        assert newest == f"step-{left['step']:08d}"
         filler.unlink()
-        done = train(*OPTIONS, *options, "--stop-after", str(ended["step"] + 3))
+        done = train(*OPTIONS, *options, "--stop-after", str(left["step"] + 3))
         assert done.returncode == 0, done.stderr
         assert f"resuming from {run / 'checkpoints' / newest}" in done.stderr
         steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
         # Every step of the resumed run is logged. Later steps may be logged too, from before the failure.
-        assert sorted(set(steps) | set(range(1, ended["step"] + 4))) == sorted(steps)
+        assert sorted(set(steps) | set(range(1, left["step"] + 4))) == sorted(steps)
 
 
 def test_a_damaged_run_folder_loses_only_the_damaged_files(train: Trainer, tmp_path: Path, digits: Path) -> None:

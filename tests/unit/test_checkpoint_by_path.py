@@ -131,7 +131,8 @@ def test_a_saved_state_that_is_no_state_is_named(tmp_path: Path) -> None:
     (path / "meta.json").write_text(checkpoint.render_meta(meta))
     found = open_checkpoint(path)
     for read in (found.load, found.info):
-        with pytest.raises(CheckpointError, match=r"(not a valid safetensors file|invalid header) .*; remove .*step-00000020, then start the run"):
+        fault = r"(not a valid safetensors file|invalid header) .*; remove .*step-00000020, then start the run"
+        with pytest.raises(CheckpointError, match=fault):
             read()
 
 

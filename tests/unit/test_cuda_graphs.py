@@ -206,7 +206,8 @@ def test_every_gradient_has_memory_of_its_own_in_its_parameter_s_layout(recorder
     replayed.capture(images, None)
     model(images).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    static = [tensor.data_ptr() for part in replayed._captured for tensor in part._parameter_grads if tensor is not None]
+    grads = [grad for part in replayed._captured for grad in part._parameter_grads]
+    static = [grad.data_ptr() for grad in grads if grad is not None]
     assert sorted(gradient.data_ptr() for gradient in gradients) == sorted(static)  # none was copied
     assert len(set(static)) == len(static)
     for parameter in model.parameters():

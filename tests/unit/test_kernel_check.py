@@ -300,8 +300,8 @@ def test_a_failed_family_is_switched_off_with_one_warning(
     assert capsys.readouterr().err.splitlines() == [
         "warning: the norm kernels differ from PyTorch, so PyTorch is used instead: add_norm on map 2x8x9x9 bfloat16: "
         "mean: off by 0.5 where the bound is 0.01",
-        "warning: the batch finishing kernels differ from PyTorch, so PyTorch is used instead: batch finishing on images "
-        "of 64x64 bfloat16: 1 of 9 are NaN",
+        "warning: the batch finishing kernels differ from PyTorch, so PyTorch is used instead: batch finishing on "
+        "images of 64x64 bfloat16: 1 of 9 are NaN",
     ]
     assert verdict.failed == (NORM, failed)
     assert verdict.resolved["kernel check"].endswith("; disabled: norm, batch finishing")
@@ -409,7 +409,7 @@ def test_an_incompatible_version_of_triton_is_a_warning_and_not_an_error(monkeyp
     summary, problem = kernel_check.compile_kernels([lambda: None], show_progress=False)
     assert summary == ""
     assert problem is not None
-    assert problem.startswith("kernels are compiled at their first launch, not ahead of time: import of fat.kernels.prefill.")
+    assert problem.startswith("kernels are compiled at their first launch, not ahead of time: import of fat.kernels.")
 
 
 def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:

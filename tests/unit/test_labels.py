@@ -345,7 +345,7 @@ def test_numbers_in_one_tar_and_names_in_another_are_rejected(tmp_path: Path) ->
         ),
         (
             r"b\.tar: 000\.cls is a class name, but .*a\.tar: 000\.cls is a class number",
-            lambda: adopt(tars, ImageRules(), workers=1),
+            lambda: index_tars(tars, ImageRules(), workers=1),
         ),
     ):
         with pytest.raises(UserError, match=complaint):

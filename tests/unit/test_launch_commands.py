@@ -50,7 +50,8 @@ def test_what_cannot_be_is_refused_before_there_is_a_folder(
 ) -> None:
     impossible = ("--zero", "1", "--memory-format", "channels-last")
     assert run(train, *SMALL, *impossible, *how, "--data", digits, "--out", tmp_path / "run") == 2
-    assert "error: --memory-format channels-last: DeepSpeed (ZeRO stage 1) supports only contiguous" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "error: --memory-format channels-last: DeepSpeed (ZeRO stage 1) supports only contiguous" in error
     assert not (tmp_path / "run").exists()
 
 

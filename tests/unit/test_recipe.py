@@ -108,7 +108,7 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FAT_DATA", raising=False)
-    with pytest.raises(RecipeError, match="neither --data nor FAT_DATA is set, and .* does not exist; use --data SET"):
+    with pytest.raises(RecipeError, match=r"neither --data nor FAT_DATA is set, and .* does not exist; use --data SET"):
         parse([]).data.location()
     (tmp_path / "imagenet-shards").mkdir()
     assert parse([]).data.location() == Path("imagenet-shards")

@@ -678,7 +678,7 @@ SMALL = Options(shard_bytes=4000, scan=ScanOptions(workers=1))
 
 def begin(source: Path, out: Path) -> None:
     """List the source and write the first of several shards."""
-    convert(source, out, SMALL, Part(1, 4))
+    convert(source, out, SMALL, ConversionPart(1, 4))
     assert len(list(out.glob("train-*.tar"))) == 1
 
 
@@ -691,7 +691,7 @@ def test_a_file_that_is_replaced_by_a_fifo_after_the_listing_is_rejected(tmp_pat
         os.mkfifo(path)
     with pytest.raises(UserError, match=r"has changed .*: it can no longer be read .*'folder' \(.*in/a: .* images"):
         convert(source, tmp_path / "set", SMALL)
-    listing, _ = Work(tmp_path / "set").load_listing("train")  # a worker that writes a shard has the old listing
+    listing, _ = WorkFolder(tmp_path / "set").load_listing("train")  # a worker that writes a shard has the old listing
     with (
         ContainerReader() as reader,
         pytest.raises(UserError, match=r"a/\d.jpg: was a regular file when .* listed, now a fifo; restore the source"),

@@ -73,7 +73,7 @@ def start(how: str, source: Path, out: Path, options: Options = SMALL) -> object
 
 def begin(source: Path, out: Path, how: str, *, complete: bool = False) -> None:
     """Write the shards of the first part, or of both parts if `how` or `complete` requires it."""
-    convert(source, out, SMALL, Part(1, 2))
+    convert(source, out, SMALL, ConversionPart(1, 2))
     if how == "finish" or complete:
         convert(source, out, SMALL, ConversionPart(2, 2))
 
@@ -202,7 +202,7 @@ def test_a_part_does_not_list_a_source_whose_folders_are_unchanged(tmp_path: Pat
     assert listings == {}
     (source / "train" / "cat" / "Thumbs.db").write_bytes(b"x")
     with count_listings(source) as listings:
-        convert(source, tmp_path / "set", SMALL, Part(2, 2))
+        convert(source, tmp_path / "set", SMALL, ConversionPart(2, 2))
     assert set(listings) > {"train/cat"}, "the changed source must be listed"
 
 
