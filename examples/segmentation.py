@@ -1,9 +1,9 @@
-"""FAT as the backbone of semantic segmentation: a Semantic-FPN head on `features_only`, trained on generated masks.
+"""FAT as the backbone of semantic segmentation: a Semantic FPN head on `features_only`, trained on generated images.
 
     python examples/segmentation.py [--variant fat_b0] [--steps 60] [--weights FILE]
 
-Prints the loss on the way and, at the end, the mean intersection over union on images that it has not seen (some 0.9
-within a minute on a CPU, from fresh weights). For a data set of your own replace `draw`.
+Prints the loss every 10 steps and finally the mean intersection over union on new images: about 0.9 after one minute on
+a CPU, from random weights. To train on your own data set, replace `draw`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ CLASSES = ("background", "disc", "square")
 
 
 class SemanticFPN(nn.Module):
-    """Panoptic Feature Pyramid Networks (arXiv 1901.02446), section 3: top-down pyramid, each level brought to stride 4
-    by convolutions and upsampling, summed, classified.
+    """Semantic FPN (Panoptic Feature Pyramid Networks, arXiv 1901.02446, section 3).
 
-    images: float [B, 3, H, W] -> logits [B, classes, H, W].
+    A top-down feature pyramid, whose levels are brought to stride 4 by convolutions and upsampling, summed and
+    classified. Maps images, float [B, 3, H, W], to logits [B, classes, H, W].
     """
 
     def __init__(self, backbone: fat.FATFeatures, classes: int, width: int = 64) -> None:
@@ -36,18 +36,18 @@ class SemanticFPN(nn.Module):
         self.classify = nn.Conv2d(width, classes, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        levels = [lateral(m) for lateral, m in zip(self.laterals, self.backbone(images), strict=True)]
+        levels = [lateral(feature) for lateral, feature in zip(self.laterals, self.backbone(images), strict=True)]
         for fine in range(len(levels) - 2, -1, -1):
             levels[fine] = levels[fine] + _resize(levels[fine + 1], levels[fine].shape[-2:])
         finest = levels[0].shape[-2:]
-        maps = [_resize(branch(level), finest) for level, branch in zip(levels, self.branches, strict=True)]
-        return _resize(self.classify(torch.stack(maps).sum(dim=0)), images.shape[-2:])
+        features = [_resize(branch(level), finest) for level, branch in zip(levels, self.branches, strict=True)]
+        return _resize(self.classify(torch.stack(features).sum(dim=0)), images.shape[-2:])
 
 
 def train(
     variant: str = "fat_b0", steps: int = 60, size: int = 64, batch: int = 8, weights: Path | None = None
 ) -> tuple[list[float], float]:
-    """Trains from `weights` or from scratch. Returns (the loss of every step, mean IoU over 64 fresh images)."""
+    """Train from `weights`, or from scratch. Return the loss of every step and the mean IoU on 64 new images."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = SemanticFPN(fat.create_model(variant, features_only=True, weights=weights), len(CLASSES)).to(device)
@@ -67,9 +67,10 @@ def train(
 
 
 def draw(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One disc and one square per image, in colours of their own kind, on noise.
+    """Draw one disc and one square per image, each in the colour of its class, on a background of noise.
 
-    Returns images float [count, 3, size, size] and masks int64 [count, size, size] of indices into `CLASSES`.
+    Returns:
+        Images, float [count, 3, size, size], and masks, int64 [count, size, size], of indices into `CLASSES`.
     """
     images = 0.5 * torch.randn(count, 3, size, size, generator=generator)
     masks = torch.zeros(count, size, size, dtype=torch.int64)
@@ -88,7 +89,7 @@ def draw(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def mean_iou(model: nn.Module, images: Tensor, masks: Tensor) -> float:
-    """Mean over the classes of intersection over union, counted over all pixels."""
+    """Return the mean of the classes' intersection over union, each counted over all pixels."""
     device = next(model.parameters()).device
     found = model(images.to(device)).argmax(dim=1).cpu()
     pairs = [(found == kind, masks == kind) for kind in range(len(CLASSES))]
@@ -96,7 +97,7 @@ def mean_iou(model: nn.Module, images: Tensor, masks: Tensor) -> float:
 
 
 def _branch(width: int, factor: int) -> nn.Sequential:
-    """Upsamples by `factor`, a power of two, with a convolution before each doubling, and one where there is none."""
+    """Return layers that upsample by `factor`, a power of two: a convolution before each doubling, at least one."""
     layers: list[nn.Module] = []
     for _ in range(max(1, factor.bit_length() - 1)):
         layers += [nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.ReLU()]
@@ -113,7 +114,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=fat.list_models(), default="fat_b0")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--weights", type=Path, help="a checkpoint of the variant, for the backbone")
+    parser.add_argument("--weights", type=Path, help="checkpoint of the variant, from which the backbone is loaded")
     options = parser.parse_args()
     _, iou = train(options.variant, options.steps, weights=options.weights)
     print(f"mean IoU {iou:.3f} over {', '.join(CLASSES)}")

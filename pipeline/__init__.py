@@ -1,1 +1,1 @@
-"""From a shard set to batches on the device: plan, reader, decoding, augmentation."""
+"""The input pipeline: from a shard set to augmented batches on the device."""

@@ -17,7 +17,7 @@ from pipeline.augment.params import SampleParams, draw, mix_params
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
 from tests.support.kernel_checks import poisoned_memory
-from tests.support.randaugment_checks import expect_torchs_bytes, parameters, pictures
+from tests.support.randaugment_checks import assert_equals_torch, noisy_images, parameters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -43,8 +43,8 @@ def on_random_inputs(check: Callable[[int], None]) -> None:
 
 def test_batches_of_the_recipe() -> None:
     def check(seed: int) -> None:
-        images = pictures(np.random.default_rng(seed), BATCH, 224, 224)
-        expect_torchs_bytes(images, drawn(seed), flip=True, device="cuda")
+        images = noisy_images(np.random.default_rng(seed), BATCH, 224, 224)
+        assert_equals_torch(images, drawn(seed), flip=True, device="cuda")
 
     on_random_inputs(check)
 
@@ -58,7 +58,7 @@ def test_every_operation(op: Op) -> None:
         ops, signs = np.full((9, 1), op), rng.choice([-1.0, 1.0], size=(9, 1))
         params = parameters(ops, rng.uniform(0, 10, size=(9, 1)), signs)
         for height, width in ((224, 224), (97, 131)):
-            expect_torchs_bytes(pictures(rng, 9, height, width), params, device="cuda")
+            assert_equals_torch(noisy_images(rng, 9, height, width), params, device="cuda")
 
     on_random_inputs(check)
 
@@ -66,7 +66,7 @@ def test_every_operation(op: Op) -> None:
 def test_torch_on_the_gpu_returns_the_same_bytes() -> None:
     for _ in range(INPUTS):
         seed = secrets.randbits(31)
-        images = torch.from_numpy(pictures(np.random.default_rng(seed), BATCH, 224, 224)).to(GPU)
+        images = torch.from_numpy(noisy_images(np.random.default_rng(seed), BATCH, 224, 224)).to(GPU)
         found = {}
         for use in (True, False):
             found[use] = BatchAugment(RECIPE, GPU, flip=True, kernels=use).operate(images, drawn(seed))
@@ -78,7 +78,7 @@ def test_five_launches_and_two_uploads_without_waiting() -> None:
     """Launches: measure and apply, twice, and finish. Uploads: RandAugment's parameters, and all other parameters."""
     params, augment = drawn(3), BatchAugment(RECIPE, GPU, torch.bfloat16)
     mixing = mix_params(RECIPE, seed=1, step=0, lanes=np.arange(BATCH) // 2)
-    images = torch.from_numpy(pictures(np.random.default_rng(1), BATCH, 224, 224)).to(GPU)
+    images = torch.from_numpy(noisy_images(np.random.default_rng(1), BATCH, 224, 224)).to(GPU)
     augment(images, params, mixing)  # compiles
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:

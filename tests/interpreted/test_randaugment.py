@@ -14,7 +14,7 @@ from pipeline.augment.params import draw
 from pipeline.augment.pixels import BatchAugment
 from pipeline.augment.recipe import augment_recipe
 from pipeline.augment.triton_impl import randaugment
-from tests.support.randaugment_checks import FILL, expect_torchs_bytes, parameters, pictures
+from tests.support.randaugment_checks import FILL, assert_equals_torch, noisy_images, parameters
 
 MAGNITUDES = np.array([0.0, 3.3, 9.0, 10.0])
 each_op = pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
@@ -23,8 +23,8 @@ each_op = pytest.mark.parametrize("op", Op, ids=lambda op: op.title)
 @each_op
 def test_every_magnitude_and_sign(op: Op) -> None:
     magnitudes, signs = np.repeat(MAGNITUDES, 2)[:, None], np.tile([-1.0, 1.0], 4)[:, None]
-    expect_torchs_bytes(
-        pictures(np.random.default_rng(0), 8, 9, 13), parameters(np.full((8, 1), op), magnitudes, signs)
+    assert_equals_torch(
+        noisy_images(np.random.default_rng(0), 8, 9, 13), parameters(np.full((8, 1), op), magnitudes, signs)
     )
 
 
@@ -35,7 +35,7 @@ def test_translations_at_which_rounding_decides(op: Op) -> None:
     shifts, size = np.array([-0.5, 0.5, 3.6, 0.8]), 48
     params = parameters(np.full((4, 1), op), np.zeros((4, 1)), np.ones((4, 1)))
     params = replace(params, arguments=shifts[:, None] / size)
-    expect_torchs_bytes(np.random.default_rng(0).integers(256, size=(4, size, size, 3), dtype=np.uint8), params)
+    assert_equals_torch(np.random.default_rng(0).integers(256, size=(4, size, size, 3), dtype=np.uint8), params)
 
 
 DEGENERATE = {
@@ -51,7 +51,7 @@ DEGENERATE = {
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_degenerate_images(op: Op, name: str) -> None:
     once = parameters(np.full((1, 1), op), np.array([9.0]), np.array([-1.0]))
-    expect_torchs_bytes(DEGENERATE[name][None].astype(np.uint8), once)
+    assert_equals_torch(DEGENERATE[name][None].astype(np.uint8), once)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
@@ -61,7 +61,7 @@ def test_samples_with_zero_to_three_operations_and_flips(batch: int, flip: bool)
     sides = np.full(batch, 64)
     params = draw(recipe, seed=batch, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
     assert params.applied.any()
-    expect_torchs_bytes(pictures(np.random.default_rng(0), batch, 24, 24), params, flip=flip)
+    assert_equals_torch(noisy_images(np.random.default_rng(0), batch, 24, 24), params, flip=flip)
 
 
 KINDS = (Op.EQUALIZE, Op.AUTO_CONTRAST, Op.CONTRAST, Op.POSTERIZE, Op.COLOR, Op.SHARPNESS, Op.SHEAR_Y, Op.ROTATE)
@@ -71,7 +71,7 @@ KINDS = (Op.EQUALIZE, Op.AUTO_CONTRAST, Op.CONTRAST, Op.POSTERIZE, Op.COLOR, Op.
 def test_every_pair_of_kinds_of_operation(first: Op) -> None:
     ops = np.array([(first, second) for second in KINDS])
     signs = np.where(np.arange(len(ops)) % 3, 1.0, -1.0)[:, None]
-    expect_torchs_bytes(pictures(np.random.default_rng(0), len(ops), 7, 5), parameters(ops, np.array([8.7]), signs))
+    assert_equals_torch(noisy_images(np.random.default_rng(0), len(ops), 7, 5), parameters(ops, np.array([8.7]), signs))
 
 
 @pytest.mark.parametrize(
@@ -84,8 +84,8 @@ def test_samples_of_several_tiles(op: Op, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(randaugment, "TILE", 256)
     monkeypatch.setattr(randaugment, "BLOCK", 512)
     ops = np.full((1, 1), op)
-    expect_torchs_bytes(
-        pictures(np.random.default_rng(0), 1, 37, 31), parameters(ops, np.array([8.0]), np.array([1.0]))
+    assert_equals_torch(
+        noisy_images(np.random.default_rng(0), 1, 37, 31), parameters(ops, np.array([8.0]), np.array([1.0]))
     )
 
 
@@ -93,7 +93,7 @@ def test_batch_augment_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     recipe, batch, cpu = augment_recipe("fat", size=13), 8, torch.device("cpu")
     sides = np.full(batch, 64)
     params = draw(recipe, seed=3, epoch=0, ids=np.arange(batch), heights=sides, widths=sides)
-    images = torch.from_numpy(pictures(np.random.default_rng(0), batch, 13, 13))
+    images = torch.from_numpy(noisy_images(np.random.default_rng(0), batch, 13, 13))
     calls, apply_ops = [], randaugment.apply_ops
 
     def counted(images: Tensor, *args: object, **options: object) -> Tensor:

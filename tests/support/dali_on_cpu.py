@@ -20,15 +20,18 @@ _ONLY_ON_GPUS = ("hw_decoder_load", "preallocate_width_hint", "preallocate_heigh
 
 
 def decoded(size: int, photos: list[Image.Image], *, evaluation: bool, **job: Any) -> np.ndarray:
-    """Decode photos as on a GPU: uint8 [len(photos), size, size, 3].
+    """Decode photos with the GPU graph: uint8 [len(photos), size, size, 3].
 
     Args:
-        job: other fields of the DecodeJob; the window is the whole photo unless given.
+        size: side of the output in pixels.
+        photos: the images, encoded as JPEG for the decoder.
+        evaluation: whether the jobs have regions.
+        job: other fields of the DecodeJob. The default window is the whole photo.
     """
     images = [encoded(photo) for photo in photos]
     sizes = np.array([photo.size[::-1] for photo in photos], np.int32)
     window = job.pop("window", np.concatenate([np.zeros_like(sizes), sizes], axis=1))
-    # A batch may be smaller than the largest.
+    # 3 images for a decoder of up to 4, because batches may be smaller than the largest.
     whole = DecodeJob(encoded=SimpleNamespace(ids=np.arange(3), images=images), window=window, **job)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fn.decoders, "image_slice", _image_slice(fn.decoders.image_slice))

@@ -1,7 +1,7 @@
-"""What RandAugment's kernels are held to, on whatever device: the bytes that the torch families make on the CPU, sample
-by sample and one operation after another. Those in turn are held to PIL's (tests/unit/test_augment_parity.py).
+"""Compare the RandAugment kernels with PyTorch on the CPU, sample by sample and one operation after another.
 
-Used by tests/interpreted (Triton's interpreter) and tests/gpu.
+PyTorch's operations are compared with PIL in tests/unit/test_augment_parity.py. Used by tests/interpreted (Triton's
+interpreter) and tests/gpu.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PHOTO = Image.fromarray(np.load(Path(__file__).parents[1] / "fixtures" / "timm_r
 GEOMETRIC = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
 
 
-def pictures(rng: np.random.Generator, count: int, height: int, width: int) -> NDArray[np.uint8]:
+def noisy_images(rng: np.random.Generator, count: int, height: int, width: int) -> NDArray[np.uint8]:
     """Alternate parts of a photo, noise, and noise of few levels; uint8 [count, height, width, 3]."""
     photo = np.asarray(PHOTO.resize((2 * width, 2 * height)))
     photos = [photo[y : y + height, x : x + width] for y, x in rng.integers((height, width), size=(count, 2))]
@@ -66,7 +66,7 @@ def by_torch(image: NDArray[np.uint8], params: SampleParams, i: int, *, flip: bo
     return image
 
 
-def expect_torchs_bytes(
+def assert_equals_torch(
     images: NDArray[np.uint8], params: SampleParams, *, flip: bool = False, device: str = "cpu"
 ) -> None:
     """Assert that the kernels give PyTorch's bytes for uint8 [n, H, W, 3] and do not modify their input."""

@@ -1,6 +1,6 @@
 """Golden values of all parameters of many samples, for recipes that reach every branch (pipeline/augment/params.py).
 
-A change of any of these changes every run. Digests are xxh3-64 of the arrays' bytes, so dtypes and shapes count too.
+Different values would change the data of every run. Digests are xxh3-64 of the arrays' bytes, dtypes and shapes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The time that training waits for its data (pipeline/data_wait.py): on a GPU the device's, by events that have
-happened.
+"""The time that training waits for data (pipeline/data_wait.py), measured on a GPU with CUDA events.
 
-The device is stood in for by a clock: an event has happened when the clock has come to its time.
+The GPU is simulated by a clock: an event has occurred when the clock has reached the event's time.
 """
 
 from __future__ import annotations

@@ -25,9 +25,10 @@ SIZES = [(2, 900), (900, 2), (1, 400), (3, 777), (40, 500), (2000, 90), (33, 265
 
 
 def noise(height: int, width: int) -> NDArray[np.uint8]:
-    """Every pixel differs from its neighbours, so that an error of a fraction of a pixel shows.
+    """Return noise, in which every pixel differs from its neighbours, so that shifts by a fraction of a pixel show.
 
-    Not black or white, which Pillow clips between its two passes, whose order depends on the size.
+    Its values are far from black and white, because Pillow clips between its two passes, whose order depends on the
+    size.
     """
     return np.random.default_rng(height * 9999 + width).integers(64, 192, (height, width, 3), np.uint8)
 

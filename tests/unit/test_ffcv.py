@@ -221,9 +221,7 @@ def test_the_sample_table_in_the_beton_is_not_used(sets: dict[str, Path], tmp_pa
     )
 
 
-def test_without_ffcv_the_error_names_the_install_command(
-    monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]
-) -> None:
+def test_without_ffcv_the_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Path]) -> None:
     monkeypatch.delitem(sys.modules, "pipeline.decode.ffcv", raising=False)
     monkeypatch.setitem(sys.modules, "ffcv.libffcv", None)
     with pytest.raises(UserError, match=r"pip install 'fat-pipeline\[ffcv\]'"):

@@ -1,6 +1,6 @@
-"""The training thread only hands work over: nothing per sample in Python, and no look at a result before it is due.
+"""The training thread only queues work: no Python code per sample, and no wait for a result before it is needed.
 
-Its twin on a GPU, with CUDA's own check of synchronisation, is in tests/gpu/test_overlap.py.
+tests/gpu/test_overlap.py checks the same on a GPU, with CUDA's own detection of synchronisation.
 """
 
 from __future__ import annotations
