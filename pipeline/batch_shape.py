@@ -89,6 +89,8 @@ def check_enough_samples(
 ) -> None:
     """Raise PlanError if a training split has fewer samples than one global batch.
 
+    A lane is one of L contiguous streams that every batch interleaves, so the number of lanes must divide the batch.
+
     Args:
         samples: number of samples of the split.
         global_batch, world, micro_batch, lanes, pairs: see `BatchShape` and `TrainPlan`.

@@ -73,7 +73,9 @@ class FeedProcess:
             self._task = pickle.dumps((stream, bad, logging.getLogger().getEffectiveLevel()), pickle.HIGHEST_PROTOCOL)
             own, other = socket.socketpair()
         except Exception as error:  # pickling can raise any exception
-            raise FeedUnavailable(f"--feed-process: {type(error).__name__}: {first_line(error)}") from error
+            raise FeedUnavailable(
+                f"--feed-process: the task cannot be pickled ({type(error).__name__}: {first_line(error)})"
+            ) from error
         self._channel = Channel(own)
         start = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.feed_process.worker import main; "
         # The new process inherits the blocked signals, so there is no moment at which they could end it.

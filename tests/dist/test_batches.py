@@ -19,7 +19,7 @@ from tests.support.launching import ROOT, environment
 WORLDS = (1, 2, 3, 4, 6, 8)
 GLOBAL = 96
 STEPS = 24  # an epoch has 14
-SAMPLES = 360  # to evaluate
+SAMPLES = 360  # of the evaluated split
 OPTIONS = (
     *("--size", "32", "--augment", "fat", "--global-batch", str(GLOBAL), "--epochs", "3", "--warmup-epochs", "0"),
     *("--eval-batch", "10", "--shuffle-block-size", "64"),

@@ -20,8 +20,8 @@ TIMM = np.load(Path(__file__).parents[1] / "fixtures" / "timm_recipe.npz")
 PHOTOS = [TIMM["photo0"], TIMM["photo1"]]
 FILL = (124, 116, 104)
 GEOMETRIC = (Op.ROTATE, Op.SHEAR_X, Op.SHEAR_Y, Op.TRANSLATE_X, Op.TRANSLATE_Y)
-# Levels, over whole images, the fill's border too; measured: a mean of .0023 at most. PIL computes in float64 and
-# truncates; ours is in float32, where sums that should be integers now and then fall just short of them.
+# Bounds in levels, over whole images including the filled border; the largest measured mean is .0023. PIL computes in
+# float64 and truncates; in float32, sums that should be integers are sometimes slightly smaller.
 GEOMETRIC_MEAN, GEOMETRIC_MAX = 0.005, 1
 
 
