@@ -15,8 +15,8 @@ _hooks: list[object] = []
 
 @contextmanager
 def count_listings(top: Path) -> Iterator[Counter[str]]:
-    """Count how often each folder at or below `top` is listed in the block; keys are paths relative to `top`."""
-    if not _hooks:  # a hook stays until the process ends
+    """Count how often `top` and each folder below it is listed in the block; keys are paths relative to `top`."""
+    if not _hooks:  # audit hooks cannot be removed
         sys.addaudithook(_hook)
         _hooks.append(_hook)
     counter: Counter[str] = Counter()
@@ -30,10 +30,10 @@ def count_listings(top: Path) -> Iterator[Counter[str]]:
 def _hook(event: str, args: tuple[object, ...]) -> None:
     if not _counters or event not in ("os.listdir", "os.scandir"):
         return
-    place = args[0]
-    if not isinstance(place, str | bytes | os.PathLike):  # a file descriptor, or the current folder
+    path = args[0]
+    if not isinstance(path, str | bytes | os.PathLike):  # a file descriptor or None (the current folder)
         return
-    folder = os.path.realpath(os.fsdecode(place))
+    folder = os.path.realpath(os.fsdecode(path))
     for top, counter in _counters:
         if folder == top or folder.startswith(f"{top}/"):
             counter[os.path.relpath(folder, top)] += 1

@@ -1,4 +1,4 @@
-"""Small sources for tests: folders and tars of JPEGs that differ."""
+"""Small sources for tests: folders and tars of different JPEGs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 
 
 def jpeg(seed: int, size: int = 40) -> bytes:
-    """Return a JPEG of coarse noise, which is neither black nor of one colour."""
+    """Return a JPEG of coarse noise, which is neither black nor of a single colour."""
     noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     return encoded(Image.fromarray(noise).resize((size, size), Image.Resampling.NEAREST))
 
@@ -24,7 +24,7 @@ def encoded(image: Image.Image, kind: str = "JPEG") -> bytes:
 
 
 def class_folders(root: Path, classes: Mapping[str, int], first: int = 0) -> Path:
-    """Write CLASS/N.jpg for N below the number of images of each class; the images of other `first` differ."""
+    """Write CLASS/N.jpg for N below the number of images of each class; another `first` gives other images."""
     for c, (name, images) in enumerate(classes.items()):
         (root / name).mkdir(parents=True)
         for i in range(images):
@@ -33,7 +33,7 @@ def class_folders(root: Path, classes: Mapping[str, int], first: int = 0) -> Pat
 
 
 def labelled_tar(path: Path, labels: list[int], others: Mapping[str, bytes] | None = None) -> Path:
-    """Write a tar of a sample for each label, and of other members."""
+    """Write a tar with one sample per label, and additional members."""
     members = {f"{i}.{suffix}": data for i, label in enumerate(labels) for suffix, data in _sample(i, label)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
@@ -49,11 +49,11 @@ def _sample(number: int, label: int) -> list[tuple[str, bytes]]:
 
 
 def folders(root: Path) -> Path:
-    """Write two classes of three images each in train/."""
+    """Write two classes with three images each into train/."""
     return class_folders(root / "train", {"cat": 3, "dog": 3}).parent
 
 
 def tars(root: Path) -> Path:
-    """Write two tars of five labelled images."""
+    """Write two tars with five labelled images in total."""
     labelled_tar(root / "a.tar", [0, 1, 1])
     return labelled_tar(root / "b.tar", [1, 0]).parent

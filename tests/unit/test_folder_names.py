@@ -12,7 +12,7 @@ from shards.sources.layouts.detect import scan
 from shards.sources.naming.folder_names import class_name_warnings
 from shards.sources.naming.splits import similar_split, splits_in
 from shards.sources.scan import Scan, ScanOptions
-from tests.support.source_folders.source import pictures, put
+from tests.support.source_folders.source import put_files, put_images
 
 ANNOTATIONS = (
     "masks",
@@ -46,7 +46,7 @@ def warnings(*names: str) -> str:
 @pytest.mark.parametrize("annotations", ANNOTATIONS)
 @pytest.mark.parametrize("place", ["", "train/", "unpacked/"])
 def test_images_and_their_annotations_are_not_two_classes(annotations: str, place: str, tmp_path: Path) -> None:
-    pictures(tmp_path / "in", f"{place}{{images,{annotations}}}/{{1,2}}.jpg")
+    put_images(tmp_path / "in", f"{place}{{images,{annotations}}}/{{1,2}}.jpg")
     said = error_of(tmp_path / "in")
     assert f"{tmp_path / 'in' / place}: no class folders in it, only " in said
     assert f"'{annotations}'" in said
@@ -55,7 +55,7 @@ def test_images_and_their_annotations_are_not_two_classes(annotations: str, plac
 
 @pytest.mark.parametrize("images", IMAGES)
 def test_image_folders_of_any_name_next_to_masks_are_not_classes(images: str, tmp_path: Path) -> None:
-    pictures(tmp_path / "in", f"{{{images},masks}}/{{1,2}}.jpg")
+    put_images(tmp_path / "in", f"{{{images},masks}}/{{1,2}}.jpg")
     assert "no class folders in it, only " in error_of(tmp_path / "in")
 
 
@@ -72,7 +72,7 @@ def test_image_folders_of_any_name_next_to_masks_are_not_classes(images: str, tm
     ],
 )
 def test_folders_of_images_without_classes_are_rejected_with_a_remedy(names: str, tmp_path: Path) -> None:
-    pictures(tmp_path / "in", f"{{{names}}}/{{1,2}}.jpg")
+    put_images(tmp_path / "in", f"{{{names}}}/{{1,2}}.jpg")
     assert f"expected images as {tmp_path}/in/CLASS/IMAGE: create a folder for each class" in error_of(tmp_path / "in")
 
 
@@ -80,8 +80,8 @@ def test_folders_of_images_without_classes_are_rejected_with_a_remedy(names: str
 def test_following_the_advice_for_detection_data_sets_works(exported: str, tmp_path: Path) -> None:
     """The advice must not be to fill or remove the annotations: the remaining folder would be a class of all images."""
     source = tmp_path / "in"
-    pictures(source, f"{exported}{{JPEGImages,SegmentationClass}}/{{1,2}}.jpg")
-    put(source, f"{exported}{{Annotations/1.xml,ImageSets/Main/train.txt,labels/1.txt}}", "x")
+    put_images(source, f"{exported}{{JPEGImages,SegmentationClass}}/{{1,2}}.jpg")
+    put_files(source, f"{exported}{{Annotations/1.xml,ImageSets/Main/train.txt,labels/1.txt}}", "x")
     said = error_of(source)
     assert "add images" not in said
     assert "create a folder for each class" in said
@@ -100,8 +100,8 @@ def test_following_the_advice_for_detection_data_sets_works(exported: str, tmp_p
 
 @pytest.mark.parametrize("other", ["meta/classes.txt", "Annotation/a/1", "labels/1.txt", "segmentations/a/1.png"])
 def test_the_error_names_the_images_folder_that_contains_class_folders(other: str, tmp_path: Path) -> None:
-    pictures(tmp_path / "in", "images/{a,b}/{1,2}.jpg")
-    put(tmp_path / "in", other, "x") if not other.endswith("png") else pictures(tmp_path / "in", other)
+    put_images(tmp_path / "in", "images/{a,b}/{1,2}.jpg")
+    put_files(tmp_path / "in", other, "x") if not other.endswith("png") else put_images(tmp_path / "in", other)
     assert f"if the folders in {tmp_path}/in/images are the classes, convert that folder" in error_of(tmp_path / "in")
     assert [entry.folder for entry in scan_it(tmp_path / "in" / "images").classes] == ["a", "b"]
 
@@ -162,7 +162,7 @@ SIMILAR = {
 def test_class_folders_with_names_similar_to_splits_cause_a_warning(
     name: str, split: str, below: str, tmp_path: Path
 ) -> None:
-    pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{below}")
+    put_images(tmp_path / "in", f"{{cat,dog,{name}}}/{below}")
     found = scan_it(tmp_path / "in")
     assert len(found.classes) == 3
     (warning,) = found.warnings
@@ -176,12 +176,12 @@ def test_class_folders_with_names_similar_to_splits_cause_a_warning(
 def test_names_of_splits_are_splits_not_similar_names(name: str, tmp_path: Path) -> None:
     assert splits_in(name)
     assert similar_split(name) is None
-    pictures(tmp_path / "in", f"{{cat,dog,{name}}}/{{1,2}}.jpg")
+    put_images(tmp_path / "in", f"{{cat,dog,{name}}}/{{1,2}}.jpg")
     assert f"{name}: named like split " in error_of(tmp_path / "in")
 
 
 def test_a_warning_is_given_for_each_similar_name(tmp_path: Path) -> None:
-    pictures(tmp_path / "in", "{trainings,tests}/{cat,dog}/{1,2}.jpg")
+    put_images(tmp_path / "in", "{trainings,tests}/{cat,dog}/{1,2}.jpg")
     assert [warning.split(":")[0] for warning in scan_it(tmp_path / "in").warnings] == ["'tests'", "'trainings'"]
 
 
@@ -201,8 +201,8 @@ def test_a_warning_is_given_for_each_similar_name(tmp_path: Path) -> None:
 )
 def test_annotations_in_class_folders_cause_a_warning(inside: str, said: str | None, tmp_path: Path) -> None:
     source = tmp_path / "in"
-    pictures(source, "{COVID,Normal}/images/{1,2}.png")
-    pictures(source, f"COVID/{inside}") if inside.endswith("png") else put(source, f"COVID/{inside}", "x")
+    put_images(source, "{COVID,Normal}/images/{1,2}.png")
+    put_images(source, f"COVID/{inside}") if inside.endswith("png") else put_files(source, f"COVID/{inside}", "x")
     found = scan_it(source).warnings
     assert len(found) == (said is not None)
     assert said is None or found[0].startswith(said.format(source))

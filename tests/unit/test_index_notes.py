@@ -11,12 +11,12 @@ from shards.errors import ConversionFailed, UserError
 from shards.format.manifest import Manifest
 from tests.support.sources import labelled_tar
 
-UNNAMED = "b.tar: no split named, so training"
+UNNAMED = "b.tar: no split in the name, so used for training"
 NO_VALIDATION = "test-0.tar: kept as split 'test'; there is no validation split"
 DOUBTS = [
-    (["train-0.tar", "b.tar"], f"{UNNAMED}, beside train*, which is named so"),
-    (["train-0.tar", "training-1.tar"], "train*, training*: joined as split 'train'"),
-    (["train-0.tar", "val-0.tar", "validation-0.tar"], "val*, validation*: joined as split 'val'"),
+    (["train-0.tar", "b.tar"], f"{UNNAMED}, although train* is named like split 'train'"),
+    (["train-0.tar", "training-1.tar"], "train*, training*: merged into split 'train'"),
+    (["train-0.tar", "val-0.tar", "validation-0.tar"], "val*, validation*: merged into split 'val'"),
 ]
 
 

@@ -11,7 +11,7 @@ from shards.format.dataset import ShardSet
 from shards.sources.layouts.detect import scan
 from shards.sources.scan import Scan, ScanOptions
 from tests.support.source_folders.images import jpeg
-from tests.support.source_folders.source import pictures, put
+from tests.support.source_folders.source import put_files, put_images
 from tests.support.source_folders.tars_and_parquet import parquet, samples, tar
 
 
@@ -25,7 +25,7 @@ def archive(root: Path, name: str) -> None:
     elif name.endswith(".tar"):
         tar(root, name, samples(name, [0, 1]))
     else:
-        pictures(root, f"{name}/{{cat,dog}}/{{1,2}}.jpg")
+        put_images(root, f"{name}/{{cat,dog}}/{{1,2}}.jpg")
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_an_archive_next_to_class_folders_causes_a_warning_that_names_the_layout
     archives: list[str], layout: str, tmp_path: Path
 ) -> None:
     source = tmp_path / "in"
-    pictures(source, "{cat,dog}/{1,2}.jpg")
+    put_images(source, "{cat,dog}/{1,2}.jpg")
     for name in archives:
         if layout == "class-tars":
             tar(source, name, [("1.jpg", jpeg(1))])
@@ -118,12 +118,12 @@ def test_archives_with_names_similar_to_splits_cause_a_warning(name: str, tmp_pa
 def test_metadata_of_a_shard_set_that_is_converted_again_causes_no_note(
     form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures(tmp_path / "in", "{train/{cat,dog}/{1,2},val/{cat,dog}/3}.jpg")
-    put(tmp_path / "in", "train/cat/4.jpg", "no image")
+    put_images(tmp_path / "in", "{train/{cat,dog}/{1,2},val/{cat,dog}/3}.jpg")
+    put_files(tmp_path / "in", "train/cat/4.jpg", "no image")
     first = tmp_path / "first"
     options = ["--workers", "1", "--max-rejects", "0.5"]
     assert pipeline(["shard", f"{tmp_path / 'in'}", "--out", f"{first}", "--format", form, *options]) == 0
-    put(first, "{notes.txt,other.idx}", "x")
+    put_files(first, "{notes.txt,other.idx}", "x")
     capsys.readouterr()
     assert pipeline(["shard", f"{first}", "--out", f"{tmp_path / 'second'}", *options]) == 0
     unused = ShardSet(tmp_path / "second").manifest.made["unused"]
@@ -145,6 +145,6 @@ def test_metadata_of_a_shard_set_that_is_converted_again_causes_no_note(
 def test_indexes_of_dali_are_counted_as_indexes_of_their_tars(tmp_path: Path) -> None:
     for name in ("pets-0", "more/pets-1"):
         archive(tmp_path / "in", f"{name}.tar")
-        put(tmp_path / "in", f"{name}.idx", "v1.2 2\n")
+        put_files(tmp_path / "in", f"{name}.idx", "v1.2 2\n")
     unused = scan_it(tmp_path / "in").unused
     assert [(entry.reason, entry.count) for entry in unused] == [("index of a tar", 2)]

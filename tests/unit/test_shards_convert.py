@@ -389,7 +389,7 @@ def test_a_source_that_changes_during_the_conversion_stops_it_and_can_be_restore
         (lambda root: root / "nowhere", "nowhere: no such file or folder"),
         (lambda root: (root / "empty").mkdir() or root / "empty", "empty: empty folder"),
         (lambda root: (root / "x" / "train").mkdir(parents=True) or root / "x", "train: no class folders"),
-        (lambda root: (root / "x" / "c0").mkdir(parents=True) or root / "x", "c0: a class folder without images"),
+        (lambda root: (root / "x" / "c0").mkdir(parents=True) or root / "x", "c0: the class folder has no images"),
         (lambda root: (root / "f.txt").write_text("x") and root / "f.txt", "f.txt: a file of no known kind"),
         (
             lambda root: two_validation_folders(root / "x"),

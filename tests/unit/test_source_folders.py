@@ -1,4 +1,4 @@
-"""Folders as people have them become what their owners mean, or are refused by name, and the output says which."""
+"""Source folders as users have them are converted as intended, or rejected with an error that names the fault."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from shards.format.dataset import ShardSet
 from shards.redact import one_line
 from tests.support.source_folders import SOURCES, Source
 
-SUFFIXES_BESIDE_TARS = (".json",)
-"""`pipeline index` is given the tars alone."""
+SUFFIXES_NOT_IN_TARS = (".json",)
+"""Suffixes that are not expected in the output of `pipeline index`, which reads only the tars."""
 TOLERANCE = 14
-"""Of a picture's mean colour, of 255: JPEG, and the ways to round."""
+"""Tolerance of an image's mean colour (of 255), for JPEG and rounding."""
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
-def test_a_source_becomes_what_its_owner_means_or_is_refused_by_name(
+def test_every_source_is_converted_as_intended_or_rejected_with_a_helpful_error(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = _make(source, tmp_path), tmp_path / "set"
-    status, said = _shard(folder, out, *source.options, capsys=capsys)
+    status, said = _convert(folder, out, *source.options, capsys=capsys)
     assert "Traceback" not in said
-    if source.refused is not None and status == source.status:
+    if source.error is not None and status == source.status:
         assert not (out / "dataset.json").exists()
         error = said.splitlines()[-1]
         assert error.startswith("error: ")
-        _check_words(source.refused, error)
+        _check_contains(source.error, error)
         return
     assert status == 0, f"status {status}: {said}"
     made = json.loads((out / "dataset.json").read_text())
@@ -43,21 +43,23 @@ def test_a_source_becomes_what_its_owner_means_or_is_refused_by_name(
     assert splits in source.images, said
     if source.classes is not None:
         assert tuple(entry["folder"] for entry in made["classes"]) == source.classes
-    _check_words(source.says, said)
-    _check_words(source.notes, _notes(said))
+    _check_contains(source.messages, said)
+    _check_contains(source.notes, _notes(said))
     unused = made["made"]["unused"]
-    _check_words([one_line(entry["kind"]) for entry in unused], said)
-    if source.files_count:
+    _check_contains([one_line(entry["kind"]) for entry in unused], said)
+    if source.counts_files:
         _check_all_counted(source, folder, sum(splits.values()) + _lines(out / "rejects.jsonl"), unused)
     _check_colours(source, out, said)
 
 
-@pytest.mark.parametrize("source", [source for source in SOURCES if source.doubtful], ids=lambda source: source.name)
-def test_strict_refuses_what_may_well_be_a_mistake(
+@pytest.mark.parametrize(
+    "source", [source for source in SOURCES if source.rejected_by_strict], ids=lambda source: source.name
+)
+def test_strict_rejects_sources_with_likely_mistakes(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, said = _shard(_make(source, tmp_path), tmp_path / "set", "--strict", capsys=capsys)
-    assert status in (1, 2), said  # 1 where the images had to be decoded to know it
+    status, said = _convert(_make(source, tmp_path), tmp_path / "set", "--strict", capsys=capsys)
+    assert status in (1, 2), said  # 1 if the images have to be decoded to detect the mistake
     assert not (tmp_path / "set" / "dataset.json").exists()
     assert said.splitlines()[-1].startswith("error: ")
 
@@ -65,20 +67,20 @@ def test_strict_refuses_what_may_well_be_a_mistake(
 @pytest.mark.parametrize(
     "source", [source for source in SOURCES if source.name.startswith("webdataset")], ids=lambda source: source.name
 )
-def test_tars_are_indexed_as_they_are_sharded(
+def test_index_gives_the_same_result_as_shard(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = _make(source, tmp_path)
     status = pipeline(["index", *map(str, sorted(folder.glob("*.tar*"))), "--workers", "1"])
     said = "".join(capsys.readouterr())
-    if source.refused is not None and status == source.status:
-        _check_words(source.refused, said)
+    if source.error is not None and status == source.status:
+        _check_contains(source.error, said)
         return
     assert status == 0, said
     made = json.loads((folder / "dataset.json").read_text())
     assert {split: entry["samples"] for split, entry in made["splits"].items()} in source.images
     assert tuple(entry["folder"] for entry in made["classes"]) == source.classes
-    _check_words([word for word in source.says if word not in SUFFIXES_BESIDE_TARS], said)
+    _check_contains([word for word in source.messages if word not in SUFFIXES_NOT_IN_TARS], said)
 
 
 def _make(source: Source, tmp_path: Path) -> Path:
@@ -88,18 +90,18 @@ def _make(source: Source, tmp_path: Path) -> Path:
     return folder
 
 
-def _shard(source: Path, out: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    """Return exit status and output, in which paths begin at the source: where that lies says nothing about it."""
+def _convert(source: Path, out: Path, *options: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Return the exit status, and the output with the paths of source and set replaced."""
     status = pipeline(["shard", str(source), "--out", str(out), "--workers", "1", *options])
     streams = capsys.readouterr()
     return status, (streams.out + streams.err).replace(f"{source}", "SOURCE").replace(f"{out}", "OUT")
 
 
 def _notes(said: str) -> str:
-    return "\n".join(line for line in said.splitlines() if line.startswith(("note:", "doubt:")))
+    return "\n".join(line for line in said.splitlines() if line.startswith(("note:", "warning:")))
 
 
-def _check_words(words: Iterable[str], text: str) -> None:
+def _check_contains(words: Iterable[str], text: str) -> None:
     missing = [word for word in words if not any(one.lower() in text.lower() for one in word.split("|"))]
     assert not missing, f"{missing} not in: {text}"
 
@@ -109,17 +111,18 @@ def _lines(path: Path) -> int:
 
 
 def _check_all_counted(source: Source, folder: Path, images: int, unused: list[dict[str, Any]]) -> None:
-    """Each file is in the set, rejected or not used; what gives labels may be left out, and empty folders counted."""
+    """Assert that every file is in the set, rejected, or unused, except label files and empty folders."""
     files, empty = 0, 0
     for _, folders, names in os.walk(folder, followlinks=True):
         files += len(names)
         empty += not names and not folders
-    counted = images + sum(entry["count"] for entry in unused)
-    assert files - source.lists <= counted <= files + empty, f"{counted} of {files} files: {images} images and {unused}"
+    accounted = images + sum(entry["count"] for entry in unused)
+    detail = f"{accounted} of {files} files: {images} images and {unused}"
+    assert files - source.label_files <= accounted <= files + empty, detail
 
 
 def _check_colours(source: Source, out: Path, said: str) -> None:
-    if any(word and word in said.lower() for word in source.unless_noted.split("|")):
+    if any(word and word in said.lower() for word in source.colours_unless.split("|")):
         return
     shard_set = ShardSet(out)
     for split, entry in shard_set.manifest.splits.items():

@@ -1,4 +1,4 @@
-"""Rules of docs/security.md that the source itself must show."""
+"""Static checks that the source code follows the rules of docs/security.md."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("shards", "pipeline", "fat", "launch")
 
-# Files that may create or replace files, and why their paths do not come from outside data.
+# Modules that may create or replace files, and why their paths do not come from untrusted data.
 WRITERS = {
     "fat/kernels/prefill/compile_ahead.py": "lock in the kernel cache",
     "fat/kernels/prefill/compiler.py": "in a new temporary folder",
@@ -46,7 +46,7 @@ def _sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def swallowing_handlers(tree: ast.Module) -> list[int]:
-    """Lines of handlers of all exceptions that neither raise nor look at what they caught."""
+    """Return the lines of handlers for all exceptions that neither raise, use, nor log the exception."""
     lines = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.ExceptHandler):
@@ -65,7 +65,7 @@ def swallowing_handlers(tree: ast.Module) -> list[int]:
 
 
 def temporary_literals(tree: ast.Module) -> list[int]:
-    """Lines with a literal path below /tmp, /var/tmp or /dev/shm; docstrings may name them."""
+    """Return the lines with a literal path below /tmp, /var/tmp, or /dev/shm, except in docstrings."""
     documentation = {
         id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     }
@@ -80,7 +80,7 @@ def temporary_literals(tree: ast.Module) -> list[int]:
 
 
 def writing_calls(tree: ast.Module) -> list[int]:
-    """Lines with a call that creates or replaces a file."""
+    """Return the lines with a call that creates or replaces a file."""
     lines = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -99,24 +99,25 @@ def writing_calls(tree: ast.Module) -> list[int]:
     return sorted(set(lines))
 
 
-def test_no_handler_of_all_exceptions_swallows_them() -> None:
+def test_no_handler_silently_ignores_all_exceptions() -> None:
     found = {file: lines for file, tree in _sources() if (lines := swallowing_handlers(tree))}
     assert not found
 
 
-def test_no_literal_path_to_a_shared_temporary_folder() -> None:
+def test_no_literal_paths_to_shared_temporary_folders() -> None:
     found = {file for file, tree in _sources() if temporary_literals(tree)}
-    assert found == {"shards/files/temporary.py"}, "it makes a private folder of random name in the first that serves"
+    assert found == {"shards/files/temporary.py"}, "this module creates a private folder with a random name"
 
 
-def test_files_are_written_in_known_places_only() -> None:
+def test_files_are_written_only_by_known_modules() -> None:
     found = {file: lines for file, tree in _sources() if (lines := writing_calls(tree))}
     unknown = {file: lines for file, lines in found.items() if file not in WRITERS}
-    assert not unknown, "new places that write files: can the path come from outside data? Then add them to WRITERS"
-    assert not set(WRITERS) - set(found), "these write no more"
+    advice = "check that the paths do not come from untrusted data, then add the module to WRITERS"
+    assert not unknown, f"new modules write files: {advice}"
+    assert not set(WRITERS) - set(found), "these modules no longer write files"
 
 
-def test_the_rules_find_what_they_forbid() -> None:
+def test_the_checks_detect_violations() -> None:
     tree = ast.parse(
         "try: f()\nexcept Exception: pass\n"
         "try: f()\nexcept Exception as error: log(error)\n"

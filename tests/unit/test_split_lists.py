@@ -13,7 +13,7 @@ from shards.sources.layouts.detect import scan
 from shards.sources.naming import split_lists
 from shards.sources.naming.split_lists import lists_below, splits_of_list
 from shards.sources.scan import ScanOptions
-from tests.support.source_folders.source import pictures, put
+from tests.support.source_folders.source import put_files, put_images
 from tests.support.source_folders.tars_and_parquet import parquet, samples, tar
 
 CLASSES = "{cat,dog}/{1,2}.jpg"
@@ -70,8 +70,8 @@ def test_the_splits_of_a_list_follow_from_its_name(name: str, splits: str) -> No
 def test_split_lists_near_class_folders_cause_a_warning(
     images: str, lists: str, source: str, named: str, tmp_path: Path
 ) -> None:
-    pictures(tmp_path / "in", images)
-    put(tmp_path / "in", lists, "cat/1.jpg\n")
+    put_images(tmp_path / "in", images)
+    put_files(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in" / source, ScanOptions(), tmp_path / "spool")
     warning = next(warning for warning in found.warnings if "split list" in warning)
     assert f"{named} images may be among the train images; move the images into train/ and test/" in warning
@@ -94,24 +94,24 @@ def test_split_lists_near_class_folders_cause_a_warning(
     ],
 )
 def test_split_lists_cause_no_warning_if_the_source_has_splits(images: str, lists: str, tmp_path: Path) -> None:
-    pictures(tmp_path / "in", images)
-    put(tmp_path / "in", lists, "cat/1.jpg\n")
+    put_images(tmp_path / "in", images)
+    put_files(tmp_path / "in", lists, "cat/1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
     assert not any("split list" in warning for warning in found.warnings)
 
 
 def test_a_list_of_an_unused_split_causes_no_warning(tmp_path: Path) -> None:
     """Example: Kaggle's test/, which has no labels."""
-    pictures(tmp_path / "in", f"train/{CLASSES}")
-    pictures(tmp_path / "in", "test/{1,2}.jpg")
-    put(tmp_path / "in", "test.csv", "1.jpg\n")
+    put_images(tmp_path / "in", f"train/{CLASSES}")
+    put_images(tmp_path / "in", "test/{1,2}.jpg")
+    put_files(tmp_path / "in", "test.csv", "1.jpg\n")
     found = scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
     assert not any("split list" in warning for warning in found.warnings)
 
 
 def test_unreadable_folders_are_ignored_when_searching_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures(tmp_path / "in", f"{{train,val}}/{CLASSES}")
-    put(tmp_path / "in", "notes/private/test.txt", "cat/1.jpg\n")
+    put_images(tmp_path / "in", f"{{train,val}}/{CLASSES}")
+    put_files(tmp_path / "in", "notes/private/test.txt", "cat/1.jpg\n")
 
     def list_folder(folder: Path) -> walk.FolderContents:
         if folder.name == "private":
@@ -123,14 +123,14 @@ def test_unreadable_folders_are_ignored_when_searching_lists(tmp_path: Path, mon
 
 
 def test_a_link_to_the_folder_itself_is_not_followed_twice(tmp_path: Path) -> None:
-    put(tmp_path, "test.txt", "cat/1.jpg\n")
+    put_files(tmp_path, "test.txt", "cat/1.jpg\n")
     (tmp_path / "again").symlink_to(".")
     assert lists_below(tmp_path) == [tmp_path / "test.txt"]
 
 
 def test_a_folder_of_split_lists_among_classes_is_rejected_with_a_remedy(tmp_path: Path) -> None:
-    pictures(tmp_path / "in", CLASSES)
-    put(tmp_path / "in", "meta/{train,test}.txt", "cat/1.jpg\n")
+    put_images(tmp_path / "in", CLASSES)
+    put_files(tmp_path / "in", "meta/{train,test}.txt", "cat/1.jpg\n")
     lists = rf"it contains split lists \({tmp_path}/in/meta/test.txt, {tmp_path}/in/meta/train.txt\): sort the images"
     with pytest.raises(UserError, match=lists):
         scan(tmp_path / "in", ScanOptions(), tmp_path / "spool")
@@ -146,7 +146,7 @@ def test_split_lists_next_to_archives_cause_a_warning(kind: str, tmp_path: Path)
             tar(source, f"{name}.tar", [(f"{i}.jpg", dict(samples(name, [0, 1]))[f"000{i}.jpg"]) for i in (0, 1)])
     else:
         parquet(source, "pets.parquet", [0, 1])
-    put(source, "{train,test}.txt", "0\n")
+    put_files(source, "{train,test}.txt", "0\n")
     found = scan(source, ScanOptions(workers=1), tmp_path / "spool")
     assert found.layout == kind
     assert [warning.split(" looks like")[0] for warning in found.warnings] == [f"{source}/test.txt:"]
@@ -155,8 +155,8 @@ def test_split_lists_next_to_archives_cause_a_warning(kind: str, tmp_path: Path)
 def test_split_lists_are_in_the_summary_and_rejected_by_strict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pictures(tmp_path / "in", CLASSES)
-    put(tmp_path / "in", "{train,test}.txt", "cat/1.jpg\n")
+    put_images(tmp_path / "in", CLASSES)
+    put_files(tmp_path / "in", "{train,test}.txt", "cat/1.jpg\n")
     command = ["shard", f"{tmp_path / 'in'}", "--out", f"{tmp_path / 'set'}", "--workers", "1"]
     assert pipeline([*command, "--strict"]) == 2
     assert "--strict: test.txt: looks like a split list" in capsys.readouterr().err.replace(f"{tmp_path}/in/", "")

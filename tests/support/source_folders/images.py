@@ -1,4 +1,4 @@
-"""Small pictures in the formats that devices, programs and web sites write. All are functions of their seed."""
+"""Small images in the formats that devices, programs, and web sites write; each is a function of its seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GREY = (120, 120, 120)
 
 
 def noise(seed: int, colour: tuple[int, int, int] = GREY, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
-    """Return an RGB picture of two tones and grain, whose mean is the colour."""
+    """Return an RGB image of two tones and noise, whose mean is `colour`."""
     mean = np.array(colour)
     grain = np.random.default_rng(seed).integers(-12, 13, (size[1], size[0], 1))
     tone = np.minimum(30, np.minimum(mean, 255 - mean))
@@ -33,7 +33,7 @@ def encoded(image: Image.Image, kind: str, **how: Any) -> bytes:
 
 
 def in_format(kind: str, colour: tuple[int, int, int] = GREY, **how: Any) -> Callable[[int], bytes]:
-    """Return an encoder: seed -> file of this format of Pillow's."""
+    """Return an encoder, seed -> file, for a format of Pillow."""
     return lambda seed: encoded(noise(seed, colour), kind, **how)
 
 
@@ -41,12 +41,16 @@ def jpeg(seed: int) -> bytes:
     return encoded(noise(seed, size=(WIDTH + seed % 16, HEIGHT)), "JPEG", quality=85)
 
 
+def one_pixel_gif(seed: int) -> bytes:
+    return encoded(noise(seed, size=(1, 1)), "GIF")
+
+
 def coloured(colour: tuple[int, int, int]) -> Callable[[int], bytes]:
     return in_format("JPEG", colour)
 
 
 def heic(colour: tuple[int, int, int]) -> Callable[[int], bytes]:
-    """Return an encoder of what iPhones write."""
+    """Return an encoder of HEIC photos like those of iPhones."""
     from pillow_heif import from_pillow
 
     def encode(seed: int) -> bytes:
@@ -58,7 +62,7 @@ def heic(colour: tuple[int, int, int]) -> Callable[[int], bytes]:
 
 
 def pages(*colours: tuple[int, int, int]) -> Callable[[int], bytes]:
-    """Return an encoder of a TIFF of one page a colour."""
+    """Return an encoder of a TIFF with one page per colour."""
 
     def encode(seed: int) -> bytes:
         first, *others = [noise(seed + i, colour) for i, colour in enumerate(colours)]
@@ -68,7 +72,7 @@ def pages(*colours: tuple[int, int, int]) -> Callable[[int], bytes]:
 
 
 def animated(kind: str, *colours: tuple[int, int, int]) -> Callable[[int], bytes]:
-    """Return an encoder of an animation (GIF, WEBP or PNG) of one frame a colour."""
+    """Return an encoder of an animation (GIF, WEBP, or PNG) with one frame per colour."""
 
     def encode(seed: int) -> bytes:
         first, *others = [noise(seed + i, colour) for i, colour in enumerate(colours)]
@@ -78,28 +82,28 @@ def animated(kind: str, *colours: tuple[int, int, int]) -> Callable[[int], bytes
 
 
 def ramp(top: int, seed: int) -> NDArray[np.int64]:
-    """int64 [H, W]: all values from 0 to `top`, their mean half of it."""
+    """Return all values from 0 to `top` in random order, int64 [H, W]."""
     values = np.linspace(0, top, WIDTH * HEIGHT).round().astype(np.int64)
     return np.random.default_rng(seed).permutation(values).reshape(HEIGHT, WIDTH)
 
 
 def deep(kind: str, top: int) -> Callable[[int], bytes]:
-    """Return an encoder of grey pictures of 16 bits, of which values up to `top` are used."""
+    """Return an encoder of 16-bit greyscale images with values up to `top`."""
     return lambda seed: encoded(Image.fromarray(ramp(top, seed).astype(np.uint16)), kind)
 
 
 def floating(seed: int) -> bytes:
-    """A TIFF of float32 from 0 to 1, as ImageJ and scikit-image write them."""
+    """Return a TIFF of float32 from 0 to 1, as written by ImageJ and scikit-image."""
     return encoded(Image.fromarray((ramp(255, seed) / 255).astype(np.float32)), "TIFF")
 
 
 def bilevel(seed: int) -> bytes:
-    """A fax page: 1 bit, CCITT group 4."""
+    """Return a fax page: 1 bit, CCITT group 4."""
     return encoded(Image.fromarray(ramp(255, seed).astype(np.uint8)).convert("1"), "TIFF", compression="group4")
 
 
 def raw_photo(maker: str) -> Callable[[int], bytes]:
-    """Return an encoder of what a camera's raw file is to a TIFF reader: a thumbnail, and then sensor data."""
+    """Return an encoder of camera raw files, which TIFF readers see as a thumbnail followed by other data."""
 
     def encode(seed: int) -> bytes:
         tags = {254: 1, 271: maker, 272: f"{maker} X100"}  # NewSubfileType: reduced resolution; Make; Model
@@ -109,14 +113,14 @@ def raw_photo(maker: str) -> Callable[[int], bytes]:
 
 
 def cut_out(seed: int) -> bytes:
-    """A red square on transparent black."""
+    """Return a red square on transparent black."""
     image = np.zeros((HEIGHT, WIDTH, 4), np.uint8)
     image[: HEIGHT // 2] = (200, 0, seed % 3, 255)
     return encoded(Image.fromarray(image), "PNG")
 
 
 def cmyk(inks: tuple[int, int, int, int], profile: bytes = b"") -> Callable[[int], bytes]:
-    """Return an encoder of a JPEG for print, inverted as Adobe's programs do."""
+    """Return an encoder of CMYK JPEGs for print, inverted like those of Adobe's programs."""
 
     def encode(seed: int) -> bytes:
         image = Image.new("CMYK", (WIDTH, HEIGHT), inks)
@@ -128,8 +132,8 @@ def cmyk(inks: tuple[int, int, int, int], profile: bytes = b"") -> Callable[[int
 
 @cache
 def press_profile() -> bytes:
-    """An ICC profile of inks like those of an offset press (ICC.1:2001-04, lut8Type), duller than a screen's."""
-    paper = {  # Lab of full inks, C M Y
+    """Return an ICC profile similar to an offset press (ICC.1:2001-04, lut8Type), less saturated than sRGB."""
+    paper = {  # L*a*b* of full inks, C M Y
         (0, 0, 0): (95, 0, 0),
         (1, 0, 0): (55, -37, -50),
         (0, 1, 0): (48, 74, -3),
@@ -161,7 +165,7 @@ def press_profile() -> bytes:
 
 
 def on_screen(inks: tuple[int, int, int, int]) -> tuple[int, int, int]:
-    """Return the sRGB colour of inks under `press_profile`."""
+    """Return the sRGB colour of inks with `press_profile`."""
     press = ImageCms.ImageCmsProfile(io.BytesIO(press_profile()))
     shown = ImageCms.profileToProfile(
         Image.new("CMYK", (1, 1), inks), press, ImageCms.createProfile("sRGB"), outputMode="RGB"
@@ -172,10 +176,10 @@ def on_screen(inks: tuple[int, int, int, int]) -> tuple[int, int, int]:
 
 
 def with_film(seed: int) -> bytes:
-    """A motion photo: a JPEG with an MP4 behind it."""
+    """Return a motion photo: a JPEG followed by an MP4."""
     return jpeg(seed) + b"\0\0\0\x18ftypmp42" + zlib.compress(bytes(5000))
 
 
 def film(brand: str = "qt  ") -> bytes:
-    """The start of a video file."""
+    """Return the first bytes of a video file."""
     return b"\0\0\0\x14ftyp" + brand.encode() + bytes(500)

@@ -1,4 +1,4 @@
-"""What a source folder is, what its owner means by it, and how its files are written."""
+"""Definition of a test source with its expected conversion result, and helpers to write its files."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from tests.support.source_folders.images import jpeg
 
 Colour = tuple[int, int, int]
 SOURCES: list[Source] = []
-"""Every source, in the order of its definition."""
+"""All sources, in the order of definition."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A folder as people have it, and what is right to make of it.
+    """A folder as users have it, and the correct results of its conversion.
 
-    A text that must be said may give alternatives, separated by '|'; case does not count.
+    An expected text may list alternatives, separated by '|'; case is ignored.
     """
 
     name: str
     make: Callable[[Path], None]
     """Writes the source into an empty folder."""
     images: tuple[dict[str, int], ...]
-    """Split -> images of a set that is right, or several of these; empty where only a refusal is right."""
+    """Correct results: split -> number of images; empty if only an error is correct."""
     classes: tuple[str, ...] | None
-    """In the order of their labels; None where several are right."""
-    says: tuple[str, ...]
-    """Texts that the output of a conversion must hold."""
+    """Classes in the order of their labels; None if several results are correct."""
+    messages: tuple[str, ...]
+    """Texts that the output of a conversion must contain."""
     notes: tuple[str, ...]
-    """Texts that its lines which begin with 'note:' or 'doubt:' must hold."""
-    refused: tuple[str, ...] | None
-    """Texts that the refusal must hold; None where a refusal is wrong."""
+    """Texts that the notes and warnings in the output must contain."""
+    error: tuple[str, ...] | None
+    """Texts that the error must contain; None if an error is wrong."""
     status: int
-    """Exit status of the refusal: 2 for a source that is not fit, 1 where too many images were rejected."""
-    doubtful: bool
-    """Whether --strict must refuse it."""
+    """Exit status with the error: 2 for an invalid source, 1 for too many rejects."""
+    rejected_by_strict: bool
+    """Whether --strict must reject the source."""
     colours: dict[str, Colour]
-    """Class -> mean of every image."""
-    unless_noted: str
-    """Text; colours may be otherwise where the output holds it."""
+    """Class -> mean colour of each of its images."""
+    colours_unless: str
+    """Text; colours may differ if the output contains it."""
     options: tuple[str, ...]
-    """Of the command line."""
-    lists: int
-    """Files that give labels or names, so they are neither images nor unused."""
-    files_count: bool
-    """Whether files are what is used; in tars and Parquet it is samples."""
+    """Command-line options."""
+    label_files: int
+    """Number of files with labels or names, which are neither images nor unused."""
+    counts_files: bool
+    """Whether the counts are of files, not of samples in tars and Parquet files."""
 
 
 def source(
@@ -58,18 +58,18 @@ def source(
     test: int = 0,
     images: tuple[dict[str, int], ...] = (),
     classes: tuple[str, ...] | None = None,
-    says: tuple[str, ...] = (),
+    messages: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
-    refused: tuple[str, ...] | None = None,
+    error: tuple[str, ...] | None = None,
     status: int = 2,
-    doubtful: bool = False,
+    rejected_by_strict: bool = False,
     colours: dict[str, Colour] | None = None,
-    unless_noted: str = "",
+    colours_unless: str = "",
     options: tuple[str, ...] = (),
-    lists: int = 0,
-    files_count: bool = True,
+    label_files: int = 0,
+    counts_files: bool = True,
 ) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
-    """Add the function's source to `SOURCES`; `train`, `val` and `test` stand for `images` where one set is right."""
+    """Add the function's source to `SOURCES`; `train`, `val`, and `test` define `images` if one result is correct."""
     counts = {split: count for split, count in (("train", train), ("val", val), ("test", test)) if count}
     if counts:
         images = (counts, *images)
@@ -81,16 +81,16 @@ def source(
                 make=make,
                 images=images,
                 classes=classes,
-                says=says,
+                messages=messages,
                 notes=notes,
-                refused=refused,
+                error=error,
                 status=status,
-                doubtful=doubtful,
+                rejected_by_strict=rejected_by_strict,
                 colours=colours or {},
-                unless_noted=unless_noted,
+                colours_unless=colours_unless,
                 options=options,
-                lists=lists,
-                files_count=files_count,
+                label_files=label_files,
+                counts_files=counts_files,
             )
         )
         return make
@@ -98,22 +98,22 @@ def source(
     return add
 
 
-def put(root: Path, names: str, data: bytes | str) -> None:
-    """Write a file under each of the names, which may hold braces as in a shell: '{cat,dog}/notes.txt'."""
+def put_files(root: Path, names: str, data: bytes | str) -> None:
+    """Write a file under each of the names, with brace expansion as in a shell: '{cat,dog}/notes.txt'."""
     for name in expand(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def pictures(root: Path, names: str, encode: Callable[[int], bytes] = jpeg) -> None:
-    """Write a picture, made of a seed that differs from name to name, under each of the names."""
+def put_images(root: Path, names: str, encode: Callable[[int], bytes] = jpeg) -> None:
+    """Write an image under each of the names; its seed is a hash of the name."""
     for name in expand(names):
-        put(root, name, encode(crc32(name.encode())))
+        put_files(root, name, encode(crc32(name.encode())))
 
 
 def expand(names: str) -> Iterator[str]:
-    """Yield the names that a text with braces stands for."""
+    """Yield the names from brace expansion."""
     match = re.search(r"\{([^{}]*)\}", names)
     if match is None:
         yield names
