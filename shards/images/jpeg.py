@@ -60,7 +60,7 @@ def parse_header(data: bytes) -> JpegHeader:
         HeaderTooLong: there are more than `MAX_METADATA` bytes or `MAX_SEGMENTS` segments before the first scan.
     """
     if data[:3] != START:
-        raise NotAJpeg("no JPEG start")
+        raise NotAJpeg("the start-of-image marker is missing")
     orientation = 1
     frame: tuple[int, ...] | None = None
     at = 2
@@ -69,7 +69,7 @@ def parse_header(data: bytes) -> JpegHeader:
             if at > MAX_METADATA:
                 raise HeaderTooLong(f"more than {MAX_METADATA >> 20} MiB before its first scan")
             if data[at] != 0xFF:
-                raise NotAJpeg("missing marker in the header")
+                raise NotAJpeg("a segment of the header has no marker")
             marker = data[at + 1]
             if marker == 0xFF:  # fill byte
                 at += 1

@@ -42,7 +42,7 @@ def warnings(names: list[str], **counts: list[int]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("names", "counts", "said"),
+    ("names", "counts", "message"),
     [
         (["a", "b"], {"train": [2, 2], "val": [1, 1]}, ""),
         (["a", "b"], {"train": [2, 2]}, ""),
@@ -61,12 +61,12 @@ def warnings(names: list[str], **counts: list[int]) -> str:
         ),
     ],
 )
-def test_classes_without_images_are_reported(names: list[str], counts: dict[str, list[int]], said: str) -> None:
-    assert warnings(names, **counts) == said
+def test_classes_without_images_are_reported(names: list[str], counts: dict[str, list[int]], message: str) -> None:
+    assert warnings(names, **counts) == message
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         (["Daisy", "daisy"], "only in case: 'Daisy' and 'daisy'"),
         (["straße", "STRASSE"], r"only in case: 'stra\xdfe' and 'STRASSE'"),
@@ -78,8 +78,8 @@ def test_classes_without_images_are_reported(names: list[str], counts: dict[str,
         (["Daisy", "daisy "], "only in case or spaces: 'Daisy' and 'daisy '"),
     ],
 )
-def test_similar_class_names_are_reported(names: list[str], said: str) -> None:
-    assert warnings(names, train=[1] * len(names)) == f"names of classes differ {said}"
+def test_similar_class_names_are_reported(names: list[str], message: str) -> None:
+    assert warnings(names, train=[1] * len(names)) == f"names of classes differ {message}"
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_clearly_different_names_cause_no_warning(names: list[str]) -> None:
 
 
 def test_long_lists_of_classes_are_shortened() -> None:
-    said = warnings([f"c{i}" for i in range(100)], train=[1] * 100, val=[1] * 10 + [0] * 90)
-    assert said.startswith("90 classes have no validation images: 'c10', ")
-    assert said.endswith("'c17' and 82 more")
+    message = warnings([f"c{i}" for i in range(100)], train=[1] * 100, val=[1] * 10 + [0] * 90)
+    assert message.startswith("90 classes have no validation images: 'c10', ")
+    assert message.endswith("'c17' and 82 more")
 
 
 @given(st.lists(st.integers(0, 10**12), unique=True, min_size=1))
@@ -125,7 +125,7 @@ def test_no_note_if_numeric_order_equals_text_order(names: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "message"),
     [
         ("0 1 3", "numbered 0 to 3, without 2: "),
         ("1 2 3 7 8", "numbered 1 to 8, without 4 to 6: "),
@@ -134,10 +134,10 @@ def test_no_note_if_numeric_order_equals_text_order(names: str, tmp_path: Path) 
         ("0 1 x", None),
     ],
 )
-def test_gaps_in_the_numbers_of_class_folders_are_reported(names: str, said: str | None, tmp_path: Path) -> None:
+def test_gaps_in_the_numbers_of_class_folders_are_reported(names: str, message: str | None, tmp_path: Path) -> None:
     found = scan(class_folders(tmp_path / "in", dict.fromkeys(names.split(), 1)), ScanOptions(), tmp_path / "spool")
-    assert len(found.warnings) == (said is not None)
-    assert said is None or said in found.warnings[0]
+    assert len(found.warnings) == (message is not None)
+    assert message is None or message in found.warnings[0]
 
 
 def test_missing_labels_of_tars_are_reported(tmp_path: Path) -> None:
@@ -176,9 +176,9 @@ def test_blank_images_are_detected(image: bytes, blank: bool) -> None:
     assert accept(image, ImageRules(max_side=48)).blank == blank
 
 
-@pytest.mark.parametrize(("blank", "images", "said"), [(0, 10, 0), (1, 100, 0), (2, 100, 1), (10, 10, 1)])
-def test_few_blank_images_cause_no_warning(blank: int, images: int, said: int) -> None:
-    assert len(blank_image_warnings("train", blank, images)) == said
+@pytest.mark.parametrize(("blank", "images", "message"), [(0, 10, 0), (1, 100, 0), (2, 100, 1), (10, 10, 1)])
+def test_few_blank_images_cause_no_warning(blank: int, images: int, message: int) -> None:
+    assert len(blank_image_warnings("train", blank, images)) == message
 
 
 def two_classes(root: Path) -> Path:
@@ -211,8 +211,8 @@ def test_strict_rejects_the_source_before_files_are_written(tmp_path: Path, caps
     ):
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE.scan, strict=True))
     assert not (tmp_path / "set").exists()
-    said = capsys.readouterr().err
-    assert "note: names of classes differ only in case: 'B' and 'b'" in said, "all warnings must be printed"
+    message = capsys.readouterr().err
+    assert "note: names of classes differ only in case: 'B' and 'b'" in message, "all warnings must be printed"
 
 
 def test_strict_applies_when_the_parts_of_a_conversion_are_joined(tmp_path: Path) -> None:

@@ -44,13 +44,13 @@ def warnings(*names: str) -> str:
 
 
 @pytest.mark.parametrize("annotations", ANNOTATIONS)
-@pytest.mark.parametrize("place", ["", "train/", "unpacked/"])
-def test_images_and_their_annotations_are_not_two_classes(annotations: str, place: str, tmp_path: Path) -> None:
-    put_images(tmp_path / "in", f"{place}{{images,{annotations}}}/{{1,2}}.jpg")
-    said = error_of(tmp_path / "in")
-    assert f"{tmp_path / 'in' / place}: no class folders in it, only " in said
-    assert f"'{annotations}'" in said
-    assert "/CLASS/IMAGE: create a folder for each class" in said
+@pytest.mark.parametrize("folder", ["", "train/", "unpacked/"])
+def test_images_and_their_annotations_are_not_two_classes(annotations: str, folder: str, tmp_path: Path) -> None:
+    put_images(tmp_path / "in", f"{folder}{{images,{annotations}}}/{{1,2}}.jpg")
+    message = error_of(tmp_path / "in")
+    assert f"{tmp_path / 'in' / folder}: no class folders in it, only " in message
+    assert f"'{annotations}'" in message
+    assert "/CLASS/IMAGE: create a folder for each class" in message
 
 
 @pytest.mark.parametrize("images", IMAGES)
@@ -82,17 +82,17 @@ def test_following_the_advice_for_detection_data_sets_works(exported: str, tmp_p
     source = tmp_path / "in"
     put_images(source, f"{exported}{{JPEGImages,SegmentationClass}}/{{1,2}}.jpg")
     put_files(source, f"{exported}{{Annotations/1.xml,ImageSets/Main/train.txt,labels/1.txt}}", "x")
-    said = error_of(source)
-    assert "add images" not in said
-    assert "create a folder for each class" in said
+    message = error_of(source)
+    assert "add images" not in message
+    assert "create a folder for each class" in message
     for folder in [path for path in source.rglob("*") if path.name in ("JPEGImages", "SegmentationClass")]:
         for name in ("cat", "dog"):
             (folder.parent / name).mkdir(exist_ok=True)
         for image in folder.iterdir():
             image.rename(folder.parent / ("cat" if image.stem == "1" else "dog") / image.name)
         folder.rmdir()
-    said = error_of(source)
-    assert "move the folder out of the source if it is not a class" in said
+    message = error_of(source)
+    assert "move the folder out of the source if it is not a class" in message
     for folder in [path for path in source.rglob("*") if path.name in ("Annotations", "ImageSets", "labels")]:
         folder.rename(tmp_path / str(folder).replace("/", "-"))
     assert [entry.folder for entry in scan_it(source).classes] == ["cat", "dog"]
@@ -120,9 +120,9 @@ def test_the_error_names_the_images_folder_that_contains_class_folders(other: st
     ],
 )
 def test_containers_among_few_classes_cause_a_warning(names: str) -> None:
-    said = warnings(*names.split())
-    assert "read as" in said
-    assert "named like" in said
+    message = warnings(*names.split())
+    assert "read as" in message
+    assert "named like" in message
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_a_warning_is_given_for_each_similar_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("inside", "said"),
+    ("inside", "message"),
     [
         ("masks/1.png", "{0}/COVID/masks: named like annotations, but in a class folder; 1 image used"),
         ("ground_truth/1.png", "{0}/COVID/ground_truth: named like annotations"),
@@ -199,10 +199,10 @@ def test_a_warning_is_given_for_each_similar_name(tmp_path: Path) -> None:
         ("depth of field/1.png", None),
     ],
 )
-def test_annotations_in_class_folders_cause_a_warning(inside: str, said: str | None, tmp_path: Path) -> None:
+def test_annotations_in_class_folders_cause_a_warning(inside: str, message: str | None, tmp_path: Path) -> None:
     source = tmp_path / "in"
     put_images(source, "{COVID,Normal}/images/{1,2}.png")
     put_images(source, f"COVID/{inside}") if inside.endswith("png") else put_files(source, f"COVID/{inside}", "x")
     found = scan_it(source).warnings
-    assert len(found) == (said is not None)
-    assert said is None or found[0].startswith(said.format(source))
+    assert len(found) == (message is not None)
+    assert message is None or found[0].startswith(message.format(source))

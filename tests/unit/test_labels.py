@@ -143,13 +143,13 @@ def test_valid_labels_are_parsed(value: object, label: int | str) -> None:
     assert (found, type(found)) == (label, type(label))
 
 
-@pytest.mark.parametrize(("value", "complaint"), INVALID, ids=lambda value: repr(value)[:40])
-def test_invalid_labels_are_rejected(value: object, complaint: str) -> None:
+@pytest.mark.parametrize(("value", "message"), INVALID, ids=lambda value: repr(value)[:40])
+def test_invalid_labels_are_rejected(value: object, message: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_label(value, "a.tar: 0.cls")
     assert not isinstance(caught.value, NoLabelError)
     assert str(caught.value).startswith("a.tar: 0.cls: label ")
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 300
 
 
@@ -179,11 +179,11 @@ def test_any_value_is_parsed_or_rejected_with_one_line_that_names_the_location(v
     try:
         label = parse_label(value, "a.tar: 0.cls")
     except UserError as error:
-        said = str(error)
+        message = str(error)
         label = None
     if label is None:
-        assert said.startswith("a.tar: 0.cls: label ")
-        assert "\n" not in said
+        assert message.startswith("a.tar: 0.cls: label ")
+        assert "\n" not in message
     elif isinstance(label, str):
         assert label
         assert label == label.strip() == one_line(label)
@@ -282,7 +282,7 @@ def test_a_classes_file_defines_order_and_names(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("labels", "text", "complaint"),
+    ("labels", "text", "message"),
     [
         (["dog", "emu", "emu"], "cat\ndog\n", "does not list class 'emu'"),
         ([0, 2], "cat\ndog\n", "lists 2 classes, but label 2 occurs"),
@@ -290,10 +290,10 @@ def test_a_classes_file_defines_order_and_names(name: str, tmp_path: Path) -> No
     ],
 )
 def test_a_classes_file_that_lacks_a_class_is_rejected(
-    labels: list[Any], text: str, complaint: str, tmp_path: Path
+    labels: list[Any], text: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "classes.txt").write_text(text)
-    with pytest.raises(UserError, match=rf"classes\.txt: .*{complaint}"):
+    with pytest.raises(UserError, match=rf"classes\.txt: .*{message}"):
         labels_of([labels], classes=tmp_path / "classes.txt")
 
 
@@ -326,19 +326,19 @@ BAD_TARS = {
 
 @pytest.mark.parametrize("name", BAD_TARS)
 def test_shard_and_index_reject_the_same_labels(name: str, tmp_path: Path) -> None:
-    labels, complaint = BAD_TARS[name]
+    labels, message = BAD_TARS[name]
     tar = write_tar(tmp_path / "in/a.tar", labels)
-    with pytest.raises(UserError, match=complaint) as shard:
+    with pytest.raises(UserError, match=message) as shard:
         convert(tar.parent, tmp_path / "set", ONE)
-    with pytest.raises(UserError, match=complaint) as index:
-        index_tars([tar], ImageRules(), workers=1)
+    with pytest.raises(UserError, match=message) as index:
+        adopt([tar], ImageRules(), workers=1)
     assert str(shard.value) == str(index.value)
     assert list(tar.parent.iterdir()) == [tar]
 
 
 def test_numbers_in_one_tar_and_names_in_another_are_rejected(tmp_path: Path) -> None:
     tars = [write_tar(tmp_path / "in/a.tar", [b"0", b"1"]), write_tar(tmp_path / "in/b.tar", [b"cat", b"cat"])]
-    for complaint, act in (
+    for message, act in (
         (
             r"b\.tar: 000\.cls: label 'cat', but .*a\.tar: 000\.cls has label 0",
             lambda: convert(tmp_path / "in", tmp_path / "set", ONE),
@@ -348,7 +348,7 @@ def test_numbers_in_one_tar_and_names_in_another_are_rejected(tmp_path: Path) ->
             lambda: index_tars(tars, ImageRules(), workers=1),
         ),
     ):
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=message):
             act()
 
 
@@ -415,9 +415,9 @@ BAD_COLUMNS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", BAD_COLUMNS)
 def test_invalid_label_columns_are_rejected(name: str, tmp_path: Path) -> None:
-    column, complaint = BAD_COLUMNS[name]
+    column, message = BAD_COLUMNS[name]
     write_parquet(tmp_path / "in/train.parquet", column)
-    with pytest.raises(UserError, match=complaint):
+    with pytest.raises(UserError, match=message):
         scanned(tmp_path / "in", tmp_path / "spool")
 
 

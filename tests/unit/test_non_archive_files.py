@@ -137,9 +137,9 @@ def test_metadata_of_a_shard_set_that_is_converted_again_causes_no_note(
         (".txt", "not an archive that is read"): 1,
         (".idx", "not an archive that is read"): 1,
     }
-    said = capsys.readouterr().out
-    assert "not used: 2 .idx: index of a tar (such as train-000000.idx)" in said
-    assert "note:" not in said
+    message = capsys.readouterr().out
+    assert "not used: 2 .idx: index of a tar (such as train-000000.idx)" in message
+    assert "note:" not in message
 
 
 def test_indexes_of_dali_are_counted_as_indexes_of_their_tars(tmp_path: Path) -> None:

@@ -105,9 +105,9 @@ def pax(records: bytes) -> bytes:
     return raw_header(b"pax", b"%011o\0" % len(records), b"x") + records.ljust(-(-len(records) // 512) * 512, b"\0")
 
 
-def assert_rejected(source: Path, tmp_path: Path, complaint: str, options: Options = ONE) -> UserError:
+def assert_rejected(source: Path, tmp_path: Path, message: str, options: Options = ONE) -> UserError:
     """Assert that the conversion is rejected as invalid input and creates no files."""
-    with pytest.raises(UserError, match=complaint) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         convert(source, tmp_path / "set", options)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
@@ -173,13 +173,13 @@ TARS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", TARS)
 def test_invalid_tars_are_rejected_by_shard_and_index(name: str, tmp_path: Path) -> None:
-    content, complaint = TARS[name]
+    content, message = TARS[name]
     (tmp_path / "in").mkdir()
     tar = tmp_path / "in" / "a.tar"
     tar.write_bytes(content)
-    assert_rejected(tar.parent, tmp_path, complaint)
-    with pytest.raises(UserError, match=complaint) as caught:
-        index_tars([tar], ImageRules(), workers=1)
+    assert_rejected(tar.parent, tmp_path, message)
+    with pytest.raises(UserError, match=message) as caught:
+        adopt([tar], ImageRules(), workers=1)
     assert "\n" not in str(caught.value)
     assert list(tar.parent.iterdir()) == [tar], "index must not create files"
 
@@ -313,9 +313,9 @@ PARQUET: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
 
 @pytest.mark.parametrize("name", PARQUET)
 def test_invalid_parquet_columns_are_rejected(name: str, tmp_path: Path) -> None:
-    columns, complaint = PARQUET[name]
+    columns, message = PARQUET[name]
     write_parquet(tmp_path / "in" / "train.parquet", columns())
-    assert_rejected(tmp_path / "in", tmp_path, complaint)
+    assert_rejected(tmp_path / "in", tmp_path, message)
 
 
 def _flip(at: int, data: bytes) -> bytes:
@@ -335,12 +335,12 @@ PARQUET_DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize("name", PARQUET_DAMAGE)
 def test_damaged_parquet_files_are_rejected(name: str, tmp_path: Path) -> None:
-    damage, complaint = PARQUET_DAMAGE[name]
+    damage, message = PARQUET_DAMAGE[name]
     path = write_parquet(
         tmp_path / "in" / "train.parquet", {"image": IMAGES, "label": [0, 1, 0, 1]}, write_page_checksum=True
     )
     path.write_bytes(damage(path.read_bytes()))
-    assert_rejected(tmp_path / "in", tmp_path, f"train.parquet: {complaint}")
+    assert_rejected(tmp_path / "in", tmp_path, f"train.parquet: {message}")
 
 
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -387,8 +387,8 @@ def test_parquet_files_with_a_too_high_compression_ratio_are_rejected(
     image = random.Random(0).randbytes(2**16)
     write_parquet(tmp_path / "in" / "train.parquet", {"image": [image] * 500, "label": [0] * 500})
     monkeypatch.setattr(parquet_unpack, "_SMALL", 2**20)
-    complaint = "row [0-9]+: the file unpacks to more than [0-9,]+ bytes, 100 times its size"
-    assert_rejected(tmp_path / "in", tmp_path, complaint)
+    message = "row [0-9]+: the file unpacks to more than [0-9,]+ bytes, 100 times its size"
+    assert_rejected(tmp_path / "in", tmp_path, message)
 
 
 @pytest.mark.parametrize("names", [[1, 2], "cat", {"a": 1}, ["a", None]])
@@ -490,13 +490,13 @@ def mat_of_x() -> bytes:
 
 @pytest.mark.parametrize("name", KITS)
 def test_invalid_development_kits_are_rejected(name: str, tmp_path: Path) -> None:
-    make, complaint = KITS[name]
+    make, message = KITS[name]
     source = tmp_path / "in"
     source.mkdir()
     (source / "ILSVRC2012_img_train.tar").write_bytes(tarred(list(TRAIN)))
     (source / "ILSVRC2012_img_val.tar").write_bytes(VAL)
     (source / ilsvrc.DEVKITS[0]).write_bytes(make())
-    assert_rejected(source, tmp_path, complaint)
+    assert_rejected(source, tmp_path, message)
 
 
 @pytest.mark.parametrize(("seed", "flips", "compressed"), [(22, 1, False), (1, 6, False), (2, 3, True)])
@@ -524,9 +524,9 @@ ILSVRC: dict[str, tuple[Entries, str]] = {
 
 @pytest.mark.parametrize("name", ILSVRC)
 def test_invalid_training_tars_are_rejected(name: str, tmp_path: Path) -> None:
-    entries, complaint = ILSVRC[name]
+    entries, message = ILSVRC[name]
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tarred(list(entries)))
-    assert_rejected(tmp_path / "ILSVRC2012_img_train.tar", tmp_path, complaint)
+    assert_rejected(tmp_path / "ILSVRC2012_img_train.tar", tmp_path, message)
 
 
 def test_resource_forks_among_class_tars_are_ignored(tmp_path: Path) -> None:
@@ -574,8 +574,8 @@ SOLUTIONS = {
 
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_invalid_kaggle_lists_are_rejected(name: str, tmp_path: Path) -> None:
-    content, complaint = SOLUTIONS[name]
-    assert_rejected(as_kaggle(tmp_path / "in", content), tmp_path, complaint)
+    content, message = SOLUTIONS[name]
+    assert_rejected(as_kaggle(tmp_path / "in", content), tmp_path, message)
 
 
 def test_a_kaggle_list_with_a_byte_order_mark_and_a_repeated_line_is_read(tmp_path: Path) -> None:
@@ -586,7 +586,7 @@ def test_a_kaggle_list_with_a_byte_order_mark_and_a_repeated_line_is_read(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         (b"n00000001 \xff\n", "not UTF-8 at byte 10"),
         (b"n00000001 a\0b\n", "a NUL character"),
@@ -595,12 +595,12 @@ def test_a_kaggle_list_with_a_byte_order_mark_and_a_repeated_line_is_read(tmp_pa
     ],
 )
 def test_invalid_mapping_files_are_rejected(
-    content: bytes, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classes, "MAX_CLASSES", 100)
     source = as_kaggle(tmp_path / "in", SOLUTION)
     (source / "LOC_synset_mapping.txt").write_bytes(content)
-    assert_rejected(source, tmp_path, f"LOC_synset_mapping.txt: {complaint}")
+    assert_rejected(source, tmp_path, f"LOC_synset_mapping.txt: {message}")
 
 
 def test_reads_are_bounded(tmp_path: Path) -> None:
@@ -635,12 +635,12 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("place", ["image", "tar", "parquet", "mapping", "devkit"])
-def test_special_files_in_a_source_never_block(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["image", "tar", "parquet", "mapping", "devkit"])
+def test_special_files_in_a_source_never_block(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "in"
     (source / "a").mkdir(parents=True)
     (source / "a" / "1.jpg").write_bytes(IMAGES[0])
-    if place == "image":
+    if kind == "image":
         monkeypatch.chdir(source / "a")
         special_files(Path())
         os.mkfifo("fifo")
@@ -652,18 +652,18 @@ def test_special_files_in_a_source_never_block(place: str, tmp_path: Path, monke
         assert reasons == ["empty file"] * 2, "files in /proc have size 0 and are not read"
         assert sum(entry["count"] for entry in outcome.manifest.made["unused"]) == 4
         return
-    if place == "mapping":
+    if kind == "mapping":
         os.mkfifo(source / "synset_words.txt")
         assert_rejected(source, tmp_path, r"synset_words.txt: a fifo; expected a text file")
-    elif place == "devkit":
+    elif kind == "devkit":
         (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(tarred(list(TRAIN)))
         os.mkfifo(tmp_path / ilsvrc.DEVKITS[0])
         tar = tmp_path / "ILSVRC2012_img_train.tar"
         assert_rejected(tar, tmp_path, "devkit_t12.tar.gz: a fifo, not a regular file")
     else:
         (source / "a").rename(tmp_path / "away")
-        os.mkfifo(source / f"x.{place}")
-        assert_rejected(source, tmp_path, rf"x\.{place}: a fifo, not a regular file")
+        os.mkfifo(source / f"x.{kind}")
+        assert_rejected(source, tmp_path, rf"x\.{kind}: a fifo, not a regular file")
 
 
 def class_folder(root: Path) -> Path:

@@ -387,10 +387,10 @@ def test_a_source_that_changes_during_the_conversion_stops_it_and_can_be_restore
     ("prepare", "complaint"),
     [
         (lambda root: root / "nowhere", "nowhere: no such file or folder"),
-        (lambda root: (root / "empty").mkdir() or root / "empty", "empty: empty folder"),
+        (lambda root: (root / "empty").mkdir() or root / "empty", "empty: the folder is empty"),
         (lambda root: (root / "x" / "train").mkdir(parents=True) or root / "x", "train: no class folders"),
         (lambda root: (root / "x" / "c0").mkdir(parents=True) or root / "x", "c0: the class folder has no images"),
-        (lambda root: (root / "f.txt").write_text("x") and root / "f.txt", "f.txt: a file of no known kind"),
+        (lambda root: (root / "f.txt").write_text("x") and root / "f.txt", "f.txt: unknown file type"),
         (
             lambda root: two_validation_folders(root / "x"),
             r"2 folders for split 'val' \(val, validation\), expected one",

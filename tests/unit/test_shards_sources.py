@@ -325,8 +325,8 @@ def test_val_fraction_splits_off_images_of_every_class(tmp_path: Path) -> None:
 
 
 def test_an_invalid_val_fraction_is_rejected(tmp_path: Path) -> None:
-    for fraction, complaint in ((1.0, "expected a number from 0 to less than 1"), (-1, "expected a number from 0")):
-        with pytest.raises(UserError, match=complaint):
+    for fraction, message in ((1.0, "expected a number from 0 to less than 1"), (-1, "expected a number from 0")):
+        with pytest.raises(UserError, match=message):
             scan(one_folder(tmp_path / f"in{fraction}"), ScanOptions(val_fraction=fraction), tmp_path / "spool")
     with pytest.raises(UserError, match="already has a validation split"):
         scan(as_folder(tmp_path / "both"), ScanOptions(val_fraction=0.1), tmp_path / "spool")
@@ -349,7 +349,7 @@ def test_a_classes_file_orders_and_names_the_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"),
+    ("content", "message"),
     [
         ("n01440764\nn01443537\n", "does not list class 'n02119789'"),
         ("a\na\n", "contains class 'a' twice"),
@@ -357,11 +357,11 @@ def test_a_classes_file_orders_and_names_the_classes(tmp_path: Path) -> None:
         (None, "missing; expected a text file with one class per line"),
     ],
 )
-def test_an_invalid_classes_file_is_rejected(content: str | None, complaint: str, tmp_path: Path) -> None:
+def test_an_invalid_classes_file_is_rejected(content: str | None, message: str, tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=rf"classes\.txt.*{complaint}"):
+    with pytest.raises(UserError, match=rf"classes\.txt.*{message}"):
         scan(one_folder(tmp_path / "in"), ScanOptions(classes=path), tmp_path / "spool")
 
 

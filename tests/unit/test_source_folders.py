@@ -29,27 +29,27 @@ def test_every_source_is_converted_as_intended_or_rejected_with_a_helpful_error(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = _make(source, tmp_path), tmp_path / "set"
-    status, said = _convert(folder, out, *source.options, capsys=capsys)
-    assert "Traceback" not in said
+    status, output = _convert(folder, out, *source.options, capsys=capsys)
+    assert "Traceback" not in output
     if source.error is not None and status == source.status:
         assert not (out / "dataset.json").exists()
-        error = said.splitlines()[-1]
+        error = output.splitlines()[-1]
         assert error.startswith("error: ")
         _check_contains(source.error, error)
         return
-    assert status == 0, f"status {status}: {said}"
+    assert status == 0, f"status {status}: {output}"
     made = json.loads((out / "dataset.json").read_text())
     splits = {split: entry["samples"] for split, entry in made["splits"].items()}
-    assert splits in source.images, said
+    assert splits in source.images, output
     if source.classes is not None:
         assert tuple(entry["folder"] for entry in made["classes"]) == source.classes
-    _check_contains(source.messages, said)
-    _check_contains(source.notes, _notes(said))
+    _check_contains(source.messages, output)
+    _check_contains(source.notes, _notes(output))
     unused = made["made"]["unused"]
-    _check_contains([one_line(entry["kind"]) for entry in unused], said)
+    _check_contains([one_line(entry["kind"]) for entry in unused], output)
     if source.counts_files:
         _check_all_counted(source, folder, sum(splits.values()) + _lines(out / "rejects.jsonl"), unused)
-    _check_colours(source, out, said)
+    _check_colours(source, out, output)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_every_source_is_converted_as_intended_or_rejected_with_a_helpful_error(
 def test_strict_rejects_sources_with_likely_mistakes(
     source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, said = _convert(_make(source, tmp_path), tmp_path / "set", "--strict", capsys=capsys)
-    assert status in (1, 2), said  # 1 if the images have to be decoded to detect the mistake
+    status, output = _convert(_make(source, tmp_path), tmp_path / "set", "--strict", capsys=capsys)
+    assert status in (1, 2), output  # 1 if the images have to be decoded to detect the mistake
     assert not (tmp_path / "set" / "dataset.json").exists()
-    assert said.splitlines()[-1].startswith("error: ")
+    assert output.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize(
@@ -72,15 +72,15 @@ def test_index_gives_the_same_result_as_shard(
 ) -> None:
     folder = _make(source, tmp_path)
     status = pipeline(["index", *map(str, sorted(folder.glob("*.tar*"))), "--workers", "1"])
-    said = "".join(capsys.readouterr())
+    output = "".join(capsys.readouterr())
     if source.error is not None and status == source.status:
-        _check_contains(source.error, said)
+        _check_contains(source.error, output)
         return
-    assert status == 0, said
+    assert status == 0, output
     made = json.loads((folder / "dataset.json").read_text())
     assert {split: entry["samples"] for split, entry in made["splits"].items()} in source.images
     assert tuple(entry["folder"] for entry in made["classes"]) == source.classes
-    _check_contains([word for word in source.messages if word not in SUFFIXES_NOT_IN_TARS], said)
+    _check_contains([word for word in source.messages if word not in SUFFIXES_NOT_IN_TARS], output)
 
 
 def _make(source: Source, tmp_path: Path) -> Path:
@@ -97,8 +97,8 @@ def _convert(source: Path, out: Path, *options: str, capsys: pytest.CaptureFixtu
     return status, (streams.out + streams.err).replace(f"{source}", "SOURCE").replace(f"{out}", "OUT")
 
 
-def _notes(said: str) -> str:
-    return "\n".join(line for line in said.splitlines() if line.startswith(("note:", "warning:")))
+def _notes(output: str) -> str:
+    return "\n".join(line for line in output.splitlines() if line.startswith(("note:", "warning:")))
 
 
 def _check_contains(words: Iterable[str], text: str) -> None:
@@ -121,8 +121,8 @@ def _check_all_counted(source: Source, folder: Path, images: int, unused: list[d
     assert files - source.label_files <= accounted <= files + empty, detail
 
 
-def _check_colours(source: Source, out: Path, said: str) -> None:
-    if any(word and word in said.lower() for word in source.colours_unless.split("|")):
+def _check_colours(source: Source, out: Path, output: str) -> None:
+    if any(word and word in output.lower() for word in source.colours_unless.split("|")):
         return
     shard_set = ShardSet(out)
     for split, entry in shard_set.manifest.splits.items():

@@ -158,9 +158,9 @@ REJECTED = {
 
 @pytest.mark.parametrize("name", REJECTED)
 def test_ambiguous_folders_are_rejected_by_name(name: str, tmp_path: Path) -> None:
-    make, complaint = REJECTED[name]
+    make, message = REJECTED[name]
     make(tmp_path / "in")
-    with pytest.raises(UserError, match=complaint) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         scan(tmp_path / "in", ONE, tmp_path / "spool")
     assert caught.value.exit_code == 2
 
@@ -207,9 +207,9 @@ def test_images_outside_class_folders_are_counted_and_reported(folder: str, tmp_
     assert "2 images outside any class folder are not used (such as 0.jpg)" in found.warnings[0]
 
 
-@pytest.mark.parametrize("place", ["test", "test/test", "test/unknown"])
-def test_test_images_without_labels_are_reported_as_unused(place: str, tmp_path: Path) -> None:
-    source = flat(tree(tmp_path / "in", "train", "val"), place)
+@pytest.mark.parametrize("folder", ["test", "test/test", "test/unknown"])
+def test_test_images_without_labels_are_reported_as_unused(folder: str, tmp_path: Path) -> None:
+    source = flat(tree(tmp_path / "in", "train", "val"), folder)
     found = scan(source, ONE, tmp_path / "spool")
     assert counts(found) == {"train": 4, "val": 4}
     assert classes(found) == list(CLASSES)

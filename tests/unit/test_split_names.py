@@ -143,7 +143,7 @@ def test_names_with_two_splits_are_rejected(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "alone"),
+    ("name", "expected"),
     [
         ("train", True),
         ("Val_Set", True),
@@ -157,8 +157,8 @@ def test_names_with_two_splits_are_rejected(path: str) -> None:
         ("", False),
     ],
 )
-def test_names_only_a_split_is_true_for_split_names_without_other_words(name: str, alone: bool) -> None:
-    assert names_only_a_split(name) == alone
+def test_names_only_a_split_is_true_for_split_names_without_other_words(name: str, expected: bool) -> None:
+    assert names_only_a_split(name) == expected
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,9 @@ INVALID: dict[str, tuple[Files, str]] = {
 
 @pytest.mark.parametrize("name", INVALID)
 def test_tars_that_cannot_be_paired_are_rejected_by_shard_and_index(name: str, tmp_path: Path) -> None:
-    files, complaint = INVALID[name]
+    files, message = INVALID[name]
     tar = write_tar(tmp_path / "in/t.tar", files)
-    with pytest.raises(UserError, match=rf"t\.tar: .*{complaint}") as shard:
+    with pytest.raises(UserError, match=rf"t\.tar: .*{message}") as shard:
         scan(tar, ONE, tmp_path / "spool")
     with pytest.raises(UserError) as index:
         index_tars([tar], ImageRules(), workers=1)
@@ -219,14 +219,14 @@ def test_shard_and_index_warn_about_incomplete_samples(tmp_path: Path, capsys: p
     files = [*((f"{i}.jpg", jpeg(i)) for i in range(4)), *((f"{i}.cls", b"%d" % (i % 2)) for i in (4, 2, 1, 0))]
     tar = write_tar(tmp_path / "in/t.tar", [*files, ("__MACOSX/0.jpg", b"")])
     convert(tar.parent, tmp_path / "set", Options(scan=ONE))
-    said_by_shard = capsys.readouterr().err
-    index_tars([tar], ImageRules(), workers=1)
-    said_by_index = capsys.readouterr().err
+    shard_output = capsys.readouterr().err
+    adopt([tar], ImageRules(), workers=1)
+    index_output = capsys.readouterr().err
     warnings = [
         "1 .jpg: image without a label (such as t.tar/3.jpg), not used",
         "1 .cls: label without an image (such as t.tar/4.cls), not used",
     ]
-    for folder, said in ((tmp_path / "set", said_by_shard), (tar.parent, said_by_index)):
+    for folder, output in ((tmp_path / "set", shard_output), (tar.parent, index_output)):
         shard_set = ShardSet(folder)
         assert sorted(shard_set.index("train")["label"].tolist()) == [0, 0, 1]
         assert shard_set.manifest.made["doubts"] == warnings
@@ -235,7 +235,7 @@ def test_shard_and_index_warn_about_incomplete_samples(tmp_path: Path, capsys: p
             "label without an image",
             "macOS resource fork",
         ]
-        assert all(f"note: {warning}" in said for warning in warnings)
+        assert all(f"note: {warning}" in output for warning in warnings)
     strict = Options(scan=ONE, strict=True)
     (tmp_path / "in/dataset.json").unlink()
     with pytest.raises(UserError, match=r"--strict: 1 \.jpg: image without a label"):
@@ -257,12 +257,12 @@ def test_compressed_tars_are_rejected_with_the_command_to_decompress(kind: str, 
     tar = write_tar(tmp_path / "in" / name, SAMPLE)
     tar.write_bytes(compress(tar.read_bytes()))
     assert detect_layout(tar) == detect_layout(tar.parent) == "webdataset"
-    complaint = rf"{name}: compressed with {kind}, .*{command} \S+\)"
+    message = rf"{name}: compressed with {kind}, .*{command} \S+\)"
     for source in (tar, tar.parent):
-        with pytest.raises(UserError, match=complaint):
+        with pytest.raises(UserError, match=message):
             scan(source, ONE, tmp_path / "spool")
-    with pytest.raises(UserError, match=complaint):
-        index_tars([tar], ImageRules(), workers=1)
+    with pytest.raises(UserError, match=message):
+        adopt([tar], ImageRules(), workers=1)
 
 
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "of a folder/t.tar"])

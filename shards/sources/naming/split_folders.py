@@ -182,9 +182,9 @@ def _check_classes(found: SplitFolders, level: FolderLevel) -> None:
     for name in certain:
         if os.fsdecode(name).lower() != TRAIN:
             raise UserError(
-                f"{level.path(name)}: named like split '{level.named[name]}', but contains no class folders, next to "
-                f"{first_names(level.others)}; expected images as {level.path(name)}/CLASS/IMAGE: move it out of the "
-                f"source, or, if it is a class, move all class folders into {TRAIN}/"
+                f"{level.path(name)}: named like split '{level.named[name]}', but contains no class folders; expected "
+                f"images as {level.path(name)}/CLASS/IMAGE: move it out of the source or, if it is a class like "
+                f"{first_names(level.others)}, move all class folders into {TRAIN}/"
             )
     found.warnings += [
         f"{level.path(name)}: read as a class, not as split '{level.named[name]}', because it contains no folders"
@@ -195,7 +195,7 @@ def _check_classes(found: SplitFolders, level: FolderLevel) -> None:
 def _count_unused_folders(
     found: SplitFolders, contents: FolderContents, unused_folders: list[bytes], folder: Path, source: Path
 ) -> None:
-    """Count the files in folders that are not used, and the files next to these folders."""
+    """Count the files in unused folders, and the files next to these folders."""
     below = _below(folder, source)
     for name in unused_folders:
         count = count_files(folder / os.fsdecode(name))

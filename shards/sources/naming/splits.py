@@ -83,8 +83,8 @@ def similar_splits_in(name: str) -> set[str]:
 def similar_split(name: str) -> str | None:
     """Return the split that a name resembles if it means nothing else: `Tests_2`, but not `evaluation_of_pets`."""
     similar = similar_splits_in(name)
-    alone = all(word in _SIMILAR_SPLIT_OF or word in _FILLERS for word in _words_without_split(name))
-    return similar.pop() if len(similar) == 1 and alone else None
+    names_nothing_else = all(word in _SIMILAR_SPLIT_OF or word in _FILLERS for word in _words_without_split(name))
+    return similar.pop() if len(similar) == 1 and names_nothing_else else None
 
 
 def non_split_words(name: str) -> tuple[str, ...]:
