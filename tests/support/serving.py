@@ -23,7 +23,7 @@ class Site:
     url: str = ""
     log: list[tuple[str, int, int]] = field(default_factory=list)
     """(file, start, stop) of every answered GET."""
-    knows_ranges: bool = True
+    supports_ranges: bool = True
     before: Callable[[str, int, int], None] = lambda name, start, stop: None
     """Called before an answer; may wait."""
     damage: Counter[str] = field(default_factory=Counter)
@@ -74,7 +74,7 @@ def serve(folder: Path, **options: Any) -> Iterator[Site]:
                 return None
             status, start, stop, headers = 200, 0, len(content), {}
             asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            if asked and site.knows_ranges:
+            if asked and site.supports_ranges:
                 status, start, stop = 206, int(asked[1]), min(int(asked[2]) + 1, len(content))
                 headers = {"Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
             site.before(name, start, stop)

@@ -1,4 +1,4 @@
-"""Nothing but the cache's own files is ever changed, whatever lies around them, and whatever is killed or damaged."""
+"""The cache changes only files that it has created, even if processes are killed or its files are damaged."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETS, NAMES = ("set-a", "set-b"), ("a.tar", "b.tar", "c.tar", "d.tar")
 
 
 def fetch(cache: Cache, name: str, folder: str = "set-a", content: bytes = CONTENT) -> bool:
-    """Lease a file, or fetch it; whether it was fetched."""
+    """Lease a file, or download it; return whether it was downloaded."""
     path = cache.folder / folder / name
     if (lease := cache.lease(path, len(content), xxhash.xxh3_64_hexdigest(content))) is not None:
         os.close(lease)
@@ -50,12 +50,12 @@ def fetch(cache: Cache, name: str, folder: str = "set-a", content: bytes = CONTE
     return True
 
 
-def there(cache: Cache, folder: str = "set-a") -> list[str]:
+def names_in(cache: Cache, folder: str = "set-a") -> list[str]:
     return sorted(path.name for path in (cache.folder / folder).iterdir())
 
 
 def snapshot(folder: Path) -> dict[str, tuple[object, ...]]:
-    """All that a change would alter."""
+    """Return type, mode, inode, content and modification time of everything in a folder."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -88,7 +88,7 @@ FOREIGN = st.tuples(PLACES, st.sampled_from([*NAMES, "movie.part", "a.tar.012345
 
 
 def put_foreign(place: Path, own: Path, parts: tuple[str, ...], name: str, kind: str) -> Path | None:
-    """Put something there, unless something is there already; returns it."""
+    """Create a foreign file or folder and return its path; None if the name exists already."""
     folder = Path(*parts[:1]).joinpath(*parts[1:])
     path = Path(str(folder).format(place=place, own=own)) / name
     with contextlib.suppress(OSError):
@@ -149,11 +149,11 @@ def test_no_foreign_file_is_ever_changed(before: list[Any], work: list[Any]) -> 
 def seen(path: Path) -> tuple[object, ...]:
     status = path.lstat()
     content = path.read_bytes() if stat.S_ISREG(status.st_mode) else None
-    times = status.st_mtime_ns if content is not None else None  # folders may get other entries
+    times = status.st_mtime_ns if content is not None else None  # entries may be added to folders
     return status.st_ino, status.st_mode, status.st_uid, times, content
 
 
-def test_users_files_beside_the_cache_are_neither_counted_nor_removed(tmp_path: Path) -> None:
+def test_the_users_files_next_to_the_cache_are_neither_counted_nor_removed(tmp_path: Path) -> None:
     for folder in ("thesis", "photos"):
         (tmp_path / folder).mkdir()
         for number in range(5):
@@ -163,25 +163,25 @@ def test_users_files_beside_the_cache_are_neither_counted_nor_removed(tmp_path: 
     cache = Cache(tmp_path, 250)
     for name in NAMES:
         fetch(cache, name)
-    assert there(cache) == ["c.tar", "d.tar"]
+    assert names_in(cache) == ["c.tar", "d.tar"]
     after = {name: facts for name, facts in snapshot(tmp_path).items() if not name.startswith(cache.folder.name)}
     assert after == before
 
 
 @pytest.mark.parametrize("content", ["results.npz", "set-a/a.tar", LOCK + ".bak", RECORD])
-def test_a_folder_that_is_neither_empty_nor_marked_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_folder_that_is_neither_empty_nor_marked_is_rejected(tmp_path: Path, content: str) -> None:
     path = own_folder(tmp_path) / content
     path.parent.mkdir(parents=True)
     own_folder(tmp_path).chmod(0o700)
     path.write_bytes(b"mine")
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match=r"neither empty nor made by a cache \(1 entries, such as .*another --cache$"):
+    with pytest.raises(UserError, match=r"not created by a cache: it has 1 entries, such as .*with --cache$"):
         Cache(tmp_path)
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("left", [[], [LOCK], [f".{MARKER}.{'0a' * 8}.tmp"], [LOCK, f".{MARKER}.{'0a' * 8}.tmp"]])
-def test_a_folder_whose_maker_was_killed_is_used(tmp_path: Path, left: list[str]) -> None:
+def test_a_folder_whose_creation_was_interrupted_is_used(tmp_path: Path, left: list[str]) -> None:
     own_folder(tmp_path).mkdir(mode=0o700)
     for name in left:
         (own_folder(tmp_path) / name).touch()
@@ -189,18 +189,18 @@ def test_a_folder_whose_maker_was_killed_is_used(tmp_path: Path, left: list[str]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"identity": "x"}', b"\xff" * 5000, b'{"version": 2}'])
-def test_a_damaged_marker_is_one_line(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_marker_is_reported_in_one_line(tmp_path: Path, content: bytes) -> None:
     cache = Cache(tmp_path, 1000)
     fetch(cache, "a.tar")
     (cache.folder / MARKER).write_bytes(content)
-    with pytest.raises(UserError, match=rf"{MARKER}: damaged \(.*another --cache$") as error:
+    with pytest.raises(UserError, match=rf"{MARKER}: damaged \(.*with --cache$") as error:
         Cache(tmp_path, 1000)
     assert "\n" not in str(error.value)
-    assert there(cache) == ["a.tar"]
+    assert names_in(cache) == ["a.tar"]
 
 
 @pytest.mark.parametrize("damage", ["torn", "altered", "emptied", "removed", "of another cache", "zeros"])
-def test_files_whose_record_is_lost_are_used_and_left_alone(
+def test_files_whose_record_is_lost_are_used_but_never_removed(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = Cache(tmp_path / "one", 250)
@@ -226,11 +226,11 @@ def test_files_whose_record_is_lost_are_used_and_left_alone(
     again = Cache(tmp_path / "one", 250)
     assert ("damaged lines" in caplog.text) == (damage in ("torn", "altered", "of another cache"))
     lost = {"torn": ["b.tar"], "altered": ["b.tar"]}.get(damage, ["a.tar", "b.tar"])
-    assert not fetch(again, "b.tar"), "it has the right hash"
+    assert not fetch(again, "b.tar"), "a file with the right hash is used"
     for name in ("c.tar", "d.tar"):
         fetch(again, name)
-    assert there(again) == sorted({*lost, "c.tar", "d.tar"})
-    # What is added after a line that was cut off can be read.
+    assert names_in(again) == sorted({*lost, "c.tar", "d.tar"})
+    # Lines that are added after a truncated line are valid.
     assert not fetch(Cache(tmp_path / "one", 250), "d.tar")
     assert "d.tar" in {json.loads(line.partition(b" ")[2])[2] for line in lines_of(record) if line.count(b",") == 4}
 
@@ -239,7 +239,7 @@ def lines_of(record: Path) -> list[bytes]:
     return record.read_bytes().split(b"\n")
 
 
-def test_a_record_that_names_files_elsewhere_counts_for_nothing(tmp_path: Path) -> None:
+def test_entries_of_the_record_that_name_files_outside_the_cache_are_ignored(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 250)
     fetch(cache, "a.tar")
     (tmp_path / "mine").write_bytes(CONTENT)
@@ -252,11 +252,11 @@ def test_a_record_that_names_files_elsewhere_counts_for_nothing(tmp_path: Path) 
     for name in NAMES:
         fetch(again, name)
     assert (tmp_path / "mine").read_bytes() == CONTENT
-    assert there(again) == ["c.tar", "d.tar"]
+    assert names_in(again) == ["c.tar", "d.tar"]
 
 
-def test_what_is_behind_a_linked_set_folder_is_left_alone(tmp_path: Path) -> None:
-    """As when a user links the set's folder in the cache to the set itself, to save the download."""
+def test_files_behind_a_symbolic_link_are_not_touched(tmp_path: Path) -> None:
+    """For example, if a user replaces the set's folder in the cache by a link to the set, to save the download."""
     cache = Cache(tmp_path, 250)
     fetch(cache, "a.tar")
     (cache.folder / "set-a").rename(tmp_path / "the-set")
@@ -269,18 +269,18 @@ def test_what_is_behind_a_linked_set_folder_is_left_alone(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"same content"}))
-def test_a_name_that_is_taken_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_foreign_file_with_the_name_of_a_cached_file_is_an_error(tmp_path: Path, kind: str) -> None:
     cache = Cache(tmp_path, 1000)
     fetch(cache, "a.tar")
     path = cache.folder / "set-a" / "b.tar"
     KINDS[kind](path)
     before = seen(path)
-    with pytest.raises(ForeignFile, match=r"b\.tar: .*(move it away|remove it), or give another --cache$"):
+    with pytest.raises(ForeignFile, match=r"b\.tar: .*(move it away|remove it), or specify .* --cache$"):
         fetch(cache, "b.tar")
     assert seen(path) == before
 
 
-def test_a_name_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_foreign_file_that_appears_during_the_download_is_not_replaced(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
     path = cache.folder / "set-a" / "a.tar"
     part = cache.begin(path, len(CONTENT))
@@ -288,18 +288,18 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with part:
         part.append(CONTENT)
         path.write_bytes(b"mine")
-        with pytest.raises(ForeignFile, match="not recorded as made by this cache"):
+        with pytest.raises(ForeignFile, match=r"a\.tar: was not created by this cache"):
             part.finish()
     assert path.read_bytes() == b"mine"
 
 
-# System calls that change the folder; those that open a file count where they may create it.
+# System calls that change the folder; `open` counts only if it may create a file.
 DEADLY = ("open", "mkdir", "fsync", "pwrite", "rename", "unlink")
 
 
-def test_killed_at_any_call_a_cache_owns_all_that_it_has_made(tmp_path: Path) -> None:
-    """A process dies at its nth change, or in the middle of it, for every n: no file is without a line, and the next
-    process works."""
+def test_every_file_is_recorded_even_if_the_process_is_killed_at_any_system_call(tmp_path: Path) -> None:
+    """A process dies at its nth change, or in the middle of it, for every n: every file has a line in the record, and
+    the next process works."""
     finished = False
     for number in range(400):
         place = tmp_path / str(number)
@@ -313,7 +313,7 @@ def test_killed_at_any_call_a_cache_owns_all_that_it_has_made(tmp_path: Path) ->
         assert made <= recorded, number
         for name in ("c.tar", "d.tar"):
             fetch(cache, name)
-        assert there(cache) == ["c.tar", "d.tar"], number
+        assert names_in(cache) == ["c.tar", "d.tar"], number
         assert (place / "mine").read_bytes() == b"mine"
         shutil.rmtree(place)
         if finished:
@@ -329,7 +329,7 @@ def evict_and_fetch(place: Path) -> None:
 
 
 def dies(do: Callable[[], None], *, at: int) -> bool:
-    """Run in a forked process that dies at a change; whether it came to its end before."""
+    """Run in a forked process that dies at change number `at`; return whether it finished before."""
     child = os.fork()
     if not child:
         count = iter(range(10**6))
@@ -360,7 +360,7 @@ def dies(do: Callable[[], None], *, at: int) -> bool:
 
 
 @pytest.mark.parametrize("when", ["between files", "while one is fetched"])
-def test_a_folder_that_is_removed_meanwhile_is_made_anew(tmp_path: Path, when: str) -> None:
+def test_a_folder_that_was_removed_is_created_again(tmp_path: Path, when: str) -> None:
     cache = Cache(tmp_path, 250)
     fetch(cache, "a.tar")
     if when == "between files":
@@ -371,14 +371,14 @@ def test_a_folder_that_is_removed_meanwhile_is_made_anew(tmp_path: Path, when: s
         with part:
             part.append(CONTENT)
             shutil.rmtree(cache.folder)
-            with pytest.raises(UserError, match=r"b\.tar: removed while it was fetched"):
+            with pytest.raises(UserError, match=r"b\.tar: its partial file was removed by another program"):
                 part.finish()
     for name in NAMES:
         assert fetch(cache, name)
-    assert there(cache) == ["c.tar", "d.tar"]
+    assert names_in(cache) == ["c.tar", "d.tar"]
 
 
-def test_a_disk_that_is_full_when_the_record_is_written_is_one_line(
+def test_the_record_is_unchanged_when_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tmp_path, 250)
@@ -392,12 +392,12 @@ def test_a_disk_that_is_full_when_the_record_is_written_is_one_line(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(CacheFull, match="No space left on device; free some space") as error:
+    with pytest.raises(CacheFull, match="No space left on device; free disk space") as error:
         fetch(cache, "b.tar")
     assert error.value.exit_code == 1
     monkeypatch.undo()
     assert (cache.folder / RECORD).read_bytes() == content
-    assert there(cache) == ["a.tar"]
+    assert names_in(cache) == ["a.tar"]
     assert fetch(cache, "b.tar")
 
 
@@ -408,13 +408,13 @@ def test_the_record_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for one in (cache, other):
             fetch(one, NAMES[number % 4])
     assert len(lines_of(cache.folder / RECORD)) < 40
-    assert there(cache) == ["c.tar", "d.tar"]
+    assert names_in(cache) == ["c.tar", "d.tar"]
     with cache._folder.locked(lambda: None) as (_, record):
         assert {name for _, name in record.entries} == {"c.tar", "d.tar"}
     assert sorted(path.name for path in cache.folder.iterdir()) == [MARKER, LOCK, RECORD, "set-a"]
 
 
-def test_a_record_that_another_process_wrote_anew_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_rewritten_by_another_process_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.storage.cache.record._MAX_STALE", 20)
     cache, other = Cache(tmp_path, 250), Cache(tmp_path, 250)
     for number in range(60):
@@ -429,20 +429,20 @@ def entries_of(cache: Cache) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("limit", [0, -1, float("nan"), float("inf"), -float("inf")])
-def test_a_limit_that_is_none_is_refused(tmp_path: Path, limit: Any) -> None:
-    with pytest.raises(UserError, match=r"--cache-size: .* expected a finite size above 0"):
+def test_an_invalid_limit_is_rejected(tmp_path: Path, limit: Any) -> None:
+    with pytest.raises(UserError, match=rf"--cache-size: expected a finite size above 0, got {limit} bytes"):
         Cache(tmp_path, limit)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("gib", [0.0, -1.0, float("nan"), float("inf"), 1e-12])
-def test_a_size_that_is_none_is_refused_before_a_server_is_asked(tmp_path: Path, gib: float) -> None:
+def test_an_invalid_size_is_rejected_before_a_request(tmp_path: Path, gib: float) -> None:
     with pytest.raises(UserError, match="--cache-size"):
         open_set("memory://nothing/here", cache=tmp_path, cache_gib=gib)
     assert not list(tmp_path.iterdir())
 
 
-def test_folders_without_permission_are_left_alone() -> None:
+def test_folders_without_permission_are_not_touched() -> None:
     needs_root()
 
     def use(place: Path) -> list[str]:
@@ -456,21 +456,21 @@ def test_folders_without_permission_are_left_alone() -> None:
         try:
             fetch(cache, "a.tar")
         except ForeignFile as error:
-            return [*there(cache, "set-b"), str(error)]
+            return [*names_in(cache, "set-b"), str(error)]
         return []
 
     with public_folder() as place:
         *names, message = as_user(NOBODY, lambda: use(place))
         assert names == ["c.tar", "d.tar"]
-        assert "set-a: no permission to open it: a folder of user nobody, " in message
-        assert "mode 0000; remove it, or give another --cache" in message
+        assert "set-a: a folder of user nobody, " in message
+        assert "mode 0000, which cannot be opened; remove it, or specify another folder with --cache" in message
 
 
 @pytest.mark.parametrize(
     "url",
     ["https://host/set", "https://host/.hidden", "s3://b/a b\n", "https://host/", "https://h/s?token=secret", "x://.."],
 )
-def test_a_set_folder_has_a_plain_name_and_no_secret(url: str) -> None:
+def test_the_name_of_a_set_folder_is_valid_and_contains_no_credentials(url: str) -> None:
     name = set_folder(url.rstrip("/"), DIGEST)
     assert plain_file_name(name) == name
     assert name.endswith(f"-{DIGEST}")
@@ -479,12 +479,12 @@ def test_a_set_folder_has_a_plain_name_and_no_secret(url: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["set/../mine", "set/.lock", "set", ".lock/a.tar", "a/b/c.tar", "set/a\nb", "../b/a"])
-def test_a_name_that_is_a_path_is_refused(tmp_path: Path, path: str) -> None:
+def test_a_file_name_that_is_a_path_is_rejected(tmp_path: Path, path: str) -> None:
     cache = Cache(tmp_path, 1000)
     before = snapshot(tmp_path)
-    for ask in (lambda: cache.begin(cache.folder / path, 10), lambda: cache.lease(cache.folder / path, 10, DIGEST)):
-        with pytest.raises(UserError, match="so the cache cannot hold it"):
-            ask()
+    for call in (lambda: cache.begin(cache.folder / path, 10), lambda: cache.lease(cache.folder / path, 10, DIGEST)):
+        with pytest.raises(UserError, match="cannot be stored in the cache: "):
+            call()
     assert snapshot(tmp_path) == before
 
 
@@ -509,7 +509,7 @@ def damaged(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "lengthened"])
 @pytest.mark.parametrize("same_process", [False, True])
-def test_a_damaged_file_is_fetched_again(
+def test_a_damaged_file_is_downloaded_again(
     tmp_path: Path, how: str, same_process: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = Cache(tmp_path, 250)
@@ -523,7 +523,7 @@ def test_a_damaged_file_is_fetched_again(
     assert not fetch(again, "b.tar")
 
 
-def test_a_file_is_hashed_once_by_each_process_that_has_not_fetched_it(
+def test_a_process_hashes_a_cached_file_once_unless_it_has_downloaded_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tmp_path, 250)
@@ -539,7 +539,7 @@ def test_a_file_is_hashed_once_by_each_process_that_has_not_fetched_it(
     fetch(cache, "a.tar")
     for _ in range(3):
         assert not fetch(cache, "a.tar")
-    assert not reads, "its content was hashed when it was fetched"
+    assert not reads, "the content was hashed during the download"
     again = Cache(tmp_path, 250)
     for _ in range(3):
         assert not fetch(again, "a.tar")
@@ -548,7 +548,7 @@ def test_a_file_is_hashed_once_by_each_process_that_has_not_fetched_it(
 
 @pytest.fixture
 def group() -> Iterator[tuple[Path, int]]:
-    """A folder of a group, to which several users may write."""
+    """A folder that all members of a group may write, and the id of the group."""
     needs_root()
     with public_folder(0o2770) as place:
         os.chown(place, 0, 12345)
@@ -556,21 +556,21 @@ def group() -> Iterator[tuple[Path, int]]:
         yield place, 12345
 
 
-def test_another_users_cache_is_refused_in_one_line() -> None:
+def test_a_cache_folder_of_another_user_is_rejected() -> None:
     needs_root()
     with public_folder() as place:
         (place / f"fat-pipeline-cache-{NOBODY}").mkdir(mode=0o755)
         error = as_user(NOBODY, lambda: Cache(place, 250))
         assert isinstance(error, UserError)
-        assert "a folder of user root, group root, mode 0755, expected user nobody; remove it, or give another" in str(
+        assert "a folder of user root, group root, mode 0755, not of user nobody; remove it, or specify another" in str(
             error
         )
         assert "--cache-shared" in str(error)
-        # Others have a cache of their own beside it.
+        # A third user has a separate cache next to it.
         assert as_user(NOBODY - 1, lambda: fetch(Cache(place, 250), "a.tar")) is True
 
 
-def test_users_of_a_group_share_a_cache_if_asked_for(group: tuple[Path, int]) -> None:
+def test_users_of_a_group_can_share_a_cache(group: tuple[Path, int]) -> None:
     place, gid = group
 
     def use(name: str) -> bool:
@@ -586,13 +586,13 @@ def test_users_of_a_group_share_a_cache_if_asked_for(group: tuple[Path, int]) ->
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o660}
     assert {stat.S_IMODE(path.stat().st_mode) for path in (folder, folder.parent)} == {0o2770}
     damaged(folder / "b.tar", "flipped")
-    assert as_user(one, lambda: use("b.tar"), groups=[gid]) is True, "another's file is verified"
+    assert as_user(one, lambda: use("b.tar"), groups=[gid]) is True, "a file of another user is verified"
     error = as_user(NOBODY - 2, lambda: use("a.tar"))
     assert isinstance(error, UserError)
     assert "Permission denied" in str(error) or "cannot be opened" in str(error)
 
 
-def test_a_part_of_another_user_is_resumed_in_a_shared_cache(group: tuple[Path, int]) -> None:
+def test_the_download_of_another_user_is_resumed_in_a_shared_cache(group: tuple[Path, int]) -> None:
     place, gid = group
 
     def begin(done: int) -> int:
@@ -608,7 +608,7 @@ def test_a_part_of_another_user_is_resumed_in_a_shared_cache(group: tuple[Path, 
     assert as_user(NOBODY - 1, lambda: begin(60), groups=[gid]) == 30
 
 
-def test_who_has_finished_a_file_meanwhile_is_no_error(tmp_path: Path) -> None:
+def test_a_file_that_another_process_has_completed_is_not_downloaded(tmp_path: Path) -> None:
     cache, other = Cache(tmp_path, 250), Cache(tmp_path, 250)
     fetch(other, "a.tar")
     found = cache.begin(cache.folder / "set-a" / "a.tar", len(CONTENT))

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[Callable[[], int], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_fat_cache_names_the_cache_unless_the_option_does(
+def test_fat_cache_is_used_unless_the_option_is_given(
     command: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     main, args = COMMANDS[command]

@@ -1,4 +1,4 @@
-"""A process that the cache waits for is named, and the wait ends; shards are read from the server meanwhile."""
+"""Waits for another process that uses the cache: errors name it, waits are limited, samples come from the server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.waiting import wait_until
 
 __all__ = ["impatient", "site"]  # fixtures
 
-# Begins to fetch a file, or takes the folder's lock, says so, and stops: as SLURM's gang scheduling does to it.
+# Starts to download a file, or acquires the folder's lock, and is then suspended, as by SLURM's gang scheduling.
 HOLDER = """
 import os, signal, sys
 from pathlib import Path
@@ -51,7 +51,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 
 @contextmanager
 def holder(tmp_path: Path, place: Path, *what: object) -> Iterator[int]:
-    """A suspended process that holds the lock, or a part; its number."""
+    """Run a process that is suspended while holding the folder's lock or a partial file; yield its process id."""
     command = [sys.executable, "-c", HOLDER, str(place), *map(str, what)]
     with subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -72,7 +72,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_suspended_process_that_fetches_the_index_is_named(
+def test_the_error_names_a_suspended_process_that_downloads_the_index(
     site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = open_set(site.url, cache=tmp_path / "cache")
@@ -81,18 +81,19 @@ def test_a_suspended_process_that_fetches_the_index_is_named(
     with holder(tmp_path, tmp_path / "cache", dataset.path / index, size) as pid:
         with pytest.raises(StorageFailed) as error:
             dataset.index("train")
-        name = rf"{dataset.path / index}: fetched by process {pid} (python"
+        name = rf"{dataset.path / index}: being downloaded by process {pid} (python"
         assert str(error.value).startswith(name)
-        assert f"suspended), which has stood at 7 of {size:,} bytes for 1 s; continue or end that process" in str(error)
+        assert "suspended), which has made no progress beyond 7 of " in str(error)
+        assert f"{size:,} bytes for 1 s; end that process, or resume it if it is suspended" in str(error)
         assert error.value.exit_code == 1
-        assert f"{name}" in caplog.text, "said before the end"
-        assert "still waiting after" in caplog.text
-    assert len(dataset.index("train")) == dataset.split("train").samples, "when it has gone, its download is resumed"
+        assert f"{name}" in caplog.text, "logged before the error"
+        assert "waiting for" in caplog.text
+    assert len(dataset.index("train")) == dataset.split("train").samples, "the download of an ended process is resumed"
     assert (index, 7, size) in site.log
 
 
 @pytest.mark.usefixtures("hasty")
-def test_samples_of_a_shard_that_a_suspended_process_fetches_come_from_the_server(
+def test_samples_are_read_from_the_server_while_a_suspended_process_downloads_their_shard(
     site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = open_set(site.url, cache=tmp_path / "cache")
@@ -106,12 +107,12 @@ def test_samples_of_a_shard_that_a_suspended_process_fetches_come_from_the_serve
             time.sleep(0.5)
             found += list(loader)
         assert same(found, batches_of(train(ShardSet(photos))))
-        assert caplog.text.count("are read from the server one by one") == 1
+        assert caplog.text.count("are read individually from the server") == 1
         assert not cached(tmp_path / "cache", victim.name)
 
 
 @pytest.mark.usefixtures("hasty")
-def test_a_suspended_process_that_holds_the_lock_is_named_and_costs_speed_alone(
+def test_samples_are_read_from_the_server_while_a_suspended_process_holds_the_lock(
     site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = open_set(site.url, cache=tmp_path / "cache")
@@ -120,21 +121,21 @@ def test_a_suspended_process_that_holds_the_lock_is_named_and_costs_speed_alone(
         with pytest.raises(CacheLocked) as error:
             Cache(tmp_path / "cache")
         path = own_folder(tmp_path / "cache") / LOCK
-        assert str(error.value).startswith(f"{path}: held by process {pid} (python")
-        assert "suspended): timed out after 1 s; continue or end that process" in str(error.value)
+        assert str(error.value).startswith(f"{path}: the lock of the cache is held by process {pid} (python")
+        assert "suspended): waited 1 s, the limit; end that process, or resume it" in str(error.value)
         assert error.value.exit_code == 1
         caplog.clear()
         loader = train(dataset)
         with loader:
             found = [next(loader)]
-            wait_until(lambda: "one by one" in caplog.text)
+            wait_until(lambda: "read individually" in caplog.text)
             found += list(loader)
         assert same(found, batches_of(train(ShardSet(photos))))
         assert not cached(tmp_path / "cache", "*.tar")
 
 
 def test_closing_a_loader_does_not_wait_for_the_lock(site: Site, tmp_path: Path) -> None:
-    """The lock's own limit is a minute."""
+    """The timeout of the lock is a minute."""
     dataset = open_set(site.url, cache=tmp_path / "cache")
     dataset.index("train")
     with holder(tmp_path, tmp_path / "cache", "lock"):
@@ -151,7 +152,7 @@ INTERRUPTED = """
 import sys
 from pathlib import Path
 from pipeline.storage.cache.cache import Cache
-print("asks", flush=True)
+print("waits", flush=True)
 Cache(Path(sys.argv[1]))
 """
 
@@ -163,14 +164,14 @@ def test_ctrl_c_ends_a_process_that_waits_for_the_lock(tmp_path: Path) -> None:
             command, cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as process:
             assert process.stdout is not None
-            assert process.stdout.readline() == "asks\n"
+            assert process.stdout.readline() == "waits\n"
             time.sleep(0.5)
             process.send_signal(signal.SIGINT)
             _, stderr = process.communicate(timeout=20)
             assert "KeyboardInterrupt" in stderr
 
 
-def test_a_shard_whose_name_is_taken_is_read_from_the_server(
+def test_a_shard_is_read_from_the_server_if_a_foreign_file_has_its_name(
     site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = open_set(site.url, cache=tmp_path)
@@ -182,14 +183,14 @@ def test_a_shard_whose_name_is_taken_is_read_from_the_server(
         found += list(loader)
     assert same(found, batches_of(train(ShardSet(photos))))
     assert victim.read_bytes() == b"mine"
-    assert caplog.text.count(f"{victim.name}: not the set's file (") == 1
+    assert caplog.text.count(f"{victim.name}: was not created by this cache and is not the file of the set (") == 1
 
 
 @pytest.mark.parametrize(
     "damage",
     [(name, how) for name in ("train.index.npy", "dataset.json", "train-000000.tar") for how in ("altered", "emptied")],
 )
-def test_what_was_damaged_in_the_cache_is_fetched_again(
+def test_a_file_that_was_damaged_in_the_cache_is_downloaded_again(
     site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: tuple[str, str]
 ) -> None:
     name, how = damage

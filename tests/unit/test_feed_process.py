@@ -162,7 +162,7 @@ def test_the_bad_samples_found_are_remembered_when_the_process_restarts(copied: 
         flip_a_bit(copied, sample)
     with train(ShardSet(copied), bad_samples="skip:1") as loader:
         loader._bad.ids.add(3)
-        with pytest.raises(ShardSetError, match="2 bad samples are more than --bad-samples skip:1 allows"):
+        with pytest.raises(ShardSetError, match="2 bad samples, more than --bad-samples skip:1 allows"):
             list(loader)
         assert loader.bad_samples == 2
 

@@ -201,7 +201,7 @@ def test_a_beton_of_other_samples_is_rejected(sets: dict[str, Path], tmp_path: P
     path = Path(shutil.copytree(sets["both"], tmp_path / "set"))
     assert 0 < len(stored_as_pixels(path)) < ShardSet(path).split("train").samples, "the .beton has JPEGs and pixels"
     (path / "train.beton").write_bytes(bytes((path / "train.beton").stat().st_size))
-    with pytest.raises(ShardSetError, match=r"train\.beton: neither its first nor its last sample"):
+    with pytest.raises(ShardSetError, match=r"train\.beton: neither the first nor the last sample"):
         train(path, "ffcv", augment_recipe("light", size=32))
 
 

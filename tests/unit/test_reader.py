@@ -1,4 +1,4 @@
-"""Reading samples: the right bytes, few descriptors, damage by name, substitutes that every rank agrees on."""
+"""Reading samples: right bytes, few file descriptors, errors that name files, same replacements on all ranks."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ def lose(path: Path) -> str:
 
 
 def swap(path: Path) -> str:
-    """Two shards of one size change places; sizes and manifest cannot tell."""
+    """Swap two shards and keep the sizes of the files."""
     dataset = ShardSet(path)
     one, other = (dataset.shard_path("train", i) for i in (1, 2))
     size = min(one.stat().st_size, other.stat().st_size)
     contents = one.read_bytes(), other.read_bytes()
     for shard, content in ((one, contents[1]), (other, contents[0])):
         shard.write_bytes(content[:size].ljust(shard.stat().st_size, b"\0"))
-    return f"{one.name}: neither its first nor its last sample.*stale, or another shard"
+    return f"{one.name}: neither the first nor the last sample matches.*outdated or belongs to another shard"
 
 
 def train(path: Path, *, bad_samples: str, world: int = 1, rank: int = 0) -> TrainLoader:
@@ -72,7 +72,7 @@ def batches_of(loader: TrainLoader) -> list[Batch]:
         return list(loader)
 
 
-def test_the_bytes_are_those_of_the_tars_in_the_order_asked_for(photos: Path) -> None:
+def test_the_bytes_are_those_of_the_tars_in_the_requested_order(photos: Path) -> None:
     dataset = ShardSet(photos)
     ids = np.array([5, 60, 5, 0, 33])
     with SampleReader(open_storage(dataset, "train")) as reader:
@@ -83,7 +83,7 @@ def test_the_bytes_are_those_of_the_tars_in_the_order_asked_for(photos: Path) ->
     assert found.rows["label"].tolist() == dataset.index("train")["label"][ids].tolist()
 
 
-def test_a_set_of_many_shards_reads_within_few_file_descriptors(photos: Path) -> None:
+def test_a_set_of_many_shards_is_read_with_few_file_descriptors(photos: Path) -> None:
     dataset = ShardSet(photos)
     ids = np.roll(np.arange(dataset.split("train").samples), 17)
     storage = open_storage(dataset, "train", max_open=2)
@@ -97,7 +97,7 @@ def test_a_set_of_many_shards_reads_within_few_file_descriptors(photos: Path) ->
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, truncate, lose])
-def test_damage_surfaces_at_the_consumer_by_name_and_poisons_the_loader(
+def test_damage_is_raised_in_the_consumer_with_the_file_name_and_ends_the_loader(
     copied: Path, damage: Callable[[Path], str]
 ) -> None:
     message = damage(copied)
@@ -113,7 +113,7 @@ def test_damage_surfaces_at_the_consumer_by_name_and_poisons_the_loader(
 
 @pytest.mark.parametrize("damage", [truncate, lose, swap])
 @pytest.mark.parametrize("bad_samples", ["raise", "skip:9999"])
-def test_files_that_are_not_the_sets_are_refused_before_training(
+def test_files_that_do_not_match_the_set_are_rejected_before_training(
     copied: Path, damage: Callable[[Path], str], bad_samples: str
 ) -> None:
     message = damage(copied)
@@ -121,7 +121,7 @@ def test_files_that_are_not_the_sets_are_refused_before_training(
         train(copied, bad_samples=bad_samples)
 
 
-def test_the_look_before_training_is_bounded_and_begins_elsewhere_on_another_rank(
+def test_the_quick_check_is_bounded_and_starts_at_another_shard_on_another_rank(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = ShardSet(copied)
@@ -132,7 +132,7 @@ def test_the_look_before_training_is_bounded_and_begins_elsewhere_on_another_ran
         assert quick_check(dataset, "train", reader) == shards
         swap(copied)
         assert quick_check(dataset, "train", reader, seconds=0) == 1, "shard 0 is good"
-        with pytest.raises(ShardSetError, match="stale"):
+        with pytest.raises(ShardSetError, match="outdated"):
             quick_check(dataset, "train", reader, rank=1, world=shards, seconds=0)
 
 
@@ -145,7 +145,7 @@ def test_the_look_before_training_is_bounded_and_begins_elsewhere_on_another_ran
         ("plain.jpg", "plain"),
     ],
 )
-def test_a_samples_key_is_found_in_tars_of_others_too(tmp_path: Path, style: int, name: str, key: str) -> None:
+def test_the_key_of_a_sample_is_found_in_tars_of_other_tools(tmp_path: Path, style: int, name: str, key: str) -> None:
     path = tmp_path / "foreign.tar"
     with tarfile.open(path, "w", format=style) as tar:
         for member in ("first.jpg", name):
@@ -160,16 +160,16 @@ def test_a_samples_key_is_found_in_tars_of_others_too(tmp_path: Path, style: int
     files.close()
 
 
-def test_a_substitute_takes_a_bad_samples_place_and_is_reported(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = batches_of(train(copied, bad_samples="raise"))
+def test_a_bad_sample_is_replaced_and_logged(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    undamaged = batches_of(train(copied, bad_samples="raise"))
     flip_a_bit(copied)
     loader = train(copied, bad_samples="skip:1")
     with caplog.at_level(logging.WARNING):
-        mended = batches_of(loader)
+        damaged = batches_of(loader)
     assert loader.bad_samples == 1
-    assert "sample 11" in caplog.text
+    assert "(sample 11, " in caplog.text
     replaced = []
-    for before, after in zip(whole, mended, strict=True):
+    for before, after in zip(undamaged, damaged, strict=True):
         assert after.planned.tolist() == before.ids.tolist()
         for row, (planned, sample) in enumerate(zip(after.planned.tolist(), after.ids.tolist(), strict=True)):
             if planned != 11:
@@ -182,7 +182,7 @@ def test_a_substitute_takes_a_bad_samples_place_and_is_reported(copied: Path, ca
     assert len(replaced) >= 1
 
 
-def test_substitutes_are_the_same_at_every_world_size(copied: Path) -> None:
+def test_replacement_samples_are_the_same_at_every_world_size(copied: Path) -> None:
     for sample in (3, 11, 40, 41):
         flip_a_bit(copied, sample)
 
@@ -199,11 +199,11 @@ def test_substitutes_are_the_same_at_every_world_size(copied: Path) -> None:
 def test_the_run_stops_when_more_samples_are_bad_than_the_budget_allows(copied: Path) -> None:
     for sample in (3, 11, 40):
         flip_a_bit(copied, sample)
-    with pytest.raises(ShardSetError, match=r"3 bad samples are more than --bad-samples skip:2 allows.*offset \d+"):
+    with pytest.raises(ShardSetError, match=r"3 bad samples, more than --bad-samples skip:2 allows.*offset \d+"):
         batches_of(train(copied, bad_samples="skip:2"))
 
 
-def test_an_evaluation_leaves_a_bad_sample_out(copied: Path) -> None:
+def test_an_evaluation_omits_a_bad_sample(copied: Path) -> None:
     dataset = ShardSet(copied)
     flip_a_bit(copied, 4, "val")
     samples = dataset.split("val").samples
@@ -223,6 +223,6 @@ def test_an_evaluation_leaves_a_bad_sample_out(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["skip", "skip:", "skip:-1", "ignore", "raise:3"])
-def test_a_policy_that_makes_no_sense_is_refused(text: str) -> None:
+def test_an_invalid_policy_for_bad_samples_is_rejected(text: str) -> None:
     with pytest.raises(UserError, match="--bad-samples"):
         LoaderOptions(bad_samples=text)

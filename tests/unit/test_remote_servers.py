@@ -1,4 +1,4 @@
-"""Servers that fail, lie, stall or send too much: what is used, repeated or refused, and with which exit status."""
+"""Servers that fail, send wrong or too many bytes, or stall: which requests are repeated, and which errors result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTENT = np.random.default_rng(0).bytes(SIZE)
 START, STOP = 1_000_000, 2_000_000
 
 Answer = Callable[[BaseHTTPRequestHandler, int, int, bytes], None]
-"""Handler, asked range, and the file's content."""
+"""Handler, start and stop of the requested range, and the content of the file."""
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests whose server never recovers; in others, a slow machine would have no time for a second request."""
+    """Shorten the retries, only for servers that never recover: a slow machine needs time for a second request."""
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.1)
 
 
@@ -81,23 +81,23 @@ def span(start: int, stop: int, size: int = SIZE) -> str:
 
 
 def answers(site: Site, answer: Answer, times: int = 10**6) -> list[str]:
-    """Let the next requests be answered by `answer`; returns the list that their ranges will be added to."""
-    asked: list[str] = []
+    """Answer the next requests with `answer`; return a list to which their Range headers will be appended."""
+    requested: list[str] = []
 
     def instead(handler: BaseHTTPRequestHandler, name: str, content: bytes) -> bool:
-        if len(asked) >= times:
+        if len(requested) >= times:
             return False
-        asked.append(handler.headers.get("Range", ""))
-        start, stop = (asked[-1].removeprefix("bytes=") or f"0-{SIZE - 1}").split("-")
+        requested.append(handler.headers.get("Range", ""))
+        start, stop = (requested[-1].removeprefix("bytes=") or f"0-{SIZE - 1}").split("-")
         answer(handler, int(start), int(stop) + 1, content)
         return True
 
     site.instead = instead
-    return asked
+    return requested
 
 
 def cut(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) -> None:
-    """The connection breaks after 100 bytes."""
+    """Close the connection after 100 bytes."""
     respond(
         handler, 206, content[start : start + 100], Content_Length=str(stop - start), Content_Range=span(start, stop)
     )
@@ -107,12 +107,12 @@ def cut(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) 
 TRANSIENT: dict[str, tuple[Answer, str]] = {
     "status 500": (lambda h, a, b, c: respond(h, 500, b""), "status 500"),
     "status 503 with a page": (lambda h, a, b, c: respond(h, 503, b"<html>maintenance</html>"), "status 503"),
-    "a page with status 200": (lambda h, a, b, c: respond(h, 200, b"<html>maintenance</html>"), "a web page in place"),
-    "a long page": (lambda h, a, b, c: respond(h, 200, b"\n<!DOCTYPE html>" + b" " * SIZE), "a web page in place"),
+    "a page with status 200": (lambda h, a, b, c: respond(h, 200, b"<html>maintenance</html>"), "a web page instead"),
+    "a long page": (lambda h, a, b, c: respond(h, 200, b"\n<!DOCTYPE html>" + b" " * SIZE), "a web page instead"),
     "a short file": (lambda h, a, b, c: respond(h, 200, c[:1000]), "a file of 1,000 bytes"),
     "no body": (lambda h, a, b, c: respond(h, 206, b"", Content_Range=span(a, b)), "ends at byte 1,000,000"),
     "another range": (lambda h, a, b, c: respond(h, 206, c[: b - a], Content_Range=span(0, b - a)), "bytes 0-999999/"),
-    "no range": (lambda h, a, b, c: respond(h, 206, c[a:b]), "no range where byte 1,000,000"),
+    "no range": (lambda h, a, b, c: respond(h, 206, c[a:b]), "bytes from 1,000,000, got Content-Range: none"),
     "status 416": (lambda h, a, b, c: respond(h, 416, b""), "status 416"),
     "no such compression": (
         lambda h, a, b, c: respond(h, 206, c[a:b], Content_Range=span(a, b), Content_Encoding="gzip"),
@@ -124,56 +124,57 @@ TRANSIENT: dict[str, tuple[Answer, str]] = {
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_passes_is_repeated(site: Site, fault: str, caplog: pytest.LogCaptureFixture) -> None:
-    # A redirect loop is one answer to the client, but 11 requests.
-    asked = answers(site, TRANSIENT[fault][0], times=11 if "redirect" in fault else 2)
+def test_a_request_that_fails_temporarily_is_repeated(site: Site, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    # A redirect loop is one failure of the client, but 11 requests.
+    requested = answers(site, TRANSIENT[fault][0], times=11 if "redirect" in fault else 2)
     with caplog.at_level(logging.WARNING):
         assert Remote(site.url).read(FILE, START, STOP) == CONTENT[START:STOP]
-    assert set(asked) == {f"bytes={START}-{STOP - 1}"}
+    assert set(requested) == {f"bytes={START}-{STOP - 1}"}
     (line,) = caplog.messages
     assert line.startswith(f"{site.url}/{FILE}: ")
     assert TRANSIENT[fault][1] in line
-    assert "asking again for at most" in line
+    assert "retrying for up to 60 s" in line
 
 
 @pytest.mark.usefixtures("gives_up")
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_fault_that_stays_ends_as_a_failure_of_the_server(site: Site, fault: str) -> None:
+def test_a_request_that_keeps_failing_is_a_failure_of_the_server(site: Site, fault: str) -> None:
     answers(site, TRANSIENT[fault][0])
-    with pytest.raises(ServerFailed, match=rf"{FILE}: failed \d+ times in \d+ s.*{TRANSIENT[fault][1]}") as raised:
+    message = rf"{FILE}: the request failed \d+ times in \d+ s, last error: .*{TRANSIENT[fault][1]}"
+    with pytest.raises(ServerFailed, match=message) as raised:
         Remote(site.url).read(FILE, START, STOP)
     assert raised.value.exit_code == 1
 
 
-STAYING: dict[str, tuple[Answer, str]] = {
+PERMANENT: dict[str, tuple[Answer, str]] = {
     "status 403": (lambda h, a, b, c: respond(h, 403, b""), "access denied.*403.*AWS_.*netrc"),
-    "status 404": (lambda h, a, b, c: respond(h, 404, b""), "not there.*404"),
+    "status 404": (lambda h, a, b, c: respond(h, 404, b""), "not found on the server.*404"),
     "status 400": (lambda h, a, b, c: respond(h, 400, b""), "status 400"),
     "a shorter file": (
         lambda h, a, b, c: respond(h, 206, c[a : a + 10], Content_Range=span(a, a + 10, a + 10)),
-        "2,000,000 bytes or more expected by the manifest, 1,000,010 there: truncated",
+        "truncated on the server: it has 1,000,010 bytes, the manifest requires at least 2,000,000",
     ),
-    "a file that ends before": (
+    "a file that ends before the range": (
         lambda h, a, b, c: respond(h, 416, b"", Content_Range="bytes */999"),
-        "2,000,000 bytes or more expected by the manifest, 999 there: truncated",
+        "truncated on the server: it has 999 bytes, the manifest requires at least 2,000,000",
     ),
     "a redirect to a file": (
         lambda h, a, b, c: respond(h, 302, b"", Location="file:///etc/passwd"),
-        "redirects to another kind of address.*refused",
+        r"redirects to a URL that is not http\(s\)://",
     ),
 }
 
 
-@pytest.mark.parametrize("fault", STAYING)
-def test_a_fault_that_another_request_would_meet_too_is_an_error_at_once(site: Site, fault: str) -> None:
-    asked = answers(site, STAYING[fault][0])
-    with pytest.raises(RemoteError, match=f"{FILE}: .*{STAYING[fault][1]}") as raised:
+@pytest.mark.parametrize("fault", PERMANENT)
+def test_a_permanent_failure_is_reported_after_one_request(site: Site, fault: str) -> None:
+    requested = answers(site, PERMANENT[fault][0])
+    with pytest.raises(RemoteError, match=f"{FILE}: .*{PERMANENT[fault][1]}") as raised:
         Remote(site.url).read(FILE, START, STOP)
     assert raised.value.exit_code == 2
-    assert len(asked) == 1
+    assert len(requested) == 1
 
 
-def test_compression_that_nobody_asked_for_is_undone(site: Site) -> None:
+def test_a_compressed_response_is_decompressed(site: Site) -> None:
     def compressed(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) -> None:
         assert handler.headers["Accept-Encoding"] == "identity"
         respond(
@@ -185,7 +186,7 @@ def test_compression_that_nobody_asked_for_is_undone(site: Site) -> None:
 
 
 def send_for_ever(site: Site, handler: BaseHTTPRequestHandler) -> None:
-    """Chunks of zeros until the client has enough, or a gigabyte."""
+    """Send chunks of zeros until the client closes the connection, at most 1 GiB."""
     try:
         for _ in range(1 << 14):
             site.sent += handler.wfile.write(b"10000\r\n" + bytes(1 << 16) + b"\r\n")
@@ -193,7 +194,7 @@ def send_for_ever(site: Site, handler: BaseHTTPRequestHandler) -> None:
         handler.close_connection = True
 
 
-def test_no_more_is_read_than_was_asked_for(site: Site) -> None:
+def test_only_requested_bytes_are_read(site: Site) -> None:
     def endless(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) -> None:
         handler.send_response(206)
         handler.send_header("Content-Range", span(start, stop))
@@ -207,20 +208,20 @@ def test_no_more_is_read_than_was_asked_for(site: Site) -> None:
     assert site.sent < 20 << 20
 
 
-def test_a_transfer_that_breaks_off_is_resumed_behind_what_has_come(site: Site) -> None:
+def test_an_interrupted_transfer_is_resumed_after_the_received_bytes(site: Site) -> None:
     def half(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) -> None:
         middle = (start + stop) // 2
         respond(handler, 206, content[start:middle], Content_Length=str(stop - start), Content_Range=span(start, stop))
         handler.close_connection = True
 
-    asked = answers(site, half, times=3)
+    requested = answers(site, half, times=3)
     assert Remote(site.url).read(FILE, START, STOP) == CONTENT[START:STOP]
-    starts = [int(text.removeprefix("bytes=").split("-")[0]) for text in asked]
+    starts = [int(text.removeprefix("bytes=").split("-")[0]) for text in requested]
     assert starts == [START, START + 500_000, START + 750_000]
 
 
 def drip(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes) -> None:
-    """A byte now and then."""
+    """Send 50 bytes per second."""
     handler.send_response(206)
     handler.send_header("Content-Length", str(stop - start))
     handler.send_header("Content-Range", span(start, stop))
@@ -235,7 +236,7 @@ def drip(handler: BaseHTTPRequestHandler, start: int, stop: int, content: bytes)
 
 
 @pytest.mark.usefixtures("gives_up")
-def test_a_stalled_transfer_is_announced_and_ends(
+def test_a_stalled_transfer_is_logged_and_ended(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(remote, "STALL_SECONDS", 0.5)
@@ -243,10 +244,10 @@ def test_a_stalled_transfer_is_announced_and_ends(
     answers(site, drip)
     with caplog.at_level(logging.WARNING), pytest.raises(ServerFailed, match=r"stalled: \d+ bytes in \d+ s"):
         Remote(site.url).read(FILE, START, STOP)
-    assert sum("is repeated" in line for line in caplog.messages) == 1
+    assert sum("slow transfer" in line for line in caplog.messages) == 1
 
 
-def test_a_slow_transfer_that_makes_progress_may_take_longer(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_transfer_that_makes_progress_is_not_ended(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "STALL_SECONDS", 1.5)
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.0)
 
@@ -271,7 +272,7 @@ def test_an_interrupt_ends_a_stalled_transfer(site: Site) -> None:
         client.read(FILE, START, STOP)
 
 
-def test_file_systems_that_block_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_blocking_file_system_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -284,15 +285,16 @@ def test_file_systems_that_block_can_be_interrupted(monkeypatch: pytest.MonkeyPa
     done.set()
 
 
-def test_a_short_file_of_any_file_system_is_named() -> None:
+def test_a_truncated_file_of_any_file_system_is_reported() -> None:
     import fsspec
 
     fsspec.filesystem("memory").pipe("/short/data.tar", CONTENT[:1000])
-    with pytest.raises(RemoteError, match=r"data.tar: 2,000,000 bytes or more expected by the manifest, 1,000 there"):
+    message = r"data.tar: truncated on the server: it has 1,000 bytes, the manifest requires at least 2,000,000"
+    with pytest.raises(RemoteError, match=message):
         Remote("memory://short").read(FILE, START, STOP)
 
 
-def test_an_endless_manifest_ends_at_the_limit(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_manifest_is_limited(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_set, "MAX_MANIFEST_BYTES", 1 << 20)
 
     def endless(handler: BaseHTTPRequestHandler, name: str, content: bytes) -> bool:
@@ -303,16 +305,16 @@ def test_an_endless_manifest_ends_at_the_limit(photos: Path, tmp_path: Path, mon
         return True
 
     with serve(photos, instead=endless) as site:
-        with pytest.raises(RemoteError, match=r"dataset.json: more than 1,048,576 bytes, the limit"):
+        with pytest.raises(RemoteError, match=r"dataset.json: larger than the 1,048,576 bytes that are allowed"):
             open_set(site.url, cache=tmp_path / "cache")
         assert site.sent < 20 << 20
 
 
-# Servers without ranges.
+# Servers without support for range requests.
 
 
 class Counting(http.server.SimpleHTTPRequestHandler):
-    """The server of `python -m http.server`, with a count of what it sent."""
+    """The server of `python -m http.server`, with a count of the bytes that it has sent."""
 
     sent = 0
 
@@ -344,7 +346,7 @@ def plain_server(photos: Path) -> Iterator[str]:
     server.server_close()
 
 
-def test_each_file_of_a_server_without_ranges_is_taken_once(plain_server: str, photos: Path, tmp_path: Path) -> None:
+def test_without_ranges_each_file_is_downloaded_once(plain_server: str, photos: Path, tmp_path: Path) -> None:
     dataset = open_set(plain_server, cache=tmp_path)
     local = ShardSet(photos)
     ids = np.random.default_rng(0).permutation(local.split("train").samples)
@@ -357,20 +359,20 @@ def test_each_file_of_a_server_without_ranges_is_taken_once(plain_server: str, p
     assert Counting.sent < 1.5 * size
 
 
-def test_a_server_without_ranges_needs_room_for_a_file(plain_server: str, photos: Path, tmp_path: Path) -> None:
+def test_without_ranges_a_file_must_fit_into_the_cache(plain_server: str, photos: Path, tmp_path: Path) -> None:
     shards = ShardSet(photos).split("train").shards
     room = min(shard.bytes for shard in shards) // 2
     dataset = open_set(plain_server, cache=tmp_path, cache_gib=room / GIB)
     with (
         SampleReader(open_storage(dataset, "train"), threads=4) as reader,
-        pytest.raises(NoRanges, match=r"ignores Range requests.*--cache-size.*nginx") as raised,
+        pytest.raises(NoRanges, match=r"ignores HTTP range requests.*--cache-size.*nginx") as raised,
     ):
         reader.read(np.arange(20))
     assert raised.value.exit_code == 2
     assert Counting.sent < sum(shard.bytes for shard in shards) / 2
 
 
-def test_a_server_without_ranges_needs_room_for_what_is_read_at_a_time(
+def test_without_ranges_all_shards_of_a_batch_must_fit_into_the_cache(
     plain_server: str, photos: Path, tmp_path: Path
 ) -> None:
     shards = ShardSet(photos).split("train").shards
@@ -379,7 +381,7 @@ def test_a_server_without_ranges_needs_room_for_what_is_read_at_a_time(
     with SampleReader(open_storage(dataset, "train")) as reader:
         reader.random_access()
         reader.prefetch(iter([ShardRequest(0, 9, list(range(len(shards))))]))
-        with pytest.raises(NoRanges, match=rf"bytes are needed at a time, the cache may hold {room:,}"):
+        with pytest.raises(NoRanges, match=rf"have {room + 1:,} bytes, the cache is limited to {room:,} bytes"):
             reader.read(np.arange(20))
     assert Counting.sent < sum(shard.bytes for shard in shards) / 2
 
@@ -388,7 +390,7 @@ def test_a_server_without_ranges_needs_room_for_what_is_read_at_a_time(
 
 
 def self_signed(folder: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 that nobody else has signed, and its key."""
+    """Create a self-signed certificate for 127.0.0.1 and its key."""
     import ipaddress
 
     from cryptography import x509
@@ -425,7 +427,7 @@ except UserError as error:
 
 
 def open_elsewhere(url: str, cache: Path, **environment: str) -> str:
-    """Open a set in a new process, which alone heeds SSL_CERT_FILE and NETRC."""
+    """Open a set in a new process, because SSL_CERT_FILE and NETRC are read only once per process."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("SSL_CERT_FILE", "NETRC")}
     command = [sys.executable, "-c", OPEN, url, str(cache)]
     done = subprocess.run(
@@ -444,7 +446,7 @@ def test_only_a_trusted_certificate_is_accepted(photos: Path, tmp_path: Path) ->
         assert site.url.startswith("https://")
         message = open_elsewhere(site.url, tmp_path / "refused")
         assert message.startswith("exit 2: https://127.0.0.1:")
-        assert "its certificate is not trusted (self-signed certificate" in message
+        assert "the server's TLS certificate is not trusted (self-signed certificate" in message
         assert "SSL_CERT_FILE" in message
         assert open_elsewhere(site.url, tmp_path / "accepted", SSL_CERT_FILE=str(certificate)) == samples
 
@@ -486,12 +488,12 @@ def test_credentials_of_netrc_are_used(photos: Path, tmp_path: Path) -> None:
         "https://host/set#secret",
     ],
 )
-def test_credentials_in_a_url_are_refused_and_not_repeated(url: str, tmp_path: Path) -> None:
+def test_credentials_in_a_url_are_rejected_and_not_shown(url: str, tmp_path: Path) -> None:
     from launch.config.data import DataConfig
 
-    for refuse in (check_url, functools.partial(open_set, cache=tmp_path), lambda url: DataConfig(data=url)):
+    for reject in (check_url, functools.partial(open_set, cache=tmp_path), lambda url: DataConfig(data=url)):
         with pytest.raises(UserError, match=r"AWS_\*.*fsspec.*netrc") as raised:
-            refuse(url)
+            reject(url)
         assert "secret" not in str(raised.value)
         assert "\n" not in str(raised.value)
 
@@ -515,7 +517,7 @@ def test_urls_without_credentials_are_accepted(url: str) -> None:
         ("http://[::1]/set", False),
     ],
 )
-def test_a_url_without_tls_is_warned_of(url: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_url_without_tls_causes_a_warning(url: str, warned: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         warn_without_tls(url)
-    assert [("http without TLS" in line) for line in caplog.messages] == [True] * warned
+    assert [("http:// is not encrypted" in line) for line in caplog.messages] == [True] * warned

@@ -1,4 +1,4 @@
-"""Batches, faults and reading ahead of the sample reader, on hand-made files (pipeline/storage/reader.py)."""
+"""Batches, faults and prefetching of the sample reader, with generated files (pipeline/storage/reader.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def content(sample: int) -> bytes:
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    """Two files of 20 samples each; sample i is 100 + i bytes of value i."""
+    """Two files of 20 samples each; sample i has 100 + i bytes of value i."""
     index = np.zeros(SAMPLES, INDEX_DTYPE)
     for shard in range(SAMPLES // PER_SHARD):
         data = b""
@@ -55,7 +55,7 @@ def ids(*samples: int) -> NDArray[np.int64]:
     return np.array(samples, np.int64)
 
 
-def test_a_batch_has_the_bytes_and_the_rows_of_its_samples(storage: Storage) -> None:
+def test_a_batch_has_the_bytes_and_the_index_entries_of_its_samples(storage: Storage) -> None:
     order = [39, 3, 3, 0, 21, *range(10, 30)]
     with SampleReader(storage) as reader:
         for _ in range(2):  # the second time from the page cache
@@ -69,11 +69,11 @@ def test_a_batch_has_the_bytes_and_the_rows_of_its_samples(storage: Storage) -> 
         assert (len(empty.ids), empty.images, empty.faults) == (0, [], [])
 
 
-def test_what_can_be_read_without_waiting_is_not_read_again(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, waited = storage.files.read, []
+def test_samples_in_the_page_cache_are_read_once(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, later = storage.files.read, []
 
     def read_later(file: int, target: NDArray[np.uint8], offset: int) -> None:
-        waited.append((file, offset))
+        later.append((file, offset))
         read(file, target, offset)
 
     def read_if_cached(file: int, target: NDArray[np.uint8], offset: int) -> bool:
@@ -87,11 +87,11 @@ def test_what_can_be_read_without_waiting_is_not_read_again(storage: Storage, mo
         batch = reader.read(ids(25, 0, 39))
     assert [fault.id for fault in batch.faults] == [25]
     assert [image.tobytes() for image in batch.images[1:]] == [content(0), content(39)]
-    places = [(int(row["shard"]), int(row["offset"])) for row in storage.index[[25, 0, 39]]]
-    assert [place in waited for place in places] == [True, True, False], "damaged, not there yet, there"
+    locations = [(int(row["shard"]), int(row["offset"])) for row in storage.index[[25, 0, 39]]]
+    assert [location in later for location in locations] == [True, True, False], "damaged, not cached, cached"
 
 
-def test_bad_samples_are_faults_of_their_rows_and_all_others_are_read(storage: Storage) -> None:
+def test_bad_samples_are_listed_as_faults_and_the_others_are_read(storage: Storage) -> None:
     bad = [*range(12), 25]
     damage(storage, *bad)
     order = [30, *bad, 31, 32, 33, 34, 35]
@@ -105,17 +105,17 @@ def test_bad_samples_are_faults_of_their_rows_and_all_others_are_read(storage: S
             assert {row: batch.images[row].tobytes() for row in good} == {r: content(s) for r, s in good.items()}
 
 
-def test_the_first_bad_row_is_named_with_its_file_place_and_sample(storage: Storage) -> None:
+def test_the_error_names_file_offset_and_sample_of_the_first_bad_row(storage: Storage) -> None:
     damage(storage, 25, 2)
     with SampleReader(storage) as reader, pytest.raises(ShardSetError) as error:
         reader.read(ids(7, 25, 2)).checked()
     assert str(error.value) == (
-        f"{storage.files.name(1)}: the 125 bytes at offset 610 are not the ones that were sharded: their hash differs; "
+        f"{storage.files.name(1)}: the 125 bytes at offset 610 are damaged: their hash differs from the index; "
         "run 'pipeline verify' on the set (sample 25)"
     )
 
 
-def test_a_bad_sample_of_a_tar_is_named_by_its_key(tmp_path: Path) -> None:
+def test_the_error_names_the_key_of_a_bad_sample_in_a_tar(tmp_path: Path) -> None:
     member = tarfile.TarInfo("n01/image.7.jpg")
     member.size = 5
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
@@ -127,27 +127,27 @@ def test_a_bad_sample_of_a_tar_is_named_by_its_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("damaged", "faults"), [(1, 0), (2, 1)])
-def test_a_sample_whose_bytes_are_wrong_is_read_once_more(
+def test_a_sample_with_a_wrong_hash_is_read_a_second_time(
     storage: Storage, monkeypatch: pytest.MonkeyPatch, damaged: int, faults: int
 ) -> None:
-    """They may have been damaged on the way here."""
-    readings, read = [], storage.files.read
+    """Its bytes may have been damaged in transfer only."""
+    offsets, read = [], storage.files.read
 
     def damage_the_first(file: int, target: NDArray[np.uint8], offset: int) -> None:
         read(file, target, offset)
-        readings.append(offset)
-        if len(readings) <= damaged:
+        offsets.append(offset)
+        if len(offsets) <= damaged:
             target[0] ^= 1
 
     monkeypatch.setattr(storage.files, "read", damage_the_first)
     with SampleReader(storage) as reader:
         batch = reader.read(ids(4))
     assert len(batch.faults) == faults
-    assert readings[:2] == [406, 406]
+    assert offsets[:2] == [406, 406]
     assert faults or batch.images[0].tobytes() == content(4)
 
 
-def test_without_the_check_damage_is_not_noticed(storage: Storage) -> None:
+def test_hashes_are_not_verified_if_check_is_false(storage: Storage) -> None:
     damage(storage, 5)
     with SampleReader(storage, check=False) as reader:
         assert reader.read(ids(4, 5)).checked().images[1].tobytes() == b"\xff" + content(5)[1:]
@@ -158,10 +158,10 @@ def test_a_missing_file_is_a_fault_of_its_samples(storage: Storage) -> None:
     with SampleReader(storage) as reader:
         batch = reader.read(ids(30, 1, 20))
     assert sorted((fault.row, fault.id) for fault in batch.faults) == [(0, 30), (2, 20)]
-    assert str(batch.faults[0].error).startswith(f"{storage.files.name(1)}: missing; copy it again")
+    assert str(batch.faults[0].error).startswith(f"{storage.files.name(1)}: missing; copy the file again")
 
 
-def test_a_storage_failure_ends_the_read_and_names_the_sample(
+def test_a_storage_failure_is_raised_and_names_the_sample(
     storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object) -> None:
@@ -173,7 +173,7 @@ def test_a_storage_failure_ends_the_read_and_names_the_sample(
 
 
 @pytest.mark.parametrize(("ahead", "taken"), [(0, [1, 2, 3, 4, 5, 5]), (2, [3, 4, 5, 5, 5, 5]), (9, [5] * 6)])
-def test_batches_are_taken_ahead_and_come_in_order(storage: Storage, ahead: int, taken: list[int]) -> None:
+def test_batches_are_read_ahead_and_yielded_in_order(storage: Storage, ahead: int, taken: list[int]) -> None:
     begun = []
 
     def batches() -> Iterator[tuple[NDArray[np.int64], str]]:
@@ -190,9 +190,9 @@ def test_batches_are_taken_ahead_and_come_in_order(storage: Storage, ahead: int,
     assert [*found, len(begun)] == taken
 
 
-def test_batches_are_read_by_the_threads_that_are_asked_for(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four batches of one task each, two threads of each kind: every read waits for one of the other thread."""
-    read, looked, names = storage.files.read, itertools.count(1), set()
+def test_batches_are_read_by_the_given_number_of_threads(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches of one task each, two threads of each kind: every read waits for a read of the other thread."""
+    read, attempts, names = storage.files.read, itertools.count(1), set()
     all_taken, all_started = threading.Event(), threading.Event()
     starts, reads = threading.Barrier(2, timeout=30), threading.Barrier(2, timeout=30)
 
@@ -206,7 +206,7 @@ def test_batches_are_read_by_the_threads_that_are_asked_for(storage: Storage, mo
         names.add(threading.current_thread().name)
         all_taken.wait(30)
         starts.wait()
-        if next(looked) == 32:
+        if next(attempts) == 32:
             all_started.set()
         return False
 
@@ -223,7 +223,7 @@ def test_batches_are_read_by_the_threads_that_are_asked_for(storage: Storage, mo
     assert names == {"batch-reader_0", "batch-reader_1", "shard-reader_0", "shard-reader_1"}
 
 
-def test_images_are_read_into_the_buffers_that_are_given(storage: Storage) -> None:
+def test_images_are_read_into_buffers_of_the_given_pool(storage: Storage) -> None:
     class Recorded(BufferPool):
         def bytes(self, size: int) -> NDArray[np.uint8]:
             made.append(super().bytes(size))
@@ -236,7 +236,7 @@ def test_images_are_read_into_the_buffers_that_are_given(storage: Storage) -> No
     assert all(np.shares_memory(image, made[0]) for image in images)
 
 
-def test_an_interrupted_reader_reads_no_more_and_a_closed_one_has_ended_its_threads(storage: Storage) -> None:
+def test_an_interrupted_reader_raises_and_a_closed_one_has_no_threads(storage: Storage) -> None:
     reader = SampleReader(storage)
     reader.read(ids(0))
     reader.interrupt()
@@ -248,18 +248,18 @@ def test_an_interrupted_reader_reads_no_more_and_a_closed_one_has_ended_its_thre
         next(reader.read_ahead([(ids(0), None)], 0))
 
 
-def test_what_will_be_read_and_what_has_been_is_passed_on(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[object] = []
-    monkeypatch.setattr(storage.files, "prefetch", told.append)
-    monkeypatch.setattr(storage.files, "advance", told.append)
+def test_requests_and_progress_are_passed_to_the_files(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(storage.files, "prefetch", calls.append)
+    monkeypatch.setattr(storage.files, "advance", calls.append)
     requests = iter([ShardRequest(0, 3, [1])])
     with SampleReader(storage) as reader:
         reader.prefetch(requests)
         reader.advance(3)
-    assert told == [requests, 3]
+    assert calls == [requests, 3]
 
 
-def test_files_are_named_by_shard(storage: Storage, tmp_path: Path) -> None:
+def test_file_of_returns_the_file_of_a_shard(storage: Storage, tmp_path: Path) -> None:
     with SampleReader(storage) as reader:
         assert (reader.file_of(0), reader.file_of(1)) == (str(tmp_path / "0.bin"), str(tmp_path / "1.bin"))
         assert reader.random_access()

@@ -1,4 +1,4 @@
-"""States of the shards of a remote set: who is staged, who holds a file descriptor, and for how long."""
+"""States of the shards of a remote set: which are staged, and how long each has a file descriptor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_open(handle: int) -> bool:
 
 
 def table_of(*requests: list[int]) -> ShardTable:
-    """Return a table that has accepted one request per step, each for some shards."""
+    """Return a table that has accepted one request per step, each for the given shards."""
     table = ShardTable(FILES, max_bytes=MAX_BYTES)
     table.prefetch(ShardRequest(step, step, shards) for step, shards in enumerate(requests))
     for _ in table.look_ahead():
@@ -46,10 +46,10 @@ def test_shards_are_staged_in_the_order_in_which_they_are_read() -> None:
     table = table_of([2], [0, 2], [1])
     assert [table.next_to_stage(0.0) for _ in range(4)] == [2, 0, 1, None]
     assert table[2].state is ShardState.DOWNLOADING
-    assert not table.begin(2), "one thread at a time"
+    assert not table.begin(2), "only one thread stages a shard"
 
 
-def test_a_shard_that_could_not_be_staged_is_tried_again_later() -> None:
+def test_staging_of_a_shard_is_retried_later_if_it_fails() -> None:
     table = table_of([0])
     assert table.next_to_stage(0.0) == 0
     table.end(0, Busy(Path("0.tar"), 0), retry_at=5.0)
@@ -82,7 +82,7 @@ def test_a_shard_is_local_until_its_last_reader_is_done() -> None:
     assert not is_open(handle)
 
 
-def test_a_shard_that_is_staged_too_late_is_released_at_once() -> None:
+def test_a_shard_that_is_no_longer_requested_is_released_when_it_is_staged() -> None:
     table = table_of([0])
     table.begin(0)
     table.drop_before(1)
@@ -91,7 +91,7 @@ def test_a_shard_that_is_staged_too_late_is_released_at_once() -> None:
     assert not is_open(handle)
 
 
-def test_a_request_larger_than_the_share_is_accepted_alone() -> None:
+def test_a_request_larger_than_the_limit_is_accepted_alone() -> None:
     table = table_of([3, 4, 5], [0])
     assert [table.next_to_stage(0.0) for _ in range(4)] == [3, 4, 5, None]
     table.drop_before(1)
@@ -99,8 +99,8 @@ def test_a_request_larger_than_the_share_is_accepted_alone() -> None:
     assert table.next_to_stage(0.0) == 0
 
 
-def test_requests_are_accepted_as_others_make_room_in_the_share() -> None:
-    table = table_of([0], [3], [2], [1])  # 10 + 40 + 30 bytes, and 20 more
+def test_further_requests_are_accepted_when_others_are_dropped() -> None:
+    table = table_of([0], [3], [2], [1])  # 10 + 40 + 30 bytes fit, 20 more do not
     assert [table[file].requests for file in range(4)] == [1, 0, 1, 1], "all but the last"
     table.drop_before(1)
     assert len(list(table.look_ahead())) == 1
@@ -117,7 +117,7 @@ def test_no_more_shards_are_requested_than_may_be_open(monkeypatch: pytest.Monke
 
 
 class Table(RuleBasedStateMachine):
-    """Any order of the calls of readers and staging threads."""
+    """Calls of readers and staging threads in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class Table(RuleBasedStateMachine):
             self.finish_reading()
         self.table.drop_before(float("inf"))
         self.a_descriptor_is_open_exactly_while_its_shard_is_local()
-        assert not self.made, "all are given back"
+        assert not self.made, "all descriptors are closed"
 
 
 TestAnyOrder = Table.TestCase

@@ -1,4 +1,4 @@
-"""Sets on a server: the batches of the local set, whatever happens to servers, downloads and the cache."""
+"""Remote sets give the same batches as local ones, even if servers, downloads or the cache fail."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = ["impatient", "site"]  # fixtures
 
 
 @pytest.mark.parametrize("world", [1, 3])
-def test_the_batches_are_those_of_the_local_set_and_each_shard_is_fetched_once(
+def test_the_batches_are_those_of_the_local_set_and_each_shard_is_downloaded_once(
     site: Site, photos: Path, tmp_path: Path, world: int
 ) -> None:
     dataset = open_set(site.url, cache=tmp_path)
@@ -60,11 +60,11 @@ def test_the_batches_are_those_of_the_local_set_and_each_shard_is_fetched_once(
             found += list(loader)
         assert same(found, batches_of(train(ShardSet(photos), world=world, rank=rank)))
     assert same(batches_of(evaluation(dataset)), batches_of(evaluation(ShardSet(photos))))
-    assert set(site.whole_reads().values()) <= {1, 2}, "the manifest is read to name the folder, then to be there"
+    assert set(site.whole_reads().values()) <= {1, 2}, "the manifest is read once to name the folder and once to stage"
     assert {name: n for name, n in site.whole_reads().items() if name.endswith("tar") and n > 1} == {}
 
 
-def test_a_second_run_fetches_no_shard(
+def test_a_second_run_downloads_no_shard(
     site: Site, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = batches_of(train(ShardSet(photos)))
@@ -72,38 +72,38 @@ def test_a_second_run_fetches_no_shard(
         next(loader)
         wait_until_staged(tmp_path, len(shards_of(photos)))
     not_found, lease = set(shards_of(photos)), Cache.lease
-    looked_through = threading.Event()
+    all_leased = threading.Event()
 
     def watched(cache: Cache, path: Path, *args: Any, **options: Any) -> int | None:
         found = lease(cache, path, *args, **options)
         not_found.difference_update({path.name} if found is not None else ())
         if not not_found:
-            looked_through.set()
+            all_leased.set()
         return found
 
     monkeypatch.setattr(Cache, "lease", watched)
     site.log.clear()
     loader = train(open_set(site.url, cache=tmp_path), read_threads=1)
-    # The loader has asked for some samples to try them, and asks for one while it looks through the cache.
-    site.before = lambda name, start, stop: void(looked_through.wait(20) or looked_through.set())
+    # The quick check has read some samples. A further read from the server waits until all shards are leased.
+    site.before = lambda name, start, stop: void(all_leased.wait(20) or all_leased.set())
     assert same(batches_of(loader), expected)
     assert site.whole_reads().keys() <= {"dataset.json", "train.index.npy"}
     assert sum(site.bytes_read(name) for name in shards_of(photos)) < size_of(tmp_path) / 4
 
 
-def test_the_first_batch_waits_for_no_shard(site: Site, photos: Path, tmp_path: Path) -> None:
-    go_on = threading.Event()
+def test_the_first_batch_does_not_wait_for_shards(site: Site, photos: Path, tmp_path: Path) -> None:
+    proceed = threading.Event()
     sizes = {shard.name: shard.bytes for shard in ShardSet(photos).split("train").shards}
-    site.before = lambda name, start, stop: None if stop - start < sizes.get(name, 1 << 62) else void(go_on.wait(20))
+    site.before = lambda name, start, stop: None if stop - start < sizes.get(name, 1 << 62) else void(proceed.wait(20))
     expected = batches_of(train(ShardSet(photos), epochs=1))
     with train(open_set(site.url, cache=tmp_path), epochs=1) as loader:
         found = list(loader)
         assert not cached(tmp_path, "*.tar")
-        go_on.set()
+        proceed.set()
     assert same(found, expected)
 
 
-def test_a_run_of_a_million_epochs_looks_no_further_ahead_than_a_short_one(
+def test_the_number_of_requests_ahead_does_not_depend_on_the_number_of_epochs(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requested, original = [], TrainPlan.shard_requests
@@ -124,18 +124,18 @@ def void(_: object) -> None:
 
 
 def damage_downloads(site: Site, name: str, times: int) -> None:
-    """Flip a bit in the next downloads of a whole shard; samples that are read by themselves stay whole."""
+    """Flip a bit in the next downloads of a complete shard, but not in samples that are read individually."""
     size = (site.folder / name).stat().st_size
     left = iter(range(times))
 
-    def before(asked: str, start: int, stop: int) -> None:
-        if asked == name and stop - start == size and next(left, None) is not None:
+    def before(file: str, start: int, stop: int) -> None:
+        if file == name and stop - start == size and next(left, None) is not None:
             site.damage[name] = 1
 
     site.before = before
 
 
-def test_what_was_damaged_on_the_way_is_fetched_anew(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_a_shard_that_was_damaged_in_transfer_is_downloaded_again(site: Site, photos: Path, tmp_path: Path) -> None:
     victim = shards_of(photos)[1]
     damage_downloads(site, victim, times=2)
     with train(open_set(site.url, cache=tmp_path)) as loader:
@@ -147,7 +147,7 @@ def test_what_was_damaged_on_the_way_is_fetched_anew(site: Site, photos: Path, t
     assert cached(tmp_path, victim)[0].read_bytes() == (photos / victim).read_bytes()
 
 
-def test_a_sample_that_was_damaged_on_the_way_is_read_again(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_a_sample_that_was_damaged_in_transfer_is_read_again(site: Site, photos: Path, tmp_path: Path) -> None:
     dataset = open_set(site.url, cache=tmp_path)
     for shard in shards_of(photos):
         site.damage[shard] = 1
@@ -157,30 +157,33 @@ def test_a_sample_that_was_damaged_on_the_way_is_read_again(site: Site, photos: 
     assert not +site.damage
 
 
-def test_a_shard_whose_downloads_never_fit_the_manifest_is_an_error(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_a_shard_that_never_has_the_hash_of_the_manifest_is_an_error(site: Site, photos: Path, tmp_path: Path) -> None:
     victim = shards_of(photos)[1]
     damage_downloads(site, victim, times=10**6)
-    with pytest.raises(RemoteError, match=rf"{site.url}/{victim}: fetched 3 times, .*damaged or stale"):
+    with pytest.raises(RemoteError, match=rf"{site.url}/{victim}: downloaded 3 times, .*damaged or outdated"):
         batches_of(train(open_set(site.url, cache=tmp_path), epochs=50))
     assert not cached(tmp_path, f"{victim}*")
 
 
-def test_a_shard_that_is_another_one_is_refused_before_training(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_an_outdated_shard_is_rejected_before_training(site: Site, photos: Path, tmp_path: Path) -> None:
     dataset = open_set(site.url, cache=tmp_path / "cache")
     site.folder = Path(shutil.copytree(photos, tmp_path / "stale"))
     victim = site.folder / shards_of(photos)[1]
     victim.write_bytes(bytes(victim.stat().st_size))
-    with pytest.raises(ShardSetError, match=rf"{site.url}/{victim.name}: neither its first nor its last .*stale"):
+    message = rf"{site.url}/{victim.name}: neither the first nor the last sample matches the index: .*outdated"
+    with pytest.raises(ShardSetError, match=message):
         train(dataset)
 
 
-def test_a_server_that_stumbles_is_asked_again(site: Site, photos: Path, tmp_path: Path) -> None:
+def test_requests_are_repeated_after_temporary_failures_of_the_server(
+    site: Site, photos: Path, tmp_path: Path
+) -> None:
     for name in (*shards_of(photos), "dataset.json", "train.index.npy"):
         site.failures[name] = 3
     assert same(batches_of(train(open_set(site.url, cache=tmp_path))), batches_of(train(ShardSet(photos))))
 
 
-def test_a_server_that_is_gone_is_an_error_at_the_consumer(
+def test_a_failed_server_raises_an_error_in_the_consumer(
     site: Site, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote, "RETRY_SECONDS", 0.3)
@@ -188,35 +191,35 @@ def test_a_server_that_is_gone_is_an_error_at_the_consumer(
     loader = train(dataset, epochs=50)
     for name in shards_of(photos):
         site.failures[name] = 10**6
-    with pytest.raises(RemoteError, match=rf"{site.url}/train-.*: failed \d+ times.*503.*what was fetched is kept"):
+    with pytest.raises(RemoteError, match=rf"{site.url}/train-.*: the request failed \d+ times.*503.*data is kept"):
         batches_of(loader)
 
 
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("{site}-that-is-not-there", "dataset.json: not there"),
-        ("nonsense://host/set", "nonsense://host/set: .*s3://, https://"),
+        ("{site}-that-is-not-there", "dataset.json: not found on the server"),
+        ("nonsense://host/set", "nonsense://host/set: .*such as https://host/set or s3://bucket/set"),
     ],
 )
-def test_a_url_that_leads_nowhere_is_an_error_at_once(site: Site, tmp_path: Path, url: str, message: str) -> None:
+def test_a_wrong_url_is_reported_at_once(site: Site, tmp_path: Path, url: str, message: str) -> None:
     site.folder /= "elsewhere"
     with pytest.raises(UserError, match=message):
         open_set(url.format(site=site.url.replace("the-set", "x/y")), cache=tmp_path)
 
 
-def test_a_missing_package_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_that_installs_a_missing_package_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"s3fs.*pip install 'fat-pipeline\[remote\]'"):
         open_set("s3://bucket/set", cache=tmp_path)
 
 
-def test_a_server_without_ranges_serves_too(photos: Path, tmp_path: Path) -> None:
-    with serve(photos, knows_ranges=False) as site:
+def test_a_server_without_ranges_can_be_used(photos: Path, tmp_path: Path) -> None:
+    with serve(photos, supports_ranges=False) as site:
         assert same(batches_of(train(open_set(site.url, cache=tmp_path))), batches_of(train(ShardSet(photos))))
 
 
-def test_file_systems_without_asyncio_serve_too(photos: Path, tmp_path: Path) -> None:
+def test_file_systems_without_asyncio_can_be_used(photos: Path, tmp_path: Path) -> None:
     import fsspec
 
     memory = fsspec.filesystem("memory")
@@ -242,7 +245,7 @@ def test_an_interrupted_download_is_resumed(site: Site, photos: Path, tmp_path: 
     assert (dataset.path / victim.name).read_bytes() == (photos / victim.name).read_bytes()
 
 
-def test_a_cache_that_is_too_small_for_two_sets_forgets_the_older_one(
+def test_the_older_of_two_sets_is_evicted_from_a_cache_that_is_too_small_for_both(
     photos: Path, digits: Path, tmp_path: Path
 ) -> None:
     limit = (size_of_set(photos) + size_of_set(digits)) * 9 // 10
@@ -262,7 +265,7 @@ def size_of_set(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir() if file.suffix in (".tar", ".npy", ".json"))
 
 
-def test_a_cache_without_room_costs_speed_alone(
+def test_batches_are_the_same_with_a_cache_that_is_too_small(
     site: Site, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard = max(shard.bytes for shard in ShardSet(photos).split("train").shards)
@@ -272,11 +275,11 @@ def test_a_cache_without_room_costs_speed_alone(
     assert size_of(tmp_path) <= shard * 1.5
 
 
-def test_a_leased_file_stays_and_the_least_recently_used_one_is_evicted(tmp_path: Path) -> None:
+def test_the_least_recently_used_file_is_evicted_but_never_a_leased_one(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
     folder, zeros = cache.folder / "set", xxhash.xxh3_64_hexdigest(bytes(400))
     leases = {name: put(cache, name, 400) for name in ("a", "b")}
-    with pytest.raises(CacheFull, match=r"no room for c: all of the 1,000 bytes.*--cache-size"):
+    with pytest.raises(CacheFull, match=r"no space for c \(400 bytes\): .* limit of 1,000 bytes.*--cache-size"):
         put(cache, "c", 400)
     os.close(leases.pop("a"))
     os.close(leases.pop("b"))
@@ -285,11 +288,11 @@ def test_a_leased_file_stays_and_the_least_recently_used_one_is_evicted(tmp_path
     os.close(again)
     os.close(put(cache, "c", 400))
     assert sorted(path.name for path in folder.iterdir()) == ["a", "c"]
-    with pytest.raises(CacheFull, match="more than the 1,000"):
+    with pytest.raises(CacheFull, match=r"d has 2,000 bytes, more than the cache's limit of 1,000 bytes"):
         put(cache, "d", 2000)
 
 
-def test_one_process_at_a_time_fetches_a_file_and_its_room_is_kept(tmp_path: Path) -> None:
+def test_one_process_at_a_time_downloads_a_file_and_its_space_is_reserved(tmp_path: Path) -> None:
     cache = Cache(tmp_path, 1000)
     path = cache.folder / "set" / "a"
     part = cache.begin(path, 900)
@@ -307,14 +310,14 @@ def test_one_process_at_a_time_fetches_a_file_and_its_room_is_kept(tmp_path: Pat
     with resumed:
         pass
     other = cache.begin(path.with_name("b"), 200)
-    assert isinstance(other, PartialFile), "a part that nobody fetches makes room"
+    assert isinstance(other, PartialFile), "an abandoned partial file is evicted"
 
 
 def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Path) -> None:
     loader = train(open_set(site.url, cache=tmp_path))
-    server_goes_on = threading.Event()
+    server_continues = threading.Event()
     answered: list[bool] = []
-    site.before = lambda *_: answered.append(server_goes_on.wait(60))
+    site.before = lambda *_: answered.append(server_continues.wait(60))
     ends: list[BaseException] = []
 
     def consume() -> None:
@@ -328,7 +331,7 @@ def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Pat
     time.sleep(0.5)
     loader.close()
     assert not answered
-    server_goes_on.set()
+    server_continues.set()
     consumer.join(20)
     assert [type(end) for end in ends] in ([Interrupted], [StopIteration])
     assert not [t for t in threading.enumerate() if t.name.startswith(("staging", "shard-reader", "train-loader"))]
@@ -337,15 +340,13 @@ def test_closing_does_not_wait_for_a_server_that_hangs(site: Site, tmp_path: Pat
 def test_a_large_plan_requests_shards_without_permuting_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = TrainPlan(np.full(100_000, 10_000), global_batch=1024, seed=0)
     monkeypatch.delattr(TrainPlan, "_block")
-    needs = [
-        need
-        for need, _ in zip(plan.shard_requests(Position(1, 500_000), range(128), epochs=9), range(64), strict=False)
-    ]
-    assert len(needs) == 64
-    assert all(len(need.shards) <= 2 for need in needs)
+    every = plan.shard_requests(Position(1, 500_000), range(128), epochs=9)
+    requests = [request for request, _ in zip(every, range(64), strict=False)]
+    assert len(requests) == 64
+    assert all(len(request.shards) <= 2 for request in requests)
 
 
-def test_a_local_path_is_opened_where_it_is(photos: Path) -> None:
+def test_a_local_set_is_not_staged(photos: Path) -> None:
     dataset = open_set(photos)
     assert not isinstance(dataset, RemoteSet)
     assert dataset.path == photos

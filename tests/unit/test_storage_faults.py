@@ -1,4 +1,4 @@
-"""Local storage that fails: repeated for a moment, then an error of the storage and not of the set."""
+"""Failures of local storage: reads are retried for a while, then the error blames the storage and not the set."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Fail = Callable[..., None]
 
 @pytest.fixture
 def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
-    """Let the next reads from storage fail; what is in the page cache is never found there."""
+    """Make the next reads from storage fail, and all reads from the page cache."""
     real = os.preadv
 
     def fail(number: int, times: int = 10**6) -> None:
@@ -67,7 +67,7 @@ def reader_of(path: Path) -> SampleReader:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT])
-def test_a_read_that_fails_for_a_moment_is_repeated(
+def test_a_read_that_fails_temporarily_is_retried(
     digits: Path, fail: Fail, number: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     with reader_of(digits) as reader:
@@ -95,7 +95,7 @@ def test_a_stale_handle_is_replaced(digits: Path, monkeypatch: pytest.MonkeyPatc
     with reader_of(digits) as reader:
         reader.read(IDS).checked()
         stale |= {handle.number for handle in reader._storage.files._open.values()}  # type: ignore[attr-defined]
-        # Keep the number taken, so that the file cannot get it again.
+        # Occupy the number of the stale descriptor, so that the file is reopened with another one.
         kept = [os.dup2(os.open(os.devnull, os.O_RDONLY), os.dup(0)) for _ in stale]
         reader.read(IDS).checked()
     for handle in kept:
@@ -103,7 +103,9 @@ def test_a_stale_handle_is_replaced(digits: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
-def test_the_first_look_at_a_set_tells_failing_storage_from_a_stale_set(digits: Path, fail: Fail, number: int) -> None:
+def test_the_quick_check_distinguishes_failing_storage_from_an_outdated_set(
+    digits: Path, fail: Fail, number: int
+) -> None:
     fail(number)
     dataset = ShardSet(digits)
     plan = TrainPlan(dataset.shard_samples("train"), global_batch=64, seed=0)
@@ -112,10 +114,10 @@ def test_the_first_look_at_a_set_tells_failing_storage_from_a_stale_set(digits: 
     with pytest.raises(StorageFailed, match=rf"train-000000.tar: cannot be read \({os.strerror(number)}") as raised:
         TrainLoader(dataset, plan, shape, recipe, epochs=1, device=torch.device("cpu"), options=options)
     assert raised.value.exit_code == 1
-    assert "stale" not in str(raised.value)
+    assert "outdated" not in str(raised.value)
 
 
-def test_nothing_takes_the_place_of_a_sample_that_storage_failed_to_deliver(digits: Path, fail: Fail) -> None:
+def test_a_sample_that_storage_failed_to_read_is_not_replaced(digits: Path, fail: Fail) -> None:
     bad = BadSamples(budget=99, samples=ShardSet(digits).split("train").samples, seed=0)
     with reader_of(digits) as reader:
         fail(errno.EIO)
@@ -124,7 +126,7 @@ def test_nothing_takes_the_place_of_a_sample_that_storage_failed_to_deliver(digi
     assert bad.count == 0
 
 
-def test_a_short_file_is_an_error_of_the_set(digits: Path, tmp_path: Path) -> None:
+def test_a_truncated_file_is_an_error_of_the_set(digits: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(digits, tmp_path / "set"))
     os.truncate(ShardSet(copy).shard_path("train", 0), 2000)
     with reader_of(copy) as reader:
@@ -147,7 +149,7 @@ def test_a_short_file_is_an_error_of_the_set(digits: Path, tmp_path: Path) -> No
         ("look", ""),
     ],
 )
-def test_a_file_that_may_not_be_read_is_a_failure_of_storage(
+def test_a_file_without_read_permission_is_a_failure_of_storage(
     digits: Path, tmp_path: Path, command: str, file: str
 ) -> None:
     copy = Path(shutil.copytree(digits, tmp_path / "set"))
@@ -164,10 +166,10 @@ def test_a_file_that_may_not_be_read_is_a_failure_of_storage(
     (copy / file).chmod(0o755)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    said = done.stdout + done.stderr
-    assert f"{copy / file}" in said
-    assert "cannot be read" in said
-    assert "Permission denied" in said
+    output = done.stdout + done.stderr
+    assert f"{copy / file}" in output
+    assert "cannot be read" in output
+    assert "Permission denied" in output
 
 
 def open_of_a_reader(path: Path) -> int:
@@ -186,7 +188,8 @@ def open_of_a_cache(path: Path) -> int:
 
 @pytest.mark.parametrize("open_file", [open_of_a_reader, open_of_a_cache, regular.open_regular, run_files.open_regular])
 def test_reads_wait_for_a_file_that_another_host_has_locked(tmp_path: Path, open_file: Callable[[Path], int]) -> None:
-    """O_NONBLOCK is for opening alone: with it, Lustre fails (EAGAIN) where it would wait for another client's lock."""
+    """O_NONBLOCK is set only while the file is opened: with it, a read on Lustre fails with EAGAIN instead of waiting
+    for the lock of another client."""
     (tmp_path / "file").write_bytes(b"1")
     handle = open_file(tmp_path / "file")
     try:
