@@ -1,8 +1,8 @@
-"""One rank of a small training that counts at which places its steps make the host wait (tests/support/host_waits.py).
+"""One rank of a small training run that counts the waits of the host in its steps (tests/support/host_waits.py).
 
     host_waits_run.py OUT.json RUN --data SET [options of launch/train.py]
 
-On a GPU, CUDA's own check of synchronisation raises at a wait as well. Rank 0 writes {place: count} to OUT.json.
+On a GPU, CUDA's own check of synchronization also raises an error at a wait. Rank 0 writes {stack: count} to OUT.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.host_waits import HostWaits
 from tests.support.training_loop import training
 
 GLOBAL = 8
-WARM_UP = 4  # DeepSpeed's timers begin at the third step
+WARM_UP = 4  # DeepSpeed's timers start in the third step
 STEPS = 2
 
 
@@ -38,8 +38,8 @@ def main() -> None:
         if gpu:
             torch.cuda.set_sync_debug_mode("default")
     if world.is_main:
-        # The ranks agree on whether to leave by a tensor in host memory.
-        found = {place: count for place, count in waits.found.items() if "launch/resilience/preempt.py" not in place}
+        # The ranks agree on whether to stop (preemption) through a tensor in host memory, which is no wait for a GPU.
+        found = {stack: count for stack, count in waits.found.items() if "launch/resilience/preempt.py" not in stack}
         Path(out).write_text(json.dumps(found))
     disconnect()
 

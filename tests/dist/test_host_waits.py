@@ -1,6 +1,6 @@
-"""No step makes the host wait for the device: two processes, with DDP and with ZeRO.
+"""No step makes the host wait for the device, in two processes with DDP and ZeRO.
 
-Its twin for one process is in tests/unit/test_overlap.py, and for GPUs in tests/gpu/test_overlap.py.
+The tests for one process are in tests/unit/test_overlap.py, those for GPUs in tests/gpu/test_overlap.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ACCUMULATE = ("--micro-batch", "2")
 
 @pytest.fixture
 def waits(launch: Launcher, tmp_path: Path, digits: Path) -> Callable[..., dict[str, int]]:
-    """Options of launch/train.py -> places at which two steps on two ranks wait, and how often."""
+    """Return a function that runs two steps on two ranks with options of launch/train.py and counts waits by stack."""
 
     def found(*options: object) -> dict[str, int]:
         out = tmp_path / "waits.json"
@@ -45,8 +45,8 @@ def test_no_step_makes_the_host_wait(waits: Callable[..., dict[str, int]], zero:
 
 
 @pytest.mark.slow
-def test_where_deepspeed_takes_the_norm_its_waits_are_seen(waits: Callable[..., dict[str, int]]) -> None:
-    """As DeepSpeed does for an optimiser that cannot skip its update on the device: the norm, and clipping by it."""
+def test_waits_of_deepspeeds_gradient_norm_are_detected(waits: Callable[..., dict[str, int]]) -> None:
+    """DeepSpeed reads the norm on the host, and clips, for an optimizer that cannot skip its update on the device."""
     found = waits("--zero", 1, "--optimizer-impl", "foreach")
     assert found
-    assert all("deepspeed/runtime/" in place for place in found)
+    assert all("deepspeed/runtime/" in stack for stack in found)

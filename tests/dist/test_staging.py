@@ -1,4 +1,4 @@
-"""Sets on a server, in real processes: ranks of a node share what they stage, kill -9 loses nothing, S3 works."""
+"""Remote sets in real processes: ranks of a node share staged shards, downloads survive SIGKILL, S3 works."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if os.environ.get("CI") != "true":
 
 @pytest.fixture(scope="module")
 def local(launch: Launcher, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Sequence:
-    """What the local set gives."""
+    """Batches of the local set."""
     ranks = Ranks(launch, tmp_path_factory.mktemp("local"), "--data", digits, *OPTIONS)
     ranks.start(1, 0, STEPS)
     return ranks.join().steps
@@ -60,10 +60,10 @@ def test_two_ranks_stage_each_shard_once(
     site.log.clear()
     ranks.start(3, 0, STEPS, pace=0.1)
     assert ranks.join().steps == local
-    assert not site.whole_reads().keys() & set(shards(digits)), "all is in the cache"
+    assert not site.whole_reads().keys() & set(shards(digits)), "all shards are in the cache"
 
 
-# In small pieces, so that there is something to be killed in the middle of.
+# Downloads in small pieces, so that the process can be killed in the middle of a shard.
 DOWNLOADER = """
 import sys, torch, pipeline.storage.remote.client
 from pathlib import Path
@@ -93,11 +93,11 @@ def downloader(tmp_path: Path, site: Site, files: int) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=pipe, stderr=pipe, text=True)
 
 
-def test_killed_while_it_downloads_a_run_goes_on_where_it_was(site: Site, digits: Path, tmp_path: Path) -> None:
+def test_downloads_are_resumed_after_the_process_was_killed(site: Site, digits: Path, tmp_path: Path) -> None:
     sizes = shards(digits)
 
     def pieces() -> Counter[tuple[str, int]]:
-        """How often each piece of a shard was sent; samples are shorter."""
+        """Return how often each piece of a shard was sent; requests for samples are shorter."""
         sent = [(name, start, stop) for name, start, stop in list(site.log) if name in sizes]
         return Counter(
             (name, start) for name, start, stop in sent if stop - start == PIECE or stop == sizes[name] > start + 10_000
@@ -113,9 +113,9 @@ def test_killed_while_it_downloads_a_run_goes_on_where_it_was(site: Site, digits
         process.kill()
         process.communicate()
     process = downloader(tmp_path, site, len(sizes))
-    stdout, stderr = process.communicate(timeout=200)  # shows a hang, on however busy a machine
+    stdout, stderr = process.communicate(timeout=200)  # long, because the machine may be busy
     assert stdout == "first\nstaged\n", stderr
-    # The pieces that were under way when it was killed are asked for again, one per shard at most; no others are.
+    # Only the pieces that were being downloaded at a kill are requested again: at most one per shard and kill.
     assert pieces().total() - len(pieces()) <= 2 * len(sizes)
     for name in sizes:
         (staged,) = cached(tmp_path / "cache", name)
@@ -123,27 +123,27 @@ def test_killed_while_it_downloads_a_run_goes_on_where_it_was(site: Site, digits
 
 
 def test_ctrl_c_ends_a_run_whose_server_hangs(site: Site, tmp_path: Path) -> None:
-    hangs, goes_on = threading.Event(), threading.Event()
+    hangs, resume = threading.Event(), threading.Event()
 
     def hang(name: str, start: int, stop: int) -> None:
         if hangs.is_set() or stop - start == PIECE:
-            goes_on.wait(120)
+            resume.wait(120)
 
     site.before = hang
     process = downloader(tmp_path, site, 99)
     assert process.stdout is not None
-    assert process.stdout.readline() == "first\n", "samples were sent, no shard was"
+    assert process.stdout.readline() == "first\n", "the first batch needs samples but no shard"
     hangs.set()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=100)  # the server hangs for longer
-    goes_on.set()
+    _, stderr = process.communicate(timeout=100)  # shorter than the server hangs
+    resume.set()
     assert "KeyboardInterrupt" in stderr
 
 
 @pytest.fixture
 def s3(digits: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A local S3 that holds the set in s3://bucket/digits; the environment that leads there."""
+    """A local S3 server with the set at s3://bucket/digits; yields the environment variables for it."""
     import boto3
 
     url = f"http://127.0.0.1:{free_port()}"
@@ -194,5 +194,5 @@ def test_s3(
         command, cwd=ROOT, env=environment(tmp_path, **s3), capture_output=True, text=True, timeout=60, check=False
     )
     assert result.returncode == 2
-    assert "s3://bucket/nothing-here/dataset.json: not there" in result.stderr
+    assert "s3://bucket/nothing-here/dataset.json: not found on the server" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

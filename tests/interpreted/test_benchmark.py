@@ -1,4 +1,4 @@
-"""The benchmarks of kernels run to their end and write the documented results. Their times are meaningless here."""
+"""The benchmarks of kernels run completely and write all results (their times are meaningless in the interpreter)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_kernel_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 class Device:
-    """Replacement for torch.cuda that records how long the device was kept busy before each timed call."""
+    """A replacement of torch.cuda that records how long the device sleeps before each timed call."""
 
     def __init__(self) -> None:
         self.cycles: list[int] = []
@@ -55,7 +55,7 @@ class Device:
 
 
 @pytest.mark.parametrize(("host_seconds", "least"), [(0.0, benchmark.LEAST_CYCLES), (0.02, benchmark.LEAST_CYCLES)])
-def test_the_device_is_busy_while_the_host_launches(
+def test_the_device_sleeps_while_the_host_launches(
     host_seconds: float, least: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, device = benchmark.Clock(3), Device()
@@ -66,13 +66,13 @@ def test_the_device_is_busy_while_the_host_launches(
     assert min(device.cycles) >= max(least, host_seconds * benchmark.CYCLES_PER_SECOND)
 
 
-def test_the_largest_job_gives_the_host_ten_milliseconds() -> None:
+def test_the_device_sleeps_at_least_ten_milliseconds_for_the_largest_job() -> None:
     (job,) = kernel_jobs.norm_of_the_batch_jobs((1, 32, 4, 4), 3, 16, torch.float32)
     assert benchmark.head_start(0.0, job.head_start) == 20_000_000
     assert benchmark.head_start(1.0, job.head_start) == benchmark.MARGIN * benchmark.CYCLES_PER_SECOND
 
 
-def test_without_a_gpu_or_the_interpreter_nothing_is_timed(
+def test_a_gpu_or_the_interpreter_is_required(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -90,16 +90,16 @@ def test_the_other_form_is_the_one_that_is_not_chosen(monkeypatch: pytest.Monkey
     assert (tiles.weight_gradient(*shape), other()) == (tiles.strips(*shape), tiles.patches(*shape))
 
 
-def test_sweep_tries_tiles_and_restores_the_choice() -> None:
-    tried: list[tiles.Tile] = []
+def test_the_sweep_times_distinct_tiles_and_restores_the_default() -> None:
+    used: list[tiles.Tile] = []
     before = tiles.depthwise(3, 56, 56, 64)
-    found = benchmark.sweep(benchmark.Clock(1), lambda: tried.append(tiles.depthwise(3, 56, 56, 64)))
-    assert len({(tile.rows, tile.cols, tile.channels, tile.warps) for tile in tried}) == len(found) > 10
+    found = benchmark.sweep(benchmark.Clock(1), lambda: used.append(tiles.depthwise(3, 56, 56, 64)))
+    assert len({(tile.rows, tile.cols, tile.channels, tile.warps) for tile in used}) == len(found) > 10
     assert [entry["us"] for entry in found] == sorted(entry["us"] for entry in found)
     assert tiles.depthwise(3, 56, 56, 64) == before
 
 
-def test_compared_implementations_return_the_same_results() -> None:
+def test_all_implementations_that_are_compared_give_the_same_results() -> None:
     for job in kernel_jobs.depthwise_jobs((1, 16, 5, 5), 3, 1, torch.float32):
         results = {way: call() for way, call in job.ways.items()}
         if kernel_jobs.OTHER_FORM in results:
@@ -116,8 +116,8 @@ def test_compared_implementations_return_the_same_results() -> None:
             torch.testing.assert_close(results["ours"][1], results["contiguous"][2], rtol=1e-4, atol=1e-4)
 
 
-def test_augmentation_by_torch_and_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values that only a GPU can measure are given: the step's time, the launches and the device's time."""
+def test_the_report_compares_augmentation_by_pytorch_and_by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements that need a GPU are replaced: time of a step, number of launches, device time."""
     monkeypatch.setattr(augment.OnGpu, "step_seconds", lambda self: 0.02)
     monkeypatch.setattr(augment, "on_the_device", lambda work: (5, 1e-3))
     report = augment.OnGpu(augment.Bench(6, 16, 1, torch.device("cpu"))).report()

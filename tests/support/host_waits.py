@@ -1,4 +1,4 @@
-"""Count the places at which a GPU would make the host wait, in code that runs on the CPU."""
+"""Count, on a CPU, the calls that would make the host wait for the device if the code ran on a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators whose result, or whose size of result, the host reads from the device. `masked_fill` with a tensor as value
-# is among them: its CUDA kernel reads that value.
+# Operators for which the host reads the result, or its size, from the device. `masked_fill` with a tensor as value is
+# one of them, because its CUDA implementation reads the value.
 READS = {
     "_local_scalar_dense",
     "item",
@@ -31,25 +31,25 @@ READS = {
     "masked_fill.Tensor",
     "masked_fill_.Tensor",
 }
-# Python functions that no operator stands behind on the CPU.
+# Python functions that call no operator on the CPU.
 COPIES_TO_HOST = {"cpu", "numpy", "tolist", "__array__"}
-# With a device and without a tensor to start from, these copy from pageable memory, which waits for the stream.
+# If called with a device and without a tensor, these copy from pageable memory, which waits for the stream.
 COPIES_FROM_HOST = {"tensor", "as_tensor"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
-    """Counts waits of the thread that enters it: backward passes on the CPU run in that thread, and a loader's own
-    threads may wait.
+    """Counts waits in the thread that enters the context. That includes the backward pass, which on a CPU runs in the
+    same thread, but not the loader's threads, which may wait.
 
-    Counted are operators that the host reads (`READS`), copies between host and device, and explicit synchronisation
-    of torch.cuda and of DeepSpeed's accelerator. What cannot be seen on the CPU: waits inside C++ that depend on CUDA
+    Counted are operators whose result the host reads (`READS`), copies between host and device, and explicit
+    synchronization of torch.cuda and of DeepSpeed's accelerator. Not detected are waits inside C++ that depend on CUDA
     streams, such as those of the caching allocator or of DistributedDataParallel's runtime statistics.
     """
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
-        """"what < file:line of the caller < ..." -> how often."""
+        """"operation < file:line of the caller < ..." -> number of waits."""
         self._stack = contextlib.ExitStack()
         self._thread = 0
 
@@ -69,7 +69,7 @@ class HostWaits(contextlib.AbstractContextManager["HostWaits"]):
         original = getattr(owner, name)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == self._thread:  # the replaced attribute is every thread's
+            if threading.get_ident() == self._thread:  # other threads call the replaced attribute too
                 self._note(f"{getattr(owner, '__name__', type(owner).__name__)}.{name}")
             return original(*args, **kwargs)
 
@@ -118,7 +118,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _synchronisations() -> list[tuple[Any, str]]:
-    """Functions that wait for the device, on objects whose attribute can be replaced."""
+    """Return functions that wait for the device, as (owner, attribute)."""
     found: list[tuple[Any, str]] = [
         (torch.cuda, "synchronize"),
         (torch.cuda.Stream, "synchronize"),

@@ -1,4 +1,4 @@
-"""Memory of a piece of Python, measured in a process of its own."""
+"""Measure the memory of Python code in a new process."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def grown():
 
 
 def run_measured(code: str, timeout: float = 300) -> str:
-    """Run Python code in a new process; return what it printed.
+    """Run Python code in a new process; return its output.
 
-    The code may call `measure()`, and later `grown()`: by how many bytes its resident memory grew at most since then.
+    The code may call `measure()`, and later `grown()`, which returns the maximum growth of its resident memory in bytes
+    since `measure()`.
     """
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""Sets on a server, as loaders read them."""
+"""Fixtures and loaders for remote sets."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def same(found: list[Batch], expected: list[Batch]) -> bool:
 
 
 def wait_until_staged(cache: Path, files: int) -> None:
-    """Wait until that many tars are whole in the cache."""
+    """Wait until the cache contains this number of complete tars."""
     wait_until(lambda: len(cached(cache, "*.tar")) >= files)
 
 
@@ -78,7 +78,7 @@ def shards_of(path: Path, split: str = "train") -> list[str]:
 
 
 def put(cache: Cache, name: str, size: int) -> int:
-    """Fetch a file of zeros; returns a lease of it."""
+    """Add a file of zeros to the cache; return a lease of it."""
     part = cache.begin(cache.folder / "set" / name, size)
     assert isinstance(part, PartialFile)
     with part:

@@ -1,4 +1,4 @@
-"""A web server for one folder, with ranges, a log of what was asked for, and faults on demand."""
+"""A web server for one folder, with range requests, a log of requests, and injected faults."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 @dataclass
 class Site:
-    """What is served, and how."""
+    """Configuration and log of the server."""
 
     folder: Path
     url: str = ""
@@ -25,20 +25,20 @@ class Site:
     """(file, start, stop) of every answered GET."""
     supports_ranges: bool = True
     before: Callable[[str, int, int], None] = lambda name, start, stop: None
-    """Called before an answer; may wait."""
+    """Called before a response is sent; may block."""
     damage: Counter[str] = field(default_factory=Counter)
-    """File -> how many of the next answers have a flipped bit."""
+    """File -> number of responses in which a bit will be flipped."""
     failures: Counter[str] = field(default_factory=Counter)
-    """File -> how many of the next answers are status 503."""
+    """File -> number of requests that will be answered with status 503."""
     instead: Callable[[BaseHTTPRequestHandler, str, bytes], bool] = lambda handler, name, content: False
-    """Called with the handler, the file and its content; returns whether it has answered the request itself."""
+    """Called with the handler, the file and its content; returns whether it has answered the request."""
     tls: ssl.SSLContext | None = None
-    """Serve https://."""
+    """Serve https:// with this context."""
     sent: int = 0
-    """Bytes of all bodies that were handed to the network."""
+    """Bytes of all bodies that were written to the network."""
 
     def whole_reads(self) -> Counter[str]:
-        """How often each file was read from its start to its end, in one request."""
+        """Return how often each file was read completely by one request."""
         return Counter(
             name for name, start, stop in self.log if start == 0 and stop == (self.folder / name).stat().st_size
         )
@@ -56,11 +56,11 @@ def serve(folder: Path, **options: Any) -> Iterator[Site]:
         protocol_version = "HTTP/1.1"
 
         def handle(self) -> None:
-            with suppress(ConnectionError):  # clients may hang up
+            with suppress(ConnectionError):  # the client may close the connection
                 super().handle()
 
         def do_GET(self) -> None:
-            # A few bytes at a time, so that what a client does not take is not counted as sent.
+            # A small buffer, so that bytes that the client does not read are not counted as sent.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
             name = self.path.lstrip("/").partition("/")[2]
             path = site.folder / name

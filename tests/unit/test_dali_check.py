@@ -1,4 +1,4 @@
-"""benchmarks/dali_check.py on DALI's CPU backend: every operator runs, and a failure is reported beside the others."""
+"""benchmarks/dali_check.py on DALI's CPU backend: every operator is checked, even if another check fails."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_operator_runs_on_the_cpu(folder: Path, tmp_path: Path, monkeypatc
     assert rows["evaluation: resize, crop"].startswith("4 images, (64, 64, 3), torch.uint8")
 
 
-def test_a_failing_check_is_reported_and_the_others_go_on(
+def test_a_failing_check_is_reported_and_the_others_still_run(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -58,17 +58,17 @@ def test_a_failing_check_is_reported_and_the_others_go_on(
     rows = json.loads(out.read_text())["results"]
     assert [row["check"] for row in rows] == CHECKS
     failed = {row["check"] for row in rows if row["failed"]}
-    assert failed == {"resize, flip", "images/s"}  # the rate is that of resize and flip
+    assert failed == {"resize, flip", "images/s"}  # the throughput is measured with resize and flip
     assert all("no kernel image is available" in row["found"] for row in rows if row["failed"])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_bad_input_is_named(
+def test_invalid_input_is_reported(
     folder: Path, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dali_check.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, folder if device == "cuda" else tmp_path, "--device", device)
     assert ended.value.code == 2
-    expected = "no CUDA device" if device == "cuda" else "make it with: pipeline sample photos"
+    expected = "no CUDA device" if device == "cuda" else "create the folder with: pipeline sample photos"
     assert expected in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`make gpu`: it keeps to its time, loses nothing when it is killed, and continues when it is called again."""
+"""`make gpu` (benchmarks/gpu.py) respects its time limit, keeps results when it is killed, and continues when rerun."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from launch import cli
 from launch.config import command_line
 from shards.files import durable
 
-# Appends a letter to a file at each run.
+# Appends a letter to a file in each run.
 COUNT = "import pathlib, sys; file = pathlib.Path(sys.argv[1], sys.argv[2]); file.open('a').write('x')"
 PROFILE = "contact"
 
 
 def part(name: str, *command: str, **settings: Any) -> Part:
-    """A part that runs Python with these arguments."""
+    """Return a part that runs Python with these arguments."""
     return Part(
         **{"name": name, "profile": PROFILE, "commands": (("python", *command),), "expected": 20, "least": 0} | settings
     )
@@ -50,7 +50,7 @@ def counted(name: str, folder: Path, **settings: Any) -> Part:
 
 
 def run(patch: pytest.MonkeyPatch, folder: Path, parts: Sequence[Part], *options: str) -> tuple[int, dict[str, Any]]:
-    """Exit status, and the results by part, of a call with its own output and work folders."""
+    """Run the script with separate output and work folders; return its exit status and the results by part."""
     patch.setattr(gpu, "parts", lambda: list(parts))
     patch.setattr(gpu, "START", time.monotonic())
     patch.setenv("TRITON_CACHE_DIR", str(folder / "triton-cache"))
@@ -70,17 +70,17 @@ def run(patch: pytest.MonkeyPatch, folder: Path, parts: Sequence[Part], *options
 
 
 def expected(profile: str) -> float:
-    """Seconds of a profile, the longest chain of parts side by side counted."""
+    """Return the expected seconds of a profile; of parallel parts, the longest chain counts."""
     groups = runner.groups([part for part in table.parts() if part.profile == profile])
     return sum(table.longest_chain(group) for group in groups)
 
 
-def test_both_profiles_fit_the_time_of_a_borrowed_machine() -> None:
+def test_contact_and_measure_are_expected_to_fit_into_the_budget() -> None:
     assert expected("contact") <= 230
     assert expected("contact") + expected("measure") <= table.BUDGET == 590
 
 
-def test_the_longest_chain_follows_the_order_of_parts_side_by_side() -> None:
+def test_the_longest_chain_respects_the_order_of_parallel_parts() -> None:
     first, other = part("a", expected=3), part("b", expected=5)
     assert table.longest_chain([first, other]) == 5
     assert table.longest_chain([first, other, part("c", expected=4, after=("a",))]) == 7
@@ -109,7 +109,7 @@ def test_every_part_names_files_and_tests_that_exist() -> None:
 
 
 class Accepted(Exception):
-    """Raised where a script would begin to work."""
+    """Raised after a script has parsed its options."""
 
 
 def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
@@ -130,13 +130,13 @@ def accept(words: Sequence[str], patch: pytest.MonkeyPatch) -> None:
         case ["python", "-m", "accelerate.commands.launch", "launch/train.py", *options]:
             after(command_line.parse)(options)
         case ["python", script, *options] if script.startswith("benchmarks/"):
-            patch.setattr(sys, "path", [*sys.path])  # to which scripts add the project's folder
+            patch.setattr(sys, "path", [*sys.path])  # because scripts add the project's folder to it
             module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
             patch.setattr(sys, "argv", [script, *options])
             patch.setattr(argparse.ArgumentParser, "parse_args", after(argparse.ArgumentParser.parse_args))
             patch.setattr(tyro, "cli", after(tyro.cli))
             module.main()
-        case _:  # pytest, tarfile and the kit's script are not ours
+        case _:  # pytest, tarfile and the kit's script are not checked
             raise Accepted
 
 
@@ -149,7 +149,7 @@ def test_every_command_line_is_accepted(part: Part, on_cpu: bool, monkeypatch: p
             accept([word.format(**places) for word in command], patch)
 
 
-def test_what_a_first_run_leaves_out_is_in_no_profile() -> None:
+def test_less_important_benchmarks_are_in_no_profile() -> None:
     words = [word for part in table.parts() for command in part.commands for word in command]
     for absent in ("inference", "ffcv", "tune", "benchmarks/model.py", "benchmarks/loader.py", "max-autotune"):
         assert absent not in words
@@ -170,7 +170,7 @@ def test_timed_parts_run_alone() -> None:
 # -- continuing --------------------------------------------------------------------------------------------------------
 
 
-def test_what_passed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_passed_parts_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     good = counted("good", tmp_path)
     bad = part("bad", "-c", "print('why it failed'); raise SystemExit(5)")
     absent = part("absent", "-c", "", modules=("no_such_module",))
@@ -184,8 +184,8 @@ def test_what_passed_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (tmp_path / "good-runs").read_text() == (tmp_path / "bad-runs").read_text() == "x"
 
 
-def test_a_fresh_machine_continues_from_the_json_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one part makes there for others is made again; earlier figures are there for later parts."""
+def test_a_new_machine_continues_from_gpu_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths that a part creates for others are created again; figures of earlier parts are available to later ones."""
     made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir(parents=True)"
     maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes=("data/made",))
     write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('[7]')"
@@ -201,7 +201,7 @@ def test_a_fresh_machine_continues_from_the_json_file(tmp_path: Path, monkeypatc
     assert (tmp_path / "maker-runs").read_text() == "xx"
 
 
-def test_a_part_brings_the_one_that_makes_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_part_that_creates_missing_data_is_also_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make = "import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()"
     maker = part("maker", "-c", make, "{data}/made", makes=("data/made",))
     user = counted("user", tmp_path, uses=("data/made",), profile="measure")
@@ -211,15 +211,17 @@ def test_a_part_brings_the_one_that_makes_its_data(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "user-runs").read_text() == "x"
 
 
-def test_a_part_whose_data_could_not_be_made_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_whose_data_does_not_exist_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = part("maker", "-c", "raise SystemExit(1)", makes=("data/made",))
     status, results = run(monkeypatch, tmp_path, [maker, counted("user", tmp_path, uses=("data/made",))])
     assert (status, results["user"]["state"]) == (1, "not run")
     assert "data/made" in results["user"]["tail"]
 
 
-def test_a_maker_that_was_killed_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of what it makes is there, and gpu.json of an earlier machine says that it has passed."""
+def test_a_part_that_creates_data_runs_again_after_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its data may be incomplete, although it has passed according to an older gpu.json in the output folder."""
     made = COUNT + "; pathlib.Path(sys.argv[3]).mkdir()"
     maker = part("maker", "-c", made, str(tmp_path), "maker-runs", "{data}/made", makes=("data/made",))
     run(monkeypatch, tmp_path, [maker])
@@ -231,22 +233,22 @@ def test_a_maker_that_was_killed_begins_again(tmp_path: Path, monkeypatch: pytes
     assert (tmp_path / "maker-runs").read_text() == "xx"
 
 
-def test_one_part_leaves_the_results_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_one_part_keeps_the_results_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     two = [part("one", "-c", ""), part("other", "-c", "")]
     for name in ("^one", "her$"):
         _, results = run(monkeypatch, tmp_path, two, "--only", name)
     assert [(name, result["state"]) for name, result in results.items()] == [("one", "passed"), ("other", "passed")]
 
 
-def test_other_sources_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until then the table keeps the earlier result and says of what it is."""
+def test_parts_run_again_after_a_change_of_the_source_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then, the table keeps the earlier result and marks it."""
     for sources in ("first", "first", "second"):
         monkeypatch.setattr(gpu, "digest_of_sources", lambda sources=sources: sources)
         run(monkeypatch, tmp_path, [counted("good", tmp_path), part("rare", "-c", "")][: 1 + (sources == "first")])
     assert (tmp_path / "good-runs").read_text() == "xx"
     rows = {line.split(" ")[1]: line for line in (tmp_path / "out/gpu.md").read_text().splitlines() if "passed" in line}
-    assert "of other sources, first" in rows["rare"]
-    assert "of other sources" not in rows["good"]
+    assert "(other source files, first)" in rows["rare"]
+    assert "other source files" not in rows["good"]
 
 
 def test_each_device_has_its_own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,16 +269,16 @@ def test_each_device_has_its_own_results(tmp_path: Path, monkeypatch: pytest.Mon
 # -- time --------------------------------------------------------------------------------------------------------------
 
 
-def test_it_ends_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_limit_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = part("endless", "-c", "import time; print('begun', flush=True); time.sleep(60)", least=0.1)
     late = part("late", "-c", "", least=0.1)
     status, results = run(monkeypatch, tmp_path, [endless, late], "--seconds", "6")
     assert status == gpu.TIME_IS_UP
     assert [result["state"] for result in results.values()] == ["time ran out", "not run"]
-    assert "call again" in results["late"]["tail"]
+    assert "run the script again" in results["late"]["tail"]
 
 
-def test_a_part_is_not_begun_with_too_little_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_is_not_started_if_too_little_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long, short = part("long", "-c", "", least=100), part("short", "-c", "")
     status, results = run(monkeypatch, tmp_path, [long, short], "--seconds", "60")
     assert status == gpu.TIME_IS_UP
@@ -284,7 +286,7 @@ def test_a_part_is_not_begun_with_too_little_time_left(tmp_path: Path, monkeypat
 
 
 def test_a_part_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also those in sessions of their own."""
+    """Including children in other sessions."""
     child = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
     monkeypatch.setattr(runner, "SLOWER", 1.0)
     monkeypatch.setattr(table, "LEAST_LIMIT", 0.0)
@@ -294,13 +296,13 @@ def test_a_part_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatc
     assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61.25"]]
 
 
-def test_parts_side_by_side_wait_for_those_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`slow` ends only when `beside` has begun; `later` finds that `slow` has ended."""
+def test_parallel_parts_wait_for_the_parts_in_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`slow` ends only after `parallel` has started; `later` checks that `slow` has ended."""
     wait = "import pathlib, sys, time\nwhile not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.05)\n"
     begun, ended = tmp_path / "begun", tmp_path / "ended"
     parts = [
         part("slow", "-c", wait + "pathlib.Path(sys.argv[2]).touch()", str(begun), str(ended), together=True),
-        part("beside", "-c", f"import pathlib; pathlib.Path({str(begun)!r}).touch()", together=True),
+        part("parallel", "-c", f"import pathlib; pathlib.Path({str(begun)!r}).touch()", together=True),
         part(
             "later", "-c", f"import pathlib; assert pathlib.Path({str(ended)!r}).exists()",
             together=True, after=("slow",),
@@ -310,19 +312,19 @@ def test_parts_side_by_side_wait_for_those_before_them(tmp_path: Path, monkeypat
     assert (status, {result["state"] for result in results.values()}) == (0, {"passed"})
 
 
-def test_two_calls_do_not_share_a_work_folder(
+def test_two_runs_cannot_use_the_same_work_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work, out = (str(tmp_path / name) for name in ("work", "out"))
     inner = part("inner", "benchmarks/gpu.py", "--cpu", "--work", work, "--out", out, expected=100)
     _, results = run(monkeypatch, tmp_path, [inner])
     assert results["inner"]["status"] == gpu.BAD_INPUT
-    assert "another call is using" in results["inner"]["tail"]
+    assert "is in use by another run; wait for it, or specify another --work" in results["inner"]["tail"]
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------
 
-# Runs the script with many parts, each of which writes 400 lines, and copies all the time.
+# Runs the script with many parts, each of which prints 400 lines, and copies the results continuously.
 SCRIPT = """
 import sys
 sys.path.insert(0, {root!r})
@@ -341,13 +343,13 @@ sys.exit(gpu.main())
 """
 
 
-# A part that starts a child in a session of its own, as launchers do. The child does not end by itself.
+# A part that starts a child in another session, as launchers do. The child does not end by itself.
 STARTS_A_CHILD = "import subprocess, sys; subprocess.run(['sleep', {name!r}], start_new_session=True)"
 
 
 @contextmanager
 def started(folder: Path, script: str = SCRIPT) -> Iterator[subprocess.Popen[bytes]]:
-    """The script in a session of its own, which is killed at the end of the block."""
+    """Run the script in a new session and kill it at the end of the block."""
     code = script.format(root=str(gpu.ROOT), out=str(folder / "out"), work=str(folder / "work"))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -359,19 +361,19 @@ def started(folder: Path, script: str = SCRIPT) -> Iterator[subprocess.Popen[byt
 
 
 def passed_in(out: Path) -> set[str]:
-    """Names of the parts that have passed; gpu.json is whole whenever it is there."""
+    """Return the names of the passed parts in gpu.json, which must be complete if it exists."""
     if not (out / "gpu.json").exists():
         return set()
     found = json.loads((out / "gpu.json").read_text())["devices"].get("cpu", {})
     return {name for name, result in found.items() if result["state"] == "passed"}
 
 
-def test_a_kill_at_any_moment_leaves_whole_files_and_loses_no_part(tmp_path: Path) -> None:
+def test_a_kill_at_any_time_leaves_complete_files_and_keeps_all_results(tmp_path: Path) -> None:
     out, work, rng = tmp_path / "out", tmp_path / "work", random.Random(0)
     before: set[str] = set()
     for kill in (os.killpg, os.kill) * 3:  # the whole group or the script alone
         with started(tmp_path) as process:
-            while len(passed_in(out)) < len(before) + 2:  # into the middle of its work, however slow this machine is
+            while len(passed_in(out)) < len(before) + 2:  # wait for progress, not for a time: the machine may be slow
                 time.sleep(0.05)
                 assert process.poll() is None
             time.sleep(rng.uniform(0, 0.3))
@@ -390,7 +392,7 @@ def test_a_kill_at_any_moment_leaves_whole_files_and_loses_no_part(tmp_path: Pat
 
 @pytest.mark.parametrize("kill", [os.kill, os.killpg], ids=["script alone", "process group"])
 def test_no_process_outlives_a_killed_script(kill: Callable[[int, int], None], tmp_path: Path) -> None:
-    """Neither a part nor what it has started in another session: both would hold the GPU during the next call."""
+    """Neither a part nor its children in other sessions: they would keep the GPU busy during the next run."""
     seconds = f"3600.{random.SystemRandom().randrange(10**9)}"
     child = STARTS_A_CHILD.format(name=seconds)
 
@@ -404,7 +406,7 @@ def test_no_process_outlives_a_killed_script(kill: Callable[[int, int], None], t
                 assert process.poll() is None
             kill(process.pid, signal.SIGKILL)
             process.wait()
-            while running():  # a test that hangs here has found one
+            while running():  # if a process survives, the test hangs here
                 time.sleep(0.05)
         finally:
             for pid in running():
@@ -432,7 +434,7 @@ def test_results_are_copied_as_soon_as_a_part_has_ended(tmp_path: Path, monkeypa
     assert [result["state"] for result in results.values()] == ["passed", "passed"]
 
 
-def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> None:
+def test_sigterm_ends_the_running_parts_and_saves_the_results(tmp_path: Path) -> None:
     out, work = tmp_path / "out", tmp_path / "work"
     with started(tmp_path, SCRIPT.replace("print(hash(str(i)))", "__import__('time').sleep(1)")) as process:
         while not (work / "parts/cpu/part0.txt").exists():
@@ -444,14 +446,14 @@ def test_being_asked_to_end_saves_and_ends_the_running_parts(tmp_path: Path) -> 
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(work) in " ".join(p.info["cmdline"] or [])]
 
 
-def test_a_signal_that_another_thread_gets_ends_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python handles signals in its main thread, which such a signal does not wake. A test that hangs here has found
-    the main thread asleep."""
+def test_a_signal_that_another_thread_receives_ends_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python runs signal handlers in the main thread, which such a signal does not wake: the test hangs if that thread
+    blocks indefinitely."""
 
     def end_when_begun() -> None:
         while not (tmp_path / "work/parts/cpu/endless.txt").exists():
             time.sleep(0.05)
-        time.sleep(0.2)  # the main thread waits by then
+        time.sleep(0.2)  # until the main thread waits
         signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
 
     thread = threading.Thread(target=end_when_begun)
@@ -473,10 +475,10 @@ def test_checkpoints_are_not_in_the_archive(tmp_path: Path, monkeypatch: pytest.
         assert archive.getnames() == ["parts/cpu/trains.run/log", "parts/cpu/trains.txt", "gpu.json", "gpu.md"]
 
 
-# -- what it says ------------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
-def test_parts_have_their_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/the/callers")
     monkeypatch.setenv("HF_HOME", "/its/own")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
@@ -490,7 +492,7 @@ def test_parts_have_their_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["DS_IGNORE_CUDA_DETECTION"] == "1"
 
 
-def test_the_kit_is_unpacked_first_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kit_is_unpacked_first_if_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kit = tmp_path / ".kit"
     kit.mkdir()
     (kit / "unpack.sh").write_text('mkdir "$1"; cat "$2" "$3" > "$1/kit_module.py"\n')
@@ -513,10 +515,10 @@ def test_without_a_kit_nothing_is_unpacked(tmp_path: Path, monkeypatch: pytest.M
     unpacking = [part for part in table.parts() if part.name in ("kernel-cache", "kit")]
     status, results = run(monkeypatch, tmp_path, unpacking)
     assert (status, [result["state"] for result in results.values()]) == (0, ["left out", "left out"])
-    assert results["kit"]["tail"] == "there is no no-such-kit/unpack.sh"
+    assert results["kit"]["tail"] == "no-such-kit/unpack.sh does not exist"
 
 
-def test_a_training_run_is_summarised_by_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_run_is_summarized_by_its_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [{"kind": "eval", "top1": 0.1}, {"kind": "eval", "top1": 0.9}]
     write = (
         "import json, pathlib, sys; file = pathlib.Path(sys.argv[1], 'metrics.jsonl')\n"
@@ -527,19 +529,20 @@ def test_a_training_run_is_summarised_by_its_metrics(tmp_path: Path, monkeypatch
     assert "top-1 90.00%" in (tmp_path / "out/gpu.md").read_text()
 
 
-def test_figures_end_up_in_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_contains_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {"results": [{"mode": "training", "way": "graph", "images/s": 1234.5}]}
     write = f"import pathlib, sys; pathlib.Path(sys.argv[1]).write_text({json.dumps(rows)!r})"
     run(monkeypatch, tmp_path, [part("step", "-c", write.replace("{", "{{").replace("}", "}}"), "{out}")])
     assert re.search(r"\| step \| \d+ \| passed, \d+ s: training graph 1,234 \|", (tmp_path / "out/gpu.md").read_text())
 
 
-def test_every_benchmark_is_summarised_in_a_line() -> None:
-    shares = [{"kernel": "a", "ours": {"us": 1.0, "share": share}} for share in (0.5, 0.75, 1.0)]
-    shares[0]["other form"] = {"us": 2.0, "share": 0.25}
-    kernels = {"copy GB/s": 4000.0, "results": shares}
+def test_every_benchmark_is_summarized_in_one_line() -> None:
+    rows = [{"kernel": "a", "ours": {"us": 1.0, "share": fraction}} for fraction in (0.5, 0.75, 1.0)]
+    rows[0]["other form"] = {"us": 2.0, "share": 0.25}
+    kernels = {"copy GB/s": 4000.0, "results": rows}
     line = report.figures_in_a_line
-    assert line(kernels) == "copy 4,000 GB/s; 3 kernels, shares of it: ours 0.75 (0.50 to 1.00); " + (
+    assert line(kernels) == (
+        "copy 4,000 GB/s; 3 kernels, fractions of that bandwidth: ours 0.75 (0.50 to 1.00); "
         "other form 0.25 (0.25 to 0.25)"
     )
     assert line({"results": [{"mode": "training", "way": "graph", "failed": "OutOfMemoryError: no room"}]}) == (
@@ -564,11 +567,11 @@ def test_every_benchmark_is_summarised_in_a_line() -> None:
     ("options", "message"),
     [
         (["contract"], "unknown profile contract: expected contact, measure, sweep, peers"),
-        (["--only", "("], "not a regular expression"),
-        (["measure", "--only", "step-b9"], "none of step-b3, bench-b3"),
+        (["--only", "("], "not a valid regular expression"),
+        (["measure", "--only", "step-b9"], "--only step-b9: no part matches; the parts are step-b3, bench-b3"),
     ],
 )
-def test_bad_options_are_named(
+def test_invalid_options_are_reported(
     options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
@@ -578,7 +581,7 @@ def test_bad_options_are_named(
     assert message in capsys.readouterr().err
 
 
-def test_without_a_gpu_it_says_so(
+def test_a_missing_gpu_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "has_gpu", lambda: False)

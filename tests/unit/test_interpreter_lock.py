@@ -1,4 +1,4 @@
-"""benchmarks/interpreter_lock.py runs the loader that training has, and leaves the interpreter as it was."""
+"""benchmarks/interpreter_lock.py measures the loader of training, and restores the interpreter's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH = 16
 
 @pytest.mark.parametrize("feed", ["threads", "process"])
 @pytest.mark.parametrize("work", ["feed", "host"])
-def test_the_work_is_that_of_the_plan_s_batches(
+def test_the_loader_delivers_the_batches_of_the_plan(
     photos: Path, work: interpreter_lock.Work, feed: interpreter_lock.Feed
 ) -> None:
     dataset = ShardSet(photos)
@@ -30,7 +30,7 @@ def test_the_work_is_that_of_the_plan_s_batches(
 
 
 @pytest.mark.parametrize("work", ["feed", "host", "pixels"])
-def test_every_main_thread_has_its_turn_and_the_interpreter_stays_as_it_was(
+def test_all_main_threads_are_measured_and_the_interpreter_is_restored(
     photos: Path, work: interpreter_lock.Work
 ) -> None:
     threads, interval = set(threading.enumerate()), sys.getswitchinterval()
@@ -49,8 +49,8 @@ def test_each_part_of_the_work_takes_time(photos: Path) -> None:
 
 
 @pytest.mark.parametrize(("busy", "holds"), [(hold, True), (burn, False)])
-def test_one_load_holds_the_lock_and_the_other_does_not(busy: object, holds: bool) -> None:
-    """Counted while the load runs, the interpreter switching as seldom as in an hour."""
+def test_hold_keeps_the_lock_and_burn_releases_it(busy: object, holds: bool) -> None:
+    """Another thread counts while the load runs, with a switch interval of an hour."""
     counted: list[int] = []
     stop = threading.Event()
 
@@ -59,7 +59,7 @@ def test_one_load_holds_the_lock_and_the_other_does_not(busy: object, holds: boo
             counted.append(len(counted))
             time.sleep(0)
 
-    burn(0.01)  # calibrated
+    burn(0.01)  # calibrates it
     interval = sys.getswitchinterval()
     thread = threading.Thread(target=count)
     sys.setswitchinterval(3600)
@@ -67,7 +67,7 @@ def test_one_load_holds_the_lock_and_the_other_does_not(busy: object, holds: boo
         thread.start()
         before = len(counted)
         busy(0.3)  # type: ignore[operator]
-        while not holds and len(counted) == before:  # on a busy machine the other thread may not have had a core yet
+        while not holds and len(counted) == before:  # on a busy machine, the other thread may not have run yet
             busy(0.1)  # type: ignore[operator]
         during = len(counted) - before
     finally:
@@ -77,7 +77,7 @@ def test_one_load_holds_the_lock_and_the_other_does_not(busy: object, holds: boo
     assert (during == 0) is holds
 
 
-def test_without_a_main_thread_batches_are_only_taken(photos: Path) -> None:
+def test_without_a_main_thread_batches_are_only_consumed(photos: Path) -> None:
     with loader_of(ShardSet(photos), "host", BATCH) as loader:
         batches, turns = rates(loader, None, 0.2)
     assert batches > 0

@@ -1,4 +1,4 @@
-"""The benchmark that compares a GPU's two JPEG decoders (benchmarks/jpeg_decoders.py), without a GPU."""
+"""The comparison of a GPU's two JPEG decoders (benchmarks/jpeg_decoders.py), tested without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 class Rounding:
-    """A decoder whose engine changes the blue channel of its part of a batch; its clock advances with every image."""
+    """A decoder whose engine changes the blue channel of its part of the batch; decoding advances a simulated clock."""
 
     def __init__(self, clock: list[float], load: float) -> None:
         self._clock, self._load = clock, load
@@ -56,7 +56,7 @@ def test_equal_pixels_at_equal_speed_are_reported_as_an_unused_engine(
 ) -> None:
     found = Comparison(images=8, mean=0.0, max=greatest, differing=0.0, rates={"0": 100.0, "1": engine, "0.9": 99.0})
     assert found.unused is unused
-    assert ("seems to decode nothing" in str(found)) is unused
+    assert ("appears not to be used" in str(found)) is unused
 
 
 def test_the_compared_batch_is_the_first_batch_of_training(digits: Path) -> None:
@@ -79,12 +79,12 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, dataset: Path) -> dict[str, 
     return json.loads(out.read_text())
 
 
-def test_without_an_engine_the_reason_is_named(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_engine_the_reason_is_reported(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, tmp_path / "out.json", digits)["decoders"] == "not compared: no GPU"
 
 
 def test_the_results_are_written(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the CPU decoder in place of both GPU decoders."""
+    """The CPU decoder replaces both GPU decoders."""
     monkeypatch.setattr("benchmarks.jpeg_decoders.find_jpeg_engine", lambda _: JpegEngine(usable=True, found="none"))
     found = run(monkeypatch, tmp_path / "out.json", digits)
     assert (found["images"], found["max"]) == (16, 0)

@@ -1,6 +1,6 @@
-"""The training thread only queues work: no Python code per sample, and no wait for a result before it is needed.
+"""The training thread does no Python work per sample and never waits for the device.
 
-tests/gpu/test_overlap.py checks the same on a GPU, with CUDA's own detection of synchronisation.
+The same test on a GPU, with CUDA's own check of synchronization, is tests/gpu/test_overlap.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMALL, LARGE = 4, 12
 
 
 def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[str]]:
-    """Count the functions that the training thread calls from Python, including C functions."""
+    """Return the number of Python and C functions that the training thread calls per step, and a count by function."""
     calls: Counter[str] = Counter()
 
     def note(frame: FrameType, event: str, arg: Any) -> None:
@@ -48,7 +48,7 @@ def calls_per_step(data: Path, out: Path, batch: int) -> tuple[float, Counter[st
 def test_the_training_thread_makes_no_python_calls_per_sample(tmp_path: Path, digits: Path) -> None:
     small, _ = calls_per_step(digits, tmp_path / "small", SMALL)
     large, calls = calls_per_step(digits, tmp_path / "large", LARGE)
-    # Three times the samples, but the same number of calls. One call per sample and step would add 8.
+    # The same number of calls with three times the samples; one call per sample and step would add 8.
     assert large == pytest.approx(small, abs=2), calls.most_common(10)
 
 
@@ -84,12 +84,12 @@ ONE, CPU = torch.ones(()), torch.device("cpu")
         ("new_tensor", lambda: ONE.new_tensor([1.0])),
     ],
 )
-def test_every_wait_for_the_device_is_counted_with_its_location(name: str, wait: Callable[[], object]) -> None:
+def test_waits_are_counted_with_their_source_line(name: str, wait: Callable[[], object]) -> None:
     with HostWaits() as waits:
         wait()
     assert waits.found.total() == 1
-    (place,) = waits.found
-    assert place.startswith(f"{name} < tests/unit/test_overlap.py:")
+    (trace,) = waits.found
+    assert trace.startswith(f"{name} < tests/unit/test_overlap.py:")
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,14 @@ def test_every_wait_for_the_device_is_counted_with_its_location(name: str, wait:
         lambda: torch.where(torch.ones(3).bool(), ONE, 0.0),
     ],
 )
-def test_work_without_a_wait_for_the_device_is_not_counted(work: Callable[[], object]) -> None:
+def test_asynchronous_work_is_not_counted(work: Callable[[], object]) -> None:
     with HostWaits() as waits:
         work()
     assert not waits.found
 
 
 class Event:
-    """A CUDA event that occurs when the test sets it or when it is waited for."""
+    """A CUDA event that completes when the test sets `happened`, or when it is waited for."""
 
     def __init__(self) -> None:
         self.happened, self.waited = False, False
@@ -137,7 +137,7 @@ def test_decoded_images_stay_alive_until_their_stream_has_read_them() -> None:
     events[0].happened = True
     in_use.keep(images.pop())
     assert [one() is None for one in held[:2]] == [True, False]
-    in_use.keep(images.pop())  # more than MAX_KEPT: waits for the oldest
+    in_use.keep(images.pop())  # exceeds MOST_KEPT, so it waits for the oldest event
     assert held[1]() is None
     assert [event.waited for event in events] == [False, True, *[False] * MAX_KEPT]
     in_use.close()
@@ -145,7 +145,7 @@ def test_decoded_images_stay_alive_until_their_stream_has_read_them() -> None:
     assert events[-1].waited
 
 
-def test_the_inputs_of_a_batch_stay_alive_until_after_the_wait() -> None:
+def test_inputs_of_the_decoder_are_held_as_long_as_its_images() -> None:
     events: list[Event] = []
     in_use = InUseBuffers(SimpleNamespace(record_event=lambda: events.append(Event()) or events[-1]))
     for _ in range(MAX_KEPT + 1):

@@ -1,4 +1,4 @@
-"""benchmarks/step.py and peers.py: ways that fail are run again alone or another way, and rows say so."""
+"""benchmarks/step.py and peers.py: modes that fail run again alone or in another mode, and their rows say so."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_compiler = pytest.mark.skipif(importlib.util.find_spec("triton") is None, 
 
 
 class Tiny(nn.Module):
-    """Stands in for a model of timm."""
+    """A small model in place of timm's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Tiny(nn.Module):
 
 
 class Breaking(Tiny):
-    """torch.compile cannot trace this whole."""
+    """A model with a graph break for torch.compile."""
 
     def forward(self, images: Tensor) -> Tensor:
         torch._dynamo.graph_break()
@@ -52,7 +52,12 @@ OPTIONS = argparse.Namespace(ways=["library", "channels-last"], batch=4, size=32
 
 
 def steps_that(fail: Callable[[str, int], str | None], built: list[str]) -> Callable[..., Callable[[], None]]:
-    """A `step.step` whose steps do nothing or fail: `fail` is told the way and how many are alive."""
+    """Return a replacement of `step.step` whose steps do nothing or fail.
+
+    Args:
+        fail: returns an error message, or None, for a mode and the number of steps that are alive.
+        built: list to which the mode of each built step is appended.
+    """
     alive: set[object] = set()
 
     class Step:
@@ -71,8 +76,8 @@ def steps_that(fail: Callable[[str, int], str | None], built: list[str]) -> Call
     return lambda name, way, training, options: Step(way)
 
 
-def test_a_captured_step_keeps_what_its_graph_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the next way's tensors take the memory of its weights and labels."""
+def test_a_captured_step_keeps_the_tensors_of_its_graph_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the tensors of the next mode would overwrite its weights and labels."""
     built: list[weakref.ref[nn.Module]] = []
 
     def build(_: str) -> nn.Module:
@@ -106,7 +111,7 @@ def test_a_captured_step_keeps_what_its_graph_reads(monkeypatch: pytest.MonkeyPa
         ("shapes do not match", False),
     ],
 )
-def test_a_way_that_failed_beside_others_is_run_again_alone(
+def test_a_mode_that_failed_next_to_others_runs_again_alone(
     reason: str, again: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[str] = []
@@ -119,7 +124,7 @@ def test_a_way_that_failed_beside_others_is_run_again_alone(
     assert last["beside the others" if again else "failed"] == f"RuntimeError: {reason}"
 
 
-def test_a_way_that_fails_alone_too_says_why_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mode_that_also_fails_alone_reports_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
     monkeypatch.setattr(step, "step", steps_that(lambda way, alive: f"no memory for {alive}", built))
     rows = step.compare("fat_b0", True, OPTIONS)
@@ -127,7 +132,7 @@ def test_a_way_that_fails_alone_too_says_why_both_times(monkeypatch: pytest.Monk
     assert all(row["failed"] == "RuntimeError: no memory for 1" for row in rows)
 
 
-def test_ways_one_after_the_other_are_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_alone_each_mode_is_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
     fails = lambda way, alive: "not freed" if alive > 1 else None  # noqa: E731
     monkeypatch.setattr(step, "step", steps_that(fails, built))
@@ -135,7 +140,7 @@ def test_ways_one_after_the_other_are_freed_before_the_next(monkeypatch: pytest.
     assert [row["way"] for row in rows if "images/s" in row] == built == OPTIONS.ways
 
 
-def test_a_way_that_fails_between_rounds_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mode_that_fails_in_a_later_round_does_not_affect_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"bad": 0, "good": 0}
 
     def call(name: str) -> None:
@@ -172,7 +177,7 @@ def test_peers_are_reported_as_ratios_to_fat(tmp_path: Path, monkeypatch: pytest
     assert "plain data parallel" in peer["engine"]
 
 
-def test_ratios_are_to_an_earlier_run_of_the_same_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ratios_can_be_relative_to_an_earlier_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fat = tmp_path / "fat.json"
     rates = [("fat_b0", 50.0), ("fat_b0", 100.0), ("resnet50", 1.0)]
     fat.write_text(json.dumps({"results": [{"model": model, "images/s": rate} for model, rate in rates]}))
@@ -184,7 +189,7 @@ def test_ratios_are_to_an_earlier_run_of_the_same_machine(tmp_path: Path, monkey
 
 @needs_compiler
 def test_a_peer_that_cannot_be_compiled_whole_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_module = nn.Module.compile  # by a backend that needs no C++ compiler
+    compile_module = nn.Module.compile  # with a backend that needs no C++ compiler
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
     )
@@ -196,17 +201,17 @@ def test_a_peer_that_cannot_be_compiled_whole_says_so(tmp_path: Path, monkeypatc
 
 
 def test_a_peer_that_cannot_be_compiled_runs_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: nn.Module, **options: object) -> None:
+    def fail(self: nn.Module, **options: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(nn.Module, "compile", refuse)
+    monkeypatch.setattr(nn.Module, "compile", fail)
     status, (row,) = run_peers(monkeypatch, {"resnet50": Tiny}, tmp_path / "peers.json", "--ways", "compiled")
     assert (status, row["compiled"]) == (0, peers.EAGER)
     assert row[f"not {peers.BREAKS}"] == "RuntimeError: no compiler"
     assert "images/s" in row
 
 
-def test_a_peer_that_fails_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_fails_does_not_affect_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong(Tiny):
         def forward(self, images: Tensor) -> Tensor:
             raise ValueError("Input height (8) doesn't match model (224)")
