@@ -79,7 +79,7 @@ def run(monkeypatch: pytest.MonkeyPatch, out: Path, dataset: Path) -> dict[str, 
     return json.loads(out.read_text())
 
 
-def test_without_an_engine_the_reason_is_reported(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lack_of_an_engine_is_reported(tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, tmp_path / "out.json", digits)["decoders"] == "not compared: no GPU"
 
 
