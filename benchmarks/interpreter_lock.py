@@ -309,8 +309,8 @@ def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
                     next(loader)
                 note("batches_per_second", "alone", rates(loader, None, seconds)[0])
                 for name, (locked, free) in MAIN.items():
-                    beside, turns = rates(loader, free, seconds)
-                    note("batches_per_second", f"{name}, without the lock", beside)
+                    unlocked, turns = rates(loader, free, seconds)
+                    note("batches_per_second", f"{name}, without the lock", unlocked)
                     free_keeps = turns / own[name][1]
                     for interval in options.intervals:
                         before = sys.getswitchinterval()
@@ -321,7 +321,7 @@ def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
                             sys.setswitchinterval(before)
                         key = f"{name}, switch interval {interval * 1e3:g} ms"
                         note("batches_per_second", key, found)
-                        note("loader_keeps", key, found / beside)
+                        note("loader_keeps", key, found / unlocked)
                         note("main_keeps", key, turns / own[name][0] / free_keeps)
         print(f"{work}: round {number + 1} of {options.rounds}", flush=True)
     medians = {
@@ -415,7 +415,7 @@ def main() -> None:
     for work in options.works:
         found = result[work]
         alone = ", ".join(f"{feed} {found['batches_per_second'][f'{feed}, alone']:.1f}" for feed in options.feeds)
-        print(f"{work}, batches of {found['batch']} images per second without a main thread: {alone}")
+        print(f"{work}: batches (of {found['batch']} images) per second without a main thread: {alone}")
         for name, value in found["loader_keeps"].items():
             speed = found["batches_per_second"][name]
             print(f"  {name:44s} {speed:8.1f} /s; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")

@@ -83,9 +83,10 @@ def depthwise_jobs(
     """
     _, channels, height, width = shape
     residual = stride == 1
-    x, weight, bias = maps(shape, dtype), torch.randn(channels, 1, kernel, kernel, device=DEVICE), rand(channels)
+    x, bias = feature_maps(shape, dtype), rand(channels)
+    weight = torch.randn(channels, 1, kernel, kernel, device=DEVICE)
     out = ops.depthwise(x, weight, bias, stride, residual)
-    gradient = maps(tuple(out.shape), dtype)
+    gradient = feature_maps(tuple(out.shape), dtype)
     half, half_bias = weight.to(dtype), bias.to(dtype)
     size, small = x.numel() * x.element_size(), out.numel() * out.element_size()
     name = f"depthwise {kernel}x{kernel}" + (" s2" if stride == 2 else " + x")
@@ -184,8 +185,8 @@ def norm_of_the_batch_jobs(
     torch.manual_seed(0)
     unit = ConvNorm(ResidualDepthwise(channels, kernel)).to(DEVICE).train()
     after = pointwise(channels, outputs).to(DEVICE)
-    x, size = maps(shape, dtype), shape[0] * channels * shape[2] * shape[3] * dtype.itemsize
-    gradient = maps((shape[0], outputs, *shape[2:]), dtype)
+    x, size = feature_maps(shape, dtype), shape[0] * channels * shape[2] * shape[3] * dtype.itemsize
+    gradient = feature_maps((shape[0], outputs, *shape[2:]), dtype)
     small = gradient.numel() * gradient.element_size()
 
     def step(mode: Mode, x: Tensor, gradient: Tensor) -> None:
@@ -211,7 +212,7 @@ def norm_of_the_batch_jobs(
 
 def gate_jobs(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype) -> Iterator[Job]:
     channels = shape[1]
-    q, other, gradient = (maps(shape, dtype) for _ in range(3))
+    q, other, gradient = (feature_maps(shape, dtype) for _ in range(3))
     weight, bias = torch.randn(channels, 1, kernel, kernel, device=DEVICE), rand(channels)
     half, half_bias = weight.to(dtype), bias.to(dtype)
     size = q.numel() * q.element_size()
@@ -236,7 +237,8 @@ def gate_jobs(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype)
 def attention_jobs(shape: tuple[int, int, int, int], keys: int, heads: int, dtype: torch.dtype) -> Iterator[Job]:
     """Yield attention of every position to `keys` x `keys` keys and values."""
     batch, channels = shape[:2]
-    q, gradient, kv = maps(shape, dtype), maps(shape, dtype), maps((batch, 2 * channels, keys, keys), dtype)
+    q, gradient = feature_maps(shape, dtype), feature_maps(shape, dtype)
+    kv = feature_maps((batch, 2 * channels, keys, keys), dtype)
     scale = (channels // heads) ** -0.5
     size, small = q.numel() * q.element_size(), kv.numel() * kv.element_size()
 
@@ -258,7 +260,7 @@ def attention_jobs(shape: tuple[int, int, int, int], keys: int, heads: int, dtyp
 
 def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
     batch, channels = shape[:2]
-    x, branch, gradient, residual = (maps(shape, dtype) for _ in range(4))
+    x, branch, gradient, residual = (feature_maps(shape, dtype) for _ in range(4))
     weight, bias, scale = rand(channels), rand(channels), torch.full((batch,), 1.1, device=DEVICE)
     size = x.numel() * x.element_size()
     _, mean, rstd = ops.norm(x, weight, bias, EPS)
@@ -291,7 +293,7 @@ def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
 
 
 def bias_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
-    gradient = maps(shape, dtype)
+    gradient = feature_maps(shape, dtype)
     rows, plain = gradient.permute(0, 2, 3, 1).flatten(0, 2), gradient.contiguous()
     own: Ways = {
         "ours": lambda: ops.channel_sums(gradient, torch.float32),
@@ -303,7 +305,7 @@ def bias_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
 
 def stem_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
     """Yield BatchNorm in training mode with ReLU, as in the stem."""
-    x, gradient, weight, bias = maps(shape, dtype), maps(shape, dtype), rand(shape[1]), rand(shape[1])
+    x, gradient, weight, bias = feature_maps(shape, dtype), feature_maps(shape, dtype), rand(shape[1]), rand(shape[1])
     size, count = x.numel() * x.element_size(), x.numel() // shape[1]
     mean, var = ops.channel_stats(x)
     result = ops.norm_relu(x, weight, bias, mean, var, EPS)
@@ -336,7 +338,7 @@ def backward_of(function: Callable[..., Tensor], *tensors: Tensor) -> Callable[[
     return lambda: torch.autograd.grad(out, leaves, cotangent, retain_graph=True)
 
 
-def maps(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def feature_maps(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
 
 

@@ -102,7 +102,7 @@ def main() -> None:
 def sweep(clock: Clock, call: Callable[[], object]) -> list[dict[str, Any]]:
     """Time the launch configurations of a depthwise kernel; return them, the fastest first."""
     found: list[dict[str, Any]] = []
-    for change in others():
+    for change in other_tiles():
 
         def chosen(*shape: int, change: dict[str, int] = change) -> tiles.Tile:
             return tiles.Tile(**change)
@@ -122,7 +122,7 @@ def sweep_weights(clock: Clock, call: Callable[[], object]) -> list[dict[str, An
     return sorted(found, key=lambda entry: entry["us"])
 
 
-def others() -> Iterator[dict[str, int]]:
+def other_tiles() -> Iterator[dict[str, int]]:
     for rows, cols, channels, warps in itertools.product((2, 4, 7, 8), (8, 16, 32), (32, 64), (2, 4, 8)):
         if cols * channels // (32 * warps) in (2, 4, 8, 16):
             yield {"rows": rows, "cols": cols, "channels": channels, "warps": warps}

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks import kernel_jobs
-from benchmarks.kernel_jobs import maps, rand
+from benchmarks.kernel_jobs import feature_maps, rand
 from benchmarks.kernels import Clock, copy_bandwidth
 from fat.kernels import ops
 from fat.kernels.impl import tiles
@@ -58,10 +58,10 @@ class Call:
     def make(self, batch: int) -> tuple[Callable[[], object], int]:
         """Return a function that makes the call, and its minimum memory traffic in bytes."""
         shape = (batch, self.channels, self.side, self.side)
-        x, other = (maps(shape, torch.bfloat16) for _ in range(2))
+        x, other = (feature_maps(shape, torch.bfloat16) for _ in range(2))
         weight = torch.randn(self.channels, 1, self.kernel, self.kernel, device=kernel_jobs.DEVICE)
         bias, size = rand(self.channels), x.numel() * x.element_size()
-        half = maps((*shape[:2], self.side // 2, self.side // 2), torch.bfloat16)
+        half = feature_maps((*shape[:2], self.side // 2, self.side // 2), torch.bfloat16)
         sides = self.side, self.side
         calls: dict[str, tuple[Callable[[], object], int]] = {
             "weight gradient": (
