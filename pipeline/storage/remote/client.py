@@ -38,13 +38,13 @@ _POLL_SECONDS = 0.1
 
 
 class Remote:
-    """A folder behind a URL that fsspec knows (s3://bucket/set, https://host/set, gs://, ...). Thread-safe.
+    """A folder at a URL that fsspec supports (s3://bucket/set, https://host/set, gs://, ...). Thread-safe.
 
     Args:
         facts: properties of the server, shared by all instances for the same URL.
 
     Raises:
-        UserError: the URL carries credentials, its protocol is unknown, or a package for it is not installed.
+        UserError: the URL contains credentials, its protocol is unknown, or a package for it is not installed.
     """
 
     def __init__(self, url: str, facts: ServerFacts | None = None) -> None:
