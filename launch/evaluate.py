@@ -1,6 +1,7 @@
 """Evaluate the accuracy of a run, a checkpoint or a weights file. Every image is counted once at any world size.
 
 python launch/evaluate.py runs/fat --data imagenet-shards/
+
 accelerate launch --multi_gpu --num_processes 8 launch/evaluate.py weights.safetensors --fuse
 """
 

@@ -62,7 +62,9 @@ class Feed:
         )
         classes = len(dataset.manifest.classes)
         if recipe.model.classes is not None and recipe.model.classes < classes:
-            raise RecipeError(f"--classes {recipe.model.classes}: the data set has {classes}; use at least as many")
+            raise RecipeError(
+                f"--classes {recipe.model.classes}: the data set has {classes} classes; use at least {classes}"
+            )
         for split in dataset.manifest.splits:
             dataset.check_sizes(split)  # as loaders do, but before anything is written
         return cls(recipe, world, dataset, augment, shape, plan)

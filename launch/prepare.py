@@ -26,7 +26,7 @@ class PreparedRun:
     """A validated run: data, recipe and model."""
 
     feed: Feed
-    """Its recipe has options of the run's first start where the command line does not set them."""
+    """Data of the run. Its recipe has inherited performance options from an earlier start (`inherit_options`)."""
     model: fat.FAT
     """Initialized, on the CPU."""
     execution: Execution

@@ -90,7 +90,7 @@ def submit(script: Path) -> int:
         SubmitError: sbatch is not on the PATH, or it rejected the script.
     """
     if shutil.which("sbatch") is None:
-        raise SubmitError(f"sbatch is not on the PATH of this machine; run on a login node: sbatch {script}")
+        raise SubmitError(f"sbatch is not on the PATH of this machine; on a login node run: sbatch {script}")
     command = ["sbatch", "--parsable", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     number = done.stdout.strip().split(";")[0]

@@ -203,9 +203,9 @@ def failure_in_status(run: Path, lock: FolderLock) -> Iterator[None]:
             # With the step, because this rank may overwrite a status in which rank 0 has just written the step.
             step = CheckpointFolder(run / CHECKPOINTS).newest_step()
             known = error if isinstance(error, UserError) else open_files_error(error)
-            refused = known is not None and known.exit_code == UserError.exit_code
+            invalid_input = known is not None and known.exit_code == UserError.exit_code
             reason = str(known) if known else f"{type(error).__name__}: {error}"
-            write_status(run, "refused" if refused else "failed", step=step, reason=reason)
+            write_status(run, "refused" if invalid_input else "failed", step=step, reason=reason)
         raise
 
 

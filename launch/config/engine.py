@@ -51,7 +51,7 @@ class CompileConfig:
     ] = None
     """Execution mode. off = eager; cudagraphs = forward and backward captured as CUDA graphs, without torch.compile;
     default, reduce-overhead, max-autotune = modes of torch.compile, the last two with CUDA graphs of their own
-    (docs/performance.md). Compilation takes minutes at every start."""
+    (docs/performance.md). torch.compile takes minutes at the start of a run."""
     optimizer_impl: Annotated[OptimizerImpl | None, default("fused")] = None
     """Implementation of the optimizer: fused = one kernel per group of parameters; foreach = one kernel per operation,
     and the host waits for the gradient norm at every step."""

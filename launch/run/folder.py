@@ -240,7 +240,7 @@ class RunFolder:
         if found is None or found.status == "running":
             invalid_input = isinstance(error, UserError) and error.exit_code == UserError.exit_code
             self._write_status("refused" if invalid_input else "failed", f"{kind.__name__}: {error}")
-        elif found.step is None:  # another rank, which does not know the step, has written why the run failed
+        elif found.step is None:  # another rank has written why the run failed, without the step
             self._write_status(found.status, found.reason, found.nodes or ())
 
     def _write_status(self, status: Status, reason: str = "", nodes: Sequence[str] = ()) -> bool:

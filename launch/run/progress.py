@@ -29,7 +29,7 @@ class Progress:
     epoch_step: Count = 0
     """Number of steps done in `epoch`; together they are the position in the plan."""
     best: Fraction = 0.0
-    """Best top-1 so far (share), of the weights or of their average."""
+    """Best top-1 accuracy so far (fraction), of the weights or of their EMA."""
     best_of: WeightsKind | None = None
     """Which weights reached `best`; None: nothing has been evaluated yet."""
     is_best: bool = False

@@ -90,7 +90,7 @@ def test_a_run_is_not_resumed_with_another_recipe(train: Trainer, tmp_path: Path
     assert train(*options, "--stop-after", "1").returncode == 0
     done = train(*options, "--stop-after", "2", "--global-batch", "32")
     assert done.returncode == 2
-    assert "global_batch was 64, is 32" in done.stderr
+    assert "global_batch was 64, now 32" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Start runs the way a user does, as processes of their own."""
+"""Run training commands as a user does, in separate processes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ STRIPPED = ("ACCELERATE_", "DS_", "RANK", "WORLD_", "LOCAL_", "MASTER_", "FAT_DA
 
 
 def python_path() -> str:
-    """This project first, then where Python finds libraries here."""
+    """Return a PYTHONPATH with this project first."""
     return os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
-    """Ours, without what a launcher or a user's configuration could add, and without GPUs (tests/gpu asks for them)."""
+    """Return the environment without variables of launchers and users, and without GPUs (except in tests/gpu)."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(STRIPPED)}
     hidden = {} if "tests/gpu" in os.environ.get("PYTEST_CURRENT_TEST", "") else {"CUDA_VISIBLE_DEVICES": ""}
     return kept | {"HF_HOME": str(tmp_path / "empty-hf-home"), "PYTHONPATH": python_path()} | hidden | extra
@@ -39,7 +39,7 @@ def environment(tmp_path: Path, **extra: str) -> dict[str, str]:
 def accelerate(
     tmp_path: Path, *args: str | Path, ranks: int = 1, timeout: float = 280
 ) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch [--multi_gpu --num_processes N] launch/train.py ARGS`."""
+    """Run `accelerate launch [--multi_gpu --num_processes N] launch/train.py ARGS`."""
     topology = (
         [] if ranks == 1 else ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
     )
@@ -55,7 +55,7 @@ def accelerate(
 
 
 def python(tmp_path: Path, *args: str | Path, timeout: float = 280, **env: str) -> subprocess.CompletedProcess[str]:
-    """`python ARGS`."""
+    """Run `python ARGS`."""
     return subprocess.run(
         [sys.executable, *map(str, args)],
         cwd=ROOT,
@@ -68,6 +68,6 @@ def python(tmp_path: Path, *args: str | Path, timeout: float = 280, **env: str) 
 
 
 def lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of a run's metrics."""
+    """Return the lines of one kind in a run's metrics."""
     text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     return [line for line in map(json.loads, text.splitlines()) if line["kind"] == kind]

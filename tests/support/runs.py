@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: start one, wait for a step, see what it left, end it."""
+"""Start training runs as separate processes, wait for a step, read their files, and end them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.support.launching import LAUNCHER, ROOT, TRAIN, environment, free_por
 
 OPTIONS = ("--recipe", "launch/config/recipes/digits.toml", "--size", "32", "--log-every", "1", "--epochs", "3")
 STARTED: list[subprocess.Popen[str]] = []
-"""Processes that the fixture `_no_run_outlives_its_test` of tests/dist ends."""
+"""Started processes, which the fixture `_no_run_outlives_its_test` of tests/dist ends."""
 
 
 def start(
     tmp_path: Path, *args: str | Path, ranks: int = 1, script: tuple[str, ...] = (TRAIN,)
 ) -> subprocess.Popen[str]:
-    """Start a run in a process group of its own; one plain process, or several under `accelerate launch`."""
+    """Start a run in a separate process group: one Python process, or several with `accelerate launch`."""
     topology = ["--multi_gpu", "--num_processes", str(ranks), "--main_process_port", str(free_port())]
     command = [*LAUNCHER, *topology] if ranks > 1 else [sys.executable]
     process = subprocess.Popen(
@@ -41,7 +41,7 @@ def start(
 
 
 class Process(Protocol):
-    """A run that can be asked whether it has ended, and what it has said."""
+    """A running process with an exit status and, possibly, a stderr pipe."""
 
     stderr: IO[str] | None
 
@@ -49,7 +49,7 @@ class Process(Protocol):
 
 
 def wait_for_step(run: Path, step: int, process: Process) -> None:
-    """Until the run's metrics say that `step` optimiser steps are done."""
+    """Wait until the run's metrics have a line for `step` or a later step."""
     for _ in range(1200):
         if (run / "metrics.jsonl").exists() and any(line["step"] >= step for line in lines(run, "train")):
             return
@@ -63,7 +63,7 @@ def status(run: Path) -> dict[str, Any]:
 
 
 def ranks_of(run: Path) -> list[int]:
-    """Processes whose command line names this run."""
+    """Return the ids of processes whose command line contains the path of this run."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -84,7 +84,7 @@ def kill_everything(process: subprocess.Popen[str]) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """`pid` and all its children's children."""
+    """Return `pid` and all its descendants."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):

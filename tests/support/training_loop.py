@@ -1,4 +1,4 @@
-"""The inner loop of launch/train.py on a small network, step by step, for tests that watch it."""
+"""The inner loop of launch/train.py on a small network, for tests that run it step by step."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ CONFIG = fat.FATConfig(widths=(16, 32, 48, 64), depths=(1, 1, 1, 1), heads=(2, 4
 def training(
     data: Path, out: Path, *options: str, batch: int, device: str = "", world: World | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Yield a function that does one step as training does, with everything that is called at every step.
+    """Yield a function that runs one training step, with all calls that launch/train.py makes in every step.
 
     Args:
-        options: of launch/train.py; the ZeRO stage is 0 without `--zero`.
-        batch: images of a step, of all ranks.
-        device, world: where to train; without a world, one process on this device.
+        options: of launch/train.py. The ZeRO stage is 0 unless --zero is set.
+        batch: global batch size.
+        device: of the only process, if `world` is None.
+        world: the ranks.
     """
     zero = () if "--zero" in options else ("--zero", "0")
     recipe = parse(

@@ -1,4 +1,4 @@
-"""The best of a run is the better of its weights and their moving average, and every place names which."""
+"""The best accuracy of a run is that of its weights or of their EMA; log, metrics, curves and status say which."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Make = Callable[[], Metrics]
 
 @pytest.fixture
 def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Make a tracker of a run in `tmp_path`; it writes to the standard error of the moment."""
+    """Return a function that creates the Metrics of a run in `tmp_path`, which print to the current stderr."""
     monkeypatch.setattr(metrics.Roofline, "of", lambda *_: None)
     feed = SimpleNamespace(plan=SimpleNamespace(global_batch=4, at=lambda step: Position(0, step)), last_step=3)
     engine = SimpleNamespace(world=World(0, 1, 0, 1, torch.device("cpu")), description="")
@@ -38,7 +38,7 @@ def tracking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
 
 
 def results(**top1: float) -> dict[WeightsKind, dict[str, float]]:
-    return {scored: {"top1": value, **LOSS} for scored, value in top1.items()}  # type: ignore[misc]
+    return {kind: {"top1": value, **LOSS} for kind, value in top1.items()}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -53,32 +53,33 @@ def results(**top1: float) -> dict[WeightsKind, dict[str, float]]:
         (Progress(), {"weights": 0.0}, (0.0, None, False)),
     ],
 )
-def test_the_best_is_the_better_of_the_two(
+def test_best_is_the_better_of_weights_and_average(
     before: Progress, top1: dict[WeightsKind, float], expected: tuple[float, str | None, bool]
 ) -> None:
     found = before.evaluated(top1)
     assert (found.best, found.best_of, found.is_best) == expected
 
 
-def test_a_step_keeps_the_best_and_is_no_best_itself() -> None:
+def test_progress_after_a_step_keeps_best_but_is_not_best() -> None:
     progress = Progress(step=4, epoch_step=4, best=0.6, best_of="average", is_best=True, seconds=3.0)
     expected = Progress(step=5, epoch=1, epoch_step=0, best=0.6, best_of="average", is_best=False, seconds=3.0)
     assert progress.after(5, Position(1, 0)) == expected
 
 
-def test_an_evaluation_is_no_longer_pending() -> None:
+def test_evaluation_clears_pending_evaluation() -> None:
     for top1 in (0.5, 0.7):
         before = Progress(best=0.6, best_of="weights", is_best=True, pending_evaluation=True)
         assert not before.evaluated({"weights": top1}).pending_evaluation
         assert before.evaluated({"weights": top1}).is_best == (top1 > 0.6)
 
 
-def test_log_and_metrics_show_both_and_name_the_best(
+def test_log_and_metrics_have_both_accuracies_and_the_best(
     tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = tracking()
-    progress = Progress(step=1).evaluated(tracker.evaluation(1, results(weights=0.25, average=0.75)))
-    progress = progress.after(2, Position(0, 2)).evaluated(tracker.evaluation(2, results(weights=0.5, average=0.625)))
+    progress = Progress(step=1).evaluated(tracker.log_evaluation(1, results(weights=0.25, average=0.75)))
+    top1 = tracker.log_evaluation(2, results(weights=0.5, average=0.625))
+    progress = progress.after(2, Position(0, 2)).evaluated(top1)
     tracker.finish(progress)
     said = capsys.readouterr().err.splitlines()
     assert [line.split(", top-5")[0] for line in said[:4]] == [
@@ -98,7 +99,7 @@ def test_log_and_metrics_show_both_and_name_the_best(
     assert (lines[-1]["kind"], lines[-1]["best"], lines[-1]["best_of"]) == ("end", 0.75, "average")
 
 
-def test_a_run_that_evaluates_nothing_has_no_best(
+def test_run_without_evaluation_has_no_best(
     tracking: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tracker = tracking()
@@ -107,8 +108,8 @@ def test_a_run_that_evaluates_nothing_has_no_best(
     assert json.loads((tmp_path / METRICS_NAME).read_text().splitlines()[-1])["best"] is None
 
 
-def picture(run: Path, *lines: dict[str, object]) -> str:
-    """The texts of the curves: matplotlib leaves each of them in a comment of the SVG."""
+def plot(run: Path, *lines: dict[str, object]) -> str:
+    """Return the curves as SVG, in which matplotlib writes every text as a comment."""
     (run / METRICS_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return draw_curves(run, run / "curves.svg").read_text()
 
@@ -117,8 +118,8 @@ def line(kind: str, step: int, top1: float) -> dict[str, object]:
     return {"kind": kind, "step": step, "epoch": 0, "top1": top1, **LOSS}
 
 
-def test_the_curves_show_the_average_and_name_the_best(tmp_path: Path) -> None:
-    drawn = picture(tmp_path, TRAIN, line("eval", 1, 0.5), line("eval-ema", 1, 0.25), line("eval-ema", 2, 0.875))
+def test_curves_show_the_average_and_the_best(tmp_path: Path) -> None:
+    drawn = plot(tmp_path, TRAIN, line("eval", 1, 0.5), line("eval-ema", 1, 0.25), line("eval-ema", 2, 0.875))
     for text in (
         "validation accuracy, best 87.50% (moving average)",
         "top-1, moving average",
@@ -128,20 +129,20 @@ def test_the_curves_show_the_average_and_name_the_best(tmp_path: Path) -> None:
         assert f"<!-- {text} -->" in drawn, text
 
 
-def test_the_curves_of_a_run_without_an_average_do_not_mention_one(tmp_path: Path) -> None:
-    drawn = picture(tmp_path, TRAIN, line("eval", 1, 0.5))
+def test_curves_of_a_run_without_average_do_not_mention_it(tmp_path: Path) -> None:
+    drawn = plot(tmp_path, TRAIN, line("eval", 1, 0.5))
     assert "<!-- validation accuracy, best 50.00% -->" in drawn
     assert "average" not in drawn
     assert "weights" not in drawn
 
 
-def test_the_curves_of_a_run_without_evaluations_have_no_accuracy_panel(tmp_path: Path) -> None:
-    drawn = picture(tmp_path, TRAIN)
+def test_curves_of_a_run_without_evaluation_have_no_accuracy_panel(tmp_path: Path) -> None:
+    drawn = plot(tmp_path, TRAIN)
     assert "<!-- learning rate -->" in drawn
     assert "accuracy" not in drawn
 
 
-def test_the_status_names_the_best(tmp_path: Path) -> None:
+def test_status_contains_the_best(tmp_path: Path) -> None:
     write_status(tmp_path, "finished", step=9, best=(0.75, "average"))
     content = read_content(tmp_path)
     assert content is not None

@@ -1,4 +1,4 @@
-"""Checkpoints (launch/run/checkpoint.py): complete or absent, damage is noticed, old ones go."""
+"""Saving, verifying and removing checkpoints (launch/run/checkpoint.py, checkpoint_folder.py, checkpoint_writer.py)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def save(folder: CheckpointFolder, step: int, *, is_best: bool = False) -> Path:
     )
 
 
-def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+def test_saved_checkpoint_is_read_back(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     save(folder, 20)
     found, skipped = folder.newest()
@@ -46,12 +46,12 @@ def test_what_is_saved_comes_back(tmp_path: Path) -> None:
     assert found.load()["model/w"].eq(20).all()
 
 
-def test_an_empty_folder_has_no_newest(tmp_path: Path) -> None:
+def test_empty_folder_has_no_newest_checkpoint(tmp_path: Path) -> None:
     assert CheckpointFolder(tmp_path / "nothing").newest() == (None, [])
     assert CheckpointFolder(tmp_path / "nothing").newest_step() is None
 
 
-def test_the_newest_few_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (10, 20, 30, 40, 50):
         save(folder, step, is_best=step in (10, 20))
@@ -113,7 +113,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+def test_damaged_checkpoint_is_reported_and_the_previous_one_used(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     folder = CheckpointFolder(tmp_path)
@@ -127,10 +127,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert "damaged" in skipped[0]
 
 
-def test_no_flipped_bit_of_the_metadata_changes_what_is_resumed(tmp_path: Path) -> None:
-    """In every byte, two bits of it."""
+def test_every_flipped_bit_of_the_metadata_is_detected(tmp_path: Path) -> None:
+    """Two bits of every byte are flipped, one at a time."""
     path = save(CheckpointFolder(tmp_path), 20)
-    good, whole = (path / "meta.json").read_bytes(), checkpoint.read_meta(path, 20)
+    good, expected = (path / "meta.json").read_bytes(), checkpoint.read_meta(path, 20)
     damaged = 0
     for at in range(len(good)):
         for bit in (at % 8, (at + 4) % 8):
@@ -138,14 +138,14 @@ def test_no_flipped_bit_of_the_metadata_changes_what_is_resumed(tmp_path: Path) 
             content[at] ^= 1 << bit
             (path / "meta.json").write_bytes(content)
             try:
-                assert checkpoint.read_meta(path, 20) == whole, (at, bit)  # white space alone differs
+                assert checkpoint.read_meta(path, 20) == expected, (at, bit)  # only white space differs
             except DamagedCheckpoint:
                 damaged += 1
     assert damaged > 0.9 * 2 * len(good)
 
 
 def rewritten(path: Path, **progress: Any) -> None:
-    """Change the metadata and give it the hash that fits."""
+    """Change the metadata and update its hash."""
     meta = json.loads((path / "meta.json").read_text())
     meta.pop("hash")
     meta["progress"] |= progress
@@ -174,7 +174,7 @@ def rewritten(path: Path, **progress: Any) -> None:
         {"unknown": 1},
     ],
 )
-def test_metadata_that_contradicts_itself_is_damage_whatever_its_hash(tmp_path: Path, progress: dict[str, Any]) -> None:
+def test_invalid_metadata_with_valid_hash_is_damage(tmp_path: Path, progress: dict[str, Any]) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     rewritten(save(folder, 20), **progress)
@@ -183,7 +183,7 @@ def test_metadata_that_contradicts_itself_is_damage_whatever_its_hash(tmp_path: 
     assert (found.progress.step, len(skipped)) == (10, 1)
 
 
-def test_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+def test_other_format_version_is_rejected_and_not_skipped(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     path = save(folder, 20)
@@ -197,8 +197,8 @@ def test_another_version_is_refused_and_not_passed_over(tmp_path: Path) -> None:
 UNREADABLE = (".", "step-00000020", "step-00000020/meta.json", "step-00000020/state.safetensors")
 
 
-def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path) -> None:
-    """File permissions bind root too in a process that has given up its privilege to pass over them."""
+def test_checkpoint_without_read_permission_is_not_damage(tmp_path: Path) -> None:
+    """Root runs the test in a process without the capabilities that bypass file permissions."""
     for name in UNREADABLE:
         folder = CheckpointFolder(tmp_path / str(UNREADABLE.index(name)))
         for step in (10, 20):
@@ -235,7 +235,7 @@ def test_a_checkpoint_that_may_not_be_read_is_no_damaged_one(tmp_path: Path) -> 
     assert unwritable.startswith("1 unwritable: the run folder cannot be written (Permission denied); free disk space")
 
 
-def test_a_state_that_was_exchanged_after_it_was_checked_is_not_loaded(tmp_path: Path) -> None:
+def test_state_replaced_after_verification_is_not_loaded(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     older, newer = save(folder, 10), save(folder, 20)
     found, _ = folder.newest()
@@ -245,7 +245,7 @@ def test_a_state_that_was_exchanged_after_it_was_checked_is_not_loaded(tmp_path:
         found.load()
 
 
-def test_a_state_that_is_lost_after_it_was_checked_is_named(tmp_path: Path) -> None:
+def test_state_removed_after_verification_is_reported(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     path = save(folder, 10)
     found, _ = folder.newest()
@@ -255,7 +255,7 @@ def test_a_state_that_is_lost_after_it_was_checked_is_named(tmp_path: Path) -> N
         found.load()
 
 
-def test_the_group_may_read_what_the_umask_lets_it_read(tmp_path: Path) -> None:
+def test_umask_determines_the_mode_of_both_files(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         path = save(CheckpointFolder(tmp_path), 10)
@@ -267,7 +267,7 @@ def test_the_group_may_read_what_the_umask_lets_it_read(tmp_path: Path) -> None:
     }
 
 
-def test_a_half_written_checkpoint_does_not_count_and_goes(tmp_path: Path) -> None:
+def test_partial_checkpoint_is_ignored_and_removed(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     half = tmp_path / ".step-00000020.0123abcd.tmp"
@@ -280,13 +280,13 @@ def test_a_half_written_checkpoint_does_not_count_and_goes(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
 
 
-def test_killed_while_it_replaces_a_checkpoint_the_replaced_one_is_found(tmp_path: Path) -> None:
+def test_replaced_checkpoint_is_found_after_a_kill(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     saved = save(folder, 20)
     replaced = saved.rename(tmp_path / f".{saved.name}.0123abcd.replaced")
     found, skipped = folder.newest()
     assert found is not None
-    assert (found.path, skipped) == (replaced, [])  # nothing was moved: another process may have looked
+    assert (found.path, skipped) == (replaced, [])  # `newest` moves nothing, because other processes may call it
     folder.prepare()
     found, skipped = folder.newest()
     assert found is not None
@@ -294,7 +294,7 @@ def test_killed_while_it_replaces_a_checkpoint_the_replaced_one_is_found(tmp_pat
     assert [path.name for path in save(folder, 20).parent.iterdir()] == [saved.name]
 
 
-def test_the_same_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
+def test_saving_a_step_again_replaces_its_checkpoint(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 20)
     save(folder, 20, is_best=True)
@@ -305,7 +305,7 @@ def test_the_same_step_again_replaces_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_what_stands_where_a_checkpoint_should_is_neither_moved_nor_removed(tmp_path: Path, link: bool) -> None:
+def test_symlinks_and_files_with_a_checkpoint_s_name_are_kept(tmp_path: Path, link: bool) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=1)
     save(folder, 10)
     elsewhere = tmp_path / "elsewhere"
@@ -321,7 +321,7 @@ def test_what_stands_where_a_checkpoint_should_is_neither_moved_nor_removed(tmp_
     assert sorted(path.name for path in elsewhere.iterdir()) == ["meta.json", "state.safetensors"]
 
 
-def test_files_of_the_user_stay_and_so_does_the_checkpoint_that_they_are_in(tmp_path: Path) -> None:
+def test_checkpoint_folder_with_files_of_the_user_is_kept(tmp_path: Path) -> None:
     checkpoints = tmp_path / "checkpoints"
     folder = CheckpointFolder(checkpoints, keep=1)
     (save(folder, 10) / "notes.txt").write_text("the good one")
@@ -337,13 +337,13 @@ def test_files_of_the_user_stay_and_so_does_the_checkpoint_that_they_are_in(tmp_
     assert folder.archive() is None
 
 
-def test_damaged_checkpoints_take_no_whole_one_s_place(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_count_for_keep(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in (10, 20, 30):
         path = save(folder, step)
     flip_a_byte(path)  # state of 30
     lose_meta(tmp_path / "step-00000020")
-    save(folder, 5)  # so that there is another whole one
+    save(folder, 5)  # another undamaged checkpoint
     resumed = CheckpointFolder(tmp_path, keep=2)
     found, skipped = resumed.newest()
     assert found is not None
@@ -355,7 +355,7 @@ def test_damaged_checkpoints_take_no_whole_one_s_place(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000040", "step-00000050"]
 
 
-def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_number_not_by_name(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     for step in (99_999_999, 100_000_000):
         folder.save({"w": torch.zeros(1)}, Progress(step=step, epoch_step=step), FINGERPRINT)
@@ -364,7 +364,7 @@ def test_steps_of_nine_digits_come_after_those_of_eight(tmp_path: Path) -> None:
     assert found.progress.step == 100_000_000
 
 
-def test_a_file_in_place_of_the_folder_is_bad_input(tmp_path: Path) -> None:
+def test_file_in_place_of_the_checkpoint_folder_is_invalid_input(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("x")
     with pytest.raises(Exception, match="Not a directory; move it away") as refused:
         CheckpointFolder(tmp_path / "checkpoints").newest()
@@ -374,7 +374,7 @@ def test_a_file_in_place_of_the_folder_is_bad_input(tmp_path: Path) -> None:
     assert not isinstance(refused.value, FolderFailed)
 
 
-def test_a_save_that_fails_loses_nothing_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_save_keeps_earlier_checkpoints_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 10)
     save(folder, 20)
@@ -399,8 +399,8 @@ def test_a_save_that_fails_loses_nothing_and_is_counted(tmp_path: Path, monkeypa
     writer.close()
 
 
-def test_equal_metadata_is_one_schema(tmp_path: Path) -> None:
-    """What is written is what is read, field by field."""
+def test_written_metadata_equals_read_metadata(tmp_path: Path) -> None:
+    """All fields are written and read."""
     folder = CheckpointFolder(tmp_path)
     progress = Progress(step=25, epoch=2, epoch_step=5, best=0.25, is_best=True, seconds=1.5)
     path = folder.save({"w": torch.zeros(1)}, progress, FINGERPRINT)
@@ -416,7 +416,7 @@ def flip(path: Path, chance: random.Random) -> None:
     path.write_bytes(content)
 
 
-def cut(path: Path, chance: random.Random) -> None:
+def cut_off(path: Path, chance: random.Random) -> None:
     os.truncate(path, chance.randrange(path.stat().st_size))
 
 
@@ -430,7 +430,7 @@ def replace_by_folder(path: Path, chance: random.Random) -> None:
 
 
 def exchange(path: Path, chance: random.Random) -> None:
-    """With the file of the same name of another checkpoint."""
+    """Exchange a file with the file of the same name in another checkpoint."""
     other = chance.choice(sorted(p for p in path.parent.parent.iterdir() if p != path.parent)) / path.name
     if other.is_file():
         path.rename(path.with_name("aside"))
@@ -438,7 +438,7 @@ def exchange(path: Path, chance: random.Random) -> None:
         path.with_name("aside").rename(other)
 
 
-def test_whatever_is_damaged_the_newest_whole_checkpoint_is_found(tmp_path: Path) -> None:
+def test_newest_undamaged_checkpoint_is_found_after_random_damage(tmp_path: Path) -> None:
     undamaged = CheckpointFolder(tmp_path / "undamaged", keep=5)
     original = {step: {p.name: p.read_bytes() for p in save(undamaged, step).iterdir()} for step in (10, 20, 30, 40)}
     for seed in range(100):
@@ -449,18 +449,18 @@ def test_whatever_is_damaged_the_newest_whole_checkpoint_is_found(tmp_path: Path
                 folder / f"step-{chance.choice(list(original)):08d}" / chance.choice(["meta.json", "state.safetensors"])
             )
             if path.is_file():
-                chance.choice([flip, cut, lose, replace_by_folder, exchange])(path, chance)
-        whole = [
+                chance.choice([flip, cut_off, lose, replace_by_folder, exchange])(path, chance)
+        undamaged_steps = [
             step
             for step, files in original.items()
             if all(_has(folder / f"step-{step:08d}" / name, content) for name, content in files.items())
         ]
         found, skipped = CheckpointFolder(folder).newest()
         if found is None:
-            assert (whole, len(skipped)) == ([], 4), seed
+            assert (undamaged_steps, len(skipped)) == ([], 4), seed
             continue
         step = found.progress.step
-        assert step >= max(whole, default=0), seed  # a flip of white space harms nothing
+        assert step >= max(undamaged_steps, default=0), seed  # a flipped bit of white space is no damage
         assert len(skipped) == sum(other > step for other in original), seed
         assert found.load()["model/w"].eq(step).all(), seed
         assert found.progress == Progress(step=step, epoch=step // 10, best=0.5), seed

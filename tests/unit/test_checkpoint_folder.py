@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, found and moved aside, and what failed saves say (launch/run/checkpoint_folder.py)."""
+"""Choosing, keeping and archiving checkpoints, and error messages of saves (launch/run/checkpoint_folder.py)."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_three_newest_and_the_newest_best_are_kept(tmp_path: Path) -> None:
     assert steps(folder) == [3, 5, 6, 7]
 
 
-def test_the_best_is_kept_when_it_is_among_the_newest_too(tmp_path: Path) -> None:
+def test_best_among_the_newest_needs_no_extra_place(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     for step in range(1, 5):
         save(folder, step, is_best=step == 3)
     assert steps(folder) == [3, 4]
 
 
-def test_the_newest_best_is_found_whatever_is_damaged(tmp_path: Path) -> None:
+def test_best_skips_damaged_and_replaced_checkpoints(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=9)
     assert folder.best() is None
     saved = [save(folder, step, is_best=step in (1, 2, 3)) for step in (1, 2, 3, 4)]
@@ -62,10 +62,10 @@ def test_the_newest_best_is_found_whatever_is_damaged(tmp_path: Path) -> None:
     (saved[2] / "meta.json").write_text("{}")
     assert folder.best() == saved[1]
     saved[1].rename(saved[1].with_name(f".{saved[1].name}.0123abcd.replaced"))
-    assert folder.best() == saved[0], "one that is being replaced may go at any moment"
+    assert folder.best() == saved[0], "a checkpoint that is being replaced may be removed at any time"
 
 
-def test_an_empty_folder_is_one_without_checkpoints(tmp_path: Path) -> None:
+def test_folder_without_checkpoints_is_empty(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "deep" / "checkpoints")
     assert folder.is_empty()
     assert folder.archive() is None
@@ -79,7 +79,7 @@ def test_an_empty_folder_is_one_without_checkpoints(tmp_path: Path) -> None:
     assert not folder.is_empty()
 
 
-def test_the_newest_step_counts_damaged_and_replaced_checkpoints(tmp_path: Path) -> None:
+def test_newest_step_includes_damaged_and_replaced_checkpoints(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     path = save(folder, 5)
     path.rename(tmp_path / ".step-00000012.0123abcd.replaced")
@@ -92,7 +92,7 @@ def test_the_newest_step_counts_damaged_and_replaced_checkpoints(tmp_path: Path)
         folder.newest()
 
 
-def test_checkpoints_are_set_aside_under_the_next_free_name(tmp_path: Path) -> None:
+def test_checkpoints_are_archived_under_the_next_free_name(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     for number in (1, 2, 3):
         save(folder, number)
@@ -103,7 +103,7 @@ def test_checkpoints_are_set_aside_under_the_next_free_name(tmp_path: Path) -> N
         assert names(folder.folder) == ["notes"]
 
 
-def test_prepare_restores_a_replaced_checkpoint_only_where_its_successor_is_missing(tmp_path: Path) -> None:
+def test_prepare_restores_a_replaced_checkpoint_only_if_its_successor_is_missing(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     for path in [save(folder, step) for step in (1, 2)]:
         shutil.copytree(path, tmp_path / f".{path.name}.0123abcd.replaced")
@@ -112,12 +112,12 @@ def test_prepare_restores_a_replaced_checkpoint_only_where_its_successor_is_miss
     assert names(tmp_path) == [".step-00000002.0123abcd.replaced", "step-00000001", "step-00000002"]
     found, _ = folder.newest()
     assert found is not None
-    assert found.path == tmp_path / "step-00000002", "the complete one before the replaced one"
+    assert found.path == tmp_path / "step-00000002", "the complete checkpoint is preferred to the replaced one"
     save(folder, 3)
-    assert steps(folder) == [1, 2, 3], "the next save removes what was replaced"
+    assert steps(folder) == [1, 2, 3], "the next save removes the replaced checkpoint"
 
 
-def test_a_checkpoint_found_damaged_does_not_count_until_it_is_written_again(tmp_path: Path) -> None:
+def test_damaged_checkpoint_does_not_count_until_it_is_saved_again(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     save(folder, 1)
     flip_state(save(CheckpointFolder(tmp_path, keep=9), 2))
@@ -128,7 +128,7 @@ def test_a_checkpoint_found_damaged_does_not_count_until_it_is_written_again(tmp
         [f"{tmp_path}/step-00000002: damaged (state.safetensors does not match its hash); skipped"],
     )
     save(folder, 2)
-    assert steps(folder) == [2], "whole again, so the older one goes"
+    assert steps(folder) == [2], "it is undamaged again, so the older checkpoint is removed"
 
 
 def test_checkpoints_of_later_steps_are_not_removed(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_checkpoints_of_later_steps_are_not_removed(tmp_path: Path) -> None:
     assert steps(folder) == [2, 5]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_checkpoint_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     folder = CheckpointFolder(tmp_path / "file" / "checkpoints")
     with pytest.raises(CheckpointError) as error:
@@ -148,7 +148,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         folder.prepare()
 
 
-def test_a_state_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
+def test_unsupported_state_leaves_no_files(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     save(folder, 2)
     with pytest.raises(ValueError, match="non contiguous"):
@@ -157,20 +157,20 @@ def test_a_state_that_cannot_be_saved_leaves_nothing(tmp_path: Path) -> None:
 
 
 def unfinished(name: str) -> tuple[str, str]:
-    """(checkpoint, tmp or replaced) of the name of something unfinished."""
+    """Return the checkpoint and the kind (tmp or replaced) in the name of an unfinished checkpoint."""
     found = UNFINISHED.fullmatch(name)
     assert found is not None, name
     return found[1], found[2]
 
 
-def test_what_a_killed_save_leaves_has_a_name_that_the_next_start_removes(
+def test_files_of_a_killed_save_are_removed_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[Path] = []
 
     def killed(state: object, path: Path, header: object) -> None:
         written.append(path)
-        (path.parent / ".state.safetensors.tmp123").write_bytes(b"half")  # safetensors has such files of its own
+        (path.parent / ".state.safetensors.tmp123").write_bytes(b"half")  # a temporary file of safetensors
         raise KeyboardInterrupt
 
     monkeypatch.setattr("safetensors.torch.save_file", killed)
@@ -184,8 +184,8 @@ def test_what_a_killed_save_leaves_has_a_name_that_the_next_start_removes(
     assert names(tmp_path) == []
 
 
-def test_what_is_removed_gives_up_its_name_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill during the removal must not leave a partial checkpoint under the name of a whole one."""
+def test_checkpoint_is_renamed_before_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the trainer is killed during the removal, no partial checkpoint may have the name of a complete one."""
     folder = CheckpointFolder(tmp_path, keep=1)
     replaced = save(folder, 1)
     replaced.rename(tmp_path / ".step-00000001.0123abcd.replaced")
@@ -197,7 +197,7 @@ def test_what_is_removed_gives_up_its_name_first(tmp_path: Path, monkeypatch: py
     assert left == [("step-00000001", "tmp"), ("step-00000002", "tmp")]
 
 
-def test_a_replaced_checkpoint_with_a_file_of_the_user_stays(tmp_path: Path) -> None:
+def test_replaced_checkpoint_with_a_file_of_the_user_is_kept(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path)
     kept = save(folder, 1).rename(tmp_path / ".step-00000001.0123abcd.replaced")
     (kept / "notes.txt").write_text("mine")
@@ -205,14 +205,14 @@ def test_a_replaced_checkpoint_with_a_file_of_the_user_stays(tmp_path: Path) -> 
     assert names(tmp_path) == [kept.name, "step-00000001"]
 
 
-def test_what_cannot_be_removed_does_not_end_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_removal_does_not_fail_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".step-00000001.0123abcd.tmp").mkdir()
     monkeypatch.setattr("os.rmdir", raise_eio)
     CheckpointFolder(tmp_path).prepare()
     assert names(tmp_path) == [".step-00000001.0123abcd.tmp"]
 
 
-def test_a_checkpoint_that_cannot_be_read_stays_and_the_others_are_judged(
+def test_unreadable_checkpoint_is_kept_and_others_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
@@ -229,13 +229,13 @@ def test_a_checkpoint_that_cannot_be_read_stays_and_the_others_are_judged(
     assert steps(folder) == [2, 5]
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+def test_checkpoint_folder_that_cannot_be_listed_is_reported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file")
     with pytest.raises(UserError, match=f"^{tmp_path / 'checkpoints'}: Not a directory; move it away"):
         CheckpointFolder(tmp_path / "checkpoints").newest()
 
 
-def test_a_fault_of_safetensors_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_safetensors_error_is_reported_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
@@ -244,7 +244,7 @@ def test_a_fault_of_safetensors_is_told_as_it_is(tmp_path: Path, monkeypatch: py
         save(CheckpointFolder(tmp_path), 1)
 
 
-def test_a_checkpoint_that_was_being_replaced_is_put_back_if_the_new_one_fails(
+def test_replaced_checkpoint_is_restored_if_the_new_save_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = CheckpointFolder(tmp_path)
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_was_being_replaced_is_put_back_if_the_new_one_fails(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "fault"), UserError("fault")])
-def test_a_fault_while_old_checkpoints_are_removed_is_no_failed_save(
+def test_save_succeeds_if_removing_old_checkpoints_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def fail(_: object) -> None:
@@ -273,7 +273,7 @@ def test_a_fault_while_old_checkpoints_are_removed_is_no_failed_save(
     assert save(folder, 1) == tmp_path / "step-00000001"
 
 
-def test_checkpoints_that_cannot_be_set_aside_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_archive_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     save(folder, 1)
     monkeypatch.setattr(Path, "rename", raise_eio)
@@ -285,7 +285,7 @@ def raise_eio(*_: object, **__: object) -> NoReturn:
     raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
-def test_a_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Path) -> None:
+def test_writer_counts_consecutive_failures_and_reports_each_once(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints")
     writer = BackgroundWriter(folder)
     assert (writer.wait(), writer.failures, writer.saved, writer.reason, writer.errors()) == (True, 0, None, "", [])

@@ -1,4 +1,4 @@
-"""Golden values of a checkpoint's files, and what is said of damaged ones (launch/run/checkpoint.py)."""
+"""Golden values of a checkpoint's files, and error messages for damaged ones (launch/run/checkpoint.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROGRESS = Progress(
 )
 FINGERPRINT = Fingerprint(fixed={"global_batch": 64, "data": "s\u00e9t"}, free={"lr": 0.1, "note": None})
 STATE = {"model/w": torch.arange(6.0).view(2, 3), "ema/w": torch.ones(2, 3)}
-# Values of this implementation at its first release. A change here makes earlier checkpoints unreadable.
+# Golden values of format version 1. Changing them makes existing checkpoints unreadable.
 META = """{
  "version": 1,
  "progress": {
@@ -71,7 +71,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change entries of the metadata, those of `progress` too, and give it the hash that fits."""
+    """Change entries of the metadata or of its `progress`, and update the hash."""
     meta = json.loads((path / "meta.json").read_text())
     del meta["hash"]
     for name, value in changes.items():
@@ -84,7 +84,7 @@ def test_golden_files(saved: Path) -> None:
     assert xxhash.xxh3_64_hexdigest((saved / "state.safetensors").read_bytes()) == "30be464df6c8bbd1"
 
 
-def test_files_of_several_chunks_are_hashed_whole(tmp_path: Path) -> None:
+def test_hash_covers_all_chunks_of_a_file(tmp_path: Path) -> None:
     content = bytes(range(256)) * (9 << 12)
     (tmp_path / "file").write_bytes(content)
     assert hash_file(tmp_path / "file") == (9 << 20, xxhash.xxh3_64_hexdigest(content))
@@ -92,7 +92,7 @@ def test_files_of_several_chunks_are_hashed_whole(tmp_path: Path) -> None:
     assert hash_file(tmp_path / "empty") == (0, "2d06800538d394c2")
 
 
-def test_a_checkpoint_is_opened_by_its_path(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_is_opened_by_its_path(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(saved)
     for path in (saved, Path()):
         found = open_checkpoint(path)
@@ -103,10 +103,10 @@ def test_a_checkpoint_is_opened_by_its_path(saved: Path, monkeypatch: pytest.Mon
         }
     with pytest.raises(DamagedCheckpoint) as error:
         open_checkpoint(saved / "step-25")
-    assert str(error.value) == f"{saved}/step-25: not the name of a checkpoint (step-00001234)"
+    assert str(error.value) == f"{saved}/step-25: not a checkpoint folder; expected a name like step-00001234"
 
 
-def test_the_state_tells_of_its_model(tmp_path: Path) -> None:
+def test_state_header_describes_the_model(tmp_path: Path) -> None:
     info = fat.WeightsInfo(size=64)
     path = CheckpointFolder(tmp_path, info=info).save(STATE, PROGRESS, FINGERPRINT)
     assert open_checkpoint(path).info() == info
@@ -125,7 +125,7 @@ def test_the_state_tells_of_its_model(tmp_path: Path) -> None:
         ({"files": {}}, "meta.json: no state.safetensors"),
     ],
 )
-def test_contradictions_in_the_metadata_are_named(saved: Path, changes: dict[str, Any], fact: str) -> None:
+def test_contradictory_metadata_is_damage(saved: Path, changes: dict[str, Any], fact: str) -> None:
     rewrite(saved, **changes)
     with pytest.raises(DamagedCheckpoint) as error:
         open_checkpoint(saved)
@@ -142,13 +142,13 @@ def test_contradictions_in_the_metadata_are_named(saved: Path, changes: dict[str
         {"is_best": False, "pending_evaluation": True},
     ],
 )
-def test_other_positions_and_evaluations_are_no_contradiction(saved: Path, changes: dict[str, Any]) -> None:
+def test_consistent_metadata_is_accepted(saved: Path, changes: dict[str, Any]) -> None:
     rewrite(saved, **changes)
     progress = open_checkpoint(saved).progress
     assert {name: getattr(progress, name) for name in changes} == changes
 
 
-def test_another_version_is_refused(saved: Path) -> None:
+def test_other_format_version_is_rejected(saved: Path) -> None:
     rewrite(saved, version=2)
     with pytest.raises(CheckpointError) as error:
         open_checkpoint(saved)
@@ -159,7 +159,7 @@ def test_another_version_is_refused(saved: Path) -> None:
     )
 
 
-def test_files_that_do_not_match_their_hash_are_named(saved: Path) -> None:
+def test_hash_mismatch_is_damage(saved: Path) -> None:
     with open(saved / "state.safetensors", "ab") as file:
         file.write(b"x")
     with pytest.raises(DamagedCheckpoint) as error:
@@ -173,14 +173,14 @@ def test_files_that_do_not_match_their_hash_are_named(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
-def test_missing_files_are_named(saved: Path, name: str) -> None:
+def test_missing_file_is_damage(saved: Path, name: str) -> None:
     (saved / name).unlink()
     with pytest.raises(DamagedCheckpoint) as error:
         open_checkpoint(saved)
     assert str(error.value) == f"{saved}: damaged ({name}: No such file or directory); skipped"
 
 
-def test_a_state_that_changes_after_the_check_is_not_loaded(saved: Path) -> None:
+def test_state_changed_after_verification_is_not_loaded(saved: Path) -> None:
     found, path = open_checkpoint(saved), saved / "state.safetensors"
     whole = path.read_bytes()
     for content in (whole[:-1] + b"x", whole[:-1], whole + b"x"):
@@ -194,8 +194,8 @@ def test_a_state_that_changes_after_the_check_is_not_loaded(saved: Path) -> None
     assert str(error.value) == f"{path}: missing; the run folder (--out) must be on storage that all nodes share"
 
 
-def test_a_state_that_never_was_readable_is_refused(saved: Path) -> None:
-    """Its hash fits: it was written like that."""
+def test_invalid_state_with_valid_hash_is_rejected(saved: Path) -> None:
+    """The hash is valid, so the file was already invalid when it was written."""
     (saved / "state.safetensors").write_bytes(b"no tensors")
     size, digest = hash_file(saved / "state.safetensors")
     rewrite(saved, files={"state.safetensors": {"bytes": size, "xxh3": digest}})
@@ -210,8 +210,8 @@ def test_a_state_that_never_was_readable_is_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["meta.json", "state.safetensors"])
-def test_files_that_cannot_be_read_are_no_damage(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may be whole, so that the run must not go on from an older checkpoint."""
+def test_unreadable_file_is_not_damage(saved: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may be undamaged, so the run must not resume from an older checkpoint."""
     real = checkpoint.open_regular
 
     def denied(path: Path, *flags: int) -> int:

@@ -1,7 +1,7 @@
-"""Captured training equals eager training bit by bit.
+"""Training with captured graphs equals eager training bit by bit.
 
-CUDA is stood in for by a recorder that runs the recorded work again at every replay, in place: inputs, outputs and
-gradients live in static memory, as those of a CUDA graph do. tests/gpu/test_training_step.py does the same on a device.
+The tests replace CUDA by a recorder that runs the recorded function again at every replay and writes to static inputs,
+outputs and gradients, like a CUDA graph. tests/gpu/test_training_step.py runs the same tests on a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONFIG = fat.FATConfig(
 
 @pytest.fixture
 def recorders(monkeypatch: pytest.MonkeyPatch) -> list[ReplayOnCpu]:
-    """All recorders that engines make; CPUs have some here."""
+    """Make CPUs capturable; return the list of all recorders that engines create."""
     made: list[ReplayOnCpu] = []
 
     def make(device: torch.device) -> ReplayOnCpu:
@@ -60,7 +60,7 @@ def engine_of(*options: str, accumulation: int = 1) -> Engine:
 
 
 def train(engine: Engine, *, steps: int = 4, accumulation: int = 1) -> dict[str, Any]:
-    """Losses, norms, gradients-dependent state and an evaluation in between, of steps on fixed batches."""
+    """Train on fixed batches; return losses, gradient norms, an evaluation in between, and the final state."""
     results, evaluations = [], []
     for step in range(steps):
         batches = [random_batch(step * accumulation + micro, range(ROWS)) for micro in range(accumulation)]
@@ -95,7 +95,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
         ("--precision", "bf16"),
     ],
 )
-def test_replayed_training_is_eager_training(
+def test_replayed_training_equals_eager_training(
     recorders: list[ReplayOnCpu], accumulation: int, options: tuple[str, ...]
 ) -> None:
     run = partial(train, accumulation=accumulation)
@@ -108,7 +108,7 @@ def test_replayed_training_is_eager_training(
     assert engine.resolved["compile"] == "cudagraphs: forward and backward of 6 parts"
 
 
-def test_a_loaded_state_continues_from_the_captured_graphs(recorders: list[ReplayOnCpu]) -> None:
+def test_captured_graphs_use_a_state_loaded_before_the_first_step(recorders: list[ReplayOnCpu]) -> None:
     state = train(engine_of("--compile", "off"), steps=2)["state"]
     found = []
     for options in (("--compile", "off"), ()):
@@ -118,7 +118,7 @@ def test_a_loaded_state_continues_from_the_captured_graphs(recorders: list[Repla
     assert_equal(found[1], found[0])
 
 
-def test_a_state_loaded_after_some_steps_replaces_that_of_the_optimiser(recorders: list[ReplayOnCpu]) -> None:
+def test_state_loaded_after_some_steps_replaces_the_optimizer_state(recorders: list[ReplayOnCpu]) -> None:
     state = train(engine_of("--compile", "off", "--ema", "0.9"), steps=2)["state"]
     found = []
     for options in (("--compile", "off"), ()):
@@ -129,7 +129,7 @@ def test_a_state_loaded_after_some_steps_replaces_that_of_the_optimiser(recorder
     assert_equal(found[1], found[0])
 
 
-def test_a_gradient_that_is_not_finite_skips_the_update_and_the_next_step_is_unharmed(
+def test_non_finite_gradient_skips_the_update_without_affecting_the_next_step(
     recorders: list[ReplayOnCpu],
 ) -> None:
     found = []
@@ -143,7 +143,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_the_next_step_is_unh
 
 
 @pytest.mark.parametrize("number", [1, 6, 7, 12])
-def test_a_failed_capture_leaves_eager_training_as_it_was(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_eager_training_is_unchanged_after_a_failed_capture(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     made: list[FailsAt] = []
 
     def make(device: torch.device) -> FailsAt:
@@ -164,7 +164,7 @@ def test_a_failed_capture_leaves_eager_training_as_it_was(monkeypatch: pytest.Mo
     assert all(parameter.grad is None for parameter in engine.model.parameters())
 
 
-def test_capturing_changes_neither_buffers_nor_gradients_nor_random_state(recorders: list[ReplayOnCpu]) -> None:
+def test_capture_preserves_buffers_gradients_and_random_state(recorders: list[ReplayOnCpu]) -> None:
     torch.manual_seed(3)
     model = fat.create_model(CONFIG).train()
     images = random_batch(0, range(ROWS)).images
@@ -182,7 +182,7 @@ def test_capturing_changes_neither_buffers_nor_gradients_nor_random_state(record
     assert "forward" not in vars(model)
 
 
-def test_frozen_statistics_are_captured_frozen(recorders: list[ReplayOnCpu]) -> None:
+def test_frozen_statistics_do_not_change_in_replays(recorders: list[ReplayOnCpu]) -> None:
     engine = engine_of("--freeze-bn")
     before = {name: value.clone() for name, value in engine.model.named_buffers()}
     train(engine)
@@ -190,7 +190,7 @@ def test_frozen_statistics_are_captured_frozen(recorders: list[ReplayOnCpu]) -> 
         assert torch.equal(value, before[name]), name
 
 
-def test_each_step_draws_its_own_drop_path(recorders: list[ReplayOnCpu]) -> None:
+def test_drop_path_differs_between_replays(recorders: list[ReplayOnCpu]) -> None:
     engine = engine_of("--freeze-bn")
     batch = random_batch(0, range(ROWS))
     losses = [engine.step([batch], step=step, lr=0.0).loss.item() for step in (0, 1, 0)]
@@ -198,16 +198,16 @@ def test_each_step_draws_its_own_drop_path(recorders: list[ReplayOnCpu]) -> None
     assert losses[0] == losses[2]
 
 
-def test_every_gradient_has_memory_of_its_own_in_its_parameter_s_layout(recorders: list[ReplayOnCpu]) -> None:
-    """Clipping scales them in place, and AccumulateGrad copies those of another layout one by one."""
+def test_every_gradient_has_separate_memory_with_its_parameter_s_strides(recorders: list[ReplayOnCpu]) -> None:
+    """Clipping scales gradients in place, and AccumulateGrad copies gradients whose strides differ."""
     model = fat.create_model(CONFIG).train().to(memory_format=torch.channels_last)
     replayed = GraphedModel(model, ReplayOnCpu(CPU))
     images = random_batch(0, range(ROWS)).images
     replayed.capture(images, None)
     model(images).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
-    grads = [grad for part in replayed._captured for grad in part._parameter_grads]
-    static = [grad.data_ptr() for grad in grads if grad is not None]
+    parts = replayed._captured
+    static = [tensor.data_ptr() for part in parts for tensor in part._parameter_grads if tensor is not None]
     assert sorted(gradient.data_ptr() for gradient in gradients) == sorted(static)  # none was copied
     assert len(set(static)) == len(static)
     for parameter in model.parameters():
@@ -225,7 +225,7 @@ def captured(model: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
-def test_any_model_is_captured_whole() -> None:
+def test_other_models_are_captured_as_one_part() -> None:
     eager, images = small_model()
     replayed = captured(small_model()[0], images)
     for model in (eager, replayed):
@@ -235,7 +235,7 @@ def test_any_model_is_captured_whole() -> None:
 
 
 class SharedGradient(nn.Module):
-    """Autograd hands the same tensor to both parameters."""
+    """Autograd passes the same gradient tensor to both parameters."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,8 +245,8 @@ class SharedGradient(nn.Module):
         return x + (self.a + self.b)
 
 
-def test_parameters_of_one_gradient_do_not_share_its_memory() -> None:
-    """Clipping would scale it twice."""
+def test_parameters_with_a_common_gradient_tensor_get_separate_copies() -> None:
+    """Clipping would scale a shared tensor twice."""
     model = captured(SharedGradient().train(), torch.randn(2, 3))
     model(torch.randn(2, 3)).sum().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -254,10 +254,10 @@ def test_parameters_of_one_gradient_do_not_share_its_memory() -> None:
     assert sum(parameter.grad.square().sum() for parameter in model.parameters()).sqrt() == pytest.approx(0.5, rel=1e-4)
 
 
-def test_what_a_replay_would_get_wrong_is_an_error() -> None:
+def test_invalid_replays_raise() -> None:
     model, images = small_model()
     captured(model, images)
-    with pytest.raises(ValueError, match=r"batch of shape \(3, 3, 8, 8\): the CUDA graphs were captured for"):
+    with pytest.raises(ValueError, match=r"batch of shape \(3, 3, 8, 8\), but the CUDA graphs were captured for"):
         model(torch.randn(3, 3, 8, 8))
     first = model(images).sum()
     model(images)
@@ -268,14 +268,14 @@ def test_what_a_replay_would_get_wrong_is_an_error() -> None:
         model(images)
 
 
-def test_a_model_with_hooks_is_not_captured() -> None:
+def test_model_with_hooks_is_not_captured() -> None:
     model, images = small_model()
     model[0].register_forward_hook(lambda *_: None)
     with pytest.raises(RuntimeError, match="0 has hooks"):
         captured(model, images)
 
 
-def test_parameters_with_hooks_are_not_captured_where_their_gradients_stay() -> None:
+def test_parameters_with_hooks_are_not_captured_with_static_gradients() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
     with pytest.raises(RuntimeError, match=r"0\.weight has hooks"):
@@ -283,8 +283,8 @@ def test_parameters_with_hooks_are_not_captured_where_their_gradients_stay() -> 
     GraphedModel(model, ReplayOnCpu(CPU)).capture(torch.zeros(2, 3), None)
 
 
-def test_nothing_is_garbage_collected_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finalisers of graphs and compiled kernels call CUDA, which invalidates the capture."""
+def test_garbage_collector_is_paused_during_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finalizers of graphs and compiled kernels call CUDA, which invalidates the capture."""
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=None))
@@ -304,8 +304,8 @@ def test_nothing_is_garbage_collected_during_a_capture(monkeypatch: pytest.Monke
     assert gc.isenabled()
 
 
-def test_warm_up_differentiates_by_a_dense_gradient_as_the_capture_does() -> None:
-    """Other strides may choose other kernels, which a capture would then launch for the first time."""
+def test_warmup_uses_a_dense_output_gradient_like_the_capture() -> None:
+    """Other strides could select other kernels, which the capture would then launch for the first time."""
     strides: list[tuple[int, ...]] = []
 
     class Seen(nn.Module):
@@ -328,10 +328,10 @@ def test_warm_up_differentiates_by_a_dense_gradient_as_the_capture_does() -> Non
     ("options", "reason"),
     [
         (("--zero", "3"), "ZeRO 3 gathers weights in hooks"),
-        (("--sync-bn", "on"), "collectives over ranks go by gloo"),
+        (("--sync-bn", "on"), "synchronized BatchNorm uses gloo"),
     ],
 )
-def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked_for(
+def test_recipes_that_cannot_be_captured_run_eagerly_unless_cudagraphs_is_requested(
     recorders: list[ReplayOnCpu], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], reason: str
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
@@ -344,7 +344,7 @@ def test_what_cannot_be_captured_runs_eagerly_by_default_and_is_refused_if_asked
         resolved(parse([*options, "--compile", "cudagraphs"]), CPU, accumulation=1, ranks=2)
 
 
-def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
+def test_frozen_batchnorm_is_no_obstacle_to_capture(
     recorders: list[ReplayOnCpu], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
@@ -352,22 +352,22 @@ def test_frozen_batchnorm_has_no_collectives_that_could_not_be_captured(
     assert graph_obstacle(parse(["--sync-bn", "on", "--freeze-bn"]), CPU, ranks=2) == ""
 
 
-def test_cpus_train_eagerly_without_a_word() -> None:
+def test_cpus_train_eagerly_without_a_message() -> None:
     execution = resolved(parse([]), CPU, accumulation=1, ranks=1)
     assert (execution.compile, execution.eager_reason) == ("off", "")
     with pytest.raises(RecipeError, match="--compile cudagraphs: requires a CUDA device, but this one is cpu"):
         resolved(parse(["--compile", "cudagraphs"]), CPU, accumulation=1, ranks=1)
 
 
-def test_gpus_capture_by_default_with_accumulation_and_every_zero_stage_but_3() -> None:
+def test_gpus_capture_by_default_with_accumulation_and_zero_0_to_2() -> None:
     for zero in ("0", "1", "2"):
         for accumulation in (1, 4):
             found = resolved(parse(["--zero", zero]), torch.device("cuda"), accumulation=accumulation, ranks=1)
             assert found.compile == "cudagraphs"
 
 
-def test_evaluation_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile would compile a second time, for evaluation mode, in the middle of a run."""
+def test_evaluation_does_not_compile_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile would compile the model again for evaluation mode, in the middle of a run."""
     engine = engine_of("--compile", "off")
     eager = engine.evaluate([random_batch(1, range(ROWS))])
     monkeypatch.setattr(Execution, "uses_compiler", True)
@@ -375,11 +375,11 @@ def test_evaluation_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.evaluate([random_batch(1, range(ROWS))]) == eager
 
 
-# -- what a step costs the host ----------------------------------------------------------------------------------------
+# -- host time of a step -----------------------------------------------------------------------------------------------
 
 
 class Operators(TorchDispatchMode):
-    """Counts operators."""
+    """Counts the PyTorch operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -391,14 +391,14 @@ class Operators(TorchDispatchMode):
 
 
 class DoesNothing(ReplayOnCpu):
-    """Replays without cost to the host, as a CUDA graph does."""
+    """Replays nothing, so that a replay takes no host time, like that of a CUDA graph."""
 
     def record(self, work: Work) -> tuple[Results, Callable[[], None]]:
         return super().record(work)[0], lambda: None
 
 
 def cost_of_step(engine: Engine) -> tuple[int, int]:
-    """Python functions and operators that a step calls."""
+    """Return the number of Python function calls and of operators in a step."""
     batch, calls = random_batch(0, range(ROWS)), 0
 
     def note(frame: object, event: str, arg: object) -> None:
@@ -417,8 +417,8 @@ def cost_of_step(engine: Engine) -> tuple[int, int]:
     return calls, operators.count
 
 
-def test_a_captured_step_costs_the_host_next_to_nothing_per_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few lists are gone through; nothing is called for each parameter but for its address, which must not change."""
+def test_captured_step_makes_few_python_calls_and_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only call per parameter is the check that its address has not changed."""
     monkeypatch.setitem(cuda_graph_capture.RECORDERS, "cpu", DoesNothing)
     engine = engine_of("--ema", "0")
     parameters = len(list(engine.model.parameters()))
@@ -429,7 +429,7 @@ def test_a_captured_step_costs_the_host_next_to_nothing_per_parameter(monkeypatc
 
 
 @pytest.mark.parametrize(("accumulation", "stay"), [(1, True), (2, False)])
-def test_gradients_stay_in_the_graphs_memory_unless_micro_batches_add_up(
+def test_gradients_stay_in_static_memory_without_accumulation(
     recorders: list[ReplayOnCpu], accumulation: int, stay: bool
 ) -> None:
     engine = engine_of(accumulation=accumulation)
@@ -441,7 +441,7 @@ def test_gradients_stay_in_the_graphs_memory_unless_micro_batches_add_up(
         assert {id(gradient) for gradient in gradients} == {id(gradient) for gradient in static}
 
 
-def test_seeding_is_torch_s_own_without_a_look_at_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeding_equals_torch_manual_seed_without_formatting_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(2**63 + 5)
     expected = torch.random.get_rng_state()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What speeds are measured against, and what a run says of them."""
+"""Peak arithmetic and bandwidth of devices, and the utilization that a run logs (launch/machine/device_peaks.py)."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ CPU = torch.device("cpu")
         ("Some other GPU", None),
     ],
 )
-def test_makers_figures_are_found_by_name(name: str, tera: float | None) -> None:
+def test_vendor_peak_is_found_by_device_name(name: str, tera: float | None) -> None:
     assert stated_arithmetic(name) == (None if tera is None else tera * 1e12)
 
 
-def test_a_cpu_is_measured_once() -> None:
+def test_cpu_peaks_are_measured_once() -> None:
     peaks = device_peaks(CPU, "fp32")
     assert not peaks.stated
     assert 1e9 < peaks.arithmetic < 1e14
@@ -42,7 +42,7 @@ def test_a_cpu_is_measured_once() -> None:
     assert measured_bandwidth(CPU) is measured_bandwidth(CPU)
 
 
-def test_the_bandwidth_is_that_of_random_data(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bandwidth_is_measured_with_random_data(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(random_bytes(1 << 16, CPU)) == 1 << 16
     assert (random_bytes(1 << 16, CPU).long().bincount(minlength=256) > 100).all()
     sizes: list[int] = []
@@ -56,7 +56,7 @@ def test_the_bandwidth_is_that_of_random_data(monkeypatch: pytest.MonkeyPatch) -
     assert sizes == [COPIED["cpu"]]
 
 
-def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) -> None:
+def test_run_logs_utilization_and_resolved_options(tmp_path: Path, digits: Path) -> None:
     out = tmp_path / "run"
     assert run(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "2", "--log-every", "1") == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -67,6 +67,6 @@ def test_a_run_logs_its_utilisation_and_its_picks(tmp_path: Path, digits: Path) 
     line = [line for line in lines if line["kind"] == "train"][-1]
     cost, peaks = fat.count(fat.create_model("fat_b0", num_classes=10), 32), device_peaks(CPU, "fp32")
     rate = line["images_per_second"]
-    bounds = {"rel": 0.02 + 0.05 / rate, "abs": 1e-4}  # the rate is logged to one decimal
+    bounds = {"rel": 0.02 + 0.05 / rate, "abs": 1e-4}  # the log rounds the rate to one decimal
     assert line["mfu"] == pytest.approx(6 * cost.macs * rate / peaks.arithmetic, **bounds)
     assert line["bandwidth"] == pytest.approx(cost.fused_bytes(4) * rate / peaks.bandwidth, **bounds)

@@ -282,7 +282,7 @@ def test_every_start_runs_the_check_and_writes_no_files(
         verdict = check(model)
         assert (verdict.checked, verdict.failed) == ((families.CONVOLUTION, families.NORM), ())
         assert verdict.resolved["kernel check"] == (
-            f"2 families compared in {verdict.seconds:.1f} s; all agree with torch"
+            f"2 families compared in {verdict.seconds:.1f} s; all agree with PyTorch"
         )
     assert compared == [families.CONVOLUTION, families.NORM] * 2
     assert capsys.readouterr().err == ""
@@ -354,7 +354,7 @@ def test_a_check_that_cannot_run_does_not_stop_the_training(
 
     monkeypatch.setattr(kernel_check.selfcheck, "cases", cases)
     verdict = check(model)
-    line = "kernels: the comparison could not be made (TypeError: cannot trace); they are used unchecked"
+    line = "the self-check of the kernels failed (TypeError: cannot trace); they are used unchecked"
     assert verdict == KernelCheckResult(warnings=(line,))
     assert verdict.resolved == {"kernel check": f"not compared; {line}"}
     assert capsys.readouterr().err == f"warning: {line}\n"

@@ -1,4 +1,4 @@
-"""The launch commands in one process: dry run, evaluation, fine-tuning, curves."""
+"""The commands of launch/ in one process: dry run, evaluation, fine-tuning, curves."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tests.support.hostile_weights import CHECKPOINTS, SAFETENSORS
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """FAT-B0 for ten classes, untrained, with a head that always says class 3 first."""
+    """Weights of FAT-B0 for ten classes whose classifier always ranks the classes 3, 2, 1, 0, 9 first."""
     torch.manual_seed(0)
     model = fat.create_model("fat_b0", num_classes=10)
     torch.nn.init.zeros_(model.head.weight)
-    model.head.bias.data = torch.arange(10.0).roll(4)  # the largest is class 3, then 2, 1, 0, 9
+    model.head.bias.data = torch.arange(10.0).roll(4)
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
     fat.save_weights(model, path)
     return path
 
 
-def test_a_dry_run_tells_all_and_touches_nothing(
+def test_dry_run_describes_the_run_and_writes_nothing(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -45,18 +45,18 @@ def test_a_dry_run_tells_all_and_touches_nothing(
 
 
 @pytest.mark.parametrize("how", [(), ("--dry-run",)])
-def test_what_cannot_be_is_refused_before_there_is_a_folder(
+def test_invalid_combination_is_rejected_before_the_run_folder_is_created(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], how: tuple[str, ...]
 ) -> None:
     impossible = ("--zero", "1", "--memory-format", "channels-last")
     assert run(train, *SMALL, *impossible, *how, "--data", digits, "--out", tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "error: --memory-format channels-last: DeepSpeed (ZeRO stage 1) supports only contiguous" in error
+    assert "error: --memory-format channels-last: DeepSpeed (ZeRO stage 1) supports only contiguous weights" in error
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EACCES])
-def test_storage_that_fails_is_no_bad_input(
+def test_storage_failure_ends_with_status_1(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     out, real = tmp_path / "run", os.open
@@ -91,14 +91,14 @@ def test_evaluation_counts_every_image_once_and_by_class(
     assert "over 360 images" in capsys.readouterr().out
 
 
-def test_evaluation_of_the_first_few(tmp_path: Path, digits: Path, weights: Path) -> None:
+def test_evaluation_of_the_first_images(tmp_path: Path, digits: Path, weights: Path) -> None:
     out = tmp_path / "figures.json"
     assert run(evaluate, weights, "--data", digits, "--size", "32", "--limit", "50", "--json", out) == 0
     assert json.loads(out.read_text())["samples"] == 50
 
 
 @pytest.mark.parametrize("what", ["nothing", "empty"])
-def test_evaluation_of_nothing_is_refused(
+def test_evaluation_of_a_missing_or_empty_path_is_rejected(
     tmp_path: Path, digits: Path, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
@@ -107,7 +107,7 @@ def test_evaluation_of_nothing_is_refused(
 
 
 @pytest.mark.parametrize("name", ["stride 0 of 3 billion elements", "names that are no text", "header of 2^63 bytes"])
-def test_evaluation_refuses_a_hostile_weights_file_in_a_line(
+def test_evaluation_rejects_a_malicious_weights_file_in_one_line(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     path = tmp_path / ("w.pth" if name in CHECKPOINTS else "w.safetensors")
@@ -117,7 +117,7 @@ def test_evaluation_refuses_a_hostile_weights_file_in_a_line(
     assert str(path) in line
 
 
-def test_fine_tuning_starts_from_the_weights_and_gives_other_classes_a_new_head(
+def test_fine_tuning_uses_the_weights_and_a_new_head_for_other_classes(
     tmp_path: Path, digits: Path, weights: Path
 ) -> None:
     options = (*SMALL, "--data", digits, "--weights", weights, "--stop-after", "1", "--lr", "0", "--min-lr", "0")
@@ -132,7 +132,7 @@ def test_fine_tuning_starts_from_the_weights_and_gives_other_classes_a_new_head(
         assert [torch.equal(given[name], tuned[name][:10]) for name in head] == [classes == 10] * len(head)
 
 
-def test_weights_that_do_not_fit_are_named(
+def test_weights_of_another_variant_are_rejected(
     tmp_path: Path, digits: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(train, *SMALL, "--variant", "b1", "--data", digits, "--weights", weights, "--out", tmp_path / "r") == 2
@@ -140,12 +140,12 @@ def test_weights_that_do_not_fit_are_named(
     assert not (tmp_path / "r").exists()
 
 
-def test_curves_need_metrics(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+def test_curves_require_metrics(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"contains no metrics\.jsonl"):
         draw_curves(tmp_path)
 
 
-def test_trackers_get_the_metrics_too(tmp_path: Path, digits: Path) -> None:
+def test_metrics_are_logged_to_tensorboard(tmp_path: Path, digits: Path) -> None:
     out = tmp_path / "run"
     options = ("--data", digits, "--out", out, "--stop-after", "2", "--log-every", "1", "--tracker", "tensorboard")
     assert run(train, *SMALL, *options) == 0

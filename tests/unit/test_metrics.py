@@ -1,4 +1,4 @@
-"""Metrics (launch/run/metrics.py): a view of the run that loses no line and never ends the run."""
+"""Metrics (launch/run/metrics.py): write errors lose no line and do not end the run."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def steps_of(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / METRICS_NAME).read_text().splitlines()]
 
 
-def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(tmp_path: Path) -> None:
+def test_lines_kept_while_the_disk_is_full_are_written_in_order_later(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64k") as disk:
         log = MetricsLog(disk)
         log.write("train", step=1, **TRAIN)
         assert log.messages() == []
         filler = fill(disk)
-        for step in range(2, 102):  # more than the rest of the file's last page
+        for step in range(2, 102):  # more than fits into the rest of the file's last page
             log.write("train", step=step, **TRAIN)
         (warning,) = log.messages()
         assert "cannot be written (No space left on device); lines are kept in memory" in warning
         content = (disk / METRICS_NAME).read_bytes()
-        assert content.endswith(b"}\n")  # the line that filled the page was cut off again
+        assert content.endswith(b"}\n")  # the incomplete line was truncated
         filler.unlink()
         log.write("train", step=102, **TRAIN)
         (note,) = log.messages()
@@ -51,7 +51,7 @@ def test_lines_that_a_full_disk_refuses_are_written_in_order_when_there_is_room(
         assert [line["step"] for line in read_metrics(disk)] == list(range(1, 103))
 
 
-def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> None:
+def test_unwritten_lines_are_reported_on_close(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "gone")
     for step in range(3):
         log.write("train", step=step, **TRAIN)
@@ -61,7 +61,7 @@ def test_lines_that_are_never_written_are_said_at_the_end(tmp_path: Path) -> Non
     assert "3 lines could not be written (No such file or directory)" in last
 
 
-def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path) -> None:
+def test_file_is_opened_as_soon_as_its_folder_exists(tmp_path: Path) -> None:
     run = tmp_path / "run"
     log = MetricsLog(run)
     for step in range(6):
@@ -75,7 +75,7 @@ def test_a_file_that_cannot_be_opened_is_opened_when_it_can(tmp_path: Path) -> N
     assert steps_of(run) == list(range(7))
 
 
-def test_a_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
+def test_removed_file_is_created_again(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.write("train", step=1, **TRAIN)
     (tmp_path / METRICS_NAME).unlink()
@@ -84,7 +84,7 @@ def test_a_file_that_somebody_removes_is_made_again(tmp_path: Path) -> None:
     assert steps_of(tmp_path) == [2]
 
 
-def test_a_line_that_was_torn_by_a_power_cut_spoils_none_after_it(tmp_path: Path) -> None:
+def test_truncated_line_does_not_damage_later_lines(tmp_path: Path) -> None:
     (tmp_path / METRICS_NAME).write_text('{"kind": "train", "step": 1, "epo')
     log = MetricsLog(tmp_path)
     log.write("train", step=2, **TRAIN)
@@ -113,7 +113,7 @@ DAMAGED = [
 
 
 @pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path, damage: bytes) -> None:
+def test_damaged_line_is_skipped_with_a_warning(tmp_path: Path, damage: bytes) -> None:
     log = MetricsLog(tmp_path)
     log.write("train", step=1, **TRAIN)
     log.close()
@@ -134,7 +134,7 @@ def test_a_damaged_line_is_left_out_with_a_warning(tmp_path: Path, damage: bytes
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
-def test_what_is_no_file_is_refused_at_the_start(tmp_path: Path, make) -> None:
+def test_metrics_path_that_is_not_a_regular_file_is_rejected(tmp_path: Path, make) -> None:
     make(tmp_path / METRICS_NAME)
     with pytest.raises(UserError, match=r"metrics\.jsonl: not a regular file; move it away") as refused:
         check_metrics(tmp_path)
@@ -143,9 +143,9 @@ def test_what_is_no_file_is_refused_at_the_start(tmp_path: Path, make) -> None:
         draw_curves(tmp_path)
 
 
-def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host waits for the loader all the time, the device for a quarter of a second."""
-    at = iter([0.0, 0.0, 1.0, 2.0, 3.0])  # of the ends of what the stream has been given, in seconds
+def test_data_wait_is_the_waiting_time_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host always waits for the loader, but the device waits only a quarter of a second."""
+    at = iter([0.0, 0.0, 1.0, 2.0, 3.0])  # times in seconds at which the queued work of the stream ends
     moment = partial(SimpleNamespace, query=lambda: True)
 
     def mark(_: torch.device) -> SimpleNamespace:
@@ -163,11 +163,11 @@ def test_the_data_wait_of_a_line_is_the_device_s(tmp_path: Path, monkeypatch: py
     batches = iter([SimpleNamespace(ready=moment(at=ready)) for ready in (0.0, 1.25, 1.5)])
     with metrics.Metrics(Recipe(run=RunConfig(out=tmp_path)), feed, engine, Progress()) as tracker:
         for step in range(3):
-            tracker.take(batches, 1)
-            tracker.step(step, 1e-3, result)
+            tracker.next_batches(batches, 1)
+            tracker.add_step(step, 1e-3, result)
         before = tracker._interval_started
         at = iter([4.0])
-        tracker.interval(skipped=0, replaced=0)
+        tracker.log_interval(skipped=0, replaced=0)
     seconds = tracker._interval_started - before - 1
     (line,) = [line for line in read_metrics(tmp_path) if line["kind"] == "train"]
     assert line["data_wait"] == pytest.approx(0.25 / seconds, abs=1e-3)

@@ -1,4 +1,4 @@
-"""Clipping and update by whole lists (launch/engine/optimizers.py) equal torch's own, bit by bit."""
+"""Gradient clipping and optimizer update (launch/engine/optimizers.py) equal PyTorch's bit by bit."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
 
 
-def optimizer_of(model: nn.Module, form: OptimizerImpl = "fused") -> torch.optim.Optimizer:
-    kind = OPTIMIZERS["adamw"]
-    optimizer = kind.build(parameter_groups(model, 0.05), (0.9, 0.999), 1e-8, form)
-    create_state(optimizer, list(model.parameters()), kind.moments)
+def optimizer_of(model: nn.Module, impl: OptimizerImpl = "fused") -> torch.optim.Optimizer:
+    spec = OPTIMIZERS["adamw"]
+    optimizer = spec.build(parameter_groups(model, 0.05), (0.9, 0.999), 1e-8, impl)
+    create_state(optimizer, list(model.parameters()), spec.moments)
     return optimizer
 
 
-def give_gradients(model: nn.Module, step: int) -> None:
+def set_gradients(model: nn.Module, step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -34,7 +34,7 @@ def give_gradients(model: nn.Module, step: int) -> None:
         model[0].weight.grad[0] = math.nan
 
 
-def torch_s_own(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float) -> torch.Tensor:
+def reference_update(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: float) -> torch.Tensor:
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     if optimizer.defaults["fused"]:
         skip_if_not_finite(optimizer, norm)
@@ -44,19 +44,19 @@ def torch_s_own(optimizer: torch.optim.Optimizer, model: nn.Module, max_norm: fl
     return norm
 
 
-@pytest.mark.parametrize("form", ["fused", "foreach"])
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e3])
-def test_it_is_torch_s_own_update(max_norm: float, form: OptimizerImpl) -> None:
+def test_update_equals_pytorch_bit_by_bit(max_norm: float, impl: OptimizerImpl) -> None:
     found, expected = network(), network()
-    ours, theirs = optimizer_of(found, form), optimizer_of(expected, form)
+    ours, theirs = optimizer_of(found, impl), optimizer_of(expected, impl)
     update = Updater(ours, list(found.parameters()))
     for step in range(STEPS):
         for model, optimizer in ((found, ours), (expected, theirs)):
-            give_gradients(model, step)
+            set_gradients(model, step)
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2 / (step + 1)
         norm = update(max_norm)
-        assert norm.equal(torch_s_own(theirs, expected, max_norm)) or step == 2
+        assert norm.equal(reference_update(theirs, expected, max_norm)) or step == 2
         assert norm.isfinite() == (step != 2)
         assert norm.dtype == torch.float32
         assert not norm.requires_grad
@@ -67,10 +67,10 @@ def test_it_is_torch_s_own_update(max_norm: float, form: OptimizerImpl) -> None:
             assert torch.equal(ours.state[a][name], value), name
 
 
-def test_torch_makes_the_same_state_at_its_first_step() -> None:
+def test_created_state_equals_that_of_pytorch_s_first_step() -> None:
     model, theirs = network(), network()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.0, fused=True)
-    give_gradients(theirs, 0)
+    set_gradients(theirs, 0)
     optimizer.step()
     ours = optimizer_of(model)
     for a, b in zip(model.parameters(), theirs.parameters(), strict=True):
@@ -81,10 +81,10 @@ def test_torch_makes_the_same_state_at_its_first_step() -> None:
             assert not found[name].any()
 
 
-def test_fused_updates_go_by_whole_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_update_bypasses_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     optimizer = optimizer_of(model)
     update = Updater(optimizer, list(model.parameters()))
-    monkeypatch.setattr(optimizer, "step", lambda: pytest.fail("torch's own loop was used"))
-    give_gradients(model, 1)
+    monkeypatch.setattr(optimizer, "step", lambda: pytest.fail("Optimizer.step was called"))
+    set_gradients(model, 1)
     update(1.0)

@@ -15,7 +15,7 @@ from launch.resilience.watchdog import LAST_RESORT_SECONDS
 from shards.errors import UserError
 
 
-def test_the_paper_s_recipe_is_the_default() -> None:
+def test_defaults_are_the_paper_s_recipe() -> None:
     recipe = parse(["--variant", "b3"])
     assert recipe == Recipe(model=ModelConfig(variant="b3"))
     augment = recipe.data.augmentation()
@@ -45,7 +45,7 @@ def test_later_recipe_files_override_earlier_ones(tmp_path: Path) -> None:
     assert (recipe.compile.compile, recipe.compile.optimizer_impl) == ("off", "foreach")
 
 
-def test_a_recipe_survives_json() -> None:
+def test_recipe_is_serializable_as_json() -> None:
     recipe = parse(["--data", "x", "--crop-scale", "0.1", "0.5"]).to_dict()
     written = json.loads(json.dumps(recipe))
     assert written["data"]["data"] == "x"
@@ -63,14 +63,14 @@ def test_a_recipe_survives_json() -> None:
         ("[data", "not a readable TOML"),
     ],
 )
-def test_a_wrong_recipe_file_is_refused_with_the_reason(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_recipe_file_is_rejected_with_the_reason(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "r.toml"
     file.write_text(text)
     with pytest.raises(RecipeError, match=message):
         parse(["--recipe", str(file)])
 
 
-def test_a_missing_recipe_file_is_named(tmp_path: Path) -> None:
+def test_missing_recipe_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no such recipe file"):
         parse(["--recipe", str(tmp_path / "none.toml")])
 
@@ -86,7 +86,7 @@ def test_unknown_options_end_with_status_2(args: list[str]) -> None:
     ("args", "message"),
     [(["--flip", "2"], "flip"), (["--rand-augment", "rand-m99"], "rand-m99"), (["--crop-scale", "1", "0.5"], "scale")],
 )
-def test_impossible_augmentation_is_refused(args: list[str], message: str) -> None:
+def test_invalid_augmentation_is_rejected(args: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(args).data.augmentation()
 
@@ -121,13 +121,13 @@ def test_data_falls_back_to_the_environment_then_to_the_default_folder(
     ("options", "seconds"),
     [([], 420), (["--hang-timeout", "60"], 180), (["--hang-timeout", "7200"], 1740), (["--lock-wait", "0"], 0)],
 )
-def test_how_long_a_start_waits_for_the_lock(options: list[str], seconds: float) -> None:
+def test_default_lock_wait(options: list[str], seconds: float) -> None:
     recipe = parse(options)
     assert recipe.checkpoint.lock_seconds(recipe.watchdog.hang_timeout) == seconds
 
 
 @pytest.mark.parametrize("options", [[], ["--hang-timeout", "60"]])
-def test_a_start_outwaits_the_watchdog_of_a_stuck_trainer(options: list[str]) -> None:
+def test_lock_wait_is_longer_than_the_watchdog_of_a_hanging_trainer(options: list[str]) -> None:
     recipe = parse(options)
     timeout = recipe.watchdog.hang_timeout
     assert recipe.checkpoint.lock_seconds(timeout) > timeout + LAST_RESORT_SECONDS

@@ -1,4 +1,4 @@
-"""The run folder (launch/run/folder.py): what it resumes from, what it refuses, and when a run is finished."""
+"""The run folder (launch/run/folder.py): resuming, rejected checkpoints, failed saves, finishing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Folders = Callable[..., RunFolder]
 
 @pytest.fixture
 def folders(digits: Path, tmp_path: Path) -> Iterator[Folders]:
-    """Make the run folder of one start after another, with a small network."""
+    """Return a function that creates the run folder of a start, with a small network."""
 
     def make(*options: str, out: Path = tmp_path / "run") -> RunFolder:
         small = ("--size", "32", "--global-batch", "64", "--warmup-epochs", "0", "--epochs", "3", "--zero", "0")
@@ -59,7 +59,7 @@ def save(folder: RunFolder, *steps: int) -> None:
 
 
 def start(folders: Folders, *steps: int) -> Path:
-    """A run that saved and was killed; returns its folder of checkpoints."""
+    """Save checkpoints of a run that is then abandoned; return its folder of checkpoints."""
     folder = folders()
     folder.resume()
     save(folder, *steps)
@@ -68,7 +68,7 @@ def start(folders: Folders, *steps: int) -> Path:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object], *, with_hash: bool) -> None:
-    """Change the metadata of a checkpoint, and give it the hash that fits."""
+    """Change the metadata of a checkpoint, with or without updating its hash."""
     meta = json.loads((path / "meta.json").read_text())
     found = meta.pop("hash")
     change(meta)
@@ -76,7 +76,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object], *, with_hash: b
     (path / "meta.json").write_text(text)
 
 
-def test_a_damaged_fingerprint_passes_over_to_the_older_checkpoint(folders: Folders) -> None:
+def test_damaged_fingerprint_falls_back_to_the_previous_checkpoint(folders: Folders) -> None:
     checkpoints = start(folders, 14, 21)
     edit(checkpoints / "step-00000021", lambda meta: meta["fingerprint"]["fixed"].update(seed=1), with_hash=False)
     progress, messages = folders().resume()
@@ -84,13 +84,13 @@ def test_a_damaged_fingerprint_passes_over_to_the_older_checkpoint(folders: Fold
     assert any("step-00000021: damaged (meta.json does not match its hash); skipped" in line for line in messages)
 
 
-def test_a_whole_checkpoint_of_another_run_is_refused(folders: Folders) -> None:
+def test_checkpoint_of_a_run_with_other_options_is_rejected(folders: Folders) -> None:
     start(folders, 14)
     with pytest.raises(CheckpointError, match=r"saved by a run with other options \(seed was 0, now 1\)"):
         folders("--seed", "1").resume()
 
 
-def test_a_position_that_is_not_in_the_plan_is_refused(folders: Folders) -> None:
+def test_position_that_contradicts_the_plan_is_rejected(folders: Folders) -> None:
     checkpoints = start(folders, 21)
     position = {"epoch": 1, "epoch_step": 11}
     edit(checkpoints / "step-00000021", lambda meta: meta["progress"].update(position), with_hash=True)
@@ -98,7 +98,7 @@ def test_a_position_that_is_not_in_the_plan_is_refused(folders: Folders) -> None
         folders().resume()
 
 
-def test_without_any_whole_checkpoint_the_damaged_ones_are_set_aside(folders: Folders) -> None:
+def test_damaged_checkpoints_are_archived_if_none_is_undamaged(folders: Folders) -> None:
     checkpoints = start(folders, 14, 21)
     for path in checkpoints.iterdir():
         (path / "meta.json").unlink()
@@ -110,7 +110,7 @@ def test_without_any_whole_checkpoint_the_damaged_ones_are_set_aside(folders: Fo
     assert sorted(path.name for path in aside.iterdir()) == ["metrics.jsonl", "step-00000014", "step-00000021"]
 
 
-def test_checkpoints_that_cannot_be_read_are_never_begun_over(
+def test_unreadable_checkpoints_end_the_start(
     folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = start(folders, 14, 21)
@@ -134,10 +134,10 @@ def test_checkpoints_that_cannot_be_read_are_never_begun_over(
     ("option", "restarts", "resume"),
     [("never", "0", "never"), ("never", "1", "auto"), ("never", None, "never"), ("auto", "2", "auto")],
 )
-def test_a_job_that_slurm_starts_again_resumes_its_own_run(
+def test_requeued_slurm_job_resumes_despite_resume_never(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, option: str, restarts: str | None, resume: str
 ) -> None:
-    """--resume never is about the run as it was when the job was submitted."""
+    """--resume never applies to the run folder at the time when the job was submitted, not to the job's restarts."""
     seen: list[str] = []
     monkeypatch.setattr("launch.train.show_run", lambda recipe, _: seen.append(recipe.checkpoint.resume))
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
@@ -169,7 +169,7 @@ def halved(state: dict[str, torch.Tensor], name: str) -> None:
         (halved, "model", "is .* torch.float16, expected .* torch.float32"),
     ],
 )
-def test_wrong_tensors_under_a_right_hash_are_refused_by_name(
+def test_tensors_that_do_not_fit_the_model_are_rejected_by_name(
     folders: Folders, change: Callable[..., None], kind: str, message: str
 ) -> None:
     path = start(folders, 14) / "step-00000014"
@@ -183,17 +183,17 @@ def test_wrong_tensors_under_a_right_hash_are_refused_by_name(
         folders().resume()
 
 
-def test_a_state_that_is_no_state_is_refused_whatever_its_hash(folders: Folders) -> None:
+def test_invalid_state_with_a_valid_hash_ends_the_start(folders: Folders) -> None:
     path = start(folders, 14) / "step-00000014"
     (path / "state.safetensors").write_bytes(b"\xff" * 100)
     size, digest = checkpoint.hash_file(path / "state.safetensors")
     entry = {"state.safetensors": {"bytes": size, "xxh3": digest}}
     edit(path, lambda meta: meta.update(files=entry), with_hash=True)
-    with pytest.raises(CheckpointError, match=r"not a valid safetensors file .*; remove .*step-00000014, then start"):
+    with pytest.raises(CheckpointError, match=r"invalid header .*; remove .*step-00000014, then start the run again"):
         folders().resume()
 
 
-def test_saves_that_fail_in_a_row_end_the_run(folders: Folders, tmp_path: Path) -> None:
+def test_consecutive_failed_saves_end_the_run(folders: Folders, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "8m") as disk:
         folder = folders(out=disk / "run")
         folder.resume()
@@ -210,19 +210,19 @@ def test_saves_that_fail_in_a_row_end_the_run(folders: Folders, tmp_path: Path) 
             train()
         assert failed.value.exit_code == 1
         assert read_status(disk / "run") == "failed"
-        assert json.loads((disk / "run" / "status").read_text())["step"] == 2  # of the newest checkpoint on disk
+        assert json.loads((disk / "run" / "status").read_text())["step"] == 2  # step of the newest checkpoint on disk
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 @pytest.mark.parametrize("last", ["checkpoint", "weights"])
-def test_a_run_without_its_last_files_is_not_finished(
+def test_run_without_its_last_checkpoint_or_weights_is_failed(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
     with small_disk(tmp_path / "disk", "8m") as disk:
         folder = folders(out=disk / "run")
         folder.resume()
         progress = Progress(step=22, epoch=1)
-        if last == "weights":  # the checkpoint finds room
+        if last == "weights":  # the disk fills up after the checkpoint was saved
             original = fat.save_weights
 
             def full(*args: Any, **options: Any) -> None:
@@ -245,18 +245,18 @@ def test_a_run_without_its_last_files_is_not_finished(
         assert not list((disk / "run").glob("*weights*"))
         (disk / "of-others").unlink()
         monkeypatch.undo()
-        again = folders(out=disk / "run")
-        begun, _ = again.resume()
-        with again:
-            again.save(progress)
-            again.finish(progress)
-        assert begun.step == (22 if last == "weights" else 0)
+        restarted = folders(out=disk / "run")
+        resumed, _ = restarted.resume()
+        with restarted:
+            restarted.save(progress)
+            restarted.finish(progress)
+        assert resumed.step == (22 if last == "weights" else 0)
         assert read_status(disk / "run") == "finished"
         assert "head.bias" in load_file(disk / "run" / "weights.safetensors")
 
 
 @pytest.mark.parametrize(("options", "expected"), [(("--drop-path", "0"), 0.0), ((), 0.05)])
-def test_the_weights_say_how_they_were_trained(
+def test_exported_weights_have_the_trained_config(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], expected: float
 ) -> None:
     written: list[fat.FAT] = []
@@ -269,32 +269,32 @@ def test_the_weights_say_how_they_were_trained(
     assert [model.config.drop_path for model in written] == [expected]
 
 
-def test_curves_that_cannot_be_drawn_fail_no_run(folders: Folders) -> None:
+def test_failed_plot_does_not_fail_the_run(folders: Folders) -> None:
     folder = folders()
     folder.resume()
     progress = Progress(step=22, epoch=1)
     with folder:
         folder.save(progress)
-        messages = folder.finish(progress)  # there are no metrics at all
+        messages = folder.finish(progress)  # there is no metrics.jsonl
     assert any(line.startswith("warning: the curves could not be plotted (") for line in messages)
     assert read_status(folder.path) == "finished"
     mode = (folder.path / "weights.safetensors").stat().st_mode & 0o777
-    assert mode == (folder.path / "status").stat().st_mode & 0o777  # the umask's
+    assert mode == (folder.path / "status").stat().st_mode & 0o777  # both follow the umask
 
 
-def test_temporary_files_of_killed_starts_go_and_those_of_the_user_stay(folders: Folders) -> None:
+def test_temporary_files_of_killed_starts_are_removed(folders: Folders) -> None:
     path = start(folders, 14).parent
     written = ("recipe.json", "curves.png", "status", "weights.safetensors", "weights-ema.safetensors", "probe")
-    ours = [temporary_name(path / name).name for name in written]
+    temporary = [temporary_name(path / name).name for name in written]
     others = [".weights.safetensors.mine.tmp", "recipe.json.0123abcd0123abcd.tmp", ".notes.0123abcd0123abcd.tmp"]
-    for name in (*ours, *others):
+    for name in (*temporary, *others):
         (path / name).touch()
     folders().resume()
-    assert not [name for name in ours if (path / name).exists()]
+    assert not [name for name in temporary if (path / name).exists()]
     assert all((path / name).exists() for name in others)
 
 
-def test_the_temporary_name_of_weights_is_recognised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_temporary_name_of_weights_is_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = []
     monkeypatch.setattr(os, "replace", lambda temporary, _: names.append(Path(temporary).name))
     fat.save_weights(fat.FAT(CONFIG), tmp_path / "weights.safetensors")
@@ -308,7 +308,7 @@ def test_the_temporary_name_of_weights_is_recognised(tmp_path: Path, monkeypatch
         ("metrics.jsonl", r"metrics\.jsonl: not a regular file; move it away"),
     ],
 )
-def test_a_folder_in_place_of_a_file_is_refused_by_name(folders: Folders, name: str, fact: str) -> None:
+def test_folder_in_place_of_a_file_is_rejected(folders: Folders, name: str, fact: str) -> None:
     folder = folders()
     (folder.path / name).mkdir()
     with pytest.raises(UserError, match=fact) as refused:
@@ -316,12 +316,12 @@ def test_a_folder_in_place_of_a_file_is_refused_by_name(folders: Folders, name: 
     assert refused.value.exit_code == 2
 
 
-def test_the_reason_of_another_rank_is_kept_and_the_newest_checkpoint_added(folders: Folders) -> None:
+def test_status_keeps_the_reason_of_another_rank_and_adds_the_step(folders: Folders) -> None:
     folder = folders()
     folder.resume()
     with contextlib.suppress(RuntimeError), folder:
         save(folder, 4)
-        write_status(folder.path, "failed", reason="rank 1 knows", nodes=["b"])  # it does not know the checkpoints
+        write_status(folder.path, "failed", reason="rank 1 knows", nodes=["b"])  # without a step
         raise RuntimeError("connection closed by peer")
     content = read_content(folder.path)
     assert content is not None

@@ -1,4 +1,4 @@
-"""RUN/recipe.json: what a resumed run takes from it where the command line leaves an option open."""
+"""RUN/recipe.json: validation, and options that a resumed run inherits if they are not set (saved_recipe.py)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def performance(recipe: Recipe) -> tuple[object, ...]:
     return recipe.compile.compile, recipe.compile.optimizer_impl, loader.read_threads, loader.dali.preallocate_width
 
 
-def test_open_options_come_from_the_run(tmp_path: Path) -> None:
+def test_unset_options_are_inherited(tmp_path: Path) -> None:
     recipe, messages = inherit_options(parse([]), saved(tmp_path, *GIVEN), HERE, CORES)
     assert performance(recipe) == ("off", "foreach", 7, 640)
     assert messages == [
@@ -40,19 +40,19 @@ def test_open_options_come_from_the_run(tmp_path: Path) -> None:
     ]
 
 
-def test_given_options_are_kept(tmp_path: Path) -> None:
+def test_options_that_are_set_are_kept(tmp_path: Path) -> None:
     given = parse(["--compile", "cudagraphs", "--read-threads", "3"])
     recipe, messages = inherit_options(given, saved(tmp_path, *GIVEN), HERE, CORES)
     assert performance(recipe) == ("cudagraphs", "foreach", 3, 640)
     assert messages == ["from the run's recipe.json: --optimizer-impl foreach, --preallocate-width 640"]
 
 
-def test_what_is_open_in_both_stays_open(tmp_path: Path) -> None:
+def test_options_unset_in_both_stay_unset(tmp_path: Path) -> None:
     recipe = parse([])
     assert inherit_options(recipe, saved(tmp_path), HERE, CORES) == (recipe, [])
 
 
-def test_nothing_else_is_inherited(tmp_path: Path) -> None:
+def test_other_options_are_not_inherited(tmp_path: Path) -> None:
     options = ("--lr", "1", "--stop-after", "3", "--save-every", "2", "--drop-path", "0.5", "--hw-decoder-load", "0.5")
     recipe = parse([])
     assert inherit_options(recipe, saved(tmp_path, *options), HERE, CORES) == (recipe, [])
@@ -74,7 +74,7 @@ def test_options_of_another_machine_are_not_inherited(
         ]
 
 
-def test_a_damaged_recipe_is_a_warning(tmp_path: Path) -> None:
+def test_damaged_recipe_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "recipe.json").write_text("{}")
     found, messages = read_previous_start(tmp_path, World(0, 1, 0, 1, torch.device("cpu")))
     assert found is None
@@ -90,10 +90,10 @@ DESCRIPTION: dict[str, Any] = {
 
 def changed(*path: str, value: Any) -> str:
     content = copy.deepcopy(DESCRIPTION)
-    place = content
+    section = content
     for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
+        section = section[name]
+    section[path[-1]] = value
     return json.dumps(content)
 
 
@@ -113,7 +113,7 @@ def changed(*path: str, value: Any) -> str:
         (changed("recipe", "run", "extra", value=1), "recipe.run.extra"),
     ],
 )
-def test_a_recipe_of_another_shape_is_refused_in_one_line(tmp_path: Path, content: str, fact: str) -> None:
+def test_invalid_recipe_json_is_rejected_in_one_line(tmp_path: Path, content: str, fact: str) -> None:
     (tmp_path / "recipe.json").write_text(content)
     with pytest.raises(UserError) as refused:
         read_saved_run(tmp_path)
@@ -123,6 +123,6 @@ def test_a_recipe_of_another_shape_is_refused_in_one_line(tmp_path: Path, conten
     assert "\n" not in shown
 
 
-def test_a_folder_without_a_recipe_is_named(tmp_path: Path) -> None:
+def test_folder_without_recipe_json_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe\.json: cannot be read \(No such file.*\); use a run folder"):
         read_saved_run(tmp_path)

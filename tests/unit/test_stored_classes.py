@@ -194,7 +194,7 @@ def test_a_run_is_not_resumed_with_another_validation_split(
         assert run(train, *SMALL, "--data", tmp_path / "set", *options) == 2
         error = capsys.readouterr().err
         assert "saved by a run with other options (val_index was " in error
-        assert f", is {now})" in error
+        assert f", now {now})" in error
 
 
 def test_a_validation_split_can_be_added_on_resume_with_a_warning(
@@ -207,7 +207,7 @@ def test_a_validation_split_can_be_added_on_resume_with_a_warning(
     assert run(train, *options, "--data", digits, "--stop-after", "2", "--crop-pct", "0.8") == 0
     shown = "".join(capsys.readouterr().err.split())
     assert "warning:thedatasethadnovalidationsplit,andhasonenow" in shown
-    assert "warning:crop_pctwas0.875,is0.8" in shown
+    assert "warning:crop_pctwas0.875,now0.8" in shown
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------
@@ -303,7 +303,7 @@ def test_weights_without_class_names_are_evaluated_with_a_note_if_the_number_of_
     )
     fewer = with_classes(digits, tmp_path / "set", lambda entries: entries.append({"folder": "ten", "name": None}))
     assert run(evaluate, path, "--data", fewer, *QUICK, "--size", "32") == 2
-    assert "a model of 10 classes without class names" in capsys.readouterr().err
+    assert "has 10 outputs and no class names" in capsys.readouterr().err
 
 
 def test_evaluating_weights_of_another_tool_names_the_chosen_model(
@@ -339,7 +339,7 @@ def test_classes_with_the_same_human_readable_name_are_counted_separately(
 def test_two_classes_of_one_folder_are_rejected(trained: Path, digits: Path, tmp_path: Path, capsys: Any) -> None:
     other = with_classes(digits, tmp_path / "set", lambda entries: entries[1].update(folder="0_zero"))
     assert run(evaluate, trained, "--data", other, *QUICK) == 2
-    assert "several classes of one folder name (0_zero)" in capsys.readouterr().err
+    assert "several classes have the same folder name (0_zero)" in capsys.readouterr().err
 
 
 def test_a_digest_is_accepted_for_the_same_classes_and_rejected_for_other_classes() -> None:
@@ -347,7 +347,7 @@ def test_a_digest_is_accepted_for_the_same_classes_and_rejected_for_other_classe
     full = classes_of("a", "b", "c")
     short = fat.ClassList.loads(full.dumps(limit=0))
     assert map_classes(short, 3, full, model=model, data=data) == (None, [])
-    with pytest.raises(UserError, match="only a digest of its 3 class names, which differs; evaluate the run folder"):
+    with pytest.raises(UserError, match="only a digest of its 3 class names; evaluate the run folder"):
         map_classes(short, 3, classes_of("a", "b"), model=model, data=data)
 
 

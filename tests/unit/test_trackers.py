@@ -1,4 +1,4 @@
-"""Trackers (launch/run/trackers.py): a new run is refused before its folder is made; a resumed one is not."""
+"""Trackers (launch/run/trackers.py): a tracker that cannot start ends a new run, but not a resumed one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from launch.run.trackers import WANDB_ID, Trackers
 from launch.train import main as train
 
 TRAIN = {"epoch": 0, "loss": 2.5, "lr": 1e-3, "images_per_second": 100.0}
-# A stand-in for wandb, which is not installed here: as much of it as is called, with the faults of the real one.
+# A replacement of wandb, which is not installed for tests, with the functions that are called and their errors.
 WANDB = """
 class UsageError(Exception):
     pass
@@ -49,7 +49,7 @@ def recipe(name: str, out: Path) -> Recipe:
 
 @pytest.fixture
 def wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The stand-in, imported."""
+    """Import the replacement of wandb."""
     (tmp_path / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
@@ -71,7 +71,7 @@ def trained(digits: Path, out: Path, *options: str) -> int:
     ("name", "hide", "advice"),
     [("wandb", None, "'fat-pipeline[wandb]'"), ("tensorboard", "tensorboard", "'fat-pipeline[track]'")],
 )
-def test_a_tracker_that_is_not_installed_is_refused_before_there_is_a_folder(
+def test_tracker_that_is_not_installed_is_rejected_before_the_run_folder_is_created(
     *,
     digits: Path,
     tmp_path: Path,
@@ -92,7 +92,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_there_is_a_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_new_run_without_a_login_is_refused_before_there_is_a_folder(
+def test_new_run_without_wandb_login_is_rejected_before_the_run_folder_is_created(
     digits: Path, tmp_path: Path, wandb: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wandb.failing.add("init")
@@ -104,13 +104,13 @@ def test_a_new_run_without_a_login_is_refused_before_there_is_a_folder(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tensorboard_that_cannot_be_imported_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorboard_that_cannot_be_imported_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(RecipeError, match=r"--tracker tensorboard: cannot start \(.*; repair the installation"):
         Trackers(recipe("tensorboard", tmp_path))
 
 
-def test_a_run_that_goes_on_leaves_out_what_does_not_start(tmp_path: Path, wandb: Any) -> None:
+def test_resumed_run_continues_without_a_tracker_that_fails_to_start(tmp_path: Path, wandb: Any) -> None:
     wandb.failing.add("init")
     trackers = Trackers(recipe("wandb", tmp_path), resumes=True)
     trackers.open(tmp_path)
@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_leaves_out_what_does_not_start(tmp_path: Path, wandb
     assert wandb.logged == []
 
 
-def test_a_tracker_that_fails_warns_once_and_the_log_goes_on(tmp_path: Path, wandb: Any) -> None:
+def test_failing_tracker_warns_once_and_metrics_are_still_written(tmp_path: Path, wandb: Any) -> None:
     log = MetricsLog(tmp_path, Trackers(recipe("wandb", tmp_path)))
     wandb.failing.add("log")
     for step in (1, 2):
@@ -135,7 +135,7 @@ def test_a_tracker_that_fails_warns_once_and_the_log_goes_on(tmp_path: Path, wan
     assert [step for step, _ in wandb.logged] == [1, 2]
 
 
-def test_a_resumed_run_continues_the_same_run_of_one_project(tmp_path: Path, wandb: Any) -> None:
+def test_resumed_run_uses_the_same_wandb_id(tmp_path: Path, wandb: Any) -> None:
     out = tmp_path / "runs" / "b3"
     out.mkdir(parents=True)
 

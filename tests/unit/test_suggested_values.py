@@ -1,4 +1,4 @@
-"""The values that errors name work: whoever follows the advice of an error meets no second one."""
+"""Values that error messages suggest are valid: a user who follows a message gets no second error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def checked(data: Path, options: Sequence[str], ranks: int) -> None:
-    """Everything that is checked before a run makes its folder, but for memory."""
+    """Run all checks, except that of memory, that training runs before it creates the run folder."""
     recipe = parse(["--data", str(data), "--size", "64", *options])
     world = World(0, ranks, 0, ranks, torch.device("cpu"))
     feed = Feed.of(recipe, world)
@@ -49,8 +49,8 @@ def checked(data: Path, options: Sequence[str], ranks: int) -> None:
     Execution.of(recipe, world.device, accumulation=feed.shape.accumulation, ranks=ranks)
 
 
-def put(options: Sequence[str], name: str, *values: str) -> list[str]:
-    """The options with another value of one of them."""
+def replaced(options: Sequence[str], name: str, *values: str) -> list[str]:
+    """Return the options with another value of one of them."""
     left = list(options)
     if name in left:
         at = left.index(name)
@@ -58,7 +58,7 @@ def put(options: Sequence[str], name: str, *values: str) -> list[str]:
     return [*left, name, *values]
 
 
-# Options, ranks, where the error names a value, and the option that it is of.
+# Options, number of ranks, pattern that finds the suggested value in the error message, option of that value.
 BATCH, MICRO, LANES = "--global-batch", "--micro-batch", "--lanes"
 ADVICE = [
     ((), 1, r"global batch of at most (\d+)", BATCH),
@@ -78,7 +78,7 @@ ADVICE = [
     ((*LIGHT, BATCH, "1", "--size", "32"), 1, r"--size (\d+) or more", "--size"),
     ((BATCH, "4", "--epochs", "3", "--warmup-epochs", "5"), 1, r"use at most ([\d.]+)", "--warmup-epochs"),
     ((BATCH, "4", "--lock-wait", "9999"), 1, r"at most (\d+)", "--lock-wait"),
-    ((BATCH, "4", "--classes", "1"), 1, r"the data set has (\d+); use at least as many", "--classes"),
+    ((BATCH, "4", "--classes", "1"), 1, r"use at least (\d+)", "--classes"),
     ((BATCH, "4", "--zero", "1", "--memory-format", "channels-last"), 1, r"use --zero (\d)", "--zero"),
     ((BATCH, "4", "--zero", "3", "--compile", "default"), 1, r"use --zero (\d)", "--zero"),
     ((BATCH, "4", "--zero", "3", "--compile", "default"), 1, r"or --compile (\w+)", "--compile"),
@@ -89,31 +89,31 @@ ADVICE = [
 
 
 @pytest.mark.parametrize(("options", "ranks", "pattern", "option"), ADVICE)
-def test_following_the_advice_works(
+def test_values_suggested_by_an_error_are_valid(
     tiny: Path, options: tuple[str, ...], ranks: int, pattern: str, option: str
 ) -> None:
     with pytest.raises(UserError) as refused:
         checked(tiny, options, ranks)
     found = re.search(pattern, str(refused.value))
     assert found, refused.value
-    checked(tiny, put(options, option, found[1]), ranks)
+    checked(tiny, replaced(options, option, found[1]), ranks)
 
 
 @pytest.mark.parametrize(("micro", "wanted"), [(None, "2 and 4"), (8, "2 and 4"), (16, "2 and 4"), (32, "2")])
-def test_world_sizes_that_are_named_fit_the_micro_batch_too(micro: int | None, wanted: str) -> None:
+def test_suggested_world_sizes_also_fit_the_micro_batch(micro: int | None, wanted: str) -> None:
     with pytest.raises(PlanError, match=f"nearest world sizes that do: {wanted}$") as refused:
         BatchShape(global_batch=64, world=3, micro_batch=micro)
     for world in re.findall(r"\d+", str(refused.value).rpartition(":")[2]):
         BatchShape(global_batch=64, world=int(world), micro_batch=micro)
 
 
-def test_what_no_global_batch_can_satisfy_is_said() -> None:
-    with pytest.raises(PlanError, match="multiple of 64, so use more images, fewer ranks"):
+def test_error_if_no_global_batch_is_valid() -> None:
+    with pytest.raises(PlanError, match="multiple of 64, so use more images, or fewer ranks"):
         check_enough_samples(IMAGES, 128, world=32, pairs=True)
 
 
 @pytest.mark.parametrize("world", [6, 8])
-def test_groups_of_ranks_that_are_named_divide_the_world(world: int) -> None:
+def test_suggested_group_sizes_divide_the_world_size(world: int) -> None:
     ranks = World(0, world, 0, world, torch.device("cpu"))
     with pytest.raises(UserError, match="nearest that do") as refused:
         convert_sync_batchnorm(torch.nn.Identity(), "group:5", ranks)
@@ -125,7 +125,7 @@ def test_groups_of_ranks_that_are_named_divide_the_world(world: int) -> None:
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 30, 100, 200, 300, 1000])
-def test_the_default_warm_up_fits_any_number_of_epochs(tiny: Path, epochs: int) -> None:
+def test_default_warmup_is_valid_for_any_number_of_epochs(tiny: Path, epochs: int) -> None:
     recipe = parse(["--data", str(tiny), "--global-batch", "2", "--epochs", str(epochs)])
     assert recipe.optim.warmup == (20 if epochs >= 200 else pytest.approx(epochs / 10))
     steps = 18
@@ -133,23 +133,23 @@ def test_the_default_warm_up_fits_any_number_of_epochs(tiny: Path, epochs: int) 
     rates = [rate(step) for step in range(epochs * steps)]
     assert max(rates) > 0.97 * recipe.optim.rates(recipe.data.global_batch)[1]
     after = [now / before for before, now in itertools.pairwise(rates[: len(rates) // 2]) if now < before]
-    # No cliff when warm-up ends; the cosine itself is steep where an epoch is a large part of it.
+    # The rate does not drop when warm-up ends. (With few epochs, the cosine itself is steep.)
     assert epochs < 30 or all(ratio > 0.97 for ratio in after)
 
 
-def test_a_warm_up_that_eats_the_cosine_is_warned_about(tiny: Path) -> None:
+def test_long_warmup_is_warned_about(tiny: Path) -> None:
     world = World(0, 1, 0, 1, torch.device("cpu"))
 
     def lines(*options: str) -> list[str]:
         return Feed.of(parse(["--data", str(tiny), "--global-batch", "4", *options]), world).advice()
 
     (found,) = [line for line in lines("--epochs", "30", "--warmup-epochs", "20") if "--warmup-epochs" in line]
-    assert "the rate falls to 25% of --lr when warm-up ends; use at most 3" in found
+    assert "the learning rate drops to 25% of --lr after warm-up; use at most 3" in found
     for options in (("--epochs", "30"), ("--epochs", "30", "--warmup-epochs", "3"), ("--epochs", "300")):
         assert not [line for line in lines(*options) if "--warmup-epochs" in line]
 
 
-def test_a_set_without_validation_is_warned_about(tiny: Path, digits: Path) -> None:
+def test_missing_validation_split_is_warned_about(tiny: Path, digits: Path) -> None:
     world = World(0, 1, 0, 1, torch.device("cpu"))
     for data, warned in ((tiny, True), (digits, False)):
         lines = Feed.of(parse(["--data", str(data), "--global-batch", "4"]), world).advice()

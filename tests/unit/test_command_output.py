@@ -1,4 +1,4 @@
-"""What commands show and write of names and results: text stays text, files are checked first and written whole."""
+"""Output of the commands: names are printed literally, output paths are checked first, files are written atomically."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def run(main: Callable[[], int], *args: object) -> int:
         return main()
 
 
-# -- names are text ----------------------------------------------------------------------------------------------
+# -- names are printed literally ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def odd(digits: Path, tmp_path: Path) -> Path:
-    """The digits, with class names and a folder that look like markup."""
+    """The digits set with class names and a folder name that look like markup."""
     folder = Path(shutil.copytree(digits, tmp_path / "[red]set[/red]"))
 
     def edit(manifest: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def odd(digits: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_info_shows_brackets_as_they_are(
+def test_info_prints_brackets_literally(
     odd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -72,7 +72,7 @@ def test_info_shows_brackets_as_they_are(
     assert "[red]set[/red]" in shown.replace("\n", "")
 
 
-def test_a_dry_run_shows_brackets_as_they_are(
+def test_dry_run_prints_brackets_literally(
     odd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "400")
@@ -81,10 +81,10 @@ def test_a_dry_run_shows_brackets_as_they_are(
     assert run(train, *small, "--data", odd, "--out", out, "--dry-run") == 0
     shown = "".join(capsys.readouterr().out.replace("│", "").split())
     assert "[red]set[/red]" in shown
-    assert f"norunin{out}hasmeasured" in shown
+    assert f"norunin{out}hasmeasured" in shown  # without spaces, because the table wraps lines
 
 
-def test_accuracy_is_shown_for_classes_with_any_name(capsys: pytest.CaptureFixture[str]) -> None:
+def test_class_names_are_printed_literally(capsys: pytest.CaptureFixture[str]) -> None:
     odd = (MARKUP, "a\nb\x1b[31m")
     classes = {name: {"name": name[::-1], "top1": 0.5, "samples": 2} for name in odd}
     show({"top1": 0.5, "top5": 1.0, "loss": 1.0, "samples": 4, "classes": classes})
@@ -93,13 +93,13 @@ def test_accuracy_is_shown_for_classes_with_any_name(capsys: pytest.CaptureFixtu
         assert text in shown
 
 
-def test_lines_of_training_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_are_printed_literally_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display(enabled=True, total_steps=1, done=0)
     display.print(f"{MARKUP} a\nb")
     assert capsys.readouterr().err == f"{MARKUP} a\\nb\n"
 
 
-def test_a_device_s_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
+def test_device_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
     phase = Phase(rate=1.0, cpu=1.0, waiting=0.0)
     roofline = Roofline(1, 1, DevicePeaks(arithmetic=1.0, stated=True, bandwidth=1.0))
     machine = {"device": r"GPU $\frac$", "cores": 1, "load": 0}
@@ -113,7 +113,7 @@ def test_a_device_s_name_is_no_formula_in_the_chart(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["chart.svg"]
 
 
-# -- files of results --------------------------------------------------------------------------------------------
+# -- output files ------------------------------------------------------------------------------------------------
 
 
 def bad_outputs(tmp_path: Path, suffix: str) -> dict[Path, str]:
@@ -126,10 +126,10 @@ def bad_outputs(tmp_path: Path, suffix: str) -> dict[Path, str]:
 
 
 @pytest.mark.parametrize("command", ["look", "bench", "evaluate", "report"])
-def test_a_result_that_cannot_be_written_is_refused_before_the_work(
+def test_unwritable_output_is_rejected_before_the_work(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The set and the run folder are missing, which is found out only after it."""
+    """Set and weights do not exist, but the error is that of the output path, which is checked first."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     none = tmp_path / "no-set"
@@ -150,12 +150,12 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize("arguments", [("look", "SET", "--out", "x.xyz"), ("bench", "SET", "--chart", "x.xyz")])
-def test_an_unknown_kind_of_picture_is_refused(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_figure_format_is_rejected(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(list(arguments)) == 2
     assert "x.xyz: a file name that ends in" in capsys.readouterr().err
 
 
-def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+def test_output_folder_without_permission_is_rejected(tmp_path: Path) -> None:
     tmp_path.chmod(0o555)
     program = (
         "from pathlib import Path; from shards.files.output import check_output; from shards.errors import UserError\n"
@@ -169,7 +169,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     assert done.stdout == "--out x.png: no permission to write to it; specify another file\n", done.stderr
 
 
-def test_a_picture_replaces_the_old_one_whole(digits: Path, tmp_path: Path) -> None:
+def test_figure_replaces_the_old_file_atomically(digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.png"
     out.write_bytes(b"old")
     assert pipeline([*LOOK[:1], str(digits), *LOOK[1:], "--out", str(out)]) == 0
@@ -179,7 +179,7 @@ def test_a_picture_replaces_the_old_one_whole(digits: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("number", "kind"), [(errno.ENOSPC, StorageFailed), (errno.EACCES, OutputError)])
-def test_a_result_that_is_not_written_leaves_the_old_one(
+def test_failed_write_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, kind: type[Exception]
 ) -> None:
     out = tmp_path / "x.json"
@@ -195,7 +195,7 @@ def test_a_result_that_is_not_written_leaves_the_old_one(
     assert os.listdir(tmp_path) == ["x.json"]
 
 
-def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
+def test_symlinks_and_devices_are_written_through(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     link.symlink_to(target)
     check_output(link, "--out")
@@ -206,12 +206,12 @@ def test_links_and_pipes_stay_what_they_are(tmp_path: Path) -> None:
     assert Path(os.devnull).is_char_device()
 
 
-# -- evaluation of what is not a run -----------------------------------------------------------------------------
+# -- evaluation --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of FAT-B0 for ten classes."""
+    """A run folder with a checkpoint and weights of FAT-B0 for ten classes."""
     torch.manual_seed(0)
     model = fat.create_model("fat_b0", num_classes=10)
     run = tmp_path_factory.mktemp("run")
@@ -226,18 +226,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EVALUATE = ("--size", "32", "--limit", "4", "--batch", "4")
 
 
-def test_a_run_is_evaluated(finished: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_folder_is_evaluated(finished: Path, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(evaluate, finished, "--data", digits, *EVALUATE) == 0
     assert "over 4 images" in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_does_not_fit_the_model_that_it_names_is_refused(
+def test_checkpoint_that_does_not_match_its_header_is_rejected(
     finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found, _ = CheckpointFolder(finished / "checkpoints").newest()
     assert found is not None
     other = fat.WeightsInfo(config=VARIANTS["fat_b1"], size=32, crop_pct=0.9)
-    for info, fact in ((other, "tensors do not fit the model that it names"), (fat.WeightsInfo(), "of which model")):
+    no_dimensions = "does not record the model's dimensions"
+    for info, fact in ((other, "do not match the model dimensions in its header"), (fat.WeightsInfo(), no_dimensions)):
         CheckpointFolder(tmp_path, info=info).save(found.load(), found.progress, found.fingerprint)
         assert run(evaluate, tmp_path / found.path.name, "--data", digits, *EVALUATE) == 2
         shown = capsys.readouterr().err
@@ -246,7 +247,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_that_it_names_is_refused(
         assert shown.count("\n") == 1
 
 
-def test_what_is_not_a_model_is_refused_in_one_line(
+def test_invalid_models_are_rejected_in_one_line(
     finished: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()

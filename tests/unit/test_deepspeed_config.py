@@ -1,4 +1,4 @@
-"""What DeepSpeed is told (launch/engine/accelerate.py)."""
+"""The configuration of DeepSpeed (launch/engine/accelerate.py)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def config_of(zero: int, model: nn.Module, *, fused: bool = True) -> dict[str, A
 
 
 @pytest.mark.parametrize(
-    ("zero", "fused", "ours"), [(1, True, True), (2, True, True), (3, True, False), (1, False, False)]
+    ("zero", "fused", "caller_clips"), [(1, True, True), (2, True, True), (3, True, False), (1, False, False)]
 )
-def test_deepspeed_computes_the_norm_where_the_update_cannot_be_skipped_on_the_device(
-    zero: int, fused: bool, ours: bool
+def test_deepspeed_computes_the_norm_only_for_zero_3_and_unfused_optimizers(
+    zero: int, fused: bool, caller_clips: bool
 ) -> None:
     config = config_of(zero, nn.Linear(3, 4), fused=fused)
-    assert config["zero_optimization"].get("compute_grad_norm", True) is not ours
-    assert config["gradient_clipping"] == (0.0 if ours else 5.0)
+    assert config["zero_optimization"].get("compute_grad_norm", True) is not caller_clips
+    assert config["gradient_clipping"] == (0.0 if caller_clips else 5.0)
 
 
 @pytest.mark.parametrize(("width", "expected"), [(3, 12), (30_000_000, 50_000_000)])
-def test_the_reduction_buffer_is_no_larger_than_the_gradients(width: int, expected: int) -> None:
+def test_reduction_bucket_is_no_larger_than_the_gradients(width: int, expected: int) -> None:
     model = nn.Sequential(nn.Linear(width, 4, bias=False, device="meta"), nn.Linear(4, 9, device="meta"))
     model[1].requires_grad_(False)
     assert config_of(1, model)["zero_optimization"]["reduce_bucket_size"] == expected

@@ -1,4 +1,4 @@
-"""Every number that an option can be: within the range that stands beside its field, or refused in one line."""
+"""Every numeric option has a range, and values outside of it are rejected in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PATH = Path("x")
 
 
 def sections(options: Any) -> Iterator[Any]:
-    """A dataclass of options and all that it holds, however they are grouped."""
+    """Yield a dataclass of options and, recursively, the dataclasses in its fields."""
     yield options
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -61,7 +61,7 @@ def hint_of(section: Any, name: str) -> Any:
     return typing.get_type_hints(type(section), include_extras=True)[name]
 
 
-def test_all_sections_are_looked_at() -> None:
+def test_all_sections_are_tested() -> None:
     assert len(NUMBERS) > 60
     assert {"RunConfig", "OptimConfig", "DataConfig", "ModelConfig", "LoaderOptions", "DaliOptions"} < {
         kind.__name__ for kind in SECTIONS
@@ -69,7 +69,7 @@ def test_all_sections_are_looked_at() -> None:
 
 
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
-def test_every_number_has_a_range_with_two_ends(section: Any, name: str) -> None:
+def test_every_number_has_a_lower_and_an_upper_bound(section: Any, name: str) -> None:
     for _, interval in ranges_of(hint_of(section, name)):
         assert interval is not None
         assert interval.ge is not None or interval.gt is not None
@@ -77,7 +77,7 @@ def test_every_number_has_a_range_with_two_ends(section: Any, name: str) -> None
 
 
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
-def test_absurd_numbers_are_refused_by_the_option_s_name(section: Any, name: str) -> None:
+def test_numbers_out_of_range_are_rejected_with_the_option_s_name(section: Any, name: str) -> None:
     hint = hint_of(section, name)
     pair = isinstance(getattr(section, name), tuple) or "tuple" in str(hint)
     for number in ABSURD:
@@ -88,7 +88,7 @@ def test_absurd_numbers_are_refused_by_the_option_s_name(section: Any, name: str
         except UserError as error:
             refused = f"status {error.exit_code}: {error}"
         if refused:
-            # A law between options may refuse what the range takes, such as no epochs with warm-up.
+            # A value in range may still contradict other options, for example too few epochs for the warm-up.
             assert f"--{name.replace('_', '-')}" in refused or "augmentation: " in refused
             assert refused.startswith("status 2: ")
             assert "\n" not in refused
@@ -99,8 +99,8 @@ def test_absurd_numbers_are_refused_by_the_option_s_name(section: Any, name: str
 
 
 @pytest.mark.parametrize(("section", "name"), NUMBERS)
-def test_pydantic_heeds_the_same_ranges(section: Any, name: str) -> None:
-    """As it parses recipe.json and TOML files."""
+def test_pydantic_checks_the_same_ranges(section: Any, name: str) -> None:
+    """Pydantic parses recipe.json and TOML files."""
     adapter, hint = TypeAdapter(hint_of(section, name)), hint_of(section, name)
     kinds = [kind for kind, _ in ranges_of(hint)]
     for number in ABSURD:
@@ -136,7 +136,7 @@ def test_pydantic_heeds_the_same_ranges(section: Any, name: str) -> None:
         ("--log-every " + "9" * 1000, "--log-every " + "9" * 60 + "...: a whole number from 1 to 100,000 expected"),
     ],
 )  # fmt: skip
-def test_training_refuses_in_one_line_before_it_writes(
+def test_training_rejects_options_in_one_line_before_it_writes(
     options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", *options.split(), "--out", str(tmp_path / "run"), "--data", "none"])
@@ -162,7 +162,7 @@ def test_training_refuses_in_one_line_before_it_writes(
         (evaluate, "w --crop-pct nan", "--crop-pct nan: expected a number from 0.1 to 1"),
     ],
 )
-def test_every_command_refuses_in_one_line(
+def test_every_command_rejects_options_in_one_line(
     command: Any, args: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["command", *args.split()])
@@ -172,7 +172,7 @@ def test_every_command_refuses_in_one_line(
     assert shown.count("\n") == 1
 
 
-def test_a_recipe_file_is_held_to_the_same_ranges(tmp_path: Path) -> None:
+def test_recipe_file_is_checked_against_the_same_ranges(tmp_path: Path) -> None:
     file = tmp_path / "r.toml"
     for text, message in (
         ("[optim]\nlr = nan", r"r.toml: optim.lr: Input should be .* found nan"),
@@ -192,13 +192,13 @@ def test_a_recipe_file_is_held_to_the_same_ranges(tmp_path: Path) -> None:
             parse(["--recipe", str(file)])
 
 
-def test_help_shows_numbers_as_before(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_plain_number_types(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         tyro.cli(Evaluate, args=["--help"])
     assert "--batch INT" in capsys.readouterr().out
 
 
-def test_one_image_with_one_value_per_channel_is_refused() -> None:
+def test_one_value_per_channel_is_rejected() -> None:
     world = connect()
 
     def check(rows: int, *options: str) -> None:
@@ -211,7 +211,7 @@ def test_one_image_with_one_value_per_channel_is_refused() -> None:
     check(1, "--freeze-bn")
 
 
-# -- products that cost memory -----------------------------------------------------------------------------------
+# -- memory ------------------------------------------------------------------------------------------------------
 
 
 def feed(data: Path, *options: str, world: World | None = None) -> Feed:
@@ -221,7 +221,7 @@ def feed(data: Path, *options: str, world: World | None = None) -> Feed:
     return made
 
 
-def test_batches_beyond_the_machine_s_memory_are_refused(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_larger_than_the_machine_s_memory_are_rejected(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 30)
     sizes = ("--size", "64", "--global-batch", "64")
     assert feed(digits, *sizes).shape.rank_rows == 64
@@ -234,14 +234,14 @@ def test_batches_beyond_the_machine_s_memory_are_refused(digits: Path, monkeypat
     ):
         with pytest.raises(UserError, match=r"needs at least [\d.]+ GiB of memory, this machine has 1.0 GiB; use a sm"):
             feed(digits, *sizes, *more)
-    # A step holds the images of all its micro-batches, but the activations of one at a time.
+    # A step needs memory for the images of all its micro-batches, but for the activations of only one at a time.
     accumulated = ("--global-batch", "1024", "--micro-batch", "2", "--eval-batch", "2")
     assert feed(digits, *accumulated, "--size", "256")
     with pytest.raises(UserError, match="GiB of memory, "):
         feed(digits, *accumulated, "--size", "512")
 
 
-def test_a_dry_run_of_what_another_machine_may_hold_is_a_warning(
+def test_dry_run_only_warns_about_memory(
     digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 30)
@@ -254,7 +254,7 @@ def test_a_dry_run_of_what_another_machine_may_hold_is_a_warning(
     )
 
 
-def test_every_rank_of_the_machine_takes_its_part(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_check_counts_all_ranks_of_the_machine(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 30)
     sizes = ("--size", "256", "--global-batch", "64", "--micro-batch", "8", "--eval-batch", "8")
     one = connect()
@@ -263,7 +263,7 @@ def test_every_rank_of_the_machine_takes_its_part(digits: Path, monkeypatch: pyt
         feed(digits, *sizes, world=dataclasses.replace(one, size=8, local_size=8))
 
 
-def test_a_sheet_beyond_the_machine_s_memory_is_refused(
+def test_contact_sheet_larger_than_memory_is_rejected(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huge = ("--count", "10000", "--size", "8192", "--out", str(tmp_path / "x.png"))
@@ -271,7 +271,7 @@ def test_a_sheet_beyond_the_machine_s_memory_is_refused(
     assert "--count 10000, --size 8192: needs at least 11,250.0 GiB of memory" in capsys.readouterr().err
 
 
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limit_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = machine_memory()
     limit = tmp_path / "memory.max"
     for text, expected in (("max\n", whole), ("1048576\n", 1 << 20)):
