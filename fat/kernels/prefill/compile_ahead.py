@@ -213,7 +213,7 @@ def _has_extension(extension: Extension) -> bool:
 
 @contextmanager
 def _locked(folder: Path, seconds: float) -> Iterator[bool]:
-    """Hold the folder's lock, which the kernel releases if the process dies. Yields whether another process held it.
+    """Hold the folder's lock, which is released if the process dies. Yields whether another process held it before.
 
     Raises TimeoutError if the lock is not acquired within `seconds`.
     """

@@ -1,4 +1,4 @@
-"""Reference of attention to the keys of a pooled feature map."""
+"""Reference implementation of attention to the keys of a pooled feature map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of BatchNorm between a depthwise and a 1x1 convolution."""
+"""Reference implementation of BatchNorm between a depthwise and a 1x1 convolution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of the gradient of a 1x1 convolution's bias."""
+"""Reference implementation of the gradient of a 1x1 convolution's bias."""
 
 from __future__ import annotations
 

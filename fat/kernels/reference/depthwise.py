@@ -1,4 +1,4 @@
-"""Reference of the depthwise convolution, alone and followed by FASA's gate."""
+"""Reference implementation of the depthwise convolution, alone and followed by FASA's gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of FASA's gate, the product of two feature maps after SiLU."""
+"""Reference implementation of FASA's gate, the product of two feature maps after SiLU."""
 
 from __future__ import annotations
 

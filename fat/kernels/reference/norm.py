@@ -1,4 +1,4 @@
-"""Reference of GroupNorm with one group, and of the residual add."""
+"""Reference implementation of GroupNorm with one group, and of the residual add."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reference of BatchNorm and ReLU after a dense convolution."""
+"""Reference implementation of BatchNorm and ReLU after a dense convolution."""
 
 from __future__ import annotations
 
