@@ -331,7 +331,7 @@ def test_shard_and_index_reject_the_same_labels(name: str, tmp_path: Path) -> No
     with pytest.raises(UserError, match=message) as shard:
         convert(tar.parent, tmp_path / "set", ONE)
     with pytest.raises(UserError, match=message) as index:
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
     assert str(shard.value) == str(index.value)
     assert list(tar.parent.iterdir()) == [tar]
 

@@ -179,7 +179,7 @@ def test_invalid_tars_are_rejected_by_shard_and_index(name: str, tmp_path: Path)
     tar.write_bytes(content)
     assert_rejected(tar.parent, tmp_path, message)
     with pytest.raises(UserError, match=message) as caught:
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
     assert "\n" not in str(caught.value)
     assert list(tar.parent.iterdir()) == [tar], "index must not create files"
 

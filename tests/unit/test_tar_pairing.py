@@ -220,7 +220,7 @@ def test_shard_and_index_warn_about_incomplete_samples(tmp_path: Path, capsys: p
     tar = write_tar(tmp_path / "in/t.tar", [*files, ("__MACOSX/0.jpg", b"")])
     convert(tar.parent, tmp_path / "set", Options(scan=ONE))
     shard_output = capsys.readouterr().err
-    adopt([tar], ImageRules(), workers=1)
+    index_tars([tar], ImageRules(), workers=1)
     index_output = capsys.readouterr().err
     warnings = [
         "1 .jpg: image without a label (such as t.tar/3.jpg), not used",
@@ -262,7 +262,7 @@ def test_compressed_tars_are_rejected_with_the_command_to_decompress(kind: str, 
         with pytest.raises(UserError, match=message):
             scan(source, ONE, tmp_path / "spool")
     with pytest.raises(UserError, match=message):
-        adopt([tar], ImageRules(), workers=1)
+        index_tars([tar], ImageRules(), workers=1)
 
 
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "of a folder/t.tar"])
