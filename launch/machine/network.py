@@ -139,7 +139,7 @@ def shorten_timeouts(hang_timeout: float) -> None:
     """Set the timeout of all collectives to `hang_timeout` plus a margin. Call it on all ranks after the first step."""
     from torch.distributed.distributed_c10d import _set_pg_timeout, _world
 
-    # torch has no public function for this yet; torchtitan uses this one too. ZeRO and `Preemption` have own groups.
+    # torch has no public function for this yet; torchtitan uses this one too. ZeRO and `Preemption` use further groups.
     for group in list(_world.pg_map):
         _set_pg_timeout(timedelta(seconds=hang_timeout) + AFTER_WATCHDOG, group)
 

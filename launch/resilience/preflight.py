@@ -153,7 +153,7 @@ def data_hash(recipe: Recipe) -> str:
 
 
 def write_token(run: Path) -> str:
-    """Write a random token to a file in the run folder, in which the other nodes must find it, and return the token."""
+    """Write a random token to a file in the run folder for the other nodes to find, and return the token."""
     token = secrets.token_hex(8)
     try:
         run.mkdir(parents=True, exist_ok=True)

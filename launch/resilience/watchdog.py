@@ -157,7 +157,7 @@ class Watchdog:
             except Exception as error:  # the thread must survive every exception
                 if not warned:
                     warned = True
-                    log.warning("watchdog: %s: %s; continuing", type(error).__name__, error)
+                    log.warning("watchdog: unexpected error, continuing: %s: %s", type(error).__name__, error)
         faulthandler.cancel_dump_traceback_later()
 
     def _end(self) -> None:

@@ -87,7 +87,7 @@ def _quoted(option: str) -> str:
     if PLAIN.fullmatch(option):
         return option
     if any(ord(character) < ord(" ") or character == "\x7f" for character in option):
-        raise SubmitError(f"{option}: control characters are not possible in an #SBATCH line; use another name")
+        raise SubmitError(f"{option}: an #SBATCH line cannot contain control characters; use another name")
     escaped = option.replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'
 
@@ -99,7 +99,7 @@ def _pattern(run: Path) -> str:
         SubmitError: the name contains a backslash, which would disable the placeholders.
     """
     if "\\" in str(run):
-        raise SubmitError(f"--out {run}: a backslash is not possible in the path of SLURM's log; use another folder")
+        raise SubmitError(f"--out {run}: the path of SLURM's log cannot contain a backslash; use another folder")
     return str(run).replace("%", "%%")
 
 
@@ -116,7 +116,7 @@ def _container(job: Submit, recipe: Recipe) -> list[str]:
         folders.append(data.absolute())
     for path, forbidden in (*((str(folder), ",:") for folder in folders), *((mount, ",") for mount in job.mount)):
         if any(character in path for character in forbidden):
-            raise SubmitError(f"{path}: commas and colons are not possible in a container mount; use another folder")
+            raise SubmitError(f"{path}: a container mount cannot contain a comma or colon; use another folder")
     mounts = [
         *(f"{folder}:{folder}" for folder in dict.fromkeys(folders)),
         *(m if ":" in m else f"{m}:{m}" for m in job.mount),

@@ -139,12 +139,12 @@ def test_container_options_are_passed_on_unchanged_or_rejected(image: str, mount
 @pytest.mark.parametrize(
     ("arguments", "fact"),
     [
-        (["--", "--out", "runs/a\nb"], "control characters are not possible in an #SBATCH line"),
-        (["--", "--out", "runs/a\\b"], "a backslash is not possible in the path of SLURM's log"),
+        (["--", "--out", "runs/a\nb"], "an #SBATCH line cannot contain control characters"),
+        (["--", "--out", "runs/a\\b"], "the path of SLURM's log cannot contain a backslash"),
         (["--account", "me\nyou"], "control characters"),
         (["--sbatch=--qos=a\n#SBATCH --uid=root"], "control characters"),
-        (["--container", "x.sif", "--mount", "/a,b", "--", "--data", "/s"], "/a,b: commas and colons are not possible"),
-        (["--container", "x.sif", "--", "--data", "/s", "--out", "/r:w"], "/r:w: commas and colons are not possible"),
+        (["--container", "x.sif", "--mount", "/a,b", "--", "--data", "/s"], "/a,b: a container mount cannot contain a comma"),
+        (["--container", "x.sif", "--", "--data", "/s", "--out", "/r:w"], "/r:w: a container mount cannot contain a comma"),
         (["--", "--data", "https://me:canary@host/set"], "the credentials in this URL would be stored"),
         (["--", "--data", "https://host/set?sig=canary"], "the credentials in this URL"),
         (["--setup", "curl https://me:canary@host/x"], "the credentials in this URL"),
