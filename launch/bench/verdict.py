@@ -9,11 +9,11 @@ from typing import Any
 
 from launch.roofline import Roofline
 
-# From this ratio to the model alone, training counts as fast as the model alone: the rest is noise.
+# At this ratio to the model alone or above, training counts as equally fast: the difference is noise.
 SATURATED = 0.98
 # Training cannot be faster than the model alone. A higher ratio means that the device changed its clock in between.
 UNSTEADY = 1.03
-# From this fraction of a step's time for launching its kernels, the host is what the device waits for.
+# If launching kernels takes at least this fraction of a step's time, the device waits for the host.
 HOST_BOUND = 0.9
 # A stage whose rate is at most this many times the whole loader's rate is the bottleneck.
 SLACK = 1.15

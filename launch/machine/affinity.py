@@ -58,8 +58,8 @@ def choose(
     """
     sharing = len(near)
     nearby = [cpus & allowed for cpus in near]
-    # A single rank uses all cores: remote cores are better than none. All ranks share all cores if there are fewer
-    # nearby cores than ranks on some NUMA node.
+    # A single rank uses all cores: remote cores are better than none. All ranks share all cores if some NUMA
+    # node has fewer allowed cores than ranks.
     if sharing > 1 and all(len(cpus) >= nearby.count(cpus) for cpus in nearby):
         allowed, sharing = nearby[local_rank], nearby.count(nearby[local_rank])
     limit = math.inf if quota is None else quota / len(near)

@@ -29,8 +29,8 @@ def tune(
     Args:
         recipe: recipe of the training. Options that it sets are not measured.
         targets: what to measure: the model, the input pipeline, or both.
-        ranks: number of ranks that training will have on this machine. The measurement has one rank's part of the CPU
-            cores and of the global batch.
+        ranks: number of ranks that training will have on this machine. The measurement uses the CPU cores and the
+            micro-batch of one of them.
         seconds: approximate duration per target; every value is measured at least once.
         command: command line to record in the fragment.
         say: receives progress messages, one line each.
