@@ -51,7 +51,7 @@ def digest_of_listing(found: Scan) -> str:
 
 
 def digest_of_samples(splits: Mapping[str, Listing]) -> str:
-    """Like `digest_of_listing`, but for samples whose names content with their label.
+    """Like `digest_of_listing`, but for samples whose names begin with their label.
 
     The classes are not hashed, because they depend on the options.
 

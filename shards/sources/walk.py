@@ -41,7 +41,7 @@ _METADATA_NAMES = frozenset(
         # Synology, QNAP, NetApp
         b"@eadir", b"#recycle", b"#snapshot", b"@tmp", b"@recycle", b"@recently-snapshot", b"@__thumb", b".@__thumb",
         b"@sharebin", b"~snapshot", b".snapshot", b".snapshots", b".zfs",
-        # Linux, Android, picture viewers
+        # Linux, Android, image viewers
         b"lost+found", b"lost.dir", b".directory", b".thumbnails", b".nomedia", b".picasaoriginals", b"picasa.ini",
         b".picasa.ini", b"zbthumbnail.info",
         # programming
