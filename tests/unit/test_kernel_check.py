@@ -1,4 +1,4 @@
-"""The self-check of kernels: the compared calls, failures, fallbacks and messages."""
+"""The self-check of kernels: which calls are compared, how failures are reported, and what they switch off."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def model() -> fat.FAT:
 
 
 @pytest.fixture(autouse=True)
-def _restore_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _all_families_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with kernels.disabled(), augment_kernels.disabled():
         yield
 
 
-# The comparison
+# Comparison
 
 
 @dataclass(frozen=True)
 class Stub:
-    """A check with a given outcome."""
+    """A check with a given outcome: None, a fault or an exception."""
 
     family: str
     outcome: Any = None
@@ -84,7 +84,7 @@ def stub(*names: str, outcome: Any = None) -> Stub:
 
 
 class NotCompiled(Exception):
-    """Like Triton's compilation errors, whose text begins with the source."""
+    """Like Triton's compile error, whose text begins with the source code."""
 
     error_message = "\n  cannot convert x\nmore"
 
@@ -104,13 +104,13 @@ class NotCompiled(Exception):
 def test_a_failure_names_family_operator_shape_dtype_and_reason(outcome: Any, reason: str) -> None:
     others = [stub(families.CONVOLUTION), stub(families.BATCH_NORM)]
     (failure,) = selfcheck.run([others[0], stub(families.GATE, outcome=outcome), others[1]], CPU)
-    assert failure == Failure(families.GATE, "operator", "map 1x2x3x4", "float32", reason)
-    assert str(failure) == f"operator on map 1x2x3x4 float32: {reason}"
+    assert failure == Failure(families.GATE, "operator", "feature map 1x2x3x4", "float32", reason)
+    assert str(failure) == f"operator on feature map 1x2x3x4 float32: {reason}"
 
 
-def test_families_that_depend_on_a_failed_one_do_not_fail_because_of_it() -> None:
-    """The convolution is wrong. The norm after it reads its result, but is correct itself."""
-    wrong = (families.CONVOLUTION, "map: off by 1")
+def test_checks_that_launch_kernels_of_a_failed_family_are_skipped() -> None:
+    """The convolution is wrong, but the norm, which reads its result, is not."""
+    wrong = (families.CONVOLUTION, "output: off by 1")
     error = RuntimeError("launched although the convolution has failed")
     checks = [
         stub(families.CONVOLUTION, families.NORM, outcome=wrong),
@@ -121,26 +121,26 @@ def test_families_that_depend_on_a_failed_one_do_not_fail_because_of_it() -> Non
     assert [failure.family for failure in selfcheck.run(checks, CPU)] == [families.CONVOLUTION]
 
 
-def test_kernels_run_in_the_self_check_even_if_they_are_switched_off() -> None:
+def test_all_families_are_on_during_the_check() -> None:
     kernels.disable(families.GATE)
     seen: list[frozenset[str]] = []
 
-    class Recording(Stub):
+    class Probe(Stub):
         def compare(self, device: torch.device) -> None:
             seen.append(kernels.switched_off())
 
-    selfcheck.run([Recording(families.GATE, families=(families.GATE,))], CPU)
+    selfcheck.run([Probe(families.GATE, families=(families.GATE,))], CPU)
     assert seen == [frozenset()]
     assert kernels.switched_off() == {families.GATE}
 
 
-def test_running_out_of_memory_is_not_a_failure_of_a_family() -> None:
+def test_running_out_of_memory_is_not_reported_as_a_failure() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         selfcheck.run([stub(families.GATE, outcome=torch.OutOfMemoryError("out of memory"))], CPU)
 
 
-def test_a_lost_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After an illegal memory access, every later call on the device fails too."""
+def test_an_unusable_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal memory access every later call on the device fails too."""
 
     def lost(device: torch.device) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
@@ -153,33 +153,33 @@ def test_a_lost_device_ends_the_process_with_one_line(model: fat.FAT, monkeypatc
         "the gate kernels have made cpu unusable for this process (operator on feature map 1x2x3x4 float32: "
         "RuntimeError: CUDA error: an illegal memory access was encountered)"
     )
-    serve(monkeypatch, failed=KernelFault(line))
-    with pytest.raises(KernelsUnusable, match="start again with FAT_KERNELS=off") as raised:
+    pretend_kernels_run_on_cpu(monkeypatch, failed=KernelFault(line))
+    with pytest.raises(KernelsUnusable, match="start again with FAT_KERNELS=off") as error:
         check(model)
-    assert raised.value.exit_code == 1
+    assert error.value.exit_code == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_bound_is_a_unit_in_the_last_place_plus_a_fraction_of_the_largest_result(dtype: torch.dtype) -> None:
+def test_the_tolerance_is_a_unit_in_the_last_place_plus_a_fraction_of_the_largest_result(dtype: torch.dtype) -> None:
     exact = torch.tensor([1.0, 0.0, -8.0], dtype=torch.float64)
     unit, fraction = torch.finfo(dtype).eps, 8 * comparison.SUMMING
+    tolerances = torch.tensor([unit + fraction, fraction, 8 * unit + fraction])
     assert mismatch(exact.to(dtype), exact) is None
-    bounds = [unit + fraction, fraction, 8 * unit + fraction]
-    assert mismatch(exact.to(dtype), exact - 0.99 * torch.tensor(bounds)) is None
-    for position, bound in enumerate(bounds):
-        off = exact.clone()
-        off[position] += 1.01 * bound
-        message = mismatch(exact.to(dtype), off)
-        assert message is not None
-        assert "(1 of 3 values out of bounds)" in message
+    assert mismatch(exact.to(dtype), exact - 0.99 * tolerances) is None
+    for index, tolerance in enumerate((unit + fraction, fraction, 8 * unit + fraction)):
+        wrong = exact.clone()
+        wrong[index] += 1.01 * tolerance
+        fault = mismatch(exact.to(dtype), wrong)
+        assert fault is not None
+        assert "(1 of 3 values are out of tolerance)" in fault
     for value in (float("nan"), float("inf")):
         assert mismatch(torch.tensor([value, 0.0]), torch.zeros(2)) == "1 of 2 values are NaN or infinite"
 
 
-# The compared calls
+# The operator calls that are compared
 
 
-def test_creating_cases_changes_neither_the_model_nor_the_random_state(model: fat.FAT) -> None:
+def test_cases_change_neither_the_model_nor_the_random_state(model: fat.FAT) -> None:
     before, text, training = torch.get_rng_state(), str(model), model.training
     selfcheck.cases(model, 64, torch.bfloat16)
     assert torch.equal(torch.get_rng_state(), before)
@@ -187,16 +187,16 @@ def test_creating_cases_changes_neither_the_model_nor_the_random_state(model: fa
     assert all(p.device == CPU and p.grad is None for p in model.parameters())
 
 
-def test_cases_are_the_calls_of_the_model_in_the_order_of_families(model: fat.FAT) -> None:
+def test_cases_are_the_models_calls_in_the_order_of_families(model: fat.FAT) -> None:
     found = selfcheck.cases(model, 224, torch.bfloat16)
     assert len(found) == len(set(found))
     order = [kernels.FAMILIES.index(case.families[-1]) for case in found]
     assert order == sorted(order)
     shapes = {case.shape for case in found if case.operator == "depthwise_norm"}
-    # The feature map and kernel of each stage, odd sizes with the same tiles, and channels that do not fill a tile.
-    assert {f"map 2x8x{n}x{n}, kernel {k}x{k}" for n, k in ((56, 3), (28, 5), (14, 7), (7, 9))} < shapes
-    assert "map 2x8x27x33, kernel 3x3" in shapes
-    assert any(shape.startswith(f"map 2x{trace.ODD_CHANNELS}x") for shape in shapes)
+    # Each stage's feature map and kernel, odd feature maps with the same tiles, and channels that fill no tile.
+    assert {f"feature map 2x8x{n}x{n}, kernel {k}x{k}" for n, k in ((56, 3), (28, 5), (14, 7), (7, 9))} < shapes
+    assert "feature map 2x8x27x33, kernel 3x3" in shapes
+    assert any(shape.startswith(f"feature map 2x{trace.ODD_CHANNELS}x") for shape in shapes)
     assert {case.dtype for case in found if case.map_rows()} == {"bfloat16"}
     assert {case.dtype for case in selfcheck.cases(model, 64, torch.float32)} == {"float32"}
 
@@ -223,7 +223,7 @@ def test_frozen_norms_are_not_folded(model: fat.FAT) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 64, 160, 224, 384])
-def test_odd_feature_maps_have_the_same_tiles_as_those_of_the_model(size: int) -> None:
+def test_odd_feature_maps_have_the_tiles_of_the_real_ones(size: int) -> None:
     rows = trace.odd_rows(size)
     assert rows % 2
     assert 4 * rows >= 32
@@ -233,8 +233,11 @@ def test_odd_feature_maps_have_the_same_tiles_as_those_of_the_model(size: int) -
 # Verdicts
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> list[str]:
-    """Make kernels available on the CPU, with a given outcome of the self-check. Return the compared families."""
+def pretend_kernels_run_on_cpu(monkeypatch: pytest.MonkeyPatch, *, failed: Any = ()) -> list[str]:
+    """Treat kernels as available on the CPU, with the given result of the self-check.
+
+    Returns a list to which the checked families are appended.
+    """
     compared: list[str] = []
 
     def run(checks: list[Any], device: torch.device) -> list[Failure]:
@@ -262,14 +265,14 @@ def check(model: fat.FAT, **options: Any) -> KernelCheckResult:
     return check_kernels(model, settings.pop("world", ALONE), **settings)
 
 
-def test_without_kernels_nothing_is_checked(model: fat.FAT, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_kernels_nothing_is_compared(model: fat.FAT, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = check(model, augment=augment_recipe("fat"))
     assert verdict == KernelCheckResult()
     assert verdict.resolved == {"kernel check": "not compared"}
     assert capsys.readouterr().err == ""
 
 
-def test_every_start_runs_the_self_check_and_writes_nothing(
+def test_every_start_runs_the_check_and_writes_no_files(
     model: fat.FAT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compared = pretend_kernels_run_on_cpu(monkeypatch)
@@ -316,10 +319,10 @@ def test_a_failed_family_is_switched_off_with_one_warning(
         ("off", "auto", ("model",)),
     ],
 )
-def test_only_kernels_that_are_used_and_checked_are_compared(
+def test_only_kernels_that_are_used_and_not_excluded_are_compared(
     process: kernels.Mode, mode: Any, compared: tuple[str, ...], model: fat.FAT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checked = serve(monkeypatch)
+    checked = pretend_kernels_run_on_cpu(monkeypatch)
     with kernels.use(process):
         verdict = check(model, mode=mode, augment=augment_recipe("fat"))
     expected = [*((families.CONVOLUTION, families.NORM) if "model" in compared else ())]
@@ -330,7 +333,7 @@ def test_only_kernels_that_are_used_and_checked_are_compared(
         assert verdict.resolved == {"kernel check": "not compared"}
 
 
-def test_the_environment_variable_is_read_on_the_command_line_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_is_read_at_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAT_KERNELS", "off")
     assert kernels.mode() == "auto"
     with kernels_from_environment():
@@ -341,7 +344,7 @@ def test_the_environment_variable_is_read_on_the_command_line_only(monkeypatch: 
         kernels_from_environment().__enter__()
 
 
-def test_a_self_check_that_cannot_run_does_not_stop_the_run(
+def test_a_check_that_cannot_run_does_not_stop_the_training(
     model: fat.FAT, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pretend_kernels_run_on_cpu(monkeypatch)
@@ -362,18 +365,18 @@ def test_a_self_check_that_cannot_run_does_not_stop_the_run(
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
-    """Results of the launches of each compilation, which is replaced by a stub."""
-    compiled: list[list[Any]] = []
+    """Results of the launches of each compilation. Nothing is compiled."""
+    made: list[list[Any]] = []
 
     def compile_ahead(work: list[Any], *, processes: int, progress: Any) -> Report:
-        compiled.append([launch() for launch in work])
+        made.append([launch() for launch in work])
         return Report(total=3, compiled=2, cached=1, seconds=1.0, problem="one thing failed")
 
     monkeypatch.setattr("fat.kernels.prefill.compile_ahead.compile_ahead", compile_ahead)
-    return compiled
+    return made
 
 
-def test_kernels_of_the_run_and_of_the_self_check_are_compiled_together(
+def test_kernels_of_the_run_and_of_the_comparison_are_compiled_together(
     model: fat.FAT,
     monkeypatch: pytest.MonkeyPatch,
     compilations: list[list[Any]],
@@ -401,7 +404,7 @@ def test_unchecked_kernels_are_compiled_and_unused_ones_are_not(
     assert compilations == expected
 
 
-def test_an_unsupported_version_of_triton_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incompatible_version_of_triton_is_a_warning_and_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fat.kernels.prefill.compile_ahead", None)
     summary, problem = kernel_check.compile_kernels([lambda: None], show_progress=False)
     assert summary == ""
@@ -410,7 +413,7 @@ def test_an_unsupported_version_of_triton_is_a_warning(monkeypatch: pytest.Monke
 
 
 def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check also compiles them, which would otherwise use up the time limit of 'pipeline tune'."""
+    """Compilation and check come first, because they would use up the time that 'pipeline tune' has."""
     done: list[str] = []
     monkeypatch.setattr("launch.bench.one_rank.check_training_kernels", lambda *_: done.append("checked"))
     monkeypatch.setattr("launch.tuning.command.tune_model", lambda *_, **__: done.append("measured") or {})
@@ -418,8 +421,8 @@ def test_kernels_are_checked_before_they_are_timed(digits: Path, monkeypatch: py
     assert done == ["checked", "measured"]
 
 
-def test_every_launch_of_the_self_check_can_be_recorded(model: fat.FAT) -> None:
-    """Ahead-of-time compilation records launches without a GPU: each case must launch kernels and read no values."""
+def test_every_launch_of_a_comparison_can_be_recorded(model: fat.FAT) -> None:
+    """Compilation ahead of time records launches without a GPU: each case launches kernels, and none reads a value."""
     pytest.importorskip("triton")
     from fat.kernels.prefill.launches import cuda_target, record
 
@@ -432,25 +435,25 @@ def test_every_launch_of_the_self_check_can_be_recorded(model: fat.FAT) -> None:
         assert record(case.launch, cuda_target((9, 0))), case
 
 
-def test_the_verdict_is_saved_in_the_recipe_and_logged(
+def test_a_run_stores_the_verdict_in_recipe_json_and_in_the_metrics(
     tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_check, "check_kernels", lambda *_, **__: KernelCheckResult(("norm",), (NORM,), 1.25))
     out = tmp_path / "run"
     assert run_command(train, *SMALL, "--data", digits, "--out", out, "--stop-after", "1") == 0
-    saved = json.loads((out / "recipe.json").read_text())["kernels"]
+    kept = json.loads((out / "recipe.json").read_text())["kernels"]
     failed = {
         **{"family": "norm", "operator": "add_norm", "shape": "feature map 2x8x9x9", "dtype": "bfloat16"},
         "reason": REASON,
     }
-    assert saved == {"checked": ["norm"], "failed": [failed], "seconds": 1.25, "warnings": [], "compilation": ""}
+    assert kept == {"checked": ["norm"], "failed": [failed], "seconds": 1.25, "warnings": [], "compilation": ""}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    (resolved,) = (line for line in lines if line["kind"] == "resolved")
-    assert resolved["kernel check"] == "1 families compared in 1.2 s; switched off: norm"
+    (picks,) = (line for line in lines if line["kind"] == "resolved")
+    assert picks["kernel check"] == "1 families compared in 1.2 s; disabled: norm"
 
 
-def test_an_operator_of_a_family_that_is_switched_off_launches_no_kernels() -> None:
-    """Without a GPU or the interpreter, a launch would fail."""
+def test_an_operator_of_a_switched_off_family_launches_no_kernels() -> None:
+    """Without a GPU and the interpreter, a launch would fail."""
     x = torch.zeros(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     with kernels.disabled(families.GATE):
         result: Tensor = kernels.gate(x, x)
