@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from shards.convert.join import print_notes, publish_manifest, summarize_doubts, to_unused_records
+from shards.convert.join import print_notes, publish_manifest, summarize_warnings, to_unused_records
 from shards.convert.options import MAX_REJECTS
 from shards.convert.rejects import Reject, count_reasons, write_rejects
 from shards.convert.work_folder import WorkFolder
@@ -95,12 +95,12 @@ def index_tars(
         classes: text file with one class per line (see `number_classes`).
         max_rejects: maximum fraction of images that may be rejected.
         workers: number of worker processes; None: one per core.
-        strict: fail on doubts (likely mistakes in the tars).
+        strict: fail on warnings about likely mistakes in the tars.
 
     Raises:
         UserError: the tars are in several folders, or in a finished set; a tar is compressed, damaged or has no
-            samples; `number_classes` rejects the labels; or the file names give doubts and `strict` is set.
-        ConversionFailed: more than `max_rejects` of the images are rejected, or there are doubts and `strict` is set.
+            samples; `number_classes` rejects the labels; or there are warnings about file names and `strict` is set.
+        ConversionFailed: more than `max_rejects` of the images are rejected, or there are warnings and `strict` is set.
     """
     folders = {tar.absolute().parent for tar in tars}
     if len(folders) != 1:
@@ -116,15 +116,15 @@ def index_tars(
     jobs = [IndexJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = assign_splits([job.tar for job in jobs], folder)
     notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.all_notes(set(named.splits.values()))]
-    doubts = [with_relative_paths(doubt, folder)[:MAX_TEXT] for doubt in named.warnings]
+    warnings = [with_relative_paths(warning, folder)[:MAX_TEXT] for warning in named.warnings]
     work = WorkFolder(folder)
     with explain_os_errors(folder):
         _check_folder(folder, work, jobs)
         remedy = f"an index must be next to its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
-        print_notes([*notes, *doubts])
-        if strict and doubts:  # fail before hours of reading tars
-            raise UserError(_strict_error(folder, doubts))
+        print_notes([*notes, *warnings])
+        if strict and warnings:  # fail before hours of reading tars
+            raise UserError(_strict_error(folder, warnings))
         work.create()
         try:
             with file_lock(work.path / "index.lock", f"the index of {folder}"):
@@ -137,7 +137,7 @@ def index_tars(
                     workers=workers,
                     strict=strict,
                     notes=notes,
-                    doubts=doubts,
+                    warnings=warnings,
                 )
         finally:
             # After a failure, only the work folder identifies the published list of rejects as created by this project.
@@ -167,7 +167,7 @@ def _index_and_publish(
     workers: int | None,
     strict: bool,
     notes: list[str],
-    doubts: list[str],
+    warnings: list[str],
 ) -> Manifest:
     with Progress("indexing", sum(job.tar.stat().st_size for job in jobs), "bytes") as progress:
         indexed = run_jobs(index_tar, jobs, workers, progress)
@@ -179,7 +179,7 @@ def _index_and_publish(
         one.rows["label"] = labels[one.rows["label"]]
         one.listed[:] = labels[one.listed]
     unused = merge(one.unused for one in indexed)
-    late = [*incomplete_sample_warnings(unused), *_doubts(numbered.classes, indexed)]
+    late = [*incomplete_sample_warnings(unused), *_class_warnings(numbered.classes, indexed)]
     print_notes(late)
     if strict and late:
         raise ConversionFailed(_strict_error(work.out, late))
@@ -202,7 +202,7 @@ def _index_and_publish(
             "images": {split: {"rejected": count_reasons(rejects, split)} for split in sorted(splits)},
             "unused": to_unused_records(unused),
             "notes": notes,
-            "doubts": [*doubts, *late],
+            "doubts": [*warnings, *late],
             "rejects_hash": rejects_hash,
         },
     )
@@ -210,11 +210,11 @@ def _index_and_publish(
     return manifest
 
 
-def _strict_error(folder: Path, doubts: list[str]) -> str:
-    return f"{folder}: --strict: {summarize_doubts(doubts)}; correct the tars, or omit --strict"
+def _strict_error(folder: Path, warnings: list[str]) -> str:
+    return f"{folder}: --strict: {summarize_warnings(warnings)}; correct the tars, or omit --strict"
 
 
-def _doubts(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) -> list[str]:
+def _class_warnings(classes: tuple[ClassEntry, ...], found: list[IndexedTar]) -> list[str]:
     listed: dict[str, Counts] = {}
     late: list[str] = []
     for split in sorted({one.split for one in found}):

@@ -101,8 +101,8 @@ def _provenance(shard_set: ShardSet) -> Table:
         table.add_row("not used", _text(f"{entry['count']:,} {entry['kind']}: {entry['reason']} {example}"))
     for note in made.get("notes", []):
         table.add_row("note", _text(note))
-    for doubt in made.get("doubts", []):
-        table.add_row("doubt", _text(doubt))
+    for warning in made.get("doubts", []):
+        table.add_row("warning", _text(warning))
     return table
 
 

@@ -14,7 +14,7 @@ SHOWN = 10
 
 
 def summarize(shard_set: ShardSet) -> Iterator[str]:
-    """Yield the lines of the summary: totals, splits, re-encoded, rejected and unused files, notes and doubts."""
+    """Yield the lines of the summary: totals, splits, re-encoded, rejected and unused files, notes and warnings."""
     manifest = shard_set.manifest
     made, splits, classes = manifest.made, manifest.splits, manifest.classes
     images = made.get("images", {})

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.convert.conversion_plan import ConversionPlan
-from shards.convert.join import ConversionResult, join, print_notes, published_names, summarize_doubts
+from shards.convert.join import ConversionResult, join, print_notes, published_names, summarize_warnings
 from shards.convert.options import MAX_REJECTS, Options
 from shards.convert.parts import ALL_SHARDS, ConversionPart, lock_part
 from shards.convert.shard_assignment import assign_to_shards
@@ -80,7 +80,7 @@ def convert(source: Path, out: Path, options: Options, part: ConversionPart | No
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
         print_notes((*plan.notes, *plan.doubts))
         if options.strict:
-            _reject_doubts(source, plan.doubts)
+            _fail_on_warnings(source, plan.doubts)
         with lock_part(work, part or ALL_SHARDS):
             _write_shards(work, plan, options, part or ALL_SHARDS)
             if part:
@@ -128,7 +128,7 @@ def finish(
                 "parts again, or run the command without --part and --finish to write them all"
             )
         if strict:
-            _reject_doubts(source or Path(plan.source), plan.doubts)
+            _fail_on_warnings(source or Path(plan.source), plan.doubts)
         with file_lock(work.path / "finish.lock", f"the last step of the conversion {out}"):
             return join(work, plan, max_rejects, workers, strict=strict)
 
@@ -164,7 +164,7 @@ def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
                 plan = _scan(source, work, options)
                 if options.strict and plan.doubts:
                     print_notes(plan.doubts)
-                    _reject_doubts(source, plan.doubts)
+                    _fail_on_warnings(source, plan.doubts)
             except UserError as error:
                 if error.exit_code == UserError.exit_code:  # the input is invalid, so there is nothing to resume
                     work.remove()
@@ -235,14 +235,14 @@ def _check_same_options(out: Path, saved: dict[str, Any] | None, options: Option
         )
 
 
-def _reject_doubts(source: Path, doubts: Sequence[str]) -> None:
-    """Raise an error if there are doubts, that is, likely mistakes in the source.
+def _fail_on_warnings(source: Path, warnings: Sequence[str]) -> None:
+    """Raise an error if there are warnings about likely mistakes in the source.
 
     Raises:
-        UserError: with the first doubt.
+        UserError: with the first warning.
     """
-    if doubts:
-        raise UserError(f"{source}: --strict: {summarize_doubts(doubts)}; correct the source, or omit --strict")
+    if warnings:
+        raise UserError(f"{source}: --strict: {summarize_warnings(warnings)}; correct the source, or omit --strict")
 
 
 def _accept_finished(
@@ -252,7 +252,7 @@ def _accept_finished(
     if source is not None:
         check_finished(work, manifest, source, layout)
     if strict:
-        _reject_doubts(source or work.out, manifest.made.get("doubts", ()))
+        _fail_on_warnings(source or work.out, manifest.made.get("doubts", ()))
     work.remove()
 
 

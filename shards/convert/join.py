@@ -56,11 +56,11 @@ def join(
     """Write index, list of rejects and manifest of a set whose shards are all done.
 
     Args:
-        strict: fail on doubts (likely mistakes in the source).
+        strict: fail on warnings about likely mistakes in the source.
 
     Raises:
         ConversionFailed: more than the fraction `max_rejects` of the images was rejected, a split has no images left,
-            or there are doubts and `strict` is set. Shards and list of rejects are kept; no manifest is written.
+            or there are warnings and `strict` is set. Shards and list of rejects are kept; no manifest is written.
     """
     done = {job: work.load_done(*job) for job in plan.jobs}
     rejects = [
@@ -68,11 +68,11 @@ def join(
         for (split, _), shard in done.items()
         for image, reason in shard.rejected
     ]
-    late = _doubts_about_images(work, plan, done)
+    late = _image_warnings(work, plan, done)
     if strict and late:
         print_notes(late)
         raise ConversionFailed(
-            f"{work.out}: --strict: {summarize_doubts(late)}; correct the source and convert it to another --out, "
+            f"{work.out}: --strict: {summarize_warnings(late)}; correct the source and convert it to another --out, "
             "or omit --strict"
         )
     rejects_hash = write_rejects(work, rejects, sum(shard.samples for shard in done.values()), max_rejects)
@@ -119,13 +119,13 @@ def print_notes(lines: Iterable[str]) -> None:
         print(f"note: {one_line(line)}", file=sys.stderr)
 
 
-def summarize_doubts(doubts: Sequence[str]) -> str:
-    """Return the first doubt and the number of others."""
-    return doubts[0] + (f" (and {len(doubts) - 1:,} more doubts)" if len(doubts) > 1 else "")
+def summarize_warnings(warnings: Sequence[str]) -> str:
+    """Return the first warning and the number of others."""
+    return warnings[0] + (f" (and {len(warnings) - 1:,} more warnings)" if len(warnings) > 1 else "")
 
 
-def _doubts_about_images(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
-    """Return the doubts that are only known once the images were read."""
+def _image_warnings(work: WorkFolder, plan: ConversionPlan, done: Done) -> list[str]:
+    """Return the warnings that are only known once the images were read."""
     classes = len(plan.classes)
     lines: list[str] = []
     for split in plan.shards:

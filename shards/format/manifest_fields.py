@@ -133,6 +133,6 @@ class Provenance(TypedDict, total=False):
     notes: Annotated[list[Text], FailFast()]
     """Notes about the source that were printed."""
     doubts: Annotated[list[Text], FailFast()]
-    """Likely mistakes in the source."""
+    """Warnings about likely mistakes in the source."""
     rejects_hash: Digest | None
     """xxh3-64 of rejects.jsonl; None if no image was rejected."""

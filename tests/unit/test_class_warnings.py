@@ -195,7 +195,7 @@ def test_warnings_that_depend_on_decoded_images(tmp_path: Path) -> None:
         "1 of 5 train images are nearly black or of a single colour (20.0%)",
     ]
     strict = Options(scan=ONE.scan, max_rejects=1.0, strict=True)
-    with pytest.raises(ConversionFailed, match=r"--strict: all training images of 1 class .* \(and 1 more doubts\)"):
+    with pytest.raises(ConversionFailed, match=r"--strict: all training images of 1 class .* \(and 1 more warnings\)"):
         convert(source, tmp_path / "set", strict)
     assert not (tmp_path / "set" / "dataset.json").exists()
     outcome = convert(source, tmp_path / "set", Options(scan=ONE.scan, max_rejects=1.0))
@@ -207,7 +207,7 @@ def test_strict_rejects_the_source_before_files_are_written(tmp_path: Path, caps
     class_folders(tmp_path / "in" / "train", {"a": 2, "B": 2, "b": 2})
     class_folders(tmp_path / "in" / "val", {"a": 2}, first=100)
     with pytest.raises(
-        UserError, match=r"--strict: 2 classes have no validation images: 'B', 'b' \(and 1 more doubts\)"
+        UserError, match=r"--strict: 2 classes have no validation images: 'B', 'b' \(and 1 more warnings\)"
     ):
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE.scan, strict=True))
     assert not (tmp_path / "set").exists()

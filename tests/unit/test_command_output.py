@@ -152,7 +152,7 @@ def test_unwritable_output_is_rejected_before_the_work(
 @pytest.mark.parametrize("arguments", [("look", "SET", "--out", "x.xyz"), ("bench", "SET", "--chart", "x.xyz")])
 def test_unknown_figure_format_is_rejected(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert pipeline(list(arguments)) == 2
-    assert "x.xyz: a file name that ends in" in capsys.readouterr().err
+    assert "x.xyz: expected a file name that ends in" in capsys.readouterr().err
 
 
 def test_output_folder_without_permission_is_rejected(tmp_path: Path) -> None:

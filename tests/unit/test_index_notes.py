@@ -1,4 +1,4 @@
-"""`pipeline index` records notes and doubts about the file names of tars; doubts fail with --strict."""
+"""`pipeline index` records notes and warnings about the file names of tars; warnings fail with --strict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.sources import labelled_tar
 
 UNNAMED = "b.tar: no split in the name, so used for training"
 NO_VALIDATION = "test-0.tar: kept as split 'test'; there is no validation split"
-DOUBTS = [
+WARNINGS = [
     (["train-0.tar", "b.tar"], f"{UNNAMED}, although train* is named like split 'train'"),
     (["train-0.tar", "training-1.tar"], "train*, training*: merged into split 'train'"),
     (["train-0.tar", "val-0.tar", "validation-0.tar"], "val*, validation*: merged into split 'val'"),
@@ -24,18 +24,18 @@ def tars(folder: Path, names: list[str]) -> tuple[Path, ...]:
     return tuple(labelled_tar(folder / name, [0, 1, 0]) for name in names)
 
 
-@pytest.mark.parametrize(("names", "doubt"), DOUBTS)
-def test_doubts_about_file_names_are_recorded(
-    names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("names", "warning"), WARNINGS)
+def test_warnings_about_file_names_are_recorded(
+    names: list[str], warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert Index(tars(tmp_path, names), workers=1).run() == 0
     output = capsys.readouterr()
-    assert output.err.count(f"note: {doubt}\n") == 1
-    assert f"note: {doubt}\n" in output.out, "also in the summary"
-    assert Manifest.load(tmp_path).made["doubts"] == [doubt]
+    assert output.err.count(f"note: {warning}\n") == 1
+    assert f"note: {warning}\n" in output.out, "also in the summary"
+    assert Manifest.load(tmp_path).made["doubts"] == [warning]
     assert Info(tmp_path).run() == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert doubt in shown
+    assert warning in shown
 
 
 @pytest.mark.parametrize(
@@ -54,28 +54,28 @@ def test_notes_about_file_names_are_recorded_and_pass_with_strict(
     assert str(tmp_path) not in (tmp_path / "dataset.json").read_text()
 
 
-@pytest.mark.parametrize(("names", "doubt"), DOUBTS)
-def test_strict_fails_on_doubts_about_file_names_before_reading_tars(
-    names: list[str], doubt: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("names", "warning"), WARNINGS)
+def test_strict_fails_on_warnings_about_file_names_before_reading_tars(
+    names: list[str], warning: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in names:
         (tmp_path / name).write_bytes(b"no tar at all")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(UserError) as caught:
         Index(tuple(before), workers=1, strict=True).run()
-    assert str(caught.value) == f"{tmp_path}: --strict: {doubt}; correct the tars, or omit --strict"
+    assert str(caught.value) == f"{tmp_path}: --strict: {warning}; correct the tars, or omit --strict"
     assert caught.value.exit_code == 2
-    assert f"note: {doubt}" in capsys.readouterr().err
+    assert f"note: {warning}" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_doubts_about_names_and_labels_are_recorded_together(tmp_path: Path) -> None:
+def test_warnings_about_names_and_labels_are_recorded_together(tmp_path: Path) -> None:
     labelled_tar(tmp_path / "train-0.tar", [0, 3])
     labelled_tar(tmp_path / "b.tar", [0, 3])
     both = tuple(sorted(tmp_path.glob("*.tar")))
     assert Index(both, workers=1).run() == 0
-    doubts = Manifest.load(tmp_path).made["doubts"]
-    assert [doubt.partition(":")[0] for doubt in doubts] == ["b.tar", "2 of 4 labels do not occur"]
+    warnings = Manifest.load(tmp_path).made["doubts"]
+    assert [warning.partition(":")[0] for warning in warnings] == ["b.tar", "2 of 4 labels do not occur"]
     (tmp_path / "dataset.json").unlink()
     (tmp_path / "train.index.npy").unlink()
     (tmp_path / "b.tar").rename(tmp_path / "train-1.tar")

@@ -332,8 +332,8 @@ def test_unset_options_get_the_defaults_and_zero_is_not_unset() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LoaderOptions(decode_threads=0), "--decode-threads 0: a whole number from 1 to"),
-        (lambda: LoaderOptions(read_ahead=-1), "--read-ahead -1: a whole number from 0 to"),
+        (lambda: LoaderOptions(decode_threads=0), "--decode-threads 0: expected a whole number from 1 to"),
+        (lambda: LoaderOptions(read_ahead=-1), "--read-ahead -1: expected a whole number from 0 to"),
         (lambda: DaliOptions(hw_decoder_load=1.5), "--hw-decoder-load 1.5: expected a number from 0 to 1"),
     ],
 )

@@ -563,7 +563,7 @@ def as_kaggle(root: Path, solution: bytes) -> Path:
 
 SOLUTIONS = {
     "not UTF-8": (SOLUTION + b"\xff\xfe,x\n", "not UTF-8 at byte"),
-    "NUL": (SOLUTION + b"\0,x\n", "a NUL character in it"),
+    "NUL": (SOLUTION + b"\0,x\n", "contains a NUL character"),
     "two classes for an image": (SOLUTION + b"v0,n00000002 1 2 3 4\n", "image v0 has two classes, n00000001 and n000"),
     "field beyond csv's limit": (SOLUTION + b"x," + b"y" * 200_000 + b"\n", "field larger than field limit"),
     "other columns": (b"a,b\n1,2\n", "expected a list ImageId,PredictionString"),

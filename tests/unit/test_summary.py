@@ -31,7 +31,7 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
     source, out = mixed(tmp_path / "in"), tmp_path / "set"
     assert Shard(source, out=out, max_rejects=0.5, workers=1).run() == 0
     summary, before = capsys.readouterr()
-    doubt = "1 class has no validation images: '[x]'"
+    warning = "1 class has no validation images: '[x]'"
     assert summary.splitlines() == [
         f"{out}: 11 train + 4 val images of 3 classes, 2 re-encoded, 3 rejected, 2 not used",
         "train: 11 images of 3 classes, 1 to 7 each, in 1 shard",
@@ -43,10 +43,10 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
         "not used: 1 Thumbs.db: metadata of a file manager, NAS system, version control, or archive "
         "(such as val/dog/Thumbs.db)",
         "not used: 1 .txt: not an image (such as train/dog/notes.txt)",
-        f"note: {doubt}",
+        f"note: {warning}",
     ]
-    assert f"note: {doubt}" in before, "also before the conversion"
-    assert before.index(doubt) < before.index("sharding")
+    assert f"note: {warning}" in before, "also before the conversion"
+    assert before.index(warning) < before.index("sharding")
     files = [path for path in source.rglob("*") if path.is_file()]
     assert len(files) == 11 + 4 + 3 + 2
 
@@ -94,7 +94,7 @@ def test_the_summary_is_not_wrapped_in_a_pipe(tmp_path: Path) -> None:
     ]
 
 
-def test_info_shows_notes_doubts_and_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_shows_notes_warnings_and_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = class_folders(tmp_path / "in", {str(c): 1 for c in (0, 1, 2, 10, 4, 5, 6, 7, 8, 9)})
     (source / "0" / "list.csv").write_bytes(b"x")
     Shard(source, out=tmp_path / "set", workers=1).run()
@@ -102,5 +102,5 @@ def test_info_shows_notes_doubts_and_examples(tmp_path: Path, capsys: pytest.Cap
     Info(tmp_path / "set").run()
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "note the names of the 10 class folders are numbers" in shown
-    assert "doubt class folders are numbered 0 to 10, without 3" in shown
+    assert "warning class folders are numbered 0 to 10, without 3" in shown
     assert "(such as 0/list.csv)" in shown
