@@ -260,4 +260,4 @@ def test_invalid_models_are_rejected_in_one_line(
     assert run(evaluate, finished, "--data", digits, "--split", "[nope]") == 2
     assert "no split '[nope]'" in capsys.readouterr().err
     assert run(evaluate, finished / "weights.safetensors", "--data", digits, "--batch", "65536", "--size", "8192") == 2
-    assert "--batch 65536, --size 8192: takes 49,152.0 GiB" in capsys.readouterr().err
+    assert "--batch 65536, --size 8192: needs at least 49,152.0 GiB" in capsys.readouterr().err

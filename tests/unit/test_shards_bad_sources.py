@@ -589,7 +589,7 @@ def test_a_kaggle_list_with_a_byte_order_mark_and_a_repeated_line_is_read(tmp_pa
     ("content", "message"),
     [
         (b"n00000001 \xff\n", "not UTF-8 at byte 10"),
-        (b"n00000001 a\0b\n", "a NUL character"),
+        (b"n00000001 a\0b\n", "contains a NUL character"),
         (b"n00000001 a\nn00000001 b\n", "contains class 'n00000001' twice"),
         (b"\n".join(b"%d" % i for i in range(101)), "has 101 classes; at most 100"),
     ],

@@ -39,7 +39,7 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
         "re-encoded as plain JPEG: 2 train: PNG",
         "rejected: 2 train: empty file (such as dog/empty.jpg)",
         "rejected: 1 train: does not decode: Truncated File Read (such as dog/cut.jpg)",
-        f"rejected: all are listed in {out}/rejects.jsonl",
+        f"rejected: all rejects are listed in {out}/rejects.jsonl",
         "not used: 1 Thumbs.db: metadata of a file manager, NAS system, version control, or archive "
         "(such as val/dog/Thumbs.db)",
         "not used: 1 .txt: not an image (such as train/dog/notes.txt)",
@@ -62,7 +62,7 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
         "train: in the order of the tars, where runs of one class have a mean length of 1.5",
         "rejected: 1 train: PNG: 'pipeline shard' re-encodes such images, 'pipeline index' cannot "
         "(such as a.tar/7.png)",
-        f"rejected: all are listed in {tmp_path}/rejects.jsonl",
+        f"rejected: all rejects are listed in {tmp_path}/rejects.jsonl",
         "not used: 1 .json: not part of a sample (such as a.tar/x.json)",
         "note: a.tar: no split in the name, so used for training",
         "note: 1 of 3 labels do not occur: 1",
