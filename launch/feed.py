@@ -102,7 +102,7 @@ class Feed:
                 f"so the learning rate drops to {remaining:.0%} of --lr after warm-up; use at most {optim.max_warmup:g}"
             )
         manifest = self.dataset.manifest
-        lines += [f"note: {self.dataset.path}: {doubt}" for doubt in manifest.made.get("doubts", [])]
+        lines += [f"warning: {self.dataset.path}: {warning}" for warning in manifest.made.get("warnings", [])]
         if "val" not in manifest.splits:
             lines.append(
                 f"warning: {self.dataset.path} has no validation split: nothing is evaluated, and no checkpoint is "

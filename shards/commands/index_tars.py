@@ -122,7 +122,7 @@ def index_tars(
         _check_folder(folder, work, jobs)
         remedy = f"an index must be next to its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
-        print_notes([*notes, *warnings])
+        print_notes(notes, warnings)
         if strict and warnings:  # fail before hours of reading tars
             raise UserError(_strict_error(folder, warnings))
         work.create()
@@ -180,7 +180,7 @@ def _index_and_publish(
         one.listed[:] = labels[one.listed]
     unused = merge(one.unused for one in indexed)
     late = [*incomplete_sample_warnings(unused), *_class_warnings(numbered.classes, indexed)]
-    print_notes(late)
+    print_notes(warnings=late)
     if strict and late:
         raise ConversionFailed(_strict_error(work.out, late))
     rejects_hash = write_rejects(work, rejects, kept, max_rejects)
@@ -195,14 +195,14 @@ def _index_and_publish(
         splits={split: _join(work, split, splits[split]) for split in sorted(splits)},
         made={
             "tool": tool_version(),
-            "source": "webdataset, where it lies",
+            "source": "webdataset, indexed in place",
             "shuffled": False,
             "class_run": {split: class_run([one.rows for one in ones]) for split, ones in sorted(splits.items())},
             "options": {"check": rules.check},
             "images": {split: {"rejected": count_reasons(rejects, split)} for split in sorted(splits)},
             "unused": to_unused_records(unused),
             "notes": notes,
-            "doubts": [*warnings, *late],
+            "warnings": [*warnings, *late],
             "rejects_hash": rejects_hash,
         },
     )

@@ -101,7 +101,7 @@ def _provenance(shard_set: ShardSet) -> Table:
         table.add_row("not used", _text(f"{entry['count']:,} {entry['kind']}: {entry['reason']} {example}"))
     for note in made.get("notes", []):
         table.add_row("note", _text(note))
-    for warning in made.get("doubts", []):
+    for warning in made.get("warnings", []):
         table.add_row("warning", _text(warning))
     return table
 

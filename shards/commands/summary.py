@@ -52,7 +52,7 @@ def summarize(shard_set: ShardSet) -> Iterator[str]:
         f"not used: {one['count']:,} {one['kind']}: {one['reason']} (such as {one['example']})" for one in unused
     )
     yield from (f"note: {line}" for line in made.get("notes", []))
-    yield from (f"note: {line}" for line in made.get("doubts", []))
+    yield from (f"warning: {line}" for line in made.get("warnings", []))
 
 
 def _count(number: int, what: str) -> str:

@@ -31,7 +31,7 @@ class ConversionPlan:
     unused: tuple[UnusedEntry, ...]
     notes: tuple[str, ...]
     """Notes about the source, for printing and the manifest."""
-    doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
     """Warnings about likely mistakes in the source; --strict fails on them."""
     folders: dict[str, int]
     """Parent folder of the folders with images or archives, percent-encoded -> modification time, in seconds since

@@ -78,9 +78,9 @@ def convert(source: Path, out: Path, options: Options, part: ConversionPart | No
         if saved:
             is_needed = partial(_is_unfinished, work, _jobs(plan, part or ALL_SHARDS))
             check_unchanged(work, plan, source, is_needed, times_first=part is not None)
-        print_notes((*plan.notes, *plan.doubts))
+        print_notes(plan.notes, plan.warnings)
         if options.strict:
-            _fail_on_warnings(source, plan.doubts)
+            _fail_on_warnings(source, plan.warnings)
         with lock_part(work, part or ALL_SHARDS):
             _write_shards(work, plan, options, part or ALL_SHARDS)
             if part:
@@ -128,7 +128,7 @@ def finish(
                 "parts again, or run the command without --part and --finish to write them all"
             )
         if strict:
-            _fail_on_warnings(source or Path(plan.source), plan.doubts)
+            _fail_on_warnings(source or Path(plan.source), plan.warnings)
         with file_lock(work.path / "finish.lock", f"the last step of the conversion {out}"):
             return join(work, plan, max_rejects, workers, strict=strict)
 
@@ -162,9 +162,9 @@ def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
         if plan is None:
             try:
                 plan = _scan(source, work, options)
-                if options.strict and plan.doubts:
-                    print_notes(plan.doubts)
-                    _fail_on_warnings(source, plan.doubts)
+                if options.strict and plan.warnings:
+                    print_notes(warnings=plan.warnings)
+                    _fail_on_warnings(source, plan.warnings)
             except UserError as error:
                 if error.exit_code == UserError.exit_code:  # the input is invalid, so there is nothing to resume
                     work.remove()
@@ -210,7 +210,7 @@ def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
         shards=shards,
         unused=found.unused,
         notes=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.notes),
-        doubts=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.warnings),
+        warnings=tuple(with_relative_paths(line, source)[:MAX_TEXT] for line in found.warnings),
         folders=folder_times(found.splits, source.absolute(), work.out.absolute()),
         source_files=found.files,
         files=files,
@@ -252,7 +252,7 @@ def _accept_finished(
     if source is not None:
         check_finished(work, manifest, source, layout)
     if strict:
-        _fail_on_warnings(source or work.out, manifest.made.get("doubts", ()))
+        _fail_on_warnings(source or work.out, manifest.made.get("warnings", ()))
     work.remove()
 
 

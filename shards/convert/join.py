@@ -70,7 +70,7 @@ def join(
     ]
     late = _image_warnings(work, plan, done)
     if strict and late:
-        print_notes(late)
+        print_notes(warnings=late)
         raise ConversionFailed(
             f"{work.out}: --strict: {summarize_warnings(late)}; correct the source and convert it to another --out, "
             "or omit --strict"
@@ -93,7 +93,7 @@ def join(
             },
             "unused": to_unused_records(plan.unused),
             "notes": list(plan.notes),
-            "doubts": [*plan.doubts, *late],
+            "warnings": [*plan.warnings, *late],
             "rejects_hash": rejects_hash,
         },
     )
@@ -113,10 +113,11 @@ def to_unused_records(entries: Iterable[UnusedEntry]) -> list[UnusedRecord]:
     return [UnusedRecord(reason=one.reason, kind=one.kind, count=one.count, example=one.example) for one in entries]
 
 
-def print_notes(lines: Iterable[str]) -> None:
-    """Print notes on standard error."""
-    for line in lines:
-        print(f"note: {one_line(line)}", file=sys.stderr)
+def print_notes(notes: Iterable[str] = (), warnings: Iterable[str] = ()) -> None:
+    """Print notes and warnings about a source on standard error."""
+    for kind, lines in (("note", notes), ("warning", warnings)):
+        for line in lines:
+            print(f"{kind}: {one_line(line)}", file=sys.stderr)
 
 
 def summarize_warnings(warnings: Sequence[str]) -> str:

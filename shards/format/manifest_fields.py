@@ -132,7 +132,7 @@ class Provenance(TypedDict, total=False):
     """Files of the source that are not in the set."""
     notes: Annotated[list[Text], FailFast()]
     """Notes about the source that were printed."""
-    doubts: Annotated[list[Text], FailFast()]
+    warnings: Annotated[list[Text], FailFast()]
     """Warnings about likely mistakes in the source."""
     rejects_hash: Digest | None
     """xxh3-64 of rejects.jsonl; None if no image was rejected."""

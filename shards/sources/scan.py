@@ -42,7 +42,7 @@ class Scan:
     notes: tuple[str, ...] = ()
     """Messages that inform the user."""
     warnings: tuple[str, ...] = ()
-    """Messages about likely mistakes, for which --strict rejects the source; 'doubts' in the manifest."""
+    """Messages about likely mistakes, for which --strict rejects the source."""
     digest: str = ""
     """Digest of the source before --classes and --val-fraction apply (`shards.sources.identity`); set by `scan`."""
     files: dict[str, str] = field(default_factory=dict)

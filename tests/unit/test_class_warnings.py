@@ -200,7 +200,7 @@ def test_warnings_that_depend_on_decoded_images(tmp_path: Path) -> None:
     assert not (tmp_path / "set" / "dataset.json").exists()
     outcome = convert(source, tmp_path / "set", Options(scan=ONE.scan, max_rejects=1.0))
     assert outcome is not None
-    assert outcome.manifest.made["doubts"] == expected
+    assert outcome.manifest.made["warnings"] == expected
 
 
 def test_strict_rejects_the_source_before_files_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,7 +212,7 @@ def test_strict_rejects_the_source_before_files_are_written(tmp_path: Path, caps
         convert(tmp_path / "in", tmp_path / "set", Options(scan=ONE.scan, strict=True))
     assert not (tmp_path / "set").exists()
     message = capsys.readouterr().err
-    assert "note: names of classes differ only in case: 'B' and 'b'" in message, "all warnings must be printed"
+    assert "warning: names of classes differ only in case: 'B' and 'b'" in message, "all warnings must be printed"
 
 
 def test_strict_applies_when_the_parts_of_a_conversion_are_joined(tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_indexed_tars_have_warnings_and_unused_members(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
     index_tars([tar], ImageRules(), workers=1)
     made = Manifest.load(tmp_path).made
-    assert made["doubts"] == [
+    assert made["warnings"] == [
         "1 of 3 labels do not occur: 1",
         "1 of 3 train images are nearly black or of a single colour (33.3%)",
     ]
@@ -270,4 +270,4 @@ def test_training_repeats_the_warnings_of_the_manifest(tmp_path: Path) -> None:
         ["--data", f"{tmp_path / 'set'}", "--out", f"{tmp_path / 'run'}", "--size", "32", "--global-batch", "4"]
     )
     feed = Feed.of(recipe, World(0, 1, 0, 1, torch.device("cpu")))
-    assert feed.advice() == [f"note: {tmp_path / 'set'}: 1 class has no validation images: 'b'"]
+    assert feed.advice() == [f"warning: {tmp_path / 'set'}: 1 class has no validation images: 'b'"]

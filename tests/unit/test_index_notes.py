@@ -30,9 +30,9 @@ def test_warnings_about_file_names_are_recorded(
 ) -> None:
     assert Index(tars(tmp_path, names), workers=1).run() == 0
     output = capsys.readouterr()
-    assert output.err.count(f"note: {warning}\n") == 1
-    assert f"note: {warning}\n" in output.out, "also in the summary"
-    assert Manifest.load(tmp_path).made["doubts"] == [warning]
+    assert output.err.count(f"warning: {warning}\n") == 1
+    assert f"warning: {warning}\n" in output.out, "also in the summary"
+    assert Manifest.load(tmp_path).made["warnings"] == [warning]
     assert Info(tmp_path).run() == 0
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert warning in shown
@@ -49,7 +49,7 @@ def test_notes_about_file_names_are_recorded_and_pass_with_strict(
     assert f"note: {note}" in output.err
     assert f"note: {note}" in output.out
     made = Manifest.load(tmp_path).made
-    assert made["doubts"] == []
+    assert made["warnings"] == []
     assert [line for line in made["notes"] if line.startswith(note)]
     assert str(tmp_path) not in (tmp_path / "dataset.json").read_text()
 
@@ -65,7 +65,7 @@ def test_strict_fails_on_warnings_about_file_names_before_reading_tars(
         Index(tuple(before), workers=1, strict=True).run()
     assert str(caught.value) == f"{tmp_path}: --strict: {warning}; correct the tars, or omit --strict"
     assert caught.value.exit_code == 2
-    assert f"note: {warning}" in capsys.readouterr().err
+    assert f"warning: {warning}" in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -74,7 +74,7 @@ def test_warnings_about_names_and_labels_are_recorded_together(tmp_path: Path) -
     labelled_tar(tmp_path / "b.tar", [0, 3])
     both = tuple(sorted(tmp_path.glob("*.tar")))
     assert Index(both, workers=1).run() == 0
-    warnings = Manifest.load(tmp_path).made["doubts"]
+    warnings = Manifest.load(tmp_path).made["warnings"]
     assert [warning.partition(":")[0] for warning in warnings] == ["b.tar", "2 of 4 labels do not occur"]
     (tmp_path / "dataset.json").unlink()
     (tmp_path / "train.index.npy").unlink()

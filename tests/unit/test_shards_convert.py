@@ -123,7 +123,7 @@ def test_shards_have_similar_sizes_below_the_limit(photos: Path, tmp_path: Path)
 
 def test_the_manifest_contains_no_time_host_or_path(reference: dict[str, bytes]) -> None:
     made = json.loads(reference["dataset.json"])["made"]
-    told = {"images", "unused", "notes", "doubts", "rejects_hash"}
+    told = {"images", "unused", "notes", "warnings", "rejects_hash"}
     assert set(made) == {"tool", "source", "source_digest", "shuffled", "options"} | told
     assert made["source"] == "folder"
     assert made["options"]["shard_bytes"] == 400_000

@@ -64,7 +64,7 @@ def document(split: SplitEntry) -> dict[str, Any]:
         "options": {"seed": 3, "beton": {"mode": "raw"}, "quality": None},
         "images": {"train": {"repaired": {"CMYK JPEG": 2}, "rejected": {}}},
         "unused": [{"reason": "not an image", "kind": ".txt", "count": 2, "example": "train/a/b.txt"}],
-        "doubts": [],
+        "warnings": [],
         "rejects_hash": None,
     }
     return json.loads(Manifest(classes=CLASSES, splits={"train": split}, made=made).dumps())

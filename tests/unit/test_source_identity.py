@@ -124,7 +124,7 @@ def test_notes_and_warnings_in_the_manifest_contain_no_absolute_path(tmp_path: P
     (source / "train" / "loose.jpg").write_bytes(jpeg(5))
     outcome = convert(source, tmp_path / "set", SMALL)
     assert outcome is not None
-    assert outcome.manifest.made["doubts"][0].startswith("train: 1 images outside any class folder are not used")
+    assert outcome.manifest.made["warnings"][0].startswith("train: 1 images outside any class folder are not used")
     assert str(tmp_path) not in (tmp_path / "set" / "dataset.json").read_text()
 
 

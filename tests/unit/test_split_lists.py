@@ -163,4 +163,4 @@ def test_split_lists_are_in_the_summary_and_rejected_by_strict(
     assert pipeline(command) == 0
     assert pipeline([*command, "--strict"]) == 2, "also for a complete shard set"
     assert pipeline(command) == 0
-    assert "note: test.txt: looks like a split list, which is not read" in capsys.readouterr().out
+    assert "warning: test.txt: looks like a split list, which is not read" in capsys.readouterr().out

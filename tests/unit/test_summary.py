@@ -43,9 +43,9 @@ def test_the_summary_accounts_for_every_file(tmp_path: Path, capsys: pytest.Capt
         "not used: 1 Thumbs.db: metadata of a file manager, NAS system, version control, or archive "
         "(such as val/dog/Thumbs.db)",
         "not used: 1 .txt: not an image (such as train/dog/notes.txt)",
-        f"note: {warning}",
+        f"warning: {warning}",
     ]
-    assert f"note: {warning}" in before, "also before the conversion"
+    assert f"warning: {warning}" in before, "also before the conversion"
     assert before.index(warning) < before.index("sharding")
     files = [path for path in source.rglob("*") if path.is_file()]
     assert len(files) == 11 + 4 + 3 + 2
@@ -65,7 +65,7 @@ def test_indexed_tars_have_the_same_summary(tmp_path: Path, capsys: pytest.Captu
         f"rejected: all rejects are listed in {tmp_path}/rejects.jsonl",
         "not used: 1 .json: not part of a sample (such as a.tar/x.json)",
         "note: a.tar: no split in the name, so used for training",
-        "note: 1 of 3 labels do not occur: 1",
+        "warning: 1 of 3 labels do not occur: 1",
     ]
 
 

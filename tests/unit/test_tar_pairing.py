@@ -229,13 +229,13 @@ def test_shard_and_index_warn_about_incomplete_samples(tmp_path: Path, capsys: p
     for folder, output in ((tmp_path / "set", shard_output), (tar.parent, index_output)):
         shard_set = ShardSet(folder)
         assert sorted(shard_set.index("train")["label"].tolist()) == [0, 0, 1]
-        assert shard_set.manifest.made["doubts"] == warnings
+        assert shard_set.manifest.made["warnings"] == warnings
         assert [entry["reason"] for entry in shard_set.manifest.made["unused"]] == [
             "image without a label",
             "label without an image",
             "macOS resource fork",
         ]
-        assert all(f"note: {warning}" in output for warning in warnings)
+        assert all(f"warning: {warning}" in output for warning in warnings)
     strict = Options(scan=ONE, strict=True)
     (tmp_path / "in/dataset.json").unlink()
     with pytest.raises(UserError, match=r"--strict: 1 \.jpg: image without a label"):
