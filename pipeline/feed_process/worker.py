@@ -150,7 +150,7 @@ class SharedBuffers(BufferPool):
         """Return the numbers of the buffers released to the system since the last call."""
         return [self._dropped.popleft() for _ in range(len(self._dropped))]
 
-    def _fresh(self, size: int) -> NDArray[np.uint8]:
+    def _allocate(self, size: int) -> NDArray[np.uint8]:
         handle = os.memfd_create("encoded-images", os.MFD_CLOEXEC)
         os.ftruncate(handle, size)
         memory = np.frombuffer(mmap.mmap(handle, size), np.uint8)

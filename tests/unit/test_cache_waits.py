@@ -87,7 +87,7 @@ def test_the_error_names_a_suspended_process_that_downloads_the_index(
         assert fact in str(error.value)
         assert error.value.exit_code == 1
         assert f"{name}" in caplog.text, "logged before the error"
-        assert "waiting for" in caplog.text
+        assert "still waiting after" in caplog.text
     assert len(dataset.index("train")) == dataset.split("train").samples, "the download of an ended process is resumed"
     assert (index, 7, size) in site.log
 
@@ -122,7 +122,7 @@ def test_samples_are_read_from_the_server_while_a_suspended_process_holds_the_lo
             Cache(tmp_path / "cache")
         path = own_folder(tmp_path / "cache") / LOCK
         assert str(error.value).startswith(f"{path}: the lock of the cache is held by process {pid} (python")
-        assert "suspended): waited 1 s, the limit; end that process, or resume it" in str(error.value)
+        assert "suspended): timed out after 1 s; end that process, or resume it" in str(error.value)
         assert error.value.exit_code == 1
         caplog.clear()
         loader = train(dataset)

@@ -231,7 +231,7 @@ def test_checkpoint_without_read_permission_is_not_damage(tmp_path: Path) -> Non
     paths = ["0", *(f"{number}/step-00000020/{name}" for number, name in [(1, "meta.json"), (2, "meta.json")])]
     for line, path in zip(unreadable, (*paths, "3/step-00000020/state.safetensors"), strict=True):
         assert line.startswith(f"1 {path}: cannot be read (Permission denied for user "), done.stderr
-        assert ", mode 0000); have its owner give you access (chmod, chgrp), then start again" in line
+        assert ", mode 0000); ask its owner for access (chmod, chgrp), then start again" in line
     assert unwritable.startswith("1 unwritable: the run folder cannot be written (Permission denied); free disk space")
 
 

@@ -106,7 +106,7 @@ CHOICES: list[tuple[list[JpegEngine], float | None, float | None, float, list[st
     ([ENGINE], None, 0.0, 0.0, []),  # resumed on a better GPU: the pixels stay
     ([NONE], None, 1.0, 0.0, ["are now decoded by the CUDA decoder (rank 0 cannot"]),
     ([ENGINE], 0.0, 1.0, 0.0, ["now decoded by the CUDA decoder: pixels may differ in rounding"]),
-    ([ENGINE], None, 0.9, 0.9, ["pixels then depend on a sample's place in its batch"]),
+    ([ENGINE], None, 0.9, 0.9, ["pixels depend on a sample's position in its batch"]),
 ]
 
 

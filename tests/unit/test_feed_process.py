@@ -222,7 +222,7 @@ def test_a_missing_shard_and_a_failing_server_raise_the_same_errors(copied: Path
         with loader:
             _, kind, message, _ = outcome(loader)
     assert kind is RemoteError
-    assert "not there" in message
+    assert "not found on the server" in message
 
 
 def test_an_unexpected_error_is_raised_with_its_traceback(

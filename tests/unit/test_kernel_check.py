@@ -298,8 +298,8 @@ def test_a_failed_family_is_switched_off_with_one_warning(
     assert kernels.switched_off() == {families.NORM}
     assert augment_kernels.switched_off() == {augment_kernels.FINISHING}
     assert capsys.readouterr().err.splitlines() == [
-        "warning: the norm kernels differ from PyTorch, so PyTorch is used instead: add_norm on map 2x8x9x9 bfloat16: "
-        "mean: off by 0.5 where the bound is 0.01",
+        "warning: the norm kernels differ from PyTorch, so PyTorch is used instead: add_norm on feature map "
+        "2x8x9x9 bfloat16: mean: error 0.5 exceeds the tolerance of 0.01",
         "warning: the batch finishing kernels differ from PyTorch, so PyTorch is used instead: batch finishing on "
         "images of 64x64 bfloat16: 1 of 9 are NaN",
     ]

@@ -106,7 +106,7 @@ def test_evaluation_of_a_missing_or_empty_path_is_rejected(
     assert capsys.readouterr().err.startswith("error: ")
 
 
-@pytest.mark.parametrize("name", ["stride 0 of 3 billion elements", "names that are no text", "header of 2^63 bytes"])
+@pytest.mark.parametrize("name", ["stride 0 of 3 billion elements", "names other than strings", "header of 2^63 bytes"])
 def test_evaluation_rejects_a_malicious_weights_file_in_one_line(
     tmp_path: Path, digits: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

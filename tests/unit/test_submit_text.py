@@ -145,10 +145,10 @@ def test_container_options_are_passed_on_unchanged_or_rejected(image: str, mount
         (["--sbatch=--qos=a\n#SBATCH --uid=root"], "control characters"),
         (["--container", "x.sif", "--mount", "/a,b", "--", "--data", "/s"], "/a,b: a container mount cannot contain"),
         (["--container", "x.sif", "--", "--data", "/s", "--out", "/r:w"], "/r:w: a container mount cannot contain"),
-        (["--", "--data", "https://me:canary@host/set"], "the credentials in this URL would be stored"),
-        (["--", "--data", "https://host/set?sig=canary"], "the credentials in this URL"),
-        (["--setup", "curl https://me:canary@host/x"], "the credentials in this URL"),
-        (["--container", "docker://me:canary@host/x"], "the credentials in this URL"),
+        (["--", "--data", "https://me:canary@host/set"], "credentials in a URL would be saved"),
+        (["--", "--data", "https://host/set?sig=canary"], "credentials in a URL"),
+        (["--setup", "curl https://me:canary@host/x"], "credentials in a URL"),
+        (["--container", "docker://me:canary@host/x"], "credentials in a URL"),
     ],
 )
 def test_values_that_a_script_cannot_represent_are_rejected_in_one_line(

@@ -108,7 +108,7 @@ def test_suggested_world_sizes_also_fit_the_micro_batch(micro: int | None, wante
 
 
 def test_error_if_no_global_batch_is_valid() -> None:
-    with pytest.raises(PlanError, match="multiple of 64, so use more images, or fewer ranks"):
+    with pytest.raises(PlanError, match="multiple of 64, so use more images, fewer ranks"):
         check_enough_samples(IMAGES, 128, world=32, pairs=True)
 
 
