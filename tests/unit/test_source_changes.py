@@ -256,7 +256,7 @@ def add_unseen(source: Path) -> None:
 
 
 HIDDEN = [
-    Case("folder", "image added", "no longer be read with layout .*/extra: the class folder has no images", add_unseen),
+    Case("folder", "image added", "it can no longer be read .*/extra: the class folder has no images", add_unseen),
     Case("tars", "tar emptied", "it can no longer be read with layout ", lambda s: (s / "b.tar").write_bytes(b"")),
 ]
 
