@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -293,6 +294,11 @@ def _open(location: Path, digest: str | None) -> ShardSet:
     from shards.format.dataset import ShardSet
     from shards.format.manifest_digest import split_digest
 
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", f"{location}") and not location.exists():
+        raise UserError(
+            f"{location}: 'pipeline info' and 'pipeline verify' read local sets only; run them where the set is stored "
+            "(loaders check the hash of every sample of a remote set)"
+        )
     path, expected = split_digest(location, digest)
     return ShardSet(path, digest=expected)
 

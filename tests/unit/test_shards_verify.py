@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.commands.command_line import SampleDigits, Verify
+from shards.commands.command_line import Info, SampleDigits, Verify
 from shards.commands.verify import verify
 from shards.convert.convert import convert
 from shards.convert.options import Options
@@ -191,3 +191,10 @@ def test_the_command_prints_faults_and_fails(copy: Path, capsys: pytest.CaptureF
     (copy / "val-000000.idx").write_bytes(b"")
     assert Verify(copy).run() == 1
     assert f"fault: {copy / 'val-000000.idx'}: does not match its tar" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [Verify, Info])
+@pytest.mark.parametrize("location", ["https://host/set", "s3://bucket/set"])
+def test_a_url_is_rejected_because_only_local_sets_are_read(command: type[Verify] | type[Info], location: str) -> None:
+    with pytest.raises(UserError, match=r"(https|s3):/.*: .* read local sets only; run them where the set is stored"):
+        command(Path(location)).run()
