@@ -1,4 +1,4 @@
-"""Compare the cost of augmentation per image: this project's batched PyTorch operations against PIL, same random draws.
+"""Compare the cost of augmentation per image: batched PyTorch operations and PIL, with the same random draws.
 
 The two are timed alternately in one run (ours, PIL, ours, ...), and medians are reported. Both use a single thread
 unless --threads specifies more. The PIL side does what a DataLoader worker does with each decoded image: RandAugment in
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--step-batch", type=int, default=256, help="images in the training step (GPU)")
+    parser.add_argument("--step-batch", type=int, default=256, help="batch size of the training step, on a GPU")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -209,7 +209,10 @@ class OnGpu:
         }
 
     def moved(self) -> int:
-        """Return the bytes that RandAugment must move: read and write per sample and round, a read per measurement."""
+        """Return the bytes that RandAugment must move.
+
+        These are a read and a write per sample and round, and a read per measurement.
+        """
         todo = passes.plan_passes(self.params, self.bench.size, self.bench.size, flip=False)
         return sum((2 * len(each.jobs) + len(each.histogram_jobs)) * self.bench.images[0].numel() for each in todo)
 

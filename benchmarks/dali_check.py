@@ -160,7 +160,7 @@ class Checks:
 
         Args:
             load: fraction of the images for the hardware decoder (GPU only).
-            window: decode a window of each image; False: complete images.
+            window: True: decode a crop window of each image; False: decode complete images.
         """
         on_gpu, batch = self.device == "cuda", batch or self.batch
         counter = itertools.count()

@@ -47,7 +47,7 @@ RECIPE = augment_recipe("light", size=SIZE)
 OPERATORS = ("slice", "whole", "random")
 FROM_FILES = ("reader", "cached")  # DALI's cache identifies an image by its file name, so DALI must read the files
 FILES = 768
-CACHE = {"cache_size": 8192, "cache_type": "threshold", "cache_threshold": 0}  # MB; bytes of the smallest image kept
+CACHE = {"cache_size": 8192, "cache_type": "threshold", "cache_threshold": 0}  # size in MB; minimum bytes of an image
 AHEAD = 2
 
 

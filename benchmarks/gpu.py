@@ -20,7 +20,7 @@ unpacks the kit and generates its data, which takes about 30 s: pass the time th
 The project need not be installed: the script uses the packages of the Python that runs it. If a folder .kit exists, its
 packages are unpacked first (docs/performance.md explains how to prepare it).
 
-A part is ended after twice its expected time (at least 30 s). It is not started if less time is left than it needs.
+A part is stopped after twice its expected time (at least 30 s). It is not started if less time is left than it needs.
 Results are kept in the work folder and copied to DIR after every part and every 15 s: gpu.json (all results by device),
 gpu.md (a table), results.tar.gz (also the complete output of every part). If the script is killed, its parts end too,
 and only the results of running parts are lost. Parts that have passed on the same type of GPU with the same source
@@ -92,7 +92,7 @@ def main() -> int:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profiles", nargs="*", metavar="PROFILE", help="default: contact and measure")
-    parser.add_argument("--seconds", type=float, default=600.0, help="time limit; the next call continues")
+    parser.add_argument("--seconds", type=float, default=600.0, help="time limit; run again for the remaining parts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for copies of the results")
     parser.add_argument("--only", type=regex, default="", metavar="REGEX", help="run only parts with a matching name")
     work = Path(tempfile.gettempdir()) / "fat-gpu"

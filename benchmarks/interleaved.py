@@ -1,4 +1,4 @@
-"""Compare loaders by running them alternately in one process, so that changes of the machine's load affect all alike.
+"""Compare loaders by running them alternately in one process, so that other load on the machine affects all of them.
 
 Each turn starts a new loader. In addition to the rate, the CPU time per image of this process and its children is
 measured: it depends less on other programs on the machine.

@@ -1,10 +1,10 @@
 """Measure how much Python's global interpreter lock (GIL) slows the loader down while the main thread runs the model.
 
-The loader's threads wait for the GIL while the main thread launches kernels. Compared are loaders that read and prepare
-batches in threads of the training process and in a feed process (`--feed-process`). The real `TrainLoader`, with the
-paper's augmentation on photos of `pipeline sample photos`, delivers batches while a main thread holds the GIL for a
+The loader's threads wait for the GIL while the main thread launches kernels. Two loaders are compared: one prepares
+batches in threads of the training process, the other in a feed process (`--feed-process`). The real `TrainLoader`, with
+the paper's augmentation on photos of `pipeline sample photos`, delivers batches while a main thread holds the GIL for a
 known fraction of the time, and while it causes the same CPU load without the GIL. The ratio of the two rates is the
-cost of the GIL alone, because both use the cores alike. The slowdown of the main thread is measured in the same way.
+cost of the GIL alone, because both load the cores equally. The slowdown of the main thread is measured in the same way.
 
 Work of the loader per batch:
 
@@ -75,7 +75,7 @@ CPU = torch.device("cpu")
 MANY_EPOCHS = 1_000_000
 WARM_UP = 24  # batches until queues are full and every buffer has been used once
 LAUNCH = 30e-6  # seconds for a Triton launch from Python
-PERIOD = 1e-3  # seconds in which a main thread acquires the lock once
+PERIOD = 1e-3  # seconds; a main thread acquires the lock once per period
 NEEDED = 15_000  # images/s that one GPU consumes
 T = TypeVar("T")
 Work = Literal["feed", "host", "pixels"]
@@ -87,7 +87,7 @@ LEFT = (TAKING, "external_source and DALI's run", "rounds, uploads, launches")
 
 @dataclass(frozen=True)
 class Options:
-    """Measure what the interpreter lock costs the loader."""
+    """Measure how much the interpreter lock slows the loader down."""
 
     rounds: int = 5
     """Interleaved rounds."""
@@ -161,7 +161,7 @@ def host_augment(params: SampleParams, mixing: MixParams | None, size: int) -> N
     todo = passes.plan_passes(params, size, size, flip=False)
     upload([array for each in todo for array in each.arrays()], CPU)
     for _ in todo:
-        hold(2 * LAUNCH)  # the kernels "measure" and "apply"
+        hold(2 * LAUNCH)  # launches of the kernels "measure" and "apply"
     mixed: list[NDArray[Any]] = [] if mixing is None else [mixing.lam, mixing.use_cutmix.astype(np.uint8), mixing.box]
     upload([params.erase_boxes, params.erase_keys, *mixed], CPU)
     hold(LAUNCH)
@@ -331,7 +331,7 @@ def measure(dataset: ShardSet, work: Work, options: Options) -> dict[str, Any]:
 
 
 def parts(dataset: ShardSet, batch: int) -> dict[str, float]:
-    """Return the CPU milliseconds per batch of the host's work by part, an upper bound of the time holding the lock.
+    """Return the CPU milliseconds per batch of the host's work by part: an upper bound on the time holding the lock.
 
     Only the calling thread is measured, not DALI's threads, which never hold the lock. With a feed process, the
     training process does the parts in `LEFT`; without one, all parts except `TAKING`.
@@ -418,7 +418,8 @@ def main() -> None:
         print(f"{work}: batches (of {found['batch']} images) per second without a main thread: {alone}")
         for name, value in found["loader_keeps"].items():
             speed = found["batches_per_second"][name]
-            print(f"  {name:44s} {speed:8.1f} /s; loader keeps {value:.0%}, main {found['main_keeps'][name]:.0%}")
+            main = found["main_keeps"][name]
+            print(f"  {name:44s} {speed:8.1f} /s; loader at {value:.0%} of its rate, main thread at {main:.0%}")
     average, cores = result["machine"]["load"], result["machine"]["cores"]
     print(f"load average {average:.1f} on {cores} cores; the rates are meaningful only on an otherwise idle machine")
     if options.out:

@@ -79,7 +79,7 @@ def depthwise_jobs(
     """Yield a depthwise convolution and its gradients; at stride 1, all implementations compute x + depthwise(x).
 
     Args:
-        normed: in FAT, a BatchNorm follows this convolution.
+        normed: whether a BatchNorm follows this convolution in FAT.
     """
     _, channels, height, width = shape
     residual = stride == 1
@@ -268,7 +268,7 @@ def norm_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
     half, half_bias = weight.to(dtype), bias.to(dtype)
 
     def rows(x: Tensor) -> Tensor:
-        """The implementation of FAT without kernels."""
+        """The PyTorch implementation, which FAT uses without its kernels."""
         flat = x.permute(0, 2, 3, 1).flatten(1)
         normal = F.layer_norm(flat, flat.shape[1:], eps=EPS).view(x.permute(0, 2, 3, 1).shape)
         return torch.addcmul(half_bias, normal, half).permute(0, 3, 1, 2)

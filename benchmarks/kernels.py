@@ -3,7 +3,7 @@
     python benchmarks/kernels.py [--variants fat_b0 fat_b3] [--stages 1 2 3 4] [--batch 256] [--size 224]
                                  [--dtype bfloat16] [--rounds 10] [--sweep] [--out FILE.json]
 
-Measured are all depthwise convolutions, gates, norms and attentions of the given stages, forward and backward, and the
+All depthwise convolutions, gates, norms and attentions of the given stages are measured, forward and backward, and the
 part of the feed-forward around its BatchNorm. The implementations run alternately, the device's cache is flushed before
 each call, and the median of the rounds is reported. `share` is the minimum memory traffic (every feature map that must
 be read or written, counted once) divided by the time and by the bandwidth of a copy (which reads and writes its size):
@@ -46,9 +46,9 @@ from launch.machine.device_peaks import random_bytes
 
 FLUSH = 256 << 20  # bytes overwritten before each call: larger than any L2 cache
 COPY = 1 << 30  # bytes copied to measure the bandwidth
-SLOW = 0.05  # seconds; slower calls are measured three times only
-CYCLES_PER_SECOND = 2_000_000_000  # upper bound of a multiprocessor's clock
-MARGIN = 2.0  # because the host can be slower than when its launch time was measured
+SLOW = 0.05  # seconds; slower calls are measured only three times
+CYCLES_PER_SECOND = 2_000_000_000  # upper bound on the clock rate of a multiprocessor
+MARGIN = 2.0  # safety factor: a launch can take longer than the one that was measured
 LEAST_CYCLES = 4_000_000  # 2 ms
 
 

@@ -3,7 +3,7 @@
     python benchmarks/model.py [--variants fat_b0 ...] [--ways plain channels-last ...] [--batch N] [--size 224]
                                [--rounds 7] [--dtype float32|bfloat16] [--out FILE.json]
 
-All modes run in one process, alternately in each round; reported are medians of the rounds and of the ratios:
+All modes run in one process, alternately in each round. Medians of the rounds and of the ratios are reported. Modes:
 
   plain           NCHW memory format, eager, like the released implementation
   torch           channels-last activations and weights, eager, without Triton kernels (GPU only)
@@ -42,7 +42,7 @@ from fat.model import Stem
 from launch.machine.provenance import cpu_name
 from shards.cores import cores
 
-ON_CUDA = ("torch", "graphs")  # modes that differ from others on a GPU only
+ON_CUDA = ("torch", "graphs")  # modes that differ from the others only on a GPU
 WAYS = ("plain", "torch", "channels-last", "compiled", "graphs", "fused", "fused compiled")
 MODES = ("inference", "training")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -65,7 +65,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=256 if DEVICE == "cuda" else 8)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4, help="per round")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per round")
     parser.add_argument("--fat-figures", type=Path, help="file with FAT's results, if it exists")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def fat_figures(file: Path | None) -> list[Row]:
-    """Read FAT's rows from the file of an earlier run; return none if the file does not exist."""
+    """Read FAT's rows from the results file of an earlier run; return an empty list if the file does not exist."""
     if file is None or not file.exists():
         return []
     return [row for row in json.loads(file.read_text(encoding="utf-8"))["results"] if row["model"].startswith("fat_")]

@@ -168,7 +168,7 @@ def tests(options: argparse.Namespace) -> Iterator[Work]:
         yield training_step(model(steps.CONFIG), (steps.ROWS, 3, steps.SIDE, steps.SIDE), dtype=dtype)
         yield evaluation(model(steps.CONFIG), (steps.ROWS + 2, 3, steps.SIDE, steps.SIDE), dtype=dtype)
     yield compared(selfcheck.cases(model("fat_b0"), 64, torch.bfloat16))
-    for rows in (32, 16):  # with and without accumulation
+    for rows in (32, 16):  # micro-batch sizes without and with gradient accumulation
         yield training_step(model(training_loop.CONFIG), (rows, 3, training_loop.SIZE, training_loop.SIZE))
 
 

@@ -1,6 +1,6 @@
 """Measure the sample reader without decoding, in bytes/s, and the effect of slow storage on the loader.
 
-All read the same samples in the same order from the page cache:
+Three methods read the same samples in the same order from the page cache:
 
 - ours: `SampleReader` in the order of the plan (fully random), in threads, with the hash of every sample verified
 - read(2): one thread that only reads the samples into one buffer
@@ -46,7 +46,7 @@ from pipeline.storage.reader import SampleReader
 from shards.format.dataset import ShardSet
 
 BATCH = 64
-LATENCY = 0.02  # seconds
+LATENCY = 0.02  # seconds per read
 CPU = torch.device("cpu")
 
 

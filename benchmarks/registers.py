@@ -42,7 +42,7 @@ from fat.kernels import ops
 from fat.kernels.impl import tiles
 from fat.kernels.prefill.launches import cuda_target, record
 
-WARP, REGISTERS, SHARED, WARPS, PROGRAMS = 32, 1 << 16, 227 << 10, 64, 32  # of a Hopper multiprocessor
+WARP, REGISTERS, SHARED, WARPS, PROGRAMS = 32, 1 << 16, 227 << 10, 64, 32  # limits of a Hopper multiprocessor
 FORMS: dict[str, Callable[..., tiles.Strips | tiles.Patches]] = {"strips": tiles.strips, "patches": tiles.patches}
 KERNELS = ("_strips", "_patches")
 
@@ -115,7 +115,7 @@ def shapes(variants: list[str], size: int) -> list[Shape]:
             if stage + 1 < len(config.widths):
                 found[Shape(config.ffn_kernel, 2, side, hidden, True)] = None
                 found[Shape(POOL_KERNEL, 2, side, width, True)] = None
-            for halved in range(1, window.bit_length() - 1):  # the second and later pools of an attention
+            for halved in range(1, window.bit_length() - 1):  # the second and later pooling steps of FASA
                 found[Shape(POOL_KERNEL, 2, side >> halved, width, True)] = None
     return list(found)
 

@@ -1,7 +1,7 @@
 """Compare `pipeline shard` with other tools that do the same work with as many processes, in images/s.
 
 Photos of `pipeline sample photos` are read from and written to memory (--work, /dev/shm by default), so that the speed
-of the disk does not matter. The tools run alternately; reported are medians of --rounds and of the ratios in a round.
+of the disk does not matter. The tools run alternately. Medians of --rounds and of the ratios in a round are reported.
 
 - check: `pipeline shard` (which decodes every image to verify it), compared with the decoder alone (simplejpeg, full
   size, RGB, images already in memory) and with webdataset's ShardWriter plus verification by the same decoder
@@ -144,7 +144,7 @@ def compare(options: Options, work: Path) -> dict[str, object]:
     classes = sorted(path.name for path in (source / "train").iterdir())
     samples = [(path, classes.index(path.parent.name)) for path in sorted(source.rglob("*.JPEG"))]
     total = sum(path.stat().st_size for path, _ in samples)
-    shares = [samples[i::processes] for i in range(processes)]
+    chunks = [samples[i::processes] for i in range(processes)]
 
     many = work / "many"
     for path, _ in samples:
@@ -157,9 +157,9 @@ def compare(options: Options, work: Path) -> dict[str, object]:
     def webdataset_with(check: bool) -> Callable[[Path], None]:
         def write(out: Path) -> None:
             out.mkdir()
-            work = shares if check else [files[i::processes] for i in range(processes)]
+            work = chunks if check else [files[i::processes] for i in range(processes)]
             with ProcessPoolExecutor(processes) as pool:
-                list(pool.map(shard_writer, [(share, out / str(i), check) for i, share in enumerate(work)]))
+                list(pool.map(shard_writer, [(chunk, out / str(i), check) for i, chunk in enumerate(work)]))
 
         return write
 
@@ -180,8 +180,8 @@ def compare(options: Options, work: Path) -> dict[str, object]:
             seconds[name].append(measure(contender, work / "out"))
             print(f"round {turn + 1}: {name}: {seconds[name][-1]:.1f} s", file=sys.stderr)
         with ProcessPoolExecutor(processes) as pool:
-            shares_of_paths = [[path for path, _ in share] for share in shares]
-            seconds["decoder alone"].append(max(pool.map(decoder_alone, shares_of_paths)))
+            paths_of_chunks = [[path for path, _ in chunk] for chunk in chunks]
+            seconds["decoder alone"].append(max(pool.map(decoder_alone, paths_of_chunks)))
     return report(seconds, options, total)
 
 

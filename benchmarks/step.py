@@ -8,11 +8,11 @@ Modes (--ways); they run alternately in each round, and medians of the rounds an
 
   contiguous      NCHW memory format, eager
   library         channels-last weights and activations, eager, without FAT's Triton kernels
-  channels-last   the same with Triton kernels (GPU)
-  graph           the same, with the complete step replayed as one CUDA graph
-  graph conv1x1   the same, with 1x1 convolutions in cuDNN instead of matrix products
+  channels-last   like library, with FAT's Triton kernels (GPU)
+  graph           like channels-last, with the complete step replayed as one CUDA graph
+  graph conv1x1   like graph, with 1x1 convolutions in cuDNN instead of matrix products
   compiled        channels-last under torch.compile
-  compiled graph  both
+  compiled graph  like compiled, with the complete step replayed as one CUDA graph
 
 With --alone, the modes run in sequence, each freed before the next is built, for models of which only one fits into
 memory. A training step is forward, cross-entropy, backward, gradient clipping and fused AdamW; bfloat16 uses autocast.
@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
 
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # the setting of training
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in training
     setting = {name: getattr(options, name) for name in ("batch", "size", "rounds", "dtype")}
     setting |= {"machine": machine(), "torch": torch.__version__}
     print(", ".join(f"{key} {value}" for key, value in setting.items()))

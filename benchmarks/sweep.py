@@ -5,8 +5,8 @@
 Needs a CUDA device. Use it after a change of these kernels, to update fat/kernels/impl/tiles.py. The calls are in the
 order of their fraction of a training step at 224 pixels. For each candidate, the table shows microseconds, and the
 minimum memory traffic divided by the time, as a fraction of the bandwidth of a copy. `fastest` marks the best
-candidate; `chosen` is the choice of tiles.py. The script ends when --seconds are over. Run `benchmarks/prefill.py
---work sweep` before, or most of the time is spent compiling kernels.
+candidate; `chosen` is the choice of tiles.py. The script ends after --seconds. Run `benchmarks/prefill.py
+--work sweep` first, or most of the time is spent compiling kernels.
 
 Names of candidates: "columns": a thread computes a column of outputs with 4 or 8 channels; "blocks RxA": R rows by A
 columns; "/2": with two channels; "w8": eight warps per program. For weight gradients: "strips", or the parameters of a
@@ -142,8 +142,8 @@ def main() -> int:
             except Exception as error:  # a candidate may exceed the resources of the device; continue with the others
                 rows.append({"candidate": label, "failed": f"{type(error).__name__}: {error}"[:200]})
                 continue
-            share = least / seconds / bandwidth
-            rows.append({"candidate": label, "us": round(seconds * 1e6, 1), "share": round(share, 3)})
+            fraction = least / seconds / bandwidth
+            rows.append({"candidate": label, "us": round(seconds * 1e6, 1), "share": round(fraction, 3)})
         best = min((row["us"] for row in rows if "us" in row), default=None)
         print(f"{call}, {least / 1e6:.0f} MB")
         for row in rows:

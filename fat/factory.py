@@ -54,7 +54,7 @@ def create_model(
             path rate.
         num_classes: replaces the config's number of classes; 0 creates a model without classifier.
         in_chans, drop_path, dimensions: replace these or any other fields of the config (`FATConfig`).
-        weights: file to load weights from (`load_weights`); what was decided about its content is issued as warnings.
+        weights: file to load weights from (`load_weights`); decisions about its content are issued as warnings.
         replace_head: keep the newly initialised classifier if the file's classifier has another number of classes,
             which is otherwise an error.
         features_only: return the feature maps of the four stages instead of logits (`FATFeatures`).

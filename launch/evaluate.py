@@ -54,7 +54,7 @@ class Evaluate:
 
     model: tyro.conf.Positional[Path]
     """Run folder (its newest checkpoint is evaluated), checkpoint folder, or weights file: .safetensors, or a
-    checkpoint that torch.save wrote, also one of another training program."""
+    checkpoint written by torch.save, including those of other training programs."""
     data: Annotated[str | None, default("$FAT_DATA, else ./imagenet-shards")] = None
     """Shard set: a folder or a URL."""
     set_digest: Annotated[str | None, default("not checked")] = None
@@ -67,7 +67,7 @@ class Evaluate:
     size: Annotated[ModelSide | None, default("that of the training, else 224")] = None
     """Height and width of the model's input images in pixels."""
     crop_pct: Annotated[CropPct | None, default("that of the training, else 0.875")] = None
-    """Fraction of the short side that the centre crop keeps: the image is resized to size / crop_pct and cropped to
+    """Fraction of the short side that the center crop keeps: the image is resized to size / crop_pct and cropped to
     size."""
     batch: Annotated[int, Interval(ge=1, le=65536)] = 128
     """Images per rank and step. Use a smaller number if the evaluation runs out of memory."""
@@ -117,7 +117,7 @@ def evaluate(command: Evaluate, data: DataConfig) -> dict[str, Any] | None:
         print(printable(f"{found.source}{step}{kind}: {data_set}"), flush=True)
         for note in notes:
             print(f"note: {printable(note)}", file=sys.stderr, flush=True)
-    images = 4.0 * 3 * size**2 * command.batch  # bytes, as float32
+    images = 4.0 * 3 * size**2 * command.batch  # bytes of the float32 images
     check_device_memory(f"--batch {command.batch}, --size {size}", images, "use a smaller --batch", world)
     model = model.eval().to(world.device)
     if command.fuse:

@@ -34,7 +34,7 @@ class EvaluatedModel:
     size: int
     """Height and width of the input images in pixels."""
     crop_pct: float
-    """Fraction of the short side that the centre crop keeps."""
+    """Fraction of the short side that the center crop keeps."""
     step: int | None
     """Number of optimizer steps trained; None: unknown."""
     notes: tuple[str, ...] = ()
@@ -56,7 +56,9 @@ def load_model(path: Path, *, average: bool) -> EvaluatedModel:
     try:
         if path.is_file():
             if average:
-                raise UserError(f"{path}: --average requires a run folder; use that, or its weights-ema.safetensors")
+                raise UserError(
+                    f"{path}: --average requires a run folder; evaluate the run folder, or its weights-ema.safetensors"
+                )
             return _load_weights_file(path)
         return _load_checkpoint(path, average=average)
     except (ValueError, OSError) as error:

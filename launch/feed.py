@@ -66,7 +66,7 @@ class Feed:
                 f"--classes {recipe.model.classes}: the data set has {classes} classes; use at least {classes}"
             )
         for split in dataset.manifest.splits:
-            dataset.check_sizes(split)  # as loaders do, but before anything is written
+            dataset.check_sizes(split)  # the loaders check this too, but only after files were written
         return cls(recipe, world, dataset, augment, shape, plan)
 
     @property

@@ -42,7 +42,7 @@ def choose_load(
     """Choose `hw_decoder_load` for all ranks; return it and warnings.
 
     Args:
-        engines: the JPEG engine of each rank. Ranks must round alike, so the default is CUDA unless all have an engine.
+        engines: the JPEG engine of each rank. All must round equally, so the default is CUDA unless all have an engine.
         requested: value of the option; None: not set.
         previous: the run's previous value; None: unknown, or a new run.
     """

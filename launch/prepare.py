@@ -57,7 +57,7 @@ def prepare_run(
     previous_decoder_load = None
     if saved is not None:
         previous_decoder_load = saved.recipe.data.loader.dali.hw_decoder_load
-        # All ranks must resolve the same recipe, so rank 0's device and number of cores count for all.
+        # All ranks must resolve the same recipe, so all use rank 0's device and number of cores.
         machine = broadcast_from_rank0(lambda: (device_name(world.device), world.cores), world)
         recipe, inherited = inherit_options(recipe, saved, *machine)
         messages += inherited

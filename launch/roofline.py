@@ -34,7 +34,7 @@ class Roofline:
 
     @property
     def rate(self) -> float:
-        """Upper bound of the rate on this device."""
+        """Upper bound on the rate of this device."""
         return ceiling(self.flops, self.bytes, bandwidth=self.peaks.bandwidth, arithmetic=self.peaks.arithmetic)
 
     def mfu(self, rate: float) -> float:

@@ -51,7 +51,7 @@ def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
     """Train from the recipe to the last checkpoint, curves and weights. Collective.
 
     Args:
-        lock: of the run folder; acquired here if that folder did not exist before.
+        lock: lock of the run folder; acquired here if the folder did not exist before.
 
     Raises:
         UserError: recipe, data and world do not fit together, a file is damaged, or training failed.

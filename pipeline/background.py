@@ -127,7 +127,7 @@ class BackgroundLoader(ABC):
 
     def _stream(self, started: threading.Event) -> Iterator[Batch]:
         # One PyTorch thread: an OpenMP team that the decoder's threads preempt would mostly wait for its own members.
-        # The first call of get_num_threads in a thread copies the global number; later it would undo our setting.
+        # The first call of get_num_threads in a thread copies the global number; a later call would undo this setting.
         torch.get_num_threads()
         torch.set_num_threads(1)
         started.set()

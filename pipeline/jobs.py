@@ -237,7 +237,7 @@ def eval_windows(
     resize, anchor = eval_geometry(heights, widths, size, crop_pct)
     scale = sides / resize
     start, extent = anchor * scale, size * scale
-    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # 1: the filter's ends are rounded
+    reach = CUBIC_SUPPORT * np.maximum(scale, 1) + 1  # one more pixel, because bounds are rounded
     extreme = sides > MAX_ASPECT * sides.min(axis=1, keepdims=True)
     low = np.where(extreme, np.floor(start - reach).clip(0), 0)
     high = np.where(extreme, np.minimum(np.ceil(start + extent + reach), sides), sides)

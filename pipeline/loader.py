@@ -189,8 +189,8 @@ class EvalLoader(BackgroundLoader):
     """Iterable over the batches of one rank of an evaluation. All ranks together deliver each sample exactly once.
 
     Each call of `iter` starts a new evaluation. The images are resized (bicubic) so that the short side has
-    `size / crop_pct` pixels, and the centre `size` x `size` pixels are cropped. A bad sample that `options` allows to
-    skip is not replaced: its row is excluded by the batch's mask.
+    `size / crop_pct` pixels, and the centre `size` x `size` pixels are cropped. A bad sample that may be skipped
+    (`options`) is not replaced: its row is excluded by the batch's mask.
 
     Args:
         dataset: the shard set, from `pipeline.storage.remote.shard_set.open_set`.
@@ -204,7 +204,7 @@ class EvalLoader(BackgroundLoader):
         options: performance options and the handling of bad samples. None: the defaults of `LoaderOptions`.
 
     Raises:
-        ShardSetError: from `next`: a sample is damaged, and `options.bad_samples` does not allow to skip it.
+        ShardSetError: from `next`: a sample is damaged, and `options.bad_samples` does not allow skipping it.
         DecodeError: from `next`: a batch could not be decoded.
         UserError: the decoder that `options.loader` names is not installed, or the set cannot be read.
     """

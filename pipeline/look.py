@@ -84,7 +84,8 @@ class Look:
 
         check_output(self.out, "--out", FORMATS)
         side, panels = max(self.size, MIN_PANEL), 3 if self.diff else 2
-        needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)  # contact sheet, float32 batch
+        # Bytes of the contact sheet, and of the float32 batch.
+        needed = self.count * (3 * panels * side**2 + 4 * 3 * self.size**2)
         check_memory(f"--count {self.count}, --size {self.size}", needed, "use a smaller --count or --size")
         from_environment = os.environ.get("FAT_CACHE")
         cache = self.cache or (Path(from_environment) if from_environment else None)

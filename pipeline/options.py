@@ -26,7 +26,7 @@ ReadThreads = Annotated[int, Interval(ge=1, le=1024)]
 DecodeThreads = Annotated[int, Interval(ge=1, le=512)]
 Ahead = Annotated[int, Interval(ge=0, le=256)]
 AtLeastOneAhead = Annotated[int, Interval(ge=1, le=64)]
-MAX_PREALLOCATED = 1 << 27  # pixels, 0.4 GB
+MAX_PREALLOCATED = 1 << 27  # pixels per decoder thread, 0.4 GB
 JpegSide = Annotated[int, Interval(ge=0, le=65535)]
 
 
@@ -84,7 +84,7 @@ class LoaderOptions:
     images in every batch, already on the device, to measure the speed of a model without input."""
     bad_samples: str = "raise"
     """Handling of samples whose bytes are damaged or missing. raise: stop the run. skip:N: use a replacement sample (in
-    an evaluation, leave the sample out) for up to N bad samples per rank."""
+    an evaluation, omit the sample) for up to N bad samples per rank."""
     read_threads: Annotated[ReadThreads | None, default("32")] = None
     """Threads that read shards, per rank; more threads hide the latency of slow file systems."""
     read_ahead: Annotated[Ahead | None, default("4")] = None

@@ -3,7 +3,7 @@
 A lane is one of L contiguous streams that every batch interleaves. The order of an epoch of N samples, with G samples
 per global batch, is computed in three steps, each from hashed keys (`pipeline.rng`):
 
-1. The shards are permuted, and the stream of their samples is rotated by a hashed offset. An epoch leaves out N mod G
+1. The shards are permuted, and the stream of their samples is rotated by a hashed offset. An epoch omits N mod G
    samples; because of the rotation, these are different samples in every epoch.
 2. The stream is divided into L lanes of equal length. Global batch s takes the next G/L samples of each lane, so every
    batch mixes samples from the whole set while each lane reads its shards nearly in order.
@@ -89,7 +89,7 @@ class TrainPlan:
 
     Attributes:
         samples: number of samples of the set.
-        steps_per_epoch: global batches per epoch; the `samples % global_batch` remaining samples are left out.
+        steps_per_epoch: global batches per epoch; the `samples % global_batch` remaining samples are omitted.
         lane_rows: rows of each lane in a global batch.
         lane_samples: samples of each lane in an epoch.
 
@@ -163,7 +163,7 @@ class TrainPlan:
         parts = []
         for lane in self._lanes(rows):
             start, stop = max(rows.start, lane * self.lane_rows), min(rows.stop, (lane + 1) * self.lane_rows)
-            shift = (position.step - lane) * self.lane_rows  # from a row of the batch to a position in the lane
+            shift = (position.step - lane) * self.lane_rows  # position in the lane minus row of the batch
             parts.append(self._lane_ids(position.epoch, lane, start + shift, stop + shift))
         return np.concatenate(parts)
 

@@ -63,7 +63,7 @@ def describe_os_error(path: Path | str, error: OSError) -> tuple[str, str]:
     """Explain why the system could not open, read or write a file.
 
     Returns:
-        The problem, and what to do about it; the latter is empty if there is no specific remedy.
+        The problem, and what to do about it; the second text is empty if there is no specific remedy.
     """
     fact = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.EMFILE:

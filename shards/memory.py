@@ -32,7 +32,7 @@ def check_memory(
 
     Args:
         what: options and their values, for the message.
-        needed: lower bound of the required memory, in bytes.
+        needed: lower bound on the required memory, in bytes.
         remedy: what to change, for the message.
         available: available memory in bytes; None: that of this machine.
         of: owner of the available memory, for the message.

@@ -11,7 +11,7 @@ TARGET_LIMIT = 4096
 """Enough for all components. A much larger limit slows down libraries that iterate over all possible descriptors."""
 RECOMMENDED_LIMIT = 1024
 """Enough for every command; recommended in messages."""
-_COMPONENTS = 4  # two shard readers (training, evaluation), and the same again for libraries and sockets
+_COMPONENTS = 4  # two shard readers (training, evaluation), and as many files for libraries and sockets
 _MIN_FILES = 4
 
 

@@ -12,7 +12,7 @@ from shards.redact import printable
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-LOG_EVERY = 30.0  # seconds
+LOG_EVERY = 30.0  # seconds between log lines
 
 
 class Progress:

@@ -44,7 +44,7 @@ class Part:
     after: tuple[str, ...] = ()
     """Names of parallel parts that must have ended before."""
     makes: tuple[str, ...] = ()
-    """Paths in the work folder that the part creates for other parts. It runs again if one is missing."""
+    """Paths in the work folder that the part creates for other parts. The part runs again if one of them is missing."""
     uses: tuple[str, ...] = ()
     """Paths in the work folder that other parts create."""
     files: tuple[Path, ...] = ()
@@ -319,8 +319,8 @@ def peers() -> Iterator[Part]:
 
 KERNEL_TESTS = ("tests/gpu/test_kernels.py", "tests/gpu/test_randaugment.py")
 PEERS = ("efficientnet_b0", "convnext_tiny", "repvit_m1", "fastvit_t8", "swin_tiny", "resnet50")
-CRASHES_ON_CPU = "fastvit_t8"  # at 224 pixels, in the channels-last convolutions of PyTorch 2.11
-FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # because test processes run in parallel
+CRASHES_ON_CPU = "fastvit_t8"  # PyTorch 2.11 crashes in channels-last convolutions at 224 pixels
+FEW_THREADS = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # several test processes run in parallel
 SMALL = ("--batch", "2", "--size", "64", "--rounds", "1")
 EAGER = ("--ways", "eager", "--batch", "2", "--rounds", "1", "--steps", "1")
 FEW = ("--global-batch", "4", "--size", "64")

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-FACTS = ("GPUs", "libnvcuvid.so.1", "gcc", "Python.h")  # the most important ones
+FACTS = ("GPUs", "libnvcuvid.so.1", "gcc", "Python.h")  # the most important facts of a machine
 
 
 def summary(result: dict[str, Any]) -> str:
-    """Return state and duration, then the figures; also the last line of output unless the part passed with figures."""
+    """Return the part's state, duration and results in one line.
+
+    The last line of its output is added if the part failed or has no results.
+    """
     found = figures_in_a_line(result["figures"]) if result.get("figures") else ""
     last = result["tail"].splitlines()[-1:]
     ended = f"{result['state']}, {result['seconds']:.0f} s"
@@ -19,7 +22,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def figures_in_a_line(found: dict[str, Any]) -> str:
-    """Format the results of any of the benchmarks."""
+    """Format the results of any benchmark in one line."""
     return next((describe(found) for key, describe in KINDS.items() if key in found), "")
 
 

@@ -40,7 +40,7 @@ class Results:
         out.mkdir(parents=True, exist_ok=True)
         for folder in (work, out):
             for file in (FILE, TABLE, ARCHIVE):
-                for leftover in folder.glob(f".{file}.*{TEMPORARY}"):  # from a run that was killed
+                for leftover in folder.glob(f".{file}.*{TEMPORARY}"):  # temporary file of a run that was killed
                     leftover.unlink()
         self._lock = threading.Lock()
         self._news = threading.Event()
@@ -128,7 +128,7 @@ def read(file: Path) -> dict[str, dict[str, Result]]:
 
 
 def archive(folder: Path, files: dict[str, bytes]) -> bytes:
-    """Return a .tar.gz of `files` and of the files in a folder. Each is read once, so that it may change meanwhile."""
+    """Return a .tar.gz of `files` and of the files in a folder. Each is read only once, because it may be changing."""
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w:gz", compresslevel=3) as tar:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -18,14 +18,14 @@ from pathlib import Path
 from benchmarks.gpu_run.parts import ROOT, Command, Part
 from benchmarks.gpu_run.report import summary
 from benchmarks.gpu_run.results import Result, Results
-from benchmarks.gpu_run.watchdog import MARK, end_all, watched
+from benchmarks.gpu_run.watchdog import MARK, end_all, kill_on_exit
 from launch.machine.provenance import git_state
 
-KEPT_LINES, FAILED_LINES = 12, 200  # lines of the output of a passed and of a failed part in gpu.json
-READ_BACK = 1 << 20  # bytes of the output in which these lines are searched
+KEPT_LINES, FAILED_LINES = 12, 200  # output lines stored in gpu.json for a passed and a failed part
+READ_BACK = 1 << 20  # bytes at the end of the output that are read to find these lines
 SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
-SLOWER = 20.0  # factor for the time limits with --cpu
-PHOTOS, FEW_PHOTOS = 2000, 64  # number of photos; the second with --cpu
+SLOWER = 20.0  # factor by which --cpu extends the time limits
+PHOTOS, FEW_PHOTOS = 2000, 64  # number of photos, without and with --cpu
 POLL = 0.5  # seconds between checks whether a part has ended or must be stopped
 
 
@@ -47,7 +47,7 @@ class Runner:
         self.start, self.end = start, start + seconds
         self.mark = f"{uuid.uuid4()}/"  # in the environment of all processes that this run starts
         self.stopped_by = 0
-        """Number of the signal that requested the end of the run; 0: none."""
+        """Number of the signal that requested to stop the run; 0: none."""
         work = results.work
         self.site, self.data = work / "site", work / "data"
         self.data.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ class Runner:
     def run(self, chosen: list[Part]) -> set[str]:
         """Run parts and return the set of their final states."""
         states: set[str] = set()
-        with watched(self.mark):
+        with kill_on_exit(self.mark):
             for group in groups(chosen):
                 with ThreadPoolExecutor(len(group)) as pool:  # one thread per part, because parts wait for each other
                     futures: dict[str, Future[str]] = {}
@@ -98,7 +98,7 @@ class Runner:
         state, reason = self.obstacle(part)
         if state:
             result: Result = {"state": state, "seconds": 0.0, "tail": reason, "machine": self.machine()}
-            if state == "left out" or part.name not in self.results.here:  # "not run" must not replace a result
+            if state == "left out" or part.name not in self.results.here:  # keep the result of an earlier run
                 self.results.record(part.name, result)
         else:
             begun = {"state": "begun", "seconds": 0.0, "tail": "the run was killed", "machine": self.machine()}

@@ -20,12 +20,12 @@ import psutil
 
 MARK = "FAT_GPU_MARK"
 WAIT = 0.1  # seconds between attempts
-ATTEMPTS = 100  # because a process inside a call of the GPU driver ends late
+ATTEMPTS = 100  # enough for a process in a call of the GPU driver, which ends only after the call
 
 
 def main() -> None:
     sys.stdin.buffer.read()
-    time.sleep(WAIT)  # until a process that the script was just starting has its mark
+    time.sleep(WAIT)  # the script may just have started a process, which needs this time until its mark can be read
     end_all(sys.argv[1])
 
 
@@ -59,7 +59,7 @@ def alive(process: psutil.Process) -> bool:
 
 
 @contextmanager
-def watched(mark: str) -> Iterator[None]:
+def kill_on_exit(mark: str) -> Iterator[None]:
     """Kill all processes with this mark when the block ends, or when this process is killed inside it."""
     command = [sys.executable, os.path.abspath(__file__), mark]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True):

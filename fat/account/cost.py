@@ -44,7 +44,7 @@ class Cost:
         return 6 * self.macs
 
     def fused_bytes(self, itemsize: int, *, training: bool = True) -> int:
-        """Return the bytes that perfectly fused blocks move, a lower bound of memory traffic.
+        """Return the bytes that perfectly fused blocks move: a lower bound on memory traffic.
 
         In training each element is moved three times. Inputs are read in the forward pass, read again for the weight
         gradient, and their gradient is written. Outputs are written in the forward pass, and their gradient is read
@@ -73,7 +73,8 @@ def count(model: Trunk, size: int | tuple[int, int] = 224) -> Cost:
         nonlocal attention_macs, elements
         keys = -(-output.shape[2] // fasa.window) * -(-output.shape[3] // fasa.window)
         attention_macs += 2 * output.numel() * keys
-        elements += 2 * output.numel() + 2 * output.shape[0] * output.shape[1] * keys  # q, result; k, v
+        # Elements of queries and result, then of keys and values.
+        elements += 2 * output.numel() + 2 * output.shape[0] * output.shape[1] * keys
 
     for module in twin.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

@@ -32,10 +32,10 @@ aten: Any = torch.ops.aten
 # Number of leading arguments that are read twice, because a kernel reads all of a tensor before it can write, or
 # because the operation consists of two kernels.
 SECOND_READ = {
-    aten.native_batch_norm.default: 1,  # statistics, then the result
+    aten.native_batch_norm.default: 1,  # read for the statistics, then for the result
     aten._native_batch_norm_legit.default: 1,
     aten._batch_norm_with_update.default: 1,
-    aten.native_batch_norm_backward.default: 1,  # two sums, then the input gradient
+    aten.native_batch_norm_backward.default: 1,  # read for two sums, then for the input gradient
     aten.batch_norm_backward.default: 1,
     aten.native_layer_norm.default: 1,
     aten.native_layer_norm_backward.default: 1,
@@ -46,7 +46,7 @@ SECOND_READ = {
     torch.ops.fat.norm.default: 1,
     torch.ops.fat.add_norm.default: 1,
     torch.ops.fat.depthwise_norm.default: 1,
-    torch.ops.fat.norm_gradient.default: 2,  # the gradient and the feature map
+    torch.ops.fat.norm_gradient.default: 2,  # both the gradient and the feature map are read twice
     torch.ops.fat.add_norm_gradient.default: 2,
 }
 # Operations with most of the arithmetic; all others could be fused into them.
@@ -95,7 +95,7 @@ def roofline(model: FAT, size: int = 224, *, dtype: torch.dtype = torch.bfloat16
     )
     return Roofline(
         flops=cost.training_flops,
-        eager_bytes=(large.bytes - small.bytes) // BATCH,  # the difference excludes weights, the same at any batch size
+        eager_bytes=(large.bytes - small.bytes) // BATCH,  # excludes weights, whose bytes are constant
         bytes=(large_fused.bytes - small_fused.bytes) // BATCH,
         fused_bytes=cost.fused_bytes(dtype.itemsize),
         kernels=small.kernels,

@@ -124,8 +124,8 @@ def select(path: Path, state_dicts: Mapping[str, Collection[str]], wanted: str |
         return _with_notes((plain if len(plain) == 1 else complete)[0], entries, "")
     if len(entries) > 1:
         raise ValueError(
-            f"{path}: contains several models ({listed(e.label for e in entries)}); choose one with entry=, or save it "
-            "in a file of its own"
+            f"{path}: contains several models ({listed(e.label for e in entries)}); choose one with entry=, or save "
+            "one of them in a separate file"
         )
     return _with_notes(entries[0], entries, "the only model in the file")
 

@@ -53,7 +53,7 @@ def load_weights(
         Messages on what was found and decided, one line each, without the file's name.
 
     Raises:
-        ValueError: names the file, and the tensors that are missing, unknown, of another shape or dtype, or not finite.
+        ValueError: tensors are missing, unknown, of another shape or dtype, or not finite; the message names them.
     """
     path = Path(path)
     return _fill(path, read_weights(path, entry), model, replace_head, classes)

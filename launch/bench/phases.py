@@ -70,7 +70,7 @@ def compare(
         with loader() as batches:
             step(next(batches))
             # Reach a steady state: wait until the queues are full if the loader is fast enough to keep them so, else
-            # train until their fill level has settled.
+            # train until their fill level is stable.
             if alone.rate > CLEARLY_FASTER * model.rate:
                 time.sleep(ahead * batch / alone.rate)
             else:

@@ -20,7 +20,7 @@ from launch.config.recipe import Recipe
 from shards.errors import UserError
 from shards.schema import first_error
 
-MAX_BYTES = 1 << 20  # of a recipe file
+MAX_BYTES = 1 << 20  # maximum size of a recipe file
 _SCHEMA = TypeAdapter(Recipe)
 
 RecipeFiles = Annotated[
@@ -108,10 +108,11 @@ def _with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         values: nested by section, as in a TOML file.
 
     Raises:
-        UserError: names the section and the field, the value found and the value expected.
+        UserError: a value is invalid; the message names the section and the field.
     """
     try:
-        merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)  # str: TOML dates
+        # TOML has dates, which JSON lacks: `str` converts them.
+        merged = json.dumps(_merged(_SCHEMA.dump_python(recipe, mode="json"), values), default=str)
         return _SCHEMA.validate_json(merged, strict=True, extra="forbid")
     except ValidationError as error:
         raise RecipeError(first_error(error)) from None

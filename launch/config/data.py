@@ -46,7 +46,7 @@ class DataConfig:
     """Maximum size of the cache in GiB, for all sets together. When it is full, the least recently used shards are
     evicted, and downloaded again when they are needed."""
     cache_shared: bool = False
-    """Fraction one cache between all users in the group of the cache folder, instead of one cache per user."""
+    """Use one cache for all users in the group of the cache folder, instead of one cache per user."""
     size: ModelSide = 224
     """Height and width of the model's input images in pixels, in training and evaluation."""
     global_batch: Batch = 1024
@@ -64,12 +64,12 @@ class DataConfig:
     """Samples in a shuffle block, within which each lane shuffles. Use a larger number for sets whose shards are not
     shuffled; reads are then less sequential. It cannot change when a run is resumed."""
     augment: Literal["fat", "light", "none"] = "fat"
-    """Augmentation preset. fat = the paper's; light = random crop and horizontal flip only; none = a fixed centre crop.
+    """Augmentation preset. fat = the paper's; light = random crop and horizontal flip only; none = a fixed center crop.
     The options below override parts of it."""
     crop_scale: Annotated[tuple[CropArea, CropArea] | None, default("that of --augment")] = None
     """Smallest and largest area of the random crop, as fractions of the image's area."""
     crop_pct: CropPct = CROP_PCT
-    """Fraction of the short side that evaluation's centre crop keeps: the image is resized to size / crop_pct and
+    """Fraction of the short side that evaluation's center crop keeps: the image is resized to size / crop_pct and
     cropped to size."""
     flip: Annotated[Fraction | None, default("that of --augment")] = None
     """Probability of a horizontal flip."""

@@ -279,7 +279,7 @@ class _Replay(torch.autograd.Function):
 
 
 def _copy_to_static(static: Tensor, value: Tensor) -> None:
-    """Copy `value` into a static tensor, unless the neighbouring graph has already written it there."""
+    """Copy `value` into a static tensor, unless the neighboring graph has already written it there."""
     if static.data_ptr() != value.data_ptr():
         static.detach().copy_(value)
 

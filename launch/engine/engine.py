@@ -93,7 +93,7 @@ class Engine:
             self.zero, self.model, self._optimizer, world, moments=spec.moments, decay=optim.ema
         )
         self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
-        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # see `wrap`
+        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # `wrap` explains why
         self.notes: list[str] = []
         """Messages for the log about the setup of the engine."""
         if self._graphs is not None:

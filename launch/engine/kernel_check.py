@@ -104,7 +104,7 @@ def check_kernels(
     Args:
         model: it is not changed.
         size: height and width of its images in pixels.
-        dtype: of the batches. bfloat16: the model runs under autocast; float32: without.
+        dtype: dtype of the batches. bfloat16: the model runs under autocast; float32: without.
         gradients: whether the model is trained, not only evaluated.
         frozen_norms: whether BatchNorm uses its running statistics in training.
         augment: augmentation that the loader runs on the device; None: none.

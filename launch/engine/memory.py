@@ -16,13 +16,13 @@ CHANNELS = 3
 
 
 def check_batches_fit(feed: Feed) -> None:
-    """Check that the batches of all ranks on this machine fit into its memory, by a lower bound of their size.
+    """Check that the batches of all ranks on this machine fit into its memory, by a lower bound on their size.
 
     The bound counts encoded images that are read ahead, decoded batches and, on CPUs, activations. It does not count
     weights, because they do not depend on the options that the message names.
 
     Raises:
-        UserError: names these options, the memory that they need and the memory of the machine.
+        UserError: they do not fit; the message names these options, the memory that they need and that of the machine.
     """
     data, settings, world = feed.recipe.data, feed.loader_options.settings, feed.world
     rows, pixels = feed.shape.micro_rows, data.size**2

@@ -128,7 +128,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {"adamw": OptimizerSpec(_adamw, ("exp_avg
 def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
     """Return two groups of parameters, with and without weight decay.
 
-    Without it are 1-D parameters, biases and the parameters in `model.no_weight_decay()`.
+    1-D parameters, biases and the parameters in `model.no_weight_decay()` have no weight decay.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     excluded: set[str] = getattr(model, "no_weight_decay", set)()

@@ -127,7 +127,8 @@ class OptimizerState:
         If the state has no EMA, it starts from the parameters of the state.
 
         Raises:
-            ValueError: names the tensors that are missing, unknown, or of another shape or dtype; nothing was loaded.
+            ValueError: tensors are missing, unknown, or of another shape or dtype; the message names them, and nothing
+                was loaded.
         """
         if mismatch := self._describe_mismatch(state):
             raise ValueError(mismatch)

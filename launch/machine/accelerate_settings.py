@@ -1,7 +1,7 @@
 """Override accelerate's own configuration, so that the recipe alone decides how a model is trained.
 
 `accelerate launch` reads HF_HOME/accelerate/default_config.yaml, which a user may have saved for another project, and
-passes it on as environment variables. Because of them accelerate would compile, shard or cast the model, or move it to
+passes it on as environment variables. These would make accelerate compile, shard or cast the model, or move it to
 the CPU, whatever the recipe says. Only the topology is kept: the numbers of processes and machines, and the ports.
 """
 

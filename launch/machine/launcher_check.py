@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from shards.errors import UserError
 
 # Variable of a launched process -> (program that sets it, largest value that a single process can have).
-# SLURM_STEP_NUM_TASKS counts the tasks of the step; SLURM_NTASKS would not do, because a batch script, which is one
+# SLURM_STEP_NUM_TASKS counts the tasks of the step; SLURM_NTASKS cannot be used, because a batch script, which is one
 # process, has it too. SLURM_PROCID catches tools that pass on only some variables.
 # Sources: srun(1), sbatch(1), and the manuals of Open MPI and MPICH.
 _LARGEST_ALONE = {

@@ -4,7 +4,7 @@ When a collective hangs, further collectives cannot find the rank at fault, and 
 rank 0. Heartbeats are files instead: the run folder is on shared storage, outlives every host and needs no open port.
 
     RUN/heartbeat/rank-N    replaced every few seconds by rank N: time, step, seconds without progress
-    RUN/heartbeat/stacks    created by a rank whose hang timeout has expired; every rank then writes its stacks once
+    RUN/heartbeat/stacks    created by a rank whose hang timeout has expired; every rank then writes its stack traces
 
 Clocks of different hosts are never compared: a rank is alive if its heartbeat changes while another rank watches it.
 """
@@ -51,13 +51,13 @@ class Start:
 
 
 class Heartbeat:
-    """Background thread that publishes the heartbeats of one rank, and writes its stacks when a rank requests them.
+    """Background thread that publishes the heartbeats of one rank, and writes its stack traces on request of any rank.
 
     Args:
         folder: RUN/heartbeat.
         interval: seconds between heartbeats.
         progress: returns (optimizer steps done, seconds since the last progress).
-        dump: writes this rank's stacks.
+        dump: writes this rank's stack traces.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class Heartbeat:
         self._thread.start()
 
     def request_stacks(self) -> None:
-        """Request that every other rank writes its stacks."""
+        """Request that every other rank writes its stack traces."""
         self._requests_stacks = True
         self._wake.set()
         with contextlib.suppress(OSError):  # then publishing heartbeats fails too, which `failure` reports
             durable_write(self.folder / REQUEST, self._start.id.encode())
 
     def watch(self, seconds: float) -> list[RankStatus]:
-        """Request the stacks of all ranks, and read heartbeats until every rank is found alive and has written them.
+        """Request the stack traces of all ranks; read heartbeats until every rank is found alive and has written them.
 
         Reads and writes files in the calling thread.
 
@@ -109,9 +109,9 @@ class Heartbeat:
             time.sleep(min(1.0, self.interval))
             for rank in pending:
                 last[rank] = self._read(rank) or last[rank]
-        watched = time.monotonic() - began
+        elapsed = time.monotonic() - began
         silent = [
-            0.0 if is_alive(first[rank], last[rank]) or watched < 2 * self.interval else watched for rank in ranks
+            0.0 if is_alive(first[rank], last[rank]) or elapsed < 2 * self.interval else elapsed for rank in ranks
         ]
         return [RankStatus(rank, self._start.hosts[rank], last[rank], silent[rank]) for rank in ranks]
 
@@ -142,10 +142,10 @@ class Heartbeat:
             self._wake.clear()
 
     def _answer(self) -> None:
-        """Write the requested stacks, once. On the requesting rank the watchdog has already written them."""
+        """Write the requested stack traces, once. On the requesting rank the watchdog has already written them."""
         if self._answered:
             return
-        self._answered = True  # even if the stacks cannot be written
+        self._answered = True  # even if the stack traces cannot be written
         self._reaches_rank0 = None if self._world.rank0 is None else is_reachable(self._world.rank0)
         if not self._requests_stacks:
             self._dump()
@@ -173,7 +173,7 @@ def is_alive(first: Beat | None, last: Beat | None) -> bool:
 
 
 def is_complete(beat: Beat | None) -> bool:
-    """Return whether a rank has written its stacks or ended, so that waiting for it is pointless."""
+    """Return whether a rank has written its stack traces or ended, so that waiting for it is pointless."""
     return beat is not None and (beat.stacks or beat.ended)
 
 
@@ -209,7 +209,7 @@ def read_beat(path: Path, start: str) -> Beat | None:
 
 
 def is_requested(path: Path, start: str) -> bool:
-    """Return whether a rank of this start has requested the stacks."""
+    """Return whether a rank of this start has requested the stack traces."""
     try:
         return read_regular(path, limit=MAX_BYTES) == start.encode()
     except OSError:

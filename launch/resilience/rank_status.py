@@ -28,9 +28,9 @@ class Beat:
     host: Annotated[str, Field(max_length=255)]
     pid: Count
     stacks: bool
-    """Whether the rank has written its stacks on request."""
+    """Whether the rank has written its stack traces on request."""
     reaches_rank0: bool | None
-    """Whether the rank could connect to the host of rank 0 when it wrote its stacks; None: not tried."""
+    """Whether the rank could connect to the host of rank 0 when it wrote its stack traces; None: not tried."""
     ended: bool
     """Whether this is the last heartbeat: the training loop has ended, or the watchdog is ending the process."""
 

@@ -1,10 +1,10 @@
 """Watchdog: when training makes no progress for too long, report the ranks at fault and end the process.
 
 Every rank has one. A thread checks the time of the last progress. When the hang timeout expires, every rank that is
-alive writes its stacks to RUN/stacks-rankN.txt, RUN/status becomes `stalled` and names the ranks that are silent or
-behind, and the process ends with `EXIT_STATUS`, which requests another start. The thread itself accesses no files,
+alive writes its stack traces to RUN/stacks-rankN.txt, RUN/status becomes `stalled` and names the ranks that are silent
+or behind, and the process ends with `EXIT_STATUS`, which requests another start. The thread itself accesses no files,
 because the file system may be what hangs: helper threads do, with a timeout. If the thread cannot run because a library
-holds the GIL, a timer in C (`faulthandler`) writes the stacks and ends the process.
+holds the GIL, a timer in C (`faulthandler`) writes the stack traces and ends the process.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ INTERVAL_SECONDS = 5.0
 INTERVALS_IN_TIMEOUT = 15
 # Number of ranks that read all heartbeats: enough to survive the loss of several hosts, few enough for the storage.
 OBSERVERS = 16
-# Time limit for watching the heartbeats of all ranks, and waiting for their stacks, after the hang timeout: four
-# intervals, because shared storage may be slow. Used up only if a rank is silent.
+# Time limit for watching the heartbeats of all ranks, and waiting for their stack traces, after the hang timeout:
+# four intervals, because shared storage may be slow. It is used up only if a rank is silent.
 ANSWER_SECONDS = 20.0
 # Time limit for `_report`, which reads and writes files. All of `_end` must take less than the 45 s after which the
 # hanging collective times out as well (`AFTER_WATCHDOG`).
 REPORT_SECONDS = ANSWER_SECONDS + 5.0
 # Time limit for writing to standard error, which may be a pipe whose reader hangs.
 PRINT_SECONDS = 1.0
-# Wait before exiting: the exit closes the connections of other ranks, which may still be writing stacks and reports.
+# Wait before exiting: the exit closes the connections of other ranks, which may still be writing stack traces.
 FAREWELL_SECONDS = 3.0
 CLOSE_SECONDS = 5.0
 # Delay of the timer in C after the hang timeout: longer than everything that the thread does by then.
@@ -70,13 +70,13 @@ class Watchdog:
         self._dumping = threading.Lock()
         self._heartbeat: Heartbeat | None = None
         self.stacks = run / f"stacks-rank{world.rank}.txt"
-        """File for this rank's stacks; removed at the end if it is empty."""
+        """File for this rank's stack traces; removed at the end if it is empty."""
 
     def __enter__(self) -> Watchdog:
         if self._timeout:
             try:
                 self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created the folder yet
-                self._file = self.stacks.open("a", encoding="utf-8")  # append: keep the stacks of earlier starts
+                self._file = self.stacks.open("a", encoding="utf-8")  # append: keep those of earlier starts
             except OSError as error:
                 raise unwritable(self._run, error) from error
             if self._world.size > 1:
@@ -134,7 +134,7 @@ class Watchdog:
         self.beat()
 
     def dump(self) -> None:
-        """Write the stacks of all threads of this rank."""
+        """Write the stack traces of all threads of this rank."""
         with self._dumping:
             if self._file.closed:
                 return
@@ -167,10 +167,10 @@ class Watchdog:
             self._reason = (
                 f"rank {self._world.rank} on {self._world.host}: no progress for {idle:.0f} s after step {steps}"
             )
-            stacks = f"the stacks are in {self.stacks}"
+            stacks = f"the stack traces are in {self.stacks}"
             if not finishes(lambda: self._report(steps), REPORT_SECONDS):
                 self._reason += f"; {self._run} did not answer for {REPORT_SECONDS:.0f} s"
-                stacks = "the stacks are above"
+                stacks = "the stack traces are above"
                 finishes(dump_to_stderr, PRINT_SECONDS)
             line = f"stalled: {self._reason}; {stacks}"
             finishes(lambda: print(line, file=sys.stderr, flush=True), PRINT_SECONDS)
@@ -181,11 +181,11 @@ class Watchdog:
             os._exit(EXIT_STATUS)
 
     def _report(self, steps: int) -> None:
-        """Write this rank's stacks, request those of all ranks, and name the ranks at fault in RUN/status."""
+        """Write this rank's stack traces, request those of all ranks, and name the ranks at fault in RUN/status."""
         try:
             self.dump()
         except OSError as error:
-            log.warning("%s: cannot be written (%s); the stacks follow", self.stacks, error)
+            log.warning("%s: cannot be written (%s); the stack traces follow", self.stacks, error)
             dump_to_stderr()
         nodes: list[str] = []
         if self._heartbeat is None:
@@ -225,5 +225,5 @@ def finishes(task: Callable[[], None], seconds: float) -> bool:
 
 
 def dump_to_stderr() -> None:
-    """Write the stacks of all threads to standard error."""
+    """Write the stack traces of all threads to standard error."""
     faulthandler.dump_traceback(sys.stderr, all_threads=True)

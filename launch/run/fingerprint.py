@@ -45,7 +45,7 @@ def check_fingerprint(found: Checkpoint, current: Fingerprint) -> list[str]:
     """Check that a run may resume from a checkpoint; return the differences that are permitted.
 
     Raises:
-        CheckpointError: options differ that determine the batches or steps of a run; names each of them.
+        CheckpointError: options that determine the batches or steps differ; the message names them.
     """
 
     def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -68,7 +68,7 @@ def check_classes(found: Checkpoint, current: fat.ClassList, *, run: Path) -> No
     """Check that the data set has the classes of the checkpoint's run, in the same order.
 
     Raises:
-        CheckpointError: names the classes that differ.
+        CheckpointError: the classes differ; the message names them.
     """
     known = found.info().classes
     if known is not None and known.digest != current.digest:
@@ -84,7 +84,7 @@ def check_position(found: Checkpoint, steps_per_epoch: int) -> None:
     """Check that a checkpoint's step and position in the plan do not contradict each other.
 
     Raises:
-        CheckpointError: they do; names both.
+        CheckpointError: they contradict each other; the message names both.
     """
     progress = found.progress
     if (progress.epoch, progress.epoch_step) != divmod(progress.step, steps_per_epoch):

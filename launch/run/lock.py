@@ -41,7 +41,7 @@ class FolderLock(contextlib.ExitStack):
             create: create the folder if it does not exist; otherwise the lock of a missing folder is not acquired.
 
         Raises:
-            FolderInUse: another trainer holds the lock; names its host and process.
+            FolderInUse: another trainer holds the lock; the message names its host and process.
             UserError: the folder cannot be written.
         """
         if not self.acquired:

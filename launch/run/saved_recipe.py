@@ -55,7 +55,7 @@ def read_saved_run(run: Path) -> SavedRun:
     """Read RUN/recipe.json.
 
     Raises:
-        UserError: the file is missing or invalid; names the field.
+        UserError: the file is missing or invalid; the message names the field.
     """
     path = run / RECIPE_NAME
     try:

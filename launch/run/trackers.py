@@ -66,7 +66,7 @@ class Trackers:
         for name in recipe.log.tracker:
             try:
                 self._start(name)
-            except Exception as error:  # a tracker may raise anything
+            except Exception as error:  # a tracker may raise any exception
                 if not resumes:
                     fact = first_line(error) or type(error).__name__
                     transient = isinstance(error, OSError) or any(word in type(error).__name__ for word in _TRANSIENT)
@@ -95,7 +95,7 @@ class Trackers:
         )
 
     def open(self, folder: Path) -> None:
-        """Open the files of the trackers in the run folder, which exists now."""
+        """Open the files of the trackers in the run folder, which must exist."""
         for name in self._recipe.log.tracker:
             if name == "tensorboard":
                 self._try(name, lambda: self._open_tensorboard(folder))
@@ -130,7 +130,7 @@ class Trackers:
         try:
             action()
             self._failing.discard(name)
-        except Exception as error:  # a tracker may raise anything, and must not end the run
+        except Exception as error:  # a tracker may raise any exception, which must not end the run
             self._report_failure(name, error)
 
     def _report_failure(self, name: str, error: Exception) -> None:

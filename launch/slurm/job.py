@@ -48,7 +48,7 @@ class Submit:
     container: str | None = None
     """Container image with Python and all libraries: a .sif file (Apptainer), or an image name for Pyxis."""
     mount: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Additional folders (FROM or FROM:TO) to mount; the project, the run folder and the data always are."""
+    """Folders (FROM or FROM:TO) to mount in addition to the project, the run folder and the data."""
     python: str | None = None
     """Python interpreter on the nodes. None: the current one, or python3 in a container."""
     script: Path = ROOT / "launch" / "train.py"

@@ -119,8 +119,8 @@ def crop_windows(
     """Draw crop windows (y, x, height, width) in source pixels, int32 [n, 4]; arguments as of `draw`.
 
     The random resized crop of Inception, as in torchvision and timm: of ten drawn areas and aspect ratios, the first
-    that fits into the image is put at a random position. If none fits, the window is the largest centred window with an
-    aspect ratio in the permitted range.
+    that fits into the image is placed at a random position. If none fits, the window is the largest centred window with
+    an aspect ratio in the permitted range.
     """
     height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     if recipe.crop == "centre":
@@ -241,7 +241,7 @@ def _tries(stream: Stream, seed: int, epoch: int, ids: Ints) -> Floats:
 def _placed(
     key: tuple[Stream, int, int, Ints], sides: tuple[Floats, Floats], room: tuple[Ints | int, Ints | int], fits: Bools
 ) -> Boxes:
-    """Put the first attempt that fits at a uniformly drawn position; int32 [n, 4].
+    """Place the first attempt that fits at a uniformly drawn position; int32 [n, 4].
 
     Args:
         key: key of the draws, followed by the number of the attempt and a word: 2 for y, 3 for x.

@@ -23,8 +23,8 @@ SEED = 1
 ROUNDING = 2.0**-18  # fraction of the largest value: float32 arithmetic with or without fused multiply-add
 ODD_SIZE = 37
 MAGNITUDE = 8.7
-ERASE_PROBABILITY = 0.7  # if the recipe erases at all
-FINISHING_BATCH = 8  # samples
+ERASE_PROBABILITY = 0.7  # used if the recipe has random erasing
+FINISHING_BATCH = 8  # number of samples
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Case:
             exact = BatchAugment(self.recipe, torch.device("cpu"))(images, params, mixing)
         allowed = torch.finfo(self.result).eps * exact.abs() + ROUNDING * exact.abs().max()
         error = (found.float() - exact).abs()
-        passes = error <= allowed  # False for NaN
+        passes = error <= allowed  # a comparison with NaN is False
         if bool(passes.all()):
             return None
         if invalid := int((~found.isfinite()).sum()):

@@ -24,7 +24,7 @@ from shards.errors import UserError
 
 log = logging.getLogger(__name__)
 
-HANDLES_PER_MESSAGE = 64  # Linux allows 253
+HANDLES_PER_MESSAGE = 64  # file descriptors per message; Linux allows 253
 _HEADER = struct.Struct("<Q")
 
 

@@ -200,7 +200,7 @@ class FeedProcess:
         if self._page_lock:
             try:
                 buffer.page_lock()
-            except RuntimeError as error:  # decoding also works without, only slower
+            except RuntimeError as error:  # decoding works with pageable memory too
                 self._page_lock = False
                 _clear_cuda_error()
                 log.warning("no page-locked memory for encoded images (%s); decoding is slower", first_line(error))

@@ -1,5 +1,5 @@
 """A pool of reusable CPU buffers. Page faults of newly allocated memory cost more than the loader's own work on it (64
-float images: 15 ms of page faults, 3 ms of normalizing)."""
+float images: 15 ms of page faults, 3 ms of normalising)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # `pipeline.jobs` runs without torch
 
 log = logging.getLogger(__name__)
 
-_KEPT = 8  # free buffers; a loader uses fewer at once
+_KEPT = 8  # maximum number of free buffers, more than a loader uses at a time
 _SIZES_PER_OCTAVE_BITS = 3  # sizes are rounded up to 4 sizes per octave, so that batches of similar size share buffers
 
 
@@ -38,13 +38,13 @@ class BufferPool:
         self._lock = threading.Lock()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return an uninitialized, contiguous CPU tensor."""
+        """Return an uninitialised, contiguous CPU tensor."""
         import torch
 
         return torch.from_numpy(self.bytes(int(np.prod(shape)) * dtype.itemsize)).view(dtype).view(shape)
 
     def bytes(self, size: int) -> NDArray[np.uint8]:
-        """Return an uninitialized array, uint8 [size]."""
+        """Return an uninitialised array, uint8 [size]."""
         granularity = 1 << max(0, size.bit_length() - _SIZES_PER_OCTAVE_BITS)
         capacity = max(1, -(-size // granularity) * granularity)
         with self._lock:
@@ -55,7 +55,7 @@ class BufferPool:
         if memory is None:
             memory = self._allocate(capacity)
         # All views and tensors refer to `lease`, so its finalizer runs when the last of them is gone. A slice of
-        # `memory` would not do: NumPy sets the base of its views to `memory` itself.
+        # `memory` is not sufficient: NumPy sets the base of its views to `memory` itself.
         lease = np.frombuffer(memory.data, np.uint8, count=size)
         weakref.finalize(lease, self._release, memory).atexit = False
         return lease

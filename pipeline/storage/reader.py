@@ -26,7 +26,7 @@ Sample = tuple[int, int, int, int | None]
 
 # Threads that start batches. They also read what is in the page cache; more threads do not make that faster.
 BATCH_THREADS = 2
-# Samples per task: enough to amortize the overhead of a task, few enough that a small batch uses many threads.
+# Samples per task: enough to amortise the overhead of a task, few enough that a small batch uses many threads.
 SAMPLES_PER_TASK = 8
 
 # Attempts to read a sample with the right hash: its bytes may have been damaged in transfer.

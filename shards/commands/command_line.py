@@ -97,7 +97,7 @@ class Shard:
 
     strict: bool = False
     """Fail if the source probably contains a mistake, such as missing classes or blank images.
-    By default, only a note is printed."""
+    By default, only a warning is printed."""
 
     workers: Annotated[Workers | None, default("one per available CPU core")] = None
     """Number of worker processes."""
@@ -231,7 +231,7 @@ class Index:
 
     strict: bool = False
     """Fail if the tars probably contain a mistake, such as missing classes or blank images.
-    By default, only a note is printed."""
+    By default, only a warning is printed."""
 
     workers: Annotated[Workers | None, default("one per available CPU core")] = None
     """Number of worker processes."""

@@ -153,7 +153,7 @@ def default_out(source: Path) -> Path:
 
 
 def _plan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
-    """Scan the source, assign samples to shards, save the plan. Of several processes, one does it, the rest wait."""
+    """Scan the source, assign samples to shards and save the plan, in one process while the others wait for it."""
     if work.out.exists() and not all(path.name.startswith(".") for path in work.out.iterdir()):
         raise UserError(f"{work.out}: is not empty and not a shard set; specify another --out, or remove it")
     work.create()
@@ -189,7 +189,7 @@ def _check_outside(out: Path, source: Path) -> None:
 @cached_folder_listings()
 def _scan(source: Path, work: WorkFolder, options: Options) -> ConversionPlan:
     key = json.dumps([tool_version(), source_name(source), options.scan.layout, options.changing_bytes], sort_keys=True)
-    spool = work.begin_scan(key)  # before listing: its timestamp is compared with those of the folders later
+    spool = work.begin_scan(key)  # before listing: its time is compared with the folders' times on resume
     layout = detect_layout(source.absolute())
     if (options.scan.layout or layout) == "folder":
         _check_outside(work.out, source.absolute())
@@ -231,7 +231,8 @@ def _check_same_options(out: Path, saved: dict[str, Any] | None, options: Option
     if used != requested:
         differing = ", ".join(f"{name} {used.get(name)}" for name in requested if used.get(name) != requested[name])
         raise UserError(
-            f"{out}: was started with different options ({differing}); specify the same, or another --out, or remove it"
+            f"{out}: contains a conversion with different options ({differing}); use these options, specify another "
+            "--out, or remove the folder"
         )
 
 
@@ -262,7 +263,8 @@ def _check_plan(work: WorkFolder, plan: ConversionPlan, source: Path | None, lay
         check_same_source(work.out, plan, source, layout)
     if plan.tool != tool_version():
         raise UserError(
-            f"{work.out}: was started by {plan.tool}, this is {tool_version()}; resume it with the former, or remove it"
+            f"{work.out}: contains a conversion that was started by {plan.tool}, but this is {tool_version()}; resume "
+            f"it with {plan.tool}, or remove the folder"
         )
     work.check_listing(plan)
     work.reject_foreign_files(published_names(work, plan))

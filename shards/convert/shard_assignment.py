@@ -10,7 +10,7 @@ from shards.format.tar import member_bytes
 from shards.images.limits import MAX_ENCODED
 from shards.sources.listing import Listing
 
-LABEL_BYTES = 8  # assumed size of a .cls member: an upper bound of the decimal digits of a label
+LABEL_BYTES = 8  # assumed size of a .cls member: an upper bound on the decimal digits of a label
 
 
 def assign_to_shards(listing: Listing, split: str, seed: int, shard_bytes: int) -> tuple[Listing, NDArray[np.int64]]:

@@ -27,7 +27,8 @@ from shards.sources.listing import Listing
 from shards.sources.naming.classes import format_count, join_first, quoted
 from shards.sources.scan import TRAIN, VAL, Layout
 
-# Folders and archives of a split whose times are compared. ImageNet-21k has 21,841; some sources have one per image.
+# Maximum number of folders and archives whose times are compared, per split. ImageNet-21k has 21,841 folders; some
+# sources have one folder per image.
 _MAX_COMPARED = 30_000
 _ARCHIVES = (b".tar", b".parquet")
 
@@ -86,12 +87,12 @@ def check_same_source(out: Path, plan: ConversionPlan, source: Path, layout: Lay
     """
     if plan.source != source_name(source):
         raise UserError(
-            f"{out}: was started with the source {plan.source}, not {source}; specify that source, or another --out"
+            f"{out}: contains a conversion of {plan.source}, not of {source}; specify that source, or another --out"
         )
     if layout not in (None, plan.layout):
         raise UserError(
-            f"{out}: was started with a source of layout '{plan.layout}', not '{layout}'; omit --from, or specify "
-            "another --out"
+            f"{out}: contains a conversion of a source of layout '{plan.layout}', not '{layout}'; omit --from, or "
+            "specify another --out"
         )
 
 
@@ -279,6 +280,6 @@ def _identity_now(source: Path, layout: Layout) -> Identity | UserError:
     try:
         return current_identity(source.absolute(), layout)
     except UserError as error:
-        if error.exit_code != UserError.exit_code:  # storage failed
+        if error.exit_code != UserError.exit_code:  # the storage failed, not the source
             raise
         return error

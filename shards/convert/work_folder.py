@@ -89,7 +89,7 @@ class WorkFolder(PublishedFiles):
         """Remove the work folder and the temporary files of killed processes in the set."""
         if self.is_valid():
             _remove(path for path in self.out.glob(f".*{TEMPORARY}") if is_temporary(path.name, _WRITTEN))
-            # The marker is removed last, so that the folder is still recognised if this process is killed.
+            # The marker is removed last, so that the folder is still recognized if this process is killed.
             for path in self.path.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path, ignore_errors=True)

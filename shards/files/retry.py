@@ -37,7 +37,7 @@ class WarningThrottle:
         self._next = 0.0
 
     def due(self) -> bool:
-        """Return whether to log the warning now. True for one caller per period."""
+        """Return whether to log the warning now. Returns True to one caller per period."""
         with self._lock:
             now = time.monotonic()
             if now < self._next:

@@ -81,7 +81,7 @@ def prepare_caches() -> None:
         UserError: the folder cannot be created, or another user owns it; the message names the variable to set.
     """
     named = os.environ.get("XDG_CACHE_HOME")
-    cache = Path(named or os.path.expanduser("~/.cache"))  # stays "~/.cache" for a user without a home
+    cache = Path(named or os.path.expanduser("~/.cache"))  # unchanged for a user without a home folder
     cause = f"XDG_CACHE_HOME={named}" if named else f"HOME={os.environ.get('HOME', '')}"
     if not _can_create(cache):
         folder = temporary_folder() / f"fat-pipeline-cache-{os.geteuid()}"

@@ -87,7 +87,7 @@ def open_index(path: Path, *, samples: int, digest: str) -> Index:
             f"{hasher.hexdigest()}; {_REMEDY}"
         )
     if content[:_HEADER_BYTES].tobytes() != _npy_header(samples):
-        raise ShardSetError(f"{path}: an index of an unknown format; {_REMEDY}")
+        raise ShardSetError(f"{path}: the index has an unknown format; {_REMEDY}")
     rows = content[_HEADER_BYTES:].view(INDEX_DTYPE)
     rows.flags.writeable = False
     return rows
@@ -203,7 +203,7 @@ def _map(file: FileIO, size: int) -> NDArray[np.uint8]:
 
 
 def _npy_header(samples: int) -> bytes:
-    """Return the .npy header (format 1.0). Not written by NumPy, whose header depends on its version."""
+    """Return the .npy header (format 1.0). NumPy does not write it, because NumPy's header depends on its version."""
     magic = b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little")
     fields = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (samples,)}
     return magic + repr(fields).encode().ljust(_HEADER_BYTES - 11) + b"\n"

@@ -58,7 +58,7 @@ class Manifest:
         """Write FOLDER/dataset.json atomically and durably.
 
         Raises:
-            ShardSetError: the manifest is invalid and could not be loaded. Nothing is written.
+            ShardSetError: the manifest is invalid, so reading it back would fail. Nothing is written.
         """
         path = folder / MANIFEST_NAME
         checked = Manifest.parse(self.dumps().encode("utf-8", "surrogatepass"), path)
@@ -135,7 +135,7 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class _Document(Manifest):
-    """All that dataset.json holds."""
+    """Complete content of dataset.json."""
 
     format: Literal["fat-pipeline shard set"]
     hash: Digest
@@ -211,7 +211,7 @@ def tool_version() -> str:
 
     try:
         return f"fat-pipeline {version('fat-pipeline')}"
-    except PackageNotFoundError:  # run from a checkout
+    except PackageNotFoundError:  # run from a source checkout, which is not installed
         return "fat-pipeline"
 
 

@@ -1,12 +1,12 @@
 """Decide whether an image is kept, re-encoded, or rejected.
 
-1. A standard JPEG (baseline or progressive, 8 bits, greyscale or three components) that decodes without warnings is
+1. A standard JPEG (baseline or progressive, 8 bits, grayscale or three components) that decodes without warnings is
    kept byte for byte.
-2. Any other image that decodes is re-encoded as such a JPEG of high quality.
+2. Any other image that decodes is re-encoded as a standard JPEG of high quality.
 3. An image that does not decode, or that exceeds a limit of `shards.images.limits`, is rejected.
 
 The EXIF orientation is recorded but not applied. Only the first frame of an animation is used. `shards.images.pixels`
-converts pixels that are not 8-bit greyscale or RGB.
+converts pixels that are not 8-bit grayscale or RGB.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from shards.images.pixels import BAND_PIXELS, Pixels, profile_of, to_8bit, to_sr
 from shards.images.rules import Accepted, ImageRules, Rejected
 from shards.images.tiff import has_second_page
 
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # per decoder, because there is one worker per core
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # one thread, because there is one worker per core
 REPAIR_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
 _FILTER = Image.Resampling.HAMMING  # antialiased, for shrinking: as fast as bilinear and as sharp as bicubic
@@ -55,8 +55,8 @@ _FILTER = Image.Resampling.HAMMING  # antialiased, for shrinking: as fast as bil
 # avoids most of the remaining work.
 _CHECK = {"colorspace": "GRAY", "min_height": 1, "min_width": 1, "min_factor": 8}
 _BLANK_PIXELS = 16  # minimum size of a reduced image, from 32x32 pixels, to decide whether it is blank
-_BLACK = 20  # of 255: largest value in a nearly black image
-_ONE_COLOUR = 3  # of 255: largest range of values in an image of a single colour
+_BLACK = 20  # largest value (0 to 255) in a nearly black image
+_ONE_COLOR = 3  # largest range of values (0 to 255) in an image of a single color
 _SCALES = (8, 4, 2)  # integer factors of libjpeg's scaled decoding
 
 
@@ -88,7 +88,7 @@ def accept(data: bytes, rules: ImageRules) -> Accepted:
         try:
             return _keep_or_shrink(data, rules, header)
         except ValueError as error:
-            if "memory" in str(error).lower():  # libjpeg's "Insufficient memory" is no fault of the image
+            if "memory" in str(error).lower():  # libjpeg's "Insufficient memory" is not a fault of the image
                 raise MemoryError(str(error)) from error
             fault = f"damaged JPEG: {_without_numbers(str(error))}"
     return _reencode(data, rules, header.orientation, fault)
@@ -210,9 +210,9 @@ def _shrink(pixels: Pixels, target: tuple[int, int]) -> Pixels:
 
 
 def _resize(pixels: Pixels, target: tuple[int, int]) -> Pixels:
-    grey = pixels.shape[2] == 1
-    resized = np.asarray(Image.fromarray(pixels[:, :, 0] if grey else pixels).resize(target, _FILTER))
-    return resized[:, :, None] if grey else resized
+    gray = pixels.shape[2] == 1
+    resized = np.asarray(Image.fromarray(pixels[:, :, 0] if gray else pixels).resize(target, _FILTER))
+    return resized[:, :, None] if gray else resized
 
 
 def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, repair: str | None) -> Accepted:
@@ -229,14 +229,14 @@ def _encode(pixels: Pixels, quality: int, subsampling: str, orientation: int, re
 
 
 def _is_blank(pixels: Pixels) -> bool:
-    """Return whether an image is nearly black or of a single colour, given every eighth pixel along each side.
+    """Return whether an image is nearly black or of a single color, given every eighth pixel along each side.
 
-    Very small images have too few such pixels to decide, and are never blank.
+    Very small images have too few such pixels to decide, and are never considered blank.
     """
     if pixels.shape[0] * pixels.shape[1] < _BLANK_PIXELS:
         return False
     highest = pixels.max(axis=(0, 1)).astype(np.int64)
-    return bool(highest.max() <= _BLACK or np.all(highest - pixels.min(axis=(0, 1)) <= _ONE_COLOUR))
+    return bool(highest.max() <= _BLACK or np.all(highest - pixels.min(axis=(0, 1)) <= _ONE_COLOR))
 
 
 @contextmanager

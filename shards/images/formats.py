@@ -1,4 +1,4 @@
-"""Recognise image files by name and by content; list the Pillow formats that may be opened."""
+"""Recognize image files by name and by content; list the Pillow formats that may be opened."""
 
 from __future__ import annotations
 

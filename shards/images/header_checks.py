@@ -29,11 +29,12 @@ from shards.images.tiff import count_strips
 
 _TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # TIFF tags
 _SUBFILE_TYPE, _SUB_IMAGES, _DNG_VERSION = 254, 330, 50706
-_TIFF_JPEG = (6, 7)  # of the compression tag
-_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # per pixel in Pillow; other modes: 4
+_TIFF_JPEG = (6, 7)  # values of the compression tag for JPEG
+_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # bytes per pixel in Pillow; else 4
 SHRINK_BYTES = 9
 """Bytes per pixel: decoded, resized along rows, and resized along columns."""
-_WEBP_BYTES = 23  # per pixel: two canvases and the pixels of libwebp, the frame as bytes, Pillow's pixels, and a copy
+# Bytes per pixel: two canvases and the pixels of libwebp, the frame as bytes, Pillow's pixels, and a copy.
+_WEBP_BYTES = 23
 # Bytes per pixel, measured with RGBA: the decoder's planes and pixels, Pillow's pixels, and a copy.
 _DECODER_BYTES = {"AVIF": 24, "HEIF": 24, "JXL": 24, "QOI": 16, "PPM": 24}
 _GAP = rb"(?:\s|#[^\r\n]*[\r\n])+"
@@ -104,7 +105,7 @@ def check_before_opening(data: bytes, *, shrinks: bool) -> None:
     Raises:
         Rejected: one of the limits is exceeded.
     """
-    if data[:2] == b"\xff\xd8":  # with a damaged header, which Pillow searches byte by byte for markers
+    if data[:2] == b"\xff\xd8":  # a damaged JPEG, which Pillow searches byte by byte for markers
         start = data.find(b"\xff\xda")
         if start > MAX_METADATA or (start < 0 and len(data) > MAX_METADATA):
             raise Rejected(f"damaged JPEG: more than {MAX_METADATA >> 20} MiB before the first scan")
@@ -149,7 +150,7 @@ def check_before_decoding(opened: Image.Image, data: bytes, shrinks: bool) -> No
                     f"damaged JPEG: incomplete header, and up to {scans} scans of {width}x{height} pixels"
                 ) from None
         if multiscan:
-            per_pixel += 2 * opened.layers  # coefficients
+            per_pixel += 2 * opened.layers  # decoders hold all coefficients in memory
     elif isinstance(opened, TiffImagePlugin.TiffImageFile):
         buffers = _check_strips(opened, data)
     elif opened.format == "QOI":
@@ -204,7 +205,7 @@ def _check_jpeg2000(data: bytes, shrinks: bool) -> None:
 def _check_pnm(data: bytes) -> None:
     header = _PNM_HEADER.match(data[:MAX_PNM_HEADER])
     if header is None:
-        if data[:2] in (b"P0", b"Pf", b"Py"):  # Pillow's own formats and floating point, which have no comments
+        if data[:2] in (b"P0", b"Pf", b"Py"):  # Pillow's own formats and floating point: their headers have no comments
             return
         raise Rejected(f"does not decode: PNM without a header in its first {MAX_PNM_HEADER >> 10} KiB")
     kind, width, height, largest = (int(number or 0) for number in header.groups())

@@ -14,10 +14,10 @@ BASELINE, PROGRESSIVE = 0, 2  # n of the start-of-frame markers SOFn
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7, which have no length field
-_SEQUENTIAL = frozenset({0, 1, 9})  # n of SOFn of the processes that are neither progressive nor hierarchical
+_SEQUENTIAL = frozenset({0, 1, 9})  # n of SOFn if neither progressive nor hierarchical
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # not stuffed bytes or restarts in entropy-coded data
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # no stuffed byte, restart marker or fill byte
 
 
 class NotAJpeg(ValueError):
@@ -48,7 +48,7 @@ class JpegHeader:
 
     @property
     def is_standard(self) -> bool:
-        """Whether all JPEG decoders support it: baseline or progressive, 8 bits, greyscale or three components."""
+        """Whether all JPEG decoders support it: baseline or progressive, 8 bits, grayscale or three components."""
         return self.process in (BASELINE, PROGRESSIVE) and self.precision == 8 and self.components in (1, 3)
 
 

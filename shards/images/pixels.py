@@ -1,4 +1,4 @@
-"""Convert the pixels of any image to 8-bit greyscale or RGB.
+"""Convert the pixels of any image to 8-bit grayscale or RGB.
 
 - More than 8 bits: scaled by the significant bits that the file states (PNG's sBIT, TIFF's BitsPerSample and
   SMaxSampleValue); if it states none, the upper 8 bits are kept.
@@ -21,11 +21,11 @@ from shards.images.formats import PILLOW_FORMATS
 from shards.images.limits import MAX_DECODE_MEMORY
 
 Pixels = NDArray[np.uint8]
-"""uint8 [H, W, C], C = 1 (greyscale) or 3 (RGB)."""
+"""uint8 [H, W, C], C = 1 (grayscale) or 3 (RGB)."""
 
 BAND_PIXELS = 2**20  # pixels converted at a time, to avoid a second copy of a large image
 
-_DEEP_BYTES = 14  # per pixel: 16-bit RGB decoded twice, and the result
+_DEEP_BYTES = 14  # memory per pixel: 16-bit RGB decoded twice, and the result
 _OPPOSITE_ORDER = {"16B": "16L", "16L": "16B", "16N": "16B"}  # Pillow's names of byte orders; N: native
 
 
@@ -62,7 +62,7 @@ def profile_of(image: Image.Image) -> bytes | None:
 
 
 def to_srgb(pixels: Pixels, profile: bytes | None) -> Pixels:
-    """Convert uint8 [H, W, 3] from a profile's colours to sRGB; unchanged if the profile is invalid or sRGB itself."""
+    """Convert uint8 [H, W, 3] from a profile's colors to sRGB; unchanged if the profile is invalid or sRGB itself."""
     transform, _ = _transform(profile, "RGB", "RGB ")
     if transform is None:
         return pixels
@@ -109,7 +109,7 @@ def _convert_band(image: Image.Image, transform: ImageCms.ImageCmsTransform | No
 
 
 def _profile_transform(image: Image.Image) -> tuple[ImageCms.ImageCmsTransform | None, list[str]]:
-    """Return the transform of the image's colours to sRGB (None if not needed), and notes."""
+    """Return the transform of the image's colors to sRGB (None if not needed), and notes."""
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.buildTransform(lab, srgb, "LAB", "RGB"), []
@@ -126,7 +126,7 @@ def _transform(profile: bytes | None, mode: str, space: str) -> tuple[ImageCms.I
     try:
         opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if opened.profile.xcolor_space != space:
-            return None, ["ICC profile for another colour space not applied"]
+            return None, ["ICC profile for another color space not applied"]
         if "sRGB" in (opened.profile.profile_description or ""):
             return None, []
         return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB"), []

@@ -195,7 +195,7 @@ class ListingBuilder:
 def sample_key(name: bytes, unique: bytes | None = None) -> str:
     """Return the key of an image in a shard: its class and file name, in letters, digits, '-', '_', and '/' only.
 
-    Too long keys are truncated and end with a hash of the name.
+    Keys that are too long are truncated and end with a hash of the name.
 
     Args:
         unique: bytes whose hash is appended to distinguish several images that would have the same key.

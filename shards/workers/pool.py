@@ -1,4 +1,4 @@
-"""A pool of worker processes that report their progress, detects their death_error, and ends with the parent process.
+"""A pool of worker processes that report their progress. It detects when one dies, and ends with the parent process.
 
 A pipe to each worker carries jobs and results. A shared memory page contains the name of the file that the worker is
 processing, for the error message if it dies. There are no locks or semaphores that a killed process could leave locked,
@@ -100,7 +100,7 @@ class _Worker:
         self.job: int | None = None
 
     def death_error(self) -> ConversionFailed:
-        """Return the error that explains the death_error of the process."""
+        """Return an error that explains why the process died."""
         self.process.join()
         code = self.process.exitcode or 0
         where = f" at {display_name(self.page.value)}" if self.page.value else ""

@@ -4,7 +4,7 @@
 
 Prints `--count` comments (docstrings among them) and as many messages (errors, warnings, log lines, help texts) of the
 packages, each with its file and line. A reviewer who does not know the code judges whether each is plain standard
-English. `prose()` yields all of them; tests/unit/test_language.py searches them for phrases that STYLE.md rejects.
+English. `prose()` yields all of them; tests/language/test_language.py searches them for phrases that STYLE.md rejects.
 """
 
 import argparse

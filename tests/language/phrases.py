@@ -26,6 +26,21 @@ PHRASES = {
     r"\bin hand\b|\bat rest\b": "name the state",
     r"\bas it were\b|\bso to speak\b": "leave it out",
     r"\bnone of (its|their) business\b": "leave it out",
+    r"\b(compared|measured|reported|listed) are\b": "put the subject first: X are reported",
+    r"\b(upper|lower) bounds? of\b": "bound on",
+    r"\bwould not do\b": "is not sufficient, cannot be used",
+    r"\bis no fault\b": "is not a fault",
+    r"\braise anything\b": "raise any exception",
+    r"\btoo (long|large|many|small) (keys|names|texts) are\b": "keys that are too long",
+    r"\ballow(s|ed)? to (?!\d)\w+": "allow skipping, may skip",
+    r"\bfound out\b": "determined",
+    r"\balike\b": "equally, in the same way",
+    r"\bspecify the same\b|; use that\b": "name the thing",
+    r"\b(Error|Failed|Checkpoint): names\b|; names (its|the|both|each|it)\b": "X is invalid; the message names it",
+    r"\bleaves? (it|the \w+|them) out\b|\b(is|are) left out\b": "omit",
+    r"\bcounts? for all\b": "all use it",
+    r"\bas loaders do\b|\blike loaders do\b": "say what the loaders do",
+    r"\b\w+_error of the\b": "a word was replaced by an identifier",
 }
 
 NAMES = {

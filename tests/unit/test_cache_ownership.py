@@ -88,7 +88,7 @@ FOREIGN = st.tuples(PLACES, st.sampled_from([*NAMES, "movie.part", "a.tar.012345
 
 
 def put_foreign(place: Path, own: Path, parts: tuple[str, ...], name: str, kind: str) -> Path | None:
-    """Create a foreign file or folder and return its path; None if the name exists already."""
+    """Create a file or folder that is not the cache's, and return its path; None if the name exists already."""
     folder = Path(*parts[:1]).joinpath(*parts[1:])
     path = Path(str(folder).format(place=place, own=own)) / name
     with contextlib.suppress(OSError):

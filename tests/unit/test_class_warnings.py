@@ -192,7 +192,7 @@ def test_warnings_that_depend_on_decoded_images(tmp_path: Path) -> None:
     (source / "a" / "black.jpg").write_bytes(BLACK)
     expected = [
         "all training images of 1 class were rejected: 'b'",
-        "1 of 5 train images are nearly black or of a single colour (20.0%)",
+        "1 of 5 train images are nearly black or of a single color (20.0%)",
     ]
     strict = Options(scan=ONE.scan, max_rejects=1.0, strict=True)
     with pytest.raises(ConversionFailed, match=r"--strict: all training images of 1 class .* \(and 1 more warnings\)"):
@@ -234,7 +234,7 @@ def test_indexed_tars_have_warnings_and_unused_members(tmp_path: Path) -> None:
     made = Manifest.load(tmp_path).made
     assert made["warnings"] == [
         "1 of 3 labels do not occur: 1",
-        "1 of 3 train images are nearly black or of a single colour (33.3%)",
+        "1 of 3 train images are nearly black or of a single color (33.3%)",
     ]
     assert [(one["kind"], one["count"], one["example"]) for one in made["unused"]] == [(".txt", 1, "a.tar/readme.txt")]
 

@@ -314,7 +314,7 @@ def test_cmyk_without_a_profile_is_converted_by_the_default_formula() -> None:
     [
         (cmyk_profile()[:300], "damaged ICC profile not applied"),
         (b"no profile at all", "damaged ICC profile not applied"),
-        (display_p3(), "ICC profile for another colour space not applied"),
+        (display_p3(), "ICC profile for another color space not applied"),
     ],
 )
 def test_the_repair_reason_names_a_profile_that_was_not_applied(profile: bytes, note: str) -> None:

@@ -30,7 +30,7 @@ def test_each_sample_at_most_once_an_epoch_and_less_than_a_batch_is_left_out(pla
 @given(plans())
 @settings(max_examples=25)
 def test_no_sample_is_left_out_of_every_epoch(plan: TrainPlan) -> None:
-    # A sample is left out of an epoch with probability below 1/2, and of 200 epochs in a row with less than 2^-200.
+    # A sample is omitted from an epoch with probability below 1/2, and of 200 epochs in a row with less than 2^-200.
     seen: set[int] = set()
     for epoch in range(200):
         seen |= set(epoch_ids(plan, epoch).tolist())

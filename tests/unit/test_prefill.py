@@ -324,7 +324,7 @@ def test_kernels_are_found_after_torch_compile(tmp_path: Path, monkeypatch: pyte
     from triton.backends.nvidia.compiler import get_ptxas_version
 
     for name in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
-        monkeypatch.setenv(name, "")  # so that both are restored, whoever sets them
+        monkeypatch.setenv(name, "")  # so that both are restored after the test
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

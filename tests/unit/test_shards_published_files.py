@@ -321,7 +321,7 @@ def test_a_conversion_is_not_resumed_with_a_different_source(source: Path, tmp_p
     out = tmp_path / "set"
     begin(source, out)
     shutil.copytree(source, tmp_path / "copy")
-    with pytest.raises(UserError, match=rf"was started with the source {source}, not {tmp_path}/copy"):
+    with pytest.raises(UserError, match=rf"contains a conversion of {source}, not of {tmp_path}/copy"):
         convert(tmp_path / "copy", out, options())
     with pytest.raises(UserError, match="source of layout 'folder', not 'kaggle'"):
         convert(source, out, Options(shard_bytes=5000, scan=ScanOptions(layout="kaggle", workers=1)))

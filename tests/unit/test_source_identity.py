@@ -95,7 +95,7 @@ def test_a_set_is_rejected_for_another_source(tmp_path: Path) -> None:
     convert(a, tmp_path / "begun", SMALL, ConversionPart(1, 2))
     convert(a, tmp_path / "begun", SMALL, ConversionPart(2, 2))
     for start in (lambda: convert(b, tmp_path / "begun", SMALL), lambda: finish(tmp_path / "begun", source=b)):
-        with pytest.raises(UserError, match=r"begun: was started with .*A, not .*B; specify that source") as caught:
+        with pytest.raises(UserError, match=r"begun: contains a conversion of .*A, not of .*B; specify that") as caught:
             start()
         assert caught.value.exit_code == 2
     for other in (tars, tables):

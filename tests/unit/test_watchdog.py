@@ -101,7 +101,7 @@ def test_a_process_ends_even_if_the_file_system_hangs(tmp_path: Path) -> None:
     done = run_program(run, "hang", "unshare", "--mount")
     assert done.returncode == 75, done.stderr
     assert "no progress for" in done.stderr
-    assert f"{run} did not answer for 4 s; the stacks are above" in done.stderr
+    assert f"{run} did not answer for 4 s; the stack traces are above" in done.stderr
     assert location_of("time.sleep(60)") in done.stderr
 
 

@@ -17,8 +17,8 @@ from fat.kernels.impl import tiles
 
 WIDE = (128, 64, 32)  # choices for the channels of a program: full cache lines or adjacent sectors
 IN_FLIGHT, WARPS = 8192, 8  # elements that a program loads at once: 32 per thread, four accesses in half precision
-PROGRAMS = 512  # nearly four for each multiprocessor of an H100, which can run four of them at a time
-MERGED_PARTS, MERGED_CHANNELS, MERGED_WARPS = 512, 16, 8  # tile of the second kernel
+PROGRAMS = 512  # target: nearly four per multiprocessor of an H100, which can run four at a time
+MERGED_PARTS, MERGED_CHANNELS, MERGED_WARPS = 512, 16, 8  # tile of the kernel that adds partial sums
 
 
 @triton.jit(do_not_specialize=("positions", "each"))

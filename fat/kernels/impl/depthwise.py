@@ -70,8 +70,8 @@ def _convolve(
     """x [B, height, width, channels], taps fp32 [KERNEL^2, channels] -> out [B, out_height, out_width, channels].
 
     FLIP: rotate the kernel by 180 degrees, for the input gradient at stride 1. With stats and no counts, each program
-    stores the count, mean and sum of squared deviations of its outputs. With both, it stores them per channel: mean and
-    squares in stats, fp32 [tiles, 2, channels], and counts, fp32 [tiles].
+    stores the count, mean and sum of squared deviations of its outputs. With both, it stores these per channel: mean
+    and sum in stats, fp32 [tiles, 2, channels], and the count in counts, fp32 [tiles].
     """
     pad: tl.constexpr = KERNEL // 2
     program = tl.program_id(0)
@@ -180,7 +180,7 @@ def _read(line, inside, left, width, channels: tl.constexpr, ACROSS: tl.constexp
     values = ()
     for q in tl.static_range(ACROSS):
         within = inside
-        if COLUMNS_FIT == 0:  # UNEVEN; a number, because a global constant would change cache keys (see attention.py)
+        if COLUMNS_FIT == 0:  # 0 is UNEVEN: a global constant would change cache keys (see attention.py)
             within = within & (left + q < width)[:, None]
         values = values + (tl.load(line + q * channels, mask=within, other=0.0),)
     return values

@@ -338,14 +338,14 @@ def _patches(
     pad: tl.constexpr = KERNEL // 2
     groups: tl.constexpr = (KERNEL + TAP_ROWS - 1) // TAP_ROWS
     # Kernel row i of a group multiplies row r * STRIDE + t of x with row r + (t + pad - i) / STRIDE of the gradient
-    # (minus the group's first kernel row), that is with rows from `behind` rows before r on.
+    # (minus the group's first kernel row). The first of these gradient rows is `behind` rows before r.
     behind: tl.constexpr = TAP_ROWS - 1 - pad if STRIDE == 1 else pad // STRIDE
     DEPTH: tl.constexpr = TAP_ROWS if STRIDE == 1 else pad // STRIDE + (pad + STRIDE - 1) // STRIDE + 1
     owner: tl.constexpr = pad // TAP_ROWS  # the group that loads every row of the gradient; it computes bias_out
     skipped: tl.constexpr = pad if WHOLE else 0  # columns of x outside the feature map
     READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns loaded of each row of x
-    INNER: tl.constexpr = pad - skipped  # the first of these columns that is inside the patch
-    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values loaded of each row of the gradient and y
+    INNER: tl.constexpr = pad - skipped  # the first loaded column of x that is inside the patch
+    UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values loaded per row of the gradient and y
     program = tl.program_id(0)
     group = program % groups
     rest = program // groups

@@ -112,7 +112,7 @@ def _sums(
     base = sample * positions * channels
     sample_mean, sample_rstd = tl.load(mean + sample), tl.load(rstd + sample)
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
-    plain = tl.zeros((ROWS, CHANNELS), tl.float32)
+    gradients = tl.zeros((ROWS, CHANNELS), tl.float32)
     end = tl.minimum(part * each + each, positions)
     for first in range(part * each, end, ROWS):
         p = first + tl.arange(0, ROWS)
@@ -121,8 +121,8 @@ def _sums(
         grad_out = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         products += grad_out * ((value - sample_mean) * sample_rstd)
-        plain += grad_out
-    grad_weight, grad_bias = tl.sum(products, axis=0), tl.sum(plain, axis=0)
+        gradients += grad_out
+    grad_weight, grad_bias = tl.sum(products, axis=0), tl.sum(gradients, axis=0)
     slot = sample * tl.num_programs(0) + part
     tl.store(channel_sums + slot * 2 * channels + c, grad_weight, mask=mask)
     tl.store(channel_sums + slot * 2 * channels + channels + c, grad_bias, mask=mask)
@@ -158,17 +158,17 @@ def _input_gradient(
     value = tl.load(x + at_sample, mask=mask, other=0.0).to(tl.float32)
 
     products = tl.zeros((PARTS,), tl.float32)
-    plain = tl.zeros((PARTS,), tl.float32)
+    gradients = tl.zeros((PARTS,), tl.float32)
     for first in range(0, parts, PARTS):
         slot = first + tl.arange(0, PARTS)
         products += tl.load(sample_sums + (sample * parts + slot) * 2, mask=slot < parts, other=0.0)
-        plain += tl.load(sample_sums + (sample * parts + slot) * 2 + 1, mask=slot < parts, other=0.0)
-    mean_product, mean_plain = tl.sum(products, axis=0) / numel, tl.sum(plain, axis=0) / numel
+        gradients += tl.load(sample_sums + (sample * parts + slot) * 2 + 1, mask=slot < parts, other=0.0)
+    mean_product, mean_gradient = tl.sum(products, axis=0) / numel, tl.sum(gradients, axis=0) / numel
 
     sample_rstd = tl.load(rstd + sample)
     gain = tl.load(weight + at % channels, mask=mask, other=0.0).to(tl.float32)
     normal = (value - tl.load(mean + sample)) * sample_rstd
-    result = sample_rstd * (grad_out * gain - mean_plain - normal * mean_product)
+    result = sample_rstd * (grad_out * gain - mean_gradient - normal * mean_product)
     if residual is not None:
         result += tl.load(residual + at_sample, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + at_sample, result.to(out.dtype.element_ty), mask=mask)

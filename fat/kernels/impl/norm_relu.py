@@ -20,7 +20,7 @@ from fat.kernels.impl import channel_sums as sums
 
 WIDE = (128, 64, 32)  # choices for the channels of a program
 IN_FLIGHT, WARPS = 4096, 8  # elements of each feature map that a program loads at once, 16 per thread
-PROGRAMS = 384  # of a split reduction: nearly three for each multiprocessor of an H100
+PROGRAMS = 384  # target for a split reduction: nearly three programs per multiprocessor of an H100
 STEPS = 4  # tiles per program of the other kernels
 
 
@@ -115,7 +115,7 @@ def _norm_relu_sums(
     x += start * channels
     result += start * channels
     mean_c = tl.load(mean + c, mask=mask, other=0.0)
-    plain = tl.zeros((ROWS, CHANNELS), tl.float32)
+    gradients = tl.zeros((ROWS, CHANNELS), tl.float32)
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
     for first in range(0, count, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -125,11 +125,11 @@ def _norm_relu_sums(
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
         kept = tl.load(result + at, mask=inside, other=0.0).to(tl.float32)
         grad_out = tl.where(kept <= 0, 0.0, grad_out)
-        plain += grad_out
+        gradients += grad_out
         products += grad_out * (value - mean_c[None, :])
     rstd = tl.rsqrt(tl.load(var + c, mask=mask, other=1.0) + eps)
     slot = out + part * 2 * channels + c
-    tl.store(slot, tl.sum(plain, axis=0), mask=mask)
+    tl.store(slot, tl.sum(gradients, axis=0), mask=mask)
     tl.store(slot + channels, tl.sum(products, axis=0) * rstd, mask=mask)
 
 

@@ -7,22 +7,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-# Channels per thread, by kernel size. 8 are one 16-byte access in half precision; with 8, the weights of a column of 7
-# or 9 taps and the sums would need too many registers for good occupancy.
+# Channels per thread, by kernel size. In half precision, 8 channels are one 16-byte access. With 7x7 and 9x9 kernels,
+# the weights of a kernel column and the sums of 8 channels would need too many registers for high occupancy.
 LANES = {3: 8, 5: 8, 7: 4, 9: 4}
 STRIDE_2_LANES = 4  # channels per thread of a forward pass at stride 2
 # Kernel sizes that use blocks at stride 1. For 7x7, blocks take 40 to 100 s to compile, because Triton's coalescing
 # pass is quadratic in the size of their unrolled code. For 9x9, 81 weights leave too few registers for sums.
 IN_BLOCKS = frozenset({3, 5})
 SPREAD_ROWS = (2, 1)  # choices for the gradient rows of a thread's block in the input gradient at stride 2
-WARP = 32  # threads
+WARP = 32  # threads per warp
 MAX_WARPS = 4
 ROWS = (7, 8, 6, 5, 4)  # choices for rows per thread, best first; 7 divides every feature map of 224-pixel images
-MULTIPROCESSORS = 132  # of an H100 and an H200
-PROGRAMS = 1056  # of a split reduction: two for each of the four schedulers of an H100's multiprocessors
-ACROSS = (7, 8, 6, 5, 4)  # choices for columns of a patch, best first, for the same reason as ROWS
+MULTIPROCESSORS = 132  # number of multiprocessors of an H100 or H200
+PROGRAMS = 1056  # target for a split reduction: two programs per warp scheduler of an H100
+ACROSS = (7, 8, 6, 5, 4)  # choices for columns of a patch, best first; 7 divides every feature map of 224-pixel images
 PATCH_ROWS = 14  # rows of a tile of patches; with fewer, a larger part of the gradient is loaded twice
-TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows per program; with all of 9x9, 81 sums would allow 8 warps at a time
+TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows per program; all 9 rows of 9x9 would need 81 sums per thread
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
 """(kernel, stride, width of the gradient) for which strips compute the weight gradient faster than patches."""
 SUMMED_PARTS, SUMMED_COLUMNS = (16, 128), 32  # parts of a weight gradient (minimum, maximum) and columns per iteration
@@ -30,12 +30,12 @@ FLAT, FLAT_WARPS = 4096, 8  # elements per program of kernels that process flat 
 COLUMN_SUMS = 4  # tiles of FLAT elements per program of a reduction over positions
 MIN_PARTS, MAX_PARTS = WARP, 256  # partial results merged per iteration; a warp merges 32 in the time of one
 MERGED_EACH = 128  # parts of a channel's statistics that a program merges: two rounds for up to 16384 tiles
-MERGED_ROWS, MERGED_CHANNELS, MERGED_WARPS = 32, 32, 4  # parts and channels per iteration of such a program
+MERGED_ROWS, MERGED_CHANNELS, MERGED_WARPS = 32, 32, 4  # parts and channels merged per iteration
 RUNNING_STATS_CHANNELS, RUNNING_STATS_WARPS = 128, 1  # channels per program when running statistics are updated
 FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # tile of 1x1 weights; 128 to 2048 channels: 8 to 128 programs
 MIN_DOT_SIZE = 16  # minimum rows, columns and depth of tl.dot
 ATTENTION_ROWS, ATTENTION_GRADIENT_ROWS, ATTENTION_WARPS = 128, 64, 4  # queries of one head per iteration
-MAX_KEYS, MAX_HEAD = 64, 64  # of attention: keys per sample (49 at 224 pixels), channels per head (16 or 32)
+MAX_KEYS, MAX_HEAD = 64, 64  # maximum keys per sample (49 at 224 pixels) and channels per head (16 or 32)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def add_norm_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Like `norm_gradient`, with scale times its first result inserted as the second result, in dtype.
 
-    dtype: of the branch.
+    dtype: dtype of the branch.
     """
     from fat.kernels.impl import norm as kernels
 

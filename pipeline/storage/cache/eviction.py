@@ -113,7 +113,7 @@ class Eviction:
                     os.close(handle)
         except FileNotFoundError:
             return True
-        except (BlockingIOError, NotPrivate):  # in use, or replaced by a foreign file
+        except (BlockingIOError, NotPrivate):  # in use, or replaced by another program
             return False
 
     def _free(self) -> float:

@@ -28,7 +28,7 @@ MARKER = ".fat-pipeline-cache.json"
 LOCK = ".lock"
 LOCK_SECONDS = 60.0
 """Timeout in seconds for the folder's lock, which is normally held only while a few files are removed."""
-_UNUSUAL_SECONDS = 0.5  # of waiting before the holder is searched for, which takes milliseconds
+_UNUSUAL_SECONDS = 0.5  # waiting time before the holder is searched, which takes milliseconds
 _MARKER_LIMIT = 4096
 REMEDY = "remove it, or specify another folder with --cache"
 END_PROCESS = "end that process, or resume it if it is suspended"

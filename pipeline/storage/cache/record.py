@@ -172,7 +172,7 @@ def _line(entry: Entry, identity: str) -> bytes:
 
 
 def _parse(line: bytes, identity: str) -> Entry | Literal["other", "damaged"]:
-    """Parse a line. "other" stands for a valid line that is no entry: the first one."""
+    """Parse a line. Return "other" for the first line, which is valid but not an entry."""
     digest, _, content = line.partition(b" ")
     if digest != _hash(content, identity):
         return "damaged"

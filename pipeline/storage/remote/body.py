@@ -34,7 +34,7 @@ _PAGE = re.compile(rb"\s*<(!doctype|html|head|body|\?xml|error)", re.IGNORECASE)
 
 @dataclass
 class ServerFacts:
-    """Properties of a server that were found out from its responses."""
+    """Properties of a server, determined from its responses."""
 
     url: str
     """URL of the set's folder."""
@@ -106,7 +106,7 @@ class WebBody(Body):
                     break
         except Exception:
             if self.stop is None or len(content) < STALL_BYTES:
-                raise  # keep what was received of a piece, unless it is only a few bytes
+                raise  # otherwise keep the bytes received so far
         return bytes(content)
 
     async def _some(self, response: aiohttp.ClientResponse, size: int) -> bytes:

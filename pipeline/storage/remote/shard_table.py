@@ -93,7 +93,7 @@ class ShardTable:
             shard.state, shard.lease = ShardState.REMOTE, -1
 
     def next_to_stage(self, now: float) -> int | None:
-        """Return the first requested shard that may be staged now, after changing it to DOWNLOADING; None if none."""
+        """Change the first requested shard that may be staged now to DOWNLOADING and return it; None if none may be."""
         for file in self._requested:
             if self._shards[file].retry_at <= now and self.begin(file):
                 return file

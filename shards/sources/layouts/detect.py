@@ -105,7 +105,7 @@ def _has_class_folders(source: Path) -> bool:
     """Return whether a source has split folders that contain folders of images, or only folders of images."""
     try:
         roots = find_split_folders(source).roots.values()
-    except UserError:  # may have another layout; reported if it is scanned as layout folder
+    except UserError:  # the source may have another layout; if it has not, the scan reports the error
         return False
     if any(root != source for root in roots):
         classes = (root / os.fsdecode(name) for root in roots for name in list_folder(root).folders[:_INSPECTED])

@@ -133,7 +133,10 @@ def _scan_val(tar: Path, devkit: Devkit, labels: dict[str, int]) -> Listing:
     for image, number in zip(images, devkit.truth, strict=True):
         synset = devkit.synsets.get(number)
         if synset not in labels:
-            raise UserError(f"{tar}: {image.name} has class {number} ({synset}), which is not in the training tar")
+            raise UserError(
+                f"{tar}: {image.name} has class {number} ({synset}), which is not in the training tar; download both "
+                "tars and the development kit from the same release"
+            )
         found.append((_name(synset, image), image.offset, image.size, labels[synset]))
     builder.add_ranges(container, found)
     return builder.build()

@@ -76,7 +76,7 @@ def _read_solution(path: Path) -> dict[str, str]:
         StorageFailed: the file cannot be read.
     """
     if not path.exists():
-        raise UserError(f"{path}: not found; it contains the labels of the validation images")
+        raise UserError(f"{path}: no such file; download it: it contains the labels of the validation images")
     what = "a list ImageId,PredictionString; download it again"
     truth: dict[str, str] = {}
     try:
@@ -109,7 +109,10 @@ def _scan_val(folder: Path, truth: dict[str, str], labels: dict[str, int]) -> tu
             if synset is None:
                 raise UserError(f"{entry.path}: has no label in {SOLUTION}; download the list again")
             if synset not in labels:
-                raise UserError(f"{entry.path}: has class {synset} in {SOLUTION}, which is not a folder of train/")
+                raise UserError(
+                    f"{entry.path}: has class {synset} in {SOLUTION}, which is not a folder of train/; download both "
+                    "again"
+                )
             name = os.fsencode(f"{synset}/{entry.name}")
             found.append((name, status.st_size, int(status.st_mtime), labels[synset]))
     builder.add_files(container, found)

@@ -39,7 +39,8 @@ def read_synsets(meta: bytes) -> list[list[Any]]:
         raise ImportError("scipy")
     if child.returncode:
         lines = child.stderr.decode(errors="replace").strip().splitlines()
-        raise ValueError(lines[-1] if lines else f"its parser ended with status {child.returncode}")  # < 0: signal
+        # A negative status is the number of the signal that ended the child process.
+        raise ValueError(lines[-1] if lines else f"its parser ended with status {child.returncode}")
     rows: list[list[Any]] = json.loads(child.stdout)
     return rows
 

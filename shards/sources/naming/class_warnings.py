@@ -14,9 +14,9 @@ from shards.sources.naming.folder_names import class_name_warnings
 from shards.sources.scan import TRAIN, VAL, Scan
 
 MAX_BLANK_FRACTION = 0.01
-"""Fraction of blank images (nearly black or of a single colour) in a split above which a warning is given."""
+"""Fraction of blank images (nearly black or of a single color) in a split above which a warning is given."""
 _FOLDERS = ("folder", "kaggle", "class-tars")
-_ENDS = 3  # numbers shown from either end of an order
+_ENDS = 3  # numbers shown of the beginning and of the end of an order
 
 Counts = NDArray[np.int64]
 """Number of images per class, int64 [classes]."""
@@ -77,10 +77,10 @@ def rejected_class_warnings(split: str, classes: Sequence[ClassEntry], listed: C
 
 
 def blank_image_warnings(split: str, blank: int, images: int) -> list[str]:
-    """Return a warning if more than `MAX_BLANK_FRACTION` of a split's images are nearly black or of one colour."""
+    """Return a warning if more than `MAX_BLANK_FRACTION` of a split's images are nearly black or of one color."""
     if blank <= MAX_BLANK_FRACTION * images:
         return []
-    return [f"{blank:,} of {images:,} {split} images are nearly black or of a single colour ({blank / images:.1%})"]
+    return [f"{blank:,} of {images:,} {split} images are nearly black or of a single color ({blank / images:.1%})"]
 
 
 def class_order_notes(found: Scan) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ def _containers(names: Sequence[str]) -> list[str]:
 
 
 def _is_unambiguous(name: str) -> bool:
-    """Return whether a container's name is unambiguous: a plural, or something that no image shows."""
+    """Return whether a container's name is unambiguous: a plural, or a word that cannot be the subject of an image."""
     words = _words(name)
     return _has_pair(words) or bool(words & (_IMAGES | _ANNOTATIONS))
 

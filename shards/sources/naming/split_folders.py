@@ -86,7 +86,7 @@ def _add_roots(found: SplitFolders, level: FolderLevel, source: Path) -> None:  
             if inside.folders:
                 found.roots[split] = root
             elif split == TEST:
-                _count_unlabelled_test(found, root, source)
+                _count_unlabeled_test(found, root, source)
             else:
                 raise no_class_folders_error(root)
     if TRAIN not in found.roots:
@@ -97,7 +97,7 @@ def _add_roots(found: SplitFolders, level: FolderLevel, source: Path) -> None:  
                     f"class folders of the training images into {TRAIN}/"
                 )
     elif TEST in found.roots and not _have_common_folders(found.roots[TEST], found.roots[TRAIN]):
-        _count_unlabelled_test(found, found.roots.pop(TEST), source)
+        _count_unlabeled_test(found, found.roots.pop(TEST), source)
     if TRAIN in found.roots and VAL in found.roots:
         _check_unsorted(found.roots[TRAIN], found.roots[VAL])
     if TEST in found.roots and VAL not in found.roots:
@@ -152,7 +152,7 @@ def _innermost_folder(found: SplitFolders, root: Path, split: str) -> Path:
     return root
 
 
-def _count_unlabelled_test(found: SplitFolders, root: Path, source: Path) -> None:
+def _count_unlabeled_test(found: SplitFolders, root: Path, source: Path) -> None:
     """Count the images of a test split without class folders as unused."""
     below = _below(root, source)
     contents = list_folder(root)
