@@ -73,7 +73,7 @@ from shards.format.dataset import ShardSet
 SIZE = 224
 CPU = torch.device("cpu")
 MANY_EPOCHS = 1_000_000
-WARM_UP = 24  # batches until queues are full and every buffer has been used once
+WARM_UP = 24  # number of batches until queues are full and every buffer has been used
 LAUNCH = 30e-6  # seconds for a Triton launch from Python
 PERIOD = 1e-3  # seconds; a main thread acquires the lock once per period
 NEEDED = 15_000  # images/s that one GPU consumes

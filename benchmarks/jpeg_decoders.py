@@ -120,7 +120,7 @@ def compare(
         begun, taken = now(), 0
         while now() - begun < seconds:
             images, _, _ = next(stream)
-            images[0, 0, 0, 0].item()  # synchronizes: waits until the batch is decoded
+            images[0, 0, 0, 0].item()  # reading a value waits until the batch is decoded
             taken += len(images)
         rates[f"{load:g}"] = taken / (now() - begun)
         stream.close()
@@ -148,7 +148,7 @@ def main() -> None:
             return DaliDecoder(options.size, options.batch, device, threads=settings.decode_threads, settings=settings)
 
         own = torch.cuda.Stream(device) if device.type == "cuda" else None
-        with torch.cuda.stream(own):  # the loaders also decode on a stream of their own
+        with torch.cuda.stream(own):  # the loaders also decode on a separate stream
             comparison = compare(decoder, first_batch(feed), seconds=options.seconds)
         found |= {"decoders": str(comparison)} | asdict(comparison)
     else:

@@ -49,7 +49,7 @@ COPY = 1 << 30  # bytes copied to measure the bandwidth
 SLOW = 0.05  # seconds; slower calls are measured only three times
 CYCLES_PER_SECOND = 2_000_000_000  # upper bound on the clock rate of a multiprocessor
 MARGIN = 2.0  # safety factor: a launch can take longer than the one that was measured
-LEAST_CYCLES = 4_000_000  # 2 ms
+LEAST_CYCLES = 4_000_000  # minimum sleep of the device: 2 ms
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ class Clock:
         call()
         if DEVICE != "cuda":
             return 0.0
-        torch.cuda.synchronize()  # empty the launch queue: launching blocks when it is full
+        torch.cuda.synchronize()  # empty the launch queue, because launching blocks when it is full
         start = time.perf_counter()
         call()
         seconds = time.perf_counter() - start

@@ -77,7 +77,7 @@ def main() -> None:
     for variant in options.variants:
         rows: dict[str, dict[str, Any]] = {way: {"variant": variant, "way": way} for way in options.ways}
         for mode in MODES:
-            torch._dynamo.reset()  # because all compiled models of a process share one bounded cache
+            torch._dynamo.reset()  # all compiled models of a process share one bounded cache
             ways = [way for way in options.ways if mode == "inference" or not way.startswith("fused")]
             steps = {way: step(variant, way, mode == "training", options) for way in ways}
             times, failed = interleave(steps, options.rounds)
@@ -144,7 +144,7 @@ def interleave(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[
                 failed[way] = reason(error)
                 del steps[way]
                 times.pop(way, None)
-            if way in failed:  # outside the except block, where the exception no longer refers to the tensors
+            if way in failed:  # not in the except block, where the exception refers to the tensors
                 free()
             elif round_number >= 0:
                 times.setdefault(way, []).append(time.perf_counter() - start)

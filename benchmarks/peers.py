@@ -105,7 +105,7 @@ def measure(name: str, way: str, world: World, options: argparse.Namespace) -> R
             row |= timed(name, way, how, world, options) | ({"compiled": how} if how else {})
         except Exception as error:
             failure = reason(error)
-        free()  # outside the except block, where the exception no longer refers to the model
+        free()  # not in the except block, where the exception refers to the model
         if not failure:
             return row
         if how in (WHOLE, BREAKS):
@@ -138,7 +138,7 @@ def timed(name: str, way: str, how: str, world: World, options: argparse.Namespa
     return {
         "images/s": round(options.batch * options.steps / median(seconds), 1),
         "engine": engine.description,
-        "compiled": engine.resolved["compile"],  # includes the reason if the engine could not capture the model
+        "compiled": engine.resolved["compile"],  # includes the reason if the capture failed
         "warm-up s": round(warm, 1),
         "GB": round(memory / 1e9, 1),
     }

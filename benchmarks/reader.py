@@ -121,7 +121,7 @@ class SlowFiles(LocalFiles):
         super().read(file, target, offset)
 
     def read_if_cached(self, file: int, target: NDArray[np.uint8], offset: int) -> bool:
-        return False  # like network file systems, which do not support RWF_NOWAIT
+        return False  # network file systems do not support RWF_NOWAIT
 
 
 def slow_storage(dataset: ShardSet, split: str, **options: Any) -> Storage:

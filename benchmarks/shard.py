@@ -221,7 +221,7 @@ def report(seconds: dict[str, list[float]], options: Options, total: int) -> dic
 
 def machine(options: Options, load: float) -> dict[str, object]:
     """Describe the machine and its load before the benchmark."""
-    from launch.machine.provenance import cpu_name  # imports torch, which the converting processes need not load
+    from launch.machine.provenance import cpu_name  # imports torch, which the converting processes do not need
 
     return {
         "cpu": cpu_name(),

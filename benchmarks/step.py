@@ -47,11 +47,11 @@ from fat import layers
 from fat.kernels import use
 
 WAYS = ("contiguous", "library", "channels-last", "graph", "graph conv1x1", "compiled", "compiled graph")
-OURS = ("library", "graph conv1x1")  # modes for FAT only
+OURS = ("library", "graph conv1x1")  # modes that only FAT supports
 MODES = ("training", "inference")
 OTHERS = ("swin_tiny_patch4_window7_224", "convnext_tiny", "efficientnet_b0", "repvit_m1")
 CLIP = 5.0
-GRAPH_WARM_UP = 3  # runs on a side stream before a capture, as PyTorch requires
+GRAPH_WARM_UP = 3  # number of runs on a side stream before a capture, as PyTorch requires
 # Parts of error messages that another mode may have caused: out of memory, asynchronous errors, disturbed captures.
 SHARED_FAILURES = ("memory", "alloc", "captur", "cuda error")
 
@@ -81,7 +81,7 @@ def main() -> None:
             print(f"{name}: skipped, because timm is not installed")
             continue
         for mode in options.modes:
-            torch._dynamo.reset()  # because all compiled models of a process share one bounded cache
+            torch._dynamo.reset()  # all compiled models of a process share one bounded cache
             results += compare(name, mode == "training", options)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -125,13 +125,13 @@ def run(
         except Exception as error:
             steps.pop(way, None)
             rows[way]["failed"] = reason(error)
-        if way not in steps:  # outside the except block, where the exception no longer refers to the model
+        if way not in steps:  # not in the except block, where the exception refers to the model
             free()
     times, failed = interleave(steps, options.rounds)
     for way, why in failed.items():
         rows[way]["failed"] = why
     steps.clear()
-    graph_pool.cache_clear()  # because a pool cannot be used again after its last graph was freed
+    graph_pool.cache_clear()  # a pool cannot be used again after its last graph was freed
     free()
     return times
 

@@ -112,7 +112,7 @@ class _Statistics(torch.autograd.Function):
 
 def statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance per channel: [C], in float32 or wider. Not differentiable."""
-    if x.is_cuda and not torch.compiler.is_compiling():  # the compiler fuses var_mean with its neighbours
+    if x.is_cuda and not torch.compiler.is_compiling():  # torch.compile fuses var_mean itself
         eps = 1e-12
         mean, inverse = torch.batch_norm_stats(x, eps)
         return mean, (inverse.double().pow(-2) - eps).to(mean.dtype)

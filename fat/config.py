@@ -56,7 +56,7 @@ class FATConfig:
                     raise ValueError(
                         f"{name}: expected {STAGES} positive integers (one per stage), got {_shortened(value)}"
                     )
-                checked: Any = tuple(_integer(name, entry, least, most) for entry in value)  # JSON gives lists
+                checked: Any = tuple(_integer(name, entry, least, most) for entry in value)  # JSON has lists instead
             else:
                 checked = _integer(name, value, least, most)
             object.__setattr__(self, name, checked)
@@ -113,19 +113,19 @@ def _shortened(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-# The comments give parameters and multiply-accumulates at 224x224, attention products included, as printed by
+# Numbers of parameters and multiply-accumulates (MACs, including attention products) at 224x224 are printed by
 # `python -m fat.account.table`.
 VARIANTS: Mapping[str, FATConfig] = {
-    "fat_b0": FATConfig(  # 4.49 M, 0.754 G
+    "fat_b0": FATConfig(  # 4.49 M parameters, 0.754 GMACs
         widths=(32, 80, 160, 256), depths=(2, 2, 6, 2), heads=(2, 5, 10, 16), drop_path=0.05
     ),
-    "fat_b1": FATConfig(  # 7.82 M, 1.243 G
+    "fat_b1": FATConfig(  # 7.82 M parameters, 1.243 GMACs
         widths=(48, 96, 192, 384), depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), drop_path=0.10
     ),
-    "fat_b2": FATConfig(  # 13.47 M, 2.131 G
+    "fat_b2": FATConfig(  # 13.47 M parameters, 2.131 GMACs
         widths=(64, 128, 256, 512), depths=(2, 2, 6, 2), heads=(2, 4, 8, 16), drop_path=0.10
     ),
-    "fat_b3": FATConfig(  # 29.20 M, 4.632 G
+    "fat_b3": FATConfig(  # 29.20 M parameters, 4.632 GMACs
         widths=(64, 128, 256, 512), depths=(4, 4, 16, 4), heads=(2, 4, 8, 16), drop_path=0.15
     ),
 }

@@ -15,7 +15,7 @@ from fat.config import STAGES, FATConfig
 from fat.fused_layers import convolve_relu
 from fat.layers import ConvNorm, GroupNorm1, pointwise
 
-MIN_SIZE = 32  # pixels per side; the fourth stage has stride 32
+MIN_SIZE = 32  # minimum pixels per side, because the fourth stage has stride 32
 
 
 class Trunk(nn.Module):

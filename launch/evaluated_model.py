@@ -19,7 +19,7 @@ from launch.run.saved_recipe import restore_class_names
 from shards.errors import UserError
 from shards.redact import printable
 
-MAX_ERROR = 200  # characters: PyTorch's message lists all tensors that do not fit
+MAX_ERROR = 200  # characters of PyTorch's message, which lists all tensors that do not fit
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def main(args: Sequence[str] | None = None) -> int:
     protect_output()
     args = list(sys.argv[1:] if args is None else args)
     split = args.index("--") if "--" in args else len(args)
-    training = args[split + 1 :]  # options of launch/train.py
+    training = args[split + 1 :]  # the options of launch/train.py
     try:
         _reject_credentials(args)
         job = tyro.cli(Submit, args=args[:split], description=Submit.__doc__)

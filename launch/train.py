@@ -19,7 +19,7 @@ if __name__ == "__main__":
 from launch.machine.standard_streams import ignore_failing_output, open_missing_streams
 
 if __name__ == "__main__":
-    open_missing_streams()  # before libraries open files, which could become the standard streams
+    open_missing_streams()  # called before libraries open files, which could become the standard streams
 
 from launch.config.command_line import parse
 from launch.config.recipe import Recipe

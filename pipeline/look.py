@@ -102,7 +102,7 @@ class Look:
         kind = FORMATS[self.out.suffix.lower()]
         try:
             sheet.save(image, kind)
-        except (OSError, ValueError) as error:  # too large for the format, or Pillow was built without its encoder
+        except (OSError, ValueError) as error:  # too large for the format, or no encoder for it
             raise UserError(
                 f"--out {self.out}: Pillow cannot write {sheet.width} x {sheet.height} pixels as {kind} ({error}); "
                 "use a smaller --count, or a .png file"

@@ -71,7 +71,7 @@ class _EpochOrder:
     shards: Ids  # shard numbers, permuted
     stream_start: Ids  # position of each permuted shard's first sample in the stream before rotation
     first_id: Ids  # id of the first sample of each permuted shard
-    offset: int  # samples by which the stream is rotated
+    offset: int  # number of samples by which the stream is rotated
 
 
 class TrainPlan:
@@ -256,7 +256,7 @@ class TrainPlan:
             offset=int(bits(Stream.ROTATION, self.seed, epoch)) % self.samples,
         )
         self._orders[epoch] = order
-        if len(self._orders) > 2:  # the current epoch and the epoch that prefetching has reached
+        if len(self._orders) > 2:  # keep the current epoch and the epoch of prefetching
             self._orders.popitem(last=False)
         return order
 

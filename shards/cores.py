@@ -78,5 +78,5 @@ def _quota_of(folder: Path) -> float | None:
         except (OSError, ValueError):
             return None
     if not (allowed.isdecimal() and period.isdecimal() and int(allowed) and int(period)):
-        return None  # "max", or -1
+        return None  # "max" or -1: no quota
     return int(allowed) / int(period)

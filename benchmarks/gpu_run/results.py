@@ -50,7 +50,7 @@ class Results:
                 known = self._devices.setdefault(name, {})
                 known |= {p: r for p, r in results.items() if p not in known or known[p]["at"] <= r["at"]}
         self.here = self._devices.setdefault(device, {})
-        for name, result in self.here.items():  # restore the figures, which later parts read
+        for name, result in self.here.items():  # restore the result files, which later parts read
             if "figures" in result and not (figures := self.parts / f"{name}.json").exists():
                 figures.write_text(json.dumps(result["figures"], indent=1))
 

@@ -23,7 +23,7 @@ from launch.machine.provenance import git_state
 
 KEPT_LINES, FAILED_LINES = 12, 200  # output lines stored in gpu.json for a passed and a failed part
 READ_BACK = 1 << 20  # bytes at the end of the output that are read to find these lines
-SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns of a failed part's output that are printed
+SHOWN_FAILED, SHOWN_WIDTH = 15, 300  # lines and columns to print of a failed part's output
 SLOWER = 20.0  # factor by which --cpu extends the time limits
 PHOTOS, FEW_PHOTOS = 2000, 64  # number of photos, without and with --cpu
 POLL = 0.5  # seconds between checks whether a part has ended or must be stopped
@@ -45,7 +45,7 @@ class Runner:
     ) -> None:
         self.results, self.machine, self.on_cpu = results, machine, on_cpu
         self.start, self.end = start, start + seconds
-        self.mark = f"{uuid.uuid4()}/"  # in the environment of all processes that this run starts
+        self.mark = f"{uuid.uuid4()}/"  # value of an environment variable of all processes of this run
         self.stopped_by = 0
         """Number of the signal that requested to stop the run; 0: none."""
         work = results.work
@@ -71,7 +71,7 @@ class Runner:
         states: set[str] = set()
         with kill_on_exit(self.mark):
             for group in groups(chosen):
-                with ThreadPoolExecutor(len(group)) as pool:  # one thread per part, because parts wait for each other
+                with ThreadPoolExecutor(len(group)) as pool:  # one thread per part, because parts may wait for others
                     futures: dict[str, Future[str]] = {}
                     for part in group:
                         before = [futures[name] for name in part.after if name in futures]
@@ -172,7 +172,7 @@ class Runner:
             "machine": self.machine(),
             "tail": "\n".join(lines[-max(KEPT_LINES, part.shown) if state == "passed" else -FAILED_LINES :]),
         }
-        with contextlib.suppress(FileNotFoundError, ValueError):  # a part that was ended may have written some figures
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a stopped part may have written some results
             result["figures"] = json.loads(out.read_text(encoding="utf-8"))
         with contextlib.suppress(FileNotFoundError, ValueError):  # only a training run writes metrics
             metrics = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())

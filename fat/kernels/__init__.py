@@ -65,7 +65,7 @@ __all__ = [
 
 Mode = Literal["auto", "off", "unchecked"]
 MODES: tuple[Mode, ...] = ("auto", "off", "unchecked")
-MIN_CAPABILITY = (8, 0)  # the first with bfloat16
+MIN_CAPABILITY = (8, 0)  # the first capability with bfloat16
 
 
 def can_use(*maps: Tensor) -> bool:
@@ -187,7 +187,7 @@ def fold(
 def update_running_stats(norm: BatchNorm, drift: Tensor, var: Tensor, count: int) -> None:
     """Run `BatchNorm.update_running_stats` in one kernel, or do nothing if activation checkpointing recomputes."""
     batches, momentum = norm.num_batches_tracked, norm.momentum
-    if torch.compiler.is_compiling():  # the compiler fuses these operations itself
+    if torch.compiler.is_compiling():  # torch.compile fuses these operations itself
         norm.update_running_stats(drift, var, count)
     elif momentum and batches is not None:
         correction = norm.correction(count)

@@ -21,7 +21,8 @@ _MODEL = re.compile(
 _WRAPPER = re.compile(r"(?:^|(?<=[./]))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _AVERAGE = re.compile(r"(?:^|_)(?:ema|swa|average|averaged)(?:_|$)", re.IGNORECASE)
 _OPTIMIZER = re.compile(r"optim|exp_avg|momentum", re.IGNORECASE)  # optimizer state has the parameters' names
-_PLAIN = frozenset({"", "model", "state_dict", "module", "model_state_dict"})  # preferred among several trained models
+# A model whose key has only these words is preferred if a file has several trained models.
+_PLAIN = frozenset({"", "model", "state_dict", "module", "model_state_dict"})
 # Keys of the trained weights (not averages) in checkpoints of DDP, Lightning, timm, MMPretrain, DeepSpeed, Composer.
 _TRAINED = frozenset(
     {
@@ -29,8 +30,8 @@ _TRAINED = frozenset(
         "model_state_dict", "weights", "params", "online_model", "_forward_module",
     }
 )  # fmt: skip
-_MAX_MODELS = 64  # per state dict; limits the time that a malicious file can take
-_COUNTER = "num_batches_tracked"  # of BatchNorm; moving averages often lack it, and inference does not use it
+_MAX_MODELS = 64  # per state dict; limits the time for a malicious file
+_COUNTER = "num_batches_tracked"  # BatchNorm's batch counter; moving averages often lack it
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,10 @@ def _with_counters(entry: Entry, trained: list[Entry]) -> Entry:
 
 def _models(key: str, names: Iterable[str]) -> list[Entry]:
     """Return the models in one state dict. Each has its own prefix."""
-    unwrapped: dict[str, tuple[str, str]] = {}  # name without wrappers -> (key, name in the file)
+    unwrapped: dict[str, tuple[str, str]] = {}  # name without wrappers' prefixes -> (key, name in the file)
     for name in names:
         plain = _WRAPPER.sub("", name)
-        if plain in unwrapped:  # keep the full name, which strict loading reports as unknown
+        if plain in unwrapped:  # strict loading reports the full name as unknown
             plain = name
         unwrapped[plain] = (key, name)
     found = (_MODEL.search(name) for name in unwrapped)

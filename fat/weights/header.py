@@ -14,9 +14,9 @@ from fat.weights.classes import MAX_TEXT, ClassList
 from fat.weights.safe_pickle import printable
 
 CONFIG_KEY, CLASSES_KEY, TRAINING_KEY = "fat_config", "fat_classes", "fat_training"
-MAX_SIZE = 8192  # pixels per side
+MAX_SIZE = 8192  # maximum image size in pixels per side
 _MAX_STEP = 10**15
-_MAX_JSON = 64 * 2**10  # characters of the config and of `fat_training`, each
+_MAX_JSON = 64 * 2**10  # maximum characters of the config, and of `fat_training`
 
 T = TypeVar("T")
 

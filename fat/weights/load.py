@@ -73,7 +73,7 @@ def load_model(path: str | Path, *, entry: str | None = None) -> FAT:
             f"{path}: contains no config, and its tensors are not those of {', '.join(VARIANTS)}; load it with "
             f"create_model(CONFIG, weights={str(path)!r})"
         )
-    with torch.device("meta"):  # check first: the config of a malicious file could require any amount of memory
+    with torch.device("meta"):  # no memory is allocated before a file's config is checked
         _fitting(path, weights, FAT(config))
     model = FAT(config)
     warn(path, _fill(path, weights, model))

@@ -30,7 +30,7 @@ DTYPES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
-_MAX_DIMENSIONS = 64  # PyTorch's limit
+_MAX_DIMENSIONS = 64  # maximum number of a tensor's dimensions in PyTorch
 _LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _IGNORED = frozenset({"PROTO", "FRAME"})
 

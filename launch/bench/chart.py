@@ -10,7 +10,7 @@ from launch.bench.verdict import Figures
 from shards.files.output import write_output
 
 COLOURS = {"loader alone": "#7a9cc6", "model alone": "#d39a5b", "both, predicted": "#b9b9b9", "both": "#4f8a5b"}
-CAPTION_WIDTH = 110  # characters
+CAPTION_WIDTH = 110  # characters per line
 
 
 def draw(figures: Figures) -> Any:

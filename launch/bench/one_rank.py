@@ -17,7 +17,7 @@ from launch.jpeg_decoder import choose_jpeg_decoder
 from launch.machine.world import connect, disconnect
 from shards.redact import printable
 
-EPOCHS = 1_000_000  # enough for any measurement, even on a small set
+EPOCHS = 1_000_000  # enough epochs for any measurement, even on a small set
 
 
 @contextmanager

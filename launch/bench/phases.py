@@ -85,7 +85,7 @@ def compare(
 def model_alone(resident: OpenLoader, step: Step, *, steps: int, batch: int, device: torch.device) -> Phase:
     """Time training steps on batches that are already on the device."""
     with resident() as batches:
-        step(next(batches))  # untimed: allocates memory and compiles
+        step(next(batches))  # an untimed step, which allocates memory and compiles
         _reach_steady_rate(batches, step, batch=batch, device=device)
         return run(batches, step, steps=steps, batch=batch, device=device)
 
@@ -105,7 +105,7 @@ def run(batches: Iterator[Batch], step: Step | None, *, steps: int, batch: int, 
             launch_times.append(time.perf_counter() - launched_at)
             wait.mark_step_end()
             marks.append(timed_event(device))
-    cpu = time.process_time() - cpu  # before synchronizing, which keeps a core busy
+    cpu = time.process_time() - cpu  # read before synchronizing, which keeps a core busy
     synchronize(device)
     seconds, images = time.perf_counter() - start, steps * batch
     on_gpu = [mark for mark in marks if mark is not None]

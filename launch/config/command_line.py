@@ -93,7 +93,7 @@ def apply_file(recipe: Recipe, path: Path) -> Recipe:
         values = tomllib.loads(content.decode())
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe file") from None
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not TOML, or too many digits
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8 or not TOML
         raise RecipeError(f"{path}: not a readable TOML file ({error})") from error
     try:
         return _with_values(recipe, values)

@@ -85,7 +85,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        self.augmentation()  # raises if the augmentation options contradict one another
+        self.augmentation()  # raises an error if the augmentation options are invalid
         # A URL with credentials is rejected here, before any of the recipe is saved or printed.
         location, _ = split_digest(self.data or "", self.set_digest)
         if is_remote(location):

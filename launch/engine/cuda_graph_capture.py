@@ -61,7 +61,7 @@ class CudaRecorder:
                     failure = error  # raised below: ending an invalid capture raises a less specific error
         except Exception as error:
             failure = failure or error
-            torch.cuda.set_stream(before)  # torch.cuda.graph did not restore the current stream
+            torch.cuda.set_stream(before)  # a failed torch.cuda.graph does not restore the stream
             self._abandon(graph)
         if failure is not None:
             raise failure

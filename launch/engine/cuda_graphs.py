@@ -254,7 +254,7 @@ class _CapturedPart:
         copies = [torch.empty_like(cast(Tensor, parameter.grad)) for parameter in static_grads]
         torch._foreach_copy_(copies, [cast(Tensor, parameter.grad) for parameter in static_grads])
         for parameter, gradient in zip(static_grads, copies, strict=True):
-            cast(Tensor, parameter.grad).data = gradient  # keeps the tensor object, because DeepSpeed may refer to it
+            cast(Tensor, parameter.grad).data = gradient  # DeepSpeed may refer to this tensor object, so keep it
 
     def _present_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.parameters]

@@ -93,7 +93,7 @@ class Engine:
             self.zero, self.model, self._optimizer, world, moments=spec.moments, decay=optim.ema
         )
         self._update = None if self.zero else Updater(self._optimizer, self._state.parameters)
-        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # `wrap` explains why
+        self._clips = self.zero in (1, 2) and self.execution.optimizer_impl == "fused"  # `wrap` explains the reason
         self.notes: list[str] = []
         """Messages for the log about the setup of the engine."""
         if self._graphs is not None:
@@ -144,17 +144,17 @@ class Engine:
             last = number == len(batches) - 1
             self._wrapped.set_gradient_accumulation_boundary(last)
             loss = soft_cross_entropy(self._wrapped(batch.images), batch, self._recipe.optim.label_smoothing)
-            self._wrapped.backward(loss)  # DeepSpeed divides by the number of micro-batches
+            self._wrapped.backward(loss)  # DeepSpeed divides the loss by the number of micro-batches
             if last and self._clips:
                 norm = self._state.clip_gradients(self._recipe.optim.clip_grad)
             self._wrapped.step()
             total += loss.detach() / len(batches)
-        if norm is None:  # DeepSpeed has computed the norm, and skipped the update if it is not finite
+        if norm is None:  # DeepSpeed has computed the norm, and skipped the update if the norm is not finite
             norm = torch.as_tensor(self._wrapped.get_global_grad_norm(), dtype=torch.float32, device=self.world.device)
         return StepResult(total, norm)
 
     def _set_training_mode(self) -> None:
-        if self.model.training:  # setting the mode of all layers takes 1 to 2 ms of host time
+        if self.model.training:  # skip this if possible: it takes 1 to 2 ms of host time
             return
         self._wrapped.train()
         for norm in self._frozen:
@@ -207,7 +207,7 @@ class Engine:
         if not self.world.is_main:
             return {}
         cuda = self.world.device.type == "cuda"
-        if not self._staging:  # allocated once, because page faults of new memory cost more than the copy
+        if not self._staging:  # allocated once: page faults of new memory cost more than the copy
             self._staging = {
                 key: torch.empty(value.shape, dtype=value.dtype, pin_memory=cuda) for key, value in state.items()
             }

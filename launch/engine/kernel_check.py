@@ -132,7 +132,7 @@ def check_kernels(
     if world.local_rank == 0:
         result = _check_on_this_node(cases, work, world)
     elif work:
-        compile_kernels((), show_progress=False)  # compiles nothing; loads kernels that local rank 0 has compiled
+        compile_kernels((), show_progress=False)  # only loads kernels that local rank 0 has compiled
     nodes = [result for result in world.gather(result) if result is not None]
     failed: dict[str, Failure] = {}
     for failure in (failure for node in nodes for failure in node.failed):
@@ -190,7 +190,7 @@ def compile_kernels(work: Sequence[Work], *, show_progress: bool) -> tuple[str, 
     """
     try:
         from fat.kernels.prefill.compile_ahead import compile_ahead
-    except ImportError as error:  # it uses internals of Triton that other versions may not have
+    except ImportError as error:  # compile-ahead uses internals of Triton that other versions may lack
         return "", f"kernels are compiled at their first launch, not ahead of time: {first_line(error)}"
     report = compile_ahead(work, processes=cores(), progress=Progress(sys.stderr) if show_progress else None)
     return str(report) if report.total else "", report.problem

@@ -37,7 +37,7 @@ def bind(local_rank: int, local_size: int, gpus: Sequence[int] | None) -> int:
         for thread in Path("/proc/self/task").iterdir():
             try:
                 os.sched_setaffinity(int(thread.name), cores)
-            except ProcessLookupError:  # the thread has ended meanwhile
+            except ProcessLookupError:  # the thread has ended in the meantime
                 continue
     # Launchers set OMP_NUM_THREADS=1 on every machine. Libraries that are loaded later read this value instead.
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -30,7 +30,7 @@ PEAK_FLOPS: tuple[tuple[str, float], ...] = (
 REPEATS = 5
 # Large enough to saturate the device, small enough to take a tenth of a second.
 MATRIX = {"cuda": 8192, "cpu": 768}
-COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes; larger than any cache
+COPIED = {"cuda": 1 << 30, "cpu": 1 << 26}  # bytes to copy: more than any cache holds
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
         work()
         synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times)  # the minimum: slower repeats were disturbed by other work
+    return min(times)  # slower repetitions were disturbed by other work
 
 
 def synchronize(device: torch.device) -> None:

@@ -86,7 +86,7 @@ def _resolves_to_this_host(name: str) -> bool:
         return False
     for family, kind, _, _, address in found:
         if ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-            return False  # gloo uses the first address on which it can listen, which may be this one
+            return False  # gloo may listen on this address, the first usable one
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
             probe.bind(address)
             return True

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "heartbeat"
 REQUEST = "stacks"
-MAX_BYTES = 1024  # limit for a heartbeat file; they have about 200 bytes
+MAX_BYTES = 1024  # maximum size of a heartbeat file, which normally has about 200 bytes
 CLOSE_SECONDS = 2.0  # timeout for publishing the last heartbeat at the end of a run
 
 
@@ -86,7 +86,7 @@ class Heartbeat:
         """Request that every other rank writes its stack traces."""
         self._requests_stacks = True
         self._wake.set()
-        with contextlib.suppress(OSError):  # then publishing heartbeats fails too, which `failure` reports
+        with contextlib.suppress(OSError):  # publishing heartbeats then fails too, which `failure` reports
             durable_write(self.folder / REQUEST, self._start.id.encode())
 
     def watch(self, seconds: float) -> list[RankStatus]:
@@ -145,7 +145,7 @@ class Heartbeat:
         """Write the requested stack traces, once. On the requesting rank the watchdog has already written them."""
         if self._answered:
             return
-        self._answered = True  # even if the stack traces cannot be written
+        self._answered = True  # also if the stack traces cannot be written
         self._reaches_rank0 = None if self._world.rank0 is None else is_reachable(self._world.rank0)
         if not self._requests_stacks:
             self._dump()

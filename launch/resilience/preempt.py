@@ -88,7 +88,7 @@ class Preemption:
         request = self._local_request()
         if self._group is None:
             decision = request
-        else:  # the requests up to the previous call
+        else:  # the requests that were made up to the previous call
             if self._pending is not None:
                 self._pending.wait()
             decision = Request(int(self._flag))

@@ -76,7 +76,7 @@ class Watchdog:
         if self._timeout:
             try:
                 self._run.mkdir(parents=True, exist_ok=True)  # rank 0 may not have created the folder yet
-                self._file = self.stacks.open("a", encoding="utf-8")  # append: keep those of earlier starts
+                self._file = self.stacks.open("a", encoding="utf-8")  # keep traces of earlier starts
             except OSError as error:
                 raise unwritable(self._run, error) from error
             if self._world.size > 1:
@@ -104,7 +104,7 @@ class Watchdog:
             return
         self._file.close()
         self._dumping.release()
-        with contextlib.suppress(OSError):  # a file that remains does no harm
+        with contextlib.suppress(OSError):  # an empty file that remains does no harm
             if self.stacks.stat().st_size == 0:
                 self.stacks.unlink()
 
@@ -191,7 +191,7 @@ class Watchdog:
         if self._heartbeat is None:
             self._reason += "; this is the only rank, so the input data, the file system or the device hangs"
         elif not is_observer(self._world.rank, self._world.size):
-            time.sleep(ANSWER_SECONDS)  # meanwhile observers read this rank's heartbeat and need its connections
+            time.sleep(ANSWER_SECONDS)  # observers need this rank's heartbeat and connections until then
         else:
             heartbeat = self._heartbeat
             ranks = heartbeat.watch(ANSWER_SECONDS)

@@ -104,7 +104,7 @@ class CheckpointFolder:
             os.chmod(temporary / STATE, os.stat(temporary / META).st_mode & 0o777)
             for path in (temporary / STATE, temporary / META, temporary):
                 sync_folder(path)
-            if os.path.lexists(final):  # a checkpoint of this step exists; a complete one must exist at all times
+            if os.path.lexists(final):  # a checkpoint of this step exists, and stays until the new one is complete
                 if final.is_symlink() or not final.is_dir():
                     raise FileExistsError("another file has this name; move it away")
                 final.rename(replaced)
@@ -113,7 +113,7 @@ class CheckpointFolder:
         except (OSError, SafetensorError) as error:
             fact = error.strerror if isinstance(error, OSError) and error.strerror else error
             raise CheckpointError(f"{final}: checkpoint not written ({fact})") from error
-        finally:  # also after errors of other types
+        finally:  # executed after all errors
             shutil.rmtree(temporary, ignore_errors=True)
             with contextlib.suppress(OSError):
                 if not os.path.lexists(final):
@@ -206,7 +206,7 @@ class CheckpointFolder:
             unfinished = UNFINISHED.fullmatch(name)
             if found := NAME.fullmatch(name):
                 entries.append(Entry(int(found[1]), True, self.folder / name))
-            elif unfinished and unfinished[2] == "replaced":  # the trainer was killed while replacing it
+            elif unfinished and unfinished[2] == "replaced":  # the trainer was killed while it replaced this checkpoint
                 entries.append(Entry(int(unfinished[1].removeprefix("step-")), False, self.folder / name))
         return sorted(entries)
 
@@ -226,11 +226,11 @@ class CheckpointFolder:
         complete, best, unreadable = [], [], []
         for entry in entries:
             try:
-                meta = read_meta(entry.path, entry.step)  # without the state, because hashing takes too long
+                meta = read_meta(entry.path, entry.step)  # the state is not read, because hashing it takes too long
             except DamagedCheckpoint:
                 continue
             except UserError:
-                unreadable.append(entry)  # it may be the best
+                unreadable.append(entry)  # this may be the best checkpoint
                 continue
             if entry.path not in self._damaged:
                 complete.append(entry)

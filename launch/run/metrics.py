@@ -50,7 +50,7 @@ class Metrics:
         self._write("start", step=progress.step, world=self._world.size, engine=engine.description)
         self._clock = time.perf_counter()
         self._rate, self._wait = 0.0, DataWait(self._world.device)
-        self._last: dict[WeightsKind, float] = {}  # top-1 of the last evaluation
+        self._last: dict[WeightsKind, float] = {}  # top-1 accuracies of the last evaluation
         self.restart_interval()
 
     def __enter__(self) -> Metrics:

@@ -78,7 +78,7 @@ class MetricsLog:
         """Write the pending lines, if the file can be written."""
         pending = len(self._pending)
         try:
-            if self._handle is not None and os.fstat(self._handle).st_nlink == 0:  # the file was removed
+            if self._handle is not None and os.fstat(self._handle).st_nlink == 0:  # the file has been removed
                 self._close_file()
             if self._handle is None:
                 self._handle = open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
@@ -174,7 +174,7 @@ class _Train(_Line):
     epoch: int
     lr: Finite
     images_per_second: Finite
-    loss: Finite | None = None  # null if all steps of the interval were skipped
+    loss: Finite | None = None  # None if all steps of the interval were skipped
 
 
 class _Evaluation(_Line):

@@ -21,7 +21,7 @@ from shards.schema import parse_json
 RECIPE_NAME = "recipe.json"
 CLASSES_NAME = "classes.json"
 """File of the classes of the model's outputs (`fat.ClassList.dumps`), with all names."""
-MAX_BYTES = 1 << 20  # a typical recipe.json has 6 kB
+MAX_BYTES = 1 << 20  # maximum size; a typical recipe.json has 6 kB
 Processes = Annotated[int, Interval(ge=1, le=1_000_000)]
 
 
@@ -64,7 +64,7 @@ def read_saved_run(run: Path) -> SavedRun:
         raise UserError(f"{path}: cannot be read ({error.strerror}); use a run folder") from error
     except ValueError as error:
         raise UserError(f"{path}: invalid recipe ({error}); restore the file, or use a weights file") from error
-    except UserError as error:  # options that contradict one another
+    except UserError as error:  # the options contradict one another
         raise UserError(f"{path}: invalid recipe ({error}); restore the file") from error
 
 

@@ -25,7 +25,7 @@ Status = Literal["running", "preempted", "stalled", "finished", "failed", "refus
 with which another start would fail too. `launch/slurm/train.sbatch` restarts a run that was preempted, and a limited
 number of times one that is stalled, failed or running (it was killed)."""
 
-EXIT_STATUS = 75  # of a preempted run: EX_TEMPFAIL of sysexits.h, "try again later"
+EXIT_STATUS = 75  # exit status of a preempted run: EX_TEMPFAIL of sysexits.h, "try again later"
 
 _LIMIT = 1 << 20
 
@@ -78,7 +78,7 @@ def write_status(
     if nodes:
         content["nodes"] = list(nodes)
     text = (json.dumps(content) + "\n").encode()
-    temporary = temporary_name(run / STATUS_NAME)  # ranks of several hosts may write at once
+    temporary = temporary_name(run / STATUS_NAME)  # ranks of several hosts may write at the same time
     try:
         if not run.is_dir():
             return False

@@ -42,7 +42,7 @@ def tune_loader(feed: Feed, *, dtype: torch.dtype, seconds: float, say: Callable
         return rate(with_options(feed, values), next(turns), dtype=dtype, seconds=each)
 
     if stages:
-        measure({})  # warm-up: opens files, and compiles what is compiled on first use
+        measure({})  # warm-up: opens files, and compiles functions on first use
     return tune(stages, measure, rounds=ROUNDS, margin=MARGIN, seconds=seconds, say=say)
 
 

@@ -49,12 +49,12 @@ def candidates(feed: Feed, *, ranks: int) -> list[list[Values]]:
         "memory_format": get_args(MemoryFormat),
         "optimizer_impl": get_args(OptimizerImpl),
     }
-    if device.type == "cuda":  # on CPUs compiling does not speed up training
+    if device.type == "cuda":  # compilation does not speed up training on CPUs
         # "reduce-overhead" only for a single rank: one rank cannot measure whether the compiler's own CUDA graphs work
         # with collectives.
         values["compile"] = ("cudagraphs", "off", "default", *(("reduce-overhead",) if ranks == 1 else ()))
-    if fat.kernels.available(device.type):  # false if $FAT_KERNELS is off
-        values["kernels"] = ("auto", "off")  # last: whether they are faster depends on the compile mode
+    if fat.kernels.available(device.type):  # False if $FAT_KERNELS is off
+        values["kernels"] = ("auto", "off")  # measured last, because the result depends on the compile mode
     return [
         [{name: value} for value in dict.fromkeys((getattr(default, name), *tried))]
         for name, tried in values.items()

@@ -23,9 +23,9 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
 TRIES = 10  # attempts to draw a crop or an erasing box that fits
-CENTRE_FRACTION = 224 / 256  # side of the centre crop / short side, as in evaluation: resize to 256, crop 224
-ERASE_AREA = (0.02, 1 / 3)  # fraction of the sample's area
-ERASE_ASPECT = (0.3, 1 / 0.3)  # height / width
+CENTRE_FRACTION = 224 / 256  # side of the centre crop / short side, as in evaluation (224 of 256 pixels)
+ERASE_AREA = (0.02, 1 / 3)  # smallest and largest box, as a fraction of the sample's area
+ERASE_ASPECT = (0.3, 1 / 0.3)  # smallest and largest height / width of the box
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,7 @@ def _rand_augment(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> tu
 
 
 def _erase_boxes(recipe: AugmentRecipe, seed: int, epoch: int, ids: Ints) -> Boxes:
-    """Draw one box per sample, smaller than the sample. All 0 if nothing is erased or none of ten boxes fits."""
+    """Draw one box per sample, smaller than the sample. It is all 0 if nothing is erased or none of ten draws fits."""
     all_boxes = np.zeros((len(ids), 4), np.int32)
     erased: Bools = np.less(rng.uniform(Stream.ERASE, seed, epoch, ids, TRIES, 0), recipe.erase)
     ids = ids[erased]

@@ -211,7 +211,7 @@ def normalise(images: Tensor, mean: Colour, std: Colour, dtype: torch.dtype) -> 
     stream = torch.cuda.current_stream(images.device).cuda_stream if images.is_cuda else 0
     scale, offset = _scale_and_offset(mean, std, width, images.device, stream)
     rows = images.view(batch * height, width * 3)
-    if images.is_cuda:  # two kernels that convert while they compute, because a GPU is limited by memory traffic
+    if images.is_cuda:  # two kernels that also convert, because memory traffic limits a GPU
         result = torch.empty_like(rows, dtype=dtype)
         torch.add(torch.mul(rows, scale), offset, out=result)
     else:  # on a CPU, mixed-type arithmetic is ten times slower than conversion and in-place arithmetic

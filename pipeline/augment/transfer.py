@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_ALIGN = 16  # bytes; a multiple of the size of every dtype
+_ALIGN = 16  # alignment in bytes, a multiple of the size of every dtype
 
 
 def upload(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:

@@ -77,7 +77,7 @@ class DaliDecoder:
                     except StopIteration:
                         return
                     except UserError:
-                        raise  # raised by the reader, inside `feed`
+                        raise  # an error of the reader, raised inside `feed`
                     except RuntimeError as error:
                         raise self._explain(error, in_flight) from error
                     job, extra, inputs = in_flight.popleft()

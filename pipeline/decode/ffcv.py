@@ -35,7 +35,7 @@ except (ImportError, OSError) as error:  # OSError: a shared library that FFCV w
 T = TypeVar("T")
 
 IMAGES_PER_TASK = 8
-IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))  # returns the pixel values 0 to 255
+IDENTITY = Normalisation(mean=(0, 0, 0), std=(1 / 255, 1 / 255, 1 / 255))  # keeps the pixel values 0 to 255
 
 
 @dataclass

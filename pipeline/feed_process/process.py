@@ -152,7 +152,7 @@ class FeedProcess:
         Shards that it is staging remain as partial files, which the next process resumes, as after a killed run.
         """
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may be blocked in the kernel by storage
+        with contextlib.suppress(subprocess.TimeoutExpired):  # slow storage may block the process in a system call
             self._process.wait(_EXIT_SECONDS)
         self._channel.close()
         self._buffers.clear()
@@ -266,7 +266,7 @@ class _MappedBuffer:
 
     def __del__(self) -> None:
         if getattr(self, "_locked_at", None) is not None:
-            with contextlib.suppress(Exception):  # at interpreter exit torch may be unloaded
+            with contextlib.suppress(Exception):  # torch may be unloaded at interpreter exit
                 import torch
 
                 torch.cuda.cudart().cudaHostUnregister(self._locked_at)

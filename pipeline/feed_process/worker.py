@@ -119,7 +119,7 @@ class _BatchSender:
                 self._room.release()
         except (OSError, EOFError):
             os._exit(0)
-        except BaseException as error:  # exit, because the training process would wait forever
+        except BaseException as error:  # exit on every error, or the training process would wait forever
             print(redacted_traceback(error), end="", file=sys.stderr, flush=True)
             os._exit(1)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from shards.errors import first_line
 
-if TYPE_CHECKING:  # `pipeline.jobs` runs without torch
+if TYPE_CHECKING:  # `pipeline.jobs` must not import torch
     import torch
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class BufferPool:
             try:
                 pinned: NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
                 return pinned
-            except RuntimeError as error:  # pinning only affects speed
+            except RuntimeError as error:  # pageable memory works too, only slower
                 self._pinned = False
                 log.warning(
                     "cannot page-lock memory for encoded images (%s); using pageable memory, decoding will be slower",

@@ -67,7 +67,7 @@ class ShardFiles(Protocol):
         ...
 
     def close(self) -> None:
-        """Release all resources. The caller no longer reads."""
+        """Release all resources. Nothing may be read after this call."""
         ...
 
 

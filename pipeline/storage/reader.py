@@ -193,7 +193,7 @@ class SampleReader:
                         f"{self._storage.files.name(file)}: the {len(target)} bytes at offset {offset} are damaged: "
                         "their hash differs from the index; run 'pipeline verify' on the set"
                     )
-            except StorageFailed as error:  # the sample may be good, so it must not be replaced
+            except StorageFailed as error:  # the sample may be undamaged, so it must not be replaced
                 raise StorageFailed(f"{error} (sample {batch.ids[row]})") from error
             except ShardSetError as error:
                 sample, key = int(batch.ids[row]), self._storage.key(file, offset)

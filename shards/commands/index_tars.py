@@ -112,7 +112,7 @@ def index_tars(
         if tar.is_dir():
             raise UserError(f"{tar}: is a folder; specify the tars in it")
     if classes is not None:
-        read_classes(classes)  # reports errors before hours of reading tars
+        read_classes(classes)  # report errors in the class list before the tars are read, which takes long
     jobs = [IndexJob(folder / name, rules) for name in sorted({tar.name for tar in tars})]
     named = assign_splits([job.tar for job in jobs], folder)
     notes = [with_relative_paths(note, folder)[:MAX_TEXT] for note in named.all_notes(set(named.splits.values()))]
@@ -123,7 +123,7 @@ def index_tars(
         remedy = f"an index must be next to its tars; 'pipeline shard {folder} --out SET' writes a set elsewhere"
         check_output_folder(folder, "the tars' folder", remedy)
         print_notes(notes, warnings)
-        if strict and warnings:  # fail before hours of reading tars
+        if strict and warnings:  # fail before the tars are read, which takes long
             raise UserError(_strict_error(folder, warnings))
         work.create()
         try:

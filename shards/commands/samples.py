@@ -21,7 +21,7 @@ from shards.files.output import check_output_folder
 
 DIGIT_SIDE = 64
 DIGIT_QUALITY = 95
-DIGITS_IN_VAL = 360  # a fifth of 1797
+DIGITS_IN_VAL = 360  # a fifth of the 1797 digits
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 # (width, height) and fraction of images, like ImageNet's training images: most are 500 pixels wide or high.
@@ -39,7 +39,7 @@ PHOTO_SIZES = (
 )
 # Target of encoded bytes per pixel: ImageNet's images have on average 110 kB and about 180,000 pixels.
 BYTES_PER_PIXEL = 0.95
-BYTES_SPREAD = 0.5  # standard deviation of the logarithm
+BYTES_SPREAD = 0.5  # standard deviation of the logarithm of the size
 PHOTO_QUALITIES = (80, 88, 93, 96, 98)
 PHOTO_ZOOM = (0.75, 1.25)  # source pixels per output pixel, if the photo is large enough
 PHOTO_VAL_FRACTION = 0.1
@@ -80,7 +80,7 @@ def write_digits(out: Path) -> Counter[str]:
 
     _check_out(out)
     digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # 0..16 -> 0..255
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # from levels 0..16 to 0..255
     in_val = _stratified(digits.target, DIGITS_IN_VAL)
     written: Counter[str] = Counter()
     with explain_os_errors(out, _REMEDY):

@@ -57,7 +57,7 @@ def lock_part(work: WorkFolder, part: ConversionPart) -> Iterator[None]:
         for other in work.path.glob("part-*.lock"):
             if not other.name.endswith(part.lock_suffix) and is_locked(other):
                 raise LockHeld(
-                    f"{work.out}: another process is converting a different number of parts ({other.stem}); wait for "
-                    "it, or stop it"
+                    f"{work.out}: another process divides this conversion into a different number of parts "
+                    f"({other.stem}); wait for it, or stop it"
                 )
         yield

@@ -101,7 +101,7 @@ def is_tar_of(path: Path, keys: set[str]) -> bool:
     name = head[:100].rstrip(b"\0").decode("latin-1")
     size = head[124:135]
     if not name:
-        return path.stat().st_size == len(END) and head == bytes(BLOCK)  # all of its images were rejected
+        return path.stat().st_size == len(END) and head == bytes(BLOCK)  # a shard whose images were all rejected
     return name.removesuffix(".jpg") in keys and size.isdigit() and head == header(name, int(size, 8))
 
 

@@ -248,7 +248,7 @@ def _may_have_changed(work: WorkFolder, plan: ConversionPlan) -> bool:
 
     This includes one that was modified in the same second in which the listing started, because times are in seconds.
     """
-    if plan.layout == "parquet":  # the listing has the unpacked files, and comparing the few Parquet files is cheap
+    if plan.layout == "parquet":  # the listing has only unpacked files; comparing the source is fast
         return True
     scan_start = int(work.scan_time())
     times = [(Path(os.fsdecode(unquote_to_bytes(path))), mtime) for path, mtime in plan.folders.items()]

@@ -28,7 +28,7 @@ from shards.schema import parse_json
 
 HEARTBEAT_SECONDS = 10.0  # seconds between heartbeats
 STALE_SECONDS = 6 * HEARTBEAT_SECONDS  # seconds without a heartbeat after which the owner is considered dead
-RETRY_SECONDS = 1.0  # seconds between two attempts
+RETRY_SECONDS = 1.0  # seconds between two attempts to get the lock
 _MAX_OWNER = 4096  # maximum size of a lock file, in bytes
 
 
@@ -133,7 +133,7 @@ def _try_acquire(handle: int, path: Path, what: str) -> None:
 def _owner(handle: int) -> Owner | None:
     try:
         return parse_json(os.pread(handle, _MAX_OWNER + 1, 0), _OWNER, limit=_MAX_OWNER)
-    except ValueError:  # empty, or the owner died while writing it
+    except ValueError:  # the file is empty, or its owner died while writing it
         return None
 
 

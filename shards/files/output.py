@@ -41,7 +41,7 @@ def check_output(path: Path, option: str, suffixes: Collection[str] = ()) -> Non
         # A regular file is replaced by a rename in its folder; a device or pipe is written in place.
         if not os.access(path if _is_special(path) else path.parent, os.W_OK):
             raise OutputError(f"{option} {path}: no permission to write to it; specify another file")
-    except (OSError, ValueError) as error:  # the name is too long, or contains a NUL byte
+    except (OSError, ValueError) as error:  # for example, the name is too long or contains a NUL byte
         raise _unwritable(path, option, error) from error
 
 

@@ -18,7 +18,7 @@ from shards.files.durable import temporary_name
 from shards.ownership import describe_owner, user_name
 
 _GROUP_OR_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
-SHARED_FOLDER, SHARED_FILE = 0o2770, 0o660  # set-group-ID: new files inside belong to the folder's group
+SHARED_FOLDER, SHARED_FILE = 0o2770, 0o660  # set-group-ID: new files belong to the folder's group
 PRIVATE_FOLDER, PRIVATE_FILE = 0o700, 0o600
 
 

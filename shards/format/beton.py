@@ -23,7 +23,7 @@ from shards.format.index import Index
 WriteMode = Literal["jpg", "raw", "smart"]
 
 VERSION = 2
-MIN_PAGE = 2**23  # FFCV's default, in bytes
+MIN_PAGE = 2**23  # minimum page size in bytes, FFCV's default
 _JPG, _RAW = 0, 1
 _INT_FIELD, _IMAGE_FIELD = 1, 2
 

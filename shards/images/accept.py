@@ -253,7 +253,7 @@ def _decoding() -> Iterator[None]:
         found = re.search(r"\d+", str(error))
         raise too_many_pixels(found[0] if found else "too many") from error
     except OSError as error:
-        if str(error).startswith("out of memory"):  # message of Pillow's decoders
+        if str(error).startswith("out of memory"):  # the message of Pillow's decoders
             raise MemoryError(str(error)) from error
         raise Rejected(_reason(error)) from error
     except Exception as error:  # Pillow's decoders raise exceptions of any type on damaged data

@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 from shards.images.rules import Rejected
 
 _SMIN, _SMAX = 340, 341  # TIFF tags SMinSampleValue and SMaxSampleValue
-_MAX_SAMPLE = 281  # MaxSampleValue
+_MAX_SAMPLE = 281  # TIFF tag MaxSampleValue
 _SAMPLE_FORMAT, _SIGNED = 339, 2
 _WHITE_IS_ZERO = 0
 

@@ -27,7 +27,7 @@ from shards.images.limits import (
 from shards.images.rules import Rejected
 from shards.images.tiff import count_strips
 
-_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # TIFF tags
+_TILE_WIDTH, _TILE_LENGTH, _TILE_OFFSETS, _TILE_COUNTS = 322, 323, 324, 325  # tags
 _SUBFILE_TYPE, _SUB_IMAGES, _DNG_VERSION = 254, 330, 50706
 _TIFF_JPEG = (6, 7)  # values of the compression tag for JPEG
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # bytes per pixel in Pillow; else 4
@@ -136,7 +136,7 @@ def check_before_decoding(opened: Image.Image, data: bytes, shrinks: bool) -> No
     """
     width, height = opened.size
     if opened.format in ("WEBP", "JXL", "JPEG2000"):
-        return  # already checked before opening
+        return  # these formats were checked before they were opened
     per_pixel = _STORED_BYTES.get(opened.mode, 4) + (1 if opened.mode in ("1", "L") or opened.mode[0] == "I" else 3)
     buffers = 0
     if isinstance(opened, JpegImageFile):
@@ -174,7 +174,7 @@ def _check_canvas(data: bytes, shrinks: bool) -> None:
     """Check formats whose decoders allocate memory on opening, or whose headers state several sizes."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":  # Pillow allocates two canvases on opening
         _check_memory("WebP", webp_size(data), _WEBP_BYTES, len(data), shrinks=shrinks)
-    elif (canvas := jxl_size(data)) is not None:  # decoded on opening
+    elif (canvas := jxl_size(data)) is not None:  # Pillow decodes the image on opening
         _check_memory("JPEG XL", canvas, _DECODER_BYTES["JXL"], len(data), shrinks=shrinks)
     elif data.startswith((J2K_CODESTREAM, JP2_CONTAINER)):
         _check_jpeg2000(data, shrinks)

@@ -10,7 +10,7 @@ MAX_META = 2**20
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
-_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width : height, for the ratio codes 1 to 7
+_JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))  # width : height of ratio codes 1 to 7
 _JXL_SIDE_BITS = (9, 13, 18, 30)
 
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from shards.images.limits import MAX_METADATA, MAX_SCANS, MAX_SEGMENTS
 
 START = b"\xff\xd8\xff"
-EXIF_SEGMENT = 0xE1  # APP1
-BASELINE, PROGRESSIVE = 0, 2  # n of the start-of-frame markers SOFn
+EXIF_SEGMENT = 0xE1  # marker APP1
+BASELINE, PROGRESSIVE = 0, 2  # the n of start-of-frame markers SOFn
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF0..SOF15 without DHT, JPG, DAC
 _STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})  # TEM and RST0..RST7, which have no length field
-_SEQUENTIAL = frozenset({0, 1, 9})  # n of SOFn if neither progressive nor hierarchical
+_SEQUENTIAL = frozenset({0, 1, 9})  # the n of SOFn if not progressive or hierarchical
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # no stuffed byte, restart marker or fill byte
@@ -71,7 +71,7 @@ def parse_header(data: bytes) -> JpegHeader:
             if data[at] != 0xFF:
                 raise NotAJpeg("a segment of the header has no marker")
             marker = data[at + 1]
-            if marker == 0xFF:  # fill byte
+            if marker == 0xFF:  # a fill byte
                 at += 1
                 continue
             if marker in _STANDALONE:
@@ -130,7 +130,7 @@ def _walk_scans(data: bytes, at: int, most: int) -> int:
         if following is None:
             return scans
         at = following.start()
-    return most + 1  # too many segments
+    return most + 1  # the JPEG has too many segments between its scans
 
 
 def with_segment(data: bytes, marker: int, content: bytes) -> bytes:

@@ -24,7 +24,7 @@ from shards.sources.scan import Scan
 _TAIL = 2**16  # hashed bytes at the end of a Parquet file, which contain its footer or the end of the footer
 _MODULUS = 2**64
 _SAMPLED = 256  # images per split whose content is hashed; selected by the hash of their names
-_HEAD = 2**12  # hashed bytes at the start of such an image
+_HEAD = 2**12  # bytes hashed at the start of each selected image
 
 
 @dataclass(frozen=True)

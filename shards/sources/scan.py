@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # the command line imports the options and has to start fast
+if TYPE_CHECKING:  # the command line imports this module and must start fast
     from shards.format.manifest_fields import ClassEntry
     from shards.sources.listing import Listing
     from shards.sources.unused import UnusedEntry

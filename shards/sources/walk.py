@@ -192,7 +192,7 @@ def files_below(source: Path, *suffixes: str) -> list[Path]:
 
 def _files_below(folder: Path, suffixes: tuple[bytes, ...], depth: int, seen: set[tuple[int, int]]) -> Iterator[Path]:
     status = folder.stat()
-    if (status.st_dev, status.st_ino) in seen:  # a link to a folder that was already visited
+    if (status.st_dev, status.st_ino) in seen:  # the folder was visited already, by another link
         return
     seen.add((status.st_dev, status.st_ino))
     contents = list_folder(folder)

@@ -5,8 +5,8 @@ backward pass, and each feature map is read and written once. Heads are addresse
 copies that split or join them.
 
 The matrix units multiply two half-precision factors exactly and add in fp32. A factor that is fp32, the softmax or its
-gradient, is split into two half-precision numbers whose sum has twice the digits. In float16 this holds within its
-range, as in PyTorch's attention.
+gradient, is split into the sum of two half-precision numbers, which has twice the precision. In float16, values must
+be within its range, as in PyTorch's attention.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def _blocks(
         tap = KERNEL * KERNEL - 1 - t if FLIP else t
         weight = tl.load(taps + tap * channels + (c[None, :] + spread), mask=mask, other=0.0)
         if RESIDUAL and t == KERNEL * KERNEL // 2:
-            weight += 1.0  # adds x
+            weight += 1.0  # adds x to the result
         weights = weights + (weight,)
     shift = tl.zeros((COLS, CHANNELS), tl.float32)
     if bias is not None:
@@ -484,8 +484,8 @@ def _spread_blocks(
     """Like `_spread`, but a thread computes the 2 ROWS x 2 ACROSS outputs of ROWS x ACROSS positions of the gradient.
     Output row o is the sum over gradient rows g, with kernel row o + pad - 2 g."""
     pad: tl.constexpr = KERNEL // 2
-    above: tl.constexpr = pad // 2  # gradient rows above a block that contribute to it
-    more: tl.constexpr = pad // 2 + (pad + 1) // 2  # gradient rows above and below
+    above: tl.constexpr = pad // 2  # number of gradient rows above a block that contribute to it
+    more: tl.constexpr = pad // 2 + (pad + 1) // 2  # number of contributing gradient rows above and below a block
     program = tl.program_id(0)
     c = (program % channel_tiles) * CHANNELS + tl.arange(0, CHANNELS)
     rest = program // channel_tiles

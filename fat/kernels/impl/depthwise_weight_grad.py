@@ -343,7 +343,7 @@ def _patches(
     DEPTH: tl.constexpr = TAP_ROWS if STRIDE == 1 else pad // STRIDE + (pad + STRIDE - 1) // STRIDE + 1
     owner: tl.constexpr = pad // TAP_ROWS  # the group that loads every row of the gradient; it computes bias_out
     skipped: tl.constexpr = pad if WHOLE else 0  # columns of x outside the feature map
-    READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns loaded of each row of x
+    READ: tl.constexpr = ACROSS * STRIDE if WHOLE else (ACROSS - 1) * STRIDE + KERNEL  # columns loaded per row of x
     INNER: tl.constexpr = pad - skipped  # the first loaded column of x that is inside the patch
     UPPER: tl.constexpr = ACROSS if y is None else 2 * ACROSS  # values loaded per row of the gradient and y
     program = tl.program_id(0)
@@ -407,7 +407,7 @@ def _patches(
                 TOGETHER,
                 EVEN,
             )
-        window = ()  # DEPTH - 1 rows of the gradient, the oldest first
+        window = ()  # the last DEPTH - 1 loaded rows of the gradient, the oldest first
         for n in tl.static_range(DEPTH - 1):
             before = begin + ahead - (DEPTH - 1) + n
             earlier = (before >= top) & (before < top + rows_each)

@@ -21,7 +21,7 @@ from fat.kernels.impl import channel_sums as sums
 WIDE = (128, 64, 32)  # choices for the channels of a program
 IN_FLIGHT, WARPS = 4096, 8  # elements of each feature map that a program loads at once, 16 per thread
 PROGRAMS = 384  # target for a split reduction: nearly three programs per multiprocessor of an H100
-STEPS = 4  # tiles per program of the other kernels
+STEPS = 4  # tiles per program if there is no reduction
 
 
 @triton.jit(do_not_specialize=("positions", "each"))

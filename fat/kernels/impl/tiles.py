@@ -25,16 +25,16 @@ PATCH_ROWS = 14  # rows of a tile of patches; with fewer, a larger part of the g
 TAP_ROWS = {3: 3, 5: 5, 7: 7, 9: 3}  # kernel rows per program; all 9 rows of 9x9 would need 81 sums per thread
 STRIPS: frozenset[tuple[int, int, int]] = frozenset()
 """(kernel, stride, width of the gradient) for which strips compute the weight gradient faster than patches."""
-SUMMED_PARTS, SUMMED_COLUMNS = (16, 128), 32  # parts of a weight gradient (minimum, maximum) and columns per iteration
+SUMMED_PARTS, SUMMED_COLUMNS = (16, 128), 32  # bounds on a weight gradient's parts; columns per iteration
 FLAT, FLAT_WARPS = 4096, 8  # elements per program of kernels that process flat arrays: 16 per thread
 COLUMN_SUMS = 4  # tiles of FLAT elements per program of a reduction over positions
 MIN_PARTS, MAX_PARTS = WARP, 256  # partial results merged per iteration; a warp merges 32 in the time of one
 MERGED_EACH = 128  # parts of a channel's statistics that a program merges: two rounds for up to 16384 tiles
 MERGED_ROWS, MERGED_CHANNELS, MERGED_WARPS = 32, 32, 4  # parts and channels merged per iteration
 RUNNING_STATS_CHANNELS, RUNNING_STATS_WARPS = 128, 1  # channels per program when running statistics are updated
-FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # tile of 1x1 weights; 128 to 2048 channels: 8 to 128 programs
+FOLDED_ROWS, FOLDED_CHANNELS, FOLDED_WARPS = 32, 16, 4  # tile of 1x1 weights
 MIN_DOT_SIZE = 16  # minimum rows, columns and depth of tl.dot
-ATTENTION_ROWS, ATTENTION_GRADIENT_ROWS, ATTENTION_WARPS = 128, 64, 4  # queries of one head per iteration
+ATTENTION_ROWS, ATTENTION_GRADIENT_ROWS, ATTENTION_WARPS = 128, 64, 4  # queries per iteration
 MAX_KEYS, MAX_HEAD = 64, 64  # maximum keys per sample (49 at 224 pixels) and channels per head (16 or 32)
 
 
@@ -190,7 +190,7 @@ class Patches(Tile):
     walk: Walk
 
     def grid(self, kernel: int, batch: int, height: int, width: int, channels: int) -> Grid:
-        row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # patches per sample
+        row_tiles, col_tiles = -(-height // self.rows), -(-width // self.across)  # number of patches per sample
         channel_tiles = -(-channels // self.channels)
         count, together = row_tiles * -(-batch * col_tiles // self.cols), channel_tiles * -(-kernel // self.tap_rows)
         parts = max(1, min(count, MULTIPROCESSORS * self.walk.resident // together))

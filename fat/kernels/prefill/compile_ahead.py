@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 LOCK = "compile-ahead.lock"
 POLL = 0.1  # seconds between two attempts to get a lock that another process holds
-NAMED = 3  # maximum number of failures in a report's message
+NAMED = 3  # maximum number of failures that are named in a report
 
 
 @dataclass(frozen=True)

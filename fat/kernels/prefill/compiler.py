@@ -32,7 +32,7 @@ from triton.runtime.cache import triton_key
 
 from fat.kernels.prefill.launches import Launch, cuda_target
 
-MAX_ERROR = 300  # characters; short enough that a line of JSON is written to the pipe atomically
+MAX_ERROR = 300  # characters of an error; the line of JSON is then short enough to be written to the pipe atomically
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def main() -> None:
 def _prepare(jobs: list[Job], target: GPUTarget, folder: Path) -> None:
     """Do what every job needs once, before forking."""
     for module in sorted({job.launch.module for job in jobs}):
-        with suppress(Exception):  # the jobs will report the error
+        with suppress(Exception):  # if this fails, the jobs report the error
             import_module(module)
     import_module("triton.compiler.code_generator")
     triton_key()
@@ -125,7 +125,7 @@ def _compile_and_exit(index: int, job: Job, target: GPUTarget, results: BinaryIO
 
 def _compile(job: Job, target: GPUTarget) -> bool:
     """Run a job, and return whether there was anything to compile."""
-    for extension in job.extensions:  # first, because other kernels need them even if this one fails
+    for extension in job.extensions:  # built first: other kernels need them even if this one fails
         build.compile_module_from_src(
             extension.source,
             extension.name,

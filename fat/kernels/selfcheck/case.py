@@ -14,7 +14,7 @@ from fat.kernels import reference
 from fat.kernels.families import BATCH_NORM, CONVOLUTION, NORM, OPERATORS, WEIGHT_GRADIENT
 from fat.kernels.selfcheck.comparison import mismatch, poisoned_memory
 
-ODD_HEADS = 2  # heads of 10 channels, which fill no tile
+ODD_HEADS = 2  # with ODD_CHANNELS, a head has 10 channels, which do not fill a tile
 DROP_SCALES = (0.0, 1.25)  # drop path's factors: every second sample is dropped
 
 # Operators with several results: each result's name, and the family that is at fault if it is wrong.
@@ -103,7 +103,7 @@ class Case:
             if not isinstance(a, Spec):
                 return ODD_HEADS if name == "heads" else a
             dim = 1 if a.is_map else 0
-            if len(a.shape) <= dim or a.shape[dim] not in (old, 2 * old):  # 2: keys and values are one tensor
+            if len(a.shape) <= dim or a.shape[dim] not in (old, 2 * old):  # 2 * old: keys and values are in one tensor
                 return a
             return replace(a, shape=(*a.shape[:dim], a.shape[dim] // old * channels, *a.shape[dim + 1 :]))
 

@@ -75,7 +75,7 @@ def run(checks: Iterable[Check], device: torch.device) -> list[Failure]:
                 continue
             try:
                 fault = check.compare(device)
-                _synchronise(device)  # attributes an asynchronous error to this check
+                _synchronise(device)  # an asynchronous error is raised in this check
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -97,7 +97,7 @@ def mismatch(actual: Tensor, expected: Tensor) -> str | None:
     expected = expected.double()
     allowed = eps * expected.abs() + SUMMING * expected.abs().max()
     error = (actual.double() - expected).abs()
-    within = error <= allowed  # False for NaN
+    within = error <= allowed  # a comparison with NaN is False
     if bool(within.all()):
         return None
     if count := int((~actual.isfinite()).sum()):

@@ -39,7 +39,7 @@ def mix(images: Tensor, params: MixParams) -> Tensor:
     horizontal = (column >= x * channels) & (column < (x + wide) * channels)
     inside = vertical[..., None] & horizontal[..., None, :]
     mixed = torch.mul(pairs, own, out=torch.empty_like(pairs))
-    for side in (0, 1):  # in place and without a flipped copy, because memory traffic limits the speed
+    for side in (0, 1):  # in place, because memory traffic limits the speed
         mine, partner = mixed[:, side], pairs[:, 1 - side]
         mine.addcmul_(partner, 1.0 - own[:, side])
         torch.where(inside[:, side], partner, mine, out=mine)

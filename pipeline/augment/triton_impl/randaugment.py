@@ -99,7 +99,7 @@ def _apply(
     out = work + tl.load(jobs + job * JOB + 2).to(tl.int64) * pixels * CHANNELS
     own = numbers + job * MAP
     if (code == COPY) | (table >= 0):
-        for third in tl.static_range(3):  # 16 bytes per thread in each iteration
+        for third in tl.static_range(3):  # each iteration loads 16 bytes per thread
             at = first * CHANNELS + third * TILE + tl.arange(0, TILE)
             mask = at < pixels * CHANNELS
             value = tl.load(image + at, mask=mask, other=0)

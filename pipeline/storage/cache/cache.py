@@ -172,7 +172,7 @@ class Cache:
             handle = None if entry is None or entry.size != size else self._open_part(entry, inside)
             if entry is None or handle is None:
                 if entry is not None and not self._eviction.evict(CachedFile(entry, entry.part, 0, 0), root, record):
-                    return Busy(path, 0)  # another process downloads it with another size, which `lease` will reject
+                    return Busy(path, 0)  # another process downloads the file with another size; `lease` will reject it
                 self._eviction.make_room(size, path, root, record, limit=self.limit)
                 entry = new_entry(folder, name, size)
                 record.put(entry)

@@ -53,7 +53,7 @@ class Eviction:
                     found = [(entry, _find(entry, inside)) for entry in entries]
             except FileNotFoundError:
                 found = [(entry, None) for entry in entries]
-            except NotPrivate:  # replaced, for example by a symbolic link to a folder that does not belong to the cache
+            except NotPrivate:  # replaced, for example by a symbolic link to a folder outside the cache
                 continue
             files.extend(file for _, file in found if file is not None)
             for entry, file in found:
@@ -85,7 +85,7 @@ class Eviction:
                 evicted.append(file)
                 over, lacking = over - file.entry.size, lacking - file.entry.size
         for file in evicted if max(over, lacking) <= 0 else ():
-            if not self.evict(file, root, record):  # leased by another process after the dry run
+            if not self.evict(file, root, record):  # another process has leased the file since the dry run
                 over, lacking = over + file.entry.size, lacking + file.entry.size
         if lacking > 0:
             raise DiskFull.of(self.parent, f"no space left on the device for {path.name} ({size:,} bytes)")
@@ -113,7 +113,7 @@ class Eviction:
                     os.close(handle)
         except FileNotFoundError:
             return True
-        except (BlockingIOError, NotPrivate):  # in use, or replaced by another program
+        except (BlockingIOError, NotPrivate):  # the file is in use, or was replaced by another program
             return False
 
     def _free(self) -> float:

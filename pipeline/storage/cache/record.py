@@ -27,7 +27,7 @@ NAME = ".record"
 PART = ".part"
 _SHOWN_OF_NAME = 40
 _MAX_LINE = 4096
-_HEAD = 36  # bytes of the first line
+_HEAD = 36  # length of the first line, in bytes
 # The record is rewritten when it has more than this number of lines that do not describe an existing file.
 _MAX_STALE = 2000
 
@@ -153,7 +153,7 @@ class Record:
     def _compact(self, folder: int) -> None:
         """Replace the record atomically by one with the current entries only."""
         lines = [_head_line(self._identity), *(_line(entry, self._identity) for entry in self.entries.values())]
-        with contextlib.suppress(OSError):  # a later call will try again
+        with contextlib.suppress(OSError):  # if this fails, a later call tries again
             write_file(NAME, b"".join(lines), folder=folder, path=self.path, remedy=self._remedy, shared=self._shared)
             os.close(self._handle)
             self._handle = self._open(folder)

@@ -106,7 +106,7 @@ class WebBody(Body):
                     break
         except Exception:
             if self.stop is None or len(content) < STALL_BYTES:
-                raise  # otherwise keep the bytes received so far
+                raise  # with more bytes, return those received so far
         return bytes(content)
 
     async def _some(self, response: aiohttp.ClientResponse, size: int) -> bytes:
@@ -249,7 +249,7 @@ class ObjectBody(Body):
 def _in_thread(work: Callable[[], T]) -> concurrent.futures.Future[T]:
     """Run a call that may block forever in a daemon thread, which does not delay the exit of the process."""
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # prevents cancellation, after which set_result would raise
+    future.set_running_or_notify_cancel()  # prevents cancellation: set_result would then raise
 
     def run() -> None:
         try:

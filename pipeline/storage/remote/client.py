@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 60.0
 """Time without progress after which requests are no longer repeated."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds between two requests; doubled after each failure
-PIECE = 8 << 20  # bytes requested, and yielded, at once
+PIECE = 8 << 20  # maximum bytes per request and per yielded piece
 _POLL_SECONDS = 0.1
 
 
@@ -146,7 +146,7 @@ class Remote:
     def has_ranges(self, name: str) -> bool:
         """Return whether the server supports range requests. If that is not known yet, request one byte of a file."""
         if self.facts.sends_ranges is None:
-            with self._probing:  # a single request, even if several threads call this method
+            with self._probing:  # only one request, even if several threads call this method
                 if self.facts.sends_ranges is None:
                     with contextlib.suppress(NoRanges):
                         self.read(name, 1, 2)

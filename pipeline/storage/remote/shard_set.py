@@ -25,7 +25,7 @@ from shards.format.manifest_digest import ManifestDigest, split_digest
 
 # Fraction of the cache for shards that the plan requests next. The rest holds indexes, and shards of slower ranks.
 FRACTION_FOR_SHARDS = 0.9
-_SHOWN_OF_URL = 64  # characters of the URL in the name of the set's folder
+_SHOWN_OF_URL = 64  # maximum characters of the URL in the name of the set's folder
 GIB = 1 << 30
 
 
@@ -91,7 +91,7 @@ class RemoteSet(ShardSet):
         leases: list[int] = []
         weakref.finalize(self, _close_leases, leases)
         self._folder, self._own_leases = folder, leases
-        self._staged: set[str] = set()  # indexes that were staged by the process in which this set was pickled
+        self._staged: set[str] = set()  # names of the indexes that are staged already
         self._stage_now(whole_file(MANIFEST_NAME, len(content), name))
         super().__init__(folder, manifest=content)
 

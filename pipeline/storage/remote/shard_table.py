@@ -80,7 +80,7 @@ class ShardTable:
         shard = self._shards[file]
         if isinstance(lease, int):
             shard.state, shard.lease, shard.progress = ShardState.LOCAL, lease, Progress()
-            self.release(file)  # its requests may have been dropped during the download
+            self.release(file)  # all requests may have been dropped during the download
         else:
             shard.state, shard.retry_at = ShardState.REMOTE, retry_at
 

@@ -51,7 +51,7 @@ class StagedFiles:
     ) -> None:
         self._files, self._remote, self._cache, self._folder = files, remote, cache, folder
         self._change = threading.Condition()
-        self._shards = ShardTable(files, max_bytes=max_bytes)  # used while holding the lock of `_change`
+        self._shards = ShardTable(files, max_bytes=max_bytes)  # only used while holding the lock of `_change`
         self._logged: set[str] = set()
         self._full_until = 0.0
         self._no_room = WarningThrottle()
@@ -205,7 +205,7 @@ class StagedFiles:
                 retry_at = math.inf
             except Interrupted:
                 return
-            except BaseException as error:  # raised by the next read
+            except BaseException as error:  # the next read raises it
                 self._failure = error
                 return
             if isinstance(lease, Busy) and self._shards[file].progress.stalled(lease):

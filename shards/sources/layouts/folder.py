@@ -217,7 +217,7 @@ def _is_image(entry: os.DirEntry[bytes], status: os.stat_result) -> bool:
 
     A broken link is judged by its name, and rejected when it is read.
     """
-    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # their content begins like a TIFF
+    if os.path.splitext(entry.name)[1].lower() in RAW_SUFFIXES:  # raw files begin like a TIFF
         return False
     if stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and named_as_image(entry.name)):
         return named_as_image(entry.name)

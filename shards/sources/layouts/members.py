@@ -118,7 +118,7 @@ def read_members(file: IO[bytes], end: int, shown: str) -> Iterator[Member]:
                 if info.size < 0 or tar.offset <= at:
                     raise UserError(f"{shown}: damaged: {info.name} has an invalid size, {info.size:,} bytes; {_AGAIN}")
                 at = tar.offset
-                if info.offset >= end:  # next member of the outer tar: the inner tar has no end-of-archive blocks
+                if info.offset >= end:  # a member of the outer tar: the inner tar has no end-of-archive blocks
                     return
                 if info.offset_data + (info.size if info.isreg() else 0) > end:
                     raise UserError(f"{shown}: truncated: the file ends within {info.name}; {_AGAIN}")

@@ -17,7 +17,7 @@ MAX_MEMORY = 2**32
 """Bytes of address space."""
 MAX_SECONDS = 60
 """CPU seconds; the real file takes one."""
-NO_SCIPY = 3  # exit status
+NO_SCIPY = 3  # exit status if scipy is not installed
 
 
 def read_synsets(meta: bytes) -> list[list[Any]]:

@@ -29,7 +29,7 @@ MAX_CHUNK = 2**31
 MAX_RATIO = 100
 """Maximum ratio of unpacked size to file size; encoded images hardly compress."""
 _SMALL = 2**26  # unpacked bytes that are allowed at any ratio
-_MAX_RECORD = 2**31  # bytes of the record of an unpacked file
+_MAX_RECORD = 2**31  # maximum bytes of the record of an unpacked file
 _AGAIN = "download it again"
 
 
@@ -114,7 +114,7 @@ def unpack(job: UnpackJob, report: Report) -> FileLabels:
                     "damaged or malicious"
                 )
             found.append((name, at, len(data), place))
-            if len(data) <= MAX_ENCODED:  # larger images will be rejected because of their size, unread
+            if len(data) <= MAX_ENCODED:  # larger images are not stored, because they will be rejected
                 write_all(file, data)
                 at += len(data)
             report(1, len(data))

@@ -32,7 +32,7 @@ SMALL_CLASSES = 1000
 """Number of classes that is accepted for any number of images."""
 CLASSES_PER_IMAGE = 10
 """Above `SMALL_CLASSES`, more classes than this factor times the number of images are considered a mistake."""
-_SHOWN = 60  # characters of a label in a message
+_SHOWN = 60  # maximum characters of a label in a message
 _EXPECTED = "expected a class number or class name"
 _NUMBER = re.compile(
     r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?(nan|inf|infinity)", re.ASCII | re.IGNORECASE

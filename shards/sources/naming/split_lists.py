@@ -88,7 +88,7 @@ def _lists_around(folder: Path) -> list[Path]:
         for name in map(os.fsdecode, contents.folders):
             if name.lower() in _LIST_FOLDERS or is_annotation_container(name):
                 found += _lists_in(folder / name, list_folder(folder / name).files)
-    except PermissionError:  # outside the source, so it need not be readable
+    except PermissionError:  # a folder outside the source need not be readable
         return []
     return found
 
