@@ -100,7 +100,7 @@ def test_batch_augment_uses_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None
         calls.append(len(images))
         return apply_ops(images, *args, **options)
 
-    monkeypatch.setattr(randaugment, "operate", counted)
+    monkeypatch.setattr(randaugment, "apply_ops", counted)
     found = BatchAugment(recipe, cpu, flip=True)(images, params)
     assert calls == [batch]
     exact = BatchAugment(recipe, cpu, flip=True, kernels=False)(images, params)

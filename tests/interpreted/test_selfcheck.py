@@ -307,7 +307,7 @@ def test_a_wrong_kernel_is_reported_and_its_family_switched_off(
     assert families.NORM in verdict.checked
     said = capsys.readouterr().err
     warning = (
-        "warning: the depthwise convolution kernels differ from PyTorch, so PyTorch is used instead: depthwise on map"
+        "warning: the depthwise convolution kernels differ from PyTorch, so PyTorch is used instead: depthwise on "
     )
     assert said.count("warning: ") == 1
     assert warning in said
