@@ -102,8 +102,8 @@ class Case:
             return f"{invalid} of {found.numel()} values are NaN or infinite"
         worst = int((error - allowed).argmax())
         return (
-            f"off by {float(error.flatten()[worst]):.3g} where the bound is {float(allowed.flatten()[worst]):.3g} "
-            f"({int((~passes).sum())} of {found.numel()} values out of bounds)"
+            f"error {float(error.flatten()[worst]):.3g} exceeds the tolerance of {float(allowed.flatten()[worst]):.3g} "
+            f"({int((~passes).sum())} of {found.numel()} values are out of tolerance)"
         )
 
 
