@@ -1,6 +1,6 @@
 """Run a command of the documentation on tiny data: python tiny.py accelerate|python|pipeline ARGUMENTS...
 
-Options that are added last override those of the page: 32 pixels, 8 images per step, two steps. Commands that train
+Options that are added last override those of the page: B0, 32 pixels, 8 images per step, two steps. Commands that train
 nothing run unchanged.
 """
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-DATA = ["--size", "32", "--global-batch", "8"]
+DATA = ["--variant", "b0", "--size", "32", "--global-batch", "8"]
 TRAINING = [*DATA, "--warmup-epochs", "0", "--stop-after", "2", "--log-every", "1"]
 PROCESSES = {"8": "2", "16": "2"}
 
