@@ -76,7 +76,7 @@ def jobs(options: argparse.Namespace) -> Iterator[Job]:
 def depthwise_jobs(
     shape: tuple[int, int, int, int], kernel: int, stride: int, dtype: torch.dtype, *, normed: bool = True
 ) -> Iterator[Job]:
-    """Yield a depthwise convolution and its gradients; at stride 1, all implementations compute x + depthwise(x).
+    """Yield jobs of a depthwise convolution and its gradients; at stride 1, all compute x + depthwise(x).
 
     Args:
         normed: whether a BatchNorm follows this convolution in FAT.
@@ -179,7 +179,7 @@ def weight_forms(call: Callable[[], object]) -> Iterator[tuple[tiles.Patches, Ca
 def norm_of_the_batch_jobs(
     shape: tuple[int, int, int, int], kernel: int, outputs: int, dtype: torch.dtype
 ) -> Iterator[Job]:
-    """Yield a feed-forward from the input of GELU to the output of its second 1x1 convolution, forward and backward.
+    """Yield the job of a feed-forward from GELU's input to the second 1x1 convolution's output, forward and backward.
     BatchNorm cannot be timed separately, because the adjacent kernels do its work."""
     channels = shape[1]
     torch.manual_seed(0)
@@ -235,7 +235,7 @@ def gate_jobs(shape: tuple[int, int, int, int], kernel: int, dtype: torch.dtype)
 
 
 def attention_jobs(shape: tuple[int, int, int, int], keys: int, heads: int, dtype: torch.dtype) -> Iterator[Job]:
-    """Yield attention of every position to `keys` x `keys` keys and values."""
+    """Yield jobs of attention from every position to `keys` x `keys` keys and values."""
     batch, channels = shape[:2]
     q, gradient = feature_maps(shape, dtype), feature_maps(shape, dtype)
     kv = feature_maps((batch, 2 * channels, keys, keys), dtype)
@@ -304,7 +304,7 @@ def bias_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[
 
 
 def stem_jobs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[Job]:
-    """Yield BatchNorm in training mode with ReLU, as in the stem."""
+    """Yield jobs of BatchNorm in training mode with ReLU, as in the stem."""
     x, gradient, weight, bias = feature_maps(shape, dtype), feature_maps(shape, dtype), rand(shape[1]), rand(shape[1])
     size, count = x.numel() * x.element_size(), x.numel() // shape[1]
     mean, var = ops.channel_stats(x)

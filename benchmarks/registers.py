@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=["fat_b0", "fat_b3"])
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--capability", type=int, default=90, help="compute capability of the device: 80, 90")
-    parser.add_argument("--walks", action="store_true", help="compare the walks of patches instead of the forms")
+    parser.add_argument("--walks", action="store_true", help="compare loops over rows of patches")
     options = parser.parse_args()
     columns = ("registers", "spilled", "shared", "warps", "lanes", "instructions", "bytes")
     print("| kernel | map | form | " + " | ".join(columns) + " |")

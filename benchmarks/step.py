@@ -115,8 +115,8 @@ def compare(name: str, training: bool, options: argparse.Namespace) -> list[dict
 def run(
     rows: dict[str, dict[str, Any]], ways: Sequence[str], training: bool, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Time modes alternately and return their seconds by round; the row of a mode that fails gets the reason. Frees all
-    memory."""
+    """Time modes alternately, return their seconds by round, and free all memory. If a mode fails, the reason is stored
+    in its row."""
     steps: dict[str, Callable[[], None]] = {}
     for way in ways:
         try:

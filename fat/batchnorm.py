@@ -42,7 +42,7 @@ class BatchNorm(nn.BatchNorm2d):
 
     @torch.no_grad()
     def update_running_stats(self, drift: Tensor, var: Tensor, count: int) -> None:
-        """Move the running statistics towards a batch's.
+        """Update the running statistics with those of a batch.
 
         Args:
             drift: [C], the batch's mean minus the running mean.

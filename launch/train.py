@@ -48,7 +48,7 @@ from shards.redact import printable
 
 
 def train(recipe: Recipe, world: World, lock: FolderLock) -> None:
-    """Train from the recipe to the last checkpoint, curves and weights. Collective.
+    """Train a recipe's model, then write the last checkpoint, the curves and the weights. Collective.
 
     Args:
         lock: lock of the run folder; acquired here if the folder did not exist before.

@@ -43,5 +43,6 @@ def check_memory(
     available = machine_memory() if available is None else available
     if needed > available:
         raise UserError(
-            f"{what}: needs at least {needed / GIB:,.1f} GiB of memory, {of} has {available / GIB:,.1f} GiB; {remedy}"
+            f"{what}: needs at least {needed / GIB:,.1f} GiB of memory, but {of} has {available / GIB:,.1f} GiB; "
+            f"{remedy}"
         )

@@ -96,7 +96,7 @@ def _resolves_to_this_host(name: str) -> bool:
 def _interface_to(address: Address) -> str | None:
     """Return the interface on the route to an address; None if there is no route.
 
-    On the host of rank 0 that is the loopback interface: return the interface of the default route instead.
+    On the host of rank 0 this would be the loopback interface, so that of the default route is returned instead.
     """
     try:
         own = _own_address(*address)

@@ -38,7 +38,7 @@ SAME_REQUEST_SECONDS = 5.0
 
 
 class Request(IntEnum):
-    """Kind of a request; of several, the greatest takes effect."""
+    """Kind of a request. If there are several requests, the greatest kind takes effect."""
 
     NOTHING = 0
     SAVE = 1

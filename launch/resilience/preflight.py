@@ -100,7 +100,7 @@ def collect_facts(recipe: Recipe, world: World, token: str) -> Facts:
 def differences(nodes: list[Facts]) -> dict[str, list[str]]:
     """Return the differences from the majority, by host.
 
-    Without a majority, the first node is the reference. It always is for the run folder, because rank 0 writes to it.
+    Without a majority, the first node is the reference. For the run folder it always is, because rank 0 writes to it.
     """
     bad: dict[str, list[str]] = {}
     for name in COMPARED:

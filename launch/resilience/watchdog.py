@@ -208,7 +208,7 @@ class Watchdog:
 
 
 def is_observer(rank: int, ranks: int) -> bool:
-    """Return whether `rank` reads all heartbeats when training hangs: all of a few ranks, else a spread-out sample."""
+    """Return whether `rank` reads all heartbeats when training hangs: every rank if they are few, else some of them."""
     return ranks <= OBSERVERS or rank in {number * ranks // OBSERVERS for number in range(OBSERVERS)}
 
 

@@ -186,7 +186,7 @@ class CheckpointFolder:
             sync_folder(self.folder.parent)
 
     def newest_step(self) -> int | None:
-        """Return the step of the newest checkpoint, complete or damaged; None if there is none or the folder fails."""
+        """Return the step of the newest checkpoint, even if it is damaged; None without a checkpoint or on read errors."""
         try:
             return max((entry.step for entry in self._entries()), default=None)
         except UserError:

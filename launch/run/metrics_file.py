@@ -168,7 +168,7 @@ class _Line(BaseModel, strict=True):
 
 
 class _Train(_Line):
-    """The fields of a train line that readers use. (`_Evaluation`: those of an evaluation.)"""
+    """Fields of a training line that readers use; `_Evaluation` has those of an evaluation line."""
 
     step: int
     epoch: int

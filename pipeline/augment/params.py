@@ -116,7 +116,7 @@ def crop_windows(
     heights: NDArray[np.integer],
     widths: NDArray[np.integer],
 ) -> Boxes:
-    """Draw crop windows (y, x, height, width) in source pixels, int32 [n, 4]; arguments as of `draw`.
+    """Draw crop windows (y, x, height, width) in source pixels, int32 [n, 4]. The arguments are those of `draw`.
 
     The random resized crop of Inception, as in torchvision and timm: of ten drawn areas and aspect ratios, the first
     that fits into the image is placed at a random position. If none fits, the window is the largest centred window with

@@ -62,7 +62,7 @@ class Case:
         launch_all(self.recipe, self.result)
 
     def _compare_randaugment(self, device: torch.device) -> str | None:
-        """Compare flips and every operation, in both directions and, in some samples, followed by a second one."""
+        """Compare flips and every operation with arguments of both signs; some samples get a second operation."""
         ops = np.stack([np.repeat(OPS, 2), np.roll(np.repeat(OPS, 2), 9)], axis=1).astype(np.int64)
         batch = len(ops)
         images, params = _images(batch, self.recipe.size), _drawn(self.recipe, batch)

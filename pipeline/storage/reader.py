@@ -104,7 +104,7 @@ class SampleReader:
         return _gather(*self._start(ids))
 
     def read_ahead(self, batches: Iterable[tuple[Ids, T]], ahead: int) -> Iterator[tuple[Encoded, T]]:
-        """Read a stream of (ids, anything) in order, up to `ahead` batches before the consumer requests them.
+        """Read a stream of (ids, any object) in order, up to `ahead` batches before the consumer requests them.
 
         Pending reads of a generator that is not exhausted end when the reader is closed.
         """

@@ -286,5 +286,5 @@ def _read_image(handle: int, member: Member) -> bytes:
 def _accept_unrepaired(data: bytes, rules: ImageRules) -> Accepted:
     image = accept(data, rules)
     if image.repair:
-        raise Rejected(f"{image.repair}: 'pipeline shard' re-encodes such images, 'pipeline index' cannot")
+        raise Rejected(f"{image.repair}: 'pipeline shard' re-encodes such images, but 'pipeline index' cannot")
     return image

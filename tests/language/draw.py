@@ -11,6 +11,7 @@ import argparse
 import ast
 import io
 import random
+import re
 import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("fat", "shards", "pipeline", "launch", "benchmarks", "examples")
 # Functions and methods whose string arguments a user reads.
 SPEAKERS = {"debug", "info", "warning", "error", "exception", "critical", "print", "log", "write", "warn", "exit"}
+
+# Comments for tools, without words for a reader.
+PRAGMA = re.compile(r"# ((type: ignore|noqa)(\[[^]]*\])?(: \w+(, \w+)*)?( +# noqa: \w+)?|fmt: \w+)")
 
 Kind = Literal["comment", "message"]
 
@@ -55,7 +59,7 @@ def comments(file: Path, source: str) -> Iterator[Prose]:
     block: list[str] = []
     first = last = column = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT:
+        if token.type != tokenize.COMMENT or PRAGMA.fullmatch(token.string):
             continue
         line, start = token.start
         alone = not token.line[:start].strip()

@@ -23,7 +23,7 @@ _SIZES = ["queries", "keys", "row_tiles"]
 
 @triton.jit
 def _product(left, right, EXACT: tl.constexpr):
-    """left @ right for fp32 left, and right in the feature maps' dtype."""
+    """Compute left @ right, where left is fp32 and right has the feature maps' dtype."""
     if EXACT:
         return tl.dot(left, right, input_precision="ieee")
     high = left.to(right.dtype)
@@ -33,7 +33,7 @@ def _product(left, right, EXACT: tl.constexpr):
 
 @triton.jit
 def _scores(left, right, EXACT: tl.constexpr):
-    """left @ right, both in the feature maps' dtype."""
+    """Compute left @ right, both in the feature maps' dtype."""
     if EXACT:
         return tl.dot(left, right, input_precision="ieee")
     return tl.dot(left, right)
@@ -41,7 +41,7 @@ def _scores(left, right, EXACT: tl.constexpr):
 
 @triton.jit
 def _softmax(q, k_transposed, scale, mask, EXACT: tl.constexpr):
-    """softmax(scale * q @ k^T) over the keys in the mask, fp32 [rows, keys]."""
+    """Compute softmax(scale * q @ k^T) over the keys in the mask, fp32 [rows, keys]."""
     # The factor is log2(e), for exp2. It is not a global constant, because then a kernel's key in Triton's cache would
     # depend on whether another kernel that calls this function was looked up before.
     scores = _scores(q, k_transposed, EXACT) * (scale * 1.4426950408889634)
@@ -66,7 +66,7 @@ def _attend(
     ROWS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """q [B, queries, channels], kv [B, keys, 2 channels] -> out, shaped as q. A program computes ROWS queries of one
+    """q [B, queries, channels], kv [B, keys, 2 channels] -> out, with q's shape. A program computes ROWS queries of one
     head, whose channels are padded to WIDTH and whose keys are padded to KEYS."""
     depth: tl.constexpr = channels // HEADS
     program = tl.program_id(0)
@@ -104,8 +104,8 @@ def _attend_gradient(
     ROWS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """Gradients of q and kv. A program computes one head of one sample: it iterates over the queries and accumulates
-    the gradients of keys and values. There are no atomic additions, so the result is deterministic."""
+    """Compute the gradients of q and kv. A program computes one head of one sample: it iterates over the queries and
+    accumulates the gradients of keys and values. There are no atomic additions, so the result is deterministic."""
     depth: tl.constexpr = channels // HEADS
     program = tl.program_id(0)
     head = program % HEADS

@@ -144,8 +144,8 @@ def _strips(
 def _products(
     total, values, grad_out, FIRST: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr, READ: tl.constexpr
 ):
-    """total plus the products of one tap: for each column q, that of the gradient's row and value q * STRIDE + FIRST of
-    a row of x, if this is one of the READ values."""
+    """Add the products of one tap to total: for each column q, the gradient times value q * STRIDE + FIRST of a row of
+    x, if this is one of the READ values."""
     for q in tl.static_range(ACROSS):
         if q * STRIDE + FIRST >= 0 and q * STRIDE + FIRST < READ:
             total += values[q * STRIDE + FIRST] * grad_out[q]

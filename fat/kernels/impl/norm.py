@@ -104,8 +104,8 @@ def _sums(
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """For each part of a sample: the sums of gradient * normalised x and of gradient over its positions, per channel
-    (channel_sums), and over all channels with the gradient multiplied by weight (sample_sums)."""
+    """Compute for each part of a sample the sums of gradient * normalised x and of gradient over its positions, per
+    channel (channel_sums), and over all channels with the gradient multiplied by weight (sample_sums)."""
     part, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     c = tl.arange(0, CHANNELS)
     mask = c < channels

@@ -146,7 +146,7 @@ def _pixel(image, at, mask):
 
 @triton.jit
 def _byte(value):
-    """Clip to 0 to 255 and truncate; int32."""
+    """Clip to 0 to 255 and truncate to int32."""
     return tl.minimum(tl.maximum(value, 0.0), 255.0).to(tl.int32)
 
 
@@ -163,7 +163,7 @@ def _blend(degenerate, value, factor):
 
 @triton.jit
 def _sharpness(image, at, mask, x, y, width, height, factor):
-    """Blend pixels with the smoothed image; pixels on the border are unchanged. Red, green and blue, int32."""
+    """Return red, green and blue (int32) of pixels that are blended with the smoothed image, except on the border."""
     red, green, blue = _pixel(image, at, mask)
     inner = mask & (x > 0) & (x < width - 1) & (y > 0) & (y < height - 1)
     reds, greens, blues = red * (MIDDLE - 1), green * (MIDDLE - 1), blue * (MIDDLE - 1)
@@ -214,7 +214,7 @@ def _resample(image, numbers, mask, x, y, width, height, ALONG_X: tl.constexpr, 
 
 @triton.jit
 def _locate(source, size):
-    """Return whether a coordinate is in the image, the second of its four neighbours, and its distance from that."""
+    """Return whether a coordinate is in the image, the second of its four neighbours, and its distance from that one."""
     before = tl.floor(source - 0.5)
     return (source >= 0) & (source < size), before.to(tl.int32), (source - 0.5 - before).to(tl.float32)
 

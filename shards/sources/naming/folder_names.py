@@ -28,7 +28,7 @@ _ANNOTATIONS = frozenset(
 _PAIRS = frozenset(("ground", "truth")), frozenset(("image", "sets"))
 """Pairs of words that together denote annotations."""
 _IMAGE_WORDS = _IMAGES | {"bmp", "image", "img", "jpeg", "jpg", "photo", "picture", "png", "rgb", "tif", "tiff"}
-"""Words for images including singulars, which denote a container only next to others: {mask, no_mask} are classes."""
+"""Words for images, including singulars, which denote containers only next to others: mask and no_mask are classes."""
 _ANNOTATION_WORDS = _ANNOTATIONS | {
     *("ann", "anno", "annotation", "bbox", "boxes", "csv", "depth", "depths", "edges", "flow", "gt", "json", "label"),
     *("mask", "normals", "seg", "segmentation", "trimap", "txt", "xml"),
